@@ -151,12 +151,14 @@ from chatlm.front.server.connections import room_for_connections, serving
 from chatlm.front.server.describe import (
     A_MODEL, A_NAME, A_RUN, MODELS, ModelRoutes, alive_body, bare_id, listed_body, ollama_models,
     ollama_running, openapi_document, stats_body)
+from chatlm.front.server.downloading import DownloadRoutes
 from chatlm.front.server.metrics import Metrics
 from chatlm.front.server.page import Page
 from chatlm.front.server.recordings import GRACE_S, Recordings
 from chatlm.front.server.responses import (
     REQUEST_LOG, bound_of, errors_to_responses, json_response, logged, public_error, send_whole)
-from chatlm.front.server.routes import DOCUMENT_ROUTES, RETRIEVAL_ROUTES, Api, Route, RouteTable
+from chatlm.front.server.routes import (
+    DOCUMENT_ROUTES, MANAGING_ROUTES, RETRIEVAL_ROUTES, Api, Route, RouteTable)
 from chatlm.front.server.streams import EventStream
 
 if TYPE_CHECKING:
@@ -178,7 +180,7 @@ class Front:
         self.models, self.page = ModelRoutes(catalogue, self.bodies, self.access), Page(page_files())
         self.running: dict[str, str] = {}       # id of each running answer -> its owner
         self.compared: dict[str, list[str]] = {}  # id of each running comparison -> those of its answers
-        self.recordings = Recordings()
+        self.recordings, self.downloads = Recordings(), DownloadRoutes(catalogue, self.bodies, self.access)
         self.metrics: Metrics | None = None
         with suppress(ConfigError):  # prometheus_client is missing: /metrics says so
             self.metrics = Metrics(catalogue)
@@ -420,9 +422,7 @@ ROUTES = (
     Route("GET", "/v1/models/{name:.+}", Api.OPENAI, "models.handle_model",
           "a served model, by one of its names", returns=A_MODEL),
     Route("GET", "/v1/runs/{tag:.+}", Api.OPENAI, "models.handle_run", "a run's steps", returns=A_RUN),
-    Route("POST", "/models/load", Api.OPENAI, "models.handle_load", "load a model"),
-    Route("POST", "/models/unload", Api.OPENAI, "models.handle_unload",
-          "unload a model once its answers have ended; the next request loads it again"),
+    *MANAGING_ROUTES,
     Route("POST", "/v1/cancel/{id}", Api.OPENAI, "handle_cancel",
           "stop an answer by the X-Request-Id of its response", query=(ONLY_THINKING,)),
     Route("GET", "/v1/streams/{id}", Api.OPENAI, "handle_stream",
@@ -448,7 +448,8 @@ def create_app(catalogue: Catalogue, settings: Settings) -> web.Application:
     middlewares: list[Any] = [partial(access_log.log), errors, partial(front.access.guard)]
     app = web.Application(middlewares=list(map(web.middleware, middlewares)))
     app.on_response_prepare.append(front.access.set_headers)
-    app.on_cleanup.append(lambda app: front.recordings.close())
+    for part in (front.recordings, front.downloads):
+        app.on_cleanup.append(lambda app, part=part: part.close())
     for route in ROUTES:
         handler = (partial(front.show, route.handler) if callable(route.handler) else
                    operator.attrgetter(route.handler)(front))

@@ -229,10 +229,10 @@ async function loadModel() {
 const LOADING_MS = 1000;          // how often the page polls while a model loads
 let looking = 0;
 
-// The states of several models change all the time.
-async function lookAtModels() {
+// The states of several models change all the time. `anew`: there may be more, or fewer, than before.
+async function lookAtModels(anew = false) {
   clearTimeout(looking);
-  if (state.models.length < 2 || state.phase !== "ready") return;
+  if (state.models.length < 2 && !anew || state.phase !== "ready") return;
   const home = serverHome(), isNews = listing(), models = await jsonOf(request("v1/models", {signal: AbortSignal.timeout(HEALTH_MS)}));
   if (!models?.data || home !== serverHome() || !isNews()) return;
   state.models = listedModels(models);

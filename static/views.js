@@ -11,10 +11,11 @@ function runsOf() {
 
 shareLate("status", "openStatus");
 shareLate("run", "openRun");
+shareLate("get", "openGet");
 
 register({
   strings: {
-    serverStatus: "Server status", backToChat: "Back to the chat", trainingRun: "Training run",
+    serverStatus: "Server status", backToChat: "Back to the chat", trainingRun: "Training run", getModel: "Get a model", searchModels: "Search the hub, or a name such as owner/name", searchHub: "Search",
   },
   bind() {
     for (const leave of document.querySelectorAll("button.leave")) leave.onclick = () => openChat(state.chat.id).then(focusAfterClick);
@@ -26,6 +27,11 @@ register({
 register({
   menu: () => state.model.ours ? [[TEXT.serverStatus, "chart", () => openStatus()]] : [],
   view: {hash: "#server", open: () => openStatus()},
+});
+
+register({
+  menu: () => state.model.ours ? [[TEXT.getModel, "export", () => openGet()]] : [],
+  view: {hash: "#get", open: () => openGet()},
 });
 
 share({runsOf});

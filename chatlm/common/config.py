@@ -272,6 +272,12 @@ class Settings:
     models: str | None = flag(None, file_name,
         "serve every model below this folder, including those added later: GGUF files, Hugging Face "
         "folders, nanochat checkpoints", "serve")
+    downloads: bool = flag(True, None,
+        "download models: what MODEL names, and what the operator asks for over HTTP (--no-downloads: only "
+        "what is here is served)")
+    models_disk: int | None = flag(None, size,
+        "bytes that models of the Hugging Face hub may take in the cache; a download that does not fit is "
+        "refused, or ended (default: what the disk has)")
     watch: str | None = flag(None, file_name,
         "serve each checkpoint of the training runs in this folder as TAG@STEP, the last as TAG@latest, "
         "including those added later: a nanochat base folder, or Hugging Face folders checkpoint-N", "serve")

@@ -14,11 +14,16 @@ class FakeHub:
 
     `requests` are (method, file or address, Range, Authorization). The first `cuts[file]` bytes of each answer with
     that file arrive, then the connection ends: properly (`end`), or with a reset. `sizes` overrides what is told.
+    `breaks[file]` are the bytes at which its next answers end, one each. `held[file]` is how many bytes of it are
+    sent before `released` is set; `on_bytes(file, start)` is called before each answer with a file.
     """
 
     def __init__(self, repositories):
         self.repositories, self.gated, self.token = repositories, set(), None
         self.requests, self.cuts, self.reset, self.sizes, self.status = [], {}, False, {}, None
+        self.etag = None    # of every large file, instead of its SHA-256
+        self.breaks, self.held, self.on_bytes, self.tags = {}, {}, lambda file, start: None, ["gguf"]
+        self.held_now, self.released = threading.Event(), threading.Event()
         self.url = ""
 
     def revision(self, repository):
@@ -40,6 +45,10 @@ class FakeHub:
         if path.startswith("files/"):
             _, org, name, file = path.split("/", 3)
             return await self.send(http, f"{org}/{name}", file)
+        if path == "api/models":
+            return web.json_response([
+                {"id": name, "modelId": name, "tags": self.tags, "gated": "manual" if name in self.gated else False, "downloads": 7, "private": False}
+                for name in self.repositories if http.query.get("search", "").lower() in name.lower()])
         match = re.fullmatch(r"api/models/([^/]+/[^/]+)", path) or re.fullmatch(r"([^/]+/[^/]+)/resolve/[^/]+/(.+)", path)
         repository = match and match[1]
         if self.token and http.headers.get("Authorization") not in (None, f"Bearer {self.token}"):
@@ -51,7 +60,7 @@ class FakeHub:
             return web.json_response({
                 "id": repository, "modelId": repository, "sha": self.revision(repository), "private": False, "gated": repository in self.gated,
                 "tags": [], "downloads": 0, "siblings": [
-                    {"rfilename": name, "size": self.sizes.get(name, len(data)), "blobId": "0" * 40} for name, data in files.items()]})
+                    {"rfilename": name, "size": self.sizes.get(name, len(data)), "blobId": "0" * 40, **self.large(data)} for name, data in files.items()]})
         if repository in self.gated and http.headers.get("Authorization") is None:
             return self.refuse(401, "GatedRepo", "Access to model is restricted")
         if match[2] not in files:
@@ -63,19 +72,39 @@ class FakeHub:
         return web.Response(status=302, headers=headers | {
             # the real hub also offers its large files by another protocol, which needs a library in Rust and another server
             "X-Xet-Hash": "a" * 64, "X-Xet-Refresh-Route": f"{self.url}/api/models/{repository}/xet-read-token/main",
-            "X-Linked-Size": str(len(data)), "X-Linked-ETag": f'"{hashlib.sha256(data).hexdigest()}"',
+            "X-Linked-Size": str(len(data)), "X-Linked-ETag": f'"{self.etag or hashlib.sha256(data).hexdigest()}"',
             "Location": f"{self.url.replace('localhost', '127.0.0.1')}/files/{repository}/{match[2]}"})
 
+    def large(self, data):
+        if len(data) < 1 << 20:
+            return {}
+        return {"lfs": {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}}
+
     async def send(self, http, repository, file, headers=None):
-        data, start = self.repositories[repository][file], 0
-        if match := re.fullmatch(r"bytes=(\d+)-", http.headers.get("Range", "")):
-            start = int(match[1])
-        more = {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"} if start else {}
-        response = web.StreamResponse(status=206 if start else 200, headers={**(headers or {}), **more, "Content-Length": str(len(data) - start)})
+        data, start, ranged = self.repositories[repository][file], 0, False
+        whole = len(data)
+        if match := re.fullmatch(r"bytes=(\d+)-(\d*)", http.headers.get("Range", "")):
+            start, ranged = int(match[1]), True
+            data = data[:int(match[2]) + 1] if match[2] else data
+        more = {"Content-Range": f"bytes {start}-{len(data) - 1}/{whole}"} if ranged else {}
+        response = web.StreamResponse(status=206 if ranged else 200, headers={**(headers or {}), **more, "Content-Length": str(len(data) - start)})
+        self.on_bytes(file, start) if http.method == "GET" else None
+        data = self.repositories[repository][file][:len(data)]
         await response.prepare(http)
         if http.method == "HEAD":
             return response
         cut = self.cuts.get(file)
+        if self.breaks.get(file):
+            cut = max(self.breaks[file].pop(0) - start, 0)
+        held = self.held.get(file)
+        if held is not None and start < held < len(data):
+            await response.write(data[start:held])
+            self.held_now.set()
+            while not self.released.is_set():
+                if http.transport is None or http.transport.is_closing():
+                    return response
+                await asyncio.sleep(0.01)
+            start = held
         await response.write(data[start:] if cut is None else data[start:start + cut])
         if cut is not None and start + cut < len(data):
             if self.reset:

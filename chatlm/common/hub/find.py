@@ -16,7 +16,7 @@ from chatlm.common.errors import ConfigError, cannot_read, did_you_mean
 from chatlm.common.files import check_regular, refuse_pointer, truncated
 from chatlm.common.hub.default_model import fetch_default_model
 from chatlm.common.hub.huggingface import (
-    SHORT_NAMES, SPLIT_GGUF, fetch_from_hub, hub_model, models_among, other_weights)
+    SHORT_NAMES, SPLIT_GGUF, Bounds, fetch_from_hub, hub_model, models_among, other_weights)
 from chatlm.common.hub.local import (
     choose_checkpoint, explicit_choice, find_checkpoints, home_folder, no_progress)
 from chatlm.common.hub.stamps import NANOGPT_FILE, model_stamp
@@ -63,7 +63,7 @@ def find_default(settings: Settings, progress: Progress) -> ModelSource:
         return choose_checkpoint(base, settings)
     if named_base:
         log.warning("NANOCHAT_BASE_DIR: no checkpoint in %s, so the default model is used", base)
-    path = fetch_default_model(progress)
+    path = fetch_default_model(progress, settings.downloads)
     reason = f"the default model {path.name}: no nanochat checkpoint in {base}"
     return ModelSource("gguf", path, DEFAULT_MODEL_NAME, reason)
 
@@ -139,7 +139,8 @@ def resolve_gguf(path: Path) -> ModelSource:
 
 
 def find_on_hub(repository: str, file: str, settings: Settings, progress: Progress) -> ModelSource:
-    path = fetch_from_hub(repository, file, progress)
+    bounds = Bounds(settings.downloads, settings.models_disk)
+    path = fetch_from_hub(repository, file, progress, bounds)
     source = find_model(str(path), settings)
     return replace(source, name=f"{repository}:{file}" if file else repository, alternatives="",
                    chosen=f"{repository} of the Hugging Face hub: {source.chosen}")

@@ -10,13 +10,15 @@ import logging
 import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence as Seq
+from collections.abc import Callable, Iterable, Iterator, Sequence as Seq
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple, TYPE_CHECKING
 
-from chatlm.common.errors import ConfigError, named, require_library
+from chatlm.common.errors import ConfigError, named, require_library, shown
 from chatlm.common.hub.local import FULL, download_lock, has_room, sha256_of
 from chatlm.common.log import log
 from chatlm.common.processes.start import PROCESS_COMMAND
@@ -105,53 +107,57 @@ def hub_model(text: str) -> tuple[str, str] | None:
     return match[1], match[2] or ""
 
 
-def http_status(error) -> int:
+class Bounds(NamedTuple):
+    """What a download may take."""
+
+    downloads: bool = True   # False, by --no-downloads: only the cache is read
+    disk: int | None = None  # --models-disk: bytes that all models in the cache may take
+    reserved: int = 0        # bytes that other downloads of this server still need
+
+
+class Plan(NamedTuple):
+    """What a download will do."""
+
+    revision: str
+    sizes: dict[str, int]  # of the repository's files
+    names: list[str]       # those that make up the model
+    missing: list[str]     # those that the cache lacks
+    begun: int             # bytes of these that are in the cache already
+
+    @property
+    def whole(self) -> int:
+        return sum(self.sizes[name] for name in self.missing)
+
+
+Report = Callable[[str, int, int], None]  # (stage, bytes so far, bytes in all); may raise to end the work
+
+
+def status_of(error) -> int:
     return error.response.status_code
 
 
-def fetch_from_hub(repository: str, file: str, progress: Progress) -> Path:
-    """A GGUF file or a folder of safetensors in huggingface_hub's cache; what is missing is downloaded.
+class Unreachable(Exception):
+    """No connection to the hub, or it fails; `args[0]` is the library's error."""
 
-    The library honours HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and HF_HOME. Without a connection the cached
-    files serve. Raises ConfigError saying what is missing, or what the user must do."""
-    hub = require_library("huggingface_hub", f"the Hugging Face model {repository}")
+
+def load_hub(purpose: str):
+    hub = require_library("huggingface_hub", purpose)
     for part in ("constants", "errors", "file_download"):
         importlib.import_module(f"huggingface_hub.{part}")
     logging.getLogger("huggingface_hub").handlers.clear()  # our log has these lines already
     for name in ("httpx", "httpx2"):  # its HTTP client logs every request
         logging.getLogger(name).setLevel(logging.WARNING)
+    return hub
+
+
+@contextlib.contextmanager
+def hub_errors(hub, repository: str) -> Iterator[None]:
+    """What the library raises becomes a ConfigError that says what the user must do."""
     errors, endpoint = hub.errors, hub.constants.ENDPOINT
-    progress(f"looking for {repository}", 0.0)
     try:
-        try:
-            info = hub.HfApi().model_info(repository, files_metadata=True, timeout=10)
-        except InterruptedError:
-            raise
-        except Exception as error:  # no connection, in the words of whatever HTTP library it uses
-            if isinstance(error, errors.HfHubHTTPError) and http_status(error) < 500:
-                raise
-            return cached_from_hub(hub, repository, file, error)
-        sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
-        names = hub_files(repository, file, sizes)
-        missing = [name for name in names
-                   if not isinstance(hub.try_to_load_from_cache(repository, name, revision=info.sha), str)]
-        done, whole = 0, sum(sizes[name] for name in missing) or 1
-        folder = Path(hub.constants.HF_HUB_CACHE)
-        folder.mkdir(parents=True, exist_ok=True)
-        if not has_room(folder, whole):
-            raise no_hub_room(hub, repository, f"{whole:,} bytes")
-        looked = "config.json" not in names
-        for name in missing:
-            if not looked and name not in FOLDER_FILES:
-                looked = refuse_early(repository, hub_path(hub, repository, ["config.json"], info.sha))
-                if "tokenizer.json" not in sizes:
-                    raise ConfigError(f"{repository} is not downloaded: it has no tokenizer.json"
-                                      + other_tokenizers(sizes))
-            download_from_hub(hub, repository, name, lambda count: progress(
-                f"downloading {repository}", min(1.0, (done + count) / whole)), name == names[0])
-            done += sizes[name]
-        return hub_path(hub, repository, names, info.sha)
-    except (ConfigError, InterruptedError):
+        yield
+        return
+    except (ConfigError, InterruptedError, Unreachable):
         raise
     except errors.GatedRepoError:
         reason = (f"it is gated: accept its licence at {endpoint}/{repository}, "
@@ -160,7 +166,7 @@ def fetch_from_hub(repository: str, file: str, progress: Progress) -> Path:
         reason = (f"no file or folder of that name is here, and {endpoint} has no such model (if it is "
                   "private: run `hf auth login` or set HF_TOKEN)")
     except errors.HfHubHTTPError as error:
-        status = http_status(error)
+        status = status_of(error)
         remedy = "; check HF_TOKEN, or run `hf auth login`" if status in (401, 403) else ""
         reason = f"{endpoint} answers with HTTP status {status}{remedy}"
     except Exception as error:
@@ -168,6 +174,159 @@ def fetch_from_hub(repository: str, file: str, progress: Progress) -> Path:
             raise no_hub_room(hub, repository, "more") from None
         reason = named(error)
     raise ConfigError(f"{repository} cannot be downloaded: {reason}")
+
+
+def fetch_from_hub(repository: str, file: str, progress: Progress, bounds: Bounds = Bounds()) -> Path:
+    """As `fetch`, with progress as a share of the bytes."""
+    return fetch(repository, file, lambda stage, done, whole: progress(
+        stage, min(1.0, done / whole) if whole else 0.0), bounds)
+
+
+def fetch(repository: str, file: str, report: Report, bounds: Bounds) -> Path:
+    """A GGUF file or a folder of safetensors in huggingface_hub's cache; what is missing is downloaded.
+
+    The library honours HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and HF_HOME. Without a connection the cached
+    files serve. Raises ConfigError saying what is missing, or what the user must do."""
+    hub = load_hub(f"the Hugging Face model {repository}")
+    if not bounds.downloads:
+        return cached_from_hub(hub, repository, file, "--no-downloads is set")
+    report(f"looking for {repository}", 0, 0)
+    with hub_errors(hub, repository):
+        try:
+            plan = hub_plan(hub, repository, file)
+        except Unreachable as error:
+            why = "HF_HUB_OFFLINE is set" if hub.constants.is_offline_mode() else \
+                f"{hub.constants.ENDPOINT} cannot be reached ({named(error.args[0])})"
+            return cached_from_hub(hub, repository, file, why)
+        disk = DiskCheck(hub, repository, plan, report, bounds)
+        disk.check(0)
+        looked, done = "config.json" not in plan.names, 0
+        for name in plan.missing:
+            if not looked and name not in FOLDER_FILES:
+                looked = refuse_early(repository, hub_path(hub, repository, ["config.json"], plan.revision))
+                if "tokenizer.json" not in plan.sizes:
+                    raise ConfigError(f"{repository} is not downloaded: it has no tokenizer.json"
+                                      + other_tokenizers(plan.sizes))
+            download_from_hub(hub, repository, name, disk, done)
+            done += plan.sizes[name]
+        path = hub_path(hub, repository, plan.names, plan.revision)
+        note_revision(hub_folder(hub, repository), plan.revision)
+        return path
+
+
+def hub_plan(hub, repository: str, file: str) -> Plan:
+    """ConfigError if the repository has no such model; Unreachable without a connection."""
+    sizes, revision, begun = hub_listing(hub, repository)
+    names = hub_files(repository, file, sizes)
+    missing = [name for name in names
+               if not isinstance(hub.try_to_load_from_cache(repository, name, revision=revision), str)]
+    parts = [hub_folder(hub, repository) / f".chat_server.{begun[name]}" for name in missing if name in begun]
+    return Plan(revision, sizes, names, missing, sum(part.stat().st_size for part in parts if part.exists()))
+
+
+SAFE = r"(?!\.)[A-Za-z0-9._-]{1,128}"  # of what a hub says and becomes part of a path
+
+
+def hub_listing(hub, repository: str) -> tuple[dict[str, int], str, dict[str, str]]:
+    """(sizes of a repository's files, its revision, SHA-256 of its large files). Files whose names could lead
+    out of the cache are left out."""
+    try:
+        info = hub.HfApi().model_info(repository, files_metadata=True, timeout=10)
+    except InterruptedError:
+        raise
+    except Exception as error:  # no connection, in the words of whatever HTTP library it uses
+        if isinstance(error, hub.errors.HfHubHTTPError) and status_of(error) < 500:
+            raise
+        raise Unreachable(error) from None
+    files = [each for each in info.siblings or () if is_plain_path(each.rfilename)]
+    revision = check_safe(repository, info.sha)
+    hashes = {each.rfilename: each.lfs.sha256 for each in files if each.lfs}
+    return ({each.rfilename: each.size or 0 for each in files}, revision,
+            {name: digest for name, digest in hashes.items() if re.fullmatch(SAFE, str(digest))})
+
+
+def is_plain_path(name: str) -> bool:
+    """Does a name stay below the folder that it is put in, and has it no odd characters?"""
+    return name.isprintable() and "\\" not in name and not {"", ".", ".."} & {*name.split("/")}
+
+
+def check_safe(repository: str, word: str | None) -> str:
+    if not re.fullmatch(SAFE, word or ""):
+        raise ConfigError(f"{repository} cannot be downloaded: the hub calls a version of it {shown(word)}")
+    return word or ""
+
+
+def note_revision(folder: Path, revision: str):
+    """Note which version of a model is complete: what is used without a connection."""
+    main = folder / "refs" / "main"
+    with contextlib.suppress(OSError):
+        if main.exists() and main.read_text().strip() == revision:
+            return
+    main.parent.mkdir(parents=True, exist_ok=True)
+    new = main.with_name(".chat_server.main")
+    new.write_text(revision)
+    os.replace(new, main)
+
+
+def cache_bytes(cache: Path) -> int:
+    """Bytes of all models in the library's cache, also of those that are being downloaded."""
+    return sum(map(folder_bytes, cache.glob("models--*")))
+
+
+def folder_bytes(folder: Path) -> int:
+    total = 0
+    for path, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                status = os.lstat(os.path.join(path, name))
+                total += status.st_size * stat.S_ISREG(status.st_mode)
+    return total
+
+
+class DiskCheck:
+    """Passes on how many bytes of a model are here, and checks before and meanwhile that the disk and
+    --models-disk have room for the others."""
+
+    EVERY_BYTES = 16 << 20
+
+    def __init__(self, hub, repository: str, plan: Plan, report: Report, bounds: Bounds):
+        self.hub, self.repository, self.plan = hub, repository, plan
+        self.report, self.bounds = report, bounds
+        self.folder, self.checked = Path(hub.constants.HF_HUB_CACHE), 0
+
+    def check(self, done: int):
+        """ConfigError if the bytes after `done` have no room."""
+        self.checked, left = done, self.plan.whole - max(done, self.plan.begun)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if left <= 0:
+            return
+        if not has_room(self.folder, left + self.bounds.reserved):
+            raise no_hub_room(self.hub, self.repository, f"{left:,} bytes")
+        if self.bounds.disk is None:
+            return
+        used, others = cache_bytes(self.folder), self.bounds.reserved
+        if used + left + others > self.bounds.disk:
+            raise ConfigError(
+                f"no room for {self.repository}: --models-disk allows {self.bounds.disk:,} bytes, models in "
+                f"the cache have {used:,}, {left:,} more must be downloaded"
+                + (f", and other downloads need {others:,}" if others else "") + ". Delete a model")
+
+    def correct(self, name: str, size: int, before: int):
+        """A file has `size` bytes, which the list of files may not have said."""
+        if size > self.plan.sizes[name]:
+            self.plan.sizes[name] = size
+            self.check(before)
+
+    def note(self, before: int, stage: str, count: int, unwritten: int = 0):
+        """`count` bytes of a file are here, the last of them not on the disk yet, and `before` of the files
+        before it."""
+        done = before + count
+        if done > self.plan.whole + self.EVERY_BYTES:
+            raise ConfigError(f"{self.repository} is not downloaded: the hub sends more than it announced")
+        if done - self.checked >= self.EVERY_BYTES:
+            self.check(done - unwritten)
+        size = f" ({self.plan.whole / 1e9:.1f} GB)" if self.plan.whole >= 1e8 else ""
+        self.report(f"{stage} {self.repository}{size}", done, self.plan.whole)
 
 
 def hub_files(repository: str, file: str, names: Iterable[str]) -> list[str]:
@@ -226,6 +385,10 @@ PREVIEW_S = 300         # on a machine that has no processor for it
 HEADER_BYTES = 4 << 20  # of a GGUF file may be its whole header; else it is looked at again at twice as many
 
 
+class CannotRun(ConfigError):
+    """No server of this program can run a model."""
+
+
 def refuse_early(repository: str, path: Path, size: int | None = None) -> bool:
     """ConfigError if no server can run a model, by the small files of its folder or the beginning of its
     GGUF file of `size` bytes; False if more of that is needed to tell."""
@@ -236,7 +399,7 @@ def refuse_early(repository: str, path: Path, size: int | None = None) -> bool:
         return True  # the worker will tell
     if done.returncode == 1 and (reason := done.stdout.decode("utf-8", "replace").strip()):
         reason = reason.replace(f"{path}/", "").replace(str(path), "its file" if size else "it")
-        raise ConfigError(f"{repository} is not downloaded: {reason}")
+        raise CannotRun(f"{repository} is not downloaded: {reason}")
     return done.returncode != 2
 
 
@@ -253,11 +416,9 @@ def hub_folder(hub, repository: str) -> Path:
     return Path(hub.constants.HF_HUB_CACHE) / name
 
 
-def cached_from_hub(hub, repository: str, file: str, error: Exception) -> Path:
-    """What the cache has of a model, without a connection; ConfigError if that is not all of it."""
+def cached_from_hub(hub, repository: str, file: str, why: str) -> Path:
+    """What the cache has of a model, if nothing can be downloaded; ConfigError if that is not all of it."""
     cache = hub_folder(hub, repository)
-    why = "HF_HUB_OFFLINE is set" if hub.constants.is_offline_mode() else \
-        f"{hub.constants.ENDPOINT} cannot be reached ({named(error)})"
     lacks = ConfigError(f"no file or folder {repository} is here, {why}, and the cache {cache.parent} does "
                         "not have all files of that model")
     try:
@@ -284,23 +445,25 @@ def no_hub_room(hub, repository: str, what: str) -> ConfigError:
                        "folder on a larger disk")
 
 
-def download_from_hub(hub, repository: str, name: str, progress: Callable[[int], None], is_first: bool):
-    """Put a file into huggingface_hub's cache. The first GGUF file of a model is looked at as soon as its
-    header is here.
+def download_from_hub(hub, repository: str, name: str, disk: DiskCheck, before: int):
+    """Put a file into huggingface_hub's cache, after `before` bytes of others. The first GGUF file of a model
+    is looked at as soon as its header is here.
 
     The library itself begins a file again when its process ended in the middle. So a file is first written
     beside the cache's blobs, where the next start finds it; then the library finds a complete blob."""
+    plan, note = disk.plan, partial(disk.note, before)
+
     class Bar(contextlib.AbstractContextManager):
         """The part of tqdm's interface that the library uses."""
 
-        look_at = HEADER_BYTES if is_first and name.lower().endswith(".gguf") else sys.maxsize
+        look_at = HEADER_BYTES if name == plan.names[0] and name.lower().endswith(".gguf") else sys.maxsize
 
         def __init__(self, *_, initial: int = 0, total: int | None = None, **__):
             self.n, self.total = initial, total
 
         def update(self, count: int = 1):
             self.n += count
-            progress(self.n)
+            note("downloading", self.n, count)
             if part.exists() and (written := part.stat().st_size) >= Bar.look_at:
                 checked = refuse_early(f"{repository}:{name}", part, remote.size)
                 Bar.look_at = sys.maxsize if checked else 2 * written
@@ -311,36 +474,45 @@ def download_from_hub(hub, repository: str, name: str, progress: Callable[[int],
         def __getattr__(self, name: str):
             return lambda *_, **__: None
 
-    url, cache = hub.hf_hub_url(repository, name), hub_folder(hub, repository)
+    url, cache = hub.hf_hub_url(repository, name, revision=plan.revision), hub_folder(hub, repository)
+    note("downloading", 0)
     remote = hub.get_hf_file_metadata(url, timeout=10)
-    blob, part = cache / "blobs" / str(remote.etag), cache / f".chat_server.{remote.etag}"
+    disk.correct(name, remote.size or 0, before)
+    etag = check_safe(repository, remote.etag)
+    blob, part = cache / "blobs" / etag, cache / f".chat_server.{etag}"
     largest = hub.constants.MAX_HTTP_DOWNLOAD_SIZE  # beyond it the library uses a protocol of its own
-    if remote.etag and 1 << 20 < (remote.size or 0) <= largest and not blob.exists():
+    if 1 << 20 < (remote.size or 0) <= largest and not blob.exists():
         blob.parent.mkdir(parents=True, exist_ok=True)
-        with download_lock(cache, lambda stage, fraction: progress(0)), open(part, "ab") as file:
-            resumed = file.tell()
-            while (before := file.tell()) < remote.size:
+        with download_lock(cache, lambda stage, fraction: note("waiting for", 0)), open(part, "ab") as file:
+            if file.tell() > remote.size:
+                file.truncate(0)
+            while not blob.exists() and (start := file.tell()) < remote.size:
                 try:
                     hub.file_download.http_get(
-                        url, file, resume_size=before, tqdm_class=Bar, expected_size=remote.size,
+                        url, file, resume_size=start, tqdm_class=Bar, expected_size=remote.size,
                         headers=hub.utils.build_hf_headers())
                 except (hub.errors.HfHubHTTPError, InterruptedError):
                     raise
-                except ConfigError:  # no server can run it
+                except CannotRun:
                     part.unlink()
+                    raise
+                except ConfigError:  # no room for the rest
                     raise
                 except Exception as error:  # the connection broke: retry while bytes arrive
                     if getattr(error, "errno", None) in FULL:
                         raise
-                    if file.tell() == before:
+                    if file.tell() == start:
                         raise ConfigError(
-                            f"the download of {name} of {repository} broke at byte {before:,} of "
+                            f"the download of {name} of {repository} broke at byte {start:,} of "
                             f"{remote.size:,}: {named(error)}. The next start continues there") from None
-            file.flush()
-            os.fsync(file.fileno())
-            if resumed and re.fullmatch("[0-9a-f]{64}", remote.etag) and sha256_of(part) != remote.etag:
-                part.unlink()
-                raise ConfigError(f"{name} of {repository} was downloaded in parts that do not fit together; "
-                                  "start again")
-            os.replace(part, blob)
-    hub.hf_hub_download(repository, name, tqdm_class=Bar)
+            if not blob.exists():  # else another process has downloaded it
+                file.flush()
+                os.fsync(file.fileno())
+                note("checking", remote.size)
+                if re.fullmatch("[0-9a-f]{64}", etag) and sha256_of(part) != etag:
+                    part.unlink()
+                    raise ConfigError(f"{name} of {repository} was downloaded in parts that do not fit "
+                                      "together; start again")
+                os.replace(part, blob)
+        part.unlink(missing_ok=True)
+    hub.hf_hub_download(repository, name, revision=plan.revision, tqdm_class=Bar)

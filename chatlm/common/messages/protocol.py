@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from chatlm.common.config import Settings
@@ -220,6 +221,59 @@ class Crashed:
     traceback: str
 
 
+class Offer(NamedTuple):
+    """A model of the Hugging Face hub, or in its cache."""
+
+    name: str            # a MODEL
+    bytes: int = 0       # of its files; 0: not known yet
+    here: int = 0        # of these, in the cache
+    complete: bool = False  # is all of it here?
+    problem: str = ""    # why this program cannot run it
+    gated: bool = False  # its makers ask for an agreement
+    downloads: int = 0   # in the last month
+    kind: str = ""       # "gguf", "safetensors" or "": neither
+
+
+@wire_message(1 << 16)
+class HubQuestion:
+    """Front to its process for the hub: one of chatlm/common/hub/offers.py: QUESTIONS."""
+
+    kind: str
+    text: str
+
+
+@wire_message(1 << 20)
+class HubOffers:
+    """To the front: the answer to a question."""
+
+    offers: tuple[Offer, ...]
+
+
+@wire_message(1 << 16)
+class HubFetch:
+    """Front to its process for the hub: download this model."""
+
+    name: str
+    disk: int | None  # --models-disk
+    reserved: int     # bytes that other downloads still need
+
+
+@wire_message(1 << 14)
+class HubProgress:
+    """To the front: a download's progress, in bytes. The first with a `whole` comes once there is room."""
+
+    stage: str
+    done: int
+    whole: int
+
+
+@wire_message(1 << 14)
+class HubFetched:
+    """To the front: the model is in the cache."""
+
+    path: Path
+
+
 @wire_message(1 << 12)
 class RayConfig:
     """Front to its Ray process, first: which cluster."""
@@ -339,6 +393,7 @@ WORKER_PIPE = Pipe(WorkerConfig, NewRequest, NewPrompt, NewAnswer, Cancel, EndTh
                    EmptyCache, CacheEmptied, LoadAdapter, DropAdapter, AdapterLoaded, Loading, ModelText,
                    ModelCard, Ready, Stepped, Unusable, Crashed)
 SURVEY_PIPE = Pipe(SurveyConfig, Surveyed, Loading, Unusable, Crashed)
+HUB_PIPE = Pipe(HubQuestion, HubOffers, HubFetch, HubProgress, HubFetched, Unusable, Crashed)
 SANDBOX_PIPE = Pipe(SandboxConfig, Task, Body, Begun, Result, Refused)
 RAY_PIPE = Pipe(RayConfig, StartActor, EndActor, Nodes, ActorAddress, ActorEnded, Unusable)
 

@@ -388,3 +388,15 @@ BODY_FIELDS: dict[str, tuple[Field, ...]] = {  # of each route that takes a body
     "/apply-template": TEMPLATE_FIELDS, "/models/load": MANAGED_FIELDS, "/models/unload": MANAGED_FIELDS,
     "/v1/compare": COMPARE_FIELDS,
 }
+HUB_NAME = Field("model", TEXT, "a short name, owner/name, or owner/name:FILE", required=True)
+EITHER_NAME = (Field("model", TEXT, "a short name, owner/name, or owner/name:FILE"),
+               Field("name", TEXT, "the same, for older clients"))
+HUB_FIELDS: dict[str, tuple[Field, ...]] = {  # of routes about models that may not be served
+    "/models/download": (HUB_NAME, Field("stream", SWITCH, "server-sent events until the download has ended; "
+                                         "otherwise the state after it was begun")),
+    "/models/cancel": (HUB_NAME,), "/models/delete": (HUB_NAME,),
+    "/api/pull": (*EITHER_NAME, Field("stream", SWITCH, "one JSON object per line (the default); false: one "
+                                      "object, once it has ended"),
+                  Field("insecure", SWITCH, "has no effect: HF_ENDPOINT names the hub")),
+    "/api/delete": EITHER_NAME,
+}

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence as Seq
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatlm.common.config import ModelChoice
+from chatlm.common.errors import RequestError
+from chatlm.common.hub.offers import is_of_hub
 from chatlm.front.pool.models import Model, Registry
 
 if TYPE_CHECKING:
@@ -57,6 +60,32 @@ class Catalogue:
 
     async def end_thinking(self, request_id: str) -> bool:
         return any([await pool.end_thinking(request_id) for pool in self.pools])
+
+    # models of the hub that come and go while the server runs
+
+    async def take_in(self, name: str, path: Path, aliases: Seq[str] = ()) -> str:
+        """Serve a model that was downloaded; returns "" or what the operator must do."""
+        repository, _, file = name.partition(":")
+        if self._of_hub(repository, file):
+            return ""
+        return f"this server has one model; to serve this one: python chat_server.py {name}"
+
+    def leave_out(self, repository: str, file: str):
+        """Stop serving what was downloaded of a repository, or one file of it. RequestError 409 for a model
+        that the command line names."""
+        if models := self._of_hub(repository, file):
+            raise RequestError(f"the server was started with {models[0].name}: it can be deleted once it is "
+                               "served no longer", status=409, code="model_in_use", param="model")
+
+    def served_of_hub(self, repository: str, file: str) -> str:
+        """The name of the model that is served of a repository, or of this file of it; "" if none is."""
+        return next((model.name for model in self._of_hub(repository, file) if model.pool), "")
+
+    def _of_hub(self, repository: str, file: str) -> list[Model]:
+        """The models whose files are of a repository in the hub's cache."""
+        found = [(model, model.source or (model.pool and model.pool.source))
+                 for model in self.registry.models]
+        return [model for model, source in found if source and is_of_hub(source.path, repository, file)]
 
     # what the server shows
 

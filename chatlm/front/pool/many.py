@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
+from chatlm.common.config import ModelChoice
 from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure, Overloaded
 from chatlm.common.hub.adapters import named_adapters
 from chatlm.common.hub.stamps import Changed
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from chatlm.front.pool.models import Model, Served
     from chatlm.front.pool.pool import WorkerPool
     from chatlm.front.pool.residency import Place
+
+
+LEAVING_S = 3.0  # after a model's last request may have found it, before its pool is closed
 
 
 class ManyModels(Catalogue):
@@ -54,6 +58,8 @@ class ManyModels(Catalogue):
         self.stage = ("finding the models", 0.0)
         self.closing = False
         self.leaving: list[WorkerPool] = []  # of models that requests can no longer find
+        self.taken_in: set[Model] = set()    # those that were downloaded for a client
+        self.taking = asyncio.Lock()
         self.started_s = time.monotonic()
         self.tasks: set[asyncio.Task] = set()
 
@@ -154,6 +160,61 @@ class ManyModels(Catalogue):
         if place in self.residency.places:
             self.residency.places.remove(place)
         self.residency.changed.set()
+
+    # models that come and go while the server runs
+
+    async def take_in(self, name: str, path: Path, aliases: Seq[str] = ()) -> str:
+        await self.wait_ready()
+        async with self.taking:
+            if self.closing:
+                return "the server is shutting down"
+            for model in [*self.registry.models]:
+                if model.pool and model.source and model.source.path in (path, path.resolve()):
+                    more = [each for each in (name, *aliases) if not model.fits(each)]
+                    model.rename(model.name, (*model.choice.aliases, *more))
+                    return ""
+                if model in self.taken_in and model.name == name:  # an older version, or one that failed
+                    self.taken_in.remove(model)
+                    self.dismiss(model)
+            choice = self.registry.renamed(ModelChoice(str(path), name, aliases=tuple(aliases)))
+            if choice.name != name:
+                return f"another model has the name {name}"
+            model = await self.opener.resolve(choice)
+            await self.opener.open(model)
+            await self.opener.survey.close()
+            if model.pool is None:
+                return f"it cannot be served: {model.reason}"
+            self.registry.add(model)
+            self.taken_in.add(model)
+            self.serve(model)
+            return ""
+
+    def leave_out(self, repository: str, file: str):
+        models = self._of_hub(repository, file)
+        if not self.taken_in.issuperset(models):
+            return super().leave_out(repository, file)
+        for model in models:
+            self.taken_in.remove(model)
+            self.dismiss(model)
+
+    def dismiss(self, model: Model, wait_s: float = LEAVING_S):
+        """Stop accepting requests for a model; those that it has may end."""
+        self.registry.models.remove(model)
+        if model.pool:
+            self.leaving.append(model.pool)
+            self.run(f"ending {model.name}", partial(self._end, model, model.pool, wait_s))
+
+    async def _end(self, model: Model, pool: WorkerPool, wait_s: float):
+        """Close the pool of a model that requests can no longer find, once its answers have ended."""
+        await asyncio.sleep(wait_s)  # requests that just found it are still being read
+        while jobs := [*pool.dispatcher.jobs.values()]:
+            if not pool.supervisor.ready_workers:  # and no worker can start, since the files changed
+                pool.dispatcher.fail(EngineFailure(
+                    f"the model {model.name!r} was changed or removed before it was loaded"), *jobs)
+            await asyncio.sleep(0.1)
+        self.leaving.remove(pool)
+        if model.pool:
+            await self.remove(pool, model.place)
 
     async def close(self):
         self.draining = self.closing = True

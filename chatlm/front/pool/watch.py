@@ -6,12 +6,11 @@ import asyncio
 import time
 from collections.abc import Iterable, Sequence as Seq
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatlm.common.config import ModelChoice
-from chatlm.common.errors import ConfigError, EngineFailure
+from chatlm.common.errors import ConfigError
 from chatlm.common.hub.adapters import CONFIG, base_of
 from chatlm.common.hub.steps import find_steps, written_metrics
 from chatlm.common.log import log
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from chatlm.common.hub.steps import Step
     from chatlm.front.pool.many import ManyModels
     from chatlm.front.pool.models import Model
-    from chatlm.front.pool.pool import WorkerPool
     from chatlm.front.pool.residency import Residency
 
 
@@ -139,24 +137,9 @@ class RunWatch:
         """Stop accepting requests for a checkpoint; those that it has may end."""
         model = self.models.pop(step)
         log.info("the checkpoint %s %s", model.name, why)
-        self.registry.models.remove(model)
         if self.last.get(step.run) is model:
             del self.last[step.run]
-        if model.pool:
-            self.many.leaving.append(model.pool)
-            self.many.run(f"ending {model.name}", partial(self._end, model, model.pool))
-
-    async def _end(self, model: Model, pool: WorkerPool):
-        """Close the pool of a model that requests can no longer find, once its answers have ended."""
-        await asyncio.sleep(self.WATCH_S)  # requests that just found it are still being read
-        while jobs := [*pool.dispatcher.jobs.values()]:
-            if not pool.supervisor.ready_workers:  # and no worker can start, since the files changed
-                pool.dispatcher.fail(EngineFailure(
-                    f"the checkpoint {model.name!r} was changed or removed before it was loaded"), *jobs)
-            await asyncio.sleep(0.1)
-        self.many.leaving.remove(pool)
-        if model.pool:
-            await self.many.remove(pool, model.place)
+        self.many.dismiss(model, self.WATCH_S)
 
     def follow(self) -> bool:
         """Move each run's `latest` to its newest step. Returns whether one of these is still loading."""

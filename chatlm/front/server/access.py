@@ -51,16 +51,16 @@ class Access:
         http["models"] = keys[0].models if keys else ()
         return keys[0].name if keys else client_at(http.remote)
 
-    def check_operator(self, http: web.Request):
-        """Refuse whoever may not load and unload models. Keys that are not limited to some models may;
-        without keys, only this machine may, unless it is a proxy for others."""
+    def check_operator(self, http: web.Request, act: str = "load and unload models"):
+        """Refuse whoever may not load, unload, download and delete models. Keys that are not limited to some
+        models may; without keys, only this machine may, unless it is a proxy for others."""
         if self.settings.keys and bound_of(http):
-            raise RequestError("an API key that is limited to some models may not load or unload any",
+            raise RequestError(f"an API key that is limited to some models may not {act}",
                                status=403, code="key_bound_to_models")
         forwarded = any(name in http.headers for name in ("X-Forwarded-For", "Forwarded", "X-Real-IP"))
         if not self.settings.keys and (network_of(http.remote or "::1") or forwarded):
-            raise RequestError("without API keys, only this machine may load and unload models "
-                               "(--api-key-file)", status=403, code="not_local")
+            raise RequestError(f"without API keys, only this machine may {act} (--api-key-file)", status=403,
+                               code="not_local")
 
     def check_host(self, http: web.Request):
         """Check the Host header: a foreign page can make its own name resolve to this server's address.
@@ -91,13 +91,14 @@ class Access:
         allowed = name in self.settings.allowed_host and not port
         return scheme in ("http", "https") and ((name, port) == own or allowed)
 
-    def check_origin(self, http: web.Request):
-        """Refuse pages of other origins: a page can post even where it cannot read the response.
+    def check_origin(self, http: web.Request, works: bool = False):
+        """Refuse pages of other origins: a page can post even where it cannot read the response, and get what
+        makes the server work.
 
         Browsers send Origin with every post, but Sec-Fetch-Site only to addresses that they trust."""
         origin, site = http.headers.get("Origin"), http.headers.get("Sec-Fetch-Site", "none")
         foreign = origin is not None and not self.is_own(http, origin)
-        if foreign or http.method not in ("GET", "HEAD") and site not in ("none", "same-origin"):
+        if foreign or (works or http.method not in ("GET", "HEAD")) and site not in ("none", "same-origin"):
             self.check_admitted(http)
 
     def check_admitted(self, http: web.Request):

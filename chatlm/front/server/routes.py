@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TYPE_CHECKING
 
 from chatlm.front.api.field_types import TEXT
 from chatlm.front.api.fields import A_TEXT, Field
-from chatlm.front.api.tables import BODY_FIELDS
+from chatlm.front.api.tables import BODY_FIELDS, HUB_FIELDS
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -50,8 +50,8 @@ class Route(NamedTuple):
 
     @property
     def fields(self) -> tuple[Field, ...]:
-        """The fields of the body, for which ANSWER_READERS or TEXT_READERS has a reader."""
-        return BODY_FIELDS.get(self.pattern, ())
+        """The fields of the body. ANSWER_READERS or TEXT_READERS has a reader for those of BODY_FIELDS."""
+        return BODY_FIELDS.get(self.pattern) or HUB_FIELDS.get(self.pattern, ())
 
 
 RETRIEVAL_ROUTES = tuple(  # whatever they ask for, one handler answers
@@ -64,6 +64,28 @@ RETRIEVAL_ROUTES = tuple(  # whatever they ask for, one handler answers
         (Api.OLLAMA, "embeddings in Ollama's format", "/api/embed"),
         (Api.OLLAMA, "one embedding, for older clients of Ollama", "/api/embeddings"))
     for path in paths.split())
+
+HUB_SEARCH = Field("search", TEXT, "also search the hub, for this")
+MANAGING_ROUTES = (
+    Route("POST", "/models/load", Api.OPENAI, "models.handle_load", "load a model"),
+    Route("POST", "/models/unload", Api.OPENAI, "models.handle_unload",
+          "unload a model once its answers have ended; the next request loads it again"),
+    Route("GET", "/models/hub", Api.OPENAI, "downloads.handle_list",
+          "models that can be downloaded, those in the cache, downloads, and room", query=(HUB_SEARCH,)),
+    Route("GET", "/models/hub/{name:.+}", Api.OPENAI, "downloads.handle_look",
+          "what the hub has of a model: files with sizes, and whether this program can run it"),
+    Route("GET", "/models/downloads", Api.OPENAI, "downloads.handle_downloads",
+          "the state of each download, then each change, as events; ends when none is running"),
+    Route("POST", "/models/download", Api.OPENAI, "downloads.handle_download",
+          "download a model, or follow its download"),
+    Route("POST", "/models/cancel", Api.OPENAI, "downloads.handle_cancel",
+          "end a download; the next one continues where it was"),
+    Route("POST", "/models/delete", Api.OPENAI, "downloads.handle_delete",
+          "remove a downloaded model from the cache"),
+    Route("POST", "/api/pull", Api.OLLAMA, "downloads.handle_pull", "download a model as Ollama does"),
+    Route("DELETE", "/api/delete", Api.OLLAMA, "downloads.handle_ollama_delete",
+          "remove a downloaded model from the cache"),
+)
 
 
 DOCUMENT_NAME = Field("name", TEXT, "the document's file name")

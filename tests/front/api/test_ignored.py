@@ -14,7 +14,7 @@ from chatlm.common.messages.requests import Embedder, InfillTokens
 from chatlm.common.text.tokenizer import Tokenizer
 from chatlm.front.admission.prompts import PromptMaker
 from chatlm.front.api.readers import ANSWER_READERS, read_answer, read_text, read_variants
-from chatlm.front.api.tables import BODY_FIELDS, DRAWING_FIELDS, OLLAMA_OPTIONS
+from chatlm.front.api.tables import BODY_FIELDS, DRAWING_FIELDS, HUB_FIELDS, OLLAMA_OPTIONS
 from fake_pool import FakePool, Letters, serving
 
 KNOWN = Known(Settings(seed=7), "tagged", template="{{ reasoning_effort }} {{ city }} </think>", never_written=frozenset({256}),
@@ -145,7 +145,7 @@ def test_a_field_of_a_variant_changes_its_own_request_alone(name):
 
 
 def test_each_route_with_a_body_is_in_the_tables():
-    assert {route.pattern for route in chat_server.ROUTES if route.fields} == set(BODY_FIELDS) == set(BASE)
+    assert {route.pattern for route in chat_server.ROUTES if route.fields} == {*BODY_FIELDS, *HUB_FIELDS} and set(BODY_FIELDS) == set(BASE)
 
 
 # What the clients of the five APIs, and those of vLLM and llama-server, may send and this server does not read.

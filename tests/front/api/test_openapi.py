@@ -27,6 +27,7 @@ from pools import PlayedWorker
 
 METHODS = ["GET", "POST", "PUT", "DELETE", "OPTIONS", "HEAD", "PATCH", "TRACE", "BREW"]
 GRAMMARS = {"response_format", *(field.name for field in CONSTRAINT_FIELDS)}      # more is checked than a schema says
+METHOD_OF = {route.path: route.method for route in chat_server.ROUTES if route.fields}
 BODY_ROUTES = {route.path: route.fields for route in chat_server.ROUTES if route.fields}
 
 
@@ -39,9 +40,10 @@ def test_every_route_and_field_is_described():
     assert {(method.upper(), path) for path, item in paths.items() for method in item} == {
         (route.method, route.pattern) for route in chat_server.ROUTES}
     for path, fields in BODY_ROUTES.items():
-        schema = paths[path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        operation = paths[path][METHOD_OF[path].lower()]
+        schema = operation["requestBody"]["content"]["application/json"]["schema"]
         assert list(schema["properties"]) == [field.name for field in fields]
-        assert paths[path]["post"]["responses"]["200"]["headers"].keys() == {"X-Ignored-Fields"}
+        assert operation["responses"]["200"]["headers"].keys() == {"X-Ignored-Fields"}
         assert all(value["description"] and value["anyOf"][0] for value in schema["properties"].values())
     assert paths["/v1/models/{name}"]["get"]["parameters"][0]["name"] == "name"
     assert [(each["name"], each["in"]) for each in paths["/v1/cancel/{id}"]["post"]["parameters"]] == [("id", "path"), ("reasoning", "query")]
@@ -83,7 +85,7 @@ def port(nanochat_fixtures):
         pool.supervisor.card = ModelCard(text, "fake", 64, (), {}, False)
         await pool.supervisor._prepare()
         pool.supervisor.unload = lambda: None       # there is no process to start again
-        async with serving(pool) as url:
+        async with serving(pool, Settings(downloads=False)) as url:         # no request may ask a hub
             found.append(int(url.rsplit(":", 1)[1]))
             ready.set()
             await stop.wait()
@@ -139,7 +141,7 @@ def value_of(schema):
 
 
 def bodies(path):
-    properties = document()["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]["properties"]
+    properties = document()["paths"][path][METHOD_OF[path].lower()]["requestBody"]["content"]["application/json"]["schema"]["properties"]
     optional = {name: value_of(schema) | json_values for name, schema in properties.items() if name not in ("messages", "model")}
     optional |= {"tool_choice": json_values, "model": st.just("fake") | json_values, "unknown": json_values}
     valid = st.fixed_dictionaries({"messages": messages}, optional={name: each for name, each in optional.items()})
@@ -189,7 +191,7 @@ def test_a_field_is_read_or_refused_by_its_name(value):
             assert not matches(field.schema, value) or makes_grammar
 
 
-requests = st.sampled_from(sorted(BODY_ROUTES)).flatmap(lambda path: st.tuples(st.just("POST"), st.just(path), bodies(path)))
+requests = st.sampled_from(sorted(BODY_ROUTES)).flatmap(lambda path: st.tuples(st.just(METHOD_OF[path]), st.just(path), bodies(path)))
 odd_targets = st.sampled_from(sorted(document()["paths"])) | st.text(
     st.characters(min_codepoint=33, max_codepoint=126), max_size=20).map(lambda text: "/" + text) | st.sampled_from(
     ["/static/", "/static/%00", "/static/..%2f..", "/v1/models/%ff", "/v1/models//", "/v1/cancel/%0a", "/%", "//", "*", "/?" + "x" * 9000,

@@ -1,0 +1,218 @@
+"""The routes with which an operator gets models from the Hugging Face hub and removes them."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+import shutil
+from typing import TYPE_CHECKING
+
+from chatlm.common.config import LIMITS
+from chatlm.common.errors import ConfigError, RequestError, shown, without_folders
+from chatlm.common.hub.offers import cached_models, hub_cache, joined_name, named_model, short_offers
+from chatlm.common.jsontext import dump
+from chatlm.common.memory import available_memory
+from chatlm.front.api.encode import Encoder, frame
+from chatlm.front.api.encoders import OllamaEncoder
+from chatlm.front.api.fields import header_words, json_object, parse_fields
+from chatlm.front.api.ignored import unread
+from chatlm.front.lazy import web
+from chatlm.front.pool.downloads import Downloads
+from chatlm.front.server.responses import REQUEST_LOG, json_response
+from chatlm.front.server.streams import EventStream, read_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from chatlm.common.messages.protocol import Offer
+    from chatlm.front.pool.catalogue import Catalogue
+    from chatlm.front.server.access import Access
+    from chatlm.front.server.bodies import Bodies
+
+ACT = "download and delete models"
+BESIDE_BYTES = 200 << 20  # what a model's process takes in addition to its weights, see Opener.PROCESS_BYTES
+
+
+class DownloadRoutes:
+    """The handlers. Only an operator may call any of them: they say what is on this machine's disk."""
+
+    def __init__(self, catalogue: Catalogue, bodies: Bodies, access: Access):
+        self.catalogue, self.bodies, self.access = catalogue, bodies, access
+        self.downloads = Downloads(catalogue.settings, catalogue)
+
+    async def close(self):
+        await self.downloads.close()
+
+    async def _read(self, http: web.Request) -> dict:
+        """The checked fields of a body."""
+        self._check(http)
+        record = REQUEST_LOG.get()
+        with self.bodies.holding() as holding:
+            raw = await read_bytes(http, holding)
+        if len(raw) > LIMITS.inline_bytes:
+            raise RequestError(f"the body has more than {LIMITS.inline_bytes:,} bytes", status=413,
+                               code="request_entity_too_large")
+        body = json_object(raw)
+        values = parse_fields(body, record.route.fields)
+        if ignored := header_words(unread(body, record.route.fields)):
+            record.headers["X-Ignored-Fields"] = ", ".join(ignored)[:1000]
+        values.setdefault("model", values.get("name", ""))
+        return values
+
+    def _check(self, http: web.Request):
+        self.access.check_origin(http, works=True)
+        self.access.check_operator(http, ACT)
+        self.downloads.check_allowed()
+
+    async def handle_list(self, http: web.Request) -> web.Response:
+        """GET /models/hub: what can be had. With ?search=TEXT also what the hub finds."""
+        self._check(http)
+        text = http.query.get("search", "").strip()
+        if len(text) > 200 or not text.isprintable():
+            raise RequestError("search must be a text of at most 200 characters", param="search")
+        room, memory = await asyncio.to_thread(self._room)
+        cached = await asyncio.to_thread(cached_models)
+        found = await refusals(self.downloads.ask("search", text)) if text else ()
+        return json_response({
+            **room, "short_names": [self._offer(offer, memory) for offer in short_offers()],
+            "cached": [self._offer(offer, memory) for offer in cached],
+            "downloads": [each.body for each in self.downloads.known.values()],
+            "found": [self._offer(offer, memory) for offer in found]})
+
+    async def handle_look(self, http: web.Request) -> web.Response:
+        """GET /models/hub/NAME: what the hub has of a model. The first of `models` is the one that a download
+        of NAME would fetch; its `problem` says why this program cannot run it."""
+        self._check(http)
+        name = http.match_info["name"]
+        room, memory = await asyncio.to_thread(self._room)
+        offers = await refusals(self.downloads.ask("look", name))
+        return json_response({"model": joined_name(*named_model(name)), **room,
+                              "models": [self._offer(offer, memory) for offer in offers]})
+
+    def _room(self) -> tuple[dict, int]:
+        """Bytes free, and the most that a model may take in memory."""
+        cache, memory = hub_cache(), self._memory()
+        there = next(path for path in (cache, *cache.parents) if path.exists())
+        return {"memory": memory, "disk": shutil.disk_usage(there).free,
+                "models_disk": self.downloads.settings.models_disk}, memory
+
+    def _memory(self) -> int:
+        """What a model may take: --models-memory, what a GPU has, or what is free beside the one model."""
+        if budget := getattr(getattr(self.catalogue, "residency", None), "budget", 0):
+            return budget
+        workers = [worker for pool in self.catalogue.pools for worker in pool.stats()["workers"]]
+        on_gpus = [worker["memory_total"] for worker in workers if not worker["device"].startswith("cpu")]
+        used = sum(model.bytes for model in self.catalogue.registry.models)
+        return max(on_gpus, default=0) or available_memory() + used
+
+    def _offer(self, offer: Offer, memory: int) -> dict:
+        repository, file = named_model(offer.name)
+        served = self.catalogue.served_of_hub(repository, file)
+        return {"model": offer.name, "repository": repository, "bytes": offer.bytes, "here": offer.here,
+                "complete": offer.complete, "kind": offer.kind, "problem": without_folders(offer.problem),
+                "gated": offer.gated, "downloads": offer.downloads, "served": served,
+                "fits": offer.bytes + BESIDE_BYTES <= memory if offer.bytes else None}
+
+    async def handle_download(self, http: web.Request) -> web.StreamResponse:
+        """POST /models/download: the download goes on whether or not this client stays."""
+        values = await self._read(http)
+        download = self.downloads.start(values["model"])
+        download.stays = True
+        if not values.get("stream"):
+            return json_response(public(download.body), 202 if download.running else 200)
+        return await stream_of(http, download.states(), state_frame)
+
+    async def handle_downloads(self, http: web.Request) -> web.StreamResponse:
+        """GET /models/downloads: the state of each, and each change, as server-sent events, until none is
+        running."""
+        self._check(http)
+        return await stream_of(http, self.downloads.states(), state_frame)
+
+    async def handle_cancel(self, http: web.Request) -> web.Response:
+        values = await self._read(http)
+        if not await refusals(self.downloads.cancel(values["model"])):
+            raise RequestError(f"no download of {shown(values['model'])} is running", status=404,
+                               code="not_running", param="model")
+        return json_response({"model": values["model"], "state": "cancelled"})
+
+    async def handle_delete(self, http: web.Request) -> web.Response:
+        values = await self._read(http)
+        freed = await refusals(self.downloads.delete(values["model"]), status=404)
+        return json_response({"model": values["model"], "deleted": True, "bytes": freed})
+
+    # Ollama's
+
+    async def handle_pull(self, http: web.Request) -> web.StreamResponse:
+        """POST /api/pull. As at Ollama, it is cancelled when all who follow it have left."""
+        values = await self._read(http)
+        download = self.downloads.start(ollama_name(values["model"]))
+        async with self.downloads.following(download) as states:
+            if values.get("stream", True):
+                return await stream_of(http, states, ollama_lines(), OllamaEncoder)
+            async for _ in states:
+                pass
+        if download.state != "done":
+            raise RequestError(public(download.body).get("error") or "the download was cancelled", status=500,
+                               code="not_downloaded")
+        return json_response({"status": "success"})
+
+    async def handle_ollama_delete(self, http: web.Request) -> web.Response:
+        values = await self._read(http)
+        await refusals(self.downloads.delete(ollama_name(values["model"])), status=404)
+        return web.Response()
+
+
+async def stream_of(http: web.Request, states: AsyncIterator[dict], encode: Callable[[dict], bytes],
+                    form: type[Encoder] = Encoder) -> web.StreamResponse:
+    async with EventStream(http, REQUEST_LOG.get().id, form) as stream:
+        async for state in states:
+            await stream.send(encode(state))
+    return stream.response
+
+
+async def refusals(work, status: int = 400):
+    """What is awaited; a ConfigError, which says what cannot be had, is the client's."""
+    try:
+        return await work
+    except ConfigError as error:
+        raise RequestError(without_folders(str(error)), status=status, code="no_such_model"
+                           if status == 404 else "not_available", param="model") from None
+
+
+def state_frame(state: dict) -> bytes:
+    return frame(public(state))
+
+
+def public(state: dict) -> dict:
+    return {name: without_folders(value) if name in ("error", "note") else value
+            for name, value in state.items()}
+
+
+def ollama_name(name: str) -> str:
+    """A name of Ollama's as ours: hf.co/owner/name:Q4_K_M, llama3.2:1b, llama3.2:latest."""
+    return re.sub(r"^(https://)?(hf\.co|huggingface\.co)/|:latest$", "", name, flags=re.IGNORECASE)
+
+
+def ollama_lines() -> Callable[[dict], bytes]:
+    """An encoder of a download's states as Ollama's stream: a line for each stage and each progress."""
+    last = ""
+
+    def lines(state: dict) -> bytes:
+        nonlocal last
+        model, word = state["model"], state["state"]
+        stages = {"waiting": "pulling manifest", "looking": "pulling manifest",
+                  "downloading": f"pulling {model}", "checking": "verifying sha256 digest",
+                  "opening": "writing manifest", "done": "success"}
+        if word in ("failed", "cancelled"):
+            return dump({"error": public(state).get("error", "the download was cancelled")}) + b"\n"
+        status = stages[word]
+        line: dict = {"status": status}
+        if word == "downloading":
+            digest = hashlib.sha256(model.encode()).hexdigest()  # clients show a part of it
+            line |= {"digest": f"sha256:{digest}", "total": state["bytes"], "completed": state["done"]}
+        elif status == last:
+            return b""
+        last = status
+        return dump(line) + b"\n"
+    return lines

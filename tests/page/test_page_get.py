@@ -1,0 +1,102 @@
+"""The page's view of models to download: what there is, how large, whether it fits; getting, cancelling, continuing, deleting."""
+
+import os
+import re
+
+import pytest
+
+from browsing import (SLOW_MS, ask, button, expect, expect_accessible, expect_answered, menu, message_box, needs_browser, open_page, reload, started_server, visitor)
+from fake_hub import fake_hub
+from tiny_gguf import LLAMA_NUMBERS, gguf_bytes, random_llama, small_gguf_metadata
+
+pytestmark = needs_browser
+TEXT = {**small_gguf_metadata("gpt-2"), "tokenizer.chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"}
+WIDE = LLAMA_NUMBERS | {"llama.feed_forward_length": 8192}
+LARGE = gguf_bytes({**WIDE, **TEXT}, random_llama(numbers=WIDE))
+SMALL = gguf_bytes({**LLAMA_NUMBERS, **TEXT}, random_llama())
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    for name in [name for name in os.environ if name.startswith("HF_")]:
+        monkeypatch.delenv(name)
+    with fake_hub(org__large={"large-Q8_0.gguf": LARGE, "large-Q4_0.gguf": SMALL}, org__odd={"odd.gguf": gguf_bytes({**LLAMA_NUMBERS, **TEXT, "general.architecture": "rwkv7"}, random_llama())}) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+        yield hub
+        hub.released.set()
+
+
+def region(page):
+    return page.get_by_role("region", name="Get a model")
+
+
+def row(page, text):
+    return region(page).get_by_role("row").filter(has_text=text)
+
+
+def search(page, words):
+    region(page).get_by_role("textbox", name="Search the hub").fill(words)
+    button(region(page), "Search").click()
+
+
+def test_a_model_is_found_downloaded_cancelled_continued_used_and_deleted(page, hub, nanochat_fixtures):
+    hub.held = {"large-Q8_0.gguf": 12 << 20}
+    with started_server("--models", str(nanochat_fixtures / "gen5"), "--kv-cache-memory", "4M") as url:
+        open_page(page, url)
+        menu(page, "Get a model")
+        expect(region(page)).to_contain_text(re.compile(r"A model may take .* of memory · .* are free on the disk"), timeout=SLOW_MS)
+        expect(row(page, "llama3.1-70b")).to_contain_text("about 140 GB")
+        expect(row(page, "llama3.1-70b")).to_contain_text("does not fit in memory")
+        expect(row(page, "smollm2-135m")).to_contain_text(re.compile("about 270 MB.*fits"))
+        expect_accessible(page)
+        search(page, "org")
+        button(region(page), "Files of org/large").click()
+        expect(row(page, "org/large:large-Q8_0.gguf")).to_contain_text(re.compile("26 MB.*fits"), timeout=SLOW_MS)
+        button(region(page), "Files of org/odd").click()
+        expect(row(page, "org/odd:odd.gguf")).to_contain_text("cannot run rwkv7", timeout=SLOW_MS)
+        expect(button(region(page), "Get org/odd:odd.gguf")).to_be_disabled()
+        button(region(page), "Get org/large:large-Q8_0.gguf").click()
+        bar = region(page).get_by_role("progressbar", name="Download of org/large:large-Q8_0.gguf")
+        expect(bar).to_have_attribute("value", "10485760", timeout=SLOW_MS)
+        expect(region(page)).to_contain_text("10 MB of 26 MB")
+        expect_accessible(page)
+        reload(page)                    # it goes on, and is found again
+        expect(bar).to_have_attribute("value", "10485760", timeout=SLOW_MS)
+        button(region(page), "Cancel org/large:large-Q8_0.gguf").click()
+        expect(region(page)).to_contain_text("cancelled; what is here stays")
+        expect(region(page).get_by_role("row").filter(has_text="a part of it is here")).to_have_count(1)
+        expect_accessible(page)
+        hub.released.set()
+        button(region(page), "Continue org/large:large-Q8_0.gguf").first.click()
+        expect(region(page)).to_contain_text("org/large:large-Q8_0.gguf is here and served.", timeout=SLOW_MS)
+        button(region(page), "Chat with org/large:large-Q8_0.gguf").first.click()
+        expect(page.get_by_role("combobox", name="Model", exact=True)).to_have_value("org/large:large-Q8_0.gguf")
+        ask(page, "/maxtokens 4")
+        ask(page, "hello")
+        expect_answered(page)
+        menu(page, "Get a model")
+        button(region(page), "Delete org/large:large-Q8_0.gguf").click()
+        expect(page.get_by_role("dialog")).to_contain_text("26 MB are removed from the cache")
+        expect_accessible(page)
+        button(page.get_by_role("dialog"), "Delete").click()
+        expect(region(page).get_by_role("heading", name="On this machine")).to_be_hidden()
+        page.keyboard.press("Escape")
+        expect(message_box(page)).to_be_focused()
+
+
+def test_a_server_that_downloads_nothing_says_so(page, hub, nanochat_fixtures):
+    with started_server("--models", str(nanochat_fixtures / "gen5"), "--kv-cache-memory", "4M", "--no-downloads") as url:
+        open_page(page, url, "#get")
+        expect(region(page).get_by_role("alert")).to_contain_text("This server downloads no models (--no-downloads)")
+        expect(region(page).get_by_role("textbox")).to_be_hidden()
+        expect_accessible(page)
+
+
+def test_the_view_fits_a_phone(browser, hub, nanochat_fixtures):
+    with started_server("--models", str(nanochat_fixtures / "gen5"), "--kv-cache-memory", "4M") as url, visitor(browser, viewport={"width": 360, "height": 740}, has_touch=True) as page:
+        open_page(page, url, "#get")
+        expect(row(page, "smollm2-135m")).to_be_visible(timeout=SLOW_MS)
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        search(page, "nothing at all")
+        expect(region(page)).to_contain_text("The hub has nothing for “nothing at all”.", timeout=SLOW_MS)
