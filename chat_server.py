@@ -157,8 +157,7 @@ from chatlm.front.server.page import Page
 from chatlm.front.server.recordings import GRACE_S, Recordings
 from chatlm.front.server.responses import (
     REQUEST_LOG, bound_of, errors_to_responses, json_response, logged, public_error, send_whole)
-from chatlm.front.server.routes import (
-    DOCUMENT_ROUTES, MANAGING_ROUTES, RETRIEVAL_ROUTES, Api, Route, RouteTable)
+from chatlm.front.server.routes import MORE_ROUTES, Api, Route, RouteTable
 from chatlm.front.server.streams import EventStream
 
 if TYPE_CHECKING:
@@ -387,7 +386,7 @@ ROUTES = (
           "the continuation of a text, streamed or whole"),
     Route("POST", "/infill", Api.OPENAI, "handle_answer",
           "the text between two others, in llama-server's format, streamed or whole"),
-    *RETRIEVAL_ROUTES, *DOCUMENT_ROUTES,
+    *MORE_ROUTES,
     Route("POST", "/v1/responses", Api.OPENAI, "handle_answer",
           "an answer in the format of OpenAI's Responses, streamed or whole"),
     *(Route(method, "/v1/responses/{id}", Api.OPENAI, "handle_response", "404: responses are not kept")
@@ -422,7 +421,6 @@ ROUTES = (
     Route("GET", "/v1/models/{name:.+}", Api.OPENAI, "models.handle_model",
           "a served model, by one of its names", returns=A_MODEL),
     Route("GET", "/v1/runs/{tag:.+}", Api.OPENAI, "models.handle_run", "a run's steps", returns=A_RUN),
-    *MANAGING_ROUTES,
     Route("POST", "/v1/cancel/{id}", Api.OPENAI, "handle_cancel",
           "stop an answer by the X-Request-Id of its response", query=(ONLY_THINKING,)),
     Route("GET", "/v1/streams/{id}", Api.OPENAI, "handle_stream",

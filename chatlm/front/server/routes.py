@@ -97,6 +97,7 @@ DOCUMENT_ROUTES = (
               "pages": {"type": ["integer", "null"],
                         "description": "pages, slides, sheets or chapters; null if the format has none"},
               "cut": {"type": ["string", "null"], "description": "what of the document the text lacks"}}}),)
+MORE_ROUTES = *RETRIEVAL_ROUTES, *DOCUMENT_ROUTES, *MANAGING_ROUTES
 
 
 class RouteTable:
