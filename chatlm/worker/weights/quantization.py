@@ -103,14 +103,6 @@ class Stored(NamedTuple):
 FLOAT, WHOLE = " ".join(FLOATS), "int32 int64"
 
 
-def rows_transposed(words: numpy.ndarray, decode: Callable[..., numpy.ndarray], step: int,
-                    begin: int, end: int) -> numpy.ndarray:
-    """Rows [begin, end) of a matrix whose words (inputs, outputs / step) lie along the outputs."""
-    first = begin // step * step
-    codes = decode(words[:, first // step:-(-end // step)])
-    return numpy.ascontiguousarray(codes[:, begin - first:end - first].T)
-
-
 def awq(stored: Stored) -> Layout:
     qweight = stored.take("qweight", "int32", None, None)
     K, N = qweight.shape[0], 8 * qweight.shape[1]
@@ -118,8 +110,8 @@ def awq(stored: Stored) -> Layout:
     stored.check_group("qweight", group, K)
     scales = stored.take("scales", FLOAT, G, N)
     qzeros = stored.take("qzeros", "int32", G, N // 8)
-    return Grouped((N, K), 4, group, partial(rows_transposed, qweight, awq_codes, 8), scales.T,
-                   stored.mapped, partial(rows_transposed, qzeros, awq_codes, 8))
+    return Grouped((N, K), 4, group, partial(awq_codes, qweight), scales.T,
+                   stored.mapped, partial(awq_codes, qzeros))
 
 
 GROUP_SIZE = Rule(int, -1, MOST_CHANNELS)
