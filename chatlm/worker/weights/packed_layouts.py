@@ -61,6 +61,7 @@ class PackedWeight:
     def __getitem__(self, index) -> PackedWeight:
         """Adjacent rows: families that fuse matrices are split so."""
         [rows] = index if isinstance(index, tuple) else (index,)
+        assert rows.step in (None, 1)
         return PackedWeight(self.layout, self.title, self.rows[rows])
 
     def chunks(self) -> Iterator[tuple[int, int, int, int]]:

@@ -19,7 +19,7 @@ from chatlm.worker.weights.packed_layouts import (
     Codebook, Grouped, Layout, Mx4, Nv4, PackedWeight, awq_codes, unpacked, word_counts)
 from chatlm.worker.weights.rules import MOST_CHANNELS, Rule, checked, read_json
 
-MOST_REPEATS = 6  # of a regular expression, whose time grows with each
+MOST_REPEATS = 5  # of a regular expression, whose time grows with each
 FP8_METHODS = "fp8", "fbgemm_fp8"
 GPTQ_FORMS = "gptq", "gptq_v2"
 ADVICE = "use the unquantized model or a GGUF file of it"
@@ -46,7 +46,6 @@ class Quantization(NamedTuple):
         found = [name for name in names.split() if self.stated.get(name) is not None]
         name = (found or names.split())[0]
         return checked(self.path, f"{self.key}.{name}", self.stated.get(name, default), rule)
-
 
     def matches(self, key: str, pattern: str, module: str) -> bool:
         """Does a module's name begin with this regular expression, which is under `key`? ConfigError if it
@@ -168,7 +167,7 @@ def refuse_points(stored: Stored, ending: str, decode: Callable[[numpy.ndarray],
     are looked at."""
     points = stored.tensors.get(ending)
     if points is not None and points.size and not any(
-            (decode(points.reshape(len(points), -1)[:1]) == one).all() for one in usual):
+            (decode(points.reshape(*points.shape[:1] or (1,), -1)[:1]) == one).all() for one in usual):
         raise stored.error(ending, f"has several zero points, but {stored.quantization.key} says that these "
                                    "weights are symmetric")
 
