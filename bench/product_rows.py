@@ -21,7 +21,7 @@ import sys
 import time
 from pathlib import Path
 
-KINDS = "q8_0,q4_0,q4_1,q4_k,q5_k,mxfp4"
+KINDS = "q8_0,q4_0,q4_1,q4_k,q5_k,mxfp4,u4_g32,u4_g128"
 ROWS = "1,2,3,4,6,8,9,10,12,14,16,17,20,24,31,32,48,64,96,128,192,256"
 WEIGHTS = 1 << 18       # of a matrix, which fits the L2 cache in every type
 

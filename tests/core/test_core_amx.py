@@ -84,7 +84,7 @@ def test_of_several_instruction_sets_the_first_that_is_offered_is_taken():
     assert "isa: amx, avx512, avxvnni, avx2, i8mm, dotprod, neon or portable, not sse" in said.stderr
 
 
-@pytest.mark.parametrize("kind", ["q8_0", "q4_0", "q4_1", "q4_k", "q5_k", "mxfp4", "q6_k", "f32"])
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0", "q4_1", "q4_k", "q5_k", "mxfp4", "u4_g32", "u4_g128", "q6_k", "f32"])
 @pytest.mark.parametrize("isa", EMULATED)
 def test_the_measurement_gives_a_number_of_rows_or_never(isa, kind):
     _core.set_isa(isa)

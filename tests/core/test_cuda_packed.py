@@ -21,8 +21,10 @@ from chatlm.worker.model.spec import ModelSpec, expected_tensors
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.basic import finish_linear, linear_reference
 from chatlm.worker.weights.load import open_model
+from families import make_model
 from engines import make_batch, tensors_of, tokens_of
 from nightly import by_day
+from packers import PACKED, packed_model
 from works import assignment
 
 backends = pytest.importorskip("cuda_backends", exc_type=ImportError, reason="no compiled core is installed")
@@ -356,7 +358,18 @@ def test_floats_of_a_file_become_bfloat16(emulated, tmp_path, monkeypatch):
     assert ours.dtype == "bfloat16" and ours.weight_types.startswith("bfloat16 (")
 
 
-@pytest.mark.parametrize("kind", ["Q4_K", "MXFP4", "Q6_K"])
+@pytest.mark.parametrize("name", ["awq-128", "gptq-4-sym"])
+def test_packed_safetensors_stay_packed_too(emulated, tmp_path, monkeypatch, name):
+    folder, _ = packed_model(make_model("llama2", hidden_size=128, intermediate_size=256, num_hidden_layers=1), tmp_path, name)
+    model = opened(folder, monkeypatch, emulated.backend)
+    ours = transformer_of(model, emulated.kernels(model.spec), model.dtype)
+    assert PACKED[name].tiles in ours.matrix_types
+    exact = transformer_of(opened(folder, monkeypatch, references, "float32"), load_kernels("cpu"), "float32")
+    for want, got in zip(logits_of(exact), logits_of(ours)):
+        assert (got - want).norm() < 0.03 * want.norm()
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "MXFP4", "Q6_K", "U4_G128"])
 def test_large_matrices_are_dequantized_in_panels(emulated, monkeypatch, kind):
     """Of an odd number of rows, so that panels of MXFP4 begin at odd addresses."""
     monkeypatch.setattr(cuda_weights, "PANEL", 256 * 7)

@@ -1,6 +1,7 @@
 """Packs matrices with bitsandbytes and compressed-tensors: `python packers_peer.py FOLDER`.
 
-Each folder in it gets model.safetensors with a packed matrix m, config.json, and values.safetensors with what the library makes of it."""
+Each folder in it gets model.safetensors with a packed matrix m, config.json, and values.safetensors with what the library makes of it.
+`python packers_peer.py --logits MODEL..`: each packed folder gets logits.safetensors, transformers' of the tokens 0 .. 39."""
 
 import json
 import sys
@@ -61,5 +62,13 @@ def main():
                num_bits=4, type="float", strategy="group", group_size=32, symmetric=True, scale_dtype=torch.uint8)
 
 
+def logits(folders):
+    from transformers import AutoModelForCausalLM
+    for folder in folders:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        with torch.no_grad():
+            save_file({"logits": model(torch.arange(40)[None]).logits[0].contiguous()}, Path(folder) / "logits.safetensors")
+
+
 if __name__ == "__main__":
-    main()
+    logits(sys.argv[2:]) if sys.argv[1] == "--logits" else main()

@@ -10,18 +10,44 @@ from safetensors.torch import load_file
 
 from chatlm.worker.weights.quantization import join_packed
 from chatlm.worker.weights.safetensors_file import read_safetensors_file
+from engines import forward_logits, make_batch
+from families import kernels_of, load, make_model, transformer
+from packers import packed_model
 from peer_packages import made_venv
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).resolve().parent
 
 
-def test_libraries_packed_weights_mean_what_they_say(tmp_path):
+@pytest.fixture(scope="module")
+def peer():
+    """Runs packers_peer.py in a venv that has the libraries and sees this environment's torch and transformers."""
     python = made_venv("packers", "packers.txt")
     [packages] = (python.parent.parent / "lib").glob("python*/site-packages")
     (packages / "ours.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
-    done = subprocess.run([python, HERE / "packers_peer.py", tmp_path], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+
+    def run(*arguments):
+        done = subprocess.run([python, HERE / "packers_peer.py", *arguments], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return run
+
+
+def test_transformers_computes_the_same_with_the_same_files(peer, tmp_path):
+    # in float32; what else it runs on a CPU rounds activations, or computes in half precision
+    names, model = ["ct-3", "ct-4", "ct-4-channel", "ct-8"], {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
+    folders = [packed_model(make_model("llama3.1", **model), tmp_path / name, name)[0] for name in names]
+    peer("--logits", *folders)
+    for folder in folders:
+        want = load_file(folder / "logits.safetensors")["logits"]
+        (folder / "logits.safetensors").unlink()
+        ours = load(folder)
+        made = transformer(ours, kernels_of("reference", ours.spec))
+        logits = forward_logits(made, make_batch((list(range(40)), 0, 40, list(range(4)))))[0]
+        assert (logits - want[-1]).abs().max() < 1e-4
+
+
+def test_libraries_packed_weights_mean_what_they_say(peer, tmp_path):
+    peer(tmp_path)
     folders = sorted(tmp_path.iterdir())
     assert len(folders) == 21
     for folder in folders:

@@ -219,7 +219,9 @@ def pack_folder(plain, folder, scheme, which=r".*_proj\.weight"):
     tensors = load_file(plain / "model.safetensors")
     packed = dict(tensors)
     for name in [name for name in tensors if re.fullmatch(which, name)]:
-        made, values = scheme.pack(tensors[name].float())
+        turned = re.search(r"\.c_(attn|proj|fc)\.weight$", name)        # GPT-2's, of which packers make Linears
+        made, values = scheme.pack(tensors[name].T.contiguous().float() if turned else tensors[name].float())
+        values = values.T if turned else values
         del packed[name]
         packed |= {name.removesuffix("weight") + ending: tensor for ending, tensor in made.items()}
         tensors[name] = values.contiguous()

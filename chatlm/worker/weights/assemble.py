@@ -217,8 +217,8 @@ def assembled(path: Path, settings: Settings, sources: Sources, state: Mapping, 
 
     def rows_of(name: str) -> MappedRows:
         if isinstance(state[name], PackedWeight):
-            raise ConfigError(f"{path}: {name} is packed; it must be float32, float16 or bfloat16, because its "
-                              "rows are read from the file")
+            raise ConfigError(f"{path}: {name} is packed; it must be float32, float16 or bfloat16, because "
+                              "its rows are read from the file")
         return mapped_rows(state[name])
 
     return {ours: rows_of(next(iter(source[1]))) if ours == "layer_embed" else unread(*source)

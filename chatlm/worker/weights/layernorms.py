@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
-from chatlm.worker.arrays.kinds import contiguous
+from chatlm.worker.arrays.kinds import contiguous, kind_of
 from chatlm.worker.weights.family import Family, Gguf, Header
 from chatlm.worker.weights.rules import (
     MOST_CHANNELS, MOST_HEADS, MOST_LAYERS, MOST_POSITIONS, ROPE_BASE, Rule)
@@ -64,11 +64,15 @@ GPT2_TENSORS = both({
 
 
 def repack_gpt2(state: Mapping[str, numpy.ndarray]) -> dict[str, numpy.ndarray]:
-    """Its folders store matrices as (in, out), those of the base model without a prefix."""
+    """Its folders store matrices as (in, out), unless they are packed, those of the base model without a
+    prefix."""
+    def turned(name: str, tensor: numpy.ndarray) -> numpy.ndarray:
+        as_inputs = tensor.ndim > 1 and kind_of(tensor) != "packed"
+        return tensor.swapaxes(-1, -2) if as_inputs and re.search(
+            r"\.c_(attn|proj|fc)\.weight$", name) else tensor
+
     return {name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}":
-            tensor.swapaxes(-1, -2) if tensor.ndim > 1 and re.search(r"\.c_(attn|proj|fc)\.weight$", name)
-            else tensor
-            for name, tensor in state.items()}
+            turned(name, tensor) for name, tensor in state.items()}
 
 
 def contiguous_rows(spec: ModelSpec, name: str, rows: numpy.ndarray) -> numpy.ndarray:

@@ -61,6 +61,7 @@ class PackedWeight:
     def __getitem__(self, index) -> PackedWeight:
         """Adjacent rows: families that fuse matrices are split so."""
         [rows] = index if isinstance(index, tuple) else (index,)
+        assert rows.step in (None, 1)
         return PackedWeight(self.layout, self.title, self.rows[rows])
 
     def chunks(self) -> Iterator[tuple[int, int, int, int]]:
@@ -122,13 +123,17 @@ def word_counts(codes: int, bits: int) -> set[int]:
 AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # of the nibbles of a word
 
 
-def awq_codes(words: numpy.ndarray) -> numpy.ndarray:
-    """Codes (n, columns) of AWQ's words (n, columns / 8)."""
-    packed = contiguous(words).view(numpy.uint8).reshape(*words.shape, 4)
-    codes = numpy.empty((*words.shape, 8), numpy.uint8)
+def awq_codes(words: numpy.ndarray, begin: int, end: int) -> numpy.ndarray:
+    """Columns [begin, end) of the codes in AWQ's words (K, N / 8), as rows (end - begin, K)."""
+    first = begin // 8
+    packed = contiguous(words[:, first:-(-end // 8)].T).view(numpy.uint8).reshape(-1, len(words), 4)
+    codes = numpy.empty((len(packed), 8, len(words)), numpy.uint8)
     for i, column in enumerate(AWQ_COLUMNS):
-        codes[..., column] = packed[..., i // 2] >> 4 if i % 2 else packed[..., i // 2] & 15
-    return codes.reshape(len(words), -1)
+        if i % 2:
+            numpy.right_shift(packed[..., i // 2], 4, out=codes[:, column])
+        else:
+            numpy.bitwise_and(packed[..., i // 2], 15, out=codes[:, column])
+    return codes.reshape(-1, len(words))[begin - 8 * first:end - 8 * first]
 
 
 def halves_of(scales: numpy.ndarray) -> numpy.ndarray:

@@ -19,7 +19,7 @@ from chatlm.worker.weights.packed_layouts import (
     Codebook, Grouped, Layout, Mx4, Nv4, PackedWeight, awq_codes, unpacked, word_counts)
 from chatlm.worker.weights.rules import MOST_CHANNELS, Rule, checked, read_json
 
-MOST_REPEATS = 6  # of a regular expression, whose time grows with each
+MOST_REPEATS = 5  # of a regular expression, whose time grows with each
 FP8_METHODS = "fp8", "fbgemm_fp8"
 GPTQ_FORMS = "gptq", "gptq_v2"
 ADVICE = "use the unquantized model or a GGUF file of it"
@@ -46,7 +46,6 @@ class Quantization(NamedTuple):
         found = [name for name in names.split() if self.stated.get(name) is not None]
         name = (found or names.split())[0]
         return checked(self.path, f"{self.key}.{name}", self.stated.get(name, default), rule)
-
 
     def matches(self, key: str, pattern: str, module: str) -> bool:
         """Does a module's name begin with this regular expression, which is under `key`? ConfigError if it
@@ -103,14 +102,6 @@ class Stored(NamedTuple):
 FLOAT, WHOLE = " ".join(FLOATS), "int32 int64"
 
 
-def rows_transposed(words: numpy.ndarray, decode: Callable[..., numpy.ndarray], step: int,
-                    begin: int, end: int) -> numpy.ndarray:
-    """Rows [begin, end) of a matrix whose words (inputs, outputs / step) lie along the outputs."""
-    first = begin // step * step
-    codes = decode(words[:, first // step:-(-end // step)])
-    return numpy.ascontiguousarray(codes[:, begin - first:end - first].T)
-
-
 def awq(stored: Stored) -> Layout:
     qweight = stored.take("qweight", "int32", None, None)
     K, N = qweight.shape[0], 8 * qweight.shape[1]
@@ -118,8 +109,8 @@ def awq(stored: Stored) -> Layout:
     stored.check_group("qweight", group, K)
     scales = stored.take("scales", FLOAT, G, N)
     qzeros = stored.take("qzeros", "int32", G, N // 8)
-    return Grouped((N, K), 4, group, partial(rows_transposed, qweight, awq_codes, 8), scales.T,
-                   stored.mapped, partial(rows_transposed, qzeros, awq_codes, 8))
+    return Grouped((N, K), 4, group, partial(awq_codes, qweight), scales.T,
+                   stored.mapped, partial(awq_codes, qzeros))
 
 
 GROUP_SIZE = Rule(int, -1, MOST_CHANNELS)
@@ -176,7 +167,7 @@ def refuse_points(stored: Stored, ending: str, decode: Callable[[numpy.ndarray],
     are looked at."""
     points = stored.tensors.get(ending)
     if points is not None and points.size and not any(
-            (decode(points.reshape(len(points), -1)[:1]) == one).all() for one in usual):
+            (decode(points.reshape(*points.shape[:1] or (1,), -1)[:1]) == one).all() for one in usual):
         raise stored.error(ending, f"has several zero points, but {stored.quantization.key} says that these "
                                    "weights are symmetric")
 

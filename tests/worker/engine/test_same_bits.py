@@ -22,6 +22,7 @@ from encoders import MODELS as ENCODERS
 from engines import make_engine, propose_partly_right
 from families import GENERATIONS, GGUF_MODELS, GROWING, MODELS, as_gguf, make_model, save
 from nightly import by_day
+from packers import packed_model
 from ranked import Group
 from tiny_nanogpt import ARGS, random_state, write, write_meta
 from works import assignment
@@ -32,10 +33,11 @@ NEW = 33            # tokens of an answer: more than two pages
 class Row(NamedTuple):
     model: str          # of MODELS, a generation, or nanogpt
     changes: dict = {}  # of its config
-    file: bool = False  # a GGUF file, whose matrices stay packed
+    file: bool = False  # a GGUF file, or a folder of `packing`, whose matrices stay packed
     kv: str = "auto"
     context: int | None = None      # --context-length
     fine: bool = False  # --arithmetic fine
+    packing: str = ""   # of tests/support/packers.py
 
 
 ROWS = {**{name: Row(name) for name in (*MODELS, *GENERATIONS, "nanogpt")},
@@ -45,6 +47,8 @@ ROWS = {**{name: Row(name) for name in (*MODELS, *GENERATIONS, "nanogpt")},
         "cohere2 of odd sizes": Row("cohere2", {"head_dim": 20, "hidden_size": 72}),
         "llama of odd sizes as a packed file": Row("llama2", {"head_dim": 24, "hidden_size": 96}, file=True),
         **{f"{name} as a packed file, finely": Row(name, GGUF_MODELS[name], file=True, fine=True) for name in ("llama2", "qwen3moe")},
+        "llama as an AWQ folder": Row("llama3.1", {"hidden_size": 128, "intermediate_size": 256}, file=True, packing="awq-128"),
+        "qwen3moe as an AWQ folder, finely": Row("qwen3moe", file=True, fine=True, packing="awq"),
         # windows and capped scores, sinks, some heads of 16, which stay floats, layers with states
         **{f"{name} with keys of 8 bits": Row(name, kv="q8_0") for name in ("gemma2", "gpt-oss", "gemma4", "qwen3", "qwen3.5", "cohere2")}}
 
@@ -205,6 +209,8 @@ def path_of(tmp_path_factory, nanochat_fixtures):
             write_meta(write(folder, random_state(ARGS), ARGS) / "meta.pkl")
             return folder
         model = make_model(row.model, **row.changes)
+        if row.packing:
+            return packed_model(model, folder, row.packing)[0]
         return as_gguf(folder / "tiny.gguf", model, quantized=True) if row.file else save(model, folder)
     return made
 
@@ -239,7 +245,7 @@ def engine_of(row, path, ranks, request):
 
 def check_is_of(row, transformer):
     """That the engine is what the row is there for."""
-    assert row.file == bool({"q8_0", "mxfp4"} & {*transformer.matrix_types})
+    assert row.file == bool({"q8_0", "mxfp4", "u4_g32", "u4_g128"} & {*transformer.matrix_types})
     assert (row.kv == "q8_0") == ("q8_0" in transformer.layout.types)
     assert bool(row.context) == bool(transformer.spec.q_growth)
     assert row.fine == transformer.kernels.backend.program.fine

@@ -140,7 +140,7 @@ CONFIGS = [
     ("gptq-4", {"bits": 8}, "it must be"), ("gptq-4", {"group_size": 64}, "it must be"), ("gptq-4", {"sym": "no"}, "sym is \"no\"; it must be true or false"),
     ("gptq-4", {"dynamic": {"(": {}}}, 'dynamic has "(", which is no regular expression'),
     ("gptq-4", {"dynamic": {"(.+)+x": {"bits": 4}}}, 'dynamic has "(.+)+x", which is no regular expression without repeated groups'),
-    ("gptq-4", {"dynamic": {".*" * 7 + "x": {"bits": 4}}}, "and with at most 6 repeats"),
+    ("gptq-4", {"dynamic": {".*" * 7 + "x": {"bits": 4}}}, "and with at most 5 repeats"),
     ("gptq-4", {"dynamic": 3}, "dynamic is 3; it must be an object"),
     ("gptq-4", {"dynamic": {r".*up_proj": {"bits": 2}}}, "up_proj.scales is float16 (2, 96); it must be float32 or float16 or bfloat16 (4, 96)"),
     ("ct-4", {"config_groups": {}}, "num_bits is missing; it must be an integer from 1 to 8"),

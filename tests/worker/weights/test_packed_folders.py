@@ -57,6 +57,7 @@ FAMILIES = {        # a family, how it is packed, its matrices, changes of its c
     "adjacent pairs": ("glm4", "ct-4-asym", r".*_proj\.weight", {}), "grouped heads": ("pythia", "awq", r".*(query_key_value|dense\w*)\.weight", {"intermediate_size": 128}),
     "gates and ups fused": ("granite4-dense", "gptq-4-sym", r".*(_proj|put_linear)\.weight", {"shared_intermediate_size": 64}), "transposed": ("gemma3", "bnb-nf4", r".*_proj\.weight", {}),
     "a router": ("qwen3moe", "ct-8", r".*(_proj|mlp\.gate)\.weight", {}), "linear attention": ("qwen3.5", "ct-4", r".*\.(in_proj_(qkv|z|a|b)|\w+_proj)\.weight", {}),
+    "turned": ("gpt2", "gptq-4", r".*\.c_(attn|proj|fc)\.weight", {}),
     "a head": ("qwen3", "ct-4-asym", r"(.*_proj|lm_head)\.weight", {"tie_word_embeddings": False}),
     "an embedding": ("qwen3", "ct-8", r"(.*_proj|lm_head|.*embed_tokens)\.weight", {"tie_word_embeddings": False})}
 

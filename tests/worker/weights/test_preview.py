@@ -1,11 +1,14 @@
 """What is reported about a model whose weights are not here yet."""
 
+import json
+
 import pytest
 
 from chatlm.common.errors import ConfigError
 from chatlm.common.files import Truncated
 from chatlm.worker.weights.preview import preview_folder, preview_gguf, preview_main
 from families import make_model, save
+from packers import PACKED
 from tiny_gguf import LLAMA_NUMBERS, gguf_bytes, random_llama, small_gguf_metadata
 
 GOOD = {**LLAMA_NUMBERS, **small_gguf_metadata("gpt-2")}
@@ -45,3 +48,21 @@ def test_a_folder_without_weights_is_enough(tmp_path):
     (folder / "config.json").write_text('{"model_type": "rwkv7"}')
     with pytest.raises(ConfigError, match="cannot run rwkv7 yet; it runs: Llama"):
         preview_folder(folder)
+
+
+def test_a_folder_s_packing_is_known_without_its_weights(tmp_path, capsys):
+    folder = save(make_model("qwen3"), tmp_path / "made")
+    for weights in folder.glob("*.safetensors*"):
+        weights.unlink()
+    config = json.loads((folder / "config.json").read_text())
+    for name, row in PACKED.items():
+        (folder / "config.json").write_text(json.dumps(config | {"quantization_config": row.config}))
+        assert preview_main([str(folder)]) == 0, name
+    for odd, said in (({"quant_method": "awq", "version": "gemv"}, 'version is "gemv", of which only gemm is read'),
+                      ({"quant_method": "torchao"}, 'quant_method is "torchao"; these packed weights are read: AWQ'),
+                      (PACKED["ct-4"].config | {"format": "marlin-24"}, 'of format "marlin-24"')):
+        (folder / "config.json").write_text(json.dumps(config | {"quantization_config": odd}))
+        assert preview_main([str(folder)]) == 1 and said in capsys.readouterr().out
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_method": "modelopt_w4a8_mystery?", "quant_algo": "X"}}))
+    assert preview_main([str(folder)]) == 1 and 'hf_quant_config.quant_method is "modelopt_w4a8_mystery?"' in capsys.readouterr().out
