@@ -311,7 +311,8 @@ class Settings:
         short="d", choices=("bfloat16", "float32"))
     quantize: str | None = flag(None, str,
         "quantize float weight matrices while loading, to 8 to 2 bits (CPU, with decode_core)",
-        choices=("q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "iq4_nl", "iq4_xs", "mxfp4", "q3_k", "q2_k"))
+        choices=("q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "iq4_nl", "iq4_xs", "mxfp4",
+                 "q3_k", "q2_k"))
 
     arithmetic: str = flag("fast", str,
         "how products with quantized weights round activations on a CPU; fine: to 16 bits, closer to float32 "

@@ -181,8 +181,8 @@ def build_transformer(
     return model, transformer, num_pages, context, running
 
 
-# The mean KL from float weights' next tokens to those of a type, on the default model, in rows filled up to whole blocks
-# (bench/RESULTS.md)
+# The mean KL from float weights' next tokens to those of a type: the default model, rows filled up to whole
+# blocks (bench/RESULTS.md)
 LOSSES = {"q3_k": 1.05, "q2_k": 6.2}
 
 
@@ -190,8 +190,8 @@ def loss_of(quantize: str | None) -> str:
     """What --quantize costs where that is much, in words; "" elsewhere."""
     if quantize not in LOSSES:
         return ""
-    return (f"--quantize {quantize}: on the default model, of 135 million parameters, the mean KL from its float "
-            f"weights is {LOSSES[quantize]} (q4_k: 0.08). Larger models lose less; compare them before use")
+    return (f"--quantize {quantize}: on the default model, of 135 million parameters, the mean KL from its "
+            f"float weights is {LOSSES[quantize]} (q4_k: 0.08). Larger models lose less; compare before use")
 
 
 def layers_of_floats(spec: ModelSpec, kv: KvType) -> str:

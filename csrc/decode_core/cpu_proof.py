@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import numpy
 import torch
 
-from . import cuda
 from .cuda_weights import dequantized
 from .program import Marker, Program
 from .proof import Dice, copied, differs, random_blocks
@@ -299,7 +298,7 @@ class Chain:
             arguments[:2] = (turned(q) if cache.dtype == torch.uint8 else q) * scale, self.as_kept(cache)
         reference(*arguments, out=want, **options)
         kind = call.label.rpartition(" ")[2]
-        return differs(out, want, "the output", PACKED_TOLERANCE if kind in cuda.BLOCKS else 0.0)
+        return differs(out, want, "the output", PACKED_TOLERANCE if kind in COLUMNS and kind not in FLOATS else 0.0)
 
     def as_kept(self, cache: torch.Tensor) -> Any:
         """A layer's cache as the references have it: floats, or the packed keys and values."""

@@ -64,8 +64,8 @@ def test_their_bits_are_the_same_alone_or_beside_others_on_every_instruction_set
 
 
 @pytest.mark.parametrize("op, change, words", [
-    ("look_up", dict(table=SimpleNamespace(kind="q2_k", table=torch.zeros(3, 84, dtype=torch.uint8))),
-     "table: must be of a type among f32, .*not 'q2_k'"),
+    ("look_up", dict(table=SimpleNamespace(kind="q9_k", table=torch.zeros(3, 84, dtype=torch.uint8))),
+     "table: must be of a type among f32, .*not 'q9_k'"),
     ("look_up", dict(table=SimpleNamespace(kind="q8_0", table=torch.zeros(3, 67, dtype=torch.uint8))), "table: must have the shape"),
     ("look_up", dict(out=np.zeros((8, 33), np.float32)), "out: must have a multiple of 32 columns"), ("look_up", dict(ids=[1]), "ids: must be"),
     ("layer_inputs", dict(weight=np.ones(48, np.float32)), "weight: must have a multiple of 16 values that divides 64"),

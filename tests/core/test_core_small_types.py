@@ -1,5 +1,7 @@
 """Types of two and three bits: random blocks of files as `gguf` reads them, products within their bound, and one row's bits everywhere."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings as bounds, strategies as st
@@ -58,3 +60,12 @@ def test_tiles_multiply_as_the_reference_says_with_the_same_bits_everywhere(kind
     if kind == "q2_k":                      # scale and minimum are added apart, and may cancel
         bound += 1e-5 * amax @ np.full(w.shape, 130 * 2.0 ** exponent).T
     assert (np.abs(out - x.astype(np.float64) @ w.astype(np.float64).T) <= bound + 1e-30).all()
+
+
+@pytest.mark.parametrize("kind", SCALES)
+def test_types_that_only_files_have_become_q8_0_on_cuda(kind):
+    weights = pytest.importorskip("decode_core.weights", exc_type=ImportError)
+    tensors = [SimpleNamespace(tensor_type=SimpleNamespace(name=kind.upper()))]
+    assert weights.becomes(tensors, [64]) == [kind.upper()]
+    on_cuda = kind.upper() if kind in ("q2_k", "q3_k") else "Q8_0"
+    assert weights.becomes(tensors, [64], weights.KEPT_ON_CUDA) == [on_cuda]

@@ -16,8 +16,9 @@ ROWS = {
     "TQ2_0": (35, 256, 66), "MXFP4": (39, 32, 17), "NVFP4": (40, 64, 36), "Q1_0": (41, 128, 18)}
 WITHOUT_VALUES = {"Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64", "Q1_0"}  # nothing here dequantizes them
 
-# Files of old: rows of the type before the sizes, mixed for one kind of CPU. Programs mix them while they load now
-REPACKED = {31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8", 36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8"}
+# Files of old: rows of the type before the sizes, mixed for one kind of CPU. Programs mix them at load
+REPACKED = {31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8",
+            36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8"}
 
 
 class GgufType(int):

@@ -25,8 +25,9 @@ BLOCKS = {
     "q4_k": Block(144, 4), "q5_k": Block(176, 4), "q6_k": Block(210, 2, 208), "iq4_nl": Block(18),
     "iq4_xs": Block(136), "mxfp4": Block(17, 1), "u4_g32": Block(19), "u4_g128": Block(67),
     "q2_k": Block(84, 4, 80), "q3_k": Block(110, 2, 108),
-    "iq3_s": Block(110), "iq3_xxs": Block(98), "iq2_s": Block(82), "iq2_xs": Block(74), "iq2_xxs": Block(66), "iq1_s": Block(50),
-    "iq1_m": Block(56, 2, 53), "tq1_0": Block(54, 2, 52), "tq2_0": Block(66, 2, 64), "nvfp4": Block(36, 0)}
+    "iq3_s": Block(110), "iq3_xxs": Block(98), "iq2_s": Block(82), "iq2_xs": Block(74), "iq2_xxs": Block(66),
+    "iq1_s": Block(50), "iq1_m": Block(56, 2, 53), "tq1_0": Block(54, 2, 52), "tq2_0": Block(66, 2, 64),
+    "nvfp4": Block(36, 0)}
 MXFP4_DOUBLED = numpy.array(
     (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12), numpy.float32)
 DEQUANTIZE_ELEMENTS = 1 << 19  # at a time, fits in the cache and avoids a second copy of a large matrix

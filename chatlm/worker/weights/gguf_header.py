@@ -76,8 +76,8 @@ class TensorInfo(NamedTuple):
             raise ValueError(f"the tensor {name} has the sizes {self.sizes[:8]}; it must have 1 to 4, none "
                              "below 1")
         if mixed := REPACKED.get(self.number):
-            raise ConfigError(f"{path}: the tensor {name} is of type {mixed}, whose rows are mixed for one kind of "
-                              f"CPU; take the file of type {mixed[:-4]}, which every CPU reads")
+            raise ConfigError(f"{path}: the tensor {name} is of type {mixed}, whose rows are mixed for one "
+                              f"kind of CPU; take the file of type {mixed[:-4]}, which every CPU reads")
         if self.number not in NUMBERED:
             raise ConfigError(f"{path}: the tensor {name} is of type {self.number}, which this program does "
                               f"not know; it knows {', '.join(ROWS)}")
