@@ -6,6 +6,7 @@ let getting = null;               // {info: the last answer of models/hub, words
 {
 
 const MOST_SHOWN = 200;
+const RETRY_MS = 3000;            // after the connection that follows downloads broke
 
 function openGet() {
   if (location.hash !== "#get") history.pushState(null, "", `${location.pathname}${location.search}#get`);
@@ -43,7 +44,7 @@ async function lookAtHub() {
   const found = await answerOf(request(`models/hub${words ? `?search=${encodeURIComponent(words)}` : ""}`));
   if (!found || mine !== getting || !isNews()) return;
   mine.info = found;
-  for (const each of found.downloads) mine.downloads.set(each.model, each);
+  mine.downloads = new Map(found.downloads.map(each => [each.model, each]));
   render();
   follow();
 }
@@ -65,10 +66,12 @@ async function follow() {
       render();
     }
   } catch (error) {
-    if (error.name !== "AbortError" && mine === getting) mine.problem = error.message;
-  } finally {
-    mine.following = null;
+    if (mine !== getting) return;
+    mine.problem = error.message;
+    render();
+    await wait(RETRY_MS);
   }
+  mine.following = null;
   if (mine === getting) lookAtHub();
 }
 

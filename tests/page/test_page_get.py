@@ -100,3 +100,16 @@ def test_the_view_fits_a_phone(browser, hub, nanochat_fixtures):
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         search(page, "nothing at all")
         expect(region(page)).to_contain_text("The hub has nothing for “nothing at all”.", timeout=SLOW_MS)
+
+
+def test_a_stream_of_progress_that_breaks_is_followed_again(page, hub, nanochat_fixtures):
+    hub.held = {"large-Q8_0.gguf": 12 << 20}
+    broken = []
+    with started_server("--models", str(nanochat_fixtures / "gen5"), "--kv-cache-memory", "4M") as url:
+        open_page(page, url, "#get")
+        page.route("**/models/downloads", lambda route: (broken.append(route), route.abort()) if not broken else route.continue_())
+        search(page, "large")
+        button(region(page), "Files of org/large").click()
+        button(region(page), "Get org/large:large-Q8_0.gguf").click()
+        expect(region(page).get_by_role("progressbar")).to_have_attribute("value", "10485760", timeout=SLOW_MS)
+        assert len(broken) == 1

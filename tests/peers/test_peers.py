@@ -23,8 +23,10 @@ from browsing import fake_front
 from chatlm import __version__
 from chatlm.common.core import decode_core
 from engines import load
+from fake_hub import fake_hub
 from peer_packages import HOME, INSTALL_S, NPM, made, made_venv
 from real_server import server
+from tiny_gguf import LLAMA_NUMBERS, gguf_bytes, random_llama, small_gguf_metadata
 
 HERE, RUN_S, AGENT_S = Path(__file__).parent, 170, 900
 ANSWER = "The capital of Japan is Tokyo."
@@ -164,6 +166,22 @@ def test_the_other_apis_packages_get_the_same_text_calls_and_objects(url):
     assert responses["with_system"] and responses["later"] and messages["later"] and messages["counted"] > 10
     assert responses["shaped"] == "bool" and "big" in ollama["shaped"] and ollama["capabilities"] == ["completion", "tools"]
     assert (responses["missing"], messages["missing"], ollama["missing"]) == (404, "not_found_error", 404)
+
+
+@pytest.mark.slow
+def test_ollamas_package_pulls_a_model_and_deletes_it(tmp_path, nanochat_fixtures):
+    """From a hub on loopback, into a cache of its own."""
+    numbers = LLAMA_NUMBERS | {"llama.feed_forward_length": 8192}
+    text = {**small_gguf_metadata("gpt-2"), "tokenizer.chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"}
+    data = gguf_bytes({**numbers, **text}, random_llama(numbers=numbers))
+    with fake_hub(org__large={"large.gguf": data}) as hub:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "CHAT_SERVER_"))}
+        env = kept | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
+        with server("--models", nanochat_fixtures / "gen5", "--kv-cache-memory", "4M", env=env) as (_, of_many):
+            found = outcome([made_venv("apis", "apis.txt"), HERE / "pull_peer.py"], of_many)
+    assert [found["steps"][0][0], found["steps"][-1][0], found["again"], found["deleted"]] == ["pulling manifest", "success", "success", "success"]
+    assert [len(data)] * 2 in [step[1:] for step in found["steps"]] and found["pulled"][1:] == ["org/large:latest"] and len(found["left"]) == 1
+    assert found["tokens"] == 3 and found["missing"] == [404, 500]
 
 
 @pytest.mark.slow

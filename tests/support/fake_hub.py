@@ -27,7 +27,8 @@ class FakeHub:
         self.url = ""
 
     def revision(self, repository):
-        return hashlib.sha1(repr(sorted(self.repositories[repository].items())).encode()).hexdigest()
+        files = sorted((name, hashlib.sha1(data).digest()) for name, data in self.repositories[repository].items())
+        return hashlib.sha1(repr(files).encode()).hexdigest()
 
     def fetched(self):
         """The files whose contents were asked for."""
