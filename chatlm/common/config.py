@@ -333,6 +333,9 @@ class Settings:
         "prompt tokens computed in one step (default: 2048 on CUDA, else 256)")
     drafts: bool = flag(True, None,
         "check several tokens per step where text repeats itself; --no-drafts: one (answers are the same)")
+    draft_model: str | None = flag(None, file_name,
+        "a smaller MODEL with the same tokenizer that drafts, with --drafts model or auto (answers are the "
+        "same)", f"{ANSWERING} eval")
     nice: int | None = flag(None, number(int, -20, 19),
         "niceness of the workers, from -20 to 19: how readily they yield the processor (default: 19 with "
         "--watch and of embed on a CPU, else the server's own, which its other processes always have)")

@@ -1,0 +1,123 @@
+"""Opens the model of --draft-model, checks that it fits the one it drafts for, and loads it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple, TYPE_CHECKING
+
+from chatlm.common.errors import ConfigError, shown
+from chatlm.common.hub.find import resolve_model
+from chatlm.common.hub.local import no_progress
+from chatlm.worker.arrays.kinds import item_bytes
+from chatlm.worker.engine.draft_model import DraftModel
+from chatlm.worker.engine.pieces import PieceTokenizer, open_for_answers
+from chatlm.worker.engine.scheduler import FREE_ROWS
+from chatlm.worker.model.kernels import Backend, choose_backend, load_kernels
+from chatlm.worker.model.spec import group_layers
+from chatlm.worker.model.transformer import Transformer, page_layout
+from chatlm.worker.weights.load import open_model
+from chatlm.worker.weights.sizes import weight_bytes
+
+if TYPE_CHECKING:
+    from chatlm.common.config import Settings
+    from chatlm.common.hub.local import Progress
+    from chatlm.common.text.tokenizer import Tokenizer
+    from chatlm.worker.arrays.kinds import Device
+    from chatlm.worker.model.kernels import Kernels
+    from chatlm.worker.model.spec import KvType, LayerGroups
+    from chatlm.worker.weights.rules import LoadedModel
+
+
+class DraftPlan(NamedTuple):
+    """A draft model that has not been read yet, and the memory that it will take."""
+
+    model: LoadedModel
+    kernels: Kernels
+    groups: LayerGroups
+    kv: KvType
+    limits: dict[str, int]  # of a step, see Transformer
+    prefill_chunk: int
+    max_batch: int
+    taken: int       # bytes of its weights and buffers
+    page_bytes: int  # of one page of its KV cache
+
+    def page_share(self, groups: LayerGroups) -> int:
+        """Bytes of its KV cache for each page of a model with these groups."""
+        return -(-self.page_bytes // len(groups.windows))
+
+    def load(self, stop_tokens: frozenset[int], target: Transformer, num_pages: int,
+             progress: Progress = no_progress) -> DraftModel:
+        """Read its weights. stop_tokens, num_pages: of the model that it drafts for, `target`."""
+        model, device = self.model, target.device
+        num_pages = -(-num_pages // len(target.groups.windows))
+        transformer = Transformer(
+            model.spec, model.tensors, self.kernels, num_pages=num_pages, device=device, dtype=model.dtype,
+            groups=self.groups, kv=self.kv, progress=lambda activity, fraction: progress(
+                "loading the draft model", fraction), **self.limits)
+        return DraftModel(transformer, num_pages=num_pages, max_batch=self.max_batch,
+                          prefill_chunk=self.prefill_chunk, vocab_size=target.spec.vocab_size,
+                          stop_tokens=stop_tokens)
+
+
+def plan_draft_model(target: LoadedModel, settings: Settings, device: Device,
+                     prefill_chunk: int, progress: Progress = no_progress) -> DraftPlan | None:
+    """The plan of --draft-model for this model; None if there is none to load. ConfigError if it cannot draft
+    for it. No weight is read."""
+    if settings.draft_model is None or target.spec.of_texts or target.text.embedder:
+        return None
+    if settings.pipeline_parallel_size > 1:
+        raise ConfigError("--draft-model: a model in stages (--pp) cannot have one; --tp can")
+    own = replace(settings, model=settings.draft_model, draft_model=None, source=None, model_tag=None, step=None,
+                  softcap=None, lora=(), adapter=(), context_length=None)
+    source = resolve_model(own, progress)
+    model = open_model(source, own, device)
+    if model.spec.max_positions > target.spec.max_positions:  # no longer than needed
+        model = open_model(source, replace(own, context_length=target.spec.max_positions), device)
+    try:
+        refuse_to_draft(model, target)
+    except ConfigError as error:
+        raise ConfigError(f"--draft-model {settings.draft_model}: {error}") from None
+    rows = max(settings.max_batch, FREE_ROWS)
+    limits = {"max_tokens": prefill_chunk + rows, "max_rows": rows}
+    if model.dtype is None and not choose_backend(device, model.spec).as_stored:
+        model = open_model(source, replace(own, dtype=Backend(device.type).dtype), device)
+    kernels = load_kernels(device, model.spec, **limits, quantize=settings.quantize,
+                           fine=settings.arithmetic == "fine")
+    spec = kernels.computed(model.spec)
+    kv = kernels.kv_type("auto", model.dtype)
+    groups = group_layers(spec.by_layer, spec.max_positions, apart=False, kv=kv)
+    buffers = Transformer.buffer_sizes(spec, limits["max_tokens"], limits["max_rows"], "float32").values()
+    activations = sum(rows * columns * item_bytes(kind) for rows, columns, kind in buffers)
+    return DraftPlan(model, kernels, groups, kv, limits, prefill_chunk, settings.max_batch,
+                     weight_bytes(model, settings.quantize) + activations,
+                     page_layout(spec, groups, kv).page_bytes)
+
+
+def refuse_to_draft(model: LoadedModel, target: LoadedModel):
+    """ConfigError if a model cannot draft for another."""
+    if model.text.embedder or model.spec.of_texts:
+        raise ConfigError("it makes vectors of texts and gives no answers")
+    if any(model.spec.unpaged_layers):
+        raise ConfigError(f"{model.family} keeps states, which cannot go back to before a wrong draft; a model "
+                          "whose layers are all attention can draft, also for one with states")
+    if difference := first_difference(*(open_for_answers(each.text, each.vocabulary)
+                                        for each in (target, model))):
+        raise ConfigError(f"its tokenizer is another: {difference}")
+
+
+def first_difference(target: Tokenizer, draft: Tokenizer) -> str:
+    """The first token id that two tokenizers read differently, in words; "" if there is none. Ids at the end
+    that only one of them has are padding if they are few."""
+    names, own_names = target.special_names, draft.special_names
+    size, own_size = target.vocab_size, draft.vocab_size
+    if isinstance(target, PieceTokenizer) and isinstance(draft, PieceTokenizer) and (
+            target.table == draft.table and names == own_names):
+        return ""  # without reading each: 150,000 take a second
+    if abs(size - own_size) > max(size, own_size) // 100:
+        return f"it has {own_size:,} tokens, the model {size:,}"
+    for token in range(min(size, own_size)):
+        theirs, ours = (names.get(token), target.piece(token)), (own_names.get(token), draft.piece(token))
+        if theirs != ours:
+            return "token {} is {} to it, and {} to the model".format(
+                token, *(shown(name or piece.decode(errors="replace")) for name, piece in (ours, theirs)))
+    return ""
