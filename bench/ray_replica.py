@@ -63,7 +63,7 @@ async def main(arguments):
     threads = threads_per_worker(1)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     cluster.add_node(num_cpus=threads)
-    common = dict(device_type="cpu", kv_cache_memory=256 << 20, max_batch=16, command="chat", drafts=False)
+    common = dict(device_type="cpu", kv_cache_memory=256 << 20, max_batch=16, command="chat", drafts="none")
     pools = {"local": pool_of(Settings(**common)), "Ray": pool_of(Settings(ray_address=cluster.address, num_workers=1, **common))}
     try:
         for pool in pools.values():

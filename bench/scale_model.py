@@ -140,7 +140,7 @@ def measured_steps(model, threads, rows, context, steps):
     from chatlm.worker.ranks.steps import rank_step
     import torch
     torch.set_num_threads(threads)
-    settings = Settings(model=model or str(fetch_default_model()), kv_cache_memory=512 << 20, drafts=False)
+    settings = Settings(model=model or str(fetch_default_model()), kv_cache_memory=512 << 20, drafts="none")
     model, engine = build_engine(resolve_model(settings), settings, torch.device("cpu"))
     warm_up(engine, lambda fraction: None)
     start, orders = engine.steps.start, {}

@@ -120,7 +120,7 @@ def main():
         parser.add_argument(f"--{name}", type=int, default=default)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    settings, best = Settings(drafts=False), None
+    settings, best = Settings(drafts="none"), None
     with torch.inference_mode():
         engine = build_engine(resolve_model(settings, no_progress), settings, torch.device("cpu"))[1]
         warm_up(engine, lambda fraction: None)

@@ -9,6 +9,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence as Seq
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TYPE_CHECKING
 
@@ -131,6 +132,8 @@ def as_words(value, key: str, flag: Flag | None = None, many: bool = False) -> l
     types, allowed = (int, float, str), "a number or text"
     if flag is None or flag.is_text:
         types, allowed = (str,), "text in quotes"
+        if flag and flag.off:
+            types, allowed = (bool, int, str), "text in quotes, true or false"
     elif flag.parse is None:
         types, allowed = (bool, int, str), "true or false"
     many = many or flag is not None and flag.many
@@ -187,7 +190,8 @@ def read_config(file: str | None) -> tuple[dict[str, list[str]], list[dict]]:
 TABLE_FLAGS = {flag.field: flag for flag in FLAGS if flag.field in (
     "source", "model_tag", "step", "softcap", "lora", "adapter", "dtype", "quantize", "context_length",
     "kv_cache_dtype", "arithmetic", "kv_cache_memory", "max_batch", "stream_interval", "prefill_chunk",
-    "drafts", "draft_model", "idle_unload", "max_tokens", "reasoning_budget", "reasoning_budget_message", *SAMPLING_FLAGS)
+    "drafts", "draft_model", "idle_unload", "max_tokens", "reasoning_budget", "reasoning_budget_message",
+    *SAMPLING_FLAGS)
     and "serve" in flag.commands}
 TABLE_KEYS = ("name", "path", "aliases", "pin", "default", "replicas")
 
@@ -270,18 +274,46 @@ def add_flag(group: argparse._ActionsContainer, flag: Flag):
     known = flag.default in (None, (), False, "") or "default" in flag.help
     taking: dict = {"action": argparse.BooleanOptionalAction}
     if flag.parse:
-        taking = {"action": "append" if flag.many else "store", "type": flag.parse,
+        taking = {"action": "append" if flag.many else "store",
+                  "type": partial(switched, flag) if flag.off else flag.parse,
                   "choices": flag.choices or None,
                   "metavar": None if flag.choices else flag.field.upper()}
     if flag.bare:
         taking |= {"nargs": "?", "const": flag.bare}
     group.add_argument(*spellings, dest=flag.field, default=None, **taking,
                        help=flag.help + ("" if known else f" (default: {flag.default})"))
+    if flag.off:
+        group.add_argument(*(f"--no-{name}" for name in flag.names), dest=flag.field, action="store_const",
+                           const=flag.off, help=argparse.SUPPRESS)
+
+
+def switched(flag: Flag, word: str) -> str:
+    """The value of a flag that may be given like a switch."""
+    if (on := SWITCH_WORDS.get(word.lower())) is None:
+        return word.lower()
+    return flag.bare if on else flag.off
+
+
+def with_bare_values(words: Seq[str]) -> list[str]:
+    """The words with the value of each flag that was given like a switch: argparse would take the word after
+    it for its value."""
+    flags, found = {f"--{name}": flag for flag in FLAGS if flag.off for name in flag.names}, []
+    for place, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        flag = flags.get(name)
+        if flag and not equals and words[place + 1:place + 2] and words[place + 1].lower() in (
+                *flag.choices, *SWITCH_WORDS):
+            found.append(name)
+        elif flag and not equals:
+            found.append(f"{name}={flag.bare}")
+        else:
+            found.append(word)
+    return found
 
 
 def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settings:
     """Settings from words and environment. ConfigError if invalid; SystemExit for --help and --version."""
-    words, command = list(argv), "serve"
+    words, command = with_bare_values(argv), "serve"
     if words and words[0] in PROGRAM_COMMANDS:
         command = words.pop(0).replace("server", "serve")
     usage, opening, examples = HELP[command]

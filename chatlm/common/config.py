@@ -201,6 +201,7 @@ class Flag(NamedTuple):
     many: bool
     heading: str                        # of the group that starts here, in --help and the documents
     bare: str                           # its value without a word after it; "": it needs one
+    off: str                            # its value for --no-NAME and `false`; "": it is no switch
 
     @property
     def names(self) -> list[str]:
@@ -220,9 +221,10 @@ class Flag(NamedTuple):
 
 def flag(default: V, parse: Callable[[str], object] | None, help: str,
          commands: str = f"{ANSWERING} score eval embed", short: str | None = None, also: str = "",
-         choices: tuple[str, ...] = (), many: bool = False, heading: str = "", bare: str = "") -> V:
+         choices: tuple[str, ...] = (), many: bool = False, heading: str = "", bare: str = "",
+         off: str = "") -> V:
     """A field of `Settings` with its flag: everything about it in one row."""
-    row = Flag("", default, parse, help, commands, short, also, choices, many, heading, bare)
+    row = Flag("", default, parse, help, commands, short, also, choices, many, heading, bare, off)
     return field(default=default, metadata={"flag": row})
 
 
@@ -331,11 +333,14 @@ class Settings:
         "answer is sent at once")
     prefill_chunk: int | None = flag(None, number(int, 16, 32768),
         "prompt tokens computed in one step (default: 2048 on CUDA, else 256)")
-    drafts: bool = flag(True, None,
-        "check several tokens per step where text repeats itself; --no-drafts: one (answers are the same)")
+    drafts: str = flag("auto", str.lower,
+        "guess next tokens and check several per step, the answers are the same (--no-drafts: none): from "
+        "text that was seen before (lookup), also from the model's own draft head (mtp), also from a second "
+        "model (model), or from whatever pays (auto)", choices=("none", "lookup", "mtp", "model", "auto"),
+        bare="auto", off="none")
     draft_model: str | None = flag(None, file_name,
-        "a smaller MODEL with the same tokenizer that drafts, with --drafts model or auto (answers are the "
-        "same)", f"{ANSWERING} eval")
+        "a smaller MODEL with the same tokenizer that guesses what comes next (answers are the same)",
+        f"{ANSWERING} eval")
     nice: int | None = flag(None, number(int, -20, 19),
         "niceness of the workers, from -20 to 19: how readily they yield the processor (default: 19 with "
         "--watch and of embed on a CPU, else the server's own, which its other processes always have)")

@@ -11,7 +11,8 @@ from contextlib import aclosing, suppress
 from typing import Any, TYPE_CHECKING
 
 from chatlm.common.errors import ChatServerError, EngineFailure, Overloaded, RequestError
-from chatlm.common.messages.requests import Delta, Finished, Piece, PromptProgress, Usage
+from chatlm.common.messages.requests import (
+    DRAFT_SOURCES, Delta, DraftCounts, Finished, Piece, PromptProgress, Usage)
 from chatlm.front.api.encode import PROGRESS_FIELDS
 from chatlm.front.lazy import aiohttp
 
@@ -164,11 +165,23 @@ class AnswerReader:
             usage.get("prompt_tokens", 0), usage.get("completion_tokens", self.pieces),
             usage.get("cached_tokens") or prompt.get("cached_tokens") or 0,
             usage.get("reasoning_tokens") or completion.get("reasoning_tokens") or 0,
-            timings.get("drafted_tokens", 0), timings.get("accepted_tokens", 0))
+            *drafts_of(timings))
         return Finished(
             done["finish_reason"], done.get("stop_reason"), count, timings.get("queue_ms", 0.0),
             timings.get("ttft_ms", ttft_ms), timings.get("tokens_per_second", speed),
             done.get("gpu", timings.get("gpu", 0)), dropped_messages=timings.get("dropped_messages", 0))
+
+
+def drafts_of(timings: dict) -> list[DraftCounts]:
+    """(drafted, accepted) tokens by source, of the sources that are known here."""
+    by_source = {source: counts for source, counts in object_in(timings, "drafts").items()
+                 if source in DRAFT_SOURCES and isinstance(counts, dict)}
+    return [DraftCounts(**{source: whole(counts.get(name)) for source, counts in by_source.items()})
+            for name in ("drafted", "accepted")]
+
+
+def whole(value) -> int:
+    return value if type(value) is int else 0
 
 
 async def compared_at(pool: RemotePool, body: dict) -> AsyncGenerator[dict, None]:

@@ -63,7 +63,11 @@ def plan_draft_model(target: LoadedModel, settings: Settings, device: Device,
                      prefill_chunk: int, progress: Progress = no_progress) -> DraftPlan | None:
     """The plan of --draft-model for this model; None if there is none to load. ConfigError if it cannot draft
     for it. No weight is read."""
-    if settings.draft_model is None or target.spec.of_texts or target.text.embedder:
+    if target.spec.of_texts or target.text.embedder or settings.drafts not in ("model", "auto"):
+        return None
+    if settings.draft_model is None:
+        if settings.drafts == "model":
+            raise ConfigError("--drafts model needs --draft-model MODEL")
         return None
     if settings.pipeline_parallel_size > 1:
         raise ConfigError("--draft-model: a model in stages (--pp) cannot have one; --tp can")

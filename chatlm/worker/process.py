@@ -26,7 +26,7 @@ from chatlm.common.memory import give_memory_back
 from chatlm.common.messages.protocol import (
     AdapterLoaded, CacheEmptied, Cancel, DropAdapter, EmptyCache, EndOfRequest, EndThinking, LoadAdapter,
     Loading, ModelCard, ModelText, NO_GAUGES, NewAnswer, NewPrompt, NewRequest, Ping, Ready)
-from chatlm.common.messages.requests import Failed, ModelFacts, ThinkingEnds
+from chatlm.common.messages.requests import DRAFT_SOURCES, Failed, ModelFacts, ThinkingEnds
 from chatlm.common.messages.wire import BadMessage
 from chatlm.common.processes.nodes import advice, place
 from chatlm.common.processes.start import threads_per_worker
@@ -278,7 +278,10 @@ def gauges(engine: Engine) -> dict[str, float | None]:
             **state_gauges(engine), "mapped_bytes": mapped.file_bytes if mapped else 0,
             "adapter_bytes": sum(engine.adapters.sizes.values()),
             "preemptions": engine.scheduler.preemptions,
-            "drafted_tokens": engine.drafted_tokens, "accepted_tokens": engine.accepted_tokens,
+            "drafted_tokens": engine.drafting.drafted.total,
+            "accepted_tokens": engine.drafting.accepted.total,
+            **{f"{name}_{source}": getattr(getattr(engine.drafting, name), source)
+               for source in DRAFT_SOURCES for name in ("drafted", "accepted")},
             "memory_used": used, "memory_total": total, "utilization": utilization}
 
 

@@ -12,7 +12,7 @@ from chatlm.common.config import Settings
 from chatlm.common.messages.protocol import (RAY_PIPE, SANDBOX_PIPE, WORKER_PIPE, ActorAddress, ActorEnded, AdapterLoaded, Begun, Body, CacheEmptied, Cancel, Crashed, DropAdapter, EmptyCache, EndActor, EndOfRequest, EndThinking,
                                              Known, LoadAdapter, Loading, ModelCard, ModelText, NewAnswer, NewPrompt, NewRequest, Node, Nodes, ParsedBody, Ping, RayConfig, Ready,
                                              Refused, Result, SandboxConfig, StartActor, Stepped, Task, Unusable, WorkerConfig)
-from chatlm.common.messages.requests import (AnswerParams, Delta, Embedding, Ended, Failed, Message, ModelSource, Piece, PromptProgress, PromptScores,
+from chatlm.common.messages.requests import (AnswerParams, Delta, DraftCounts, Embedding, Ended, Failed, Message, ModelSource, Piece, PromptProgress, PromptScores,
                                              Request, SamplingParams, TextSpec, ThinkingEnds, TokenLogprob, Usage)
 from chatlm.common.messages.wire import HEADER, BadMessage, restorer, unpacked
 from chatlm.common.processes.torchrun import ARRIVAL_PIPE, RankArrival
@@ -125,7 +125,8 @@ def test_whatever_bytes_come_the_result_is_a_message_or_a_refusal():
 
 
 def test_usages_add_up():
-    assert sum([Usage(1, 2, 3, 4, 5, 6), Usage(cached_tokens=10), Usage(6, 5, 4, 3, 2, 1)], Usage()) == Usage(7, 7, 17, 7, 7, 7)
+    total = sum([Usage(1, 2, 3, 4, DraftCounts(5, 1), DraftCounts(3)), Usage(cached_tokens=10), Usage(6, 5, 4, 3, DraftCounts(2, 0, 4))], Usage())
+    assert total == Usage(7, 7, 17, 7, DraftCounts(7, 1, 4), DraftCounts(3)) and (total.drafted_tokens, total.accepted_tokens) == (12, 3)
 
 
 def test_an_answer_that_came_at_once_has_no_speed(monkeypatch):

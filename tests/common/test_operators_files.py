@@ -47,11 +47,11 @@ def test_values_of_the_right_types_are_taken(tmp_path):
         "adapter = {one = 'b'}\n[[models]]\npath = 'x'\naliases = 'y'\nreplicas = 2\nstep = 3\nlora = ['c', 'd']\ntemperature = 0.5\n"
         "[[models]]\npath = 'z'\naliases = ['v', 'w']\nmax-batch = 4\ndrafts = true\n")
     settings = parse_command_line(["--config", str(tmp_path / "c.toml")], {})
-    assert (settings.port, settings.kv_cache_memory, settings.max_batch, settings.drafts, settings.share_prefixes) == (8001, 64 << 20, 8, False, True)
+    assert (settings.port, settings.kv_cache_memory, settings.max_batch, settings.drafts, settings.share_prefixes) == (8001, 64 << 20, 8, "none", True)
     assert (settings.temperature, settings.num_gpus, settings.served_model_name, settings.adapter) == (1.0, "2", ("a",), ("one=b",))
     first, second = settings.several
     assert (first.aliases, first.replicas, first.changes) == (("y",), 2, {"step": 3, "lora": ("c", "d"), "temperature": 0.5})
-    assert (second.aliases, second.changes) == (("v", "w"), {"max_batch": 4, "drafts": True})
+    assert (second.aliases, second.changes) == (("v", "w"), {"max_batch": 4, "drafts": "auto"})
 
 
 # Which flags name files or folders: every flag that takes a text is in one of these, so a new one has to be placed

@@ -819,10 +819,10 @@ def test_a_call_that_the_default_model_makes_on_its_own_of_a_strict_function_fol
     work = strict_work(engine, "a", [("user", "Repeat this:\n" + say), ("assistant", say), ("user", "Repeat this:\n" + say)], 100)
     free = pieces(engine, [replace(work, params=replace(work.params, call_grammars=()))])["a"]
     assert together(deltas_of(free)) == ("", [ROME | {"arguments": '{"city": "Rome", "days": 3}'}])
-    drafted = engine.drafted_tokens
+    drafted = engine.drafting.drafted.total
     found = pieces(engine, [work])["a"]
     text, calls = together(deltas_of(found))
-    assert text == "" and [call["name"] for call in calls] == ["weather"] and found.end.stop_reason == "eos" and engine.drafted_tokens > drafted
+    assert text == "" and [call["name"] for call in calls] == ["weather"] and found.end.stop_reason == "eos" and engine.drafting.drafted.total > drafted
     said = json.loads(calls[0]["arguments"])
     assert said["city"] in ("Oslo", "Bonn") and 7 <= said["days"] <= 9
     ids = [token for piece in found for token in piece.tokens]

@@ -328,7 +328,7 @@ def test_answers_of_experts_go_on_on_another_gpu_from_their_ids_and_without_draf
             with torch.inference_mode():
                 engine.steps.prepare(lambda fraction: None)
         tokens = tokens_of(engine, works)
-        assert (engine.steps.queue.replays > 3) is graphs and engine.drafts is False and engine.drafted_tokens == 0
+        assert (engine.steps.queue.replays > 3) is graphs and engine.drafts is False and engine.drafting.drafted.total == 0
         return tokens
 
     tokens = told(works, graphs=False)

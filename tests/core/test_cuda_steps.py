@@ -21,6 +21,7 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.messages.requests import SamplingParams
 from chatlm.common.text.grammar import json_grammar
 from chatlm.common.text.load import open_tokenizer
+from chatlm.worker.engine.drafts import Draft
 from chatlm.worker.engine.engine import Engine
 from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.kvcache import PagePool
@@ -307,8 +308,8 @@ def test_drafts_change_no_token(backend, name, nanochat_fixtures, monkeypatch, r
         engine.drafts, start, by_op = drafts, engine.steps._run_ops, []
         engine.steps._run_ops = lambda batches, *rest, **more: by_op.append(len(batches[0].token_ids)) or start(batches, *rest, **more)
         tokens[drafts] = answers(engine, works, [0, 0, 12])
-        assert min(by_op) > 8 and (engine.drafted_tokens > 5) is drafts
-    assert tokens[True] == tokens[False] and engine.accepted_tokens > 0
+        assert min(by_op) > 8 and (engine.drafting.drafted.total > 5) is drafts
+    assert tokens[True] == tokens[False] and engine.drafting.accepted.total > 0
 
 
 def test_drafts_wait_for_prompts_where_only_few_rows_are_alike(nanochat_fixtures, monkeypatch):
@@ -320,7 +321,7 @@ def test_drafts_wait_for_prompts_where_only_few_rows_are_alike(nanochat_fixtures
         for i, length in enumerate((4, 40)):
             scheduler.add(Sequence(assignment(str(i), tuple(range(length)), SamplingParams(), 30), [*range(length)], 70))
         scheduler.schedule()
-        scheduler.running[0].computed, scheduler.running[0].draft = 3, [1, 2]
+        scheduler.running[0].computed, scheduler.running[0].draft = 3, Draft("lookup", (1, 2))
         drafted[mixes] = [chunk.draft for chunk in scheduler.schedule()]
     assert drafted == {True: [(1, 2), ()], False: [(), ()]}
     gen5 = load(nanochat_fixtures / "gen5").spec                # torch multiplies the smear's gate

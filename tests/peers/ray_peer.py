@@ -42,7 +42,7 @@ def question(name, tokens=80):
 
 async def started(cluster, nodes, **changes):
     pool = pool_of(Settings(**{"ray_address": cluster.address, "num_workers": 0, "device_type": "cpu", "kv_cache_memory": 128 << 20,
-                               "max_batch": 4, "command": "chat", "drafts": False} | changes))
+                               "max_batch": 4, "command": "chat", "drafts": "none"} | changes))
     pool.placement.SILENT_S = 3.0
     await pool.start()
     await pool.wait_ready()

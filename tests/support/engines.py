@@ -11,7 +11,8 @@ from chatlm.common.config import Settings
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.messages.requests import Ended, Failed, Message, Piece, SamplingParams
 from chatlm.common.text import load as text_load
-from chatlm.worker.engine.engine import Drafter, Engine
+from chatlm.worker.engine.drafts import Draft, Drafting
+from chatlm.worker.engine.engine import Engine
 from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.scheduler import FREE_ROWS
 from chatlm.worker.model.kernels import EagerSteps, load_kernels
@@ -160,14 +161,16 @@ def propose_partly_right(monkeypatch, works, expected, seed=4):
     repeat themselves, so nothing else drafts much."""
     dice = random.Random(seed)
 
-    def propose(drafter):
-        [rest] = [expected[work.id][len(drafter.tokens) - len(work.prompt_ids):] for work in works
-                  if tuple(drafter.tokens[:len(work.prompt_ids)]) == work.prompt_ids]
-        right = dice.randrange(6)
-        return rest[:right] + [(token + 1) % 256 for token in rest[right:right + 1]]
+    def propose(drafting, sequences):
+        for sequence in sequences:
+            known = tuple(sequence.tokens)
+            [rest] = [expected[work.id][len(known) - len(work.prompt_ids):] for work in works
+                      if known[:len(work.prompt_ids)] == work.prompt_ids]
+            right = dice.randrange(6)
+            tokens = (*rest[:right], *((token + 1) % 256 for token in rest[right:right + 1]))
+            sequence.draft = Draft("lookup", tokens, (1.0,) * len(tokens), len(known))
 
-    monkeypatch.setattr(Drafter, "propose", propose)
-    monkeypatch.setattr(Drafter, "judge", lambda drafter, accepted: None)
+    monkeypatch.setattr(Drafting, "propose", propose)
 
 
 class Pieces(list):

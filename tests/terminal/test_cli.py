@@ -96,7 +96,7 @@ def test_each_flag_has_an_environment_variable_and_the_flag_wins():
 def test_words_of_the_environment_may_be_of_any_case_and_have_spaces_between():
     settings = parsed("", CHAT_SERVER_DTYPE="Float32", CHAT_SERVER_LOG_FORMAT="JSON", CHAT_SERVER_DRAFTS="FALSE",
                       CHAT_SERVER_SERVED_MODEL_NAME="a, b ,c")
-    assert settings == Settings(dtype="float32", log_format="json", served_model_name=("a", "b", "c"), drafts=False)
+    assert settings == Settings(dtype="float32", log_format="json", served_model_name=("a", "b", "c"), drafts="none")
 
 
 @pytest.mark.parametrize("line, environment, words", [
@@ -201,7 +201,7 @@ def test_the_help_of_each_command_is_its_own_and_shows_examples_that_are_right(c
     with pytest.raises(SystemExit):
         parsed("serve --help")
     text = capsys.readouterr().out
-    for line in ("-g, --model-tag MODEL_TAG", "-m, --max-tokens, --max-new-tokens MAX_TOKENS", "-d, --dtype {bfloat16,float32}", "--drafts, --no-drafts"):
+    for line in ("-g, --model-tag MODEL_TAG", "-m, --max-tokens, --max-new-tokens MAX_TOKENS", "-d, --dtype {bfloat16,float32}", "--drafts {none,lookup,mtp,model,auto}"):
         assert f"\n  {line}\n" in text or f"\n  {line} " in text, line
 
 
@@ -609,10 +609,23 @@ async def test_a_server_that_is_no_chat_server_is_named():
 
 
 @pytest.mark.parametrize("line, environment, drafts", [
-    ("", {}, True), ("--no-drafts", {}, False), ("--drafts", {}, True), ("", {"CHAT_SERVER_DRAFTS": "0"}, False),
-    ("--drafts", {"CHAT_SERVER_DRAFTS": "0"}, True)])
-def test_drafts_can_be_switched_off(line, environment, drafts):
-    assert parsed(line, **environment).drafts is drafts
+    ("", {}, "auto"), ("--no-drafts", {}, "none"), ("--drafts", {}, "auto"), ("", {"CHAT_SERVER_DRAFTS": "0"}, "none"),
+    ("--drafts", {"CHAT_SERVER_DRAFTS": "0"}, "auto"), ("--drafts false", {}, "none"), ("--drafts=True", {}, "auto"),
+    ("--drafts lookup", {}, "lookup"), ("--drafts=MTP", {}, "mtp"), ("", {"CHAT_SERVER_DRAFTS": "Lookup"}, "lookup"),
+    ("--drafts --verbose", {"CHAT_SERVER_DRAFTS": "true"}, "auto")])
+def test_drafts_can_be_chosen_or_switched_off(line, environment, drafts):
+    assert parsed(line, **environment).drafts == drafts
+
+
+def test_the_word_after_a_bare_flag_of_drafts_is_the_model():
+    settings = parsed("--drafts a.gguf")
+    assert (settings.drafts, settings.model) == ("auto", "a.gguf")
+
+
+@pytest.mark.parametrize("line, environment", [("--drafts=maybe", {}), ("", {"CHAT_SERVER_DRAFTS": "maybe"})])
+def test_an_unknown_kind_of_drafts_is_refused_with_the_known_ones(line, environment):
+    with pytest.raises(ConfigError, match="none.*lookup.*mtp.*model.*auto"):
+        parsed(line, **environment)
 
 
 def test_every_switch_does_what_its_name_says():

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from chatlm.common.config import Settings
 from chatlm.common.messages.requests import (
-    AnswerParams, Embedder, InfillTokens, ModelFacts, ModelSource, Request, TextSpec, WorkerEvent)
+    DRAFT_SOURCES, AnswerParams, Embedder, InfillTokens, ModelFacts, ModelSource, Request, TextSpec,
+    WorkerEvent)
 from chatlm.common.messages.wire import Pipe, wire_message
 
 
@@ -345,7 +346,9 @@ RAY_PIPE = Pipe(RayConfig, StartActor, EndActor, Nodes, ActorAddress, ActorEnded
 NO_GAUGES = dict.fromkeys((  # of a worker that is not running
     "running", "queued", "max_batch", "kv_pages_used", "kv_pages_total", "kv_token_bytes", "states_used",
     "states_total", "state_snapshots", "state_bytes", "mapped_bytes", "adapter_bytes", "preemptions",
-    "drafted_tokens", "accepted_tokens", "memory_used", "memory_total", "restored_tokens", "restored_bytes",
+    "drafted_tokens", "accepted_tokens", *(f"{name}_{source}" for source in DRAFT_SOURCES
+                                           for name in ("drafted", "accepted")),
+    "memory_used", "memory_total", "restored_tokens", "restored_bytes",
     "kept_pages", "kept_bytes", "missed_pages", "prefill_saved_s", "keeping_s"), 0) | {"utilization": None}
 
 

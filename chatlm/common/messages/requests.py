@@ -246,6 +246,26 @@ class Request:
 
 
 @dataclass(frozen=True)
+class DraftCounts:
+    """Numbers of tokens, by the source of the drafts that they were in."""
+
+    lookup: int = 0  # text that was seen before
+    forced: int = 0  # what a grammar leaves no choice about
+    mtp: int = 0     # the model's own draft head
+    model: int = 0   # a second model
+
+    def __add__(self, other: DraftCounts) -> DraftCounts:
+        return DraftCounts(*map(operator.add, astuple(self), astuple(other)))
+
+    @property
+    def total(self) -> int:
+        return sum(astuple(self))
+
+
+DRAFT_SOURCES = tuple(field.name for field in fields(DraftCounts))
+
+
+@dataclass(frozen=True)
 class Usage:
     """How many tokens an answer took. A worker counts the tokens of its own work; the front counts prompt and
     answer, which it knows as a whole."""
@@ -254,11 +274,19 @@ class Usage:
     completion_tokens: int = 0
     cached_tokens: int = 0     # of the prompt: found in the prefix cache
     reasoning_tokens: int = 0  # of the completion
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0   # drafted tokens that were right: steps saved
+    drafted: DraftCounts = DraftCounts()
+    accepted: DraftCounts = DraftCounts()  # drafted tokens that were right: steps saved
 
     def __add__(self, other: Usage) -> Usage:
-        return Usage(*map(operator.add, astuple(self), astuple(other)))
+        return Usage(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
+
+    @property
+    def drafted_tokens(self) -> int:
+        return self.drafted.total
+
+    @property
+    def accepted_tokens(self) -> int:
+        return self.accepted.total
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from chatlm import __version__
 from chatlm.common.errors import EngineFailure
 from chatlm.common.jsontext import dump
-from chatlm.common.messages.requests import Delta, Piece, Usage
+from chatlm.common.messages.requests import DRAFT_SOURCES, Delta, Piece, Usage
 from chatlm.common.text.reader import StreamDecoder
 
 if TYPE_CHECKING:
@@ -37,7 +37,15 @@ def timings_body(done: Finished) -> dict:
     return {"queue_ms": round(done.queue_ms, 1), "ttft_ms": round(done.ttft_ms, 1),
             "tokens_per_second": done.tokens_per_second and round(done.tokens_per_second, 1),
             "drafted_tokens": done.usage.drafted_tokens, "accepted_tokens": done.usage.accepted_tokens,
+            **({"drafts": drafts} if (drafts := drafts_body(done.usage)) else {}),
             **({"dropped_messages": done.dropped_messages} if done.dropped_messages else {})}
+
+
+def drafts_body(usage: Usage) -> dict[str, dict[str, int]]:
+    """What each source of drafts proposed and how much of it was right; sources without drafts are left
+    out."""
+    return {source: {"drafted": drafted, "accepted": getattr(usage.accepted, source)}
+            for source in DRAFT_SOURCES if (drafted := getattr(usage.drafted, source))}
 
 
 class Block:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, TYPE_CHECKING
 
 from chatlm.common.errors import Overloaded, RequestError, require_library
-from chatlm.common.messages.requests import Finished, Piece
+from chatlm.common.messages.requests import DRAFT_SOURCES, Finished, Piece
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import Event
@@ -92,13 +92,19 @@ class Metrics:
                 (gauge, "memory_total", "bytes of its GPU, else of the machine"),
                 (gauge, "utilization", "share of time in which its GPU computed (needs nvidia-ml-py)"),
                 (gauge, "batch_fill", "share of --max-batch in use"),
-                (counter, "preemptions", "answers whose KV pages were taken for others"),
-                (counter, "drafted_tokens", "tokens that drafts proposed"),
-                (counter, "accepted_tokens", "drafted tokens that were right")):
+                (counter, "preemptions", "answers whose KV pages were taken for others")):
             family = family_type(f"chat_server_worker_{name}", doc, labels=["worker", "device"])
             for worker in workers:
                 if worker[name] is not None:
                     family.add_metric([str(worker["gpu_id"]), worker["device"]], worker[name])
+            yield family
+        for name, doc in (("drafted", "tokens that drafts proposed, by their source"),
+                          ("accepted", "drafted tokens that were right")):
+            family = counter(f"chat_server_worker_{name}_tokens", doc, labels=["worker", "device", "source"])
+            for worker in workers:
+                for source in DRAFT_SOURCES:
+                    family.add_metric([str(worker["gpu_id"]), worker["device"], source],
+                                      worker.get(f"{name}_{source}") or 0)
             yield family
 
     async def watch(self, events: AsyncGenerator[Event, None], n: int) -> AsyncGenerator[Event, None]:

@@ -120,10 +120,10 @@ class Times:
             self.step_s = self._mean(self.step_s, now_s - self.began_s)
         self.began_s, self.is_step = now_s, False
 
-    def drafted(self, steps: int):
-        """So many small steps have ended, and one of the model follows."""
+    def drafted(self, steps: int, tokens: int):
+        """So many small steps have ended, and one of the model follows. tokens: those of the first."""
         now_s = time.monotonic()
-        if steps:
+        if steps and tokens <= FREE_ROWS:  # else prompts were computed beside
             self.draft_s = self._mean(self.draft_s, (now_s - self.began_s) / steps)
         self.began_s, self.is_step = now_s, bool(steps)
 
@@ -164,10 +164,11 @@ class DraftModel:
     """Drafts with a model of its own, for several sequences together in a batch: k tokens in k small steps.
 
     How many is chosen by what they have cost and how often they were right: see `best_length`. Where none
-    pay, one is drafted after each REST tokens all the same, to see whether that is still so."""
+    pay, one is drafted after REST tokens all the same, then after twice as many, to see whether that is
+    still so. Answers that begin meanwhile wait as long: here their prompts have to be computed too."""
 
     name = "model"
-    LONGEST, REST = 7, 64
+    LONGEST, REST, LONGEST_REST = 7, 64, 4096
 
     def __init__(self, transformer: Transformer, *, num_pages: int, max_batch: int, prefill_chunk: int,
                  vocab_size: int, stop_tokens: frozenset[int]):
@@ -180,9 +181,23 @@ class DraftModel:
         self.rates: dict[Sequence, Rate] = {}
         self.resting: dict[Sequence, int] = {}  # sequences that have no drafts until they have so many tokens
         self.times = Times()
+        self.rest = 0      # tokens without drafts, since none paid last time
+        self.computed = 0  # tokens in the first step of the last draft
+
+    def line(self, name: str) -> str:
+        """What a start says of it."""
+        pool, transformer = self.followers.pool, self.transformer
+        return (f"Draft model {name}: width {transformer.spec.width}, {transformer.spec.layers} layers, weights in "
+                f"{transformer.weight_types}; KV cache: {pool.num_pages:,} pages "
+                f"({pool.num_pages * transformer.layout.page_bytes / 2**20:,.0f} MiB)")
+
+    def awaits(self, sequence: Sequence) -> bool:
+        """Will it soon draft for this sequence, so that steps must not begin ahead?"""
+        return len(sequence.tokens) + 3 >= self.resting[sequence]
 
     def begin(self, sequence: Sequence):
         self.rates[sequence] = Rate()
+        self.resting[sequence] = len(sequence.tokens) + self.rest if self.rest else 0
 
     def end(self, sequence: Sequence):
         self.followers.release(sequence)
@@ -199,19 +214,22 @@ class DraftModel:
         lengths = {sequence: length for sequence in sequences
                    if (length := self._length(sequence, len(sequences)))}
         drawn = self.draft(lengths)
-        self.times.drafted(max(map(len, drawn.values()), default=0))
+        self.times.drafted(max(map(len, drawn.values()), default=0), self.computed)
         return [self._draft_of(sequence, drawn.get(sequence, ())) for sequence in sequences]
 
     def _length(self, sequence: Sequence, beside: int) -> int:
-        """How many tokens to draft for a sequence, one of so many."""
-        most = min(self.LONGEST, FREE_ROWS // beside - 1)
-        if most < 1 or len(sequence.tokens) < self.resting.get(sequence, 0):
+        """How many tokens to draft for a sequence, one of so many; 0 if another source has drafted more that
+        is likely right than this one would."""
+        most, share = min(self.LONGEST, FREE_ROWS // beside - 1), self.rates[sequence].share
+        if most < 1 or len(sequence.tokens) < self.resting[sequence]:
             return 0
-        if not self.times.known:
-            return min(most, 4)
-        best = best_length(self.rates[sequence].share, self.times.draft_s, self.times.step_s, most)
+        best = min(most, 4) if not self.times.known else best_length(
+            share, self.times.draft_s, self.times.step_s, most)
+        if sequence.draft.worth >= sum(share ** (i + 1) for i in range(best or 1)):
+            return 0
+        self.rest = 0 if best else min(max(2 * self.rest, self.REST), self.LONGEST_REST)
         if not best:
-            self.resting[sequence] = len(sequence.tokens) + self.REST
+            self.resting[sequence] = len(sequence.tokens) + self.rest
         return max(best, 1)
 
     def _draft_of(self, sequence: Sequence, tokens: Seq[int]) -> Draft:
@@ -228,6 +246,7 @@ class DraftModel:
         found = {sequence: self._useful(follower.guess) for sequence in wanted
                  if (follower := self.followers.guessed(sequence))}  # it was left out of a step
         plan, drafting = self._plan({s: length for s, length in wanted.items() if s not in found})
+        self.computed = sum(chunk.count for chunk in plan)
         if not plan:
             return found
         drawn = self._draw(plan, [(follower.own, length) for _, follower, length in drafting])

@@ -17,11 +17,12 @@ import numpy
 from chatlm.common.log import log
 from chatlm.common.memory import empty_pages
 from chatlm.common.messages.requests import (
-    AnswerParams, Ended, Failed, Piece, PromptProgress, ThinkingEnds, Usage)
+    AnswerParams, Ended, Failed, Piece, PromptProgress, ThinkingEnds)
 from chatlm.worker.arrays.kinds import address_of
 from chatlm.worker.engine.adapter_slots import AdapterSlots
 from chatlm.worker.engine.answer_maker import AnswerMaker
 from chatlm.worker.engine.batch import make_batch, sample_rows
+from chatlm.worker.engine.drafts import NO_DRAFT, Drafting, Lookup, can_draft
 from chatlm.worker.engine.host import HostSteps, embedding_events
 from chatlm.worker.engine.kvcache import PagePool, longest_context
 from chatlm.worker.engine.scheduler import FREE_ROWS, Scheduler
@@ -34,39 +35,11 @@ if TYPE_CHECKING:
     from chatlm.common.messages.requests import WorkerEvent
     from chatlm.common.text.tokenizer import Tokenizer
     from chatlm.worker.engine.answer import Answer
+    from chatlm.worker.engine.draft_model import DraftModel
     from chatlm.worker.engine.keeper import Keeper
     from chatlm.worker.model.kernels import Kernels
     from chatlm.worker.model.transformer import Transformer
     from chatlm.worker.ranks.ranks import RankZero
-
-
-class Drafter:
-    """Prompt lookup: proposes what followed the last tokens when they last occurred; pauses if often wrong.
-
-    (Saxena, "Prompt Lookup Decoding", 2023.) Costs one dictionary entry per token; no model."""
-
-    LENGTH, LONGEST = 3, 7  # tokens that must recur; tokens proposed
-    PATIENCE = 64           # tokens without a proposal after too many wrong proposals
-
-    def __init__(self, tokens: list[int]):
-        self.tokens = tokens                        # the sequence's own list
-        self.ends: dict[tuple[int, ...], int] = {}  # LENGTH tokens -> where they last ended
-        self.seen = self.LENGTH                     # tokens already in `ends`
-        self.right, self.silent_until = 0.5, 0  # right: share of proposals with a right first token
-
-    def propose(self) -> list[int]:
-        """Tokens that may come next; call it after every token."""
-        tokens, n = self.tokens, self.LENGTH
-        for end in range(self.seen, len(tokens)):
-            self.ends[tuple(tokens[end - n:end])] = end
-        self.seen = max(self.seen, len(tokens))
-        last = self.ends.get(tuple(tokens[-n:]))
-        return tokens[last:last + self.LONGEST] if last and len(tokens) >= self.silent_until else []
-
-    def judge(self, accepted: int):
-        self.right += 0.2 * ((accepted > 0) - self.right)
-        if self.right < 0.25:
-            self.right, self.silent_until = 0.4, len(self.tokens) + self.PATIENCE
 
 
 ADAPTER_GONE = "the adapter's files have changed or been removed during this answer: send the request again"
@@ -91,9 +64,10 @@ class Engine:
     TIMED_TOKENS = 64  # a smaller step says little about the speed of prefill
 
     def __init__(self, transformer: Transformer, tokenizer: Tokenizer, kernels: Kernels, *, num_pages: int,
-                 context_length: int, max_batch: int, prefill_chunk: int, drafts: bool = True,
+                 context_length: int, max_batch: int, prefill_chunk: int, drafts: str = "auto",
                  ranks: RankZero | None = None, state_bytes: int | None = None,
-                 ranking: numpy.ndarray | None = None, head: Head = Head()):
+                 ranking: numpy.ndarray | None = None, head: Head = Head(),
+                 draft_models: Seq[DraftModel] = ()):
         self.transformer, self.tokenizer, self.kernels = transformer, tokenizer, kernels
         slots, states = transformer.num_slots, None
         own_bytes = transformer.spec.state_bytes
@@ -105,6 +79,8 @@ class Engine:
                                    max_rows=len(transformer.buffers["logits"]),
                                    stages=ranks.stages if ranks else 1, mixes_drafts=kernels.row_invariant,
                                    of_texts=transformer.spec.of_texts)
+        self.drafting = self.scheduler.drafting = Drafting([Lookup(), *draft_models])
+        self.draft_models = draft_models
         self.scored_length = longest_context(self.pool, context_length, prefill_chunk)
         self.context_length = min(transformer.spec.context_length, self.scored_length)
         self.steps = kernels.backend.make_steps(transformer, max_batch, self.scored_length)
@@ -118,8 +94,8 @@ class Engine:
         # `step` returns these, each with its answer's id, even if the step that produced them failed
         self.events: list[tuple[str, WorkerEvent]] = []
         exact = kernels.row_invariant or kernels.backend.few_rows_invariant and not ranks
-        self.drafts = drafts and exact  # else a drafted row could differ from the same row computed alone
-        self.drafted_tokens = self.accepted_tokens = 0
+        # else a drafted row could differ from the same row computed alone
+        self.drafts = drafts != "none" and exact
         self.keeper: Keeper | None = None  # set if pages outlive the process
         self.token_s = self.finished_s = 0.0  # measured seconds per prompt token; when the last step ended
         self.first_chunk = min(prefill_chunk, self.context_length // 2)  # length of the prompt in warm_up
@@ -151,7 +127,8 @@ class Engine:
                             output=Output(scored=work.scored))
         self.answers.make(sequence)
         free = not work.needs_logits and not work.sampling.counts_tokens
-        sequence.drafter = Drafter(sequence.tokens) if self.drafts and free else None
+        if self.drafts and free:
+            self.drafting.begin(sequence)
         self.scheduler.add(sequence)
         if self.transformer.layer_embed:
             self.transformer.layer_embed.will_need(sequence.tokens)
@@ -206,8 +183,19 @@ class Engine:
             return len(self.under_way)
         stages = self.scheduler.stages
         awaited = on_host or not self.steps.ahead or stages == 1 and any(
-            chunk.sequence.draft or chunk.sequence.work.needs_tokens for chunk in plan if chunk.draws)
+            chunk.sequence.draft.tokens or chunk.sequence.work.needs_tokens or self._awaits(chunk.sequence)
+            for chunk in plan if chunk.draws)
         return 0 if awaited else max(1, stages - 1)
+
+    def _awaits(self, sequence: Sequence) -> bool:
+        """Does a model draft for it after this step?"""
+        return sequence.drafts and self._has_room and any(
+            model.awaits(sequence) for model in self.draft_models)
+
+    @property
+    def _has_room(self) -> bool:
+        """Are there so few sequences that steps can have drafts? Else these only delay the next step."""
+        return 2 * len(self.scheduler.running) <= FREE_ROWS
 
     def _finish_until(self, most: int):
         """Finish the oldest steps, until at most this many are under way."""
@@ -268,6 +256,7 @@ class Engine:
             self.scheduler.token_s = self.token_s
             if self.keeper:
                 self.keeper.pace.token_s = self.token_s
+        going_on = []
         for sequence, draft in step.drawing:
             drawn = list(itertools.islice(tokens, 1 + len(draft)))
             if sequence and not sequence.finished:
@@ -277,6 +266,9 @@ class Engine:
                     log.exception("failed to continue an answer")
                     self._emit(sequence, Failed(failure_text(error)))
                     self.scheduler.remove(sequence)
+                going_on.append(sequence)
+        if 2 * len(self.scheduler.running) <= FREE_ROWS:  # else a draft only delays the next step
+            self.drafting.propose([sequence for sequence in going_on if can_draft(sequence)])
 
     def _accept(self, sequence: Sequence, draft: tuple[int, ...], drawn: Seq[int]) -> list[WorkerEvent]:
         """Add the drawn tokens and their text until one ends the answer, forces others or differs from the
@@ -293,27 +285,21 @@ class Engine:
                 break
             right += 1
             self.scheduler.advance(Chunk(sequence, 1))  # the step has computed this token too
-        if draft and sequence.drafter:
-            sequence.drafter.judge(right)
-            sequence.output.usage += Usage(drafted_tokens=len(draft), accepted_tokens=right)
-            self.drafted_tokens += len(draft)
-            self.accepted_tokens += right
+        if draft:
+            self.drafting.judge(sequence, len(draft), right)
         self._go_on(sequence, answer)
         return events_of(sequence, answer, tokens[known:], token if token in added else None)
 
     def _go_on(self, sequence: Sequence, answer: Answer):
-        """End the sequence if its answer has ended; else begin what its next token needs: a grammar, a mask,
-        or a draft."""
-        sequence.draft = []
+        """End the sequence if its answer has ended; else begin what its next token needs: a grammar or a
+        mask."""
+        sequence.draft = NO_DRAFT
         if answer.reason is not None:
             self.scheduler.remove(sequence)
         elif answer.awaits_grammar:
             self.answers.remake(sequence)
         elif answer.grammar:
             self.answers.start_mask(sequence, answer.grammar)
-        elif sequence.drafter:
-            room = 2 * len(self.scheduler.running) <= FREE_ROWS  # else a draft only delays the next step
-            sequence.draft = sequence.drafter.propose() if room and sequence.pending == 1 else []
 
     def give_up(self) -> list[str]:
         """After a failed step: forget what it may have written; returns the ids of the dropped answers."""
@@ -324,6 +310,8 @@ class Engine:
         blamed = self.scheduler.isolate()
         self.pool.fresh.clear()
         self.pool.forget_cached()
+        for model in self.draft_models:
+            model.followers.forget()
         return [sequence.work.id for sequence in blamed]
 
     def empty_cache(self) -> bool:
@@ -334,6 +322,9 @@ class Engine:
             self.keeper.empty()
         self.pool.forget_cached()
         tensors = [self.transformer.cache, *itertools.chain.from_iterable(self.transformer.states)]
+        for model in self.draft_models:
+            model.followers.forget()
+            tensors.append(model.transformer.cache)
         return not self.ranks and self.transformer.device.type == "cpu" and all(
             [empty_pages(address_of(tensor), tensor.nbytes) for tensor in tensors])
 

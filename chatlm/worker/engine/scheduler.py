@@ -11,6 +11,7 @@ from chatlm.worker.engine.kvcache import PagePool, PageTables
 from chatlm.worker.engine.sequence import Chunk, Sequence, is_uncached
 
 if TYPE_CHECKING:
+    from chatlm.worker.engine.drafts import Drafting
     from chatlm.worker.engine.keeper import Keeper
 
 
@@ -40,6 +41,7 @@ class Scheduler:
         self.texts_s = 0.0                     # when a step last embedded texts
         self.token_s = 0.0                     # measured seconds per prompt token; 0: not yet
         self.keeper: Keeper | None = None
+        self.drafting: Drafting | None = None
 
     def add(self, sequence: Sequence):
         sequence.output.added_s = time.monotonic()
@@ -57,6 +59,8 @@ class Scheduler:
         sequence.finished = True
         self.tables.release(sequence)
         self._end_restoration(sequence)
+        if self.drafting:
+            self.drafting.end(sequence)
 
     def schedule(self) -> list[Chunk]:
         """Plan the next step: a one-token chunk for each decoding sequence, then chunks of prompts.
@@ -69,10 +73,10 @@ class Scheduler:
         share = -(-sum(s.pending == 1 for s in answers) // self.stages)
         able = [s for s in answers if s.pending == 1 and len(s.tokens) < s.limit and self._may_run(s)]
         decoding = [s for s in able[:share] if self._grow(s)]
-        room = (FREE_ROWS - len(answers)) // max(1, sum(bool(s.draft) for s in decoding))
+        room = (FREE_ROWS - len(answers)) // max(1, sum(bool(s.draft.tokens) for s in decoding))
         prefilling = [s for s in answers if s.prefilling]
         apart = prefilling and not self.mixes_drafts
-        drafts = [self._draft(s, room) if s.draft and not apart else () for s in decoding]
+        drafts = [self._draft(s, room) if s.draft.tokens and not apart else () for s in decoding]
         plan = [Chunk(s, 1, 1 + len(draft), draft) for s, draft in zip(decoding, drafts)]
         if prefilling:
             plan += self._share_prefill(prefilling, self.max_rows - sum(chunk.draws for chunk in plan),
@@ -150,13 +154,13 @@ class Scheduler:
     def _draft(self, sequence: Sequence, room: int) -> tuple[int, ...]:
         """As much of a sequence's draft as fits in the step's room, its token limit and its pages."""
         groups, length = self.pool.groups, len(sequence.tokens)
-        draft = sequence.draft[:max(0, min(room, sequence.limit - length - 1))]
+        draft = sequence.draft.tokens[:max(0, min(room, sequence.limit - length - 1))]
         slots = len(sequence.pages) // groups * self.pool.page_size
         if length + len(draft) > slots and self.pool.available >= groups * (len(self.running) + 1):
             sequence.pages += self.pool.allocate(groups)  # pyright: ignore[reportOperatorIssue]  they are free
             sequence.filled += 1
             slots += self.pool.page_size
-        return tuple(draft[:slots - length])
+        return draft[:slots - length]
 
     def _preempt(self, sequence: Sequence):
         """Take a sequence's pages and put it at the head of the queue, to be recomputed from its tokens."""

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any, NamedTuple, TYPE_CHECKING
 
 from chatlm.common.messages.requests import Usage
+from chatlm.worker.engine.drafts import NO_DRAFT, Draft
 from chatlm.worker.engine.kvcache import PagePool
 from chatlm.worker.engine.states import HeldStates
 
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
     from chatlm.common.messages.requests import AnswerParams, SamplingParams, TokenLogprob
     from chatlm.worker.engine.answer import Answer
-    from chatlm.worker.engine.engine import Drafter
     from chatlm.worker.engine.grammar import Grammar
     from chatlm.worker.engine.keeper import Restoration
 
@@ -97,8 +97,8 @@ class Sequence:
     adapter_digest: str = ""             # of the adapter's files
     finished: bool = False               # it ended or was cancelled
     suspect: bool = False                # was in a failed step: runs alone until it produces a token
-    drafter: Drafter | None = None
-    draft: list[int] = field(default_factory=list)  # guessed next tokens, verified in the same step
+    drafts: bool = False                 # do the sources of drafts know it?
+    draft: Draft = NO_DRAFT              # guessed next tokens, verified in the same step
     computed: int = 0
     pages: list[int] = field(default_factory=list)  # its table: in each row, one page of each group
     filled: int = 0                      # table rows in which layers with a window have been given pages

@@ -19,7 +19,7 @@ from chatlm.common import program
 from chatlm.common.config import Settings
 from chatlm.common.errors import EngineFailure, RequestError
 from chatlm.common.messages.protocol import Loading
-from chatlm.common.messages.requests import Embedding, Finished, Message, Piece, PromptScores, SamplingParams
+from chatlm.common.messages.requests import DraftCounts, Embedding, Finished, Message, Piece, PromptScores, SamplingParams
 from chatlm.common.messages.wire import BadMessage
 from chatlm.common.processes.start import PROCESS_COMMAND, patient
 from chatlm.common.text.formats import HARMONY
@@ -60,7 +60,7 @@ async def told(pool, name, request):
     """The pieces of an answer, and its Usage."""
     events = [event async for event in pool.answer(asked(name, **request))]
     pieces = [event._replace(gpu=0) for event in events if isinstance(event, Piece)]
-    return [*pieces, replace(events[-1].usage, cached_tokens=0, drafted_tokens=0, accepted_tokens=0)]
+    return [*pieces, replace(events[-1].usage, cached_tokens=0, drafted=DraftCounts(), accepted=DraftCounts())]
 
 
 PLAIN = dict(sampling=SamplingParams(temperature=1.0, seed=5), max_tokens=60)

@@ -92,7 +92,7 @@ async def test_the_gauges_are_the_pool_s_at_that_moment(client):
     pool = FakePool()
     worker = {"state": "ready", "running": 3, "restarts": 2, "crashes_in_row": 0, "kv_pages_used": 10, "kv_pages_total": 64, "gpu_id": 0,
               "device": "cuda:0", "memory_used": 5 << 30, "memory_total": 80 << 30, "utilization": 0.75, "batch_fill": 0.5,
-              "preemptions": 7, "drafted_tokens": 9, "accepted_tokens": 8}
+              "preemptions": 7, "drafted_lookup": 9, "accepted_lookup": 8, "drafted_forced": 3}
     dead = worker | {"state": "dead", "restarts": 1, "crashes_in_row": 4, "gpu_id": 1, "device": "cuda:1", "utilization": None}
     pool.stats = lambda: {"total_workers": 2, "queue_depth": 5, "workers": [worker, dead]}
     async with serving(pool) as url:
@@ -101,10 +101,13 @@ async def test_the_gauges_are_the_pool_s_at_that_moment(client):
               "workers_in_crash_loop": 1}
     assert {name: shown[f"chat_server_{name}"] for name in wanted} == wanted
     of = {name: {gpu: shown.get(f'chat_server_worker_{name}{{device="cuda:{gpu}",worker="{gpu}"}}') for gpu in (0, 1)}
-          for name in ("memory_used", "memory_total", "utilization", "batch_fill", "preemptions_total", "drafted_tokens_total", "accepted_tokens_total")}
+          for name in ("memory_used", "memory_total", "utilization", "batch_fill", "preemptions_total")}
     assert of == {"memory_used": {0: 5 << 30, 1: 5 << 30}, "memory_total": {0: 80 << 30, 1: 80 << 30}, "utilization": {0: 0.75, 1: None},
-                  "batch_fill": {0: 0.5, 1: 0.5}, "preemptions_total": {0: 7, 1: 7}, "drafted_tokens_total": {0: 9, 1: 9},
-                  "accepted_tokens_total": {0: 8, 1: 8}}
+                  "batch_fill": {0: 0.5, 1: 0.5}, "preemptions_total": {0: 7, 1: 7}}
+    drafts = {(name, source): shown[f'chat_server_worker_{name}_tokens_total{{device="cuda:1",source="{source}",worker="1"}}']
+              for name in ("drafted", "accepted") for source in ("lookup", "forced", "mtp", "model")}
+    assert {key: value for key, value in drafts.items() if value} == {
+        ("drafted", "lookup"): 9, ("accepted", "lookup"): 8, ("drafted", "forced"): 3}
 
 
 async def test_without_prometheus_client_the_server_serves_and_metrics_say_why_not(client, monkeypatch):

@@ -148,11 +148,11 @@ class Ways:
         """Drafts are right up to some token."""
         engine = self.engine
         propose_partly_right(monkeypatch, self.works, self.tokens)
-        engine.drafts, before = True, (engine.drafted_tokens, engine.accepted_tokens)
+        engine.drafts, before = True, (engine.drafting.drafted.total, engine.drafting.accepted.total)
         for works in (self.works, *([work] for work in self.works)):
             self.check(self.fresh(works), "with drafts")
         self.check(answers(engine, self.works, ahead=True), "with drafts, from the cache")
-        engine.drafts, drafted, accepted = False, engine.drafted_tokens - before[0], engine.accepted_tokens - before[1]
+        engine.drafts, drafted, accepted = False, engine.drafting.drafted.total - before[0], engine.drafting.accepted.total - before[1]
         assert drafted > accepted > NEW
 
     def check_preempted(self):

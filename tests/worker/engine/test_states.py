@@ -12,6 +12,7 @@ from chatlm.common.core import decode_core
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.messages.requests import SamplingParams
 from chatlm.worker.build import build_engine
+from chatlm.worker.engine.drafts import NO_DRAFT, Draft
 from chatlm.worker.engine.integrity import check_integrity, scheduler_faults
 from chatlm.worker.engine.kvcache import PagePool
 from chatlm.worker.engine.scheduler import FREE_ROWS, Scheduler
@@ -127,7 +128,7 @@ def test_random_cuts_batches_chunks_drafts_preemptions_and_deaths_change_no_toke
             if not steps:
                 deaths += 1
                 break
-        preemptions, accepted = preemptions + engine.scheduler.preemptions, accepted + engine.accepted_tokens
+        preemptions, accepted = preemptions + engine.scheduler.preemptions, accepted + engine.drafting.accepted.total
     assert tokens == expected and deaths and preemptions and accepted > 10
 
 
@@ -355,9 +356,9 @@ def test_drafts_take_slots_of_which_one_is_kept():
         return chunk
 
     assert step().writes == ((29, one.states.slots[30]),)
-    one.draft = [1, 2, 3, 4, 5, 6, 7]
+    one.draft = Draft("lookup", (1, 2, 3, 4, 5, 6, 7))
     chunk = step(1, 2)                              # six slots: its own and five for drafts
     assert len(chunk.draft) == 5 and chunk.draws == 6 and len(chunk.writes) == 6
-    one.draft = []
+    one.draft = NO_DRAFT
     following = step()
     assert following.reads == chunk.writes[2][1] and len(states.free) == 5

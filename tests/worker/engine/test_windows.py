@@ -39,7 +39,7 @@ def check(engine, cases, works=None, **options):
     def on_step(plan):
         scheduler = engine.scheduler
         for sequence in scheduler.running:
-            length = len(sequence.tokens) + PAGE_SIZE * (sequence.drafter is not None)      # room for a draft
+            length = len(sequence.tokens) + PAGE_SIZE * sequence.drafts      # room for a draft
             assert scheduler.tables.held(sequence) <= engine.pool.pages_for(length, scheduler.prefill_chunk)
         seen.most = max(seen.most, engine.pool.num_pages - engine.pool.available)
     result = run(engine, works or works_of(cases), on_step=on_step, **options)
