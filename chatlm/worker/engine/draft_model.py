@@ -168,7 +168,8 @@ class DraftModel:
     still so. Answers that begin meanwhile wait as long: here their prompts have to be computed too."""
 
     name = "model"
-    LONGEST, REST, LONGEST_REST = 7, 64, 4096
+    FIRST, LONGEST = 4, 7          # tokens of a draft before anything is measured, and at most
+    REST, LONGEST_REST = 64, 4096
 
     def __init__(self, transformer: Transformer, *, num_pages: int, max_batch: int, prefill_chunk: int,
                  vocab_size: int, stop_tokens: frozenset[int]):
@@ -223,7 +224,7 @@ class DraftModel:
         most, share = min(self.LONGEST, FREE_ROWS // beside - 1), self.rates[sequence].share
         if most < 1 or len(sequence.tokens) < self.resting[sequence]:
             return 0
-        best = min(most, 4) if not self.times.known else best_length(
+        best = min(most, self.FIRST) if not self.times.known else best_length(
             share, self.times.draft_s, self.times.step_s, most)
         if sequence.draft.worth >= sum(share ** (i + 1) for i in range(best or 1)):
             return 0
