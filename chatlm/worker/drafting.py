@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import NamedTuple, TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError, shown
-from chatlm.common.hub.find import resolve_model
+from chatlm.common.hub.find import of_draft_model, resolve_model
 from chatlm.common.hub.local import no_progress
 from chatlm.worker.arrays.kinds import item_bytes
 from chatlm.worker.engine.draft_model import DraftModel
@@ -71,8 +71,7 @@ def plan_draft_model(target: LoadedModel, settings: Settings, device: Device,
         return None
     if settings.pipeline_parallel_size > 1:
         raise ConfigError("--draft-model: a model in stages (--pp) cannot have one; --tp can")
-    own = replace(settings, model=settings.draft_model, draft_model=None, source=None, model_tag=None, step=None,
-                  softcap=None, lora=(), adapter=(), context_length=None)
+    own = of_draft_model(settings)
     source = resolve_model(own, progress)
     model = open_model(source, own, device)
     if model.spec.max_positions > target.spec.max_positions:  # no longer than needed

@@ -148,6 +148,20 @@ async def test_a_worker_killed_in_an_answer_of_a_model_of_unlike_layers_costs_no
     await idle(pool)
 
 
+async def test_a_worker_killed_in_an_answer_that_a_second_model_drafts_costs_not_a_word(start_pool, tmp_path, nanochat_fixtures):
+    """The other worker's draft model computes the prompt and the tokens that arrived again. Without drafts the answers are the same."""
+    plain = await start_pool(drafts="none")
+    pool = await start_pool(num_workers=2, draft_model=str(nanochat_fixtures / "gen5"), drafts="model")
+    cases = {"kill-decode": PLAIN | dict(messages=(Message("user", "hello"),)), "kill-prefill": LONG_PROMPT, "kill-decode-more": PLAIN | dict(messages=(Message("user", "hello"),), n=3)}
+    for name, request in cases.items():
+        disturbed = await answers(pool, asked(name, **request))
+        undisturbed = await answers(pool, asked(f"undisturbed {name}", **request))
+        assert (tmp_path / name).exists() and disturbed == undisturbed == await answers(plain, asked(f"plain {name}", **request))
+    events = [event async for event in pool.answer(asked("counted", **cases["kill-decode"]))]
+    assert events[-1].usage.accepted.model > 0
+    await idle(pool)
+
+
 @pytest.mark.slow
 async def test_workers_with_and_without_amx_continue_each_others_answers(start_pool, tmp_path, monkeypatch, default_model_path):
     core = pytest.importorskip("decode_core", exc_type=ImportError, reason="decode_core is not installed")

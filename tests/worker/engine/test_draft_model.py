@@ -12,6 +12,7 @@ from chatlm.common.core import decode_core
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.messages.requests import Ended, Message, Piece, SamplingParams
+from chatlm.common.text.grammar import json_grammar
 from chatlm.worker.build import build_engine, prefill_chunk
 from chatlm.worker.drafting import plan_draft_model
 from chatlm.worker.engine import draft_model
@@ -20,6 +21,7 @@ from chatlm.worker.engine.states import StatePool
 from chatlm.worker.weights.load import open_model
 from engines import make_batch
 from families import make_model, save
+from lora import SMOLLM2, random_adapter
 from ranked import group
 from requantized import requantized
 from works import assignment
@@ -215,6 +217,22 @@ def test_a_bias_and_a_stop_token_change_nothing(folder_of, four_at_a_time, one_t
         found = answers(engine, works)
         assert {name: tokens for name, (tokens, _) in found.items()} == expected
         assert all(usage.accepted.model for _, usage in found.values())
+
+
+@compiled
+def test_answers_of_an_adapter_and_in_a_grammar_are_the_same(two_sizes, tmp_path, four_at_a_time, one_thread):
+    """The draft model has no adapter: it drafts as well as it can."""
+    engine = drafting_engine(*two_sizes, kv_cache_memory=128 << 20)
+    engine.adapters.load("one", random_adapter(tmp_path / "one", 30, SMOLLM2, 1, 16, 0.03))
+    prompt = tuple(engine.tokenizer.render([Message("user", "Tell me of rivers.")]))
+    works = [assignment(f"w{n}", prompt, SamplingParams(temperature=temperature, seed=n), 30, **more) for n, (temperature, more) in enumerate(
+        [(0.0, dict(adapter="one")), (1.0, dict(adapter="one")), (0.7, dict(grammar=json_grammar({"type": "array", "items": {"type": "integer"}}, ""))), (0.7, {})])]
+    engine.drafts = False
+    expected = tokens_of(engine, works)
+    engine.drafts = True
+    found = answers(engine, works)
+    assert {name: tokens for name, (tokens, _) in found.items()} == expected
+    assert all(found[name][1].drafted.model for name in ("w0", "w1", "w3")) and expected["w0"] != expected["w3"]
 
 
 def distances(engine, drafter, tokens, temperature, first):
