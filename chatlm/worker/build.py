@@ -138,14 +138,13 @@ def build_engine(source: ModelSource, settings: Settings, device: Device,
     draft = plan_draft_model(model, settings, device, chunk, progress)
     model, transformer, num_pages, context, max_batch = build_transformer(
         model, source, settings, device, progress, ranks, draft)
-    drafter = draft and draft.load(tokenizer.stop_tokens, transformer, num_pages, progress)
-    if drafter:
-        model.notes += (drafter.line(draft.model.name),)
+    drafters = [draft.load(tokenizer.stop_tokens, transformer, num_pages, progress)] if draft else []
+    model.notes += tuple(drafter.line() for drafter in drafters)
     return model, Engine(transformer, tokenizer, transformer.kernels, num_pages=num_pages,
                          max_batch=max_batch, context_length=context,
                          prefill_chunk=prefill_chunk(settings, device), drafts=settings.drafts, ranks=ranks,
                          state_bytes=state_bytes, ranking=model.ranking, head=model.head,
-                         draft_models=[drafter] if drafter else [])
+                         draft_models=drafters)
 
 
 def build_transformer(

@@ -35,7 +35,8 @@ class DraftPlan(NamedTuple):
     kernels: Kernels
     groups: LayerGroups
     kv: KvType
-    limits: dict[str, int]  # of a step, see Transformer
+    max_tokens: int  # of a step,
+    max_rows: int    # and its rows of logits
     prefill_chunk: int
     max_batch: int
     taken: int       # bytes of its weights and buffers
@@ -53,10 +54,11 @@ class DraftPlan(NamedTuple):
         transformer = Transformer(
             model.spec, model.tensors, self.kernels, num_pages=num_pages, device=device, dtype=model.dtype,
             groups=self.groups, kv=self.kv, progress=lambda activity, fraction: progress(
-                "loading the draft model", fraction), **self.limits)
+                "loading the draft model", fraction),
+            max_tokens=self.max_tokens, max_rows=self.max_rows)
         return DraftModel(transformer, num_pages=num_pages, max_batch=self.max_batch,
                           prefill_chunk=self.prefill_chunk, vocab_size=target.spec.vocab_size,
-                          stop_tokens=stop_tokens)
+                          stop_tokens=stop_tokens, called=model.name)
 
 
 def plan_draft_model(target: LoadedModel, settings: Settings, device: Device,
@@ -81,17 +83,17 @@ def plan_draft_model(target: LoadedModel, settings: Settings, device: Device,
     except ConfigError as error:
         raise ConfigError(f"--draft-model {settings.draft_model}: {error}") from None
     rows = max(settings.max_batch, FREE_ROWS)
-    limits = {"max_tokens": prefill_chunk + rows, "max_rows": rows}
+    tokens = prefill_chunk + rows
     if model.dtype is None and not choose_backend(device, model.spec).as_stored:
         model = open_model(source, replace(own, dtype=Backend(device.type).dtype), device)
-    kernels = load_kernels(device, model.spec, **limits, quantize=settings.quantize,
+    kernels = load_kernels(device, model.spec, max_tokens=tokens, max_rows=rows, quantize=settings.quantize,
                            fine=settings.arithmetic == "fine")
     spec = kernels.computed(model.spec)
     kv = kernels.kv_type("auto", model.dtype)
     groups = group_layers(spec.by_layer, spec.max_positions, apart=False, kv=kv)
-    buffers = Transformer.buffer_sizes(spec, limits["max_tokens"], limits["max_rows"], "float32").values()
+    buffers = Transformer.buffer_sizes(spec, tokens, rows, "float32").values()
     activations = sum(rows * columns * item_bytes(kind) for rows, columns, kind in buffers)
-    return DraftPlan(model, kernels, groups, kv, limits, prefill_chunk, settings.max_batch,
+    return DraftPlan(model, kernels, groups, kv, tokens, rows, prefill_chunk, settings.max_batch,
                      weight_bytes(model, settings.quantize) + activations,
                      page_layout(spec, groups, kv).page_bytes)
 
@@ -101,8 +103,8 @@ def refuse_to_draft(model: LoadedModel, target: LoadedModel):
     if model.text.embedder or model.spec.of_texts:
         raise ConfigError("it makes vectors of texts and gives no answers")
     if any(model.spec.unpaged_layers):
-        raise ConfigError(f"{model.family} keeps states, which cannot go back to before a wrong draft; a model "
-                          "whose layers are all attention can draft, also for one with states")
+        raise ConfigError(f"{model.family} keeps states, which cannot go back to before a wrong draft; a "
+                          "model whose layers are all attention can draft, also for one with states")
     if difference := first_difference(*(open_for_answers(each.text, each.vocabulary)
                                         for each in (target, model))):
         raise ConfigError(f"its tokenizer is another: {difference}")

@@ -132,7 +132,7 @@ class Times:
 
 
 class Rate:
-    """How often what a source drafts for a sequence is right, if all before it was; older drafts count less."""
+    """How often a drafted token of a sequence is right if all before it are; older drafts count less."""
 
     MEMORY = 0.9           # weight of what was known, with each draft
     RIGHT, OF = 1.4, 2.0   # what is assumed before anything is known
@@ -172,8 +172,9 @@ class DraftModel:
     REST, LONGEST_REST = 64, 4096
 
     def __init__(self, transformer: Transformer, *, num_pages: int, max_batch: int, prefill_chunk: int,
-                 vocab_size: int, stop_tokens: frozenset[int]):
+                 vocab_size: int, stop_tokens: frozenset[int], called: str = ""):
         """vocab_size, stop_tokens: of the model that it drafts for."""
+        self.called = called
         self.transformer, self.followers = transformer, Followers(num_pages)
         self.vocab_size, self.stop_tokens = vocab_size, stop_tokens
         self.prefill_chunk, self.max_rows = prefill_chunk, len(transformer.buffers["logits"])
@@ -185,12 +186,13 @@ class DraftModel:
         self.rest = 0      # tokens without drafts, since none paid last time
         self.computed = 0  # tokens in the first step of the last draft
 
-    def line(self, name: str) -> str:
+    def line(self) -> str:
         """What a start says of it."""
         pool, transformer = self.followers.pool, self.transformer
-        return (f"Draft model {name}: width {transformer.spec.width}, {transformer.spec.layers} layers, weights in "
-                f"{transformer.weight_types}; KV cache: {pool.num_pages:,} pages "
-                f"({pool.num_pages * transformer.layout.page_bytes / 2**20:,.0f} MiB)")
+        cache_bytes = pool.num_pages * transformer.layout.page_bytes
+        return (f"Draft model {self.called}: width {transformer.spec.width}, {transformer.spec.layers} layers, "
+                f"weights in {transformer.weight_types}; KV cache: {pool.num_pages:,} pages "
+                f"({cache_bytes / 2**20:,.0f} MiB)")
 
     def awaits(self, sequence: Sequence) -> bool:
         """Will it soon draft for this sequence, so that steps must not begin ahead?"""
