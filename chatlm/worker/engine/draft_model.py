@@ -190,8 +190,9 @@ class DraftModel:
         """What a start says of it."""
         pool, transformer = self.followers.pool, self.transformer
         cache_bytes = pool.num_pages * transformer.layout.page_bytes
-        return (f"Draft model {self.called}: width {transformer.spec.width}, {transformer.spec.layers} layers, "
-                f"weights in {transformer.weight_types}; KV cache: {pool.num_pages:,} pages "
+        spec = transformer.spec
+        return (f"Draft model {self.called}: width {spec.width}, {spec.layers} layers, weights in "
+                f"{transformer.weight_types}; KV cache: {pool.num_pages:,} pages "
                 f"({cache_bytes / 2**20:,.0f} MiB)")
 
     def awaits(self, sequence: Sequence) -> bool:
