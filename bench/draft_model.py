@@ -22,11 +22,11 @@ from chatlm.common.config import PAGE_SIZE, Settings    # noqa: E402
 from chatlm.common.hub.find import resolve_model    # noqa: E402
 from chatlm.common.messages.requests import SamplingParams    # noqa: E402
 from chatlm.worker.build import build_engine    # noqa: E402
-from chatlm.worker.engine.draft_model import DraftModel    # noqa: E402
+from chatlm.worker.engine.model_drafts import ModelDrafts    # noqa: E402
 from chatlm.worker.model.spec import Batch    # noqa: E402
 from chatlm.worker.ops.rows import SampleRow    # noqa: E402
 
-MOST = DraftModel.LONGEST
+MOST = ModelDrafts.LONGEST
 SHARES = (0.5, 0.6, 0.7, 0.8, 0.9)
 
 

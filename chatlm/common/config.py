@@ -341,6 +341,12 @@ class Settings:
     draft_model: str | None = flag(None, file_name,
         "a smaller MODEL with the same tokenizer that guesses what comes next (answers are the same)",
         f"{ANSWERING} eval")
+    draft_text: tuple[str, ...] = flag((), file_name,
+        "text file, such as a manual or source code, that all answers may be drafted from, may repeat",
+        ANSWERING, many=True)
+    draft_memory: int = flag(32 << 20, size,
+        "bytes of memory for ended answers and texts to draft from, the oldest answers go first; 0 = only "
+        "from an answer's own text (default: 32M; suffixes K, M, G)", ANSWERING)
     nice: int | None = flag(None, number(int, -20, 19),
         "niceness of the workers, from -20 to 19: how readily they yield the processor (default: 19 with "
         "--watch and of embed on a CPU, else the server's own, which its other processes always have)")

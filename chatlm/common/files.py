@@ -89,6 +89,19 @@ def read_operators(path: str) -> str:
     return data.decode()
 
 
+def read_text_of(path: str, flag: str) -> str:
+    """The text of a file that a flag names. ConfigError if it cannot be read or is empty."""
+    try:
+        text = read_operators(path)
+    except (OSError, RuntimeError, ValueError) as error:  # unreadable; unknown ~user; not text
+        no_text = isinstance(error, UnicodeDecodeError)
+        reason = "not UTF-8 text" if no_text else getattr(error, "strerror", None) or error
+        raise ConfigError(f"{flag} {path}: {reason}") from None
+    if not text:
+        raise ConfigError(f"{flag} {path}: the file is empty")
+    return text
+
+
 def first_of_pipe(opened: int) -> bytes:
     """The first bytes of a pipe. A shell's pipe has its writer from the start, and may be empty; a named
     pipe's writer may take up to WRITER_S to open it."""

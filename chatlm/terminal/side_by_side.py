@@ -13,11 +13,12 @@ from typing import Any, TYPE_CHECKING
 
 from chatlm.common.config import LIMITS, ModelChoice
 from chatlm.common.errors import ConfigError, visible
+from chatlm.common.files import read_text_of
 from chatlm.common.jsontext import as_json
 from chatlm.common.log import ProgressDisplay
 from chatlm.front.api.readers import read_compare, read_variants
 from chatlm.front.pool.many import ManyModels
-from chatlm.front.pool.score import read_scored, score_text
+from chatlm.front.pool.score import score_text
 from chatlm.front.server.bodies import known_of
 from chatlm.front.server.compare import Comparison, asked_of, with_ids
 from chatlm.terminal.chat import duration, prompt_text
@@ -142,7 +143,7 @@ async def score(settings: Settings) -> int:
     """The `score` command: prints a line for each model."""
     if settings.text is None:
         raise ConfigError("score needs --text FILE, the text to score")
-    text = read_scored(settings.text, "--text")
+    text = read_text_of(settings.text, "--text")
     for choice in settings.several or (ModelChoice(""),):
         one_model = replace(settings, model=choice.path or None, several=())
         async with open_pool(one_model) as pool:

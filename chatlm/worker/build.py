@@ -12,6 +12,7 @@ from typing import NamedTuple, TYPE_CHECKING
 
 from chatlm.common.config import PAGE_SIZE, size
 from chatlm.common.errors import ConfigError, require_library
+from chatlm.common.files import read_text_of
 from chatlm.common.hub.adapters import bytes_of_adapters
 from chatlm.common.hub.local import no_progress
 from chatlm.common.log import log
@@ -20,6 +21,8 @@ from chatlm.worker.arrays.kinds import Device, item_bytes
 from chatlm.worker.drafting import plan_draft_model
 from chatlm.worker.engine.engine import Engine
 from chatlm.worker.engine.kvcache import PagePool, longest_context
+from chatlm.worker.engine.lookup import TOKEN_BYTES, Lookup
+from chatlm.worker.engine.model_drafts import ModelDrafts
 from chatlm.worker.engine.pieces import open_for_answers
 from chatlm.worker.engine.scheduler import FREE_ROWS
 from chatlm.worker.model.kernels import Backend, choose_backend, load_kernels
@@ -135,16 +138,20 @@ def build_engine(source: ModelSource, settings: Settings, device: Device,
     elif not tokenizer.has_chat_template:
         model.notes += (CANNOT_CHAT,)
     state_bytes, chunk = model.spec.state_bytes, prefill_chunk(settings, device)
+    texts = [read_text_of(path, "--draft-text") for path in settings.draft_text]
     draft = plan_draft_model(model, settings, device, chunk, progress)
     model, transformer, num_pages, context, max_batch = build_transformer(
         model, source, settings, device, progress, ranks, draft)
     drafters = [draft.load(tokenizer.stop_tokens, transformer, num_pages, progress)] if draft else []
     model.notes += tuple(drafter.line() for drafter in drafters)
+    lookup = Lookup(settings.draft_memory // TOKEN_BYTES)
+    if settings.drafts != "none":
+        lookup.read(texts, tokenizer.encode)
     return model, Engine(transformer, tokenizer, transformer.kernels, num_pages=num_pages,
                          max_batch=max_batch, context_length=context,
-                         prefill_chunk=prefill_chunk(settings, device), drafts=settings.drafts, ranks=ranks,
-                         state_bytes=state_bytes, ranking=model.ranking, head=model.head,
-                         draft_models=drafters)
+                         prefill_chunk=chunk, drafts=settings.drafts, ranks=ranks,
+                         state_bytes=state_bytes, ranking=model.ranking, head=model.head, lookup=lookup,
+                         draft_models=[*map(ModelDrafts, drafters)])
 
 
 def build_transformer(
@@ -220,7 +227,7 @@ def plan_model(model: LoadedModel, whole: ModelSpec, settings: Settings, device:
     groups = group_layers((whole if ranks.stages == 1 else spec).by_layer, spec.max_positions, apart, kv)
     plan = plan_memory(model, whole, kernels, groups, kv, ranks, settings, device, limits)
     if draft:  # as many tokens fit in its pages
-        plan = plan._replace(draft=draft.taken, page_bytes=plan.page_bytes + draft.page_share(groups))
+        plan = plan._replace(draft_model=draft.taken, page_bytes=plan.page_bytes + draft.page_share(groups))
     return kernels, groups, limits, plan
 
 
@@ -279,12 +286,18 @@ class MemoryPlan(NamedTuple):
     kv: KvType = KvType()
     adapters: int = 0     # bytes of adapters served with it, at most
     of_step: int = 0      # pages for the texts of a step, where no later step reads them
-    draft: int = 0        # bytes of a draft model without its pages, which `page_bytes` includes
+    draft_model: int = 0  # bytes of one without its pages, which `page_bytes` includes
 
     @property
     def taken(self) -> int:
         """Bytes of everything but the KV cache."""
-        return self.weights + self.adapters + self.activations + self.draft
+        return self.weights + self.adapters + self.activations + self.drafts + self.draft_model
+
+    @property
+    def drafts(self) -> int:
+        """Bytes of the same memory that texts to draft from may take."""
+        here = self.device.type == "cpu" and self.settings.drafts != "none" and not self.of_step
+        return self.settings.draft_memory if here else 0
 
     @property
     def prefixes(self) -> int:
@@ -361,7 +374,8 @@ class MemoryPlan(NamedTuple):
         needed = self.taken + cache + self.prefixes
         kept = f" + prefixes {self.prefixes / 1e9:,.2f} GB" if self.prefixes else ""
         more = f" + adapters {self.adapters / 1e9:,.2f} GB" if self.adapters else ""
-        more += f" + draft model {self.draft / 1e9:,.2f} GB" if self.draft else ""
+        more += f" + drafts {self.drafts / 1e9:,.2f} GB" if self.drafts else ""
+        more += f" + draft model {self.draft_model / 1e9:,.2f} GB" if self.draft_model else ""
         pages = "keys and values of a step" if self.of_step else "KV cache"
         each = f" ({self.token_bytes:,} bytes a token)" if not self.of_step else ""
         parts = f" with {running} states and {snapshots} snapshots" if self.state_bytes else ""

@@ -55,7 +55,7 @@ def surveyed(config: SurveyConfig) -> Surveyed:
     card = ModelCard(model.text, model.name, min(model.context_length, scored), (), {}, False, kernels_line(),
                      dict(model.sampling), model.sampling_origin, source=source,
                      facts=model_facts(model, config, "", plan.weights), scored_length=scored)
-    return Surveyed(card, plan.weights + plan.draft, plan.activations, plan.cache_bytes(pages),
+    return Surveyed(card, plan.weights + plan.draft_model, plan.activations, plan.cache_bytes(pages),
                     plan.settings.kv_cache_memory or 0, budget)
 
 

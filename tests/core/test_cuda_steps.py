@@ -317,7 +317,7 @@ def test_drafts_wait_for_prompts_where_only_few_rows_are_alike(nanochat_fixtures
     assert FREE_ROWS <= decode_core.cuda.MAX_PRODUCT_ROWS
     drafted = {}
     for mixes in (True, False):
-        scheduler = Scheduler(PagePool(40), max_batch=4, prefill_chunk=16, mixes_drafts=mixes)
+        scheduler = Scheduler(PagePool(40), max_batch=4, prefill_chunk=16, exact_rows=mixes)
         for i, length in enumerate((4, 40)):
             scheduler.add(Sequence(assignment(str(i), tuple(range(length)), SamplingParams(), 30), [*range(length)], 70))
         scheduler.schedule()

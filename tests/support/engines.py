@@ -161,7 +161,7 @@ def propose_partly_right(monkeypatch, works, expected, seed=4):
     repeat themselves, so nothing else drafts much."""
     dice = random.Random(seed)
 
-    def propose(drafting, sequences):
+    def propose(drafting, sequences, *load):
         for sequence in sequences:
             known = tuple(sequence.tokens)
             [rest] = [expected[work.id][len(known) - len(work.prompt_ids):] for work in works

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -255,11 +254,12 @@ class DraftCounts:
     model: int = 0   # a second model
 
     def __add__(self, other: DraftCounts) -> DraftCounts:
-        return DraftCounts(*map(operator.add, astuple(self), astuple(other)))
+        return DraftCounts(self.lookup + other.lookup, self.forced + other.forced, self.mtp + other.mtp,
+                           self.model + other.model)
 
     @property
     def total(self) -> int:
-        return sum(astuple(self))
+        return self.lookup + self.forced + self.mtp + self.model
 
 
 DRAFT_SOURCES = tuple(field.name for field in fields(DraftCounts))

@@ -8,8 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence as Seq
 from typing import NamedTuple, TYPE_CHECKING
 
-from chatlm.common.errors import ConfigError, Overloaded
-from chatlm.common.files import read_operators
+from chatlm.common.errors import Overloaded
 from chatlm.front.evals.scores import prompt_scores
 
 if TYPE_CHECKING:
@@ -52,19 +51,6 @@ def windows_of(ids: Seq[int], context: int) -> Iterator[Window]:
         if end > scored:
             yield Window(tuple(ids[begin:end]), scored - begin)
             scored = end
-
-
-def read_scored(path: str, flag: str) -> str:
-    """The text of a file to score. ConfigError if it cannot be read or is empty."""
-    try:
-        text = read_operators(path)
-    except (OSError, RuntimeError, ValueError) as error:  # unreadable; unknown ~user; not text
-        no_text = isinstance(error, UnicodeDecodeError)
-        reason = "not UTF-8 text" if no_text else getattr(error, "strerror", None) or error
-        raise ConfigError(f"{flag} {path}: {reason}") from None
-    if not text:
-        raise ConfigError(f"{flag} {path}: the file is empty")
-    return text
 
 
 async def score_text(pool: WorkerPool, text: str, *, yields: Callable[[], None] | None = None,

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TYPE_CHECKING
 
 from chatlm.common.config import counted_path
 from chatlm.common.errors import ChatServerError, ConfigError
+from chatlm.common.files import read_text_of
 from chatlm.common.log import log
 from chatlm.front.evals.bundle import read_suite
 from chatlm.front.evals.chat import chat_suite
@@ -19,7 +20,7 @@ from chatlm.front.evals.run import as_json, drawn_items, mean_of, run_task
 from chatlm.front.evals.samples import PROMPTS, SAMPLE_TOKENS
 from chatlm.front.evals.scores import PoolScorer
 from chatlm.front.pool.models import Served
-from chatlm.front.pool.score import read_scored, score_text
+from chatlm.front.pool.score import score_text
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -56,7 +57,7 @@ class StepWork:
         self.failed: set[tuple[Step, str]] = set()
         self.duties = list[Duty]()
         if settings.watch_text is not None:
-            text = read_scored(settings.watch_text, "--watch-text")
+            text = read_text_of(settings.watch_text, "--watch-text")
             done = lambda model: model.score is not None
             self.duties.append(Duty("score", done, partial(self._score, text)))
         if settings.watch_prompts is not None:
@@ -178,7 +179,7 @@ def watched_prompts(path: str) -> tuple[str, ...]:
     none."""
     if path == "nanochat":
         return PROMPTS
-    prompts = tuple(line for line in read_scored(path, "--watch-prompts").splitlines() if line.strip())
+    prompts = tuple(line for line in read_text_of(path, "--watch-prompts").splitlines() if line.strip())
     if not 1 <= len(prompts) <= 100:
         raise ConfigError(f"--watch-prompts {path}: it must have 1 to 100 lines, each a prompt")
     return prompts

@@ -10,15 +10,12 @@ and where the sequence got other tokens than were drafted, their keys and values
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from chatlm.worker.engine.batch import make_batch, sample_row
-from chatlm.worker.engine.drafts import NO_DRAFT, Draft
 from chatlm.worker.engine.kvcache import PagePool, PageTables
-from chatlm.worker.engine.scheduler import FREE_ROWS
 from chatlm.worker.engine.sequence import Chunk, Sequence
 from chatlm.worker.model.spec import Batch
 
@@ -99,77 +96,10 @@ class Followers:
         self.pool.forget_cached()
 
 
-class Times:
-    """How long a small step takes, and a step of the model that is drafted for: measured from the end of one
-    to the end of the other, with everything that the engine does between."""
-
-    FRESH = 0.1  # weight of the last measurement
-
-    def __init__(self):
-        self.draft_s = self.step_s = 0.0  # 0: not known yet
-        self.began_s, self.is_step = time.monotonic(), False
-
-    @property
-    def known(self) -> bool:
-        return bool(self.draft_s and self.step_s)
-
-    def step_ends(self):
-        """A step of the model has ended, if one was under way."""
-        now_s = time.monotonic()
-        if self.is_step:
-            self.step_s = self._mean(self.step_s, now_s - self.began_s)
-        self.began_s, self.is_step = now_s, False
-
-    def drafted(self, steps: int, tokens: int):
-        """So many small steps have ended, and one of the model follows. tokens: those of the first."""
-        now_s = time.monotonic()
-        if steps and tokens <= FREE_ROWS:  # else prompts were computed beside
-            self.draft_s = self._mean(self.draft_s, (now_s - self.began_s) / steps)
-        self.began_s, self.is_step = now_s, bool(steps)
-
-    def _mean(self, mean: float, new: float) -> float:
-        return mean + self.FRESH * (new - mean) if mean else new
-
-
-class Rate:
-    """How often a drafted token of a sequence is right if all before it are; older drafts count less."""
-
-    MEMORY = 0.9           # weight of what was known, with each draft
-    RIGHT, OF = 1.4, 2.0   # what is assumed before anything is known
-
-    def __init__(self):
-        self.right, self.judged = 0.0, 0.0
-
-    @property
-    def share(self) -> float:
-        return (self.right + self.RIGHT) / (self.judged + self.OF)
-
-    def judge(self, verified: int, accepted: int):
-        self.right = self.MEMORY * self.right + accepted
-        self.judged = self.MEMORY * self.judged + min(accepted + 1, verified)
-
-
-def best_length(share: float, draft_s: float, step_s: float, most: int) -> int:
-    """How many tokens to draft, one after the other in `draft_s` each, if each is right with this probability
-    and a step takes `step_s`: what gives the most tokens in a second; 0 if that is none."""
-    best, best_speed, tokens = 0, 1 / step_s, 1.0
-    for length in range(1, most + 1):
-        tokens += share ** length
-        if (speed := tokens / (step_s + length * draft_s)) > best_speed:
-            best, best_speed = length, speed
-    return best
-
-
 class DraftModel:
-    """Drafts with a model of its own, for several sequences together in a batch: k tokens in k small steps.
+    """Drafts with a model of its own, for several sequences together in a batch: k tokens in k small steps."""
 
-    How many is chosen by what they have cost and how often they were right: see `best_length`. Where none
-    pay, one is drafted after REST tokens all the same, then after twice as many, to see whether that is
-    still so. Answers that begin meanwhile wait as long: here their prompts have to be computed too."""
-
-    name = "model"
-    FIRST, LONGEST = 4, 7          # tokens of a draft before anything is measured, and at most
-    REST, LONGEST_REST = 64, 4096
+    name, sees_states = "model", False
 
     def __init__(self, transformer: Transformer, *, num_pages: int, max_batch: int, prefill_chunk: int,
                  vocab_size: int, stop_tokens: frozenset[int], called: str = ""):
@@ -180,10 +110,6 @@ class DraftModel:
         self.prefill_chunk, self.max_rows = prefill_chunk, len(transformer.buffers["logits"])
         self.longest = min(transformer.spec.max_positions, num_pages * self.followers.pool.page_size)
         self.steps = transformer.kernels.backend.make_steps(transformer, max_batch, self.longest)
-        self.rates: dict[Sequence, Rate] = {}
-        self.resting: dict[Sequence, int] = {}  # sequences that have no drafts until they have so many tokens
-        self.times = Times()
-        self.rest = 0      # tokens without drafts, since none paid last time
         self.computed = 0  # tokens in the first step of the last draft
 
     def line(self) -> str:
@@ -195,57 +121,13 @@ class DraftModel:
                 f"{transformer.weight_types}; KV cache: {pool.num_pages:,} pages "
                 f"({cache_bytes / 2**20:,.0f} MiB)")
 
-    def awaits(self, sequence: Sequence) -> bool:
-        """Will it soon draft for this sequence, so that steps must not begin ahead?"""
-        return len(sequence.tokens) + 3 >= self.resting[sequence]
-
-    def begin(self, sequence: Sequence):
-        self.rates[sequence] = Rate()
-        self.resting[sequence] = len(sequence.tokens) + self.rest if self.rest else 0
-
     def end(self, sequence: Sequence):
         self.followers.release(sequence)
-        self.rates.pop(sequence, None)
-        self.resting.pop(sequence, None)
-
-    def judge(self, sequence: Sequence, draft: Draft, verified: int, accepted: int):
-        self.times.step_ends()
-        self.rates[sequence].judge(verified, accepted)
-
-    def propose(self, sequences: Seq[Sequence]) -> list[Draft]:
-        """No step may be under way that needs these threads at the same time."""
-        self.times.step_ends()
-        lengths = {sequence: length for sequence in sequences
-                   if (length := self._length(sequence, len(sequences)))}
-        drawn = self.draft(lengths)
-        self.times.drafted(max(map(len, drawn.values()), default=0), self.computed)
-        return [self._draft_of(sequence, drawn.get(sequence, ())) for sequence in sequences]
-
-    def _length(self, sequence: Sequence, beside: int) -> int:
-        """How many tokens to draft for a sequence, one of so many; 0 if another source has drafted more that
-        is likely right than this one would."""
-        most, share = min(self.LONGEST, FREE_ROWS // beside - 1), self.rates[sequence].share
-        if most < 1 or len(sequence.tokens) < self.resting[sequence]:
-            return 0
-        best = min(most, self.FIRST) if not self.times.known else best_length(
-            share, self.times.draft_s, self.times.step_s, most)
-        if sequence.draft.worth >= sum(share ** (i + 1) for i in range(best or 1)):
-            return 0
-        self.rest = 0 if best else min(max(2 * self.rest, self.REST), self.LONGEST_REST)
-        if not best:
-            self.resting[sequence] = len(sequence.tokens) + self.rest
-        return max(best, 1)
-
-    def _draft_of(self, sequence: Sequence, tokens: Seq[int]) -> Draft:
-        if not tokens:
-            return NO_DRAFT
-        share = self.rates[sequence].share
-        return Draft(self.name, tuple(tokens), tuple(share ** (i + 1) for i in range(len(tokens))),
-                     len(sequence.tokens))
 
     def draft(self, wanted: Mapping[Sequence, int]) -> dict[Sequence, list[int]]:
         """Draft up to so many tokens for each of these sequences, whose tokens must all be known. One whose
-        prompt has not been computed here yet is computed further, and gets none."""
+        prompt has not been computed here yet is computed further, and gets none. No step may be under way
+        that needs these threads at the same time."""
         self.followers.release_waiting()
         found = {sequence: self._useful(follower.guess) for sequence in wanted
                  if (follower := self.followers.guessed(sequence))}  # it was left out of a step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence as Seq
 from dataclasses import replace
 from typing import NamedTuple, Protocol, TYPE_CHECKING
@@ -48,60 +49,106 @@ class Source(Protocol):
     def end(self, sequence: Sequence): ...
 
 
-class Repeats:
-    """What followed the last tokens of one text when they last occurred; pauses if often wrong.
+class StepTimes:
+    """How long a step takes by its rows, as measured; rows never seen are estimated from those that were."""
 
-    (Saxena, "Prompt Lookup Decoding", 2023.) Costs one dictionary entry per token; no model."""
-
-    LENGTH, LONGEST = 3, 7  # tokens that must recur; tokens proposed
-    PATIENCE = 64           # tokens without a proposal after too many wrong proposals
-
-    def __init__(self, tokens: list[int]):
-        self.tokens = tokens                        # the sequence's own list
-        self.ends: dict[tuple[int, ...], int] = {}  # LENGTH tokens -> where they last ended
-        self.seen = self.LENGTH                     # tokens already in `ends`
-        self.right, self.silent_until = 0.5, 0  # right: share of proposals with a right first token
-
-    def propose(self) -> list[int]:
-        """Tokens that may come next; call it after every token."""
-        tokens, n = self.tokens, self.LENGTH
-        for end in range(self.seen, len(tokens)):
-            self.ends[tuple(tokens[end - n:end])] = end
-        self.seen = max(self.seen, len(tokens))
-        last = self.ends.get(tuple(tokens[-n:]))
-        return tokens[last:last + self.LONGEST] if last and len(tokens) >= self.silent_until else []
-
-    def judge(self, accepted: int):
-        self.right += 0.2 * ((accepted > 0) - self.right)
-        if self.right < 0.25:
-            self.right, self.silent_until = 0.4, len(self.tokens) + self.PATIENCE
-
-
-class Lookup:
-    """Looks up what followed the last tokens before, in the text of the sequence itself."""
-
-    name = "lookup"
+    SLOPE = 0.05  # of a row, in steps of one row, until two numbers of rows were measured
+    NEWEST = 0.1  # weight of a new measurement
+    RENEWED = 16  # measurements after which the estimates are made again
 
     def __init__(self):
-        self.repeats: dict[Sequence, Repeats] = {}
+        self.mean_s: dict[int, float] = {}  # by rows
+        self.estimates: list[float] = []    # by rows, from 0
+        self.count = 0
 
-    def begin(self, sequence: Sequence):
-        self.repeats[sequence] = Repeats(sequence.tokens)
+    def note(self, rows: int, seconds: float):
+        known = self.mean_s.get(rows)
+        self.count += 1
+        if known is None:
+            self.mean_s[rows], self.estimates = seconds, []
+        else:  # another program may have taken the processor
+            self.mean_s[rows] = known + self.NEWEST * (min(seconds, 2 * known) - known)
+        if self.count % self.RENEWED == 0:
+            self.estimates = []
 
-    def propose(self, sequences: Seq[Sequence]) -> list[Draft]:
-        return [self._draft(sequence) for sequence in sequences]
+    def expected(self, first: int, last: int) -> list[float]:
+        """Seconds of steps of first, first + 1, ... last rows, never falling."""
+        if len(self.estimates) <= last:
+            self.estimates = self._estimates(max(last, 64))
+        return self.estimates[first:last + 1]
 
-    def _draft(self, sequence: Sequence) -> Draft:
-        repeats = self.repeats[sequence]
-        tokens = tuple(repeats.propose())
-        chances = tuple(repeats.right ** (i + 1) for i in range(len(tokens)))
-        return Draft(self.name, tokens, chances, len(sequence.tokens)) if tokens else NO_DRAFT
+    def _estimates(self, last: int) -> list[float]:
+        known = sorted(self.mean_s.items()) or [(1, 1.0)]
+        slope = self.SLOPE * known[0][1] / known[0][0]
+        if len(known) > 1:
+            (low, low_s), (high, high_s) = known[0], known[-1]
+            slope = max((high_s - low_s) / (high - low), 0.01 * low_s)
+        points = [(0, max(known[0][1] - slope * known[0][0], 0.1 * known[0][1])), *known,
+                  (last + 1, known[-1][1] + slope * max(last + 1 - known[-1][0], 0))]
+        found, place = [0.0], 0
+        for rows in range(last + 1):
+            while points[place + 1][0] <= rows:
+                place += 1
+            (low, low_s), (high, high_s) = points[place:place + 2]
+            found.append(max(found[-1], low_s + (high_s - low_s) * (rows - low) / (high - low)))
+        return found[1:]
 
-    def judge(self, sequence: Sequence, draft: Draft, verified: int, accepted: int):
-        self.repeats[sequence].judge(accepted)
 
-    def end(self, sequence: Sequence):
-        self.repeats.pop(sequence, None)
+class Acceptance:
+    """How often a drafted token was right if all before it were, by source, by what the source thought of its
+    chance, and by its place in the draft."""
+
+    TRUST, MEMORY = 4.0, 200.0  # TRUST: tokens that the source's own estimate counts as
+    # small chances of being wrong are told apart by their order of magnitude
+    BUCKETS = [min(int(-2 * math.log2(1.001 - i / 128)), 14) for i in range(129)]
+    PLACES = [0, 1, 2, 3, 3, 3, 3, 3]  # later ones: 4
+    LEAST = 0.02                # chance below which a token is not considered
+
+    def __init__(self):
+        self.counts: dict[tuple[str, int, int], list[float]] = {}  # [tokens, right ones]; new ones weigh most
+
+    def measured(self, draft: Draft) -> tuple[list[float], list[list[float]]]:
+        """The chances as they were measured, and each token's counts; of fewer tokens if chances are tiny."""
+        before, chance, chances, found = 1.0, 1.0, [], []
+        for i, own in enumerate(draft.chances):
+            share, before = min(own / before, 1.0), own
+            key = draft.source, self.BUCKETS[int(share * 128)], self.PLACES[i] if i < 8 else 4
+            if (counts := self.counts.get(key)) is None:
+                counts = self.counts[key] = [0.0, 0.0]
+            chance *= (counts[1] + self.TRUST * share) / (counts[0] + self.TRUST)
+            if chance < self.LEAST and chances:
+                break
+            chances.append(chance)
+            found.append(counts)
+        return chances, found
+
+    def note(self, found: list[list[float]], right: int, known: int):
+        """Of a draft's first `known` tokens, the first `right` ones were right, and at most one was not."""
+        for i, counts in enumerate(found[:known]):
+            if counts[0] >= self.MEMORY:
+                counts[:] = counts[0] * 0.75, counts[1] * 0.75
+            counts[0] += 1
+            counts[1] += i < right
+
+
+class Record:
+    """What drafts gave one sequence, against what was expected of them."""
+
+    MEMORY, PRIOR = 0.9, 2.0
+
+    def __init__(self):
+        self.proposed = NO_DRAFT               # the newest draft, before it was cut
+        self.chances: list[float] = []         # of its tokens, as measured for all sequences
+        self.counts: list[list[float]] = []    # see Acceptance.measured
+        self.expected = self.right = 0.0       # tokens, the newest count most
+
+    @property
+    def factor(self) -> float:
+        return min((self.PRIOR + self.right) / (self.PRIOR + self.expected), 1.25)
+
+    def note(self, expected: float, right: int):
+        self.expected = self.MEMORY * self.expected + expected
+        self.right = self.MEMORY * self.right + right
 
 
 def can_draft(sequence: Sequence) -> bool:
@@ -112,14 +159,21 @@ def can_draft(sequence: Sequence) -> bool:
 
 
 class Drafting:
-    """Asks the sources, keeps the best draft of each sequence, and counts what was drafted and accepted."""
+    """Asks the sources, keeps the best draft of each sequence, cuts it to what pays, and counts what was
+    drafted and accepted.
+
+    A drafted token pays if the step that also verifies it gives more tokens a second: the chance that it and
+    all before are right against the time that one more row takes. Both are measured. A draft that is not
+    verified is measured too: the tokens that come show whether it was right."""
 
     def __init__(self, sources: Iterable[Source]):
         self.sources = {source.name: source for source in sources}
         self.drafted, self.accepted = DraftCounts(), DraftCounts()
+        self.acceptance, self.times = Acceptance(), StepTimes()
+        self.records: dict[Sequence, Record] = {}
 
     def begin(self, sequence: Sequence):
-        sequence.drafts = True
+        sequence.drafts, self.records[sequence] = True, Record()
         for source in self.sources.values():
             source.begin(sequence)
 
@@ -127,21 +181,69 @@ class Drafting:
         """The sequence has ended, however it did; it may have had no drafts."""
         if sequence.drafts:
             sequence.drafts = False
+            del self.records[sequence]
             for source in self.sources.values():
                 source.end(sequence)
 
-    def propose(self, sequences: Seq[Sequence]):
-        """Set the draft of each: the one that its source thinks worth most."""
+    def propose(self, sequences: Seq[Sequence], rows: int, most: int, other_s: float = 0.0):
+        """Set the drafts of these sequences: of each the one that is worth most, cut to what pays in a step
+        of `rows` rows without drafts, at most `most` with them, and `other_s` seconds of other work."""
+        best = dict.fromkeys(sequences, NO_DRAFT)
         for sequence in sequences:
             sequence.draft = NO_DRAFT
         for source in self.sources.values() if sequences else ():
             for sequence, draft in zip(sequences, source.propose(sequences)):
-                sequence.draft = max(sequence.draft, draft, key=lambda each: each.worth)
+                if draft.tokens:
+                    record = self.records[sequence]
+                    chances, counts = self.acceptance.measured(draft)
+                    factor = record.factor
+                    measured = Draft(draft.source, draft.tokens[:len(chances)],
+                                     tuple(min(factor * chance, 0.99) for chance in chances), draft.at)
+                    if measured.worth > best[sequence].worth:
+                        record.proposed, record.chances, record.counts = draft, chances, counts
+                        best[sequence] = sequence.draft = measured  # later sources see it
+        for sequence, count in zip(best, self._counts(list(best.values()), rows, most, other_s)):
+            sequence.draft = best[sequence].first(count)
 
-    def judge(self, sequence: Sequence, verified: int, accepted: int):
-        """Of the sequence's draft so many tokens were verified, and so many of these were right."""
-        draft = sequence.draft
-        self.sources[draft.source].judge(sequence, draft, verified, accepted)
-        drafted, right = (replace(DraftCounts(), **{draft.source: count}) for count in (verified, accepted))
-        self.drafted, self.accepted = self.drafted + drafted, self.accepted + right
-        sequence.output.usage += Usage(drafted=drafted, accepted=right)
+    def _counts(self, drafts: list[Draft], rows: int, most: int, other_s: float) -> list[int]:
+        """How many tokens of each draft to verify, so that the step gives the most tokens a second."""
+        ranked = sorted(((chance, -i, j) for j, draft in enumerate(drafts)
+                         for i, chance in enumerate(draft.chances)), reverse=True)[:max(most - rows, 0)]
+        if not ranked:
+            return [0] * len(drafts)
+        times = self.times.expected(rows, rows + len(ranked))
+        tokens, best, chosen = float(rows), rows / (times[0] + other_s), 0
+        for count, (chance, _, _) in enumerate(ranked, 1):
+            tokens += chance
+            if (rate := tokens / (times[count] + other_s)) > best:
+                best, chosen = rate, count
+        counts = [0] * len(drafts)
+        for _, _, j in ranked[:chosen]:
+            counts[j] += 1
+        return counts
+
+    def judge(self, sequence: Sequence, verified: int, accepted: int, came: Seq[int]):
+        """Of the sequence's draft so many tokens were verified, and so many of these were right. `came`: the
+        tokens that came, which also say so of a draft that was cut."""
+        record = self.records[sequence]
+        if (proposed := record.proposed).tokens and proposed.at + len(came) == len(sequence.tokens):
+            self._measure(record, came)
+        record.proposed = NO_DRAFT
+        if verified:
+            draft = sequence.draft
+            self.sources[draft.source].judge(sequence, draft, verified, accepted)
+            drafted, right = (replace(DraftCounts(), **{draft.source: count})
+                              for count in (verified, accepted))
+            self.drafted, self.accepted = self.drafted + drafted, self.accepted + right
+            sequence.output.usage += Usage(drafted=drafted, accepted=right)
+
+    def _measure(self, record: Record, came: Seq[int]):
+        """Note which of a draft's first tokens were right, as far as the tokens that came show it."""
+        known = right = 0
+        for token, guess in zip(came, record.proposed.tokens[:len(record.chances)]):
+            known += 1
+            if token != guess:
+                break
+            right += 1
+        self.acceptance.note(record.counts, right, known)
+        record.note(sum(record.chances[:known]), right)

@@ -22,10 +22,11 @@ from chatlm.worker.arrays.kinds import address_of
 from chatlm.worker.engine.adapter_slots import AdapterSlots
 from chatlm.worker.engine.answer_maker import AnswerMaker
 from chatlm.worker.engine.batch import make_batch, sample_rows
-from chatlm.worker.engine.drafts import NO_DRAFT, Drafting, Lookup, can_draft
+from chatlm.worker.engine.drafts import NO_DRAFT, Drafting, can_draft
 from chatlm.worker.engine.host import HostSteps, embedding_events
 from chatlm.worker.engine.kvcache import PagePool, longest_context
-from chatlm.worker.engine.scheduler import FREE_ROWS, Scheduler
+from chatlm.worker.engine.lookup import Lookup
+from chatlm.worker.engine.scheduler import FREE_ROWS, Scheduler, load_of
 from chatlm.worker.engine.sequence import Assignment, Chunk, Output, Sequence, without_tokens
 from chatlm.worker.engine.states import StatePool
 from chatlm.worker.model.head import Head
@@ -35,13 +36,14 @@ if TYPE_CHECKING:
     from chatlm.common.messages.requests import WorkerEvent
     from chatlm.common.text.tokenizer import Tokenizer
     from chatlm.worker.engine.answer import Answer
-    from chatlm.worker.engine.draft_model import DraftModel
+    from chatlm.worker.engine.model_drafts import ModelDrafts
     from chatlm.worker.engine.keeper import Keeper
     from chatlm.worker.model.kernels import Kernels
     from chatlm.worker.model.transformer import Transformer
     from chatlm.worker.ranks.ranks import RankZero
 
 
+MOST_GAP_S = 0.002  # between two steps of which the second waited for nothing
 ADAPTER_GONE = "the adapter's files have changed or been removed during this answer: send the request again"
 
 
@@ -50,8 +52,9 @@ class StepUnderWay(NamedTuple):
 
     finish: Callable[[], list[int]]  # waits for its tokens
     drawing: list[tuple[Sequence | None, tuple[int, ...]]]  # (None if ended or given forced tokens, draft)
-    tokens: int     # how many it computes
+    tokens: int     # how many it computes, without drafts
     began_s: float
+    rows: int       # of answers and drafts, 0 if it also computes prompts
 
 
 class Engine:
@@ -66,8 +69,8 @@ class Engine:
     def __init__(self, transformer: Transformer, tokenizer: Tokenizer, kernels: Kernels, *, num_pages: int,
                  context_length: int, max_batch: int, prefill_chunk: int, drafts: str = "auto",
                  ranks: RankZero | None = None, state_bytes: int | None = None,
-                 ranking: numpy.ndarray | None = None, head: Head = Head(),
-                 draft_models: Seq[DraftModel] = ()):
+                 ranking: numpy.ndarray | None = None, head: Head = Head(), lookup: Lookup | None = None,
+                 draft_models: Seq[ModelDrafts] = ()):
         self.transformer, self.tokenizer, self.kernels = transformer, tokenizer, kernels
         slots, states = transformer.num_slots, None
         own_bytes = transformer.spec.state_bytes
@@ -77,10 +80,12 @@ class Engine:
         self.pool = PagePool(num_pages, transformer.groups.windows, states)
         self.scheduler = Scheduler(self.pool, max_batch=max_batch, prefill_chunk=prefill_chunk,
                                    max_rows=len(transformer.buffers["logits"]),
-                                   stages=ranks.stages if ranks else 1, mixes_drafts=kernels.row_invariant,
+                                   stages=ranks.stages if ranks else 1, exact_rows=kernels.row_invariant,
                                    of_texts=transformer.spec.of_texts)
-        self.drafting = self.scheduler.drafting = Drafting([Lookup(), *draft_models])
+        self.drafting = self.scheduler.drafting = Drafting([lookup or Lookup(), *draft_models])
         self.draft_models = draft_models
+        for model in draft_models:
+            model.times, model.draft_rows = self.drafting.times, self.scheduler.draft_rows
         self.scored_length = longest_context(self.pool, context_length, prefill_chunk)
         self.context_length = min(transformer.spec.context_length, self.scored_length)
         self.steps = kernels.backend.make_steps(transformer, max_batch, self.scored_length)
@@ -189,13 +194,7 @@ class Engine:
 
     def _awaits(self, sequence: Sequence) -> bool:
         """Does a model draft for it after this step?"""
-        return sequence.drafts and self._has_room and any(
-            model.awaits(sequence) for model in self.draft_models)
-
-    @property
-    def _has_room(self) -> bool:
-        """Are there so few sequences that steps can have drafts? Else these only delay the next step."""
-        return 2 * len(self.scheduler.running) <= FREE_ROWS
+        return sequence.drafts and any(model.awaits(sequence) for model in self.draft_models)
 
     def _finish_until(self, most: int):
         """Finish the oldest steps, until at most this many are under way."""
@@ -242,14 +241,20 @@ class Engine:
             elif sequence.work.params.progress and not sequence.generated and not sequence.finished:
                 length = len(sequence.work.prompt_ids)
                 self._emit(sequence, PromptProgress(0, length, min(sequence.computed, length)))
-        self.under_way.append(StepUnderWay(finish, drawing, sum(chunk.count for chunk in plan), began_s))
+        decodes = all(chunk.draws and chunk.count == 1 for chunk in plan)
+        self.under_way.append(StepUnderWay(finish, drawing, sum(chunk.count for chunk in plan), began_s,
+                                           row if decodes else 0))
 
     def _finish(self):
         """Wait for the oldest step under way, replace its marks with tokens, and turn them into text."""
         step = self.under_way.popleft()
         tokens = iter(step.finish())
-        began_s, self.finished_s = max(step.began_s, self.finished_s), time.monotonic()
+        before_s, self.finished_s = self.finished_s, time.monotonic()
+        began_s = max(step.began_s, before_s)
         self.step_s = self.finished_s - began_s
+        if step.rows:  # with what the host did between the steps, if nothing was waited for
+            gap_s = began_s - before_s
+            self.drafting.times.note(step.rows, self.step_s + (gap_s if gap_s < MOST_GAP_S else 0.0))
         if step.tokens >= self.timed_tokens:
             token_s = (self.finished_s - began_s) / step.tokens
             self.token_s += (token_s - self.token_s) * (0.2 if self.token_s else 1.0)
@@ -267,8 +272,11 @@ class Engine:
                     self._emit(sequence, Failed(failure_text(error)))
                     self.scheduler.remove(sequence)
                 going_on.append(sequence)
-        if 2 * len(self.scheduler.running) <= FREE_ROWS:  # else a draft only delays the next step
-            self.drafting.propose([sequence for sequence in going_on if can_draft(sequence)])
+        if able := [sequence for sequence in going_on if can_draft(sequence)]:
+            rows, tokens = load_of(self.scheduler)
+            self.drafting.propose(able, rows, self.scheduler.draft_rows, tokens * self.token_s)
+            if self.draft_models:  # what they took is no part of the next step's time
+                self.finished_s = time.monotonic()
 
     def _accept(self, sequence: Sequence, draft: tuple[int, ...], drawn: Seq[int]) -> list[WorkerEvent]:
         """Add the drawn tokens and their text until one ends the answer, forces others or differs from the
@@ -285,8 +293,8 @@ class Engine:
                 break
             right += 1
             self.scheduler.advance(Chunk(sequence, 1))  # the step has computed this token too
-        if draft:
-            self.drafting.judge(sequence, len(draft), right)
+        if sequence.drafts:
+            self.drafting.judge(sequence, len(draft), right, tokens[known:])
         self._go_on(sequence, answer)
         return events_of(sequence, answer, tokens[known:], token if token in added else None)
 
@@ -311,7 +319,7 @@ class Engine:
         self.pool.fresh.clear()
         self.pool.forget_cached()
         for model in self.draft_models:
-            model.followers.forget()
+            model.drafter.followers.forget()
         return [sequence.work.id for sequence in blamed]
 
     def empty_cache(self) -> bool:
@@ -323,8 +331,8 @@ class Engine:
         self.pool.forget_cached()
         tensors = [self.transformer.cache, *itertools.chain.from_iterable(self.transformer.states)]
         for model in self.draft_models:
-            model.followers.forget()
-            tensors.append(model.transformer.cache)
+            model.drafter.followers.forget()
+            tensors.append(model.drafter.transformer.cache)
         return not self.ranks and self.transformer.device.type == "cpu" and all(
             [empty_pages(address_of(tensor), tensor.nbytes) for tensor in tensors])
 

@@ -40,7 +40,7 @@ def check_integrity(engine: Engine):
 def integrity_faults(engine: Engine) -> list[str]:
     faults = scheduler_faults(engine.scheduler) + adapter_faults(engine)
     return faults + [f"of a draft model: {fault}" for model in engine.draft_models
-                     for fault in follower_faults(model.followers)]
+                     for fault in follower_faults(model.drafter.followers)]
 
 
 def count_faults(kind: str, refs: Seq[int], free: Seq[int], cached: Iterable[int],

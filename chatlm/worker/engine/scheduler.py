@@ -28,13 +28,14 @@ class Scheduler:
     never starves; the rest goes to the shortest prompts, so that a long one never stalls them."""
 
     def __init__(self, pool: PagePool, *, max_batch: int, prefill_chunk: int, max_rows: int | None = None,
-                 stages: int = 1, mixes_drafts: bool = True, of_texts: bool = False):
+                 stages: int = 1, exact_rows: bool = True, of_texts: bool = False):
         self.pool, self.max_batch, self.prefill_chunk = pool, max_batch, prefill_chunk
         self.of_texts = of_texts               # is each prompt a text that must be computed in one step?
         self.tables = PageTables(pool)
-        self.mixes_drafts = mixes_drafts       # may a step have both drafts and prompts?
+        self.exact_rows = exact_rows           # may a step have drafts beside prompts, or in many rows?
         self.stages = stages                   # of the model, and batches under way
         self.max_rows = max_rows or max_batch  # rows of logits in a step
+        self.draft_rows = max(self.max_rows if exact_rows else 0, FREE_ROWS)  # in a step with drafts
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []      # in order of admission
         self.preemptions = 0
@@ -73,11 +74,12 @@ class Scheduler:
         share = -(-sum(s.pending == 1 for s in answers) // self.stages)
         able = [s for s in answers if s.pending == 1 and len(s.tokens) < s.limit and self._may_run(s)]
         decoding = [s for s in able[:share] if self._grow(s)]
-        room = (FREE_ROWS - len(answers)) // max(1, sum(bool(s.draft.tokens) for s in decoding))
-        prefilling = [s for s in answers if s.prefilling]
-        apart = prefilling and not self.mixes_drafts
-        drafts = [self._draft(s, room) if s.draft.tokens and not apart else () for s in decoding]
-        plan = [Chunk(s, 1, 1 + len(draft), draft) for s, draft in zip(decoding, drafts)]
+        prefilling, plan = [s for s in answers if s.prefilling], []
+        room = 0 if prefilling and not self.exact_rows else self.draft_rows - len(answers)
+        for sequence in decoding:
+            draft = self._draft(sequence, room) if sequence.draft.tokens else ()
+            plan.append(Chunk(sequence, 1, 1 + len(draft), draft))
+            room -= len(draft)
         if prefilling:
             plan += self._share_prefill(prefilling, self.max_rows - sum(chunk.draws for chunk in plan),
                                         self.prefill_chunk)
@@ -279,3 +281,10 @@ class Scheduler:
     @property
     def unready(self) -> list[Sequence]:
         return [sequence for sequence in (*self.running, *self.waiting) if not sequence.output.ready]
+
+
+def load_of(scheduler: Scheduler) -> tuple[int, int]:
+    """What the next step has to compute beside drafts: (rows of answers, tokens of prompts)."""
+    answers = [sequence for sequence in scheduler.running if not sequence.pooling]
+    tokens = sum(sequence.pending for sequence in answers if sequence.prefilling)
+    return -(-len(answers) // scheduler.stages), min(tokens, scheduler.prefill_chunk)

@@ -15,13 +15,13 @@ from chatlm.common.messages.requests import Ended, Message, Piece, SamplingParam
 from chatlm.common.text.grammar import json_grammar
 from chatlm.worker.build import build_engine, prefill_chunk
 from chatlm.worker.drafting import plan_draft_model
-from chatlm.worker.engine import draft_model
 from chatlm.worker.engine.integrity import check_integrity, follower_faults
 from chatlm.worker.engine.states import StatePool
 from chatlm.worker.weights.load import open_model
 from engines import make_batch
 from families import make_model, save
 from lora import SMOLLM2, random_adapter
+from models_that_draft import draft_always
 from ranked import group
 from requantized import requantized
 from works import assignment
@@ -65,8 +65,7 @@ def works_of(vocab_size=250, new=NEW, **sampling):
 
 @pytest.fixture
 def four_at_a_time(monkeypatch):
-    """Drafts have four tokens, whatever that costs."""
-    monkeypatch.setattr(draft_model, "best_length", lambda share, draft_s, step_s, most: min(most, 4))
+    draft_always(monkeypatch, 4)
 
 
 @pytest.fixture(scope="module")
@@ -106,11 +105,11 @@ def test_answers_are_those_without_drafts(pair, folder_of, four_at_a_time, one_t
         check(tokens_of(engine, [work]), "one alone", [work])
     engine.pool.forget_cached()
     check(tokens_of(engine, works), "from the prefix cache of the draft model alone")
-    engine.draft_models[0].followers.forget()
+    engine.draft_models[0].drafter.followers.forget()
     check(tokens_of(engine, works), "from the prefix cache of the model alone")
     engine.pool.forget_cached()
-    engine.draft_models[0].prefill_chunk = 20
-    engine.draft_models[0].followers.forget()
+    engine.draft_models[0].drafter.prefill_chunk = 20
+    engine.draft_models[0].drafter.followers.forget()
     check(tokens_of(engine, works), "with prompts in pieces")
     for known in (1, 20):       # as after a death of a worker
         check(tokens_of(engine, [replace(work, resumed_ids=tuple(alone[work.id][:known])) for work in works]), f"resumed after {known} tokens")
@@ -134,7 +133,7 @@ def test_a_preempted_answer_is_the_same(folder_of, four_at_a_time, one_thread):
         for name, event in engine.step():
             if isinstance(event, Piece):
                 found[name] = found.get(name, []) + list(event.tokens)
-        assert not follower_faults(engine.draft_models[0].followers)
+        assert not follower_faults(engine.draft_models[0].drafter.followers)
     engine.pool.release(held)
     assert found == expected and engine.scheduler.preemptions and engine.drafting.accepted.model
 
@@ -146,7 +145,7 @@ def test_a_draft_model_short_of_pages_drafts_for_some(folder_of, four_at_a_time,
     engine.drafts = False
     expected = tokens_of(engine, works)
     engine.drafts = True
-    pool = engine.draft_models[0].followers.pool
+    pool = engine.draft_models[0].drafter.followers.pool
     held = pool.allocate(pool.available - 8)
     for work in works:
         engine.add(work)
@@ -167,7 +166,7 @@ def test_a_failed_step_leaves_no_draft_behind(folder_of, four_at_a_time, one_thr
     engine.drafts = False
     expected = tokens_of(engine, works)
     engine.drafts = True
-    drafter, found = engine.draft_models[0], {work.id: [] for work in works}
+    drafter, found = engine.draft_models[0].drafter, {work.id: [] for work in works}
     start, steps = drafter.steps.start, itertools.count()
 
     def failing(batch, rows):
@@ -260,10 +259,8 @@ def test_drafts_are_as_often_right_as_the_models_agree(two_sizes, monkeypatch):
     """At a temperature of 0.7, with the noise of the seed: at least (1 - TV) / (1 + TV) of first tokens, where an argmax would be right as often as it is drawn.
 
     The bound holds for the mean; of the 240 or so draws, which the seeds fix, the share may be three standard deviations below."""
-    monkeypatch.setattr(draft_model, "best_length", lambda share, draft_s, step_s, most: 1)
-    monkeypatch.setattr(draft_model.DraftModel, "FIRST", 1)
+    draft_always(monkeypatch, 1)
     engine = drafting_engine(*two_sizes, drafts="model", kv_cache_memory=128 << 20, max_batch=96)
-    monkeypatch.setattr(engine.drafting.sources["lookup"], "_draft", lambda sequence: draft_model.NO_DRAFT)
     prompts = ["Write a short story about a lighthouse.", "Explain how rain forms.", "What is a good plan for a day in Rome?"]
     works = [assignment(f"w{n}", tuple(engine.tokenizer.render([Message("user", prompt)])), SamplingParams(temperature=0.7, top_k=0, seed=n), 80, ignore_eos=True)
              for n, prompt in enumerate(prompts)]
@@ -273,8 +270,8 @@ def test_drafts_are_as_often_right_as_the_models_agree(two_sizes, monkeypatch):
     assert tokens_of(engine, works) == expected
     drafted, accepted = engine.drafting.drafted.model, engine.drafting.accepted.model
     engine.pool.forget_cached()
-    engine.draft_models[0].followers.forget()
-    apart = numpy.concatenate([distances(engine, engine.draft_models[0], [*work.prompt_ids, *expected[work.id]], 0.7, len(work.prompt_ids) + 1)
+    engine.draft_models[0].drafter.followers.forget()
+    apart = numpy.concatenate([distances(engine, engine.draft_models[0].drafter, [*work.prompt_ids, *expected[work.id]], 0.7, len(work.prompt_ids) + 1)
                                for work in works])
     bound = ((1 - apart) / (1 + apart)).mean()
     assert drafted > 100 and 0.03 < apart.mean() < 0.5
@@ -313,7 +310,7 @@ def test_its_memory_is_in_the_plan(folder_of):
     target = open_model(resolve_model(settings), settings, CPU)
     planned = plan_draft_model(target, settings, CPU, prefill_chunk(settings, CPU))
     with_draft, without = (drafting_engine(model, draft, drafts="auto", kv_cache_memory=8 << 20, max_batch=64) for draft in (settings.draft_model, None))
-    page_bytes, own = with_draft.transformer.layout.page_bytes, with_draft.draft_models[0].transformer
+    page_bytes, own = with_draft.transformer.layout.page_bytes, with_draft.draft_models[0].drafter.transformer
     assert planned.page_bytes == own.layout.page_bytes
     assert with_draft.pool.num_pages == (8 << 20) // (page_bytes + planned.page_bytes) < without.pool.num_pages
     held = own.weights_bytes + sum(buffer.nbytes for buffer in own.buffers.values())

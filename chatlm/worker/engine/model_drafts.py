@@ -1,0 +1,126 @@
+"""A source of drafts that computes them: how many tokens it drafts, from what they cost and how often they are right."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence as Seq
+from typing import Protocol, TYPE_CHECKING
+
+from chatlm.worker.engine.drafts import NO_DRAFT, Draft, StepTimes
+
+if TYPE_CHECKING:
+    from chatlm.worker.engine.draft_model import Followers
+    from chatlm.worker.engine.sequence import Sequence
+    from chatlm.worker.model.transformer import Transformer
+
+
+class Drafter(Protocol):
+    """What computes drafts: a second model, or a model's own draft head."""
+
+    name: str          # of the source, a field of DraftCounts
+    sees_states: bool  # does it need the model's hidden states after each step?
+    transformer: Transformer
+    followers: Followers
+    computed: int      # tokens in the first step of the last draft
+
+    def draft(self, wanted: Mapping[Sequence, int]) -> dict[Sequence, list[int]]: ...
+    def end(self, sequence: Sequence): ...
+    def line(self) -> str: ...
+
+
+class Rate:
+    """How often a drafted token of a sequence is right if all before it are; older drafts count less."""
+
+    MEMORY = 0.9           # weight of what was known, with each draft
+    RIGHT, OF = 1.4, 2.0   # what is assumed before anything is known
+
+    def __init__(self):
+        self.right, self.judged = 0.0, 0.0
+
+    @property
+    def share(self) -> float:
+        return (self.right + self.RIGHT) / (self.judged + self.OF)
+
+    def judge(self, verified: int, accepted: int):
+        self.right = self.MEMORY * self.right + accepted
+        self.judged = self.MEMORY * self.judged + min(accepted + 1, verified)
+
+
+def best_length(share: float, draft_s: float, step_s: Seq[float], most: int) -> int:
+    """How many tokens to draft, one after the other in `draft_s` each, if each is right with this probability
+    and a step that verifies k takes step_s[k]: what gives the most tokens in a second; 0 if that is none."""
+    best, best_speed, tokens = 0, 1 / step_s[0], 1.0
+    for length in range(1, most + 1):
+        tokens += share ** length
+        if (speed := tokens / (step_s[length] + length * draft_s)) > best_speed:
+            best, best_speed = length, speed
+    return best
+
+
+class ModelDrafts:
+    """The source. Where no draft pays, one token is drafted after REST tokens all the same, then after twice
+    as many, to see whether that is still so. Answers that begin meanwhile wait as long: a second model would
+    have to compute their prompts too."""
+
+    FIRST, LONGEST = 4, 7  # tokens of a draft before anything is measured, and at most
+    REST, LONGEST_REST = 64, 4096
+    MOST_COMPUTED = 8      # tokens for each that drafts, in a first step that is measured: else with prompts
+
+    def __init__(self, drafter: Drafter):
+        self.drafter, self.name = drafter, drafter.name
+        self.times = StepTimes()       # of the model's steps; the engine's
+        self.draft_rows = 1            # in a step of the model, at most; the engine's
+        self.draft_times = StepTimes()  # of a draft's steps, by how many draft
+        self.rates: dict[Sequence, Rate] = {}
+        self.resting: dict[Sequence, int] = {}  # sequences without drafts until they have so many tokens
+        self.rest = 0                  # tokens without drafts, since none paid last time
+
+    def begin(self, sequence: Sequence):
+        self.rates[sequence] = Rate()
+        self.resting[sequence] = len(sequence.tokens) + self.rest if self.rest else 0
+
+    def end(self, sequence: Sequence):
+        self.drafter.end(sequence)
+        del self.rates[sequence], self.resting[sequence]
+
+    def judge(self, sequence: Sequence, draft: Draft, verified: int, accepted: int):
+        self.rates[sequence].judge(verified, accepted)
+
+    def awaits(self, sequence: Sequence) -> bool:
+        """Will it soon draft for this sequence, so that steps must not begin ahead?"""
+        return len(sequence.tokens) + 3 >= self.resting[sequence]
+
+    def propose(self, sequences: Seq[Sequence]) -> list[Draft]:
+        lengths = {sequence: length for sequence in sequences
+                   if (length := self._length(sequence, len(sequences)))}
+        began_s = time.monotonic()
+        drawn = self.drafter.draft(lengths)
+        steps = max(map(len, drawn.values()), default=0)
+        if steps and self.drafter.computed <= self.MOST_COMPUTED * len(drawn):
+            self.draft_times.note(len(drawn), (time.monotonic() - began_s) / steps)
+        return [self._draft_of(sequence, drawn.get(sequence, ())) for sequence in sequences]
+
+    def _length(self, sequence: Sequence, beside: int) -> int:
+        """How many tokens to draft for a sequence, one of so many; 0 if another source has drafted more that
+        is likely right than this one would."""
+        most, share = min(self.LONGEST, self.draft_rows // beside - 1), self.rates[sequence].share
+        if most < 1 or len(sequence.tokens) < self.resting[sequence]:
+            return 0
+        best = min(most, self.FIRST)
+        if self.draft_times.mean_s and self.times.mean_s:
+            [draft_s] = self.draft_times.expected(beside, beside)
+            step_s = self.times.expected(beside, beside * (most + 1))[::beside]
+            best = best_length(share, draft_s, step_s, most)
+        if sequence.draft.worth >= sum(share ** (i + 1) for i in range(best or 1)):
+            return 0
+        self.rest = 0 if best else min(max(2 * self.rest, self.REST), self.LONGEST_REST)
+        if not best:
+            self.resting[sequence] = len(sequence.tokens) + self.rest
+        return max(best, 1)
+
+    def _draft_of(self, sequence: Sequence, tokens: Seq[int]) -> Draft:
+        if not tokens:
+            return NO_DRAFT
+        share = self.rates[sequence].share
+        return Draft(self.name, tuple(tokens), tuple(share ** (i + 1) for i in range(len(tokens))),
+                     len(sequence.tokens))

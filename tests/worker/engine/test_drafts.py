@@ -1,0 +1,273 @@
+"""Drafts from text that was seen before, and the policy that cuts them: the same text, in fewer steps, never another owner's."""
+
+import random
+
+import pytest
+
+from chatlm.common.messages.requests import AnswerParams, SamplingParams
+from chatlm.worker.engine.drafts import NO_DRAFT, Acceptance, Draft, Drafting, StepTimes
+from chatlm.worker.engine.lookup import BETWEEN, LONGEST, RUN, Follower, Lookup, Store, Stores, Text, common_length, match_length
+from chatlm.worker.engine.sequence import Assignment, Sequence
+
+
+def sequence(name, prompt, generated=(), **params):
+    made = Sequence(Assignment(name, tuple(prompt), AnswerParams(**params), 100), [*prompt, *generated], 10_000)
+    made.computed = len(made.tokens) - 1
+    return made
+
+
+def last_places(tokens, end, most):
+    """The places before `end` after the run that ends there, by a plain search, latest first."""
+    return [at for at in range(end - 1, RUN - 1, -1) if tokens[at - RUN:at] == tokens[end - RUN:end]][:most]
+
+
+def run_of(tokens, end):
+    return tokens[end - 2] << 32 ^ tokens[end - 1]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_an_indexed_text_finds_the_places_that_a_plain_search_finds(seed):
+    """However the text has grown: token by token, or many at once."""
+    dice = random.Random(seed)
+    tokens = [dice.randrange(1 + seed) for _ in range(900)]
+    text = Text(tokens)
+    end = 0
+    while end < len(tokens):
+        end = min(len(tokens), end + dice.choice([1, 1, 2, 5, 100, 300]))
+        text.index(end)
+        if end > RUN:
+            assert text.places(run_of(tokens, end), 8) == [at for at in last_places(tokens, end, 9) if at < end][:8]
+    assert len(text.before) == len(tokens)
+
+
+def test_matches_are_measured_up_to_the_beginning_of_the_text():
+    tokens = [1, 2, 3, 4, 5, 6, 7]
+    assert match_length(tokens, 6, [1, 2, 3, 4, 5, 6]) == 6
+    assert match_length(tokens, 6, [9, 2, 3, 4, 5, 6]) == 4
+    assert match_length(tokens, 2, [1, 2]) == RUN
+    assert [common_length([1, 2, 3], other) for other in ([1, 2, 3], [1, 2, 4], [2], [])] == [3, 2, 0, 0]
+
+
+def proposals(tokens, answer, others=()):
+    """What is proposed before each token of an answer."""
+    live = list(tokens)
+    follower, found = Follower(live, others), []
+    for token in answer:
+        found.append(follower.propose())
+        live.append(token)
+    return found
+
+
+def test_what_followed_is_proposed_with_chances_that_fall():
+    text = list(range(100, 160))
+    [*_, (tokens, chances)] = proposals([*text, 1, 2, 3], [*text[:10], 0])
+    assert tokens == tuple(text[10:10 + LONGEST]) and sorted(chances, reverse=True) == list(chances) and 0.8 < chances[0] < 1
+
+
+def test_after_a_changed_an_added_and_a_dropped_token_the_text_is_still_followed():
+    text = list(range(100, 160))
+    for change, rest in (([*text[:20], 7], text[21:]), ([*text[:20], 7], text[20:]), ([*text[:20], text[21]], text[22:])):
+        [*_, (tokens, _)] = proposals([*text, 1, 2, 3], [*change, rest[0], 0])
+        assert tokens[:5] == tuple(rest[1:6])
+
+
+def test_of_two_continuations_the_one_of_the_longer_match_is_proposed_and_its_chance_is_shared():
+    text = [1, 2, 3, 4, 5, 6, 7, 8, 50, 51, 52, 9, 9, 7, 8, 60, 61, 62, 9, 9]
+    [(tokens, chances)] = proposals([*text, 1, 2, 3, 4, 5, 6, 7, 8], [0])
+    [(alone, certain)] = proposals([*text[:11], 9, 9, 1, 2, 3, 4, 5, 6, 7, 8], [0])
+    assert tokens[:3] == alone[:3] == (50, 51, 52) and chances[0] < certain[0]
+
+
+def test_texts_in_a_store_end_where_they_end():
+    store = Store()
+    store.add([1, 2, 3, 4], 1000)
+    store.add([5, 6, 7, 8], 1000)
+    [(tokens, _)] = proposals([9, 1, 2, 3], [0], store.parts)
+    assert tokens == (4,) and store.parts[0].tokens[RUN + 4] == BETWEEN
+    [(tokens, _)] = proposals([9, 3, 4], [0], store.parts)
+    assert tokens == ()
+
+
+def test_the_memory_is_bounded_and_what_was_added_to_least_recently_goes_first():
+    stores = Stores(1000)
+    for i in range(100):
+        stores.add((f"owner {i % 5}",), list(range(i * 100, i * 100 + 60)))
+        stores.settle()
+        assert sum(store.num_tokens for store in stores.by_owner.values()) <= 1000
+    assert list(stores.by_owner)[-1] == ("owner 4",) and stores.of(("owner 4",))[:-1]
+    stores.add(("large",), list(range(5000)))
+    stores.settle()
+    assert list(stores.by_owner) == [] or sum(store.num_tokens for store in stores.by_owner.values()) <= 1000
+    stores.add_common("x" * 5000, lambda text: list(range(len(text))))
+    assert stores.common.num_tokens <= 500 + 2 * RUN + 1
+    assert Stores(0).add(("a",), [1, 2, 3, 4]) is None
+
+
+def ended(lookup, one):
+    lookup.begin(one)
+    lookup.propose([one])
+    lookup.end(one)
+    lookup.stores.settle()
+
+
+@pytest.mark.parametrize("other, shared", [
+    ({}, True), ({"client": "bob"}, False), ({"owner": "other key"}, False)])
+def test_answers_are_drafted_from_those_of_the_same_owner_alone(other, shared):
+    lookup, text = Lookup(), list(range(100, 140))
+    ended(lookup, sequence("a", [1, 2, 3], text, client="alice", owner="a key"))
+    again = sequence("b", [5, 6, *text[:4]], **({"client": "alice", "owner": "a key"} | other))
+    lookup.begin(again)
+    [draft] = lookup.propose([again])
+    assert (draft.tokens[:5] == tuple(text[4:9])) is shared and bool(draft.tokens) is shared
+
+
+def test_another_adapter_s_answers_are_not_drafted_from():
+    lookup, text = Lookup(), list(range(100, 140))
+    ended(lookup, sequence("a", [1, 2, 3], text))
+    again = sequence("b", [5, 6, *text[:4]])
+    again.adapter, again.adapter_digest = 1, "other weights"
+    lookup.begin(again)
+    assert lookup.propose([again]) == [NO_DRAFT]
+
+
+def test_everybody_is_drafted_from_the_operator_s_texts():
+    lookup = Lookup()
+    lookup.read(["some text"], lambda text: list(range(200, 260)))
+    lookup.stores.settle()
+    one = sequence("a", [5, 6, 210, 211], client="anyone")
+    lookup.begin(one)
+    assert lookup.propose([one])[0].tokens[:3] == (212, 213, 214)
+
+
+def test_a_token_still_being_drawn_is_not_kept():
+    lookup = Lookup()
+    ended(lookup, sequence("a", [1, 2, 3], [4, 5, 6, ~0]))
+    [part] = lookup.stores.by_owner["", "", ""].parts
+    assert list(part.tokens) == [BETWEEN] * RUN + [1, 2, 3, 4, 5, 6, BETWEEN]
+
+
+def test_looking_up_costs_little_for_hostile_text():
+    """Text of one token, or of few in random order: only the latest of many places are looked at."""
+    for vocabulary in (1, 2, 5):
+        dice = random.Random(vocabulary)
+        live = [dice.randrange(vocabulary) for _ in range(20_000)]
+        follower = Follower(live, [])
+        follower.propose()
+        for _ in range(200):
+            assert len(follower.move_on()) <= 8
+            live.append(dice.randrange(vocabulary))
+
+
+# the policy ----------------------------------------------------------------------------------------------------------
+
+
+class Fixed:
+    """A source that proposes what it was given."""
+
+    name = "lookup"
+
+    def __init__(self, tokens, chances):
+        self.tokens, self.chances, self.judged = tuple(tokens), tuple(chances), []
+
+    def begin(self, sequence):
+        pass
+
+    def end(self, sequence):
+        pass
+
+    def propose(self, sequences):
+        return [Draft(self.name, self.tokens, self.chances, len(each.tokens)) for each in sequences]
+
+    def judge(self, sequence, draft, verified, accepted):
+        self.judged.append((verified, accepted))
+
+
+def drafting(source, slope):
+    made = Drafting([source])
+    for rows in (1, 8, 64):
+        made.times.note(rows, 1 + slope * (rows - 1))
+    return made
+
+
+def lengths(made, sequences, rows, most=64):
+    made.propose(sequences, rows, most)
+    return [len(each.draft.tokens) for each in sequences]
+
+
+def test_a_draft_is_as_long_as_it_pays():
+    """A token with this chance is worth a row if the row takes a smaller part of a step than it adds to the tokens."""
+    one = sequence("a", [1, 2, 3])
+    for slope, chances, length in ((0.05, [0.9, 0.8, 0.7, 0.6], 4), (0.5, [0.9, 0.8, 0.7, 0.2], 3), (1.0, [0.9, 0.8], 0), (0.2, [0.1], 0),
+                                   (0.05, [0.1], 1)):
+        made = drafting(Fixed(range(4)[:len(chances)], chances), slope)
+        made.begin(one)
+        assert lengths(made, [one], 1) == [length], (slope, chances)
+        made.end(one)
+
+
+def test_when_rows_fill_up_drafts_shrink_first():
+    source = Fixed(range(8), [0.8 ** (i + 1) for i in range(8)])
+    made, all_ = drafting(source, 0.1), [sequence(str(i), [1, 2, 3]) for i in range(32)]
+    for each in all_:
+        made.begin(each)
+    totals = [sum(lengths(made, all_[:rows], rows)) / rows for rows in (1, 2, 8, 32)]
+    assert totals == sorted(totals, reverse=True) and totals[0] > 2 * totals[-1]
+    assert sum(lengths(made, all_[:8], 8, most=10)) == 2 and sum(lengths(made, all_, 32, most=20)) == 0
+
+
+def judged(made, one, right, tokens=8):
+    """A step: propose, verify as many as were chosen, of which at most `right` are right."""
+    made.propose([one], 1, 64)
+    verified, at = len(one.draft.tokens), len(one.tokens)
+    accepted = min(right, verified)
+    came = [*made.records[one].proposed.tokens[:accepted], 999]
+    one.tokens += came
+    made.judge(one, verified, accepted, one.tokens[at:])
+    return verified
+
+
+def test_drafts_that_are_always_wrong_stop_and_begin_again_once_they_would_have_been_right():
+    source = Fixed(range(8), [0.9 ** (i + 1) for i in range(8)])
+    made, one = drafting(source, 0.1), sequence("a", [1, 2, 3])
+    made.begin(one)
+    verified = [judged(made, one, 0) for _ in range(60)]
+    assert verified[0] == 8 and verified[-20:] == [0] * 20 and made.drafted.lookup == sum(verified) and made.accepted.lookup == 0
+    for _ in range(100):        # not verified, yet what came would have been right
+        made.propose([one], 1, 64)
+        at = len(one.tokens)
+        one.tokens += [0]
+        made.judge(one, len(one.draft.tokens), min(1, len(one.draft.tokens)), one.tokens[at:])
+    assert judged(made, one, 8) > 0
+
+
+def test_usage_counts_by_source():
+    made, one = drafting(Fixed(range(4), [0.9, 0.8, 0.7, 0.6]), 0.05), sequence("a", [1, 2, 3])
+    made.begin(one)
+    assert judged(made, one, 2) == 4
+    usage = one.output.usage
+    assert (usage.drafted.lookup, usage.accepted.lookup, usage.drafted_tokens, usage.accepted_tokens, usage.drafted.forced) == (4, 2, 4, 2, 0)
+
+
+def test_step_times_are_estimated_between_and_beyond_what_was_measured():
+    times = StepTimes()
+    assert times.expected(1, 3) == pytest.approx([1, 1.05, 1.1])
+    times.note(1, 2.0)
+    times.note(9, 4.0)
+    assert times.expected(1, 11) == pytest.approx([2 + 0.25 * i for i in range(11)])
+    times.note(5, 1.0)      # a shorter one cannot be true
+    assert times.expected(4, 6) == pytest.approx([2.0, 2.0, 2.0])
+    for _ in range(100):
+        times.note(9, 8.0)
+    assert times.expected(9, 9)[0] > 7
+    times.note(9, 1000.0)   # the machine slept
+    assert times.mean_s[9] < 9
+
+
+def test_measured_chances_follow_what_was_right():
+    acceptance = Acceptance()
+    draft = Draft("lookup", tuple(range(4)), (0.8, 0.64, 0.51, 0.41), 3)
+    for _ in range(200):
+        _, counts = acceptance.measured(draft)
+        acceptance.note(counts, 1, 2)       # the first is right, the second wrong
+    chances, _ = acceptance.measured(draft)
+    assert chances[0] > 0.95 and (len(chances) == 1 or chances[1] < 0.1)
