@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence as Seq
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple, TYPE_CHECKING
@@ -18,7 +18,7 @@ from chatlm.common.hub.local import no_progress
 from chatlm.common.log import log
 from chatlm.common.memory import available_memory
 from chatlm.worker.arrays.kinds import Device, item_bytes
-from chatlm.worker.drafting import plan_draft_model
+from chatlm.worker.drafting import plan_drafters
 from chatlm.worker.engine.engine import Engine
 from chatlm.worker.engine.kvcache import PagePool, longest_context
 from chatlm.worker.engine.lookup import TOKEN_BYTES, Lookup
@@ -139,10 +139,10 @@ def build_engine(source: ModelSource, settings: Settings, device: Device,
         model.notes += (CANNOT_CHAT,)
     state_bytes, chunk = model.spec.state_bytes, prefill_chunk(settings, device)
     texts = [read_text_of(path, "--draft-text") for path in settings.draft_text]
-    draft = plan_draft_model(model, settings, device, chunk, progress)
+    drafts = plan_drafters(model, settings, device, chunk, progress)
     model, transformer, num_pages, context, max_batch = build_transformer(
-        model, source, settings, device, progress, ranks, draft)
-    drafters = [draft.load(tokenizer.stop_tokens, transformer, num_pages, progress)] if draft else []
+        model, source, settings, device, progress, ranks, drafts)
+    drafters = [draft.load(tokenizer.stop_tokens, transformer, num_pages, progress) for draft in drafts]
     model.notes += tuple(drafter.line() for drafter in drafters)
     lookup = Lookup(settings.draft_memory // TOKEN_BYTES)
     if settings.drafts != "none":
@@ -156,17 +156,17 @@ def build_engine(source: ModelSource, settings: Settings, device: Device,
 
 def build_transformer(
         model: LoadedModel, source: ModelSource, settings: Settings, device: Device, progress: Progress,
-        ranks: RankAlone | None, draft: DraftPlan | None = None
+        ranks: RankAlone | None, drafts: Seq[DraftPlan] = ()
 ) -> tuple[LoadedModel, Transformer, int, int, int]:
     """Load the weights, or a rank's shards of them, and allocate the KV pages. Also returns the number of
-    pages, the longest text they hold, and how many sequences may run at once. draft: what must fit too."""
+    pages, the longest text they hold, and how many sequences may run at once. drafts: what must fit too."""
     ranks = ranks or RankAlone()
     whole, model = model.spec, share_of_rank(model, ranks, settings)
     if model.dtype is None and not choose_backend(device, model.spec).as_stored:
         # torch computes this share of a model that decode_core would compute, and reads no packed matrices
         settings = replace(settings, dtype=Backend(device.type).dtype)
         model = share_of_rank(open_model(source, settings, device), ranks, settings)
-    kernels, groups, limits, plan = plan_model(model, whole, settings, device, ranks, draft)
+    kernels, groups, limits, plan = plan_model(model, whole, settings, device, ranks, drafts)
     num_pages = ranks.min_over_ranks(plan.pages())
     context = plan.context(num_pages, groups)
     if context < model.context_length and model.spec.rope_factors:  # longrope's factors depend on the context
@@ -206,10 +206,10 @@ def share_of_rank(model: LoadedModel, ranks: RankAlone, settings: Settings) -> L
 
 
 def plan_model(model: LoadedModel, whole: ModelSpec, settings: Settings, device: Device,
-               ranks: RankAlone, draft: DraftPlan | None = None
+               ranks: RankAlone, drafts: Seq[DraftPlan] = ()
                ) -> tuple[Kernels, LayerGroups, dict[str, int], MemoryPlan]:
     """How a rank will compute its shard of a model whose `whole` spec is given too: the kernels, the layers
-    that share pages, the limits of a step, and the memory needed, also for a draft model. No weight is read.
+    that share pages, the limits of a step, and the memory needed, also for what drafts. No weight is read.
     """
     spec, rows = model.spec, max(settings.max_batch, FREE_ROWS)
     limits = {"max_tokens": step_tokens(spec, settings, device) + rows, "max_rows": rows}
@@ -226,8 +226,8 @@ def plan_model(model: LoadedModel, whole: ModelSpec, settings: Settings, device:
     layers_of_floats(whole, kv)
     groups = group_layers((whole if ranks.stages == 1 else spec).by_layer, spec.max_positions, apart, kv)
     plan = plan_memory(model, whole, kernels, groups, kv, ranks, settings, device, limits)
-    if draft:  # as many tokens fit in its pages
-        plan = plan._replace(draft_model=draft.taken, page_bytes=plan.page_bytes + draft.page_share(groups))
+    for draft in drafts:  # as many tokens fit in its pages
+        plan = plan._replace(draft_model=plan.draft_model + draft.taken, page_bytes=plan.page_bytes + draft.page_share(groups))
     return kernels, groups, limits, plan
 
 

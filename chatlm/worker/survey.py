@@ -10,12 +10,13 @@ from chatlm.common.errors import ConfigError, lack_of_memory, named
 from chatlm.common.messages.protocol import Crashed, ModelCard, Surveyed, Unusable
 from chatlm.worker.arrays.kinds import Device
 from chatlm.worker.build import check_gpu, plan_model, prefill_chunk, share_of_rank
-from chatlm.worker.drafting import plan_draft_model
+from chatlm.worker.drafting import plan_drafters
 from chatlm.worker.process import model_facts
 from chatlm.worker.ranks.ranks import PlannedRank
 from chatlm.worker.weights.load import open_model
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence as Seq
     from chatlm.common.config import Settings
     from chatlm.common.messages.protocol import SurveyConfig
     from chatlm.common.messages.wire import Channel
@@ -43,8 +44,8 @@ def surveyed(config: SurveyConfig) -> Surveyed:
         check_gpu(device)
     source, settings = config.source, config.settings
     model = open_model(source, settings, device)
-    draft = plan_draft_model(model, settings, device, prefill_chunk(settings, device))
-    plans = [plan_of_stage(model, stage, settings, device, draft)
+    drafts = plan_drafters(model, settings, device, prefill_chunk(settings, device))
+    plans = [plan_of_stage(model, stage, settings, device, drafts)
              for stage in range(settings.pipeline_parallel_size)]
     plan, groups = max(plans, key=lambda planned: planned[0].weights)
     free, _ = plan.memory()
@@ -60,10 +61,10 @@ def surveyed(config: SurveyConfig) -> Surveyed:
 
 
 def plan_of_stage(model: LoadedModel, stage: int, settings: Settings,
-                  device: Device, draft: DraftPlan | None) -> tuple[MemoryPlan, LayerGroups]:
+                  device: Device, drafts: Seq[DraftPlan]) -> tuple[MemoryPlan, LayerGroups]:
     """The plan of the first rank of a stage, whose shard is the largest; without --tp and --pp, of the model.
     ConfigError if the model cannot be divided that way."""
     rank = PlannedRank(settings, stage * settings.tensor_parallel_size)
     _, groups, _, plan = plan_model(
-        share_of_rank(model, rank, settings), model.spec, settings, device, rank, draft)
+        share_of_rank(model, rank, settings), model.spec, settings, device, rank, drafts)
     return plan, groups

@@ -20,6 +20,7 @@ from chatlm.worker.engine.sequence import Chunk, Sequence
 from chatlm.worker.model.spec import Batch
 
 if TYPE_CHECKING:
+    import numpy
     from collections.abc import Sequence as Seq
     from chatlm.worker.engine.sequence import Assignment
     from chatlm.worker.model.transformer import Transformer
@@ -42,10 +43,14 @@ class Followers:
         self.tables = PageTables(self.pool)
         self.of: dict[Sequence, Follower] = {}
 
-    def follow(self, sequence: Sequence, work: Assignment) -> Follower:
-        """The follower of a sequence. A new one begins with the longest prefix that has pages here."""
+    def follow(self, sequence: Sequence, work: Assignment, of_adapter: bool = False) -> Follower:
+        """The follower of a sequence. A new one begins with the longest prefix that has pages here; with
+        `of_adapter`, pages are those of its adapter."""
         if (follower := self.of.get(sequence)) is None:
             own = Sequence(work, sequence.tokens, sequence.limit)
+            if of_adapter:
+                own.adapter, own.adapter_digest = sequence.adapter, sequence.adapter_digest
+                own.serial = own.root
             own.pages, own.serial = self.pool.match_prefix(own.tokens, own.root)
             own.filled = len(own.pages)
             own.computed = own.filled * self.pool.page_size
@@ -123,6 +128,9 @@ class DraftModel:
 
     def end(self, sequence: Sequence):
         self.followers.release(sequence)
+
+    def see(self, sequence: Sequence, first: int, count: int, rows: numpy.ndarray):
+        """It needs no states of the model."""
 
     def draft(self, wanted: Mapping[Sequence, int]) -> dict[Sequence, list[int]]:
         """Draft up to so many tokens for each of these sequences, whose tokens must all be known. One whose

@@ -55,6 +55,7 @@ class StepUnderWay(NamedTuple):
     tokens: int     # how many it computes, without drafts
     began_s: float
     rows: int       # of answers and drafts, 0 if it also computes prompts
+    shown: list[tuple[Sequence, int, int, range]] = []  # (first position, tokens, rows) of its hidden states
 
 
 class Engine:
@@ -159,6 +160,9 @@ class Engine:
             self._finish_until(0)
             self.keeper.adopt()
         began_s, plan = time.monotonic(), self.scheduler.schedule()
+        for chunk in plan if self.draft_models else ():
+            chunk.sequence.shown = chunk.sequence.drafts and any(
+                model.sees(chunk.sequence) for model in self.draft_models)
         on_host = any(chunk.on_host for chunk in plan)
         if self.word and not all(chunk.sequence.pooling for chunk in plan):
             self.word.note(self.step_s)
@@ -188,8 +192,9 @@ class Engine:
             return len(self.under_way)
         stages = self.scheduler.stages
         awaited = on_host or not self.steps.ahead or stages == 1 and any(
-            chunk.sequence.draft.tokens or chunk.sequence.work.needs_tokens or self._awaits(chunk.sequence)
-            for chunk in plan if chunk.draws)
+            chunk.sequence.shown or chunk.draws and (
+                chunk.sequence.draft.tokens or chunk.sequence.work.needs_tokens
+                or self._awaits(chunk.sequence)) for chunk in plan)
         return 0 if awaited else max(1, stages - 1)
 
     def _awaits(self, sequence: Sequence) -> bool:
@@ -224,7 +229,7 @@ class Engine:
 
     def _advance(self, plan: Seq[Chunk], finish: Callable[[], list[int]], began_s: float):
         """Update the sequences of a started step: slots count as computed, last tokens as being drawn."""
-        drawing, row = [], 0
+        drawing, row, shown = [], 0, shown_by(plan)
         for chunk in plan:
             sequence = chunk.sequence
             if not sequence.finished:
@@ -243,7 +248,7 @@ class Engine:
                 self._emit(sequence, PromptProgress(0, length, min(sequence.computed, length)))
         decodes = all(chunk.draws and chunk.count == 1 for chunk in plan)
         self.under_way.append(StepUnderWay(finish, drawing, sum(chunk.count for chunk in plan), began_s,
-                                           row if decodes else 0))
+                                           row if decodes else 0, shown))
 
     def _finish(self):
         """Wait for the oldest step under way, replace its marks with tokens, and turn them into text."""
@@ -261,6 +266,10 @@ class Engine:
             self.scheduler.token_s = self.token_s
             if self.keeper:
                 self.keeper.pace.token_s = self.token_s
+        for sequence, first, count, rows in step.shown:
+            for model in self.draft_models if not sequence.finished else ():
+                model.drafter.see(sequence, first, count,
+                                  self.transformer.hidden_states(rows.start, rows.stop))
         going_on = []
         for sequence, draft in step.drawing:
             drawn = list(itertools.islice(tokens, 1 + len(draft)))
@@ -335,6 +344,18 @@ class Engine:
             tensors.append(model.drafter.transformer.cache)
         return not self.ranks and self.transformer.device.type == "cpu" and all(
             [empty_pages(address_of(tensor), tensor.nbytes) for tensor in tensors])
+
+
+def shown_by(plan: Seq[Chunk]) -> list[tuple[Sequence, int, int, range]]:
+    """Whose hidden states a step shows: of each such sequence its first position, its tokens without a draft,
+    and its rows. None of a step on the host, which may have left out some."""
+    found, row = [], 0
+    for chunk in plan:
+        end = row + chunk.count + len(chunk.draft)
+        if chunk.sequence.shown:
+            found.append((chunk.sequence, chunk.sequence.computed, chunk.count, range(row, end)))
+        row = end
+    return [] if any(chunk.on_host for chunk in plan) else found
 
 
 def embedded(sequence: Sequence, head: Head, ranking: numpy.ndarray | None) -> list[WorkerEvent]:

@@ -9,6 +9,7 @@ from typing import Protocol, TYPE_CHECKING
 from chatlm.worker.engine.drafts import NO_DRAFT, Draft, StepTimes
 
 if TYPE_CHECKING:
+    import numpy
     from chatlm.worker.engine.draft_model import Followers
     from chatlm.worker.engine.sequence import Sequence
     from chatlm.worker.model.transformer import Transformer
@@ -25,6 +26,7 @@ class Drafter(Protocol):
 
     def draft(self, wanted: Mapping[Sequence, int]) -> dict[Sequence, list[int]]: ...
     def end(self, sequence: Sequence): ...
+    def see(self, sequence: Sequence, first: int, count: int, rows: numpy.ndarray): ...
     def line(self) -> str: ...
 
 
@@ -63,7 +65,7 @@ class ModelDrafts:
     have to compute their prompts too."""
 
     FIRST, LONGEST = 4, 7  # tokens of a draft before anything is measured, and at most
-    REST, LONGEST_REST = 64, 4096
+    REST, LONGEST_SEEN, LONGEST_REST = 64, 256, 4096
     MOST_COMPUTED = 8      # tokens for each that drafts, in a first step that is measured: else with prompts
 
     def __init__(self, drafter: Drafter):
@@ -89,6 +91,11 @@ class ModelDrafts:
     def awaits(self, sequence: Sequence) -> bool:
         """Will it soon draft for this sequence, so that steps must not begin ahead?"""
         return len(sequence.tokens) + 3 >= self.resting[sequence]
+
+    def sees(self, sequence: Sequence) -> bool:
+        """Are its hidden states needed after each step? Not while drafts have not paid for long."""
+        return self.drafter.sees_states and (
+            self.rest <= self.LONGEST_SEEN or len(sequence.tokens) + self.REST >= self.resting[sequence])
 
     def propose(self, sequences: Seq[Sequence]) -> list[Draft]:
         lengths = {sequence: length for sequence in sequences
