@@ -227,7 +227,8 @@ def plan_model(model: LoadedModel, whole: ModelSpec, settings: Settings, device:
     groups = group_layers((whole if ranks.stages == 1 else spec).by_layer, spec.max_positions, apart, kv)
     plan = plan_memory(model, whole, kernels, groups, kv, ranks, settings, device, limits)
     for draft in drafts:  # as many tokens fit in its pages
-        plan = plan._replace(draft_model=plan.draft_model + draft.taken, page_bytes=plan.page_bytes + draft.page_share(groups))
+        plan = plan._replace(draft_model=plan.draft_model + draft.taken,
+                             page_bytes=plan.page_bytes + draft.page_share(groups))
     return kernels, groups, limits, plan
 
 

@@ -1,4 +1,4 @@
-"""Opens what drafts for a model: that of --draft-model, if it fits, or the draft head in the model's files."""
+"""Opens what drafts for a model: that of --draft-model, if it fits, and the draft head in its files."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ class Followers:
 
 
 class DraftModel:
-    """Drafts with a model of its own, for several sequences together in a batch: k tokens in k small steps."""
+    """Drafts with a model of its own, for several sequences in a batch: k tokens in k small steps."""
 
     name, sees_states = "model", False
 

@@ -1,4 +1,4 @@
-"""A source of drafts that computes them: how many tokens it drafts, from what they cost and how often they are right."""
+"""A source of drafts that computes them: how many, by what they cost and how often they are right."""
 
 from __future__ import annotations
 

@@ -503,7 +503,8 @@ def expected_tensors(spec: ModelSpec) -> Shapes:
     """Name -> shape of every tensor in a model of this spec, and no others (weights are (out, in))."""
     V, C, P, rows = spec.vocab_size, spec.width, spec.layer_input_size, spec.own_rows or spec.vocab_size
     shapes = present(
-        (spec.opens or spec.joins, {"embed": (rows, C)}), (spec.closes and not spec.of_texts, {"head": (rows, C)}),
+        (spec.opens or spec.joins, {"embed": (rows, C)}),
+        (spec.closes and not spec.of_texts, {"head": (rows, C)}),
         (spec.positions and spec.opens, {"positions": (spec.positions * C,)}),
         (spec.token_types, {"types": (spec.token_types * C,)}),
         (spec.distance_buckets, {"buckets": (DISTANCE_BUCKETS * spec.heads,)}),

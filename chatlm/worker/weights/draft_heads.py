@@ -7,7 +7,6 @@ It becomes a model of its own, whose spec `joins`; embedding and output matrix a
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,14 +14,18 @@ from typing import Any, TYPE_CHECKING
 
 import numpy
 
+from chatlm.common.errors import ConfigError
+from chatlm.common.log import log
 from chatlm.worker.arrays.gguf_types import TYPES, block_of
 from chatlm.worker.arrays.packed import dequantize
-from chatlm.worker.weights.assemble import check_names_and_shapes, file_shapes, tensor_sources
+from chatlm.worker.weights.assemble import tensor_sources
 
 if TYPE_CHECKING:
+    from chatlm.common.config import Settings
     from chatlm.worker.model.spec import ModelSpec
     from chatlm.worker.weights.assemble import Sources
     from chatlm.worker.weights.family import Family
+    from chatlm.worker.weights.rules import LoadedModel
 
 
 JOINED = ("join_embed", "join_hidden", "join_embed_norm", "join_hidden_norm")
@@ -30,7 +33,8 @@ TABLE = {name: (f"{name}.weight",) for name in JOINED}
 FOLDER_NAMES = {"mtp.norm.weight": "model.norm.weight",
                 "mtp.pre_fc_norm_embedding.weight": "join_embed_norm.weight",
                 "mtp.pre_fc_norm_hidden.weight": "join_hidden_norm.weight"}
-GGUF_NAMES = {"nextn.shared_head_norm.weight": "output_norm.weight", "nextn.enorm.weight": "join_embed_norm.weight",
+GGUF_NAMES = {"nextn.shared_head_norm.weight": "output_norm.weight",
+              "nextn.enorm.weight": "join_embed_norm.weight",
               "nextn.hnorm.weight": "join_hidden_norm.weight"}
 COPIES = ("nextn.embed_tokens.weight", "nextn.shared_head_head.weight")  # of the model's
 
@@ -40,6 +44,21 @@ def head_spec(spec: ModelSpec, dense: bool) -> ModelSpec:
     layer = next(l for l, attn in enumerate(spec.by_layer) if attn)
     return replace(spec, layers=1, mixers=(), attentions=(spec.attention(layer),) if spec.attentions else (),
                    dense_layers=(0,) if dense else (), opens=False, joins=True)
+
+
+def draft_head_of(settings: Settings, path: Path, make: Callable[[], LoadedModel | None]
+                  ) -> LoadedModel | None:
+    """The draft head that `make` opens, where drafts may come from one. A faulty one is an error only if
+    --drafts asks for it."""
+    if settings.drafts not in ("mtp", "auto"):
+        return None
+    try:
+        return make()
+    except ConfigError as error:
+        if settings.drafts == "mtp":
+            raise
+        log.warning("%s: its draft head is not used: %s", path, error)
+    return None
 
 
 def folder_head(spec: ModelSpec, row: Family, state: Mapping[str, numpy.ndarray],
@@ -54,11 +73,14 @@ def folder_head(spec: ModelSpec, row: Family, state: Mapping[str, numpy.ndarray]
         return {FOLDER_NAMES.get(name, name.replace("mtp.layers.0.", "model.layers.0.")): tensor
                 for name, tensor in tensors.items() if name.startswith("mtp.") and name != "mtp.fc.weight"}
 
-    own, fc = named(state), state["mtp.fc.weight"]
-    own = {name: tensor for name, tensor in own.items() if not name.startswith("mtp.")}  # embed_tokens, further layers
+    fc = state["mtp.fc.weight"]
+    own = {name: tensor for name, tensor in named(state).items()
+           if not name.startswith("mtp.")}  # without a copy of the embedding
     dense = bool(spec.experts) and not any(".experts." in name for name in own)
-    own |= {name: state[name] for name in ("model.embed_tokens.weight", "lm_head.weight") if name in state}
-    own = row.repack(own) | {"join_embed.weight": fc[:, :spec.width], "join_hidden.weight": fc[:, spec.width:]}
+    shared = ("model.embed_tokens.weight", "lm_head.weight")[:1 + (not spec.tied_head)]
+    own |= {name: state[name] for name in shared if name in state}
+    own = row.repack(own) | {"join_embed.weight": fc[:, :spec.width],
+                             "join_hidden.weight": fc[:, spec.width:]}
     of_head = head_spec(spec, dense)
     return of_head, tensor_sources(of_head, row.all_tensors | TABLE, spec.vocab_size), own, named(scales)
 
@@ -75,7 +97,7 @@ def gguf_head(spec: ModelSpec, row: Family, stored: Mapping[str, Any]
         if name != part and part not in COPIES and part != "nextn.eh_proj.weight":
             own[GGUF_NAMES.get(part, f"blk.0.{part}")] = tensor
     dense = bool(spec.experts) and not any("_exps." in name for name in own)
-    for name in ("token_embd.weight", "output.weight", "output_norm.weight"):
+    for name in ("token_embd.weight", "output_norm.weight", *["output.weight"] * (not spec.tied_head)):
         if name in stored:
             own.setdefault(name, stored[name])
     own |= {f"{name}.weight": half for name, half in zip(JOINED, halves(joint))}
@@ -96,9 +118,3 @@ def halves(tensor: Any) -> tuple[Any, Any]:
         shape=shape, n_elements=tensor.n_elements // 2, n_bytes=tensor.n_bytes // 2,
         data=numpy.ascontiguousarray(part)) for part in numpy.split(data, 2, axis=1))
     return first, second
-
-
-def check_head(path: Path, sources: Sources, shapes: Mapping[str, tuple[int, ...]]):
-    """ConfigError if the tensors are not those of such a head."""
-    check_names_and_shapes(path, {name: shape for name, shape in shapes.items() if name in file_shapes(sources)
-                                  or not re.match(r"(model\.embed_tokens|lm_head|token_embd|output)\.", name)}, sources)

@@ -27,7 +27,7 @@ from chatlm.worker.weights.adapters import Adaptable
 from chatlm.worker.weights.assemble import (
     Mxfp4, assembled, check_names_and_shapes, file_shapes, fp8_block, read_safetensors, tensor_sources,
     unread_keys, unscaled, without_shared)
-from chatlm.worker.weights.draft_heads import check_head, folder_head
+from chatlm.worker.weights.draft_heads import draft_head_of, folder_head
 from chatlm.worker.weights.embedders import folder_embedder
 from chatlm.worker.weights.configs import (
     HF_KEYS, complete_heads, family_config, family_spec, growing_queries, scaled_rope)
@@ -98,7 +98,7 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
     if spec.tied_head:
         state.pop(row.all_tensors["head"][0], None)  # some files have it twice
     sources, whole = tensor_sources(spec, row.all_tensors, spec.vocab_size), state
-    drafting = folder_head(spec, row, state, scales) if settings.drafts in ("mtp", "auto") else None
+    given = state, scales
     state, scales = (without_shared(spec, tensors) for tensors in (row.repack(state), scales))
     if lost := sorted(set(scales) - set(state)):
         raise ConfigError(f"{source.path}: {lost[0]} is in FP8, which is not supported for this tensor of "
@@ -129,7 +129,8 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
         one_more = row.one_more and re.search(r"(?<!linear_attn\.)norm\.weight$", name)
         return floats(tensor) + 1 if one_more else tensor
 
-    tensors = assembled(source.path, settings, sources, state, dtype, partial(changed, scales, added), as_stored)
+    tensors = assembled(source.path, settings, sources, state, dtype, partial(changed, scales, added),
+                        as_stored)
     text = hf_text(source.path, spec.vocab_size)
     called, head = (source.name, source.path.name, names[2]), Head()
     text, ranking = rerankers.of_folder(
@@ -148,15 +149,20 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
     block = 32 if any(isinstance(tensor, Mxfp4) for tensor in state.values()) else TILE_ROWS
     adaptable = Adaptable((*settings.served_model_name, *names), sources, lambda: slices, turned,
                           unread_keys(spec))
-    draft_head = None
-    if drafting:
-        own_spec, own_sources, own, own_scales = drafting
-        check_head(source.path, own_sources, {name: tuple(tensor.shape) for name, tensor in own.items()})
-        draft_head = LoadedModel(own_spec, assembled(
-            source.path, settings, own_sources, own, dtype, partial(changed, own_scales, {}), as_stored), text,
-            source.name, "a draft head", dtype, family=family)
+
+    def draft_head() -> LoadedModel | None:
+        if (found := folder_head(spec, row, *given)) is None:
+            return None
+        own, sources, state, scales = found
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        check_names_and_shapes(source.path, shapes, sources)
+        tensors = assembled(source.path, settings, sources, state, dtype, partial(changed, scales, {}),
+                            as_stored)
+        return LoadedModel(own, tensors, text, source.name, "", dtype, family=family)
+
     return LoadedModel(spec, tensors, text, source.name, description, dtype, block=block, family=family,
-                       adaptable=adaptable, head=head, ranking=ranking, draft_head=draft_head,
+                       adaptable=adaptable, head=head, ranking=ranking,
+                       draft_head=draft_head_of(settings, source.path, draft_head),
                        **own_sampling(path, read_json(path, needed=False)))
 
 
