@@ -122,7 +122,7 @@ function joined(tokens, entries) {
     const entry = entries[next]?.id === token.id ? entries[next++] : null;
     if (!entry) return token;
     const beside = entry.top_logprobs.filter(({id}) => id !== token.id).slice(0, BESIDE);
-    return {...token, share: Math.exp(entry.logprob), beside: beside.map(({id, token: text, logprob}) => ({id, text, share: Math.exp(logprob)}))};
+    return {...token, share: Math.exp(entry.logprob), drafted: entry.drafted === true, beside: beside.map(({id, token: text, logprob}) => ({id, text, share: Math.exp(logprob)}))};
   });
 }
 
@@ -140,7 +140,8 @@ function makeLens(view) {
   list.setAttribute("aria-label", TEXT.tokensOf);
   const close = element("button", {type: "button", className: "plain", textContent: TEXT.closeLens, onclick: () => { toggleLens(view); view.inside.focus(); }});
   const legend = element("p", {className: "legend"}, element("b", {textContent: TEXT.lensOn}), TEXT.legend,
-    ...[1, ...SHADES].map((most, i) => element("span", {className: i ? `p${i}` : "", textContent: TEXT.shareRange(SHADES[i] ?? 0, most)})), close);
+    ...[1, ...SHADES].map((most, i) => element("span", {className: i ? `p${i}` : "", textContent: TEXT.shareRange(SHADES[i] ?? 0, most)})),
+    element("span", {className: "drafted", textContent: TEXT.drafted}), close);
   if (view.isDialog) close.remove();
   view.lens = element("div", {className: "lens"}, legend, list);
   Object.assign(view.lens, {list, hint: element("p", {className: "hint"}), panel: element("div", {className: "beside"})});
@@ -169,10 +170,10 @@ const shown = text => text.replace(/\n/g, "↵\n");
 
 function drawTokens({lens: {list, panel}, node}, lens) {
   lens.drawn = lens.tokens;
-  list.replaceChildren(...lens.tokens.map(({text, special, share}, i) => {
+  list.replaceChildren(...lens.tokens.map(({text, special, share, drafted}, i) => {
     const shade = share === undefined ? 0 : SHADES.filter(most => share < most).length;
     const option = element("span", {id: `${node.id}-${i}`, role: "option", textContent: shown(text) || "·",
-      className: `${shade ? `p${shade}` : ""}${special ? " special" : ""}`});
+      className: `${shade ? `p${shade}` : ""}${special ? " special" : ""}${drafted ? " drafted" : ""}`});
     option.dataset.at = i;
     option.setAttribute("aria-selected", "false");
     if (!text.trim()) option.setAttribute("aria-label", quoted(text));
@@ -185,12 +186,12 @@ const quoted = text => `“${text.replace(/\n/g, "↵")}”`;
 
 // Shows a token's id, its probability and its alternatives; each alternative starts another answer.
 function chooseToken(view, lens, at) {
-  const {list, panel} = view.lens, {id, text, share, beside = []} = lens.tokens[at];
+  const {list, panel} = view.lens, {id, text, share, drafted, beside = []} = lens.tokens[at];
   list.children[lens.at]?.setAttribute("aria-selected", "false");
   lens.at = at;
   list.children[at].setAttribute("aria-selected", "true");
   list.setAttribute("aria-activedescendant", list.children[at].id);
-  const about = [quoted(text), TEXT.tokenId(id), share === undefined ? TEXT.notDrawn : TEXT.share(share)].join(" · ");
+  const about = [quoted(text), TEXT.tokenId(id), share === undefined ? TEXT.notDrawn : TEXT.share(share), ...drafted ? [TEXT.drafted] : []].join(" · ");
   panel.replaceChildren(element("p", {textContent: about}), ...beside.map(other => {
     if (view.isDialog) return element("span", {className: "plain"}, element("span", {textContent: quoted(other.text)}), element("small", {textContent: TEXT.share(other.share)}));
     const made = element("button", {type: "button", className: "plain", disabled: !canAsk(), title: TEXT.tokenId(other.id),
@@ -301,7 +302,7 @@ register({
   strings: {
     lensOn: "Token lens: on.", legend: "Probability of each token:", closeLens: "Close the lens",
     shareRange: (least, most) => most === 1 ? `${100 * least}\u00a0% or more` : least ? `${100 * least} to ${100 * most}\u00a0%` : `under ${100 * most}\u00a0%`,
-    tokensOf: "Tokens of the answer", notDrawn: "not sampled by the model", goOnWith: (text, share) => `Continue with ${text}, ${share}`,
+    tokensOf: "Tokens of the answer", notDrawn: "not sampled by the model", drafted: "drafted", goOnWith: (text, share) => `Continue with ${text}, ${share}`,
     looking: count => `Running again to get the probabilities: ${plural(count, "token", "tokens")}`,
     lensHint: "Choose a token to see its alternatives; choosing one of these starts another answer.",
     lensLook: "Choose a token to see its alternatives.",

@@ -303,6 +303,7 @@ class TokenLogprob(NamedTuple):
     logprob: float | None  # None: the first token, which nothing precedes
     top: tuple[tuple[int, float], ...] = ()
     rank: int | None = None  # of a prompt's token: 1 + how many are likelier
+    drafted: bool = False    # was it guessed before it was drawn? It took no step of its own
 
 
 class Delta(NamedTuple):

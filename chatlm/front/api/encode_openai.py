@@ -93,8 +93,8 @@ class OpenAIEncoder(Encoder):
         def entry(token: int, logprob: float | None) -> dict:
             text, spelled = token_text(self.tokenizer, token)
             return {"id": token, "token": text, "logprob": logprob_number(logprob), "bytes": spelled}
-        return [{**entry(token, logprob), "top_logprobs": [entry(*likely) for likely in top]}
-                for token, logprob, top, _ in self.listed(logprobs)]
+        return [{**entry(one.token, one.logprob), "top_logprobs": [entry(*likely) for likely in one.top],
+                 **({"drafted": True} if one.drafted else {})} for one in self.listed(logprobs)]
 
     def prompt_entries(self, logprobs: Seq[TokenLogprob], top: int) -> list[dict | None]:
         """vLLM's `prompt_logprobs`: by their ids the token itself and the `top` likeliest ones; None for the
@@ -278,7 +278,7 @@ class CompletionEncoder(OpenAIEncoder):
         # Special tokens appear as text only in an echoed prompt.
         written = prompt if self.parsed.echo and isinstance(prompt, str) else ""
         texts, offsets, tops = [], [], []
-        for token, logprob, top, _ in self.listed(logprobs):
+        for token, logprob, top, *_ in self.listed(logprobs):
             texts.append(token_text(self.tokenizer, token)[0])
             offsets.append(choice.offset)
             name = self.tokenizer.special_names.get(token)

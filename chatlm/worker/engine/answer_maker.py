@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
+from collections.abc import Iterable
 from concurrent.futures import wait
 from functools import partial
 from typing import TYPE_CHECKING
@@ -49,20 +50,24 @@ class AnswerMaker:
         client = sequence.work.params.client
         sequence.output.preparing = self.compiling.submit(client, self._prepare, sequence)
 
-    def start_mask(self, sequence: Sequence, grammar: Grammar):
-        """Start computing the next token's mask; if the queue is long, sit out steps until it is ready."""
-        behind_s = self.masking.behind_s
-        grammar.mask = self.masking.submit(sequence.work.params.client, grammar.matcher.compute_bitmask)
-        if behind_s > self.MASK_PATIENCE_S:
-            sequence.output.preparing = grammar.mask
+    def start_masks(self, sequences: Iterable[Sequence]):
+        """Start computing the masks of the next tokens, and of drafts, of those that go on with a grammar; if
+        the queue is long, they sit out steps until they are ready."""
+        for sequence in sequences:
+            if not sequence.finished and sequence.output.ready and (grammar := sequence.output.grammar):
+                behind_s = self.masking.behind_s
+                grammar.masks = self.masking.submit(sequence.work.params.client, grammar.compute_masks,
+                                                    sequence.draft.tokens)
+                if behind_s > self.MASK_PATIENCE_S:
+                    sequence.output.preparing = grammar.masks
 
     def masked(self, sequence: Sequence, deadline_s: float) -> bool:
         """Is the next mask ready by the deadline, or not needed? If not, sit out steps until it is."""
         grammar = sequence.output.grammar
         if not grammar:
             return True
-        if not wait([grammar.mask], max(0.0, deadline_s - time.monotonic())).done:
-            sequence.output.preparing = grammar.mask
+        if not wait([grammar.masks], max(0.0, deadline_s - time.monotonic())).done:
+            sequence.output.preparing = grammar.masks
         elif grammar.renewed or not grammar.matcher.is_error():
             return True
         else:
@@ -105,7 +110,7 @@ class AnswerMaker:
                 answer = Answer(work, self.tokenizer, compiled(source) if source else None, compiled,
                                 sequence.limit - len(work.prompt_ids))
             if answer.grammar:
-                answer.grammar.mask.set_result(answer.grammar.matcher.compute_bitmask())
+                answer.grammar.masks.set_result(answer.grammar.compute_masks())
             sequence.output.answer = answer
         except Exception:
             sequence.output.answer = None  # so the answer fails when its next token is drawn

@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol, TYPE_CHECKING
 from chatlm.common.messages.requests import DraftCounts, Usage
 
 if TYPE_CHECKING:
+    from chatlm.worker.engine.scheduler import Scheduler
     from chatlm.worker.engine.sequence import Sequence
 
 
@@ -20,6 +21,7 @@ class Draft(NamedTuple):
     tokens: tuple[int, ...] = ()
     chances: tuple[float, ...] = ()  # of each token: the source's estimate that it and all before are right
     at: int = 0                      # the length of the sequence that it continues
+    forced: int = 0                  # how many of its first tokens a grammar forces, whoever proposed more
 
     @property
     def worth(self) -> float:
@@ -112,7 +114,8 @@ class Acceptance:
         before, chance, chances, found = 1.0, 1.0, [], []
         for i, own in enumerate(draft.chances):
             share, before = min(own / before, 1.0), own
-            key = draft.source, self.BUCKETS[int(share * 128)], self.PLACES[i] if i < 8 else 4
+            source = draft.source if i >= draft.forced else Forced.name
+            key = source, self.BUCKETS[int(share * 128)], self.PLACES[i] if i < 8 else 4
             if (counts := self.counts.get(key)) is None:
                 counts = self.counts[key] = [0.0, 0.0]
             chance *= (counts[1] + self.TRUST * share) / (counts[0] + self.TRUST)
@@ -153,9 +156,50 @@ class Record:
 
 def can_draft(sequence: Sequence) -> bool:
     """Can its next tokens be drafted: is it known to the sources, is only its newest token not computed, and
-    does nothing need the logits or the text of each token in turn?"""
-    return (sequence.drafts and not sequence.finished and sequence.pending == 1 and sequence.output.ready
-            and not sequence.needs_logits)
+    is its text and its grammar at hand?"""
+    return sequence.drafts and not sequence.finished and sequence.pending == 1 and sequence.output.ready
+
+
+def joined(forced: Draft, draft: Draft) -> Draft:
+    """What is forced, with the rest of another draft of the same sequence where that agrees."""
+    count = len(forced.tokens)
+    if draft.tokens[:count] != forced.tokens or len(draft.tokens) == count:
+        return forced
+    factor = forced.chances[-1] / draft.chances[count - 1]
+    return draft._replace(chances=(*forced.chances, *(chance * factor for chance in draft.chances[count:])),
+                          forced=count)
+
+
+class Forced:
+    """What a grammar leaves no choice about."""
+
+    name, CHANCE = "forced", 0.99
+
+    def begin(self, sequence: Sequence): ...
+    def judge(self, sequence: Sequence, draft: Draft, verified: int, accepted: int): ...
+    def end(self, sequence: Sequence): ...
+
+    def propose(self, sequences: Seq[Sequence]) -> list[Draft]:
+        return [self._draft(sequence) for sequence in sequences]
+
+    def _draft(self, sequence: Sequence) -> Draft:
+        grammar = sequence.output.grammar
+        tokens = grammar.forced() if grammar else []
+        chances = tuple(self.CHANCE ** (i + 1) for i in range(len(tokens)))
+        return Draft(self.name, tuple(tokens), chances, len(sequence.tokens)) if tokens else NO_DRAFT
+
+
+def fitting(sequence: Sequence, draft: Draft) -> Draft:
+    """As much of a draft as the sequence's grammar allows."""
+    grammar = sequence.output.grammar
+    return draft.first(grammar.fitting(draft.tokens)) if grammar and draft.tokens else draft
+
+
+def by_source(draft: Draft, count: int) -> DraftCounts:
+    """The first `count` tokens of a draft, by who proposed them."""
+    counts = DraftCounts(forced=min(count, draft.forced))
+    rest = count - counts.forced
+    return counts + replace(DraftCounts(), **{draft.source: rest}) if rest else counts
 
 
 class Drafting:
@@ -166,10 +210,13 @@ class Drafting:
     all before are right against the time that one more row takes. Both are measured. A draft that is not
     verified is measured too: the tokens that come show whether it was right."""
 
+    MOST_GAP_S = 0.002  # between two steps of which the second waited for nothing
+
     def __init__(self, sources: Iterable[Source]):
         self.sources = {source.name: source for source in sources}
         self.drafted, self.accepted = DraftCounts(), DraftCounts()
         self.acceptance, self.times = Acceptance(), StepTimes()
+        self.host_times = StepTimes()  # of steps whose logits the host needs
         self.records: dict[Sequence, Record] = {}
 
     def begin(self, sequence: Sequence):
@@ -185,33 +232,58 @@ class Drafting:
             for source in self.sources.values():
                 source.end(sequence)
 
-    def propose(self, sequences: Seq[Sequence], rows: int, most: int, other_s: float = 0.0):
+    def note_step(self, rows: int, step_s: float, gap_s: float, on_host: bool):
+        """A step of this many rows, all of answers and drafts, has taken so long, `gap_s` after the one
+        before: what the host did in between counts too, unless nothing was asked of it."""
+        times = self.host_times if on_host else self.times
+        times.note(rows, step_s + (gap_s if gap_s < self.MOST_GAP_S else 0.0))
+
+    def draft(self, sequences: Iterable[Sequence], scheduler: Scheduler, token_s: float):
+        """Set the drafts of those of these sequences that can have one, for the scheduler's next step;
+        token_s: seconds that a token of a prompt takes."""
+        if able := [sequence for sequence in sequences if can_draft(sequence)]:
+            answers = [sequence for sequence in scheduler.running if not sequence.pooling]
+            tokens = sum(sequence.pending for sequence in answers if sequence.prefilling)
+            self.propose(able, -(-len(answers) // scheduler.stages), scheduler.draft_rows,
+                         min(tokens, scheduler.prefill_chunk) * token_s,
+                         any(sequence.needs_logits for sequence in answers))
+
+    def propose(self, sequences: Seq[Sequence], rows: int, most: int, other_s: float = 0.0,
+                on_host: bool = False):
         """Set the drafts of these sequences: of each the one that is worth most, cut to what pays in a step
-        of `rows` rows without drafts, at most `most` with them, and `other_s` seconds of other work."""
+        of `rows` rows without drafts, at most `most` with them, and `other_s` seconds of other work; does
+        the host need its logits?"""
+        times = self.host_times if on_host else self.times
         best = dict.fromkeys(sequences, NO_DRAFT)
         for sequence in sequences:
             sequence.draft = NO_DRAFT
+        forced: dict[Sequence, Draft] = {}
         for source in self.sources.values() if sequences else ():
             for sequence, draft in zip(sequences, source.propose(sequences)):
-                if draft.tokens:
+                if source.name == Forced.name:
+                    forced[sequence] = draft
+                elif forced.get(sequence, NO_DRAFT).tokens:
+                    draft = joined(forced[sequence], draft)
+                if (draft := fitting(sequence, draft)).tokens:
                     record = self.records[sequence]
                     chances, counts = self.acceptance.measured(draft)
                     factor = record.factor
-                    measured = Draft(draft.source, draft.tokens[:len(chances)],
-                                     tuple(min(factor * chance, 0.99) for chance in chances), draft.at)
+                    measured = draft._replace(tokens=draft.tokens[:len(chances)], chances=tuple(
+                        min(factor * chance, 0.99) for chance in chances))
                     if measured.worth > best[sequence].worth:
                         record.proposed, record.chances, record.counts = draft, chances, counts
                         best[sequence] = sequence.draft = measured  # later sources see it
-        for sequence, count in zip(best, self._counts(list(best.values()), rows, most, other_s)):
+        for sequence, count in zip(best, self._counts(list(best.values()), times, rows, most, other_s)):
             sequence.draft = best[sequence].first(count)
 
-    def _counts(self, drafts: list[Draft], rows: int, most: int, other_s: float) -> list[int]:
+    def _counts(self, drafts: list[Draft], step_times: StepTimes, rows: int, most: int,
+                other_s: float) -> list[int]:
         """How many tokens of each draft to verify, so that the step gives the most tokens a second."""
         ranked = sorted(((chance, -i, j) for j, draft in enumerate(drafts)
                          for i, chance in enumerate(draft.chances)), reverse=True)[:max(most - rows, 0)]
         if not ranked:
             return [0] * len(drafts)
-        times = self.times.expected(rows, rows + len(ranked))
+        times = step_times.expected(rows, rows + len(ranked))
         tokens, best, chosen = float(rows), rows / (times[0] + other_s), 0
         for count, (chance, _, _) in enumerate(ranked, 1):
             tokens += chance
@@ -232,8 +304,7 @@ class Drafting:
         if verified:
             draft = sequence.draft
             self.sources[draft.source].judge(sequence, draft, verified, accepted)
-            drafted, right = (replace(DraftCounts(), **{draft.source: count})
-                              for count in (verified, accepted))
+            drafted, right = (by_source(draft, count) for count in (verified, accepted))
             self.drafted, self.accepted = self.drafted + drafted, self.accepted + right
             sequence.output.usage += Usage(drafted=drafted, accepted=right)
 

@@ -22,11 +22,11 @@ from chatlm.worker.arrays.kinds import address_of
 from chatlm.worker.engine.adapter_slots import AdapterSlots
 from chatlm.worker.engine.answer_maker import AnswerMaker
 from chatlm.worker.engine.batch import make_batch, sample_rows
-from chatlm.worker.engine.drafts import NO_DRAFT, Drafting, can_draft
+from chatlm.worker.engine.drafts import NO_DRAFT, Drafting, Forced
 from chatlm.worker.engine.host import HostSteps, embedding_events
 from chatlm.worker.engine.kvcache import PagePool, longest_context
 from chatlm.worker.engine.lookup import Lookup
-from chatlm.worker.engine.scheduler import FREE_ROWS, Scheduler, load_of
+from chatlm.worker.engine.scheduler import FREE_ROWS, Scheduler
 from chatlm.worker.engine.sequence import Assignment, Chunk, Output, Sequence, without_tokens
 from chatlm.worker.engine.states import StatePool
 from chatlm.worker.model.head import Head
@@ -43,8 +43,16 @@ if TYPE_CHECKING:
     from chatlm.worker.ranks.ranks import RankZero
 
 
-MOST_GAP_S = 0.002  # between two steps of which the second waited for nothing
 ADAPTER_GONE = "the adapter's files have changed or been removed during this answer: send the request again"
+
+
+class ShownRows(NamedTuple):
+    """Where the hidden states of a sequence are after a step."""
+
+    sequence: Sequence
+    first: int   # position
+    count: int   # tokens; the rows after these are of a draft
+    rows: range  # of the step
 
 
 class StepUnderWay(NamedTuple):
@@ -55,7 +63,8 @@ class StepUnderWay(NamedTuple):
     tokens: int     # how many it computes, without drafts
     began_s: float
     rows: int       # of answers and drafts, 0 if it also computes prompts
-    shown: list[tuple[Sequence, int, int, range]] = []  # (first position, tokens, rows) of its hidden states
+    on_host: bool   # does the host need its logits?
+    shown: list[ShownRows] = []  # hidden states
 
 
 class Engine:
@@ -83,7 +92,7 @@ class Engine:
                                    max_rows=len(transformer.buffers["logits"]),
                                    stages=ranks.stages if ranks else 1, exact_rows=kernels.row_invariant,
                                    of_texts=transformer.spec.of_texts)
-        self.drafting = self.scheduler.drafting = Drafting([lookup or Lookup(), *draft_models])
+        self.drafting = self.scheduler.drafting = Drafting([Forced(), lookup or Lookup(), *draft_models])
         self.draft_models = draft_models
         for model in draft_models:
             model.times, model.draft_rows = self.drafting.times, self.scheduler.draft_rows
@@ -132,8 +141,7 @@ class Engine:
                             adapter_digest=self.adapters.digests.get(slot, ""),
                             output=Output(scored=work.scored))
         self.answers.make(sequence)
-        free = not work.needs_logits and not work.sampling.counts_tokens
-        if self.drafts and free:
+        if self.drafts and work.may_draft:
             self.drafting.begin(sequence)
         self.scheduler.add(sequence)
         if self.transformer.layer_embed:
@@ -171,12 +179,14 @@ class Engine:
         if not plan and not self.under_way:
             self._wait()
         self._finish_until(self._most_under_way(plan, on_host) - 1)
+        plan = [chunk for chunk in plan if not (on_host and chunk.sequence.finished)]
+        shown = shown_by(plan)
         if on_host:
-            plan, finish = self.host.run([chunk for chunk in plan if not chunk.sequence.finished])
+            plan, finish = self.host.run(plan)
         if self.keeper and not self.under_way:
             self.keeper.settle()
         if plan and finish:
-            self._advance(plan, finish, began_s)
+            self._advance(plan, finish, began_s, shown)
         self._finish_until(self._most_under_way(plan, on_host))
         if self.keeper and not self.busy:  # before the last answer's end is reported
             self.keeper.settle()
@@ -227,9 +237,10 @@ class Engine:
         self.keeper = self.scheduler.keeper = keeper
         keeper.pace.token_s = self.token_s
 
-    def _advance(self, plan: Seq[Chunk], finish: Callable[[], list[int]], began_s: float):
+    def _advance(self, plan: Seq[Chunk], finish: Callable[[], list[int]], began_s: float,
+                 shown: list[ShownRows]):
         """Update the sequences of a started step: slots count as computed, last tokens as being drawn."""
-        drawing, row, shown = [], 0, shown_by(plan)
+        drawing, row = [], 0
         for chunk in plan:
             sequence = chunk.sequence
             if not sequence.finished:
@@ -248,7 +259,8 @@ class Engine:
                 self._emit(sequence, PromptProgress(0, length, min(sequence.computed, length)))
         decodes = all(chunk.draws and chunk.count == 1 for chunk in plan)
         self.under_way.append(StepUnderWay(finish, drawing, sum(chunk.count for chunk in plan), began_s,
-                                           row if decodes else 0, shown))
+                                           row if decodes else 0, any(chunk.on_host for chunk in plan),
+                                           shown))
 
     def _finish(self):
         """Wait for the oldest step under way, replace its marks with tokens, and turn them into text."""
@@ -257,9 +269,8 @@ class Engine:
         before_s, self.finished_s = self.finished_s, time.monotonic()
         began_s = max(step.began_s, before_s)
         self.step_s = self.finished_s - began_s
-        if step.rows:  # with what the host did between the steps, if nothing was waited for
-            gap_s = began_s - before_s
-            self.drafting.times.note(step.rows, self.step_s + (gap_s if gap_s < MOST_GAP_S else 0.0))
+        if step.rows:
+            self.drafting.note_step(step.rows, self.step_s, began_s - before_s, step.on_host)
         if step.tokens >= self.timed_tokens:
             token_s = (self.finished_s - began_s) / step.tokens
             self.token_s += (token_s - self.token_s) * (0.2 if self.token_s else 1.0)
@@ -267,7 +278,7 @@ class Engine:
             if self.keeper:
                 self.keeper.pace.token_s = self.token_s
         for sequence, first, count, rows in step.shown:
-            for model in self.draft_models if not sequence.finished else ():
+            for model in self.draft_models if sequence.drafts else ():
                 model.drafter.see(sequence, first, count,
                                   self.transformer.hidden_states(rows.start, rows.stop))
         going_on = []
@@ -281,11 +292,10 @@ class Engine:
                     self._emit(sequence, Failed(failure_text(error)))
                     self.scheduler.remove(sequence)
                 going_on.append(sequence)
-        if able := [sequence for sequence in going_on if can_draft(sequence)]:
-            rows, tokens = load_of(self.scheduler)
-            self.drafting.propose(able, rows, self.scheduler.draft_rows, tokens * self.token_s)
-            if self.draft_models:  # what they took is no part of the next step's time
-                self.finished_s = time.monotonic()
+        self.drafting.draft(going_on, self.scheduler, self.token_s)
+        self.answers.start_masks(going_on)
+        if self.draft_models:  # what they took is no part of the next step's time
+            self.finished_s = time.monotonic()
 
     def _accept(self, sequence: Sequence, draft: tuple[int, ...], drawn: Seq[int]) -> list[WorkerEvent]:
         """Add the drawn tokens and their text until one ends the answer, forces others or differs from the
@@ -305,18 +315,16 @@ class Engine:
         if sequence.drafts:
             self.drafting.judge(sequence, len(draft), right, tokens[known:])
         self._go_on(sequence, answer)
-        return events_of(sequence, answer, tokens[known:], token if token in added else None)
+        return events_of(sequence, answer, tokens[known:], token if token in added else None, right)
 
     def _go_on(self, sequence: Sequence, answer: Answer):
-        """End the sequence if its answer has ended; else begin what its next token needs: a grammar or a
-        mask."""
+        """End the sequence if its answer has ended; else begin to make the grammar of its next token, if it
+        needs a new one."""
         sequence.draft = NO_DRAFT
         if answer.reason is not None:
             self.scheduler.remove(sequence)
         elif answer.awaits_grammar:
             self.answers.remake(sequence)
-        elif answer.grammar:
-            self.answers.start_mask(sequence, answer.grammar)
 
     def give_up(self) -> list[str]:
         """After a failed step: forget what it may have written; returns the ids of the dropped answers."""
@@ -346,16 +354,15 @@ class Engine:
             [empty_pages(address_of(tensor), tensor.nbytes) for tensor in tensors])
 
 
-def shown_by(plan: Seq[Chunk]) -> list[tuple[Sequence, int, int, range]]:
-    """Whose hidden states a step shows: of each such sequence its first position, its tokens without a draft,
-    and its rows. None of a step on the host, which may have left out some."""
+def shown_by(plan: Seq[Chunk]) -> list[ShownRows]:
+    """Whose hidden states a step of this plan shows."""
     found, row = [], 0
     for chunk in plan:
         end = row + chunk.count + len(chunk.draft)
         if chunk.sequence.shown:
-            found.append((chunk.sequence, chunk.sequence.computed, chunk.count, range(row, end)))
+            found.append(ShownRows(chunk.sequence, chunk.sequence.computed, chunk.count, range(row, end)))
         row = end
-    return [] if any(chunk.on_host for chunk in plan) else found
+    return found
 
 
 def embedded(sequence: Sequence, head: Head, ranking: numpy.ndarray | None) -> list[WorkerEvent]:
@@ -387,16 +394,19 @@ def drop_adapter(engine: Engine, adapter_id: str):
             engine.events.append((sequence.work.id, Failed(ADAPTER_GONE)))
 
 
-def events_of(sequence: Sequence, answer: Answer, tokens: Seq[int], drawn: int | None) -> list[WorkerEvent]:
-    """What is sent of new tokens. drawn: the last one, unless others were forced in its place."""
+def events_of(sequence: Sequence, answer: Answer, tokens: Seq[int], drawn: int | None,
+              right: int) -> list[WorkerEvent]:
+    """What is sent of new tokens: `right` tokens of a draft and `drawn`, the last one, unless others were
+    forced in its place."""
     output, logprobs = sequence.output, ()
     if answer.reason == "refused":
         return [Failed(answer.stop_reason or "", refused=True)]
-    if output.logprob is not None and drawn is not None:
+    if output.logprobs:
         # A client that also has its prompt scored expects an entry for every drawn token (see AnswerParams).
         unshown = (sequence.work.params.prompt_logprobs is None and answer.reason == "stop"
                    and drawn in answer.stop_tokens)
-        logprobs = () if unshown else (output.logprob,)
+        shown = output.logprobs[:right + (drawn is not None and not unshown)]
+        logprobs = tuple(one._replace(drafted=i < right) for i, one in enumerate(shown))
     piece = Piece(tuple(tokens), answer.take(), logprobs)
     if answer.reason is None:
         return [piece]

@@ -32,7 +32,8 @@ CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # of a character that began earli
 
 
 class Grammar:
-    """Which tokens may come next. A thread computes the next token's mask in the background.
+    """Which tokens may come next. A thread computes the next token's mask in the background, and those after
+    each token of its draft.
 
     Copies share a lexer, whose number of states is limited: the states that hours of answers added may break
     another answer's grammar, which then starts over once with a new lexer (`renew`)."""
@@ -46,12 +47,12 @@ class Grammar:
         self.source, self.lexer = source, object()  # lexer: the same one in its copies
         self.fed, self.renewed = [], False          # fed: the tokens so far
         self.size = 0                 # bytes, shared with its copies
-        self.mask: Future = Future()  # the next token's mask, as bytes
+        self.masks: Future = Future()  # the masks of the next token and after a draft's, each as bytes
 
     def copy(self) -> Grammar:
         """An independent copy in the same state (10 us; compiling takes up to 1 s)."""
         twin = copy.copy(self)
-        twin.matcher, twin.mask, twin.fed = self.matcher.deep_copy(), Future(), []
+        twin.matcher, twin.masks, twin.fed = self.matcher.deep_copy(), Future(), []
         return twin
 
     def renew(self, fresh: Grammar) -> Grammar:
@@ -60,10 +61,39 @@ class Grammar:
         fresh.matcher.consume_tokens(fresh.fed)
         return fresh
 
-    def allowed(self, vocab_size: int) -> numpy.ndarray:
-        """The mask as one flag per token (vocab_size,)."""
-        words = numpy.frombuffer(self.mask.result(), dtype=numpy.uint8)
+    def compute_masks(self, draft: Seq[int] = ()) -> list[bytes]:
+        """The mask of the next token, and that after each token of a draft, up to one that is not allowed."""
+        matcher, masks, fed = self.matcher, [self.matcher.compute_bitmask()], 0
+        for token in draft:
+            if not masks[-1][token >> 3] >> (token & 7) & 1 or token in self.ends:
+                break
+            fed += 1
+            if not matcher.consume_token(token) or matcher.is_stopped():
+                break
+            masks.append(matcher.compute_bitmask())
+        if fed:
+            matcher.rollback(fed)
+        return masks
+
+    def allowed(self, vocab_size: int, row: int = 0) -> numpy.ndarray | None:
+        """The mask after `row` tokens of the draft, as one flag per token (vocab_size,); None if the draft
+        breaks the grammar before, so that what is drawn there does not matter."""
+        masks = self.masks.result()
+        if row >= len(masks):
+            return None
+        words = numpy.frombuffer(masks[row], dtype=numpy.uint8)
         return numpy.unpackbits(words, count=vocab_size, bitorder="little").astype(bool)
+
+    def fitting(self, tokens: Seq[int]) -> int:
+        """How many of these tokens may follow, none of which ends the answer."""
+        count = next((i for i, token in enumerate(tokens) if token in self.ends), len(tokens))
+        if not count or self.matcher.is_error():
+            return 0
+        return self.matcher.validate_tokens(list(tokens[:count]))
+
+    def forced(self) -> list[int]:
+        """The tokens that must come next, each the only one that is allowed. Takes up to 80 us."""
+        return [] if self.matcher.is_error() else self.matcher.compute_ff_tokens()
 
     def feed(self, token: int) -> bool:
         """False if the grammar rejects the token, has grown too large to follow, or cannot be satisfied."""

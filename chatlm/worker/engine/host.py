@@ -79,18 +79,21 @@ class HostSteps:
         if not rows:
             return []
         logits = logits if len(drawn) == len(logits) else logits[drawn]  # (len(rows), V)
-        owners = [chunk.sequence for chunk in plan for _ in range(chunk.draws)]
-        params = [owner.work.params for owner in owners]
-        lines = {i: host_row(arrays.numpy(logits[i]))
-                 for i, own in enumerate(params) if own.logprobs is not None}
-        for line, owner in zip(logits, owners):
-            if grammar := owner.output.grammar:
-                line[arrays.of(~grammar.allowed(len(line)))] = -math.inf
+        draws = [(chunk, i) for chunk in plan for i in range(chunk.draws)]
+        lines = {at: host_row(arrays.numpy(logits[at])) for at, (chunk, _) in enumerate(draws)
+                 if chunk.sequence.work.params.logprobs is not None}
+        for line, (chunk, i) in zip(logits, draws):
+            grammar = chunk.sequence.output.grammar
+            if grammar and (allowed := grammar.allowed(len(line), i)) is not None:
+                line[arrays.of(~allowed)] = -math.inf
         tokens = sample_each(self.transformer.kernels.sample, logits, rows)
-        for i, line in lines.items():
-            own = params[i]
-            owners[i].output.logprob = logprob_of(penalize(line, rows[i]), tokens[i], own.logprobs or 0,
-                                                  own.logprob_ids)
+        void = False
+        for at, (chunk, i) in enumerate(draws):
+            void = i > 0 and (void or tokens[at - 1] != chunk.draft[i - 1])
+            if at in lines and not void:
+                output, own = chunk.sequence.output, chunk.sequence.work.params
+                output.logprobs[i:] = [logprob_of(penalize(lines[at], rows[at]), tokens[at],
+                                                  own.logprobs or 0, own.logprob_ids)]
         return tokens
 
 

@@ -281,10 +281,3 @@ class Scheduler:
     @property
     def unready(self) -> list[Sequence]:
         return [sequence for sequence in (*self.running, *self.waiting) if not sequence.output.ready]
-
-
-def load_of(scheduler: Scheduler) -> tuple[int, int]:
-    """What the next step has to compute beside drafts: (rows of answers, tokens of prompts)."""
-    answers = [sequence for sequence in scheduler.running if not sequence.pooling]
-    tokens = sum(sequence.pending for sequence in answers if sequence.prefilling)
-    return -(-len(answers) // scheduler.stages), min(tokens, scheduler.prefill_chunk)

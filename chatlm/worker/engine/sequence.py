@@ -48,6 +48,14 @@ class Assignment:
                 or drawn_on_host(params.sampling))
 
     @cached_property
+    def may_draft(self) -> bool:
+        """Can a step verify several of its tokens: do its draws depend on no token but through the logits and
+        a grammar?"""
+        from chatlm.worker.ops.sampling import drawn_on_host
+        return (self.params.prompt_logprobs is None and not self.sampling.counts_tokens
+                and not drawn_on_host(self.params.sampling))
+
+    @cached_property
     def needs_tokens(self) -> bool:
         """Must its last token be known before the step for the next one can start?"""
         return self.needs_logits or self.sampling.counts_tokens or any(self.params.call_grammars)
@@ -71,7 +79,7 @@ class Output:
     usage: Usage = Usage()               # here so far: tokens cached at first admission, drafted ones
     added_s: float = 0.0                 # when it was queued here
     queued_s: float | None = None        # seconds it waited here before it first ran
-    logprob: TokenLogprob | None = None  # of the last token drawn, if requested
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # of the last step's tokens, if requested
     scored: int = 0                      # prompt tokens whose log-probabilities were sent, by any worker, or
                                          # are not wanted
     pooled: Any = 0.0                    # float64 (C,): sum of its hidden states, or only the last one

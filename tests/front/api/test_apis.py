@@ -566,8 +566,8 @@ def tokenizers(tool_format):
 def follow(grammar, tokenizer, drawn):
     """Tokens drawn among those that the grammar allows: a worker must never find one that it does not take."""
     for _ in range(25):
-        grammar.mask = Future()
-        grammar.mask.set_result(grammar.matcher.compute_bitmask())
+        grammar.masks = Future()
+        grammar.masks.set_result(grammar.compute_masks())
         token = int(drawn.choice(grammar.allowed(tokenizer.vocab_size).nonzero()[0]))
         assert grammar.feed(token), (token, grammar.source, grammar.matcher.get_error())
         if grammar.complete or token in tokenizer.stop_tokens:
