@@ -25,6 +25,7 @@ from chatlm.worker.engine.batch import make_batch, sample_rows
 from chatlm.worker.engine.drafts import NO_DRAFT, Drafting, Forced
 from chatlm.worker.engine.host import HostSteps, embedding_events
 from chatlm.worker.engine.kvcache import PagePool, longest_context
+from chatlm.worker.engine.model_drafts import mark_shown, show, shown_by
 from chatlm.worker.engine.lookup import Lookup
 from chatlm.worker.engine.scheduler import FREE_ROWS, Scheduler
 from chatlm.worker.engine.sequence import Assignment, Chunk, Output, Sequence, without_tokens
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from chatlm.common.messages.requests import WorkerEvent
     from chatlm.common.text.tokenizer import Tokenizer
     from chatlm.worker.engine.answer import Answer
-    from chatlm.worker.engine.model_drafts import ModelDrafts
+    from chatlm.worker.engine.model_drafts import ModelDrafts, ShownRows
     from chatlm.worker.engine.keeper import Keeper
     from chatlm.worker.model.kernels import Kernels
     from chatlm.worker.model.transformer import Transformer
@@ -44,15 +45,6 @@ if TYPE_CHECKING:
 
 
 ADAPTER_GONE = "the adapter's files have changed or been removed during this answer: send the request again"
-
-
-class ShownRows(NamedTuple):
-    """Where the hidden states of a sequence are after a step."""
-
-    sequence: Sequence
-    first: int   # position
-    count: int   # tokens; the rows after these are of a draft
-    rows: range  # of the step
 
 
 class StepUnderWay(NamedTuple):
@@ -64,7 +56,6 @@ class StepUnderWay(NamedTuple):
     began_s: float
     rows: int       # of answers and drafts, 0 if it also computes prompts
     on_host: bool   # does the host need its logits?
-    shown: list[ShownRows] = []  # hidden states
 
 
 class Engine:
@@ -94,6 +85,7 @@ class Engine:
                                    of_texts=transformer.spec.of_texts)
         self.drafting = self.scheduler.drafting = Drafting([Forced(), lookup or Lookup(), *draft_models])
         self.draft_models = draft_models
+        self.shown: list[ShownRows] = []  # by the step that is finished next: such steps never begin ahead
         for model in draft_models:
             model.times, model.draft_rows = self.drafting.times, self.scheduler.draft_rows
         self.scored_length = longest_context(self.pool, context_length, prefill_chunk)
@@ -168,9 +160,7 @@ class Engine:
             self._finish_until(0)
             self.keeper.adopt()
         began_s, plan = time.monotonic(), self.scheduler.schedule()
-        for chunk in plan if self.draft_models else ():
-            chunk.sequence.shown = chunk.sequence.drafts and any(
-                model.sees(chunk.sequence) for model in self.draft_models)
+        mark_shown(plan, self.draft_models)
         on_host = any(chunk.on_host for chunk in plan)
         if self.word and not all(chunk.sequence.pooling for chunk in plan):
             self.word.note(self.step_s)
@@ -179,14 +169,13 @@ class Engine:
         if not plan and not self.under_way:
             self._wait()
         self._finish_until(self._most_under_way(plan, on_host) - 1)
-        plan = [chunk for chunk in plan if not (on_host and chunk.sequence.finished)]
-        shown = shown_by(plan)
+        self.shown = shown_by(plan, on_host)
         if on_host:
-            plan, finish = self.host.run(plan)
+            plan, finish = self.host.run([chunk for chunk in plan if not chunk.sequence.finished])
         if self.keeper and not self.under_way:
             self.keeper.settle()
         if plan and finish:
-            self._advance(plan, finish, began_s, shown)
+            self._advance(plan, finish, began_s)
         self._finish_until(self._most_under_way(plan, on_host))
         if self.keeper and not self.busy:  # before the last answer's end is reported
             self.keeper.settle()
@@ -201,15 +190,16 @@ class Engine:
         if not plan:
             return len(self.under_way)
         stages = self.scheduler.stages
-        awaited = on_host or not self.steps.ahead or stages == 1 and any(
-            chunk.sequence.shown or chunk.draws and (
-                chunk.sequence.draft.tokens or chunk.sequence.work.needs_tokens
-                or self._awaits(chunk.sequence)) for chunk in plan)
+        awaited = on_host or not self.steps.ahead or stages == 1 and any(map(self._awaits, plan))
         return 0 if awaited else max(1, stages - 1)
 
-    def _awaits(self, sequence: Sequence) -> bool:
-        """Does a model draft for it after this step?"""
-        return sequence.drafts and any(model.awaits(sequence) for model in self.draft_models)
+    def _awaits(self, chunk: Chunk) -> bool:
+        """Must the step with this chunk be finished before the next one starts: for its tokens, or because
+        its hidden states will be read?"""
+        sequence = chunk.sequence
+        return sequence.shown or bool(chunk.draws) and (
+            bool(sequence.draft.tokens) or sequence.work.needs_tokens
+            or sequence.drafts and any(model.awaits(sequence) for model in self.draft_models))
 
     def _finish_until(self, most: int):
         """Finish the oldest steps, until at most this many are under way."""
@@ -237,8 +227,7 @@ class Engine:
         self.keeper = self.scheduler.keeper = keeper
         keeper.pace.token_s = self.token_s
 
-    def _advance(self, plan: Seq[Chunk], finish: Callable[[], list[int]], began_s: float,
-                 shown: list[ShownRows]):
+    def _advance(self, plan: Seq[Chunk], finish: Callable[[], list[int]], began_s: float):
         """Update the sequences of a started step: slots count as computed, last tokens as being drawn."""
         drawing, row = [], 0
         for chunk in plan:
@@ -259,8 +248,7 @@ class Engine:
                 self._emit(sequence, PromptProgress(0, length, min(sequence.computed, length)))
         decodes = all(chunk.draws and chunk.count == 1 for chunk in plan)
         self.under_way.append(StepUnderWay(finish, drawing, sum(chunk.count for chunk in plan), began_s,
-                                           row if decodes else 0, any(chunk.on_host for chunk in plan),
-                                           shown))
+                                           row if decodes else 0, any(chunk.on_host for chunk in plan)))
 
     def _finish(self):
         """Wait for the oldest step under way, replace its marks with tokens, and turn them into text."""
@@ -277,10 +265,7 @@ class Engine:
             self.scheduler.token_s = self.token_s
             if self.keeper:
                 self.keeper.pace.token_s = self.token_s
-        for sequence, first, count, rows in step.shown:
-            for model in self.draft_models if sequence.drafts else ():
-                model.drafter.see(sequence, first, count,
-                                  self.transformer.hidden_states(rows.start, rows.stop))
+        show(self.shown, self.draft_models, self.transformer)
         going_on = []
         for sequence, draft in step.drawing:
             drawn = list(itertools.islice(tokens, 1 + len(draft)))
@@ -294,8 +279,8 @@ class Engine:
                 going_on.append(sequence)
         self.drafting.draft(going_on, self.scheduler, self.token_s)
         self.answers.start_masks(going_on)
-        if self.draft_models:  # what they took is no part of the next step's time
-            self.finished_s = time.monotonic()
+        if self.draft_models:
+            self.finished_s = time.monotonic()  # drafts are no part of the next step's time
 
     def _accept(self, sequence: Sequence, draft: tuple[int, ...], drawn: Seq[int]) -> list[WorkerEvent]:
         """Add the drawn tokens and their text until one ends the answer, forces others or differs from the
@@ -352,17 +337,6 @@ class Engine:
             tensors.append(model.drafter.transformer.cache)
         return not self.ranks and self.transformer.device.type == "cpu" and all(
             [empty_pages(address_of(tensor), tensor.nbytes) for tensor in tensors])
-
-
-def shown_by(plan: Seq[Chunk]) -> list[ShownRows]:
-    """Whose hidden states a step of this plan shows."""
-    found, row = [], 0
-    for chunk in plan:
-        end = row + chunk.count + len(chunk.draft)
-        if chunk.sequence.shown:
-            found.append(ShownRows(chunk.sequence, chunk.sequence.computed, chunk.count, range(row, end)))
-        row = end
-    return found
 
 
 def embedded(sequence: Sequence, head: Head, ranking: numpy.ndarray | None) -> list[WorkerEvent]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence as Seq
-from typing import Protocol, TYPE_CHECKING
+from typing import NamedTuple, Protocol, TYPE_CHECKING
 
 from chatlm.worker.engine.drafts import NO_DRAFT, Draft, StepTimes
 
 if TYPE_CHECKING:
     import numpy
     from chatlm.worker.engine.draft_model import Followers
-    from chatlm.worker.engine.sequence import Sequence
+    from chatlm.worker.engine.sequence import Chunk, Sequence
     from chatlm.worker.model.transformer import Transformer
 
 
@@ -131,3 +131,38 @@ class ModelDrafts:
         share = self.rates[sequence].share
         return Draft(self.name, tuple(tokens), tuple(share ** (i + 1) for i in range(len(tokens))),
                      len(sequence.tokens))
+
+
+class ShownRows(NamedTuple):
+    """Where the hidden states of a sequence are after a step."""
+
+    sequence: Sequence
+    first: int   # position
+    count: int   # tokens; the rows after these are of a draft
+    rows: range  # of the step
+
+
+def mark_shown(plan: Seq[Chunk], models: Seq[ModelDrafts]):
+    """Note in a plan's sequences whether their hidden states will be needed after its step."""
+    for chunk in plan if models else ():
+        chunk.sequence.shown = chunk.sequence.drafts and any(model.sees(chunk.sequence) for model in models)
+
+
+def shown_by(plan: Seq[Chunk], on_host: bool) -> list[ShownRows]:
+    """Whose hidden states a step of this plan shows; on the host it leaves out sequences that have ended."""
+    found, row = [], 0
+    for chunk in plan:
+        if on_host and chunk.sequence.finished:
+            continue
+        end = row + chunk.count + len(chunk.draft)
+        if chunk.sequence.shown:
+            found.append(ShownRows(chunk.sequence, chunk.sequence.computed, chunk.count, range(row, end)))
+        row = end
+    return found
+
+
+def show(shown: Seq[ShownRows], models: Seq[ModelDrafts], transformer: Transformer):
+    """Give the hidden states of a step that has ended to what drafts, before the next one overwrites them."""
+    for sequence, first, count, rows in shown:
+        for model in models if sequence.drafts else ():
+            model.drafter.see(sequence, first, count, transformer.hidden_states(rows.start, rows.stop))

@@ -233,10 +233,8 @@ class Transformer:
         Every op writes into a given buffer, so that the steps can be recorded or captured as a CUDA graph."""
         spec, k, w = self.spec, self.kernels, self.weights
         b.adapters, b.types = inputs.adapters, inputs.previous_token_ids
-        if spec.opens:
+        if spec.opens or spec.joins:
             self._embed(inputs, b)
-        if spec.joins:
-            self._join(inputs, b)
         for l, layer in enumerate(self.layers):
             if spec.residual_lambdas:
                 k.mix(b.x, b.x0, w["resid_lambdas"][l], w["x0_lambdas"][l], out=b.x)
@@ -271,6 +269,8 @@ class Transformer:
     def _embed(self, inputs: Inputs, b: SimpleNamespace):
         """x = the first layer's input (T, C)."""
         spec, k, w = self.spec, self.kernels, self.weights
+        if spec.joins:
+            return self._join(inputs, b)
         self._look_up(inputs.token_ids, out=b.x)
         if self.embedding_scale != 1:
             k.mix(b.x, b.x, self.embedding_scale, 0.0, out=b.x)
