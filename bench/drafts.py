@@ -66,12 +66,9 @@ class LastPlace:
 class WithoutPolicy(Drafting):
     """Each draft as long as it is, where it fits in 8 rows."""
 
-    def propose(self, sequences, rows, most, other_s=0.0):
+    def propose(self, sequences, rows, *load):
         for sequence, draft in zip(sequences, self.sources["lookup"].propose(sequences)):
             sequence.draft = draft if 2 * rows <= 8 else NO_DRAFT
-
-    def judge(self, sequence, verified, accepted, came):
-        super().judge(sequence, verified, accepted, came)
 
 
 WAYS = {"none": None, "last": lambda: WithoutPolicy([LastPlace()]), "lookup": lambda: Drafting([Lookup()])}
@@ -121,7 +118,7 @@ def play(engine, way, sessions, clients):
         (prompt, answer), rest = turns[0], turns[1:]
         name = f"{number}/{len(rest)}"
         expected[name], names[name] = (*prompt, *answer), (number, rest, len(answer))
-        params = AnswerParams(sampling=SamplingParams(temperature=0.0), ignore_eos=True, client=str(number))
+        params = AnswerParams(sampling=SamplingParams(temperature=0.0), ignore_eos=True, client="bench")
         engine.add(Assignment(name, prompt, params, len(answer)))
         playing[name] = number
 
@@ -151,6 +148,7 @@ def ours(arguments):
     kinds = transcripts(engine.tokenizer, arguments.kinds)
     print(f"{'kind':8} {'way':7} {'tok/s':>7} {'of none':>7} {'of last':>7} {'drafted':>8} {'accepted':>8} {'tokens':>7} {'steps':>6}")
     for kind, sessions in kinds.items():
+        sessions = sessions[:arguments.sessions]
         found = {way: [] for way in arguments.ways}
         for way in arguments.ways:      # warm
             play(engine, way, sessions[:1], arguments.clients)
@@ -171,6 +169,7 @@ def main():
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--clients", type=int, default=1)
+    parser.add_argument("--sessions", type=int, help="play only the first ones of each kind")
     parser.add_argument("--llama-server")
     arguments = parser.parse_args()
     ours(arguments)

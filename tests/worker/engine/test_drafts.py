@@ -1,13 +1,24 @@
 """Drafts from text that was seen before, and the policy that cuts them: the same text, in fewer steps, never another owner's."""
 
+import json
 import random
 
 import pytest
+import torch
 
-from chatlm.common.messages.requests import AnswerParams, SamplingParams
+from chatlm.common.core import decode_core
+from chatlm.common.errors import ConfigError
+from chatlm.common.files import read_text_of
+from chatlm.common.messages.requests import AnswerParams, Message, SamplingParams
+from chatlm.common.text.grammar import json_grammar
 from chatlm.worker.engine.drafts import NO_DRAFT, Acceptance, Draft, Drafting, StepTimes
 from chatlm.worker.engine.lookup import BETWEEN, LONGEST, RUN, Follower, Lookup, Store, Stores, Text, common_length, match_length
+from chatlm.worker.engine.grammar import Grammar
+from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.sequence import Assignment, Sequence
+from engines import chat_work, make_engine, pieces
+from lora import SMOLLM2, random_adapter
+from works import assignment
 
 
 def sequence(name, prompt, generated=(), **params):
@@ -271,3 +282,115 @@ def test_measured_chances_follow_what_was_right():
         acceptance.note(counts, 1, 2)       # the first is right, the second wrong
     chances, _ = acceptance.measured(draft)
     assert chances[0] > 0.95 and (len(chances) == 1 or chances[1] < 0.1)
+
+
+# in an engine --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def engine(default_model_path, tmp_path_factory):
+    """The default model with an adapter, in the weights' own types."""
+    made = make_engine(default_model_path, as_stored=True, num_pages=400, max_batch=16)
+    made.adapters.load("other", random_adapter(tmp_path_factory.mktemp("adapter") / "other", 30, SMOLLM2, 1, 4, 0.03, torch.bfloat16))
+    return made
+
+
+@pytest.fixture
+def eager(monkeypatch):
+    """Drafts are verified as long as they are, whatever they cost here."""
+    monkeypatch.setattr(Drafting, "_counts", lambda drafting, drafts, times, rows, most, other_s: [len(draft.tokens) for draft in drafts])
+
+
+ADDRESS = {"type": "object", "properties": {
+    "first_name": {"type": "string", "maxLength": 10}, "is_active_customer": {"type": "boolean"}, "employment": {
+        "type": "object", "properties": {"company_name": {"type": "string", "maxLength": 10}, "annual_salary": {"type": "integer", "maximum": 9}},
+        "required": ["company_name", "annual_salary"], "additionalProperties": False}},
+    "required": ["first_name", "is_active_customer", "employment"], "additionalProperties": False}
+
+
+def in_grammar(engine, name, temperature, **more):
+    ids = tuple(engine.tokenizer.render([Message("user", "Make up a customer.")]))
+    return assignment(name, ids, SamplingParams(temperature, seed=5), 100, grammar=json_grammar(ADDRESS, ""), **more)
+
+
+def told(engine, works, drafts=True):
+    """{id: (tokens, log-probabilities, reason)}, and how many drafted tokens were right, by source."""
+    engine.drafts, before = drafts, engine.drafting.accepted
+    found = pieces(engine, works)
+    engine.drafting.sources["lookup"].stores.settle()
+    check_integrity(engine)
+    engine.drafts, after = True, engine.drafting.accepted
+    made = {name: (sum((piece.tokens for piece in each), ()), [one._replace(drafted=False) for piece in each for one in piece.logprobs], each.end.reason)
+            for name, each in found.items()}
+    return made, {source: getattr(after, source) - getattr(before, source) for source in ("lookup", "forced")}, found
+
+
+@pytest.mark.skipif(decode_core() is None, reason="rows are invariant with decode_core alone")
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_answers_in_a_grammar_are_the_same_with_drafts_and_forced_tokens_take_fewer_steps(engine, eager, temperature):
+    plain = {"logprobs": 2}
+    works = [in_grammar(engine, "a", temperature), in_grammar(engine, "b", temperature, **plain), chat_work(engine, "c", "List five towns.", temperature=temperature)]
+    without, right, _ = told(engine, works, drafts=False)
+    assert right == {"lookup": 0, "forced": 0} and json.loads(engine.tokenizer.decode(without["a"][0]))
+    for _ in range(2):
+        with_drafts, right, found = told(engine, works)
+        assert with_drafts == without
+    assert right["forced"] > 4 and right["lookup"] > 10
+    usage = found["b"].end.usage
+    assert usage.accepted.forced > 0 and usage.drafted_tokens >= usage.accepted_tokens
+    marked = sum(one.drafted for piece in found["b"] for one in piece.logprobs)
+    assert marked == usage.accepted_tokens and len(without["b"][1]) == len(without["b"][0])
+    assert len(found["a"]) < len(without["a"][0]) / 2           # a piece a step
+
+
+@pytest.mark.skipif(decode_core() is None, reason="rows are invariant with decode_core alone")
+def test_answers_of_an_adapter_are_the_same_with_drafts(engine, eager):
+    works = [chat_work(engine, f"{adapter} {temperature}", "Name five rivers.", temperature=temperature, seed=3) for adapter in ("", "other") for temperature in (0.0, 1.0)]
+    works = [Assignment(work.id, work.prompt_ids, AnswerParams(sampling=work.params.sampling, adapter=work.id.split()[0] if work.id[0] != " " else ""), 40)
+             for work in works]
+    without, _, _ = told(engine, works, drafts=False)
+    for _ in range(2):
+        with_drafts, right, _ = told(engine, works)
+        assert with_drafts == without
+    assert right["lookup"] > 40 and without["other 0.0"] != without[" 0.0"]
+
+
+def test_a_cancelled_answer_is_kept_for_its_owner(engine):
+    lookup = engine.drafting.sources["lookup"]
+    work = chat_work(engine, "left", "Tell me about the sea.", temperature=0.9, seed=11)
+    work = Assignment("left", work.prompt_ids, AnswerParams(sampling=work.params.sampling, client="carol"), 40)
+    engine.drafts = True
+    engine.add(work)
+    said = []
+    while len(said) < 12:
+        said += [token for name, event in engine.step() if type(event).__name__ == "Piece" for token in event.tokens]
+    engine.cancel("left")
+    lookup.stores.settle()
+    while engine.busy:
+        engine.step()
+    [part] = lookup.stores.by_owner["", "carol", ""].parts
+    assert list(part.tokens)[-len(said) - 1:-1] == said
+
+
+def test_the_masks_of_a_draft_are_those_after_each_of_its_tokens(engine):
+    made = Grammar(engine.tokenizer, json_grammar(ADDRESS, ""))
+    text = engine.tokenizer.encode('{"first_name": "Ada", "is_active_customer": true')
+    masks = made.compute_masks(text)
+    assert len(masks) == len(text) + 1 and made.compute_masks() == masks[:1]        # it is where it was before
+    for token, mask in zip(text, masks):
+        assert made.matcher.compute_bitmask() == mask
+        if forced := made.forced():
+            made.masks.set_result([mask]) if not made.masks.done() else None
+            assert sum(map(int.bit_count, mask)) == 1 and forced[0] == token
+        assert made.feed(token)
+    wrong = made.compute_masks([*engine.tokenizer.encode(', "'), *engine.tokenizer.encode("nothing")])
+    assert 1 <= len(wrong) <= 3 and made.fitting(engine.tokenizer.encode("nothing")) == 0
+
+
+@pytest.mark.parametrize("content, message", [(None, "No such file"), (b"", "the file is empty"), (b"\xff\xfe\x00", "not UTF-8 text")])
+def test_a_text_to_draft_from_that_cannot_be_read_is_an_error_that_names_it(tmp_path, content, message):
+    path = tmp_path / "manual.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=f"--draft-text .*manual.txt: {message}"):
+        read_text_of(str(path), "--draft-text")

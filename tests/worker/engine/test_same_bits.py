@@ -12,6 +12,7 @@ import torch
 from chatlm.common.config import PAGE_SIZE
 from chatlm.common.core import decode_core
 from chatlm.common.messages.requests import Ended, Piece, SamplingParams
+from chatlm.worker.engine.drafts import Drafting
 from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.states import StatePool
 from chatlm.worker.model.kernels import not_compiled
@@ -155,6 +156,23 @@ class Ways:
         engine.drafts, drafted, accepted = False, engine.drafting.drafted.total - before[0], engine.drafting.accepted.total - before[1]
         assert drafted > accepted > NEW
 
+    def check_looked_up(self, monkeypatch):
+        """Asked again, answers are drafted from what was said before, in drafts as long as the step has rows."""
+        engine = self.engine
+        lookup, engine.drafts = engine.drafting.sources["lookup"], True
+        before = engine.drafting.accepted.lookup
+        self.check(self.fresh(self.works), "looking up")
+        lookup.stores.settle()
+        with monkeypatch.context() as patches:
+            patches.setattr(Drafting, "_counts", lambda drafting, drafts, times, rows, most, other_s: [len(draft.tokens) for draft in drafts])
+            for works in (self.works, self.works[:1], self.works + self.others):
+                self.check(self.fresh(works), "looking up what was said")
+            self.check(answers(engine, self.works, ahead=True), "looking up, from the cache")
+            self.check_preempted()
+            self.check_resumed()
+        engine.drafts = False
+        assert engine.drafting.accepted.lookup - before > 3 * NEW
+
     def check_preempted(self):
         """With pages for two prompts, and one more of each group."""
         before, whole, self.scheduler.prefill_chunk = self.scheduler.preemptions, self.scheduler.prefill_chunk, PAGE_SIZE
@@ -246,6 +264,7 @@ def test_answers_have_the_same_bits_however_they_are_computed(name, ranks, path_
         ways = Ways(engine)
         ways.check_batched_and_chunked()
         ways.check_cached()
+        ways.check_looked_up(monkeypatch)
         ways.check_drafted(monkeypatch)
         ways.check_preempted()
         ways.check_resumed()
