@@ -265,7 +265,6 @@ class Engine:
             self.scheduler.token_s = self.token_s
             if self.keeper:
                 self.keeper.pace.token_s = self.token_s
-        show(self.shown, self.draft_models, self.transformer)
         going_on = []
         for sequence, draft in step.drawing:
             drawn = list(itertools.islice(tokens, 1 + len(draft)))
@@ -277,10 +276,15 @@ class Engine:
                     self._emit(sequence, Failed(failure_text(error)))
                     self.scheduler.remove(sequence)
                 going_on.append(sequence)
-        self.drafting.draft(going_on, self.scheduler, self.token_s)
+        self._draft(going_on)
         self.answers.start_masks(going_on)
+
+    def _draft(self, sequences: Seq[Sequence]):
+        """Set the drafts of these sequences, which a step has given tokens."""
+        show(self.shown, self.draft_models, self.transformer)
+        self.drafting.draft(sequences, self.scheduler, self.token_s)
         if self.draft_models:
-            self.finished_s = time.monotonic()  # drafts are no part of the next step's time
+            self.finished_s = time.monotonic()  # their time is no part of the next step's
 
     def _accept(self, sequence: Sequence, draft: tuple[int, ...], drawn: Seq[int]) -> list[WorkerEvent]:
         """Add the drawn tokens and their text until one ends the answer, forces others or differs from the
