@@ -16,6 +16,7 @@ from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.states import StatePool
 from draft_heads import Head, gguf_with_head, save_with_head
 from families import make_model, save
+from lora import random_adapter
 from models_that_draft import draft_always
 from ranked import group
 from works import assignment
@@ -133,6 +134,39 @@ def test_answers_are_those_without_drafts(name, with_random_head, one_thread, mo
     engine.pool.release(held)
     check_integrity(engine)
     assert engine.scheduler.preemptions and engine.drafting.drafted.mtp > 100
+
+
+@compiled
+def test_answers_of_an_adapter_and_in_a_grammar_are_the_same(with_random_head, tmp_path, one_thread, monkeypatch):
+    """The head reads the states that the adapter makes; its pages are the adapter's alone. A step for a grammar shows its states too."""
+    draft_always(monkeypatch, 3)
+    model, _, path = with_random_head("qwen3.5")
+    engine, config = engine_of(path, dtype="float32"), model.config
+    engine.adapters.load("one", random_adapter(tmp_path / "one", config.num_hidden_layers, {"mlp.down_proj": (config.hidden_size, config.intermediate_size)}, 1, 4, 0.3))
+    prompt = works_of()[0].prompt_ids
+    works = [assignment(f"w{n}", prompt, SamplingParams(temperature=1.0, seed=n), 30, ignore_eos=not more.get("grammar"), **more) for n, more in enumerate(
+        [dict(adapter="one"), {}, dict(adapter="one"), dict(grammar="start: /[01]+/")])]
+    engine.drafts = False
+    expected = endings_of(engine, works)
+    engine.drafts = True
+    for _ in range(2):      # and from the prefix caches
+        assert endings_of(engine, works) == expected
+    assert engine.drafting.drafted.mtp > 60
+
+
+def endings_of(engine, works):
+    """{id: (its tokens, why it ended)}"""
+    tokens, ends = {work.id: [] for work in works}, {}
+    for work in works:
+        engine.add(work)
+    while engine.busy:
+        for name, event in engine.step():
+            if isinstance(event, Piece):
+                tokens[name] += event.tokens
+            else:
+                ends[name] = event.reason if isinstance(event, Ended) else event
+        check_integrity(engine)
+    return {name: (tokens[name], ends[name]) for name in tokens}
 
 
 @compiled
