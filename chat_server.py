@@ -75,7 +75,7 @@ Glossary
     event       what the reader of an answer gets: `Accepted`, a `Piece` per step of its worker, `Finished`
     delta       what is new in an answer, in order: more of its reasoning, its text or a call: `Delta`
     chunk       the tokens of one sequence computed in one step; a step computes a batch of chunks
-    draft       tokens that may come next, looked up in the text so far and checked in one step
+    draft       tokens that may come next, looked up in earlier text or forced, and checked in one step
     steps       how a backend runs a step: `EagerSteps` op by op, decode_core's recordings or CUDA graphs
     rank, stage one of the processes that compute a replica together; the ranks that have the same layers
     kernels     the ops a worker uses, each either compiled or the reference: `load_kernels`

@@ -1,7 +1,11 @@
 """What drafts from text bring: acceptance and speed, on fixed transcripts.
 
     python bench/drafts.py [MODEL.gguf] [--kinds agents edits ...] [--ways none last lookup] [--rounds 3] [--clients 1]
-    python bench/drafts.py [MODEL.gguf] --llama-server PATH      the model's own greedy answers, ours beside llama-server's
+    python bench/drafts.py [MODEL.gguf] --structured             answers that must fit a JSON schema with many keys, drawn by the model
+    python bench/drafts.py MODEL.gguf --llama-server PATH        the model's own greedy answers to the prompts, beside llama-server's
+                                                                 --spec-type ngram-*, each compared with its own program without drafts
+    python bench/drafts.py [MODEL.gguf] --acceptance             no steps are computed: what the ways would accept if a row more took
+                                                                 --slope of a step of one row, and what a token costs in Python
 
 bench/transcripts.json has what was asked and answered: code edits, an agent's tool calls, retries, JSON, prose. Each step really
 computes; then the transcript's token takes the place of the drawn one, so that every way and every model says the same. In a kind that
@@ -18,11 +22,13 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from quality import build_engine        # noqa: E402
 
-from chatlm.common.messages.requests import AnswerParams, SamplingParams       # noqa: E402
+from chatlm.common.messages.requests import AnswerParams, Piece, SamplingParams, Usage      # noqa: E402
+from chatlm.common.text.grammar import json_grammar     # noqa: E402
 from chatlm.worker.engine.drafts import NO_DRAFT, Draft, Drafting               # noqa: E402
 from chatlm.worker.engine.lookup import Lookup      # noqa: E402
 from chatlm.worker.engine.sequence import Assignment        # noqa: E402
@@ -61,6 +67,9 @@ class LastPlace:
 
     def end(self, sequence):
         self.state.pop(sequence, None)
+
+    def forget(self):
+        self.state.clear()
 
 
 class WithoutPolicy(Drafting):
@@ -140,7 +149,152 @@ def play(engine, way, sessions, clients):
                     begin(number, rest)
     del engine._start
     counts = (engine.drafting.drafted.total, engine.drafting.accepted.total) if engine.drafts else (0, 0)
-    return tokens * clients / spent_s if clients == 1 else tokens / spent_s * clients, *counts, tokens, steps
+    return tokens * clients / spent_s, *counts, tokens, steps
+
+
+class Played:
+    """Enough of a sequence for the sources, without a model."""
+
+    def __init__(self, prompt, cached):
+        self.tokens, self.draft, self.drafts, self.adapter_digest = list(prompt), NO_DRAFT, False, ""
+        self.work = SimpleNamespace(prompt_ids=prompt, params=SimpleNamespace(owner="", client="bench"))
+        self.output = SimpleNamespace(usage=Usage(cached_tokens=cached), grammar=None)
+
+
+def accepted(way, sessions, slope):
+    """Sessions without a model -> (tokens per step of one row's time, drafted, accepted, tokens, steps, us of Python per token)."""
+    drafting, spent, tokens, steps, python_s = WAYS[way](), 0.0, 0, 0, 0.0
+    for rows in (1, 2, 4, 8, 16, 32, 64):
+        drafting.times.note(rows, 1 + slope * (rows - 1))
+    for turns in sessions:
+        cached = 0
+        for prompt, answer in turns:
+            sequence = Played(prompt, min(cached, len(prompt)))
+            drafting.begin(sequence)
+            sequence.tokens.append(answer[0])
+            at = 1
+            while at < len(answer):
+                began_s = time.thread_time()
+                drafting.propose([sequence], 1, 64)
+                draft = sequence.draft.tokens[:len(answer) - at - 1]
+                right = next((i for i, (one, other) in enumerate(zip(draft, answer[at:])) if one != other), len(draft))
+                sequence.tokens += answer[at:at + right + 1]
+                drafting.judge(sequence, len(draft), right, answer[at:at + right + 1])
+                python_s += time.thread_time() - began_s
+                sequence.draft = NO_DRAFT
+                spent, steps, at = spent + 1 + slope * len(draft), steps + 1, at + right + 1
+            tokens += len(answer) - 1
+            cached = len(sequence.tokens) if len(turns) > 1 else 0
+            drafting.end(sequence)
+            if way == "lookup":
+                drafting.sources["lookup"].stores.settle()
+    return tokens / spent, drafting.drafted.total, drafting.accepted.total, tokens, steps, python_s / tokens * 1e6
+
+
+def without_steps(arguments):
+    kinds = transcripts(build_engine(arguments.model, ["--max-batch", "8"]).tokenizer, arguments.kinds)
+    print(f"{'kind':8} {'way':7} {'of none':>7} {'of last':>7} {'drafted':>8} {'accepted':>8} {'tokens':>7} {'steps':>6} {'us/token':>8}")
+    for kind, sessions in kinds.items():
+        found = {way: accepted(way, sessions[:arguments.sessions], arguments.slope) for way in WAYS if way != "none"}
+        for way, (rate, *counts, cost_us) in found.items():
+            print(f"{kind:8} {way:7} {rate:7.2f} {rate / found['last'][0]:7.2f} {counts[0]:8} {counts[1]:8} {counts[2]:7} {counts[3]:6} {cost_us:8.1f}")
+
+
+TEXT = {"type": "string", "maxLength": 12}
+CUSTOMER = {"type": "object", "additionalProperties": False, "properties": {
+    "customer_identifier": {"type": "integer", "maximum": 999}, "first_name": TEXT, "last_name": TEXT, "is_active_customer": {"type": "boolean"},
+    "preferred_contact_method": {"enum": ["email", "telephone", "letter"]}, "billing_address": {
+        "type": "object", "additionalProperties": False, "properties": {"street_name": TEXT, "house_number": {"type": "integer", "maximum": 99}, "city": TEXT},
+        "required": ["street_name", "house_number", "city"]},
+    "has_outstanding_invoices": {"type": "boolean"}}}
+CUSTOMER["required"] = list(CUSTOMER["properties"])
+
+
+def structured(arguments):
+    """The same drawn answers in a grammar, without drafts and with; the first round of the latter fills the owner's store."""
+    engine = build_engine(arguments.model, ["--max-batch", "8"])
+    ids = tuple(engine.tokenizer.encode_prompt("A customer as JSON:\n"))
+    works = [Assignment(str(seed), ids, AnswerParams(sampling=SamplingParams(temperature=0.7, seed=seed), grammar=json_grammar(CUSTOMER, "")), 200)
+             for seed in range(6)]
+    speeds, texts = {False: [], True: []}, {}
+    for number in range(arguments.rounds + 1):
+        for engine.drafts in (False, True):
+            engine.drafting.forget()                    # forced tokens and what these answers have in common, no retries
+            tokens, spent_s = 0, 0.0
+            for work in works:
+                engine.add(work)
+                first_s, said = None, []
+                while engine.busy:
+                    for _, event in engine.step():
+                        if isinstance(event, Piece):
+                            said += event.tokens
+                            first_s, before = first_s or time.perf_counter(), len(said) if first_s is None else before
+                spent_s += time.perf_counter() - first_s
+                tokens += len(said) - before
+                assert texts.setdefault(work.id, said) == said, "drafts have changed a token"
+            if number:
+                speeds[engine.drafts].append(tokens / spent_s)
+    counts = engine.drafting
+    print(f"structured: {statistics.median(speeds[False]):.1f} tok/s without drafts, {statistics.median(speeds[True]):.1f} with, "
+          f"{statistics.median(a / b for a, b in zip(speeds[True], speeds[False])):.2f} times; drafted {counts.drafted}, accepted {counts.accepted}")
+
+
+SPECS = "none", "ngram-simple", "ngram-map-k", "ngram-map-k4v", "ngram-mod", "ngram-cache"
+
+
+def post(url, body):
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=600) as answer:
+        return json.load(answer)
+
+
+def theirs(arguments, prompts, spec):
+    """llama-server's tokens per second by kind."""
+    port = arguments.port
+    command = [arguments.llama_server, "-m", arguments.model, "--port", str(port), "-c", "16384", "-np", "1", "-t", "2", "--spec-type", spec]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(600):
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                    break
+            except OSError:
+                time.sleep(0.5)
+        return {kind: speed([post(f"http://127.0.0.1:{port}/completion", {
+            "prompt": list(ids), "n_predict": arguments.tokens, "temperature": 0, "ignore_eos": True, "cache_prompt": True})["timings"] for ids in several])
+                for kind, several in prompts.items()}
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def speed(timings):
+    return sum(one["predicted_n"] for one in timings) / sum(one["predicted_ms"] for one in timings) * 1e3
+
+
+def beside_llama(arguments):
+    engine = build_engine(arguments.model, ["--max-batch", "8"])
+    prompts = {kind: [turns[0][0][-6000:] for turns in sessions[:arguments.sessions or 2]]
+               for kind, sessions in transcripts(engine.tokenizer, arguments.kinds).items()}
+    found = {}
+    for way in ("none", "lookup"):
+        engine.drafts, found[f"ours, {way}"] = way != "none", {}
+        for kind, several in prompts.items():
+            tokens = spent_s = 0
+            for number, ids in enumerate(several):
+                params = AnswerParams(sampling=SamplingParams(temperature=0.0), ignore_eos=True, client=f"{kind} {number}")
+                engine.add(Assignment("a", ids, params, arguments.tokens))
+                first_s = None
+                while engine.busy:
+                    if any(isinstance(event, Piece) for _, event in engine.step()):
+                        first_s = first_s or time.perf_counter()
+                tokens, spent_s = tokens + arguments.tokens - 1, spent_s + time.perf_counter() - first_s
+            found[f"ours, {way}"][kind] = tokens / spent_s
+    for spec in SPECS:
+        found[f"llama-server, {spec}"] = theirs(arguments, prompts, spec)
+    for name, speeds in found.items():
+        base = found[f"{name.partition(',')[0]}, none"]
+        print(f"{name:30} " + "  ".join(f"{kind} {value:.1f} tok/s ({value / base[kind]:.2f})" for kind, value in speeds.items()), flush=True)
 
 
 def ours(arguments):
@@ -170,9 +324,16 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--clients", type=int, default=1)
     parser.add_argument("--sessions", type=int, help="play only the first ones of each kind")
+    parser.add_argument("--acceptance", action="store_true")
+    parser.add_argument("--slope", type=float, default=0.06)
+    parser.add_argument("--structured", action="store_true")
     parser.add_argument("--llama-server")
+    parser.add_argument("--port", type=int, default=16240)
+    parser.add_argument("--tokens", type=int, default=200, help="of each answer that is compared with llama-server's")
     arguments = parser.parse_args()
-    ours(arguments)
+    if arguments.llama_server and not arguments.model:
+        parser.error("--llama-server needs MODEL.gguf")
+    (without_steps if arguments.acceptance else structured if arguments.structured else beside_llama if arguments.llama_server else ours)(arguments)
 
 
 if __name__ == "__main__":

@@ -302,7 +302,7 @@ register({
   strings: {
     lensOn: "Token lens: on.", legend: "Probability of each token:", closeLens: "Close the lens",
     shareRange: (least, most) => most === 1 ? `${100 * least}\u00a0% or more` : least ? `${100 * least} to ${100 * most}\u00a0%` : `under ${100 * most}\u00a0%`,
-    tokensOf: "Tokens of the answer", notDrawn: "not sampled by the model", drafted: "drafted", goOnWith: (text, share) => `Continue with ${text}, ${share}`,
+    tokensOf: "Tokens of the answer", notDrawn: "not sampled by the model", drafted: "drafted this time", goOnWith: (text, share) => `Continue with ${text}, ${share}`,
     looking: count => `Running again to get the probabilities: ${plural(count, "token", "tokens")}`,
     lensHint: "Choose a token to see its alternatives; choosing one of these starts another answer.",
     lensLook: "Choose a token to see its alternatives.",

@@ -36,7 +36,19 @@ def test_a_lens_shows_what_stood_beside_each_token_and_branches_there(asked):
     expect(panel).to_contain_text(re.compile(r"· token \d+ · [<\d. ]+\s%"))
     expect(panel.get_by_role("button")).to_have_count(5)
     expect(answers(page)).to_contain_text("Token lens: on.")
-    expect(answers(page).locator(".legend span")).to_have_text(["80\u00a0% or more", "50 to 80\u00a0%", "20 to 50\u00a0%", "5 to 20\u00a0%", "under 5\u00a0%"])
+    expect(answers(page).locator(".legend span")).to_have_text(["80\u00a0% or more", "50 to 80\u00a0%", "20 to 50\u00a0%", "5 to 20\u00a0%", "under 5\u00a0%",
+                                                                    "drafted this time"])
+    page.evaluate("""(() => {
+        const lens = lenses.get(lastNode().id);
+        lens.tokens = lens.tokens.map((token, i) => ({...token, drafted: i === 2}));
+        updateLens(views.get(lastNode().id));
+    })()""")
+    expect(tokens.locator(".drafted")).to_have_count(1)
+    tokens.press("Home")
+    tokens.press("ArrowRight")
+    expect(panel).not_to_contain_text("drafted")
+    tokens.press("ArrowRight")
+    expect(panel).to_contain_text("drafted this time")
     expect_accessible(page)
     lens = page.evaluate("lenses.get(lastNode().id).tokens.map(({id, share, beside}) => [id, share, beside?.length])")
     before = [token[0] for token in lens[:2]]

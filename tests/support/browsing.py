@@ -245,7 +245,8 @@ def inside(turn, name):
 
 def expect_answered(page, count=1):
     expect(answers(page)).to_have_count(count, timeout=SLOW_MS)
-    expect(answers(page).last).to_contain_text("tok/s", timeout=SLOW_MS)
+    # a few tokens that were drafted come too fast for a speed
+    expect(answers(page).last).to_contain_text(re.compile("tok/s|first token after"), timeout=SLOW_MS)
 
 
 def open_page(page, url, path=""):

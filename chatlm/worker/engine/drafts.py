@@ -39,9 +39,10 @@ class Source(Protocol):
     """What proposes drafts. A draft is verified by the model's own draws, so no source changes a token.
 
     `name` is a field of DraftCounts. `begin` hears of a sequence when it is queued, `end` once it has ended,
-    failed or been cancelled. `propose` is called between steps with sequences whose tokens are all known and
-    of which one is not computed; it returns a draft, or NO_DRAFT, for each. `judge` hears afterwards how many
-    of a draft's tokens were verified, and how many of these were right."""
+    failed or been cancelled, `forget` that another model needs the memory. `propose` is called between steps
+    with sequences whose tokens are all known and of which one is not computed; it returns a draft, or
+    NO_DRAFT, for each. `judge` hears afterwards how many of a draft's tokens were verified, and how many of
+    these were right."""
 
     name: str
 
@@ -49,28 +50,28 @@ class Source(Protocol):
     def propose(self, sequences: Seq[Sequence]) -> list[Draft]: ...
     def judge(self, sequence: Sequence, draft: Draft, verified: int, accepted: int): ...
     def end(self, sequence: Sequence): ...
+    def forget(self): ...
 
 
 class StepTimes:
     """How long a step takes by its rows, as measured; rows never seen are estimated from those that were."""
 
     SLOPE = 0.05  # of a row, in steps of one row, until two numbers of rows were measured
-    NEWEST = 0.1  # weight of a new measurement
+    FASTER, SLOWER = 0.3, 0.05  # weight of a measurement below and above the mean: others use the machine too
+    MEMORY = 50   # measurements after which a number of rows counts no more than now
     RENEWED = 16  # measurements after which the estimates are made again
 
     def __init__(self):
-        self.mean_s: dict[int, float] = {}  # by rows
-        self.estimates: list[float] = []    # by rows, from 0
+        self.measured: dict[int, tuple[float, int]] = {}  # rows -> (seconds, how often it was measured)
+        self.estimates: list[float] = []                  # by rows, from 0
         self.count = 0
 
     def note(self, rows: int, seconds: float):
-        known = self.mean_s.get(rows)
+        known, count = self.measured.get(rows, (seconds, 0))
+        weight = self.FASTER if seconds < known else self.SLOWER
+        self.measured[rows] = known + weight * (min(seconds, 2 * known) - known), min(count + 1, self.MEMORY)
         self.count += 1
-        if known is None:
-            self.mean_s[rows], self.estimates = seconds, []
-        else:  # another program may have taken the processor
-            self.mean_s[rows] = known + self.NEWEST * (min(seconds, 2 * known) - known)
-        if self.count % self.RENEWED == 0:
+        if not count or self.count % self.RENEWED == 0:
             self.estimates = []
 
     def expected(self, first: int, last: int) -> list[float]:
@@ -80,20 +81,31 @@ class StepTimes:
         return self.estimates[first:last + 1]
 
     def _estimates(self, last: int) -> list[float]:
-        known = sorted(self.mean_s.items()) or [(1, 1.0)]
-        slope = self.SLOPE * known[0][1] / known[0][0]
-        if len(known) > 1:
-            (low, low_s), (high, high_s) = known[0], known[-1]
-            slope = max((high_s - low_s) / (high - low), 0.01 * low_s)
-        points = [(0, max(known[0][1] - slope * known[0][0], 0.1 * known[0][1])), *known,
-                  (last + 1, known[-1][1] + slope * max(last + 1 - known[-1][0], 0))]
-        found, place = [0.0], 0
+        known = self._never_falling() or [(1.0, 1.0)]
+        (low, low_s), (high, high_s) = known[0], known[-1]
+        slope = max((high_s - low_s) / (high - low), 0.01 * low_s) if high > low else self.SLOPE * low_s / low
+        points = [(0, max(low_s - slope * low, 0.1 * low_s)), *known,
+                  (last + 1, high_s + slope * max(last + 1 - high, 0))]
+        found, place = [], 0
         for rows in range(last + 1):
             while points[place + 1][0] <= rows:
                 place += 1
             (low, low_s), (high, high_s) = points[place:place + 2]
-            found.append(max(found[-1], low_s + (high_s - low_s) * (rows - low) / (high - low)))
-        return found[1:]
+            found.append(low_s + (high_s - low_s) * (rows - low) / (high - low))
+        return found
+
+    def _never_falling(self) -> list[tuple[float, float]]:
+        """(rows, seconds): neighbours that fall are put together, by how often they were measured, so that
+        one slow step does not make all larger ones look slow."""
+        pools: list[tuple[float, float, int]] = []
+        for rows, (seconds, count) in sorted(self.measured.items()):
+            pools.append((float(rows), seconds, count))
+            while len(pools) > 1 and pools[-2][1] > pools[-1][1]:
+                (rows, seconds, count), (other, other_s, others) = pools.pop(), pools.pop()
+                both = count + others
+                pools.append(((rows * count + other * others) / both,
+                              (seconds * count + other_s * others) / both, both))
+        return [(rows, seconds) for rows, seconds, _ in pools]
 
 
 class Acceptance:
@@ -178,6 +190,7 @@ class Forced:
     def begin(self, sequence: Sequence): ...
     def judge(self, sequence: Sequence, draft: Draft, verified: int, accepted: int): ...
     def end(self, sequence: Sequence): ...
+    def forget(self): ...
 
     def propose(self, sequences: Seq[Sequence]) -> list[Draft]:
         return [self._draft(sequence) for sequence in sequences]
@@ -231,6 +244,11 @@ class Drafting:
             del self.records[sequence]
             for source in self.sources.values():
                 source.end(sequence)
+
+    def forget(self):
+        """Forget what ended sequences have said."""
+        for source in self.sources.values():
+            source.forget()
 
     def note_step(self, rows: int, step_s: float, gap_s: float, on_host: bool):
         """A step of this many rows, all of answers and drafts, has taken so long, `gap_s` after the one

@@ -133,7 +133,7 @@ class Engine:
                             adapter_digest=self.adapters.digests.get(slot, ""),
                             output=Output(scored=work.scored))
         self.answers.make(sequence)
-        if self.drafts and work.may_draft:
+        if self.drafts and work.may_draft and not work.params.pooling:
             self.drafting.begin(sequence)
         self.scheduler.add(sequence)
         if self.transformer.layer_embed:
@@ -325,7 +325,7 @@ class Engine:
         self.pool.fresh.clear()
         self.pool.forget_cached()
         for model in self.draft_models:
-            model.drafter.followers.forget()
+            model.forget()
         return [sequence.work.id for sequence in blamed]
 
     def empty_cache(self) -> bool:
@@ -335,10 +335,9 @@ class Engine:
         if self.keeper:
             self.keeper.empty()
         self.pool.forget_cached()
+        self.drafting.forget()
         tensors = [self.transformer.cache, *itertools.chain.from_iterable(self.transformer.states)]
-        for model in self.draft_models:
-            model.drafter.followers.forget()
-            tensors.append(model.drafter.transformer.cache)
+        tensors += [model.drafter.transformer.cache for model in self.draft_models]
         return not self.ranks and self.transformer.device.type == "cpu" and all(
             [empty_pages(address_of(tensor), tensor.nbytes) for tensor in tensors])
 

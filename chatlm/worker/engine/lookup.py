@@ -147,6 +147,10 @@ class Stores:
             if not dropped.parts:
                 del self.by_owner[oldest]
 
+    def forget(self):
+        """Forget all but the operator's texts."""
+        self.thread.submit(self.by_owner.clear).result()
+
     def settle(self):
         """Wait until everything has been added."""
         if self.adding:
@@ -300,9 +304,13 @@ class Lookup:
 
     def end(self, sequence: Sequence):
         """Keep what was new in it, however it ended: what it had to compute of its prompt, and its answer."""
-        self.followers.pop(sequence, None)
+        if self.followers.pop(sequence, None) is None:  # it has drawn no token that another one followed
+            return
         new = min(sequence.output.usage.cached_tokens, len(sequence.work.prompt_ids))
         self.stores.add(owner_of(sequence), [token for token in sequence.tokens[new:] if token >= 0])
+
+    def forget(self):
+        self.stores.forget()
 
 
 def owner_of(sequence: Sequence) -> tuple[str, ...]:

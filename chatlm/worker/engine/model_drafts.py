@@ -85,6 +85,9 @@ class ModelDrafts:
         self.drafter.end(sequence)
         del self.rates[sequence], self.resting[sequence]
 
+    def forget(self):
+        self.drafter.followers.forget()
+
     def judge(self, sequence: Sequence, draft: Draft, verified: int, accepted: int):
         self.rates[sequence].judge(verified, accepted)
 
@@ -114,7 +117,7 @@ class ModelDrafts:
         if most < 1 or len(sequence.tokens) < self.resting[sequence]:
             return 0
         best = min(most, self.FIRST)
-        if self.draft_times.mean_s and self.times.mean_s:
+        if self.draft_times.measured and self.times.measured:
             [draft_s] = self.draft_times.expected(beside, beside)
             step_s = self.times.expected(beside, beside * (most + 1))[::beside]
             best = best_length(share, draft_s, step_s, most)

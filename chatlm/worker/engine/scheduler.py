@@ -158,7 +158,7 @@ class Scheduler:
         groups, length = self.pool.groups, len(sequence.tokens)
         draft = sequence.draft.tokens[:max(0, min(room, sequence.limit - length - 1))]
         slots = len(sequence.pages) // groups * self.pool.page_size
-        if length + len(draft) > slots and self.pool.available >= groups * (len(self.running) + 1):
+        while length + len(draft) > slots and self.pool.available >= groups * (len(self.running) + 1):
             sequence.pages += self.pool.allocate(groups)  # pyright: ignore[reportOperatorIssue]  they are free
             sequence.filled += 1
             slots += self.pool.page_size

@@ -150,6 +150,14 @@ def test_everybody_is_drafted_from_the_operator_s_texts():
     assert lookup.propose([one])[0].tokens[:3] == (212, 213, 214)
 
 
+def test_what_was_said_is_forgotten_when_memory_is_wanted_for_another_model():
+    lookup = Lookup()
+    ended(lookup, sequence("a", [1, 2, 3], range(100, 140)))
+    assert lookup.stores.by_owner
+    Drafting([lookup]).forget()
+    assert not lookup.stores.by_owner
+
+
 def test_a_token_still_being_drawn_is_not_kept():
     lookup = Lookup()
     ended(lookup, sequence("a", [1, 2, 3], [4, 5, 6, ~0]))
@@ -184,6 +192,9 @@ class Fixed:
         pass
 
     def end(self, sequence):
+        pass
+
+    def forget(self):
         pass
 
     def propose(self, sequences):
@@ -265,13 +276,23 @@ def test_step_times_are_estimated_between_and_beyond_what_was_measured():
     times.note(1, 2.0)
     times.note(9, 4.0)
     assert times.expected(1, 11) == pytest.approx([2 + 0.25 * i for i in range(11)])
-    times.note(5, 1.0)      # a shorter one cannot be true
-    assert times.expected(4, 6) == pytest.approx([2.0, 2.0, 2.0])
+    times.note(5, 1.0)      # more rows take no less time: both are uncertain
+    assert times.expected(3, 3) == pytest.approx([1.5])
     for _ in range(100):
         times.note(9, 8.0)
     assert times.expected(9, 9)[0] > 7
+    before = times.measured[9][0]
     times.note(9, 1000.0)   # the machine slept
-    assert times.mean_s[9] < 9
+    assert times.measured[9][0] < 1.06 * before
+
+
+def test_one_slow_step_does_not_make_steps_of_more_rows_look_slow():
+    times = StepTimes()
+    for _ in range(20):
+        for rows in (1, 8, 16):
+            times.note(rows, 1 + 0.1 * rows)
+    times.note(4, 9.0)
+    assert times.expected(16, 16)[0] == pytest.approx(2.6) and times.expected(8, 8)[0] < 2.6
 
 
 def test_measured_chances_follow_what_was_right():
