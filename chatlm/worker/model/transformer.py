@@ -270,7 +270,7 @@ class Transformer:
         """x = the first layer's input (T, C)."""
         spec, k, w = self.spec, self.kernels, self.weights
         if spec.joins:
-            return self._join(inputs, b)
+            return join_state(self, inputs, b)
         self._look_up(inputs.token_ids, out=b.x)
         if self.embedding_scale != 1:
             k.mix(b.x, b.x, self.embedding_scale, 0.0, out=b.x)
@@ -297,15 +297,6 @@ class Transformer:
             k.smear(b.x, b.previous, inputs.previous_token_ids, w["smear_gate"], w["smear_lambda"], out=b.x)
         if spec.residual_lambdas:
             k.copy(b.x, out=b.x0)
-
-    def _join(self, inputs: Inputs, b: SimpleNamespace):
-        """x = join_embed(norm(embedding)) + join_hidden(norm(x)): one product of both in the files."""
-        k, w = self.kernels, self.weights
-        self._look_up(inputs.token_ids, out=b.previous)
-        k.linear(b.previous, w["join_embed"], norm=Norm(w["join_embed_norm"], self.norm_eps), out=b.added)
-        k.linear(b.x, w["join_hidden"], norm=Norm(w["join_hidden_norm"], self.norm_eps), residual=b.added,
-                 out=b.previous)
-        k.copy(b.previous, out=b.x)
 
     def _look_up(self, ids, out):
         """The embeddings (T, C) of some ids; each of several ranks only has those of its rows."""
@@ -470,6 +461,15 @@ class Transformer:
             k.all_reduce(b.added, out=b.added)
         k.rms_norm(b.added, norm, self.spec.norm_eps, out=b.added)
         k.mix(residual, b.added, 1.0, 1.0, out=out)
+
+
+def join_state(transformer: Transformer, inputs: Inputs, b: SimpleNamespace):
+    """x = join_embed(norm(embedding)) + join_hidden(norm(x)): one product of both in the files."""
+    k, w, eps = transformer.kernels, transformer.weights, transformer.norm_eps
+    k.embed(w["embed"], inputs.token_ids, out=b.previous)
+    k.linear(b.previous, w["join_embed"], norm=Norm(w["join_embed_norm"], eps), out=b.added)
+    k.linear(b.x, w["join_hidden"], norm=Norm(w["join_hidden_norm"], eps), residual=b.added, out=b.previous)
+    k.copy(b.previous, out=b.x)
 
 
 def norm_sum(transformer: Transformer, b: SimpleNamespace, layer: dict):
