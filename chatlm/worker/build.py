@@ -180,7 +180,8 @@ def build_transformer(
     running, snapshots = (ranks.min_over_ranks(count) for count in plan.states(num_pages))
     transformer = Transformer(model.spec, model.tensors, kernels, num_pages=num_pages, device=device,
                               dtype=model.dtype, num_slots=running + FREE_ROWS + snapshots, groups=groups,
-                              kv=plan.kv, read_adapter=adapter_reader(model), progress=progress, **limits)
+                              kv=plan.kv, read_adapter=adapter_reader(model), progress=progress,
+                              max_tokens=limits["max_tokens"], max_rows=limits["max_rows"])
     return model, transformer, num_pages, context, running
 
 

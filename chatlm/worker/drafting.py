@@ -8,6 +8,7 @@ from typing import NamedTuple, TYPE_CHECKING
 from chatlm.common.errors import ConfigError, shown
 from chatlm.common.hub.find import of_draft_model, resolve_model
 from chatlm.common.hub.local import no_progress
+from chatlm.common.log import log
 from chatlm.worker.arrays.kinds import item_bytes
 from chatlm.worker.engine.draft_head import DraftHead
 from chatlm.worker.engine.draft_model import DraftModel
@@ -72,7 +73,13 @@ class DraftPlan(NamedTuple):
 def plan_drafters(target: LoadedModel, settings: Settings, device: Device, prefill_chunk: int,
                   progress: Progress = no_progress) -> list[DraftPlan]:
     """What drafts for this model besides texts. ConfigError if that cannot be."""
-    if target.spec.of_texts or target.text.embedder:
+    if target.spec.of_texts or target.text.embedder or settings.command in ("score", "embed"):
+        return []
+    backend = choose_backend(device, target.spec)
+    if not (backend.row_invariant or backend.few_rows_invariant):
+        if settings.draft_model or settings.drafts == "mtp":
+            log.warning("nothing is drafted: %s computes this model, whose rows differ with their number",
+                        backend.name)
         return []
     plans = (plan_draft_head(target, settings, device, prefill_chunk),
              plan_draft_model(target, settings, device, prefill_chunk, progress))

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import numpy
     from chatlm.worker.engine.draft_model import Followers
     from chatlm.worker.engine.sequence import Chunk, Sequence
+    from chatlm.worker.model.kernels import Steps
     from chatlm.worker.model.transformer import Transformer
 
 
@@ -23,6 +24,8 @@ class Drafter(Protocol):
     transformer: Transformer
     followers: Followers
     computed: int      # tokens in the first step of the last draft
+    longest: int       # tokens of a sequence that it can follow
+    steps: Steps
 
     def draft(self, wanted: Mapping[Sequence, int]) -> dict[Sequence, list[int]]: ...
     def end(self, sequence: Sequence): ...
@@ -93,7 +96,7 @@ class ModelDrafts:
 
     def awaits(self, sequence: Sequence) -> bool:
         """Will it soon draft for this sequence, so that steps must not begin ahead?"""
-        return len(sequence.tokens) + 3 >= self.resting[sequence]
+        return self.resting[sequence] <= len(sequence.tokens) + 3 <= self.drafter.longest
 
     def sees(self, sequence: Sequence) -> bool:
         """Are its hidden states needed after each step? Not while drafts have not paid for long."""
