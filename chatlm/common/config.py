@@ -347,6 +347,9 @@ class Settings:
         "text that was seen before (lookup), also from the model's own draft head (mtp), also from a second "
         "model (model), or from whatever pays (auto)", choices=("none", "lookup", "mtp", "model", "auto"),
         bare="auto", off="none")
+    draft_model: str | None = flag(None, file_name,
+        "a smaller MODEL with the same tokenizer that guesses what comes next (answers are the same)",
+        f"{ANSWERING} eval")
     draft_text: tuple[str, ...] = flag((), file_name,
         "text file, such as a manual or source code, that all answers may be drafted from, may repeat",
         ANSWERING, many=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence as Seq
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple, TYPE_CHECKING
@@ -17,11 +17,12 @@ from chatlm.common.hub.adapters import bytes_of_adapters
 from chatlm.common.hub.local import no_progress
 from chatlm.common.log import log
 from chatlm.common.memory import available_memory
-from chatlm.worker.arrays.gguf_types import block_of
 from chatlm.worker.arrays.kinds import Device, item_bytes
+from chatlm.worker.drafting import plan_drafters
 from chatlm.worker.engine.engine import Engine
 from chatlm.worker.engine.kvcache import PagePool, longest_context
 from chatlm.worker.engine.lookup import TOKEN_BYTES, Lookup
+from chatlm.worker.engine.model_drafts import ModelDrafts
 from chatlm.worker.engine.pieces import open_for_answers
 from chatlm.worker.engine.scheduler import FREE_ROWS
 from chatlm.worker.model.kernels import Backend, choose_backend, load_kernels
@@ -31,15 +32,16 @@ from chatlm.worker.ranks.ranks import RankAlone
 from chatlm.worker.weights.adapters import adapter_reader
 from chatlm.worker.weights.load import open_model
 from chatlm.worker.weights.shards import shard_model, stage_model
+from chatlm.worker.weights.sizes import is_float, weight_bytes
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.hub.local import Progress
     from chatlm.common.messages.protocol import WorkerConfig
     from chatlm.common.messages.requests import ModelSource
+    from chatlm.worker.drafting import DraftPlan
     from chatlm.worker.model.kernels import Kernels
     from chatlm.worker.model.spec import LayerGroups, ModelSpec
-    from chatlm.worker.model.tensors import MappedRows, Unread
     from chatlm.worker.ranks.messages import RankConfig
     from chatlm.worker.ranks.ranks import RankZero
     from chatlm.worker.weights.rules import LoadedModel
@@ -125,9 +127,6 @@ def build_engine(source: ModelSource, settings: Settings, device: Device,
                  progress: Progress = no_progress, ranks: RankZero | None = None,
                  opened: Callable[[LoadedModel], None] = lambda model: None) -> tuple[LoadedModel, Engine]:
     """opened: called before any weight is read."""
-    if settings.drafts in ("mtp", "model"):
-        raise ConfigError(f"--drafts {settings.drafts}: this version drafts only from text; "
-                          "use lookup or auto")
     model = open_model(source, settings, device)
     opened(model)
     try:
@@ -138,31 +137,36 @@ def build_engine(source: ModelSource, settings: Settings, device: Device,
         model.notes += (RANKS if embedder.pooling == "rank" else EMBEDS,)
     elif not tokenizer.has_chat_template:
         model.notes += (CANNOT_CHAT,)
-    state_bytes = model.spec.state_bytes
+    state_bytes, chunk = model.spec.state_bytes, prefill_chunk(settings, device)
     texts = [read_text_of(path, "--draft-text") for path in settings.draft_text]
+    drafts = plan_drafters(model, settings, device, chunk, progress)
     model, transformer, num_pages, context, max_batch = build_transformer(
-        model, source, settings, device, progress, ranks)
+        model, source, settings, device, progress, ranks, drafts)
+    drafters = [draft.load(tokenizer.stop_tokens, transformer, num_pages, progress) for draft in drafts]
+    model.notes += tuple(drafter.line() for drafter in drafters)
     lookup = Lookup(settings.draft_memory // TOKEN_BYTES)
     if settings.drafts != "none":
         lookup.read(texts, tokenizer.encode)
     return model, Engine(transformer, tokenizer, transformer.kernels, num_pages=num_pages,
                          max_batch=max_batch, context_length=context,
-                         prefill_chunk=prefill_chunk(settings, device), drafts=settings.drafts, ranks=ranks,
-                         state_bytes=state_bytes, ranking=model.ranking, head=model.head, lookup=lookup)
+                         prefill_chunk=chunk, drafts=settings.drafts, ranks=ranks,
+                         state_bytes=state_bytes, ranking=model.ranking, head=model.head, lookup=lookup,
+                         draft_models=[*map(ModelDrafts, drafters)])
 
 
 def build_transformer(
         model: LoadedModel, source: ModelSource, settings: Settings, device: Device, progress: Progress,
-        ranks: RankAlone | None) -> tuple[LoadedModel, Transformer, int, int, int]:
+        ranks: RankAlone | None, drafts: Seq[DraftPlan] = ()
+) -> tuple[LoadedModel, Transformer, int, int, int]:
     """Load the weights, or a rank's shards of them, and allocate the KV pages. Also returns the number of
-    pages, the longest text they hold, and how many sequences may run at once."""
+    pages, the longest text they hold, and how many sequences may run at once. drafts: what must fit too."""
     ranks = ranks or RankAlone()
     whole, model = model.spec, share_of_rank(model, ranks, settings)
     if model.dtype is None and not choose_backend(device, model.spec).as_stored:
         # torch computes this share of a model that decode_core would compute, and reads no packed matrices
         settings = replace(settings, dtype=Backend(device.type).dtype)
         model = share_of_rank(open_model(source, settings, device), ranks, settings)
-    kernels, groups, limits, plan = plan_model(model, whole, settings, device, ranks)
+    kernels, groups, limits, plan = plan_model(model, whole, settings, device, ranks, drafts)
     num_pages = ranks.min_over_ranks(plan.pages())
     context = plan.context(num_pages, groups)
     if context < model.context_length and model.spec.rope_factors:  # longrope's factors depend on the context
@@ -177,7 +181,8 @@ def build_transformer(
     running, snapshots = (ranks.min_over_ranks(count) for count in plan.states(num_pages))
     transformer = Transformer(model.spec, model.tensors, kernels, num_pages=num_pages, device=device,
                               dtype=model.dtype, num_slots=running + FREE_ROWS + snapshots, groups=groups,
-                              kv=plan.kv, read_adapter=adapter_reader(model), progress=progress, **limits)
+                              kv=plan.kv, read_adapter=adapter_reader(model), progress=progress,
+                              max_tokens=limits["max_tokens"], max_rows=limits["max_rows"])
     return model, transformer, num_pages, context, running
 
 
@@ -216,9 +221,11 @@ def share_of_rank(model: LoadedModel, ranks: RankAlone, settings: Settings) -> L
 
 
 def plan_model(model: LoadedModel, whole: ModelSpec, settings: Settings, device: Device,
-               ranks: RankAlone) -> tuple[Kernels, LayerGroups, dict[str, int], MemoryPlan]:
+               ranks: RankAlone, drafts: Seq[DraftPlan] = ()
+               ) -> tuple[Kernels, LayerGroups, dict[str, int], MemoryPlan]:
     """How a rank will compute its shard of a model whose `whole` spec is given too: the kernels, the layers
-    that share pages, the limits of a step, and the memory needed. No weight is read."""
+    that share pages, the limits of a step, and the memory needed, also for what drafts. No weight is read.
+    """
     spec, rows = model.spec, max(settings.max_batch, FREE_ROWS)
     limits = {"max_tokens": step_tokens(spec, settings, device) + rows, "max_rows": rows}
     if spec.of_texts and (ranks.stages > 1 or ranks.tp > 1):
@@ -234,24 +241,10 @@ def plan_model(model: LoadedModel, whole: ModelSpec, settings: Settings, device:
     layers_of_floats(whole, kv)
     groups = group_layers((whole if ranks.stages == 1 else spec).by_layer, spec.max_positions, apart, kv)
     plan = plan_memory(model, whole, kernels, groups, kv, ranks, settings, device, limits)
+    for draft in drafts:  # as many tokens fit in its pages
+        plan = plan._replace(draft_model=plan.draft_model + draft.taken,
+                             page_bytes=plan.page_bytes + draft.page_share(groups))
     return kernels, groups, limits, plan
-
-
-def weight_bytes(model: LoadedModel, quantize: str | None) -> int:
-    """About how many bytes a model's weights will take; --quantize applies to float matrices."""
-    shapes, total = expected_tensors(model.spec), 0
-    for name, tensor in model.tensors.items():
-        count = math.prod(shapes[name])
-        if quantize and len(shapes[name]) > 1 and is_float(tensor, shapes[name]):
-            per_block, block_bytes = block_of(quantize.upper())
-            total += count * block_bytes // per_block
-        else:
-            total += tensor.nbytes
-    return total
-
-
-def is_float(tensor: Unread | MappedRows, shape: tuple[int, ...]) -> bool:
-    return tensor.nbytes >= 2 * math.prod(shape)
 
 
 def plan_memory(model: LoadedModel, whole: ModelSpec, kernels: Kernels, groups: LayerGroups, kv: KvType,
@@ -309,11 +302,12 @@ class MemoryPlan(NamedTuple):
     kv: KvType = KvType()
     adapters: int = 0     # bytes of adapters served with it, at most
     of_step: int = 0      # pages for the texts of a step, where no later step reads them
+    draft_model: int = 0  # bytes of one without its pages, which `page_bytes` includes
 
     @property
     def taken(self) -> int:
         """Bytes of everything but the KV cache."""
-        return self.weights + self.adapters + self.activations + self.drafts
+        return self.weights + self.adapters + self.activations + self.drafts + self.draft_model
 
     @property
     def drafts(self) -> int:
@@ -395,12 +389,13 @@ class MemoryPlan(NamedTuple):
         running, snapshots = self.states(num_pages)
         needed = self.taken + cache + self.prefixes
         kept = f" + prefixes {self.prefixes / 1e9:,.2f} GB" if self.prefixes else ""
-        adapters = f" + adapters {self.adapters / 1e9:,.2f} GB" if self.adapters else ""
-        adapters += f" + drafts {self.drafts / 1e9:,.2f} GB" if self.drafts else ""
+        more = f" + adapters {self.adapters / 1e9:,.2f} GB" if self.adapters else ""
+        more += f" + drafts {self.drafts / 1e9:,.2f} GB" if self.drafts else ""
+        more += f" + draft model {self.draft_model / 1e9:,.2f} GB" if self.draft_model else ""
         pages = "keys and values of a step" if self.of_step else "KV cache"
         each = f" ({self.token_bytes:,} bytes a token)" if not self.of_step else ""
         parts = f" with {running} states and {snapshots} snapshots" if self.state_bytes else ""
-        line = (f"weights {self.weights / 1e9:,.2f} GB{adapters} + "
+        line = (f"weights {self.weights / 1e9:,.2f} GB{more} + "
                 f"activations {self.activations / 1e9:,.2f} GB + {pages} {cache / 1e9:,.2f} GB{parts}{each}"
                 f"{kept} = {needed / 1e9:,.2f} GB, and "
                 f"{free / 1e9:,.2f} GB are free on {self.device}")

@@ -9,16 +9,19 @@ from chatlm.common.core import kernels_line
 from chatlm.common.errors import ConfigError, lack_of_memory, named
 from chatlm.common.messages.protocol import Crashed, ModelCard, Surveyed, Unusable
 from chatlm.worker.arrays.kinds import Device
-from chatlm.worker.build import check_gpu, plan_model, share_of_rank
+from chatlm.worker.build import check_gpu, plan_model, prefill_chunk, share_of_rank
+from chatlm.worker.drafting import plan_drafters
 from chatlm.worker.process import model_facts
 from chatlm.worker.ranks.ranks import PlannedRank
 from chatlm.worker.weights.load import open_model
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence as Seq
     from chatlm.common.config import Settings
     from chatlm.common.messages.protocol import SurveyConfig
     from chatlm.common.messages.wire import Channel
     from chatlm.worker.build import MemoryPlan
+    from chatlm.worker.drafting import DraftPlan
     from chatlm.worker.model.spec import LayerGroups
     from chatlm.worker.weights.rules import LoadedModel
 
@@ -41,7 +44,8 @@ def surveyed(config: SurveyConfig) -> Surveyed:
         check_gpu(device)
     source, settings = config.source, config.settings
     model = open_model(source, settings, device)
-    plans = [plan_of_stage(model, stage, settings, device)
+    drafts = plan_drafters(model, settings, device, prefill_chunk(settings, device))
+    plans = [plan_of_stage(model, stage, settings, device, drafts)
              for stage in range(settings.pipeline_parallel_size)]
     plan, groups = max(plans, key=lambda planned: planned[0].weights)
     free, _ = plan.memory()
@@ -52,15 +56,15 @@ def surveyed(config: SurveyConfig) -> Surveyed:
     card = ModelCard(model.text, model.name, min(model.context_length, scored), (), {}, False, kernels_line(),
                      dict(model.sampling), model.sampling_origin, source=source,
                      facts=model_facts(model, config, "", plan.weights), scored_length=scored)
-    return Surveyed(card, plan.weights, plan.activations, plan.cache_bytes(pages),
+    return Surveyed(card, plan.weights + plan.draft_model, plan.activations, plan.cache_bytes(pages),
                     plan.settings.kv_cache_memory or 0, budget)
 
 
 def plan_of_stage(model: LoadedModel, stage: int, settings: Settings,
-                  device: Device) -> tuple[MemoryPlan, LayerGroups]:
+                  device: Device, drafts: Seq[DraftPlan]) -> tuple[MemoryPlan, LayerGroups]:
     """The plan of the first rank of a stage, whose shard is the largest; without --tp and --pp, of the model.
     ConfigError if the model cannot be divided that way."""
     rank = PlannedRank(settings, stage * settings.tensor_parallel_size)
     _, groups, _, plan = plan_model(
-        share_of_rank(model, rank, settings), model.spec, settings, device, rank)
+        share_of_rank(model, rank, settings), model.spec, settings, device, rank, drafts)
     return plan, groups

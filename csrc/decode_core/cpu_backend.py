@@ -157,7 +157,7 @@ class ProgramSteps:
 
     def start(self, batch: Any, rows: Sequence[Any]) -> int:
         self.sampling = batch_of(rows, self.transformer.spec.vocab_size, self.sampling)
-        return self.program.start(*batch[:6], sampling=self.sampling, states=batch[7:10],
+        return self.program.start(*batch[:6], sampling=self.sampling, all_rows=batch.states, states=batch[7:10],
                                   adapters=adapters_of(batch, self.transformer))
 
     def finish(self, ticket: int) -> list[int]:

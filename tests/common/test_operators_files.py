@@ -58,7 +58,7 @@ def test_values_of_the_right_types_are_taken(tmp_path):
 PATHS = {
     "config": ["serve", "--config=*"], "api_key_file": ["serve", "--api-key-file=*"], "text": ["score", "--text=*"],
     "watch_text": ["serve", "--watch=/nowhere", "--watch-text=*"], "models": ["serve", "--models=*"], "watch": ["serve", "--watch=*"],
-    "draft_text": ["serve", "gpt2", "--draft-text=*"], "lora": ["generate", "gpt2", "--lora=*", "-p", "x"], "adapter": ["serve", "gpt2", "--adapter=a=*"], "prefix_store": ["serve", "gpt2", "--prefix-store=*"],
+    "draft_text": ["serve", "gpt2", "--draft-text=*"], "draft_model": ["serve", "gpt2", "--draft-model=*"], "lora": ["generate", "gpt2", "--lora=*", "-p", "x"], "adapter": ["serve", "gpt2", "--adapter=a=*"], "prefix_store": ["serve", "gpt2", "--prefix-store=*"],
     "ray_tls": ["serve", "gpt2", "--ray-address=127.0.0.1:1", "--ray-tls=*"], "model_tag": ["generate", "--source=base", "--model-tag=*", "-p", "x"],
     "suite": ["eval", "gpt2", "--suite=*"], "results": ["eval", "gpt2", "--suite=/nowhere", "--results=*"],
     "watch_suite": ["serve", "--watch=/nowhere", "--watch-suite=*"], "watch_prompts": ["serve", "--watch=/nowhere", "--watch-prompts=*"],

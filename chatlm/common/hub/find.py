@@ -47,6 +47,19 @@ def resolve_model(settings: Settings, progress: Progress = no_progress) -> Model
         raise cannot_read(getattr(error, "filename", None) or settings.model or "the model", error) from None
 
 
+def of_draft_model(settings: Settings) -> Settings:
+    """The settings by which --draft-model is found and read: without what describes the model alone."""
+    return replace(settings, model=settings.draft_model, draft_model=None, source=None, model_tag=None,
+                   step=None, softcap=None, lora=(), adapter=(), context_length=None)
+
+
+def with_draft_model(settings: Settings, progress: Progress = no_progress) -> Settings:
+    """The settings with the path of --draft-model's files in its place, once these are on this machine."""
+    if settings.draft_model is None or settings.drafts not in ("model", "auto"):
+        return settings
+    return replace(settings, draft_model=str(resolve_model(of_draft_model(settings), progress).path))
+
+
 def nanochat_base() -> Path:
     """The folder in which nanochat keeps checkpoints and data."""
     return Path(os.environ.get("NANOCHAT_BASE_DIR") or home_folder() / ".cache" / "nanochat")

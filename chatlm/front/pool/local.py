@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from chatlm.common.answering import path_of_word
 from chatlm.common.core import device_files, torch_installed
 from chatlm.common.errors import ConfigError
-from chatlm.common.hub.find import resolve_model
+from chatlm.common.hub.find import resolve_model, with_draft_model
 from chatlm.common.hub.stamps import model_stamp
 from chatlm.common.messages.protocol import WorkerConfig
 from chatlm.common.processes.start import exit_in_words, process_environment, start_child, threads_per_worker
@@ -51,6 +51,7 @@ class LocalDevices:
             loop.call_soon_threadsafe(supervisor.progress, stage, fraction)
 
         self.source = self.source or await asyncio.to_thread(resolve_model, self.settings, report)
+        self.settings = await asyncio.to_thread(with_draft_model, self.settings, report)
         for worker in self.workers:
             supervisor.run(f"running worker {worker.gpu}", partial(supervisor.keep_alive, worker))
 

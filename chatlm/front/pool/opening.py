@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatlm.common.errors import ChatServerError, ConfigError
-from chatlm.common.hub.find import resolve_model
+from chatlm.common.hub.find import resolve_model, with_draft_model
 from chatlm.common.hub.stamps import model_stamp
 from chatlm.common.memory import available_memory
 from chatlm.common.messages.protocol import SurveyConfig
@@ -69,6 +69,7 @@ class Opener:
                            served_model_name=choice.aliases, **changes)
         try:
             source = await asyncio.to_thread(resolve_model, settings, report)
+            settings = await asyncio.to_thread(with_draft_model, settings, report)
         except ConfigError as error:
             path = Path(choice.path).expanduser()
             if not path.exists():

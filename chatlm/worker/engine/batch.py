@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 def make_batch(plan: Seq[Chunk]) -> Batch:
     """Flatten the plan into one forward pass, sequence after sequence."""
     adapters = [chunk.sequence.adapter for chunk in plan]
-    batch = Batch([], [], [0], [], [], [], any(chunk.sequence.pooling for chunk in plan), [], [], [],
-                  adapters if any(adapters) else [])
+    shown = any(chunk.sequence.pooling or chunk.sequence.shown for chunk in plan)
+    batch = Batch([], [], [0], [], [], [], shown, [], [], [], adapters if any(adapters) else [])
     token_ids, previous_token_ids, starts, lengths, tables, logit_rows, _, reads, *writes, _ = batch
     for chunk in plan:
         first, tokens = chunk.sequence.computed, chunk.sequence.tokens

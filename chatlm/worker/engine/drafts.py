@@ -273,6 +273,8 @@ class Drafting:
         the host need its logits?"""
         times = self.host_times if on_host else self.times
         best = dict.fromkeys(sequences, NO_DRAFT)
+        for sequence in sequences:
+            sequence.draft = NO_DRAFT
         forced: dict[Sequence, Draft] = {}
         for source in self.sources.values() if sequences else ():
             for sequence, draft in zip(sequences, source.propose(sequences)):
@@ -288,7 +290,7 @@ class Drafting:
                         min(factor * chance, 0.99) for chance in chances))
                     if measured.worth > best[sequence].worth:
                         record.proposed, record.chances, record.counts = draft, chances, counts
-                        best[sequence] = measured
+                        best[sequence] = sequence.draft = measured  # later sources see it
         for sequence, count in zip(best, self._counts(list(best.values()), times, rows, most, other_s)):
             sequence.draft = best[sequence].first(count)
 

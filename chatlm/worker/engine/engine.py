@@ -25,6 +25,7 @@ from chatlm.worker.engine.batch import make_batch, sample_rows
 from chatlm.worker.engine.drafts import NO_DRAFT, Drafting, Forced
 from chatlm.worker.engine.host import HostSteps, embedding_events
 from chatlm.worker.engine.kvcache import PagePool, longest_context
+from chatlm.worker.engine.model_drafts import mark_shown, show, shown_by
 from chatlm.worker.engine.lookup import Lookup
 from chatlm.worker.engine.scheduler import FREE_ROWS, Scheduler
 from chatlm.worker.engine.sequence import Assignment, Chunk, Output, Sequence, without_tokens
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from chatlm.common.messages.requests import WorkerEvent
     from chatlm.common.text.tokenizer import Tokenizer
     from chatlm.worker.engine.answer import Answer
+    from chatlm.worker.engine.model_drafts import ModelDrafts, ShownRows
     from chatlm.worker.engine.keeper import Keeper
     from chatlm.worker.model.kernels import Kernels
     from chatlm.worker.model.transformer import Transformer
@@ -68,7 +70,8 @@ class Engine:
     def __init__(self, transformer: Transformer, tokenizer: Tokenizer, kernels: Kernels, *, num_pages: int,
                  context_length: int, max_batch: int, prefill_chunk: int, drafts: str = "auto",
                  ranks: RankZero | None = None, state_bytes: int | None = None,
-                 ranking: numpy.ndarray | None = None, head: Head = Head(), lookup: Lookup | None = None):
+                 ranking: numpy.ndarray | None = None, head: Head = Head(), lookup: Lookup | None = None,
+                 draft_models: Seq[ModelDrafts] = ()):
         self.transformer, self.tokenizer, self.kernels = transformer, tokenizer, kernels
         slots, states = transformer.num_slots, None
         own_bytes = transformer.spec.state_bytes
@@ -80,7 +83,11 @@ class Engine:
                                    max_rows=len(transformer.buffers["logits"]),
                                    stages=ranks.stages if ranks else 1, exact_rows=kernels.row_invariant,
                                    of_texts=transformer.spec.of_texts)
-        self.drafting = self.scheduler.drafting = Drafting([Forced(), lookup or Lookup()])
+        self.drafting = self.scheduler.drafting = Drafting([Forced(), lookup or Lookup(), *draft_models])
+        self.draft_models = draft_models
+        self.shown: list[ShownRows] = []  # by the step that is finished next: such steps never begin ahead
+        for model in draft_models:
+            model.times, model.draft_rows = self.drafting.times, self.scheduler.draft_rows
         self.scored_length = longest_context(self.pool, context_length, prefill_chunk)
         self.context_length = min(transformer.spec.context_length, self.scored_length)
         self.steps = kernels.backend.make_steps(transformer, max_batch, self.scored_length)
@@ -153,6 +160,7 @@ class Engine:
             self._finish_until(0)
             self.keeper.adopt()
         began_s, plan = time.monotonic(), self.scheduler.schedule()
+        mark_shown(plan, self.draft_models)
         on_host = any(chunk.on_host for chunk in plan)
         if self.word and not all(chunk.sequence.pooling for chunk in plan):
             self.word.note(self.step_s)
@@ -161,6 +169,7 @@ class Engine:
         if not plan and not self.under_way:
             self._wait()
         self._finish_until(self._most_under_way(plan, on_host) - 1)
+        self.shown = shown_by(plan, on_host)
         if on_host:
             plan, finish = self.host.run([chunk for chunk in plan if not chunk.sequence.finished])
         if self.keeper and not self.under_way:
@@ -181,9 +190,16 @@ class Engine:
         if not plan:
             return len(self.under_way)
         stages = self.scheduler.stages
-        awaited = on_host or not self.steps.ahead or stages == 1 and any(
-            chunk.sequence.draft.tokens or chunk.sequence.work.needs_tokens for chunk in plan if chunk.draws)
+        awaited = on_host or not self.steps.ahead or stages == 1 and any(map(self._awaits, plan))
         return 0 if awaited else max(1, stages - 1)
+
+    def _awaits(self, chunk: Chunk) -> bool:
+        """Must the step with this chunk be finished before the next one starts: for its tokens, or because
+        its hidden states will be read?"""
+        sequence = chunk.sequence
+        return sequence.shown or bool(chunk.draws) and (
+            bool(sequence.draft.tokens) or sequence.work.needs_tokens
+            or sequence.drafts and any(model.awaits(sequence) for model in self.draft_models))
 
     def _finish_until(self, most: int):
         """Finish the oldest steps, until at most this many are under way."""
@@ -260,8 +276,15 @@ class Engine:
                     self._emit(sequence, Failed(failure_text(error)))
                     self.scheduler.remove(sequence)
                 going_on.append(sequence)
-        self.drafting.draft(going_on, self.scheduler, self.token_s)
+        self._draft(going_on)
         self.answers.start_masks(going_on)
+
+    def _draft(self, sequences: Seq[Sequence]):
+        """Set the drafts of these sequences, which a step has given tokens."""
+        show(self.shown, self.draft_models, self.transformer)
+        self.drafting.draft(sequences, self.scheduler, self.token_s)
+        if self.draft_models:
+            self.finished_s = time.monotonic()  # their time is no part of the next step's
 
     def _accept(self, sequence: Sequence, draft: tuple[int, ...], drawn: Seq[int]) -> list[WorkerEvent]:
         """Add the drawn tokens and their text until one ends the answer, forces others or differs from the
@@ -301,6 +324,8 @@ class Engine:
         blamed = self.scheduler.isolate()
         self.pool.fresh.clear()
         self.pool.forget_cached()
+        for model in self.draft_models:
+            model.forget()
         return [sequence.work.id for sequence in blamed]
 
     def empty_cache(self) -> bool:
@@ -312,6 +337,7 @@ class Engine:
         self.pool.forget_cached()
         self.drafting.forget()
         tensors = [self.transformer.cache, *itertools.chain.from_iterable(self.transformer.states)]
+        tensors += [model.drafter.transformer.cache for model in self.draft_models]
         return not self.ranks and self.transformer.device.type == "cpu" and all(
             [empty_pages(address_of(tensor), tensor.nbytes) for tensor in tensors])
 

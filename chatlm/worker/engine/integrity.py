@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from chatlm.worker.engine.adapter_slots import AdapterSlots
+    from chatlm.worker.engine.draft_model import Followers
     from chatlm.worker.engine.engine import Engine
     from chatlm.worker.engine.kvcache import PagePool
     from chatlm.worker.engine.scheduler import Scheduler
@@ -37,7 +38,9 @@ def check_integrity(engine: Engine):
 
 
 def integrity_faults(engine: Engine) -> list[str]:
-    return scheduler_faults(engine.scheduler) + adapter_faults(engine)
+    faults = scheduler_faults(engine.scheduler) + adapter_faults(engine)
+    return faults + [f"of a draft model: {fault}" for model in engine.draft_models
+                     for fault in follower_faults(model.drafter.followers)]
 
 
 def count_faults(kind: str, refs: Seq[int], free: Seq[int], cached: Iterable[int],
@@ -142,6 +145,16 @@ def scheduler_faults(scheduler: Scheduler) -> list[str]:
     if pool.states:
         faults += state_faults(pool, pool.states, [(name, slots) for name, _, slots in holders])
     return faults + [fault for sequence in everyone for fault in table_faults(pool, sequence)]
+
+
+def follower_faults(followers: Followers) -> list[str]:
+    """Faults of the pages that a drafting model has for sequences."""
+    faults = page_faults(followers.pool, [(f"answer {sequence.work.id}", follower.own.pages)
+                                          for sequence, follower in followers.of.items()])
+    faults += [f"answer {sequence.work.id} has ended, but still has pages" for sequence in followers.of
+               if sequence.finished]
+    return faults + [fault for follower in followers.of.values()
+                     for fault in table_faults(followers.pool, follower.own)]
 
 
 def table_faults(pool: PagePool, sequence: Sequence) -> list[str]:

@@ -20,6 +20,7 @@ class PieceTokenizer(HuggingFaceTokenizer):
 
     def __init__(self, spec: TextSpec, vocabulary: Vocabulary):
         Tokenizer.__init__(self, spec)
+        self.table = vocabulary
         self.texts, self.ends, added, decoder = vocabulary
         self.vocab_size = len(self.ends) - 1
         self.know_added({token["id"]: (token["content"], token["special"], token["lstrip"], token["rstrip"])

@@ -107,6 +107,7 @@ class Sequence:
     suspect: bool = False                # was in a failed step: runs alone until it produces a token
     drafts: bool = False                 # do the sources of drafts know it?
     draft: Draft = NO_DRAFT              # guessed next tokens, verified in the same step
+    shown: bool = False                  # are its hidden states needed after each step, to draft?
     computed: int = 0
     pages: list[int] = field(default_factory=list)  # its table: in each row, one page of each group
     filled: int = 0                      # table rows in which layers with a window have been given pages

@@ -19,6 +19,8 @@ def warm_up(engine: Engine, progress: Callable[[float], None]):
     shapes = [(1, engine.first_chunk), *((1 << n, 1) for n in range(10) if 1 << n < max_batch),
               (max_batch, 1)]
     engine.steps.prepare(lambda fraction: progress(fraction / 2))
+    for model in engine.draft_models:
+        model.drafter.steps.prepare(lambda fraction: None)
     for done, (rows, length) in enumerate(shapes):
         progress(0.5 + done / len(shapes) / 2)
         run_steps(engine, rows, length)

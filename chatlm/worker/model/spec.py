@@ -433,6 +433,8 @@ class ModelSpec:
     own_rows: int = 0                 # > 0: of embedding and head, the rows of this rank,
     first_row: int = 0                # from this one on
     answer_positions: int = 0         # > 0: prompt and answer end here; a longer text is only scored
+    joins: bool = False               # a draft head: its input is a product of the embedding and a state of
+                                      # another model, as which x is given
     opens: bool = True                # False: another stage computes the layers before these,
     closes: bool = True               # and here those after them
 
@@ -501,12 +503,15 @@ def expected_tensors(spec: ModelSpec) -> Shapes:
     """Name -> shape of every tensor in a model of this spec, and no others (weights are (out, in))."""
     V, C, P, rows = spec.vocab_size, spec.width, spec.layer_input_size, spec.own_rows or spec.vocab_size
     shapes = present(
-        (spec.opens, {"embed": (rows, C)}), (spec.closes and not spec.of_texts, {"head": (rows, C)}),
+        (spec.opens or spec.joins, {"embed": (rows, C)}),
+        (spec.closes and not spec.of_texts, {"head": (rows, C)}),
         (spec.positions and spec.opens, {"positions": (spec.positions * C,)}),
         (spec.token_types, {"types": (spec.token_types * C,)}),
         (spec.distance_buckets, {"buckets": (DISTANCE_BUCKETS * spec.heads,)}),
         (spec.input_norm, {"embed_norm": (C,)}),
         (spec.input_norm and spec.norm_biases, {"embed_norm_bias": (C,)}),
+        (spec.joins, {"join_embed": (C, C), "join_hidden": (C, C), "join_embed_norm": (C,),
+                      "join_hidden_norm": (C,)}),
         (spec.head_bias and spec.closes, {"head_bias": (rows,)}),
         (spec.norm_weights and not spec.sum_norms, {"final_norm": (C,)}),
         (spec.norm_biases and not spec.sum_norms, {"final_norm_bias": (C,)}),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TYPE_CHECKING
@@ -43,7 +43,8 @@ class Transformer:
                  max_rows: int | None = None, device: str = "cpu", dtype: str | None = None,
                  num_slots: int = 1, groups: LayerGroups | None = None, kv: KvType | None = None,
                  read_adapter: Callable[[Path], dict[str, AdapterMatrix]] | None = None,
-                 progress=lambda activity, fraction: None):
+                 shared: Mapping[str, Any] = {}, progress=lambda activity, fraction: None):
+        """shared: weights of another Transformer, packed, in place of those of the same names."""
         self.unpadded, self.kernels = spec, kernels
         if kernels.pads:
             spec, tensors = padded_spec(spec), padded_tensors(spec, tensors)
@@ -70,7 +71,7 @@ class Transformer:
         self.norm_eps = spec.norm_eps / spec.residual_scale**2
         of = self.arrays.of
         with self.arrays.computing():
-            self.weights = self._pack(tensors, dtype, progress)
+            self.weights = self._pack(tensors, dtype, shared, progress)
             self.q_scale = of(query_scales(spec)) if spec.q_growth else None
             if spec.distance_buckets:
                 self.distances = of(distance_biases(self.arrays.numpy(self.weights["buckets"]), spec))
@@ -93,13 +94,13 @@ class Transformer:
                             for name, (rows, columns, kind) in sizes.items()}
             self.recorded = kernels.backend.record(self)
 
-    def _pack(self, tensors: dict, dtype: str | None, progress: Progress) -> dict:
-        """Read each weight and move it to the device, matrices in the kernels' layout; a tied head is the
-        embedding."""
-        weights, names = {}, list(expected_tensors(self.spec))
+    def _pack(self, tensors: dict, dtype: str | None, shared: Mapping[str, Any], progress: Progress) -> dict:
+        """Read each weight that is not shared and move it to the device, matrices in the kernels' layout; a
+        tied head is the embedding."""
+        weights, names = {**shared}, [name for name in expected_tensors(self.spec) if name not in shared]
         self.layer_embed: MappedRows | None = None
         if self.spec.tied_head:
-            names.remove("head")
+            names = [name for name in names if name != "head"]
             tensors.pop("head", None)
         if "layer_embed" in names:  # it stays in the file
             names.remove("layer_embed")
@@ -113,7 +114,7 @@ class Transformer:
                 "embed", "qkv", "output", "gate_up", "up", "down", "head", "ve_gate", "gate_up_bias",
                 "router", "expert_gate_up", "expert_up", "expert_down", "expert_gate_up_bias",
                 "shared_gate_up", "shared_up", "shared_down", "shared_gate", "latent_in", "latent_out",
-                "mix_in", "mix_out", "layer_project", "input_gate", "input_out")
+                "mix_in", "mix_out", "join_embed", "join_hidden", "layer_project", "input_gate", "input_out")
             weights[name] = weight = self.kernels.pack(name, *moved) if matrix else moved[0]
             if isinstance(tensor, Unread) and not getattr(weight, "finite", False):  # or it was never checked
                 tensor.refuse_faults(read, packed=hasattr(weight, "finite"))
@@ -192,13 +193,14 @@ class Transformer:
             self.compute(self.inputs(batch), buffers)
         return buffers.logits
 
-    def hidden_states(self, first: int, last: int) -> numpy.ndarray:
-        """The rows [first, last) of the last step, whose batch had `states`, after the final norm.
+    def hidden_states(self, first: int, last: int, buffer: str = "x") -> numpy.ndarray:
+        """The rows [first, last) of the last step, whose batch had `states`, after the final norm; of the
+        buffer "last", those that had logits.
 
         (rows, C) float64. The norm is computed here, row by row: identical in any batch and with all kernels.
         """
         C = self.unpadded.width
-        x = self.arrays.numpy(self.buffers["x"][first:last]).astype(numpy.float64)
+        x = self.arrays.numpy(self.buffers[buffer][first:last]).astype(numpy.float64)
         if self.spec.sum_norms:
             return x[:, :C]
         if self.spec.layer_norms:
@@ -231,7 +233,7 @@ class Transformer:
         Every op writes into a given buffer, so that the steps can be recorded or captured as a CUDA graph."""
         spec, k, w = self.spec, self.kernels, self.weights
         b.adapters, b.types = inputs.adapters, inputs.previous_token_ids
-        if spec.opens:
+        if spec.opens or spec.joins:
             self._embed(inputs, b)
         for l, layer in enumerate(self.layers):
             if spec.residual_lambdas:
@@ -267,6 +269,8 @@ class Transformer:
     def _embed(self, inputs: Inputs, b: SimpleNamespace):
         """x = the first layer's input (T, C)."""
         spec, k, w = self.spec, self.kernels, self.weights
+        if spec.joins:
+            return join_state(self, inputs, b)
         self._look_up(inputs.token_ids, out=b.x)
         if self.embedding_scale != 1:
             k.mix(b.x, b.x, self.embedding_scale, 0.0, out=b.x)
@@ -457,6 +461,15 @@ class Transformer:
             k.all_reduce(b.added, out=b.added)
         k.rms_norm(b.added, norm, self.spec.norm_eps, out=b.added)
         k.mix(residual, b.added, 1.0, 1.0, out=out)
+
+
+def join_state(transformer: Transformer, inputs: Inputs, b: SimpleNamespace):
+    """x = join_embed(norm(embedding)) + join_hidden(norm(x)): one product of both in the files."""
+    k, w, eps = transformer.kernels, transformer.weights, transformer.norm_eps
+    k.embed(w["embed"], inputs.token_ids, out=b.previous)
+    k.linear(b.previous, w["join_embed"], norm=Norm(w["join_embed_norm"], eps), out=b.added)
+    k.linear(b.x, w["join_hidden"], norm=Norm(w["join_hidden_norm"], eps), residual=b.added, out=b.previous)
+    k.copy(b.previous, out=b.x)
 
 
 def norm_sum(transformer: Transformer, b: SimpleNamespace, layer: dict):

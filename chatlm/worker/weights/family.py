@@ -76,6 +76,7 @@ class Family(NamedTuple):
     gguf: Gguf = Gguf()
     keys: Mapping[str, Rule] = {}  # rules for keys of its own in `config` that are not bool
     one_more: bool = False  # its norms multiply by 1 + w
+    has_draft_head: bool = False  # may its files have one of the form of weights/draft_heads.py?
     repack: Callable[[dict], dict] = lambda state: state  # a folder's tensors as `tensors` expects them
     # of a folder's matrix or bias, the rows in our order; None: they have it
     ordered: Callable[[ModelSpec, str, numpy.ndarray], numpy.ndarray] | None = None

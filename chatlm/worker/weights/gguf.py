@@ -34,6 +34,7 @@ from chatlm.worker.weights import cross_encoders, rerankers
 from chatlm.worker.weights.assemble import (
     as_rows, check_names_and_shapes, cut_stored, file_shapes, mapped_rows, packed_together, tensor_sources,
     unread_keys, without_shared)
+from chatlm.worker.weights.draft_heads import draft_head_of, gguf_head
 from chatlm.worker.weights.embedders import gguf_embedder, pooling_of_gguf
 from chatlm.worker.weights.configs import (
     HF_DEFAULTS, complete_heads, family_spec, growing_queries, scaled_rope, unsupported)
@@ -93,7 +94,8 @@ def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
         architecture = metadata["general.architecture"]
         check_gguf_types(source.path, stored)
         stored = FAMILIES[family].gguf.repack(stored)
-        if metadata.get(f"{architecture}.nextn_predict_layers"):  # a draft head, which is not used
+        given = stored
+        if metadata.get(f"{architecture}.nextn_predict_layers"):  # a draft head is no layer of the model
             stored = {name: tensor for name, tensor in stored.items()
                       if not (layer := re.match(r"blk\.(\d+)\.", name)) or int(layer[1]) < spec.layers}
         stored = without_shared(spec, stored)
@@ -121,6 +123,18 @@ def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
                                row.gguf.permuted, row.interleaved, added)
         text, vocabulary = gguf_texts(source.path, metadata)
         ranking, head = None, Head()
+
+        def draft_head() -> LoadedModel | None:
+            if (found := gguf_head(spec, row, given)) is None:
+                return None
+            own, sources, stored = found
+            shapes = {name: file_shape(name, tensor) for name, tensor in stored.items()}
+            check_names_and_shapes(source.path, shapes, sources)
+            tensors = gguf_tensors(source.path, settings, own, sources, stored, dtype, backend,
+                                   row.gguf.permuted, row.interleaved)
+            return LoadedModel(own, tensors, text, source.name, "", dtype, family=architecture)
+
+        drafter = draft_head_of(settings, source.path, draft_head)
         if not spec.of_texts:
             text, ranking = rerankers.of_gguf(source.path, metadata, family, spec, text, stored, classes)
         if embedder := gguf_embedder(source.path, metadata, text, family, spec):
@@ -142,7 +156,7 @@ def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
         unpermute_rope(rows, own_pairs if re.search(r"attn_[qk]\.", name) else None)), unread_keys(spec))
     return LoadedModel(spec, tensors, text, source.name, description, dtype, block=max(block, TILE_ROWS),
                        family=architecture, adaptable=adaptable, head=head, ranking=ranking,
-                       vocabulary=vocabulary,
+                       vocabulary=vocabulary, draft_head=drafter,
                        grows=growth(tensors, held, dtype is None),
                        **own_sampling(source.path, metadata, "general.sampling."))
 

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ from chatlm.worker.weights.adapters import Adaptable
 from chatlm.worker.weights.assemble import (
     Mxfp4, assembled, check_names_and_shapes, file_shapes, fp8_block, read_safetensors, tensor_sources,
     unread_keys, unscaled, without_shared)
+from chatlm.worker.weights.draft_heads import draft_head_of, folder_head
 from chatlm.worker.weights.embedders import folder_embedder
 from chatlm.worker.weights.configs import (
     HF_KEYS, complete_heads, family_config, family_spec, growing_queries, scaled_rope)
@@ -98,6 +100,7 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
     if spec.tied_head:
         state.pop(row.all_tensors["head"][0], None)  # some files have it twice
     sources, whole = tensor_sources(spec, row.all_tensors, spec.vocab_size), state
+    given = state, scales
     state, scales = (without_shared(spec, tensors) for tensors in (row.repack(state), scales))
     if lost := sorted(set(scales) - set(state)):
         raise ConfigError(f"{source.path}: {lost[0]} is in FP8, which is not supported for this tensor of "
@@ -122,7 +125,7 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
             return unpermute_rope(rows, RopePairs(spec.head_size, spec.rope_size or spec.head_size))
         return row.ordered(spec, name, rows) if row.ordered else rows
 
-    def changed(name: str, tensor: numpy.ndarray) -> numpy.ndarray:
+    def changed(scales: Mapping, added: Mapping, name: str, tensor: numpy.ndarray) -> numpy.ndarray:
         tensor = unscaled(config, scales, scale_block, name, tensor) if name in scales else tensor
         if isinstance(tensor, PackedWeight):
             tensor = tensor.values("float32" if name in added else dtype)
@@ -137,7 +140,8 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
             raise NotExact
         return turned(name, blocks)
 
-    tensors = assembled(source.path, settings, sources, state, dtype, changed, as_stored, kept)
+    tensors = assembled(source.path, settings, sources, state, dtype, partial(changed, scales, added),
+                        as_stored, kept)
     text = hf_text(source.path, spec.vocab_size)
     called, head = (source.name, source.path.name, names[2]), Head()
     text, ranking = rerankers.of_folder(
@@ -157,8 +161,20 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
                  if isinstance(tensor, (Mxfp4, PackedWeight))), default=TILE_ROWS)
     adaptable = Adaptable((*settings.served_model_name, *names), sources, lambda: slices, turned,
                           unread_keys(spec))
+
+    def draft_head() -> LoadedModel | None:
+        if (found := folder_head(spec, row, *given)) is None:
+            return None
+        own, sources, state, scales = found
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        check_names_and_shapes(source.path, shapes, sources)
+        tensors = assembled(source.path, settings, sources, state, dtype, partial(changed, scales, {}),
+                            as_stored, kept)
+        return LoadedModel(own, tensors, text, source.name, "", dtype, family=family)
+
     return LoadedModel(spec, tensors, text, source.name, description, dtype, block=block, family=family,
                        adaptable=adaptable, head=head, ranking=ranking,
+                       draft_head=draft_head_of(settings, source.path, draft_head),
                        **own_sampling(path, read_json(path, needed=False)))
 
 

@@ -83,7 +83,7 @@ FAMILIES = {
     "qwen3_5_text": Family(
         "Qwen3.5", CONFIG, FIELDS, TENSORS, lambda config, layer: False,
         Gguf("qwen35", names=NAMES, layers=gguf_layers), KEYS, one_more=True, repack=repack,
-        mixers={"linear_attention": delta_rule}, complete=complete),
+        has_draft_head=True, mixers={"linear_attention": delta_rule}, complete=complete),
     "qwen3_5_moe_text": Family(
         "Qwen3.5-MoE", CONFIG | EXPERTS | {
             "num_experts": 256, "num_experts_per_tok": 8, "moe_intermediate_size": 512,
@@ -91,7 +91,7 @@ FAMILIES = {
             "output_router_logits": False},
         FIELDS | {"shared_gate": True}, TENSORS | EXPERT_TENSORS, lambda config, layer: False,
         Gguf("qwen35moe", names=NAMES, layers=gguf_layers), one_more=True, repack=repack,
-        mixers={"linear_attention": delta_rule}, complete=complete),
+        has_draft_head=True, mixers={"linear_attention": delta_rule}, complete=complete),
     "qwen3_next": Family(
         "Qwen3-Next", CONFIG | QWEN_EXPERTS | {
             "num_experts": 512, "num_experts_per_tok": 10, "moe_intermediate_size": 512,
@@ -99,4 +99,4 @@ FAMILIES = {
             "intermediate_size": 5632},
         FIELDS | {"shared_gate": True}, TENSORS | NEXT_TENSORS | EXPERT_TENSORS, lambda config, layer: False,
         Gguf("qwen3next", names=NEXT_NAMES, layers=gguf_layers_of_next), one_more=True, repack=repack,
-        mixers={"linear_attention": delta_rule_of_next}, complete=complete)}
+        has_draft_head=True, mixers={"linear_attention": delta_rule_of_next}, complete=complete)}

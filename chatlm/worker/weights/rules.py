@@ -50,6 +50,7 @@ class LoadedModel:
     adaptable: "Adaptable | None" = None  # if it accepts adapters without merging
     head: Head = Head()          # of an embedder or a reranker: what its pooled hidden states go through
     vocabulary: Vocabulary | None = None  # what `text` says, where it was not read from a tokenizer.json
+    draft_head: LoadedModel | None = None  # if the files have one and drafts may come from it
     ranking: Any = None          # float64 (C,): what makes the last hidden state of a pair its score
 
     @property

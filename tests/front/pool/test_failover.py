@@ -29,6 +29,7 @@ from chatlm.front.api.call_grammars import tool_grammar
 from chatlm.front.pool import local
 from chatlm.front.pool.pool import pool_of
 from answers import asked, calls_of
+from draft_heads import Head, save_with_head
 from fake_pool import conversation, frames, serving
 import families
 import pools
@@ -145,6 +146,33 @@ async def test_a_worker_killed_in_an_answer_of_a_model_of_unlike_layers_costs_no
         undisturbed = [await answers(pool, asked(f"{number} undisturbed at {moment}", **LONG_PROMPT)) for number in range(2)]
         assert undisturbed == [disturbed, disturbed] and (tmp_path / f"kill-{moment}").exists()
     assert len(disturbed[0][1]) == LONG_PROMPT["max_tokens"]
+    await idle(pool)
+
+
+async def test_a_worker_killed_in_an_answer_that_a_second_model_drafts_costs_not_a_word(start_pool, tmp_path, nanochat_fixtures):
+    """The other worker's draft model computes the prompt and the tokens that arrived again. Without drafts the answers are the same."""
+    plain = await start_pool(drafts="none")
+    pool = await start_pool(num_workers=2, draft_model=str(nanochat_fixtures / "gen5"), drafts="model")
+    cases = {"kill-decode": PLAIN | dict(messages=(Message("user", "hello"),)), "kill-prefill": LONG_PROMPT, "kill-decode-more": PLAIN | dict(messages=(Message("user", "hello"),), n=3)}
+    for name, request in cases.items():
+        disturbed = await answers(pool, asked(name, **request))
+        undisturbed = await answers(pool, asked(f"undisturbed {name}", **request))
+        assert (tmp_path / name).exists() and disturbed == undisturbed == await answers(plain, asked(f"plain {name}", **request))
+    events = [event async for event in pool.answer(asked("counted", **cases["kill-decode"]))]
+    assert events[-1].usage.accepted.model > 0
+    await idle(pool)
+
+
+async def test_a_worker_killed_in_an_answer_that_the_models_own_head_drafts_costs_not_a_word(start_pool, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_with_head(families.make_model("qwen3.5"), Head("qwen3.5"), folder)
+    pool = await start_pool(model=str(folder), num_workers=2, drafts="mtp")
+    for moment in ("prefill", "decode"):
+        disturbed = await answers(pool, asked(f"kill-{moment}", **LONG_PROMPT))
+        undisturbed = await answers(pool, asked(f"undisturbed at {moment}", **LONG_PROMPT))
+        assert disturbed == undisturbed and (tmp_path / f"kill-{moment}").exists()
+    assert any(line.startswith("Draft head: one layer") for line in pool.describe())
     await idle(pool)
 
 

@@ -1,0 +1,181 @@
+"""Opens what drafts for a model: that of --draft-model, if it fits, and the draft head in its files."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple, TYPE_CHECKING
+
+from chatlm.common.errors import ConfigError, shown
+from chatlm.common.hub.find import of_draft_model, resolve_model
+from chatlm.common.hub.local import no_progress
+from chatlm.common.log import log
+from chatlm.worker.arrays.kinds import item_bytes
+from chatlm.worker.engine.draft_head import DraftHead
+from chatlm.worker.engine.draft_model import DraftModel
+from chatlm.worker.engine.pieces import PieceTokenizer, open_for_answers
+from chatlm.worker.engine.scheduler import FREE_ROWS
+from chatlm.worker.model.kernels import Backend, choose_backend, load_kernels
+from chatlm.worker.model.spec import group_layers
+from chatlm.worker.model.transformer import Transformer, page_layout
+from chatlm.worker.weights.load import open_model
+from chatlm.worker.weights.sizes import weight_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence as Seq
+    from chatlm.common.config import Settings
+    from chatlm.common.hub.local import Progress
+    from chatlm.common.text.tokenizer import Tokenizer
+    from chatlm.worker.arrays.kinds import Device
+    from chatlm.worker.model.kernels import Kernels
+    from chatlm.worker.model.spec import KvType, LayerGroups
+    from chatlm.worker.weights.rules import LoadedModel
+
+
+class DraftPlan(NamedTuple):
+    """A draft model that has not been read yet, and the memory that it will take."""
+
+    model: LoadedModel
+    kernels: Kernels
+    groups: LayerGroups
+    kv: KvType
+    max_tokens: int  # of a step,
+    max_rows: int    # and its rows of logits
+    prefill_chunk: int
+    max_batch: int
+    taken: int       # bytes of its weights and buffers
+    page_bytes: int  # of one page of its KV cache
+
+    def page_share(self, groups: LayerGroups) -> int:
+        """Bytes of its KV cache for each page of a model with these groups."""
+        return -(-self.page_bytes // len(groups.windows))
+
+    def load(self, stop_tokens: frozenset[int], target: Transformer, num_pages: int,
+             progress: Progress = no_progress) -> DraftModel | DraftHead:
+        """Read its weights. stop_tokens, num_pages: of the model that it drafts for, `target`. A draft head
+        has that model's embedding and output matrix, unless ranks have parts of these."""
+        model, device = self.model, target.device
+        num_pages = -(-num_pages // len(target.groups.windows))
+        shared = shared_names(model, target.spec.own_rows)
+        transformer = Transformer(
+            model.spec, model.tensors, self.kernels, num_pages=num_pages, device=device, dtype=model.dtype,
+            groups=self.groups, kv=self.kv, progress=lambda activity, fraction: progress(
+                "loading the draft model", fraction),
+            max_tokens=self.max_tokens, max_rows=self.max_rows,
+            shared={name: target.weights[name] for name in shared})
+        if model.spec.joins:
+            return DraftHead(transformer, num_pages=num_pages, max_batch=self.max_batch,
+                             prefill_chunk=self.prefill_chunk, stop_tokens=stop_tokens)
+        return DraftModel(transformer, num_pages=num_pages, max_batch=self.max_batch,
+                          prefill_chunk=self.prefill_chunk, vocab_size=target.spec.vocab_size,
+                          stop_tokens=stop_tokens, called=model.name)
+
+
+def plan_drafters(target: LoadedModel, settings: Settings, device: Device, prefill_chunk: int,
+                  progress: Progress = no_progress) -> list[DraftPlan]:
+    """What drafts for this model besides texts. ConfigError if that cannot be."""
+    if target.spec.of_texts or target.text.embedder or settings.command in ("score", "embed"):
+        return []
+    backend = choose_backend(device, target.spec)
+    if not (backend.row_invariant or backend.few_rows_invariant):
+        if settings.draft_model or settings.drafts == "mtp":
+            log.warning("nothing is drafted: %s computes this model, whose rows differ with their number",
+                        backend.name)
+        return []
+    plans = (plan_draft_head(target, settings, device, prefill_chunk),
+             plan_draft_model(target, settings, device, prefill_chunk, progress))
+    return [plan for plan in plans if plan]
+
+
+def plan_draft_model(target: LoadedModel, settings: Settings, device: Device,
+                     prefill_chunk: int, progress: Progress = no_progress) -> DraftPlan | None:
+    """The plan of --draft-model for this model; None if there is none to load. ConfigError if it cannot draft
+    for it. No weight is read."""
+    if settings.drafts not in ("model", "auto"):
+        return None
+    if settings.draft_model is None:
+        if settings.drafts == "model":
+            raise ConfigError("--drafts model needs --draft-model MODEL")
+        return None
+    if settings.pipeline_parallel_size > 1:
+        raise ConfigError("--draft-model: a model in stages (--pp) cannot have one; --tp can")
+    own = of_draft_model(settings)
+    source = resolve_model(own, progress)
+    model = open_model(source, own, device)
+    if model.spec.max_positions > target.spec.max_positions:  # no longer than needed
+        model = open_model(source, replace(own, context_length=target.spec.max_positions), device)
+    try:
+        refuse_to_draft(model, target)
+    except ConfigError as error:
+        raise ConfigError(f"--draft-model {settings.draft_model}: {error}") from None
+    if model.dtype is None and not choose_backend(device, model.spec).as_stored:
+        model = open_model(source, replace(own, dtype=Backend(device.type).dtype), device)
+    return planned(model, settings, device, prefill_chunk)
+
+
+def plan_draft_head(target: LoadedModel, settings: Settings, device: Device, prefill_chunk: int
+                    ) -> DraftPlan | None:
+    """The plan of the draft head in a model's files; None if there is none that can be used here."""
+    if settings.drafts not in ("mtp", "auto"):
+        return None
+    reason = ("its files have none that this program knows" if target.draft_head is None else
+              "a model in stages (--pp) cannot use it" if settings.pipeline_parallel_size > 1 else
+              "on a GPU it cannot be used" if device.type != "cpu" else "")
+    if reason and settings.drafts == "mtp":
+        raise ConfigError(f"--drafts mtp needs the draft head of a model: {reason}")
+    if reason or target.draft_head is None:
+        return None
+    shared = shared_names(target.draft_head, settings.tensor_parallel_size > 1)
+    return planned(target.draft_head, settings, device, prefill_chunk, shared)
+
+
+def shared_names(model: LoadedModel, divided: bool | int) -> tuple[str, ...]:
+    """Which weights a draft head has of its model, which may be divided among ranks."""
+    names = ("embed",) if model.spec.tied_head else ("embed", "head")
+    return names if model.spec.joins and not divided else ()
+
+
+def planned(model: LoadedModel, settings: Settings, device: Device, prefill_chunk: int,
+            shared: Seq[str] = ()) -> DraftPlan:
+    """How a model that drafts will be computed; the weights named `shared` take no memory."""
+    rows = max(settings.max_batch, FREE_ROWS)
+    tokens = prefill_chunk + rows
+    kernels = load_kernels(device, model.spec, max_tokens=tokens, max_rows=rows, quantize=settings.quantize,
+                           fine=settings.arithmetic == "fine")
+    spec = kernels.computed(model.spec)
+    kv = kernels.kv_type("auto", model.dtype)
+    groups = group_layers(spec.by_layer, spec.max_positions, apart=False, kv=kv)
+    buffers = Transformer.buffer_sizes(spec, tokens, rows, "float32").values()
+    activations = sum(rows * columns * item_bytes(kind) for rows, columns, kind in buffers)
+    return DraftPlan(model, kernels, groups, kv, tokens, rows, prefill_chunk, settings.max_batch,
+                     weight_bytes(model, settings.quantize, shared) + activations,
+                     page_layout(spec, groups, kv).page_bytes)
+
+
+def refuse_to_draft(model: LoadedModel, target: LoadedModel):
+    """ConfigError if a model cannot draft for another."""
+    if model.text.embedder or model.spec.of_texts:
+        raise ConfigError("it makes vectors of texts and gives no answers")
+    if any(model.spec.unpaged_layers):
+        raise ConfigError(f"{model.family} keeps states, which cannot go back to before a wrong draft; a "
+                          "model whose layers are all attention can draft, also for one with states")
+    if difference := first_difference(*(open_for_answers(each.text, each.vocabulary)
+                                        for each in (target, model))):
+        raise ConfigError(f"its tokenizer is another: {difference}")
+
+
+def first_difference(target: Tokenizer, draft: Tokenizer) -> str:
+    """The first token id that two tokenizers read differently, in words; "" if there is none. Ids at the end
+    that only one of them has are padding if they are few."""
+    names, own_names = target.special_names, draft.special_names
+    size, own_size = target.vocab_size, draft.vocab_size
+    if isinstance(target, PieceTokenizer) and isinstance(draft, PieceTokenizer) and (
+            target.table == draft.table and names == own_names):
+        return ""  # without reading each: 150,000 take a second
+    if abs(size - own_size) > max(size, own_size) // 100:
+        return f"it has {own_size:,} tokens, the model {size:,}"
+    for token in range(min(size, own_size)):
+        theirs, ours = (names.get(token), target.piece(token)), (own_names.get(token), draft.piece(token))
+        if theirs != ours:
+            return "token {} is {} to it, and {} to the model".format(
+                token, *(shown(name or piece.decode(errors="replace")) for name, piece in (ours, theirs)))
+    return ""

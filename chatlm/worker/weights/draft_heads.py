@@ -1,0 +1,120 @@
+"""The draft head (MTP) that a model ships with: one layer more, which guesses the token after the next.
+
+    x = eh_proj [norm_e(embedding of t_p); norm_h(h_{p-1})];  h'_p = norm(layer(x));  head(h'_p) draws t_{p+1}
+
+h is the model's state after its final norm (llama.cpp's convention: entry p depends on tokens up to p alone).
+It becomes a model of its own, whose spec `joins`; embedding and output matrix are those of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TYPE_CHECKING
+
+import numpy
+
+from chatlm.common.errors import ConfigError
+from chatlm.common.log import log
+from chatlm.worker.arrays.gguf_types import TYPES, block_of
+from chatlm.worker.arrays.packed import dequantize
+from chatlm.worker.weights.assemble import tensor_sources
+
+if TYPE_CHECKING:
+    from chatlm.common.config import Settings
+    from chatlm.worker.model.spec import ModelSpec
+    from chatlm.worker.weights.assemble import Sources
+    from chatlm.worker.weights.family import Family
+    from chatlm.worker.weights.rules import LoadedModel
+
+
+JOINED = ("join_embed", "join_hidden", "join_embed_norm", "join_hidden_norm")
+TABLE = {name: (f"{name}.weight",) for name in JOINED}
+FOLDER_NAMES = {"mtp.norm.weight": "model.norm.weight",
+                "mtp.pre_fc_norm_embedding.weight": "join_embed_norm.weight",
+                "mtp.pre_fc_norm_hidden.weight": "join_hidden_norm.weight"}
+GGUF_NAMES = {"nextn.shared_head_norm.weight": "output_norm.weight",
+              "nextn.enorm.weight": "join_embed_norm.weight",
+              "nextn.hnorm.weight": "join_hidden_norm.weight"}
+COPIES = ("nextn.embed_tokens.weight", "nextn.shared_head_head.weight")  # of the model's
+
+
+def head_spec(spec: ModelSpec, dense: bool) -> ModelSpec:
+    """The spec of a model's draft head. dense: its layer has no experts, although the model has."""
+    layer = next(l for l, attn in enumerate(spec.by_layer) if attn)
+    return replace(spec, layers=1, mixers=(), attentions=(spec.attention(layer),) if spec.attentions else (),
+                   dense_layers=(0,) if dense else (), opens=False, joins=True)
+
+
+def draft_head_of(settings: Settings, path: Path, make: Callable[[], LoadedModel | None]
+                  ) -> LoadedModel | None:
+    """The draft head that `make` opens, where drafts may come from one. A faulty one is an error only if
+    --drafts asks for it."""
+    if settings.drafts not in ("mtp", "auto"):
+        return None
+    try:
+        return make()
+    except ConfigError as error:
+        if settings.drafts == "mtp":
+            raise
+        log.warning("%s: its draft head is not used: %s", path, error)
+    return None
+
+
+def folder_head(spec: ModelSpec, row: Family, state: Mapping[str, numpy.ndarray],
+                scales: Mapping[str, numpy.ndarray]
+                ) -> tuple[ModelSpec, Sources, dict[str, numpy.ndarray], dict[str, numpy.ndarray]] | None:
+    """The spec of a folder's draft head, its tensors' sources, the tensors and their scales, under the names
+    that a model of one layer has; None without one."""
+    if not row.has_draft_head or "mtp.fc.weight" not in state or "mtp.fc.weight" in scales:
+        return None
+
+    def named(tensors: Mapping[str, numpy.ndarray]) -> dict[str, numpy.ndarray]:
+        return {FOLDER_NAMES.get(name, name.replace("mtp.layers.0.", "model.layers.0.")): tensor
+                for name, tensor in tensors.items() if name.startswith("mtp.") and name != "mtp.fc.weight"}
+
+    fc = state["mtp.fc.weight"]
+    own = {name: tensor for name, tensor in named(state).items()
+           if not name.startswith("mtp.")}  # without a copy of the embedding
+    dense = bool(spec.experts) and not any(".experts." in name for name in own)
+    shared = ("model.embed_tokens.weight", "lm_head.weight")[:1 + (not spec.tied_head)]
+    own |= {name: state[name] for name in shared if name in state}
+    own = row.repack(own) | {"join_embed.weight": fc[:, :spec.width],
+                             "join_hidden.weight": fc[:, spec.width:]}
+    of_head = head_spec(spec, dense)
+    return of_head, tensor_sources(of_head, row.all_tensors | TABLE, spec.vocab_size), own, named(scales)
+
+
+def gguf_head(spec: ModelSpec, row: Family, stored: Mapping[str, Any]
+              ) -> tuple[ModelSpec, Sources, dict[str, Any]] | None:
+    """The same of a GGUF file, whose draft head is the layer after the model's."""
+    prefix = f"blk.{spec.layers}."
+    if not row.has_draft_head or (joint := stored.get(f"{prefix}nextn.eh_proj.weight")) is None:
+        return None
+    own: dict[str, Any] = {}
+    for name, tensor in stored.items():
+        part = name.removeprefix(prefix)
+        if name != part and part not in COPIES and part != "nextn.eh_proj.weight":
+            own[GGUF_NAMES.get(part, f"blk.0.{part}")] = tensor
+    dense = bool(spec.experts) and not any("_exps." in name for name in own)
+    for name in ("token_embd.weight", "output_norm.weight", *["output.weight"] * (not spec.tied_head)):
+        if name in stored:
+            own.setdefault(name, stored[name])
+    own |= {f"{name}.weight": half for name, half in zip(JOINED, halves(joint))}
+    of_head = head_spec(spec, dense)
+    return of_head, tensor_sources(of_head, row.gguf_names | TABLE, spec.vocab_size), own
+
+
+def halves(tensor: Any) -> tuple[Any, Any]:
+    """A gguf_header.Tensor with the first half of the columns, and one with the others; as floats if a block
+    is in both."""
+    columns, rows = map(int, tensor.shape)
+    if columns % (2 * block_of(tensor.tensor_type.name)[0]):
+        data = numpy.asarray(dequantize(tensor.tensor_type, tensor.data), numpy.float32)
+        tensor = tensor._replace(tensor_type=TYPES["F32"], data=data.reshape(rows, columns))
+    data = tensor.data.reshape(rows, -1)
+    shape = numpy.array([columns // 2, rows], tensor.shape.dtype)
+    first, second = (tensor._replace(
+        shape=shape, n_elements=tensor.n_elements // 2, n_bytes=tensor.n_bytes // 2,
+        data=numpy.ascontiguousarray(part)) for part in numpy.split(data, 2, axis=1))
+    return first, second
