@@ -18,7 +18,7 @@ from chatlm.common.messages.requests import SAMPLING_FLAGS
 from chatlm.front.api.field_types import CONSTRAINT_FIELDS
 from chatlm.front.api.tables import EMBEDDING_FIELDS, RERANK_FIELDS, SCORE_FIELDS
 from chatlm.front.api.tables import OPENAI_FIELDS, SAMPLED
-from chatlm.common.hub.huggingface import SHORT_NAMES
+from chatlm.common.hub.short_names import SHORT_NAMES
 from chatlm.worker.weights.families import FAMILIES, GGUF_FAMILIES, VISION
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,7 +12,8 @@ import real_server
 from chatlm.common.config import Settings
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.find import resolve_model
-from chatlm.common.hub.huggingface import SHORT_NAMES, hub_files, hub_model
+from chatlm.common.hub.huggingface import hub_files, hub_model
+from chatlm.common.hub.short_names import SHORT_NAMES
 from fake_hub import fake_hub
 from nightly import by_day
 from tiny_gguf import LLAMA_NUMBERS, gguf_bytes, random_llama, small_gguf_metadata

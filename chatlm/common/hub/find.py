@@ -16,9 +16,10 @@ from chatlm.common.errors import ConfigError, cannot_read, did_you_mean
 from chatlm.common.files import check_regular, refuse_pointer, truncated
 from chatlm.common.hub.default_model import fetch_default_model
 from chatlm.common.hub.huggingface import (
-    SHORT_NAMES, SPLIT_GGUF, Bounds, fetch_from_hub, hub_model, models_among, other_weights)
+    SPLIT_GGUF, Bounds, fetch_from_hub, hub_model, models_among, other_weights)
 from chatlm.common.hub.local import (
     choose_checkpoint, explicit_choice, find_checkpoints, home_folder, no_progress)
+from chatlm.common.hub.short_names import SHORT_NAMES
 from chatlm.common.hub.stamps import NANOGPT_FILE, model_stamp
 from chatlm.common.log import log
 from chatlm.common.messages.requests import ModelSource

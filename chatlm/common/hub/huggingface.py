@@ -20,6 +20,7 @@ from typing import NamedTuple, TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError, named, require_library, shown
 from chatlm.common.hub.local import FULL, download_lock, has_room, sha256_of
+from chatlm.common.hub.short_names import SHORT_NAMES
 from chatlm.common.log import log
 from chatlm.common.processes.start import PROCESS_COMMAND
 
@@ -27,67 +28,6 @@ if TYPE_CHECKING:
     from chatlm.common.hub.local import Progress
 
 
-SHORT_NAMES = {  # of each row, the first size needs no name; a GGUF file's after a colon
-    name: repository.format(size) for short, repository, sizes in (
-        ("llama3.1", "meta-llama/Llama-3.1-{}-Instruct", "8B 70B"),
-        ("llama3.2", "meta-llama/Llama-3.2-{}-Instruct", "3B 1B"),
-        ("llama3.3", "meta-llama/Llama-3.3-{}-Instruct", "70B"),
-        ("qwen2.5", "Qwen/Qwen2.5-{}-Instruct", "7B 0.5B 1.5B 3B 14B 32B 72B"),
-        ("qwen3", "Qwen/Qwen3-{}", "8B 0.6B 1.7B 4B 14B 32B 30B-A3B 235B-A22B"),
-        ("qwen3.5", "Qwen/Qwen3.5-{}", "4B 0.8B 2B 9B 27B 35B-A3B 122B-A10B 397B-A17B"),
-        ("qwen3.6", "Qwen/Qwen3.6-{}", "27B 35B-A3B"),
-        ("qwen3-next", "Qwen/Qwen3-Next-{}-Instruct", "80B-A3B"),
-        ("lfm2", "LiquidAI/LFM2-{}", "1.2B 350M 700M 2.6B 8B-A1B 24B-A2B"),
-        ("lfm2.5", "LiquidAI/LFM2.5-{}-Instruct", "1.2B"),
-        ("granite3.3", "ibm-granite/granite-3.3-{}-instruct", "8b 2b"),
-        ("granite4", "ibm-granite/granite-4.0-{}", "micro 1b 350m"),
-        ("granite4-h", "ibm-granite/granite-4.0-h-{}", "tiny micro small"),
-        ("gemma2", "google/gemma-2-{}-it", "9b 2b 27b"),
-        ("gemma3", "google/gemma-3-{}-it", "1b 270m 4b 12b 27b"),
-        ("gemma4", "google/gemma-4-{}-it", "E4B E2B 12B 26B-A4B 31B"),
-        ("smollm2", "HuggingFaceTB/SmolLM2-{}-Instruct", "1.7B 135M 360M"),
-        ("smollm3", "HuggingFaceTB/SmolLM3-{}", "3B"),
-        ("mistral", "mistralai/Mistral-{}-Instruct-v0.3", "7B"),
-        ("mistral-nemo", "mistralai/Mistral-Nemo-Instruct-2407", ""),
-        ("mistral-small", "mistralai/Mistral-Small-24B-Instruct-2501", ""),
-        ("ministral3", "mistralai/Ministral-3-{}-Instruct-2512", "8B 3B 14B"),
-        ("mixtral", "mistralai/Mixtral-{}-Instruct-v0.1", "8x7B 8x22B"),
-        ("olmo2", "allenai/OLMo-2-1124-{}-Instruct", "7B 13B"),
-        ("olmo2-1b", "allenai/OLMo-2-0425-1B-Instruct", ""),
-        ("olmo3", "allenai/Olmo-3-{}-Instruct", "7B"), ("olmo3.1", "allenai/Olmo-3.1-{}-Instruct", "32B"),
-        ("olmoe", "allenai/OLMoE-1B-7B-0125-Instruct", ""), ("glm4", "zai-org/GLM-4-{}-0414", "9B 32B"),
-        ("exaone4", "LGAI-EXAONE/EXAONE-4.0-{}", "1.2B 32B"),
-        ("seed-oss", "ByteDance-Seed/Seed-OSS-{}-Instruct", "36B"),
-        ("hunyuan", "tencent/Hunyuan-{}-Instruct", "7B 0.5B 1.8B 4B"),
-        ("command-r", "CohereLabs/c4ai-command-r-08-2024", ""),
-        ("command-r7b", "CohereLabs/c4ai-command-r7b-12-2024", ""),
-        ("command-a", "CohereLabs/c4ai-command-a-03-2025", ""),
-        ("starcoder2", "bigcode/starcoder2-{}", "3b 7b 15b"),
-        ("pythia", "EleutherAI/pythia-{}", "1b 70m 160m 410m 1.4b 2.8b 6.9b 12b"),
-        ("gpt2", "openai-community/gpt2", ""), ("gpt2-xl", "openai-community/gpt2-xl", ""),
-        ("nemotron-nano2", "nvidia/NVIDIA-Nemotron-Nano-{}-v2", "9B 12B"),
-        ("nemotron3-nano", "nvidia/NVIDIA-Nemotron-3-Nano-{}-BF16", "30B-A3B"),
-        ("nemotron3-super", "nvidia/NVIDIA-Nemotron-3-Super-{}-BF16", "120B-A12B"),
-        ("phi3.5", "microsoft/Phi-3.5-mini-instruct", ""),
-        ("phi3.5-moe", "microsoft/Phi-3.5-MoE-instruct", ""),
-        ("phi4", "microsoft/phi-4", ""), ("phi4-mini", "microsoft/Phi-4-mini-instruct", ""),
-        ("gpt-oss", "openai/gpt-oss-{}", "20b 120b"),
-        ("qwen3-embedding", "Qwen/Qwen3-Embedding-{}", "0.6B 4B 8B"),
-        ("qwen3-reranker", "Qwen/Qwen3-Reranker-{}", "0.6B 4B 8B"),
-        ("all-minilm", "sentence-transformers/all-MiniLM-{}-v2", "L6 L12"),
-        ("all-mpnet-base", "sentence-transformers/all-mpnet-base-v2", ""),
-        ("bge", "BAAI/bge-{}-en-v1.5", "base small large"),
-        ("bge-m3", "gpustack/bge-m3-GGUF:Q8_0", ""),
-        ("bge-reranker-v2-m3", "BAAI/bge-reranker-v2-m3", ""),
-        ("embeddinggemma", "google/embeddinggemma-{}", "300m"),
-        ("multilingual-e5", "intfloat/multilingual-e5-{}", "large small base"),
-        ("mxbai-embed-large", "mixedbread-ai/mxbai-embed-large-v1", ""),
-        ("nomic-embed-text", "nomic-ai/nomic-embed-text-{}", "v1.5"),
-        ("nomic-embed-text-v2-moe", "nomic-ai/nomic-embed-text-v2-moe", ""),
-        ("snowflake-arctic-embed", "Snowflake/snowflake-arctic-embed-{}", "l xs s m"),
-        ("snowflake-arctic-embed2", "Snowflake/snowflake-arctic-embed-l-v2.0", ""))
-    for index, size in enumerate(sizes.split() or [""])
-    for name in (short, f"{short}-{size.lower()}")[index > 0:1 + (size > "")]}
 SPLIT_GGUF = r"-\d{5}-of-\d{5}(?=\.gguf$)"  # of one part of a model in several files
 BESIDE_MODEL = r"(?i).*(?<![a-z])(mmproj|imatrix)(?![a-z])[^/]*"  # encoders of images, and of quantizers
 FOLDER_FILES = {"config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json",

@@ -20,10 +20,11 @@ from pathlib import Path
 from chatlm.common.errors import ChatServerError, ConfigError, bad_value, printable, shown
 from chatlm.common.files import Truncated
 from chatlm.common.hub.huggingface import (
-    BESIDE_MODEL, FOLDER_FILES, HEADER_BYTES, SHORT_NAMES, SPLIT_GGUF, Bounds, CannotRun, Unreachable, fetch,
+    BESIDE_MODEL, FOLDER_FILES, HEADER_BYTES, SPLIT_GGUF, Bounds, CannotRun, Unreachable, fetch,
     folder_bytes, hub_errors, hub_files, hub_listing, hub_model, is_plain_path, load_hub,
     other_tokenizers, refuse_early)
 from chatlm.common.hub.local import download_lock
+from chatlm.common.hub.short_names import SHORT_NAMES
 from chatlm.common.messages.protocol import (
     HUB_PIPE, Crashed, HubFetch, HubFetched, HubOffers, HubProgress, HubQuestion, Offer, Unusable)
 from chatlm.common.processes.child import join_parent

@@ -66,14 +66,14 @@ def folder_head(spec: ModelSpec, row: Family, state: Mapping[str, numpy.ndarray]
                 ) -> tuple[ModelSpec, Sources, dict[str, numpy.ndarray], dict[str, numpy.ndarray]] | None:
     """The spec of a folder's draft head, its tensors' sources, the tensors and their scales, under the names
     that a model of one layer has; None without one."""
-    if not row.has_draft_head or "mtp.fc.weight" not in state or "mtp.fc.weight" in scales:
+    fc = state.get("mtp.fc.weight")
+    if not row.has_draft_head or not isinstance(fc, numpy.ndarray) or "mtp.fc.weight" in scales:
         return None
 
     def named(tensors: Mapping[str, numpy.ndarray]) -> dict[str, numpy.ndarray]:
         return {FOLDER_NAMES.get(name, name.replace("mtp.layers.0.", "model.layers.0.")): tensor
                 for name, tensor in tensors.items() if name.startswith("mtp.") and name != "mtp.fc.weight"}
 
-    fc = state["mtp.fc.weight"]
     own = {name: tensor for name, tensor in named(state).items()
            if not name.startswith("mtp.")}  # without a copy of the embedding
     dense = bool(spec.experts) and not any(".experts." in name for name in own)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence as Seq
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -111,8 +111,7 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
     backend = choose_backend(device, spec)
     as_stored, dtype = None if settings.dtype else backend.as_stored, float_type(settings, backend)
     if spec.of_texts and as_stored:  # vectors are compared with those of others: nothing is rounded
-        dtype = max((kind_of(tensor) for tensor in state.values() if not isinstance(tensor, PackedWeight)),
-                    key=item_bytes, default=dtype)
+        dtype = max(kinds_in(state), key=item_bytes, default=dtype)
     mapped = sources.get("layer_embed", ((), ()))[1]
     matrices = {name: shape for name, shape in file_shapes(sources).items()
                 if len(shape) == 2 and name not in mapped} | unread_keys(spec)
@@ -147,16 +146,9 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
     text, ranking = rerankers.of_folder(
         source.path, read_json(config), family, called, spec, text, state, score)
     if embeds and ranking is None:
-        pipeline = getattr(open_tokenizer(text), "pipeline")
-        embedder, head = folder_embedder(source.path, pipeline, family, spec, called)
-        if cross_encoders.classifies(whole, spec):
-            head = cross_encoders.folder_head(config, read_json(config), spec, whole)
-            sigmoid = cross_encoders.makes_probabilities(config, read_json(config))
-            embedder = embedder._replace(pooling="rank", size=1, least=0, sigmoid=sigmoid)
-        text = replace(text, embedder=embedder, chat_template=None)
-    origin = origin_of(state, as_stored is not None) + (", from FP8" if scales else "")
-    description = f"{family}, {spec.layers} layers, width {spec.width}{origin}{adapted}"
-    path = source.path / "generation_config.json"
+        text, head = as_embedder(config, family, spec, called, text, whole)
+    description = f"{family}, {spec.layers} layers, width {spec.width}" + origin_of(
+        state, as_stored is not None) + ", from FP8" * bool(scales) + adapted
     block = max((32 if isinstance(tensor, Mxfp4) else 128 for tensor in state.values()
                  if isinstance(tensor, (Mxfp4, PackedWeight))), default=TILE_ROWS)
     adaptable = Adaptable((*settings.served_model_name, *names), sources, lambda: slices, turned,
@@ -175,7 +167,28 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
     return LoadedModel(spec, tensors, text, source.name, description, dtype, block=block, family=family,
                        adaptable=adaptable, head=head, ranking=ranking,
                        draft_head=draft_head_of(settings, source.path, draft_head),
-                       **own_sampling(path, read_json(path, needed=False)))
+                       **sampling_of_folder(source.path / "generation_config.json"))
+
+
+def sampling_of_folder(path: Path) -> dict:
+    return own_sampling(path, read_json(path, needed=False))
+
+
+def kinds_in(state: Mapping) -> Iterator[str]:
+    """The types of the tensors that are not packed."""
+    return (kind_of(tensor) for tensor in state.values() if not isinstance(tensor, PackedWeight))
+
+
+def as_embedder(config: Path, family: str, spec: ModelSpec, called: Seq[str], text: TextSpec,
+                state: Mapping) -> tuple[TextSpec, Head]:
+    """The text and the head of a folder that embeds texts or ranks pairs of them."""
+    pipeline = getattr(open_tokenizer(text), "pipeline")
+    embedder, head = folder_embedder(config.parent, pipeline, family, spec, called)
+    if cross_encoders.classifies(state, spec):
+        head = cross_encoders.folder_head(config, read_json(config), spec, state)
+        sigmoid = cross_encoders.makes_probabilities(config, read_json(config))
+        embedder = embedder._replace(pooling="rank", size=1, least=0, sigmoid=sigmoid)
+    return replace(text, embedder=embedder, chat_template=None), head
 
 
 def with_prefix(state: dict, scales: dict) -> tuple[dict, dict]:

@@ -1,0 +1,56 @@
+"""What a GGUF file's vocabulary is as a tokenizer.json."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from chatlm.worker.weights.splits import PreTokenizer
+
+
+UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # tokenizer.ggml.token_type
+
+
+def bpe_pipeline(tokens: Seq[str], merges: list, normalizer, pre_tokenizer, decoder, **options) -> dict:
+    """The contents of a tokenizer.json, except its added tokens."""
+    model = {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges,
+             **options}
+    return {"version": "1.0", "normalizer": normalizer, "pre_tokenizer": pre_tokenizer, "decoder": decoder,
+            "model": model}
+
+
+def byte_level_pipeline(tokens: Seq[str], merges: list, pre: PreTokenizer) -> dict:
+    steps = [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+             for pattern in pre.splits]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": pre.gpt2}
+    return bpe_pipeline(tokens, merges, {"type": "NFC"} if pre.nfc else None,
+                        {"type": "Sequence", "pretokenizers": [*steps, byte_level]}, byte_level,
+                        ignore_merges=pre.ignore_merges)
+
+
+def sentencepiece_pipeline(tokens: Seq[str], merges: list, unknown: str, space_prefix: bool) -> dict:
+    """llama's sentencepiece BPE: spaces are U+2581, the text gets a leading one if `space_prefix`.
+
+    Unknown characters become bytes."""
+    steps: list[dict] = [{"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]
+    undo = [{"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}, {"type": "ByteFallback"},
+            {"type": "Fuse"}]
+    if space_prefix:
+        steps.insert(0, {"type": "Prepend", "prepend": "\u2581"})
+        undo.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    return bpe_pipeline(tokens, merges, {"type": "Sequence", "normalizers": steps}, None,
+                        {"type": "Sequence", "decoders": undo},
+                        byte_fallback=True, fuse_unk=True, unk_token=unknown)
+
+
+def merges_of_scores(tokens: Seq[str], scores: Seq[float], types: Seq[int]) -> list[tuple[str, str]]:
+    """The merges that a sentencepiece vocabulary leaves out.
+
+    Two pieces merge if together they are a piece; the best score comes first."""
+    usable = {token: score for token, score, token_type in zip(tokens, scores, types)
+              if token_type not in (UNKNOWN, CONTROL, BYTE)}
+    merges = [(score, len(token[:i]), token[:i], token[i:]) for token, score in usable.items()
+              for i in range(1, len(token)) if token[:i] in usable and token[i:] in usable]
+    merges.sort(key=lambda merge: merge[:2], reverse=True)
+    return [(left, right) for _, _, left, right in merges]
