@@ -99,7 +99,7 @@ TREES = {name: ast.parse(text) for name, text in SOURCES.items() if name.endswit
 # 590 more: nanochat's chat tasks and their data, numpy's order of rows, its bits per byte, programs that are run, scores beyond the context, and
 # the items that two steps judge differently.
 # 1,230 more: drafts: their sources, what pays, forced tokens, texts to draft from, draft heads, a second model.
-# 748 more: models that are downloaded for clients: what the hub and its cache have, room for them, processes that can be ended, Ollama's pull.
+# 751 more: models that are downloaded for clients: what the hub and its cache have, room for them, processes that can be ended, Ollama's pull.
 # 538 more: packed safetensors, a row for each format: which tensors form a matrix, what they must be, its values and its blocks.
 # 20 more: types that only files have, repacked types of old, what --quantize loses.
 MOST_STATEMENTS = 31_000

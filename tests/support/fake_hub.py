@@ -24,10 +24,17 @@ class FakeHub:
         self.etag = None    # of every large file, instead of its SHA-256
         self.breaks, self.held, self.on_bytes, self.tags = {}, {}, lambda file, start: None, ["gguf"]
         self.held_now, self.released = threading.Event(), threading.Event()
-        self.url = ""
+        self.url, self.digests = "", {}
+
+    def digest(self, algorithm, data):
+        """In hexadecimal; computed once, since the library gives up after ten seconds without an answer."""
+        known = self.digests.setdefault((algorithm, id(data)), [data])     # keeps the data, so that the id stays its own
+        if len(known) == 1:
+            known.append(hashlib.new(algorithm, data).hexdigest())
+        return known[1]
 
     def revision(self, repository):
-        files = sorted((name, hashlib.sha1(data).digest()) for name, data in self.repositories[repository].items())
+        files = sorted((name, self.digest("sha1", data)) for name, data in self.repositories[repository].items())
         return hashlib.sha1(repr(files).encode()).hexdigest()
 
     def fetched(self):
@@ -67,19 +74,19 @@ class FakeHub:
         if match[2] not in files:
             return self.refuse(404, "EntryNotFound")
         data = files[match[2]]
-        headers = {"X-Repo-Commit": self.revision(repository), "ETag": f'"{hashlib.sha1(data).hexdigest()}"'}
+        headers = {"X-Repo-Commit": self.revision(repository), "ETag": f'"{self.digest("sha1", data)}"'}
         if len(data) < 1 << 20:
             return await self.send(http, repository, match[2], headers)
         return web.Response(status=302, headers=headers | {
             # the real hub also offers its large files by another protocol, which needs a library in Rust and another server
             "X-Xet-Hash": "a" * 64, "X-Xet-Refresh-Route": f"{self.url}/api/models/{repository}/xet-read-token/main",
-            "X-Linked-Size": str(len(data)), "X-Linked-ETag": f'"{self.etag or hashlib.sha256(data).hexdigest()}"',
+            "X-Linked-Size": str(len(data)), "X-Linked-ETag": f'"{self.etag or self.digest("sha256", data)}"',
             "Location": f"{self.url.replace('localhost', '127.0.0.1')}/files/{repository}/{match[2]}"})
 
     def large(self, data):
         if len(data) < 1 << 20:
             return {}
-        return {"lfs": {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}}
+        return {"lfs": {"sha256": self.digest("sha256", data), "size": len(data), "pointerSize": 134}}
 
     async def send(self, http, repository, file, headers=None):
         data, start, ranged = self.repositories[repository][file], 0, False

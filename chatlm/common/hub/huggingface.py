@@ -454,5 +454,5 @@ def download_from_hub(hub, repository: str, name: str, disk: DiskCheck, before: 
                     raise ConfigError(f"{name} of {repository} was downloaded in parts that do not fit "
                                       "together; start again")
                 os.replace(part, blob)
-        part.unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
     hub.hf_hub_download(repository, name, revision=plan.revision, tqdm_class=Bar)

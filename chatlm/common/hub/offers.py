@@ -32,7 +32,8 @@ from chatlm.common.processes.child import join_parent
 MOST_FOUND = 30          # results of a search
 MOST_HEADER = 64 << 20   # of a GGUF file: beyond that the download itself looks
 CONFIG_BYTES = 1 << 20   # of a config.json
-SPEAK_S = 0.1            # between two reports of progress
+SPEAK_S, SPEAK_BYTES = 0.1, 4 << 20  # between two reports of progress; whichever comes first
+BUSY_S = 3.0             # that a process which was just ended may still hold its lock
 
 
 def named_model(text: str) -> tuple[str, str]:
@@ -269,9 +270,11 @@ def delete_model(repository: str, file: str) -> int:
     if folder.is_symlink() or not folder.is_dir():
         raise ConfigError(f"{repository} is not in the cache")
 
+    before, began_s = folder_bytes(folder), time.monotonic()
+
     def busy(stage: str, fraction: float):
-        raise ConfigError(f"{repository} is being downloaded by another process")
-    before = folder_bytes(folder)
+        if time.monotonic() - began_s > BUSY_S:
+            raise ConfigError(f"{repository} is being downloaded by another process")
     try:
         with download_lock(folder, busy):
             if file:
@@ -316,13 +319,14 @@ QUESTIONS: dict[str, Callable[..., list[Offer]]] = {"search": search, "look": lo
 def hub_main(arguments: Seq[str]) -> int:
     """The role `hub`: answer questions, or download a model."""
     channel = join_parent(arguments, HUB_PIPE)
-    last, spoke_s = "", 0.0
+    last, spoke_s = HubProgress("", 0, 0), 0.0
 
     def report(stage: str, done: int, whole: int):
         nonlocal last, spoke_s
-        if stage != last or time.monotonic() - spoke_s >= SPEAK_S:
-            last, spoke_s = stage, time.monotonic()
-            channel.send(HubProgress(stage, done, whole))
+        news = stage != last.stage or done - last.done >= SPEAK_BYTES
+        if news or time.monotonic() - spoke_s >= SPEAK_S:
+            last, spoke_s = HubProgress(stage, done, whole), time.monotonic()
+            channel.send(last)
 
     def answer(message) -> HubOffers | HubFetched:
         if isinstance(message, HubFetch):
