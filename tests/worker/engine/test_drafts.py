@@ -134,6 +134,16 @@ def test_answers_are_drafted_from_those_of_the_same_owner_alone(other, shared):
     assert (draft.tokens[:5] == tuple(text[4:9])) is shared and bool(draft.tokens) is shared
 
 
+def test_an_answer_with_log_probabilities_is_drafted_from_its_own_text_alone():
+    lookup, text = Lookup(), list(range(100, 140))
+    ended(lookup, sequence("a", [1, 2, 3], text))
+    again, repeating = sequence("b", [5, 6, *text[:4]], logprobs=0), sequence("c", [*text, 5, 6, *text[:4]], logprobs=0)
+    for each in (again, repeating):
+        lookup.begin(each)
+    drafts = lookup.propose([again, repeating])
+    assert drafts[0] == NO_DRAFT and drafts[1].tokens[:3] == tuple(text[4:7])
+
+
 def test_another_adapter_s_answers_are_not_drafted_from():
     lookup, text = Lookup(), list(range(100, 140))
     ended(lookup, sequence("a", [1, 2, 3], text))
