@@ -18,7 +18,7 @@ from chatlm.worker.engine.lookup import BETWEEN, LONGEST, RUN, Follower, Lookup,
 from chatlm.worker.engine.grammar import Grammar
 from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.sequence import Assignment, Sequence
-from engines import chat_work, make_engine, pieces
+from engines import chat_work, draft_eagerly, make_engine, pieces
 from lora import SMOLLM2, random_adapter
 from works import assignment
 
@@ -330,8 +330,7 @@ def engine(default_model_path, tmp_path_factory):
 
 @pytest.fixture
 def eager(monkeypatch):
-    """Drafts are verified as long as they are, whatever they cost here."""
-    monkeypatch.setattr(Drafting, "_counts", lambda drafting, drafts, times, rows, most, other_s: [len(draft.tokens) for draft in drafts])
+    draft_eagerly(monkeypatch)
 
 
 ADDRESS = {"type": "object", "properties": {
