@@ -454,7 +454,7 @@ def test_a_schema_holds_after_thinking_that_a_budget_or_somebody_ended(engine, d
         text, reasoning = ("".join(piece.joined(kind) for piece in found) for kind in ("text", "reasoning"))
         assert (found.end.reason, found.end.stop_reason) == ("stop", "grammar"), (text, reasoning)
         assert 0 <= json.loads(text)["age"] <= 130 and reasoning.endswith("\n\nLet me answer.")
-        for cut in (9, len(found) - 2):
+        for cut in (min(9, len(found) - 2), len(found) - 2):
             ids = (*work.resumed_ids, *(token for piece in found[:cut] for token in piece.tokens))
             rest = run_all(engine, changed(work, resumed_ids=ids, **ended))
             assert "".join(piece.text for piece in rest) == "".join(piece.text for piece in found[cut:])
