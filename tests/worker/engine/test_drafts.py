@@ -1,7 +1,9 @@
 """Drafts from text that was seen before, and the policy that cuts them: the same text, in fewer steps, never another owner's."""
 
+import importlib
 import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from chatlm.worker.engine.lookup import BETWEEN, LONGEST, RUN, Follower, Lookup,
 from chatlm.worker.engine.grammar import Grammar
 from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.sequence import Assignment, Sequence
-from engines import chat_work, make_engine, pieces
+from engines import chat_work, draft_eagerly, make_engine, pieces
 from lora import SMOLLM2, random_adapter
 from works import assignment
 
@@ -130,6 +132,16 @@ def test_answers_are_drafted_from_those_of_the_same_owner_alone(other, shared):
     lookup.begin(again)
     [draft] = lookup.propose([again])
     assert (draft.tokens[:5] == tuple(text[4:9])) is shared and bool(draft.tokens) is shared
+
+
+def test_an_answer_with_log_probabilities_is_drafted_from_its_own_text_alone():
+    lookup, text = Lookup(), list(range(100, 140))
+    ended(lookup, sequence("a", [1, 2, 3], text))
+    again, repeating = sequence("b", [5, 6, *text[:4]], logprobs=0), sequence("c", [*text, 5, 6, *text[:4]], logprobs=0)
+    for each in (again, repeating):
+        lookup.begin(each)
+    drafts = lookup.propose([again, repeating])
+    assert drafts[0] == NO_DRAFT and drafts[1].tokens[:3] == tuple(text[4:7])
 
 
 def test_another_adapter_s_answers_are_not_drafted_from():
@@ -318,8 +330,7 @@ def engine(default_model_path, tmp_path_factory):
 
 @pytest.fixture
 def eager(monkeypatch):
-    """Drafts are verified as long as they are, whatever they cost here."""
-    monkeypatch.setattr(Drafting, "_counts", lambda drafting, drafts, times, rows, most, other_s: [len(draft.tokens) for draft in drafts])
+    draft_eagerly(monkeypatch)
 
 
 ADDRESS = {"type": "object", "properties": {
@@ -415,3 +426,12 @@ def test_a_text_to_draft_from_that_cannot_be_read_is_an_error_that_names_it(tmp_
         path.write_bytes(content)
     with pytest.raises(ConfigError, match=f"--draft-text .*manual.txt: {message}"):
         read_text_of(str(path), "--draft-text")
+
+
+@pytest.mark.parametrize("kind, times", [("agents", 1.2), ("edits", 1.7), ("retries", 2.5), ("json", 1.3), ("prose", 1.0)])
+def test_transcripts_are_drafted_better_than_by_the_last_place_of_three_tokens_alone(engine, kind, times, monkeypatch):
+    """bench/drafts.py, without steps: rows cost 6 % of a step of one row, which is counted and not measured."""
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[3] / "bench")
+    bench = importlib.import_module("drafts")
+    found = {way: bench.accepted(way, bench.transcripts(engine.tokenizer, [kind])[kind], 0.06) for way in ("last", "lookup")}
+    assert found["lookup"][0] > times * found["last"][0] and found["lookup"][0] > 1
