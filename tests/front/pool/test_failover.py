@@ -64,6 +64,16 @@ async def told(pool, name, request):
     return [*pieces, replace(events[-1].usage, cached_tokens=0, drafted=DraftCounts(), accepted=DraftCounts())]
 
 
+def whole(said):
+    """What `told` returns with its pieces as one: how many tokens a step adds depends on drafts."""
+    deltas = []
+    for delta in (delta for piece in said[:-1] for delta in piece.deltas):
+        if deltas and deltas[-1].kind == delta.kind and not delta.name:
+            delta = deltas[-1]._replace(text=deltas.pop().text + delta.text)
+        deltas.append(delta)
+    return [token for piece in said[:-1] for token in piece.tokens], deltas, said[-1]
+
+
 PLAIN = dict(sampling=SamplingParams(temperature=1.0, seed=5), max_tokens=60)
 LONG_PROMPT = dict(prompts=(tuple(range(100, 220)),), max_tokens=40, ignore_eos=True, sampling=SamplingParams(temperature=0.0))
 GRAMMAR = json_grammar({"type": "array", "items": {"enum": ["ab", "c"]}, "minItems": 9}, "")
@@ -217,7 +227,7 @@ async def test_a_worker_killed_in_reasoning_that_has_a_budget_ends_it_at_the_sam
     pool = await start_pool(model=str(path))
     request |= dict(thinking_budget=20)
     disturbed, undisturbed = [await told(pool, name, request) for name in ("kill-reasoning", "undisturbed")]
-    assert (tmp_path / "kill-reasoning").exists() and disturbed == undisturbed
+    assert (tmp_path / "kill-reasoning").exists() and whole(disturbed) == whole(undisturbed)
     together = await asyncio.gather(*(told(pool, name, request | dict(thinking_budget=budget)) for name, budget in (("kill-reasoning-2", 20), ("other", 3))))
     assert (tmp_path / "kill-reasoning-2").exists()
     letters, other = (["".join(piece.joined(kind) for piece in pieces[:-1]) for kind in ("reasoning", "text")] for pieces in together)
@@ -311,7 +321,7 @@ async def test_a_worker_killed_in_the_middle_of_a_function_call_or_of_reasoning_
                          chat=True, ignore_eos=True, max_tokens=110)
 
     disturbed, undisturbed = [await told(pool, name, request) for name in (f"kill-{moment}", "undisturbed")]
-    assert (tmp_path / f"kill-{moment}").exists() and disturbed == undisturbed
+    assert (tmp_path / f"kill-{moment}").exists() and whole(disturbed) == whole(undisturbed)
     *pieces, done = disturbed
     if moment == "arguments":
         calls = calls_of(pieces)
@@ -345,7 +355,7 @@ async def test_a_worker_with_experts_killed_in_a_harmony_channel_costs_no_letter
                    sampling=SamplingParams(temperature=1.0, seed=1, logit_bias=((analysis, 4.0), (end, 4.0))))
 
     disturbed, undisturbed = [await told(pool, name, request) for name in (f"kill-{moment}", "undisturbed")]
-    assert (tmp_path / f"kill-{moment}").exists() and disturbed == undisturbed
+    assert (tmp_path / f"kill-{moment}").exists() and whole(disturbed) == whole(undisturbed)
     *pieces, _ = disturbed
     calls = calls_of(pieces)
     assert [call.name for call in calls if call.name] == ["f"] and len(calls) > 10
@@ -369,7 +379,7 @@ async def test_a_worker_killed_in_one_of_several_calls_in_tags_costs_no_letter_o
                    grammar=grammar, max_tokens=600, sampling=SamplingParams(temperature=1.0, seed=1))
 
     disturbed, undisturbed = [await told(pool, name, request) for name in ("kill-arguments", "undisturbed")]
-    assert (tmp_path / "kill-arguments").exists() and disturbed == undisturbed
+    assert (tmp_path / "kill-arguments").exists() and whole(disturbed) == whole(undisturbed)
     *pieces, _ = disturbed
     calls = calls_of(pieces)
     assert [call.name for call in calls if call.name] == ["f"] * 3 and len(calls) > 40
@@ -417,7 +427,8 @@ async def test_a_stream_goes_on_across_a_dead_worker_and_a_lost_connection(start
             rest = await again.read()
         whole = await client.post(url + "/v1/chat/completions", json=body | {"stream": False}, headers={"X-Request-Id": "kill-queued-http"})
         assert (await whole.json())["choices"][0]["message"]["content"] == text_of(undisturbed)
-    assert re.findall(rb"id: (\d+)", seen + rest) == re.findall(rb"id: (\d+)", undisturbed)
+    numbers = [int(number) for number in re.findall(rb"id: (\d+)", seen + rest)]
+    assert numbers == [*range(len(numbers))] and len(numbers) > 5
     assert text_of(seen + rest) == text_of(undisturbed) and pool.workers[0].restarts == 2
 
 

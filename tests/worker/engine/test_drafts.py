@@ -1,7 +1,9 @@
 """Drafts from text that was seen before, and the policy that cuts them: the same text, in fewer steps, never another owner's."""
 
+import importlib
 import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -415,3 +417,12 @@ def test_a_text_to_draft_from_that_cannot_be_read_is_an_error_that_names_it(tmp_
         path.write_bytes(content)
     with pytest.raises(ConfigError, match=f"--draft-text .*manual.txt: {message}"):
         read_text_of(str(path), "--draft-text")
+
+
+@pytest.mark.parametrize("kind, times", [("agents", 1.2), ("edits", 1.7), ("retries", 2.5), ("json", 1.3), ("prose", 1.0)])
+def test_transcripts_are_drafted_better_than_by_the_last_place_of_three_tokens_alone(engine, kind, times, monkeypatch):
+    """bench/drafts.py, without steps: rows cost 6 % of a step of one row, which is counted and not measured."""
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[3] / "bench")
+    bench = importlib.import_module("drafts")
+    found = {way: bench.accepted(way, bench.transcripts(engine.tokenizer, [kind])[kind], 0.06) for way in ("last", "lookup")}
+    assert found["lookup"][0] > times * found["last"][0] and found["lookup"][0] > 1

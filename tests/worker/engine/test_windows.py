@@ -11,6 +11,7 @@ from chatlm.common.config import PAGE_SIZE
 from chatlm.common.core import decode_core
 from chatlm.common.messages.requests import SamplingParams
 from chatlm.common.text.load import open_tokenizer
+from chatlm.worker.engine.lookup import LONGEST
 from chatlm.worker.engine.engine import Engine
 from chatlm.worker.engine.integrity import scheduler_faults
 from chatlm.worker.engine.kvcache import PagePool
@@ -39,7 +40,7 @@ def check(engine, cases, works=None, **options):
     def on_step(plan):
         scheduler = engine.scheduler
         for sequence in scheduler.running:
-            length = len(sequence.tokens) + PAGE_SIZE * sequence.drafts      # room for a draft
+            length = len(sequence.tokens) + (LONGEST + PAGE_SIZE) * sequence.drafts      # room for a draft
             assert scheduler.tables.held(sequence) <= engine.pool.pages_for(length, scheduler.prefill_chunk)
         seen.most = max(seen.most, engine.pool.num_pages - engine.pool.available)
     result = run(engine, works or works_of(cases), on_step=on_step, **options)
