@@ -157,7 +157,7 @@ class Played:
 
     def __init__(self, prompt, cached):
         self.tokens, self.draft, self.drafts, self.adapter_digest = list(prompt), NO_DRAFT, False, ""
-        self.work = SimpleNamespace(prompt_ids=prompt, params=SimpleNamespace(owner="", client="bench"))
+        self.work = SimpleNamespace(prompt_ids=prompt, params=SimpleNamespace(owner="", client="bench", logprobs=None))
         self.output = SimpleNamespace(usage=Usage(cached_tokens=cached), grammar=None)
 
 

@@ -98,7 +98,7 @@ TREES = {name: ast.parse(text) for name, text in SOURCES.items() if name.endswit
 # 152 more: texts that step aside for answers, experts and odd widths of encoders.
 # 590 more: nanochat's chat tasks and their data, numpy's order of rows, its bits per byte, programs that are run, scores beyond the context, and
 # the items that two steps judge differently.
-MOST_STATEMENTS = 28_145
+MOST_STATEMENTS = 28_146
 MOST_METHODS = 20
 LARGE_CLASSES = 1           # how many may have more methods: decode_core's Program
 MOST_IGNORES = 30

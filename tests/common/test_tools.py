@@ -29,7 +29,7 @@ from chatlm.front.api.tables import OPENAI_FIELDS
 from chatlm.worker.engine.answer import Answer, RepeatedCalls
 from chatlm.worker.engine.grammar import Grammar
 from answers import calls_of
-from engines import load, make_engine, pieces, step_pieces
+from engines import draft_eagerly, load, make_engine, pieces, step_pieces
 from fake_pool import FakePool, Letters, frames, serving
 from nightly import by_day
 from patching import patch
@@ -814,8 +814,9 @@ def strict_work(engine, name, messages, tokens, **more):
                       call_grammars=request.params.call_grammars, grammar_param=request.params.grammar_param, **more)
 
 
-def test_a_call_that_the_default_model_makes_on_its_own_of_a_strict_function_follows_its_schema(engine):
+def test_a_call_that_the_default_model_makes_on_its_own_of_a_strict_function_follows_its_schema(engine, monkeypatch):
     """The model repeats a call that the schema forbids; drafts propose it too. Preempted or taken over by another worker, it is the same."""
+    draft_eagerly(monkeypatch)
     say = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome", "days": 3}}\n</tool_call>'
     work = strict_work(engine, "a", [("user", "Repeat this:\n" + say), ("assistant", say), ("user", "Repeat this:\n" + say)], 100)
     free = pieces(engine, [replace(work, params=replace(work.params, call_grammars=()))])["a"]

@@ -35,7 +35,7 @@ from chatlm.worker.ops.attention import attend_prompt
 from chatlm.worker.arrays.kinds import AdapterMatrix
 from chatlm.worker.ops.rows import SampleRow
 from chatlm.worker.ops.sampling import sample_reference
-from engines import load, make_batch, pieces, run, step_pieces, tensors_of
+from engines import draft_eagerly, load, make_batch, pieces, run, step_pieces, tensors_of
 from near_tie import assert_same_tokens_or_near_tie
 from nightly import by_day
 from random_rows import random_logits, random_rows
@@ -297,6 +297,7 @@ def test_graphs_give_what_the_ops_one_by_one_give(backend, nanochat_fixtures, mo
 @pytest.mark.parametrize("name", [pytest.param("gen1", marks=pytest.mark.slow), pytest.param("gen4", marks=pytest.mark.slow), "llama"])
 def test_drafts_change_no_token(backend, name, nanochat_fixtures, monkeypatch, request):
     """Prompts that repeat themselves; steps of up to 8 rows are graphs, drafts among them, and none runs together with a prompt."""
+    draft_eagerly(monkeypatch)
     if backend.name == "emulation":
         backend = backends.Emulated(request.getfixturevalue("emulation_library"), products=True)
     model, tokens, rng = model_of(name, nanochat_fixtures), {}, np.random.default_rng(2)

@@ -294,7 +294,9 @@ class Lookup:
 
     def _draft(self, sequence: Sequence) -> Draft:
         if (follower := self.followers[sequence]) is None:
-            others = self.stores.of(owner_of(sequence))
+            # marks beside log-probabilities say what repeats itself here: the page's token lens asks again
+            marked = sequence.work.params.logprobs is not None
+            others = [] if marked else self.stores.of(owner_of(sequence))
             follower = self.followers[sequence] = Follower(sequence.tokens, others)
         tokens, chances = follower.propose()
         return Draft(self.name, tokens, chances, len(sequence.tokens)) if tokens else NO_DRAFT

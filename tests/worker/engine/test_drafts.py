@@ -18,7 +18,7 @@ from chatlm.worker.engine.lookup import BETWEEN, LONGEST, RUN, Follower, Lookup,
 from chatlm.worker.engine.grammar import Grammar
 from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.sequence import Assignment, Sequence
-from engines import chat_work, make_engine, pieces
+from engines import chat_work, draft_eagerly, make_engine, pieces
 from lora import SMOLLM2, random_adapter
 from works import assignment
 
@@ -132,6 +132,16 @@ def test_answers_are_drafted_from_those_of_the_same_owner_alone(other, shared):
     lookup.begin(again)
     [draft] = lookup.propose([again])
     assert (draft.tokens[:5] == tuple(text[4:9])) is shared and bool(draft.tokens) is shared
+
+
+def test_an_answer_with_log_probabilities_is_drafted_from_its_own_text_alone():
+    lookup, text = Lookup(), list(range(100, 140))
+    ended(lookup, sequence("a", [1, 2, 3], text))
+    again, repeating = sequence("b", [5, 6, *text[:4]], logprobs=0), sequence("c", [*text, 5, 6, *text[:4]], logprobs=0)
+    for each in (again, repeating):
+        lookup.begin(each)
+    drafts = lookup.propose([again, repeating])
+    assert drafts[0] == NO_DRAFT and drafts[1].tokens[:3] == tuple(text[4:7])
 
 
 def test_another_adapter_s_answers_are_not_drafted_from():
@@ -320,8 +330,7 @@ def engine(default_model_path, tmp_path_factory):
 
 @pytest.fixture
 def eager(monkeypatch):
-    """Drafts are verified as long as they are, whatever they cost here."""
-    monkeypatch.setattr(Drafting, "_counts", lambda drafting, drafts, times, rows, most, other_s: [len(draft.tokens) for draft in drafts])
+    draft_eagerly(monkeypatch)
 
 
 ADDRESS = {"type": "object", "properties": {

@@ -16,7 +16,7 @@ import torch
 from chatlm.common.config import PAGE_SIZE
 from chatlm.common.messages.requests import Ended, Message, SamplingParams
 from chatlm.worker.engine.integrity import check_integrity
-from engines import TracedSteps, chat_work, load, make_engine, run, step_pieces
+from engines import TracedSteps, chat_work, draft_eagerly, load, make_engine, run, step_pieces
 from near_tie import assert_same_tokens_or_near_tie
 from nightly import by_day
 from works import assignment, changed
@@ -192,7 +192,8 @@ def test_steps_started_ahead_give_the_same_answers(smollm, gen5, nanochat_fixtur
 
 
 @pytest.mark.parametrize("ahead", by_day([False, True], True))
-def test_drafts_change_nothing_but_the_number_of_steps(smollm, ahead):
+def test_drafts_change_nothing_but_the_number_of_steps(smollm, ahead, monkeypatch):
+    draft_eagerly(monkeypatch)
     text = "Say it again, word for word: the quick brown fox jumps over the lazy dog and the cat sleeps by the fire."
     works = [chat_work(smollm, "greedy", text, 40), chat_work(smollm, "drawn", text, 40, temperature=0.3, seed=3),
              changed(chat_work(smollm, "stop", text, 40), stop=("azy do",)),

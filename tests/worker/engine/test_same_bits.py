@@ -12,14 +12,13 @@ import torch
 from chatlm.common.config import PAGE_SIZE
 from chatlm.common.core import decode_core
 from chatlm.common.messages.requests import Ended, Piece, SamplingParams
-from chatlm.worker.engine.drafts import Drafting
 from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.states import StatePool
 from chatlm.worker.model.kernels import not_compiled
 from chatlm.worker.model.spec import KvType
 from chatlm.worker.weights.families import FAMILIES
 from encoders import MODELS as ENCODERS
-from engines import make_engine, propose_partly_right
+from engines import draft_eagerly, make_engine, propose_partly_right
 from families import GENERATIONS, GGUF_MODELS, GROWING, MODELS, as_gguf, make_model, save
 from nightly import by_day
 from ranked import Group
@@ -164,7 +163,7 @@ class Ways:
         self.check(self.fresh(self.works), "looking up")
         lookup.stores.settle()
         with monkeypatch.context() as patches:
-            patches.setattr(Drafting, "_counts", lambda drafting, drafts, times, rows, most, other_s: [len(draft.tokens) for draft in drafts])
+            draft_eagerly(patches)
             for works in (self.works, self.works[:1], self.works + self.others):
                 self.check(self.fresh(works), "looking up what was said")
             self.check(answers(engine, self.works, ahead=True), "looking up, from the cache")
