@@ -21,6 +21,6 @@ def mean_kl(flags, rows):
 @pytest.mark.parametrize("flags, most", [("--dtype float32", 1e-11), ("", 1e-7), ("--quantize q8_0", 3e-4),
                                          *((f"--quantize {kind}", 3e-4) for kind in (
                                              "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs",
-                                             "mxfp4"))])
+                                             "mxfp4", "q3_k", "q2_k"))])
 def test_the_compiled_arithmetic_is_near_float32_on_its_own_weights_and_decodes_as_it_prefills(flags, most):
     assert mean_kl(flags, rows=1) == mean_kl(flags, rows=32) < most

@@ -1,7 +1,6 @@
-// The types of two and three bits: as the others of formats.h, which includes this.
+// The types of two and three bits: a part of formats.h, which includes it after what all types have in common.
 #pragma once
 
-#include "cpu/tiles/formats.h"
 #include "cpu/tiles/grids.h"
 
 namespace dc {

@@ -1,6 +1,6 @@
 // The grids of grids.def with each digit as a magnitude, and 2^OFFSET_SHIFT of its type added; of IQ1_* 8 times the digit.
 #define DC_ISA portable
-#include "cpu/tiles/grids.h"
+#include "cpu/tiles/formats.h"
 
 namespace dc {
 namespace {

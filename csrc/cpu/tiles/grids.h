@@ -11,9 +11,8 @@
 // cost     of 32 columns on Zen 5: 46 to 90 cycles by loads, 18 to 44 with VBMI
 // numerics a code is a weight's integer plus 2^OFFSET_SHIFT, as everywhere: grid entries have it added already, and a code whose
 //          weight is negative is 2 * 2^OFFSET_SHIFT minus that. So integer sums and scales are those of the other types
+// A part of formats.h, which includes it after what all types have in common.
 #pragma once
-
-#include "cpu/tiles/formats.h"
 
 namespace dc {
 
