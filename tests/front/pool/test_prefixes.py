@@ -76,7 +76,7 @@ async def test_a_second_model_drafts_for_a_prompt_that_was_restored(start_pool, 
     cached = 0
     for _ in range(5):      # a prompt does not wait for what a busy machine reads late
         if not cached:
-            pool = await start_pool(prefix_store=str(tmp_path / "store"), draft_model=str(nanochat_fixtures / "gen5"), drafts="model")
+            pool = await start_pool(prefix_store=str(tmp_path / "store"), draft_model=str(nanochat_fixtures / "gen5"), drafts="model", draft_memory=0)
             again, cached = await answer(pool, "again")
             await idle(pool)
             assert again == text and pool.workers[0].gauges["accepted_model"] > 0
