@@ -35,8 +35,9 @@ class Grammar:
     """Which tokens may come next. A thread computes the next token's mask in the background, and those after
     each token of its draft.
 
-    Copies share a lexer, whose number of states is limited: the states that hours of answers added may break
-    another answer's grammar, which then starts over once with a new lexer (`renew`)."""
+    Copies share a lexer, whose number of states is limited: those that drafts added, or hours of answers, may
+    break an answer's grammar, which then starts over with a new lexer (`renew`): once to go on without
+    drafts, so that they make no answer fail, and once more."""
 
     def __init__(self, tokenizer: Tokenizer, source: str):
         llguidance = require_library("llguidance", "constrained decoding")
@@ -46,6 +47,7 @@ class Grammar:
         self.bytes = tokenizer.byte_tokens
         self.source, self.lexer = source, object()  # lexer: the same one in its copies
         self.fed, self.renewed = [], False          # fed: the tokens so far
+        self.follows_drafts = True
         self.size = 0                 # bytes, shared with its copies
         self.masks: Future = Future()  # the masks of the next token and after a draft's, each as bytes
 
@@ -57,7 +59,7 @@ class Grammar:
 
     def renew(self, fresh: Grammar) -> Grammar:
         """Bring `fresh`, a new copy of the same grammar, to the state of this one."""
-        fresh.renewed, fresh.fed = True, self.fed
+        fresh.renewed, fresh.follows_drafts, fresh.fed = not self.follows_drafts, False, self.fed
         fresh.matcher.consume_tokens(fresh.fed)
         return fresh
 
@@ -87,13 +89,14 @@ class Grammar:
     def fitting(self, tokens: Seq[int]) -> int:
         """How many of these tokens may follow, none of which ends the answer."""
         count = next((i for i, token in enumerate(tokens) if token in self.ends), len(tokens))
-        if not count or self.matcher.is_error():
+        if not count or not self.follows_drafts or self.matcher.is_error():
             return 0
         return self.matcher.validate_tokens(list(tokens[:count]))
 
     def forced(self) -> list[int]:
         """The tokens that must come next, each the only one that is allowed. Takes up to 80 us."""
-        return [] if self.matcher.is_error() else self.matcher.compute_ff_tokens()
+        able = self.follows_drafts and not self.matcher.is_error()
+        return self.matcher.compute_ff_tokens() if able else []
 
     def feed(self, token: int) -> bool:
         """False if the grammar rejects the token, has grown too large to follow, or cannot be satisfied."""

@@ -161,13 +161,16 @@ async def test_no_route_reads_a_large_body_on_the_event_loop(client, route, monk
     async def named_in_sandbox(body, client):
         return ""
 
-    pool.read_large, pool.answer_text, pool.named_model = in_sandbox, in_sandbox, named_in_sandbox
+    async def document_in_sandbox(client, name, boundary, body):
+        raise RequestError("read elsewhere", status=418)
+
+    pool.read_large, pool.answer_text, pool.named_model, pool.extract = in_sandbox, in_sandbox, named_in_sandbox, document_in_sandbox
     decode, payload = json.loads, json.dumps({"model": "default", "x": [1] * 40_000}).encode()
     monkeypatch.setattr(json, "loads", lambda text, **how: read.append(len(text)) or decode(text, **how))
     async with serving(pool) as url:
         for slash in "", "/":
             async with client.request(route.method, url + route.path.replace("{id}", "x") + slash, data=payload) as response:
-                assert response.status == (418 if reads else 413 if route.fields else 404), await response.text()
+                assert response.status == (418 if reads or route.path == "/extract" else 413 if route.fields else 404), await response.text()
     assert sent == [(route.path, len(payload))] * 2 * reads and max(read, default=0) < 1000
     assert bool(route.fields) == (reads or route.path in HUB_FIELDS)
 

@@ -149,7 +149,7 @@ def test_answers_of_an_adapter_and_in_a_grammar_are_the_same(with_random_head, t
     engine.adapters.load("one", random_adapter(tmp_path / "one", config.num_hidden_layers, {"mlp.down_proj": (config.hidden_size, config.intermediate_size)}, 1, 4, 0.3))
     prompt = works_of()[0].prompt_ids
     works = [assignment(f"w{n}", prompt, SamplingParams(temperature=1.0, seed=n), 30, ignore_eos=not more.get("grammar"), **more) for n, more in enumerate(
-        [dict(adapter="one"), {}, dict(adapter="one"), dict(grammar="start: /[01]+/")])]
+        [dict(adapter="one"), {}, dict(adapter="one"), dict(grammar="start: /[01]*1[01]{12}[01]*/")])]   # its lexer has few states left for drafts
     engine.drafts = False
     expected = endings_of(engine, works)
     engine.drafts = True

@@ -43,6 +43,7 @@ def work(name, first, adapter="", length=50):
 def busy_engine(folder, adapter=None):
     """Answers a and b run and share pages; c has ended, and its pages are cached."""
     engine = make_engine(folder, num_pages=100, max_batch=4, prefill_chunk=64)
+    engine.drafts = False       # so that a number of steps is a number of tokens
     if adapter:
         engine.adapters.load("ad", adapter)
     engine.add(work("c", 100))

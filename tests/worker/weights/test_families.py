@@ -302,7 +302,7 @@ def test_a_line_says_before_loading_whether_the_model_fits_and_which_flag_helps(
     held = sum({id(weight): weight.nbytes for weight in engine.transformer.weights.values()}.values())
     assert "adapters" not in line
     one = random_adapter(tmp_path / "one", 30, SMOLLM2, rank=16)
-    assert " + adapters 0.02 GB + activations " in built(caplog, default_model_path, 4 << 30, monkeypatch, adapter=(f"one={one}",))[2]
+    assert " + adapters 0.02 GB + drafts 0.03 GB + activations " in built(caplog, default_model_path, 4 << 30, monkeypatch, adapter=(f"one={one}",))[2]
     if decode_core():
         assert 0.97 < plan.weights / held < 1.03
     assert plan.activations == sum(buffer.nbytes for buffer in engine.transformer.buffers.values())
@@ -320,7 +320,7 @@ def test_a_line_says_before_loading_whether_the_model_fits_and_which_flag_helps(
     assert "The model may not fit: " in line and "M or a shorter --context-length helps" in line and "--kv-cache-memory 1" in line
     *_, line = built(caplog, default_model_path, 4 << 30, monkeypatch, prefix_memory=500_000_000)
     parts = [float(number) for number in re.findall(r"([\d.]+) GB", line)]
-    assert " + prefixes 0.50 GB = " in line and abs(sum(parts[:4]) - parts[4]) < 0.03
+    assert " + prefixes 0.50 GB = " in line and abs(sum(parts[:5]) - parts[5]) < 0.03
     *_, line = built(caplog, default_model_path, 700 << 20, monkeypatch, prefix_memory=700 << 20)
     assert re.search(r"The model may not fit: .* --prefix-memory [3-5]\d\dM helps$", line)
     pages = [built(caplog, default_model_path, 2 << 30, monkeypatch, kv_cache_memory=None, prefix_memory=size)[1].pool.num_pages for size in (0, 1 << 30)]
