@@ -45,7 +45,7 @@ def test_every_limit_of_the_program_is_in_it():
 
 def test_the_flags_routes_and_files_that_it_names_exist():
     flags = {f"--{name}" for flag in FLAGS for name in flag.names} | {"--version"}
-    flags |= {f"--no-{flag.field}" for flag in FLAGS if flag.default is True}
+    flags |= {f"--no-{flag.field}" for flag in FLAGS if flag.default is True or flag.off}
     assert set(re.findall(r"`(--[a-z-]+)", TEXT)) <= flags
     variables = {f"CHAT_SERVER_{flag.field.upper()}" for flag in FLAGS}
     assert set(re.findall(r"`(CHAT_SERVER_[A-Z_]+)`", TEXT)) <= variables

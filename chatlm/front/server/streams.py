@@ -95,12 +95,12 @@ class Holding:
                              "stream them, or ask for less at a time")
 
 
-async def read_bytes(http: web.Request, holding: Holding, most: int = LIMITS.body_bytes) -> bytearray:
-    """The body; RequestError 413 above `most` bytes, 408 if it pauses for BODY_S or is too slow,
-    400 if its chunks are broken."""
+async def read_bytes(http: web.Request, holding: Holding, most: int = 0) -> bytearray:
+    """The body; RequestError 413 above `most` bytes (0: LIMITS.body_bytes), 408 if it pauses for BODY_S or is
+    too slow, 400 if its chunks are broken."""
     if http.headers.get("Content-Encoding", "identity").lower() != "identity":
         raise RequestError("compressed bodies are not supported", status=415, code="unsupported_encoding")
-    body, began_s = bytearray(), time.monotonic()
+    body, began_s, most = bytearray(), time.monotonic(), most or LIMITS.body_bytes
     while max(len(body), length := http.content_length or 0) <= most:
         if max(len(body), length) > LIMITS.inline_bytes and not holding.size:
             await holding.room(length or most)

@@ -46,7 +46,7 @@ def test_one_server_keeps_both_arithmetics_apart_and_says_which_is_which(default
 
 def test_a_fine_answer_whose_worker_is_killed_goes_on_in_fine_arithmetic(default_model_path):
     log = []
-    with server("--arithmetic", "fine", "--num-workers", "2", log=log) as (process, url):
+    with server("--arithmetic", "fine", "--num-workers", "2", "--no-drafts", log=log) as (process, url):
         assert any("fine arithmetic" in line for line in log)
         question = ask("Tell me about the sea.", max_tokens=200, ignore_eos=True, stream=True)
 
