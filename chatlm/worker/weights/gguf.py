@@ -39,6 +39,7 @@ from chatlm.worker.weights.embedders import gguf_embedder, pooling_of_gguf
 from chatlm.worker.weights.configs import (
     HF_DEFAULTS, complete_heads, family_spec, growing_queries, scaled_rope, unsupported)
 from chatlm.worker.weights.families import FAMILIES, GGUF_FAMILIES
+from chatlm.worker.weights.factors import with_factors
 from chatlm.worker.weights.family import Family, Header
 from chatlm.worker.weights.finite import refuse_faults
 from chatlm.worker.weights.gguf_file import (
@@ -94,6 +95,7 @@ def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
         family, spec = gguf_spec(source.path, metadata, stored, settings.context_length)
         architecture = metadata["general.architecture"]
         check_gguf_types(source.path, stored)
+        stored = with_factors(source.path, stored)
         stored = FAMILIES[family].gguf.repack(stored)
         given = stored
         if metadata.get(f"{architecture}.nextn_predict_layers"):  # a draft head is no layer of the model

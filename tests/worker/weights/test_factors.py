@@ -1,0 +1,65 @@
+"""Factors beside the matrices of a GGUF file: NAME.scale multiplies, NAME.input_scale changes nothing."""
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from chatlm.common.errors import ConfigError
+from chatlm.worker.arrays.gguf_types import TYPES
+from chatlm.worker.arrays.packed import dequantize
+from chatlm.worker.weights.factors import with_factors
+from chatlm.worker.weights.gguf_header import Tensor
+from families import as_gguf, load, make_model
+
+
+def tensor(name, kind, data, shape):
+    return Tensor(name, TYPES[kind], np.array(shape, np.uint64), int(np.prod(shape)), data.nbytes, 0, data)
+
+
+def nvfp4(name, rows, columns, experts=1, seed=0):
+    """Random blocks, whose four scales are small e4m3 numbers."""
+    blocks = np.random.default_rng(seed).integers(0, 256, (experts * rows, columns // 64, 36), np.uint8)
+    blocks[:, :, :4] = blocks[:, :, :4] % 16 + 24
+    data = blocks.reshape(*([experts] if experts > 1 else []), rows, -1)
+    return tensor(name, "NVFP4", data, [columns, rows, *([experts] if experts > 1 else [])])
+
+
+def factor(name, *values):
+    return tensor(name, "F32", np.array(values, np.float32), [len(values)])
+
+
+@pytest.mark.parametrize("experts, factors", [(1, (0.37,)), (3, (0.5, -2.0, 1e-3)), (3, (7.0,))])
+def test_packed_matrices_are_multiplied_by_their_factor_or_by_that_of_each_expert(experts, factors):
+    matrix = nvfp4("m.weight", 5000, 64, experts)       # in two pieces
+    found = with_factors(Path("f"), {"m.weight": matrix, "m.scale": factor("m.scale", *factors), "m.input_scale": factor("m.input_scale", 9.0)})
+    assert found.keys() == {"m.weight"} and found["m.weight"].tensor_type.name == "Q8_0" and found["m.weight"].data.shape[:-1] == matrix.data.shape[:-1]
+    flat = gguf.dequantize(matrix.data.reshape(-1, 36), gguf.GGMLQuantizationType.NVFP4).reshape(experts, -1)
+    wanted = flat * np.resize(np.array(factors, np.float32), experts)[:, None]
+    ours = dequantize(TYPES["Q8_0"], found["m.weight"].data).reshape(experts, -1)
+    assert (np.abs(ours - wanted).max(1) < 0.005 * np.abs(wanted).max(1)).all()
+
+
+def test_a_factor_of_one_and_names_without_a_matrix_change_nothing():
+    stored = {"m.weight": nvfp4("m.weight", 16, 64), "m.scale": factor("m.scale", 1.0), "other.scale": factor("other.scale", 2.0)}
+    assert with_factors(Path("f"), stored) == {"m.weight": stored["m.weight"], "other.scale": stored["other.scale"]}
+
+
+@pytest.mark.parametrize("values", [(1.0, 2.0), (float("nan"),), (float("inf"),), ()])
+def test_factors_that_are_impossible_are_named(values):
+    with pytest.raises(ConfigError, match=r"f: m.scale has \d numbers; it must have 1, and none may be NaN"):
+        with_factors(Path("f"), {"m.weight": nvfp4("m.weight", 16, 64), "m.scale": factor("m.scale", *values)})
+
+
+def test_a_model_with_factors_is_the_model_whose_matrices_are_multiplied(tmp_path):
+    model = make_model("llama3.1")
+    with_them = load(as_gguf(tmp_path / "factors.gguf", model, beside={"blk.0.ffn_down.scale": np.float32([0.25]), "blk.0.ffn_down.input_scale": np.float32([3])}))
+    plain = load(as_gguf(tmp_path / "plain.gguf", model))
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight *= 0.25
+    multiplied = load(as_gguf(tmp_path / "multiplied.gguf", model))
+    name = next(name for name in multiplied.tensors if name.startswith("0.") and "down" in name)
+    values = [np.asarray(each.tensors[name].read()) for each in (with_them, multiplied, plain)]
+    assert (values[0] == values[1]).all() and (values[0] != values[2]).any()
