@@ -23,6 +23,7 @@ from chatlm.common.messages.protocol import Result
 
 UNPACKED_BYTES, MEMBERS = 256 << 20, 10_000  # most that an archive may hold
 ROW_CELLS, ROWS = 256, 100_000               # of a sheet, those that are read
+PACKAGES = "markdownify", "mammoth", "openpyxl", "pypdfium2", "python-pptx"  # the extra `documents`
 FORMATS = "PDF, DOCX, PPTX, XLSX, EPUB and HTML"
 
 
@@ -44,7 +45,7 @@ def library(name: str, kind: str) -> Any:
     try:
         return require_library(name, f"reading {kind} files")
     except ConfigError as error:
-        advice = "install with: python -m pip install 'chat-server[documents]'"
+        advice = f"install all that documents need with: python -m pip install {' '.join(PACKAGES)}"
         raise RequestError(f"{str(error).partition(';')[0]}; {advice}", status=501,
                            code="not_installed") from None
 
