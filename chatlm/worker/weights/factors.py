@@ -1,5 +1,5 @@
-"""Factors beside the matrices of a GGUF file: NAME.scale multiplies NAME.weight, as llama.cpp's converter
-writes for NVFP4; NAME.input_scale, for activations in 4 bits, changes nothing here."""
+"""Factors beside the NVFP4 matrices of a GGUF file: NAME.scale multiplies NAME.weight; NAME.input_scale, for
+activations in 4 bits, changes nothing here. (Gemma 4's ffn_gate_inp.scale, beside floats, is another.)"""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def with_factors(path: Path, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors without factors, by which their matrices are multiplied. ConfigError for factors that are
     not one finite number, or one for each expert."""
     found = {name: match for name in stored
-             if (match := re.fullmatch(r"(.*)\.(input_)?scale", name)) and f"{match[1]}.weight" in stored}
+             if (match := re.fullmatch(r"(.*)\.(input_)?scale", name))
+             and (matrix := stored.get(f"{match[1]}.weight")) and matrix.tensor_type.name == "NVFP4"}
     tensors = {name: tensor for name, tensor in stored.items() if name not in found}
     for name, match in found.items():
         weight = f"{match[1]}.weight"
@@ -32,7 +33,7 @@ def with_factors(path: Path, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def multiplied(path: Path, tensor: Tensor, factor: Tensor) -> Tensor:
-    """A matrix times its factor: floats in float32, packed ones in Q8_0, whose scales hold it."""
+    """A matrix times its factor, in Q8_0."""
     factors = numpy.asarray(floats(dequantize(factor.tensor_type, factor.data)), numpy.float32).reshape(-1)
     allowed = {1, int(tensor.shape[2]) if len(tensor.shape) > 2 else 1}
     if len(factors) not in allowed or not numpy.isfinite(factors).all():
@@ -42,12 +43,9 @@ def multiplied(path: Path, tensor: Tensor, factor: Tensor) -> Tensor:
         return tensor
     columns, rows = int(tensor.shape[0]), tensor.data.reshape(-1, tensor.data.shape[-1])
     each = numpy.repeat(factors, len(rows) // len(factors))[:, None]
-    kind = "F32" if tensor.tensor_type.name in ("F32", "F16", "BF16") or columns % 32 else "Q8_0"
-    parts = []
+    gguf, parts = require_library("gguf", "packed weights"), []
     for begin in range(0, len(rows), ROWS):
         values = floats(dequantize(tensor.tensor_type, rows[begin:begin + ROWS])).reshape(-1, columns)
-        values = values * each[begin:begin + ROWS]
-        parts.append(values if kind == "F32" else require_library("gguf", "packed weights").quantize(
-            values, TYPES[kind]))
+        parts.append(gguf.quantize(values * each[begin:begin + ROWS], TYPES["Q8_0"]))
     data = numpy.concatenate(parts).reshape(*tensor.data.shape[:-1], -1)
-    return tensor._replace(tensor_type=TYPES[kind], n_bytes=data.nbytes, data=data)
+    return tensor._replace(tensor_type=TYPES["Q8_0"], n_bytes=data.nbytes, data=data)
