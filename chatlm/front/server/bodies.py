@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import replace
-from email.message import Message
 from typing import TYPE_CHECKING
 
 from chatlm.common.config import LIMITS, with_own_sampling
@@ -128,6 +127,7 @@ class Bodies:
 
     async def handle_extract(self, http: web.Request) -> web.Response:
         """The text of a document: the body, or the first file of a form."""
+        from email.message import Message  # 16 modules that no start should wait for
         with self.holding() as holding:
             body = await read_bytes(http, holding, LIMITS.document_bytes)
             if not body:
