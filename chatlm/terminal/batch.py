@@ -11,10 +11,10 @@ import re
 import sys
 import time
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TYPE_CHECKING
+from typing import BinaryIO, NamedTuple, TYPE_CHECKING
 
 from chatlm.common.errors import ChatServerError, ConfigError, Overloaded, RequestError, visible
 from chatlm.common.log import ProgressDisplay, tell
@@ -232,7 +232,7 @@ async def result_for(number: int, text: bytes, answer, created: int) -> Result:
     return Result(number, result_of(line, status, lasting_body(body, created)), status != 200)
 
 
-async def while_overloaded(answer, line: Line) -> tuple[int, Any]:
+async def while_overloaded(answer, line: Line) -> tuple[int, dict]:
     """(status, body) of an answer, asked for again while there is no room for it."""
     deadline_s = time.monotonic() + PATIENCE_S
     while True:
@@ -255,10 +255,10 @@ class Local:
                            tokenizer.has_chat_template, tokenizer.never_written, tokenizer.infill_tokens,
                            tokenizer.spec.embedder)
 
-    async def answer(self, line: Line) -> tuple[int, Any]:
+    async def answer(self, line: Line) -> tuple[int, dict]:
         return await while_overloaded(self._answer, line)
 
-    async def _answer(self, line: Line) -> tuple[int, Any]:
+    async def _answer(self, line: Line) -> tuple[int, dict]:
         try:
             known = replace(self.known, settings=replace(self.known.settings, seed=line.seed))
             parsed = read_answer(line.url, line.body | {"stream": False}, known)
@@ -285,10 +285,10 @@ class Remote:
         self.more |= {"model": pool.model_name} if pool.wanted or not ours else {}
         self.patient = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=3600)
 
-    async def answer(self, line: Line) -> tuple[int, Any]:
+    async def answer(self, line: Line) -> tuple[int, dict]:
         return await while_overloaded(self._answer, line)
 
-    async def _answer(self, line: Line) -> tuple[int, Any]:
+    async def _answer(self, line: Line) -> tuple[int, dict]:
         seeds = {"seed": line.seed} if line.url in ("/v1/chat/completions", "/v1/completions") else {}
         body = seeds | line.body | {"stream": False} | self.more
         async with await self.pool.ask("POST", line.url[1:], json=body, timeout=self.patient) as response:
@@ -297,7 +297,7 @@ class Remote:
                 after = response.headers.get("Retry-After", "1")
                 raise Overloaded(text.decode("utf-8", "replace")[:500], status=response.status,
                                  retry_after_s=min(int(after), 60) if after.isdigit() else 1)
-            try:
-                return response.status, json.loads(text)
-            except ValueError:
-                return response.status, {"error": {"message": text.decode("utf-8", "replace")[:500]}}
+            with suppress(ValueError):
+                if isinstance(found := json.loads(text), dict):
+                    return response.status, found
+            return response.status, {"error": {"message": text.decode("utf-8", "replace")[:500]}}

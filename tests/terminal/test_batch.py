@@ -10,7 +10,7 @@ import time
 import pytest
 
 from chatlm.common.errors import RequestError
-from chatlm.front.api.batch_lines import read_line
+from chatlm.front.api.batch_lines import lasting_body, read_line
 from real_server import SCRIPT, server
 
 
@@ -123,6 +123,17 @@ def test_what_is_wrong_with_a_line_is_said(text, reason):
     with pytest.raises(RequestError, match="line 3: ") as caught:
         read_line(3, text)
     assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize("body", [{}, {"usage": None}, {"usage": [1]}, {"usage": {"completion_tokens_details": None}}, {"error": "no"}])
+def test_bodies_of_any_shape_are_kept(body):
+    assert lasting_body(json.loads(json.dumps(body)), 7) == body
+
+
+def test_what_depends_on_the_moment_is_left_out():
+    usage = {"prompt_tokens": 1, "prompt_tokens_details": {"cached_tokens": 1}, "completion_tokens_details": {"reasoning_tokens": 2, "accepted_prediction_tokens": 3}}
+    assert lasting_body({"created": 1, "timings": {}, "usage": usage}, 7) == {
+        "created": 7, "usage": {"prompt_tokens": 1, "completion_tokens_details": {"reasoning_tokens": 2}}}
 
 
 @pytest.mark.slow

@@ -13,8 +13,9 @@ from chatlm.common.jsontext import as_json, is_text
 ENDPOINTS = "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings"
 LONGEST_LINE = 16 << 20
 # What depends on the moment or on what else was computed, so that a batch that was interrupted would differ
-PASSING = {"": ("timings",), "usage": ("prompt_tokens_details", "input_tokens_details"),
-           "completion_tokens_details": ("accepted_prediction_tokens", "rejected_prediction_tokens")}
+PASSING = (("timings",), ("usage", "prompt_tokens_details"), ("usage", "input_tokens_details"),
+           ("usage", "completion_tokens_details", "accepted_prediction_tokens"),
+           ("usage", "completion_tokens_details", "rejected_prediction_tokens"))
 
 
 class Line(NamedTuple):
@@ -70,16 +71,12 @@ def result_of_bad_line(number: int, error: ChatServerError) -> str:
                     "error": {"code": error.code, "message": str(error)}})
 
 
-def lasting_body(body: Any, created: int) -> Any:
+def lasting_body(body: dict, created: int) -> dict:
     """The body of an answer without PASSING, as if it had been made at `created`, in seconds since 1970."""
-    for name in PASSING[""]:
-        body.pop(name, None)
-    for name in ("created", "created_at"):
-        if name in body:
-            body[name] = created
-    if isinstance(usage := body.get("usage"), dict):
-        for name in PASSING["usage"]:
-            usage.pop(name, None)
-        for name in PASSING["completion_tokens_details"]:
-            (usage.get("completion_tokens_details") or {}).pop(name, None)
-    return body
+    for *path, name in PASSING:
+        place: Any = body
+        for member in path:
+            place = place.get(member) if isinstance(place, dict) else None
+        if isinstance(place, dict):
+            place.pop(name, None)
+    return body | {name: created for name in ("created", "created_at") if name in body}
