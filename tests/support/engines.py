@@ -193,6 +193,10 @@ class Pieces(list):
         else:
             self.others.append(event)
 
+    @property
+    def tokens(self):
+        return [token for piece in self for token in piece.tokens]
+
 
 def step_pieces(engine):
     """Run a step -> [(id, Piece)]."""
@@ -200,8 +204,8 @@ def step_pieces(engine):
 
 
 @torch.inference_mode()
-def pieces(engine, works, ahead=False):
-    """Run `works` -> {id: Pieces}."""
+def pieces(engine, works, ahead=False, checked=True):
+    """Run `works` -> {id: Pieces}. checked: the integrity after each step."""
     if ahead:
         engine.steps = TracedSteps(engine.transformer, ahead=True)
     found = {work.id: Pieces() for work in works}
@@ -210,10 +214,11 @@ def pieces(engine, works, ahead=False):
     while engine.busy:
         for name, event in engine.step():
             found[name].add(event)
-        check_integrity(engine)
+        if checked:
+            check_integrity(engine)
     return found
 
 
 def tokens_of(engine, works):
     """Run `works` -> {id: its tokens}."""
-    return {name: [token for piece in found for token in piece.tokens] for name, found in pieces(engine, works).items()}
+    return {name: found.tokens for name, found in pieces(engine, works).items()}

@@ -11,22 +11,22 @@ from chatlm.common import core
 from chatlm.common.core import decode_core
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.find import resolve_model
-from chatlm.common.messages.requests import Ended, Piece, SamplingParams
+from chatlm.common.messages.requests import SamplingParams
 from chatlm.worker.build import build_engine
 from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.states import StatePool
 from chatlm.worker.model import kernels
 from draft_heads import Head, gguf_with_head, save_with_head
+from engines import pieces
 from families import make_model, save
 from lora import random_adapter
-from models_that_draft import draft_always
+from models_that_draft import draft_always, works_of
 from patching import patch
 from ranked import group
 from works import assignment
 
 CPU = torch.device("cpu")
 compiled = pytest.mark.skipif(decode_core() is None, reason="only decode_core's rows are invariant")
-NEW = 40
 NAMES = ("qwen3.5", "qwen3.5moe", "qwen3next")
 
 
@@ -36,24 +36,9 @@ def engine_of(path, **changes):
 
 
 def tokens_of(engine, works, checked=True):
-    tokens = {work.id: list(work.resumed_ids) for work in works}
-    for work in works:
-        engine.add(work)
-    while engine.busy:
-        for name, event in engine.step():
-            if isinstance(event, Piece):
-                tokens[name] += event.tokens
-            elif isinstance(event, Ended):
-                assert event.reason == "length"
-        if checked:
-            check_integrity(engine)
-    return tokens
-
-
-def works_of(vocab_size=250, new=NEW):
-    prompts = [tuple((31 * i * i + 7 * i + 5 * n) % vocab_size for i in range(length)) for n, length in enumerate((70, 37, 1, 19))]
-    return [assignment(f"w{n}", prompt, SamplingParams(temperature=t, seed=n), new, ignore_eos=True)
-            for n, (prompt, t) in enumerate(zip(prompts, (0.0, 0.7, 1.0, 1.0)))]
+    found = pieces(engine, works, checked=checked)
+    assert {each.end.reason for each in found.values()} == {"length"}
+    return {work.id: [*work.resumed_ids, *found[work.id].tokens] for work in works}
 
 
 @pytest.fixture(scope="module")
@@ -160,17 +145,7 @@ def test_answers_of_an_adapter_and_in_a_grammar_are_the_same(with_random_head, t
 
 def endings_of(engine, works):
     """{id: (its tokens, why it ended)}"""
-    tokens, ends = {work.id: [] for work in works}, {}
-    for work in works:
-        engine.add(work)
-    while engine.busy:
-        for name, event in engine.step():
-            if isinstance(event, Piece):
-                tokens[name] += event.tokens
-            else:
-                ends[name] = event.reason if isinstance(event, Ended) else event
-        check_integrity(engine)
-    return {name: (tokens[name], ends[name]) for name in tokens}
+    return {name: (found.tokens, getattr(found.end, "reason", found.end)) for name, found in pieces(engine, works).items()}
 
 
 @compiled

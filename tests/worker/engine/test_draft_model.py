@@ -11,24 +11,23 @@ from chatlm.common.config import PAGE_SIZE, Settings
 from chatlm.common.core import decode_core
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.find import resolve_model
-from chatlm.common.messages.requests import Ended, Message, Piece, SamplingParams
+from chatlm.common.messages.requests import Message, Piece, SamplingParams
 from chatlm.common.text.grammar import json_grammar
 from chatlm.worker.build import build_engine, prefill_chunk
 from chatlm.worker.drafting import plan_draft_model
 from chatlm.worker.engine.integrity import check_integrity, follower_faults
 from chatlm.worker.engine.states import StatePool
 from chatlm.worker.weights.load import open_model
-from engines import make_batch
+from engines import make_batch, pieces
 from families import make_model, save
 from lora import SMOLLM2, random_adapter
-from models_that_draft import draft_always
+from models_that_draft import draft_always, works_of
 from ranked import group
 from requantized import requantized
 from works import assignment
 
 CPU = torch.device("cpu")
 compiled = pytest.mark.skipif(decode_core() is None, reason="only decode_core's rows are invariant")
-NEW = 40            # tokens of an answer
 
 
 def drafting_engine(model, draft, **changes):
@@ -39,28 +38,13 @@ def drafting_engine(model, draft, **changes):
 
 
 def answers(engine, works):
-    """Compute works together -> {id: (its tokens, its usage)}; everything is checked after each step."""
-    tokens, usage = {work.id: list(work.resumed_ids) for work in works}, {}
-    for work in works:
-        engine.add(work)
-    while engine.busy:
-        for name, event in engine.step():
-            if isinstance(event, Piece):
-                tokens[name] += event.tokens
-            elif isinstance(event, Ended):
-                usage[name] = event.usage
-        check_integrity(engine)
-    return {name: (tokens[name], usage[name]) for name in tokens}
+    """Compute works together -> {id: (its tokens, its usage)}."""
+    found = pieces(engine, works)
+    return {work.id: ([*work.resumed_ids, *found[work.id].tokens], found[work.id].end.usage) for work in works}
 
 
 def tokens_of(engine, works):
     return {name: tokens for name, (tokens, _) in answers(engine, works).items()}
-
-
-def works_of(vocab_size=250, new=NEW, **sampling):
-    prompts = [tuple((31 * i * i + 7 * i + 5 * n) % min(vocab_size, 250) for i in range(length)) for n, length in enumerate((70, 37, 1, 19))]
-    return [assignment(f"w{n}", prompt, SamplingParams(**{"temperature": t, "seed": n} | sampling), new, ignore_eos=True)
-            for n, (prompt, t) in enumerate(zip(prompts, (0.0, 0.7, 1.0, 1.0)))]
 
 
 @pytest.fixture

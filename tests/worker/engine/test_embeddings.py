@@ -96,12 +96,12 @@ def test_alone_in_a_batch_in_other_chunks_and_from_the_cache_they_are_the_same(n
     works = [embedding(f"{pooling} {i}", prompt, pooling) for i, prompt in enumerate(PROMPTS) for pooling in ("mean", "last")]
     answer = assignment("answer", tuple(PROMPTS[0]), SamplingParams(0.9, seed=3), 40, ignore_eos=True)
     expected = [alone(whole, work) for work in works]
-    drawn = [token for piece in pieces(engine, [answer])["answer"] for token in piece.tokens]
+    drawn = pieces(engine, [answer])["answer"].tokens
     least = 0 if engine.kernels.row_invariant else TOLERANCE
     for _ in range(2):          # the second time, their prompts are in the prefix cache
         for found, wanted in zip(vectors(engine, answer, *works, ahead=ahead), expected, strict=True):
             assert np.abs(found - wanted).max() <= least
-    assert [token for piece in pieces(engine, [answer])["answer"] for token in piece.tokens] == drawn      # from the pages they left behind
+    assert pieces(engine, [answer])["answer"].tokens == drawn      # from the pages they left behind
 
 
 def test_the_last_state_is_found_in_the_prefix_cache_and_the_mean_is_computed_whole(nanochat_fixtures):
