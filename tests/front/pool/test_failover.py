@@ -43,9 +43,11 @@ pytestmark = pytest.mark.timeout(120)
 
 @pytest.fixture
 async def start_pool(start_pool, tmp_path, monkeypatch):
-    """A function that starts a WorkerPool whose workers die when a request says so (see dying_worker.py)."""
+    """A function that starts a WorkerPool whose workers die when a request says so (see dying_worker.py).
+
+    No drafts from earlier answers: one that is said again would pass the moment of its worker's death in one step."""
     monkeypatch.setenv("STRUCK", str(tmp_path))
-    return functools.partial(start_pool, prefill_chunk=16, stream_interval=0.0)
+    return functools.partial(start_pool, prefill_chunk=16, stream_interval=0.0, draft_memory=0)
 
 
 greedy = functools.partial(pools.greedy, ignore_eos=True)
@@ -125,7 +127,7 @@ async def answers(pool, request):
 
 @pytest.mark.parametrize("cases", [FEW, pytest.param([*CASES], marks=pytest.mark.slow)], ids=["few", "all"])
 async def test_a_worker_killed_at_any_moment_costs_a_pause_and_not_a_word(start_pool, tmp_path, cases):
-    pool = await start_pool(num_workers=2, stream_interval=8.0)      # short steps share messages, as in a server
+    pool = await start_pool(num_workers=2, stream_interval=8.0, draft_memory=32 << 20)     # as in a server
     for number, (case, changes) in enumerate((case, CASES[case]) for case in cases):
         request = dict(messages=(Message("user", "hello"),), ignore_eos=True) | changes
         name = f"kill-{case.split()[0]}-{number}"
@@ -162,7 +164,7 @@ async def test_a_worker_killed_in_an_answer_of_a_model_of_unlike_layers_costs_no
 async def test_a_worker_killed_in_an_answer_that_a_second_model_drafts_costs_not_a_word(start_pool, tmp_path, nanochat_fixtures):
     """The other worker's draft model computes the prompt and the tokens that arrived again. Without drafts the answers are the same."""
     plain = await start_pool(drafts="none")
-    pool = await start_pool(num_workers=2, draft_model=str(nanochat_fixtures / "gen5"), drafts="model", draft_memory=0)
+    pool = await start_pool(num_workers=2, draft_model=str(nanochat_fixtures / "gen5"), drafts="model")
     cases = {"kill-decode": PLAIN | dict(messages=(Message("user", "hello"),)), "kill-prefill": LONG_PROMPT, "kill-decode-more": PLAIN | dict(messages=(Message("user", "hello"),), n=3)}
     for name, request in cases.items():
         disturbed = await answers(pool, asked(name, **request))
