@@ -112,7 +112,7 @@ def test_too_little_memory_is_one_line_wherever_it_runs_out(nanochat_fixtures, m
     run = subprocess.run(command, preexec_fn=limited(megabytes), capture_output=True, text=True, timeout=100)
     lines = run.stderr.splitlines()
     if run.returncode == 0:             # enough for this model with these libraries
-        assert "3 tokens" in lines[-1]
+        assert re.match("[1-3] tokens? in ", lines[-1])     # the model may end its answer itself
     else:
         assert "Traceback" not in run.stderr and lines[-1].startswith("chat_server: ")
         assert "not enough memory" in lines[-1] or "MiB of memory are free" in lines[-1]
