@@ -71,6 +71,10 @@ class Limits:
     tokenized_characters: int = 1 << 19  # by /tokenize and /apply-template; each may take 3 KB of memory
     outbox_bytes: int = 1 << 20     # unsent bytes after which a reader counts as gone
     recorded_bytes: int = 8 << 20   # total of resumable streams
+    batch_bytes: int = 200 << 20    # of an uploaded file
+    batch_lines: int = 50_000       # of it
+    kept_bytes: int = 2 << 30       # of the files of one key or address in --database
+    unfinished_batches: int = 100   # of one key or address
     connections: int = 8192         # from clients, if file descriptors suffice; an idle one takes 6 KB
 
 
@@ -439,6 +443,8 @@ class Settings:
     database: str | None = flag(None, file_name,
         "file of a database, made if it is not there, for batches and for responses that are kept (without "
         "FILE: ~/.local/state/chat_server/store.db)", "serve", bare=DATABASE)
+    keep_days: int = flag(30, number(int, 1, 36500),
+        "days for which --database keeps batches, their files, and responses", "serve")
     share_prefixes: bool = flag(False, None,
         "API keys share cached prompt prefixes, so the holder of one may detect what another asked (without "
         "keys, everybody shares)", "serve")
