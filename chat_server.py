@@ -36,7 +36,7 @@ The rooms, each above those that it may import
           pool/               workers, queue and failover, here and on Ray
           evals/              tasks on disk, and verdicts on a model's answers to them
           admission/          a request becomes prompts that fit; the sandboxes' front end
-          *.py                tasks that are watched; aiohttp at its first use
+          store/ *.py         the database; tasks that are watched; aiohttp at its first use
     chatlm/worker/*.py        a worker's first code and its loop; device and memory
           engine/             schedule, run, postprocess; KV pages, grammars, drafts, the text of an answer
           ranks/              one model in several processes
@@ -126,7 +126,7 @@ from chatlm.bundling import bundle_lines, with_kept_words
 from chatlm.cli import asks_for_json, hide_api_keys, parse_command_line, parse_store_words
 from chatlm.common.config import Settings
 from chatlm.common.errors import (
-    ChatServerError, ConfigError, RequestError, bad_value, lack_of_memory, require_library, shown, visible)
+    ChatServerError, ConfigError, RequestError, bad_value, lack_of_memory, require_library, visible)
 from chatlm.common.log import ProgressDisplay, json_handler, log, output_as_log, start_logging, tell
 from chatlm.common.memory import tune_gc
 from chatlm.common.messages.requests import PromptProgress
@@ -145,9 +145,11 @@ from chatlm.front.pool.local import check_nice, niceness
 from chatlm.front.pool.catalogue import Catalogue
 from chatlm.front.pool.pool import pool_of
 from chatlm.front.server.access import Access, AccessLog, Owners, is_loopback, listen_on, server_urls
+from chatlm.front.server.batches import BatchRoutes
 from chatlm.front.server.bodies import Bodies, tokenizer_of
 from chatlm.front.server.compare import Comparison, read_asked, with_ids
 from chatlm.front.server.connections import room_for_connections, serving
+from chatlm.front.server.conversations import Keeper
 from chatlm.front.server.describe import (
     A_MODEL, A_NAME, A_RUN, MODELS, ModelRoutes, alive_body, bare_id, listed_body, ollama_models,
     ollama_running, openapi_document, stats_body)
@@ -159,6 +161,7 @@ from chatlm.front.server.responses import (
     REQUEST_LOG, bound_of, errors_to_responses, json_response, logged, public_error, send_whole)
 from chatlm.front.server.routes import MORE_ROUTES, Api, Route, RouteTable
 from chatlm.front.server.streams import EventStream
+from chatlm.front.store.store import Store, open_store
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import Accepted, Event, Request
@@ -172,25 +175,27 @@ if TYPE_CHECKING:
 class Front:
     """The HTTP side of a pool and its handlers of routes; `errors_to_responses` answers every error."""
 
-    def __init__(self, catalogue: Catalogue, settings: Settings):
-        self.catalogue, self.settings = catalogue, settings
+    def __init__(self, catalogue: Catalogue, settings: Settings, store: Store | None = None):
+        self.catalogue, self.settings, self.store = catalogue, settings, store
         self.access, self.owners = Access(settings), Owners(settings)
         self.bodies = Bodies(catalogue, self.owners)
         self.models, self.page = ModelRoutes(catalogue, self.bodies, self.access), Page(page_files())
         self.running: dict[str, str] = {}       # id of each running answer -> its owner
         self.compared: dict[str, list[str]] = {}  # id of each running comparison -> those of its answers
         self.recordings, self.downloads = Recordings(), DownloadRoutes(catalogue, self.bodies, self.access)
-        self.metrics: Metrics | None = None
-        with suppress(ConfigError):  # prometheus_client is missing: /metrics says so
+        self.kept = Keeper(store, self.bodies, self.owners, settings.keep_days)
+        self.batches = BatchRoutes(store, catalogue, self.bodies, self.owners, self.answering)
+        self.metrics: Metrics | None = None  # without prometheus_client: /metrics says so
+        with suppress(ConfigError):
             self.metrics = Metrics(catalogue)
 
     def taken(self, request_id: str) -> bool:
         return request_id in self.running or request_id in self.recordings or request_id in self.compared
 
-    def identified(self, request: Request) -> Request:
-        """The request with its client and owner, and a new id if its own was taken while the body arrived."""
+    def identified(self, request: Request, kept: bytes = b"") -> Request:
+        """The request with its client and owner; its id is new if its own is taken, or its answer is kept."""
         record = REQUEST_LOG.get()
-        if self.taken(record.id):
+        if kept or self.taken(record.id):
             record.id = secrets.token_hex(16)
         params = replace(request.params, client=record.client, owner=self.owners.of_pages(record.client))
         return replace(request, id=record.id, params=params)
@@ -220,11 +225,12 @@ class Front:
     async def handle_answer(self, http: web.Request) -> web.StreamResponse:
         with self.bodies.holding() as holding:
             served, parsed = await self.bodies.parse(http, holding)
-            pool, parsed = served.pool, replace(parsed, request=self.identified(parsed.request))
+            pool, parsed = served.pool, replace(parsed, request=self.identified(parsed.request, parsed.kept))
             # the whole request, with its messages and tools, ends when it is admitted
             answering, parsed = self.answering(pool, parsed.request), parsed.lasting()
             encoder = ENCODERS[parsed.api](parsed, served.name,
                                            None if parsed.api == "native" else tokenizer_of(pool))
+            answering = self.kept.answering(answering, encoder)
             if nothing := encoder.without_work():
                 served.model.load()
                 return web.Response(body=nothing, content_type="application/json")
@@ -337,10 +343,6 @@ class Front:
         status, value = value if isinstance(value, tuple) else (200, value)
         return json_response(value, status)
 
-    async def handle_response(self, http: web.Request) -> web.Response:
-        raise RequestError(f"there is no response {shown(http.match_info['id'])}: this server keeps none",
-                           status=404, code="not_found", param="id")
-
     async def handle_cancel(self, http: web.Request) -> web.Response:
         """POST /v1/cancel/{id}: the id comes from the answer's X-Request-Id header or from its chunks; a
         comparison's means all of its answers. With ?reasoning=true they only stop thinking."""
@@ -389,8 +391,6 @@ ROUTES = (
     *MORE_ROUTES,
     Route("POST", "/v1/responses", Api.OPENAI, "handle_answer",
           "an answer in the format of OpenAI's Responses, streamed or whole"),
-    *(Route(method, "/v1/responses/{id}", Api.OPENAI, "handle_response", "404: responses are not kept")
-      for method in ("GET", "DELETE")),
     Route("POST", "/v1/messages", Api.ANTHROPIC, "handle_answer",
           "an answer in the format of Anthropic's Messages, streamed or whole"),
     Route("POST", "/v1/messages/count_tokens", Api.ANTHROPIC, "handle_text",
@@ -439,14 +439,15 @@ ROUTES = (
 )
 
 
-def create_app(catalogue: Catalogue, settings: Settings) -> web.Application:
-    front = Front(catalogue, settings)
+def create_app(catalogue: Catalogue, settings: Settings, store: Store | None = None) -> web.Application:
+    front = Front(catalogue, settings, store)
     access_log = AccessLog(RouteTable(ROUTES, settings.prefix), front.taken, front.metrics)
     errors = partial(errors_to_responses, home=settings.prefix + "/")
     middlewares: list[Any] = [partial(access_log.log), errors, partial(front.access.guard)]
     app = web.Application(middlewares=list(map(web.middleware, middlewares)))
     app.on_response_prepare.append(front.access.set_headers)
-    for part in (front.recordings, front.downloads):
+    app.on_startup.append(front.batches.start)
+    for part in filter(None, (front.batches, front.recordings, front.downloads, front.kept, store)):
         app.on_cleanup.append(lambda app, part=part: part.close())
     for route in ROUTES:
         handler = (partial(front.show, route.handler) if callable(route.handler) else
@@ -491,11 +492,12 @@ async def serve_forever(settings: Settings, catalogue: Catalogue | None = None) 
         try:  # the workers start while a thread imports aiohttp (0.2 s)
             await catalogue.start()
             await asyncio.to_thread(require_library, "aiohttp.web", "chat_server")
+            store = await open_store(settings)
         except Exception:
             await catalogue.close()
             raise
         room, routes = room_for_connections(settings), RouteTable(ROUTES, settings.prefix)
-        async with serving(create_app(catalogue, settings), listener, room, routes.is_polled):
+        async with serving(create_app(catalogue, settings, store), listener, room, routes.is_polled):
             try:
                 if await first_of(catalogue.wait_ready(), drain.wait()) == 0:
                     progress.close()
@@ -551,8 +553,7 @@ def main(argv: Seq[str] | None = None) -> int:
     """Run a command. Returns the exit status: 0, 1 (no answer), 2 (ConfigError), 130 (Ctrl-C)."""
     argv = with_kept_words(sys.argv[1:] if argv is None else argv)
     keys_given = any(word.partition("=")[0] == "--api-key" for word in argv)
-    # torchrun, which started us, shows the key still
-    hidden = keys_given and hide_api_keys() and "TORCHELASTIC_RUN_ID" not in os.environ
+    hidden = keys_given and hide_api_keys() and "TORCHELASTIC_RUN_ID" not in os.environ  # torchrun shows it
     repair_streams()
     try:
         if argv[:1] in (["bundle"], ["store"]):

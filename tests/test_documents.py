@@ -15,6 +15,7 @@ from chatlm.cli import parse_command_line, parse_store_words
 from chatlm.common.config import FLAGS
 from chatlm.common.errors import ConfigError
 from chatlm.common.messages.requests import SAMPLING_FLAGS
+from chatlm.front.api.kept_fields import STORE_FIELDS
 from chatlm.front.api.field_types import CONSTRAINT_FIELDS
 from chatlm.front.api.tables import EMBEDDING_FIELDS, RERANK_FIELDS, SCORE_FIELDS
 from chatlm.front.api.tables import OPENAI_FIELDS, SAMPLED
@@ -151,18 +152,22 @@ def test_the_page_of_flags_is_made_from_the_table():
 
 def test_every_route_is_in_the_page_of_apis_and_its_curls_send_fields_that_exist():
     text = text_of(ROOT / "docs/api.md")
-    routes = {route.pattern: {field.name for field in route.fields} for route in chat_server.ROUTES}
+    routes = {}
+    for route in chat_server.ROUTES:
+        routes.setdefault(route.pattern, set()).update(field.name for field in route.fields)
     assert [pattern for pattern in routes if f"{pattern}`" not in text] == []
     examples = re.findall(r"^curl .*:8000(\S+) -d '(.*)'$", text, re.MULTILINE)
     assert len(examples) > 5 and all(json.loads(body).keys() <= routes[path] for path, body in examples)
     fields = text.split("## Fields")[1].split("## Reasoning")[0]
     named = set(re.findall(r"\w+", fields))
     retrieval = {field.name for field in (*EMBEDDING_FIELDS, *RERANK_FIELDS, *SCORE_FIELDS)} - named
+    of_store = {field.name for fields in STORE_FIELDS.values() for field in fields} | {"store", "before_input"}
     assert {name for path, names in routes.items() if path.startswith(("/chat", "/v1")) for name in names} - named == {
         # refused, or without an effect here
         "best_of", "modalities", "previous_response_id", "conversation", "background",
         # in sections of their own
-        *retrieval, *(field.name for field in CONSTRAINT_FIELDS)}
+        *retrieval, *(field.name for field in CONSTRAINT_FIELDS), *(of_store - named)}
+    assert of_store <= {*re.findall(r"\w+", text.split("\n### Batches")[1].split("\n### Getting models")[0])}
     assert retrieval <= {*re.findall(r"\w+", text.split("\n## Embeddings")[1].split("\n## Streams")[0])}
     constraints = re.findall(r"\w+", text.split("## Answers in a format")[1].split("## ")[0])
     assert {field.name for field in CONSTRAINT_FIELDS} <= {*constraints}

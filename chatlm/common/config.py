@@ -30,6 +30,7 @@ CHAT_TEMPERATURE = 0.6    # the default of the chat command
 PAGE_SIZE = 16            # KV slots in a page
 STORE_BYTES = 10 << 30    # of --prefix-store
 LEAST_STORE_BYTES = 16 << 20
+DATABASE = "~/.local/state/chat_server/store.db"  # of --database without a path
 PACKED_BLOCK = 32         # numbers of a head that share a scale in q8_0 pages
 
 
@@ -70,6 +71,10 @@ class Limits:
     tokenized_characters: int = 1 << 19  # by /tokenize and /apply-template; each may take 3 KB of memory
     outbox_bytes: int = 1 << 20     # unsent bytes after which a reader counts as gone
     recorded_bytes: int = 8 << 20   # total of resumable streams
+    batch_bytes: int = 200 << 20    # of an uploaded file
+    batch_lines: int = 50_000       # of it
+    kept_bytes: int = 2 << 30       # of the files of one key or address in --database
+    unfinished_batches: int = 100   # of one key or address
     connections: int = 8192         # from clients, if file descriptors suffice; an idle one takes 6 KB
 
 
@@ -435,6 +440,11 @@ class Settings:
     cors_origin: tuple[str, ...] = flag((), origin,
         "web origin whose pages may use the server, may repeat; `null` = pages opened from files, "
         "`*` = any", "serve", many=True)
+    database: str | None = flag(None, file_name,
+        "file of a database, made if it is not there, for batches and for responses that are kept (without "
+        "FILE: ~/.local/state/chat_server/store.db)", "serve", bare=DATABASE)
+    keep_days: int = flag(30, number(int, 1, 36500),
+        "days for which --database keeps batches, their files, and responses", "serve")
     share_prefixes: bool = flag(False, None,
         "API keys share cached prompt prefixes, so the holder of one may detect what another asked (without "
         "keys, everybody shares)", "serve")

@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TYPE_CHECKING
 
@@ -22,10 +21,9 @@ from chatlm.common.messages.protocol import Known
 from chatlm.common.messages.requests import Accepted, PromptProgress
 from chatlm.front.aio import end_tasks
 from chatlm.front.api.batch_lines import (
-    LONGEST_LINE, Line, lasting_body, read_line, result_of, result_of_bad_line)
+    LONGEST_LINE, Line, lasting_body, read_body_of, read_line, result_of, result_of_bad_line)
 from chatlm.front.api.encode import error_body
 from chatlm.front.api.encoders import ENCODERS
-from chatlm.front.api.readers import read_answer
 from chatlm.front.lazy import aiohttp
 from chatlm.terminal.chat import duration
 from chatlm.terminal.remote import RemotePool, open_pool
@@ -260,10 +258,9 @@ class Local:
 
     async def _answer(self, line: Line) -> tuple[int, dict]:
         try:
-            known = replace(self.known, settings=replace(self.known.settings, seed=line.seed))
-            parsed = read_answer(line.url, line.body | {"stream": False}, known)
-            parsed = replace(parsed, request=replace(parsed.request, id=line.id))
+            parsed = read_body_of(line, self.known)
             encoder = ENCODERS[parsed.api](parsed.lasting(), self.pool.model_name, self.tokenizer)
+            encoder.derive_ids()
             async with aclosing(self.pool.answer(parsed.request)) as events:
                 async for event in events:
                     if not isinstance(event, Accepted | PromptProgress):

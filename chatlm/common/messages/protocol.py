@@ -433,6 +433,7 @@ class ParsedBody:
     details: Mapping = field(default_factory=dict)  # what else its encoder must know
     ignored_tools: tuple[str, ...] = ()  # types of tools that no model here can have
     ignored_fields: tuple[str, ...] = ()  # names of fields that have no effect on this answer
+    kept: bytes = b""                    # of an answer that is kept: the items of its input, as JSON
     repeated: bytes = b""                # what the answer repeats of the body: members of a JSON object
 
     def lasting(self) -> ParsedBody:
@@ -449,4 +450,5 @@ class ParsedBody:
         texts += self.details.get("documents") or ()
         names = sum(map(len, params.tool_types)) + len(params.tool_names) + len(params.tool_types)
         return (sum(map(len, texts)) + 8 * sum(map(len, request.prompt_ids or ())) + 150 * names
+                + len(self.kept)
                 + 4 * len(self.repeated))  # itself, and three events that the client has not read

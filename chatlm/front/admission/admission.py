@@ -334,6 +334,17 @@ class Admission:
         [parsed] = await self._read(client, owner, body, "read_body", reader)
         return parsed
 
+    async def read_line(self, number: int, line: bytes, client: str, owner: str) -> ParsedBody:
+        """Read the body in a large line of a batch."""
+        [parsed] = await self._read(client, owner, line, "read_line", number)
+        return parsed
+
+    async def check_line(self, number: int, line: bytes, client: str) -> Seq[str]:
+        """custom_id, url and model of a large line of a batch. RequestError if it is bad."""
+        with self._prepare(client):
+            found: Any = await self.sandboxes["bodies"].perform(client, "check_line", number, body=line)
+            return found
+
     async def read_variants(self, body: bytes | bytearray, client: str, owner: str, indices: Seq[int],
                             seed: int) -> list[ParsedBody]:
         """Read the questions of some of the answers from a large body of /v1/compare."""
@@ -360,6 +371,12 @@ class Admission:
         with self._prepare(client):
             name: Any = await self.sandboxes["bodies"].perform(client, "named_model", body=body)
             return name
+
+    async def chained(self, body: bytes | bytearray, client: str) -> Seq[str]:
+        """What a large body of /v1/responses continues, see `chatlm.front.api.conversation.chained_of`."""
+        with self._prepare(client):
+            found: Any = await self.sandboxes["bodies"].perform(client, "chained", body=body)
+            return found
 
     async def extract(self, client: str, name: str, boundary: str, body: bytes | bytearray) -> Seq:
         """(text, pages, cut) of a document, as in `chatlm.front.api.documents.Extracted`. boundary: of the

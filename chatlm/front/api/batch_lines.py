@@ -5,12 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple, TYPE_CHECKING
 
 from chatlm.common.errors import ChatServerError, RequestError, bad_value, shown
 from chatlm.common.jsontext import as_json, is_text
+from chatlm.front.api.kept_fields import ENDPOINTS
+from chatlm.front.api.readers import read_answer
 
-ENDPOINTS = "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings"
+if TYPE_CHECKING:
+    from chatlm.common.messages.protocol import Known, ParsedBody
+
+
 LONGEST_LINE = 16 << 20
 # What depends on the moment or on what else was computed, so that a batch that was interrupted would differ
 PASSING = (("timings",), ("usage", "prompt_tokens_details"), ("usage", "input_tokens_details"),
@@ -26,6 +32,12 @@ class Line(NamedTuple):
     url: str        # one of ENDPOINTS
     body: dict
     id: str         # of its answer: 32 digits that follow from the line
+
+    @property
+    def model(self) -> str:
+        """Which one its body names; "" if none."""
+        name = self.body.get("model")
+        return name[:1000] if is_text(name) else ""
 
     @property
     def seed(self) -> int:
@@ -56,7 +68,22 @@ def read_line(number: int, text: bytes) -> Line:
         raise refuse("body must be an object")
     if body.get("stream"):
         raise refuse(str(bad_value("stream", True, "false in a batch")))
-    return Line(number, custom_id, url, body, hashlib.sha256(b"%d %s" % (number, text)).hexdigest()[:32])
+    return Line(number, custom_id, url, body, line_id(number, text))
+
+
+def line_id(number: int, text: bytes) -> str:
+    return hashlib.sha256(b"%d %s" % (number, text)).hexdigest()[:32]
+
+
+def read_body_of(line: Line, known: Known) -> ParsedBody:
+    """The line's body as its route reads it; the seed of an answer that names none follows from the line."""
+    known = replace(known, settings=replace(known.settings, seed=line.seed))
+    off = {"stream": False} | ({"store": False} if line.url == "/v1/responses" else {})
+    for name in ("previous_response_id", "conversation") if len(off) > 1 else ():
+        if line.body.get(name):
+            raise bad_value(name, line.body[name], "left out in a batch, whose lines stand alone")
+    parsed = read_answer(line.url, line.body | off, known)
+    return replace(parsed, request=replace(parsed.request, id=line.id, low_priority=True, resumable=False))
 
 
 def result_of(line: Line, status: int, body: Mapping[str, Any]) -> str:
@@ -66,8 +93,8 @@ def result_of(line: Line, status: int, body: Mapping[str, Any]) -> str:
                     "error": None})
 
 
-def result_of_bad_line(number: int, error: ChatServerError) -> str:
-    return as_json({"id": f"batch_req_{number}", "custom_id": None, "response": None,
+def result_of_bad_line(number: int, error: ChatServerError, custom_id: str | None = None) -> str:
+    return as_json({"id": f"batch_req_{number}", "custom_id": custom_id, "response": None,
                     "error": {"code": error.code, "message": str(error)}})
 
 

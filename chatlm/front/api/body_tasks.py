@@ -13,6 +13,8 @@ from chatlm.common.messages.requests import Message
 from chatlm.common.text.load import open_tokenizer
 from chatlm.front.admission.admission import packed_body
 from chatlm.front.admission.prompts import PromptMaker
+from chatlm.front.api.batch_lines import read_body_of, read_line
+from chatlm.front.api.conversation import chained_of
 from chatlm.front.api.fields import json_object
 from chatlm.front.api.readers import read_answer, read_text, read_variants
 
@@ -42,6 +44,18 @@ class BodyTasks:
 
     def read_body(self, reader: str, body: bytes) -> Result:
         return Result([self.admitted(read_answer(reader, json_object(body), self.config.server), {})])
+
+    def chained(self, body: bytes) -> Result:
+        """What a body continues: previous_response_id, and the id of a conversation; "" if neither."""
+        return Result([*chained_of(json_object(body))])
+
+    def check_line(self, number: int, line: bytes) -> Result:
+        """custom_id, url and model of a line of a batch."""
+        read = read_line(number, line)
+        return Result([read.custom_id, read.url, read.model])
+
+    def read_line(self, number: int, line: bytes) -> Result:
+        return Result([self.admitted(read_body_of(read_line(number, line), self.config.server), {})])
 
     def read_variants(self, indices: Seq[int], seed: int, body: bytes) -> Result:
         read, rendered = read_variants(json_object(body), indices, seed, self.config.server), {}

@@ -141,9 +141,11 @@ def response_messages(values: Mapping) -> Iterator[SentMessage]:
     """`instructions` and `input` of a response as messages of Chat Completions."""
     if "instructions" in values:
         yield SentMessage("instructions", "system", {"content": values["instructions"]})
-    items = values.get("input", "")
-    for index, item in enumerate([{"role": "user", "content": items}] if is_text(items) else items):
-        name = f"input[{index}]" if items is not item else "input"
+    chained = values.get("previous_response_id") or values.get("conversation")
+    items, earlier = values.get("input", ""), values.get("before_input", []) if chained else []
+    new = [{"role": "user", "content": items}] if is_text(items) else items
+    for index, item in enumerate([*earlier, *new], -len(earlier)):
+        name = "before_input" if index < 0 else "input" if is_text(items) else f"input[{index}]"
         if not isinstance(item, dict):
             raise bad_value(name, item, "an object with a type or a role")
         item_type = item.get("type") or (
@@ -163,9 +165,18 @@ def response_messages(values: Mapping) -> Iterator[SentMessage]:
             yield SentMessage(name, "assistant", {"reasoning_content": thought})
         else:
             raise RequestError(
-                f"{name} is of type {shown(item_type)}; this server keeps no answers and reads items of type "
+                f"{name} is of type {shown(item_type)}; this server reads items of type "
                 "message, function_call, function_call_output and reasoning",
                 code="unsupported_item", param=name)
+
+
+def chained_of(body: Mapping) -> tuple[str, str]:
+    """What a body continues: previous_response_id, and the id of a conversation; "" if neither."""
+    conversation = body.get("conversation")
+    if isinstance(conversation, dict):
+        conversation = conversation.get("id")
+    previous = body.get("previous_response_id")
+    return previous if is_text(previous) else "", conversation if is_text(conversation) else ""
 
 
 def joined_turns(messages: Iterable[Message]) -> tuple[Message, ...]:

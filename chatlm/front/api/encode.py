@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import secrets
 from collections.abc import Callable, Iterator, Mapping
@@ -53,7 +54,7 @@ class Block:
 
     def __init__(self, kind: str, index: int, name: str):
         self.kind, self.index, self.name = kind, index, name
-        self.id, self.texts = secrets.token_hex(12), list[str]()
+        self.id, self.texts = secrets.token_hex(12), list[str]()  # see Encoder.derive_ids
         self.frame = b""  # how an event with more of its text begins
 
     @property
@@ -75,6 +76,7 @@ class Choice:
         self.index = index
         self.done: Finished = None  # pyright: ignore[reportAttributeAccessIssue]  until it has ended
         self.blocks: list[Block] = []
+        self.origin = ""                            # what the ids of its blocks follow from; "": random
         self.held: tuple[TokenLogprob, ...] = ()    # log-probabilities of tokens that have no text yet
         self.held_ids: tuple[int, ...] = ()         # and their ids
         self.token_ids: list[int] = []              # for a whole body
@@ -86,7 +88,9 @@ class Choice:
     def block(self, delta: Delta) -> Block:
         """The block that grows: the last one or, for another kind or a call that begins, a new one."""
         if delta.name or not self.blocks or self.blocks[-1].kind != delta.kind:
-            self.blocks.append(Block(delta.kind, len(self.blocks), delta.name))
+            self.blocks.append(block := Block(delta.kind, len(self.blocks), delta.name))
+            if self.origin:
+                block.id = hashlib.sha256(f"{self.origin}/{block.index}".encode()).hexdigest()[:24]
         return self.blocks[-1]
 
     def text(self, kind: str) -> str:
@@ -126,6 +130,12 @@ class Encoder:
         self.repeated_bytes = len(parsed.repeated)
         self.choices = [Choice(index, self.tokenizer) for index in
                         range((len(self.request.prompts) or 1) * self.request.n)]
+
+    def derive_ids(self):
+        """Make the ids of calls and items follow from the request's, so that its answer is always the
+        same."""
+        for choice in self.choices:
+            choice.origin = f"{self.request.id}/{choice.index}"
 
     def start(self, accepted: Accepted) -> bytes:
         return b""                     # the headers alone tell that the request was accepted

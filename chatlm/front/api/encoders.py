@@ -31,12 +31,15 @@ class ResponsesEncoder(BlockEncoder):
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        sampling = self.request.params.sampling
+        sampling, kept = self.request.params.sampling, self.parsed.details
         self.numbers = itertools.count()
         self.head = {"id": "resp_" + self.request.id, "object": "response", "created_at": int(time.time()),
                      "model": self.model, "error": None, "incomplete_details": None,
                      "temperature": sampling.temperature, "top_p": sampling.top_p, "seed": sampling.seed,
-                     "background": False, "previous_response_id": None, "store": False, "usage": None}
+                     "background": False, "previous_response_id": kept.get("previous_response_id"),
+                     "store": kept.get("store", False), "usage": None}
+        if "conversation" in kept:
+            self.head["conversation"] = {"id": kept["conversation"]}
 
     def event(self, event_type: str, **fields) -> bytes:
         return super().event(event_type, sequence_number=next(self.numbers), **fields)

@@ -59,6 +59,7 @@ IDLE = (
          lambda parsed, known: parsed.api in ("rerank", "llama rerank")),
     Idle(("return_documents",), lambda parsed, known: parsed.api == "tei rerank"),
     Idle(("instruction",), lambda parsed, known: parsed.api == "cosines"),
+    Idle(("store",), lambda parsed, known: parsed.api == "responses" and known.settings.database is None),
     Idle(("input_type",),  # the model has no prompt for these
          lambda parsed, known: parsed.request.retrieval and not parsed.request.retrieval.prompt),
     Idle(("system", "think"),  # a text to continue has no conversation around it

@@ -29,7 +29,7 @@ from chatlm.front.api.ignored import ignored_fields, unread
 from chatlm.front.api.infill import infill_ends
 from chatlm.front.api.retrieval import RETRIEVAL_READERS, check_route
 from chatlm.front.api.tables import (
-    BODY_FIELDS, COMPARE_FIELDS, COMPLETION_FIELDS, COUNTED_FIELDS, DRAWING_FIELDS, INFILL_FIELDS,
+    BEFORE, BODY_FIELDS, COMPARE_FIELDS, COMPLETION_FIELDS, COUNTED_FIELDS, DRAWING_FIELDS, INFILL_FIELDS,
     MANAGED_FIELDS, MESSAGES_FIELDS, NATIVE_FIELDS, OLLAMA_CHAT_FIELDS, OLLAMA_GENERATE_FIELDS,
     OLLAMA_OPTIONS, OLLAMA_SHOW_FIELDS, OPENAI_FIELDS, RESPONSES_FIELDS, VARIANT_FIELDS)
 from chatlm.front.api.tokenization import apply_template, detokenize, rendered, tokenize
@@ -233,11 +233,35 @@ def repeated_json(body: Mapping) -> bytes:
 
 def read_responses_body(body: dict, known: Known) -> ParsedBody:
     values = parse_answer(body, RESPONSES_FIELDS)
+    details = kept_details(values, known)
     tools, ignored = known_tools(values.get("tools", ()), ["function", None], "parameters")
     messages = joined_turns(chat_messages(response_messages(values), known.tool_format is not None))
     request = parse_openai_request(values | {"tools": tools}, known.settings, known.tool_format, messages)
-    return replace(parsed_body("responses", values, known, request, ignored_tools=ignored),
-                   repeated=repeated_json(body))
+    parsed = parsed_body("responses", values, known, request, details, ignored)
+    return replace(parsed, repeated=repeated_json(body),
+                   kept=dump(input_items(values)) if details.get("store") else b"")
+
+
+def kept_details(values: Mapping, known: Known) -> dict:
+    """Whether a response is kept, and what it continues: for its encoder. RequestError if it continues what
+    this server cannot have kept."""
+    chained = [name for name in ("previous_response_id", "conversation") if values.get(name)]
+    if known.settings.database is None:
+        if chained:
+            raise bad_value(chained[0], values[chained[0]], "left out: the server keeps no answers, since it "
+                            "was started without --database, so send the whole conversation as input")
+        return {}
+    if len(chained) == 2:
+        raise invalid("conversation", "previous_response_id and conversation exclude each other")
+    if chained and BEFORE not in values:  # its name was hidden in escapes, so the front did not see it
+        raise invalid(chained[0], f"{chained[0]} must be written without escapes")
+    return {"store": values.get("store", True), **{name: values[name] for name in chained}}
+
+
+def input_items(values: Mapping) -> list:
+    items = values.get("input", "")
+    return items if not is_text(items) else [
+        {"type": "message", "role": "user", "content": [{"type": "input_text", "text": items}]}]
 
 
 def read_messages_body(body: dict, known: Known) -> ParsedBody:

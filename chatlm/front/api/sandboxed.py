@@ -19,6 +19,7 @@ from chatlm.common.text.tokenizer import compile_chat_template, fill_template
 
 
 TASKS_OF_BODIES = {"named_model": "bodies", "read_body": "bodies", "read_variants": "bodies",
+                   "chained": "bodies", "check_line": "bodies", "read_line": "bodies",
                    "answer_text": "bodies", "extract": "documents"}  # what of Tasks has them
 PREPARE_S = 5.0  # processor seconds a sandbox may take to compile a template or open a tokenizer
 

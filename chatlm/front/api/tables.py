@@ -181,6 +181,7 @@ INFILL_FIELDS = (  # as llama-server has them
     *(field for field in CONSTRAINT_FIELDS if field.name in ("grammar", "json_schema")),
 )
 
+BEFORE = "before_input"  # with which the front completes a body that continues a kept response
 RESPONSES_FIELDS = (
     Field("input", FieldType("a text or a list of items", {"anyOf": [A_TEXT, {"type": "array"}]}),
           "a text, or a list of messages, calls, their outputs and reasoning"),
@@ -203,9 +204,14 @@ RESPONSES_FIELDS = (
     Field("metadata", METADATA, "comes back in the answer"),
     Field("user", FieldType("a string of at most 512 characters", {"type": "string", "maxLength": 512}),
           "comes back in the answer"),
-    *(Field(name, refused("the server keeps no answers, so send the whole conversation as input"), "refused")
-      for name in ("previous_response_id", "conversation", "prompt")),
-    Field("background", FieldType("false, because the server keeps no answers", {"enum": [False]}),
+    Field("store", SWITCH, "false: do not keep the answer; the default with --database is true"),
+    Field("previous_response_id", TEXT, "with --database: the kept response that this one continues"),
+    Field("conversation", FieldType("an id, or an object with one", {"anyOf": [
+        A_TEXT, object_schema(["id"], id=A_TEXT)]}, lambda value: value if is_text(value) else value["id"]),
+          "with --database: the conversation that this response continues, and is added to"),
+    Field(BEFORE, LIST, "of the server's own: what was said before"),
+    Field("prompt", refused("the server keeps no prompts"), "refused"),
+    Field("background", FieldType("false: answers are not made in the background", {"enum": [False]}),
           "true is refused"),
 )
 

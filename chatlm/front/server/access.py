@@ -145,14 +145,28 @@ class Owners:
         unguessable = re.fullmatch("[0-9a-f]{32}(-[0-9])?", request_id)
         return "" if not self.settings.keys and unguessable else client
 
+    def of_texts(self, client: str) -> str:
+        """The owner of what a client leaves in the store: its key, as `of_pages`; without keys its address
+        after an @."""
+        return f"key {self._digest(client, b'texts')}" if self.settings.keys else f"@{client}"
+
+    def client_of(self, owner: str) -> str | None:
+        """The client whose texts have this owner; None if its key is no longer there."""
+        if not self.settings.keys:
+            return owner[1:] if owner[:1] == "@" else None
+        return next((key.name for key in self.settings.keys if self.of_texts(key.name) == owner), None)
+
     def of_pages(self, client: str) -> str:
         """The owner of a client's KV pages and checked grammars, which clients of one owner share;
         share_prefixes gives all keys the same. It is a hash of the key itself, since pages may outlast the
         time for which a name belongs to one key."""
         if not self.settings.keys or self.settings.share_prefixes:
             return ""
+        return self._digest(client, b"pages")
+
+    def _digest(self, client: str, purpose: bytes) -> str:
         keys = sorted(key.digest for key in self.settings.keys if key.name == client)
-        return hashlib.blake2b(b"".join(keys), digest_size=16, person=b"pages").hexdigest()
+        return hashlib.blake2b(b"".join(keys), digest_size=16, person=purpose).hexdigest()
 
 
 class AccessLog:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
+from collections.abc import Awaitable, Callable, Sequence as Seq
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from chatlm.front.pool.models import Served
     from chatlm.front.pool.pool import WorkerPool
     from chatlm.front.server.access import Owners
+
+
+Completing = Callable[[bytearray, Holding], Awaitable[bytes | bytearray]]
 
 
 def known_of(served: Served) -> Known:
@@ -48,6 +51,7 @@ class Bodies:
     def __init__(self, catalogue: Catalogue, owners: Owners):
         self.catalogue, self.owners = catalogue, owners
         self.budget = Budget(LIMITS.held_bytes)
+        self.complete: Completing | None = None  # adds to a body what was said before
 
     def holding(self) -> Holding:
         """The share of the budget that the request of this task holds."""
@@ -90,6 +94,8 @@ class Bodies:
         record = REQUEST_LOG.get()
         with self.holding() as reading:
             body = await self.receive(http, reading)
+            if self.complete:
+                body = await self.complete(body, reading)
             served, fields = await self._read(body, bound_of(http), holding)
             if fields is not None:
                 parsed = read_answer(record.route.pattern, fields, known_of(served))

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence as Seq
 from enum import Enum
 from typing import Any, NamedTuple, TYPE_CHECKING
 
-from chatlm.front.api.field_types import TEXT
-from chatlm.front.api.fields import A_TEXT, Field
+from chatlm.front.api.field_types import INTEGER, TEXT
+from chatlm.front.api.fields import A_TEXT, Field, FieldType
+from chatlm.front.api.kept_fields import STORE_FIELDS
 from chatlm.front.api.tables import BODY_FIELDS, HUB_FIELDS
 
 if TYPE_CHECKING:
@@ -51,7 +52,10 @@ class Route(NamedTuple):
     @property
     def fields(self) -> tuple[Field, ...]:
         """The fields of the body. ANSWER_READERS or TEXT_READERS has a reader for those of BODY_FIELDS."""
-        return BODY_FIELDS.get(self.pattern) or HUB_FIELDS.get(self.pattern, ())
+        if self.method == "GET":  # a list has the path of what makes its rows
+            return ()
+        kept = STORE_FIELDS if self.method == "POST" else {}
+        return BODY_FIELDS.get(self.pattern) or HUB_FIELDS.get(self.pattern) or kept.get(self.pattern, ())
 
 
 RETRIEVAL_ROUTES = tuple(  # whatever they ask for, one handler answers
@@ -97,20 +101,60 @@ DOCUMENT_ROUTES = (
               "pages": {"type": ["integer", "null"],
                         "description": "pages, slides, sheets or chapters; null if the format has none"},
               "cut": {"type": ["string", "null"], "description": "what of the document the text lacks"}}}),)
-MORE_ROUTES = *RETRIEVAL_ROUTES, *DOCUMENT_ROUTES, *MANAGING_ROUTES
+AFTER = Field("after", TEXT, "the id of the last row of the page before")
+ORDER = Field("order", FieldType('"asc" or "desc"', {"enum": ["asc", "desc"]}),
+              "by time; desc = newest first")
+FILES_LIMIT = Field("limit", INTEGER, "rows of a page (10,000)", 1, 10_000)
+LIMIT = Field("limit", INTEGER, "rows of a page (20)", 1, 100)
+PURPOSE = Field("purpose", FieldType('"batch" or "batch_output"', {"enum": ["batch", "batch_output"]}),
+                "only these files")
+STORE_ROUTES = (  # with --database
+    Route("POST", "/v1/files", Api.OPENAI, "batches.files.handle_upload",
+          "keep a file of requests for a batch: a form with `file` and `purpose`"),
+    Route("GET", "/v1/files", Api.OPENAI, "batches.files.handle_list", "your files",
+          query=(PURPOSE, FILES_LIMIT, ORDER, AFTER)),
+    Route("GET", "/v1/files/{id}", Api.OPENAI, "batches.files.handle_file", "what is known of a file"),
+    Route("GET", "/v1/files/{id}/content", Api.OPENAI, "batches.files.handle_content", "its content"),
+    Route("DELETE", "/v1/files/{id}", Api.OPENAI, "batches.files.handle_delete", "delete a file"),
+    Route("POST", "/v1/batches", Api.OPENAI, "batches.handle_create",
+          "answer each line of a file while nobody else asks"),
+    Route("GET", "/v1/batches", Api.OPENAI, "batches.handle_list", "your batches, the newest first",
+          query=(LIMIT, AFTER)),
+    Route("GET", "/v1/batches/{id}", Api.OPENAI, "batches.handle_batch", "how far a batch is"),
+    Route("POST", "/v1/batches/{id}/cancel", Api.OPENAI, "batches.handle_cancel",
+          "end a batch; what it has answered is kept"),
+    Route("GET", "/v1/responses/{id}", Api.OPENAI, "kept.routes.handle_response",
+          "a response that was kept"),
+    Route("DELETE", "/v1/responses/{id}", Api.OPENAI, "kept.routes.handle_delete", "delete it"),
+    Route("GET", "/v1/responses/{id}/input_items", Api.OPENAI, "kept.routes.handle_inputs",
+          "what it was asked, with what was said before", query=(LIMIT, ORDER, AFTER)),
+    Route("POST", "/v1/conversations", Api.OPENAI, "kept.routes.handle_create", "begin a conversation"),
+    Route("GET", "/v1/conversations/{id}", Api.OPENAI, "kept.routes.handle_conversation", "a conversation"),
+    Route("POST", "/v1/conversations/{id}", Api.OPENAI, "kept.routes.handle_update", "change its metadata"),
+    Route("DELETE", "/v1/conversations/{id}", Api.OPENAI, "kept.routes.handle_forget",
+          "delete it with its items"),
+    Route("GET", "/v1/conversations/{id}/items", Api.OPENAI, "kept.routes.handle_items", "its items",
+          query=(LIMIT, ORDER, AFTER)),
+    Route("POST", "/v1/conversations/{id}/items", Api.OPENAI, "kept.routes.handle_add", "add items to it"),
+    Route("GET", "/v1/conversations/{id}/items/{item}", Api.OPENAI, "kept.routes.handle_item", "one item"),
+    Route("DELETE", "/v1/conversations/{id}/items/{item}", Api.OPENAI, "kept.routes.handle_drop",
+          "delete it; the answer is the conversation"))
+MORE_ROUTES = *RETRIEVAL_ROUTES, *DOCUMENT_ROUTES, *MANAGING_ROUTES, *STORE_ROUTES
 
 
 class RouteTable:
     """Finds the row of a request. Paths of requests begin with `prefix`, paths of rows do not."""
 
     def __init__(self, rows: Iterable[Route], prefix: str = ""):
-        self.prefix, self.rows = prefix, {row.pattern: row for row in rows}
+        self.prefix, self.by_method = prefix, {(row.method, row.pattern): row for row in rows}
+        self.rows = {row.pattern: row for row in self.by_method.values()}
 
     def row_of(self, http: web.Request) -> Route:
         """The row whose handler answers. For a request without one, an unnamed row of the API whose path
         shares the longest beginning with the request's."""
         if resource := http.match_info.route.resource:
-            return self.rows[resource.canonical.removeprefix(self.prefix).rstrip("/") or "/"]
+            pattern = resource.canonical.removeprefix(self.prefix).rstrip("/") or "/"
+            return self.by_method.get((http.method, pattern), self.rows[pattern])
         words = http.path.removeprefix(self.prefix).split("/")
         nearest = max(self.rows.values(),
                       key=lambda row: len(os.path.commonprefix([row.path.split("/"), words])))

@@ -14,6 +14,7 @@ from chatlm.common.messages.requests import Embedder, InfillTokens
 from chatlm.common.text.tokenizer import Tokenizer
 from chatlm.front.admission.prompts import PromptMaker
 from chatlm.front.api.readers import ANSWER_READERS, read_answer, read_text, read_variants
+from chatlm.front.api.kept_fields import STORE_FIELDS
 from chatlm.front.api.tables import BODY_FIELDS, DRAWING_FIELDS, HUB_FIELDS, OLLAMA_OPTIONS
 from fake_pool import FakePool, Letters, serving
 
@@ -114,7 +115,7 @@ def parsed(route, body):
 
 
 @pytest.mark.parametrize("route, name", [
-    (route, field.name) for route, fields in BODY_FIELDS.items() for field in fields if field.name != "model"])     # which `Bodies.resolve` reads
+    (route, field.name) for route, fields in BODY_FIELDS.items() for field in fields if field.name not in ("model", "store", "before_input")])     # which `Bodies.resolve` and `Keeper` read
 def test_a_field_of_the_tables_changes_the_request_or_is_refused(route, name):
     without, body = sent(route, name)
     before, _ = parsed(route, without)
@@ -145,7 +146,7 @@ def test_a_field_of_a_variant_changes_its_own_request_alone(name):
 
 
 def test_each_route_with_a_body_is_in_the_tables():
-    assert {route.pattern for route in chat_server.ROUTES if route.fields} == {*BODY_FIELDS, *HUB_FIELDS} and set(BODY_FIELDS) == set(BASE)
+    assert {route.pattern for route in chat_server.ROUTES if route.fields} == {*BODY_FIELDS, *HUB_FIELDS, *STORE_FIELDS} and set(BODY_FIELDS) == set(BASE)
 
 
 # What the clients of the five APIs, and those of vLLM and llama-server, may send and this server does not read.
@@ -166,7 +167,7 @@ UNREAD = {
     "/v1/completions": {"user": "me", "truncate": "oldest", "reasoning_effort": "low", "tools": [TOOL], **VLLM, **LLAMA, **SAMPLERS},
     "/v1/embeddings": {"user": "me", "truncate_prompt_tokens": 5, "temperature": 1},
     "/v1/responses": {
-        "n": 2, "store": True, "include": ["message.output_text.logprobs"], "top_logprobs": 2, "max_tool_calls": 1, "service_tier": "flex",
+        "n": 2, "include": ["message.output_text.logprobs"], "top_logprobs": 2, "max_tool_calls": 1, "service_tier": "flex",
         "safety_identifier": "x", "prompt_cache_key": "x", "prompt_cache_retention": "24h", "stream_options": {}, "context_management": [],
         "reasoning_effort": "low", **SAMPLERS},
     "/v1/messages": {"metadata": {"user_id": "x"}, "service_tier": "auto", "container": "x", "context_management": {}, "mcp_servers": [],
@@ -205,6 +206,7 @@ BESIDE_OTHERS = [       # (route, body, the fields that have no effect in it)
     ("/v1/chat/completions", {"tools": [TOOL], "functions": [TOOL["function"]]}, ["tools"]),
     ("/v1/responses", {"truncate": "oldest", "truncation": "disabled"}, ["truncate"]),
     ("/v1/messages", {"stop": "x", "stop_sequences": ["y"]}, ["stop"]),
+    ("/v1/responses", {"store": True}, ["store"]), ("/v1/responses", {"store": False}, []),     # without --database
     ("/chat/completions", {"model": "fake-model", "n": 2, "mirostat": 1}, ["mirostat"]),    # a body of Chat Completions
     ("/v1/rerank", {"raw_scores": True, "return_text": True, "truncate": True}, ["raw_scores", "return_text", "truncate"]),
     ("/rerank", {"documents": None, "texts": ["a"], "return_documents": True}, ["return_documents"]),

@@ -1,0 +1,35 @@
+"""The fields of the bodies of routes that need --database."""
+
+from __future__ import annotations
+
+from chatlm.front.api.field_types import INTEGER, METADATA, TEXT
+from chatlm.front.api.fields import Field, FieldType, list_schema, object_schema
+
+ENDPOINTS = "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings"  # of a batch
+WINDOWS = {"1h": 3600, "6h": 6 * 3600, "12h": 12 * 3600, "24h": 86400, "48h": 2 * 86400, "72h": 3 * 86400,
+           "7d": 7 * 86400, "14d": 14 * 86400, "30d": 30 * 86400}  # seconds of a completion_window
+LAST_SECONDS = Field("expires_after[seconds]", INTEGER, "for how long it is kept", 3600, 30 * 86400)
+EXPIRY = FieldType(
+    "an object of created_at and seconds, from 3600 to 2592000", object_schema(
+        ["seconds"], anchor={"enum": ["created_at"]},
+        seconds={"type": "integer", "minimum": 3600, "maximum": 30 * 86400}),
+    lambda value: int(value["seconds"]))
+MOST_ITEMS = 20
+ITEMS = FieldType(f"a list of at most {MOST_ITEMS} items",
+                  list_schema({"type": "object"}, maxItems=MOST_ITEMS))
+SOME_ITEMS = Field("items", ITEMS, "messages, calls, their outputs and reasoning")
+LABELS = Field("metadata", METADATA, "comes back in the answer")
+STORE_FIELDS: dict[str, tuple[Field, ...]] = {
+    "/v1/batches": (
+        Field("input_file_id", TEXT, "an uploaded file", required=True),
+        Field("endpoint", FieldType(" or ".join(ENDPOINTS), {"enum": list(ENDPOINTS)}),
+              "the route of all its lines", required=True),
+        Field("completion_window", FieldType(", ".join(WINDOWS), {"enum": list(WINDOWS)}),
+              "how long it may take (24h); lines that are left then are errors"),
+        LABELS,
+        Field("output_expires_after", EXPIRY, "for how long its files are kept"),
+    ),
+    "/v1/conversations": (SOME_ITEMS, LABELS),
+    "/v1/conversations/{id}": (LABELS._replace(required=True),),
+    "/v1/conversations/{id}/items": (SOME_ITEMS._replace(required=True),),
+}

@@ -1,0 +1,317 @@
+"""Batches: their routes, and the work on their lines, which nobody waits for."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import time
+from collections.abc import Callable, Sequence as Seq
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from chatlm.common.config import LIMITS
+from chatlm.common.errors import ChatServerError, EngineFailure, Overloaded, RequestError
+from chatlm.common.log import log
+from chatlm.common.messages.requests import PromptProgress
+from chatlm.front.aio import end_tasks, supervised
+from chatlm.front.api.batch_lines import (
+    Line, lasting_body, line_id, read_body_of, read_line, result_of, result_of_bad_line)
+from chatlm.front.api.encode import error_body
+from chatlm.front.api.encoders import ENCODERS
+from chatlm.front.api.kept_fields import WINDOWS
+from chatlm.front.lazy import web
+from chatlm.front.server.bodies import known_of, tokenizer_of
+from chatlm.front.server.files import FileRoutes
+from chatlm.front.server.kept import asked, now_s, paged, read_small_object, stored
+from chatlm.front.server.responses import REQUEST_LOG, json_response, public_error
+from chatlm.front.server.routes import AFTER, LIMIT
+from chatlm.front.server.streams import Holding
+from chatlm.front.store import batches, files, responses
+from chatlm.front.store.batches import Batch
+
+if TYPE_CHECKING:
+    from chatlm.common.messages.protocol import ParsedBody
+    from chatlm.front.pool.catalogue import Catalogue
+    from chatlm.front.pool.models import Served
+    from chatlm.front.server.access import Owners
+    from chatlm.front.server.bodies import Bodies
+    from chatlm.front.server.compare import Answering
+    from chatlm.front.store.files import Row
+    from chatlm.front.store.store import Store
+
+
+TRIES = 3         # for an answer during which workers died, each time as often as a request allows
+SPARE = 8         # lines under way beyond the rows of all workers, so that none of these is empty
+LOOK_S = 0.5      # between looks whether the server stops
+SWEEP_S = 30.0    # between looks for what has expired
+EXPIRED = "batch_expired", "This request could not be executed before the completion window expired."
+
+
+class BatchRoutes:
+    """The handlers, and the tasks that work on batches while the server runs."""
+
+    def __init__(self, store: Store | None, catalogue: Catalogue, bodies: Bodies, owners: Owners,
+                 answering: Answering):
+        self.store, self.owners, self.bodies = store, owners, bodies
+        self.files = FileRoutes(store, bodies, owners, catalogue.settings.keep_days, self.wake_up)
+        self.worker = BatchWorker(store, catalogue, bodies, owners, answering, self.files) if store else None
+
+    async def start(self, app: web.Application):
+        if self.worker:
+            self.worker.task = asyncio.create_task(supervised(
+                "working on batches", self.worker.run, failed=lambda error: True))
+
+    async def close(self):
+        if self.worker and self.worker.task:
+            await end_tasks([self.worker.task])
+
+    def wake_up(self):
+        if self.worker:
+            self.worker.wake.set()
+
+    @property
+    def owner(self) -> str:
+        return self.owners.of_texts(REQUEST_LOG.get().client)
+
+    async def handle_create(self, http: web.Request) -> web.Response:
+        store, owner = stored(self.store), self.owner
+        values = await read_small_object(http, self.bodies)
+        window = values.get("completion_window", "24h")
+        metadata = json.dumps(values["metadata"]) if "metadata" in values else None
+
+        def create(connection) -> dict:
+            source = files.found(connection, values["input_file_id"], owner, "input_file_id")
+            if source.purpose != "batch":
+                raise RequestError(f"the purpose of {source.name} is {source.purpose}, not batch",
+                                   code="invalid_value", param="input_file_id")
+            mine = [batch for batch in batches.unfinished(connection) if batch.owner == owner]
+            if len(mine) >= LIMITS.unfinished_batches:
+                raise Overloaded(f"{len(mine)} of your batches are not finished", retry_after_s=60,
+                                 status=429)
+            now = now_s()
+            return batches.shown_batch(connection, batches.create(
+                connection, owner, source, values["endpoint"], window, now, now + WINDOWS[window], metadata,
+                values.get("output_expires_after", self.files.keep_s)))
+        body = await store.run(create)
+        self.wake_up()
+        return json_response(body)
+
+    async def handle_list(self, http: web.Request) -> web.Response:
+        limit, owner, after = asked(http, LIMIT, 20), self.owner, asked(http, AFTER, "")
+
+        def read(connection) -> list[dict]:
+            rows = files.listed(connection, "batches", Batch._fields, owner, after, limit)
+            return [batches.shown_batch(connection, Batch(*row)) for row in rows]
+        return paged(await stored(self.store).run(read), limit)
+
+    async def handle_batch(self, http: web.Request) -> web.Response:
+        name, owner = http.match_info["id"], self.owner
+        return json_response(await stored(self.store).run(
+            lambda connection: batches.shown_batch(connection, batches.found(connection, name, owner))))
+
+    async def handle_cancel(self, http: web.Request) -> web.Response:
+        name, owner, now = http.match_info["id"], self.owner, now_s()
+        body = await stored(self.store).run(lambda connection: batches.shown_batch(
+            connection, batches.cancel(connection, name, owner, now)))
+        if self.worker and (stop := self.worker.stops.get(name)):
+            stop.set()
+        self.wake_up()
+        return json_response(body)
+
+
+class BatchWorker:
+    """Answers the lines of unfinished batches, of all of them at a time, with as many lines under way as the
+    workers have rows. Batches take turns, since each waits for one line at a time."""
+
+    def __init__(self, store: Store, catalogue: Catalogue, bodies: Bodies, owners: Owners,
+                 answering: Answering, uploads: FileRoutes):
+        self.store, self.catalogue, self.bodies = store, catalogue, bodies
+        self.owners, self.answering, self.files = owners, answering, uploads
+        settings = catalogue.settings
+        self.slots = asyncio.Semaphore(settings.max_batch * max(1, settings.num_workers) + SPARE)
+        self.wake, self.swept_s = asyncio.Event(), 0.0
+        self.stops: dict[str, asyncio.Event] = {}           # of each batch under way: was it cancelled?
+        self.tasks: dict[str, asyncio.Task[None]] = {}
+        self.task: asyncio.Task | None = None
+
+    async def run(self):
+        """Until the server stops; what is not recorded then is done again after its next start."""
+        try:
+            await self.catalogue.wait_ready()
+            while not self.catalogue.draining:
+                if self.wake.is_set() or time.monotonic() - self.swept_s > SWEEP_S:
+                    self.wake.clear()
+                    self.swept_s = time.monotonic()
+                    await self._sweep()
+                    for batch in await self.store.run(batches.unfinished):
+                        self._begin(batch)
+                with suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(self.wake.wait(), LOOK_S)
+        finally:
+            await end_tasks(self.tasks.values())
+
+    async def _sweep(self):
+        """Delete what has expired, in small pieces, and give its bytes back."""
+        now, uploads = now_s(), [*self.files.uploads]
+        await self.store.run(lambda connection: batches.forget(connection, now, self.files.keep_s, uploads))
+        await self.store.run(partial(responses.forget, now=now))
+        while await self.store.run(files.purge):
+            pass
+        while await self.store.run(lambda connection: connection.execute(
+                "PRAGMA freelist_count").fetchone()[0] > 1000 and connection.execute(
+                "PRAGMA incremental_vacuum(1000)").fetchall() is not None):
+            pass
+
+    def _begin(self, batch: Batch):
+        client = self.owners.client_of(batch.owner)
+        if batch.name in self.tasks or client is None:  # a batch whose key is gone waits until it expires
+            return
+        self.stops[batch.name] = asyncio.Event()
+        self.tasks[batch.name] = task = asyncio.create_task(supervised(
+            f"working on {batch.name}", partial(self._work, batch, client), failed=lambda error: True))
+        task.add_done_callback(lambda ended: (self.tasks.pop(batch.name), self.stops.pop(batch.name)))
+
+    async def _work(self, batch: Batch, client: str):
+        """Bring a batch to its end, from wherever it is."""
+        batch = await self.store.run(partial(batches.named, name=batch.name))
+        if batch.status == "validating" and not await self.store.run(
+                lambda connection: batches.begin(connection, batch, now_s())):
+            return
+        stop, status = self.stops[batch.name], "completed"
+        if batch.status == "cancelling":
+            stop.set()
+        lines = asyncio.ensure_future(self._answer_all(batch, client))
+        stopped = asyncio.ensure_future(stop.wait())
+        try:
+            await asyncio.wait([lines, stopped], timeout=max(0.0, batch.expires - time.time()),
+                               return_when=asyncio.FIRST_COMPLETED)
+            if not lines.done():
+                status = "cancelled" if stop.is_set() else "expired"
+        finally:
+            await end_tasks([stopped, *([] if lines.done() else [lines])])
+        if status == "completed":
+            lines.result()
+        while status == "expired" and await self.store.run(partial(self._expire_some, batch)):
+            pass
+        await self.store.run(lambda connection: self._end(connection, batch, status))
+
+    @staticmethod
+    def _end(connection, batch: Batch, status: str):
+        if batches.named(connection, batch.name).status == "cancelling":  # since the last line was recorded
+            status = "cancelled"
+        batches.end(connection, batch, status, now_s())
+        log.info("%s is %s", batch.name, status)
+
+    @staticmethod
+    def _expire_some(batch: Batch, connection) -> bool:
+        """Note for some lines without a result that the time is over; False if there are none."""
+        if batches.named(connection, batch.name).status != "in_progress":
+            return False
+        numbers, results = batches.waiting_lines(connection, batch)[:files.PART_LINES], []
+        for number in numbers:
+            row, error = batches.line(connection, batch, number), RequestError(EXPIRED[1], code=EXPIRED[0])
+            results.append((number, encoded(result_of_bad_line(number, error, row.custom_id)), True))
+        batches.record(connection, batch, results)
+        return bool(numbers)
+
+    async def _answer_all(self, batch: Batch, client: str):
+        """Answer and record the lines that have no result."""
+        created = (await self.store.run(partial(files.named, name=batch.input))).created
+        running: set[asyncio.Task] = set()
+        try:
+            for number in await self.store.run(partial(batches.waiting_lines, batch=batch)):
+                await self.slots.acquire()
+                # its errors are raised below
+                task = asyncio.ensure_future(self._answer_one(batch, client, number, created))
+                task.add_done_callback(lambda ended: self.slots.release())
+                running.add(task)
+                ended = {task for task in running if task.done()}
+                running -= ended
+                for task in ended:
+                    task.result()
+            await asyncio.gather(*running)
+        finally:
+            await end_tasks(running)
+
+    async def _answer_one(self, batch: Batch, client: str, number: int, created: int):
+        row = await self.store.run(partial(batches.line, batch=batch, number=number))
+        problem = row.problem or (row.url != batch.endpoint and batches.wrong_url(
+            number, row.url or "", batch.endpoint))
+        if problem:
+            text = result_of_bad_line(number, RequestError(problem, code="invalid_line"), row.custom_id)
+            status = 400
+        else:
+            status, body = await self._answer(row, client, created)
+            line = Line(number, row.custom_id or "", batch.endpoint, {}, line_id(number, row.text.strip()))
+            text = result_of(line, status, body)
+        result = number, encoded(text), status != 200
+        while True:
+            try:
+                return await self.store.run(partial(batches.record, batch=batch, results=[result]))
+            except Overloaded as error:  # such as a full disk
+                await asyncio.sleep(error.retry_after_s)
+
+    async def _answer(self, row: Row, client: str, created: int) -> tuple[int, dict]:
+        """(status, body) of the answer to a line, however often it has to be asked for."""
+        for left in reversed(range(TRIES)):
+            try:
+                return 200, await self._patiently(row, client, created)
+            except RequestError as error:
+                return error.status, error_body(error)
+            except Exception as error:
+                if self.catalogue.draining:
+                    raise asyncio.CancelledError from None  # the next start answers it
+                if not left:
+                    return 500, error_body(public_error(error))
+        raise AssertionError
+
+    async def _patiently(self, row: Row, client: str, created: int) -> dict:
+        """The body of an answer, asked for until there is room for it."""
+        while True:
+            try:
+                with Holding(self.bodies.budget, client) as holding:
+                    return await self._once(row, client, created, holding)
+            except Overloaded as error:
+                await asyncio.sleep(error.retry_after_s)
+
+    async def _once(self, row: Row, client: str, created: int, holding: Holding) -> dict:
+        served, parsed = await self._read(row, client, holding)
+        request = served.asked(parsed.request)
+        params = replace(request.params, client=client, owner=self.owners.of_pages(client))
+        encoder = ENCODERS[parsed.api](parsed.lasting(), served.name, tokenizer_of(served.pool))
+        encoder.derive_ids()
+        # its own id: two batches may have the same line
+        request = replace(request, id=secrets.token_hex(16), params=params, low_priority=True)
+        del parsed
+        async with self.answering(served.pool, request) as (_, events):
+            async for event in events:
+                if not isinstance(event, PromptProgress):
+                    try:
+                        holding.grow(encoder.collect(event))
+                    except Overloaded as error:  # it may never fit
+                        raise EngineFailure(str(error)) from None
+        whole = b"".join(encoder.completion())
+        return lasting_body(await asyncio.to_thread(json.loads, whole) if len(whole) > LIMITS.inline_bytes
+                            else json.loads(whole), created)
+
+    async def _read(self, row: Row, client: str, holding: Holding) -> tuple[Served, ParsedBody]:
+        """What a line asks for, of which model. RequestError as its route raises it."""
+        name, text = row.model or "", row.text.strip()
+        bound = next((key.models for key in self.catalogue.settings.keys if key.name == client), ())
+        served = await self.bodies.resolve(name, bound, holding)
+        if name and not served.fits(name) and served.model.is_unnamed:  # any name stands for it now
+            raise Overloaded("the model is still loading", retry_after_s=1)
+        if len(text) <= LIMITS.inline_bytes:
+            return served, read_body_of(read_line(row.number, text), known_of(served))
+        await holding.room(len(text))
+        parsed = await served.pool.admission.read_line(row.number, text, client, self.owners.of_pages(client))
+        if parsed.request.prompt_ids is not None:
+            holding.keep(parsed.size)
+        return served, parsed
+
+
+def encoded(text: str) -> bytes:
+    return text.encode("utf-8", "replace") + b"\n"

@@ -1,0 +1,294 @@
+"""The routes of the Files API: files of requests for batches, and what batches write."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING
+
+from chatlm.common.config import LIMITS
+from chatlm.common.errors import ChatServerError, Overloaded, RequestError, bad_value, shown, visible
+from chatlm.common.log import log
+from chatlm.front.api.batch_lines import read_body_of, read_line
+from chatlm.front.api.kept_fields import LAST_SECONDS
+from chatlm.front.lazy import aiohttp, web
+from chatlm.front.server.bodies import known_of
+from chatlm.front.server.kept import DAY_S, asked, now_s, paged, stored
+from chatlm.front.server.responses import REQUEST_LOG, bound_of, json_response
+from chatlm.front.server.routes import AFTER, FILES_LIMIT, ORDER, PURPOSE
+from chatlm.front.server.streams import BODY_BYTES_PER_S, BODY_S
+from chatlm.front.store import batches, files
+from chatlm.front.store.files import File, Row
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence as Seq
+
+    from chatlm.front.server.access import Owners
+    from chatlm.front.server.bodies import Bodies
+    from chatlm.front.store.store import Store
+
+
+UPLOADS = 16  # that arrive at a time; a client has a quarter
+
+
+class FileRoutes:
+    """The handlers. `removed` is called when something was deleted."""
+
+    def __init__(self, store: Store | None, bodies: Bodies, owners: Owners, keep_days: int,
+                 removed: Callable[[], None]):
+        self.store, self.bodies, self.owners, self.removed = store, bodies, owners, removed
+        self.keep_s = keep_days * DAY_S
+        self.uploads: dict[int, str] = {}     # id of each file that arrives -> its client
+        self.arriving: Counter[str] = Counter()
+
+    @property
+    def owner(self) -> str:
+        return self.owners.of_texts(REQUEST_LOG.get().client)
+
+    async def handle_upload(self, http: web.Request) -> web.Response:
+        """POST /v1/files: a form with `purpose` and `file`, in any order."""
+        store, client = stored(self.store), REQUEST_LOG.get().client
+        if http.content_type != "multipart/form-data":
+            raise RequestError("the body must be a form (multipart/form-data) with purpose and file",
+                               status=415, code="unsupported_type")
+        with self._arrival(client):
+            upload = Upload(store, self.bodies, client, self.owner, bound_of(http))
+            try:
+                await upload.begin(self.uploads)
+                fields = await upload.receive(http)
+                file = await store.run(partial(upload.complete, fields, self.keep_s))
+            finally:
+                if self.uploads.pop(upload.id, None) is not None:
+                    self.removed()  # it removes what is not complete
+        return json_response(file.body)
+
+    @contextmanager
+    def _arrival(self, client: str):
+        if self.arriving.total() >= UPLOADS or self.arriving[client] >= UPLOADS // 4:
+            raise Overloaded("too many files are being uploaded", retry_after_s=10)
+        self.arriving[client] += 1
+        try:
+            yield
+        finally:
+            self.arriving[client] -= 1
+
+    async def handle_list(self, http: web.Request) -> web.Response:
+        store, limit = stored(self.store), asked(http, FILES_LIMIT, 10_000)
+        ascending, purpose = asked(http, ORDER, "desc") == "asc", asked(http, PURPOSE, "")
+        chosen = f" AND state = {files.THERE}{f' AND purpose = {purpose!r}' if purpose else ''}"
+        rows = await store.run(partial(
+            files.listed, table="files", fields=File._fields, owner=self.owner, after=asked(http, AFTER, ""),
+            limit=limit, ascending=ascending, more=chosen))
+        return paged([File(*row).body for row in rows], limit)
+
+    async def found(self, http: web.Request) -> File:
+        return await stored(self.store).run(partial(
+            files.found, name=http.match_info["id"], owner=self.owner))
+
+    async def handle_file(self, http: web.Request) -> web.Response:
+        return json_response((await self.found(http)).body)
+
+    async def handle_delete(self, http: web.Request) -> web.Response:
+        name, owner = http.match_info["id"], self.owner
+
+        def delete(connection) -> File:
+            file = files.found(connection, name, owner)
+            if batch := batches.reads(connection, file):
+                raise RequestError(f"{batch} still needs this file: cancel it first, or wait for its end",
+                                   status=409, code="file_in_use", param="id")
+            files.delete(connection, file)
+            return file
+        file = await stored(self.store).run(delete)
+        self.removed()
+        return json_response({"id": file.name, "object": "file", "deleted": True})
+
+    async def handle_content(self, http: web.Request) -> web.StreamResponse:
+        store, file = stored(self.store), await self.found(http)
+        response = web.StreamResponse(headers={"Content-Type": "application/octet-stream",
+                                               "X-Request-Id": REQUEST_LOG.get().id})
+        response.content_length = file.bytes
+        await response.prepare(http)
+        last, sent = 0, 0
+        while http.method == "GET" and sent < file.bytes:
+            part, last = await store.run(partial(files.content, file=file.id, after=last))
+            if not part:  # it was deleted meanwhile: the client sees that the body is too short
+                raise ConnectionResetError("the file was deleted")
+            sent += len(part)
+            try:
+                await asyncio.wait_for(response.write(part), BODY_S)
+            except asyncio.TimeoutError:
+                if http.transport:
+                    http.transport.abort()
+                raise ConnectionAbortedError("the client has stopped reading") from None
+        return response
+
+
+class Upload:
+    """A file that arrives: its lines are checked and stored as they come, never more than a few at a time in
+    memory."""
+
+    SMALL_FIELD = 1000  # bytes of the form's other fields
+
+    def __init__(self, store: Store, bodies: Bodies, client: str, owner: str, bound: Seq[str]):
+        self.store, self.bodies, self.client, self.owner, self.bound = store, bodies, client, owner, bound
+        self.id = self.size = self.number = self.bad = self.requests = 0
+        self.waited_s = 0.0
+        self.first_problem, self.filename = "", None
+        self.rows: list[Row] = []           # that are still to be stored
+        self.custom_ids: set[bytes] = set()  # digests of those so far
+
+    async def begin(self, uploads: dict[int, str]):
+        def create(connection) -> int:
+            if files.held_bytes(connection, self.owner) >= LIMITS.kept_bytes:
+                raise RequestError(f"your files have more than {LIMITS.kept_bytes:,} bytes together: delete "
+                                   "some", status=403, code="storage_full")
+            return files.create(connection, self.owner, "", "batch", now_s()).id
+        self.id = await self.store.run(create)
+        uploads[self.id] = self.client
+
+    async def receive(self, http: web.Request) -> dict[str, str]:
+        """Read the form; returns its small fields. RequestError if it is broken, too large or too slow."""
+        fields: dict[str, str] = {}
+        try:
+            form = await http.multipart()
+            while (part := await self._timed(form.next())) is not None:
+                name = getattr(part, "name", None)
+                if name == "file" and self.filename is None:
+                    self.filename = visible((part.filename or "file").replace("\n", " "))[:255]
+                    await self._receive_lines(part)
+                elif name and name != "file":
+                    value = b""
+                    while chunk := await self._timed(part.read_chunk(self.SMALL_FIELD)):
+                        value += chunk
+                        if len(value) > self.SMALL_FIELD:
+                            raise RequestError(f"{shown(name)} has more than {self.SMALL_FIELD} bytes",
+                                               param=name[:60])
+                    fields[name] = value.decode("utf-8", "replace").strip()
+                else:
+                    raise RequestError("the form must have one file, called file", param="file")
+        except (ValueError, AssertionError, EOFError, web.RequestPayloadError,
+                aiohttp.http.HttpProcessingError) as error:
+            raise RequestError(f"the form cannot be read: {visible(str(error))[:200]}") from None
+        return fields
+
+    async def _timed(self, reading):
+        """RequestError 408 if the client pauses for BODY_S or is too slow."""
+        began_s = time.monotonic()
+        try:
+            value = await asyncio.wait_for(reading, BODY_S)
+        except asyncio.TimeoutError:
+            raise RequestError(f"no part of the body arrived for {BODY_S:g} s",
+                               status=408, code="body_timeout") from None
+        self.waited_s += time.monotonic() - began_s
+        if self.waited_s > BODY_S + self.size / BODY_BYTES_PER_S:
+            raise RequestError(f"the body arrives at less than {BODY_BYTES_PER_S:,} bytes per second",
+                               status=408, code="body_timeout")
+        return value
+
+    async def _receive_lines(self, part):
+        rest = bytearray()
+        async for chunk in self._chunks(part):
+            rest += chunk
+            if b"\n" in chunk:
+                *lines, last = bytes(rest).split(b"\n")
+                for line in lines:
+                    await self._take(line + b"\n")
+                rest = bytearray(last)
+            if len(rest) > LIMITS.body_bytes:
+                raise RequestError(f"line {self.number + 1:,} has more than {LIMITS.body_bytes:,} bytes",
+                                   status=413, code="line_too_long", param="file")
+        if rest:
+            await self._take(bytes(rest))
+        await self._store()
+
+    async def _chunks(self, part) -> AsyncIterator[bytes]:
+        while chunk := await self._timed(part.read_chunk(files.PART_BYTES // 16)):
+            self.size += len(chunk)
+            if self.size > LIMITS.batch_bytes:
+                raise RequestError(f"the file has more than {LIMITS.batch_bytes:,} bytes",
+                                   status=413, code="file_too_large", param="file")
+            yield chunk
+
+    async def _take(self, text: bytes):
+        self.number += 1
+        self.rows.append(row := await self._checked(text))
+        if row.asks:
+            self.requests += 1
+            if self.requests > LIMITS.batch_lines:
+                raise RequestError(f"the file has more than {LIMITS.batch_lines:,} lines",
+                                   status=413, code="too_many_lines", param="file")
+        if len(self.rows) >= files.PART_LINES or sum(len(each.text) for each in self.rows[-9:]) > (
+                files.PART_BYTES):
+            await self._store()
+        await asyncio.sleep(0)  # others get a turn
+
+    async def _store(self):
+        rows, self.rows = self.rows, []
+        if rows:
+            await self.store.run(partial(files.add_lines, file=self.id, rows=rows))
+
+    async def _checked(self, text: bytes) -> Row:
+        """The line with what is wrong with it. What is wrong with the body of a request is only noted: when
+        it is run, another model may be here."""
+        line = text.strip()
+        if not line:
+            return Row(self.number, text)
+        try:
+            custom_id, url, model, problem = await self._read(line)
+        except RequestError as error:
+            self._note(str(error))
+            return Row(self.number, text, problem=str(error))
+        digest = hashlib.blake2b(custom_id.encode("utf-8", "replace"), digest_size=12).digest()
+        if digest in self.custom_ids:
+            problem = f"line {self.number:,}: an earlier line has its custom_id, {shown(custom_id)}"
+            self._note(problem)
+            return Row(self.number, text, custom_id, url, model, problem)
+        self.custom_ids.add(digest)
+        if problem:
+            self._note(f"line {self.number:,}: {problem}")
+        return Row(self.number, text, custom_id, url, model)
+
+    async def _read(self, line: bytes) -> tuple[str, str, str, str]:
+        """(custom_id, url, model, what is wrong with the body) of a line."""
+        if len(line) > LIMITS.inline_bytes:
+            admission = self.bodies.catalogue.find("", self.bound).pool.admission
+            custom_id, url, model = await admission.check_line(self.number, line, self.client)
+            return custom_id, url, model, ""
+        read = read_line(self.number, line)
+        try:
+            read_body_of(read, known_of(self.bodies.catalogue.find(read.model, self.bound)))
+        except ChatServerError as error:
+            return read.custom_id, read.url, read.model, str(error)
+        return read.custom_id, read.url, read.model, ""
+
+    def _note(self, problem: str):
+        self.bad += 1
+        self.first_problem = self.first_problem or problem
+
+    def complete(self, fields: dict[str, str], keep_s: int, connection) -> File:
+        """It can be seen now. RequestError if the form lacks something."""
+        if self.filename is None:
+            raise RequestError("file is missing", code="missing_required_parameter", param="file")
+        if fields.get("purpose") != "batch":
+            raise bad_value("purpose", fields.get("purpose", ""), '"batch"')
+        if not self.requests:
+            raise RequestError("the file has no lines", code="empty_file", param="file")
+        lasts = keep_s
+        if (text := fields.get("expires_after[seconds]")) is not None:
+            if fields.get("expires_after[anchor]", "created_at") != "created_at":
+                raise bad_value("expires_after[anchor]", fields["expires_after[anchor]"], '"created_at"')
+            lasts = LAST_SECONDS.read(int(text) if text.isdigit() else text)
+        note = self.first_problem and (
+            f"{self.bad:,} of {self.requests:,} lines cannot be run as they are; the first: "
+            f"{self.first_problem[:400]}")
+        connection.execute(
+            "UPDATE files SET filename = ?, state = ?, note = ?, expires = created + ? WHERE id = ?",
+            (self.filename, files.THERE, note or None, lasts, self.id))
+        row = connection.execute("SELECT name FROM files WHERE id = ?", (self.id,)).fetchone()
+        log.debug("file %s: %d lines, %d bad", row[0], self.requests, self.bad)
+        return files.named(connection, row[0])

@@ -1,0 +1,155 @@
+"""Files of the Files API in the store: what a client uploads for a batch, and what a batch writes."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence as Seq
+from typing import NamedTuple, TYPE_CHECKING
+
+from chatlm.common.errors import RequestError, bad_value, shown
+
+if TYPE_CHECKING:
+    import sqlite3
+
+
+WRITTEN, THERE, DELETED = 0, 1, 2
+PART_BYTES = 1 << 20    # of a file, read or written at a time
+PART_LINES = 500
+
+
+class File(NamedTuple):
+    """A row of `files`."""
+
+    id: int
+    name: str
+    owner: str
+    filename: str
+    purpose: str
+    bytes: int
+    requests: int
+    created: int
+    expires: int | None
+    state: int
+    note: str | None
+
+    @property
+    def body(self) -> dict:
+        """As the API shows it."""
+        return {"id": self.name, "object": "file", "bytes": self.bytes, "created_at": self.created,
+                "expires_at": self.expires, "filename": self.filename, "purpose": self.purpose,
+                "status": "processed", "status_details": self.note}
+
+
+class Row(NamedTuple):
+    """A line of a file that a client uploads. One without a request is blank."""
+
+    number: int
+    text: bytes
+    custom_id: str | None = None
+    url: str | None = None
+    model: str | None = None
+    problem: str | None = None
+
+    @property
+    def asks(self) -> bool:
+        return bool(self.text.strip())
+
+
+def owns(owner: str, row_owner: str) -> bool:
+    """May this owner see what that one made? Without keys whoever knows the name, which cannot be
+    guessed."""
+    return owner == row_owner or owner[:1] == row_owner[:1] == "@"
+
+
+def create(connection: sqlite3.Connection, owner: str, filename: str, purpose: str, now: int,
+           expires: int | None = None) -> File:
+    """A file that is still to be written."""
+    name = f"file-{secrets.token_hex(12)}"
+    connection.execute("INSERT INTO files (name, owner, filename, purpose, created, expires) VALUES "
+                       "(?, ?, ?, ?, ?, ?)", (name, owner, filename, purpose, now, expires))
+    return named(connection, name)
+
+
+def named(connection: sqlite3.Connection, name: str) -> File:
+    """The file with this name. LookupError if there is none."""
+    row = connection.execute(f"SELECT {', '.join(File._fields)} FROM files WHERE name = ?",
+                             (name,)).fetchone()
+    if row is None:
+        raise LookupError(name)
+    return File(*row)
+
+
+def found(connection: sqlite3.Connection, name: str, owner: str, param: str = "id") -> File:
+    """The file with this name that this owner may see; RequestError 404 if there is none."""
+    try:
+        file = named(connection, name)
+        if file.state == THERE and owns(owner, file.owner):
+            return file
+    except LookupError:
+        pass
+    raise RequestError(f"there is no file {shown(name)}", status=404, code="not_found", param=param)
+
+
+def add_lines(connection: sqlite3.Connection, file: int, rows: Seq[Row]):
+    connection.executemany("INSERT INTO lines (file, number, text, custom_id, url, model, problem) "
+                           "VALUES (?, ?, ?, ?, ?, ?, ?)", [(file, *row) for row in rows])
+    connection.execute("UPDATE files SET bytes = bytes + ?, requests = requests + ? WHERE id = ?",
+                       (sum(len(row.text) for row in rows), sum(row.asks for row in rows), file))
+
+
+def content(connection: sqlite3.Connection, file: int, after: int) -> tuple[bytes, int]:
+    """(the next part of its content, the number of the last line of that): those after line `after`."""
+    parts, size = list[bytes](), 0
+    for number, text in connection.execute(
+            "SELECT number, text FROM lines WHERE file = ? AND number > ? ORDER BY number", (file, after)):
+        parts.append(text)
+        after, size = number, size + len(text)
+        if size >= PART_BYTES:
+            break
+    return b"".join(parts), after
+
+
+def listed(connection: sqlite3.Connection, table: str, fields: Seq[str], owner: str, after: str, limit: int,
+           ascending: bool = False, more: str = "") -> list[tuple]:
+    """The rows of an owner after the one called `after`, one more than `limit` if there are more.
+    RequestError for an unknown `after`. more: a condition on rows."""
+    condition, values = f"owner = ?{more}", [owner]
+    if after:
+        place = connection.execute(f"SELECT id, owner FROM {table} WHERE name = ?", (after,)).fetchone()
+        if place is None or not owns(owner, place[1]):
+            raise bad_value("after", after, "the id of a row of the list")
+        condition += f" AND id {'>' if ascending else '<'} ?"
+        values.append(place[0])
+    return connection.execute(
+        f"SELECT {', '.join(fields)} FROM {table} WHERE {condition} "
+        f"ORDER BY id {'ASC' if ascending else 'DESC'} LIMIT ?", (*values, limit + 1)).fetchall()
+
+
+def held_bytes(connection: sqlite3.Connection, owner: str) -> int:
+    """What the files of an owner take."""
+    return connection.execute("SELECT COALESCE(SUM(bytes), 0) FROM files WHERE owner = ? AND state < ?",
+                              (owner, DELETED)).fetchone()[0]
+
+
+def delete(connection: sqlite3.Connection, file: File):
+    """Nobody sees it from now on; `purge` removes its lines."""
+    connection.execute("UPDATE files SET state = ? WHERE id = ?", (DELETED, file.id))
+
+
+def purge(connection: sqlite3.Connection) -> bool:
+    """Remove some lines of what was deleted, and the file with the last of them. True if there are more."""
+    row = connection.execute("SELECT id FROM files WHERE state = ? LIMIT 1", (DELETED,)).fetchone()
+    if row is None:
+        return False
+    last, size = None, 0
+    for last, length in connection.execute(
+            "SELECT number, LENGTH(text) FROM lines WHERE file = ? ORDER BY number LIMIT ?",
+            (*row, PART_LINES)):
+        size += length
+        if size > PART_BYTES:
+            break
+    if last is None:
+        connection.execute("DELETE FROM files WHERE id = ?", row)
+    else:
+        connection.execute("DELETE FROM lines WHERE file = ? AND number <= ?", (*row, last))
+    return True

@@ -1,0 +1,368 @@
+"""/v1/files and /v1/batches: OpenAI's client uses them unchanged, and no line is lost or answered twice."""
+
+import json
+import re
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+
+import openai
+import psutil
+import pytest
+
+from real_server import SCRIPT, server
+
+
+def ask_line(custom_id, text="Hello", url="/v1/chat/completions", **more):
+    return {"custom_id": custom_id, "method": "POST", "url": url,
+            "body": {"messages": [{"role": "user", "content": text}], "max_tokens": 12, **more}}
+
+
+def jsonl(lines):
+    return "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines).encode()
+
+
+@contextmanager
+def batching(model, store, *words, keys=(), port=0):
+    with server(model, f"--database={store}", *words, *(word for key in keys for word in ("--api-key", key))) as (process, url):
+        reading = threading.Thread(target=process.stdout.read, daemon=True)     # else a full pipe would stop the server
+        reading.start()
+        yield process, openai.OpenAI(base_url=url + "/v1", api_key=(keys or ["none"])[0], max_retries=0)
+        process.kill()
+        reading.join()
+
+
+def ended(client, batch):
+    deadline_s = time.monotonic() + 1200
+    while (batch := client.batches.retrieve(batch.id)).status in ("validating", "in_progress", "finalizing", "cancelling"):
+        assert time.monotonic() < deadline_s, batch
+        time.sleep(0.02)
+    return batch
+
+
+def begun(client, lines, endpoint="/v1/chat/completions", **more):
+    data = lines if isinstance(lines, bytes) else jsonl(lines)
+    file = client.files.create(file=("in.jsonl", data), purpose="batch")
+    return client.batches.create(input_file_id=file.id, endpoint=endpoint, completion_window="24h", **more)
+
+
+def results(client, name):
+    return [json.loads(line) for line in client.files.content(name).text.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def model(nanochat_fixtures):
+    return nanochat_fixtures / "gen5"
+
+
+@pytest.fixture(scope="module")
+def running(model, tmp_path_factory):
+    with batching(model, tmp_path_factory.mktemp("store") / "store.db") as (process, client):
+        yield client
+
+
+def test_a_batch_of_each_endpoint_is_answered(running):
+    bodies = {"/v1/chat/completions": {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}, "/v1/completions": {"prompt": "Once", "max_tokens": 3},
+              "/v1/responses": {"input": "Hi", "max_output_tokens": 16}, "/v1/embeddings": {"input": "Hi"}}
+    for endpoint, body in bodies.items():
+        batch = begun(running, [{"custom_id": "a", "method": "POST", "url": endpoint, "body": body}], endpoint, metadata={"night": "1"})
+        assert batch.object == "batch" and batch.status == "validating" and batch.metadata == {"night": "1"}
+        batch = ended(running, batch)
+        assert (batch.status, batch.error_file_id, batch.request_counts.completed) == ("completed", None, 1)
+        assert batch.in_progress_at <= batch.finalizing_at <= batch.completed_at and batch.expires_at == batch.created_at + 86400
+        [found] = results(running, batch.output_file_id)
+        assert found["custom_id"] == "a" and found["response"]["status_code"] == 200 and found["error"] is None
+        assert found["response"]["body"]["object"] in ("chat.completion", "text_completion", "response", "list")
+
+
+def test_bad_lines_are_errors_and_the_others_run(running):
+    lines = [ask_line("a"), "", "no json", ask_line("b", stream=True), ask_line("c", model="nope"), ask_line("a", "again"), ask_line("d", temperature=9),
+             ask_line("e", url="/v1/files"), {"custom_id": "f", "url": "/v1/completions", "body": {"prompt": "x"}}, ask_line("g", "x" * 100_000), ask_line("h")]
+    file = running.files.create(file=("in.jsonl", jsonl(lines)), purpose="batch")
+    assert "6 of 10 lines" in file.status_details and "line 3: is not JSON" in file.status_details
+    assert running.files.content(file.id).content == jsonl(lines) and file.bytes == len(jsonl(lines))
+    batch = ended(running, running.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h"))
+    counts = batch.request_counts
+    assert (batch.status, counts.total, counts.completed, counts.failed) == ("completed", 10, 2, 8)
+    assert [found["custom_id"] for found in results(running, batch.output_file_id)] == ["a", "h"]
+    errors = results(running, batch.error_file_id)
+    assert [(found["error"] or found["response"]["body"]["error"])["code"] for found in errors] == [
+        "invalid_line", "invalid_line", "model_not_found", "invalid_line", "invalid_value", "invalid_line", "invalid_line", "context_length_exceeded"]
+    assert [found["custom_id"] for found in errors] == [None, None, "c", "a", "d", None, "f", "g"]
+
+
+def test_a_batch_without_a_line_that_can_run_has_failed_and_says_why(running):
+    batch = ended(running, begun(running, ["no", "json"]))
+    assert batch.status == "failed" and [(error.line, error.code) for error in batch.errors.data] == [(1, "invalid_line"), (2, "invalid_line")]
+    assert batch.output_file_id is None and batch.request_counts.failed == 2
+
+
+def test_lists_have_pages_and_what_was_deleted_is_gone(running):
+    files = [running.files.create(file=(f"{index}.jsonl", jsonl([ask_line("a")])), purpose="batch") for index in range(5)]
+    names = [file.id for file in files]
+    page = running.files.list(limit=2, purpose="batch")
+    assert [file.id for file in page.data] == names[:-3:-1] and page.has_more
+    assert [file.id for file, _ in zip(running.files.list(limit=2, purpose="batch"), range(5))] == names[::-1]
+    assert [file.id for file in running.files.list(limit=2, after=names[0], order="asc").data] == names[1:3]
+    assert running.files.delete(names[0]).deleted
+    for gone in (running.files.retrieve, running.files.content, running.files.delete):
+        with pytest.raises(openai.NotFoundError):
+            gone(names[0])
+    with pytest.raises(openai.NotFoundError):
+        running.batches.create(input_file_id=names[0], endpoint="/v1/completions", completion_window="24h")
+    batches = [begun(running, [ask_line("a", max_tokens=1)]) for _ in range(3)]
+    assert [batch.id for batch, _ in zip(running.batches.list(limit=2), range(3))] == [batch.id for batch in batches[::-1]]
+    with pytest.raises(openai.BadRequestError, match="after"):
+        running.batches.list(after="batch_nope")
+    with pytest.raises(openai.BadRequestError, match="from 1 to 100"):
+        running.batches.list(limit=0)
+    for batch in batches:
+        ended(running, batch)
+
+
+def test_a_cancelled_batch_keeps_what_it_has_and_its_input_can_be_deleted_only_then(running):
+    batch = begun(running, [ask_line(str(index), max_tokens=200, ignore_eos=True) for index in range(2000)])
+    while not running.batches.retrieve(batch.id).request_counts.completed:
+        time.sleep(0.01)
+    with pytest.raises(openai.ConflictError, match=f"{batch.id} still needs this file"):
+        running.files.delete(batch.input_file_id)
+    assert running.batches.cancel(batch.id).status in ("cancelling", "cancelled")
+    batch = ended(running, batch)
+    assert batch.status == "cancelled" and batch.cancelling_at <= batch.cancelled_at and 0 < batch.request_counts.completed < 2000
+    assert len(results(running, batch.output_file_id)) == batch.request_counts.completed
+    with pytest.raises(openai.ConflictError, match="cannot be cancelled"):
+        running.batches.cancel(batch.id)
+    assert running.files.delete(batch.input_file_id).deleted and running.batches.retrieve(batch.id).input_file_id == batch.input_file_id
+
+
+@pytest.mark.parametrize("changes, said", [
+    ({"endpoint": "/v1/rerank"}, "endpoint must be"), ({"completion_window": "3w"}, "completion_window must be"), ({"completion_window": "31d"}, "completion_window"),
+    ({"metadata": {"a": "x" * 513}}, "metadata must be"), ({"input_file_id": "file-\x1b[2Jno"}, "there is no file"), ({"output_expires_after": {"seconds": 5}}, "output_expires_after")])
+def test_a_batch_that_cannot_be_is_refused(running, changes, said):
+    file = running.files.create(file=("in.jsonl", jsonl([ask_line("a")])), purpose="batch")
+    with pytest.raises((openai.BadRequestError, openai.NotFoundError), match=said):
+        running.batches.create(**{"input_file_id": file.id, "endpoint": "/v1/completions", "completion_window": "24h"} | changes)
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "x" * 3000, "\u202egnp.jsonl"])
+def test_a_file_s_name_is_only_shown(running, name):
+    file = running.files.create(file=(name, jsonl([ask_line("a")])), purpose="batch")
+    assert len(file.filename) <= 255 and file.filename.isprintable() and file.filename
+    assert running.files.content(file.id).content == jsonl([ask_line("a")])
+
+
+def form(*parts, boundary=b"edge"):
+    return b"".join(b"--" + boundary + b"\r\nContent-Disposition: form-data; " + head + b"\r\n\r\n" + body + b"\r\n" for head, body in parts) + b"--" + boundary + b"--\r\n"
+
+
+PURPOSE, LINE = (b'name="purpose"', b"batch"), jsonl([ask_line("a")])
+ODD_FORMS = {
+    "control characters in a name": (form(PURPOSE, (b'name="file"; filename="a\x1b[2Jb"', LINE)), "form cannot be read"),
+    "a form without its end": (form(PURPOSE, (b'name="file"; filename="a"', LINE))[:-40], "form cannot be read|200"),
+    "no form at all": (b"nothing of the kind", "form cannot be read"),
+    "two files": (form(PURPOSE, (b'name="file"; filename="a"', LINE), (b'name="file"; filename="b"', LINE)), "one file"),
+    "a field without a name": (form(PURPOSE, (b'filename="a"', LINE)), "one file"),
+    "a long field": (form((b'name="purpose"', b"batch" * 1000), (b'name="file"; filename="a"', LINE)), "has more than"),
+    "no purpose": (form((b'name="file"; filename="a"', LINE)), "purpose must be"),
+    "no file": (form(PURPOSE), "file is missing"),
+    "a line that is too long": (form(PURPOSE, (b'name="file"; filename="a"', b"x" * (17 << 20))), "line 1 has more than"),
+    "too many lines": (form(PURPOSE, (b'name="file"; filename="a"', b"{}\n" * 50_001)), "more than 50,000 lines"),
+}
+
+
+@pytest.mark.parametrize("what", ODD_FORMS)
+def test_forms_that_cannot_be_read_are_refused_and_leave_nothing(running, what):
+    body, said = ODD_FORMS[what]
+    before = [file.id for file in running.files.list()]
+    request = urllib.request.Request(f"{running.base_url}files", body, {"Content-Type": "multipart/form-data; boundary=edge"})
+    with pytest.raises(urllib.error.HTTPError) as found:
+        urllib.request.urlopen(request, timeout=60)
+    assert found.value.code in (400, 413) and re.search(said, found.value.read().decode())
+    assert [file.id for file in running.files.list()] == before
+
+
+def test_a_form_with_the_file_first_is_read(running):
+    body = form((b'name="file"; filename="a"', b"\xef\xbb\xbf" + LINE.replace(b"\n", b"\r\n") + b"\r\n" + LINE.replace(b'"a"', b'"b"')[:-1]), PURPOSE)
+    request = urllib.request.Request(f"{running.base_url}files", body, {"Content-Type": "multipart/form-data; boundary=edge"})
+    file = json.load(urllib.request.urlopen(request, timeout=60))
+    assert file["status_details"] is None
+    batch = ended(running, running.batches.create(input_file_id=file["id"], endpoint="/v1/chat/completions", completion_window="1h"))
+    assert batch.request_counts.completed == 2 and batch.expires_at == batch.created_at + 3600
+
+
+def rows_of(store):
+    with closing(sqlite3.connect(store)) as reader:
+        return reader.execute("SELECT (SELECT count(*) FROM files), (SELECT count(*) FROM lines)").fetchone()
+
+
+def test_an_upload_that_is_cut_leaves_nothing(model, tmp_path):
+    with batching(model, tmp_path / "a.db") as (_, client):
+        host = client.base_url.host, client.base_url.port
+        with socket.create_connection(host) as cut:
+            cut.sendall(b"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=edge\r\nContent-Length: 9000000\r\n\r\n"
+                        + form(PURPOSE, (b'name="file"; filename="a"', LINE * 9000))[:-300])
+            while not rows_of(tmp_path / "a.db")[1]:
+                time.sleep(0.01)
+        deadline_s = time.monotonic() + 60
+        while rows_of(tmp_path / "a.db") != (0, 0):
+            assert time.monotonic() < deadline_s
+            time.sleep(0.02)
+
+
+def test_files_can_be_uploaded_at_once_and_each_has_its_own_lines(running):
+    contents = [jsonl([ask_line(f"{index}-{number}", "x" * 200) for number in range(300)]) for index in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        files = [*threads.map(lambda data: running.files.create(file=("in.jsonl", data), purpose="batch"), contents)]
+    assert [running.files.content(file.id).content for file in files] == contents
+
+
+def mixed_lines(count):
+    """Greedy and seeded answers, several choices, some errors."""
+    return [ask_line(str(number), f"Tell me about {number}", max_tokens=8 + number % 24, temperature=number % 2, **({"n": 2} if number % 7 == 3 else {}),
+                     **({"model": "nope"} if number % 29 == 5 else {}), **({"top_k": -5} if number % 31 == 6 else {})) for number in range(count)]
+
+
+def answered_lines(store):
+    with closing(sqlite3.connect(store)) as reader:
+        return sum(reader.execute("SELECT completed + failed FROM batches ORDER BY id DESC LIMIT 1").fetchone())
+
+
+def disturbed(model, store, lines, kills):
+    """The files of a batch during which processes are killed, and those of an undisturbed one on the same input.
+
+    kills: after how many lines each kill comes; every third is of the worker, the others are of the server."""
+    name, kills = None, [*enumerate(kills)]
+    while True:
+        with batching(model, store) as (process, client):
+            if name is None:
+                name = begun(client, lines).id
+            front = psutil.Process(process.pid)
+            while kills:
+                number, least = kills[0]
+                assert (done := answered_lines(store)) < len(lines), "it ended too early"
+                if done >= least:
+                    kills.pop(0)
+                    if number % 3 != 1:
+                        process.send_signal(signal.SIGKILL)
+                        break
+                    for child in front.children(recursive=True):
+                        if "worker" in child.cmdline():
+                            child.kill()
+                time.sleep(0.005)
+            else:
+                batch = ended(client, client.batches.retrieve(name))
+                again = ended(client, client.batches.create(input_file_id=batch.input_file_id, endpoint=batch.endpoint, completion_window="24h"))
+                contents = [[client.files.content(name).content for name in (one.output_file_id, one.error_file_id)] for one in (batch, again)]
+                return batch, *contents
+
+
+def check_disturbed(batch, found, undisturbed, count):
+    assert found == undisturbed and batch.status == "completed"
+    numbers = sorted(int(json.loads(line)["custom_id"]) for content in found for line in content.splitlines())
+    assert numbers == [*range(count)] and batch.request_counts.total == count
+    assert batch.request_counts.failed == len(found[1].splitlines()) and batch.request_counts.completed == len(found[0].splitlines())
+
+
+def test_a_batch_goes_on_after_kills_and_its_output_is_that_of_an_undisturbed_one(model, tmp_path):
+    check_disturbed(*disturbed(model, tmp_path / "a.db", mixed_lines(80), [1, 25, 50]), 80)
+
+
+@pytest.mark.slow
+def test_ten_thousand_lines_with_twenty_kills(model, tmp_path):
+    check_disturbed(*disturbed(model, tmp_path / "a.db", mixed_lines(10_000), [*range(200, 9800, 480)][:20]), 10_000)
+
+
+def test_the_store_can_be_backed_up_while_a_batch_runs(model, tmp_path):
+    with batching(model, tmp_path / "a.db") as (_, client):
+        batch = begun(client, [ask_line(str(number), max_tokens=30, ignore_eos=True) for number in range(300)])
+        while not answered_lines(tmp_path / "a.db"):
+            time.sleep(0.01)
+        with closing(sqlite3.connect(tmp_path / "a.db")) as source, closing(sqlite3.connect(tmp_path / "copy.db")) as copy:
+            source.backup(copy, pages=5)
+        batch = ended(client, batch)
+        whole = client.files.content(batch.output_file_id).content
+    with closing(sqlite3.connect(tmp_path / "copy.db")) as copy:
+        assert copy.execute("PRAGMA integrity_check").fetchone() == ("ok",) and copy.execute("SELECT status FROM batches").fetchone() == ("in_progress",)
+    with batching(model, tmp_path / "copy.db") as (_, client):      # the copy goes on where it was
+        copied = ended(client, batch)
+        assert client.files.content(copied.output_file_id).content == whole
+
+
+def test_an_expired_batch_has_an_error_for_each_line_that_is_left(model, tmp_path):
+    with batching(model, tmp_path / "a.db") as (_, client):
+        batch = begun(client, [ask_line(str(number), max_tokens=400, ignore_eos=True) for number in range(700)])
+        while not answered_lines(tmp_path / "a.db"):
+            time.sleep(0.01)
+    with closing(sqlite3.connect(tmp_path / "a.db")) as writer:
+        writer.execute("UPDATE batches SET expires = 1")
+        writer.commit()
+    with batching(model, tmp_path / "a.db") as (_, client):
+        batch = ended(client, batch)
+        assert batch.status == "expired" and batch.request_counts.completed + batch.request_counts.failed == 700
+        errors = results(client, batch.error_file_id)
+        assert {error["error"]["code"] for error in errors} == {"batch_expired"} and len(errors) == batch.request_counts.failed > 0
+        numbers = sorted(int(found["custom_id"]) for name in (batch.output_file_id, batch.error_file_id) for found in results(client, name))
+        assert numbers == [*range(700)]
+
+
+def test_what_is_deleted_is_no_longer_in_the_store(model, tmp_path):
+    with batching(model, tmp_path / "a.db") as (process, client):
+        batch = ended(client, begun(client, [ask_line(str(number), "a-secret-word" * 20, max_tokens=4) for number in range(600)]))
+        for name in (batch.input_file_id, batch.output_file_id):
+            client.files.delete(name)
+        deadline_s = time.monotonic() + 60
+        while rows_of(tmp_path / "a.db") != (0, 0):
+            assert time.monotonic() < deadline_s
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+    assert {path.name for path in tmp_path.iterdir()} <= {"a.db", "a.db-lock"} and b"a-secret-word" not in (tmp_path / "a.db").read_bytes()
+
+
+def test_two_servers_cannot_have_one_store(model, tmp_path):
+    with batching(model, tmp_path / "a.db") as (_, client):
+        second = subprocess.run([sys.executable, str(SCRIPT), str(model), f"--database={tmp_path / 'a.db'}", "--port", "0", "--host", "127.0.0.1"],
+                                capture_output=True, text=True, timeout=60)
+        assert second.returncode == 2 and second.stderr.strip().count("\n") == 0 and "another server uses it" in second.stderr
+        assert client.files.list().data == []
+
+
+def test_uploads_that_are_no_batch_are_refused(running):
+    for purpose, data, said in [("fine-tune", jsonl([ask_line("a")]), 'purpose must be "batch"'), ("batch", b"\n \n", "no lines"), ("batch", b"", "no lines")]:
+        with pytest.raises(openai.BadRequestError, match=said):
+            running.files.create(file=("in.jsonl", data), purpose=purpose)
+    with pytest.raises(openai.BadRequestError, match="purpose|expires"):
+        running.files.create(file=("in.jsonl", jsonl([ask_line("a")])), purpose="batch", expires_after={"anchor": "created_at", "seconds": 5})
+    file = running.files.create(file=("in.jsonl", jsonl([ask_line("a")])), purpose="batch", expires_after={"anchor": "created_at", "seconds": 7200})
+    assert file.expires_at == file.created_at + 7200
+
+
+def test_without_the_flag_these_routes_say_which_flag(model):
+    with server(model) as (_, url):
+        client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
+        for call in (lambda: client.files.list(), lambda: client.files.create(file=("a", b"x"), purpose="batch"), lambda: client.files.content("file-1"),
+                     lambda: client.batches.list(), lambda: client.batches.create(input_file_id="file-1", endpoint="/v1/completions", completion_window="24h"),
+                     lambda: client.batches.retrieve("batch_1"), lambda: client.batches.cancel("batch_1"), lambda: client.files.delete("file-1")):
+            with pytest.raises(openai.NotFoundError, match="--database"):
+                call()
+
+
+def test_files_and_batches_belong_to_the_key_that_made_them(model, tmp_path):
+    with batching(model, tmp_path / "a.db", keys=("first-key", "second-key")) as (_, client):
+        batch = ended(client, begun(client, [ask_line("a")]))
+        other = client.with_options(api_key="second-key")
+        assert not other.files.list().data and not other.batches.list().data
+        for call in (lambda: other.files.retrieve(batch.input_file_id), lambda: other.files.content(batch.output_file_id), lambda: other.files.delete(batch.input_file_id),
+                     lambda: other.batches.retrieve(batch.id), lambda: other.batches.cancel(batch.id),
+                     lambda: other.batches.create(input_file_id=batch.input_file_id, endpoint="/v1/chat/completions", completion_window="24h")):
+            with pytest.raises(openai.NotFoundError):
+                call()
+        assert results(client, batch.output_file_id)

@@ -1,0 +1,225 @@
+"""Responses that are kept, continued and deleted, and conversations: with OpenAI's client, unchanged."""
+
+import json
+import sqlite3
+import time
+import urllib.request
+from contextlib import closing, contextmanager
+
+import openai
+import pytest
+
+from real_server import post, server
+
+
+@contextmanager
+def keeping(model, store, *words, keys=()):
+    with server(model, f"--database={store}", *words, *(word for key in keys for word in ("--api-key", key))) as (process, url):
+        yield openai.OpenAI(base_url=url + "/v1", api_key=(keys or ["none"])[0], max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def model(nanochat_fixtures):
+    return nanochat_fixtures / "gen5"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return tmp_path_factory.mktemp("kept") / "store.db"
+
+
+@pytest.fixture(scope="module")
+def running(model, store):
+    with keeping(model, store) as client:
+        yield client
+
+
+def ask(client, text="Hello", **more):
+    return client.responses.create(model="default", input=text, **{"max_output_tokens": 16, "temperature": 0} | more)
+
+
+def test_a_response_is_kept_and_found_and_deleted(running):
+    response = ask(running)
+    assert response.store is True and running.responses.retrieve(response.id).model_dump() == response.model_dump()
+    [item] = running.responses.input_items.list(response.id).data
+    assert item.role == "user" and item.content[0].text == "Hello"
+    running.responses.delete(response.id)
+    for gone in (running.responses.retrieve, running.responses.delete, running.responses.input_items.list):
+        with pytest.raises(openai.NotFoundError, match="there is no response"):
+            gone(response.id)
+    with pytest.raises(openai.NotFoundError, match="there is no response"):
+        ask(running, previous_response_id=response.id)
+
+
+def test_what_continues_a_response_is_answered_as_the_whole_conversation_is(running):
+    first = ask(running, "One")
+    second = ask(running, "Two", previous_response_id=first.id)
+    third = ask(running, [{"role": "user", "content": "Three"}], previous_response_id=second.id)
+    said = [{"role": "user", "content": "One"}, {"role": "assistant", "content": first.output_text}, {"role": "user", "content": "Two"},
+            {"role": "assistant", "content": second.output_text}, {"role": "user", "content": "Three"}]
+    whole = ask(running, said, store=False)
+    assert (third.output_text, third.usage.input_tokens) == (whole.output_text, whole.usage.input_tokens)
+    assert third.previous_response_id == second.id and whole.previous_response_id is None
+    items = running.responses.input_items.list(third.id, order="asc").data
+    assert [item.content[0].text for item in items] == [each["content"] for each in said]
+    assert len({item.id for item in items}) == 5
+    page = running.responses.input_items.list(third.id, limit=2)
+    assert [item.content[0].text for item in page] == [each["content"] for each in said[::-1]]
+
+
+def test_what_asks_not_to_be_kept_is_not(running, store):
+    response = ask(running, "a text that nobody keeps", store=False)
+    assert response.store is False
+    with pytest.raises(openai.NotFoundError):
+        running.responses.retrieve(response.id)
+    running.chat.completions.create(model="default", messages=[{"role": "user", "content": "a text that nobody keeps"}], max_tokens=4)
+    for path in store.parent.iterdir():
+        assert b"a text that nobody keeps" not in path.read_bytes()
+
+
+def test_a_streamed_response_is_kept_before_its_client_has_its_end(running):
+    with running.responses.stream(model="default", input="Hello", max_output_tokens=16, temperature=0) as stream:
+        for event in stream:
+            if event.type in ("response.completed", "response.incomplete"):
+                assert running.responses.retrieve(event.response.id).model_dump() == event.response.model_dump()
+    assert ask(running, "And?", previous_response_id=event.response.id).output_text
+
+
+def test_a_response_whose_client_leaves_is_kept_as_cancelled(running):
+    stream = running.responses.create(model="default", input="Hello", max_output_tokens=3000, stream=True, temperature=1, extra_body={"ignore_eos": True})
+    for event in stream:
+        if event.type == "response.created":
+            name = event.response.id
+        if event.type == "response.output_text.delta":
+            break
+    stream.close()
+    deadline_s = time.monotonic() + 60
+    while True:
+        try:
+            response = running.responses.retrieve(name)
+            break
+        except openai.NotFoundError:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.02)
+    assert response.status == "cancelled" and response.output_text
+
+
+def test_one_that_is_cancelled_by_its_id_is_kept_as_such(running):
+    stream = running.responses.create(model="default", input="Hello", max_output_tokens=3000, stream=True, extra_body={"ignore_eos": True})
+    for event in stream:
+        if event.type == "response.created":
+            name = event.response.id
+        if event.type == "response.output_text.delta":
+            break
+    post(f"{running.base_url}cancel/{name}", {})
+    for event in stream:
+        pass
+    deadline_s = time.monotonic() + 60
+    while True:
+        try:
+            assert running.responses.retrieve(name).status == "cancelled"
+            return
+        except openai.NotFoundError:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.02)
+
+
+def test_a_large_conversation_is_continued_in_a_sandbox(running):
+    first = ask(running, [{"role": "user", "content": "One"}, *({"role": "user", "content": "x" * 30} for _ in range(20))], truncation="auto")
+    large = [{"role": "user", "content": "y" * 100_000}]
+    with pytest.raises(openai.BadRequestError, match="tokens"):
+        ask(running, large, previous_response_id=first.id)
+    metadata = {str(number): "m" * 500 for number in range(16)}
+    found = ask(running, [{"role": "user", "content": "Two"}], previous_response_id=first.id, metadata=metadata, truncation="auto",
+                extra_body={"ignored": "z" * 100_000})
+    assert found.previous_response_id == first.id and running.responses.input_items.list(found.id, order="asc", limit=100).data[-1].content[0].text == "Two"
+    assert len(running.responses.input_items.list(found.id, limit=100).data) == 23
+
+
+def test_a_conversation_grows_with_its_responses(running):
+    conversation = running.conversations.create(items=[{"type": "message", "role": "user", "content": "One"}], metadata={"topic": "x"})
+    assert conversation.object == "conversation" and running.conversations.retrieve(conversation.id) == conversation
+    first = ask(running, "Two", conversation=conversation.id)
+    assert first.conversation.id == conversation.id
+    second = ask(running, "Three", conversation={"id": conversation.id})
+    items = running.conversations.items.list(conversation.id, order="asc").data
+    assert [item.content[0].text for item in items] == ["One", "Two", first.output_text, "Three", second.output_text]
+    whole = ask(running, [{"role": item.role, "content": item.content[0].text} for item in items[:-1]], store=False)
+    assert whole.output_text == second.output_text
+    added = running.conversations.items.create(conversation.id, items=[{"type": "message", "role": "user", "content": "Four"}]).data
+    assert running.conversations.items.retrieve(added[0].id, conversation_id=conversation.id).content[0].text == "Four"
+    running.conversations.items.delete(added[0].id, conversation_id=conversation.id)
+    assert len(running.conversations.items.list(conversation.id).data) == 5
+    assert running.conversations.update(conversation.id, metadata={"topic": "y"}).metadata == {"topic": "y"}
+    assert running.conversations.delete(conversation.id).deleted
+    with pytest.raises(openai.NotFoundError):
+        running.conversations.retrieve(conversation.id)
+    with pytest.raises(openai.NotFoundError, match="there is no conversation"):
+        ask(running, conversation=conversation.id)
+
+
+@pytest.mark.parametrize("more, said", [
+    ({"previous_response_id": "resp_nope"}, "there is no response"), ({"conversation": "conv_nope"}, "there is no conversation"),
+    ({"previous_response_id": "a", "conversation": "b"}, "there is no|exclude each other"), ({"previous_response_id": 5}, "previous_response_id must be"),
+    ({"conversation": [1]}, "conversation must be"), ({"store": "x"}, "store must be")])
+def test_what_cannot_be_continued_is_refused(running, more, said):
+    with pytest.raises((openai.BadRequestError, openai.NotFoundError), match=said):
+        ask(running, extra_body=more)
+
+
+def test_a_name_that_hides_in_escapes_continues_nothing(running):
+    first = ask(running)
+    body = json.dumps({"input": "x", "previous_response_id": first.id}).replace("previous_r", "previous\\u005fr")
+    request = urllib.request.Request(f"{running.base_url}responses", body.encode(), {"Content-Type": "application/json"})
+    with pytest.raises(urllib.request.HTTPError) as found:
+        urllib.request.urlopen(request)
+    assert found.value.code == 400 and b"without escapes" in found.value.read()
+
+
+def test_another_key_sees_none_of_it(model, tmp_path):
+    with keeping(model, tmp_path / "a.db", keys=("first-key", "second-key")) as client:
+        response, other = ask(client), client.with_options(api_key="second-key")
+        conversation = client.conversations.create(items=[{"type": "message", "role": "user", "content": "One"}])
+        for call in (lambda: other.responses.retrieve(response.id), lambda: other.responses.delete(response.id), lambda: other.responses.input_items.list(response.id),
+                     lambda: ask(other, previous_response_id=response.id), lambda: ask(other, conversation=conversation.id),
+                     lambda: other.conversations.retrieve(conversation.id), lambda: other.conversations.delete(conversation.id),
+                     lambda: other.conversations.items.list(conversation.id), lambda: other.conversations.update(conversation.id, metadata={})):
+            with pytest.raises(openai.NotFoundError):
+                call()
+        assert client.responses.retrieve(response.id) and client.conversations.retrieve(conversation.id)
+
+
+def test_they_outlive_the_server_until_their_days_are_over(model, tmp_path):
+    with keeping(model, tmp_path / "a.db") as client:
+        first, conversation = ask(client, "One"), client.conversations.create(items=[{"type": "message", "role": "user", "content": "One"}])
+    with keeping(model, tmp_path / "a.db") as client:
+        assert client.responses.retrieve(first.id).output_text == first.output_text
+        assert ask(client, "Two", previous_response_id=first.id).output_text
+    with closing(sqlite3.connect(tmp_path / "a.db")) as writer:
+        assert writer.execute("SELECT DISTINCT expires - created FROM responses").fetchall() == [(30 * 86400,)]
+        writer.execute("UPDATE responses SET expires = 1")
+        writer.execute("UPDATE conversations SET expires = 1")
+        writer.commit()
+    with keeping(model, tmp_path / "a.db") as client:
+        deadline_s = time.monotonic() + 60
+        while True:
+            with closing(sqlite3.connect(tmp_path / "a.db")) as reader:
+                if reader.execute("SELECT (SELECT count(*) FROM responses) + (SELECT count(*) FROM conversations) + (SELECT count(*) FROM items)").fetchone() == (0,):
+                    break
+            assert time.monotonic() < deadline_s
+            time.sleep(0.02)
+        with pytest.raises(openai.NotFoundError):
+            client.conversations.retrieve(conversation.id)
+
+
+def test_without_the_flag_a_response_continues_nothing_and_the_error_names_the_flag(model):
+    with server(model) as (_, url):
+        client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
+        response = ask(client, store=True)
+        assert response.store is False
+        for more in ({"previous_response_id": response.id}, {"conversation": "conv_1"}):
+            with pytest.raises(openai.BadRequestError, match="without --database"):
+                ask(client, **more)
+        for call in (lambda: client.responses.retrieve(response.id), lambda: client.conversations.create(), lambda: client.conversations.retrieve("conv_1")):
+            with pytest.raises(openai.NotFoundError, match="without --database"):
+                call()
