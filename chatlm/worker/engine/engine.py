@@ -91,6 +91,8 @@ class Engine:
         self.scored_length = longest_context(self.pool, context_length, prefill_chunk)
         self.context_length = min(transformer.spec.context_length, self.scored_length)
         self.steps = kernels.backend.make_steps(transformer, max_batch, self.scored_length)
+        self.scheduler.lane.ahead = self.steps.ahead
+        self.scheduler.lane.recorded = transformer.device.type == "cuda"
         self.ranks = ranks
         if ranks:
             self.steps = ranks.steps(self.steps, transformer)
@@ -162,7 +164,7 @@ class Engine:
         began_s, plan = time.monotonic(), self.scheduler.schedule()
         mark_shown(plan, self.draft_models)
         on_host = any(chunk.on_host for chunk in plan)
-        if self.word and not all(chunk.sequence.pooling for chunk in plan):
+        if self.word and not all(chunk.sequence.pooling or chunk.sequence.work.background for chunk in plan):
             self.word.note(self.step_s)
         finish = self._start(plan) if plan and not on_host else None
         meanwhile()
@@ -186,11 +188,13 @@ class Engine:
 
     def _most_under_way(self, plan: Seq[Chunk], on_host: bool) -> int:
         """How many steps may be under way once this one has started: one or, with several stages, one for
-        each other stage; none if its tokens must be known first. Without a plan, the oldest is finished."""
+        each other stage; none if its tokens must be known first, or if nobody waits for them: a request that
+        comes now would wait for the one ahead too. Without a plan, the oldest is finished."""
         if not plan:
             return len(self.under_way)
         stages = self.scheduler.stages
-        awaited = on_host or not self.steps.ahead or stages == 1 and any(map(self._awaits, plan))
+        awaited = on_host or not self.steps.ahead or stages == 1 and (
+            any(map(self._awaits, plan)) or all(chunk.sequence.work.background for chunk in plan))
         return 0 if awaited else max(1, stages - 1)
 
     def _awaits(self, chunk: Chunk) -> bool:
@@ -207,7 +211,10 @@ class Engine:
             self._finish()
 
     def _wait(self):
-        """Every sequence here is still being prepared, or awaits kept pages: wait a little for one."""
+        """Every sequence here is still being prepared, or awaits kept pages, or other workers' answers: wait a
+        little for one."""
+        if self.scheduler.lane.must_wait():
+            return time.sleep(self.scheduler.lane.PAUSE_S)
         preparing = [s.output.preparing for s in self.scheduler.unready if s.output.preparing]
         if preparing or not self.keeper:
             wait(preparing, 0.02, FIRST_COMPLETED)

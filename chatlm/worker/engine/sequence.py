@@ -34,6 +34,7 @@ class Assignment:
     scored: int = 0       # prompt tokens whose log-probabilities were already sent, or are not wanted
     thinking_ends: int | None = None  # see Answer.thinking_ends
     resumed_sent: bool = True  # was the text of `resumed_ids` sent?
+    background: bool = False   # does nobody wait for it?
 
     @cached_property
     def sampling(self) -> SamplingParams:
