@@ -36,7 +36,7 @@ The rooms, each above those that it may import
           pool/               workers, queue and failover, here and on Ray
           evals/              tasks on disk, and verdicts on a model's answers to them
           admission/          a request becomes prompts that fit; the sandboxes' front end
-          *.py                tasks that are watched; aiohttp at its first use
+          store/ *.py         the database; tasks that are watched; aiohttp at its first use
     chatlm/worker/*.py        a worker's first code and its loop; device and memory
           engine/             schedule, run, postprocess; KV pages, grammars, drafts, the text of an answer
           ranks/              one model in several processes
@@ -159,6 +159,7 @@ from chatlm.front.server.responses import (
     REQUEST_LOG, bound_of, errors_to_responses, json_response, logged, public_error, send_whole)
 from chatlm.front.server.routes import MORE_ROUTES, Api, Route, RouteTable
 from chatlm.front.server.streams import EventStream
+from chatlm.front.store.store import Store, open_store
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import Accepted, Event, Request
@@ -172,8 +173,8 @@ if TYPE_CHECKING:
 class Front:
     """The HTTP side of a pool and its handlers of routes; `errors_to_responses` answers every error."""
 
-    def __init__(self, catalogue: Catalogue, settings: Settings):
-        self.catalogue, self.settings = catalogue, settings
+    def __init__(self, catalogue: Catalogue, settings: Settings, store: Store | None = None):
+        self.catalogue, self.settings, self.store = catalogue, settings, store
         self.access, self.owners = Access(settings), Owners(settings)
         self.bodies = Bodies(catalogue, self.owners)
         self.models, self.page = ModelRoutes(catalogue, self.bodies, self.access), Page(page_files())
@@ -389,8 +390,6 @@ ROUTES = (
     *MORE_ROUTES,
     Route("POST", "/v1/responses", Api.OPENAI, "handle_answer",
           "an answer in the format of OpenAI's Responses, streamed or whole"),
-    *(Route(method, "/v1/responses/{id}", Api.OPENAI, "handle_response", "404: responses are not kept")
-      for method in ("GET", "DELETE")),
     Route("POST", "/v1/messages", Api.ANTHROPIC, "handle_answer",
           "an answer in the format of Anthropic's Messages, streamed or whole"),
     Route("POST", "/v1/messages/count_tokens", Api.ANTHROPIC, "handle_text",
@@ -439,14 +438,14 @@ ROUTES = (
 )
 
 
-def create_app(catalogue: Catalogue, settings: Settings) -> web.Application:
-    front = Front(catalogue, settings)
+def create_app(catalogue: Catalogue, settings: Settings, store: Store | None = None) -> web.Application:
+    front = Front(catalogue, settings, store)
     access_log = AccessLog(RouteTable(ROUTES, settings.prefix), front.taken, front.metrics)
     errors = partial(errors_to_responses, home=settings.prefix + "/")
     middlewares: list[Any] = [partial(access_log.log), errors, partial(front.access.guard)]
     app = web.Application(middlewares=list(map(web.middleware, middlewares)))
     app.on_response_prepare.append(front.access.set_headers)
-    for part in (front.recordings, front.downloads):
+    for part in filter(None, (front.recordings, front.downloads, store)):
         app.on_cleanup.append(lambda app, part=part: part.close())
     for route in ROUTES:
         handler = (partial(front.show, route.handler) if callable(route.handler) else
@@ -491,11 +490,12 @@ async def serve_forever(settings: Settings, catalogue: Catalogue | None = None) 
         try:  # the workers start while a thread imports aiohttp (0.2 s)
             await catalogue.start()
             await asyncio.to_thread(require_library, "aiohttp.web", "chat_server")
+            store = await open_store(settings)
         except Exception:
             await catalogue.close()
             raise
         room, routes = room_for_connections(settings), RouteTable(ROUTES, settings.prefix)
-        async with serving(create_app(catalogue, settings), listener, room, routes.is_polled):
+        async with serving(create_app(catalogue, settings, store), listener, room, routes.is_polled):
             try:
                 if await first_of(catalogue.wait_ready(), drain.wait()) == 0:
                     progress.close()

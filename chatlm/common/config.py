@@ -30,6 +30,7 @@ CHAT_TEMPERATURE = 0.6    # the default of the chat command
 PAGE_SIZE = 16            # KV slots in a page
 STORE_BYTES = 10 << 30    # of --prefix-store
 LEAST_STORE_BYTES = 16 << 20
+DATABASE = "~/.local/state/chat_server/store.db"  # of --database without a path
 PACKED_BLOCK = 32         # numbers of a head that share a scale in q8_0 pages
 
 
@@ -435,6 +436,9 @@ class Settings:
     cors_origin: tuple[str, ...] = flag((), origin,
         "web origin whose pages may use the server, may repeat; `null` = pages opened from files, "
         "`*` = any", "serve", many=True)
+    database: str | None = flag(None, file_name,
+        "file of a database, made if it is not there, for batches and for responses that are kept (without "
+        "FILE: ~/.local/state/chat_server/store.db)", "serve", bare=DATABASE)
     share_prefixes: bool = flag(False, None,
         "API keys share cached prompt prefixes, so the holder of one may detect what another asked (without "
         "keys, everybody shares)", "serve")

@@ -97,7 +97,10 @@ DOCUMENT_ROUTES = (
               "pages": {"type": ["integer", "null"],
                         "description": "pages, slides, sheets or chapters; null if the format has none"},
               "cut": {"type": ["string", "null"], "description": "what of the document the text lacks"}}}),)
-MORE_ROUTES = *RETRIEVAL_ROUTES, *DOCUMENT_ROUTES, *MANAGING_ROUTES
+STORE_ROUTES = tuple(
+    Route(method, "/v1/responses/{id}", Api.OPENAI, "handle_response", "404: responses are not kept")
+    for method in ("GET", "DELETE"))
+MORE_ROUTES = *RETRIEVAL_ROUTES, *DOCUMENT_ROUTES, *MANAGING_ROUTES, *STORE_ROUTES
 
 
 class RouteTable:

@@ -1,0 +1,247 @@
+"""The store: a database of SQLite in a thread of its own, which commits what the event loop asks for."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import queue
+import stat
+import struct
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import closing, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, TYPE_CHECKING, TypeVar
+from urllib.parse import quote
+
+from chatlm.common.config import DATABASE
+from chatlm.common.errors import ConfigError, EngineFailure, Overloaded
+from chatlm.common.log import log
+from chatlm.front.store.schema import STEPS
+
+if TYPE_CHECKING:
+    import sqlite3
+    from chatlm.common.config import Settings
+
+
+T = TypeVar("T")
+APPLICATION_ID = 0x63687376  # "chsv", in the header of the file
+MOST_TOGETHER = 256          # pieces of work in one transaction: one fsync is for all of them
+BUSY_S = 5.0                 # how long another program may hold the database
+
+
+class Work(NamedTuple):
+    function: Callable[[Any], Any]
+    result: Future
+
+
+class Store:
+    """One file, in WAL mode with synchronous=FULL: what `run` has returned survives kill -9 and power cuts.
+
+    All work is done in one thread, in the order in which it was asked for. What waits together is committed
+    together. Other programs may read the file, and copy it with SQLite's .backup, at any time; only one
+    server at a time has it."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.waiting: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
+        self.thread = threading.Thread(target=self._serve, name="store", daemon=True)
+        self.closed = False
+
+    def open(self):
+        """Open or create it. ConfigError if it cannot be used; then nothing in it has changed."""
+        try:
+            import sqlite3
+        except ImportError as error:
+            raise ConfigError(f"--database needs Python's module sqlite3 ({error})") from None
+        self.library = sqlite3
+        try:
+            self._prepare_files()
+        except OSError as error:
+            raise self._unusable(error.strerror or str(error)) from None
+        try:
+            self._connect()
+        except Exception as error:
+            self._close()
+            if isinstance(error, sqlite3.Error):
+                raise self._unusable(str(error)) from None
+            raise
+        self.thread.start()
+
+    def _unusable(self, reason: str) -> ConfigError:
+        return ConfigError(f"--database {self.path}: {reason}")
+
+    def _prepare_files(self):
+        """Lock it against other servers, and see that only this user can read it."""
+        if not self.path.parent.is_dir():
+            self.path.parent.mkdir(parents=True, mode=0o700)
+        lock = self.path.with_name(f"{self.path.name}-lock")
+        private = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
+        self.lock: BinaryIO = open(os.open(lock, private, 0o600), "r+b")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # SQLite gives its -wal and -shm the mode of the file
+            with open(os.open(self.path, private, 0o600), "rb") as file:
+                self._check_header(file)
+            for ending in ("", "-wal", "-shm"):
+                with suppress(FileNotFoundError):
+                    self.path.with_name(self.path.name + ending).chmod(0o600)
+        except BlockingIOError:
+            self.lock.close()
+            raise self._unusable("another server uses it") from None
+        except BaseException:
+            self.lock.close()
+            raise
+
+    def _check_header(self, file: BinaryIO):
+        """ConfigError unless this is an empty file or one of ours. SQLite itself would already change
+        something: it removes the journal of a program that has crashed."""
+        mode = os.fstat(file.fileno()).st_mode
+        if not stat.S_ISREG(mode):
+            raise self._unusable("it must be a regular file")
+        header = file.read(100)
+        if header and not header.startswith(b"SQLite format 3\0"):
+            raise self._unusable("it is not a database, so it was left as it is")
+        if len(header) == 100 and struct.unpack(">I", header[68:72])[0] != APPLICATION_ID:
+            raise self._unusable("it is the database of another program, so it was left as it is")
+
+    def _connect(self):
+        journal = self.path.with_name(f"{self.path.name}-journal")
+        if self.path.stat().st_size and not journal.exists():  # else a start was killed: SQLite undoes it
+            uri = f"file:{quote(str(self.path.absolute()))}?mode=ro"  # which leaves everything as it is
+            with closing(self.library.connect(uri, uri=True, timeout=BUSY_S)) as reader:
+                self._check(reader)
+        self.connection = connection = self.library.connect(
+            self.path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
+        connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # of a new one
+        connection.execute("PRAGMA secure_delete = ON")         # deleted texts are overwritten
+        connection.execute("PRAGMA foreign_keys = ON")
+        connection.execute("BEGIN EXCLUSIVE")
+        try:
+            (version,) = connection.execute("PRAGMA user_version").fetchone()
+            if version < len(STEPS):
+                connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+                for statement in ";".join(STEPS[version:]).split(";"):
+                    connection.execute(statement)
+                connection.execute(f"PRAGMA user_version = {len(STEPS)}")
+            connection.execute("COMMIT")
+        finally:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+        if connection.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
+            raise self._unusable("this file system cannot hold a database in WAL mode")
+        connection.execute("PRAGMA synchronous = FULL")
+
+    def _check(self, reader: sqlite3.Connection):
+        (version,) = reader.execute("PRAGMA user_version").fetchone()
+        if version > len(STEPS):
+            raise self._unusable(f"a newer chat_server has made it (version {version} of its tables, this "
+                                 f"one knows {len(STEPS)}), so it was left as it is")
+        if (found := reader.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+            raise self._unusable(f"it is damaged ({found}), so it was left as it is; restore a backup")
+
+    async def run(self, function: Callable[[sqlite3.Connection], T]) -> T:
+        """What `function` returns, which runs in the store's thread within a transaction. If it raises,
+        what it has done is rolled back; once this returns, it is on the disk.
+
+        If this is cancelled, the work may be done or not. Overloaded if the database cannot be written now,
+        as on a full disk; EngineFailure if it is damaged."""
+        if self.closed:
+            raise Overloaded("the server is stopping")
+        result: Future[T] = Future()
+        self.waiting.put(Work(function, result))
+        try:
+            return await asyncio.wrap_future(result)
+        except self.library.Error as error:
+            raise self._failure(error) from error
+
+    def _failure(self, error: Exception) -> Exception:
+        """What a client may see of an error of SQLite's; wrong use of it is our own bug, and stays."""
+        if isinstance(error, self.library.OperationalError):
+            log.error("--database %s: %s", self.path, error)
+            return Overloaded(f"the server's database cannot be used now ({error})", retry_after_s=10)
+        if type(error) is self.library.DatabaseError:
+            log.error("--database %s: %s", self.path, error)
+            return EngineFailure("the server's database is damaged")
+        return error
+
+    def _serve(self):
+        """The thread: commit what waits together, until there is a None."""
+        ends = False
+        while not ends:
+            group = [self.waiting.get()]
+            while len(group) < MOST_TOGETHER and not self.waiting.empty():
+                group.append(self.waiting.get())
+            ends = None in group
+            works = [work for work in group if work and work.result.set_running_or_notify_cancel()]
+            if works:
+                self._commit(works)
+
+    def _commit(self, works: list[Work]):
+        """Run and commit all of `works`; if the transaction breaks, each in one of its own."""
+        settled: list[Callable[[], None]] = []
+        try:
+            self.connection.execute("BEGIN IMMEDIATE")
+            for work in works:
+                settled.append(self._run_one(work))
+            self.connection.execute("COMMIT")
+        except Exception as error:
+            with suppress(self.library.Error):
+                self.connection.execute("ROLLBACK")
+            if len(works) > 1:
+                for work in works:
+                    self._commit([work])
+                return
+            settled = [partial(works[0].result.set_exception, error)]
+        for settle in settled:
+            settle()
+
+    def _run_one(self, work: Work) -> Callable[[], None]:
+        """Run a piece of work within the transaction; returns what tells its result after the commit. An
+        error that ended the whole transaction is raised."""
+        self.connection.execute("SAVEPOINT work")
+        try:
+            value = work.function(self.connection)
+        except Exception as error:
+            if not self.connection.in_transaction:
+                raise
+            self.connection.execute("ROLLBACK TO work")
+            self.connection.execute("RELEASE work")
+            return partial(work.result.set_exception, error)
+        self.connection.execute("RELEASE work")
+        return partial(work.result.set_result, value)
+
+    async def close(self):
+        """Finish what was asked for, and close the file."""
+        if not self.closed:
+            self.closed = True
+            self.waiting.put(None)
+            await asyncio.to_thread(self.thread.join)
+            self._close()
+
+    def _close(self):
+        with suppress(AttributeError, self.library.Error):
+            self.connection.close()
+        self.lock.close()  # after the connection
+
+
+def store_path(named: str) -> Path:
+    """The file of --database. ConfigError if the user's home is unknown."""
+    state = os.environ.get("XDG_STATE_HOME")
+    try:
+        return (Path(state) / "chat_server" / "store.db" if named == DATABASE and state else
+                Path(named).expanduser())
+    except RuntimeError as error:
+        raise ConfigError(f"--database {named}: {error}") from None
+
+
+async def open_store(settings: Settings) -> Store | None:
+    """The store of --database, or None without the flag. ConfigError if it cannot be used."""
+    if settings.database is None:
+        return None
+    store = Store(store_path(settings.database))
+    await asyncio.to_thread(store.open)
+    return store

@@ -1,0 +1,227 @@
+"""The database of --database: what it commits, what it refuses, and who can read it."""
+
+import asyncio
+import os
+import signal
+import sqlite3
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from chatlm.common.config import Settings
+from chatlm.common.errors import ConfigError, Overloaded
+from chatlm.front.store import store as stores
+from chatlm.front.store.schema import STEPS
+from chatlm.front.store.store import Store, open_store
+from powerless import powerless
+
+ROOT = Path(__file__).resolve().parents[3]
+INSERT = "INSERT INTO files (name, owner, filename, purpose, created) VALUES (?, '', 'x', 'batch', 0)"
+
+
+def opened(path):
+    store = Store(path)
+    store.open()
+    return store
+
+
+def add(name):
+    return lambda connection: connection.execute(INSERT, (name,)).lastrowid
+
+
+def names(path):
+    with sqlite3.connect(path) as reader:
+        return [name for (name,) in reader.execute("SELECT name FROM files ORDER BY id")]
+
+
+async def test_what_run_returned_is_seen_by_other_programs(tmp_path):
+    store = opened(tmp_path / "a.db")
+    assert await asyncio.gather(*(store.run(add(f"n{index}")) for index in range(20))) == [*range(1, 21)]
+    assert names(tmp_path / "a.db") == [f"n{index}" for index in range(20)]
+    await store.close()
+    with pytest.raises(Overloaded, match="stopping"):
+        await store.run(add("late"))
+
+
+async def test_work_that_fails_leaves_nothing_and_its_neighbours_are_committed(tmp_path):
+    store = opened(tmp_path / "a.db")
+
+    def broken(connection):
+        connection.execute(INSERT, ("half",))
+        raise LookupError("no")
+    found = await asyncio.gather(store.run(add("one")), store.run(broken), store.run(add("two")), store.run(add("one")), return_exceptions=True)
+    assert isinstance(found[1], LookupError) and isinstance(found[3], sqlite3.IntegrityError)
+    assert names(tmp_path / "a.db") == ["one", "two"]
+    await store.close()
+
+
+async def test_a_transaction_that_breaks_as_a_whole_is_done_again_piece_by_piece(tmp_path):
+    store = opened(tmp_path / "a.db")
+
+    def ends_the_transaction(connection):
+        connection.execute("ROLLBACK")
+        raise sqlite3.OperationalError("database or disk is full")
+    found = await asyncio.gather(store.run(add("one")), store.run(ends_the_transaction), store.run(add("two")), return_exceptions=True)
+    assert isinstance(found[1], Overloaded) and "disk is full" in str(found[1])
+    assert names(tmp_path / "a.db") == ["one", "two"]
+    await store.close()
+
+
+async def test_a_database_that_cannot_grow_is_an_overload_and_works_again_later(tmp_path):
+    store = opened(tmp_path / "a.db")
+    (pages,) = await store.run(lambda connection: connection.execute("PRAGMA page_count").fetchone())
+    await store.run(lambda connection: connection.execute(f"PRAGMA max_page_count = {pages}").fetchone())
+    found = await asyncio.gather(*(store.run(add("x" * 3000 + str(index))) for index in range(10)), return_exceptions=True)
+    assert any(isinstance(each, Overloaded) for each in found)
+    kept = [index + 1 for index, each in enumerate(found) if not isinstance(each, Exception)]
+    assert len(names(tmp_path / "a.db")) == len(kept)
+    await store.run(lambda connection: connection.execute("PRAGMA max_page_count = 1000000").fetchone())
+    await store.run(add("later"))
+    assert names(tmp_path / "a.db")[-1] == "later"
+    await store.close()
+
+
+async def test_only_its_user_can_read_it_and_what_lies_beside_it(tmp_path):
+    before = os.umask(0)
+    try:
+        store = opened(tmp_path / "new" / "a.db")
+        await store.run(add("one"))
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "new").iterdir()}
+    assert modes == dict.fromkeys(("a.db", "a.db-wal", "a.db-shm", "a.db-lock"), 0o600)
+    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o700
+    await store.close()
+    (tmp_path / "new" / "a.db").chmod(0o644)
+    store = opened(tmp_path / "new" / "a.db")
+    assert stat.S_IMODE((tmp_path / "new" / "a.db").stat().st_mode) == 0o600
+    await store.close()
+
+
+async def refusal(path):
+    with pytest.raises(ConfigError) as found:
+        await open_store(Settings(database=str(path)))
+    assert "\n" not in str(found.value) and str(path) in str(found.value)
+    return str(found.value)
+
+
+async def test_a_store_that_another_server_uses_is_refused(tmp_path):
+    store = opened(tmp_path / "a.db")
+    assert "another server uses it" in await refusal(tmp_path / "a.db")
+    await store.run(add("still mine"))
+    await store.close()
+    await (opened(tmp_path / "a.db")).close()
+
+
+def closed_store(path):
+    async def make():
+        store = opened(path)
+        for index in range(200):
+            await store.run(add("x" * 500 + str(index)))
+        await store.close()
+    asyncio.run(make())
+
+
+@pytest.mark.parametrize("what", ["newer", "damaged", "foreign", "no database", "cut", "folder", "pipe"])
+def test_a_store_that_cannot_be_used_is_refused_in_one_line_and_left_as_it_is(tmp_path, what):
+    path = tmp_path / "a.db"
+    if what in ("newer", "damaged", "cut"):
+        closed_store(path)
+    if what == "newer":
+        with sqlite3.connect(path) as other:
+            other.execute(f"PRAGMA user_version = {len(STEPS) + 1}")
+    elif what == "damaged":
+        data = bytearray(path.read_bytes())
+        data[8192:8192 * 3] = os.urandom(8192 * 2)
+        path.write_bytes(data)
+    elif what == "cut":
+        path.write_bytes(path.read_bytes()[:-10_000])
+    elif what == "foreign":
+        with sqlite3.connect(path) as other:
+            other.execute("CREATE TABLE history (url TEXT)")
+        other.close()
+    elif what == "no database":
+        path.write_bytes(b"GGUF" + bytes(5000))
+    elif what == "folder":
+        path.mkdir()
+    else:
+        os.mkfifo(path)
+    regular = path.is_file()
+    before = path.read_bytes() if regular else None
+    said = asyncio.run(refusal(path))
+    assert {"newer": "newer chat_server", "damaged": "damaged", "cut": "malformed", "foreign": "another program", "no database": "not a database",
+            "folder": "directory", "pipe": "regular file"}[what] in said, said
+    assert (path.read_bytes() if regular else None) == before
+
+
+async def test_a_locked_store_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(stores, "BUSY_S", 0.1)
+    await opened(tmp_path / "a.db").close()
+    other = sqlite3.connect(tmp_path / "a.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    assert "locked" in await refusal(tmp_path / "a.db")
+    other.close()
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+    folder = tmp_path / "read-only"
+    folder.mkdir(mode=0o500)
+    found = []
+
+    with powerless():
+        try:
+            Store(folder / "a.db").open()
+        except ConfigError as error:
+            found.append(str(error))
+    assert len(found) == 1 and "Permission denied" in found[0] and not [*folder.iterdir()]
+
+
+WRITER = """
+import asyncio, sys
+from pathlib import Path
+from chatlm.front.store.store import Store
+async def main():
+    store = Store(Path(sys.argv[1]))
+    store.open()
+    print("open", flush=True)
+    for index in range(100_000):
+        await store.run(lambda connection: connection.execute(
+            "INSERT INTO files (name, owner, filename, purpose, created) VALUES (?, '', 'x', 'batch', 0)", (f"n{index}",)))
+        print(index, flush=True)
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("lines", [1, 2, 30])
+def test_what_run_returned_survives_kill(tmp_path, lines):
+    path = tmp_path / "a.db"
+    process = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    said = [process.stdout.readline() for _ in range(lines)]
+    process.send_signal(signal.SIGKILL)
+    said += process.stdout.readlines()
+    process.wait()
+    process.stdout.close()
+    said = [line for line in said if line.endswith("\n")]
+    kept = [f"n{int(line)}" for line in said[1:]]
+    closed = opened(path)
+    assert names(path)[:len(kept)] == kept and len(names(path)) <= len(kept) + 1
+    asyncio.run(closed.close())
+
+
+def test_sqlite_is_imported_only_with_the_flag(tmp_path):
+    code = ("import asyncio, sys; from chatlm.common.config import Settings; import chat_server; from chatlm.front.store.store import open_store\n"
+            "print(asyncio.run(open_store(Settings())), 'sqlite3' in sys.modules)")
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout == "None False\n"
+
+
+async def test_without_a_path_it_is_among_the_user_s_state(tmp_path, monkeypatch):
+    from chatlm.cli import parse_command_line
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    settings = parse_command_line(["serve", "model.gguf", "--database"], {})
+    assert settings.model == "model.gguf"
+    store = await open_store(settings)
+    assert store.path == tmp_path / "chat_server/store.db" and store.path.exists()
+    await store.close()
