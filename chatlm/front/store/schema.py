@@ -49,4 +49,18 @@ CREATE TABLE batches (
 );
 CREATE INDEX batches_of_owner ON batches (owner, id);
 """
-STEPS: tuple[str, ...] = (FILES, BATCHES)  # only the end may be changed once a release has had it
+USAGE = """
+CREATE TABLE usage (
+    day TEXT NOT NULL,              -- of UTC: 2026-11-24
+    key TEXT NOT NULL,              -- the name of an API key, empty on a server without keys
+    model TEXT NOT NULL,
+    background INTEGER NOT NULL,    -- 1: batches, and requests with low priority
+    requests INTEGER NOT NULL,
+    prompt_tokens INTEGER NOT NULL,
+    cached_tokens INTEGER NOT NULL,
+    completion_tokens INTEGER NOT NULL,
+    compute_s REAL NOT NULL,
+    PRIMARY KEY (day, key, model, background)
+) WITHOUT ROWID;
+"""
+STEPS: tuple[str, ...] = (FILES, BATCHES, USAGE)  # only the end may be changed once a release has had it

@@ -56,6 +56,7 @@ class StepUnderWay(NamedTuple):
     began_s: float
     rows: int       # of answers and drafts, 0 if it also computes prompts
     on_host: bool   # does the host need its logits?
+    plan: Seq[Chunk]  # whose it is
 
 
 class Engine:
@@ -248,6 +249,7 @@ class Engine:
                     sequence.tokens.append(~row)
                 row += chunk.draws
             elif sequence.pooling and not sequence.pending:
+                share_time(plan, time.monotonic() - began_s, only=sequence)
                 self.scheduler.remove(sequence)
                 self._emit(sequence, *embedded(sequence, self.host.head, self.ranking))
             elif sequence.work.params.progress and not sequence.generated and not sequence.finished:
@@ -255,7 +257,8 @@ class Engine:
                 self._emit(sequence, PromptProgress(0, length, min(sequence.computed, length)))
         decodes = all(chunk.draws and chunk.count == 1 for chunk in plan)
         self.under_way.append(StepUnderWay(finish, drawing, sum(chunk.count for chunk in plan), began_s,
-                                           row if decodes else 0, any(chunk.on_host for chunk in plan)))
+                                           row if decodes else 0, any(chunk.on_host for chunk in plan),
+                                           plan))
 
     def _finish(self):
         """Wait for the oldest step under way, replace its marks with tokens, and turn them into text."""
@@ -264,6 +267,7 @@ class Engine:
         before_s, self.finished_s = self.finished_s, time.monotonic()
         began_s = max(step.began_s, before_s)
         self.step_s = self.finished_s - began_s
+        share_time(step.plan, self.step_s)
         if step.rows:
             self.drafting.note_step(step.rows, self.step_s, began_s - before_s, step.on_host)
         if step.tokens >= self.timed_tokens:
@@ -369,6 +373,14 @@ def unfit(work: Assignment, longest: int) -> str:
         f"the text has {length:,} tokens; this model takes at most {longest:,}")
 
 
+def share_time(plan: Seq[Chunk], seconds: float, only: Sequence | None = None):
+    """Divide the time of a step among the sequences in it, by their tokens, drafts included."""
+    tokens = sum(chunk.count + len(chunk.draft) for chunk in plan)
+    for chunk in plan:
+        if only in (None, chunk.sequence):
+            chunk.sequence.output.compute_s += seconds * (chunk.count + len(chunk.draft)) / tokens
+
+
 def drop_adapter(engine: Engine, adapter_id: str):
     """Forget an adapter, and fail the answers that still use it."""
     slot = engine.adapters.drop(adapter_id)
@@ -394,7 +406,8 @@ def events_of(sequence: Sequence, answer: Answer, tokens: Seq[int], drawn: int |
     piece = Piece(tuple(tokens), answer.take(), logprobs)
     if answer.reason is None:
         return [piece]
-    usage = replace(output.usage, reasoning_tokens=answer.reasoning_tokens)
+    usage = replace(output.usage, reasoning_tokens=answer.reasoning_tokens,
+                    compute_s=round(output.compute_s, 6))
     return [piece, Ended(answer.reason, answer.stop_reason, usage, output.queued_s or 0.0)]
 
 

@@ -78,6 +78,7 @@ class Output:
     preparing: Future | None = None      # work of a thread that the sequence must wait for
     kept: Any = None                     # see SampleRow.kept
     usage: Usage = Usage()               # here so far: tokens cached at first admission, drafted ones
+    compute_s: float = 0.0               # its shares of the time of steps here
     added_s: float = 0.0                 # when it was queued here
     queued_s: float | None = None        # seconds it waited here before it first ran
     logprobs: list[TokenLogprob] = field(default_factory=list)  # of the last step's tokens, if requested
