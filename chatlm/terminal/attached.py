@@ -31,7 +31,7 @@ async def document_text(name: str) -> tuple[str, str]:
     data = read_small(path)
     if len(data) > LIMITS.document_bytes:
         raise ValueError(f"{name} has {len(data):,} bytes; at most {LIMITS.document_bytes:,} are read")
-    admission = Admission(lambda request_id, client: None)
+    admission = Admission(lambda request_id, client, low: None)
     try:
         text, pages, cut = await admission.extract("", path.name, "", data)
     finally:

@@ -136,7 +136,7 @@ def start_engine(channel: Channel, config: WorkerConfig) -> Engine:
     if fingerprint and not ranks and device.type == "cpu" and not engine.scheduler.of_texts:
         keep_prefixes(engine, config, files, fingerprint)
     if config.answering and device.type == "cpu":
-        share_word(engine, config.answering)
+        share_word(engine, config.answering, bool(bound))
     give_memory_back()
     CalmLog.over_bar = False
     channel.send(Ready(gauges(engine), engine.kernels.backend.faults))
@@ -153,12 +153,15 @@ def bind_to_node(config: WorkerConfig | RankConfig, rank: int) -> str:
     return place(index, config.place[1] * here, config.threads)
 
 
-def share_word(engine: Engine, path: str):
-    """Answers are told to the other workers of the server, on whose CPUs texts then wait between layers."""
+def share_word(engine: Engine, path: str, apart: bool = False):
+    """Answers are told to the other workers of the server, on whose CPUs texts then wait between layers, and
+    background work between steps, unless each worker has processors and memory of its own (`apart`)."""
     try:
         word = Word(path)
     except OSError as error:
         return log.warning("texts will be embedded beside answers as fast as ever: %s", error)
+    if not apart:
+        engine.scheduler.lane.word = word
     spec = engine.transformer.spec
     if spec.embeds and engine.ranks:
         return  # the other ranks would take a pause for the death of this one
@@ -350,9 +353,9 @@ class Inbox:
                 self.params[id], self.prompts[id] = params, {}
             case NewPrompt(id, index, ids):
                 self.prompts[id][index] = ids
-            case NewAnswer(id, request, prompt, choice, max_tokens, resumed_ids, scored, ends, sent):
+            case NewAnswer(id, request, prompt, choice, max_tokens, resumed_ids, scored, ends, sent, low):
                 ids, params = self.prompts[request][prompt], self.params[request]
-                work = Assignment(id, ids, params, max_tokens, choice, resumed_ids, scored, ends, sent)
+                work = Assignment(id, ids, params, max_tokens, choice, resumed_ids, scored, ends, sent, low)
                 if params.adapter in self.loading:
                     self.waiting.setdefault(params.adapter, []).append(work)
                 else:

@@ -58,6 +58,7 @@ class NewAnswer:
     scored: int = 0  # prompt tokens whose log-probabilities were already sent
     thinking_ends: int | None = None  # its reasoning ends after this many tokens, see ThinkingEnds
     resumed_sent: bool = True  # was the text of `resumed_ids` sent? Not if its client chose them
+    background: bool = False   # does it take only what interactive answers leave?
 
 
 @wire_message(1 << 20)

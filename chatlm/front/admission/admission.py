@@ -238,7 +238,7 @@ class Admission:
     DOCUMENT_S = 12.0     # and for the text of a document
     VALID_GRAMMARS = 256  # remember this many valid grammars, to check none of them twice
 
-    def __init__(self, check_capacity: Callable[[str, str], None], shared: Desk | None = None):
+    def __init__(self, check_capacity: Callable[[str, str, bool], None], shared: Desk | None = None):
         """shared: the desk that a server's models share, if it has several."""
         desk = shared or Desk()
         self.check_capacity, self.number = check_capacity, next(desk.numbers)
@@ -300,13 +300,13 @@ class Admission:
                 client, "fill_template", arguments))
 
     @contextmanager
-    def _prepare(self, client: str, request_id: str = "") -> Iterator[None]:
+    def _prepare(self, client: str, request_id: str = "", low: bool = False) -> Iterator[None]:
         """Reserve room for a request while it is read and rendered: it counts as waiting. Overloaded while
         there is no tokenizer, and so no `prompts`.
 
         The id in a large body is not known yet, so another request may take it."""
         request_id = request_id or secrets.token_hex(16)
-        self.check_capacity(request_id, client)
+        self.check_capacity(request_id, client, low)
         self.preparing[request_id] = client
         try:
             yield
@@ -314,7 +314,7 @@ class Admission:
             del self.preparing[request_id]
 
     async def admit(self, request: Request) -> Request:
-        with self._prepare(request.client, request.id):
+        with self._prepare(request.client, request.id, request.low_priority):
             await self._check_grammar(request.params, request.client, request.params.owner)
             return await self.prompts.admit(request)  # pyright: ignore[reportOptionalMemberAccess]  as _prepare says
 

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from chatlm.front.server.access import Owners
     from chatlm.front.server.bodies import Bodies
     from chatlm.front.server.compare import Answering
+    from chatlm.front.server.ledger import Ledger
     from chatlm.front.store.files import Row
     from chatlm.front.store.store import Store
 
@@ -54,10 +55,11 @@ class BatchRoutes:
     """The handlers, and the tasks that work on batches while the server runs."""
 
     def __init__(self, store: Store | None, catalogue: Catalogue, bodies: Bodies, owners: Owners,
-                 answering: Answering):
+                 answering: Answering, ledger: Ledger):
         self.store, self.owners, self.bodies = store, owners, bodies
         self.files = FileRoutes(store, bodies, owners, catalogue.settings.keep_days, self.wake_up)
-        self.worker = BatchWorker(store, catalogue, bodies, owners, answering, self.files) if store else None
+        self.worker = BatchWorker(store, catalogue, bodies, owners, answering, ledger,
+                                  self.files) if store else None
 
     async def start(self, app: web.Application):
         if self.worker:
@@ -127,9 +129,9 @@ class BatchWorker:
     workers have rows. Batches take turns, since each waits for one line at a time."""
 
     def __init__(self, store: Store, catalogue: Catalogue, bodies: Bodies, owners: Owners,
-                 answering: Answering, uploads: FileRoutes):
+                 answering: Answering, ledger: Ledger, uploads: FileRoutes):
         self.store, self.catalogue, self.bodies = store, catalogue, bodies
-        self.owners, self.answering, self.files = owners, answering, uploads
+        self.owners, self.answering, self.ledger, self.files = owners, answering, ledger, uploads
         settings = catalogue.settings
         self.slots = asyncio.Semaphore(settings.max_batch * max(1, settings.num_workers) + SPARE)
         self.wake, self.swept_s = asyncio.Event(), 0.0
@@ -286,7 +288,8 @@ class BatchWorker:
         # its own id: two batches may have the same line
         request = replace(request, id=secrets.token_hex(16), params=params, low_priority=True)
         del parsed
-        async with self.answering(served.pool, request) as (_, events):
+        self.ledger.over_budget(request)  # Overloaded for a key that is refused then: its lines wait
+        async with self.answering(served.pool, request, served.name) as (_, events):
             async for event in events:
                 if not isinstance(event, PromptProgress):
                     try:

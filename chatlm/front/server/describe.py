@@ -41,6 +41,11 @@ def bare_id(shown_id: str) -> str:
     return re.sub("^((chat)?cmpl-|resp_|msg_)", "", shown_id)
 
 
+def readiness_body(catalogue: Catalogue) -> tuple[int, dict]:
+    status, body = catalogue.health()
+    return status, {"ready": True} if status == 200 else {"ready": False, "reason": body.get("status")}
+
+
 def alive_body() -> dict:
     """The response of /livez. A page of another origin cannot read it either, but can see that a server runs,
     and then tell its user that --cors-origin is missing."""

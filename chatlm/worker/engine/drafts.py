@@ -257,10 +257,12 @@ class Drafting:
         times.note(rows, step_s + (gap_s if gap_s < self.MOST_GAP_S else 0.0))
 
     def draft(self, sequences: Iterable[Sequence], scheduler: Scheduler, token_s: float):
-        """Set the drafts of those of these sequences that can have one, for the scheduler's next step;
-        token_s: seconds that a token of a prompt takes."""
-        if able := [sequence for sequence in sequences if can_draft(sequence)]:
-            answers = [sequence for sequence in scheduler.running if not sequence.pooling]
+        """Set the drafts of those of these sequences that can have one, for the scheduler's next step, in the
+        background only while nothing else runs; token_s: seconds that a token of a prompt takes."""
+        interactive = [sequence for sequence in scheduler.running if not sequence.work.background]
+        if able := [sequence for sequence in sequences if can_draft(sequence)
+                    and not (interactive and sequence.work.background)]:
+            answers = [sequence for sequence in interactive or scheduler.running if not sequence.pooling]
             tokens = sum(sequence.pending for sequence in answers if sequence.prefilling)
             self.propose(able, -(-len(answers) // scheduler.stages), scheduler.draft_rows,
                          min(tokens, scheduler.prefill_chunk) * token_s,

@@ -56,6 +56,7 @@ class StepUnderWay(NamedTuple):
     began_s: float
     rows: int       # of answers and drafts, 0 if it also computes prompts
     on_host: bool   # does the host need its logits?
+    plan: Seq[Chunk]  # whose it is
 
 
 class Engine:
@@ -91,6 +92,8 @@ class Engine:
         self.scored_length = longest_context(self.pool, context_length, prefill_chunk)
         self.context_length = min(transformer.spec.context_length, self.scored_length)
         self.steps = kernels.backend.make_steps(transformer, max_batch, self.scored_length)
+        self.scheduler.lane.ahead = self.steps.ahead
+        self.scheduler.lane.recorded = transformer.device.type == "cuda"
         self.ranks = ranks
         if ranks:
             self.steps = ranks.steps(self.steps, transformer)
@@ -162,7 +165,7 @@ class Engine:
         began_s, plan = time.monotonic(), self.scheduler.schedule()
         mark_shown(plan, self.draft_models)
         on_host = any(chunk.on_host for chunk in plan)
-        if self.word and not all(chunk.sequence.pooling for chunk in plan):
+        if self.word and not all(chunk.sequence.pooling or chunk.sequence.work.background for chunk in plan):
             self.word.note(self.step_s)
         finish = self._start(plan) if plan and not on_host else None
         meanwhile()
@@ -186,11 +189,13 @@ class Engine:
 
     def _most_under_way(self, plan: Seq[Chunk], on_host: bool) -> int:
         """How many steps may be under way once this one has started: one or, with several stages, one for
-        each other stage; none if its tokens must be known first. Without a plan, the oldest is finished."""
+        each other stage; none if its tokens must be known first, or if nobody waits for them: a request that
+        comes now would wait for the one ahead too. Without a plan, the oldest is finished."""
         if not plan:
             return len(self.under_way)
         stages = self.scheduler.stages
-        awaited = on_host or not self.steps.ahead or stages == 1 and any(map(self._awaits, plan))
+        awaited = on_host or not self.steps.ahead or stages == 1 and (
+            any(map(self._awaits, plan)) or all(chunk.sequence.work.background for chunk in plan))
         return 0 if awaited else max(1, stages - 1)
 
     def _awaits(self, chunk: Chunk) -> bool:
@@ -207,7 +212,10 @@ class Engine:
             self._finish()
 
     def _wait(self):
-        """Every sequence here is still being prepared, or awaits kept pages: wait a little for one."""
+        """Every sequence here is still being prepared, or awaits kept pages, or other workers' answers: wait a
+        little for one."""
+        if self.scheduler.lane.must_wait():
+            return time.sleep(self.scheduler.lane.PAUSE_S)
         preparing = [s.output.preparing for s in self.scheduler.unready if s.output.preparing]
         if preparing or not self.keeper:
             wait(preparing, 0.02, FIRST_COMPLETED)
@@ -241,6 +249,7 @@ class Engine:
                     sequence.tokens.append(~row)
                 row += chunk.draws
             elif sequence.pooling and not sequence.pending:
+                share_time(plan, time.monotonic() - began_s, only=sequence)
                 self.scheduler.remove(sequence)
                 self._emit(sequence, *embedded(sequence, self.host.head, self.ranking))
             elif sequence.work.params.progress and not sequence.generated and not sequence.finished:
@@ -248,7 +257,8 @@ class Engine:
                 self._emit(sequence, PromptProgress(0, length, min(sequence.computed, length)))
         decodes = all(chunk.draws and chunk.count == 1 for chunk in plan)
         self.under_way.append(StepUnderWay(finish, drawing, sum(chunk.count for chunk in plan), began_s,
-                                           row if decodes else 0, any(chunk.on_host for chunk in plan)))
+                                           row if decodes else 0, any(chunk.on_host for chunk in plan),
+                                           plan))
 
     def _finish(self):
         """Wait for the oldest step under way, replace its marks with tokens, and turn them into text."""
@@ -257,6 +267,7 @@ class Engine:
         before_s, self.finished_s = self.finished_s, time.monotonic()
         began_s = max(step.began_s, before_s)
         self.step_s = self.finished_s - began_s
+        share_time(step.plan, self.step_s)
         if step.rows:
             self.drafting.note_step(step.rows, self.step_s, began_s - before_s, step.on_host)
         if step.tokens >= self.timed_tokens:
@@ -362,6 +373,14 @@ def unfit(work: Assignment, longest: int) -> str:
         f"the text has {length:,} tokens; this model takes at most {longest:,}")
 
 
+def share_time(plan: Seq[Chunk], seconds: float, only: Sequence | None = None):
+    """Divide the time of a step among the sequences in it, by their tokens, drafts included."""
+    tokens = sum(chunk.count + len(chunk.draft) for chunk in plan)
+    for chunk in plan:
+        if only in (None, chunk.sequence):
+            chunk.sequence.output.compute_s += seconds * (chunk.count + len(chunk.draft)) / tokens
+
+
 def drop_adapter(engine: Engine, adapter_id: str):
     """Forget an adapter, and fail the answers that still use it."""
     slot = engine.adapters.drop(adapter_id)
@@ -387,7 +406,8 @@ def events_of(sequence: Sequence, answer: Answer, tokens: Seq[int], drawn: int |
     piece = Piece(tuple(tokens), answer.take(), logprobs)
     if answer.reason is None:
         return [piece]
-    usage = replace(output.usage, reasoning_tokens=answer.reasoning_tokens)
+    usage = replace(output.usage, reasoning_tokens=answer.reasoning_tokens,
+                    compute_s=round(output.compute_s, 6))
     return [piece, Ended(answer.reason, answer.stop_reason, usage, output.queued_s or 0.0)]
 
 

@@ -34,6 +34,7 @@ class Assignment:
     scored: int = 0       # prompt tokens whose log-probabilities were already sent, or are not wanted
     thinking_ends: int | None = None  # see Answer.thinking_ends
     resumed_sent: bool = True  # was the text of `resumed_ids` sent?
+    background: bool = False   # does nobody wait for it?
 
     @cached_property
     def sampling(self) -> SamplingParams:
@@ -77,6 +78,7 @@ class Output:
     preparing: Future | None = None      # work of a thread that the sequence must wait for
     kept: Any = None                     # see SampleRow.kept
     usage: Usage = Usage()               # here so far: tokens cached at first admission, drafted ones
+    compute_s: float = 0.0               # its shares of the time of steps here
     added_s: float = 0.0                 # when it was queued here
     queued_s: float | None = None        # seconds it waited here before it first ran
     logprobs: list[TokenLogprob] = field(default_factory=list)  # of the last step's tokens, if requested
