@@ -365,6 +365,31 @@ def test_an_expired_batch_has_an_error_for_each_line_that_is_left(model, tmp_pat
         assert numbers == [*range(700)]
 
 
+def test_a_batch_whose_key_is_gone_waits_until_it_expires(model, tmp_path):
+    def status():
+        with closing(sqlite3.connect(tmp_path / "a.db")) as reader:
+            return reader.execute("SELECT status, completed FROM batches").fetchone()
+    with batching(model, tmp_path / "a.db", keys=("first-key",)) as (_, client):
+        batch = begun(client, [ask_line(str(number), max_tokens=400, ignore_eos=True) for number in range(700)])
+        while not answered_lines(tmp_path / "a.db"):
+            time.sleep(0.01)
+    left = status()
+    with batching(model, tmp_path / "a.db", keys=("other-key",)) as (_, client):
+        other = ended(client, begun(client, [ask_line("a", max_tokens=1)]))     # has its turn
+        assert other.status == "completed" and status() == left
+        with pytest.raises(openai.NotFoundError):
+            client.batches.retrieve(batch.id)
+    with closing(sqlite3.connect(tmp_path / "a.db")) as writer:
+        writer.execute("UPDATE batches SET expires = 1 WHERE status = 'in_progress'")
+        writer.commit()
+    with batching(model, tmp_path / "a.db", keys=("other-key",)):
+        deadline_s = time.monotonic() + 60
+        while status()[0] != "expired":
+            assert time.monotonic() < deadline_s
+            time.sleep(0.02)
+    assert status() == ("expired", left[1])
+
+
 def test_what_is_deleted_is_no_longer_in_the_store(model, tmp_path):
     with batching(model, tmp_path / "a.db") as (process, client):
         batch = ended(client, begun(client, [ask_line(str(number), "a-secret-word" * 600, truncate="oldest", max_tokens=4) for number in range(700)]))
