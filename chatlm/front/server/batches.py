@@ -169,11 +169,12 @@ class BatchWorker:
 
     def _begin(self, batch: Batch):
         client = self.owners.client_of(batch.owner)
-        if batch.name in self.tasks or client is None:  # a batch whose key is gone waits until it expires
+        gone = client is None and time.time() < batch.expires  # without its key it waits until it expires
+        if batch.name in self.tasks or gone:
             return
         self.stops[batch.name] = asyncio.Event()
         self.tasks[batch.name] = task = asyncio.create_task(supervised(
-            f"working on {batch.name}", partial(self._work, batch, client), failed=lambda error: True))
+            f"working on {batch.name}", partial(self._work, batch, client or ""), failed=lambda error: True))
         task.add_done_callback(lambda ended: (self.tasks.pop(batch.name), self.stops.pop(batch.name)))
 
     async def _work(self, batch: Batch, client: str):

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import contextmanager
 from functools import partial
+from shutil import disk_usage
 from typing import TYPE_CHECKING
 
 from chatlm.common.config import LIMITS
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from chatlm.front.store.store import Store
 
 
+RESERVE_BYTES = 64 << 20  # that uploads leave free on the disk, for results, and to delete what was uploaded
 UPLOADS = 16  # that arrive at a time; a client has a quarter
 
 
@@ -230,6 +232,8 @@ class Upload:
     async def _store(self):
         rows, self.rows = self.rows, []
         if rows:
+            if disk_usage(self.store.path.parent).free < RESERVE_BYTES:
+                raise Overloaded("the disk with the server's database is almost full", retry_after_s=60)
             await self.store.run(partial(files.add_lines, file=self.id, rows=rows))
 
     async def _checked(self, text: bytes) -> Row:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import signal
 import socket
 import sqlite3
@@ -203,6 +204,11 @@ def rows_of(store):
         return reader.execute("SELECT (SELECT count(*) FROM files), (SELECT count(*) FROM lines)").fetchone()
 
 
+def free_pages(store):
+    with closing(sqlite3.connect(store)) as reader:
+        return reader.execute("PRAGMA freelist_count").fetchone()[0]
+
+
 def test_an_upload_that_is_cut_leaves_nothing(model, tmp_path):
     with batching(model, tmp_path / "a.db") as (_, client):
         host = client.base_url.host, client.base_url.port
@@ -280,6 +286,52 @@ def test_ten_thousand_lines_with_twenty_kills(model, tmp_path):
     check_disturbed(*disturbed(model, tmp_path / "a.db", mixed_lines(10_000), [*range(200, 9800, 480)][:20]), 10_000)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of another process")
+def test_a_batch_waits_while_nothing_can_be_written_and_then_goes_on(model, tmp_path):
+    with batching(model, tmp_path / "a.db") as (process, client):
+        batch = begun(client, [ask_line(str(number), max_tokens=30, ignore_eos=True) for number in range(300)])
+        while answered_lines(tmp_path / "a.db") < 20:
+            time.sleep(0.005)
+        front = psutil.Process(process.pid)
+        front.rlimit(psutil.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))      # as on a full disk
+        with pytest.raises(openai.APIStatusError, match="database cannot be used now") as found:
+            client.responses.create(model="default", input="x", max_output_tokens=16)
+        assert found.value.status_code == 503
+        with pytest.raises(openai.APIStatusError, match="database cannot be used now"):
+            client.files.create(file=("in.jsonl", LINE), purpose="batch")
+        stuck = answered_lines(tmp_path / "a.db")
+        assert client.responses.create(model="default", input="x", max_output_tokens=16, store=False).status == "incomplete"
+        assert answered_lines(tmp_path / "a.db") == stuck < 300
+        front.rlimit(psutil.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        batch = ended(client, batch)
+        assert [found["custom_id"] for found in results(client, batch.output_file_id)] == [str(number) for number in range(300)]
+
+
+def test_a_large_line_is_read_in_a_sandbox_and_its_answer_is_that_of_a_small_one(running):
+    lines = [ask_line("small", "Hello", seed=5), ask_line("large", "Hello", seed=5, extra="x" * 200_000)]
+    batch = ended(running, begun(running, lines))
+    small, large = (found["response"]["body"] for found in results(running, batch.output_file_id))
+    assert small["choices"] == large["choices"] and small["usage"] == large["usage"]
+
+
+def test_the_ids_of_calls_and_items_follow_from_the_line(running):
+    lines = [{"custom_id": "a", "method": "POST", "url": "/v1/responses", "body": {"input": "Hi", "max_output_tokens": 16}}]
+    batch = ended(running, begun(running, lines, "/v1/responses"))
+    again = ended(running, running.batches.create(input_file_id=batch.input_file_id, endpoint=batch.endpoint, completion_window="24h"))
+    assert running.files.content(batch.output_file_id).content == running.files.content(again.output_file_id).content
+    [found] = results(running, batch.output_file_id)
+    assert found["response"]["body"]["store"] is False
+    with pytest.raises(openai.NotFoundError):
+        running.responses.retrieve(found["response"]["body"]["id"])
+
+
+@pytest.mark.parametrize("name", ["previous_response_id", "conversation"])
+def test_a_line_continues_no_response(running, name):
+    lines = [{"custom_id": "a", "method": "POST", "url": "/v1/responses", "body": {"input": "Hi", name: "x"}}]
+    batch = ended(running, begun(running, lines, "/v1/responses"))
+    assert "left out in a batch" in running.files.content(batch.error_file_id).text
+
+
 def test_the_store_can_be_backed_up_while_a_batch_runs(model, tmp_path):
     with batching(model, tmp_path / "a.db") as (_, client):
         batch = begun(client, [ask_line(str(number), max_tokens=30, ignore_eos=True) for number in range(300)])
@@ -313,18 +365,45 @@ def test_an_expired_batch_has_an_error_for_each_line_that_is_left(model, tmp_pat
         assert numbers == [*range(700)]
 
 
+def test_a_batch_whose_key_is_gone_waits_until_it_expires(model, tmp_path):
+    def status():
+        with closing(sqlite3.connect(tmp_path / "a.db")) as reader:
+            return reader.execute("SELECT status, completed FROM batches").fetchone()
+    with batching(model, tmp_path / "a.db", keys=("first-key",)) as (_, client):
+        batch = begun(client, [ask_line(str(number), max_tokens=400, ignore_eos=True) for number in range(700)])
+        while not answered_lines(tmp_path / "a.db"):
+            time.sleep(0.01)
+    left = status()
+    with batching(model, tmp_path / "a.db", keys=("other-key",)) as (_, client):
+        other = ended(client, begun(client, [ask_line("a", max_tokens=1)]))     # has its turn
+        assert other.status == "completed" and status() == left
+        with pytest.raises(openai.NotFoundError):
+            client.batches.retrieve(batch.id)
+    with closing(sqlite3.connect(tmp_path / "a.db")) as writer:
+        writer.execute("UPDATE batches SET expires = 1 WHERE status = 'in_progress'")
+        writer.commit()
+    with batching(model, tmp_path / "a.db", keys=("other-key",)):
+        deadline_s = time.monotonic() + 60
+        while status()[0] != "expired":
+            assert time.monotonic() < deadline_s
+            time.sleep(0.02)
+    assert status() == ("expired", left[1])
+
+
 def test_what_is_deleted_is_no_longer_in_the_store(model, tmp_path):
     with batching(model, tmp_path / "a.db") as (process, client):
-        batch = ended(client, begun(client, [ask_line(str(number), "a-secret-word" * 20, max_tokens=4) for number in range(600)]))
-        for name in (batch.input_file_id, batch.output_file_id):
+        batch = ended(client, begun(client, [ask_line(str(number), "a-secret-word" * 600, truncate="oldest", max_tokens=4) for number in range(700)]))
+        assert (tmp_path / "a.db").stat().st_size > 5 << 20
+        for name in filter(None, (batch.input_file_id, batch.output_file_id, batch.error_file_id)):
             client.files.delete(name)
         deadline_s = time.monotonic() + 60
-        while rows_of(tmp_path / "a.db") != (0, 0):
+        while rows_of(tmp_path / "a.db") != (0, 0) or free_pages(tmp_path / "a.db") > 1000:
             assert time.monotonic() < deadline_s
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
         process.wait(60)
-    assert {path.name for path in tmp_path.iterdir()} <= {"a.db", "a.db-lock"} and b"a-secret-word" not in (tmp_path / "a.db").read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} <= {"a.db", "a.db-lock"} and b"a-secret-word" not in (data := (tmp_path / "a.db").read_bytes())
+    assert len(data) < 5 << 20
 
 
 def test_two_servers_cannot_have_one_store(model, tmp_path):

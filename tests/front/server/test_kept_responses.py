@@ -85,6 +85,16 @@ def test_a_streamed_response_is_kept_before_its_client_has_its_end(running):
     assert ask(running, "And?", previous_response_id=event.response.id).output_text
 
 
+def test_a_streamed_response_that_cannot_be_kept_does_not_say_that_it_is_complete(running, store):
+    with closing(sqlite3.connect(store, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")        # for longer than the store waits
+        with running.responses.create(model="default", input="Hello", max_output_tokens=16, stream=True) as stream:
+            types = [event.type for event in stream]
+        assert types[-1] == "response.failed" and "response.completed" not in types and "response.incomplete" not in types
+        other.execute("ROLLBACK")
+    assert ask(running).store is True
+
+
 def test_a_response_whose_client_leaves_is_kept_as_cancelled(running):
     stream = running.responses.create(model="default", input="Hello", max_output_tokens=3000, stream=True, temperature=1, extra_body={"ignore_eos": True})
     for event in stream:
