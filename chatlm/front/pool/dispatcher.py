@@ -11,6 +11,7 @@ import types
 from collections import Counter, deque
 from collections.abc import (
     AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence as Seq)
+from functools import partial
 from typing import TYPE_CHECKING
 
 from chatlm.common.config import LIMITS
@@ -252,7 +253,7 @@ class Dispatcher:
             self.pending.take(job)
             if job.dispatched_s is None:
                 job.dispatched_s = time.monotonic()
-            self._assign(job, min(free, key=lambda worker: cost_of(worker, job)))
+            self._assign(job, min(free, key=partial(cost_of, job=job)))
         if len(self.workers) > 1 and not self.held:
             self._spread()
 
