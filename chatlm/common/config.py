@@ -506,8 +506,9 @@ def key_models(text: str) -> tuple[str, ...]:
 # A field of a line of --api-key-file -> what it becomes in ApiKey, how it is read, and what it may be
 KEY_FIELDS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "models": ("models", key_models, "names of models with commas between them"),
-    "tokens-per-day": ("tokens_per_day", lambda text: int(text) if re.fullmatch("[0-9]{1,15}", text) else None,
-                       "a whole number"),
+    "tokens-per-day": (
+        "tokens_per_day", lambda text: int(text) if re.fullmatch("[0-9]{1,15}", text) else None,
+        "a whole number"),
     "over-budget": ("refused", {"refuse": True, "background": False}.get, "refuse or background"),
     "role": ("role", {"admin": "admin"}.get, "admin")}
 

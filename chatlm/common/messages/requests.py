@@ -276,7 +276,7 @@ class Usage:
     reasoning_tokens: int = 0  # of the completion
     drafted: DraftCounts = DraftCounts()
     accepted: DraftCounts = DraftCounts()  # drafted tokens that were right: steps saved
-    # of the steps of the worker that ended it: of each step its share of the tokens. It is never the same twice
+    # of the steps of the worker that ended it: of each its share of the tokens; never the same twice
     compute_s: float = field(default=0.0, compare=False)
 
     def __add__(self, other: Usage) -> Usage:

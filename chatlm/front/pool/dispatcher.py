@@ -11,6 +11,7 @@ import types
 from collections import Counter, deque
 from collections.abc import (
     AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence as Seq)
+from functools import partial
 from typing import TYPE_CHECKING
 
 from chatlm.common.config import LIMITS
@@ -20,7 +21,7 @@ from chatlm.common.log import log
 from chatlm.common.messages.protocol import Cancel
 from chatlm.common.messages.requests import (
     Accepted, Ended, Event, Failed, Finished, Piece, PromptProgress, PromptScores, Request)
-from chatlm.front.pool.worker import RECENT_S, Job, Worker, batch_of
+from chatlm.front.pool.worker import RECENT_S, Job, Worker, batch_of, cost_of, share_device
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -89,6 +90,12 @@ def waiting_of(models: Iterable[Dispatcher], low: bool = True) -> Counter[str]:
     for (_, client), count in texts.items():
         waiting[client] += -(-count // TEXTS)
     return waiting
+
+
+def rows_of(workers: Iterable[Worker]) -> Counter[tuple[bool, str]]:
+    """How many rows each client has on these workers, in the background and before it."""
+    return Counter((job.request.low_priority, job.request.client)
+                   for worker in workers for job in worker.jobs.values())
 
 
 class Dispatcher:
@@ -237,7 +244,7 @@ class Dispatcher:
     def dispatch(self):
         """Assign waiting jobs to workers with a free row, or with one that another client can spare."""
         while self.pending and not self.held:
-            rows = self._rows(worker for model in self.all_models for worker in model.workers)
+            rows = rows_of(worker for model in self.all_models for worker in model.workers)
             if (job := self.pending.first(rows)) is None:
                 return
             free = [worker for worker in self.workers if worker.can_take(job) and self.able(worker, job)]
@@ -246,7 +253,7 @@ class Dispatcher:
             self.pending.take(job)
             if job.dispatched_s is None:
                 job.dispatched_s = time.monotonic()
-            self._assign(job, min(free, key=operator.methodcaller("cost", job)))
+            self._assign(job, min(free, key=partial(cost_of, job=job)))
         if len(self.workers) > 1 and not self.held:
             self._spread()
 
@@ -262,18 +269,12 @@ class Dispatcher:
         for worker in self.workers:
             if worker.interactive:
                 continue
-            for job in (job for other in self.workers if other.interactive and not other.shares_device(worker)
+            for job in (job for other in self.workers if other.interactive and not share_device(worker, other)
                         for job in other.jobs.values()):
-                if (job.worker and job.request.low_priority and self.able(worker, job) and worker.can_take(job)
-                        and time.monotonic() - job.assigned_s > self.STAY_S):
+                if (job.worker and job.request.low_priority and self.able(worker, job)
+                        and worker.can_take(job) and time.monotonic() - job.assigned_s > self.STAY_S):
                     job.worker.set_aside(job)
                     return self._assign(job, worker)
-
-    @staticmethod
-    def _rows(workers: Iterable[Worker]) -> Counter[tuple[bool, str]]:
-        """How many rows each client has on these workers, in the background and before it."""
-        return Counter((job.request.low_priority, job.request.client)
-                       for worker in workers for job in worker.jobs.values())
 
     def _make_room(self, job: Job) -> list[Worker]:
         """Set aside the youngest answer of the client with the most rows, if that client keeps at least as
@@ -284,10 +285,11 @@ class Dispatcher:
         way."""
         if job.request.low_priority:
             return []
-        rows = Counter({client: count for (low, client), count in self._rows(self.workers).items() if not low})
+        rows = Counter({client: count for (low, client), count in rows_of(self.workers).items() if not low})
         running = [other for worker in self.workers if worker.takes_jobs and self.able(worker, job)
                    for other in worker.jobs.values() if not (other.failovers or other.request.low_priority)]
-        texts = [other for other in running if not job.request.params.pooling and other.request.params.pooling]
+        texts = [other for other in running
+                 if other.request.params.pooling and not job.request.params.pooling]
         [(rich, most)] = rows.most_common(1) or [("", 0)]
         if not texts and most < rows[job.request.client] + 2:
             return []

@@ -233,6 +233,23 @@ def batch_of(worker: Worker) -> int:
     return int(worker.gauges.get("max_batch") or worker.settings.max_batch)
 
 
+def share_device(one: Worker, other: Worker) -> bool:
+    """Do both compute on one machine's processors?"""
+    return one.device == other.device == "cpu" and one.node == other.node
+
+
+def cost_of(worker: Worker, job: Job) -> tuple[int, int]:
+    """What makes another worker better for this job: the most tokens that this one still has to compute
+    before or beside it, minus those of its prompt in the cache; before that, for a job in the background,
+    how many others it would wait for; after that, for any other job, how many it would set aside."""
+    spared = max((length for key, length in job.prefixes.items() if key in worker.prefixes), default=0)
+    low = job.request.low_priority
+    tokens = sum(other.max_tokens - len(other.output_ids)
+                 + (0 if other.output_ids else len(other.prompt_ids))
+                 for other in worker.jobs.values() if low or not other.request.low_priority) - spared
+    return (worker.interactive, tokens) if low else (tokens, len(worker.jobs) - worker.interactive)
+
+
 class Worker:
     """The front's handle on one worker process: its pipe, its state, and the jobs it holds."""
 
@@ -372,7 +389,8 @@ class Worker:
                 and not any(job.failovers > 1 for job in self.jobs.values()))
 
     def can_take(self, job: Job) -> bool:
-        """Has it a free row for this job? Those in the background take none from others: it sets them aside."""
+        """Has it a free row for this job? Those in the background take none from others: it sets them
+        aside."""
         rows = len(self.jobs) if job.request.low_priority else self.interactive
         alone = not (job.request.low_priority and job.failovers > 1 and self.jobs)  # see `takes_jobs`
         return rows < batch_of(self) and self.takes_jobs and alone
@@ -381,21 +399,6 @@ class Worker:
     def interactive(self) -> int:
         """How many of its jobs are not in the background."""
         return sum(not job.request.low_priority for job in self.jobs.values())
-
-    def cost(self, job: Job) -> tuple[int, int]:
-        """What makes another worker better for this job: the most tokens that it still has to compute before
-        or beside it, minus those of its prompt in the cache; before that, for a job in the background, how
-        many others it would wait for; after that, for any other job, how many it would set aside."""
-        spared = max((length for key, length in job.prefixes.items() if key in self.prefixes), default=0)
-        low = job.request.low_priority
-        tokens = sum(other.max_tokens - len(other.output_ids)
-                     + (0 if other.output_ids else len(other.prompt_ids))
-                     for other in self.jobs.values() if low or not other.request.low_priority) - spared
-        return (self.interactive, tokens) if low else (tokens, len(self.jobs) - self.interactive)
-
-    def shares_device(self, other: Worker) -> bool:
-        """Do both compute on one machine's processors?"""
-        return self.device == other.device == "cpu" and self.node == other.node
 
     @property
     def hung(self) -> bool:

@@ -14,6 +14,7 @@ from typing import NamedTuple, TYPE_CHECKING
 from chatlm.common.errors import Overloaded, RequestError, bad_value
 from chatlm.common.log import log
 from chatlm.common.messages.requests import Accepted, Embedding, Finished, Piece, PromptScores, Usage
+from chatlm.front.aio import supervised
 from chatlm.front.server.responses import REQUEST_LOG, json_response
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ class Ledger:
                 "SELECT day, key, SUM(prompt_tokens + completion_tokens) FROM usage WHERE day >= ? "
                 "GROUP BY day, key", (since,)).fetchall())
             self.used.update({(day, key): tokens for day, key, tokens in found})
-            self.writer = asyncio.create_task(self._write())
+            self.writer = asyncio.create_task(supervised("writing the ledger", self._write))
 
     async def close(self):
         """Write what is left."""
@@ -230,7 +231,8 @@ class Ledger:
         total = Amount()
         for _, amount in found:
             total.add(amount)
-        kept = "in the database" if self.store else "in memory, since the server started (--database keeps it)"
+        kept = ("in the database" if self.store else
+                "in memory, since the server started (--database keeps it)")
         return json_response({
             "object": "usage", "from": first, "to": last, "key": own, "kept": kept,
             "since": None if self.store else self.since, "cut": len(found) == MOST_ROWS,
@@ -239,7 +241,8 @@ class Ledger:
 
     def budget(self, key: ApiKey) -> dict:
         return {"tokens_per_day": key.tokens_per_day, "used_today": self.used[today(), key.name],
-                "over_budget": "refuse" if key.refused else "background", "renewed_in_s": seconds_to_midnight()}
+                "over_budget": "refuse" if key.refused else "background",
+                "renewed_in_s": seconds_to_midnight()}
 
     async def between(self, first: str, last: str, own: str | None) -> list[tuple[Row, Amount]]:
         """The rows of these days, newest first; own: of this key alone."""
@@ -247,9 +250,11 @@ class Ledger:
         if self.store:
             for values in await self.store.run(lambda db: db.execute(
                     f"SELECT day, key, model, background, {', '.join(AMOUNTS)} FROM usage "
-                    "WHERE day BETWEEN ? AND ? AND key = IFNULL(?, key) ORDER BY day DESC, key, model LIMIT ?",
+                    "WHERE day BETWEEN ? AND ? AND key = IFNULL(?, key) "
+                    "ORDER BY day DESC, key, model LIMIT ?",
                     (first, last, own, MOST_ROWS)).fetchall()):
-                found[Row(*values[:3], bool(values[3]))] = Amount(*values[4:])
+                day, name, model, background, *amounts = values
+                found[Row(day, name, model, bool(background))] = Amount(*amounts)
         for row, amount in self.rows.items() if not self.store else ():
             if first <= row.day <= last and own in (None, row.key):
                 found[row] = amount

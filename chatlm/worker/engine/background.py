@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from chatlm.common.answering import Word
     from chatlm.worker.engine.drafts import StepTimes
+    from chatlm.worker.engine.scheduler import Scheduler
     from chatlm.worker.engine.sequence import Sequence
 
 
@@ -22,7 +23,7 @@ class BackgroundLane:
     TRIAL = 256    # steps: too few for a hundredth of the gaps between tokens
     STEP_S = 0.15  # about how long a step of background prompts may take: an interactive request waits for it
     PAUSE_S = 0.005  # between two looks at whether other workers still write answers
-    LEAST = 64     # tokens of prompts in such a step: fewer would leave most of a matrix product's speed unused
+    LEAST = 64     # tokens of prompts in such a step: fewer would waste most of the speed of matrix products
 
     def __init__(self):
         self.ahead = False     # do interactive steps begin before the last one's tokens are known?
@@ -37,8 +38,8 @@ class BackgroundLane:
         return self.word is not None and self.word.others_write
 
     def room_beside(self, times: StepTimes, tokens: int, most: int) -> int:
-        """How many tokens, at most `most`, may join a step of so many tokens of interactive sequences. Those of
-        prompts count as rows, which need logits too: they take no longer."""
+        """How many tokens, at most `most`, may join a step of so many tokens of interactive sequences. Those
+        of prompts count as rows, which need logits too: they take no longer."""
         self.steps += 1
         alone, *longer = times.expected(tokens, tokens + most)
         room = sum(seconds <= (1 + self.SHARE) * alone for seconds in longer)
@@ -47,8 +48,9 @@ class BackgroundLane:
         self.room = room
         return room
 
-    def prompt_tokens(self, most: int, token_s: float) -> int:
+    def prompt_tokens(self, scheduler: Scheduler) -> int:
         """How many tokens of background prompts a step may have while nobody waits."""
+        most, token_s = scheduler.prefill_chunk, scheduler.token_s
         return min(most, max(self.LEAST, int(self.STEP_S / token_s))) if token_s else most
 
     def joins(self, sequence: Sequence) -> bool:

@@ -50,13 +50,13 @@ ADAPTER_GONE = "the adapter's files have changed or been removed during this ans
 class StepUnderWay(NamedTuple):
     """A started step and what it draws, in row order."""
 
+    plan: Seq[Chunk]
     finish: Callable[[], list[int]]  # waits for its tokens
     drawing: list[tuple[Sequence | None, tuple[int, ...]]]  # (None if ended or given forced tokens, draft)
     tokens: int     # how many it computes, without drafts
     began_s: float
     rows: int       # of answers and drafts, 0 if it also computes prompts
     on_host: bool   # does the host need its logits?
-    plan: Seq[Chunk]  # whose it is
 
 
 class Engine:
@@ -212,8 +212,8 @@ class Engine:
             self._finish()
 
     def _wait(self):
-        """Every sequence here is still being prepared, or awaits kept pages, or other workers' answers: wait a
-        little for one."""
+        """Every sequence here is still being prepared, awaits kept pages, or other workers' answers: wait a
+        little."""
         if self.scheduler.lane.must_wait():
             return time.sleep(self.scheduler.lane.PAUSE_S)
         preparing = [s.output.preparing for s in self.scheduler.unready if s.output.preparing]
@@ -249,16 +249,15 @@ class Engine:
                     sequence.tokens.append(~row)
                 row += chunk.draws
             elif sequence.pooling and not sequence.pending:
-                share_time(plan, time.monotonic() - began_s, only=sequence)
                 self.scheduler.remove(sequence)
+                share_time(plan, time.monotonic() - began_s, only=sequence)
                 self._emit(sequence, *embedded(sequence, self.host.head, self.ranking))
             elif sequence.work.params.progress and not sequence.generated and not sequence.finished:
                 length = len(sequence.work.prompt_ids)
                 self._emit(sequence, PromptProgress(0, length, min(sequence.computed, length)))
         decodes = all(chunk.draws and chunk.count == 1 for chunk in plan)
-        self.under_way.append(StepUnderWay(finish, drawing, sum(chunk.count for chunk in plan), began_s,
-                                           row if decodes else 0, any(chunk.on_host for chunk in plan),
-                                           plan))
+        self.under_way.append(StepUnderWay(plan, finish, drawing, sum(chunk.count for chunk in plan), began_s,
+                                           row if decodes else 0, any(chunk.on_host for chunk in plan)))
 
     def _finish(self):
         """Wait for the oldest step under way, replace its marks with tokens, and turn them into text."""
@@ -271,11 +270,7 @@ class Engine:
         if step.rows:
             self.drafting.note_step(step.rows, self.step_s, began_s - before_s, step.on_host)
         if step.tokens >= self.timed_tokens:
-            token_s = (self.finished_s - began_s) / step.tokens
-            self.token_s += (token_s - self.token_s) * (0.2 if self.token_s else 1.0)
-            self.scheduler.token_s = self.token_s
-            if self.keeper:
-                self.keeper.pace.token_s = self.token_s
+            note_prompt_speed(self, self.step_s / step.tokens)
         going_on = []
         for sequence, draft in step.drawing:
             drawn = list(itertools.islice(tokens, 1 + len(draft)))
@@ -373,6 +368,14 @@ def unfit(work: Assignment, longest: int) -> str:
         f"the text has {length:,} tokens; this model takes at most {longest:,}")
 
 
+def note_prompt_speed(engine: Engine, token_s: float):
+    """A step of a prompt has taken so many seconds a token."""
+    engine.token_s += (token_s - engine.token_s) * (0.2 if engine.token_s else 1.0)
+    engine.scheduler.token_s = engine.token_s
+    if engine.keeper:
+        engine.keeper.pace.token_s = engine.token_s
+
+
 def share_time(plan: Seq[Chunk], seconds: float, only: Sequence | None = None):
     """Divide the time of a step among the sequences in it, by their tokens, drafts included."""
     tokens = sum(chunk.count + len(chunk.draft) for chunk in plan)
@@ -406,8 +409,7 @@ def events_of(sequence: Sequence, answer: Answer, tokens: Seq[int], drawn: int |
     piece = Piece(tuple(tokens), answer.take(), logprobs)
     if answer.reason is None:
         return [piece]
-    usage = replace(output.usage, reasoning_tokens=answer.reasoning_tokens,
-                    compute_s=round(output.compute_s, 6))
+    usage = replace(output.usage, reasoning_tokens=answer.reasoning_tokens, compute_s=output.compute_s)
     return [piece, Ended(answer.reason, answer.stop_reason, usage, output.queued_s or 0.0)]
 
 

@@ -122,7 +122,7 @@ def embedding_events(pooled: numpy.ndarray, params: AnswerParams, output: Output
         vector = vector.astype("<f4")
     if not numpy.isfinite(vector).all():
         return [Failed("the model's hidden states are not finite")]
-    usage = replace(output.usage, compute_s=round(output.compute_s, 6))
+    usage = replace(output.usage, compute_s=output.compute_s)
     return [Embedding(base64.b64encode(vector.tobytes()).decode()),
             Ended("stop", None, usage, output.queued_s or 0.0)]
 

@@ -29,9 +29,9 @@ class Scheduler:
     first. Decode rows come before prefill. Half of `prefill_chunk` goes to the oldest prompt, so that it
     never starves; the rest goes to the shortest prompts, so that a long one never stalls them.
 
-    Background sequences wait until no interactive one does. Once one is admitted they are set aside: they keep
-    their pages until an interactive sequence needs these, and a step has only as many of their tokens as
-    hardly lengthen it (`BackgroundLane`). So there may be more running sequences than rows."""
+    Background sequences wait until no interactive one does. Once one is admitted they are set aside: they
+    keep their pages until an interactive sequence needs these, and a step has only as many of their tokens
+    as hardly lengthen it (`BackgroundLane`). So there may be more running sequences than rows."""
 
     def __init__(self, pool: PagePool, *, max_batch: int, prefill_chunk: int, max_rows: int | None = None,
                  stages: int = 1, exact_rows: bool = True, of_texts: bool = False):
@@ -66,7 +66,7 @@ class Scheduler:
         (self.running if sequence.pages else self.waiting).remove(sequence)
         sequence.finished = True
         self.tables.release(sequence)
-        self._end_restoration(sequence)
+        end_restoration(sequence)
         if self.drafting:
             self.drafting.end(sequence)
 
@@ -77,7 +77,7 @@ class Scheduler:
         self._admit()
         background = in_background(self.running)
         beside = background if len(background) < len(self.running) else []  # interactive sequences
-        if background and not beside and self.lane.must_wait():
+        if beside != background and self.lane.must_wait():
             return []
         answers = [s for s in self.running if not (s.pooling or beside and s.work.background)]
         if (texts := self._texts_now(answers, bool(beside))) is not None:
@@ -85,29 +85,23 @@ class Scheduler:
         share = -(-sum(s.pending == 1 for s in answers) // self.stages)
         able = [s for s in answers if s.pending == 1 and len(s.tokens) < s.limit and self._may_run(s)]
         decoding = [s for s in able[:share] if self._grow(s)]
-        prefilling, plan = [s for s in answers if s.prefilling], []
+        prefilling, plan = [s for s in answers if s.prefilling], list[Chunk]()
         room = 0 if prefilling and not self.exact_rows else self.draft_rows - len(answers)
         for sequence in decoding:
             draft = self._draft(sequence, room) if sequence.draft.tokens else ()
             plan.append(Chunk(sequence, 1, 1 + len(draft), draft))
             room -= len(draft)
         if prefilling:
-            most = self.prefill_chunk
-            if len(background) == len(self.running):
-                most = self.lane.prompt_tokens(most, self.token_s)
+            most = self.prefill_chunk if beside or not background else self.lane.prompt_tokens(self)
             plan += self._share_prefill(prefilling, self.max_rows - sum(chunk.draws for chunk in plan), most)
-        if beside and plan:
-            plan += self._plan_beside(plan, beside)
-        plan = [chunk for chunk in plan if chunk.sequence.pages]  # a later one may have preempted it
-        if self.tables.states:
-            plan = [chunk for chunk in map(self.tables.states.prepare, plan) if chunk]
-        return plan
+        plan += self._plan_beside(plan, beside)
+        return prepared(self.tables, plan)
 
     def _plan_beside(self, plan: Seq[Chunk], background: Seq[Sequence]) -> list[Chunk]:
         """Chunks of background sequences that hardly lengthen a step with a plan of interactive ones: a token
         of each in order of admission, then pieces of prompts."""
         rows, drafted = sum(chunk.draws for chunk in plan), any(chunk.draft for chunk in plan)
-        if self.stages > 1 or not self.drafting:
+        if self.stages > 1 or not self.drafting or not background or not plan:
             return []
         # drafts are checked only in steps of few rows if rows are not exact, and without prompts
         most = (self.draft_rows if drafted and not self.exact_rows else self.max_rows) - rows
@@ -143,10 +137,7 @@ class Scheduler:
             if (not chunks or sequence.pending <= left) and self._grow(sequence):
                 chunks.append(Chunk(sequence, sequence.pending))
                 left -= sequence.pending
-        chunks = [chunk for chunk in chunks if chunk.sequence.pages]
-        if self.tables.states:
-            chunks = [chunk for chunk in map(self.tables.states.prepare, chunks) if chunk]
-        return chunks
+        return prepared(self.tables, chunks)
 
     def _may_run(self, sequence: Sequence) -> bool:
         """Is it prepared and, with several stages, is its last token known?"""
@@ -164,21 +155,8 @@ class Scheduler:
             if (pages := self.pool.allocate(len(missing))) is not None:
                 self.tables.fill(sequence, missing, pages, near)
             else:
-                self._preempt(self._richest(in_background(self.running) or self.running))
+                self._preempt(richest(self.tables, in_background(self.running) or self.running))
         return bool(sequence.pages)
-
-    def _holdings(self, sequences: Seq[Sequence]) -> Counter[str]:
-        """How many pages each client's sequences hold; the client of the youngest sequence comes first."""
-        holdings = Counter()
-        for sequence in reversed(sequences):
-            holdings[sequence.work.params.client] += self.tables.held(sequence)
-        return holdings
-
-    def _richest(self, sequences: Seq[Sequence]) -> Sequence:
-        """The youngest of these sequences that belongs to the client that holds the most pages with them."""
-        holdings = self._holdings(sequences)
-        rich = max(holdings, key=holdings.__getitem__)
-        return next(sequence for sequence in reversed(sequences) if sequence.work.params.client == rich)
 
     def _give_up_pages(self, newcomer: Sequence, needed: int, headroom: int, peers: Seq[Sequence]) -> bool:
         """Preempt a sequence for one that needs so many pages: the youngest of the client with the most.
@@ -189,11 +167,11 @@ class Scheduler:
         if not newcomer.work.background and (background := in_background(self.running)):
             if needed + headroom > self.pool.available + sum(map(self.tables.held, background)):
                 return False
-            self._preempt(self._richest(background))
+            self._preempt(richest(self.tables, background))
             return True
         if not peers:
             return False
-        holdings, victim = self._holdings(peers), self._richest(peers)
+        holdings, victim = holdings_of(self.tables, peers), richest(self.tables, peers)
         rich, client = victim.work.params.client, newcomer.work.params.client
         if rich == client or (holdings[rich] - self.tables.held(victim)
                               < holdings[client] + needed + self.tables.held(newcomer)):
@@ -217,14 +195,8 @@ class Scheduler:
         self.running.remove(sequence)
         self.tables.release(sequence)
         self.waiting.appendleft(sequence)
-        self._end_restoration(sequence)
+        end_restoration(sequence)
         self.preemptions += 1
-
-    @staticmethod
-    def _end_restoration(sequence: Sequence):
-        """End the restoration of its pages: nobody waits for them any more."""
-        if sequence.restoration:
-            sequence.restoration.over, sequence.restoration = True, None
 
     def isolate(self) -> list[Sequence]:
         """After a failed step, send each running sequence back to be recomputed alone, now as a suspect.
@@ -256,10 +228,10 @@ class Scheduler:
         else:
             full = interactive >= self.max_batch
             if not full and self.tables.states and len(self.running) >= self.max_batch:
-                self._preempt(self._richest(background))  # there are no more states than rows
+                self._preempt(richest(self.tables, background))  # there are no more states than rows
         if full or lane[0].work.background and len(self.running) >= self.max_batch:
             return None
-        holdings = self._holdings(background if lane[0].work.background else
+        holdings = holdings_of(self.tables, background if lane[0].work.background else
                                   [running for running in self.running if not running.work.background])
         return min(lane, key=lambda waiting: holdings[waiting.work.params.client])
 
@@ -355,3 +327,30 @@ class Scheduler:
     @property
     def unready(self) -> list[Sequence]:
         return [sequence for sequence in (*self.running, *self.waiting) if not sequence.output.ready]
+
+
+def prepared(tables: PageTables, plan: Seq[Chunk]) -> list[Chunk]:
+    """The chunks of those that a later one has not preempted, with states where layers keep some."""
+    plan = [chunk for chunk in plan if chunk.sequence.pages]
+    return [chunk for chunk in map(tables.states.prepare, plan) if chunk] if tables.states else plan
+
+
+def holdings_of(tables: PageTables, sequences: Seq[Sequence]) -> Counter[str]:
+    """How many pages each client's sequences hold; the client of the youngest sequence comes first."""
+    holdings = Counter()
+    for sequence in reversed(sequences):
+        holdings[sequence.work.params.client] += tables.held(sequence)
+    return holdings
+
+
+def richest(tables: PageTables, sequences: Seq[Sequence]) -> Sequence:
+    """The youngest of these sequences that belongs to the client that holds the most pages with them."""
+    holdings = holdings_of(tables, sequences)
+    rich = max(holdings, key=holdings.__getitem__)
+    return next(sequence for sequence in reversed(sequences) if sequence.work.params.client == rich)
+
+
+def end_restoration(sequence: Sequence):
+    """End the restoration of its pages: nobody waits for them any more."""
+    if sequence.restoration:
+        sequence.restoration.over, sequence.restoration = True, None
