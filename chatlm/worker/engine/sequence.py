@@ -14,7 +14,7 @@ from chatlm.worker.engine.states import HeldStates
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
-    from chatlm.common.messages.requests import AnswerParams, SamplingParams, TokenLogprob
+    from chatlm.common.messages.requests import AnswerParams, Picture, SamplingParams, TokenLogprob
     from chatlm.worker.engine.answer import Answer
     from chatlm.worker.engine.grammar import Grammar
     from chatlm.worker.engine.keeper import Restoration
@@ -34,6 +34,7 @@ class Assignment:
     scored: int = 0       # prompt tokens whose log-probabilities were already sent, or are not wanted
     thinking_ends: int | None = None  # see Answer.thinking_ends
     resumed_sent: bool = True  # was the text of `resumed_ids` sent?
+    pictures: tuple[Picture, ...] = ()  # that the prompt shows, in order
 
     @cached_property
     def sampling(self) -> SamplingParams:
