@@ -85,11 +85,11 @@ class FakePool:
     async def named_model(self, body, client):
         return json_object(body).get("model") or ""
 
-    async def read_large(self, reader, body, client, owner):
+    async def read_large(self, reader, body, client, owner, pictures=()):
         known = Known(Settings(), self.tokenizer.tool_format, infill=self.tokenizer.infill_tokens)
         return await asyncio.to_thread(lambda: read_answer(reader, json_object(body), known))
 
-    async def answer_text(self, route, body, client):
+    async def answer_text(self, route, body, client, pictures=()):
         return await read_text(route, json_object(body), self.prompts)
 
     async def answer(self, request):

@@ -371,7 +371,7 @@ class Begun:
     """Sandbox to front: it has read the task. If it ends from now on, the task is the cause."""
 
 
-@wire_message(64 << 20)
+@wire_message(65 << 20)
 class Body:
     """A raw HTTP body. Front to sandbox: the client's, after the task that reads it; back: the reply."""
 

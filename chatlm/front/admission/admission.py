@@ -27,18 +27,19 @@ from chatlm.common.lanes import Lanes
 from chatlm.common.log import log
 from chatlm.common.memory import trim_heap
 from chatlm.common.messages.protocol import (
-    SANDBOX_MODELS, SANDBOX_OUT_OF_MEMORY, SANDBOX_PIPE, Begun, Body, Known, ParsedBody, Refused, Result,
-    SandboxConfig, Task)
+    SANDBOX_MODELS, SANDBOX_OUT_OF_MEMORY, SANDBOX_PIPE, Begun, Body, Known, NewPicture, ParsedBody,
+    Refused, Result, SandboxConfig, Task)
 from chatlm.common.messages.requests import Message, TextSpec
 from chatlm.common.messages.wire import HEADER, BadMessage, object_restorer, unpacked
 from chatlm.common.processes.start import PROCESS_COMMAND, exit_in_words, patient, start_child
 from chatlm.common.text.formats import calls_of
 from chatlm.common.text.load import open_tokenizer
+from chatlm.common.vision.pictures import picture_of
 from chatlm.front.admission.prompts import PromptMaker, run_in_thread_if_long
 
 if TYPE_CHECKING:
     from chatlm.common.messages.protocol import ModelCard
-    from chatlm.common.messages.requests import AnswerParams, Request
+    from chatlm.common.messages.requests import AnswerParams, Picture, Request
     from chatlm.common.messages.wire import Pipe
     from chatlm.common.text.tokenizer import Tokenizer
 
@@ -219,6 +220,7 @@ class Desk:
     def __init__(self):
         self.sandboxes = {name: Sandbox(PROCESS_COMMAND) for name in ("templates", "schemas", "bodies")}
         self.sandboxes["documents"] = Sandbox(PROCESS_COMMAND, single_use=True)
+        self.sandboxes["pictures"] = Sandbox(PROCESS_COMMAND)    # sees nothing but pictures
         self.preparing: dict[str, str] = {}      # request being read or rendered -> its client
         self.valid_grammars: OrderedDict[tuple[str, str], None] = OrderedDict()  # (owner, source)
         self.numbers = itertools.count(1)        # of models
@@ -235,7 +237,8 @@ class Admission:
     TEMPLATE_S = 0.5      # processor seconds for filling in a chat template,
     SCHEMA_S = 1.0        # for checking a JSON schema,
     BODY_S = 5.0          # for reading a large body
-    DOCUMENT_S = 12.0     # and for the text of a document
+    DOCUMENT_S = 12.0     # for the text of a document
+    PICTURE_S = 6.0       # and for decoding a picture
     VALID_GRAMMARS = 256  # remember this many valid grammars, to check none of them twice
 
     def __init__(self, check_capacity: Callable[[str, str], None], shared: Desk | None = None):
@@ -247,7 +250,8 @@ class Admission:
         self.sandboxes: dict[str, Sandbox | SharedSandbox] = {
             name: SharedSandbox(sandbox) if shared else sandbox for name, sandbox in desk.sandboxes.items()}
         self.preparing, self.valid_grammars = desk.preparing, desk.valid_grammars
-        self._configure("documents", Known(Settings(), None), TextSpec("", b""))  # whatever the model
+        for name in ("documents", "pictures"):
+            self._configure(name, Known(Settings(), None), TextSpec("", b""))  # whatever the model
 
     async def expect(self, text: TextSpec, settings: Settings):
         """Get ready for a card to come, which will have this text. Errors as in `open`."""
@@ -288,7 +292,8 @@ class Admission:
         cpu_s, memory, nice = {"templates": (self.TEMPLATE_S, 256 << 20, 0),
                                "schemas": (self.SCHEMA_S, 256 << 20, 10),
                                "bodies": (self.BODY_S, 1 << 30, 5),
-                               "documents": (self.DOCUMENT_S, 1 << 30, 10)}[name]
+                               "documents": (self.DOCUMENT_S, 1 << 30, 10),
+                               "pictures": (self.PICTURE_S, 1 << 30, 5)}[name]
         self.sandboxes[name].config = SandboxConfig(known, text, context_length, cpu_s, memory, nice,
                                                     self.number, scored_length)
 
@@ -329,15 +334,29 @@ class Admission:
         while len(self.valid_grammars) > self.VALID_GRAMMARS:
             self.valid_grammars.popitem(last=False)
 
-    async def read_large(self, reader: str, body: bytes | bytearray, client: str, owner: str) -> ParsedBody:
-        """Read a large body of a route that answers, and check its grammar."""
-        [parsed] = await self._read(client, owner, body, "read_body", reader)
+    async def read_large(self, reader: str, body: bytes | bytearray, client: str, owner: str,
+                         pictures: Seq[Picture] = ()) -> ParsedBody:
+        """Read a large body of a route that answers, and check its grammar. pictures: what was lifted out."""
+        [parsed] = await self._read(client, owner, body, "read_body", reader, listed(pictures))
         return parsed
 
     async def read_variants(self, body: bytes | bytearray, client: str, owner: str, indices: Seq[int],
-                            seed: int) -> list[ParsedBody]:
+                            seed: int, pictures: Seq[Picture] = ()) -> list[ParsedBody]:
         """Read the questions of some of the answers from a large body of /v1/compare."""
-        return await self._read(client, owner, body, "read_variants", list(indices), seed)
+        return await self._read(client, owner, body, "read_variants", list(indices), seed,
+                                listed(pictures))
+
+    async def lift_pictures(self, body: bytes | bytearray, client: str, refusal: str) -> bytes:
+        """A large body without its pictures, and these: what `packed_lift` packs."""
+        with self._prepare(client):
+            lifted: Any = await self.sandboxes["bodies"].perform(client, "lift_pictures", refusal,
+                                                                 body=body)
+            return lifted
+
+    async def decode_picture(self, data: bytes, client: str) -> Picture:
+        """The picture in a file. RequestError for one that cannot be read."""
+        pixels: Any = await self.sandboxes["pictures"].perform(client, "decode_picture", body=data)
+        return picture_of(NewPicture(pixels))
 
     async def _read(self, client: str, owner: str, body: bytes | bytearray, task: str,
                     *arguments) -> list[ParsedBody]:
@@ -350,9 +369,11 @@ class Admission:
                 await self._check_grammar(parsed.request.params, client, owner)
             return read
 
-    async def answer_text(self, route: str, body: bytes | bytearray, client: str) -> bytes:
+    async def answer_text(self, route: str, body: bytes | bytearray, client: str,
+                          pictures: Seq[Picture] = ()) -> bytes:
         with self._prepare(client):
-            text: Any = await self.sandboxes["bodies"].perform(client, "answer_text", route, body=body)
+            text: Any = await self.sandboxes["bodies"].perform(
+                client, "answer_text", route, listed(pictures), body=body)
             return text
 
     async def named_model(self, body: bytes | bytearray, client: str) -> str:
@@ -368,6 +389,11 @@ class Admission:
 
     async def close(self):
         await asyncio.gather(*(sandbox.close() for sandbox in self.sandboxes.values()))
+
+
+def listed(pictures: Seq[Picture]) -> list:
+    """All of pictures but their pixels, for a sandbox."""
+    return [[each.width, each.height, base64.b64encode(each.digest).decode()] for each in pictures]
 
 
 def packed_body(parsed: ParsedBody, prompt_ids: Seq[Seq[int]]) -> list:

@@ -1,17 +1,17 @@
-"""Pixels of picture files: PNG, JPEG, WebP and GIF, read by Pillow (the extra `images`). Runs only in a sandbox."""
+"""Pixels of picture files: PNG, JPEG, WebP and GIF, read by Pillow (the extra `images`). Runs only in a
+sandbox."""
 
 from __future__ import annotations
 
-import hashlib
 import io
 import math
-import struct
 from collections.abc import Callable
 from typing import Any
 
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import ConfigError, RequestError, named, require_library
 from chatlm.common.messages.protocol import Body
+from chatlm.common.vision.pictures import of_picture, picture
 
 # By its first bytes a file is of one of these formats, whatever its name or media type says
 PLUGINS: dict[str, tuple[Callable[[bytes], bool], str, str]] = {
@@ -22,7 +22,6 @@ PLUGINS: dict[str, tuple[Callable[[bytes], bool], str, str]] = {
 }
 OTHERS = {b"%PDF-": "a PDF", b"II*\0": "a TIFF", b"MM\0*": "a TIFF", b"BM": "a BMP", b"\0\0\1\0": "an icon",
           b"<svg": "an SVG", b"<?xml": "an SVG or other XML"}
-HEAD = struct.Struct("<II16s")      # width, height, digest; the pixels follow
 
 
 def refusal(message: str, code: str = "unreadable_image") -> RequestError:
@@ -36,7 +35,8 @@ def opened(data: bytes) -> tuple[Any, str]:
             break
     else:
         begin = data[:64].lstrip().lower()
-        other = next((what for mark, what in OTHERS.items() if begin.startswith(mark.lower())), "of another format")
+        other = next((what for mark, what in OTHERS.items() if begin.startswith(mark.lower())),
+                     "of another format")
         if data[4:8] == b"ftyp":
             other = "a HEIC, AVIF or video"
         raise refusal(f"the image is {other}: allowed are {', '.join(PLUGINS)}", "unknown_format")
@@ -107,11 +107,6 @@ def flat(image: Any) -> tuple[int, int, bytes]:
     return *image.size, image.tobytes()
 
 
-def digest_of(width: int, height: int, pixels: bytes) -> bytes:
-    """16 bytes that tell a picture from all others."""
-    return hashlib.blake2b(struct.pack("<II", width, height) + pixels, digest_size=16).digest()
-
-
 class PictureTasks:
     """The sandbox's task for pictures."""
 
@@ -119,6 +114,4 @@ class PictureTasks:
         """Nothing is shared between pictures."""
 
     def decode_picture(self, body: bytes) -> Body:
-        """The picture's size, its digest and its pixels: HEAD, and what pixels_of returns."""
-        width, height, pixels = pixels_of(bytes(body))
-        return Body(HEAD.pack(width, height, digest_of(width, height, pixels)) + pixels)
+        return Body(of_picture(picture(*pixels_of(bytes(body)))).data)

@@ -10,7 +10,9 @@ import pytest
 Image = pytest.importorskip("PIL.Image")
 from chatlm.common.config import LIMITS    # noqa: E402
 from chatlm.common.errors import RequestError    # noqa: E402
-from chatlm.front.api.pictures import HEAD, PictureTasks, digest_of, pixels_of    # noqa: E402
+from chatlm.common.messages.protocol import NewPicture    # noqa: E402
+from chatlm.common.vision.pictures import picture, picture_of    # noqa: E402
+from chatlm.front.api.pictures import PictureTasks, pixels_of    # noqa: E402
 
 
 def noise(mode="RGB", size=(37, 23), seed=0):
@@ -118,9 +120,7 @@ def test_a_file_cut_anywhere_or_with_wrong_bytes_gives_pixels_of_its_size_or_an_
         pixels_of(whole[:len(whole) // 2])
 
 
-def test_a_digest_tells_pictures_apart_and_the_task_returns_all():
+def test_the_task_returns_what_a_worker_gets():
     data = file_of(noise())
-    width, height, pixels = pixels_of(data)
-    reply = PictureTasks().decode_picture(data).data
-    assert HEAD.unpack_from(reply) == (37, 23, digest_of(37, 23, pixels)) and reply[HEAD.size:] == pixels
-    assert len({digest_of(37, 23, pixels), digest_of(23, 37, pixels), digest_of(37, 23, bytes(len(pixels)))}) == 3
+    assert picture_of(NewPicture(PictureTasks().decode_picture(data).data)) == picture(*pixels_of(data))
+    assert len({picture(*size, bytes(some)).digest for size, some in (((37, 23), noise().tobytes()), ((23, 37), noise().tobytes()), ((37, 23), 37 * 23 * 3))}) == 3
