@@ -217,7 +217,7 @@ function fileChip(file) {
     $("message").focus();
   });
   if (file.picture) {
-    return element("li", {className: "picture"}, element("img", {src: file.picture, alt: file.name}), element("span", {textContent: file.name}), remove);
+    return element("li", {className: "picture"}, element("img", {src: file.picture, alt: ""}), element("span", {textContent: file.name}), remove);
   }
   const size = TEXT.characters(file.text.length) + (file.pages ? TEXT.pages(file.pages) : "") + (TEXT.encodings[file.encoding] ?? "");
   return element("li", {className: "icon i-file"}, element("span", {textContent: file.name}), element("small", {textContent: size}),
