@@ -61,6 +61,7 @@ class FakePool:
     model_name, created, context_length, tokenizer = "fake-model", 1_700_000_000, 4096, Letters()
     source = None       # where its files are
     own_sampling, continues, ends_thinking, chats = ({}, ""), True, True, True
+    sees = False
     supervisor = SimpleNamespace(card=SimpleNamespace(facts=ModelFacts("llama", "gguf", 134_515_008, "q4_1", 98_000_000, 576, 30), longest=4096))
     adapters = SimpleNamespace(serving={}, gone=set(), nbytes=0)
     dispatcher = SimpleNamespace(wanted=SimpleNamespace(is_set=lambda: True))

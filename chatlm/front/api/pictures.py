@@ -28,18 +28,22 @@ def refusal(message: str, code: str = "unreadable_image") -> RequestError:
     return RequestError(message, code=code)
 
 
+def format_of(data: bytes) -> str:
+    """A picture file's format, one of PLUGINS. RequestError for others."""
+    for name, (is_it, *_) in PLUGINS.items():
+        if is_it(data):
+            return name
+    begin = data[:64].lstrip().lower()
+    other = next((what for mark, what in OTHERS.items() if begin.startswith(mark.lower())),
+                 "of another format")
+    if data[4:8] == b"ftyp":
+        other = "a HEIC, AVIF or video"
+    raise refusal(f"the image is {other}: allowed are {', '.join(PLUGINS)}", "unknown_format")
+
+
 def opened(data: bytes) -> tuple[Any, str]:
     """A picture file, not yet decoded, and its format."""
-    for name, (is_it, module, kind) in PLUGINS.items():
-        if is_it(data):
-            break
-    else:
-        begin = data[:64].lstrip().lower()
-        other = next((what for mark, what in OTHERS.items() if begin.startswith(mark.lower())),
-                     "of another format")
-        if data[4:8] == b"ftyp":
-            other = "a HEIC, AVIF or video"
-        raise refusal(f"the image is {other}: allowed are {', '.join(PLUGINS)}", "unknown_format")
+    _, module, kind = PLUGINS[name := format_of(data)]
     try:
         plugin = require_library(f"PIL.{module}", "looking at images")
     except ConfigError as error:
