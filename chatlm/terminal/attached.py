@@ -50,6 +50,10 @@ async def document_text(name: str) -> tuple[str, str]:
     return text, f"{about}{len(text):,} characters" + (f"; incomplete: {cut}" if cut else "")
 
 
+def is_picture(name: str) -> bool:
+    return bool(re.search(r"(?i)\.(png|jpe?g|webp|gif)$", name))
+
+
 def picture_file(name: str) -> dict[str, str]:
     """A picture as a message of the page's export format has it: its name, and the file as a data URI.
     RequestError if it is no picture, ConfigError if it cannot be read."""

@@ -29,7 +29,8 @@ from chatlm.front.aio import interruptible
 from chatlm.front.api.encode import timings_body
 from chatlm.front.api.readers import sampling_params, with_thinking_budget
 from chatlm.front.pool.pool import sampling_of
-from chatlm.terminal.attached import decoded, document_text, is_document, picture_file, read_user_file
+from chatlm.terminal.attached import (
+    decoded, document_text, is_document, is_picture, picture_file, read_user_file)
 from chatlm.terminal.conversation import PARAMETERS, SETTABLE, Conversation, read_chats
 from chatlm.terminal.remote import RemotePool, open_pool
 from chatlm.terminal.terminal import PlainWriter, Terminal, state_file
@@ -339,8 +340,12 @@ class Chat:
             await self.ask("Please continue.")
 
     async def slash_file(self, value: str):
-        """/file FILE TEXT: send a file or document with a question; /read is the same"""
+        """/file FILE TEXT: send a file or image with a question; also /image, /read"""
         name, question = file_and_rest(value)
+        if is_picture(name):
+            if not self.pool.sees:
+                raise ValueError("this model cannot see images")
+            return await self.ask(question, pictures=[picture_file(name)])
         if is_document(name):
             text, about = await document_text(name)
             self.note(about)
@@ -353,16 +358,7 @@ class Chat:
             question = whole_unicode(typed).strip()
         await self.ask(f"{text.rstrip()}\n\n{question}" if question else text)
 
-    slash_read = slash_file
-
-    async def slash_image(self, value: str):
-        """/image FILE TEXT: send an image, with a question or alone"""
-        name, question = file_and_rest(value)
-        if not name:
-            raise ValueError("/image FILE TEXT: the file name is missing")
-        if not self.pool.sees:
-            raise ValueError("this model cannot see images")
-        await self.ask(question, pictures=[picture_file(name)])
+    slash_read = slash_image = slash_file
 
     async def slash_stats(self, value: str):
         """/stats: answers, tokens and workers"""
