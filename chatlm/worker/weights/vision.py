@@ -140,14 +140,20 @@ def folder_tensors(folder: Path, settings: Settings, tower: ModelSpec, width: in
 def with_eyes(model: LoadedModel, source: ModelSource, settings: Settings, device: str) -> LoadedModel:
     """A loaded model that sees with what its files have; without that, and where towers are not computed, it
     reads texts alone."""
-    if source.kind != "hf" or model.text.embedder:
+    if source.kind not in ("hf", "gguf") or model.text.embedder:
         return model
     several = settings.tensor_parallel_size > 1 or settings.pipeline_parallel_size > 1
     try:
-        eyes = folder_eyes(source.path, settings, model.spec, model.dtype or "float32")
+        if source.kind == "gguf":
+            from chatlm.worker.weights.mmproj import gguf_eyes
+            eyes = gguf_eyes(source.path, settings, model, device)
+        else:
+            eyes = folder_eyes(source.path, settings, model.spec, model.dtype or "float32")
         if eyes and (several or Device(device).type != "cpu"):
             raise ConfigError("models see images only on a CPU, in one process")
     except ConfigError as error:
+        if settings.mmproj:
+            raise
         log.warning("%s reads texts alone: %s", model.name, error)
         return model
     if eyes:

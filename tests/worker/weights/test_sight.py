@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from chatlm.common.config import Settings
+from chatlm.common.errors import ConfigError
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.messages.requests import AnswerParams, Failed, Message, Piece, SamplingParams
 from chatlm.common.text.load import open_tokenizer
@@ -16,7 +17,7 @@ from chatlm.worker.model.spec import Batch
 from chatlm.worker.model.tower import tiles_of
 from chatlm.worker.model.transformer import show_pictures
 from image_conversations import picture_of_size
-from tiny_sight import expected_logits, make_smolvlm, save_sight
+from tiny_sight import expected_logits, make_smolvlm, save_sight, write_mmproj, write_model
 
 KINDS = "smolvlm", "idefics3"
 
@@ -169,3 +170,52 @@ def test_penalties_and_drafts_know_no_rows(seeing):
     assert len(collect(engine)["p"]) == 24
     drafting = open_engine(folder, drafts="none")
     assert answer(drafting, ids, [picture, picture], tokens=24) == plain
+
+
+@pytest.fixture(scope="module")
+def seeing_files(tmp_path_factory):
+    folder, model = tmp_path_factory.mktemp("files"), make_smolvlm("smolvlm")
+    return write_model(folder / "tiny-F32.gguf", model), model
+
+
+@pytest.mark.parametrize("how", ["beside", "named", "exchanged"])
+def test_files_with_an_mmproj_see_as_folders_do(seeing_files, tmp_path, how):
+    path, model = seeing_files
+    own = tmp_path / path.name
+    own.symlink_to(path) if how == "named" else own.write_bytes(path.read_bytes())
+    file = write_mmproj(tmp_path / ("eyes.gguf" if how == "named" else "mmproj-tiny-F32.gguf"), model, exchanged=how == "exchanged")
+    engine = open_engine(own, prefill_chunk=512, **({"mmproj": str(file)} if how == "named" else {}))
+    pictures = (picture_of_size(40, 30), picture_of_size(20, 50, seed=1))
+    ids = asking(engine, *pictures)
+    wanted = expected_logits(model, "smolvlm", ids, pictures)[-16:]
+    assert np.abs(logits_of(engine, ids, pictures) - wanted).max() < 1e-4
+
+
+def test_an_mmproj_of_half_floats_stays_so_and_answers(seeing_files, tmp_path):
+    path, model = seeing_files
+    own = tmp_path / path.name
+    own.write_bytes(path.read_bytes())
+    write_mmproj(tmp_path / "mmproj-f16.gguf", model, half=True)
+    engine = open_engine(own, prefill_chunk=512, dtype=None)
+    picture = picture_of_size(40, 30)
+    ids = asking(engine, picture)
+    assert np.abs(logits_of(engine, ids, (picture,)) - expected_logits(model, "smolvlm", ids, [picture])[-16:]).max() < 0.3
+    assert len(answer(engine, ids, [picture])) == 8
+
+
+@pytest.mark.parametrize("what, message", [
+    ({"clip.projector_type": "pixtral"}, "clip.projector_type is \"pixtral\"; it must be one of idefics3"),
+    ({"clip.vision.image_size": 50}, "clip.vision.image_size"),
+    ({"clip.vision.block_count": 4}, "missing v.blk.3"),
+    (None, "there is no such file")])
+def test_a_wrong_mmproj_is_named(seeing_files, tmp_path, what, message):
+    """One that was named ends the start; one beside the model leaves it a model of texts."""
+    path, model = seeing_files
+    file = tmp_path / "mmproj-x.gguf"
+    if what is not None:
+        write_mmproj(file, model, **what)
+    with pytest.raises(ConfigError, match=message):
+        open_engine(path, mmproj=str(file))
+    if what is not None:
+        (tmp_path / "m.gguf").write_bytes(path.read_bytes())
+        assert open_engine(tmp_path / "m.gguf").full_text.vision is None
