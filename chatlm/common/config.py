@@ -353,6 +353,9 @@ class Settings:
         "text that was seen before (lookup), also from the model's own draft head (mtp), also from a second "
         "model (model), or from whatever pays (auto)", choices=("none", "lookup", "mtp", "model", "auto"),
         bare="auto", off="none")
+    mmproj: str | None = flag(None, file_name,
+        "the GGUF file with which a GGUF model sees images (default: an mmproj*.gguf beside the model)",
+        ANSWERING)
     draft_model: str | None = flag(None, file_name,
         "a smaller MODEL with the same tokenizer that guesses what comes next (answers are the same)",
         f"{ANSWERING} eval")

@@ -59,6 +59,8 @@ class PromptMaker:
         else:
             prompts, dropped, pictures = await self._cut_to_fit(
                 request, request.messages, {} if rendered is None else rendered)
+        if pictures and request.params.prompt_logprobs is not None:
+            raise invalid("prompt_logprobs", "prompt_logprobs: rows of images have none")
         if request.params.thinking_budget == 0:
             prompts = tuple(self._without_thinking(ids, request) for ids in prompts)
         if request.params.pooling not in ("", "rank"):

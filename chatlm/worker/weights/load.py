@@ -10,6 +10,7 @@ from chatlm.worker.weights.huggingface import open_hf
 from chatlm.worker.weights.nanochat import open_nanochat
 from chatlm.worker.weights.nanogpt import open_nanogpt
 from chatlm.worker.weights.rules import check_rotary_memory
+from chatlm.worker.weights.vision import with_eyes
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -27,7 +28,7 @@ def open_model(source: ModelSource, settings: Settings,
         from chatlm.worker.weights.gguf import open_gguf as opener
     else:
         opener = {"nanochat": open_nanochat, "nanogpt": open_nanogpt, "hf": open_hf}[source.kind]
-    model = opener(source, settings, device)
+    model = with_eyes(opener(source, settings, device), source, settings, device)
     length = settings.context_length or model.context_length
     if length > model.context_length:
         raise ConfigError(f"--context-length {length} is more than the model's {model.context_length}, its "
