@@ -93,13 +93,13 @@ class Bodies:
             fields = json_object(body)
             older = fields.get("name") if REQUEST_LOG.get().route.pattern == "/api/show" else None
             name = fields.get("model") or older
-            served = await self.resolve(name if isinstance(name, str) else "", bound, holding)
-            return await self._seen(Body(served, body, fields), holding)
+            return Body(await self.resolve(name if isinstance(name, str) else "", bound, holding), body,
+                        fields)
         name = ""
         if b'"model"' in body:  # any model's sandbox will do
             admission = self.catalogue.find("", bound).pool.admission
             name = await admission.named_model(body, REQUEST_LOG.get().client)
-        return await self._seen(Body(await self.resolve(name, bound, holding), body, None), holding)
+        return Body(await self.resolve(name, bound, holding), body, None)
 
     async def _seen(self, body: Body, holding: Holding) -> Body:
         """A body whose pictures were lifted out and decoded. `holding` then accounts for their pixels."""
@@ -135,6 +135,7 @@ class Bodies:
         record = REQUEST_LOG.get()
         with self.holding() as reading:
             body = await self._read(await self.receive(http, reading), bound_of(http), holding)
+            body = await self._seen(body, holding)
             served = body.served
             if body.fields is not None:
                 parsed = read_answer(record.route.pattern, body.fields, known_of(served))
@@ -157,9 +158,11 @@ class Bodies:
         """The result of one of TEXT_READERS for a body."""
         return await self.text_of(await self.receive(http, holding), bound_of(http), holding)
 
-    async def text_of(self, raw: bytes | bytearray, bound: Seq[str],
-                      holding: Holding) -> tuple[Served, bytes]:
+    async def text_of(self, raw: bytes | bytearray, bound: Seq[str], holding: Holding,
+                      seen: bool = True) -> tuple[Served, bytes]:
+        """seen: False: whether the model can see the body's pictures does not matter."""
         record, body = REQUEST_LOG.get(), await self._read(raw, bound, holding)
+        body = await self._seen(body, holding) if seen else body
         served, admission = body.served, body.served.pool.admission
         if admission.prompts and body.fields is not None:
             text = await read_text(record.route.pattern, body.fields, admission.prompts, record.client)
