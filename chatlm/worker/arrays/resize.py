@@ -1,4 +1,7 @@
-"""Resizes pictures exactly as Pillow: width first, then height, 8 bits between, weights of 22 bits."""
+"""Resizes pictures exactly as Pillow: width first, then height, 8 bits between, weights of 22 bits.
+
+Pillow 13.0 takes some sizes' height first, by a rule that is not known here: then its sums differ from those
+of Pillow up to 12 and of this module."""
 
 from __future__ import annotations
 

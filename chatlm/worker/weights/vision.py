@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
 import numpy
 
 from chatlm.common.errors import ConfigError, shown
-from chatlm.common.log import log
 from chatlm.common.messages.requests import Vision
-from chatlm.worker.arrays.kinds import FLOATS, Device, bits_of, kind_of, of_kind
+from chatlm.worker.arrays.kinds import FLOATS, bits_of, kind_of, of_kind
 from chatlm.worker.model.spec import ModelSpec
 from chatlm.worker.model.tower import Eyes
 from chatlm.worker.weights.assemble import (
@@ -26,8 +24,6 @@ from chatlm.worker.weights.safetensors_file import read_safetensors_file
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.common.messages.requests import ModelSource
-    from chatlm.worker.weights.rules import LoadedModel
 
 
 SIGLIP = both({
@@ -135,28 +131,3 @@ def folder_tensors(folder: Path, settings: Settings, tower: ModelSpec, width: in
         "project": ((width, C * shuffle**2), {PROJECT: (width, C * shuffle**2)})}
     check_names_and_shapes(folder, {name: tuple(tensor.shape) for name, tensor in state.items()}, sources)
     return dict(assembled(folder, settings, sources, state, dtype))
-
-
-def with_eyes(model: LoadedModel, source: ModelSource, settings: Settings, device: str) -> LoadedModel:
-    """A loaded model that sees with what its files have; without that, and where towers are not computed, it
-    reads texts alone."""
-    if source.kind not in ("hf", "gguf") or model.text.embedder:
-        return model
-    several = settings.tensor_parallel_size > 1 or settings.pipeline_parallel_size > 1
-    try:
-        if source.kind == "gguf":
-            from chatlm.worker.weights.mmproj import gguf_eyes
-            eyes = gguf_eyes(source.path, settings, model, device)
-        else:
-            eyes = folder_eyes(source.path, settings, model.spec, model.dtype or "float32")
-        if eyes and (several or Device(device).type != "cpu"):
-            raise ConfigError("models see images only on a CPU, in one process")
-    except ConfigError as error:
-        if settings.mmproj:
-            raise
-        log.warning("%s reads texts alone: %s", model.name, error)
-        return model
-    if eyes:
-        model.spec = replace(model.spec, sees=True)
-        model.text, model.eyes = replace(model.text, vision=eyes.vision), eyes
-    return model
