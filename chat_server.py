@@ -48,7 +48,7 @@ The rooms, each above those that it may import
           processes/          starting processes, torchrun, Ray
           text/               tokenizers, chat templates, reasoning and calls
           messages/           requests, events, and what crosses each pipe
-          *.py                flags, limits, errors, the log, memory
+          vision/             pictures in a prompt; beside these: flags, limits, errors, the log
 
 Life of a request
 

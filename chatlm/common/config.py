@@ -63,6 +63,12 @@ class Limits:
     body_bytes: int = 16 << 20
     document_bytes: int = 32 << 20  # of a document whose text is asked for
     extracted_characters: int = 1 << 20  # of its text
+    pictures: int = 16              # in a request,
+    pictured_bytes: int = 64 << 20  # whose body may be so large,
+    picture_bytes: int = 10 << 20   # each file this,
+    picture_pixels: int = 64_000_000  # and each picture that,
+    picture_side: int = 200         # no side more than so many times the other;
+    kept_pixels: int = 4 << 20      # larger ones are made smaller
     held_bytes: int = 256 << 20     # total of large bodies and of answers sent whole
     inline_bytes: int = 1 << 16     # larger bodies are read in a sandbox
     repeated_bytes: int = 1 << 19   # of a request repeated in its response as JSON: three stream events do so
@@ -352,6 +358,9 @@ class Settings:
         "text that was seen before (lookup), also from the model's own draft head (mtp), also from a second "
         "model (model), or from whatever pays (auto)", choices=("none", "lookup", "mtp", "model", "auto"),
         bare="auto", off="none")
+    mmproj: str | None = flag(None, file_name,
+        "the GGUF file with which a GGUF model sees images (default: an mmproj*.gguf beside the model)",
+        ANSWERING)
     draft_model: str | None = flag(None, file_name,
         "a smaller MODEL with the same tokenizer that guesses what comes next (answers are the same)",
         f"{ANSWERING} eval")

@@ -63,6 +63,7 @@ class WorkerPool:
     continues = True  # can it continue the last message of a conversation?
     ends_thinking = True
     chats = True  # does the model have a chat template? Else it continues texts
+    sees = False  # does it see pictures?
 
     def __init__(self, settings: Settings, placement: Placement, desk: Desk | None = None,
                  dispatchers: list[Dispatcher] | None = None, prefixes: Prefixes | None = None):
@@ -107,6 +108,7 @@ class WorkerPool:
         with naming(self.source):
             await self.admission.open(card, with_own_sampling(self.settings, self))
             self.chats = self.tokenizer is None or self.tokenizer.has_chat_template
+            self.sees = self.tokenizer is not None and self.tokenizer.spec.vision is not None
 
     async def wait_ready(self):
         """Wait until a request would be served. Raises ConfigError or EngineFailure if start-up failed."""

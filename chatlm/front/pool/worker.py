@@ -22,6 +22,7 @@ from chatlm.common.messages.protocol import (
 from chatlm.common.messages.requests import (
     Embedding, Ended, Failed, Finished, Piece, PromptProgress, PromptScores, ThinkingEnds)
 from chatlm.common.processes.start import patient
+from chatlm.common.vision.pictures import of_picture
 from chatlm.front.admission.admission import next_message
 
 if TYPE_CHECKING:
@@ -87,7 +88,8 @@ class Job:
         if told is None:
             yield NewRequest(request.id, request.params)
         if told is None or self.prompt not in told:
-            yield NewPrompt(request.id, self.prompt, self.prompt_ids)
+            yield from map(of_picture, request.pictures)
+            yield NewPrompt(request.id, self.prompt, self.prompt_ids, len(request.pictures))
         yield NewAnswer(self.worker_id, request.id, self.prompt, self.choice % request.n, self.max_tokens,
                         tuple(self.output_ids), self.scored, self.thinking_ends,
                         resumed_sent=self.first_token_s is not None, background=request.low_priority)

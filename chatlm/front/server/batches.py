@@ -21,9 +21,11 @@ from chatlm.front.api.batch_lines import (
     Line, lasting_body, line_id, read_body_of, read_line, result_of, result_of_bad_line)
 from chatlm.front.api.encode import error_body
 from chatlm.front.api.encoders import ENCODERS
+from chatlm.front.api.fields import json_object
 from chatlm.front.api.kept_fields import WINDOWS
+from chatlm.front.api.picture_parts import with_pixels
 from chatlm.front.lazy import web
-from chatlm.front.server.bodies import known_of, tokenizer_of
+from chatlm.front.server.bodies import Body, known_of, tokenizer_of
 from chatlm.front.server.files import FileRoutes
 from chatlm.front.server.kept import asked, now_s, paged, read_small_object, stored
 from chatlm.front.server.responses import REQUEST_LOG, json_response, public_error
@@ -308,13 +310,18 @@ class BatchWorker:
         served = await self.bodies.resolve(name, bound, holding)
         if name and not served.fits(name) and served.model.is_unnamed:  # any name stands for it now
             raise Overloaded("the model is still loading", retry_after_s=1)
-        if len(text) <= LIMITS.inline_bytes:
-            return served, read_body_of(read_line(row.number, text), known_of(served))
-        await holding.room(len(text))
-        parsed = await served.pool.admission.read_line(row.number, text, client, self.owners.of_pages(client))
-        if parsed.request.prompt_ids is not None:
+        if len(text) > LIMITS.inline_bytes:
+            await holding.room(len(text))
+        seen = await self.bodies.seen(
+            Body(served, text, json_object(text) if len(text) <= LIMITS.inline_bytes else None), holding, client)
+        if seen.fields is not None:
+            text = json.dumps(seen.fields).encode() if seen.pictures else text
+            parsed = read_body_of(read_line(row.number, text), known_of(served))
+        else:
+            parsed = await served.pool.admission.read_line(
+                row.number, bytes(seen.raw), client, self.owners.of_pages(client), seen.pictures)
             holding.keep(parsed.size)
-        return served, parsed
+        return served, replace(parsed, request=with_pixels(parsed.request, seen.pictures))
 
 
 def encoded(text: str) -> bytes:

@@ -69,7 +69,7 @@ async def read_asked(bodies: Bodies, http: web.Request, holding: Holding) -> lis
     """The answers that a client wants compared. `holding` then accounts for what is kept of a large body."""
     with bodies.holding() as reading:
         body, bound = await bodies.receive(http, reading), bound_of(http)
-        base, text = await bodies.text_of(body, bound, holding)
+        base, text = await bodies.text_of(body, bound, holding, seen=False)
         return await asked_of(lambda name: bodies.resolve(name, bound, holding), base, text,
                               partial(bodies.read_variants, body, holding))
 

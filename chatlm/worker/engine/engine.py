@@ -21,7 +21,7 @@ from chatlm.common.messages.requests import (
 from chatlm.worker.arrays.kinds import address_of
 from chatlm.worker.engine.adapter_slots import AdapterSlots
 from chatlm.worker.engine.answer_maker import AnswerMaker
-from chatlm.worker.engine.batch import make_batch, sample_rows
+from chatlm.worker.engine.batch import make_batch, sample_rows, shown_rows
 from chatlm.worker.engine.drafts import NO_DRAFT, Drafting, Forced
 from chatlm.worker.engine.host import HostSteps, embedding_events
 from chatlm.worker.engine.kvcache import PagePool, longest_context
@@ -29,8 +29,10 @@ from chatlm.worker.engine.model_drafts import mark_shown, show, shown_by
 from chatlm.worker.engine.lookup import Lookup
 from chatlm.worker.engine.scheduler import FREE_ROWS, Scheduler
 from chatlm.worker.engine.sequence import Assignment, Chunk, Output, Sequence, without_tokens
+from chatlm.worker.engine.sight import Pictures, sight_of
 from chatlm.worker.engine.states import StatePool
 from chatlm.worker.model.head import Head
+from chatlm.worker.model.transformer import show_pictures
 
 if TYPE_CHECKING:
     from chatlm.common.answering import Word
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from chatlm.worker.engine.model_drafts import ModelDrafts, ShownRows
     from chatlm.worker.engine.keeper import Keeper
     from chatlm.worker.model.kernels import Kernels
+    from chatlm.worker.model.tower import Tower
     from chatlm.worker.model.transformer import Transformer
     from chatlm.worker.ranks.ranks import RankZero
 
@@ -72,7 +75,7 @@ class Engine:
                  context_length: int, max_batch: int, prefill_chunk: int, drafts: str = "auto",
                  ranks: RankZero | None = None, state_bytes: int | None = None,
                  ranking: numpy.ndarray | None = None, head: Head = Head(), lookup: Lookup | None = None,
-                 draft_models: Seq[ModelDrafts] = ()):
+                 draft_models: Seq[ModelDrafts] = (), tower: Tower | None = None):
         self.transformer, self.tokenizer, self.kernels = transformer, tokenizer, kernels
         slots, states = transformer.num_slots, None
         own_bytes = transformer.spec.state_bytes
@@ -100,6 +103,9 @@ class Engine:
         self.answers, self.ranking = AnswerMaker(tokenizer), ranking  # see LoadedModel
         self.host = HostSteps(transformer, self.steps, self.answers, self._emit, head)
         self.adapters = AdapterSlots(transformer, ranks)
+        self.pictures = Pictures(tower)
+        if tower:
+            self.drafting.first_id = tower.eyes.vision.first_id
         self.under_way: deque[StepUnderWay] = deque()  # at most one, or one for each other stage
         # `step` returns these, each with its answer's id, even if the step that produced them failed
         self.events: list[tuple[str, WorkerEvent]] = []
@@ -126,7 +132,8 @@ class Engine:
             return
         if self.tokenizer.spec.suppressed:
             work = without_tokens(work, self.tokenizer.spec.suppressed)
-        if self.scheduler.of_texts and (fault := unfit(work, self.context_length)):
+        sight, fault = sight_of(self.pictures, work)
+        if fault := fault or (unfit(work, self.context_length) if self.scheduler.of_texts else ""):
             self.events.append((work.id, Failed(fault)))
             return
         # a prompt that is only scored may fill the context, yet a token is drawn for it too
@@ -134,9 +141,9 @@ class Engine:
         limit = min(len(work.prompt_ids) + work.max_tokens, most)
         sequence = Sequence(work, [*work.prompt_ids, *work.resumed_ids], limit, adapter=slot,
                             adapter_digest=self.adapters.digests.get(slot, ""),
-                            output=Output(scored=work.scored))
+                            sight=sight, output=Output(scored=work.scored))
         self.answers.make(sequence)
-        if self.drafts and work.may_draft and not work.params.pooling:
+        if self.drafts and work.may_draft and not (work.params.pooling or sight and self.draft_models):
             self.drafting.begin(sequence)
         self.scheduler.add(sequence)
         if self.transformer.layer_embed:
@@ -157,29 +164,30 @@ class Engine:
                 self._emit(sequence, ThinkingEnds(answer.end_thinking() if answer else None))
 
     def step(self, meanwhile: Callable[[], None] = lambda: None) -> list[tuple[str, WorkerEvent]]:
-        """Start the next step, call `meanwhile`, finish older steps; returns the new events, each with the id
-        of its answer."""
+        """Start the next step, call `meanwhile`, finish older ones; returns new events with answers' ids."""
         if self.keeper and self.keeper.reader.arrived:
             self._finish_until(0)
             self.keeper.adopt()
+        self.pictures.advance(self.scheduler.running)
         began_s, plan = time.monotonic(), self.scheduler.schedule()
         mark_shown(plan, self.draft_models)
         on_host = any(chunk.on_host for chunk in plan)
         if self.word and not all(chunk.sequence.pooling or chunk.sequence.work.background for chunk in plan):
             self.word.note(self.step_s)
-        finish = self._start(plan) if plan and not on_host else None
+        alone = on_host or shows(self.transformer, plan)  # it starts when no other is under way
+        finish = self._start(plan) if plan and not alone else None
         meanwhile()
         if not plan and not self.under_way:
             self._wait()
-        self._finish_until(self._most_under_way(plan, on_host) - 1)
+        self._finish_until(self._most_under_way(plan, alone) - 1)
         self.shown = shown_by(plan, on_host)
-        if on_host:
-            plan, finish = self.host.run([chunk for chunk in plan if not chunk.sequence.finished])
+        if alone:
+            plan, finish = run_alone(self, [c for c in plan if not c.sequence.finished], on_host)
         if self.keeper and not self.under_way:
             self.keeper.settle()
         if plan and finish:
             self._advance(plan, finish, began_s)
-        self._finish_until(self._most_under_way(plan, on_host))
+        self._finish_until(self._most_under_way(plan, alone))
         if self.keeper and not self.busy:  # before the last answer's end is reported
             self.keeper.settle()
             if self.keeper.copier.waits and not self.events:
@@ -217,6 +225,7 @@ class Engine:
         if self.scheduler.lane.must_wait():
             return time.sleep(self.scheduler.lane.PAUSE_S)
         preparing = [s.output.preparing for s in self.scheduler.unready if s.output.preparing]
+        preparing += self.pictures.preparing
         if preparing or not self.keeper:
             wait(preparing, 0.02, FIRST_COMPLETED)
         elif self.scheduler.waiting:
@@ -346,6 +355,20 @@ class Engine:
         tensors += [model.drafter.transformer.cache for model in self.draft_models]
         return not self.ranks and self.transformer.device.type == "cpu" and all(
             [empty_pages(address_of(tensor), tensor.nbytes) for tensor in tensors])
+
+
+def shows(transformer: Transformer, plan: Seq[Chunk]) -> bool:
+    """Must rows of pictures be put into the input of this step, or removed?"""
+    return bool(transformer.spec.sees and plan and (transformer.shown or shown_rows(plan)))
+
+
+def run_alone(engine: Engine, plan: list[Chunk],
+              on_host: bool) -> tuple[list[Chunk], Callable[[], list[int]] | None]:
+    """Start a step while no other is under way; the chunks that advance, and what waits for their tokens."""
+    show_pictures(engine.transformer, shown_rows(plan))
+    if on_host:
+        return engine.host.run(plan)
+    return plan, engine._start(plan) if plan else None
 
 
 def embedded(sequence: Sequence, head: Head, ranking: numpy.ndarray | None) -> list[WorkerEvent]:

@@ -83,7 +83,7 @@ class Scheduler:
         if (texts := self._texts_now(answers, bool(beside))) is not None:
             return texts
         share = -(-sum(s.pending == 1 for s in answers) // self.stages)
-        able = [s for s in answers if s.pending == 1 and len(s.tokens) < s.limit and self._may_run(s)]
+        able = [s for s in answers if s.decodes and len(s.tokens) < s.limit and self._may_run(s)]
         decoding = [s for s in able[:share] if self._grow(s)]
         prefilling, plan = [s for s in answers if s.prefilling], list[Chunk]()
         room = 0 if prefilling and not self.exact_rows else self.draft_rows - len(answers)
@@ -294,7 +294,7 @@ class Scheduler:
                 self._catch_up(sequence)
             share = max(left // 2, left - wanted) if sequence is oldest else left
             bare = max(sequence.unscored - sequence.computed, 0)  # tokens without logits
-            count = min(sequence.pending, share, bare + 1 + rows if sequence.scoring else share)
+            count = min(sequence.seen, share, bare + 1 + rows if sequence.scoring else share)
             if count > 0 and self._grow(sequence, sequence.computed + count):
                 draws = count == sequence.pending and not sequence.pooling
                 chunks.append(chunk := Chunk(sequence, count, int(draws)))
