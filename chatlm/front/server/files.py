@@ -17,8 +17,8 @@ from chatlm.common.errors import ChatServerError, Overloaded, RequestError, bad_
 from chatlm.common.log import log
 from chatlm.common.messages.requests import Picture
 from chatlm.front.api.batch_lines import read_body_of, read_line
-from chatlm.front.api.picture_parts import fill_in, lift_pictures
 from chatlm.front.api.kept_fields import LAST_SECONDS
+from chatlm.front.api.picture_parts import fill_in, lift_pictures
 from chatlm.front.lazy import aiohttp, web
 from chatlm.front.server.bodies import known_of
 from chatlm.front.server.kept import DAY_S, asked, now_s, paged, stored
@@ -268,8 +268,8 @@ class Upload:
         read = read_line(self.number, line)
         try:
             served = self.bodies.catalogue.find(read.model, self.bound)
-            shown = lift_pictures(read.body, self.bodies.blind(served.pool))  # decoded when the line is run
-            fill_in(read.body, [Picture(1, 1, b"", bytes(16))] * len(shown))
+            found = lift_pictures(read.body, self.bodies.blind(served.pool))  # decoded when the line is run
+            fill_in(read.body, [Picture(1, 1, b"", bytes(16))] * len(found))
             read_body_of(read, known_of(served))
         except ChatServerError as error:
             return read.custom_id, read.url, read.model, str(error)
