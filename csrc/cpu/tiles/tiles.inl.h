@@ -462,9 +462,9 @@ void multiply_expanded(const Gathering& g, int t, const uint8_t* tile, Sums* sum
     const Expander expand = expander<F>();
     for (int64_t group = g.first; group < g.end; group++)
         for (int r = 0; r < GROUP_ROWS; r++) store(sums[group - g.first].y[t][r], all(0.0f));
-    const int64_t blocks = g.job.tiles.columns / BLOCK;
+    const int64_t blocks = g.job.tiles.columns / BLOCK, together = g.end - g.first > 1 ? EXPANDED_TOGETHER : 1;
     for (int64_t b = 0, count; b < blocks; b += count * F::BLOCKS) {
-        count = least(EXPANDED_TOGETHER, (blocks - b) / F::BLOCKS);
+        count = least(together, (blocks - b) / F::BLOCKS);
         for (int64_t i = 0; i < count; i++, tile += BYTES) expand(tile, expanded + i * EXPANDED_BYTES);
         for (int64_t group = g.first; group < g.end; group++) {
             const int first = int(group % (PANEL_ROWS / GROUP_ROWS)) * GROUP_ROWS, rows = g.rows(group);
