@@ -2,7 +2,7 @@
 //
 // mapping  a register has 8 columns of 4 rows of the tile: 0, 1, 4, 5 or 2, 3, 6, 7 of eight, as unpacking leaves their signs. Magnitudes go
 //          from the grid to the dot product without codes in between, and x takes the signs
-// cost     of 32 columns on Zen 5: 55 cycles of IQ2_*, 85 of IQ3_*. A core loads two entries a cycle at best, less where they meet in a bank, and
+// cost     of 32 columns on Zen 5: 56 to 68 cycles of IQ2_*, 90 to 105 of IQ3_*. A core loads two entries a cycle at best, less where they meet in a bank, and
 //          so loads and general registers share the work: of IQ3_*, whose 8 columns are two entries, every second pair is joined in the latter
 // numerics the exact integer sums of the other kernels, and as there two products for each scale of a block that has a fine plane
 // A part of tiles.inl.h.
