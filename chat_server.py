@@ -154,7 +154,7 @@ from chatlm.front.server.describe import (
     A_MODEL, A_NAME, A_RUN, MODELS, ModelRoutes, alive_body, bare_id, listed_body, ollama_models,
     ollama_running, openapi_document, readiness_body, stats_body)
 from chatlm.front.server.downloading import DownloadRoutes
-from chatlm.front.server.ledger import Ledger
+from chatlm.front.server.ledger import Charge, Ledger
 from chatlm.front.server.metrics import Metrics, metrics_response
 from chatlm.front.server.page import Page
 from chatlm.front.server.recordings import GRACE_S, Recordings
@@ -205,10 +205,10 @@ class Front:
 
     @asynccontextmanager
     async def answering(
-            self, pool: WorkerPool, request: Request, model: str,
-            whole: bool = False) -> AsyncIterator[tuple[Accepted, AsyncGenerator[Event, None]]]:
-        """Yield the answer's first event and the others once it is accepted; leaving the block in any way
-        ends its work, and enters it in the ledger: if it is sent whole, unless that failed."""
+            self, pool: WorkerPool, request: Request, model: str, whole: bool = False,
+            later: list[Charge] | None = None) -> AsyncIterator[tuple[Accepted, AsyncGenerator[Event, None]]]:
+        """Yield the answer's first event and the others once it is accepted. Leaving the block in any way
+        ends its work, and enters it in the ledger (sent whole: unless that failed) or in `later`."""
         events = pool.answer(request)
         if self.metrics:
             events = self.metrics.watch(events, request.n)
@@ -227,7 +227,7 @@ class Front:
         finally:
             self.running.pop(request_id, None)
             await events.aclose()
-            self.ledger.settle(charge)
+            self.ledger.settle(charge) if later is None else later.append(charge)
 
     async def handle_answer(self, http: web.Request) -> web.StreamResponse:
         with self.bodies.holding() as holding:

@@ -356,10 +356,9 @@ class Inbox:
                 self.params[id], self.prompts[id] = params, {}
             case NewPicture() | NewPrompt():
                 self.note_prompt(message)
-            case NewAnswer(id, request, prompt, choice, max_tokens, resumed_ids, scored, ends, sent, low):
+            case NewAnswer(id, request, prompt, choice, most, resumed, scored, ends, sent, low):
                 (ids, shown), params = self.prompts[request][prompt], self.params[request]
-                work = Assignment(id, ids, params, max_tokens, choice, resumed_ids, scored, ends, sent, low,
-                                  shown)
+                work = Assignment(id, ids, params, most, choice, resumed, scored, ends, sent, low, shown)
                 if params.adapter in self.loading:
                     self.waiting.setdefault(params.adapter, []).append(work)
                 else:

@@ -28,6 +28,7 @@ from chatlm.front.lazy import web
 from chatlm.front.server.bodies import Body, known_of, tokenizer_of
 from chatlm.front.server.files import FileRoutes
 from chatlm.front.server.kept import asked, now_s, paged, read_small_object, stored
+from chatlm.front.server.ledger import Charge, Ledger
 from chatlm.front.server.responses import REQUEST_LOG, json_response, public_error
 from chatlm.front.server.routes import AFTER, LIMIT
 from chatlm.front.server.streams import Holding
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from chatlm.front.server.access import Owners
     from chatlm.front.server.bodies import Bodies
     from chatlm.front.server.compare import Answering
-    from chatlm.front.server.ledger import Ledger
     from chatlm.front.store.files import Row
     from chatlm.front.store.store import Store
 
@@ -243,27 +243,32 @@ class BatchWorker:
 
     async def _answer_one(self, batch: Batch, client: str, number: int, created: int):
         row = await self.store.run(partial(batches.line, batch=batch, number=number))
+        charges = list[Charge]()
         problem = row.problem or (row.url != batch.endpoint and batches.wrong_url(
             number, row.url or "", batch.endpoint))
         if problem:
             text = result_of_bad_line(number, RequestError(problem, code="invalid_line"), row.custom_id)
             status = 400
         else:
-            status, body = await self._answer(row, client, created)
+            status, body = await self._answer(row, client, created, charges)
             line = Line(number, row.custom_id or "", batch.endpoint, {}, line_id(number, row.text.strip()))
             text = result_of(line, status, body)
         result = number, encoded(text), status != 200
         while True:
             try:
-                return await self.store.run(partial(batches.record, batch=batch, results=[result]))
+                await self.store.run(partial(batches.record, batch=batch, results=[result]))
+                break
             except Overloaded as error:  # such as a full disk
                 await asyncio.sleep(error.retry_after_s)
+        for charge in charges:  # not before: a line that is answered again after a crash is charged once
+            self.ledger.settle(charge)
 
-    async def _answer(self, row: Row, client: str, created: int) -> tuple[int, dict]:
+    async def _answer(self, row: Row, client: str, created: int,
+                      charges: list[Charge]) -> tuple[int, dict]:
         """(status, body) of the answer to a line, however often it has to be asked for."""
         for left in reversed(range(TRIES)):
             try:
-                return 200, await self._patiently(row, client, created)
+                return 200, await self._patiently(row, client, created, charges)
             except RequestError as error:
                 return error.status, error_body(error)
             except Exception as error:
@@ -273,16 +278,17 @@ class BatchWorker:
                     return 500, error_body(public_error(error))
         raise AssertionError
 
-    async def _patiently(self, row: Row, client: str, created: int) -> dict:
+    async def _patiently(self, row: Row, client: str, created: int, charges: list[Charge]) -> dict:
         """The body of an answer, asked for until there is room for it."""
         while True:
             try:
                 with Holding(self.bodies.budget, client) as holding:
-                    return await self._once(row, client, created, holding)
+                    return await self._once(row, client, created, holding, charges)
             except Overloaded as error:
                 await asyncio.sleep(error.retry_after_s)
 
-    async def _once(self, row: Row, client: str, created: int, holding: Holding) -> dict:
+    async def _once(self, row: Row, client: str, created: int, holding: Holding,
+                    charges: list[Charge]) -> dict:
         served, parsed = await self._read(row, client, holding)
         request = served.asked(parsed.request)
         params = replace(request.params, client=client, owner=self.owners.of_pages(client))
@@ -292,13 +298,14 @@ class BatchWorker:
         request = replace(request, id=secrets.token_hex(16), params=params, low_priority=True)
         del parsed
         self.ledger.over_budget(request)  # Overloaded for a key that is refused then: its lines wait
-        async with self.answering(served.pool, request, served.name) as (_, events):
+        async with self.answering(served.pool, request, served.name, later=(own := [])) as (_, events):
             async for event in events:
                 if not isinstance(event, PromptProgress):
                     try:
                         holding.grow(encoder.collect(event))
                     except Overloaded as error:  # it may never fit
                         raise EngineFailure(str(error)) from None
+        charges += own  # a try that failed costs nothing
         whole = b"".join(encoder.completion())
         return lasting_body(await asyncio.to_thread(json.loads, whole) if len(whole) > LIMITS.inline_bytes
                             else json.loads(whole), created)
@@ -312,8 +319,8 @@ class BatchWorker:
             raise Overloaded("the model is still loading", retry_after_s=1)
         if len(text) > LIMITS.inline_bytes:
             await holding.room(len(text))
-        seen = await self.bodies.seen(
-            Body(served, text, json_object(text) if len(text) <= LIMITS.inline_bytes else None), holding, client)
+        fields = json_object(text) if len(text) <= LIMITS.inline_bytes else None
+        seen = await self.bodies.seen(Body(served, text, fields), holding, client)
         if seen.fields is not None:
             text = json.dumps(seen.fields).encode() if seen.pictures else text
             parsed = read_body_of(read_line(row.number, text), known_of(served))

@@ -110,7 +110,8 @@ class Bodies:
         if pool.tokenizer is None or pool.tokenizer.spec.vision:
             return ""
         others = ", ".join(map(shown, self.seeing()[:10]))
-        return "this model cannot see images" + (f"; of the models here, these can: {others}" if others else "")
+        return "this model cannot see images" + (
+            f"; of the models here, these can: {others}" if others else "")
 
     async def seen(self, body: Body, holding: Holding, client: str) -> Body:
         """A body whose pictures were lifted out and decoded. `holding` then accounts for their pixels."""

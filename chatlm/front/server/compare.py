@@ -30,8 +30,7 @@ if TYPE_CHECKING:
 Finder = Callable[[str], "Awaitable[Served]"]  # name -> what it stands for
 # (model, numbers of its answers, seed for those without their own) -> the question of each
 VariantReader = Callable[["Served", "Seq[int]", int], "Awaitable[Seq[ParsedBody]]"]
-Answering = Callable[["WorkerPool", "Request", str],
-                     "AbstractAsyncContextManager[tuple[Accepted, AsyncGenerator[Event, None]]]"]
+Answering = Callable[..., "AbstractAsyncContextManager[tuple[Accepted, AsyncGenerator[Event, None]]]"]
 
 
 class Asked(NamedTuple):
