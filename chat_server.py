@@ -48,7 +48,7 @@ The rooms, each above those that it may import
           processes/          starting processes, torchrun, Ray
           text/               tokenizers, chat templates, reasoning and calls
           messages/           requests, events, and what crosses each pipe
-          *.py                flags, limits, errors, the log, memory
+          vision/             pictures in a prompt; beside these: flags, limits, errors, the log
 
 Life of a request
 
@@ -152,9 +152,10 @@ from chatlm.front.server.connections import room_for_connections, serving
 from chatlm.front.server.conversations import Keeper
 from chatlm.front.server.describe import (
     A_MODEL, A_NAME, A_RUN, MODELS, ModelRoutes, alive_body, bare_id, listed_body, ollama_models,
-    ollama_running, openapi_document, stats_body)
+    ollama_running, openapi_document, readiness_body, stats_body)
 from chatlm.front.server.downloading import DownloadRoutes
-from chatlm.front.server.metrics import Metrics
+from chatlm.front.server.ledger import Charge, Ledger
+from chatlm.front.server.metrics import Metrics, metrics_response
 from chatlm.front.server.page import Page
 from chatlm.front.server.recordings import GRACE_S, Recordings
 from chatlm.front.server.responses import (
@@ -177,57 +178,64 @@ class Front:
 
     def __init__(self, catalogue: Catalogue, settings: Settings, store: Store | None = None):
         self.catalogue, self.settings, self.store = catalogue, settings, store
-        self.access, self.owners = Access(settings), Owners(settings)
+        self.access, self.owners, self.ledger = Access(settings), Owners(settings), Ledger(settings, store)
         self.bodies = Bodies(catalogue, self.owners)
         self.models, self.page = ModelRoutes(catalogue, self.bodies, self.access), Page(page_files())
         self.running: dict[str, str] = {}       # id of each running answer -> its owner
         self.compared: dict[str, list[str]] = {}  # id of each running comparison -> those of its answers
         self.recordings, self.downloads = Recordings(), DownloadRoutes(catalogue, self.bodies, self.access)
         self.kept = Keeper(store, self.bodies, self.owners, settings.keep_days)
-        self.batches = BatchRoutes(store, catalogue, self.bodies, self.owners, self.answering)
-        self.metrics: Metrics | None = None  # without prometheus_client: /metrics says so
-        with suppress(ConfigError):
-            self.metrics = Metrics(catalogue)
+        self.batches = BatchRoutes(store, catalogue, self.bodies, self.owners, self.answering, self.ledger)
+        self.metrics: Metrics | None = None
+        with suppress(ConfigError):  # prometheus_client is missing: /metrics says so
+            self.metrics = Metrics(catalogue, self.ledger)
 
     def taken(self, request_id: str) -> bool:
         return request_id in self.running or request_id in self.recordings or request_id in self.compared
 
     def identified(self, request: Request, kept: bytes = b"") -> Request:
-        """The request with its client and owner; its id is new if its own is taken, or its answer is kept."""
+        """The request with its client and owner, in the background if its key is over its budget; with a new
+        id if its own was taken while the body arrived, or its answer is kept."""
         record = REQUEST_LOG.get()
         if kept or self.taken(record.id):
             record.id = secrets.token_hex(16)
         params = replace(request.params, client=record.client, owner=self.owners.of_pages(record.client))
-        return replace(request, id=record.id, params=params)
+        request = replace(request, id=record.id, params=params)
+        return replace(request, low_priority=self.ledger.checked(request) or request.low_priority)
 
     @asynccontextmanager
     async def answering(
-            self, pool: WorkerPool,
-            request: Request) -> AsyncIterator[tuple[Accepted, AsyncGenerator[Event, None]]]:
-        """Yield the answer's first event and the others once it is accepted; leaving the block in any way
-        ends its work."""
+            self, pool: WorkerPool, request: Request, model: str, whole: bool = False,
+            later: list[Charge] | None = None) -> AsyncIterator[tuple[Accepted, AsyncGenerator[Event, None]]]:
+        """Yield the answer's first event and the others once it is accepted. Leaving the block in any way
+        ends its work, and enters it in the ledger (sent whole: unless that failed) or in `later`."""
         events = pool.answer(request)
         if self.metrics:
             events = self.metrics.watch(events, request.n)
         if self.settings.log_conversations:
             events = logged(request, events)
-        request_id, client = request.id, request.client
+        request_id, client, charge = request.id, request.client, self.ledger.charge(request, model)
+        events = charge.watch(events)
         del request  # the pool drops most of it when it is admitted
         self.running[request_id] = self.owners.of_answer(request_id, client)
         try:
             # a refusal raises here: an ordinary error response
             accepted: Any = await anext(events)
+            charge.void = whole  # until it was sent
             yield accepted, events
+            charge.void = False
         finally:
             self.running.pop(request_id, None)
             await events.aclose()
+            self.ledger.settle(charge) if later is None else later.append(charge)
 
     async def handle_answer(self, http: web.Request) -> web.StreamResponse:
         with self.bodies.holding() as holding:
             served, parsed = await self.bodies.parse(http, holding)
             pool, parsed = served.pool, replace(parsed, request=self.identified(parsed.request, parsed.kept))
             # the whole request, with its messages and tools, ends when it is admitted
-            answering, parsed = self.answering(pool, parsed.request), parsed.lasting()
+            answering = self.answering(pool, parsed.request, served.name, not parsed.stream)
+            parsed = parsed.lasting()
             encoder = ENCODERS[parsed.api](parsed, served.name,
                                            None if parsed.api == "native" else tokenizer_of(pool))
             answering = self.kept.answering(answering, encoder)
@@ -357,17 +365,8 @@ class Front:
             raise RequestError("the answer is not thinking now", status=409, code="not_thinking", param="id")
         return json_response({"id": request_id, "cancelled": "reasoning" if only_thinking else True})
 
-    def readiness(self, bound: Seq[str]) -> tuple[int, dict]:
-        status, body = self.catalogue.health()
-        return status, {"ready": True} if status == 200 else {"ready": False, "reason": body.get("status")}
-
     async def handle_metrics(self, http: web.Request) -> web.Response:
-        if self.metrics is None:
-            raise RequestError("the Python package prometheus_client is not installed", status=501,
-                               code="no_metrics")
-        library = self.metrics.library
-        return web.Response(body=library.generate_latest(self.metrics.registry),
-                            headers={"Content-Type": library.CONTENT_TYPE_LATEST})
+        return metrics_response(self.metrics)
 
     async def handle_bare_prefix(self, http: web.Request) -> web.Response:
         """Redirect /chat to /chat/, so that the page's relative URLs work."""
@@ -429,7 +428,7 @@ ROUTES = (
           "200 when ready, else 503 with the stage", open=True, polled=True),
     Route("GET", "/livez", Api.NANOCHAT, lambda front, bound: alive_body(),
           "200 as long as the event loop runs", open=True, polled=True),
-    Route("GET", "/readyz", Api.NANOCHAT, Front.readiness,
+    Route("GET", "/readyz", Api.NANOCHAT, lambda front, bound: readiness_body(front.catalogue),
           "200 when a request would be served now, else 503 with the reason", open=True, polled=True),
     Route("GET", "/stats", Api.NANOCHAT, lambda front, bound: stats_body(front.catalogue, front.seen(bound)),
           "models, workers, KV pages, speed, kernels, queue", polled=True),
@@ -446,8 +445,9 @@ def create_app(catalogue: Catalogue, settings: Settings, store: Store | None = N
     middlewares: list[Any] = [partial(access_log.log), errors, partial(front.access.guard)]
     app = web.Application(middlewares=list(map(web.middleware, middlewares)))
     app.on_response_prepare.append(front.access.set_headers)
-    app.on_startup.append(front.batches.start)
-    for part in filter(None, (front.batches, front.recordings, front.downloads, front.kept, store)):
+    app.on_startup.extend((front.ledger.open, front.batches.start))
+    for part in filter(None, (front.batches, front.recordings, front.downloads, front.kept, front.ledger,
+                              store)):
         app.on_cleanup.append(lambda app, part=part: part.close())
     for route in ROUTES:
         handler = (partial(front.show, route.handler) if callable(route.handler) else

@@ -196,8 +196,8 @@ def read_config(file: str | None) -> tuple[dict[str, list[str]], list[dict]]:
 TABLE_FLAGS = {flag.field: flag for flag in FLAGS if flag.field in (
     "source", "model_tag", "step", "softcap", "lora", "adapter", "dtype", "quantize", "context_length",
     "kv_cache_dtype", "arithmetic", "kv_cache_memory", "max_batch", "stream_interval", "prefill_chunk",
-    "drafts", "draft_text", "draft_memory", "draft_model", "idle_unload", "max_tokens", "reasoning_budget",
-    "reasoning_budget_message", *SAMPLING_FLAGS)
+    "mmproj", "drafts", "draft_text", "draft_memory", "draft_model", "idle_unload", "max_tokens",
+    "reasoning_budget", "reasoning_budget_message", *SAMPLING_FLAGS)
     and "serve" in flag.commands}
 TABLE_KEYS = ("name", "path", "aliases", "pin", "default", "replicas")
 

@@ -263,7 +263,7 @@ async function addToDraft(key, files) {
 function addNode(parent, role, content, more = {}) {
   const {chat} = state, node = newNode(chat.id, parent, role, content, more);
   state.nodes.set(node.id, node);
-  if (!isStored(chat)) storeNewChat(chat, content);
+  if (!isStored(chat)) storeNewChat(chat, content || (more.pictures?.[0].name ?? ""));
   store.change("nodes", node.id, {...node});
   state.leaf = node.id;
   changeChat(chat, {leaf: node.id, updated: node.created});

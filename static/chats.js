@@ -256,7 +256,9 @@ function download(text, name, type) {
 
 function markdownOf({title, system}, path) {
   const parts = [`# ${title || TEXT.chat}`, ...(system.trim() ? [`> ${system.trim().replace(/\n/g, "\n> ")}`] : [])];
-  for (const {role, content, model} of path) parts.push(`## ${role === "user" ? TEXT.you : model || TEXT.assistant}`, content);
+  for (const {role, content, model, pictures = []} of path) {
+    parts.push(`## ${role === "user" ? TEXT.you : model || TEXT.assistant}`, ...pictures.map(({name, picture}) => `![${name.replace(/[[\]]/g, "")}](${picture})`), content);
+  }
   return parts.join("\n\n") + "\n";
 }
 
@@ -272,14 +274,15 @@ pre{margin:0;padding:.2rem .8rem .8rem;overflow:auto;tab-size:4;font:.875rem/1.5
 pre code{padding:0;background:none;font:inherit}
 table{border-collapse:collapse}:is(td,th){border:1px solid #8888;padding:.3rem .7rem;text-align:left}li p{margin:.2rem 0}
 blockquote{margin-inline:0;padding-left:1em;border-left:3px solid var(--line);color:var(--soft)}
-.question{white-space:pre-wrap}:is(.table,math){overflow:auto hidden}
+.question{white-space:pre-wrap}.question img{display:block;max-width:100%;max-height:24rem;margin-bottom:.5rem}:is(.table,math){overflow:auto hidden}
 @media print{pre{white-space:pre-wrap;overflow-wrap:anywhere}}`;
 
 // A self-contained page without scripts.
 function pageOf({title}, path) {
   const body = element("body", {}, element("h1", {textContent: title || TEXT.chat}));
-  for (const {role, content, model} of path) {
+  for (const {role, content, model, pictures = []} of path) {
     const said = element("div", {className: role === "user" ? "said question" : "said"});
+    said.append(...pictures.map(({name, picture}) => element("img", {src: picture, alt: name})));
     if (role === "user") said.append(...questionNodes(content));
     else new MarkdownView(said).update(content, true);
     said.querySelectorAll("button").forEach(button => button.remove());
@@ -288,7 +291,7 @@ function pageOf({title}, path) {
   const colours = getComputedStyle(document.documentElement);
   const root = PAGE_COLOURS.map(name => `--${name}:${colours.getPropertyValue(`--${name}`)}`);
   return `<!doctype html>\n<html lang="${document.documentElement.lang}"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
 <meta name="viewport" content="width=device-width">${element("title", {textContent: title || TEXT.chat}).outerHTML}
 <style>:root{color-scheme:light dark;${root.join(";")}}\n${PAGE_STYLE}${DRAWN_STYLE}</style></head>\n${body.outerHTML}</html>\n`;
 }

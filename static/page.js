@@ -177,6 +177,8 @@ const recolour = () => parts.forEach(({recoloured}) => recoloured?.());
 // composer -------------------------------------------------------------------------------------------------------------
 
 const LONG_PASTE = 4000;          // characters from which a paste becomes a file
+const SEEN = ["image/png", "image/jpeg", "image/webp", "image/gif"];       // what the server reads; the browser turns others into these
+const MOST_PIXELS = 4e6, KEPT_BYTES = 3 << 20;                              // larger pictures are sent smaller
 const MOST_FILE = 1 << 20, MOST_DOCUMENT = 32 << 20;        // bytes
 const TOKEN_CHARACTERS = 4;       // estimate, where tokens are not counted
 
@@ -214,6 +216,9 @@ function fileChip(file) {
     setDraft(state.draft.text, state.draft.files.filter(each => each !== file));
     $("message").focus();
   });
+  if (file.picture) {
+    return element("li", {className: "picture"}, element("img", {src: file.picture, alt: ""}), element("span", {textContent: file.name}), remove);
+  }
   const size = TEXT.characters(file.text.length) + (file.pages ? TEXT.pages(file.pages) : "") + (TEXT.encodings[file.encoding] ?? "");
   return element("li", {className: "icon i-file"}, element("span", {textContent: file.name}), element("small", {textContent: size}),
     ...file.cut ? [element("small", {className: "cut", textContent: TEXT.isCut(file.cut)})] : [], remove);
@@ -233,8 +238,35 @@ async function countDraft() {
   renderGauge();
 }
 
+const isPicture = ({type}) => type.startsWith("image/") && type !== "image/svg+xml";
+
+const asData = blob => new Promise((resolve, reject) => {
+  const reader = new FileReader();
+  reader.onload = () => resolve(reader.result);
+  reader.onerror = () => reject(reader.error);
+  reader.readAsDataURL(blob);
+});
+
+// A picture file as {picture}: as it is, or drawn anew if it is large or of a format that only the browser knows.
+async function readPicture(file) {
+  if (!state.model.can.vision) throw new Error(TEXT.blind(state.model.name));
+  let shown;
+  try { shown = await createImageBitmap(file); } catch (error) { throw new Error(TEXT.badPicture(file.name)); }
+  const {width, height} = shown, factor = Math.min(1, Math.sqrt(MOST_PIXELS / (width * height)));
+  if (factor === 1 && file.size <= KEPT_BYTES && SEEN.includes(file.type)) return {picture: await asData(file)};
+  const canvas = element("canvas", {width: Math.max(1, Math.round(width * factor)), height: Math.max(1, Math.round(height * factor))});
+  const paper = canvas.getContext("2d");
+  paper.fillStyle = "white";
+  paper.fillRect(0, 0, canvas.width, canvas.height);
+  paper.imageSmoothingQuality = "high";
+  paper.drawImage(shown, 0, 0, canvas.width, canvas.height);
+  shown.close();
+  return {picture: canvas.toDataURL("image/jpeg", .92)};
+}
+
 // A file's {text}, with its {encoding}, or a document's {pages, cut}, which the server reads.
 async function readFile(file) {
+  if (isPicture(file)) return readPicture(file);
   const isDocument = DOCUMENT.test(file.name), most = isDocument ? MOST_DOCUMENT : MOST_FILE;
   if (file.size > most) throw new Error(TEXT.fileTooLarge(file.name, most));
   if (!isDocument || !state.model.ours) {
@@ -457,6 +489,8 @@ register({
     messageHint: "Ask anything", textHint: "Text to continue", attach: "Attach files", latest: "Jump to latest", removeFile: name => `Remove ${name}`,
     characters: count => plural(count, "character", "characters"), pasted: count => `Pasted text${count ? ` ${count + 1}` : ""}.txt`,
     fileTooLarge: (name, bytes) => `${name} is larger than ${bytes < 1 << 21 ? `${number(bytes / 1024)} KB` : `${bytes >> 20} MB`}.`,
+    picture: "Picture", blind: name => `${name || "This model"} cannot see images. Choose a model that can.`,
+    badPicture: name => `${name} is no image that this browser can read.`,
     notText: name => `${name} is neither a text file nor a document (PDF, DOCX, PPTX, XLSX, EPUB, HTML).`,
     unread: (name, reason) => `${name}: ${reason}`, readingFile: name => `Reading ${name} ...`, pages: count => `, ${plural(count, "page", "pages")}`, isCut: what => `Incomplete: ${what}.`,
     stopFirst: "An answer is being written: stop it first.", queuedQuestion: "Your question is queued: it is sent when this answer has ended.", notReady: "The model is not ready yet.",

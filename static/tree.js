@@ -2,11 +2,12 @@
 //
 // A conversation is {id, title, created, updated, pinned, system, parameters, leaf, model}. A node is one message of
 // it: {id, conversation, parent, role: "user" | "assistant", content, created} and, where there is one,
-// attachments, reasoning, model, weights, system, parameters, seed, prefix, ids, continued, calls, timings, note, error, edited, stream. `ids` are
+// attachments, pictures, reasoning, model, weights, system, parameters, seed, prefix, ids, continued, calls, timings, note, error, edited, stream. `ids` are
 // an answer's tokens; the reader chose the first ones, `prefix`. `continued`: several requests made it. `calls`: [{id, name, arguments, result}]. `parent` is a node's
 // id, null for a first message. Nodes with the same parent are siblings: versions of a question, or answers
 // to the same one. `stream` ({id, next}) marks an answer that is being written: the id of its stream and the
-// number of the next event. attachments are [{name, at, length}], ranges of content.
+// number of the next event. attachments are [{name, at, length}], ranges of content; pictures are [{name, picture}],
+// each a file as a data URI.
 //
 // Export format, version 2 (chat_server.py's terminal reads and writes it too):
 //   {"format": "chat_server chats", "version": 2, "exported": ISO time, "conversations": [conversation + "nodes": [node, ...]]}
@@ -67,12 +68,25 @@ function messagesOf(path, system = "", withReasoning = false) {
   const messages = system.trim() ? [{role: "system", content: system}] : [];
   for (const [i, {role, content, reasoning}] of path.entries()) {
     if (role === "assistant" && isAnswered(path[i])) { messages.push(...messagesOfCalls(path[i])); continue; }
-    if (!content || role === "user" && failed(path[i + 1])) continue;
-    if (messages.at(-1)?.role === role && !messages.at(-1).tool_calls) messages.at(-1).content += "\n\n" + content;
-    else messages.push({role, content, ...(withReasoning && reasoning ? {reasoning_content: reasoning} : {})});
+    const said = saidIn(path[i]), last = messages.at(-1);
+    if (!said.length || role === "user" && failed(path[i + 1])) continue;
+    if (last?.role === role && !last.tool_calls) last.content = joined(last.content, said);
+    else messages.push({role, content: said, ...(withReasoning && reasoning ? {reasoning_content: reasoning} : {})});
   }
   return messages;
 }
+
+// A message's content as it is sent: text, or with pictures a list of parts, these first.
+function saidIn({content, pictures = []}) {
+  const shown = pictures.map(({picture}) => ({type: "image_url", image_url: {url: picture}}));
+  return shown.length ? [...shown, ...(content ? [{type: "text", text: content}] : [])] : content;
+}
+
+const partList = said => isText(said) ? [{type: "text", text: said}] : said;
+const joined = (before, after) => isText(before) && isText(after) ? `${before}\n\n${after}` : [...partList(before), ...partList(after)];
+const PICTURE_CHARACTERS = 1000;  // of a context, that one counts as
+const charactersOf = said => isText(said) ? said.length
+  : said.reduce((sum, {text}) => sum + (text === undefined ? PICTURE_CHARACTERS : text.length), 0);
 
 const MOST_CHARACTERS = 4e6;      // in a request, if the context length is unknown
 
@@ -82,7 +96,7 @@ function newestMessages(messages, context) {
   const fixed = messages[0]?.role === "system" ? 1 : 0;
   let first = messages.length, characters = 0;
   while (first > fixed && messages.length - first < (context || Infinity) / 2 &&
-      (characters += messages[first - 1].content.length) < (40 * context || MOST_CHARACTERS)) first--;
+      (characters += charactersOf(messages[first - 1].content)) < (40 * context || MOST_CHARACTERS)) first--;
   first = Math.min(first, Math.max(fixed, messages.findLastIndex(message => message.role === "user")));
   return {messages: [...messages.slice(0, fixed), ...messages.slice(first)], dropped: first - fixed};
 }
@@ -162,18 +176,18 @@ class ThoughtTags {
 
 // attachments -------------------------------------------------------------------------------------------------------
 
-// A message of typed text and files: {content, attachments}. Each file follows as a code block with its name above.
+// A message of typed text and files: {content, attachments, pictures}. Each file of text follows as a code block with its name above.
 function composeMessage(text, files) {
   let content = text.trim();
-  const attachments = [];
-  for (const {name, text: body} of files) {
+  const attachments = [], pictures = files.filter(({picture}) => picture).map(({name, picture}) => ({name, picture}));
+  for (const {name, text: body} of files.filter(({picture}) => !picture)) {
     const fence = "`".repeat(Math.max(3, ...[...body.matchAll(/^ {0,3}(`{3,})/gm)].map(found => found[1].length + 1)));
     const block = `${name}:\n${fence}${languageOf(name)}\n${body.replace(/\n$/, "")}\n${fence}`;
     content += content && "\n\n";
     attachments.push({name, at: content.length, length: block.length});
     content += block;
   }
-  return {content, ...(attachments.length ? {attachments} : {})};
+  return {content, ...(attachments.length ? {attachments} : {}), ...(pictures.length ? {pictures} : {})};
 }
 
 // Decodes a file's bytes to {text, encoding}; null if they are not text. UTF-8, UTF-16 (detected by its BOM or its
@@ -201,12 +215,12 @@ const DOCUMENT = /\.(pdf|docx|pptx|xlsx|epub|x?html?)$/i;        // files whose 
 const languageOf = name => DOCUMENT.test(name) ? "" : /\.([a-z0-9]{1,8})$/i.exec(name)?.[1].toLowerCase() ?? "";
 
 // The reverse of composeMessage: the typed text and the files.
-function partsOf({content, attachments = []}) {
+function partsOf({content, attachments = [], pictures = []}) {
   const files = attachments.map(({name, at, length}) => {
     const lines = content.slice(at, at + length).split("\n");
     return {name, text: lines.slice(2, -1).join("\n")};
   });
-  return {text: content.slice(0, attachments[0]?.at ?? content.length).trimEnd(), files};
+  return {text: content.slice(0, attachments[0]?.at ?? content.length).trimEnd(), files: [...pictures, ...files]};
 }
 
 // export and import ---------------------------------------------------------------------------------------------------
@@ -218,13 +232,15 @@ const isObject = value => typeof value === "object" && value !== null && !Array.
 const areIds = value => Array.isArray(value) && value.length > 0 && value.every(id => Number.isSafeInteger(id) && id >= 0);
 const areCalls = value => Array.isArray(value) && value.every(call => isObject(call) && isText(call.id) && isText(call.name) &&
   isText(call.arguments) && (call.result === undefined || isText(call.result)));
+const arePictures = value => Array.isArray(value) && value.every(each => isObject(each) && isText(each.name) && isText(each.picture) &&
+  /^data:image\/[a-z+.-]+;base64,[A-Za-z0-9+/=]+$/.test(each.picture));
 const isTime = value => Number.isFinite(value) && value > 0 && value < 8.64e15;
 const CONVERSATION_FIELDS = {title: isText, created: isTime, updated: isTime, pinned: value => typeof value === "boolean",
   system: isText, parameters: isObject, leaf: isText, model: isText};
 const NODE_FIELDS = {role: value => value === "user" || value === "assistant", content: isText, created: isTime,
   reasoning: isText, model: isText, seed: Number.isSafeInteger, parameters: isObject, timings: isObject, note: isText,
   error: isText, edited: value => value === true, attachments: Array.isArray, weights: isText, system: isText, prefix: areIds, ids: areIds,
-  continued: value => value === true, calls: areCalls};
+  pictures: arePictures, continued: value => value === true, calls: areCalls};
 
 const pick = (from, fields) => Object.fromEntries(Object.entries(fields)
   .filter(([name, fits]) => fits(from[name])).map(([name]) => [name, from[name]]));

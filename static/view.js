@@ -132,7 +132,8 @@ function updateQuestion(view) {
   if (view.drawn === view.node.content || view.editor) return;
   view.drawn = view.node.content;
   const {text, files} = partsOf(view.node);
-  view.body.replaceChildren(...questionNodes(text), ...files.map(fileNode));
+  view.body.replaceChildren(...files.filter(({picture}) => picture).map(pictureNode), ...questionNodes(text),
+    ...files.filter(({picture}) => !picture).map(fileNode));
 }
 
 // A question is shown as typed, except that code looks like code.
@@ -152,6 +153,19 @@ function codeBlock(language, text) {
   const code = new CodeText(language);
   code.update(text, true);
   return codeBox(language, code.element);
+}
+
+// A thumbnail, which opens the picture.
+function pictureNode({name, picture}) {
+  return element("button", {type: "button", className: "thumbnail", title: name, onclick: event => { event.stopPropagation(); showPicture(name, picture); }},
+    element("img", {src: picture, alt: name}));
+}
+
+function showPicture(name, picture) {
+  const dialog = $("picture-dialog");
+  dialog.replaceChildren(element("img", {src: picture, alt: name}));
+  dialog.onclick = () => dialog.close();
+  dialog.showModal();
 }
 
 function fileNode({name, text}) {

@@ -41,7 +41,7 @@ class Word:
         """OSError if it cannot be mapped."""
         with open(path, "r+b", buffering=0) as file:
             self.memory = mmap.mmap(file.fileno(), mmap.PAGESIZE)
-        self.until, self.sliced = ctypes.c_int64.from_buffer(self.memory), 0
+        self.until, self.sliced, self.noted = ctypes.c_int64.from_buffer(self.memory), 0, 0
 
     @property
     def address(self) -> int:
@@ -49,7 +49,12 @@ class Word:
 
     def note(self, step_s: float):
         """A step of an answer begins; the step before took so long."""
-        self.until.value = time.monotonic_ns() + int(1e9 * max(LEAST_S, STEPS * step_s))
+        self.noted = self.until.value = time.monotonic_ns() + int(1e9 * max(LEAST_S, STEPS * step_s))
+
+    @property
+    def others_write(self) -> bool:
+        """Does another process write an answer, as far as its last word says?"""
+        return time.monotonic_ns() < self.until.value != self.noted
 
     def wait(self, most_s: float):
         """Wait while an answer is written, at most so long."""

@@ -63,6 +63,12 @@ class Limits:
     body_bytes: int = 16 << 20
     document_bytes: int = 32 << 20  # of a document whose text is asked for
     extracted_characters: int = 1 << 20  # of its text
+    pictures: int = 16              # in a request,
+    pictured_bytes: int = 64 << 20  # whose body may be so large,
+    picture_bytes: int = 10 << 20   # each file this,
+    picture_pixels: int = 64_000_000  # and each picture that,
+    picture_side: int = 200         # no side more than so many times the other;
+    kept_pixels: int = 4 << 20      # larger ones are made smaller
     held_bytes: int = 256 << 20     # total of large bodies and of answers sent whole
     inline_bytes: int = 1 << 16     # larger bodies are read in a sandbox
     repeated_bytes: int = 1 << 19   # of a request repeated in its response as JSON: three stream events do so
@@ -352,6 +358,9 @@ class Settings:
         "text that was seen before (lookup), also from the model's own draft head (mtp), also from a second "
         "model (model), or from whatever pays (auto)", choices=("none", "lookup", "mtp", "model", "auto"),
         bare="auto", off="none")
+    mmproj: str | None = flag(None, file_name,
+        "the GGUF file with which a GGUF model sees images (default: an mmproj*.gguf beside the model)",
+        ANSWERING)
     draft_model: str | None = flag(None, file_name,
         "a smaller MODEL with the same tokenizer that guesses what comes next (answers are the same)",
         f"{ANSWERING} eval")
@@ -433,7 +442,8 @@ class Settings:
         "key required of requests, may repeat; chat and generate send it to --url; other users can see it "
         "in `ps`, so prefer CHAT_SERVER_API_KEY or --api-key-file", many=True)
     api_key_file: str | None = flag(None, file_name,
-        "file with more keys, one per line: `name: key` or `key`", "serve")
+        "file with more keys, one per line: `name: key` or `key`, then fields (`models=`, `tokens-per-day=`, "
+        "`over-budget=`, `role=`)", "serve")
     allowed_host: tuple[str, ...] = flag((), str.lower,
         "host name of this server, may repeat: its pages may use the server, and requests for other names "
         "are refused (addresses and names without a dot only if --host is loopback)", "serve", many=True)
@@ -482,19 +492,65 @@ def ranks_per_replica(settings: Settings) -> int:
 class ApiKey(NamedTuple):
     """A key that grants access to the server; only its hash is kept."""
 
-    name: str  # shown in the access log
+    name: str  # shown in the access log and the ledger
     digest: bytes
     models: tuple[str, ...] = ()  # if any are named, it can use only these
+    tokens_per_day: int | None = None  # of prompts and answers; then its requests wait in the background,
+    refused: bool = False              # or are refused
+    role: str = ""                     # "admin": sees what all keys use, and may load and unload models
 
     @classmethod
-    def hashed(cls, key: str, name: str, models: tuple[str, ...] = ()) -> ApiKey:
-        return cls(name, hashlib.sha256(key.encode("utf-8", "replace")).digest(), models)
+    def hashed(cls, key: str, name: str, models: tuple[str, ...] = (), **more: Any) -> ApiKey:
+        return cls(name, hashlib.sha256(key.encode("utf-8", "replace")).digest(), models, **more)
+
+    @property
+    def admin(self) -> bool:
+        return self.role == "admin"
+
+
+def key_models(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, map(str.strip, text.split(","))))
+
+
+# A field of a line of --api-key-file -> what it becomes in ApiKey, how it is read, and what it may be
+KEY_FIELDS: dict[str, tuple[str, Callable[[str], Any], str]] = {
+    "models": ("models", key_models, "names of models with commas between them"),
+    "tokens-per-day": (
+        "tokens_per_day", lambda text: int(text) if re.fullmatch("[0-9]{1,15}", text) else None,
+        "a whole number"),
+    "over-budget": ("refused", {"refuse": True, "background": False}.get, "refuse or background"),
+    "role": ("role", {"admin": "admin"}.get, "admin")}
+
+
+def read_key_line(line: str, place: str, number: int) -> ApiKey:
+    """A line of --api-key-file: `name: key` or `key`, then fields such as models=a,b. No ConfigError shows
+    the key."""
+    line, *parts = re.split(r"\s+([a-z][a-z_-]*)=", line)
+    name, colon, key = line.partition(":")
+    name, key = (name.strip(), key.strip()) if colon else ("", line.strip())
+    if not key:  # an empty key would match every request without one
+        raise ConfigError(f"{place} has a name but no key")
+    if not name.isprintable():
+        raise ConfigError(f"{place}: the key's name has characters that cannot be shown")
+    values: dict[str, Any] = {}
+    for field_name, text in zip(parts[::2], parts[1::2]):
+        if field_name not in KEY_FIELDS:
+            raise ConfigError(f"{place}: there is no field {shown(field_name)} of a key (there are "
+                              f"{', '.join(KEY_FIELDS)})")
+        target, read, allowed = KEY_FIELDS[field_name]
+        if target in values:
+            raise ConfigError(f"{place} has {field_name}= twice")
+        values[target] = read(text.strip())
+        if values[target] is None or values[target] == ():
+            raise ConfigError(f"{place}: {field_name}= must be {allowed}")
+    if "refused" in values and "tokens_per_day" not in values:
+        raise ConfigError(f"{place}: over-budget= needs tokens-per-day=")
+    return ApiKey.hashed(key, name or f"line-{number}", **values)
 
 
 def read_api_keys(keys: Iterable[str], path: str | None) -> tuple[ApiKey, ...]:
-    """The keys of --api-key and --api-key-file (lines `name: key` or `key`, optionally followed by
-    `models=a,b`). No ConfigError shows a key."""
-    named_keys = [(f"key-{index}", key.strip(), ()) for index, key in enumerate(keys, 1) if key.strip()]
+    """The keys of --api-key and --api-key-file. No ConfigError shows a key."""
+    found = [ApiKey.hashed(key.strip(), f"key-{index}") for index, key in enumerate(keys, 1) if key.strip()]
     try:
         lines = read_operators(path).splitlines() if path is not None else ()
     except (OSError, RuntimeError, ValueError) as error:  # unreadable; unknown ~user; not text
@@ -503,18 +559,10 @@ def read_api_keys(keys: Iterable[str], path: str | None) -> tuple[ApiKey, ...]:
         raise ConfigError(f"--api-key-file {path}: {reason}") from None
     for index, line in enumerate(map(str.strip, lines), 1):
         if line and not line.startswith("#"):
-            line, *bound = re.split(r"\s+models=", line, maxsplit=1)
-            models = tuple(filter(None, map(str.strip, ",".join(bound).split(","))))
-            name, colon, key = line.partition(":")
-            name, key = (name.strip(), key.strip()) if colon else ("", line)
-            if not key:  # an empty key would match every request without one
-                raise ConfigError(f"--api-key-file {path}: line {index} has a name but no key")
-            if bound and not models:
-                raise ConfigError(f"--api-key-file {path}: line {index} names no model after models=")
-            named_keys.append((name or f"line-{index}", key, models))
-    if not named_keys and (path is not None or list(keys)):
+            found.append(read_key_line(line, f"--api-key-file {path}: line {index}", index))
+    if not found and (path is not None or list(keys)):
         raise ConfigError("no API key in --api-key or --api-key-file; without one the server would be open")
-    return tuple(ApiKey.hashed(key, name, models) for name, key, models in named_keys)
+    return tuple(found)
 
 
 def with_own_sampling(settings: Settings, pool) -> Settings:

@@ -1,13 +1,23 @@
-"""Files and documents that the user sends with a question."""
+"""Files, documents and pictures that the user sends with a question."""
 
 from __future__ import annotations
 
+import base64
 import re
+from collections.abc import Sequence as Seq
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from chatlm.common.config import LIMITS
 from chatlm.common.files import read_small
+from chatlm.common.messages.requests import Message
 from chatlm.front.admission.admission import Admission
+from chatlm.front.api.picture_parts import file_of
+from chatlm.front.api.pictures import format_of
+
+if TYPE_CHECKING:
+    from chatlm.front.pool.pool import WorkerPool
 
 
 def read_user_file(name: str) -> str:
@@ -31,10 +41,36 @@ async def document_text(name: str) -> tuple[str, str]:
     data = read_small(path)
     if len(data) > LIMITS.document_bytes:
         raise ValueError(f"{name} has {len(data):,} bytes; at most {LIMITS.document_bytes:,} are read")
-    admission = Admission(lambda request_id, client: None)
+    admission = Admission(lambda request_id, client, low: None)
     try:
         text, pages, cut = await admission.extract("", path.name, "", data)
     finally:
         await admission.close()
     about = f"{path.name}: " + (f"{pages:,} page{'s' * (pages != 1)}, " if pages else "")
     return text, f"{about}{len(text):,} characters" + (f"; incomplete: {cut}" if cut else "")
+
+
+def is_picture(name: str) -> bool:
+    return bool(re.search(r"(?i)\.(png|jpe?g|webp|gif)$", name))
+
+
+def picture_file(name: str) -> dict[str, str]:
+    """A picture as a message of the page's export format has it: its name, and the file as a data URI.
+    RequestError if it is no picture, ConfigError if it cannot be read."""
+    data = read_small(Path(name).expanduser())
+    if len(data) > LIMITS.picture_bytes:
+        raise ValueError(f"{name} has {len(data):,} bytes; at most {LIMITS.picture_bytes:,} are read")
+    kind = f"data:image/{format_of(data).lower()};base64,"
+    return {"name": Path(name).name, "picture": kind + base64.b64encode(data).decode()}
+
+
+async def decoded(messages: Seq[Message], pool: WorkerPool) -> tuple[Message, ...]:
+    """Messages whose pictures, the data URIs in their `more`, were read in a sandbox: these come first."""
+    found = list[Message]()
+    for message in messages:
+        more = dict(message.more or {})
+        pictures = tuple([await pool.admission.decode_picture(file_of(uri, "image"), "")
+                          for uri in more.pop("pictures", ())])
+        parts = (*range(len(pictures)), message.content) if pictures else ()
+        found.append(replace(message, more=more or None, pictures=pictures, parts=parts))
+    return tuple(found)

@@ -11,7 +11,7 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence as Seq
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +29,8 @@ from chatlm.front.aio import interruptible
 from chatlm.front.api.encode import timings_body
 from chatlm.front.api.readers import sampling_params, with_thinking_budget
 from chatlm.front.pool.pool import sampling_of
-from chatlm.terminal.attached import document_text, is_document, read_user_file
+from chatlm.terminal.attached import (
+    decoded, document_text, is_document, is_picture, picture_file, read_user_file)
 from chatlm.terminal.conversation import PARAMETERS, SETTABLE, Conversation, read_chats
 from chatlm.terminal.remote import RemotePool, open_pool
 from chatlm.terminal.terminal import PlainWriter, Terminal, state_file
@@ -168,11 +169,12 @@ class Chat:
         elif text:
             await self.ask(text)
 
-    async def ask(self, text: str, parent: str | None = ""):
+    async def ask(self, text: str, parent: str | None = "", pictures: Seq[dict] = ()):
         """Send a message below the leaf, or below `parent`. It is dropped if there is no answer."""
         chat, before = self.conversation, self.conversation.leaf
         parent = before if parent == "" else parent
-        question = chat.add({"role": "user", "content": text, "parent": parent})
+        question = chat.add({"role": "user", "content": text, "parent": parent,
+                             **({"pictures": [*pictures]} if pictures else {})})
         try:
             await self.answer(question)
         finally:
@@ -185,7 +187,12 @@ class Chat:
         chat, reply, before = self.conversation, Reply(), self.conversation.leaf
         chat.leaf, cut = last["id"], last["role"] == "assistant"
         seed = {"seed": last["seed"]} if cut and type(last.get("seed")) is int else {}
-        source = {"messages": chat.messages(), "template_options": CONTINUE if cut else {}}
+        messages = chat.messages()
+        if any(message.more for message in messages):
+            if not self.pool.sees:
+                raise ValueError("this model cannot see images; /clear begins a chat without them")
+            messages = messages if isinstance(self.pool, RemotePool) else await decoded(messages, self.pool)
+        source = {"messages": messages, "template_options": CONTINUE if cut else {}}
         if not self.pool.chats:
             source = {"prompts": (chat.last_text(),)}
         request = new_request(with_own_sampling(self.settings, self.pool), seed | chat.parameters,
@@ -321,7 +328,7 @@ class Chat:
             value = await self.terminal.read(question["content"], leaves=False) or ""
         if not value.strip():
             raise ValueError("/edit TEXT: the new text of your last message")
-        await self.ask(value, question["parent"])
+        await self.ask(value, question["parent"], question.get("pictures") or ())
 
     async def slash_continue(self, value: str):
         """/continue: continue an answer that was cut off"""
@@ -333,8 +340,12 @@ class Chat:
             await self.ask("Please continue.")
 
     async def slash_file(self, value: str):
-        """/file FILE TEXT: send a file or document with a question; /read is the same"""
+        """/file FILE TEXT: send a file or image with a question; also /image, /read"""
         name, question = file_and_rest(value)
+        if is_picture(name):
+            if not self.pool.sees:
+                raise ValueError("this model cannot see images")
+            return await self.ask(question, pictures=[picture_file(name)])
         if is_document(name):
             text, about = await document_text(name)
             self.note(about)
@@ -347,7 +358,7 @@ class Chat:
             question = whole_unicode(typed).strip()
         await self.ask(f"{text.rstrip()}\n\n{question}" if question else text)
 
-    slash_read = slash_file
+    slash_read = slash_image = slash_file
 
     async def slash_stats(self, value: str):
         """/stats: answers, tokens and workers"""

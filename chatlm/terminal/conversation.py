@@ -48,6 +48,13 @@ def known_parameters(parameters) -> dict:
     return known
 
 
+def pictures_of(node: Mapping) -> list[str]:
+    """The data URIs of a message's pictures; nothing else that a file may have there."""
+    listed = node.get("pictures")
+    return [each["picture"] for each in (listed if isinstance(listed, list) else ())
+            if isinstance(each, dict) and is_text(each.get("picture"))]
+
+
 class Conversation:
     """A chat's tree of messages. The path to `leaf` is current; other answers and versions branch off."""
 
@@ -79,11 +86,15 @@ class Conversation:
         return next((node for node in reversed(self.path()) if node["role"] == role), None)
 
     def messages(self) -> tuple[Message, ...]:
-        """The messages to send: no empty ones, and adjacent ones of a role joined: templates alternate."""
+        """The messages to send: no empty ones, and adjacent ones of a role joined: templates alternate. Their
+        `more` has pictures as data URIs."""
         messages = [Message("system", self.system)] if self.system.strip() else []
-        texts = (node for node in self.path() if node["content"])
-        for role, nodes in itertools.groupby(texts, key=lambda node: node["role"]):
-            messages.append(Message(role, "\n\n".join(node["content"] for node in nodes)))
+        said = (node for node in self.path() if node["content"] or pictures_of(node))
+        for role, group in itertools.groupby(said, key=lambda node: node["role"]):
+            nodes = [*group]
+            pictures = [uri for node in nodes for uri in pictures_of(node)]
+            messages.append(Message(role, "\n\n".join(node["content"] for node in nodes if node["content"]),
+                                    {"pictures": pictures} if pictures else None))
         return tuple(messages)
 
     def last_text(self) -> str:

@@ -119,6 +119,11 @@ class RemotePool:
         return object_in(self.model, "capabilities").get("chat") is not False
 
     @property
+    def sees(self) -> bool:
+        """May it see pictures? Servers of others do not say."""
+        return object_in(self.model, "capabilities").get("vision") is not False
+
+    @property
     def ends_thinking(self) -> bool:
         return object_in(self.model, "capabilities").get("reasoning_budget") is True
 
@@ -171,10 +176,19 @@ class RemotePool:
             await self.client.close()
 
 
+def content_of(message: Message) -> str | list[dict]:
+    """A message's text; with the pictures of its `more`, a list of parts."""
+    pictures = (message.more or {}).get("pictures")
+    if not pictures:
+        return message.content
+    shown = [{"type": "image_url", "image_url": {"url": uri}} for uri in pictures]
+    return [*shown, {"type": "text", "text": message.content}] if message.content else shown
+
+
 def native_body(request: Request) -> dict:
     params, sampling = request.params, request.params.sampling
     messages = request.messages or (Message("user", str(request.prompts[0])),)
-    return {"messages": [{"role": message.role, "content": message.content} for message in messages],
+    return {"messages": [{"role": message.role, "content": content_of(message)} for message in messages],
             "truncate": "oldest", "resumable": True, "stop": list(params.stop),
             "ignore_eos": params.ignore_eos, "progress": params.progress, **request.template_options,
             **({} if request.max_tokens is None else {"max_tokens": request.max_tokens}),

@@ -161,11 +161,12 @@ class AnswerReader:
         since_first_s = time.monotonic() - self.first_s
         speed = (self.pieces - 1) / since_first_s if self.pieces > 1 and since_first_s > 0.1 else None
         ttft_ms = (self.first_s - self.begin_s) * 1e3 if self.first_s else 0.0
+        drafted, accepted = drafts_of(timings)
         count = Usage(
             usage.get("prompt_tokens", 0), usage.get("completion_tokens", self.pieces),
             usage.get("cached_tokens") or prompt.get("cached_tokens") or 0,
             usage.get("reasoning_tokens") or completion.get("reasoning_tokens") or 0,
-            *drafts_of(timings))
+            drafted, accepted)
         return Finished(
             done["finish_reason"], done.get("stop_reason"), count, timings.get("queue_ms", 0.0),
             timings.get("ttft_ms", ttft_ms), timings.get("tokens_per_second", speed),

@@ -27,6 +27,7 @@ from chatlm.worker.engine.pieces import open_for_answers
 from chatlm.worker.engine.scheduler import FREE_ROWS
 from chatlm.worker.model.kernels import Backend, choose_backend, load_kernels
 from chatlm.worker.model.spec import KvType, PageLayout, expected_tensors, group_layers
+from chatlm.worker.model.tower import Tower, chunk_multiplications
 from chatlm.worker.model.transformer import Transformer, page_layout
 from chatlm.worker.ranks.ranks import RankAlone
 from chatlm.worker.weights.adapters import adapter_reader
@@ -123,6 +124,9 @@ EMBEDS = ("It makes vectors of texts, for /v1/embeddings, /api/embed, /v1/score 
 RANKS = "It ranks documents for a query, for /v1/rerank and /v1/score; it cannot chat"
 
 
+STAGE_CHUNKS = 2  # chunks of prompts that take about as long as a part of an image, while which others wait
+
+
 def build_engine(source: ModelSource, settings: Settings, device: Device,
                  progress: Progress = no_progress, ranks: RankZero | None = None,
                  opened: Callable[[LoadedModel], None] = lambda model: None) -> tuple[LoadedModel, Engine]:
@@ -142,6 +146,9 @@ def build_engine(source: ModelSource, settings: Settings, device: Device,
     drafts = plan_drafters(model, settings, device, chunk, progress)
     model, transformer, num_pages, context, max_batch = build_transformer(
         model, source, settings, device, progress, ranks, drafts)
+    tower = model.eyes and Tower(
+        model.eyes, device, dtype=model.dtype, quantize=settings.quantize,
+        part=STAGE_CHUNKS * chunk_multiplications(model.spec, chunk))
     drafters = [draft.load(tokenizer.stop_tokens, transformer, num_pages, progress) for draft in drafts]
     model.notes += tuple(drafter.line() for drafter in drafters)
     lookup = Lookup(settings.draft_memory // TOKEN_BYTES)
@@ -151,7 +158,7 @@ def build_engine(source: ModelSource, settings: Settings, device: Device,
                          max_batch=max_batch, context_length=context,
                          prefill_chunk=chunk, drafts=settings.drafts, ranks=ranks,
                          state_bytes=state_bytes, ranking=model.ranking, head=model.head, lookup=lookup,
-                         draft_models=[*map(ModelDrafts, drafters)])
+                         draft_models=[*map(ModelDrafts, drafters)], tower=tower)
 
 
 def build_transformer(
@@ -241,6 +248,7 @@ def plan_model(model: LoadedModel, whole: ModelSpec, settings: Settings, device:
     layers_of_floats(whole, kv)
     groups = group_layers((whole if ranks.stages == 1 else spec).by_layer, spec.max_positions, apart, kv)
     plan = plan_memory(model, whole, kernels, groups, kv, ranks, settings, device, limits)
+    plan = plan._replace(tower=model.eyes.nbytes if model.eyes else 0)
     for draft in drafts:  # as many tokens fit in its pages
         plan = plan._replace(draft_model=plan.draft_model + draft.taken,
                              page_bytes=plan.page_bytes + draft.page_share(groups))
@@ -303,11 +311,12 @@ class MemoryPlan(NamedTuple):
     adapters: int = 0     # bytes of adapters served with it, at most
     of_step: int = 0      # pages for the texts of a step, where no later step reads them
     draft_model: int = 0  # bytes of one without its pages, which `page_bytes` includes
+    tower: int = 0        # bytes of what sees images
 
     @property
     def taken(self) -> int:
         """Bytes of everything but the KV cache."""
-        return self.weights + self.adapters + self.activations + self.drafts + self.draft_model
+        return self.weights + self.adapters + self.activations + self.drafts + self.draft_model + self.tower
 
     @property
     def drafts(self) -> int:
@@ -392,6 +401,7 @@ class MemoryPlan(NamedTuple):
         more = f" + adapters {self.adapters / 1e9:,.2f} GB" if self.adapters else ""
         more += f" + drafts {self.drafts / 1e9:,.2f} GB" if self.drafts else ""
         more += f" + draft model {self.draft_model / 1e9:,.2f} GB" if self.draft_model else ""
+        more += f" + images {self.tower / 1e9:,.2f} GB" if self.tower else ""
         pages = "keys and values of a step" if self.of_step else "KV cache"
         each = f" ({self.token_bytes:,} bytes a token)" if not self.of_step else ""
         parts = f" with {running} states and {snapshots} snapshots" if self.state_bytes else ""

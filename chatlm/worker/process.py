@@ -25,13 +25,14 @@ from chatlm.common.log import CalmLog, log
 from chatlm.common.memory import give_memory_back
 from chatlm.common.messages.protocol import (
     AdapterLoaded, CacheEmptied, Cancel, DropAdapter, EmptyCache, EndOfRequest, EndThinking, LoadAdapter,
-    Loading, ModelCard, ModelText, NO_GAUGES, NewAnswer, NewPrompt, NewRequest, Ping, Ready)
+    Loading, ModelCard, ModelText, NO_GAUGES, NewAnswer, NewPicture, NewPrompt, NewRequest, Ping, Ready)
 from chatlm.common.messages.requests import DRAFT_SOURCES, Failed, ModelFacts, ThinkingEnds
 from chatlm.common.messages.wire import BadMessage
 from chatlm.common.processes.nodes import advice, place
 from chatlm.common.processes.start import threads_per_worker
 from chatlm.common.processes.torchrun import ranks_here, torchrun
 from chatlm.common.segments import MOST_GROUPS
+from chatlm.common.vision.pictures import picture_of
 from chatlm.worker.arrays.kinds import Device
 from chatlm.worker.build import (
     build_engine, build_transformer, gpu_memory, lack_of_gpu_memory, prepare_device)
@@ -52,7 +53,7 @@ from chatlm.worker.weights.load import open_model
 
 if TYPE_CHECKING:
     from chatlm.common.messages.protocol import SurveyConfig, WorkerConfig
-    from chatlm.common.messages.requests import AnswerParams
+    from chatlm.common.messages.requests import AnswerParams, Picture
     from chatlm.common.messages.wire import Channel
     from chatlm.worker.engine.engine import Engine
     from chatlm.worker.model.transformer import Transformer
@@ -136,7 +137,7 @@ def start_engine(channel: Channel, config: WorkerConfig) -> Engine:
     if fingerprint and not ranks and device.type == "cpu" and not engine.scheduler.of_texts:
         keep_prefixes(engine, config, files, fingerprint)
     if config.answering and device.type == "cpu":
-        share_word(engine, config.answering)
+        share_word(engine, config.answering, bool(bound))
     give_memory_back()
     CalmLog.over_bar = False
     channel.send(Ready(gauges(engine), engine.kernels.backend.faults))
@@ -153,12 +154,15 @@ def bind_to_node(config: WorkerConfig | RankConfig, rank: int) -> str:
     return place(index, config.place[1] * here, config.threads)
 
 
-def share_word(engine: Engine, path: str):
-    """Answers are told to the other workers of the server, on whose CPUs texts then wait between layers."""
+def share_word(engine: Engine, path: str, apart: bool = False):
+    """Answers are told to the other workers of the server, on whose CPUs texts then wait between layers, and
+    background work between steps, unless each worker has processors and memory of its own (`apart`)."""
     try:
         word = Word(path)
     except OSError as error:
         return log.warning("texts will be embedded beside answers as fast as ever: %s", error)
+    if not apart:
+        engine.scheduler.lane.word = word
     spec = engine.transformer.spec
     if spec.embeds and engine.ranks:
         return  # the other ranks would take a pause for the death of this one
@@ -338,7 +342,9 @@ class Inbox:
     def __init__(self, engine: Engine, tell: Callable[[AdapterLoaded], None] = lambda message: None):
         self.engine, self.tell = engine, tell
         self.params: dict[str, AnswerParams] = {}                 # by request
-        self.prompts: dict[str, dict[int, tuple[int, ...]]] = {}  # by request, then by index
+        # by request, then by index: its ids, and what it shows
+        self.prompts: dict[str, dict[int, tuple[tuple[int, ...], tuple[Picture, ...]]]] = {}
+        self.pictures: list[Picture] = []  # of the next prompt
         self.empties_cache = False  # as soon as nothing is computed
         self.dropped: set[str] = set()  # adapters to drop once they are read
         self.loading: dict[str, str] = {}  # adapters that are being read: id -> folder
@@ -348,11 +354,11 @@ class Inbox:
         match message:
             case NewRequest(id, params):
                 self.params[id], self.prompts[id] = params, {}
-            case NewPrompt(id, index, ids):
-                self.prompts[id][index] = ids
-            case NewAnswer(id, request, prompt, choice, max_tokens, resumed_ids, scored, ends, sent):
-                ids, params = self.prompts[request][prompt], self.params[request]
-                work = Assignment(id, ids, params, max_tokens, choice, resumed_ids, scored, ends, sent)
+            case NewPicture() | NewPrompt():
+                self.note_prompt(message)
+            case NewAnswer(id, request, prompt, choice, most, resumed, scored, ends, sent, low):
+                (ids, shown), params = self.prompts[request][prompt], self.params[request]
+                work = Assignment(id, ids, params, most, choice, resumed, scored, ends, sent, low, shown)
                 if params.adapter in self.loading:
                     self.waiting.setdefault(params.adapter, []).append(work)
                 else:
@@ -381,6 +387,14 @@ class Inbox:
                 pass  # any message makes the loop step and report
             case _:
                 raise BadMessage(f"unexpected message from the front: {type(message).__name__}")
+
+    def note_prompt(self, message: NewPicture | NewPrompt):
+        if isinstance(message, NewPicture):
+            return self.pictures.append(picture_of(message))
+        if message.pictures != len(self.pictures):
+            raise BadMessage(f"a prompt with {message.pictures} pictures after {len(self.pictures)}")
+        self.prompts[message.id][message.index] = message.ids, tuple(self.pictures)
+        self.pictures = []
 
     def waits(self, answer_id: str) -> bool:
         """Does this answer wait for its adapter to be read?"""

@@ -10,7 +10,7 @@ import pytest
 
 from chatlm.common.config import Settings
 from chatlm.common.messages.protocol import (RAY_PIPE, SANDBOX_PIPE, WORKER_PIPE, ActorAddress, ActorEnded, AdapterLoaded, Begun, Body, CacheEmptied, Cancel, Crashed, DropAdapter, EmptyCache, EndActor, EndOfRequest, EndThinking,
-                                             Known, LoadAdapter, Loading, ModelCard, ModelText, NewAnswer, NewPrompt, NewRequest, Node, Nodes, ParsedBody, Ping, RayConfig, Ready,
+                                             Known, LoadAdapter, Loading, ModelCard, ModelText, NewAnswer, NewPicture, NewPrompt, NewRequest, Node, Nodes, ParsedBody, Ping, RayConfig, Ready,
                                              Refused, Result, SandboxConfig, StartActor, Stepped, Task, Unusable, WorkerConfig)
 from chatlm.common.messages.requests import (AnswerParams, Delta, DraftCounts, Embedding, Ended, Failed, Message, ModelSource, Piece, PromptProgress, PromptScores,
                                              Request, SamplingParams, TextSpec, ThinkingEnds, TokenLogprob, Usage)
@@ -29,7 +29,7 @@ EXAMPLES = [
     WorkerConfig(Settings(model="a.gguf", served_model_name=("a", "b")), ModelSource("gguf", Path("/m/a.gguf"), "a", "GGUF"), "cpu", 2),
     NewRequest("r", AnswerParams(sampling=SamplingParams(0.1, 5, seed=2**64 - 1, logit_bias=((3, -100.0), (9, 0.5))), logprobs=0,
                                  stop=("\n", "ü\u2028"), stop_token_ids=(1,), grammar="start: x", client="alice")),
-    NewRequest("s", AnswerParams()), NewPrompt("r", 127, tuple(range(3000))), NewPrompt("r", 0, ()),
+    NewRequest("s", AnswerParams()), NewPrompt("r", 127, tuple(range(3000))), NewPrompt("r", 0, (), 1), NewPicture(b"\x00\xff" * 40),
     NewAnswer("r#3", "r", 0, 3, 2**40, (1, 2, 3), 5, 2), Cancel("r#3"), EndThinking("r#3"), EndOfRequest("r"), Ping(), EmptyCache(), CacheEmptied(True),
     LoadAdapter("law#1", "/adapters/law", (("/adapters/law/a", 5, 7),), "00"), DropAdapter("law#1"), AdapterLoaded("law#1", "no such file", 5, "00"), Loading("weights", 0.25),
     ModelText(TEXT), ModelCard(TEXT, "a", 4096, ("one", "two"), {"sample": "numpy"}, True), Ready({"running": 0}), Unusable("no such file"), Crashed("KeyError: 1", "Traceback ..."),

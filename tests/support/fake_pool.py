@@ -61,6 +61,7 @@ class FakePool:
     model_name, created, context_length, tokenizer = "fake-model", 1_700_000_000, 4096, Letters()
     source = None       # where its files are
     own_sampling, continues, ends_thinking, chats = ({}, ""), True, True, True
+    sees = False
     supervisor = SimpleNamespace(card=SimpleNamespace(facts=ModelFacts("llama", "gguf", 134_515_008, "q4_1", 98_000_000, 576, 30), longest=4096))
     adapters = SimpleNamespace(serving={}, gone=set(), nbytes=0)
     dispatcher = SimpleNamespace(wanted=SimpleNamespace(is_set=lambda: True))
@@ -85,11 +86,11 @@ class FakePool:
     async def named_model(self, body, client):
         return json_object(body).get("model") or ""
 
-    async def read_large(self, reader, body, client, owner):
+    async def read_large(self, reader, body, client, owner, pictures=()):
         known = Known(Settings(), self.tokenizer.tool_format, infill=self.tokenizer.infill_tokens)
         return await asyncio.to_thread(lambda: read_answer(reader, json_object(body), known))
 
-    async def answer_text(self, route, body, client):
+    async def answer_text(self, route, body, client, pictures=()):
         return await read_text(route, json_object(body), self.prompts)
 
     async def answer(self, request):

@@ -193,7 +193,7 @@ class StandIn:
 
     def _serve(self, started, port):
         asyncio.set_event_loop(self.loop)
-        app = web.Application(middlewares=[web.middleware(functools.partial(self._admit))])
+        app = web.Application(client_max_size=64 << 20, middlewares=[web.middleware(functools.partial(self._admit))])
         app.on_response_prepare.append(self._set_headers)
         app.router.add_get(f"{self.prefix}/", self._page)
         app.router.add_get(f"{self.prefix}/health", self._health)
@@ -263,6 +263,8 @@ class StandIn:
         body = await request.json()
         self.bodies.append(body)
         question = body["messages"][-1]["content"]
+        if isinstance(question, list):
+            question = " ".join(part.get("text", "") for part in question).strip() or "(image)"
         if refusal := self._refusal(question):
             return refusal
         if body.get("stream") is not True and "v1" in request.path:

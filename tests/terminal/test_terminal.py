@@ -26,9 +26,9 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.messages.requests import PromptProgress
 from chatlm.front.pool import pool as pool_module
 from chatlm.terminal import chat as terminal_chat
-from chatlm.terminal.chat import generate, summary
+from chatlm.terminal.chat import generate, new_request, summary
 from chatlm.terminal.conversation import Conversation, read_chats
-from chatlm.terminal.remote import RemotePool
+from chatlm.terminal.remote import RemotePool, native_body
 from chatlm.terminal.terminal import MarkdownWriter
 from fake_pool import FakePool, Letters, finished
 from page_server import BLOCKS, HOSTILE, MARKDOWN
@@ -629,3 +629,43 @@ def test_file_sends_the_text_of_a_document_and_says_first_what_it_lacks(tmp_path
     err = capsys.readouterr().err
     assert "my report.pdf: 3 pages, 28 characters; incomplete: no text on page 2, which may be pictures" in err
     assert "error: the PDF is encrypted: save it without its password" in err and "none.docx" in err
+
+
+def test_image_sends_a_picture_which_stays_with_the_chat_and_moves_to_the_page(tmp_path, monkeypatch, capsys):
+    image = pytest.importorskip("PIL.Image")
+    from chatlm.front.admission.admission import Admission
+    image.new("RGB", (4, 3), "red").save(tmp_path / "a red.png")
+    (tmp_path / "letter.png").write_text("no picture")
+    monkeypatch.chdir(tmp_path)
+    pool = FakePool()
+    pool.sees = True
+
+    async def decode_picture(data, client):         # in a sandbox, as a pool does
+        admission = Admission(lambda request_id, client: None)
+        try:
+            return await admission.decode_picture(data, client)
+        finally:
+            await admission.close()
+    pool.decode_picture = decode_picture
+    assert chat_with(pool, monkeypatch, ["/image a red.png What is it?", "/save it.json", "/image letter.png", "/image", "/edit Which colour?", "/load it.json", "And now?"]) == 1
+    first, edited, later = ([(m.role, m.parts or m.content) for m in request.messages] for request in pool.requests)
+    assert first == [("user", (0, "What is it?"))] and edited == [("user", (0, "Which colour?"))]
+    assert later[0] == first[0] and later[-1] == ("user", "And now?")
+    (picture,) = pool.requests[-1].messages[0].pictures
+    assert (picture.width, picture.height, picture.pixels[:3]) == (4, 3, b"\xff\0\0") and pool.requests[0].messages[0].more is None
+    (node, *_) = json.loads((tmp_path / "it.json").read_text())["conversations"][0]["nodes"]
+    assert node["pictures"][0]["name"] == "a red.png" and node["pictures"][0]["picture"].startswith("data:image/png;base64,iVBOR")
+    err = capsys.readouterr().err
+    assert "the image is of another format: allowed are PNG, JPEG, WebP, GIF" in err and "the file name is missing" in err
+
+
+def test_image_says_when_the_model_cannot_see_and_a_server_gets_parts(tmp_path, monkeypatch, capsys):
+    (tmp_path / "red.gif").write_bytes(b"GIF89a...")
+    monkeypatch.chdir(tmp_path)
+    pool = FakePool()
+    assert chat_with(pool, monkeypatch, ["/image red.gif What?"]) == 1 and not pool.requests
+    assert "this model cannot see images" in capsys.readouterr().err
+    chat = Conversation()
+    chat.add({"role": "user", "content": "What?", "parent": None, "pictures": [{"name": "x", "picture": "data:image/gif;base64,R0lG"}, {"name": "y"}, 7]})
+    body = native_body(new_request(Settings(), messages=chat.messages()))
+    assert body["messages"] == [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/gif;base64,R0lG"}}, {"type": "text", "text": "What?"}]}]

@@ -50,8 +50,8 @@ def resolve_model(settings: Settings, progress: Progress = no_progress) -> Model
 
 def of_draft_model(settings: Settings) -> Settings:
     """The settings by which --draft-model is found and read: without what describes the model alone."""
-    return replace(settings, model=settings.draft_model, draft_model=None, source=None, model_tag=None,
-                   step=None, softcap=None, lora=(), adapter=(), context_length=None)
+    return replace(settings, model=settings.draft_model, draft_model=None, mmproj=None, source=None,
+                   model_tag=None, step=None, softcap=None, lora=(), adapter=(), context_length=None)
 
 
 def with_draft_model(settings: Settings, progress: Progress = no_progress) -> Settings:

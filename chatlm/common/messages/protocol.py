@@ -36,6 +36,14 @@ class NewRequest:
     params: AnswerParams
 
 
+@wire_message(16 << 20)
+class NewPicture:
+    """Front to worker: a picture of the next NewPrompt; the first one comes first. `of_picture` makes one."""
+
+    RAW = True
+    data: bytes
+
+
 @wire_message(64 << 20)
 class NewPrompt:
     """Front to worker: one of a request's prompts; sent once, before the first answer to it."""
@@ -43,6 +51,7 @@ class NewPrompt:
     id: str  # of the request
     index: int
     ids: tuple[int, ...]
+    pictures: int = 0  # how many it has: they were sent just before
 
 
 @wire_message(64 << 20)
@@ -58,6 +67,7 @@ class NewAnswer:
     scored: int = 0  # prompt tokens whose log-probabilities were already sent
     thinking_ends: int | None = None  # its reasoning ends after this many tokens, see ThinkingEnds
     resumed_sent: bool = True  # was the text of `resumed_ids` sent? Not if its client chose them
+    background: bool = False   # does it take only what interactive answers leave?
 
 
 @wire_message(1 << 20)
@@ -362,7 +372,7 @@ class Begun:
     """Sandbox to front: it has read the task. If it ends from now on, the task is the cause."""
 
 
-@wire_message(64 << 20)
+@wire_message(65 << 20)
 class Body:
     """A raw HTTP body. Front to sandbox: the client's, after the task that reads it; back: the reply."""
 
@@ -389,9 +399,9 @@ class Refused:
 
 SANDBOX_MODELS = 4
 SANDBOX_OUT_OF_MEMORY = 77  # its exit status
-WORKER_PIPE = Pipe(WorkerConfig, NewRequest, NewPrompt, NewAnswer, Cancel, EndThinking, EndOfRequest, Ping,
-                   EmptyCache, CacheEmptied, LoadAdapter, DropAdapter, AdapterLoaded, Loading, ModelText,
-                   ModelCard, Ready, Stepped, Unusable, Crashed)
+WORKER_PIPE = Pipe(WorkerConfig, NewRequest, NewPicture, NewPrompt, NewAnswer, Cancel, EndThinking,
+                   EndOfRequest, Ping, EmptyCache, CacheEmptied, LoadAdapter, DropAdapter, AdapterLoaded,
+                   Loading, ModelText, ModelCard, Ready, Stepped, Unusable, Crashed)
 SURVEY_PIPE = Pipe(SurveyConfig, Surveyed, Loading, Unusable, Crashed)
 HUB_PIPE = Pipe(HubQuestion, HubOffers, HubFetch, HubProgress, HubFetched, Unusable, Crashed)
 SANDBOX_PIPE = Pipe(SandboxConfig, Task, Body, Begun, Result, Refused)

@@ -10,11 +10,36 @@ from typing import Any, NamedTuple
 from chatlm.common.config import CHAT_TEMPERATURE, FLAGS, Settings
 
 
+class Picture(NamedTuple):
+    """A decoded picture: turned as its EXIF says, what is transparent on white."""
+
+    width: int
+    height: int
+    pixels: bytes  # red, green, blue of each, row by row
+    digest: bytes  # 16 bytes over size and pixels, see chatlm/common/vision/pictures.py: `picture`
+
+
 @dataclass(frozen=True)
 class Message:
     role: str  # system, user, assistant or tool (developer is mapped to system by HTTP parsing)
     content: str
     more: Mapping | None = None  # tool_calls, tool_call_id, name, reasoning_content
+    pictures: tuple[Picture, ...] = ()
+    parts: tuple[str | int, ...] = ()  # where they stand: texts, together the content, and indexes of
+                                       # pictures, each once, in order; (): there are none
+
+
+class Vision(NamedTuple):
+    """How a model sees pictures: what the front must know to lay them out and to count their tokens."""
+
+    kind: str      # of LAYOUTS in chatlm/common/vision/layout.py
+    first_id: int  # of the ids that stand for rows of pictures: those from here on are in no vocabulary
+    marker: str    # what the chat template writes for a picture
+    tile: int      # pixels on a side of what the tower reads at once
+    tokens: int    # of a tile
+    longest: int = 0     # a picture's longer side becomes so long before it is cut into tiles
+    splits: bool = True  # is it cut into tiles?
+    most: int = 16       # pictures of a prompt
 
 
 class InfillTokens(NamedTuple):
@@ -70,6 +95,7 @@ class TextSpec:
     infill: InfillTokens = InfillTokens()      # what the file says of them; names say more: `infill_tokens`
     suppressed: frozenset[int] = frozenset()   # ids that are never drawn
     embedder: Embedder | None = None           # None: it gives answers
+    vision: Vision | None = None               # None: it cannot see pictures
 
 
 OWN = {"own": True}  # of a sampling parameter: a model's files may set it
@@ -227,6 +253,7 @@ class Request:
     version: int | None = None     # of the model's files, for which it was read
     infill: Infill | None = None   # of raw completions that fill a gap
     retrieval: Retrieval | None = None  # of texts that are embedded or ranked
+    pictures: tuple[Picture, ...] = ()  # of its messages, as far as the prompt has them; set at admission
 
     def lasting(self) -> Request:
         """Without what is not needed once the prompts are token ids: tools may take 25 times their JSON."""
@@ -276,9 +303,11 @@ class Usage:
     reasoning_tokens: int = 0  # of the completion
     drafted: DraftCounts = DraftCounts()
     accepted: DraftCounts = DraftCounts()  # drafted tokens that were right: steps saved
+    # of the steps of the worker that ended it: of each its share of the tokens; never the same twice
+    compute_s: float = field(default=0.0, compare=False)
 
     def __add__(self, other: Usage) -> Usage:
-        return Usage(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
+        return Usage(*[getattr(self, each.name) + getattr(other, each.name) for each in fields(self)])
 
     @property
     def drafted_tokens(self) -> int:

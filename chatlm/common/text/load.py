@@ -18,11 +18,12 @@ from chatlm.common.messages.requests import Message
 from chatlm.common.text.formats import calls_of, thoughts_of
 from chatlm.common.text.history import (
     nine_character_ids, single_calls, with_generic_tools, with_tool_responses)
+from chatlm.common.text.pictures import ShownPictures, pictures_of
 from chatlm.common.text.tokenizer import (
     NO_OPTIONS, Tokenizer, ToolTokens, compile_chat_template, fill_template)
 
 if TYPE_CHECKING:
-    from chatlm.common.messages.requests import TextSpec
+    from chatlm.common.messages.requests import Picture, TextSpec
 
 
 NANOCHAT_CHAT_TOKENS = (
@@ -190,6 +191,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def know_formats(self):
         """What follows from the chat template and the special tokens."""
         self.mark = f"\ue000{secrets.token_hex(8)}\ue001"
+        self.shown_pictures = ShownPictures(self.spec, self.mark)
         self.has_chat_template = self.templated = bool(self.spec.chat_template)
         self.tool_format, self.native_tools = calls_of(self.spec)
         self.thoughts = thoughts_of(self.spec.chat_template or "")
@@ -224,7 +226,11 @@ class HuggingFaceTokenizer(Tokenizer):
             return [self._mark_specials(value) for value in content]
         if not isinstance(content, str):
             return content
-        return self.special_pattern.sub(lambda match: match[0][0] + self.mark + match[0][1:], content)
+        return self.guarded_pattern.sub(lambda match: match[0][0] + self.mark + match[0][1:], content)
+
+    @cached_property
+    def guarded_pattern(self) -> re.Pattern:
+        return self.shown_pictures.guarded(self.special_pattern)
 
     def _special_text(self, token: int | None) -> str:
         return "" if token is None else self.name_of(token) or ""
@@ -234,6 +240,7 @@ class HuggingFaceTokenizer(Tokenizer):
         if not self.has_chat_template:
             raise RequestError(NO_TEMPLATE, code="no_chat_template")
         try:
+            messages = [self.shown_pictures.signed(message) for message in messages]
             if not self.native_tools:
                 has_system = "ystem role not supported" not in (self.spec.chat_template or "")
                 messages, tools = with_generic_tools(messages, tools, has_system), ()
@@ -244,7 +251,7 @@ class HuggingFaceTokenizer(Tokenizer):
                 last = dialogue[-1]  # cut in its text, or already in its reasoning
                 in_thoughts = not last["content"] and last.get("reasoning_content")
                 last["reasoning_content" if in_thoughts else "content"] += 2 * self.mark
-            dialogue = self.history(dialogue)
+            dialogue = self.shown_pictures.as_parts(self.history(dialogue))
             tools = [{**tool, "function": self.call_format.function(tool["function"])} for tool in tools]
             return {**self._mark_specials(self.thinking_options(options)), "messages": dialogue,
                     "tools": self._mark_specials(tools) or None, "documents": None,
@@ -281,15 +288,19 @@ class HuggingFaceTokenizer(Tokenizer):
         self.call_format.history(dialogue, self.mark)
         return dialogue
 
-    def encode_rendered(self, text: str, options: Mapping = NO_OPTIONS) -> list[int]:
-        """The tokens of a rendered chat template: all, or up to the text of the last message."""
+    def encode_rendered(self, text: str, options: Mapping = NO_OPTIONS,
+                        pictures: Seq[Picture] = ()) -> list[int]:
+        """The tokens of a rendered chat template: all, or up to the text of the last message. pictures: those
+        of its messages."""
         text = self.call_format.mend(text, self.mark)
         if options.get("continue_final_message"):
             text, shown_last, _ = text.rpartition(2 * self.mark)
             if not shown_last:
                 raise RequestError("the model's chat template leaves out the last message, so it cannot be "
                                    "continued", param="continue_final_message")
-        tokens = self.encode_with_specials(text)
+        tokens = list[int]()
+        for part in self.shown_pictures.placed(text, pictures):
+            tokens += part if isinstance(part, list) else self.encode_with_specials(part, not tokens)
         return self.with_bos(tokens) if self.spec.chat_bos else tokens
 
     @cached_property
@@ -299,7 +310,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def render(self, messages: Seq[Message], tools: Seq[dict] = (),
                options: Mapping = NO_OPTIONS) -> list[int]:
         arguments = self.template_arguments(messages, tools, options)
-        return self.encode_rendered(fill_template(self.template, arguments), options)
+        return self.encode_rendered(fill_template(self.template, arguments), options, pictures_of(messages))
 
     def name_of(self, token: int) -> str | None:
         """The token as it is written in the file."""

@@ -76,16 +76,16 @@ class Tokenizer:
         """The bytes a token adds to the text; b"" for special or unknown ids. Cached as `token_bytes`."""
         raise NotImplementedError
 
-    def encode_with_specials(self, text: str) -> list[int]:
+    def encode_with_specials(self, text: str, begins: bool = True) -> list[int]:
         """Encode text in which the names of special tokens mean the tokens."""
         tokens, end = [], 0
         for special in self.special_pattern.finditer(text):
             before, after = self.swallows.get(special[0], (False, False))
             part = text[end:special.start()]
-            tokens += self.encode(part.rstrip(WHITE_SPACE) if before else part, not end)
+            tokens += self.encode(part.rstrip(WHITE_SPACE) if before else part, begins and not end)
             tokens.append(self.specials[special[0]])
             end = WHITE_SPACES.match(text, special.end()).end() if after else special.end()  # pyright: ignore[reportOptionalMemberAccess]  any text matches
-        return tokens + self.encode(text[end:], not end)
+        return tokens + self.encode(text[end:], begins and not end)
 
     @cached_property
     def special_pattern(self) -> re.Pattern:

@@ -27,18 +27,19 @@ from chatlm.common.lanes import Lanes
 from chatlm.common.log import log
 from chatlm.common.memory import trim_heap
 from chatlm.common.messages.protocol import (
-    SANDBOX_MODELS, SANDBOX_OUT_OF_MEMORY, SANDBOX_PIPE, Begun, Body, Known, ParsedBody, Refused, Result,
-    SandboxConfig, Task)
+    SANDBOX_MODELS, SANDBOX_OUT_OF_MEMORY, SANDBOX_PIPE, Begun, Body, Known, NewPicture, ParsedBody,
+    Refused, Result, SandboxConfig, Task)
 from chatlm.common.messages.requests import Message, TextSpec
 from chatlm.common.messages.wire import HEADER, BadMessage, object_restorer, unpacked
 from chatlm.common.processes.start import PROCESS_COMMAND, exit_in_words, patient, start_child
 from chatlm.common.text.formats import calls_of
 from chatlm.common.text.load import open_tokenizer
+from chatlm.common.vision.pictures import picture_of
 from chatlm.front.admission.prompts import PromptMaker, run_in_thread_if_long
 
 if TYPE_CHECKING:
     from chatlm.common.messages.protocol import ModelCard
-    from chatlm.common.messages.requests import AnswerParams, Request
+    from chatlm.common.messages.requests import AnswerParams, Picture, Request
     from chatlm.common.messages.wire import Pipe
     from chatlm.common.text.tokenizer import Tokenizer
 
@@ -219,6 +220,7 @@ class Desk:
     def __init__(self):
         self.sandboxes = {name: Sandbox(PROCESS_COMMAND) for name in ("templates", "schemas", "bodies")}
         self.sandboxes["documents"] = Sandbox(PROCESS_COMMAND, single_use=True)
+        self.sandboxes["pictures"] = Sandbox(PROCESS_COMMAND)    # sees nothing but pictures
         self.preparing: dict[str, str] = {}      # request being read or rendered -> its client
         self.valid_grammars: OrderedDict[tuple[str, str], None] = OrderedDict()  # (owner, source)
         self.numbers = itertools.count(1)        # of models
@@ -235,10 +237,11 @@ class Admission:
     TEMPLATE_S = 0.5      # processor seconds for filling in a chat template,
     SCHEMA_S = 1.0        # for checking a JSON schema,
     BODY_S = 5.0          # for reading a large body
-    DOCUMENT_S = 12.0     # and for the text of a document
+    DOCUMENT_S = 12.0     # for the text of a document
+    PICTURE_S = 6.0       # and for decoding a picture
     VALID_GRAMMARS = 256  # remember this many valid grammars, to check none of them twice
 
-    def __init__(self, check_capacity: Callable[[str, str], None], shared: Desk | None = None):
+    def __init__(self, check_capacity: Callable[[str, str, bool], None], shared: Desk | None = None):
         """shared: the desk that a server's models share, if it has several."""
         desk = shared or Desk()
         self.check_capacity, self.number = check_capacity, next(desk.numbers)
@@ -247,7 +250,8 @@ class Admission:
         self.sandboxes: dict[str, Sandbox | SharedSandbox] = {
             name: SharedSandbox(sandbox) if shared else sandbox for name, sandbox in desk.sandboxes.items()}
         self.preparing, self.valid_grammars = desk.preparing, desk.valid_grammars
-        self._configure("documents", Known(Settings(), None), TextSpec("", b""))  # whatever the model
+        for name in ("documents", "pictures"):
+            self._configure(name, Known(Settings(), None), TextSpec("", b""))  # whatever the model
 
     async def expect(self, text: TextSpec, settings: Settings):
         """Get ready for a card to come, which will have this text. Errors as in `open`."""
@@ -288,7 +292,8 @@ class Admission:
         cpu_s, memory, nice = {"templates": (self.TEMPLATE_S, 256 << 20, 0),
                                "schemas": (self.SCHEMA_S, 256 << 20, 10),
                                "bodies": (self.BODY_S, 1 << 30, 5),
-                               "documents": (self.DOCUMENT_S, 1 << 30, 10)}[name]
+                               "documents": (self.DOCUMENT_S, 1 << 30, 10),
+                               "pictures": (self.PICTURE_S, 1 << 30, 5)}[name]
         self.sandboxes[name].config = SandboxConfig(known, text, context_length, cpu_s, memory, nice,
                                                     self.number, scored_length)
 
@@ -300,13 +305,13 @@ class Admission:
                 client, "fill_template", arguments))
 
     @contextmanager
-    def _prepare(self, client: str, request_id: str = "") -> Iterator[None]:
+    def _prepare(self, client: str, request_id: str = "", low: bool = False) -> Iterator[None]:
         """Reserve room for a request while it is read and rendered: it counts as waiting. Overloaded while
         there is no tokenizer, and so no `prompts`.
 
         The id in a large body is not known yet, so another request may take it."""
         request_id = request_id or secrets.token_hex(16)
-        self.check_capacity(request_id, client)
+        self.check_capacity(request_id, client, low)
         self.preparing[request_id] = client
         try:
             yield
@@ -314,7 +319,7 @@ class Admission:
             del self.preparing[request_id]
 
     async def admit(self, request: Request) -> Request:
-        with self._prepare(request.client, request.id):
+        with self._prepare(request.client, request.id, request.low_priority):
             await self._check_grammar(request.params, request.client, request.params.owner)
             return await self.prompts.admit(request)  # pyright: ignore[reportOptionalMemberAccess]  as _prepare says
 
@@ -329,26 +334,34 @@ class Admission:
         while len(self.valid_grammars) > self.VALID_GRAMMARS:
             self.valid_grammars.popitem(last=False)
 
-    async def read_large(self, reader: str, body: bytes | bytearray, client: str, owner: str) -> ParsedBody:
-        """Read a large body of a route that answers, and check its grammar."""
-        [parsed] = await self._read(client, owner, body, "read_body", reader)
+    async def read_large(self, reader: str, body: bytes | bytearray, client: str, owner: str,
+                         pictures: Seq[Picture] = ()) -> ParsedBody:
+        """Read a large body of a route that answers, and check its grammar. pictures: what was lifted out."""
+        [parsed] = await self._read(client, owner, body, "read_body", reader, listed(pictures))
         return parsed
 
-    async def read_line(self, number: int, line: bytes, client: str, owner: str) -> ParsedBody:
+    async def read_line(self, number: int, line: bytes, client: str, owner: str,
+                        pictures: Seq[Picture] = ()) -> ParsedBody:
         """Read the body in a large line of a batch."""
-        [parsed] = await self._read(client, owner, line, "read_line", number)
+        [parsed] = await self._read(client, owner, line, "read_line", number, listed(pictures))
         return parsed
-
-    async def check_line(self, number: int, line: bytes, client: str) -> Seq[str]:
-        """custom_id, url and model of a large line of a batch. RequestError if it is bad."""
-        with self._prepare(client):
-            found: Any = await self.sandboxes["bodies"].perform(client, "check_line", number, body=line)
-            return found
 
     async def read_variants(self, body: bytes | bytearray, client: str, owner: str, indices: Seq[int],
-                            seed: int) -> list[ParsedBody]:
+                            seed: int, pictures: Seq[Picture] = ()) -> list[ParsedBody]:
         """Read the questions of some of the answers from a large body of /v1/compare."""
-        return await self._read(client, owner, body, "read_variants", list(indices), seed)
+        return await self._read(client, owner, body, "read_variants", list(indices), seed,
+                                listed(pictures))
+
+    async def told(self, task: str, client: str, body: bytes | bytearray, *arguments) -> Any:
+        """What a task of chatlm/front/api/body_tasks.py finds in a large body: chained, check_line and
+        lift_pictures are such."""
+        with self._prepare(client):
+            return await self.sandboxes["bodies"].perform(client, task, *arguments, body=body)
+
+    async def decode_picture(self, data: bytes, client: str) -> Picture:
+        """The picture in a file. RequestError for one that cannot be read."""
+        pixels: Any = await self.sandboxes["pictures"].perform(client, "decode_picture", body=data)
+        return picture_of(NewPicture(pixels))
 
     async def _read(self, client: str, owner: str, body: bytes | bytearray, task: str,
                     *arguments) -> list[ParsedBody]:
@@ -361,9 +374,11 @@ class Admission:
                 await self._check_grammar(parsed.request.params, client, owner)
             return read
 
-    async def answer_text(self, route: str, body: bytes | bytearray, client: str) -> bytes:
+    async def answer_text(self, route: str, body: bytes | bytearray, client: str,
+                          pictures: Seq[Picture] = ()) -> bytes:
         with self._prepare(client):
-            text: Any = await self.sandboxes["bodies"].perform(client, "answer_text", route, body=body)
+            text: Any = await self.sandboxes["bodies"].perform(
+                client, "answer_text", route, listed(pictures), body=body)
             return text
 
     async def named_model(self, body: bytes | bytearray, client: str) -> str:
@@ -372,12 +387,6 @@ class Admission:
             name: Any = await self.sandboxes["bodies"].perform(client, "named_model", body=body)
             return name
 
-    async def chained(self, body: bytes | bytearray, client: str) -> Seq[str]:
-        """What a large body of /v1/responses continues, see `chatlm.front.api.conversation.chained_of`."""
-        with self._prepare(client):
-            found: Any = await self.sandboxes["bodies"].perform(client, "chained", body=body)
-            return found
-
     async def extract(self, client: str, name: str, boundary: str, body: bytes | bytearray) -> Seq:
         """(text, pages, cut) of a document, as in `chatlm.front.api.documents.Extracted`. boundary: of the
         form that the body is; "": the body is the file."""
@@ -385,6 +394,11 @@ class Admission:
 
     async def close(self):
         await asyncio.gather(*(sandbox.close() for sandbox in self.sandboxes.values()))
+
+
+def listed(pictures: Seq[Picture]) -> list:
+    """All of pictures but their pixels, for a sandbox."""
+    return [[each.width, each.height, base64.b64encode(each.digest).decode()] for each in pictures]
 
 
 def packed_body(parsed: ParsedBody, prompt_ids: Seq[Seq[int]]) -> list:
@@ -398,9 +412,11 @@ def packed_body(parsed: ParsedBody, prompt_ids: Seq[Seq[int]]) -> list:
 
 
 def unpacked_body(values: Seq, vocab_size: int) -> ParsedBody:
-    """What packed_body packed. Equal ids are one object, so that each takes 8 bytes. Made piece by piece:
-    other threads get no turn within one call of C."""
-    parsed, object_of, prompts = object_restorer(ParsedBody)(values[0]), integers(vocab_size).__getitem__, []
+    """What packed_body packed. Equal ids are one object, so that each takes 8 bytes; where there are
+    pictures, whose rows have ids beyond the vocabulary, each is its own. Made piece by piece: other threads
+    get no turn within one call of C."""
+    parsed, prompts = object_restorer(ParsedBody)(values[0]), []
+    object_of = int if parsed.request.pictures else integers(vocab_size).__getitem__
     for data in map(base64.b64decode, values[1]):
         prompts.append(prompt := [])
         for begin in range(0, len(data), WRITE_BYTES):

@@ -13,13 +13,14 @@ from typing import Any, TYPE_CHECKING
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError, invalid
 from chatlm.common.memory import trim_heap
+from chatlm.common.text.pictures import pictures_of
 from chatlm.common.text.reader import answer_reader
 from chatlm.common.text.tokenizer import NO_OPTIONS, fill_template
 from chatlm.front.admission.infill import InfillMaker, infill_size
 from chatlm.front.admission.retrieval import RetrievalMaker, check_count, check_task, task_of
 
 if TYPE_CHECKING:
-    from chatlm.common.messages.requests import Message, Request
+    from chatlm.common.messages.requests import Message, Picture, Request, Vision
     from chatlm.common.text.tokenizer import Tokenizer
 
 
@@ -48,6 +49,7 @@ class PromptMaker:
     async def admit(self, request: Request, rendered: dict | None = None) -> Request:
         """rendered: shared by requests of the same conversation, what was already rendered of it."""
         check_task(self.tokenizer.spec.embedder, task_of(request.params.pooling))
+        pictures: tuple[Picture, ...] = ()
         if request.infill:
             fill = partial(self.infills.prompts, request, request.infill)
             prompts, dropped = await self.run(fill, infill_size(request.prompts, request.infill))
@@ -55,14 +57,17 @@ class PromptMaker:
             encode = partial(self._encode_prompts, request)
             prompts, dropped = await self.run(encode, sum(map(len, request.prompts))), 0
         else:
-            prompts, dropped = await self._cut_to_fit(
+            prompts, dropped, pictures = await self._cut_to_fit(
                 request, request.messages, {} if rendered is None else rendered)
+        if pictures and request.params.prompt_logprobs is not None:
+            raise invalid("prompt_logprobs", "prompt_logprobs: rows of images have none")
         if request.params.thinking_budget == 0:
             prompts = tuple(self._without_thinking(ids, request) for ids in prompts)
         if request.params.pooling not in ("", "rank"):
             check_count(sum(map(len, prompts)), request.source)
         for ids in prompts:
-            checked_ids(ids, self.tokenizer, request.source)
+            if not pictures:  # rows of these have ids in no vocabulary
+                checked_ids(ids, self.tokenizer, request.source)
             self.answer_length(request, ids)
         checked_ids(request.params.stop_token_ids, self.tokenizer, "stop_token_ids")
         checked_ids(request.params.logprob_ids, self.tokenizer, "logprob_token_ids")
@@ -72,7 +77,7 @@ class PromptMaker:
                 raise invalid(name, f"{name} is {first:,}, but the prompt has {len(ids):,} tokens")
         checked_ids([token for token, _ in request.params.sampling.logit_bias], self.tokenizer, "logit_bias")
         self._check_prefix(request)
-        return replace(request.lasting(), prompt_ids=prompts,
+        return replace(request.lasting(), prompt_ids=prompts, pictures=pictures,
                        dropped_messages=request.dropped_messages + dropped)
 
     def _check_prefix(self, request: Request):
@@ -101,7 +106,8 @@ class PromptMaker:
     async def render(self, messages: Seq[Message], tools: Seq[dict], client: str,
                      options: Mapping = NO_OPTIONS) -> tuple[int, ...]:
         tokenizer, texts = self.tokenizer, [message.content for message in messages]
-        size = sum(map(len, texts)) + 50 * len(texts)
+        size, pictures = sum(map(len, texts)) + 50 * len(texts), pictures_of(messages)
+        check_pictures(tokenizer.spec.vision, len(pictures))
         await self.run(lambda: self._start_of("".join(texts), "messages"), size)
         if not tokenizer.templated:
             render = partial(tokenizer.render, messages, tools=tools, options=options)
@@ -110,27 +116,27 @@ class PromptMaker:
 
         def encode() -> list[int]:
             self._start_of(text, "messages")
-            return tokenizer.encode_rendered(text, options)
+            return tokenizer.encode_rendered(text, options, pictures)
 
         return tuple(await self.run(encode, len(text)))
 
     async def _cut_to_fit(self, request: Request, messages: Seq[Message],
-                          rendered: dict) -> tuple[tuple[tuple[int, ...], ...], int]:
-        """The prompt of a conversation, and how many messages `truncate` dropped to make it fit: as few of
-        the oldest turns as possible, never a system message or the last turn. rendered: turns dropped ->
-        the prompt without them, and how many messages these are."""
+                          rendered: dict) -> tuple[tuple[tuple[int, ...]], int, tuple[Picture, ...]]:
+        """The prompt of a conversation, how many messages `truncate` dropped to make it fit (as few of the
+        oldest turns as possible, never a system message or the last turn), and the pictures of the others.
+        rendered: turns dropped -> the prompt without them, how many messages these are, the pictures."""
         if len(messages) > self.context_length:  # refused unrendered: each is at least one token
             raise RequestError(f"the conversation has {len(messages):,} messages, but the context holds "
                                f"{self.context_length:,} tokens",
                                code="context_length_exceeded", param="messages")
         starts = turn_starts([message.role for message in messages])
 
-        async def without(turns: int) -> tuple[tuple[int, ...], int]:
+        async def without(turns: int) -> tuple[tuple[int, ...], int, tuple[Picture, ...]]:
             if turns not in rendered:
                 kept = [message for index, message in enumerate(messages)
                         if message.role == "system" or index >= starts[turns]]
                 ids = await self.render(kept, request.tools, request.client, request.template_options)
-                rendered[turns] = ids, len(messages) - len(kept)
+                rendered[turns] = ids, len(messages) - len(kept), pictures_of(kept)
             return rendered[turns]
 
         async def fits(turns: int) -> bool:  # with room for max_tokens, or for a quarter of the context
@@ -149,8 +155,8 @@ class PromptMaker:
         while low < high:
             middle = (low + high) // 2
             low, high = (low, middle) if await fits(middle) else (middle + 1, high)
-        ids, dropped = await without(low)
-        return (ids,), dropped
+        ids, dropped, pictures = await without(low)
+        return (ids,), dropped, pictures
 
     def _longest(self, request: Request) -> int:
         """The most tokens of a request's prompt, and of its answer if it has one."""
@@ -196,6 +202,15 @@ class PromptMaker:
             raise invalid("prefix_token_ids", f"prefix_token_ids has {given:,} tokens, but the answer may "
                                               f"have {most:,} in all")
         return most
+
+
+def check_pictures(vision: Vision | None, count: int):
+    """RequestError if a conversation has more pictures than the model sees."""
+    if count and vision is None:
+        raise RequestError("this model cannot see images", param="messages")
+    if vision and count > vision.most:
+        raise RequestError(f"the conversation has {count} images; {vision.most} are the most allowed",
+                           param="messages")
 
 
 def turn_starts(roles: Seq[str]) -> list[int]:

@@ -15,6 +15,7 @@ from chatlm.common.jsontext import is_text, whole_unicode
 from chatlm.common.messages.requests import Message
 from chatlm.front.admission.prompts import turn_starts
 from chatlm.front.api.fields import A_FUNCTION, Field, list_schema, matches, no_tools, within_limit
+from chatlm.front.api.picture_parts import picture_in
 from chatlm.front.api.field_types import NATIVE_ROLES, OPENAI_ROLES, SWITCH, TEXT, TEXT_PARTS
 from chatlm.front.api.tables import TEMPLATE_OPTIONS
 
@@ -76,10 +77,13 @@ def native_messages(messages: list, truncate: bool = False) -> tuple[tuple[Messa
     kept = newest_turns(sent) if truncate else sent
     within_limit("messages", len(kept), LIMITS.messages, "messages")
     for name, role, fields in kept:
-        content = Field(f"{name}.content", TEXT, "").read(fields.get("content"))
+        if not isinstance(content := fields.get("content"), list):
+            content = Field(f"{name}.content", TEXT, "").read(content)
+        message = message_of(role, content, earlier_reasoning(role, fields, name), f"{name}.content")
         if role != "assistant":
-            within_limit(f"characters in {name}", len(content), LIMITS.message_characters, f"{name}.content")
-        parsed.append(Message(role, content, earlier_reasoning(role, fields, name) or None))
+            within_limit(f"characters in {name}", len(message.content), LIMITS.message_characters,
+                         f"{name}.content")
+        parsed.append(message)
     size = sum(len(message.content) + sum(map(len, (message.more or {}).values())) for message in parsed)
     within_limit("characters in all messages", size, LIMITS.total_characters, "messages")
     return tuple(parsed), len(sent) - len(kept)
@@ -123,9 +127,8 @@ def chat_messages(sent: Iterable[SentMessage], with_tools: bool) -> tuple[Messag
         if calls:
             more["tool_calls"] = earlier_calls(calls, f"{name}.tool_calls")
         more |= earlier_reasoning(role, fields, name)
-        content = content_text(fields.get("content"), f"{name}.content")
-        parsed.append(Message({"developer": "system", "function": "tool"}.get(role, role), content,
-                              more or None))
+        role = {"developer": "system", "function": "tool"}.get(role, role)
+        parsed.append(message_of(role, fields.get("content"), more, f"{name}.content"))
     return tuple(parsed)
 
 
@@ -229,7 +232,7 @@ def anthropic_messages(values: Mapping) -> Iterator[SentMessage]:
                  for _, block in blocks["tool_use"]]
         thoughts = "".join(content_text(block.get("thinking"), block_name)
                            for block_name, block in blocks["thinking"])
-        texts = [{"type": "text", "text": part_text(block, block_name)}
+        texts = [block if picture_in(block) else {"type": "text", "text": part_text(block, block_name)}
                  for block_name, block in blocks["text"]]
         if texts or calls or thoughts or not blocks["tool_result"]:
             yield SentMessage(name, role, {"content": texts, **({"tool_calls": calls} if calls else {}),
@@ -252,6 +255,19 @@ def earlier_calls(calls, name: str) -> list[dict]:
     return read
 
 
+def message_of(role: str, content, more: Mapping, name: str) -> Message:
+    """A message whose content is a string, null, or a list of texts and pictures."""
+    pictures = [*map(picture_in, content)] if isinstance(content, list) else []
+    if not any(pictures):
+        return Message(role, content_text(content, name), more or None)
+    shown, parts = [], list[str | int]()
+    for index, (part, picture) in enumerate(zip(content, pictures)):
+        parts.append(part_text(part, f"{name}[{index}]") if picture is None else len(shown))
+        shown += [picture] if picture else []
+    text = "".join(part for part in parts if isinstance(part, str))
+    return Message(role, text, more or None, tuple(shown), tuple(parts))
+
+
 def content_text(content, name: str) -> str:
     """One string from a string, null or a list of text parts."""
     if isinstance(content, list):
@@ -264,8 +280,7 @@ def content_text(content, name: str) -> str:
 def part_text(part, name: str) -> str:
     part_type = part.get("type") if isinstance(part, dict) else None
     if part_type not in TEXT_PARTS:
-        raise RequestError(f"{name} must be a text part, not {shown(part_type or part)}: "
-                           "this model reads text only",
+        raise RequestError(f"{name} must be a text or an image, not {shown(part_type or part)}",
                            code="unsupported_content", param=name)
     text = part.get("refusal" if part_type == "refusal" else "text")
     if text is not None and not is_text(text):

@@ -95,6 +95,11 @@ def one_constraint(values: Mapping) -> tuple[str, str]:
 
 
 TEXT_PARTS = ["text", "input_text", "output_text", "refusal", "reasoning_text", "summary_text"]
+A_PICTURE = {
+    "description": "an image: image_url or input_image with a data URI, image with base64",
+    **object_schema(["type"], type={"enum": ["image_url", "input_image", "image"]},
+                    image_url={"anyOf": [A_TEXT, object_schema(["url"], url=A_TEXT)]},
+                    source=object_schema(["type", "data"], type={"enum": ["base64"]}, data=A_TEXT))}
 A_PART = object_schema(["type"], type={"enum": TEXT_PARTS}, text=TEXT_OR_NULL, refusal=TEXT_OR_NULL)
 NATIVE_ROLES = ["system", "user", "assistant"]
 OPENAI_ROLES = ["system", "developer", "user", "assistant"]  # plus tool, if the model's template has tools
@@ -189,10 +194,11 @@ OLLAMA_FORMAT = FieldType('"json" or a JSON schema', {"anyOf": [{"enum": ["", "j
                               {"type": "object"} if is_text(value) else value, "format"), "format"))
 SYSTEM = FieldType("a text or a list of text blocks", {"anyOf": [A_TEXT, list_schema({"type": "object"})]})
 NATIVE_MESSAGES = LIST._replace(details=list_schema(
-    object_schema(["role", "content"], role={"enum": NATIVE_ROLES}, content=A_TEXT), minItems=1))
+    object_schema(["role", "content"], role={"enum": NATIVE_ROLES}, content={
+        "anyOf": [A_TEXT, list_schema({"anyOf": [A_PART, A_PICTURE]})]}), minItems=1))
 OPENAI_MESSAGES = LIST._replace(details=list_schema(
     object_schema(["role"], role={"enum": [*OPENAI_ROLES, "tool", "function"]},
-                  content={"anyOf": [TEXT_OR_NULL, list_schema(A_PART)]}),
+                  content={"anyOf": [TEXT_OR_NULL, list_schema({"anyOf": [A_PART, A_PICTURE]})]}),
     minItems=1))
 
 

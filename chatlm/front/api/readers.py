@@ -19,8 +19,8 @@ from chatlm.common.text.formats import CALL_FORMATS
 from chatlm.common.text.grammar import unusable_schema
 from chatlm.front.api.call_grammars import call_grammar, parameter_types, tool_grammar
 from chatlm.front.api.conversation import (
-    SentMessage, anthropic_messages, chat_messages, joined_turns, native_messages, openai_messages, part_text,
-    response_messages, sent_messages, template_options)
+    SentMessage, anthropic_messages, chat_messages, joined_turns, message_of, native_messages,
+    openai_messages, response_messages, sent_messages, template_options)
 from chatlm.front.api.fields import (
     ToolChoice, allowed_tools, functions_among, header_words, known_tools, no_tools, parse_fields,
     within_limit)
@@ -307,11 +307,15 @@ def read_ollama_chat(body: dict, known: Known) -> ParsedBody:
 def ollama_message(message: SentMessage) -> SentMessage:
     """A message of Ollama's as one of Chat Completions."""
     fields = message.fields
-    if fields.get("images"):
-        part_text({"type": "images"}, f"{message.name}.images")  # refuses it
     return message._replace(fields={
         "name": fields.get("tool_name"), "reasoning_content": fields.get("thinking"),
-        "content": fields.get("content"), "tool_calls": fields.get("tool_calls")})
+        "content": with_images(fields.get("content"), fields.get("images")),
+        "tool_calls": fields.get("tool_calls")})
+
+
+def with_images(content, images):
+    """A content of Ollama's as parts, if it has images: these come first."""
+    return [*images, {"type": "text", "text": content or ""}] if images else content
 
 
 def read_ollama_generate(body: dict, known: Known) -> ParsedBody:
@@ -323,7 +327,8 @@ def read_ollama_generate(body: dict, known: Known) -> ParsedBody:
     if prompt and (values.get("raw", False) or not known.chats):
         return ollama_body("ollama generate", values, known, prompts=(prompt,))
     system = (Message("system", values["system"]),) if "system" in values else ()
-    messages = (*system, Message("user", prompt)) if prompt else ()
+    question = message_of("user", with_images(prompt, values.get("images")), {}, "images")
+    messages = (*system, question) if prompt or question.pictures else ()
     return ollama_body("ollama generate", values, known, messages=messages)
 
 

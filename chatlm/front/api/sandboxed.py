@@ -20,7 +20,8 @@ from chatlm.common.text.tokenizer import compile_chat_template, fill_template
 
 TASKS_OF_BODIES = {"named_model": "bodies", "read_body": "bodies", "read_variants": "bodies",
                    "chained": "bodies", "check_line": "bodies", "read_line": "bodies",
-                   "answer_text": "bodies", "extract": "documents"}  # what of Tasks has them
+                   "answer_text": "bodies", "lift_pictures": "bodies", "extract": "documents",
+                   "decode_picture": "pictures"}  # what of Tasks has them
 PREPARE_S = 5.0  # processor seconds a sandbox may take to compile a template or open a tokenizer
 
 
@@ -47,6 +48,11 @@ class Tasks:
     def documents(self):
         from chatlm.front.api.documents import DocumentTasks
         return DocumentTasks(self.config.cpu_s)
+
+    @cached_property
+    def pictures(self):
+        from chatlm.front.api.pictures import PictureTasks
+        return PictureTasks()
 
     def prepare(self, name: str):
         """Do once what no task should pay for: jinja computes a template's constants when it compiles it."""

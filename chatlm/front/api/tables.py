@@ -265,7 +265,7 @@ OLLAMA_GENERATE_FIELDS = (
     Field("prompt", TEXT, "a question; without any, an empty answer"),
     Field("system", TEXT, "the system message"), Field("raw", SWITCH, "the prompt is a text to continue"),
     Field("suffix", TEXT, "the text after the answer, which then fills the gap between prompt and suffix"),
-    Field("images", FieldType("left out: this model reads text only", {"enum": [None, []]}), "refused"),
+    Field("images", LIST, "picture files in base64, which come before the prompt"),
     *OLLAMA_FIELDS)
 DIMENSIONS = Field("dimensions", INTEGER, "numbers of each vector, where the model was trained for fewer", 1,
                    math.inf)

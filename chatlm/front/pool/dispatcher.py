@@ -11,6 +11,7 @@ import types
 from collections import Counter, deque
 from collections.abc import (
     AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence as Seq)
+from functools import partial
 from typing import TYPE_CHECKING
 
 from chatlm.common.config import LIMITS
@@ -20,7 +21,7 @@ from chatlm.common.log import log
 from chatlm.common.messages.protocol import Cancel
 from chatlm.common.messages.requests import (
     Accepted, Ended, Event, Failed, Finished, Piece, PromptProgress, PromptScores, Request)
-from chatlm.front.pool.worker import RECENT_S, Job, Worker, batch_of
+from chatlm.front.pool.worker import RECENT_S, Job, Worker, batch_of, cost_of, share_device
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -30,7 +31,9 @@ if TYPE_CHECKING:
 class WaitingQueue:
     """Jobs that wait for a row. Jobs whose worker died come first; then those of the client with the fewest
     rows, with clients that have equally many taking turns; then in the same order texts to embed or to rank,
-    and low-priority jobs last."""
+    and jobs in the background last, among which the order is the same."""
+
+    BACKGROUND = 3  # the first rank of jobs with low priority
 
     def __init__(self):
         self.lanes = Lanes()
@@ -44,9 +47,10 @@ class WaitingQueue:
 
     @staticmethod
     def _lane_of(job: Job) -> tuple[int, str]:
-        """A job's rank and client; jobs whose worker died share one lane."""
-        rank = 3 if job.request.low_priority else 2 if job.request.params.pooling else 1
-        return (0, "") if job.failovers else (rank, job.request.client)
+        """A job's rank and client; jobs whose worker died share one lane, or two."""
+        rank = 4 if job.request.low_priority else 2 if job.request.params.pooling else 1
+        died = WaitingQueue.BACKGROUND if job.request.low_priority else 0
+        return (died, "") if job.failovers else (rank, job.request.client)
 
     def append(self, job: Job):
         self.lanes.append(self._lane_of(job), job)
@@ -54,9 +58,11 @@ class WaitingQueue:
     def append_first(self, job: Job):
         self.lanes.append_first(self._lane_of(job), job)
 
-    def first(self, rows: Mapping[str, int] = types.MappingProxyType({})) -> Job | None:
+    def first(self, rows: Mapping[tuple[bool, str], int] = types.MappingProxyType({})) -> Job | None:
+        """rows: how many each client has, in the background (True) and before it."""
         lanes = self.lanes.by_client
-        lane = min(lanes, key=lambda lane: (lane[0], rows.get(lane[1], 0)), default=None)
+        lane = min(lanes, key=lambda lane: (lane[0], rows.get((lane[0] >= self.BACKGROUND, lane[1]), 0)),
+                   default=None)
         return lanes[lane][0] if lane else None
 
     def take(self, job: Job):
@@ -70,11 +76,13 @@ class WaitingQueue:
 TEXTS = 16  # of a request that waits count as one answer for --max-queue
 
 
-def waiting_of(models: Iterable[Dispatcher]) -> Counter[str]:
+def waiting_of(models: Iterable[Dispatcher], low: bool = True) -> Counter[str]:
     """What each client has waiting: answers and, since a request may have 2,048 texts, TEXTS of these as
-    one."""
+    one. low: with jobs in the background, which keep no others out."""
     waiting, texts = Counter(), Counter()
     for job in (job for model in models for job in model.pending):
+        if job.request.low_priority and not low:
+            break  # they come last
         if job.request.params.pooling:
             texts[job.request.id, job.request.client] += 1
         else:
@@ -82,6 +90,12 @@ def waiting_of(models: Iterable[Dispatcher]) -> Counter[str]:
     for (_, client), count in texts.items():
         waiting[client] += -(-count // TEXTS)
     return waiting
+
+
+def rows_of(workers: Iterable[Worker]) -> Counter[tuple[bool, str]]:
+    """How many rows each client has on these workers, in the background and before it."""
+    return Counter((job.request.low_priority, job.request.client)
+                   for worker in workers for job in worker.jobs.values())
 
 
 class Dispatcher:
@@ -95,6 +109,7 @@ class Dispatcher:
     POSITION_S = 0.25   # seconds between updates of a waiting client's position in the queue
     TURN_S = 0.005      # how long one request's events are handled before others get their turn
     PREFIXES = 10_000   # remembered for each worker
+    STAY_S = 1.0        # that a job in the background stays at least with a worker that others use
 
     def __init__(self, settings: Settings, workers: Seq[Worker], all_models: list[Dispatcher] | None = None):
         """all_models: the dispatchers of a server's models, to which this one is added; they share limits
@@ -197,12 +212,15 @@ class Dispatcher:
     def running(self) -> bool:
         return any(worker.jobs for worker in self.workers)
 
-    def check_capacity(self, request_id: str, client: str, preparing: Mapping[str, str]):
+    def check_capacity(self, request_id: str, client: str, preparing: Mapping[str, str], low: bool = False):
         """Raise Overloaded if the queue is full or the client has reached its limit, RequestError if the id
-        is in use. preparing: id -> client of the requests being read, which count as waiting."""
-        waiting = sum(waiting_of(self.all_models).values()) + len(preparing)
-        free_rows = sum(batch_of(worker) - len(worker.jobs) for worker in self._free_workers())
-        if waiting >= self.settings.max_queue + free_rows and not self._may_exceed_queue(client, preparing):
+        is in use. preparing: id -> client of the requests being read, which count as waiting. low: is it for
+        the background, which keeps no other request out of the queue?"""
+        waiting = sum(waiting_of(self.all_models, low).values()) + len(preparing)
+        free_rows = sum(max(batch_of(worker) - (len(worker.jobs) if low else worker.interactive), 0)
+                        for worker in self.workers if worker.takes_jobs)
+        if waiting >= self.settings.max_queue + free_rows and not self._may_exceed_queue(
+                client, preparing, low):
             raise Overloaded(f"{waiting} requests are already waiting (--max-queue)",
                              retry_after_s=5, status=429)
         if (limit := self.settings.max_concurrent_per_key) and limit <= len(
@@ -215,66 +233,75 @@ class Dispatcher:
             raise RequestError(f"a request with the id {request_id!r} is already running",
                                status=409, code="duplicate_id")
 
-    def _may_exceed_queue(self, client: str, preparing: Mapping[str, str]) -> bool:
+    def _may_exceed_queue(self, client: str, preparing: Mapping[str, str], low: bool) -> bool:
         """May a client's request wait although the queue is full? Yes, while the client itself has less than
         a quarter of the limit waiting, so that another client's backlog cannot keep it out. The queue never
         exceeds twice its limit."""
-        waiting, limit = waiting_of(self.all_models), self.settings.max_queue
+        waiting, limit = waiting_of(self.all_models, low), self.settings.max_queue
         mine = waiting[client] + list(preparing.values()).count(client)
         return mine < limit // 4 and sum(waiting.values()) + len(preparing) < 2 * limit
 
     def dispatch(self):
         """Assign waiting jobs to workers with a free row, or with one that another client can spare."""
         while self.pending and not self.held:
-            rows = self._rows(self.workers)
-            job = self.pending.first(rows if len(self.all_models) == 1 else self._rows(
-                worker for model in self.all_models for worker in model.workers))
-            if job is None:
+            rows = rows_of(worker for model in self.all_models for worker in model.workers)
+            if (job := self.pending.first(rows)) is None:
                 return
-            free = [worker for worker in self._free_workers() if self.able(worker, job)]
-            if not (free := free or self._make_room(job, rows)):
+            free = [worker for worker in self.workers if worker.can_take(job) and self.able(worker, job)]
+            if not (free := free or self._make_room(job)):
                 return
-            worker = min(free, key=operator.methodcaller("cost", job))
             self.pending.take(job)
-            job.worker = worker
             if job.dispatched_s is None:
                 job.dispatched_s = time.monotonic()
-            worker.assign(job)
-            worker.prefixes |= job.prefixes
-            while len(worker.prefixes) > self.PREFIXES:  # drop the oldest
-                del worker.prefixes[next(iter(worker.prefixes))]
+            self._assign(job, min(free, key=partial(cost_of, job=job)))
+        if len(self.workers) > 1 and not self.held:
+            self._spread()
 
-    @staticmethod
-    def _rows(workers: Iterable[Worker]) -> Counter[str]:
-        """How many rows each client has on these workers."""
-        return Counter(job.request.client for worker in workers for job in worker.jobs.values())
+    def _assign(self, job: Job, worker: Worker):
+        worker.assign(job)
+        worker.prefixes |= job.prefixes
+        while len(worker.prefixes) > self.PREFIXES:  # drop the oldest
+            del worker.prefixes[next(iter(worker.prefixes))]
 
-    def _free_workers(self) -> list[Worker]:
-        return [worker for worker in self.workers if worker.can_take]
+    def _spread(self):
+        """Move a job in the background from a worker that has others to one that has none, on a device of its
+        own: it has to be computed again there, but here it would get only what the others leave."""
+        for worker in self.workers:
+            if worker.interactive:
+                continue
+            for job in (job for other in self.workers if other.interactive and not share_device(worker, other)
+                        for job in other.jobs.values()):
+                if (job.worker and job.request.low_priority and self.able(worker, job)
+                        and worker.can_take(job) and time.monotonic() - job.assigned_s > self.STAY_S):
+                    job.worker.set_aside(job)
+                    return self._assign(job, worker)
 
-    def _make_room(self, job: Job, rows: Counter[str]) -> list[Worker]:
+    def _make_room(self, job: Job) -> list[Worker]:
         """Set aside the youngest answer of the client with the most rows, if that client keeps at least as
         many rows as the job's client then has. Returns the worker with the freed row.
 
         Otherwise one client's long answers could occupy all rows until they end. A text makes room for any
-        answer, since texts hardly go on beside answers."""
-        answers = not job.request.params.pooling and not job.request.low_priority
+        answer, since texts hardly go on beside answers. What is in the background waits, and is in nobody's
+        way."""
+        if job.request.low_priority:
+            return []
+        rows = Counter({client: count for (low, client), count in rows_of(self.workers).items() if not low})
         running = [other for worker in self.workers if worker.takes_jobs and self.able(worker, job)
-                   for other in worker.jobs.values() if not other.failovers]
-        texts = [other for other in running if answers and other.request.params.pooling]
+                   for other in worker.jobs.values() if not (other.failovers or other.request.low_priority)]
+        texts = [other for other in running
+                 if other.request.params.pooling and not job.request.params.pooling]
         [(rich, most)] = rows.most_common(1) or [("", 0)]
-        if not texts and (job.request.low_priority or most < rows[job.request.client] + 2):
+        if not texts and most < rows[job.request.client] + 2:
             return []
         running = texts or [other for other in running if other.request.client == rich]
         if not running:
             return []
-        victim = max(running, key=lambda other: (other.request.low_priority, other.dispatched_s))
+        victim = max(running, key=operator.attrgetter("dispatched_s"))
         worker = victim.worker
         if worker:
             worker.set_aside(victim)
             self.pending.append_first(victim)
         return [worker] if worker else []
-
 
     def deliver(self, worker: Worker, events: Seq[tuple[str, WorkerEvent]]):
         """Pass on the events of a worker's step, each with the id of its answer."""

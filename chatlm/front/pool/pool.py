@@ -63,6 +63,7 @@ class WorkerPool:
     continues = True  # can it continue the last message of a conversation?
     ends_thinking = True
     chats = True  # does the model have a chat template? Else it continues texts
+    sees = False  # does it see pictures?
 
     def __init__(self, settings: Settings, placement: Placement, desk: Desk | None = None,
                  dispatchers: list[Dispatcher] | None = None, prefixes: Prefixes | None = None):
@@ -107,6 +108,7 @@ class WorkerPool:
         with naming(self.source):
             await self.admission.open(card, with_own_sampling(self.settings, self))
             self.chats = self.tokenizer is None or self.tokenizer.has_chat_template
+            self.sees = self.tokenizer is not None and self.tokenizer.spec.vision is not None
 
     async def wait_ready(self):
         """Wait until a request would be served. Raises ConfigError or EngineFailure if start-up failed."""
@@ -143,7 +145,7 @@ class WorkerPool:
             if version != self.version.number:
                 raise Overloaded("the model's files have changed while this request was read",
                                  retry_after_s=2)
-            self._check_capacity(request.id, request.client)
+            self._check_capacity(request.id, request.client, request.low_priority)
             prompts = self.admission.prompts
             lengths = [prompts.answer_length(request, ids) for ids in request.prompt_ids or () if prompts]
             async with aclosing(self.dispatcher.answer(request, lengths, arrived_s)) as events:
@@ -158,13 +160,13 @@ class WorkerPool:
         """End the reasoning of a running request, which then continues; False if it is not thinking now."""
         return await self.dispatcher.end_thinking(request_id)
 
-    def _check_capacity(self, request_id: str, client: str):
+    def _check_capacity(self, request_id: str, client: str, low: bool = False):
         if self.draining:
             raise Overloaded("the server is shutting down", retry_after_s=10)
         opened = self.supervisor.became_ready.is_set() and self.supervisor.prepared
         if self.tokenizer is None or not opened:
             raise Overloaded(f"the model is still loading ({self.supervisor.loading[0]})", retry_after_s=2)
-        self.dispatcher.check_capacity(request_id, client, self.admission.preparing)
+        self.dispatcher.check_capacity(request_id, client, self.admission.preparing, low)
 
     # what the server shows
 

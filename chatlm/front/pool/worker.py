@@ -22,6 +22,7 @@ from chatlm.common.messages.protocol import (
 from chatlm.common.messages.requests import (
     Embedding, Ended, Failed, Finished, Piece, PromptProgress, PromptScores, ThinkingEnds)
 from chatlm.common.processes.start import patient
+from chatlm.common.vision.pictures import of_picture
 from chatlm.front.admission.admission import next_message
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class Job:
     first_token_s: float | None = None
     last_token_s: float = 0.0
     failovers: int = 0  # workers that died with it since its last token
+    assigned_s: float = 0.0  # when its worker got it
     set_aside: int = 0  # how often it lost its row to another client
     thinking: bool = False            # did its last piece end in reasoning?
     thinking_ends: int | None = None  # from ThinkingEnds
@@ -86,10 +88,11 @@ class Job:
         if told is None:
             yield NewRequest(request.id, request.params)
         if told is None or self.prompt not in told:
-            yield NewPrompt(request.id, self.prompt, self.prompt_ids)
+            yield from map(of_picture, request.pictures)
+            yield NewPrompt(request.id, self.prompt, self.prompt_ids, len(request.pictures))
         yield NewAnswer(self.worker_id, request.id, self.prompt, self.choice % request.n, self.max_tokens,
                         tuple(self.output_ids), self.scored, self.thinking_ends,
-                        resumed_sent=self.first_token_s is not None)
+                        resumed_sent=self.first_token_s is not None, background=request.low_priority)
 
     def end_thinking(self) -> asyncio.Future[bool]:
         """End its reasoning. The future's result says whether it was thinking."""
@@ -232,6 +235,23 @@ def batch_of(worker: Worker) -> int:
     return int(worker.gauges.get("max_batch") or worker.settings.max_batch)
 
 
+def share_device(one: Worker, other: Worker) -> bool:
+    """Do both compute on one machine's processors?"""
+    return one.device == other.device == "cpu" and one.node == other.node
+
+
+def cost_of(worker: Worker, job: Job) -> tuple[int, int]:
+    """What makes another worker better for this job: the most tokens that this one still has to compute
+    before or beside it, minus those of its prompt in the cache; before that, for a job in the background,
+    how many others it would wait for; after that, for any other job, how many it would set aside."""
+    spared = max((length for key, length in job.prefixes.items() if key in worker.prefixes), default=0)
+    low = job.request.low_priority
+    tokens = sum(other.max_tokens - len(other.output_ids)
+                 + (0 if other.output_ids else len(other.prompt_ids))
+                 for other in worker.jobs.values() if low or not other.request.low_priority) - spared
+    return (worker.interactive, tokens) if low else (tokens, len(worker.jobs) - worker.interactive)
+
+
 class Worker:
     """The front's handle on one worker process: its pipe, its state, and the jobs it holds."""
 
@@ -330,6 +350,7 @@ class Worker:
     def assign(self, job: Job):
         """Have it compute an answer; send only the parts of the request that it does not have yet."""
         self.jobs[job.worker_id] = job
+        job.worker, job.assigned_s = self, time.monotonic()
         for message in job.messages(self.known.get(job.request.id)):
             self.send(message)
         self.known.setdefault(job.request.id, set()).add(job.prompt)
@@ -369,16 +390,17 @@ class Worker:
         return (self.state is State.READY and unread < self.OUTBOX_BYTES
                 and not any(job.failovers > 1 for job in self.jobs.values()))
 
-    @property
-    def can_take(self) -> bool:
-        return len(self.jobs) < batch_of(self) and self.takes_jobs
+    def can_take(self, job: Job) -> bool:
+        """Has it a free row for this job? Those in the background take none from others: it sets them
+        aside."""
+        rows = len(self.jobs) if job.request.low_priority else self.interactive
+        alone = not (job.request.low_priority and job.failovers > 1 and self.jobs)  # see `takes_jobs`
+        return rows < batch_of(self) and self.takes_jobs and alone
 
-    def cost(self, job: Job) -> int:
-        """The most tokens that it still has to compute, minus those of the job's prompt in its cache."""
-        spared = max((length for key, length in job.prefixes.items() if key in self.prefixes), default=0)
-        return sum(other.max_tokens - len(other.output_ids)
-                   + (0 if other.output_ids else len(other.prompt_ids))
-                   for other in self.jobs.values()) - spared
+    @property
+    def interactive(self) -> int:
+        """How many of its jobs are not in the background."""
+        return sum(not job.request.low_priority for job in self.jobs.values())
 
     @property
     def hung(self) -> bool:
@@ -409,4 +431,4 @@ class Worker:
                 "state": self.state.value, "place": self.place, "problem": self.problem, **self.gauges,
                 "running": len(self.jobs), "restarts": self.restarts, "kernel_faults": self.kernel_faults,
                 "crashes_in_row": self.crashes_in_row, "tokens_per_second": round(tokens_per_second, 1),
-                "batch_fill": round(len(self.jobs) / batch_of(self), 3)}
+                "batch_fill": min(round(len(self.jobs) / batch_of(self), 3), 1.0)}

@@ -48,12 +48,15 @@ class Access:
         if self.settings.keys and not keys and not REQUEST_LOG.get().route.open:
             raise RequestError("this server needs an API key: Authorization: Bearer KEY" if not key else
                                "this server does not know the API key", status=401, code="invalid_api_key")
-        http["models"] = keys[0].models if keys else ()
+        http["models"], http["role"] = (keys[0].models, keys[0].role) if keys else ((), "")
         return keys[0].name if keys else client_at(http.remote)
 
     def check_operator(self, http: web.Request, act: str = "load and unload models"):
-        """Refuse whoever may not load, unload, download and delete models. Keys that are not limited to some
-        models may; without keys, only this machine may, unless it is a proxy for others."""
+        """Refuse whoever may not load, unload, download and delete models. Keys with role=admin may, if any
+        key has a role, else those that are not limited to some models; without keys, only this machine may,
+        unless it is a proxy for others."""
+        if any(key.role for key in self.settings.keys) and http.get("role") != "admin":
+            raise RequestError(f"only an API key with role=admin may {act}", status=403, code="not_admin")
         if self.settings.keys and bound_of(http):
             raise RequestError(f"an API key that is limited to some models may not {act}",
                                status=403, code="key_bound_to_models")
@@ -80,7 +83,7 @@ class Access:
             return {"Vary": "Origin"} if allowed else {}
         return {"Access-Control-Allow-Origin": origin, "Vary": "Origin",
                 "Access-Control-Expose-Headers": ", ".join((
-                    "X-Request-Id", "Retry-After", "X-Ignored-Tools", "X-Ignored-Fields"))}
+                    "X-Request-Id", "Retry-After", "X-Ignored-Tools", "X-Ignored-Fields", "X-Over-Budget"))}
 
     def is_own(self, http: web.Request, origin: str) -> bool:
         """Is this Origin the server's own: the address in the Host header, or an --allowed-host?

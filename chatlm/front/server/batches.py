@@ -21,11 +21,14 @@ from chatlm.front.api.batch_lines import (
     Line, lasting_body, line_id, read_body_of, read_line, result_of, result_of_bad_line)
 from chatlm.front.api.encode import error_body
 from chatlm.front.api.encoders import ENCODERS
+from chatlm.front.api.fields import json_object
 from chatlm.front.api.kept_fields import WINDOWS
+from chatlm.front.api.picture_parts import with_pixels
 from chatlm.front.lazy import web
-from chatlm.front.server.bodies import known_of, tokenizer_of
+from chatlm.front.server.bodies import Body, known_of, tokenizer_of
 from chatlm.front.server.files import FileRoutes
 from chatlm.front.server.kept import asked, now_s, paged, read_small_object, stored
+from chatlm.front.server.ledger import Charge, Ledger
 from chatlm.front.server.responses import REQUEST_LOG, json_response, public_error
 from chatlm.front.server.routes import AFTER, LIMIT
 from chatlm.front.server.streams import Holding
@@ -54,10 +57,11 @@ class BatchRoutes:
     """The handlers, and the tasks that work on batches while the server runs."""
 
     def __init__(self, store: Store | None, catalogue: Catalogue, bodies: Bodies, owners: Owners,
-                 answering: Answering):
+                 answering: Answering, ledger: Ledger):
         self.store, self.owners, self.bodies = store, owners, bodies
         self.files = FileRoutes(store, bodies, owners, catalogue.settings.keep_days, self.wake_up)
-        self.worker = BatchWorker(store, catalogue, bodies, owners, answering, self.files) if store else None
+        self.worker = BatchWorker(store, catalogue, bodies, owners, answering, ledger,
+                                  self.files) if store else None
 
     async def start(self, app: web.Application):
         if self.worker:
@@ -127,9 +131,9 @@ class BatchWorker:
     workers have rows. Batches take turns, since each waits for one line at a time."""
 
     def __init__(self, store: Store, catalogue: Catalogue, bodies: Bodies, owners: Owners,
-                 answering: Answering, uploads: FileRoutes):
+                 answering: Answering, ledger: Ledger, uploads: FileRoutes):
         self.store, self.catalogue, self.bodies = store, catalogue, bodies
-        self.owners, self.answering, self.files = owners, answering, uploads
+        self.owners, self.answering, self.ledger, self.files = owners, answering, ledger, uploads
         settings = catalogue.settings
         self.slots = asyncio.Semaphore(settings.max_batch * max(1, settings.num_workers) + SPARE)
         self.wake, self.swept_s = asyncio.Event(), 0.0
@@ -239,27 +243,32 @@ class BatchWorker:
 
     async def _answer_one(self, batch: Batch, client: str, number: int, created: int):
         row = await self.store.run(partial(batches.line, batch=batch, number=number))
+        charges = list[Charge]()
         problem = row.problem or (row.url != batch.endpoint and batches.wrong_url(
             number, row.url or "", batch.endpoint))
         if problem:
             text = result_of_bad_line(number, RequestError(problem, code="invalid_line"), row.custom_id)
             status = 400
         else:
-            status, body = await self._answer(row, client, created)
+            status, body = await self._answer(row, client, created, charges)
             line = Line(number, row.custom_id or "", batch.endpoint, {}, line_id(number, row.text.strip()))
             text = result_of(line, status, body)
         result = number, encoded(text), status != 200
         while True:
             try:
-                return await self.store.run(partial(batches.record, batch=batch, results=[result]))
+                await self.store.run(partial(batches.record, batch=batch, results=[result]))
+                break
             except Overloaded as error:  # such as a full disk
                 await asyncio.sleep(error.retry_after_s)
+        for charge in charges:  # not before: a line that is answered again after a crash is charged once
+            self.ledger.settle(charge)
 
-    async def _answer(self, row: Row, client: str, created: int) -> tuple[int, dict]:
+    async def _answer(self, row: Row, client: str, created: int,
+                      charges: list[Charge]) -> tuple[int, dict]:
         """(status, body) of the answer to a line, however often it has to be asked for."""
         for left in reversed(range(TRIES)):
             try:
-                return 200, await self._patiently(row, client, created)
+                return 200, await self._patiently(row, client, created, charges)
             except RequestError as error:
                 return error.status, error_body(error)
             except Exception as error:
@@ -269,16 +278,17 @@ class BatchWorker:
                     return 500, error_body(public_error(error))
         raise AssertionError
 
-    async def _patiently(self, row: Row, client: str, created: int) -> dict:
+    async def _patiently(self, row: Row, client: str, created: int, charges: list[Charge]) -> dict:
         """The body of an answer, asked for until there is room for it."""
         while True:
             try:
                 with Holding(self.bodies.budget, client) as holding:
-                    return await self._once(row, client, created, holding)
+                    return await self._once(row, client, created, holding, charges)
             except Overloaded as error:
                 await asyncio.sleep(error.retry_after_s)
 
-    async def _once(self, row: Row, client: str, created: int, holding: Holding) -> dict:
+    async def _once(self, row: Row, client: str, created: int, holding: Holding,
+                    charges: list[Charge]) -> dict:
         served, parsed = await self._read(row, client, holding)
         request = served.asked(parsed.request)
         params = replace(request.params, client=client, owner=self.owners.of_pages(client))
@@ -287,13 +297,15 @@ class BatchWorker:
         # its own id: two batches may have the same line
         request = replace(request, id=secrets.token_hex(16), params=params, low_priority=True)
         del parsed
-        async with self.answering(served.pool, request) as (_, events):
+        self.ledger.over_budget(request)  # Overloaded for a key that is refused then: its lines wait
+        async with self.answering(served.pool, request, served.name, later=(own := [])) as (_, events):
             async for event in events:
                 if not isinstance(event, PromptProgress):
                     try:
                         holding.grow(encoder.collect(event))
                     except Overloaded as error:  # it may never fit
                         raise EngineFailure(str(error)) from None
+        charges += own  # a try that failed costs nothing
         whole = b"".join(encoder.completion())
         return lasting_body(await asyncio.to_thread(json.loads, whole) if len(whole) > LIMITS.inline_bytes
                             else json.loads(whole), created)
@@ -305,13 +317,18 @@ class BatchWorker:
         served = await self.bodies.resolve(name, bound, holding)
         if name and not served.fits(name) and served.model.is_unnamed:  # any name stands for it now
             raise Overloaded("the model is still loading", retry_after_s=1)
-        if len(text) <= LIMITS.inline_bytes:
-            return served, read_body_of(read_line(row.number, text), known_of(served))
-        await holding.room(len(text))
-        parsed = await served.pool.admission.read_line(row.number, text, client, self.owners.of_pages(client))
-        if parsed.request.prompt_ids is not None:
+        if len(text) > LIMITS.inline_bytes:
+            await holding.room(len(text))
+        fields = json_object(text) if len(text) <= LIMITS.inline_bytes else None
+        seen = await self.bodies.seen(Body(served, text, fields), holding, client)
+        if seen.fields is not None:
+            text = json.dumps(seen.fields).encode() if seen.pictures else text
+            parsed = read_body_of(read_line(row.number, text), known_of(served))
+        else:
+            parsed = await served.pool.admission.read_line(
+                row.number, bytes(seen.raw), client, self.owners.of_pages(client), seen.pictures)
             holding.keep(parsed.size)
-        return served, parsed
+        return served, replace(parsed, request=with_pixels(parsed.request, seen.pictures))
 
 
 def encoded(text: str) -> bytes:

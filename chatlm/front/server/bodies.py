@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence as Seq
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import NamedTuple, TYPE_CHECKING
 
 from chatlm.common.config import LIMITS, with_own_sampling
-from chatlm.common.errors import Overloaded, RequestError
+from chatlm.common.errors import Overloaded, RequestError, shown
 from chatlm.common.log import log
 from chatlm.common.messages.protocol import Known
 from chatlm.front.api.fields import json_object
+from chatlm.front.api.picture_parts import Lifted, fill_in, lift_pictures, unpacked_lift, with_pixels
 from chatlm.front.api.readers import read_answer, read_text, read_variants
 from chatlm.front.server.responses import REQUEST_LOG, bound_of, json_response
 from chatlm.front.server.routes import DOCUMENT_NAME, Api
@@ -19,6 +20,7 @@ from chatlm.front.server.streams import Budget, Holding, read_bytes
 if TYPE_CHECKING:
     from aiohttp import web
     from chatlm.common.messages.protocol import ParsedBody
+    from chatlm.common.messages.requests import Picture
     from chatlm.common.text.tokenizer import Tokenizer
     from chatlm.front.pool.catalogue import Catalogue
     from chatlm.front.pool.models import Served
@@ -45,6 +47,15 @@ def tokenizer_of(pool: WorkerPool) -> Tokenizer:
     return pool.tokenizer
 
 
+class Body(NamedTuple):
+    """The body of a request, read as far as it says which model it is for."""
+
+    served: Served
+    raw: bytes | bytearray
+    fields: dict | None          # None: a sandbox must read them, because it is large
+    pictures: tuple[Picture, ...] = ()  # that were lifted out of it
+
+
 class Bodies:
     """Reads the bodies of requests within a memory budget, each with its route's reader."""
 
@@ -58,7 +69,8 @@ class Bodies:
         return Holding(self.budget, REQUEST_LOG.get().client)
 
     async def receive(self, http: web.Request, holding: Holding) -> bytearray:
-        body, record = await read_bytes(http, holding), REQUEST_LOG.get()
+        most = LIMITS.pictured_bytes if self.seeing() else LIMITS.body_bytes
+        body, record = await read_bytes(http, holding, most), REQUEST_LOG.get()
         # An OpenAI client whose base URL lacks /v1 (see read_native_body). In JSON, a quote within a string
         # follows a backslash, so this is a key.
         if record.api is Api.NANOCHAT and b'"model"' in body:
@@ -75,35 +87,75 @@ class Bodies:
         await pool.version.current()
         return served._replace(version=pool.version.number)
 
-    async def _read(self, body: bytes | bytearray, bound: Seq[str],
-                    holding: Holding) -> tuple[Served, dict | None]:
-        """What a body asks for, and its fields; None if a sandbox must read them because it is large."""
+    def seeing(self) -> list[str]:
+        """The names of the models that can see pictures."""
+        return [model.name for model in self.catalogue.registry.models
+                if model.pool and model.pool.tokenizer and model.pool.tokenizer.spec.vision]
+
+    async def _read(self, body: bytes | bytearray, bound: Seq[str], holding: Holding) -> Body:
         if len(body) <= LIMITS.inline_bytes:
             fields = json_object(body)
             older = fields.get("name") if REQUEST_LOG.get().route.pattern == "/api/show" else None
             name = fields.get("model") or older
-            return await self.resolve(name if isinstance(name, str) else "", bound, holding), fields
+            return Body(await self.resolve(name if isinstance(name, str) else "", bound, holding), body,
+                        fields)
         name = ""
         if b'"model"' in body:  # any model's sandbox will do
             admission = self.catalogue.find("", bound).pool.admission
             name = await admission.named_model(body, REQUEST_LOG.get().client)
-        return await self.resolve(name, bound, holding), None
+        return Body(await self.resolve(name, bound, holding), body, None)
+
+    def blind(self, pool: WorkerPool) -> str:
+        """Why a model is shown no pictures; "" if it can see, or is still loading."""
+        if pool.tokenizer is None or pool.tokenizer.spec.vision:
+            return ""
+        others = ", ".join(map(shown, self.seeing()[:10]))
+        return "this model cannot see images" + (
+            f"; of the models here, these can: {others}" if others else "")
+
+    async def seen(self, body: Body, holding: Holding, client: str) -> Body:
+        """A body whose pictures were lifted out and decoded. `holding` then accounts for their pixels."""
+        pool, fields, found = body.served.pool, body.fields, list[Lifted]()
+        refusal = self.blind(pool)
+        if fields is not None:
+            found = lift_pictures(fields, refusal)
+        elif b"image" in body.raw and pool.tokenizer:
+            raw, found = unpacked_lift(await pool.admission.told("lift_pictures", client, body.raw, refusal))
+            fields = json_object(raw) if len(raw) <= LIMITS.inline_bytes else None
+            body = body._replace(raw=raw, fields=fields)
+        if not found:
+            return body
+        tokenizer_of(pool)      # while it loads, nobody knows whether it sees
+        pictures = []
+        for name, data in found:
+            try:
+                pictures.append(await pool.admission.decode_picture(data, client))
+            except RequestError as error:
+                raise RequestError(f"{name}: {error}", status=error.status, code=error.code,
+                                   param=name) from None
+        holding.keep(sum(len(picture.pixels) for picture in pictures))
+        if fields is not None:
+            fill_in(fields, pictures)
+        return body._replace(pictures=tuple(pictures))
 
     async def parse(self, http: web.Request, holding: Holding) -> tuple[Served, ParsedBody]:
         """Read a body with one of ANSWER_READERS. `holding` then accounts for what is kept of a large one."""
         record = REQUEST_LOG.get()
         with self.holding() as reading:
-            body = await self.receive(http, reading)
+            raw = await self.receive(http, reading)
             if self.complete:
-                body = await self.complete(body, reading)
-            served, fields = await self._read(body, bound_of(http), holding)
-            if fields is not None:
-                parsed = read_answer(record.route.pattern, fields, known_of(served))
+                raw = await self.complete(raw, reading)
+            body = await self._read(raw, bound_of(http), holding)
+            body = await self.seen(body, holding, record.client)
+            served = body.served
+            if body.fields is not None:
+                parsed = read_answer(record.route.pattern, body.fields, known_of(served))
             else:
                 tokenizer_of(served.pool)
                 parsed = await served.pool.admission.read_large(
-                    record.route.pattern, body, record.client, self.owners.of_pages(record.client))
-        parsed = replace(parsed, request=served.asked(parsed.request))
+                    record.route.pattern, body.raw, record.client, self.owners.of_pages(record.client),
+                    body.pictures)
+        parsed = replace(parsed, request=with_pixels(served.asked(parsed.request), body.pictures))
         if parsed.request.prompt_ids is not None:
             holding.keep(parsed.size)
         if parsed.ignored_tools:
@@ -117,15 +169,16 @@ class Bodies:
         """The result of one of TEXT_READERS for a body."""
         return await self.text_of(await self.receive(http, holding), bound_of(http), holding)
 
-    async def text_of(self, body: bytes | bytearray, bound: Seq[str],
-                      holding: Holding) -> tuple[Served, bytes]:
-        record = REQUEST_LOG.get()
-        served, fields = await self._read(body, bound, holding)
-        admission = served.pool.admission
-        if admission.prompts and fields is not None:
-            text = await read_text(record.route.pattern, fields, admission.prompts, record.client)
+    async def text_of(self, raw: bytes | bytearray, bound: Seq[str], holding: Holding,
+                      seen: bool = True) -> tuple[Served, bytes]:
+        """seen: False: whether the model can see the body's pictures does not matter."""
+        record, body = REQUEST_LOG.get(), await self._read(raw, bound, holding)
+        body = await self.seen(body, holding, record.client) if seen else body
+        served, admission = body.served, body.served.pool.admission
+        if admission.prompts and body.fields is not None:
+            text = await read_text(record.route.pattern, body.fields, admission.prompts, record.client)
         else:
-            text = await admission.answer_text(record.route.pattern, body, record.client)
+            text = await admission.answer_text(record.route.pattern, body.raw, record.client, body.pictures)
         ignored, _, text = text.partition(b"\n")
         if ignored:
             record.headers["X-Ignored-Fields"] = ignored.decode()[:1000]
@@ -149,10 +202,13 @@ class Bodies:
                             indices: Seq[int], seed: int) -> list[ParsedBody]:
         """Read what a body of /v1/compare asks of one model, with or without adapters. indices: the numbers
         of its answers. `holding` then accounts for what is kept of a large body."""
-        client = REQUEST_LOG.get().client
+        client, found = REQUEST_LOG.get().client, Body(served, body, None)
         if len(body) * LIMITS.compared <= LIMITS.inline_bytes:  # it is read once for each of its models
-            return read_variants(json_object(body), indices, seed, known_of(served))
-        read = await served.pool.admission.read_variants(
-            body, client, self.owners.of_pages(client), indices, seed)
-        holding.keep(sum(parsed.size for parsed in read))
-        return read
+            found = await self.seen(found._replace(fields=json_object(body)), holding, client)
+            read = read_variants(found.fields or {}, indices, seed, known_of(served))
+        else:
+            found = await self.seen(found, holding, client)
+            read = await served.pool.admission.read_variants(
+                found.raw, client, self.owners.of_pages(client), indices, seed, found.pictures)
+            holding.keep(sum(parsed.size for parsed in read))
+        return [replace(parsed, request=with_pixels(parsed.request, found.pictures)) for parsed in read]

@@ -30,8 +30,7 @@ if TYPE_CHECKING:
 Finder = Callable[[str], "Awaitable[Served]"]  # name -> what it stands for
 # (model, numbers of its answers, seed for those without their own) -> the question of each
 VariantReader = Callable[["Served", "Seq[int]", int], "Awaitable[Seq[ParsedBody]]"]
-Answering = Callable[["WorkerPool", "Request"],
-                     "AbstractAsyncContextManager[tuple[Accepted, AsyncGenerator[Event, None]]]"]
+Answering = Callable[..., "AbstractAsyncContextManager[tuple[Accepted, AsyncGenerator[Event, None]]]"]
 
 
 class Asked(NamedTuple):
@@ -40,6 +39,10 @@ class Asked(NamedTuple):
     model: str
     pool: WorkerPool
     request: Request
+
+    @property
+    def work(self) -> tuple[WorkerPool, Request, str]:
+        return self.pool, self.request, self.model
 
 
 async def asked_of(find: Finder, base: Served, text: bytes, read: VariantReader) -> list[Asked]:
@@ -65,7 +68,7 @@ async def read_asked(bodies: Bodies, http: web.Request, holding: Holding) -> lis
     """The answers that a client wants compared. `holding` then accounts for what is kept of a large body."""
     with bodies.holding() as reading:
         body, bound = await bodies.receive(http, reading), bound_of(http)
-        base, text = await bodies.text_of(body, bound, holding)
+        base, text = await bodies.text_of(body, bound, holding, seen=False)
         return await asked_of(lambda name: bodies.resolve(name, bound, holding), base, text,
                               partial(bodies.read_variants, body, holding))
 
@@ -84,7 +87,7 @@ def name_of(variant: Mapping, base: Served) -> str:
 
 
 @asynccontextmanager
-async def plain_answering(pool: WorkerPool, request: Request) -> AsyncIterator[
+async def plain_answering(pool: WorkerPool, request: Request, name: str) -> AsyncIterator[
         tuple[Accepted, AsyncGenerator[Event, None]]]:
     """An answer's first event, and the stream of the others, without a server."""
     async with aclosing(pool.answer(request)) as events:
@@ -176,7 +179,7 @@ class Comparison:
 
     async def _follow(self, answer: Progress):
         try:
-            async with self.answering(answer.asked.pool, answer.asked.request) as (accepted, events):
+            async with self.answering(*answer.asked.work) as (accepted, events):
                 self.news.put_nowait((answer, accepted))
                 async for event in events:
                     self.news.put_nowait((answer, event))

@@ -88,7 +88,7 @@ class Keeper:
             previous, conversation = chained_of(json_object(body))
         else:
             admission = self.bodies.catalogue.find("", ()).pool.admission
-            previous, conversation = await admission.chained(body, REQUEST_LOG.get().client)
+            previous, conversation = await admission.told("chained", REQUEST_LOG.get().client, body)
         if not (previous or conversation):
             return body
         before = await self.store.run(partial(responses.before, previous=previous, conversation=conversation,

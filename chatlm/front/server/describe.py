@@ -41,6 +41,11 @@ def bare_id(shown_id: str) -> str:
     return re.sub("^((chat)?cmpl-|resp_|msg_)", "", shown_id)
 
 
+def readiness_body(catalogue: Catalogue) -> tuple[int, dict]:
+    status, body = catalogue.health()
+    return status, {"ready": True} if status == 200 else {"ready": False, "reason": body.get("status")}
+
+
 def alive_body() -> dict:
     """The response of /livez. A page of another origin cannot read it either, but can see that a server runs,
     and then tell its user that --cors-origin is missing."""
@@ -63,6 +68,7 @@ ABILITIES = {  # as /openapi.json describes them
     "continue_final_message": "it can continue the last message",
     "token_ids": "return_token_ids and prefix_token_ids",
     "compare": "/v1/compare",
+    "vision": "it sees pictures in messages",
     "json_schema": "answers that follow a JSON schema or grammar"}
 A_MODEL = {"type": "object", "properties": {
     "id": A_TEXT, "parent": {"type": ["string", "null"], "description":
@@ -111,6 +117,7 @@ def abilities(tokenizer: Tokenizer) -> dict[str, bool]:
             "reasoning_history": "reasoning_content" in (tokenizer.spec.chat_template or ""),
             "reasoning_budget": tokenizer.thoughts is not None,
             "continue_final_message": chats, "token_ids": True, "compare": chats,
+            "vision": tokenizer.spec.vision is not None,
             "json_schema": importlib.util.find_spec("llguidance") is not None}
     return {name: can and answers for name, can in able.items()} | {"embedding": not ranks, "rerank": ranks}
 
@@ -326,7 +333,7 @@ class ModelRoutes:
         tokenizer, model = tokenizer_of(pool), ollama_model(served)
         able, facts = model_body(served)["capabilities"], pool.supervisor.card.facts
         capabilities = {"completion": able["completion"], "tools": able["tools"], "insert": able["infill"],
-                        "thinking": able["reasoning"],
+                        "thinking": able["reasoning"], "vision": able["vision"],
                         "embedding": able["embedding"] and not able["completion"]}
         sampling = sampling_of(pool, served.model.settings)
         return json_response({name: model[name] for name in ("modified_at", "details")} | {

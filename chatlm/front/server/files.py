@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import ChatServerError, Overloaded, RequestError, bad_value, shown, visible
 from chatlm.common.log import log
+from chatlm.common.messages.requests import Picture
 from chatlm.front.api.batch_lines import read_body_of, read_line
 from chatlm.front.api.kept_fields import LAST_SECONDS
+from chatlm.front.api.picture_parts import fill_in, lift_pictures
 from chatlm.front.lazy import aiohttp, web
 from chatlm.front.server.bodies import known_of
 from chatlm.front.server.kept import DAY_S, asked, now_s, paged, stored
@@ -261,11 +263,14 @@ class Upload:
         """(custom_id, url, model, what is wrong with the body) of a line."""
         if len(line) > LIMITS.inline_bytes:
             admission = self.bodies.catalogue.find("", self.bound).pool.admission
-            custom_id, url, model = await admission.check_line(self.number, line, self.client)
+            custom_id, url, model = await admission.told("check_line", self.client, line, self.number)
             return custom_id, url, model, ""
         read = read_line(self.number, line)
         try:
-            read_body_of(read, known_of(self.bodies.catalogue.find(read.model, self.bound)))
+            served = self.bodies.catalogue.find(read.model, self.bound)
+            found = lift_pictures(read.body, self.bodies.blind(served.pool))  # decoded when the line is run
+            fill_in(read.body, [Picture(1, 1, b"", bytes(16))] * len(found))
+            read_body_of(read, known_of(served))
         except ChatServerError as error:
             return read.custom_id, read.url, read.model, str(error)
         return read.custom_id, read.url, read.model, ""

@@ -9,10 +9,20 @@ from typing import Any, TYPE_CHECKING
 
 from chatlm.common.errors import Overloaded, RequestError, require_library
 from chatlm.common.messages.requests import DRAFT_SOURCES, Finished, Piece
+from chatlm.front.lazy import web
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import Event
     from chatlm.front.pool.catalogue import Catalogue
+    from chatlm.front.server.ledger import Ledger
+
+
+def metrics_response(metrics: Metrics | None) -> web.Response:
+    if metrics is None:
+        raise RequestError("the Python package prometheus_client is not installed", status=501,
+                           code="no_metrics")
+    return web.Response(body=metrics.library.generate_latest(metrics.registry),
+                        headers={"Content-Type": metrics.library.CONTENT_TYPE_LATEST})
 
 
 class Metrics:
@@ -21,8 +31,9 @@ class Metrics:
     SECONDS = (0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
     REASONS = ("stop", "length", "cancelled", "refused", "error")
 
-    def __init__(self, catalogue: Catalogue):
+    def __init__(self, catalogue: Catalogue, ledger: Ledger):
         self.catalogue, self.library = catalogue, require_library("prometheus_client", "/metrics")
+        self.ledger = ledger
         self.library.disable_created_metrics()  # else each counter also exports its start time
         self.registry = self.library.CollectorRegistry()
         self.registry.register(self)
@@ -105,6 +116,23 @@ class Metrics:
                 for source in DRAFT_SOURCES:
                     family.add_metric([str(worker["gpu_id"]), worker["device"], source],
                                       worker.get(f"{name}_{source}") or 0)
+            yield family
+
+        yield from self._usage()
+
+    def _usage(self) -> Iterator[Any]:
+        """What the ledger has counted since the server started. Not by key: any key may read /metrics."""
+        counter = self.library.metrics_core.CounterMetricFamily
+        for name, doc in (
+                ("requests", "requests that were answered, also in part"),
+                ("prompt_tokens", "tokens of their prompts"),
+                ("cached_tokens", "of these, found in the prefix cache"),
+                ("completion_tokens", "tokens that were sent to their clients"),
+                ("compute_s", "seconds of steps, each divided among the tokens in it")):
+            unit = f"{name[:-2]}_seconds" if name.endswith("_s") else name
+            family = counter(f"chat_server_usage_{unit}", doc, labels=["background"])
+            for background, amount in (*self.ledger.totals.items(),):
+                family.add_metric([str(background).lower()], getattr(amount, name))
             yield family
 
     async def watch(self, events: AsyncGenerator[Event, None], n: int) -> AsyncGenerator[Event, None]:

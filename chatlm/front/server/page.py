@@ -43,11 +43,15 @@ class Page:
         self.files, self.compressed = files, {}
         self.tags = {name: hashlib.sha256(data).hexdigest()[:16] for name, data in files.items()}
 
-    async def handle_index(self, http: web.Request) -> web.Response:
-        if (page := self.files.get("index.html")) is None:
+    async def handle_index(self, http: web.Request, name: str = "index.html") -> web.Response:
+        if (page := self.files.get(name)) is None:
             return web.Response(text="chat_server is running, but its page is missing (no static/).\n")
-        page = page.replace(b"<head>", b'<head>\n<base href="static/">', 1)
+        up = b"../" if name != "index.html" and http.path.endswith("/") else b""
+        page = page.replace(b"<head>", b'<head>\n<base href="%sstatic/">' % up, 1)
         return web.Response(body=page, content_type="text/html", charset="utf-8")
+
+    async def handle_usage(self, http: web.Request) -> web.Response:
+        return await self.handle_index(http, "usage.html")
 
     async def handle_file(self, http: web.Request) -> web.Response:
         name = http.match_info["name"]

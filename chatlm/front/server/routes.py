@@ -139,7 +139,14 @@ STORE_ROUTES = (  # with --database
     Route("GET", "/v1/conversations/{id}/items/{item}", Api.OPENAI, "kept.routes.handle_item", "one item"),
     Route("DELETE", "/v1/conversations/{id}/items/{item}", Api.OPENAI, "kept.routes.handle_drop",
           "delete it; the answer is the conversation"))
-MORE_ROUTES = *RETRIEVAL_ROUTES, *DOCUMENT_ROUTES, *MANAGING_ROUTES, *STORE_ROUTES
+FROM_DAY = Field("from", TEXT, "the first day (UTC), as 2026-11-24; default: 30 days before the last")
+TO_DAY = Field("to", TEXT, "the last day; default: today")
+USAGE_ROUTES = (
+    Route("GET", "/v1/usage", Api.OPENAI, "ledger.handle_usage",
+          "what the request's API key used by day and model; a key with role=admin sees all keys",
+          query=(FROM_DAY, TO_DAY)),
+    Route("GET", "/usage", Api.NANOCHAT, "page.handle_usage", "a page that shows it", open=True))
+MORE_ROUTES = *USAGE_ROUTES, *RETRIEVAL_ROUTES, *DOCUMENT_ROUTES, *MANAGING_ROUTES, *STORE_ROUTES
 
 
 class RouteTable:

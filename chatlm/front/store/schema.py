@@ -82,4 +82,19 @@ CREATE TABLE items (
 );
 CREATE INDEX items_of_conversation ON items (conversation, id);
 """
-STEPS: tuple[str, ...] = (FILES, BATCHES, RESPONSES)  # only the end may be changed once a release has had it
+USAGE = """
+CREATE TABLE usage (
+    day TEXT NOT NULL,              -- of UTC: 2026-11-24
+    key TEXT NOT NULL,              -- the name of an API key, empty on a server without keys
+    model TEXT NOT NULL,
+    background INTEGER NOT NULL,    -- 1: batches, and requests with low priority
+    requests INTEGER NOT NULL,
+    prompt_tokens INTEGER NOT NULL,
+    cached_tokens INTEGER NOT NULL,
+    completion_tokens INTEGER NOT NULL,
+    compute_s REAL NOT NULL,
+    PRIMARY KEY (day, key, model, background)
+) WITHOUT ROWID;
+"""
+# Only the end may be changed once a release has had it
+STEPS: tuple[str, ...] = (FILES, BATCHES, RESPONSES, USAGE)

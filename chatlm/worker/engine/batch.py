@@ -11,6 +11,7 @@ from chatlm.worker.model.spec import Batch
 from chatlm.worker.ops.rows import SampleRow
 
 if TYPE_CHECKING:
+    import numpy
     from chatlm.worker.engine.sequence import Chunk, Sequence
 
 
@@ -21,13 +22,12 @@ def make_batch(plan: Seq[Chunk]) -> Batch:
     batch = Batch([], [], [0], [], [], [], shown, [], [], [], adapters if any(adapters) else [])
     token_ids, previous_token_ids, starts, lengths, tables, logit_rows, _, reads, *writes, _ = batch
     for chunk in plan:
-        first, tokens = chunk.sequence.computed, chunk.sequence.tokens
-        ids = [*tokens[first:first + chunk.count], *chunk.draft]
+        first, (before, *ids) = chunk.sequence.computed, chunk.ids
         reads.append(chunk.reads)
         writes[0].extend(len(token_ids) + token for token, _ in chunk.writes)
         writes[1].extend(slot for _, slot in chunk.writes)
         token_ids += ids
-        previous_token_ids += [tokens[first - 1] if first else -1, *ids[:-1]]
+        previous_token_ids += [before, *ids[:-1]]
         starts.append(len(token_ids))
         lengths.append(first + len(ids))
         tables.append(chunk.sequence.pages)
@@ -47,5 +47,15 @@ def sample_row(sequence: Sequence, eos_tokens: frozenset[int], offset: int = 0) 
     if sequence.generated + offset < params.min_tokens and not params.ignore_eos:
         banned = tuple((token, -math.inf) for token in sorted(eos_tokens | set(params.stop_token_ids)))
         sampling = replace(sampling, logit_bias=sampling.logit_bias + banned)
-    return SampleRow(sampling, len(sequence.tokens) + offset, sequence.tokens, len(work.prompt_ids),
-                     sequence.output.kept)
+    return SampleRow(sampling, len(sequence.tokens) + offset, *sequence.counted, sequence.output.kept)
+
+
+def shown_rows(plan: Seq[Chunk]) -> list[tuple[int, numpy.ndarray]]:
+    """The rows of pictures in a step, as Transformer.show takes them."""
+    found, begin = [], 0
+    for chunk in plan:
+        if sight := chunk.sequence.sight:
+            found += [(begin + first, rows)
+                      for first, rows in sight.rows(chunk.sequence.computed, chunk.count)]
+        begin += chunk.count + len(chunk.draft)
+    return found

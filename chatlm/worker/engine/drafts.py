@@ -208,6 +208,13 @@ def fitting(sequence: Sequence, draft: Draft) -> Draft:
     return draft.first(grammar.fitting(draft.tokens)) if grammar and draft.tokens else draft
 
 
+def of_vocabulary(draft: Draft, first_id: int | None) -> Draft:
+    """As much of a draft as are tokens; from first_id on ids are rows of pictures, which texts may have."""
+    if first_id is None or not draft.tokens or max(draft.tokens) < first_id:
+        return draft
+    return draft.first(next(i for i, token in enumerate(draft.tokens) if token >= first_id))
+
+
 def by_source(draft: Draft, count: int) -> DraftCounts:
     """The first `count` tokens of a draft, by who proposed them."""
     counts = DraftCounts(forced=min(count, draft.forced))
@@ -231,6 +238,7 @@ class Drafting:
         self.acceptance, self.times = Acceptance(), StepTimes()
         self.host_times = StepTimes()  # of steps whose logits the host needs
         self.records: dict[Sequence, Record] = {}
+        self.first_id: int | None = None  # from here on ids are no tokens
 
     def begin(self, sequence: Sequence):
         sequence.drafts, self.records[sequence] = True, Record()
@@ -257,10 +265,12 @@ class Drafting:
         times.note(rows, step_s + (gap_s if gap_s < self.MOST_GAP_S else 0.0))
 
     def draft(self, sequences: Iterable[Sequence], scheduler: Scheduler, token_s: float):
-        """Set the drafts of those of these sequences that can have one, for the scheduler's next step;
-        token_s: seconds that a token of a prompt takes."""
-        if able := [sequence for sequence in sequences if can_draft(sequence)]:
-            answers = [sequence for sequence in scheduler.running if not sequence.pooling]
+        """Set the drafts of those of these sequences that can have one, for the scheduler's next step, in the
+        background only while nothing else runs; token_s: seconds that a token of a prompt takes."""
+        interactive = [sequence for sequence in scheduler.running if not sequence.work.background]
+        if able := [sequence for sequence in sequences if can_draft(sequence)
+                    and not (interactive and sequence.work.background)]:
+            answers = [sequence for sequence in interactive or scheduler.running if not sequence.pooling]
             tokens = sum(sequence.pending for sequence in answers if sequence.prefilling)
             self.propose(able, -(-len(answers) // scheduler.stages), scheduler.draft_rows,
                          min(tokens, scheduler.prefill_chunk) * token_s,
@@ -282,7 +292,7 @@ class Drafting:
                     forced[sequence] = draft
                 elif forced.get(sequence, NO_DRAFT).tokens:
                     draft = joined(forced[sequence], draft)
-                if (draft := fitting(sequence, draft)).tokens:
+                if (draft := fitting(sequence, of_vocabulary(draft, self.first_id))).tokens:
                     record = self.records[sequence]
                     chances, counts = self.acceptance.measured(draft)
                     factor = record.factor

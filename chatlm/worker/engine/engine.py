@@ -21,7 +21,7 @@ from chatlm.common.messages.requests import (
 from chatlm.worker.arrays.kinds import address_of
 from chatlm.worker.engine.adapter_slots import AdapterSlots
 from chatlm.worker.engine.answer_maker import AnswerMaker
-from chatlm.worker.engine.batch import make_batch, sample_rows
+from chatlm.worker.engine.batch import make_batch, sample_rows, shown_rows
 from chatlm.worker.engine.drafts import NO_DRAFT, Drafting, Forced
 from chatlm.worker.engine.host import HostSteps, embedding_events
 from chatlm.worker.engine.kvcache import PagePool, longest_context
@@ -29,8 +29,10 @@ from chatlm.worker.engine.model_drafts import mark_shown, show, shown_by
 from chatlm.worker.engine.lookup import Lookup
 from chatlm.worker.engine.scheduler import FREE_ROWS, Scheduler
 from chatlm.worker.engine.sequence import Assignment, Chunk, Output, Sequence, without_tokens
+from chatlm.worker.engine.sight import Pictures, sight_of
 from chatlm.worker.engine.states import StatePool
 from chatlm.worker.model.head import Head
+from chatlm.worker.model.transformer import show_pictures
 
 if TYPE_CHECKING:
     from chatlm.common.answering import Word
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from chatlm.worker.engine.model_drafts import ModelDrafts, ShownRows
     from chatlm.worker.engine.keeper import Keeper
     from chatlm.worker.model.kernels import Kernels
+    from chatlm.worker.model.tower import Tower
     from chatlm.worker.model.transformer import Transformer
     from chatlm.worker.ranks.ranks import RankZero
 
@@ -50,6 +53,7 @@ ADAPTER_GONE = "the adapter's files have changed or been removed during this ans
 class StepUnderWay(NamedTuple):
     """A started step and what it draws, in row order."""
 
+    plan: Seq[Chunk]
     finish: Callable[[], list[int]]  # waits for its tokens
     drawing: list[tuple[Sequence | None, tuple[int, ...]]]  # (None if ended or given forced tokens, draft)
     tokens: int     # how many it computes, without drafts
@@ -71,7 +75,7 @@ class Engine:
                  context_length: int, max_batch: int, prefill_chunk: int, drafts: str = "auto",
                  ranks: RankZero | None = None, state_bytes: int | None = None,
                  ranking: numpy.ndarray | None = None, head: Head = Head(), lookup: Lookup | None = None,
-                 draft_models: Seq[ModelDrafts] = ()):
+                 draft_models: Seq[ModelDrafts] = (), tower: Tower | None = None):
         self.transformer, self.tokenizer, self.kernels = transformer, tokenizer, kernels
         slots, states = transformer.num_slots, None
         own_bytes = transformer.spec.state_bytes
@@ -91,12 +95,17 @@ class Engine:
         self.scored_length = longest_context(self.pool, context_length, prefill_chunk)
         self.context_length = min(transformer.spec.context_length, self.scored_length)
         self.steps = kernels.backend.make_steps(transformer, max_batch, self.scored_length)
+        self.scheduler.lane.ahead = self.steps.ahead
+        self.scheduler.lane.recorded = transformer.device.type == "cuda"
         self.ranks = ranks
         if ranks:
             self.steps = ranks.steps(self.steps, transformer)
         self.answers, self.ranking = AnswerMaker(tokenizer), ranking  # see LoadedModel
         self.host = HostSteps(transformer, self.steps, self.answers, self._emit, head)
         self.adapters = AdapterSlots(transformer, ranks)
+        self.pictures = Pictures(tower)
+        if tower:
+            self.drafting.first_id = tower.eyes.vision.first_id
         self.under_way: deque[StepUnderWay] = deque()  # at most one, or one for each other stage
         # `step` returns these, each with its answer's id, even if the step that produced them failed
         self.events: list[tuple[str, WorkerEvent]] = []
@@ -123,7 +132,8 @@ class Engine:
             return
         if self.tokenizer.spec.suppressed:
             work = without_tokens(work, self.tokenizer.spec.suppressed)
-        if self.scheduler.of_texts and (fault := unfit(work, self.context_length)):
+        sight, fault = sight_of(self.pictures, work)
+        if fault := fault or (unfit(work, self.context_length) if self.scheduler.of_texts else ""):
             self.events.append((work.id, Failed(fault)))
             return
         # a prompt that is only scored may fill the context, yet a token is drawn for it too
@@ -131,9 +141,9 @@ class Engine:
         limit = min(len(work.prompt_ids) + work.max_tokens, most)
         sequence = Sequence(work, [*work.prompt_ids, *work.resumed_ids], limit, adapter=slot,
                             adapter_digest=self.adapters.digests.get(slot, ""),
-                            output=Output(scored=work.scored))
+                            sight=sight, output=Output(scored=work.scored))
         self.answers.make(sequence)
-        if self.drafts and work.may_draft and not work.params.pooling:
+        if self.drafts and work.may_draft and not (work.params.pooling or sight and self.draft_models):
             self.drafting.begin(sequence)
         self.scheduler.add(sequence)
         if self.transformer.layer_embed:
@@ -154,29 +164,30 @@ class Engine:
                 self._emit(sequence, ThinkingEnds(answer.end_thinking() if answer else None))
 
     def step(self, meanwhile: Callable[[], None] = lambda: None) -> list[tuple[str, WorkerEvent]]:
-        """Start the next step, call `meanwhile`, finish older steps; returns the new events, each with the id
-        of its answer."""
+        """Start the next step, call `meanwhile`, finish older ones; returns new events with answers' ids."""
         if self.keeper and self.keeper.reader.arrived:
             self._finish_until(0)
             self.keeper.adopt()
+        self.pictures.advance(self.scheduler.running)
         began_s, plan = time.monotonic(), self.scheduler.schedule()
         mark_shown(plan, self.draft_models)
         on_host = any(chunk.on_host for chunk in plan)
-        if self.word and not all(chunk.sequence.pooling for chunk in plan):
+        if self.word and not all(chunk.sequence.pooling or chunk.sequence.work.background for chunk in plan):
             self.word.note(self.step_s)
-        finish = self._start(plan) if plan and not on_host else None
+        alone = on_host or shows(self.transformer, plan)  # it starts when no other is under way
+        finish = self._start(plan) if plan and not alone else None
         meanwhile()
         if not plan and not self.under_way:
             self._wait()
-        self._finish_until(self._most_under_way(plan, on_host) - 1)
+        self._finish_until(self._most_under_way(plan, alone) - 1)
         self.shown = shown_by(plan, on_host)
-        if on_host:
-            plan, finish = self.host.run([chunk for chunk in plan if not chunk.sequence.finished])
+        if alone:
+            plan, finish = run_alone(self, [c for c in plan if not c.sequence.finished], on_host)
         if self.keeper and not self.under_way:
             self.keeper.settle()
         if plan and finish:
             self._advance(plan, finish, began_s)
-        self._finish_until(self._most_under_way(plan, on_host))
+        self._finish_until(self._most_under_way(plan, alone))
         if self.keeper and not self.busy:  # before the last answer's end is reported
             self.keeper.settle()
             if self.keeper.copier.waits and not self.events:
@@ -186,11 +197,13 @@ class Engine:
 
     def _most_under_way(self, plan: Seq[Chunk], on_host: bool) -> int:
         """How many steps may be under way once this one has started: one or, with several stages, one for
-        each other stage; none if its tokens must be known first. Without a plan, the oldest is finished."""
+        each other stage; none if its tokens must be known first, or if nobody waits for them: a request that
+        comes now would wait for the one ahead too. Without a plan, the oldest is finished."""
         if not plan:
             return len(self.under_way)
         stages = self.scheduler.stages
-        awaited = on_host or not self.steps.ahead or stages == 1 and any(map(self._awaits, plan))
+        awaited = on_host or not self.steps.ahead or stages == 1 and (
+            any(map(self._awaits, plan)) or all(chunk.sequence.work.background for chunk in plan))
         return 0 if awaited else max(1, stages - 1)
 
     def _awaits(self, chunk: Chunk) -> bool:
@@ -207,8 +220,12 @@ class Engine:
             self._finish()
 
     def _wait(self):
-        """Every sequence here is still being prepared, or awaits kept pages: wait a little for one."""
+        """Every sequence here is still being prepared, awaits kept pages, or other workers' answers: wait a
+        little."""
+        if self.scheduler.lane.must_wait():
+            return time.sleep(self.scheduler.lane.PAUSE_S)
         preparing = [s.output.preparing for s in self.scheduler.unready if s.output.preparing]
+        preparing += self.pictures.preparing
         if preparing or not self.keeper:
             wait(preparing, 0.02, FIRST_COMPLETED)
         elif self.scheduler.waiting:
@@ -242,12 +259,13 @@ class Engine:
                 row += chunk.draws
             elif sequence.pooling and not sequence.pending:
                 self.scheduler.remove(sequence)
+                share_time(plan, time.monotonic() - began_s, only=sequence)
                 self._emit(sequence, *embedded(sequence, self.host.head, self.ranking))
             elif sequence.work.params.progress and not sequence.generated and not sequence.finished:
                 length = len(sequence.work.prompt_ids)
                 self._emit(sequence, PromptProgress(0, length, min(sequence.computed, length)))
         decodes = all(chunk.draws and chunk.count == 1 for chunk in plan)
-        self.under_way.append(StepUnderWay(finish, drawing, sum(chunk.count for chunk in plan), began_s,
+        self.under_way.append(StepUnderWay(plan, finish, drawing, sum(chunk.count for chunk in plan), began_s,
                                            row if decodes else 0, any(chunk.on_host for chunk in plan)))
 
     def _finish(self):
@@ -257,14 +275,11 @@ class Engine:
         before_s, self.finished_s = self.finished_s, time.monotonic()
         began_s = max(step.began_s, before_s)
         self.step_s = self.finished_s - began_s
+        share_time(step.plan, self.step_s)
         if step.rows:
             self.drafting.note_step(step.rows, self.step_s, began_s - before_s, step.on_host)
         if step.tokens >= self.timed_tokens:
-            token_s = (self.finished_s - began_s) / step.tokens
-            self.token_s += (token_s - self.token_s) * (0.2 if self.token_s else 1.0)
-            self.scheduler.token_s = self.token_s
-            if self.keeper:
-                self.keeper.pace.token_s = self.token_s
+            note_prompt_speed(self, self.step_s / step.tokens)
         going_on = []
         for sequence, draft in step.drawing:
             drawn = list(itertools.islice(tokens, 1 + len(draft)))
@@ -342,6 +357,20 @@ class Engine:
             [empty_pages(address_of(tensor), tensor.nbytes) for tensor in tensors])
 
 
+def shows(transformer: Transformer, plan: Seq[Chunk]) -> bool:
+    """Must rows of pictures be put into the input of this step, or removed?"""
+    return bool(transformer.spec.sees and plan and (transformer.shown or shown_rows(plan)))
+
+
+def run_alone(engine: Engine, plan: list[Chunk],
+              on_host: bool) -> tuple[list[Chunk], Callable[[], list[int]] | None]:
+    """Start a step while no other is under way; the chunks that advance, and what waits for their tokens."""
+    show_pictures(engine.transformer, shown_rows(plan))
+    if on_host:
+        return engine.host.run(plan)
+    return plan, engine._start(plan) if plan else None
+
+
 def embedded(sequence: Sequence, head: Head, ranking: numpy.ndarray | None) -> list[WorkerEvent]:
     """The end of a sequence that was embedded, or of a pair of texts, whose score its head gives, or the
     product of the last hidden state with `ranking`."""
@@ -360,6 +389,22 @@ def unfit(work: Assignment, longest: int) -> str:
     length = len(work.prompt_ids)
     return "" if length <= longest else (
         f"the text has {length:,} tokens; this model takes at most {longest:,}")
+
+
+def note_prompt_speed(engine: Engine, token_s: float):
+    """A step of a prompt has taken so many seconds a token."""
+    engine.token_s += (token_s - engine.token_s) * (0.2 if engine.token_s else 1.0)
+    engine.scheduler.token_s = engine.token_s
+    if engine.keeper:
+        engine.keeper.pace.token_s = engine.token_s
+
+
+def share_time(plan: Seq[Chunk], seconds: float, only: Sequence | None = None):
+    """Divide the time of a step among the sequences in it, by their tokens, drafts included."""
+    tokens = sum(chunk.count + len(chunk.draft) for chunk in plan)
+    for chunk in plan:
+        if only in (None, chunk.sequence):
+            chunk.sequence.output.compute_s += seconds * (chunk.count + len(chunk.draft)) / tokens
 
 
 def drop_adapter(engine: Engine, adapter_id: str):
@@ -387,7 +432,7 @@ def events_of(sequence: Sequence, answer: Answer, tokens: Seq[int], drawn: int |
     piece = Piece(tuple(tokens), answer.take(), logprobs)
     if answer.reason is None:
         return [piece]
-    usage = replace(output.usage, reasoning_tokens=answer.reasoning_tokens)
+    usage = replace(output.usage, reasoning_tokens=answer.reasoning_tokens, compute_s=output.compute_s)
     return [piece, Ended(answer.reason, answer.stop_reason, usage, output.queued_s or 0.0)]
 
 

@@ -7,6 +7,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Sequence as Seq
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy
@@ -121,8 +122,9 @@ def embedding_events(pooled: numpy.ndarray, params: AnswerParams, output: Output
         vector = vector.astype("<f4")
     if not numpy.isfinite(vector).all():
         return [Failed("the model's hidden states are not finite")]
+    usage = replace(output.usage, compute_s=output.compute_s)
     return [Embedding(base64.b64encode(vector.tobytes()).decode()),
-            Ended("stop", None, output.usage, output.queued_s or 0.0)]
+            Ended("stop", None, usage, output.queued_s or 0.0)]
 
 
 def host_row(logits: numpy.ndarray) -> numpy.ndarray:

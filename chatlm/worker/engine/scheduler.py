@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
+from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING
 
 from chatlm.common.messages.requests import Usage
+from chatlm.worker.engine.background import BackgroundLane, in_background
 from chatlm.worker.engine.kvcache import PagePool, PageTables
 from chatlm.worker.engine.sequence import Chunk, Sequence, is_uncached
 
@@ -25,7 +27,11 @@ class Scheduler:
 
     Clients share pages fairly: the one with the fewest is admitted first, the one with the most is preempted
     first. Decode rows come before prefill. Half of `prefill_chunk` goes to the oldest prompt, so that it
-    never starves; the rest goes to the shortest prompts, so that a long one never stalls them."""
+    never starves; the rest goes to the shortest prompts, so that a long one never stalls them.
+
+    Background sequences wait until no interactive one does. Once one is admitted they are set aside: they
+    keep their pages until an interactive sequence needs these, and a step has only as many of their tokens
+    as hardly lengthen it (`BackgroundLane`). So there may be more running sequences than rows."""
 
     def __init__(self, pool: PagePool, *, max_batch: int, prefill_chunk: int, max_rows: int | None = None,
                  stages: int = 1, exact_rows: bool = True, of_texts: bool = False):
@@ -43,6 +49,7 @@ class Scheduler:
         self.token_s = 0.0                     # measured seconds per prompt token; 0: not yet
         self.keeper: Keeper | None = None
         self.drafting: Drafting | None = None
+        self.lane = BackgroundLane()
 
     def add(self, sequence: Sequence):
         sequence.output.added_s = time.monotonic()
@@ -59,39 +66,64 @@ class Scheduler:
         (self.running if sequence.pages else self.waiting).remove(sequence)
         sequence.finished = True
         self.tables.release(sequence)
-        self._end_restoration(sequence)
+        end_restoration(sequence)
         if self.drafting:
             self.drafting.end(sequence)
 
     def schedule(self) -> list[Chunk]:
         """Plan the next step: a one-token chunk for each decoding sequence, then chunks of prompts.
 
-        A sequence is left out if the token being drawn brings it to its limit."""
+        A sequence is left out if the token being drawn brings it to its limit, or in the background."""
         self._admit()
-        answers = [s for s in self.running if not s.pooling]
-        if (texts := self._texts_now(answers)) is not None:
+        background = in_background(self.running)
+        beside = background if len(background) < len(self.running) else []  # interactive sequences
+        if beside != background and self.lane.must_wait():
+            return []
+        answers = [s for s in self.running if not (s.pooling or beside and s.work.background)]
+        if (texts := self._texts_now(answers, bool(beside))) is not None:
             return texts
         share = -(-sum(s.pending == 1 for s in answers) // self.stages)
-        able = [s for s in answers if s.pending == 1 and len(s.tokens) < s.limit and self._may_run(s)]
+        able = [s for s in answers if s.decodes and len(s.tokens) < s.limit and self._may_run(s)]
         decoding = [s for s in able[:share] if self._grow(s)]
-        prefilling, plan = [s for s in answers if s.prefilling], []
+        prefilling, plan = [s for s in answers if s.prefilling], list[Chunk]()
         room = 0 if prefilling and not self.exact_rows else self.draft_rows - len(answers)
         for sequence in decoding:
             draft = self._draft(sequence, room) if sequence.draft.tokens else ()
             plan.append(Chunk(sequence, 1, 1 + len(draft), draft))
             room -= len(draft)
         if prefilling:
-            plan += self._share_prefill(prefilling, self.max_rows - sum(chunk.draws for chunk in plan),
-                                        self.prefill_chunk)
-        plan = [chunk for chunk in plan if chunk.sequence.pages]  # a later one may have preempted it
-        if self.tables.states:
-            plan = [chunk for chunk in map(self.tables.states.prepare, plan) if chunk]
-        return plan
+            most = self.prefill_chunk if beside or not background else self.lane.prompt_tokens(self)
+            plan += self._share_prefill(prefilling, self.max_rows - sum(chunk.draws for chunk in plan), most)
+        plan += self._plan_beside(plan, beside)
+        return prepared(self.tables, plan)
 
-    def _texts_now(self, answers: list[Sequence]) -> list[Chunk] | None:
+    def _plan_beside(self, plan: Seq[Chunk], background: Seq[Sequence]) -> list[Chunk]:
+        """Chunks of background sequences that hardly lengthen a step with a plan of interactive ones: a token
+        of each in order of admission, then pieces of prompts."""
+        rows, drafted = sum(chunk.draws for chunk in plan), any(chunk.draft for chunk in plan)
+        if self.stages > 1 or not self.drafting or not background or not plan:
+            return []
+        # drafts are checked only in steps of few rows if rows are not exact, and without prompts
+        most = (self.draft_rows if drafted and not self.exact_rows else self.max_rows) - rows
+        times = self.drafting.host_times if any(chunk.on_host for chunk in plan) else self.drafting.times
+        tokens = sum(chunk.count + len(chunk.draft) for chunk in plan)
+        room = self.lane.room_beside(times, tokens, max(min(most, self.max_batch), 0))
+        able, chunks = [s for s in background if self.lane.joins(s)], list[Chunk]()
+        for sequence in able:
+            if (len(chunks) < room and sequence.pending == 1 and len(sequence.tokens) < sequence.limit
+                    and self._grow(sequence)):
+                chunks.append(Chunk(sequence, 1, 1))
+        pieces = [s for s in able if s.prefilling and s.pages]
+        if pieces and room > len(chunks) and (self.exact_rows or not drafted):
+            chunks += self._share_prefill(pieces, most - len(chunks), room - len(chunks))
+        return chunks
+
+    def _texts_now(self, answers: list[Sequence], interactive: bool) -> list[Chunk] | None:
         """A step of texts to embed; None if it is to be one of answers. Texts have steps of their own, so
-        that those of answers are as fast as without them; beside answers there are few, and short ones."""
-        waiting = [sequence for sequence in self.running if sequence.pooling and sequence.prefilling]
+        that those of answers are as fast as without them; beside answers there are few, and short ones.
+        interactive: only of texts for which somebody waits."""
+        waiting = [sequence for sequence in self.running if sequence.pooling and sequence.prefilling
+                   and not (interactive and sequence.work.background)]
         left = self.prefill_chunk
         if answers:
             left = min(left, max(self.pool.page_size, int(TEXT_STEP_S / (self.token_s or TEXT_STEP_S))))
@@ -105,10 +137,7 @@ class Scheduler:
             if (not chunks or sequence.pending <= left) and self._grow(sequence):
                 chunks.append(Chunk(sequence, sequence.pending))
                 left -= sequence.pending
-        chunks = [chunk for chunk in chunks if chunk.sequence.pages]
-        if self.tables.states:
-            chunks = [chunk for chunk in map(self.tables.states.prepare, chunks) if chunk]
-        return chunks
+        return prepared(self.tables, chunks)
 
     def _may_run(self, sequence: Sequence) -> bool:
         """Is it prepared and, with several stages, is its last token known?"""
@@ -126,29 +155,26 @@ class Scheduler:
             if (pages := self.pool.allocate(len(missing))) is not None:
                 self.tables.fill(sequence, missing, pages, near)
             else:
-                holdings = self._holdings()
-                self._preempt(self._youngest(max(holdings, key=holdings.__getitem__)))
+                self._preempt(richest(self.tables, in_background(self.running) or self.running))
         return bool(sequence.pages)
 
-    def _holdings(self) -> Counter[str]:
-        """How many pages each client's sequences hold; the client of the youngest sequence comes first."""
-        holdings = Counter()
-        for sequence in reversed(self.running):
-            holdings[sequence.work.params.client] += self.tables.held(sequence)
-        return holdings
+    def _give_up_pages(self, newcomer: Sequence, needed: int, headroom: int, peers: Seq[Sequence]) -> bool:
+        """Preempt a sequence for one that needs so many pages: the youngest of the client with the most.
 
-    def _youngest(self, client: str) -> Sequence:
-        return next(sequence for sequence in reversed(self.running) if sequence.work.params.client == client)
-
-    def _give_up_pages(self, client: str, needed: int) -> bool:
-        """Preempt the youngest sequence of the client with the most pages.
-
-        Only if that client would still hold at least as many as `client` would then. Returns whether it did.
-        """
-        holdings = self._holdings()
-        rich = max(holdings, key=holdings.__getitem__, default=client)
-        if (rich == client or holdings[rich] - self.tables.held(victim := self._youngest(rich))
-                < holdings[client] + needed):
+        Only if that client would still hold at least as many as the newcomer's would then; one in the
+        background always, if that can be enough. peers: what runs in the newcomer's lane. Returns whether it
+        did."""
+        if not newcomer.work.background and (background := in_background(self.running)):
+            if needed + headroom > self.pool.available + sum(map(self.tables.held, background)):
+                return False
+            self._preempt(richest(self.tables, background))
+            return True
+        if not peers:
+            return False
+        holdings, victim = holdings_of(self.tables, peers), richest(self.tables, peers)
+        rich, client = victim.work.params.client, newcomer.work.params.client
+        if rich == client or (holdings[rich] - self.tables.held(victim)
+                              < holdings[client] + needed + self.tables.held(newcomer)):
             return False
         self._preempt(victim)
         return True
@@ -169,14 +195,8 @@ class Scheduler:
         self.running.remove(sequence)
         self.tables.release(sequence)
         self.waiting.appendleft(sequence)
-        self._end_restoration(sequence)
+        end_restoration(sequence)
         self.preemptions += 1
-
-    @staticmethod
-    def _end_restoration(sequence: Sequence):
-        """End the restoration of its pages: nobody waits for them any more."""
-        if sequence.restoration:
-            sequence.restoration.over, sequence.restoration = True, None
 
     def isolate(self) -> list[Sequence]:
         """After a failed step, send each running sequence back to be recomputed alone, now as a suspect.
@@ -195,32 +215,46 @@ class Scheduler:
         self.remove(blamed[0])
         return blamed
 
+    def _next(self, ready: Seq[Sequence]) -> Sequence | None:
+        """Which of the ready sequences is to be admitted next: an interactive one, while there is one, then
+        one of the client with the fewest pages in its lane. None: there is no row for it."""
+        lane = [sequence for sequence in ready if not sequence.work.background] or ready
+        background = in_background(self.running)
+        interactive = len(self.running) - len(background)
+        if not lane or any(running.suspect for running in self.running):
+            return None
+        if lane[0].work.background:
+            full = interactive and len(background) >= self.lane.room
+        else:
+            full = interactive >= self.max_batch
+            if not full and self.tables.states and len(self.running) >= self.max_batch:
+                self._preempt(richest(self.tables, background))  # there are no more states than rows
+        if full or lane[0].work.background and len(self.running) >= self.max_batch:
+            return None
+        holdings = holdings_of(self.tables, background if lane[0].work.background else
+                                  [running for running in self.running if not running.work.background])
+        return min(lane, key=lambda waiting: holdings[waiting.work.params.client])
+
     def _admit(self):
         """Move ready sequences from the queue into the batch while rows and pages last; suspects run alone.
 
-        The client with the fewest pages goes first; within a client, order is kept."""
+        The client with the fewest pages goes first; within a client, order is kept. What is in the background
+        waits for all others."""
         ready = [sequence for sequence in self.waiting if self._may_run(sequence)
                  and (self.keeper is None or is_uncached(sequence) or not self.keeper.awaits(sequence))]
         chunk = self.pool.page_size * self.pool.num_pages if self.of_texts else self.prefill_chunk
-        while (ready and len(self.running) < self.max_batch
-               and not any(running.suspect for running in self.running)):
-            holdings = self._holdings()
-            ready.remove(sequence := min(ready, key=lambda waiting: holdings[waiting.work.params.client]))
+        while sequence := self._next(ready):
+            ready.remove(sequence)
             known = 0 if self.of_texts else sequence.cacheable
             matched, serial = self.pool.match_prefix(sequence.tokens[:known], sequence.root)
             cached, size, length = len(matched) // self.pool.groups, self.pool.page_size, len(sequence.tokens)
             whole, near = -(-length // size), -(-min(length, cached * size + chunk) // size)
             sequence.pages, sequence.filled = matched, cached
             missing = self.tables.missing(sequence, whole, near)
-            # headroom: a page of each group for each running sequence, so that a new one does not preempt at
-            # once; needed: it may later hold more pages than it takes now
-            headroom = len(self.running) * self.pool.groups
+            # needed: it may later hold more pages than it takes now
             needed = max(len(missing),
                          self.pool.pages_for(length, chunk) - self.tables.held(sequence))
-            while (needed + headroom > self.pool.available
-                   and self._give_up_pages(sequence.work.params.client, needed + self.tables.held(sequence))):
-                headroom -= self.pool.groups
-            if needed + headroom > self.pool.available:
+            if not self._make_room(sequence, needed):
                 self.tables.release(sequence)
                 return
             self.waiting.remove(sequence)
@@ -233,6 +267,18 @@ class Scheduler:
             if (output := sequence.output).queued_s is None:
                 output.queued_s = time.monotonic() - output.added_s
                 output.usage = Usage(cached_tokens=min(sequence.computed, len(sequence.work.prompt_ids)))
+
+    def _make_room(self, newcomer: Sequence, needed: int) -> bool:
+        """Are there so many pages for it, and a page of each group for each running sequence that it could
+        otherwise preempt at once? Sequences that should give up theirs for it do."""
+        while True:
+            peers = [running for running in self.running
+                     if running.work.background == newcomer.work.background]
+            others = len(self.running) if newcomer.work.background else len(peers)
+            if needed + (headroom := others * self.pool.groups) <= self.pool.available:
+                return True
+            if not self._give_up_pages(newcomer, needed, headroom, peers):
+                return False
 
     def _share_prefill(self, prefilling: list[Sequence], rows: int, left: int) -> list[Chunk]:
         """Split the step's prefill budget, `left`: at least half to the oldest, the rest shortest first.
@@ -248,7 +294,7 @@ class Scheduler:
                 self._catch_up(sequence)
             share = max(left // 2, left - wanted) if sequence is oldest else left
             bare = max(sequence.unscored - sequence.computed, 0)  # tokens without logits
-            count = min(sequence.pending, share, bare + 1 + rows if sequence.scoring else share)
+            count = min(sequence.seen, share, bare + 1 + rows if sequence.scoring else share)
             if count > 0 and self._grow(sequence, sequence.computed + count):
                 draws = count == sequence.pending and not sequence.pooling
                 chunks.append(chunk := Chunk(sequence, count, int(draws)))
@@ -281,3 +327,30 @@ class Scheduler:
     @property
     def unready(self) -> list[Sequence]:
         return [sequence for sequence in (*self.running, *self.waiting) if not sequence.output.ready]
+
+
+def prepared(tables: PageTables, plan: Seq[Chunk]) -> list[Chunk]:
+    """The chunks of those that a later one has not preempted, with states where layers keep some."""
+    plan = [chunk for chunk in plan if chunk.sequence.pages]
+    return [chunk for chunk in map(tables.states.prepare, plan) if chunk] if tables.states else plan
+
+
+def holdings_of(tables: PageTables, sequences: Seq[Sequence]) -> Counter[str]:
+    """How many pages each client's sequences hold; the client of the youngest sequence comes first."""
+    holdings = Counter()
+    for sequence in reversed(sequences):
+        holdings[sequence.work.params.client] += tables.held(sequence)
+    return holdings
+
+
+def richest(tables: PageTables, sequences: Seq[Sequence]) -> Sequence:
+    """The youngest of these sequences that belongs to the client that holds the most pages with them."""
+    holdings = holdings_of(tables, sequences)
+    rich = max(holdings, key=holdings.__getitem__)
+    return next(sequence for sequence in reversed(sequences) if sequence.work.params.client == rich)
+
+
+def end_restoration(sequence: Sequence):
+    """End the restoration of its pages: nobody waits for them any more."""
+    if sequence.restoration:
+        sequence.restoration.over, sequence.restoration = True, None

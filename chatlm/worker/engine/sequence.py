@@ -14,10 +14,11 @@ from chatlm.worker.engine.states import HeldStates
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
-    from chatlm.common.messages.requests import AnswerParams, SamplingParams, TokenLogprob
+    from chatlm.common.messages.requests import AnswerParams, Picture, SamplingParams, TokenLogprob
     from chatlm.worker.engine.answer import Answer
     from chatlm.worker.engine.grammar import Grammar
     from chatlm.worker.engine.keeper import Restoration
+    from chatlm.worker.engine.sight import Sight
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Assignment:
     scored: int = 0       # prompt tokens whose log-probabilities were already sent, or are not wanted
     thinking_ends: int | None = None  # see Answer.thinking_ends
     resumed_sent: bool = True  # was the text of `resumed_ids` sent?
+    background: bool = False   # does nobody wait for it?
+    pictures: tuple[Picture, ...] = ()  # that the prompt shows, in order
 
     @cached_property
     def sampling(self) -> SamplingParams:
@@ -77,6 +80,7 @@ class Output:
     preparing: Future | None = None      # work of a thread that the sequence must wait for
     kept: Any = None                     # see SampleRow.kept
     usage: Usage = Usage()               # here so far: tokens cached at first admission, drafted ones
+    compute_s: float = 0.0               # its shares of the time of steps here
     added_s: float = 0.0                 # when it was queued here
     queued_s: float | None = None        # seconds it waited here before it first ran
     logprobs: list[TokenLogprob] = field(default_factory=list)  # of the last step's tokens, if requested
@@ -113,6 +117,7 @@ class Sequence:
     filled: int = 0                      # table rows in which layers with a window have been given pages
     serial: int | str = PagePool.ROOT    # content serial of its last full page, as in the prefix index
     states: HeldStates = field(default_factory=HeldStates)
+    sight: Sight | None = None           # of the pictures of its prompt
     restoration: Restoration | None = None  # of kept pages of its prompt, once they were looked up
     output: Output = field(default_factory=Output)
 
@@ -158,6 +163,25 @@ class Sequence:
         return self.work.params.pooling
 
     @property
+    def counted(self) -> tuple[list[int], int]:
+        """The tokens that penalties count, and how many of them are of the prompt. Rows of pictures are no
+        tokens that could be drawn."""
+        prompt = len(self.work.prompt_ids)
+        if not self.sight or not self.work.needs_tokens:
+            return self.tokens, prompt
+        return self.sight.without_rows(self.tokens), prompt - len(self.sight.places)
+
+    @property
+    def seen(self) -> int:
+        """How many of its pending tokens may be computed before a row of a picture that is not encoded."""
+        return self.sight.known(self.computed, self.pending) if self.sight else self.pending
+
+    @property
+    def decodes(self) -> bool:
+        """Is one token left to compute, and can it be?"""
+        return self.pending == 1 and self.seen == 1
+
+    @property
     def prefilling(self) -> bool:
         return self.pending > (0 if self.pooling else 1)
 
@@ -173,6 +197,13 @@ class Chunk(NamedTuple):
     draft: tuple[int, ...] = ()
     reads: int = 0  # the slot of its state, if layers keep one
     writes: tuple[tuple[int, int], ...] = ()  # (token of the chunk, slot for the state after it)
+
+    @property
+    def ids(self) -> list[int]:
+        """The token before, -1 at the beginning, and those that are computed; of rows of pictures one id."""
+        first, tokens = self.sequence.computed, self.sequence.tokens
+        ids = [tokens[first - 1] if first else -1, *tokens[first:first + self.count], *self.draft]
+        return self.sequence.sight.as_one_id(ids) if self.sequence.sight else ids
 
     @property
     def rows(self) -> int:

@@ -435,6 +435,7 @@ class ModelSpec:
     answer_positions: int = 0         # > 0: prompt and answer end here; a longer text is only scored
     joins: bool = False               # a draft head: its input is a product of the embedding and a state of
                                       # another model, as which x is given
+    sees: bool = False                # rows of pictures are added to the embeddings, which are 0 there
     opens: bool = True                # False: another stage computes the layers before these,
     closes: bool = True               # and here those after them
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence as Seq
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TYPE_CHECKING
@@ -43,8 +43,10 @@ class Transformer:
                  max_rows: int | None = None, device: str = "cpu", dtype: str | None = None,
                  num_slots: int = 1, groups: LayerGroups | None = None, kv: KvType | None = None,
                  read_adapter: Callable[[Path], dict[str, AdapterMatrix]] | None = None,
-                 shared: Mapping[str, Any] = {}, progress=lambda activity, fraction: None):
-        """shared: weights of another Transformer, packed, in place of those of the same names."""
+                 shared: Mapping[str, Any] = {}, buffers: dict[str, Any] | None = None,
+                 progress=lambda activity, fraction: None):
+        """shared: weights of another Transformer, packed, in place of those of the same names. buffers: those
+        of one of equal sizes, which computes its layers just before."""
         self.unpadded, self.kernels = spec, kernels
         if kernels.pads:
             spec, tensors = padded_spec(spec), padded_tensors(spec, tensors)
@@ -90,8 +92,12 @@ class Transformer:
                            for mixer in self.mixers]
             sizes = self.buffer_sizes(spec, max_tokens, min(max_rows or max_tokens, max_tokens),
                                       kernels.backend.activations or self.dtype)
-            self.buffers = {name: self.arrays.empty((rows, columns), kind)
-                            for name, (rows, columns, kind) in sizes.items()}
+            self.buffers = buffers or {name: self.arrays.empty((rows, columns), kind)
+                                       for name, (rows, columns, kind) in sizes.items()}
+            self.shown = spec.sees  # are there rows of pictures in their buffer?
+            show_pictures(self, ())
+            if spec.sees and not kernels.backend.tensors:
+                kernels.backend.program.given(self.buffers["pictures"])
             self.recorded = kernels.backend.record(self)
 
     def _pack(self, tensors: dict, dtype: str | None, shared: Mapping[str, Any], progress: Progress) -> dict:
@@ -144,7 +150,7 @@ class Transformer:
         gates, P = q * spec.output_gate, spec.layer_input_size
         shared = [mixer for mixer in spec.mixers if isinstance(mixer, Mamba2) and mixer.of_heads]
         return {
-            "unnormed": (T, narrow if shared else 0, f32),
+            "pictures": (T, C * spec.sees, f32), "unnormed": (T, narrow if shared else 0, f32),
             "squares": (T, max((-(-mixer.groups // 16) * 16 for mixer in shared), default=0), f32),
             "gated": (T, (gates + qkv) * spec.output_gate, dtype), "gates": (T, gates, dtype),
             "x": (T, C, f32), "residual": (T, C, f32), "x0": (T, C, f32), "middle": (T, C, f32),
@@ -274,6 +280,8 @@ class Transformer:
         self._look_up(inputs.token_ids, out=b.x)
         if self.embedding_scale != 1:
             k.mix(b.x, b.x, self.embedding_scale, 0.0, out=b.x)
+        if spec.sees:
+            k.mix(b.x, b.pictures, 1.0, 1.0, out=b.x)
         if spec.positions:
             k.embed(w["positions"].reshape(-1, spec.width), inputs.positions, out=b.previous)
             k.mix(b.x, b.previous, 1.0, 1.0, out=b.x)
@@ -301,6 +309,8 @@ class Transformer:
     def _look_up(self, ids, out):
         """The embeddings (T, C) of some ids; each of several ranks only has those of its rows."""
         spec, k, table = self.spec, self.kernels, self.weights["embed"]
+        if spec.sees:  # rows of pictures have the id after the last one: nothing is looked up for them
+            return k.embed(table, ids, out=out, part=(0, spec.vocab_size + 1))
         if not spec.own_rows:
             return k.embed(table, ids, out=out)
         k.embed(table, ids, out=out, part=(spec.first_row, spec.vocab_size))
@@ -461,6 +471,19 @@ class Transformer:
             k.all_reduce(b.added, out=b.added)
         k.rms_norm(b.added, norm, self.spec.norm_eps, out=b.added)
         k.mix(residual, b.added, 1.0, 1.0, out=out)
+
+
+def show_pictures(transformer: Transformer, rows: Seq[tuple[int, numpy.ndarray]]):
+    """Put rows of pictures, (first row of the step, (n, C)), into the input of the next step, beside which
+    none may be under way; () undoes that."""
+    if not (rows or transformer.shown):
+        return
+    buffer, transformer.shown = transformer.buffers["pictures"], bool(rows)
+    put = transformer.arrays.put
+    put(numpy.full(tuple(buffer.shape), -0.0, numpy.float32), buffer)  # changes no sum
+    for first, values in rows:
+        scaled = values / numpy.float32(transformer.spec.residual_scale)
+        put(scaled, buffer[first:first + len(values), :values.shape[1]])
 
 
 def join_state(transformer: Transformer, inputs: Inputs, b: SimpleNamespace):

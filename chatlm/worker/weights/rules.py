@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from chatlm.common.messages.requests import TextSpec
     from chatlm.worker.model.spec import ModelSpec
     from chatlm.worker.model.tensors import MappedRows, Unread
+    from chatlm.worker.model.tower import Eyes
     from chatlm.worker.weights.adapters import Adaptable
     from chatlm.worker.weights.vocabulary import Vocabulary
 
@@ -52,6 +53,7 @@ class LoadedModel:
     vocabulary: Vocabulary | None = None  # what `text` says, where it was not read from a tokenizer.json
     draft_head: LoadedModel | None = None  # if the files have one and drafts may come from it
     ranking: Any = None          # float64 (C,): what makes the last hidden state of a pair its score
+    eyes: "Eyes | None" = None   # what it sees pictures with
 
     @property
     def context_length(self) -> int:

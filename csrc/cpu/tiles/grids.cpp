@@ -1,4 +1,4 @@
-// The grids of grids.def with each digit as a magnitude, and 2^OFFSET_SHIFT of its type added; of IQ1_* 8 times the digit.
+// The grids of grids.def with each digit as a magnitude; of IQ1_* 8 times the digit.
 #define DC_ISA portable
 #include "cpu/tiles/formats.h"
 
@@ -16,8 +16,8 @@ constexpr Grid<EACH, COUNT> unpacked(const uint16_t (&packed)[COUNT], Magnitudes
     constexpr int BITS = EACH == 8 ? 2 : 3;
     for (int i = 0; i < COUNT; i++)
         for (int k = 0; k < EACH; k++) {
-            const uint64_t code = magnitudes.of[packed[i] >> BITS * k & ((1 << BITS) - 1)];
-            grid.of[i] |= decltype(+grid.of[i])(code << 8 * k);
+            const uint64_t magnitude = magnitudes.of[packed[i] >> BITS * k & ((1 << BITS) - 1)];
+            for (int place = 0; place < 8 / EACH; place++) grid.of[place][i] |= magnitude << 8 * (k + EACH * place);
         }
     return grid;
 }
@@ -35,8 +35,7 @@ constexpr Magnitudes plus(Magnitudes magnitudes, int offset) {
     return magnitudes;
 }
 
-constexpr Magnitudes IQ2 = plus({{8, 25, 43}}, 64), IQ3_XXS = plus({{4, 12, 20, 28, 36, 44, 52, 62}}, 64);
-constexpr Magnitudes IQ3_S = plus({{1, 3, 5, 7, 9, 11, 13, 15}}, 16), IQ1 = plus({{0, 8, 16}}, 9);
+constexpr Magnitudes IQ2 = {{8, 25, 43}}, IQ3_XXS = {{4, 12, 20, 28, 36, 44, 52, 62}}, IQ3_S = {{1, 3, 5, 7, 9, 11, 13, 15}}, IQ1 = {{9, 17, 25}};
 
 }  // namespace
 
@@ -47,11 +46,11 @@ constexpr Grid<4, 256> GRID_IQ3_XXS = unpacked<4>(packed_iq3_xxs, IQ3_XXS);
 constexpr Grid<4, 512> GRID_IQ3_S = unpacked<4>(packed_iq3_s, IQ3_S);
 constexpr Grid<8, 2048> GRID_IQ1 = unpacked<8>(packed_iq1, IQ1);
 
-constexpr Digits<256> DIGITS_IQ2_XXS = digits_of<8>(packed_iq2_xxs, IQ2);
-constexpr Digits<512> DIGITS_IQ2_XS = digits_of<8>(packed_iq2_xs, IQ2);
-constexpr Digits<1024> DIGITS_IQ2_S = digits_of<8>(packed_iq2_s, IQ2);
-constexpr Digits<256> DIGITS_IQ3_XXS = digits_of<4>(packed_iq3_xxs, IQ3_XXS);
-constexpr Digits<512> DIGITS_IQ3_S = digits_of<4>(packed_iq3_s, IQ3_S);
+constexpr Digits<256> DIGITS_IQ2_XXS = digits_of<8>(packed_iq2_xxs, plus(IQ2, 64));
+constexpr Digits<512> DIGITS_IQ2_XS = digits_of<8>(packed_iq2_xs, plus(IQ2, 64));
+constexpr Digits<1024> DIGITS_IQ2_S = digits_of<8>(packed_iq2_s, plus(IQ2, 64));
+constexpr Digits<256> DIGITS_IQ3_XXS = digits_of<4>(packed_iq3_xxs, plus(IQ3_XXS, 64));
+constexpr Digits<512> DIGITS_IQ3_S = digits_of<4>(packed_iq3_s, plus(IQ3_S, 16));
 constexpr Digits<2048> DIGITS_IQ1 = digits_of<8>(packed_iq1, IQ1);
 
 }  // namespace dc

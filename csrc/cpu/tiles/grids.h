@@ -7,22 +7,19 @@
 //              SIGNED: 64 B of signs: of byte k % 4 of lane r, bit k / 4 is column k's
 //              more bits of the numbers [HIGH][n] u16, bit r = row r; of IQ1_* the last is the sign of what is added to 8 columns
 // mapping  a load from the grid for each entry, whose 8 columns of 16 rows are shuffled into words of 4; with VBMI a grid lies in registers,
-//          as two bytes of digits for an entry, and 64 entries are looked up at once
+//          as two bytes of digits for an entry, and 64 entries are looked up at once. One row of x with AVX2: looked_up_row.inl.h
 // cost     of 32 columns on Zen 5: 46 to 90 cycles by loads, 18 to 44 with VBMI
-// numerics a code is a weight's integer plus 2^OFFSET_SHIFT, as everywhere: grid entries have it added already, and a code whose
-//          weight is negative is 2 * 2^OFFSET_SHIFT minus that. So integer sums and scales are those of the other types
+// numerics a code is a weight's integer plus 2^OFFSET_SHIFT, as everywhere: the entry plus that, or that minus the entry where the
+//          weight is negative. So integer sums and scales are those of the other types
 // A part of formats.h, which includes it after what all types have in common.
 #pragma once
 
 namespace dc {
 
-// Entries as bytes: the magnitudes of 8 or 4 columns, plus 2^OFFSET_SHIFT of their type (grids.cpp).
+// Entries as bytes: the magnitudes of 8 columns; of IQ1_* codes, whose sign takes 2 away. Those of 4 columns stand twice, before and after 4 zeros,
+// so that two of them make 8 columns by an OR.
 template <int EACH, int COUNT>
-struct Grid;
-template <int COUNT>
-struct alignas(64) Grid<8, COUNT> { uint64_t of[COUNT]; };
-template <int COUNT>
-struct alignas(64) Grid<4, COUNT> { uint32_t of[COUNT]; };
+struct alignas(64) Grid { uint64_t of[8 / EACH][COUNT], after; };           // 16 bytes are read where the last entry begins
 
 extern const Grid<8, 256> GRID_IQ2_XXS;
 extern const Grid<8, 512> GRID_IQ2_XS;
@@ -84,6 +81,11 @@ struct Eight {
         constexpr int EACH = 8 / int(sizeof(Number));
         return Number(of[i / EACH] >> i % EACH * 8 * int(sizeof(Number)));
     }
+    Eight in_registers() const {                // else GCC may read them one by one
+        Eight same = *this;
+        for (uint64_t& some : same.of) asm("" : "+r"(some));
+        return same;
+    }
 };
 
 // Entries of 8 bytes of 8 rows -> words of their first 4 columns, and of the others.
@@ -98,16 +100,17 @@ DC_INLINE void look_up_rows(const uint64_t* grid, const Eight<Number>& numbers, 
     first = _mm256_castps_si256(_mm256_shuffle_ps(even, odd, 0x88)), second = _mm256_castps_si256(_mm256_shuffle_ps(even, odd, 0xdd));
 }
 template <class Number>
-DC_INLINE __m256i look_up_rows(const uint32_t* grid, const Eight<Number>& numbers) {
+DC_INLINE __m256i look_up_rows(const uint64_t* grid, const Eight<Number>& numbers) {
     const auto one = [&](int i) { return _mm_load_ss(reinterpret_cast<const float*>(grid + numbers[i])); };
     const auto two = [&](int i) { return _mm_unpacklo_ps(one(i), one(i + 1)); };
     return _mm256_castps_si256(_mm256_set_m128(_mm_movelh_ps(two(4), two(6)), _mm_movelh_ps(two(0), two(2))));
 }
 
-// Codes of 4 columns with their signs; SHIFT: where these are, to the left.
-template <int SHIFT, int TWICE>
-DC_INLINE __m256i with_signs(__m256i codes, __m256i signs) {
-    return _mm256_blendv_epi8(codes, _mm256_sub_epi8(_mm256_set1_epi8(char(TWICE)), codes), _mm256_slli_epi16(signs, SHIFT));
+// Codes of 4 columns from magnitudes and signs; SHIFT: where these are, to the left.
+template <int SHIFT, int OFFSET>
+DC_INLINE __m256i with_signs(__m256i magnitudes, __m256i signs) {
+    const __m256i offset = _mm256_set1_epi8(char(OFFSET));
+    return _mm256_blendv_epi8(_mm256_add_epi8(offset, magnitudes), _mm256_sub_epi8(offset, magnitudes), _mm256_slli_epi16(signs, SHIFT));
 }
 DC_INLINE void store_codes(uint8_t* to, __m256i codes) { _mm256_store_si256(reinterpret_cast<__m256i*>(to), codes); }
 
@@ -116,10 +119,11 @@ DC_INLINE void store_codes(uint8_t* to, __m256i codes) { _mm256_store_si256(rein
 template <int EACH, int COUNT, const Grid<EACH, COUNT>& GRID, const Digits<COUNT>& DIGITS, int HIGH, bool SIGNED, int SHIFT, class Dot>
 struct Gridded : Plain<7, SHIFT, Dot> {
     static constexpr bool EXPANDS = true, HAS_SIGNS = SIGNED;
-    static constexpr int HALVES = 16, ENTRIES = 32 / EACH, TWICE = 2 << SHIFT, MORE = HIGH;
+    static constexpr int HALVES = 16, ENTRIES = 32 / EACH, OFFSET = SIGNED ? 1 << SHIFT : 0, MORE = HIGH;
     static constexpr int64_t SIGNS = 16 * ENTRIES, PLANES = SIGNS + (SIGNED ? 64 : 0), BYTES = PLANES + 2 * HIGH * ENTRIES;
     static constexpr bool FINE_APART = true;
 
+    static const Grid<EACH, COUNT>& grid() { return GRID; }
     static const Digits<COUNT>& digits() { return DIGITS; }
 
     static void put_number(int number, int n, uint8_t* quants, int r) {
@@ -139,9 +143,9 @@ struct Gridded : Plain<7, SHIFT, Dot> {
         const int n = k / EACH;
         int number = quants[16 * n + r];
         for (int h = 0; h < HIGH; h++) number |= (quants[PLANES + 2 * (ENTRIES * h + n) + r / 8] >> r % 8 & 1) << (8 + h);
-        const int code = int(GRID.of[number % COUNT] >> 8 * (k % EACH) & 255);
-        if (SIGNED) return quants[SIGNS + 4 * r + k % 4] >> k / 4 & 1 ? TWICE - code : code;
-        return code - number / COUNT * 2;
+        const int entry = int(GRID.of[0][number % COUNT] >> 8 * (k % EACH) & 255);
+        if (SIGNED) return quants[SIGNS + 4 * r + k % 4] >> k / 4 & 1 ? OFFSET - entry : OFFSET + entry;
+        return entry - number / COUNT * 2;
     }
 
     // The numbers of a block's entries [ENTRIES][16] where they have more than 8 bits, without the sign that IQ1_* have above them.
@@ -167,15 +171,15 @@ private:
 #else
         for (int n = 0; n < ENTRIES; n++) {
             for (int r = 0; r < 16; r++) {
-                auto entry = GRID.of[numbers[16 * n + r]];
-                if (!SIGNED && quants[PLANES + 2 * (ENTRIES * (HIGH - 1) + n) + r / 8] >> r % 8 & 1) entry -= decltype(entry)(0x0202020202020202);
-                for (int i = 0; i < EACH / 4; i++) put_four(uint32_t(entry >> (EACH == 8 ? 32 * i : 0)), to + 64 * (EACH / 4 * n + i) + 4 * r);
+                uint64_t entry = GRID.of[0][numbers[16 * n + r]];
+                if (!SIGNED && quants[PLANES + 2 * (ENTRIES * (HIGH - 1) + n) + r / 8] >> r % 8 & 1) entry -= 0x0202020202020202;
+                for (int i = 0; i < EACH / 4; i++) put_four(uint32_t(entry >> 32 * i), to + 64 * (EACH / 4 * n + i) + 4 * r);
             }
         }
         for (int c = 0; SIGNED && c < 8; c++)
             for (int j = 0; j < 64; j++) {
-                const uint8_t code = to[64 * c + j];
-                to[64 * c + j] = quants[SIGNS + j] >> c & 1 ? uint8_t(TWICE - code) : code;
+                const uint8_t entry = to[64 * c + j];
+                to[64 * c + j] = uint8_t(quants[SIGNS + j] >> c & 1 ? OFFSET - entry : OFFSET + entry);
             }
 #endif
     }
@@ -190,13 +194,13 @@ private:
         to += 4 * FIRST, numbers += FIRST;
         if constexpr (EACH == 4) {
             const __m256i signs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(quants + SIGNS + 4 * FIRST));
-            store_codes(to + 64 * N, with_signs<7 - N, TWICE>(look_up_rows(GRID.of, Eight<Number>(numbers)), signs));
+            store_codes(to + 64 * N, with_signs<7 - N, OFFSET>(look_up_rows(GRID.of[0], Eight<Number>(numbers)), signs));
         } else {
             __m256i first, second;
-            look_up_rows(GRID.of, Eight<Number>(numbers), first, second);
+            look_up_rows(GRID.of[0], Eight<Number>(numbers), first, second);
             if constexpr (SIGNED) {
                 const __m256i signs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(quants + SIGNS + 4 * FIRST));
-                first = with_signs<7 - 2 * N, TWICE>(first, signs), second = with_signs<6 - 2 * N, TWICE>(second, signs);
+                first = with_signs<7 - 2 * N, OFFSET>(first, signs), second = with_signs<6 - 2 * N, OFFSET>(second, signs);
             } else {
                 const __m256i lanes = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
                 const __m256i minus = _mm256_set1_epi32(quants[PLANES + 2 * (ENTRIES * (HIGH - 1) + N) + FIRST / 8]);
@@ -252,7 +256,7 @@ DC_VBMI_INLINE void put_chunk(const uint8_t* quants, __m512i digits, uint8_t* to
     const __m512i codes = _mm512_permutexvar_epi8(shifted, _mm512_load_si512(F::digits().magnitudes));
     if constexpr (F::HAS_SIGNS) {
         const __mmask64 minus = _mm512_test_epi8_mask(_mm512_loadu_si512(quants + F::SIGNS), _mm512_set1_epi8(char(1 << C)));
-        _mm512_store_si512(to + 64 * C, _mm512_mask_sub_epi8(codes, minus, _mm512_set1_epi8(char(F::TWICE)), codes));
+        _mm512_store_si512(to + 64 * C, _mm512_mask_sub_epi8(codes, minus, _mm512_set1_epi8(char(2 * F::OFFSET)), codes));
     } else {
         uint16_t less;
         std::memcpy(&less, quants + F::PLANES + 2 * (F::ENTRIES * (F::MORE - 1) + C / 2), 2);
@@ -295,9 +299,9 @@ DC_VBMI_INLINE void expand_in_registers(const uint8_t* quants, uint8_t* to) {
 
 #endif
 
-// The same type with its codes as bytes.
+// The same type with its codes as bytes, aligned.
 template <class F>
-struct Expanded : F { static constexpr int64_t BYTES = 512; };
+struct Expanded : F { static constexpr int64_t BYTES = 512, SCALE_BYTES = (F::SCALE_BYTES + 63) / 64 * 64; };
 
 // Scales of 4 bits, which stand for odd numbers: d * (2 s + 1) / OF. Of 16 columns, two in a byte, or of 32, of blocks i and i + 1.
 template <int OF, int PARTS_>

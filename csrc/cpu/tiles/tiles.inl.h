@@ -14,6 +14,7 @@
 #include "cpu/lanes.h"
 #include "cpu/tiles/finish.inl.h"
 #include "cpu/tiles/formats.h"
+#include "cpu/tiles/looked_up_row.inl.h"
 #include "cpu/tiles/tiles.h"
 
 namespace dc {
@@ -393,7 +394,7 @@ void multiply_blocks(const Meeting& m, Sums& out) {
     }
 }
 
-// ---- types whose codes are made before: 256 columns of a tile for all rows that meet it
+// ---- types whose codes are made before: some columns of a tile for all rows that meet it
 
 // Some tiles, one after another, times groups [first, end), at most EXPANDED_GROUPS.
 struct Gathering {
@@ -408,13 +409,15 @@ struct Gathering {
     int rows(int64_t group) const { return int(least(GROUP_ROWS, job.rows - group * GROUP_ROWS)); }
 };
 
-constexpr int64_t EXPANDED_GROUPS = 8;
+// Groups that meet a tile's codes, and groups of the tile's blocks, of 256 columns, whose codes lie in the cache together: 4 and 1 cost 2 to 8 %
+// of a prompt's products.
+constexpr int64_t EXPANDED_GROUPS = 16, EXPANDED_TOGETHER = 4;
 
 // A group's scales, and after them its codes.
 template <class F>
 __attribute__((noinline)) void expand_group(const uint8_t* group, uint8_t* to) {
     std::memcpy(to, group, F::SCALE_BYTES);
-    to += F::SCALE_BYTES;
+    to += Expanded<F>::SCALE_BYTES;
     uint16_t numbers[F::MORE ? F::BLOCKS : 1][16 * F::ENTRIES];
     for (int i = 0; F::MORE && i < F::BLOCKS; i++) F::find_numbers(quants_of<F>(group, i), numbers[i]);
     for (int i = 0; i < F::BLOCKS; i++) {
@@ -429,7 +432,7 @@ DC_VBMI __attribute__((noinline)) void expand_group_in_registers(const uint8_t* 
     std::memcpy(to, group, F::SCALE_BYTES);
     for (int i = 0; i < F::BLOCKS; i++) {
         prefetch_block<F>(group, i, AHEAD);
-        expand_in_registers<F>(quants_of<F>(group, i), to + F::SCALE_BYTES + i * Expanded<F>::BYTES);
+        expand_in_registers<F>(quants_of<F>(group, i), to + Expanded<F>::SCALE_BYTES + i * Expanded<F>::BYTES);
     }
 }
 #endif
@@ -448,18 +451,26 @@ Expander expander() {
 // Tile t of these onto the sums of each group.
 template <class F>
 void multiply_expanded(const Gathering& g, int t, const uint8_t* tile, Sums* sums) {
-    alignas(64) uint8_t memory[64 + group_of_blocks_bytes<Expanded<F>>()];
-    uint8_t* const expanded = memory + 64 - F::SCALE_BYTES % 64;               // so that codes are aligned
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    if (g.end == g.first + 1 && g.rows(g.first) == 1) {
+        const int row = int(g.first % (PANEL_ROWS / GROUP_ROWS)) * GROUP_ROWS;
+        return looked_up_row<F>(tile, g.job.tiles.columns / BLOCK, reinterpret_cast<const PanelBlock*>(g.panel(g.first)), row, sums->y[t][0]);
+    }
+#endif
+    constexpr int64_t BYTES = group_of_blocks_bytes<F>(), EXPANDED_BYTES = group_of_blocks_bytes<Expanded<F>>();
+    alignas(64) uint8_t expanded[EXPANDED_TOGETHER * EXPANDED_BYTES];
     const Expander expand = expander<F>();
     for (int64_t group = g.first; group < g.end; group++)
         for (int r = 0; r < GROUP_ROWS; r++) store(sums[group - g.first].y[t][r], all(0.0f));
-    for (int64_t b = 0; b < g.job.tiles.columns / BLOCK; b += F::BLOCKS, tile += group_of_blocks_bytes<F>()) {
-        expand(tile, expanded);
+    const int64_t blocks = g.job.tiles.columns / BLOCK, together = g.end - g.first > 1 ? EXPANDED_TOGETHER : 1;
+    for (int64_t b = 0, count; b < blocks; b += count * F::BLOCKS) {
+        count = least(together, (blocks - b) / F::BLOCKS);
+        for (int64_t i = 0; i < count; i++, tile += BYTES) expand(tile, expanded + i * EXPANDED_BYTES);
         for (int64_t group = g.first; group < g.end; group++) {
             const int first = int(group % (PANEL_ROWS / GROUP_ROWS)) * GROUP_ROWS, rows = g.rows(group);
             for (int row = 0, n; row < rows; row += n) {
                 n = rows_at_once(int(least(Q_ROWS, rows - row)));
-                q_kernel<Expanded<F>>(n)(expanded, F::BLOCKS, 0, reinterpret_cast<const PanelBlock*>(g.panel(group)) + b, first + row,
+                q_kernel<Expanded<F>>(n)(expanded, count * F::BLOCKS, 0, reinterpret_cast<const PanelBlock*>(g.panel(group)) + b, first + row,
                                          sums[group - g.first].y[t][row]);
             }
         }
@@ -507,8 +518,8 @@ void multiply(const Product& job, int64_t tile_begin, int64_t tile_end, int64_t 
     constexpr int64_t GROUPS = PANEL_ROWS / GROUP_ROWS;
     const int64_t bytes = tile_bytes(w.type, w.columns), whole = panel_bytes(w.type, w.columns);
     const bool gathers = any_expands(w, tile_begin, tile_end);
-    const int64_t fit = GROUPS_BYTES * GROUPS / whole, enough = gathers ? 4 : 1;        // an expanded tile is to serve some rows
-    const int64_t at_once = gathers ? least(fit > enough ? fit : enough, EXPANDED_GROUPS) : fit > 1 ? fit : 1;
+    const int64_t fit = GROUPS_BYTES * GROUPS / whole;
+    const int64_t at_once = gathers ? EXPANDED_GROUPS : fit > 1 ? fit : 1;
     const int64_t step = is_float(w.type) || gated ? PAIR : 1;
     const auto multiply_some = is_float(w.type) ? multiply_floats : multiply_blocks;
     const auto finish = gated ? finish_gated_row : finish_row;

@@ -159,7 +159,7 @@ def test_the_model_answers_to_its_own_name_and_those_it_is_served_under(url):
     assert model["context_length"] == 512
     assert model["defaults"] == {"temperature": 0.2, "top_k": 50, "top_p": 0.9, "min_p": 0.0, "repetition_penalty": 1.0, "max_tokens": None}
     assert model["capabilities"] == {"chat": True, "completion": True, "completions": True, "infill": False, "embedding": True, "rerank": False, "logprobs": True, "tools": True, "json_schema": True,
-                                     "continue_final_message": True, "token_ids": True, "compare": True, "reasoning": False, "reasoning_history": False, "reasoning_budget": False}
+                                     "continue_final_message": True, "token_ids": True, "compare": True, "vision": False, "reasoning": False, "reasoning_history": False, "reasoning_budget": False}
     described = call(url, "/openapi.json")[2]["paths"]["/v1/models"]["get"]["responses"]["200"]["content"]["application/json"]["schema"]
     assert described["properties"]["data"]["items"]["properties"]["capabilities"]["properties"].keys() == model["capabilities"].keys()
     for name in ("gpt-4o", model["id"], "default", "", None):

@@ -24,13 +24,16 @@ from pools import PlayedWorker, played_pool, work_of
 class KeepingWorker(PlayedWorker):
     """Keeps what a worker's engine would get; the test says what the engine made of it."""
 
-    can_take = True
+    taking = True
 
     def __init__(self, pool):
         super().__init__(pool)
         self.works, self.cancelled = {}, []
         keep = lambda work: self.works.__setitem__(work.id, work)       # noqa: E731
         self.inbox = Inbox(SimpleNamespace(add=keep, cancel=self.cancelled.append))
+
+    def can_take(self, job):
+        return self.taking
 
     def send(self, message):
         self.sent.append(type(message).__name__)
@@ -149,9 +152,9 @@ async def test_a_worker_that_dies_costs_no_answer_its_place(pool):
     (worker,) = pool.workers
     events = await with_its_first_token(pool, n=2)
     worker.says("a#1", 66)
-    worker.can_take = False
+    worker.taking = False
     pool.dispatcher.requeue(worker)
-    worker.works, worker.can_take = {}, True
+    worker.works, worker.taking = {}, True
     pool.dispatcher.dispatch()
     assert {name: (work.sampling.choice, work.resumed_ids) for name, work in worker.works.items()} == {"a": (0, (65,)), "a#1": (1, (66,))}
     await events.aclose()

@@ -105,20 +105,21 @@ def test_of_clients_that_wait_the_one_with_fewest_rows_is_next():
     queue = WaitingQueue()
     for name in "a1 b1 c1 b2".split():
         queue.append(job(name, name[0]))
-    rows = {"a": 3, "c": 1}
+    rows = {(False, "a"): 3, (False, "c"): 1, (True, "b"): 9}
     order = []
     while first := queue.first(rows):
         queue.take(first)
         order.append(first.request.id)
-        rows[first.request.client] = rows.get(first.request.client, 0) + 1
+        rows[False, first.request.client] = rows.get((False, first.request.client), 0) + 1
     assert order == ["b1", "c1", "b2", "a1"]
 
 
-def test_jobs_whose_worker_died_go_first_even_if_low():
+def test_jobs_whose_worker_died_go_first_in_the_background_too():
     queue = WaitingQueue()
     for waiting in (job("a1", "a"), job("l1", "l", low=True, deaths=1), job("b1", "b", deaths=2), job("l2", "l", low=True, deaths=1)):
         queue.append(waiting)
-    assert drained(queue) == "l1 b1 l2 a1"
+    queue.append(job("m1", "m", low=True))
+    assert drained(queue) == "b1 a1 l1 l2 m1"
 
 
 def test_leaving_jobs_leave_no_trace_whatever_the_order():
@@ -153,10 +154,15 @@ async def test_the_pool_gives_rows_in_turn_and_refuses_above_the_limits(pool):
     for name, low in (("a1", False), ("l1", True), ("a2", False), ("b1", False)):
         streams[name] = pool.answer(request(name, name[0], low))
         await anext(streams[name])
+    streams["b2"] = pool.answer(request("b2", "b"))     # what is in the background keeps nobody out
+    await anext(streams["b2"])
     with pytest.raises(Overloaded, match="--max-queue") as full:
         await anext(pool.answer(request("c1", "c")))
+    with pytest.raises(Overloaded, match="4 requests are already waiting"):
+        await anext(pool.answer(request("m1", "m", True)))
     assert full.value.status == 429 and full.value.retry_after_s > 0
     await streams.pop("b1").aclose()
+    await streams.pop("b2").aclose()
     with pytest.raises(Overloaded, match="at most 2 of your requests .*--max-concurrent-per-key") as refused:
         await anext(pool.answer(request("a3", "a")))
     assert refused.value.status == 429
@@ -234,13 +240,71 @@ async def test_nobody_gives_up_a_row_for_its_own_client_or_to_have_fewer_than_an
     assert len(told(pool.workers[0])) == len(holder)
 
 
-async def test_low_priority_takes_nobodys_row_and_gives_up_its_own_first():
-    pool = played_pool(max_batch=3)
-    await submitted(pool, "a1", low=True)
-    await submitted(pool, "a2", "a3")
+async def test_low_priority_takes_nobodys_row_even_of_its_own_client_and_stays_with_its_worker():
+    pool = played_pool(max_batch=2)
+    [worker] = pool.workers
+    await submitted(pool, "a1", "l1", "l2", low=True)
+    await submitted(pool, "a2", "a3", "a4")
+    await submitted(pool, "l3", low=True)
+    assert told(worker) == ["a1", "l1", "a2", "a3"] and worker.interactive == 2
+    sent = {each.id: each.background for each in worker.sent if isinstance(each, NewAnswer)}
+    assert sent == {"a1": True, "l1": True, "a2": False, "a3": False}
+    pool.dispatcher.deliver(worker, ending("a2", said(tokens=(7,))))
+    assert told(worker)[-1] == "a4"
+    pool.dispatcher.deliver(worker, [*ending("a3", said(tokens=(7,))), *ending("a4", said(tokens=(7,)))])
+    assert told(worker)[-1] == "a4"              # two are in the background already
+    pool.dispatcher.deliver(worker, ending("a1", said(tokens=(7,))))
+    assert told(worker)[-1] == "l2"
+
+
+async def of_two(kinds="cuda"):
+    """A pool of two played workers, on devices of their own or on one machine's processors."""
+    pool = played_pool(max_batch=2)
+    pool.workers.append(type(pool.workers[0])(pool))
+    for number, worker in enumerate(pool.workers):
+        worker.gpu, worker.device = number, f"cuda:{number}" if kinds == "cuda" else "cpu"
+    return pool, *pool.workers
+
+
+async def test_the_background_goes_to_a_worker_without_chats_and_a_chat_to_the_one_with_least_of_it():
+    pool, first, second = await of_two()
+    await submitted(pool, "a1")
+    await submitted(pool, "l1", "l2", low=True)
+    assert (told(first), told(second)) == (["a1"], ["l1", "l2"])
+    await submitted(pool, "b1")
+    assert (told(first), told(second)) == (["a1"], ["l1", "l2", "b1"])    # the one with less to write for others
+    pool, first, second = await of_two()
     await submitted(pool, "l1", low=True)
     await submitted(pool, "b1")
-    assert told(pool.workers[0]) == ["a1", "a2", "a3", "stop a1", "b1"]
+    assert (told(first), told(second)) == (["l1"], ["b1"])
+
+
+@pytest.mark.parametrize("kinds", ["cuda", "cpu"])
+async def test_the_background_moves_away_from_chats_to_another_device_but_not_at_once(kinds):
+    pool, first, second = await of_two(kinds)
+    await submitted(pool, "l1", "l2", low=True)
+    await submitted(pool, "b1", "b2")
+    assert (told(first), told(second)) == (["l1", "b2"], ["l2", "b1"]) or (told(first), told(second)) == (["l1", "b1"], ["l2", "b2"])
+    b2 = next(job for job in pool.dispatcher.jobs.values() if job.worker is second and not job.request.low_priority)
+    pool.dispatcher.deliver(second, ending(b2.id, said(tokens=(7,))))
+    assert "stop l1" not in told(first)                     # it has just come
+    pool.dispatcher.jobs["l1"].assigned_s -= pool.dispatcher.STAY_S
+    pool.dispatcher.dispatch()
+    assert ("stop l1" in told(first)) == ("l1##1" in told(second)) == (kinds == "cuda")
+
+
+async def test_an_answer_in_the_background_that_killed_two_workers_runs_where_nothing_else_does():
+    pool, first, second = await of_two()
+    await submitted(pool, "b1", "c1")
+    await submitted(pool, "l1", low=True)
+    job = pool.dispatcher.jobs["l1"]
+    job.failovers = 2
+    job.worker.set_aside(job)
+    pool.dispatcher.pending.append(job)
+    pool.dispatcher.dispatch()
+    assert job.worker is None
+    pool.dispatcher.deliver(second, ending("c1", said(tokens=(7,))))
+    assert job.worker is second
 
 
 async def test_an_answer_that_was_set_aside_is_the_same_to_the_last_word(start_pool):

@@ -146,7 +146,7 @@ async def test_a_broken_chat_template_ends_the_start_before_the_weights_are_read
 
 
 async def test_the_template_of_a_card_to_come_is_compiled_before_the_card_comes():
-    admission = Admission(lambda request, client: None)
+    admission = Admission(lambda request, client, low: None)
     text = TextSpec("hf", json.dumps({"version": "1.0", "added_tokens": [], "normalizer": None, "pre_tokenizer": None, "post_processor": None,
                                       "decoder": None, "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}).encode(), "{% if %}")
     with pytest.raises(ConfigError, match="chat template does not parse: line 1"):

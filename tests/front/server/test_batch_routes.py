@@ -241,6 +241,22 @@ def answered_lines(store):
         return sum(reader.execute("SELECT completed + failed FROM batches ORDER BY id DESC LIMIT 1").fetchone())
 
 
+def charged(store):
+    with closing(sqlite3.connect(store)) as reader:
+        return reader.execute("SELECT TOTAL(requests), TOTAL(prompt_tokens), TOTAL(completion_tokens) FROM usage WHERE background").fetchone()
+
+
+def check_charges(store, output):
+    """Of two batches with these answers the second one was charged whole, and the first one, whose server was killed, nothing twice."""
+    usage = [json.loads(line)["response"]["body"]["usage"] for line in output.splitlines()]
+    told = len(usage), *(sum(one[name] for one in usage) for name in ("prompt_tokens", "completion_tokens"))
+    deadline_s = time.monotonic() + 60
+    while any(have < least for have, least in zip(charged(store), told)):       # it is written a moment after the answer
+        assert time.monotonic() < deadline_s, (charged(store), told)
+        time.sleep(0.02)
+    assert all(have <= 2 * one for have, one in zip(charged(store), told)), (charged(store), told)
+
+
 def disturbed(model, store, lines, kills):
     """The files of a batch during which processes are killed, and those of an undisturbed one on the same input.
 
@@ -267,6 +283,7 @@ def disturbed(model, store, lines, kills):
                 batch = ended(client, client.batches.retrieve(name))
                 again = ended(client, client.batches.create(input_file_id=batch.input_file_id, endpoint=batch.endpoint, completion_window="24h"))
                 contents = [[client.files.content(name).content for name in (one.output_file_id, one.error_file_id)] for one in (batch, again)]
+                check_charges(store, contents[1][0])
                 return batch, *contents
 
 

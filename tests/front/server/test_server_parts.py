@@ -128,7 +128,7 @@ async def test_a_large_body_is_read_in_a_sandbox_for_its_owner():
     with Holding(bodies.budget, "alice") as holding:
         with pytest.raises(RequestError, match="elsewhere"):
             await bodies.parse(Arriving(body=b"x" * (LIMITS.inline_bytes + 1)), holding)
-    assert sent == [("/v1/messages", LIMITS.inline_bytes + 1, "alice", Owners(settings).of_pages("alice"))] and not bodies.budget.used
+    assert sent == [("/v1/messages", LIMITS.inline_bytes + 1, "alice", Owners(settings).of_pages("alice"), ())] and not bodies.budget.used
 
 
 async def test_the_model_is_described_to_who_asks_for_one_of_its_names():

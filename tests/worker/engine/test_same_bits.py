@@ -189,6 +189,16 @@ class Ways:
             self.check(each, "preempted")
         assert self.scheduler.preemptions > before or all(self.pool.windows)        # where each layer has one, sequences do not grow
 
+    def check_beside(self, monkeypatch):
+        """In the background and before it, with room for three tokens in each step."""
+        behind = [replace(work, background=True) for work in self.works], [replace(work, background=True) for work in self.others]
+        with monkeypatch.context() as patches:
+            patches.setattr(self.scheduler.lane, "room_beside", lambda times, tokens, most: min(3, most))
+            self.scheduler.lane.room = 3
+            for works in ([*behind[0], *self.others], [*self.works, *behind[1]]):
+                self.check(self.fresh(works), "in the background")
+                self.check(answers(self.engine, works, ahead=True), "in the background, in steps begun ahead")
+
     def check_resumed(self):
         for known in (1, 20):
             resumed = [replace(work, resumed_ids=tuple(self.tokens[work.id][:known])) for work in self.works]
@@ -272,4 +282,5 @@ def test_answers_have_the_same_bits_however_they_are_computed(name, ranks, path_
         ways.check_looked_up(monkeypatch)
         ways.check_drafted(monkeypatch)
         ways.check_preempted()
+        ways.check_beside(monkeypatch)
         ways.check_resumed()

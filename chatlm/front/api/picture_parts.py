@@ -1,0 +1,180 @@
+"""Pictures in request bodies: taken out before anything else reads these, in whichever form they came.
+
+A part of a message that was a picture then is {"type": "image", "picture": [width, height, digest]}, as is
+each of Ollama's `images`. So megabytes of base64 pass through nothing that copies, logs or keeps messages."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import re
+import struct
+from collections.abc import Iterator, Sequence as Seq
+from dataclasses import replace
+from typing import Any, NamedTuple, TYPE_CHECKING
+
+from chatlm.common.config import LIMITS
+from chatlm.common.errors import RequestError, bad_value, shown
+from chatlm.common.jsontext import is_text
+from chatlm.common.messages.requests import Picture
+from chatlm.front.api.fields import within_limit
+
+if TYPE_CHECKING:
+    from chatlm.common.messages.requests import Request
+
+FORM = "a data URI such as data:image/png;base64,... or base64 alone"
+
+
+def file_of(value: Any, name: str) -> bytes:
+    """The bytes of a picture file. RequestError for anything but a data URI or base64: this server fetches no
+    URL and opens no file that a client names."""
+    if not is_text(value) or not value:
+        raise bad_value(name, value, FORM)
+    head, comma, data = value.partition(",") if value[:5].lower() == "data:" else ("", "", value)
+    if head and not (comma and head.lower().endswith(";base64")):
+        raise bad_value(name, value[:100], FORM)
+    if scheme := not head and re.match(r"\s*([A-Za-z][A-Za-z0-9+.-]{0,20}):", value[:40]):
+        kind = "fetches no URLs" if scheme[1].lower() in ("http", "https") else "reads no files"
+        raise RequestError(f"{name} is {shown(value[:100])}: this server {kind}; send the image itself, as "
+                           f"{FORM}", code="unsupported_image_url", param=name)
+    if len(data) > LIMITS.picture_bytes * 4 // 3 + 1024:
+        raise RequestError(f"{name} has more than {LIMITS.picture_bytes >> 20} MiB", status=413,
+                           code="image_too_large", param=name)
+    data = re.sub(r"\s+", "", data).translate({ord("-"): "+", ord("_"): "/"}).rstrip("=")
+    try:
+        return base64.b64decode(data + "=" * (-len(data) % 4), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise RequestError(f"{name} is not base64: {error}", param=name) from None
+
+
+def sent_in(part: Any, name: str) -> tuple[Any, str] | None:
+    """What a part says of its picture, and the name of that for errors; None if it is no picture."""
+    if is_text(part):   # Ollama's
+        return part, name
+    kind, value = part.get("type"), part.get("image_url")
+    if kind in ("image_url", "input_image"):
+        if value is None and part.get("file_id"):
+            raise RequestError(f"{name}.file_id: this server keeps no pictures; send {FORM}, in image_url",
+                               code="unsupported_content", param=f"{name}.file_id")
+        return (value.get("url"), f"{name}.image_url.url") if isinstance(value, dict) else (
+            value, f"{name}.image_url")
+    if kind != "image":
+        return None
+    source = part.get("source")
+    if not isinstance(source, dict):
+        raise bad_value(f"{name}.source", source, "an object with type base64, media_type and data")
+    if source.get("type") in ("base64", "url"):
+        member = {"base64": "data", "url": "url"}[source["type"]]
+        return source.get(member), f"{name}.source.{member}"
+    raise bad_value(f"{name}.source.type", source.get("type"), "base64")
+
+
+class Lifted(NamedTuple):
+    """A picture's file, as it was sent."""
+
+    name: str  # for errors
+    data: bytes
+
+
+def lift_pictures(body: dict, refusal: str = "") -> list[Lifted]:
+    """Take the files of its pictures out of a body, which gets their numbers in their places. RequestError
+    for what is no picture file, and, with the reason `refusal` if there is one, for any."""
+    found = []
+    for place, index, part, name in places(body):
+        if (sent := sent_in(part, name)) is None:
+            continue
+        value, name = sent
+        if refusal:
+            raise RequestError(f"{name}: {refusal}", code="unsupported_content", param=name)
+        within_limit("images", len(found) + 1, LIMITS.pictures, name)
+        place[index] = {"type": "image", "picture": len(found)}
+        found.append(Lifted(name, file_of(value, name)))
+    return found
+
+
+def fill_in(body: dict, pictures: Seq[Picture]):
+    """Say of each picture that was lifted what it is: its size and its digest."""
+    for place, index, part, _ in places(body) if pictures else ():
+        if isinstance(part, dict) and part.get("type") == "image":
+            picture = pictures[part["picture"]]
+            place[index] = {"type": "image",
+                            "picture": [picture.width, picture.height, picture.digest.hex()]}
+
+
+def picture_in(part: Any) -> Picture | None:
+    """The picture of a part that `fill_in` filled, without its pixels; None if it is none."""
+    if not (isinstance(part, dict) and part.get("type") == "image"):
+        return None
+    match part.get("picture"):
+        case [int(width), int(height), str(digest)] if re.fullmatch("[0-9a-f]{32}", digest):
+            return Picture(width, height, b"", bytes.fromhex(digest))
+    return None
+
+
+def with_pixels(request: Request, pictures: Seq[Picture]) -> Request:
+    """A request that was read, with the pixels of its pictures."""
+    of = {picture.digest: picture for picture in pictures}
+
+    def whole(some: Seq[Picture]) -> tuple[Picture, ...]:
+        if any(picture.digest not in of for picture in some):
+            raise RequestError("a part of type image is not among the pictures of the messages",
+                               code="unsupported_content", param="messages")
+        return tuple(of[picture.digest] for picture in some)
+
+    messages = request.messages and tuple(
+        replace(message, pictures=whole(message.pictures)) if message.pictures else message
+        for message in request.messages)
+    return replace(request, messages=messages, pictures=whole(request.pictures))
+
+
+def places(body: dict) -> Iterator[tuple[list, int, Any, str]]:
+    """(list, index, part, name for errors) of whatever may be a picture in a body, or in a batch's line."""
+    if isinstance(body.get("body"), dict):
+        yield from places(body["body"])
+    yield from ollama_images(body, "")
+    for member in ("messages", "input"):
+        messages = body.get(member)
+        for index, message in enumerate(messages if isinstance(messages, list) else ()):
+            if isinstance(message, dict):
+                name = f"{member}[{index}]"
+                yield from ollama_images(message, f"{name}.")
+                for inner in ("content", "output"):
+                    yield from parts_of(message.get(inner), f"{name}.{inner}")
+
+
+def ollama_images(holder: dict, name: str) -> Iterator[tuple[list, int, Any, str]]:
+    images: Any = holder.get("images")
+    for index, image in enumerate(images if isinstance(images, list) else ()):
+        if not isinstance(image, (str, dict)):
+            raise bad_value(f"{name}images[{index}]", image, "base64")
+        yield images, index, image, f"{name}images[{index}]"
+
+
+def parts_of(content: Any, name: str) -> Iterator[tuple[list, int, Any, str]]:
+    for index, part in enumerate(content if isinstance(content, list) else ()):
+        if isinstance(part, dict):
+            yield content, index, part, f"{name}[{index}]"
+            if part.get("type") == "tool_result":
+                yield from parts_of(part.get("content"), f"{name}[{index}].content")
+
+
+SIZE = struct.Struct("<I")
+
+
+def packed_lift(body: dict, pictures: Seq[Lifted]) -> bytes:
+    """A body and the pictures that were taken out of it, as one message of a sandbox."""
+    sections = [json.dumps(body).encode(), json.dumps([name for name, _ in pictures]).encode(),
+                *(data for _, data in pictures)]
+    return b"".join(part for section in sections for part in (SIZE.pack(len(section)), section))
+
+
+def unpacked_lift(data: bytes) -> tuple[bytes, list[Lifted]]:
+    """The body, as JSON, and the pictures."""
+    sections, begin = [], 0
+    while begin < len(data):
+        [size] = SIZE.unpack_from(data, begin)
+        sections.append(data[begin + SIZE.size:begin + SIZE.size + size])
+        begin += SIZE.size + size
+    body, names, *files = sections
+    return body, [*map(Lifted, json.loads(names), files)]

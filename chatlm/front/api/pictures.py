@@ -1,0 +1,121 @@
+"""Pixels of picture files: PNG, JPEG, WebP and GIF, read by Pillow (the extra `images`). Runs only in a
+sandbox."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable
+from typing import Any
+
+from chatlm.common.config import LIMITS
+from chatlm.common.errors import ConfigError, RequestError, named, require_library
+from chatlm.common.messages.protocol import Body
+from chatlm.common.vision.pictures import of_picture, picture
+
+# By its first bytes a file is of one of these formats, whatever its name or media type says
+PLUGINS: dict[str, tuple[Callable[[bytes], bool], str, str]] = {
+    "PNG": (lambda data: data.startswith(b"\x89PNG\r\n\x1a\n"), "PngImagePlugin", "PngImageFile"),
+    "JPEG": (lambda data: data.startswith(b"\xff\xd8\xff"), "JpegImagePlugin", "JpegImageFile"),
+    "WebP": (lambda data: data[:4] == b"RIFF" and data[8:12] == b"WEBP", "WebPImagePlugin", "WebPImageFile"),
+    "GIF": (lambda data: data.startswith((b"GIF87a", b"GIF89a")), "GifImagePlugin", "GifImageFile"),
+}
+OTHERS = {b"%PDF-": "a PDF", b"II*\0": "a TIFF", b"MM\0*": "a TIFF", b"BM": "a BMP", b"\0\0\1\0": "an icon",
+          b"<svg": "an SVG", b"<?xml": "an SVG or other XML"}
+
+
+def refusal(message: str, code: str = "unreadable_image") -> RequestError:
+    return RequestError(message, code=code)
+
+
+def format_of(data: bytes) -> str:
+    """A picture file's format, one of PLUGINS. RequestError for others."""
+    for name, (is_it, *_) in PLUGINS.items():
+        if is_it(data):
+            return name
+    begin = data[:64].lstrip().lower()
+    other = next((what for mark, what in OTHERS.items() if begin.startswith(mark.lower())),
+                 "of another format")
+    if data[4:8] == b"ftyp":
+        other = "a HEIC, AVIF or video"
+    raise refusal(f"the image is {other}: allowed are {', '.join(PLUGINS)}", "unknown_format")
+
+
+def opened(data: bytes) -> tuple[Any, str]:
+    """A picture file, not yet decoded, and its format."""
+    _, module, kind = PLUGINS[name := format_of(data)]
+    try:
+        plugin = require_library(f"PIL.{module}", "looking at images")
+    except ConfigError as error:
+        raise RequestError(str(error).replace("install PIL", "install Pillow"), status=501,
+                           code="not_installed") from None
+    try:
+        return getattr(plugin, kind)(io.BytesIO(data)), name
+    except MemoryError:
+        raise
+    except Exception as error:  # each format stumbles in its own ways over a broken file
+        raise damaged(name, error) from None
+
+
+def damaged(name: str, error: Exception) -> RequestError:
+    return refusal(f"the image, a {name}, is damaged: {named(error)[:200]}")
+
+
+def check_size(width: int, height: int):
+    if width * height > LIMITS.picture_pixels:
+        raise refusal(f"the image has {width:,} times {height:,} pixels; at most "
+                      f"{LIMITS.picture_pixels // 10**6} million are allowed", "too_complex")
+    if max(width, height) > LIMITS.picture_side * min(width, height):
+        raise refusal(f"the image has {width:,} times {height:,} pixels: one side may be at most "
+                      f"{LIMITS.picture_side} times the other", "too_complex")
+
+
+def pixels_of(data: bytes) -> tuple[int, int, bytes]:
+    """(width, height, RGB bytes row by row) of a picture file's first frame: turned as its EXIF data says,
+    on white where it is transparent, and made smaller where it has more than LIMITS.kept_pixels."""
+    image, name = opened(data)
+    check_size(*image.size)
+    try:
+        return flat(image)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise damaged(name, error) from None
+
+
+def flat(image: Any) -> tuple[int, int, bytes]:
+    from PIL import Image, ImageOps
+    width, height = image.size
+    factor = math.sqrt(min(LIMITS.kept_pixels / (width * height), 1.0))
+    smaller = max(int(width * factor), 1), max(int(height * factor), 1)
+    orientation = image.getexif().get(ImageOps.ExifTags.Base.Orientation, 1)
+    if factor < 1:
+        image.draft("RGB", smaller)     # a JPEG decodes at a half, a quarter or an eighth for much less
+    image.load()
+    if image.mode.startswith(("I", "F")):   # 16 bits of grey, of which Pillow would cut off the high ones
+        image = image.point(lambda value: value / 257 if image.mode != "F" else value).convert("L")
+    clear = image.mode in ("PA", "LA", "La", "RGBa") or "transparency" in image.info
+    if clear or image.mode not in ("RGB", "RGBA", "L"):
+        image = image.convert("RGBA" if clear else "RGB")
+    if factor < 1:
+        image = image.resize(smaller, Image.Resampling.LANCZOS, reducing_gap=3.0)
+    if image.mode == "RGBA":
+        white = Image.new("RGBA", image.size, "white")
+        white.alpha_composite(image)
+        image = white
+    image = image.convert("RGB")
+    turn = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
+            7: "TRANSVERSE", 8: "ROTATE_90"}.get(orientation)
+    if turn:
+        image = image.transpose(getattr(Image.Transpose, turn))
+    return *image.size, image.tobytes()
+
+
+class PictureTasks:
+    """The sandbox's task for pictures."""
+
+    def prepare(self, name: str):
+        """Nothing is shared between pictures."""
+
+    def decode_picture(self, body: bytes) -> Body:
+        return Body(of_picture(picture(*pixels_of(bytes(body)))).data)

@@ -1,0 +1,283 @@
+"""The ledger: what each API key used of each model on each day, and the budgets of keys."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter, defaultdict
+from collections.abc import AsyncGenerator
+from contextlib import suppress
+from dataclasses import astuple, dataclass, fields
+from datetime import date, datetime, timedelta, timezone
+from typing import NamedTuple, TYPE_CHECKING
+
+from chatlm.common.errors import Overloaded, RequestError, bad_value
+from chatlm.common.log import log
+from chatlm.common.messages.requests import Accepted, Embedding, Finished, Piece, PromptScores, Usage
+from chatlm.front.aio import supervised
+from chatlm.front.server.responses import REQUEST_LOG, json_response
+
+if TYPE_CHECKING:
+    from aiohttp import web
+    from chatlm.common.config import ApiKey, Settings
+    from chatlm.common.messages.requests import Event, Request
+    from chatlm.front.store.store import Store
+
+
+DAYS = 31          # that /v1/usage shows unless it is asked for others
+MOST_ROWS = 10_000  # that it shows, the newest, and that are kept in memory without a database
+RETRY_S = 5.0      # until a row that the database has refused is written again
+
+
+class Row(NamedTuple):
+    """Whose, of what, and when."""
+
+    day: str   # of UTC: 2026-11-24
+    key: str   # its name; "": everybody, on a server without keys
+    model: str
+    background: bool  # batches, and requests with low priority
+
+
+@dataclass
+class Amount:
+    """How much."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0      # of these
+    completion_tokens: int = 0
+    compute_s: float = 0.0
+
+    def add(self, other: Amount):
+        for each in fields(self):
+            setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
+
+    @property
+    def tokens(self) -> int:
+        """What counts for a budget."""
+        return self.prompt_tokens + self.completion_tokens
+
+
+AMOUNTS = tuple(each.name for each in fields(Amount))
+UPSERT = (f"INSERT INTO usage (day, key, model, background, {', '.join(AMOUNTS)}) "
+          "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) "
+          f"ON CONFLICT DO UPDATE SET {', '.join(f'{name} = {name} + excluded.{name}' for name in AMOUNTS)}")
+
+
+def today() -> str:
+    return datetime.fromtimestamp(time.time(), timezone.utc).date().isoformat()
+
+
+def seconds_to_midnight() -> int:
+    """Until the next day of UTC begins."""
+    return 86_400 - int(time.time()) % 86_400
+
+
+class Charge:
+    """What one request uses, as its client gets it. A piece counts once its reader asks for the next one, as
+    it has then been sent; what a client gets whole counts once it was sent (`sent_whole`)."""
+
+    def __init__(self, request: Request, row: Row):
+        self.row, self.n, self.prompts = row, request.n, max(len(request.prompts), 1)
+        self.ended: dict[int, Usage] = {}        # of answers that have, by choice
+        self.drawn: Counter[int] = Counter()     # tokens of the others that were sent
+        self.begun, self.prompt_tokens, self.void = False, 0, False
+
+    async def watch(self, events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
+        """Pass the events on, and count them."""
+        try:
+            async for event in events:
+                yield event
+                if isinstance(event, Accepted):
+                    self.prompt_tokens = event.prompt_tokens
+                self.begun = True  # it was accepted
+                if isinstance(event, Finished):
+                    self.ended[event.choice] = event.usage
+                    self.drawn.pop(event.choice, None)
+                elif isinstance(event, Piece):
+                    self.drawn[event.choice] += len(event.tokens)
+                elif isinstance(event, (Embedding, PromptScores)):
+                    self.drawn[event.choice] += 0
+        finally:
+            await events.aclose()
+
+    @property
+    def amount(self) -> Amount:
+        """As the field `usage` of the answer counts: each prompt once, each answer to it separately."""
+        found = Amount(int(self.begun))
+        if self.void:
+            return found
+        for choice, usage in self.ended.items():
+            found.completion_tokens += usage.completion_tokens
+            found.compute_s += usage.compute_s
+        found.completion_tokens += self.drawn.total()
+        for prompt in range(self.prompts):
+            first = self.ended.get(prompt * self.n)
+            if first:
+                found.prompt_tokens += first.prompt_tokens
+                found.cached_tokens += first.cached_tokens
+            elif known := [usage for choice, usage in self.ended.items() if choice // self.n == prompt]:
+                found.prompt_tokens += known[0].prompt_tokens
+            elif self.prompts == 1 and self.drawn:
+                found.prompt_tokens += self.prompt_tokens
+        return found
+
+
+class Ledger:
+    """Counts what requests use, once they have ended, and writes it to the database of --database, in the
+    order in which they end; without one it has what was used since the server started.
+
+    What is written was sent before. A front that is killed loses what its running answers had used, and what
+    ended within the last moments and was not committed yet."""
+
+    def __init__(self, settings: Settings, store: Store | None):
+        self.settings, self.store, self.since = settings, store, int(time.time())
+        self.rows: dict[Row, Amount] = {}        # all of them without a database, else those not written yet
+        self.totals: dict[bool, Amount] = defaultdict(Amount)  # of this run, in the background and before it
+        self.used: Counter[tuple[str, str]] = Counter()        # (day, key) -> tokens, for budgets
+        self.news, self.writer = asyncio.Event(), None
+        self.closing = False
+
+    async def open(self, app: web.Application | None = None):
+        """Read what budgets have left today, and begin to write."""
+        if self.store:
+            since = (date.fromisoformat(today()) - timedelta(1)).isoformat()
+            found = await self.store.run(lambda db: db.execute(
+                "SELECT day, key, SUM(prompt_tokens + completion_tokens) FROM usage WHERE day >= ? "
+                "GROUP BY day, key", (since,)).fetchall())
+            self.used.update({(day, key): tokens for day, key, tokens in found})
+            self.writer = asyncio.create_task(supervised("writing the ledger", self._write))
+
+    async def close(self):
+        """Write what is left."""
+        self.closing = True
+        self.news.set()
+        if self.writer:
+            await self.writer
+
+    # what was used
+
+    def charge(self, request: Request, model: str) -> Charge:
+        key = request.client if self.settings.keys else ""
+        # a file's name may have bytes that are no text
+        return Charge(request, Row("", key, model.encode("utf-8", "replace").decode(), request.low_priority))
+
+    def settle(self, charge: Charge):
+        """Enter what a request has used, on the day on which it ends."""
+        amount = charge.amount
+        if amount == Amount():
+            return
+        row = charge.row._replace(day=today())
+        self.rows.setdefault(row, Amount()).add(amount)
+        self.totals[row.background].add(amount)
+        self.used[row.day, row.key] += amount.tokens
+        while len(self.used) > MOST_ROWS:
+            del self.used[min(self.used)]
+        while not self.store and len(self.rows) > MOST_ROWS:
+            del self.rows[min(self.rows)]
+        self.news.set()
+
+    async def _write(self):
+        """Add to the database what is new; what it refuses is tried again."""
+        assert self.store
+        while not self.closing or self.rows:
+            await self.news.wait()
+            self.news.clear()
+            rows, self.rows = self.rows, {}
+            values = [(*row, *astuple(amount)) for row, amount in rows.items()]
+            try:
+                if values:
+                    await self.store.run(lambda db: db.executemany(UPSERT, values))
+            except Exception as error:
+                log.error("what was used could not be written yet: %s", error)
+                for row, amount in rows.items():
+                    self.rows.setdefault(row, Amount()).add(amount)
+                if self.closing:
+                    return
+                asyncio.get_running_loop().call_later(RETRY_S, self.news.set)
+
+    # budgets
+
+    def key_of(self, client: str) -> ApiKey | None:
+        return next((key for key in self.settings.keys if key.name == client), None)
+
+    def checked(self, request: Request) -> bool:
+        """over_budget; a header of the response then says so."""
+        if over := self.over_budget(request):
+            REQUEST_LOG.get().headers["X-Over-Budget"] = f"background; renewed in {seconds_to_midnight()} s"
+        return over
+
+    def over_budget(self, request: Request) -> bool:
+        """Must this request wait in the background, since its key has used its tokens of today? Overloaded
+        if the key is to be refused then."""
+        key = self.key_of(request.client)
+        if not key or key.tokens_per_day is None or self.used[today(), key.name] < key.tokens_per_day:
+            return False
+        until = seconds_to_midnight()
+        text = f"this API key has used its {key.tokens_per_day:,} tokens of today (UTC)"
+        if key.refused:
+            raise Overloaded(f"{text}; it has new ones at midnight UTC, in {until:,} seconds",
+                             retry_after_s=until, status=429)
+        return True
+
+    # what is shown
+
+    async def handle_usage(self, http: web.Request) -> web.Response:
+        """GET /v1/usage: of the request's own key; of all for one with role=admin, or without keys."""
+        first, last = days_of(http.query.get("from"), http.query.get("to"))
+        key = self.key_of(REQUEST_LOG.get().client)
+        own = None if key and key.admin else REQUEST_LOG.get().client if self.settings.keys else ""
+        found = await self.between(first, last, own)
+        total = Amount()
+        for _, amount in found:
+            total.add(amount)
+        kept = ("in the database" if self.store else
+                "in memory, since the server started (--database keeps it)")
+        return json_response({
+            "object": "usage", "from": first, "to": last, "key": own, "kept": kept,
+            "since": None if self.store else self.since, "cut": len(found) == MOST_ROWS,
+            **({"budget": self.budget(key)} if key and key.tokens_per_day is not None else {}),
+            "total": body_of(total), "data": [row._asdict() | body_of(amount) for row, amount in found]})
+
+    def budget(self, key: ApiKey) -> dict:
+        return {"tokens_per_day": key.tokens_per_day, "used_today": self.used[today(), key.name],
+                "over_budget": "refuse" if key.refused else "background",
+                "renewed_in_s": seconds_to_midnight()}
+
+    async def between(self, first: str, last: str, own: str | None) -> list[tuple[Row, Amount]]:
+        """The rows of these days, newest first; own: of this key alone."""
+        found: dict[Row, Amount] = {}
+        if self.store:
+            for values in await self.store.run(lambda db: db.execute(
+                    f"SELECT day, key, model, background, {', '.join(AMOUNTS)} FROM usage "
+                    "WHERE day BETWEEN ? AND ? AND key = IFNULL(?, key) "
+                    "ORDER BY day DESC, key, model LIMIT ?",
+                    (first, last, own, MOST_ROWS)).fetchall()):
+                day, name, model, background, *amounts = values
+                found[Row(day, name, model, bool(background))] = Amount(*amounts)
+        for row, amount in self.rows.items() if not self.store else ():
+            if first <= row.day <= last and own in (None, row.key):
+                found[row] = amount
+        order = sorted(found.items(), key=lambda item: item[0][1:])
+        return sorted(order, key=lambda item: item[0].day, reverse=True)[:MOST_ROWS]
+
+
+def body_of(amount: Amount) -> dict[str, float]:
+    return {name: round(getattr(amount, name), 3) for name in AMOUNTS}
+
+
+def days_of(first: str | None, last: str | None) -> tuple[str, str]:
+    """The days asked for; by default the last ones. RequestError for what is no day."""
+    found = []
+    for name, text in (("from", first), ("to", last)):
+        day = None
+        with suppress(ValueError):
+            day = text and date.fromisoformat(text)
+        if text is not None and not (day and day.isoformat() == text):
+            raise bad_value(name, text, "a day such as 2026-11-24")
+        found.append(day)
+    end = found[1] or max(date.fromisoformat(today()), found[0] or date.min)
+    begin = found[0] or end - timedelta(min(DAYS - 1, (end - date.min).days))
+    if begin > end:
+        raise RequestError(f"from ({begin}) is after to ({end})", param="from")
+    return begin.isoformat(), end.isoformat()

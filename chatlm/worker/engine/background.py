@@ -1,0 +1,66 @@
+"""The background lane: how much of a step work that nobody waits for may take beside interactive answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from chatlm.common.answering import Word
+    from chatlm.worker.engine.drafts import StepTimes
+    from chatlm.worker.engine.scheduler import Scheduler
+    from chatlm.worker.engine.sequence import Sequence
+
+
+class BackgroundLane:
+    """How many tokens of background sequences a step may compute beside interactive ones: as many as lengthen
+    it by at most SHARE, by the measured times of steps. Without interactive sequences there is no limit.
+
+    A number of rows that was once measured while the machine was busy would never be tried again, so every
+    TRIAL-th step beside interactive answers has one row more than the times allow."""
+
+    SHARE = 0.05
+    TRIAL = 256    # steps: too few for a hundredth of the gaps between tokens
+    STEP_S = 0.15  # about how long a step of background prompts may take: an interactive request waits for it
+    PAUSE_S = 0.005  # between two looks at whether other workers still write answers
+    LEAST = 64     # tokens of prompts in such a step: fewer would waste most of the speed of matrix products
+
+    def __init__(self):
+        self.ahead = False     # do interactive steps begin before the last one's tokens are known?
+        self.recorded = False  # are steps recorded by their rows, so that prompts among them make them slow?
+        self.room = 1       # what the last step beside interactive answers had
+        self.steps = 0      # beside interactive answers
+        self.word: Word | None = None  # of workers that compute on the same processors
+
+    def must_wait(self) -> bool:
+        """Is an interactive answer being written by another worker on the same processors, or was it a moment
+        ago? How much work here would lengthen its steps, nobody measures."""
+        return self.word is not None and self.word.others_write
+
+    def room_beside(self, times: StepTimes, tokens: int, most: int) -> int:
+        """How many tokens, at most `most`, may join a step of so many tokens of interactive sequences. Those
+        of prompts count as rows, which need logits too: they take no longer."""
+        self.steps += 1
+        alone, *longer = times.expected(tokens, tokens + most)
+        room = sum(seconds <= (1 + self.SHARE) * alone for seconds in longer)
+        if self.steps % self.TRIAL == 0 and room < most:
+            room += 1
+        self.room = room
+        return room
+
+    def prompt_tokens(self, scheduler: Scheduler) -> int:
+        """How many tokens of background prompts a step may have while nobody waits."""
+        most, token_s = scheduler.prefill_chunk, scheduler.token_s
+        return min(most, max(self.LEAST, int(self.STEP_S / token_s))) if token_s else most
+
+    def joins(self, sequence: Sequence) -> bool:
+        """May it be computed beside interactive answers? Not if the whole step would then be drawn on the
+        host, wait for a token, or have a shape that is not recorded."""
+        return (sequence.output.ready and not sequence.pooling and not sequence.scoring
+                and not sequence.needs_logits
+                and not (self.recorded and sequence.prefilling or self.ahead and sequence.work.needs_tokens))
+
+
+def in_background(sequences: Iterable[Sequence]) -> list[Sequence]:
+    return [sequence for sequence in sequences if sequence.work.background]
+

@@ -1,0 +1,168 @@
+"""The pictures of prompts while they are encoded: which rows are known, and what the tower does next."""
+
+from __future__ import annotations
+
+import bisect
+from collections import OrderedDict
+from collections.abc import Generator, Iterable, Sequence as Seq
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from chatlm.common.vision.layout import layout_of
+from chatlm.common.vision.pictures import row_places, rows_in
+from chatlm.worker.model.tower import tiles_of
+
+if TYPE_CHECKING:
+    import numpy
+    from chatlm.common.messages.requests import Picture, Vision
+    from chatlm.common.vision.layout import Layout
+    from chatlm.worker.engine.sequence import Assignment, Sequence
+    from chatlm.worker.model.tower import Tower
+
+
+@dataclass(eq=False)
+class Seen:
+    """A picture, and its rows (tokens, width) float32 once the tower has computed them."""
+
+    picture: Picture
+    layout: Layout
+    rows: numpy.ndarray | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.picture.pixels) + (0 if self.rows is None else self.rows.nbytes)
+
+
+class Sight:
+    """Where the rows of its pictures stand in a sequence's prompt."""
+
+    def __init__(self, first_id: int, places: list[int], owners: list[tuple[int, int]], seen: Seq[Seen]):
+        self.first_id, self.places = first_id, places
+        self.owners, self.seen = owners, seen  # of each place: (number of the picture, row)
+
+    def known(self, first: int, count: int) -> int:
+        """How many of these tokens come before the first row that is not encoded."""
+        place = self.missing(first)
+        return count if place is None else min(count, place - first)
+
+    def missing(self, first: int) -> int | None:
+        """The place of the first row from token `first` on that is not encoded."""
+        at = bisect.bisect_left(self.places, first)
+        while at < len(self.places):
+            number, row = self.owners[at]
+            if (seen := self.seen[number]).rows is None:
+                return self.places[at]
+            at += seen.layout.tokens - row
+        return None
+
+    def unknown(self, first: int) -> Seen | None:
+        """The next picture that the tokens from `first` on need, if its rows are not known."""
+        place = self.missing(first)
+        return None if place is None else self.seen[self.owners[bisect.bisect_left(self.places, place)][0]]
+
+    def rows(self, first: int, count: int) -> list[tuple[int, numpy.ndarray]]:
+        """The rows among these tokens: (index in them, rows) of each run."""
+        begin, end = (bisect.bisect_left(self.places, place) for place in (first, first + count))
+        found = []
+        while begin < end:
+            last, (number, row) = begin + 1, self.owners[begin]
+            while (last < end and self.places[last] == self.places[last - 1] + 1
+                   and self.owners[last][0] == number):
+                last += 1
+            rows = self.seen[number].rows
+            assert rows is not None  # the scheduler has waited for them
+            found.append((self.places[begin] - first, rows[row:row + last - begin]))
+            begin = last
+        return found
+
+    def as_one_id(self, ids: Iterable[int]) -> list[int]:
+        """The ids with that after the last of the vocabulary for every row."""
+        return [min(token, self.first_id) for token in ids]
+
+    def without_rows(self, tokens: Iterable[int]) -> list[int]:
+        return [token for token in tokens if token < self.first_id]
+
+
+class Pictures:
+    """Encodes the pictures that running sequences wait for, the oldest sequence's first: with each call of
+    `advance` a part of one, so that others wait no longer. Rows are kept by the digest of the pixels."""
+
+    KEPT_BYTES = 256 << 20  # of rows, for pictures that come again
+
+    def __init__(self, tower: Tower | None):
+        """tower: None: the model sees nothing, and no sequence has a sight."""
+        self.tower = tower
+        self.seen: OrderedDict[bytes, Seen] = OrderedDict()
+        self.resizing = ThreadPoolExecutor(1, "pictures")
+        self.tiles: dict[bytes, Future[list[numpy.ndarray]]] = {}  # of pictures that are wanted
+        self.work: tuple[Seen, Generator[None, None, numpy.ndarray]] | None = None
+        self.encoded = 0        # pictures
+
+    def sight(self, work: Assignment, vision: Vision) -> Sight:
+        """ValueError if the ids of its prompt are not those of its pictures."""
+        seen = [self._of(picture, vision) for picture in work.pictures]
+        self._forget()
+        counts = [(each.picture.digest, each.layout.tokens) for each in seen]
+        return Sight(vision.first_id, rows_in(vision, work.prompt_ids),
+                     row_places(vision, work.prompt_ids, counts), seen)
+
+    def _of(self, picture: Picture, vision: Vision) -> Seen:
+        if (seen := self.seen.get(picture.digest)) is None:
+            layout = layout_of(vision, picture.width, picture.height)
+            seen = self.seen[picture.digest] = Seen(picture, layout)
+        self.seen.move_to_end(picture.digest)
+        return seen
+
+    @property
+    def preparing(self) -> list[Future]:
+        """What a thread does for pictures now."""
+        return [tiles for tiles in self.tiles.values() if not tiles.done()]
+
+    def advance(self, running: Iterable[Sequence]):
+        """Do the next part of the picture that the oldest of these sequences needs first."""
+        wanted = [seen for sequence in running if sequence.sight
+                  and (seen := sequence.sight.unknown(sequence.computed))]
+        if not wanted or self.tower is None:
+            if self.tiles or self.work:
+                self.tiles, self.work = {}, None
+            return
+        seen = wanted[0]
+        if self.work is None or self.work[0] is not seen:
+            self.work = None
+            digest = seen.picture.digest
+            if digest not in self.tiles:
+                self.tiles = {digest: self.resizing.submit(
+                    tiles_of, seen.picture, seen.layout, self.tower.eyes.filter)}
+            if not self.tiles[digest].done():
+                return
+            self.work = seen, self.tower.encode(self.tiles.pop(digest).result())
+        parts = self.work[1]
+        try:
+            next(parts)
+        except StopIteration as done:
+            seen.rows, seen.picture = done.value, seen.picture._replace(pixels=b"")
+            self.encoded += 1
+            self.work = None
+            self._forget()
+        except Exception:
+            self.work = None
+            raise
+
+    def _forget(self):
+        """Drop the oldest pictures beyond what is kept; sequences have their own."""
+        held = sum(seen.nbytes for seen in self.seen.values())
+        while held > self.KEPT_BYTES and len(self.seen) > 1:
+            held -= self.seen.popitem(last=False)[1].nbytes
+
+
+def sight_of(pictures: Pictures, work: Assignment) -> tuple[Sight | None, str]:
+    """What an answer sees, None if nothing; or why it cannot be."""
+    if not work.pictures:
+        return None, ""
+    if pictures.tower is None:
+        return None, "this model cannot see images"
+    try:
+        return pictures.sight(work, pictures.tower.eyes.vision), ""
+    except ValueError as error:
+        return None, str(error)

@@ -1,0 +1,195 @@
+"""`Tower`: what computes the rows that stand for pictures in a prompt.
+
+A picture is cut into tiles, a tile into patches. A product makes of each patch a row, to which its place adds
+another. Layers that see all patches of the tile follow, in stages, so that steps of answers come between.
+Then neighbouring rows are joined, and a product makes them as wide as the model's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Sequence as Seq
+from dataclasses import replace
+from typing import Any, NamedTuple, TYPE_CHECKING
+
+import numpy
+
+from chatlm.common.config import PAGE_SIZE
+from chatlm.worker.arrays.kinds import Device, floats, item_bytes, joined
+from chatlm.worker.arrays.resize import resized
+from chatlm.worker.model.kernels import load_kernels
+from chatlm.worker.model.spec import Batch, KvType, expected_tensors, group_layers
+from chatlm.worker.model.tensors import Unread
+from chatlm.worker.model.transformer import Transformer
+
+if TYPE_CHECKING:
+    from chatlm.common.messages.requests import Picture, Vision
+    from chatlm.common.vision.layout import Layout
+    from chatlm.worker.model.spec import ModelSpec
+
+
+class Eyes(NamedTuple):
+    """How a model sees, with the weights still in its files."""
+
+    vision: Vision
+    spec: ModelSpec             # of the tower's layers
+    tensors: dict[str, Any]     # of these; and patch (C, 3 * patch * patch), patch_bias, places (patches, C),
+                                # project (width of the model, C * shuffle * shuffle)
+    patch: int                  # pixels on a side; a patch's numbers are by row, column, color
+    shuffle: int                # patches on a side of the square that becomes a row of the model
+    filter: str                 # of FILTERS in chatlm/worker/arrays/resize.py
+    mean: tuple[float, ...]     # of each color
+    std: tuple[float, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its weights and, roughly, of its buffers."""
+        sizes = Transformer.buffer_sizes(self.spec, self.patches, 1, "float32").values()
+        return sum(tensor.nbytes for tensor in self.tensors.values()) + sum(
+            rows * columns * item_bytes(kind) for rows, columns, kind in sizes)
+
+    @property
+    def patches(self) -> int:
+        """Of a tile."""
+        return (self.vision.tile // self.patch) ** 2
+
+
+class Product:
+    """x (T, K) -> x @ W.T (+ bias) (+ added (T, N)), by the kernels of a model: float32 arrays of numpy."""
+
+    def __init__(self, spec: ModelSpec, device: Device, rows: int, name: str, tensors: dict,
+                 dtype: str | None, quantize: str | None, adds: bool = False):
+        weight, bias = values_of(tensors.pop(name)), tensors.pop(f"{name}_bias", None)
+        self.kernels = kernels = load_kernels(device, spec, max_tokens=rows, max_rows=1, quantize=quantize)
+        self.arrays, self.count = kernels.arrays_on(device), rows
+        with self.arrays.computing():
+            size, columns = len(weight), rounded_up(weight.shape[1], 32)  # as tiles want
+            weight = numpy.pad(weight, ((0, 0), (0, columns - weight.shape[1])))
+            self.weight = kernels.pack(name, self.arrays.of(weight, dtype or "float32"))
+            self.bias = None if bias is None else self.arrays.of(values_of(bias), "float32")
+            self.x, self.out = (self.arrays.zeros((rows, each), "float32") for each in (columns, size))
+            self.added = self.arrays.zeros((rows, size), "float32") if adds else None
+            self.program = None if kernels.backend.tensors else kernels.backend.program
+            if self.program:
+                for buffer in (self.x, self.added):
+                    if buffer is not None:
+                        self.program.given(buffer)
+                self._compute()
+
+    def _compute(self):
+        self.kernels.linear(self.x, self.weight, bias=self.bias, residual=self.added, out=self.out)
+
+    def __call__(self, x: numpy.ndarray, added: numpy.ndarray | None = None) -> numpy.ndarray:
+        with self.arrays.computing():
+            self.arrays.put(x, self.x[:, :x.shape[1]])
+            if added is not None:
+                self.arrays.put(added, self.added)
+            if self.program:
+                self.program.finish(self.program.start(*whole_text(self.count)[:6]))
+            else:
+                self._compute()
+            return self.arrays.numpy(self.out)
+
+
+def values_of(tensor: Any) -> numpy.ndarray:
+    """A tensor of floats, read from its file and checked."""
+    if not isinstance(tensor, Unread):
+        return floats(tensor)
+    read = tensor.read()
+    tensor.refuse_faults(read, packed=False)
+    return floats(joined(read) if isinstance(read, tuple) else read)
+
+
+def rounded_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def whole_text(count: int) -> Batch:
+    """A step of one text of `count` rows."""
+    zeros, pages = [0] * count, list(range(-(-count // PAGE_SIZE)))
+    return Batch(zeros, zeros, [0, count], [count], [pages], [], True, [0])
+
+
+class Tower:
+    """The weights of a model's eyes, packed. `encode` is a generator: between two of its parts others may
+    compute."""
+
+    def __init__(self, eyes: Eyes, device: Device, *, dtype: str | None, quantize: str | None, part: float):
+        """part: the most multiplications between two pauses, unless one layer has more."""
+        self.eyes, spec, tensors = eyes, eyes.spec, dict(eyes.tensors)
+        self.places = values_of(tensors.pop("places"))
+        self.rows = eyes.patches
+        self.first = Product(spec, device, self.rows, "patch", tensors, dtype, quantize, adds=True)
+        self.last = Product(spec, device, self.rows // eyes.shuffle**2, "project", tensors, dtype, quantize)
+        self.stages = list[Transformer]()
+        step = max(1, min(int(part / multiplications(spec, self.rows)), spec.layers))
+        for begin in range(0, spec.layers, step):
+            own = replace(spec, layers=min(step, spec.layers - begin))
+            kernels = load_kernels(device, own, max_tokens=self.rows, max_rows=1, quantize=quantize)
+            given = {name: tensors[moved(name, begin)] for name in expected_tensors(own)}
+            kv = KvType("float32")
+            groups = group_layers(kernels.computed(own).by_layer, self.rows, apart=False, kv=kv)
+            self.stages.append(Transformer(
+                own, given, kernels, num_pages=-(-self.rows // PAGE_SIZE), max_tokens=self.rows, max_rows=1,
+                device=device, dtype=dtype, groups=groups, kv=kv,
+                buffers=self.stages[0].buffers if self.stages else None))
+        x = self.stages[0].buffers["x"]
+        self.stages[0].arrays.put(numpy.zeros(tuple(x.shape), numpy.float32), x)  # also what pads it
+
+    def encode(self, tiles: Seq[numpy.ndarray]) -> Generator[None, None, numpy.ndarray]:
+        """The rows (tokens, width) float32 of a picture's tiles, as `tiles_of` makes them."""
+        made, x = [], self.stages[0].buffers["x"]
+        arrays, batch, width = self.stages[0].arrays, whole_text(self.rows), self.eyes.spec.width
+        for tile in tiles:
+            arrays.put(self.first(self.patches_of(tile), self.places), x[:self.rows, :width])
+            for stage in self.stages:
+                stage.forward(batch)
+                yield
+            seen = self.stages[-1].hidden_states(0, self.rows).astype(numpy.float32)
+            made.append(self.last(self.shuffled(seen)).copy())
+        return numpy.concatenate(made)
+
+    def patches_of(self, tile: numpy.ndarray) -> numpy.ndarray:
+        """uint8 (S, S, 3) -> (patches, numbers of one) float32, in raster order."""
+        eyes, p = self.eyes, self.eyes.patch
+        n = eyes.vision.tile // p
+        values = tile * numpy.float32(1 / 255)
+        values = (values - numpy.array(eyes.mean, numpy.float32)) / numpy.array(eyes.std, numpy.float32)
+        return values.reshape(n, p, n, p, 3).swapaxes(1, 2).reshape(n * n, p * p * 3)
+
+    def shuffled(self, x: numpy.ndarray) -> numpy.ndarray:
+        """(patches, C) -> (patches / s^2, C * s^2): those of a square of s * s patches, one after another."""
+        s, n = self.eyes.shuffle, math.isqrt(len(x))
+        return x.reshape(n // s, s, n // s, s, -1).swapaxes(1, 2).reshape(len(x) // s**2, -1)
+
+
+def moved(name: str, layers: int) -> str:
+    """The whole tower's name of a stage's tensor."""
+    layer, dot, part = name.rpartition(".")
+    return f"{int(layer) + layers}.{part}" if dot else name
+
+
+def multiplications(spec: ModelSpec, rows: int) -> float:
+    """Of one layer of a tower with so many rows."""
+    C = spec.width
+    return rows * (4.0 * C * C + 2 * C * spec.ffn_size) + 2.0 * rows * rows * C
+
+
+def chunk_multiplications(spec: ModelSpec, tokens: int) -> float:
+    """About those of a chunk of a prompt in a model's layers."""
+    shapes = expected_tensors(spec)
+    numbers = sum(math.prod(shape) * (spec.experts_per_token / spec.experts if ".expert_" in name else 1.0)
+                  for name, shape in shapes.items() if len(shape) > 1 and "." in name)
+    return tokens * numbers
+
+
+def tiles_of(picture: Picture, layout: Layout, name: str) -> list[numpy.ndarray]:
+    """What a tower reads of a picture: uint8 (S, S, 3) each. name: of the filter."""
+    image = numpy.frombuffer(picture.pixels, numpy.uint8).reshape(picture.height, picture.width, 3)
+    for width, height in layout.sizes:
+        image = resized(image, width, height, name)
+    if not layout.columns:
+        return [image]
+    side = image.shape[0] // layout.rows
+    tiles = [image[row * side:(row + 1) * side, column * side:(column + 1) * side]
+             for row in range(layout.rows) for column in range(layout.columns)]
+    return tiles + ([resized(image, *layout.whole, name)] if layout.whole else [])

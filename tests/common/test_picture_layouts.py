@@ -1,0 +1,116 @@
+"""What a model makes of a picture's size, the ids of its rows, and pictures on the pipe: transformers is the oracle of layouts."""
+
+import numpy as np
+import pytest
+
+from chatlm.common.errors import RequestError
+from chatlm.common.messages.protocol import WORKER_PIPE, NewPicture
+from chatlm.common.messages.requests import Message, TextSpec, Vision
+from chatlm.common.messages.wire import HEADER, unpacked
+from chatlm.common.text.load import open_tokenizer
+from chatlm.common.vision.layout import layout_of
+from chatlm.common.vision.pictures import of_picture, picture, picture_of, row_ids, row_places, rows_in
+from image_conversations import SEES, picture_of_size, seeing_spec
+
+SIZES = [(1152, 864), (512, 512), (511, 513), (2048, 2048), (3000, 7), (9, 1000), (1, 1), (640, 480), (333, 777), (4000, 1000)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("tile, longest", [(512, 2048), (384, 1536), (64, 100)])
+def test_layouts_of_smolvlm_are_those_of_transformers(size, tile, longest):
+    from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+    from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
+    width, height = size
+    processor = SmolVLMImageProcessorPil(size={"longest_edge": longest}, max_image_size={"longest_edge": tile}, do_pad=True)
+    made = processor(np.zeros((height, width, 3), np.uint8), return_row_col_info=True, input_data_format="channels_last")
+    (rows,), (columns,) = made["rows"][0], made["cols"][0]
+    layout = layout_of(SEES._replace(tile=tile, longest=longest, tokens=3), width, height)
+    assert (layout.columns, layout.rows) == (columns, rows)
+    assert layout.tiles == made["pixel_values"].shape[1]
+    text = get_image_prompt_string(rows, columns, 3, image_token="<image>", fake_token_around_image="<fake_token_around_image>", global_image_token="<global-img>")
+    assert "".join(part if isinstance(part, str) else part * "<image>" for part in layout.parts) == text
+    assert layout.tokens == text.count("<image>")
+
+
+def test_the_photo_of_the_notes_has_862_rows_and_marks():
+    layout = layout_of(SEES, 1152, 864)
+    assert (layout.columns, layout.rows, layout.tokens) == (4, 3, 13 * 64)
+
+
+def test_ids_of_rows_depend_on_pixels_size_and_settings():
+    one, other = picture_of_size(8, 6), picture_of_size(8, 6, seed=1)
+    assert picture(6, 8, one.pixels).digest != one.digest
+    ids = row_ids(SEES, one.digest, 832)
+    assert ids == row_ids(SEES, one.digest, 900)[:832] and len({*ids}) > 830
+    assert min(ids) >= SEES.first_id and max(ids) < 2**31
+    assert not {*ids} & {*row_ids(SEES, other.digest, 832)} and ids != row_ids(SEES._replace(longest=1024), one.digest, 832)
+
+
+def test_a_prompt_must_have_the_rows_of_its_pictures():
+    shown = [(picture_of_size(8, 6).digest, 2), (picture_of_size(9, 6).digest, 1)]
+    ids = [5, *row_ids(SEES, *shown[0]), 7, *row_ids(SEES, *shown[1])]
+    assert rows_in(SEES, ids) == [1, 2, 4] and row_places(SEES, ids, shown) == [(0, 0), (0, 1), (1, 0)]
+    for wrong in (shown[:1], shown[::-1], [shown[0], (shown[1][0], 2)]):
+        with pytest.raises(ValueError, match="not those of its pictures"):
+            row_places(SEES, ids, wrong)
+
+
+def test_pictures_cross_the_pipe_as_they_are():
+    made = picture_of_size(7, 5)
+    packed = WORKER_PIPE.packed(of_picture(made))
+    kind, size = WORKER_PIPE.kind_and_size(packed[:HEADER.size])
+    assert kind is NewPicture and size < made.width * made.height * 3 + 100
+    assert picture_of(unpacked(kind, packed[HEADER.size:])) == made
+    for broken in (b"", b"x" * 30, packed[HEADER.size:-1]):
+        with pytest.raises(ValueError, match="no picture"):
+            picture_of(NewPicture(broken))
+
+
+TEMPLATES = {  # how the template reads contents -> it
+    "lists": "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}{% if message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}{% endif %}"
+             "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{line['text']}}{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}",
+    "both": "{% for message in messages %}{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}\n{% endfor %}",
+    "texts": "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}",
+    "blind": "{% for message in messages %}{% if message.role == 'user' %}{{ message.content[:3] }}{% endif %}{% endfor %}"}
+
+
+@pytest.mark.parametrize("kind", ["lists", "both", "texts"])
+def test_pictures_stand_where_the_messages_have_them(kind):
+    """And no text that a user writes becomes one."""
+    sees = SEES._replace(splits=False)
+    tokenizer = open_tokenizer(seeing_spec(TEMPLATES[kind], sees))
+    made = picture_of_size(20, 20)
+    spelled = "a <image> is <fake_token_around_image>"
+    ids = tokenizer.render([Message("user", f"see {spelled} and", None, (made,), ("see ", 0, f"{spelled} and")), Message("assistant", "yes")])
+    layout = layout_of(sees, 20, 20)
+    assert [ids[index] for index in rows_in(sees, ids)] == row_ids(sees, made.digest, layout.tokens)
+    assert ids.count(tokenizer.specials["<image>"]) == 0
+    assert ids.count(tokenizer.specials["<fake_token_around_image>"]) == 2
+    text = tokenizer.show(token for token in ids if token < SEES.first_id)
+    assert "see <fake_token_around_image><global-img><fake_token_around_image>" + f"{spelled} and" in text and "yes" in text
+
+
+def test_a_template_that_leaves_a_picture_out_is_an_error():
+    tokenizer = open_tokenizer(seeing_spec(TEMPLATES["blind"]))
+    with pytest.raises(RequestError, match="shows 0 of 1 images"):
+        tokenizer.render([Message("user", "what is this", None, (picture_of_size(4, 4),), ("what is this", 0))])
+
+
+def test_a_template_of_lists_alone_shows_texts_without_pictures():
+    tokenizer = open_tokenizer(seeing_spec(TEMPLATES["lists"]))
+    assert tokenizer.show(tokenizer.render([Message("system", ""), Message("user", "hello")])) == "<|im_start|>System: <end_of_utterance>\nUser: hello<end_of_utterance>\n"
+
+
+def test_a_model_of_texts_sees_no_picture():
+    tokenizer = open_tokenizer(seeing_spec(TEMPLATES["both"], vision=None))
+    with pytest.raises(RequestError, match="cannot see images"):
+        tokenizer.render([Message("user", "", None, (picture_of_size(4, 4),), (0,))])
+
+
+def test_what_a_model_sees_crosses_the_pipe_with_its_text():
+    from chatlm.common.messages.wire import as_plain_json, object_restorer
+    import json
+    spec = seeing_spec(TEMPLATES["both"])
+    assert object_restorer(TextSpec)(json.loads(as_plain_json(spec))) == spec and isinstance(spec.vision, Vision)
+    message = Message("user", "x", None, (picture_of_size(4, 4),), (0, "x"))
+    assert object_restorer(Message)(json.loads(as_plain_json(message))) == message

@@ -1,0 +1,130 @@
+"""Pictures leave the bodies of all APIs, and come back into the messages where they stood."""
+
+import base64
+import copy
+import json
+
+import pytest
+
+from chatlm.common.config import LIMITS, Settings
+from chatlm.common.errors import RequestError
+from chatlm.common.messages.protocol import Known
+from chatlm.common.vision.pictures import picture
+from chatlm.front.api.picture_parts import Lifted, fill_in, file_of, lift_pictures, packed_lift, unpacked_lift, with_pixels
+from chatlm.front.api.readers import read_answer
+
+CAT, DOG = b"\x89PNG cat", b"\xff\xd8\xff dog"
+PICTURES = [picture(2, 1, b"catcat"), picture(1, 2, b"dogdog")]
+KNOWN = Known(Settings(), "tagged")
+
+
+def data_uri(data, media="image/png"):
+    return f"data:{media};base64,{base64.b64encode(data).decode()}"
+
+
+def bare(data):
+    return base64.b64encode(data).decode()
+
+
+def part(data):
+    return {"type": "image_url", "image_url": {"url": data_uri(data), "detail": "low"}}
+
+
+def source(data):
+    return {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": bare(data)}}
+
+
+TEXT = {"type": "text", "text": "What is it?"}
+TURN = {"role": "user", "content": [{"type": "text", "text": "See "}, part(CAT), TEXT, part(DOG)]}
+BOTH = ("user", "See What is it?", ("See ", 0, "What is it?", 1))
+BODIES = [
+    ("/v1/chat/completions", {"messages": [TURN]}, [BOTH]),
+    ("/chat/completions", {"messages": [TURN]}, [BOTH]),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": bare(CAT)}]},
+                                           {"role": "assistant", "content": "A cat."}, {"role": "user", "content": [TEXT, part(DOG)]}]},
+     [("user", "", (0,)), ("assistant", "A cat.", ()), ("user", "What is it?", ("What is it?", 0))]),
+    ("/v1/responses", {"input": [{"role": "user", "content": [{"type": "input_text", "text": "See "}, {"type": "input_image", "image_url": data_uri(CAT), "detail": "auto"},
+                                                              {"type": "input_text", "text": "What is it?"}, {"type": "input_image", "image_url": data_uri(DOG)}]}]}, [BOTH]),
+    ("/v1/messages", {"max_tokens": 5, "messages": [{"role": "user", "content": [{"type": "text", "text": "See "}, source(CAT), TEXT, source(DOG)]}]}, [BOTH]),
+    ("/v1/messages", {"max_tokens": 5, "messages": [
+        {"role": "user", "content": [TEXT]}, {"role": "assistant", "content": [{"type": "tool_use", "id": "a", "name": "look", "input": {}}]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "a", "content": [source(CAT), {"type": "text", "text": "seen"}, source(DOG)]}]}]},
+     [("user", "What is it?", ()), ("assistant", "", ()), ("tool", "seen", (0, "seen", 1))]),
+    ("/api/chat", {"messages": [{"role": "user", "content": "What is it?", "images": [bare(CAT), bare(DOG)]}]}, [("user", "What is it?", (0, 1, "What is it?"))]),
+    ("/api/generate", {"prompt": "What is it?", "images": [bare(CAT), data_uri(DOG)]}, [("user", "What is it?", (0, 1, "What is it?"))]),
+    ("/api/generate", {"images": [bare(CAT), bare(DOG)]}, [("user", "", (0, 1, ""))]),
+]
+
+
+@pytest.mark.parametrize("route, body, wanted", BODIES, ids=[f"{number} {route}" for number, (route, *_) in enumerate(BODIES)])
+def test_pictures_of_every_api_become_those_of_the_messages(route, body, wanted):
+    fields = copy.deepcopy(body)
+    lifted = lift_pictures(fields)
+    assert [data for _, data in lifted] == [CAT, DOG] and all(bare(data) not in json.dumps(fields) for data in (CAT, DOG))
+    raw, again = unpacked_lift(packed_lift(fields, lifted))
+    assert json.loads(raw) == fields and again == lifted
+    fill_in(fields, PICTURES)
+    request = with_pixels(read_answer(route, fields, KNOWN).request, PICTURES)
+    assert [(message.role, message.content, message.parts) for message in request.messages] == wanted
+    assert [shown for message in request.messages for shown in message.pictures] == PICTURES
+
+
+def test_a_body_without_pictures_stays_as_it_is():
+    for content in ("hello", [TEXT], None, [{"type": "text"}], ["text"], [7]):
+        body = {"messages": [{"role": "user", "content": content}, "no message"], "input": "image", "images": None}
+        before = copy.deepcopy(body)
+        assert lift_pictures(body, "no") == [] and body == before
+
+
+@pytest.mark.parametrize("value, said", [
+    ("http://127.0.0.1/cat.png", "fetches no URLs"), ("https://example.org/cat.png", "fetches no URLs"), ("HTTPS://x/y", "fetches no URLs"), ("file:///etc/passwd", "reads no files"),
+    ("ftp://x/y", "reads no files"), ("data:image/png,abc", "must be a data URI"), ("data:image/png;base64", "must be a data URI"),
+    ("/etc/passwd!", "not base64"), ("a", "not base64"), ("%%%", "not base64"), ("", "must be a data URI"), (None, "must be a data URI"), (7, "must be a data URI"), ({"url": 1}, "must be a data URI")])
+def test_what_is_no_data_is_refused_and_nothing_is_fetched(value, said):
+    with pytest.raises(RequestError, match=said) as refused:
+        file_of(value, "messages[0].content[1].image_url.url")
+    assert refused.value.param == "messages[0].content[1].image_url.url" and len(str(refused.value)) < 500
+
+
+def test_base64_of_all_kinds_is_read():
+    data = bytes(range(250, 256)) * 7
+    for text in (bare(data), bare(data).rstrip("="), base64.urlsafe_b64encode(data).decode(), "\n".join(bare(data)), data_uri(data), "DATA:IMAGE/PNG;charset=x;BASE64," + bare(data)):
+        assert file_of(text, "x") == data
+
+
+def test_too_many_and_too_large_ones_are_refused_by_name():
+    with pytest.raises(RequestError, match="images: 17 given, at most 16 allowed"):
+        lift_pictures({"messages": [{"role": "user", "content": [part(CAT)] * (LIMITS.pictures + 1)}]})
+    with pytest.raises(RequestError, match="more than 10 MiB") as refused:
+        lift_pictures({"messages": [{"role": "user", "content": [TEXT, part(bytes(LIMITS.picture_bytes + 2000))]}]})
+    assert refused.value.status == 413 and refused.value.param == "messages[0].content[1].image_url.url"
+    assert len(file_of(bare(bytes(LIMITS.picture_bytes)), "x")) == LIMITS.picture_bytes
+
+
+def test_a_model_that_cannot_see_says_so_before_any_file_is_read():
+    with pytest.raises(RequestError, match=r"^messages\[0\].content\[1\].image_url.url: this model cannot see images$") as refused:
+        lift_pictures(copy.deepcopy(BODIES[0][1]), "this model cannot see images")
+    assert refused.value.code == "unsupported_content"
+
+
+@pytest.mark.parametrize("part, said", [
+    ({"type": "image", "picture": 0}, "source must be"), ({"type": "image", "picture": [2, 1, "00"]}, "source must be"), ({"type": "image", "source": {"type": "file"}}, "source.type must be base64"),
+    ({"type": "image", "source": {"type": "url", "url": "https://x/y"}}, "fetches no URLs"), ({"type": "input_image", "file_id": "file-1"}, "keeps no pictures"),
+    ({"type": "input_audio", "input_audio": {}}, "must be a text or an image")], ids=str)
+def test_parts_that_are_no_pictures_of_the_body_are_refused(part, said):
+    body = {"messages": [{"role": "user", "content": [part]}]}
+    with pytest.raises(RequestError, match=said):
+        fill_in(body, [PICTURES[0] for _ in lift_pictures(body)])
+        read_answer("/v1/chat/completions", body, KNOWN)
+
+
+def test_a_picture_written_where_none_is_looked_for_is_an_error_not_another_s():
+    forged = {"type": "image", "picture": [2, 1, PICTURES[0].digest.hex()]}
+    body = {"max_tokens": 5, "system": [forged], "messages": [{"role": "user", "content": "x"}]}
+    assert lift_pictures(body) == []
+    with pytest.raises(RequestError, match="not among"):
+        with_pixels(read_answer("/v1/messages", body, KNOWN).request, [])
+
+
+def test_packed_files_keep_their_names():
+    assert unpacked_lift(packed_lift({"a": "ü"}, [Lifted("x", b""), Lifted("y", b"\0\1")])) == (json.dumps({"a": "ü"}).encode(), [("x", b""), ("y", b"\0\1")])

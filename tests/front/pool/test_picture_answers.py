@@ -1,0 +1,93 @@
+"""Answers about pictures through the pool: workers that die at any moment, second questions, and what a text model says."""
+
+import asyncio
+import functools
+
+import pytest
+
+from chatlm.common.config import Settings
+from chatlm.common.errors import RequestError
+from chatlm.common.messages.requests import Message, SamplingParams
+from chatlm.front.pool.pool import pool_of
+from answers import asked
+from forked import DYING
+from image_conversations import picture_of_size
+from pools import all_ready, collect, idle
+from tiny_sight import make_smolvlm, save_sight
+
+pytestmark = pytest.mark.timeout(120)
+PHOTO = picture_of_size(90, 60)
+
+
+@pytest.fixture(scope="module")
+def seeing_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("seeing")
+    save_sight(folder, "smolvlm", make_smolvlm())
+    return folder
+
+
+@pytest.fixture
+async def seeing_pool(started, seeing_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("STRUCK", str(tmp_path))
+
+    async def start(**changes):
+        settings = Settings(**{"model": str(seeing_folder), "dtype": "float32", "kv_cache_memory": 8 << 20, "prefill_chunk": 16, "stream_interval": 0.0, "draft_memory": 0} | changes)
+        pool = await started(pool_of(settings, worker_command=DYING))
+        await all_ready(pool)
+        return pool
+
+    return start
+
+
+def about(name, *pictures, text="What is this, and why is it here?", **more):
+    parts = (*(part for number in range(len(pictures)) for part in ("Look: ", number)), text)
+    message = Message("user", "".join(part for part in parts if isinstance(part, str)), None, pictures, parts)
+    more = {"sampling": SamplingParams(temperature=0.0), "max_tokens": 20, "ignore_eos": True} | more
+    return asked(name, messages=(message,), **more)
+
+
+@pytest.mark.parametrize("moment", ["queued", "prefill", "decode", "unsent"])
+async def test_a_worker_that_dies_with_a_picture_changes_no_token(seeing_pool, moment, tmp_path):
+    pool = await seeing_pool(num_workers=2)
+    text, tokens, whole = await collect(pool, about("calm", PHOTO))
+    assert (await collect(pool, about(f"kill-{moment}-1", PHOTO, picture_of_size(40, 40))))[1] == (await collect(pool, about("calm too", PHOTO, picture_of_size(40, 40))))[1]
+    assert (tmp_path / f"kill-{moment}-1").exists()
+    again, others = await asyncio.gather(collect(pool, about("again", PHOTO)), collect(pool, about("other", picture_of_size(30, 80, seed=2))))
+    assert again[1] == tokens and others[1] != tokens
+    await all_ready(pool)
+
+
+async def test_usage_counts_the_rows_of_pictures_and_a_second_question_finds_them_cached(seeing_pool):
+    pool = await seeing_pool(num_workers=1)
+    first = (await collect(pool, about("first", PHOTO)))[2].usage
+    plain = (await collect(pool, about("plain")))[2].usage
+    assert first.prompt_tokens > plain.prompt_tokens + 40
+    second = (await collect(pool, about("second", PHOTO, text="What is this? Another question.")))[2].usage
+    assert second.cached_tokens >= first.prompt_tokens - 64
+    await idle(pool)
+
+
+async def test_more_pictures_than_are_allowed_or_fit_are_refused_before_they_wait(seeing_pool):
+    pool = await seeing_pool(num_workers=1, context_length=512)
+    with pytest.raises(RequestError, match="17 images; 16 are the most"):
+        await collect(pool, about("many", *[PHOTO] * 17))
+    with pytest.raises(RequestError, match="the context holds 512"):
+        await collect(pool, about("long", *[PHOTO] * 12))
+    with pytest.raises(RequestError, match="images"):
+        await collect(pool, about("scored", PHOTO, prompt_logprobs=1))
+    await idle(pool)
+
+
+async def test_a_text_model_says_that_it_cannot_see(start_pool):
+    pool = await start_pool()
+    with pytest.raises(RequestError, match="this model cannot see images"):
+        await collect(pool, about("blind", PHOTO))
+    await idle(pool)
+
+
+async def test_turns_that_are_dropped_take_their_pictures_with_them(seeing_pool):
+    pool = await seeing_pool(num_workers=1, context_length=208)
+    turn = about("x", PHOTO).messages[0]
+    request = asked("cut", messages=(turn, Message("assistant", "It is a cat."), Message("user", "And then? " * 8)), sampling=SamplingParams(temperature=0.0), max_tokens=4, truncate=True)
+    assert (await collect(pool, request))[2].dropped_messages == 2
+    await idle(pool)

@@ -1,0 +1,370 @@
+"""Who used what: /v1/usage equals the sum of what clients were told, by key, model, day and lane; and what keys may."""
+
+import asyncio
+import contextlib
+import json
+import random
+import signal
+import sqlite3
+import subprocess
+import urllib.request
+from collections import Counter
+from types import SimpleNamespace
+
+import aiohttp
+import pytest
+
+import chat_server
+from chatlm.common.config import ApiKey, Settings, read_api_keys
+from chatlm.common.errors import ConfigError, Overloaded
+from chatlm.common.messages.requests import Accepted, Finished, Piece, Usage
+from chatlm.front.server import access, connections, ledger
+from chatlm.front.server.ledger import Amount, Ledger, Row, days_of
+from chatlm.front.store.store import Store
+from answers import asked, said
+from fake_pool import FakePool, catalogue_of, conversation, frames, serving
+from pools import played_pool
+from real_server import server
+
+ALICE, BOB, ROOT = ApiKey.hashed("a", "alice"), ApiKey.hashed("b", "bob"), ApiKey.hashed("r", "root", role="admin")
+
+
+@contextlib.asynccontextmanager
+async def kept(pool, settings, path):
+    """`serving` with a database."""
+    store = Store(path)
+    store.open()
+    with access.listen_on("127.0.0.1", 0) as listener:
+        app = chat_server.create_app(catalogue_of(pool, settings), settings, store)
+        async with connections.serving(app, listener):
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+@contextlib.asynccontextmanager
+async def client_of(url):
+    async with aiohttp.ClientSession(url) as session:
+        async def call(path, key=None, body=None):
+            headers = {"Authorization": f"Bearer {key}"} if key else {}
+            async with session.request("POST" if body is not None else "GET", path, json=body, headers=headers) as response:
+                return response, await response.read()
+        yield call
+
+
+async def usage(call, key=None, query=""):
+    response, body = await call("/v1/usage" + query, key)
+    assert response.status == 200, body
+    return json.loads(body)
+
+
+def told(body):
+    """What a response or a stream says was used."""
+    if body.startswith(b"data:"):
+        return next(frame["usage"] for frame in frames(body) if isinstance(frame, dict) and frame.get("usage"))
+    return json.loads(body)["usage"]
+
+
+async def test_each_key_sees_its_own_use_and_an_admin_all():
+    total, by_key = Counter(), {"a": Counter(), "b": Counter()}
+    async with serving(FakePool(), Settings(keys=(ALICE, BOB, ROOT))) as url, client_of(url) as call:
+        for key, more in (("a", {}), ("a", {"stream": True, "stream_options": {"include_usage": True}}), ("b", {"n": 3}),
+                          ("b", {"priority": "low"}), ("a", {"n": 2, "stream": True, "stream_options": {"include_usage": True}})):
+            _, body = await call("/v1/chat/completions", key, conversation() | more)
+            found = told(body)
+            for counter in (total, by_key[key]):
+                counter.update(requests=1, prompt=found["prompt_tokens"], generated=found["completion_tokens"],
+                               cached=found["prompt_tokens_details"]["cached_tokens"])
+        for key, counter in [("r", total), *by_key.items()]:
+            answer = await usage(call, key)
+            assert {name: answer["total"][field] for name, field in (
+                ("requests", "requests"), ("prompt", "prompt_tokens"), ("generated", "completion_tokens"), ("cached", "cached_tokens"))} == counter
+            assert answer["key"] == {"a": "alice", "b": "bob", "r": None}[key]
+            assert {row["key"] for row in answer["data"]} == {"a": {"alice"}, "b": {"bob"}, "r": {"alice", "bob"}}[key]
+        rows = (await usage(call, "b"))["data"]
+        assert sorted((row["background"], row["requests"], row["model"], row["day"]) for row in rows) == [
+            (False, 1, "fake-model", ledger.today()), (True, 1, "fake-model", ledger.today())]
+        assert (await call("/v1/usage"))[0].status == 401 and (await call("/usage"))[0].status == 200
+        _, metrics = await call("/metrics", "a")
+        assert b'chat_server_usage_requests_total{background="true"} 1.0' in metrics and b"alice" not in metrics
+        assert f'chat_server_usage_completion_tokens_total{{background="false"}} {total["generated"] - 3}.0'.encode() in metrics
+
+
+async def test_all_apis_texts_and_comparisons_are_counted(monkeypatch):
+    async with serving(FakePool()) as url, client_of(url) as call:
+        said_so = Counter()
+        _, body = await call("/v1/messages", None, conversation() | {"max_tokens": 50})
+        counts = json.loads(body)["usage"]
+        said_so.update(prompt=counts["input_tokens"] + counts["cache_read_input_tokens"], generated=counts["output_tokens"])
+        _, body = await call("/v1/responses", None, {"input": "hello"})
+        said_so.update(prompt=json.loads(body)["usage"]["input_tokens"], generated=json.loads(body)["usage"]["output_tokens"])
+        _, body = await call("/api/chat", None, conversation() | {"stream": False})
+        said_so.update(prompt=json.loads(body)["prompt_eval_count"], generated=json.loads(body)["eval_count"])
+        _, body = await call("/v1/completions", None, {"prompt": ["a", "b"], "n": 2})
+        said_so.update(prompt=told(body)["prompt_tokens"], generated=told(body)["completion_tokens"])
+        assert told(body) | {"prompt_tokens": 14, "completion_tokens": 12} == told(body)
+        _, body = await call("/chat/completions", None, conversation())
+        said_so.update(prompt=7, generated=3)
+        total = (await usage(call))["total"]
+        assert (total["requests"], total["prompt_tokens"], total["completion_tokens"]) == (5, said_so["prompt"], said_so["generated"])
+        assert (await usage(call))["key"] == "" and (await usage(call))["since"]
+
+
+async def test_a_client_that_vanishes_is_charged_what_was_sent_and_one_that_waits_for_all_nothing():
+    room = asyncio.Semaphore(5)
+    pool = FakePool(["a"] * 100, gate=SimpleNamespace(wait=room.acquire))
+    async with serving(pool) as url, aiohttp.ClientSession(url) as session, client_of(url) as call:
+        response, got = await session.post("/chat/completions", json=conversation()), b""
+        while got.count(b'"token"') < 5:
+            got += await response.content.readany()
+        response.close()
+        await pool.until_open(0)
+        total = (await usage(call))["total"]
+        assert (total["requests"], total["prompt_tokens"], total["completion_tokens"]) == (1, 7, 5)
+        whole = asyncio.ensure_future(session.post("/v1/chat/completions", json=conversation()))
+        await pool.until_open(1)
+        for _ in range(5):
+            room.release()
+        while not room.locked():
+            await asyncio.sleep(0)
+        whole.cancel()
+        await pool.until_open(0)
+        assert (await usage(call))["total"] == total | {"requests": 2}
+
+
+async def test_pieces_count_once_their_reader_asks_for_more():
+    async def events():
+        yield Accepted(7)
+        for _ in range(3):
+            yield Piece((1, 2))
+        yield Finished("stop", "eos", Usage(7, 6, 3), 0.0, 0.0, None, 0)
+
+    for read, expected in ((1, Amount()), (2, Amount(1)), (3, Amount(1, 7, 0, 2)), (5, Amount(1, 7, 0, 6)), (6, Amount(1, 7, 3, 6))):
+        charge = Ledger(Settings(), None).charge(asked("x", prompts=((1,),)), "m")
+        stream = charge.watch(events())
+        for _ in range(read):
+            await anext(stream, None)
+        await stream.aclose()
+        assert charge.amount == expected, read
+
+
+async def test_choices_of_one_prompt_share_it_also_if_only_some_ended():
+    charge = Ledger(Settings(), None).charge(asked("x", prompts=((1,), (2,)), n=2), "m")
+    charge.begun, charge.ended = True, {1: Usage(5, 2, 1), 2: Usage(6, 3, 4)}
+    charge.drawn[0] += 7
+    assert charge.amount == Amount(1, 11, 4, 12)
+
+
+async def test_the_database_keeps_it_over_restarts_and_a_day_ends_at_midnight_utc(tmp_path, monkeypatch):
+    settings = Settings(keys=(ALICE, ROOT))
+    clock = SimpleNamespace(time=lambda: 1_700_000_000.0)        # 2023-11-14, 22:13:20
+    monkeypatch.setattr(ledger, "time", clock)
+    for number in range(3):
+        async with kept(FakePool(), settings, tmp_path / "store.db") as url, client_of(url) as call:
+            await call("/v1/chat/completions", "a", conversation())
+            answer = await usage(call, "r", "?from=2023-11-01&to=2023-12-01")
+            assert answer["total"]["requests"] == 2 * number + 1 and answer["kept"] == "in the database"
+            clock.time = lambda: 1_700_006_400.0 + 1            # after midnight
+            await call("/v1/chat/completions", "a", conversation())
+            clock.time = lambda: 1_700_006_400.0 - 1            # a clock that goes back
+    async with kept(FakePool(), settings, tmp_path / "store.db") as url, client_of(url) as call:
+        answer = await usage(call, "a", "?from=2023-11-14&to=2023-11-15")
+        assert [(row["day"], row["requests"], row["completion_tokens"]) for row in answer["data"]] == [("2023-11-15", 3, 9), ("2023-11-14", 3, 9)]
+        assert (await usage(call, "a", "?from=2023-11-15&to=2023-11-15"))["total"]["requests"] == 3
+    rows = sqlite3.connect(tmp_path / "store.db").execute("SELECT * FROM usage ORDER BY day").fetchall()
+    assert rows == [("2023-11-14", "alice", "fake-model", 0, 3, 21, 9, 9, 0.0), ("2023-11-15", "alice", "fake-model", 0, 3, 21, 9, 9, 0.0)]
+
+
+@pytest.mark.parametrize("query, words", [("from=x", "from must be a day"), ("to=20231114", "to must be a day"), ("from=2023-02-30", "from must be a day"),
+                                          ("from=2023-11-15&to=2023-11-14", "is after"), ("from=", "from must be a day"), ("to=%00", "to must be a day")])
+async def test_a_day_that_is_none_is_400(query, words):
+    async with serving(FakePool()) as url, client_of(url) as call:
+        response, body = await call("/v1/usage?" + query)
+        assert response.status == 400 and words in json.loads(body)["error"]["message"]
+
+
+def test_the_first_and_the_last_day_that_there_are():
+    assert days_of("0001-01-01", "9999-12-31") == ("0001-01-01", "9999-12-31")
+    assert days_of(None, "0001-01-02") == ("0001-01-01", "0001-01-02") and days_of("9999-12-31", None) == ("9999-12-31", "9999-12-31")
+
+
+async def test_what_the_database_refuses_is_written_later(tmp_path, monkeypatch):
+    monkeypatch.setattr(ledger, "RETRY_S", 0.0)
+    refusals = [Overloaded("the disk is full")] * 3
+
+    class Full(Store):
+        async def run(self, function):
+            if refusals and function.__code__.co_names[:1] == ("executemany",):
+                raise refusals.pop()
+            return await super().run(function)
+
+    store = Full(tmp_path / "store.db")
+    store.open()
+    book = Ledger(Settings(), store)
+    await book.open()
+    for number in range(5):
+        charge = book.charge(asked("x", prompts=((1,),)), "m\udcff")        # of a file's name
+        charge.begun, charge.ended = True, {0: Usage(1, number)}
+        book.settle(charge)
+        await asyncio.sleep(0)
+    while refusals:
+        await asyncio.sleep(0.001)
+    await book.close()
+    [(row, amount)] = await book.between("2000-01-01", "3000-01-01", None)
+    await store.close()
+    assert row == Row(ledger.today(), "", "m?", False) and amount == Amount(5, 5, 0, 10)
+
+
+async def test_without_a_database_memory_is_bounded(monkeypatch):
+    monkeypatch.setattr(ledger, "MOST_ROWS", 10)
+    clock = SimpleNamespace(time=lambda: 0.0)
+    monkeypatch.setattr(ledger, "time", clock)
+    book = Ledger(Settings(), None)
+    for day in range(100):
+        clock.time = lambda day=day: 86_400.0 * day
+        charge = book.charge(asked("x", prompts=((1,),)), "m")
+        charge.begun, charge.ended = True, {0: Usage(1, 1)}
+        book.settle(charge)
+    assert len(book.rows) == len(book.used) == 10 and book.totals[False].requests == 100
+    assert min(book.rows).day == "1970-04-01"
+
+
+# budgets and roles
+
+def keys_of(tmp_path, *lines):
+    path = tmp_path / "keys"
+    path.write_text("\n".join(lines))
+    path.chmod(0o600)
+    return read_api_keys((), str(path))
+
+
+def test_the_fields_of_a_key(tmp_path):
+    found = keys_of(tmp_path, "# keys", "alice: a tokens-per-day=1000", "bob: b:c=  models=x, y z tokens-per-day=0 over-budget=refuse", "r role=admin",
+                    "c over-budget=background tokens-per-day=5")
+    assert [(key.name, key.models, key.tokens_per_day, key.refused, key.admin) for key in found] == [
+        ("alice", (), 1000, False, False), ("bob", ("x", "y z"), 0, True, False), ("line-4", (), None, False, True), ("line-5", (), 5, False, False)]
+    assert found[1].digest == ApiKey.hashed("b:c=", "").digest
+
+
+@pytest.mark.parametrize("fields, words", [
+    ("tokens-per-day=many", "tokens-per-day= must be a whole number"), ("tokens-per-day=-1", "tokens-per-day= must be a whole number"),
+    ("tokens-per-day=", "tokens-per-day= must be"), ("tokens-per-day=1 tokens-per-day=2", "has tokens-per-day= twice"), ("role=root", "role= must be admin"),
+    ("rol=admin", 'there is no field "rol" of a key'), ("over-budget=refuse", "over-budget= needs tokens-per-day="),
+    ("tokens-per-day=1 over-budget=later", "over-budget= must be refuse or background"), ("models=", "models= must be"), ("models=,", "models= must be")])
+def test_a_bad_line_is_one_error_that_names_line_and_field_and_never_the_key(tmp_path, fields, words):
+    with pytest.raises(ConfigError) as error:
+        keys_of(tmp_path, "alice: a", f"bob: SECRET {fields}")
+    assert "line 2" in str(error.value) and words in str(error.value) and "SECRET" not in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["a\x1b[31m", "a\x00b", "a\x7f", "\u202eevil"])
+def test_a_name_that_cannot_be_shown_is_refused(tmp_path, name):
+    with pytest.raises(ConfigError, match="line 1: the key's name has characters that cannot be shown"):
+        keys_of(tmp_path, f"{name}: SECRET")
+
+
+async def test_over_its_budget_a_key_waits_in_the_background_or_is_refused_until_midnight(tmp_path, monkeypatch):
+    keys = keys_of(tmp_path, "alice: a tokens-per-day=20", "bob: b tokens-per-day=20 over-budget=refuse", "carol: c")
+    clock = SimpleNamespace(time=lambda: 1_700_000_000.0)
+    monkeypatch.setattr(ledger, "time", clock)
+    pool, settings = FakePool(), Settings(keys=keys)
+    async with kept(pool, settings, tmp_path / "store.db") as url, client_of(url) as call:
+        for key in "abc":
+            for _ in range(2):
+                response, _ = await call("/v1/chat/completions", key, conversation())
+                assert response.status == 200 and "X-Over-Budget" not in response.headers
+        assert (await usage(call, "a"))["budget"] == {"tokens_per_day": 20, "used_today": 20, "over_budget": "background", "renewed_in_s": 6400}
+        assert "budget" not in await usage(call, "c")
+    async with kept(pool, settings, tmp_path / "store.db") as url, client_of(url) as call:      # after a restart too
+        for path in ("/v1/chat/completions", "/v1/messages", "/chat/completions"):
+            body = conversation() | {"max_tokens": 9}
+            response, _ = await call(path, "a", body)
+            assert response.status == 200 and response.headers["X-Over-Budget"] == "background; renewed in 6400 s" and pool.requests[-1].low_priority
+            response, text = await call(path, "b", body)
+            assert response.status == 429 and response.headers["Retry-After"] == "6400" and b"midnight UTC, in 6,400 seconds" in text
+            response, _ = await call(path, "c", body)
+            assert response.status == 200 and not pool.requests[-1].low_priority
+        clock.time = lambda: 1_700_006_400.0
+        response, _ = await call("/v1/chat/completions", "b", conversation())
+        assert response.status == 200
+
+
+async def test_models_of_a_key_are_all_that_it_sees():
+    bound = ApiKey.hashed("a", "alice", ("other",))
+    async with serving(FakePool(), Settings(keys=(bound, BOB))) as url, client_of(url) as call:
+        _, body = await call("/v1/models", "a")
+        assert json.loads(body)["data"] == []
+        response, body = await call("/v1/chat/completions", "a", conversation() | {"model": "fake-model"})
+        missing, other = await call("/v1/chat/completions", "b", conversation() | {"model": "nothing"})
+        assert response.status == 404 and json.loads(body)["error"]["code"] == json.loads(other)["error"]["code"]
+
+
+@pytest.mark.parametrize("roles", [True, False])
+async def test_operators_need_the_role_where_any_key_has_one(roles):
+    async with serving(FakePool(), Settings(keys=(ALICE, ROOT) if roles else (ALICE,))) as url, client_of(url) as call:
+        for path in ("/models/unload", "/models/load", "/models/download", "/models/delete"):
+            response, body = await call(path, "a", {"model": "fake-model"})
+            assert (response.status == 403 and json.loads(body)["error"]["code"] == "not_admin") == roles, body
+            if roles:
+                response, body = await call(path, "r", {"model": "fake-model"})
+                assert b"not_admin" not in body
+
+
+# workers and fronts that die
+
+async def test_workers_that_die_change_nothing_in_the_account(start_pool, tmp_path, monkeypatch):
+    monkeypatch.setenv("STRUCK", str(tmp_path))
+    pool = await start_pool(prefill_chunk=16, stream_interval=0.0, num_workers=2)
+    dice, total = random.Random(4), Counter()
+    async with serving(pool, Settings(keys=(ALICE, BOB, ROOT))) as url, aiohttp.ClientSession(url) as session, client_of(url) as call:
+        async def one(number):
+            # one at a time: answers whose workers die too often fail
+            moment = "calm" if number % 4 else dice.choice(("kill-decode", "kill-queued", "kill-prefill"))
+            stream, count = dice.random() < 0.5, dice.randrange(1, 4)
+            body = {"prompt": "The sea is " * dice.randrange(1, 9), "max_tokens": 40, "ignore_eos": True, "n": count, "stream": stream, "seed": number,
+                    "priority": dice.choice(("low", "normal")), **({"stream_options": {"include_usage": True}} if stream else {})}
+            headers = {"Authorization": f"Bearer {dice.choice('ab')}", "X-Request-Id": f"{moment}-{number}"}
+            async with session.post("/v1/completions", json=body, headers=headers) as response:
+                got = await response.read()
+            if response.status == 200 and (not stream or b'"usage": {' in got):
+                found = told(got)
+                total.update(requests=1, prompt_tokens=found["prompt_tokens"], completion_tokens=found["completion_tokens"],
+                             cached_tokens=found["prompt_tokens_details"]["cached_tokens"])
+            else:
+                pytest.fail(f"{response.status} {got[:300]}")
+        for start in range(0, 12, 4):
+            await asyncio.gather(*(one(number) for number in range(start, start + 4)))
+        answer = await usage(call, "r")
+        assert {name: answer["total"][name] for name in total} == total
+        assert answer["total"]["compute_s"] > 0 and any(path.name.startswith("kill") for path in tmp_path.iterdir())
+        assert len(answer["data"]) >= 3
+
+
+@pytest.mark.slow
+def test_a_front_that_is_killed_has_written_no_more_than_it_has_sent(tmp_path, nanochat_fixtures):
+    """kill -9 while clients stream: what the database has is at most what they got, and all that ended some time before."""
+    sent, whole = 0, 0
+    for attempt in range(3):
+        arguments = (nanochat_fixtures / "gen5", "--dtype", "float32", "--database", tmp_path / "store.db")
+        with server(*arguments) as (process, url):
+            script = ("import json,sys,urllib.request\n"
+                      "while True:\n"
+                      f"  body = json.dumps({{'prompt': 'The sea', 'max_tokens': 30, 'ignore_eos': True, 'stream': True, 'return_token_ids': True}}).encode()\n"
+                      f"  for line in urllib.request.urlopen(urllib.request.Request({url!r} + '/v1/completions', body, {{'Content-Type': 'application/json'}})):\n"
+                      "    if line.startswith(b'data: {'):\n"
+                      "      [print(len(c.get('token_ids') or ()), c.get('finish_reason') or '-', flush=True) for c in json.loads(line[6:])['choices']]\n")
+            clients = [subprocess.Popen([chat_server.sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+                       for _ in range(3)]
+            lines = []
+            while sum(line.endswith("length\n") for line in lines) < 10:
+                lines.append(clients[0].stdout.readline())
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        for client in clients:
+            lines += client.stdout.readlines()
+            client.wait()
+            client.stdout.close()
+        sent += sum(int(line.split()[0]) for line in lines)
+        whole += sum(line.endswith("length\n") for line in lines)
+        database = sqlite3.connect(tmp_path / "store.db")
+        requests, written = database.execute("SELECT SUM(requests), SUM(completion_tokens) FROM usage").fetchone()
+        database.close()
+        assert written <= sent and requests <= whole and requests >= 8 * (attempt + 1)

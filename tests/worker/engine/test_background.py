@@ -1,0 +1,303 @@
+"""Work in the background: it takes only what interactive answers leave, and its text stays the same."""
+
+import random
+import time
+from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from chatlm.common import answering
+from chatlm.common.messages.requests import Piece, SamplingParams
+from chatlm.worker.engine.background import BackgroundLane
+from chatlm.worker.engine.drafts import Drafting, StepTimes
+from chatlm.worker.engine.integrity import check_integrity, scheduler_faults
+from chatlm.worker.engine.kvcache import PagePool
+from chatlm.worker.engine.scheduler import Scheduler
+from chatlm.worker.engine.sequence import Sequence
+from chatlm.worker.engine.states import StatePool
+from chatlm.worker.process import share_word
+from engines import make_engine
+from families import make_model, save
+from works import assignment
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def times_of(*seconds):
+    """Times of steps as if measured: of 1, 2, .. rows."""
+    times = StepTimes()
+    for rows, each in enumerate(seconds, 1):
+        times.note(rows, each)
+    return times
+
+
+def scheduler(*seconds, num_pages=64, max_batch=4, prefill_chunk=64):
+    made = Scheduler(PagePool(num_pages), max_batch=max_batch, prefill_chunk=prefill_chunk)
+    made.drafting = Drafting([])
+    made.drafting.times = times_of(*seconds)
+    return made
+
+
+def sequence(name, tokens, client=""):
+    tokens = [ord(name[0])] * tokens
+    work = assignment(name, tuple(tokens), SamplingParams(), 1000, client=client, background=name.islower())
+    return Sequence(work, list(tokens), 2000)
+
+
+def step(s):
+    """A step of the scheduler, as if computed: {name: tokens}. Upper case is interactive."""
+    plan = s.schedule()
+    for chunk in plan:
+        s.advance(chunk)
+        if chunk.draws:
+            chunk.sequence.tokens.append(1)
+    assert scheduler_faults(s) == []
+    return {chunk.sequence.work.id: chunk.count for chunk in plan}
+
+
+def test_as_many_tokens_join_a_step_as_lengthen_it_by_a_twentieth():
+    lane = BackgroundLane()
+    assert lane.room_beside(times_of(1.0, 1.02, 1.04, 1.06, 1.2), 1, 4) == 2
+    assert lane.room_beside(times_of(1.0, 1.02, 1.04, 1.06, 1.2), 2, 3) == 2        # 1.04 and 1.06, of 1.02
+    assert lane.room_beside(times_of(1.0, 1.2), 1, 4) == 0 == lane.room
+    assert lane.room_beside(times_of(1.0, 1.0, 1.0), 1, 1) == 1
+    assert lane.room_beside(StepTimes(), 1, 0) == 0
+
+
+def test_a_number_of_rows_that_once_was_slow_is_tried_again_seldom():
+    lane, slow = BackgroundLane(), times_of(1.0, 3.0)
+    rooms = Counter(lane.room_beside(slow, 1, 4) for _ in range(10 * lane.TRIAL))
+    assert rooms == {0: 10 * (lane.TRIAL - 1), 1: 10}
+
+
+def test_background_prompts_have_short_steps_and_none_beside_what_would_be_longer():
+    lane = BackgroundLane()
+    asking = [SimpleNamespace(prefill_chunk=512, token_s=token_s) for token_s in (0.0, 0.0001, 0.001, 0.1)]
+    assert [lane.prompt_tokens(each) for each in asking] == [512, 512, 150, 64]
+    s = scheduler(1.0, 1.2)
+    s.token_s = 0.005
+    s.add(sequence("a", 200))
+    assert step(s) == {"a": 64} and step(s) == {"a": 64}
+    s.add(sequence("B", 100))
+    assert step(s) == {"B": 64, "a": 3} and step(s) == {"B": 36, "a": 2} and step(s) == {"B": 1}    # a twentieth of the prompt
+    s.cancel("B")
+    assert step(s) == {"a": 64} and step(s) == {"a": 3} and step(s) == {"a": 1}
+
+
+def test_a_running_line_is_set_aside_with_its_pages_and_goes_on_where_it_was():
+    s = scheduler(1.0, 1.2)
+    for name in ("a", "b", "c", "d", "e"):
+        s.add(sequence(name, 20))
+    step(s), step(s)
+    line = s.running[0]
+    pages, computed = list(line.pages), line.computed + 1
+    assert len(s.running) == 4
+    s.add(sequence("A", 20))
+    assert step(s) == {"A": 20, "a": 1} and step(s) == {"A": 1}      # one is a twentieth of 20
+    assert line.pages == pages and line.computed == computed and s.preemptions == 0 and len(s.running) == 5
+    s.cancel("A")
+    assert step(s) == dict.fromkeys("abcd", 1)
+
+
+def test_no_line_is_admitted_while_an_interactive_request_waits_or_has_no_room_for_it():
+    s = scheduler(1.0, 1.01, 1.02, 1.2)
+    for name in ("a", "B", "c", "D", "e", "F", "G", "H"):
+        s.add(sequence(name, 4))
+    step(s)
+    assert [each.work.id for each in s.running] == list("BDFG")       # four rows
+    s.cancel("B")
+    step(s)
+    assert [each.work.id for each in s.running] == list("DFGH")
+    for name in "DFG":
+        s.cancel(name)
+    step(s), step(s)
+    assert "a" in [each.work.id for each in s.running] and s.lane.room == 2
+    step(s), step(s)
+    assert [each.work.id for each in s.running] == list("Hac") and step(s) == {"H": 1, "a": 1, "c": 1}
+
+
+def test_drafts_of_interactive_answers_leave_less_room_and_lines_have_none(monkeypatch):
+    s = scheduler(1.0, 1.02, 1.2, 1.4)
+    s.add(sequence("A", 4)), step(s), s.add(sequence("a", 4)), step(s), step(s), step(s), step(s), step(s)
+    interactive, line = s.running
+    drafting, asked = s.drafting, []
+    monkeypatch.setattr(drafting, "propose", lambda sequences, rows, *more: asked.append(([each.work.id for each in sequences], rows)))
+    interactive.drafts = line.drafts = True
+    drafting.draft(s.running, s, 0.0)
+    s.running.remove(interactive)
+    drafting.draft(s.running, s, 0.0)
+    assert asked == [(["A"], 1), (["a"], 1)]
+
+
+def test_a_line_that_the_host_must_draw_waits_for_interactive_answers():
+    s = scheduler(1.0, 1.0, 1.0, 1.0)
+    s.add(sequence("A", 4)), step(s)
+    masked = Sequence(assignment("a", (1, 2), SamplingParams(), 50, logprobs=3, background=True), [1, 2], 60)
+    s.add(masked)
+    assert step(s) == {"A": 1} and step(s) == {"A": 1}
+    s.cancel("A")
+    assert step(s) == {"a": 2}
+
+
+def test_interactive_requests_take_the_pages_of_the_background_first_and_the_background_none_of_theirs():
+    s = scheduler(1.0, 1.2, num_pages=12)
+    s.add(sequence("a", 60, "x")), s.add(sequence("b", 60, "y"))
+    step(s), step(s), step(s)
+    assert len(s.running) == 2
+    s.add(sequence("A", 100, "x"))              # of the client whose line it is, which has most pages then
+    assert step(s)["A"] == 64 and [each.work.id for each in s.running] == ["a", "A"] and s.preemptions == 1
+    for _ in range(60):
+        step(s)
+    assert [each.work.id for each in s.running] == ["A"] and s.running[0].generated > 50 and s.preemptions == 2
+    s.cancel("A")
+    step(s)
+    assert {each.work.id for each in s.running} == {"a", "b"}
+
+
+def test_an_interactive_prompt_that_cannot_fit_costs_the_background_nothing():
+    s = scheduler(1.0, 1.2, num_pages=12)
+    s.add(sequence("A", 80)), step(s), step(s)
+    s.add(sequence("a", 30)), step(s)
+    s.cancel("A"), step(s), s.add(sequence("B", 80)), step(s), s.add(sequence("C", 150)), step(s)
+    assert [each.work.id for each in s.running] == ["a", "B"] and s.preemptions == 0
+
+
+def test_texts_in_the_background_wait_for_interactive_answers_and_answers_in_it_for_texts():
+    s = scheduler(1.0, 1.0)
+    text = lambda name, low: Sequence(assignment(name, (7,) * 20, SamplingParams(), 0, pooling="mean", background=low), [7] * 20, 20)    # noqa: E731
+    s.add(sequence("A", 4)), step(s)
+    s.add(low := text("t", True))
+    assert step(s) == {"A": 1} and step(s) == {"A": 1}
+    s.cancel("A")
+    assert step(s) == {"t": 20}
+    s.remove(low)
+    s.add(sequence("a", 4)), step(s)
+    s.add(text("T", False))
+    assert step(s) == {"T": 20}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_traffic_of_both_lanes_ends_and_loses_no_page(seed):
+    generator = random.Random(seed)
+    s = scheduler(1.0, 1.02, 1.04, 1.2, num_pages=40, max_batch=6, prefill_chunk=32)
+    alive, ended = [], Counter()
+    for number in range(900):
+        if number < 500 and generator.random() < 0.3 and len(alive) < 14:
+            name = generator.choice(("L", "l", "l")) + str(number)
+            alive.append(sequence(name, generator.randrange(1, 150), generator.choice("xyz")))
+            s.add(alive[-1])
+        if alive and generator.random() < 0.03:
+            s.cancel(alive.pop(generator.randrange(len(alive))).work.id)
+        interactive = [each for each in s.running if not each.work.background]
+        did = step(s)
+        assert len(interactive) <= 6 and sum(1 for count in did.values() if count == 1) <= 6
+        for each in [each for each in alive if each.generated >= 8]:
+            s.remove(each)
+            alive.remove(each)
+            ended[each.work.background] += 1
+    assert not alive and ended[True] > 20 and ended[False] > 10 and s.pool.available == s.pool.num_pages
+
+
+# the real engine
+
+
+def works_of(engine):
+    lines = [assignment(f"line {n}", tuple((31 * i * i + 7 * i + 5 * n) % 250 for i in range(90 - 20 * n)), SamplingParams(temperature=1.0, seed=n),
+                        60, ignore_eos=True, background=True) for n in range(3)]
+    chats = [assignment(f"chat {n}", tuple((3 * i + n) % 250 for i in range(40)), SamplingParams(temperature=0.7, seed=n), 20, ignore_eos=True)
+             for n in range(3)]
+    return lines, chats
+
+
+@torch.inference_mode()
+def written(engine, works, arriving=(), every=12):
+    """The tokens of works, beside which others arrive while they run."""
+    tokens, arriving, count = Counter(), list(arriving), 0
+    tokens = {work.id: [] for work in (*works, *arriving)}
+    for work in works:
+        engine.add(work)
+    while engine.busy or arriving:
+        count += 1
+        if arriving and count % every == 0:
+            engine.add(arriving.pop(0))
+        for name, event in engine.step():
+            if isinstance(event, Piece):
+                tokens[name] += event.tokens
+        check_integrity(engine)
+    return tokens
+
+
+@pytest.mark.parametrize("room", [0, 2])
+@pytest.mark.parametrize("model", ["gen5", "qwen3.5"])      # only attention; layers with states, of which there are as many as rows
+def test_lines_that_are_set_aside_again_and_again_have_the_same_tokens(model, room, nanochat_fixtures, tmp_path, monkeypatch):
+    monkeypatch.setattr(StatePool, "INTERVAL", 32)
+    path = nanochat_fixtures / model if model == "gen5" else save(make_model(model), tmp_path)
+    engine = make_engine(path, num_pages=200, max_batch=3, num_snapshots=2)
+    lines, chats = works_of(engine)
+    alone = {}
+    for work in (*lines, *chats):
+        engine.pool.forget_cached()
+        alone |= written(engine, [replace(work, background=False)])
+    engine.pool.forget_cached()
+    monkeypatch.setattr(engine.scheduler.lane, "room_beside", lambda times, tokens, most: min(room, most))
+    before = engine.scheduler.preemptions
+    plans, schedule = [], engine.scheduler.schedule
+    monkeypatch.setattr(engine.scheduler, "schedule", lambda: plans.append(schedule()) or plans[-1])
+    assert written(engine, lines, chats) == alone
+    assert model != "gen5" or engine.scheduler.preemptions == before
+    mixed = [Counter(chunk.sequence.work.background for chunk in plan) for plan in plans]
+    beside = [each[True] for each in mixed if each[False]]
+    assert len(beside) >= 10 and max(beside) == room
+
+
+def test_the_first_token_of_a_chat_comes_with_the_step_after_its_arrival(nanochat_fixtures):
+    engine = make_engine(nanochat_fixtures / "gen5", max_batch=4)
+    lines, chats = works_of(engine)
+    with torch.inference_mode():
+        for line in lines:
+            engine.add(line)
+        for _ in range(5):
+            engine.step()
+        for chat in chats:
+            assert not engine.under_way         # else it would wait for the step that was begun ahead too
+            engine.add(chat)
+            events = engine.step() + engine.step()      # now one is begun ahead
+            assert chat.id in [name for name, event in events if isinstance(event, Piece)]
+            while chat.id in [each.work.id for each in engine.scheduler.running] or engine.under_way:
+                engine.step()
+        while engine.busy:
+            engine.step()
+
+
+def test_the_background_waits_while_another_worker_on_the_same_processors_writes(nanochat_fixtures):
+    if not (path := answering.path_of_word()):
+        pytest.skip("no memory file here")
+    other = answering.Word(path)
+    engine, apart = (make_engine(nanochat_fixtures / "gen5", max_batch=4) for _ in range(2))
+    share_word(engine, path), share_word(apart, path, apart=True)
+    [line, *_], [chat, *_] = works_of(engine)
+    try:
+        other.until.value = time.monotonic_ns() + 10**12
+        for each in (engine, apart):
+            each.add(line)
+        with torch.inference_mode():
+            assert not any(engine.step() for _ in range(3)) and apart.step() + apart.step()
+            engine.add(chat)
+            assert {name for name, event in engine.step() + engine.step()} == {chat.id}     # which has moved the word on
+            for each in (engine, apart):
+                while each.busy:
+                    each.step()
+            other.until.value = time.monotonic_ns() + 10**12
+            engine.add(replace(line, id="again"))
+            assert not any(engine.step() for _ in range(3))
+            other.until.value = 0
+            while engine.busy:
+                engine.step()
+            until = other.until.value
+            engine.word.note(0.0)
+            assert other.until.value != until and not engine.scheduler.lane.must_wait()     # its own
+    finally:
+        other.until.value = 0

@@ -1,0 +1,221 @@
+"""Models that see: from pixels to logits as transformers, encoded once, and the same answers however they come."""
+
+import numpy as np
+import pytest
+
+from chatlm.common.config import Settings
+from chatlm.common.errors import ConfigError
+from chatlm.common.hub.find import resolve_model
+from chatlm.common.messages.requests import AnswerParams, Failed, Message, Piece, SamplingParams
+from chatlm.common.text.load import open_tokenizer
+from chatlm.common.vision.pictures import rows_in
+from chatlm.worker.arrays.kinds import Device
+from chatlm.worker.build import build_engine
+from chatlm.worker.engine.integrity import check_integrity
+from chatlm.worker.engine.sequence import Assignment
+from chatlm.worker.model.spec import Batch
+from chatlm.worker.model.tower import tiles_of
+from chatlm.worker.model.transformer import show_pictures
+from image_conversations import picture_of_size
+from tiny_sight import expected_logits, make_smolvlm, save_sight, write_mmproj, write_model
+
+KINDS = "smolvlm", "idefics3"
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def seeing(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    model = make_smolvlm(request.param)
+    save_sight(folder, request.param, model)
+    return request.param, folder, model
+
+
+def open_engine(folder, **more):
+    settings = Settings(**({"model": str(folder), "dtype": "float32", "prefill_chunk": 32, "kv_cache_memory": 8 << 20} | more))
+    model, engine = build_engine(resolve_model(settings), settings, Device("cpu"))
+    engine.full_text = model.text
+    return engine
+
+
+def asking(engine, *pictures, text="What is this?"):
+    tokenizer = open_tokenizer(engine.full_text)
+    parts = tuple(part for number in range(len(pictures)) for part in (f"Look {number}: ", number)) + (text,)
+    content = "".join(part for part in parts if isinstance(part, str))
+    return tuple(tokenizer.render([Message("user", content, None, pictures, parts if pictures else ())]))
+
+
+def answer(engine, ids, pictures, name="a", tokens=8, **params):
+    engine.add(Assignment(name, ids, AnswerParams(sampling=SamplingParams(temperature=0.0), ignore_eos=True, **params), tokens, pictures=tuple(pictures)))
+    return collect(engine)[name]
+
+
+def collect(engine):
+    found, scores = {}, []
+    while engine.busy:
+        for name, event in engine.step():
+            assert not isinstance(event, Failed), event
+            if isinstance(event, Piece):
+                found.setdefault(name, []).extend(event.tokens)
+    check_integrity(engine)
+    return found
+
+
+def run(generator):
+    while True:
+        try:
+            next(generator)
+        except StopIteration as done:
+            return done.value
+
+
+def logits_of(engine, ids, pictures, rows=16):
+    """The logits of a prompt's last rows, computed in one step."""
+    transformer, sight = engine.transformer, engine.pictures.sight(Assignment("x", ids, AnswerParams(), 1, pictures=pictures), engine.full_text.vision)
+    for seen in sight.seen:
+        seen.rows = run(engine.pictures.tower.encode(tiles_of(seen.picture, seen.layout, engine.pictures.tower.eyes.filter)))
+    shown = sight.as_one_id(ids)
+    show_pictures(transformer, sight.rows(0, len(ids)))
+    batch = Batch(shown, [-1, *shown[:-1]], [0, len(ids)], [len(ids)], [list(range(-(-len(ids) // 16)))], list(range(len(ids) - rows, len(ids))))
+    made = engine.transformer.arrays.numpy(engine.steps.forward(batch)).copy()
+    show_pictures(transformer, ())
+    return made
+
+
+@pytest.mark.parametrize("kernels", ["decode_core", "reference"])
+@pytest.mark.parametrize("size", [(40, 30), (64, 64), (300, 20)])
+def test_logits_from_pixels_are_those_of_transformers(seeing, kernels, size, monkeypatch):
+    kind, folder, model = seeing
+    if kernels == "reference":
+        monkeypatch.setenv("CHAT_SERVER_KERNELS", "reference")
+    engine = open_engine(folder, prefill_chunk=512)
+    pictures = (picture_of_size(*size), picture_of_size(20, 50, seed=1))
+    ids = asking(engine, *pictures)
+    assert len(rows_in(engine.full_text.vision, ids)) > 8
+    wanted = expected_logits(model, kind, ids, pictures)[-16:]
+    assert np.abs(logits_of(engine, ids, pictures) - wanted).max() < 1e-4
+    other = (picture_of_size(*size, seed=7), pictures[1])       # the logits depend on the pixels
+    assert np.abs(expected_logits(model, kind, ids, other)[-16:] - wanted).max() > 1e-3
+
+
+def test_answers_about_pictures_are_the_same_however_they_come(seeing):
+    """Alone, in other chunks, batched, cached, preempted: and as transformers' greedy tokens."""
+    kind, folder, model = seeing
+    picture = picture_of_size(90, 60)
+    engine = open_engine(folder)
+    ids = asking(engine, picture)
+    first = answer(engine, ids, [picture])
+    greedy = list(ids)
+    for _ in first:
+        greedy.append(int(expected_logits(model, kind, greedy, [picture])[-1].argmax()))
+    assert first == greedy[len(ids):]
+    assert engine.pictures.encoded == 1
+    assert answer(engine, ids, [picture]) == first and engine.pictures.encoded == 1     # from the prefix cache
+    engine.pool.forget_cached()
+    assert answer(engine, ids, [picture]) == first and engine.pictures.encoded == 1     # from the rows that are kept
+    other = picture_of_size(64, 64, seed=3)
+    ids_of_other = asking(engine, other, text="And this?")
+    engine.add(Assignment("b", ids, AnswerParams(sampling=SamplingParams(temperature=0.0), ignore_eos=True), 8, pictures=(picture,)))
+    engine.add(Assignment("c", asking(engine), AnswerParams(sampling=SamplingParams(temperature=0.0), ignore_eos=True), 8))
+    together = answer(engine, ids_of_other, [other], "d")
+    whole = open_engine(folder, prefill_chunk=512)
+    assert answer(whole, ids, [picture]) == first
+    assert answer(whole, ids_of_other, [other]) == together
+
+
+def test_the_second_question_about_a_picture_runs_no_tower(seeing):
+    """A worker that has the pages of the prompt needs neither rows nor pixels."""
+    _, folder, _ = seeing
+    picture, engine = picture_of_size(90, 60), open_engine(folder)
+    first = asking(engine, picture, text="What is this? It is a long question, so that pages are full after the picture.")
+    answer(engine, first, [picture])
+    engine.pictures.seen.clear()                        # as if others had come since
+    answer(engine, first[:-3] + asking(engine, text="x")[-3:], [picture])
+    assert engine.pictures.encoded == 1
+
+
+def test_steps_of_answers_come_between_the_parts_of_a_picture(seeing):
+    _, folder, _ = seeing
+    engine = open_engine(folder, prefill_chunk=16)
+    engine.add(Assignment("text", asking(engine), AnswerParams(sampling=SamplingParams(temperature=0.0), ignore_eos=True), 60))
+    while not engine.scheduler.running or engine.scheduler.running[0].prefilling:
+        engine.step()
+    picture = picture_of_size(90, 60)
+    engine.add(Assignment("picture", asking(engine, picture), AnswerParams(sampling=SamplingParams(temperature=0.0), ignore_eos=True), 4, pictures=(picture,)))
+    before, parts = 0, 0
+    while engine.pictures.encoded == 0:
+        pieces = [event for name, event in engine.step() if name == "text" and isinstance(event, Piece)]
+        if engine.pictures.work:
+            parts += 1
+            before += sum(len(event.tokens) for event in pieces)
+    assert parts > 3 and before >= parts - 2
+    collect(engine)
+
+
+def test_pictures_that_are_not_those_of_the_prompt_fail_alone(seeing):
+    _, folder, _ = seeing
+    engine, picture = open_engine(folder), picture_of_size(30, 30)
+    ids = asking(engine, picture)
+    engine.add(Assignment("wrong", ids, AnswerParams(), 4, pictures=(picture_of_size(30, 30, seed=9),)))
+    assert [(name, type(event)) for name, event in engine.step()] == [("wrong", Failed)]
+    assert answer(engine, ids, [picture])
+
+
+def test_penalties_and_drafts_know_no_rows(seeing):
+    _, folder, _ = seeing
+    engine, picture = open_engine(folder), picture_of_size(90, 60)
+    ids = asking(engine, picture, picture, text="again and again and again")
+    plain = answer(engine, ids, [picture, picture], tokens=24)
+    sampling = SamplingParams(temperature=0.0, repetition_penalty=1.3, frequency_penalty=0.5)
+    engine.add(Assignment("p", ids, AnswerParams(sampling=sampling, ignore_eos=True), 24, pictures=(picture, picture)))
+    assert len(collect(engine)["p"]) == 24
+    drafting = open_engine(folder, drafts="none")
+    assert answer(drafting, ids, [picture, picture], tokens=24) == plain
+
+
+@pytest.fixture(scope="module")
+def seeing_files(tmp_path_factory):
+    folder, model = tmp_path_factory.mktemp("files"), make_smolvlm("smolvlm")
+    return write_model(folder / "tiny-F32.gguf", model), model
+
+
+@pytest.mark.parametrize("how", ["beside", "named", "exchanged"])
+def test_files_with_an_mmproj_see_as_folders_do(seeing_files, tmp_path, how):
+    path, model = seeing_files
+    own = tmp_path / path.name
+    own.symlink_to(path) if how == "named" else own.write_bytes(path.read_bytes())
+    file = write_mmproj(tmp_path / ("eyes.gguf" if how == "named" else "mmproj-tiny-F32.gguf"), model, exchanged=how == "exchanged")
+    engine = open_engine(own, prefill_chunk=512, **({"mmproj": str(file)} if how == "named" else {}))
+    pictures = (picture_of_size(40, 30), picture_of_size(20, 50, seed=1))
+    ids = asking(engine, *pictures)
+    wanted = expected_logits(model, "smolvlm", ids, pictures)[-16:]
+    assert np.abs(logits_of(engine, ids, pictures) - wanted).max() < 1e-4
+
+
+def test_an_mmproj_of_half_floats_stays_so_and_answers(seeing_files, tmp_path):
+    path, model = seeing_files
+    own = tmp_path / path.name
+    own.write_bytes(path.read_bytes())
+    write_mmproj(tmp_path / "mmproj-f16.gguf", model, half=True)
+    engine = open_engine(own, prefill_chunk=512, dtype=None)
+    picture = picture_of_size(40, 30)
+    ids = asking(engine, picture)
+    assert np.abs(logits_of(engine, ids, (picture,)) - expected_logits(model, "smolvlm", ids, [picture])[-16:]).max() < 0.3
+    assert len(answer(engine, ids, [picture])) == 8
+
+
+@pytest.mark.parametrize("what, message", [
+    ({"clip.projector_type": "pixtral"}, "clip.projector_type is \"pixtral\"; it must be one of idefics3"),
+    ({"clip.vision.image_size": 50}, "clip.vision.image_size"),
+    ({"clip.vision.block_count": 4}, "missing v.blk.3"),
+    (None, "there is no such file")])
+def test_a_wrong_mmproj_is_named(seeing_files, tmp_path, what, message):
+    """One that was named ends the start; one beside the model leaves it a model of texts."""
+    path, model = seeing_files
+    file = tmp_path / "mmproj-x.gguf"
+    if what is not None:
+        write_mmproj(file, model, **what)
+    with pytest.raises(ConfigError, match=message):
+        open_engine(path, mmproj=str(file))
+    if what is not None:
+        (tmp_path / "m.gguf").write_bytes(path.read_bytes())
+        assert open_engine(tmp_path / "m.gguf").full_text.vision is None
