@@ -164,7 +164,11 @@ SIZE = struct.Struct("<I")
 
 def packed_lift(body: dict, pictures: Seq[Lifted]) -> bytes:
     """A body and the pictures that were taken out of it, as one message of a sandbox."""
-    sections = [json.dumps(body).encode(), json.dumps([name for name, _ in pictures]).encode(),
+    try:
+        text = json.dumps(body).encode()
+    except RecursionError:
+        raise RequestError("the body is nested too deeply") from None
+    sections = [text, json.dumps([name for name, _ in pictures]).encode(),
                 *(data for _, data in pictures)]
     return b"".join(part for section in sections for part in (SIZE.pack(len(section)), section))
 

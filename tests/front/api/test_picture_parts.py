@@ -126,5 +126,13 @@ def test_a_picture_written_where_none_is_looked_for_is_an_error_not_another_s():
         with_pixels(read_answer("/v1/messages", body, KNOWN).request, [])
 
 
+def test_a_body_that_is_nested_too_deeply_is_refused():
+    deep = []
+    for _ in range(2000):
+        deep = [deep]
+    with pytest.raises(RequestError, match="nested too deeply"):
+        packed_lift({"messages": deep}, [])
+
+
 def test_packed_files_keep_their_names():
     assert unpacked_lift(packed_lift({"a": "ü"}, [Lifted("x", b""), Lifted("y", b"\0\1")])) == (json.dumps({"a": "ü"}).encode(), [("x", b""), ("y", b"\0\1")])
