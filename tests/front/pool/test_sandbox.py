@@ -344,7 +344,7 @@ async def test_a_refused_body_is_freed_without_the_garbage_collector(open_pool):
     gc.disable()
     try:
         try:
-            await pool.admission.sandboxes["bodies"].perform("a", "answer_text", "/detokenize", body=b"no JSON")
+            await pool.admission.sandboxes["bodies"].perform("a", "answer_text", "/detokenize", [], body=b"no JSON")
         except RequestError as error:
             refusal = weakref.ref(error)
         await asyncio.sleep(0)      # the loop lets go of the task that ended
@@ -373,13 +373,13 @@ async def test_a_client_that_leaves_costs_no_process_and_mixes_up_no_replies(ope
     pool = await open_pool()
     sandbox = pool.admission.sandboxes["bodies"]
     large = json.dumps({"content": "x " * 100_000}).encode()
-    leaving = [asyncio.ensure_future(sandbox.perform("a", "answer_text", "/tokenize", body=large)) for _ in range(4)]
+    leaving = [asyncio.ensure_future(sandbox.perform("a", "answer_text", "/tokenize", [], body=large)) for _ in range(4)]
     while not sandbox.process:
         await asyncio.sleep(0)
     for task in leaving:
         task.cancel()
     pid = sandbox.process.pid
-    assert b'"tokens"' in await sandbox.perform("b", "answer_text", "/tokenize", body=b'{"content": "x"}')
+    assert b'"tokens"' in await sandbox.perform("b", "answer_text", "/tokenize", [], body=b'{"content": "x"}')
     assert sandbox.process.pid == pid
 
 
@@ -418,7 +418,7 @@ async def test_all_sandboxes_may_be_killed_between_two_requests(open_pool, monke
                 async with client.post(url + "/v1/chat/completions", json=body) as response:
                     assert response.status == 200, await response.text()
             pool.admission.valid_grammars.clear()       # else the schema would be checked only once
-            killed = [sandbox.process for name, sandbox in pool.admission.sandboxes.items() if name != "documents"]     # has none now
+            killed = [sandbox.process for name, sandbox in pool.admission.sandboxes.items() if name not in ("documents", "pictures")]      # have none now
             for process in killed:
                 process.kill()
 
@@ -427,10 +427,10 @@ async def test_a_sandbox_that_dies_while_it_is_told_its_task_is_replaced_and_the
     pool = await open_pool()
     sandbox = pool.admission.sandboxes["bodies"]
     small, large = (json.dumps({"tokens": [5] * count}).encode() for count in (1, 100_000))
-    expected = [answered(await sandbox.perform("a", "answer_text", "/detokenize", body=body)) for body in (small, large)]
+    expected = [answered(await sandbox.perform("a", "answer_text", "/detokenize", [], body=body)) for body in (small, large)]
     for body, text in zip((small, large), expected):
         os.kill(sandbox.process.pid, signal.SIGSTOP)
-        task = asyncio.ensure_future(sandbox.perform("a", "answer_text", "/detokenize", body=body))
+        task = asyncio.ensure_future(sandbox.perform("a", "answer_text", "/detokenize", [], body=body))
         for _ in range(20):     # until it has sent what the pipe holds; the rest waits
             await asyncio.sleep(0)
         assert sandbox.turns.held and (body is small or sandbox.writer.transport.get_write_buffer_size())
@@ -449,11 +449,11 @@ class Impatient(Sandbox):
 async def test_a_sandbox_that_hangs_before_it_has_read_its_task_is_replaced_and_the_task_done(chat_text, count):
     sandbox = Impatient(PROCESS_COMMAND, SandboxConfig(Known(Settings(), None), chat_text, 64, 5.0, 1 << 30))
     sandbox.waits, body = iter(()), json.dumps({"tokens": [5] * count}).encode()
-    expected = await sandbox.perform("a", "answer_text", "/detokenize", body=body)
+    expected = await sandbox.perform("a", "answer_text", "/detokenize", [], body=body)
     hangs = sandbox.process
     os.kill(hangs.pid, signal.SIGSTOP)
     sandbox.waits = iter([0.1])
-    assert await sandbox.perform("a", "answer_text", "/detokenize", body=body) == expected and hangs.returncode == -signal.SIGKILL
+    assert await sandbox.perform("a", "answer_text", "/detokenize", [], body=body) == expected and hangs.returncode == -signal.SIGKILL
     await sandbox.close()
 
 
@@ -509,7 +509,7 @@ async def test_a_task_that_is_broken_is_an_honest_500(open_pool):
 async def test_a_sandbox_ends_with_its_front(chat_text):
     known = Known(Settings(), None)
     sandbox = Sandbox(PROCESS_COMMAND, SandboxConfig(known, chat_text, 64, 1.0, 1 << 30))
-    assert json.loads(await sandbox.perform("a", "answer_text", "/detokenize", body=b'{"tokens": [1]}'))
+    assert json.loads(await sandbox.perform("a", "answer_text", "/detokenize", [], body=b'{"tokens": [1]}'))
     process = psutil.Process(sandbox.process.pid)
     sandbox.writer.close()
     await asyncio.to_thread(process.wait, 20)

@@ -3,8 +3,9 @@
 import json
 import sqlite3
 import time
+import urllib.error
 import urllib.request
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 
 import openai
 import pytest
@@ -95,43 +96,46 @@ def test_a_streamed_response_that_cannot_be_kept_does_not_say_that_it_is_complet
     assert ask(running).store is True
 
 
-def test_a_response_whose_client_leaves_is_kept_as_cancelled(running):
-    stream = running.responses.create(model="default", input="Hello", max_output_tokens=3000, stream=True, temperature=1, extra_body={"ignore_eos": True})
-    for event in stream:
-        if event.type == "response.created":
-            name = event.response.id
-        if event.type == "response.output_text.delta":
-            break
-    stream.close()
-    deadline_s = time.monotonic() + 60
+def status_of(client, name, deadline_s):
+    """The status of a response that is about to be kept."""
     while True:
         try:
-            response = running.responses.retrieve(name)
-            break
+            return client.responses.retrieve(name).status
         except openai.NotFoundError:
             assert time.monotonic() < deadline_s
             time.sleep(0.02)
-    assert response.status == "cancelled" and response.output_text
+
+
+def test_a_response_whose_client_leaves_is_kept_as_cancelled(running):
+    deadline_s, status = time.monotonic() + 100, None
+    while status != "cancelled":        # the tiny model may have ended its answer before the server sees that the client has left
+        assert status in (None, "incomplete") and time.monotonic() < deadline_s
+        stream = running.responses.create(model="default", input="Hello", max_output_tokens=3000, stream=True, temperature=1, extra_body={"ignore_eos": True})
+        for event in stream:
+            if event.type == "response.created":
+                name = event.response.id
+            if event.type == "response.output_text.delta":
+                break
+        stream.close()
+        status = status_of(running, name, deadline_s)
+    assert running.responses.retrieve(name).output_text
 
 
 def test_one_that_is_cancelled_by_its_id_is_kept_as_such(running):
-    stream = running.responses.create(model="default", input="Hello", max_output_tokens=3000, stream=True, extra_body={"ignore_eos": True})
-    for event in stream:
-        if event.type == "response.created":
-            name = event.response.id
-        if event.type == "response.output_text.delta":
-            break
-    post(f"{running.base_url}cancel/{name}", {})
-    for event in stream:
-        pass
-    deadline_s = time.monotonic() + 60
-    while True:
-        try:
-            assert running.responses.retrieve(name).status == "cancelled"
-            return
-        except openai.NotFoundError:
-            assert time.monotonic() < deadline_s
-            time.sleep(0.02)
+    deadline_s, status = time.monotonic() + 100, None
+    while status != "cancelled":        # as above, it may have ended
+        assert status in (None, "incomplete") and time.monotonic() < deadline_s
+        stream = running.responses.create(model="default", input="Hello", max_output_tokens=3000, stream=True, temperature=1, extra_body={"ignore_eos": True})
+        for event in stream:
+            if event.type == "response.created":
+                name = event.response.id
+            if event.type == "response.output_text.delta":
+                break
+        with suppress(urllib.error.HTTPError):
+            post(f"{running.base_url}cancel/{name}", {})
+        for event in stream:
+            pass
+        status = status_of(running, name, deadline_s)
 
 
 def test_a_large_conversation_is_continued_in_a_sandbox(running):
