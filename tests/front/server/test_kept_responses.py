@@ -96,6 +96,14 @@ def test_a_streamed_response_that_cannot_be_kept_does_not_say_that_it_is_complet
     assert ask(running).store is True
 
 
+def begun(client):
+    """A streamed response whose text has begun, and its id."""
+    stream = client.responses.create(model="default", input="Hello", max_output_tokens=3000, stream=True, temperature=1, extra_body={"ignore_eos": True})
+    name = next(event.response.id for event in stream if event.type == "response.created")
+    next(event for event in stream if event.type == "response.output_text.delta")
+    return stream, name
+
+
 def status_of(client, name, deadline_s):
     """The status of a response that is about to be kept."""
     while True:
@@ -110,12 +118,7 @@ def test_a_response_whose_client_leaves_is_kept_as_cancelled(running):
     deadline_s, status = time.monotonic() + 100, None
     while status != "cancelled":        # the tiny model may have ended its answer before the server sees that the client has left
         assert status in (None, "incomplete") and time.monotonic() < deadline_s
-        stream = running.responses.create(model="default", input="Hello", max_output_tokens=3000, stream=True, temperature=1, extra_body={"ignore_eos": True})
-        for event in stream:
-            if event.type == "response.created":
-                name = event.response.id
-            if event.type == "response.output_text.delta":
-                break
+        stream, name = begun(running)
         stream.close()
         status = status_of(running, name, deadline_s)
     assert running.responses.retrieve(name).output_text
@@ -125,15 +128,10 @@ def test_one_that_is_cancelled_by_its_id_is_kept_as_such(running):
     deadline_s, status = time.monotonic() + 100, None
     while status != "cancelled":        # as above, it may have ended
         assert status in (None, "incomplete") and time.monotonic() < deadline_s
-        stream = running.responses.create(model="default", input="Hello", max_output_tokens=3000, stream=True, temperature=1, extra_body={"ignore_eos": True})
-        for event in stream:
-            if event.type == "response.created":
-                name = event.response.id
-            if event.type == "response.output_text.delta":
-                break
+        stream, name = begun(running)
         with suppress(urllib.error.HTTPError):
             post(f"{running.base_url}cancel/{name}", {})
-        for event in stream:
+        for _ in stream:
             pass
         status = status_of(running, name, deadline_s)
 
