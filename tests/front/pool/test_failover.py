@@ -194,9 +194,9 @@ async def test_workers_with_and_without_amx_continue_each_others_answers(start_p
     emulated, best = core._core.isas_for_tests()[0], core.info()["offered_isas"][0]
     started = []
 
-    def environment(threads, original=local.process_environment):
+    def environment(threads, nice, original=local.process_environment):
         started.append(best if started == [emulated] else emulated)
-        return original(threads) | {"DECODE_CORE_ISA": started[-1]}
+        return original(threads, nice) | {"DECODE_CORE_ISA": started[-1]}
     patch(monkeypatch, local, "process_environment", environment)
     pool = await start_pool(num_workers=2, model=str(default_model_path))
     request = dict(messages=(Message("user", "Tell me of rivers. " * 4),), chat=True, ignore_eos=True, max_tokens=20,
