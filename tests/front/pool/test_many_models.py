@@ -246,6 +246,8 @@ async def test_a_model_whose_worker_cannot_start_fails_alone_and_is_tried_again(
     weights.write_bytes(whole[:len(whole) // 2])
     async with served(models) as url:
         status, body = await ask(client, url, "late")
+        assert status == 503 and "have changed" in body["error"]["message"]     # the next request reads them
+        status, body = await ask(client, url, "late")
         assert status == 500 and "cannot be served" in body["error"]["message"] and str(tmp_path) not in body["error"]["message"]
         assert models.find("late").state == "failed" and content(await ask(client, url, "gen1"))
         assert (await ask(client, url, "late"))[0] == 503
