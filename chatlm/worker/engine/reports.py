@@ -66,10 +66,10 @@ class Reports:
     def _may_wait(self, news: list[tuple[str, WorkerEvent]], beside: bool) -> bool:
         """beside: interactive answers run beside others, whose prompts are computed in short pieces."""
         scheduler = self.engine.scheduler
-        queued = [*scheduler.waiting, *(sequence for sequence in scheduler.running if sequence.prefilling)]
         return bool(scheduler.running) and not any(
-            not (beside and sequence.work.background) for sequence in queued) and all(
-            self._goes_on(id, event) for id, event in news)
+            not (beside and sequence.work.background) for sequence in scheduler.waiting) and not any(
+            not (beside and sequence.work.background) and sequence.prefilling
+            for sequence in scheduler.running) and all(self._goes_on(id, event) for id, event in news)
 
 
 def together(events: list[tuple[str, WorkerEvent]]) -> list[tuple[str, WorkerEvent]]:
