@@ -1,11 +1,13 @@
 """A real server in a process of its own: started, asked over HTTP, and ended."""
 
 import json
+import queue
 import re
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,17 +31,38 @@ def free_port():
         return listener.getsockname()[1]
 
 
+class Output:
+    """The lines that a process writes, taken from its pipe as they come: it would wait once 64 KB were unread."""
+
+    def __init__(self, pipe):
+        self.pipe, self.lines = pipe, queue.SimpleQueue()
+        self.thread = threading.Thread(target=self._drain, daemon=True)
+        self.thread.start()
+
+    def _drain(self):
+        with self.pipe:
+            for line in self.pipe:
+                self.lines.put(line)
+        self.lines.put(None)
+
+    def __iter__(self):
+        while (line := self.lines.get()) is not None:
+            yield line
+        self.lines.put(None)  # for who reads on
+
+
 @contextmanager
 def server(*arguments, script=SCRIPT, python=sys.executable, env=None, log=None):
     """A running server: yields (process, url) once it is ready, and kills it at the end."""
     process = subprocess.Popen([python, str(script), *map(str, arguments), "--port", "0", "--host", "127.0.0.1"],
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+    process.stdout = Output(process.stdout)
     try:
         yield process, wait_for(process, r"(http://127\.0\.0\.1:\d+)", log)
     finally:
         process.kill()
-        process.stdout.close()
         process.wait()
+        process.stdout.thread.join(10)  # until its workers have ended too
 
 
 def wait_for(process, pattern, log=None):

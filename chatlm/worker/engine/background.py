@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -42,7 +43,7 @@ class BackgroundLane:
         of prompts count as rows, which need logits too: they take no longer."""
         self.steps += 1
         alone, *longer = times.expected(tokens, tokens + most)
-        room = sum(seconds <= (1 + self.SHARE) * alone for seconds in longer)
+        room = bisect_right(longer, (1 + self.SHARE) * alone)
         if self.steps % self.TRIAL == 0 and room < most:
             room += 1
         self.room = room

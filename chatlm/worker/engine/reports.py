@@ -21,39 +21,55 @@ class Reports:
     on a machine with few processors each message takes time from the steps, in both processes.
 
     An answer's first piece and its end wait for nothing; other pieces wait for at most `interval_s`, and
-    only while nothing but single tokens is computed."""
+    only while nothing but single tokens is computed. Beside interactive answers those in the background wait
+    longer, and make none of the others come sooner."""
 
     GAUGES_S = 0.1     # between gauges while steps follow each other
+    BESIDE_S = 0.25    # between pieces of the background, beside interactive answers
     MOST_KNOWN = 4096  # answers whose first piece was sent
 
     def __init__(self, channel: Channel, engine: Engine, gauges: Callable[[Engine], dict], interval_s: float):
         self.channel, self.engine, self.gauges, self.interval_s = channel, engine, gauges, interval_s
         self.events: list[tuple[str, WorkerEvent]] = []
         self.begun: set[str] = set()
-        self.sent_s = self.gauged_s = self.called_s = 0.0
+        self.sent_s = self.gauged_s = self.called_s = self.beside_s = 0.0
 
     def add(self, events: Iterable[tuple[str, WorkerEvent]]):
         self.events += events
 
     def send(self):
         """Send what is due. Called once in each step, while it is computed."""
-        now_s = time.monotonic()
+        now_s, running = time.monotonic(), self.engine.scheduler.running
+        low = {sequence.work.id for sequence in running if sequence.work.background}
+        beside = len(low) < len(running)  # interactive answers
         quick, self.called_s = now_s - self.called_s < self.interval_s, now_s
-        if quick and now_s - self.sent_s < self.interval_s and self._may_wait():
+        held: list[tuple[str, WorkerEvent]] = []
+        news = self.events
+        if beside and quick and now_s - self.beside_s < self.BESIDE_S:
+            held = [(id, event) for id, event in news if id in low and self._goes_on(id, event)]
+            news = [(id, event) for id, event in news if not (id in low and self._goes_on(id, event))]
+        else:
+            self.beside_s = now_s
+        if quick and now_s - self.sent_s < self.interval_s and self._may_wait(news, beside):
             return
         shows = not self.engine.busy or now_s - self.gauged_s > self.GAUGES_S
         self.gauged_s = now_s if shows else self.gauged_s
-        self.channel.send(Stepped(together(self.events), self.gauges(self.engine) if shows else {}))
+        self.channel.send(Stepped(together(news), self.gauges(self.engine) if shows else {}))
         if len(self.begun) > self.MOST_KNOWN or not self.engine.busy:
             self.begun.clear()
-        self.begun |= {id for id, event in self.events if type(event) is Piece}
-        self.events, self.sent_s = [], now_s
+        self.begun |= {id for id, event in news if type(event) is Piece}
+        self.events, self.sent_s = held, now_s
 
-    def _may_wait(self) -> bool:
+    def _goes_on(self, id: str, event: WorkerEvent) -> bool:
+        return type(event) is Piece and id in self.begun
+
+    def _may_wait(self, news: list[tuple[str, WorkerEvent]], beside: bool) -> bool:
+        """beside: interactive answers run beside others, whose prompts are computed in short pieces."""
         scheduler = self.engine.scheduler
-        return bool(scheduler.running) and not scheduler.waiting and not any(
-            sequence.prefilling for sequence in scheduler.running) and all(
-            type(event) is Piece and id in self.begun for id, event in self.events)
+        return bool(scheduler.running) and not any(
+            not (beside and sequence.work.background) for sequence in scheduler.waiting) and not any(
+            not (beside and sequence.work.background) and sequence.prefilling
+            for sequence in scheduler.running) and all(self._goes_on(id, event) for id, event in news)
 
 
 def together(events: list[tuple[str, WorkerEvent]]) -> list[tuple[str, WorkerEvent]]:

@@ -79,8 +79,10 @@ class Scheduler:
         beside = background if len(background) < len(self.running) else []  # interactive sequences
         if beside != background and self.lane.must_wait():
             return []
-        answers = [s for s in self.running if not (s.pooling or beside and s.work.background)]
-        if (texts := self._texts_now(answers, bool(beside))) is not None:
+        # those that are set aside may be many: nothing here looks at each of them more than once or twice
+        lane = [s for s in self.running if not s.work.background] if beside else self.running
+        answers = [s for s in lane if not s.pooling]
+        if len(answers) < len(lane) and (texts := self._texts_now(answers, lane)) is not None:
             return texts
         share = -(-sum(s.pending == 1 for s in answers) // self.stages)
         able = [s for s in answers if s.decodes and len(s.tokens) < s.limit and self._may_run(s)]
@@ -108,22 +110,26 @@ class Scheduler:
         times = self.drafting.host_times if any(chunk.on_host for chunk in plan) else self.drafting.times
         tokens = sum(chunk.count + len(chunk.draft) for chunk in plan)
         room = self.lane.room_beside(times, tokens, max(min(most, self.max_batch), 0))
-        able, chunks = [s for s in background if self.lane.joins(s)], list[Chunk]()
-        for sequence in able:
-            if (len(chunks) < room and sequence.pending == 1 and len(sequence.tokens) < sequence.limit
-                    and self._grow(sequence)):
-                chunks.append(Chunk(sequence, 1, 1))
-        pieces = [s for s in able if s.prefilling and s.pages]
-        if pieces and room > len(chunks) and (self.exact_rows or not drafted):
+        chunks, pieces = list[Chunk](), list[Sequence]()
+        for sequence in background if room else ():
+            if self.lane.joins(sequence):
+                if sequence.prefilling:
+                    pieces.append(sequence)
+                elif (sequence.pending == 1 and len(sequence.tokens) < sequence.limit
+                        and self._grow(sequence)):
+                    chunks.append(Chunk(sequence, 1, 1))
+                    if len(chunks) == room:
+                        return chunks
+        pieces = [s for s in pieces if s.pages]
+        if pieces and (self.exact_rows or not drafted):
             chunks += self._share_prefill(pieces, most - len(chunks), room - len(chunks))
         return chunks
 
-    def _texts_now(self, answers: list[Sequence], interactive: bool) -> list[Chunk] | None:
+    def _texts_now(self, answers: list[Sequence], lane: list[Sequence]) -> list[Chunk] | None:
         """A step of texts to embed; None if it is to be one of answers. Texts have steps of their own, so
         that those of answers are as fast as without them; beside answers there are few, and short ones.
-        interactive: only of texts for which somebody waits."""
-        waiting = [sequence for sequence in self.running if sequence.pooling and sequence.prefilling
-                   and not (interactive and sequence.work.background)]
+        lane: what runs, without the background if somebody waits."""
+        waiting = [sequence for sequence in lane if sequence.pooling and sequence.prefilling]
         left = self.prefill_chunk
         if answers:
             left = min(left, max(self.pool.page_size, int(TEXT_STEP_S / (self.token_s or TEXT_STEP_S))))

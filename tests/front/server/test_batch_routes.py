@@ -8,7 +8,6 @@ import socket
 import sqlite3
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -34,15 +33,12 @@ def jsonl(lines):
 @contextmanager
 def batching(model, store, *words, keys=(), port=0):
     with server(model, f"--database={store}", *words, *(word for key in keys for word in ("--api-key", key))) as (process, url):
-        reading = threading.Thread(target=process.stdout.read, daemon=True)     # else a full pipe would stop the server
-        reading.start()
         yield process, openai.OpenAI(base_url=url + "/v1", api_key=(keys or ["none"])[0], max_retries=0)
         process.kill()
-        reading.join()
 
 
-def ended(client, batch):
-    deadline_s = time.monotonic() + 1200
+def ended(client, batch, limit_s=60):
+    deadline_s = time.monotonic() + limit_s
     while (batch := client.batches.retrieve(batch.id)).status in ("validating", "in_progress", "finalizing", "cancelling"):
         assert time.monotonic() < deadline_s, batch
         time.sleep(0.02)
@@ -261,7 +257,7 @@ def disturbed(model, store, lines, kills):
     """The files of a batch during which processes are killed, and those of an undisturbed one on the same input.
 
     kills: after how many lines each kill comes; every third is of the worker, the others are of the server."""
-    name, kills = None, [*enumerate(kills)]
+    name, kills, limit_s = None, [*enumerate(kills)], 60 + 0.1 * len(lines)
     while True:
         with batching(model, store) as (process, client):
             if name is None:
@@ -280,8 +276,8 @@ def disturbed(model, store, lines, kills):
                             child.kill()
                 time.sleep(0.005)
             else:
-                batch = ended(client, client.batches.retrieve(name))
-                again = ended(client, client.batches.create(input_file_id=batch.input_file_id, endpoint=batch.endpoint, completion_window="24h"))
+                batch = ended(client, client.batches.retrieve(name), limit_s)
+                again = ended(client, client.batches.create(input_file_id=batch.input_file_id, endpoint=batch.endpoint, completion_window="24h"), limit_s)
                 contents = [[client.files.content(name).content for name in (one.output_file_id, one.error_file_id)] for one in (batch, again)]
                 check_charges(store, contents[1][0])
                 return batch, *contents

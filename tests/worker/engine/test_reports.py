@@ -18,10 +18,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Front:
-    """The other end of a worker's pipe: it asks, and hangs up once all is answered."""
+    """The other end of a worker's pipe: it asks, some of it after the first event, and hangs up once all is answered."""
 
-    def __init__(self, *messages):
-        self.messages, self.sent = messages, []
+    def __init__(self, *messages, later=()):
+        self.messages, self.later, self.sent = messages, later, []
 
     def send(self, message):
         self.sent.append(message)
@@ -30,14 +30,18 @@ class Front:
         if not self.messages and wait:
             raise EOFError
         messages, self.messages = self.messages, ()
+        if self.later and any(isinstance(message, Stepped) and message.events for message in self.sent):
+            messages, self.later = self.later, ()
         return messages
 
 
 @torch.inference_mode()
-def told(engine, interval_ms, works):
+def told(engine, interval_ms, works, later=()):
     """The messages of a worker that computes these works with this --stream-interval."""
-    front = Front(*(message for work in works for message in (
-        NewRequest(work.id, work.params), NewPrompt(work.id, 0, work.prompt_ids), NewAnswer(work.id, work.id, 0, 0, work.max_tokens))))
+    first, second = ([message for work in some for message in (
+        NewRequest(work.id, work.params), NewPrompt(work.id, 0, work.prompt_ids), NewAnswer(work.id, work.id, 0, 0, work.max_tokens, background=work.background))]
+        for some in (works, later))
+    front = Front(*first, later=second)
     with pytest.raises(EOFError):
         run_engine(front, engine, SimpleNamespace(settings=Settings(stream_interval=interval_ms)))
     return [message for message in front.sent if isinstance(message, Stepped)]
@@ -72,6 +76,21 @@ def test_short_steps_share_a_message_and_the_first_piece_and_the_end_do_not_wait
         if isinstance(event, Piece):
             firsts.setdefault(id, len(event.tokens))
     assert firsts == {"a": 1, "b": 1}       # alone, though others wait for a million ms
+
+
+@pytest.mark.parametrize("share", [-1.0, 1000.0])       # nothing of the background beside answers, all of it
+def test_beside_an_answer_the_background_makes_no_message_and_loses_nothing(nanochat_fixtures, share):
+    answer = assignment("a", (1, 2, 3), SamplingParams(seed=7), 150, ignore_eos=True)
+    low = [assignment(f"low {index}", tuple(range(3, 40)), SamplingParams(seed=index), 20, ignore_eos=True, background=True) for index in range(6)]
+    found = []
+    for interval_ms in (0.0, 1e6):
+        engine = make_engine(nanochat_fixtures / "gen5", max_batch=4)
+        engine.scheduler.lane.SHARE = share
+        found.append(told(engine, interval_ms, [answer], low))
+    assert read(found[0]) == read(found[1]) and len(read(found[0])) == 7
+    before = [next(i for i, message in enumerate(messages) if any(id == "a" and isinstance(event, Ended) for id, event in message.events))
+              for messages in found]
+    assert before[1] < 40 < 80 < before[0], before       # each of the others has a first piece and an end
 
 
 def test_gauges_are_sent_when_nothing_is_left_to_do_and_now_and_then(nanochat_fixtures):
