@@ -1,6 +1,6 @@
-"""How long a model of SmolVLM-256M's shape, with random weights, takes to its first token about a photo.
+"""How long a model of SmolVLM-256M's or LFM2-VL-450M's shape, with random weights, takes to its first token about a photo.
 
-    python bench/pictures.py [--width 1152] [--height 864] [--rounds 3] [--dtype bfloat16] [--prefill-chunk 256]
+    python bench/pictures.py [--shape lfm2-vl-450m] [--width 1152] [--height 864] [--rounds 3] [--dtype bfloat16] [--prefill-chunk 256]
 
 An engine in this process: each round has a new picture; the same picture is then asked about again, once with its pages in the
 prefix cache and once with its rows alone. Printed: seconds to the first token of each, of resizing, and of the longest part between
@@ -28,7 +28,22 @@ TEXT = dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_a
 TOWER = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=512, patch_size=16)
 
 
-def write_folder(folder):
+LFM2_TEXT = dict(hidden_size=1024, intermediate_size=6656, num_hidden_layers=16, num_attention_heads=16, num_key_value_heads=8, max_position_embeddings=8192,
+                 full_attn_idxs=[2, 5, 8, 10, 12, 14])
+
+
+def write_lfm2_vl(folder):
+    import sight_families
+    import torch
+    import transformers
+    vision = dict(model_type="siglip2_vision_model", hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, num_patches=256, patch_size=16)
+    config = transformers.Lfm2VlConfig(text_config=sight_families.TEXT | LFM2_TEXT | {"model_type": "lfm2"}, vision_config=vision, image_token_id=258, projector_hidden_size=2560)
+    torch.manual_seed(0)
+    sight_families.save_family(folder, "lfm2_vl", transformers.Lfm2VlForConditionalGeneration(config).bfloat16(), tile_size=512, max_image_tokens=256, min_image_tokens=64, max_tiles=10,
+                               encoder_patch_size=16)
+
+
+def write_smolvlm(folder):
     import tiny_sight
     import torch
     import transformers
@@ -38,6 +53,9 @@ def write_folder(folder):
         vision_config=TOWER, scale_factor=4, image_token_id=258, pad_token_id=0, tie_word_embeddings=False)
     torch.manual_seed(0)
     tiny_sight.save_sight(folder, "bench", transformers.SmolVLMForConditionalGeneration(config).bfloat16())
+
+
+SHAPES = {"smolvlm-256m": write_smolvlm, "lfm2-vl-450m": write_lfm2_vl}
 
 
 def first_token_s(engine, ids, picture, name):
@@ -56,10 +74,11 @@ def main():
     for name, default in (("width", 1152), ("height", 864), ("rounds", 3), ("prefill-chunk", 256)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype")
+    parser.add_argument("--shape", choices=SHAPES, default="smolvlm-256m")
     asked = parser.parse_args()
     from image_conversations import picture_of_size
     with tempfile.TemporaryDirectory() as folder:
-        write_folder(Path(folder))
+        SHAPES[asked.shape](Path(folder))
         settings = Settings(model=folder, dtype=asked.dtype, prefill_chunk=asked.prefill_chunk, kv_cache_memory=512 << 20)
         model, engine = build_engine(resolve_model(settings), settings, Device("cpu"))
     tokenizer, found = open_tokenizer(model.text), {}

@@ -1,0 +1,91 @@
+"""What differs between families' towers: what is added to patches, how layers rotate, what makes rows the
+model's.
+
+These are rows of tables, which `Eyes` names. Patches of a square that becomes one row are neighbours in every
+array here, row by row in the square; the squares are in raster order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, TYPE_CHECKING
+
+import numpy
+
+if TYPE_CHECKING:
+    from chatlm.worker.model.spec import ModelSpec
+
+Arrays = Mapping[str, numpy.ndarray]
+Products = Mapping[str, Callable[[numpy.ndarray], numpy.ndarray]]
+
+
+def by_squares(values: numpy.ndarray, rows: int, columns: int, side: int) -> numpy.ndarray:
+    """(rows * columns, ...) in raster order -> in the order of patches, for squares of side * side."""
+    grid = values.reshape(rows // side, side, columns // side, side, *values.shape[1:])
+    return grid.swapaxes(1, 2).reshape(values.shape)
+
+
+def fixed_places(places: numpy.ndarray, rows: int, columns: int) -> numpy.ndarray:
+    """Every tile has the grid of the table."""
+    return places
+
+
+def spread(size: int, wanted: int) -> numpy.ndarray:
+    """(wanted, size): what torch's bilinear interpolation with antialias makes of numbers on a line."""
+    scale = size / wanted
+    wide = max(scale, 1.0)
+    centre = (numpy.arange(wanted)[:, None] + 0.5) * scale
+    taps = numpy.arange(size)
+    first, last = (centre - wide + 0.5).astype(int), (centre + wide + 0.5).astype(int)
+    weights = numpy.maximum(1 - numpy.abs((taps + 0.5 - centre) / wide), 0) * (taps >= first) * (taps < last)
+    return (weights / weights.sum(1, keepdims=True)).astype(numpy.float32)
+
+
+def spread_places(places: numpy.ndarray, rows: int, columns: int) -> numpy.ndarray:
+    """The table is of a square grid, and is resized for others (SigLIP 2, naflex)."""
+    side = math.isqrt(len(places))
+    if (rows, columns) == (side, side):
+        return places
+    by_row = spread(side, rows) @ places.reshape(side, -1)  # (rows, side * C)
+    return numpy.matmul(spread(side, columns), by_row.reshape(rows, side, -1)).reshape(rows * columns, -1)
+
+
+# name -> (table, rows, columns of the patches) -> what is added to these (rows * columns, C), in raster order
+PLACES: dict[str, Callable[[numpy.ndarray, int, int], numpy.ndarray]] = {
+    "fixed": fixed_places, "spread": spread_places}
+
+# name -> (spec of the layers, rows, columns) -> the angle of each pair of a head, (rows * columns, D / 2), in
+# raster order; pairs are (i, i + D / 2)
+ANGLES: dict[str, Callable[[ModelSpec, int, int], numpy.ndarray]] = {}
+
+
+class Projector(NamedTuple):
+    """`compute`: the rows (n, C) of the tower's last layer, after its last norm, in the order of patches, the
+    size n / N of a square, and what the fields name -> the model's rows (N, width)."""
+
+    products: Mapping[str, str | None]   # matrices -> the activation of their products
+    values: tuple[str, ...]              # vectors
+    compute: Callable[[numpy.ndarray, int, Products, Arrays], numpy.ndarray]
+
+
+def joined(x: numpy.ndarray, square: int) -> numpy.ndarray:
+    """Those of a square one after another: (n, C) -> (n / square, square * C)."""
+    return x.reshape(len(x) // square, -1)
+
+
+def layer_norm(x: numpy.ndarray, weight: numpy.ndarray, bias: numpy.ndarray, eps: float) -> numpy.ndarray:
+    x = x - x.mean(axis=1, keepdims=True)
+    return x / numpy.sqrt((x * x).mean(axis=1, keepdims=True) + eps) * weight + bias
+
+
+def normed_join(x: numpy.ndarray, square: int, products: Products, values: Arrays) -> numpy.ndarray:
+    x = layer_norm(joined(x, square), values["join_norm"], values["join_norm_bias"], 1e-5)
+    return products["project"](products["widen"](x))
+
+
+PROJECTORS: dict[str, Projector] = {
+    "idefics3": Projector({"project": None}, (), lambda x, square, products, values:
+                          products["project"](joined(x, square))),
+    "lfm2": Projector({"widen": "gelu_erf", "project": None}, ("join_norm", "join_norm_bias"), normed_join),
+    "lfm2_bare": Projector({"widen": "gelu_erf", "project": None}, (), lambda x, square, products, values:
+                           products["project"](products["widen"](joined(x, square))))}
