@@ -35,11 +35,13 @@ class Vision(NamedTuple):
     kind: str      # of LAYOUTS in chatlm/common/vision/layout.py
     first_id: int  # of the ids that stand for rows of pictures: those from here on are in no vocabulary
     marker: str    # what the chat template writes for a picture
-    tile: int      # pixels on a side of what the tower reads at once
-    tokens: int    # of a tile
+    tile: int      # pixels on a side of what the tower reads at once, if all are of one size
+    tokens: int    # of a tile; the most, if these are of several sizes
     longest: int = 0     # a picture's longer side becomes so long before it is cut into tiles
     splits: bool = True  # is it cut into tiles?
     most: int = 16       # pictures of a prompt
+    unit: int = 0        # pixels on a side of what becomes a row
+    fewest: int = 0      # tokens of a picture that is not cut
 
 
 class InfillTokens(NamedTuple):

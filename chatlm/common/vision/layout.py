@@ -20,6 +20,7 @@ class Layout(NamedTuple):
     rows: int
     whole: Size | None             # the size of the whole as one tile more, after the others
     parts: tuple[str | int, ...]   # texts, with special tokens, and how many rows of the picture stand there
+    afresh: bool = False           # is the whole made of the picture itself, not of what was cut?
 
     @property
     def tokens(self) -> int:

@@ -2,7 +2,10 @@
 
 A picture is cut into tiles, a tile into patches. A product makes of each patch a row, to which its place adds
 another. Layers that see all patches of the tile follow, in stages, so that steps of answers come between.
-Then neighbouring rows are joined, and a product makes them as wide as the model's."""
+Then a projector joins neighbouring rows, and makes them as wide as the model's.
+
+Families differ in rows of tables: LAYOUTS (how a picture is cut), PLACES and PROJECTORS (both ends of a
+tower), TOWERS (the names and settings of their files)."""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from chatlm.common.config import PAGE_SIZE
 from chatlm.worker.arrays.kinds import Device, floats, item_bytes, joined
 from chatlm.worker.arrays.resize import resized
 from chatlm.worker.model.kernels import load_kernels
+from chatlm.worker.model.projectors import ANGLES, PLACES, PROJECTORS, by_squares
 from chatlm.worker.model.spec import Batch, KvType, expected_tensors, group_layers
 from chatlm.worker.model.tensors import Unread
 from chatlm.worker.model.transformer import Transformer
@@ -32,13 +36,16 @@ class Eyes(NamedTuple):
 
     vision: Vision
     spec: ModelSpec             # of the tower's layers
-    tensors: dict[str, Any]     # of these; and patch (C, 3 * patch * patch), patch_bias, places (patches, C),
-                                # project (width of the model, C * shuffle * shuffle)
+    tensors: dict[str, Any]     # of these; and patch (C, 3 * patch * patch), perhaps patch_bias, places (as
+                                # its row of PLACES says), and what its row of PROJECTORS names
     patch: int                  # pixels on a side; a patch's numbers are by row, column, color
     shuffle: int                # patches on a side of the square that becomes a row of the model
     filter: str                 # of FILTERS in chatlm/worker/arrays/resize.py
     mean: tuple[float, ...]     # of each color
     std: tuple[float, ...]
+    projector: str              # of PROJECTORS in chatlm/worker/model/projectors.py
+    places: str = "fixed"       # of PLACES there
+    angles: str = ""            # of ANGLES there, if layers rotate by a patch's place
 
     @property
     def nbytes(self) -> int:
@@ -49,18 +56,19 @@ class Eyes(NamedTuple):
 
     @property
     def patches(self) -> int:
-        """Of a tile."""
-        return (self.vision.tile // self.patch) ** 2
+        """Of a tile, at most."""
+        return self.vision.tokens * self.shuffle**2
 
 
 class Product:
-    """x (T, K) -> x @ W.T (+ bias) (+ added (T, N)), by the kernels of a model: float32 arrays of numpy."""
+    """x (T, K) -> activation(x @ W.T (+ bias)) (+ added (T, N)), by the kernels of a model: float32 arrays of
+    numpy. T is `rows` or fewer. What it returns is overwritten by the next one."""
 
     def __init__(self, spec: ModelSpec, device: Device, rows: int, name: str, tensors: dict,
-                 dtype: str | None, quantize: str | None, adds: bool = False):
+                 dtype: str | None, quantize: str | None, adds: bool = False, activation: str | None = None):
         weight, bias = values_of(tensors.pop(name)), tensors.pop(f"{name}_bias", None)
         self.kernels = kernels = load_kernels(device, spec, max_tokens=rows, max_rows=1, quantize=quantize)
-        self.arrays, self.count = kernels.arrays_on(device), rows
+        self.arrays, self.activation = kernels.arrays_on(device), activation
         with self.arrays.computing():
             size, columns = len(weight), rounded_up(weight.shape[1], 32)  # as tiles want
             weight = numpy.pad(weight, ((0, 0), (0, columns - weight.shape[1])))
@@ -73,21 +81,23 @@ class Product:
                 for buffer in (self.x, self.added):
                     if buffer is not None:
                         self.program.given(buffer)
-                self._compute()
+                self._compute(rows)
 
-    def _compute(self):
-        self.kernels.linear(self.x, self.weight, bias=self.bias, residual=self.added, out=self.out)
+    def _compute(self, T: int):
+        self.kernels.linear(self.x[:T], self.weight, bias=self.bias, activation=self.activation,
+                            residual=None if self.added is None else self.added[:T], out=self.out[:T])
 
     def __call__(self, x: numpy.ndarray, added: numpy.ndarray | None = None) -> numpy.ndarray:
+        T, K = x.shape
         with self.arrays.computing():
-            self.arrays.put(x, self.x[:, :x.shape[1]])
-            if added is not None:
-                self.arrays.put(added, self.added)
+            self.arrays.put(x, self.x[:T, :K])
+            if self.added is not None and added is not None:
+                self.arrays.put(added, self.added[:T])
             if self.program:
-                self.program.finish(self.program.start(*whole_text(self.count)[:6]))
+                self.program.finish(self.program.start(*whole_text(T)[:6]))
             else:
-                self._compute()
-            return self.arrays.numpy(self.out)
+                self._compute(T)
+            return self.arrays.numpy(self.out[:T])
 
 
 def values_of(tensor: Any) -> numpy.ndarray:
@@ -116,11 +126,13 @@ class Tower:
     def __init__(self, eyes: Eyes, device: Device, *, dtype: str | None, quantize: str | None, part: float):
         """part: the most multiplications between two pauses, unless one layer has more."""
         self.eyes, spec, tensors = eyes, eyes.spec, dict(eyes.tensors)
-        self.places = values_of(tensors.pop("places"))
-        self.rows = eyes.patches
+        self.projector, self.square, self.rows = PROJECTORS[eyes.projector], eyes.shuffle**2, eyes.patches
+        self.values = {name: values_of(tensors.pop(name)) for name in ("places", *self.projector.values)}
         self.first = Product(spec, device, self.rows, "patch", tensors, dtype, quantize, adds=True)
-        self.last = Product(spec, device, self.rows // eyes.shuffle**2, "project", tensors, dtype, quantize)
-        self.stages = list[Transformer]()
+        self.products = {
+            name: Product(spec, device, self.rows // self.square, name, tensors, dtype, quantize,
+                          activation=activation) for name, activation in self.projector.products.items()}
+        self.stages, self.turned = list[Transformer](), (0, 0)
         step = max(1, min(int(part / multiplications(spec, self.rows)), spec.layers))
         for begin in range(0, spec.layers, step):
             own = replace(spec, layers=min(step, spec.layers - begin))
@@ -138,28 +150,40 @@ class Tower:
     def encode(self, tiles: Seq[numpy.ndarray]) -> Generator[None, None, numpy.ndarray]:
         """The rows (tokens, width) float32 of a picture's tiles, as `tiles_of` makes them."""
         made, x = [], self.stages[0].buffers["x"]
-        arrays, batch, width = self.stages[0].arrays, whole_text(self.rows), self.eyes.spec.width
+        arrays, width = self.stages[0].arrays, self.eyes.spec.width
         for tile in tiles:
-            arrays.put(self.first(self.patches_of(tile), self.places), x[:self.rows, :width])
+            patches, places = self.patches_of(tile)
+            count = len(patches)
+            arrays.put(self.first(patches, places), x[:count, :width])
+            if self.eyes.angles:
+                self._turn(tile.shape[0] // self.eyes.patch, tile.shape[1] // self.eyes.patch)
             for stage in self.stages:
-                stage.forward(batch)
+                stage.forward(whole_text(count))
                 yield
-            seen = self.stages[-1].hidden_states(0, self.rows).astype(numpy.float32)
-            made.append(self.last(self.shuffled(seen)).copy())
+            seen = self.stages[-1].hidden_states(0, count).astype(numpy.float32)
+            made.append(self.projector.compute(seen, self.square, self.products, self.values).copy())
         return numpy.concatenate(made)
 
-    def patches_of(self, tile: numpy.ndarray) -> numpy.ndarray:
-        """uint8 (S, S, 3) -> (patches, numbers of one) float32, in raster order."""
+    def _turn(self, rows: int, columns: int):
+        """Let the layers rotate by the places in a grid of patches, which are positions of a text to them."""
+        if (rows, columns) == self.turned:
+            return
+        self.turned, spec = (rows, columns), self.stages[0].unpadded
+        angles = by_squares(ANGLES[self.eyes.angles](spec, rows, columns), rows, columns, self.eyes.shuffle)
+        for table in {id(table): table for stage in self.stages for table in stage.rope_tables}.values():
+            for values, part in zip((numpy.cos(angles), numpy.sin(angles)), table):
+                self.stages[0].arrays.put(values.astype(numpy.float32), part[:len(angles)])
+
+    def patches_of(self, tile: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
+        """uint8 (H, W, 3) -> (patches, numbers of one) float32, and what is added to their rows."""
         eyes, p = self.eyes, self.eyes.patch
-        n = eyes.vision.tile // p
+        rows, columns = tile.shape[0] // p, tile.shape[1] // p
         values = tile * numpy.float32(1 / 255)
         values = (values - numpy.array(eyes.mean, numpy.float32)) / numpy.array(eyes.std, numpy.float32)
-        return values.reshape(n, p, n, p, 3).swapaxes(1, 2).reshape(n * n, p * p * 3)
-
-    def shuffled(self, x: numpy.ndarray) -> numpy.ndarray:
-        """(patches, C) -> (patches / s^2, C * s^2): those of a square of s * s patches, one after another."""
-        s, n = self.eyes.shuffle, math.isqrt(len(x))
-        return x.reshape(n // s, s, n // s, s, -1).swapaxes(1, 2).reshape(len(x) // s**2, -1)
+        patches = values.reshape(rows, p, columns, p, 3).swapaxes(1, 2).reshape(rows * columns, p * p * 3)
+        places = PLACES[eyes.places](self.values["places"], rows, columns)
+        patches, places = (by_squares(each, rows, columns, eyes.shuffle) for each in (patches, places))
+        return patches, places
 
 
 def moved(name: str, layers: int) -> str:
@@ -184,12 +208,12 @@ def chunk_multiplications(spec: ModelSpec, tokens: int) -> float:
 
 def tiles_of(picture: Picture, layout: Layout, name: str) -> list[numpy.ndarray]:
     """What a tower reads of a picture: uint8 (S, S, 3) each. name: of the filter."""
-    image = numpy.frombuffer(picture.pixels, numpy.uint8).reshape(picture.height, picture.width, 3)
+    image = whole = numpy.frombuffer(picture.pixels, numpy.uint8).reshape(picture.height, picture.width, 3)
     for width, height in layout.sizes:
         image = resized(image, width, height, name)
     if not layout.columns:
         return [image]
-    side = image.shape[0] // layout.rows
-    tiles = [image[row * side:(row + 1) * side, column * side:(column + 1) * side]
+    side = image.shape[0] // layout.rows  # tiles are squares
+    cut = [image[row * side:(row + 1) * side, column * side:(column + 1) * side]
              for row in range(layout.rows) for column in range(layout.columns)]
-    return tiles + ([resized(image, *layout.whole, name)] if layout.whole else [])
+    return cut + ([resized(whole if layout.afresh else image, *layout.whole, name)] if layout.whole else [])

@@ -136,7 +136,7 @@ def test_the_second_question_about_a_picture_runs_no_tower(seeing):
 def test_steps_of_answers_come_between_the_parts_of_a_picture(seeing):
     _, folder, _ = seeing
     engine = open_engine(folder, prefill_chunk=16)
-    engine.add(Assignment("text", asking(engine), AnswerParams(sampling=SamplingParams(temperature=0.0), ignore_eos=True), 60))
+    engine.add(Assignment("text", asking(engine), AnswerParams(sampling=SamplingParams(temperature=0.0), ignore_eos=True), 900))
     while not engine.scheduler.running or engine.scheduler.running[0].prefilling:
         engine.step()
     picture = picture_of_size(90, 60)
@@ -148,6 +148,7 @@ def test_steps_of_answers_come_between_the_parts_of_a_picture(seeing):
             parts += 1
             before += sum(len(event.tokens) for event in pieces)
     assert parts > 3 and before >= parts - 2
+    engine.cancel("text")
     collect(engine)
 
 

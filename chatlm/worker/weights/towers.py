@@ -1,0 +1,157 @@
+"""The families of what sees pictures, each a row of `TOWERS`: names of tensors, and what files say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol, TYPE_CHECKING
+
+from chatlm.common.messages.requests import Vision
+from chatlm.worker.model.spec import ModelSpec
+from chatlm.worker.model.tower import Eyes
+from chatlm.worker.weights.layernorms import ACTIVATIONS, both
+from chatlm.worker.weights.rules import MOST_CHANNELS, MOST_HEADS, MOST_LAYERS, Rule
+
+if TYPE_CHECKING:
+    from chatlm.worker.model.spec import Shapes
+
+
+class Said(Protocol):
+    """What a model's files say. Each method checks a value, and takes the default for one that is missing."""
+
+    def tower(self, key: str, rule: Rule, default: Any = None) -> Any:
+        """Of config.json's vision_config, or of a GGUF file's keys that begin with clip.vision."""
+
+    def model(self, key: str, rule: Rule, default: Any = None) -> Any:
+        """Of the rest of config.json; a GGUF file has none of these."""
+
+    def picture(self, key: str, rule: Rule, default: Any = None, length: int | None = None) -> Any:
+        """Of preprocessor_config.json, where the key may be a path such as size.longest_edge; in a GGUF file
+        as `tower`."""
+
+    def divides(self, key: str, value: int, by: int):
+        """ConfigError unless `by` divides the value of a key."""
+
+    def refuse(self, problem: str):
+        """ConfigError."""
+
+
+class TowerFamily(NamedTuple):
+    names: Mapping[str, tuple[str, ...]]       # ours -> those of a folder, from the tower's or projector's on
+    file_names: Mapping[str, tuple[str, ...]]  # ours -> those of a GGUF file
+    own: Callable[[Eyes, int], Shapes]         # tensors of Eyes beside the layers'; int: the model's width
+    of_folder: Callable[[Said, ModelSpec], Eyes]   # all but the tensors
+    of_file: Callable[[Said, ModelSpec], Eyes]
+    token: str                                 # the models that it belongs to have this special token
+
+
+SIDE = Rule(int, 1, 1 << 14)  # in pixels
+CHANNELS, LAYERS, HEADS = Rule(int, 16, MOST_CHANNELS), Rule(int, 1, MOST_LAYERS), Rule(int, 1, MOST_HEADS)
+FILTERS = {1: "lanczos", 2: "bilinear", 3: "bicubic"}  # by the numbers that Pillow has for them
+
+SIGLIP = both({
+    "patch": "embeddings.patch_embedding", "final_norm": "post_layernorm",
+    **{ours: f"encoder.layers.{{}}.{theirs}" for ours, theirs in (
+        ("attention_norm", "layer_norm1"), ("ffn_norm", "layer_norm2"), ("output", "self_attn.out_proj"),
+        ("up", "mlp.fc1"), ("down", "mlp.fc2"))}}) | {
+    f"qkv{ending}": tuple(f"encoder.layers.{{}}.self_attn.{name}_proj.{part}" for name in "qkv")
+    for ending, part in (("", "weight"), ("_bias", "bias"))} | {
+    "places": ("embeddings.position_embedding.weight",)}
+SIGLIP_FILE = both({
+    "patch": "v.patch_embd", "final_norm": "v.post_ln", "attention_norm": "v.blk.{}.ln1",
+    "ffn_norm": "v.blk.{}.ln2", "output": "v.blk.{}.attn_out", "up": "v.blk.{}.ffn_up",
+    "down": "v.blk.{}.ffn_down"}) | {
+    f"qkv{ending}": tuple(f"v.blk.{{}}.attn_{name}.{part}" for name in "qkv")
+    for ending, part in (("", "weight"), ("_bias", "bias"))} | {"places": ("v.position_embd.weight",)}
+
+
+def siglip(said: Said, width: int, layers: int, heads: int, ffn_size: int, patches: int, eps: float,
+           activation: str) -> ModelSpec:
+    """LayerNorms before each block, everything with a bias, every patch sees all others."""
+    said.divides("the tower's width", width, heads)
+    return ModelSpec(
+        0, layers, width, heads, heads, width // heads, ffn_size, patches, norm_eps=eps, layer_norms=True,
+        norm_biases=True, of_texts=True, qkv_bias=True, output_bias=True, ffn_bias=True, rope_size=0,
+        activation=activation, opens=False)
+
+
+def siglip_of_folder(said: Said, patches: int, width: int, layers: int, heads: int) -> ModelSpec:
+    """patches: of a tile, at most. The others: defaults."""
+    said.tower("num_channels", Rule(int, 3, 3), 3)
+    return siglip(
+        said, said.tower("hidden_size", CHANNELS, width), said.tower("num_hidden_layers", LAYERS, layers),
+        said.tower("num_attention_heads", HEADS, heads), said.tower("intermediate_size", CHANNELS, 3072),
+        patches, said.tower("layer_norm_eps", Rule(float, 0, 1), 1e-6),
+        ACTIVATIONS[said.tower("hidden_act", Rule(str, choices=tuple(ACTIVATIONS)), "gelu_pytorch_tanh")])
+
+
+def siglip_of_file(said: Said, patches: int) -> ModelSpec:
+    return siglip(
+        said, said.tower("embedding_length", CHANNELS), said.tower("block_count", LAYERS),
+        said.tower("attention.head_count", HEADS), said.tower("feed_forward_length", CHANNELS), patches,
+        said.tower("attention.layer_norm_epsilon", Rule(float, 0, 1)), "gelu_tanh")
+
+
+def colors(said: Said) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each."""
+    rule = Rule(float, -10, 10, many=True)
+    mean, std = (tuple(said.picture(f"image_{name}", rule, [0.5] * 3, 3)) for name in ("mean", "std"))
+    if not all(std):
+        said.refuse(f"image_std is {list(std)}; none may be 0")
+    return mean, std
+
+
+def scaled(said: Said, filters: int):
+    """Numbers of colors must become 0 to 1, and pictures be resized with this filter."""
+    said.picture("resample", Rule(int, filters, filters), filters)
+    said.picture("rescale_factor", Rule(float, 1 / 255 - 1e-9, 1 / 255 + 1e-9), 1 / 255)
+
+
+def square_grid(said: Said, side: int, patch: int, shuffle: int) -> int:
+    """The patches of a tile of side * side pixels, of which shuffle * shuffle become a row."""
+    said.divides("image_size", side, patch)
+    said.divides("image_size / patch_size", side // patch, shuffle)
+    return (side // patch) ** 2
+
+
+def of_grid(eyes: Eyes, width: int) -> Shapes:
+    """A patch's product, a row for each place, and a product for the rows of a square."""
+    C = eyes.spec.width
+    return {"patch": (C, 3 * eyes.patch**2), "patch_bias": (C,), "places": (eyes.patches, C),
+            "project": (width, C * eyes.shuffle**2)}
+
+
+def idefics3_of_folder(said: Said, model: ModelSpec) -> Eyes:
+    side, patch = said.tower("image_size", SIDE, 32), said.tower("patch_size", SIDE, 32)
+    shuffle = said.model("scale_factor", Rule(int, 1, 64), 2)
+    patches = square_grid(said, side, patch, shuffle)
+    spec, (mean, std) = siglip_of_folder(said, patches, 1152, 12, 16), colors(said)
+    scaled(said, 1)
+    tile = said.picture("max_image_size.longest_edge", SIDE, side)
+    if tile != side:
+        said.refuse(f"max_image_size.longest_edge is {tile}; the tower's image_size is {side}, and tiles of "
+                    "another size are not supported")
+    vision = Vision("idefics3", model.vocab_size, "<image>", side, patches // shuffle**2,
+                    said.picture("size.longest_edge", SIDE, 4 * side),
+                    said.picture("do_image_splitting", Rule(bool), True))
+    return Eyes(vision, spec, {}, patch, shuffle, "lanczos", mean, std, "idefics3")
+
+
+def idefics3_of_file(said: Said, model: ModelSpec) -> Eyes:
+    side, patch = said.tower("image_size", SIDE), said.tower("patch_size", SIDE)
+    shuffle = said.tower("projector.scale_factor", Rule(int, 1, 64))
+    patches = square_grid(said, side, patch, shuffle)
+    spec, (mean, std) = siglip_of_file(said, patches), colors(said)
+    vision = Vision("idefics3", model.vocab_size, "<image>", side, patches // shuffle**2,
+                    said.picture("preproc_image_size", SIDE, 4 * side))
+    return Eyes(vision, spec, {}, patch, shuffle, "lanczos", mean, std, "idefics3")
+
+
+IDEFICS3 = TowerFamily(
+    SIGLIP | {"project": ("modality_projection.proj.weight",)},
+    SIGLIP_FILE | {"project": ("mm.model.fc.weight",)}, of_grid, idefics3_of_folder, idefics3_of_file,
+    "<fake_token_around_image>")
+
+# model_type of a folder
+TOWERS: dict[str, TowerFamily] = {"smolvlm": IDEFICS3, "idefics3": IDEFICS3}
+# clip.projector_type of a GGUF file
+FILE_TOWERS: dict[str, TowerFamily] = {"idefics3": IDEFICS3}
