@@ -1,103 +1,183 @@
-"""How long a model of SmolVLM-256M's or LFM2-VL-450M's shape, with random weights, takes to its first token about a photo.
+"""The time to the first token about a new photo, with random weights of SmolVLM-256M's shape: chat_server beside llama-server, in turns.
 
-    python bench/pictures.py [--shape lfm2-vl-450m] [--width 1152] [--height 864] [--rounds 3] [--dtype bfloat16] [--prefill-chunk 256]
+    python bench/pictures.py [--llama-server PATH] [--tower f16|q8_0|f32] [--width 1152] [--height 864] [--rounds 3] [--ours "PYTHON SCRIPT"]
 
-An engine in this process: each round has a new picture; the same picture is then asked about again, once with its pages in the
-prefix cache and once with its rows alone. Printed: seconds to the first token of each, of resizing, and of the longest part between
-which steps of other answers come, beside two chunks of a prompt. The vocabulary is small, so the head costs little.
+Both have the same files, which this program writes: a GGUF model in Q8_0, and an mmproj whose matrices are of the type --tower. Each round
+asks one and then the other about a photo that neither has seen; the first round warms up. Then the same photo again, which is cached. Then a
+chat streams while a prompt of as many tokens as a photo has comes, and while a new photo comes: the longest time between two of its tokens. The
+vocabulary is small, so the head costs little. Medians.
 """
 
 import argparse
+import base64
+import io
+import json
+import shlex
+import socket
 import statistics
+import subprocess
 import sys
 import tempfile
+import threading
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent.parent / "tests" / "support")]
-from chatlm.common.config import Settings    # noqa: E402
-from chatlm.common.hub.find import resolve_model    # noqa: E402
-from chatlm.common.messages.requests import AnswerParams, Message, Piece, SamplingParams    # noqa: E402
-from chatlm.common.text.load import open_tokenizer    # noqa: E402
-from chatlm.worker.arrays.kinds import Device    # noqa: E402
-from chatlm.worker.build import build_engine    # noqa: E402
-from chatlm.worker.engine.sequence import Assignment    # noqa: E402
-from chatlm.worker.model.tower import tiles_of    # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 TEXT = dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, head_dim=64, max_position_embeddings=8192)
 TOWER = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=512, patch_size=16)
+PICTURE_TOKENS = 900        # of a text that is as long as a photo of a megapixel in 13 tiles
 
 
-LFM2_TEXT = dict(hidden_size=1024, intermediate_size=6656, num_hidden_layers=16, num_attention_heads=16, num_key_value_heads=8, max_position_embeddings=8192,
-                 full_attn_idxs=[2, 5, 8, 10, 12, 14])
-
-
-def write_lfm2_vl(folder):
-    import sight_families
-    import torch
-    import transformers
-    vision = dict(model_type="siglip2_vision_model", hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, num_patches=256, patch_size=16)
-    config = transformers.Lfm2VlConfig(text_config=sight_families.TEXT | LFM2_TEXT | {"model_type": "lfm2"}, vision_config=vision, image_token_id=258, projector_hidden_size=2560)
-    torch.manual_seed(0)
-    sight_families.save_family(folder, "lfm2_vl", transformers.Lfm2VlForConditionalGeneration(config).bfloat16(), tile_size=512, max_image_tokens=256, min_image_tokens=64, max_tiles=10,
-                               encoder_patch_size=16)
-
-
-def write_smolvlm(folder):
+def write_files(folder, tower):
+    import gguf
+    import numpy as np
     import tiny_sight
     import torch
     import transformers
-    tiny_sight.SHAPES["bench"], tiny_sight.LONGEST = (512, 16, 4, 768, 12), 4
     config = transformers.SmolVLMConfig(
         text_config=dict(model_type="llama", vocab_size=tiny_sight.VOCABULARY, rms_norm_eps=1e-5, rope_parameters=dict(rope_type="default", rope_theta=100_000.0), pad_token_id=None, **TEXT),
         vision_config=TOWER, scale_factor=4, image_token_id=258, pad_token_id=0, tie_word_embeddings=False)
     torch.manual_seed(0)
-    tiny_sight.save_sight(folder, "bench", transformers.SmolVLMForConditionalGeneration(config).bfloat16())
+    model = transformers.SmolVLMForConditionalGeneration(config)
+
+    def in_type(kind):
+        def store(name, weight):
+            if weight.ndim != 2 or kind == "f32" or name == "v.position_embd.weight":
+                return weight
+            return weight.astype(np.float16) if kind == "f16" else (gguf.quants.quantize(weight, gguf.GGMLQuantizationType.Q8_0), gguf.GGMLQuantizationType.Q8_0)
+        return store
+
+    return (tiny_sight.write_model(folder / "bench-Q8_0.gguf", model, in_type("q8_0")),
+            tiny_sight.write_mmproj(folder / "mmproj-bench.gguf", model, longest=2048, store=in_type(tower)))
 
 
-SHAPES = {"smolvlm-256m": write_smolvlm, "lfm2-vl-450m": write_lfm2_vl}
+def photo(width, height, seed):
+    """A data URI of a PNG that compresses as photos do."""
+    import numpy as np
+    from PIL import Image
+    rough = np.random.default_rng(seed).integers(0, 256, (height // 16, width // 16, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(rough).resize((width, height), Image.Resampling.BICUBIC).save(file, "png", compress_level=1)
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def first_token_s(engine, ids, picture, name):
-    engine.add(Assignment(name, ids, AnswerParams(sampling=SamplingParams(temperature=0.0), ignore_eos=True), 1, pictures=(picture,)))
-    began_s, longest_s, seen = time.perf_counter(), 0.0, False
-    while engine.busy:
-        step_s = time.perf_counter()
-        seen = any(isinstance(event, Piece) for _, event in engine.step()) or seen
-        longest_s = max(longest_s, time.perf_counter() - step_s)
-    assert seen
-    return time.perf_counter() - began_s, longest_s
+class Server:
+    def __init__(self, name, command, log):
+        self.name = name
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.url = f"http://127.0.0.1:{free.getsockname()[1]}"
+        self.process = subprocess.Popen([*command, "--host", "127.0.0.1", "--port", self.url.rpartition(":")[2]], stdout=log, stderr=log, cwd=ROOT)
+        while True:
+            try:
+                with urllib.request.urlopen(f"{self.url}/health", timeout=5):
+                    return
+            except OSError:
+                assert self.process.poll() is None, f"{name} ended: see {log.name}"
+                time.sleep(0.2)
+
+    def stop(self):
+        self.process.terminate()
+        self.process.wait()
+
+    def ask(self, content, tokens=1, stream=False):
+        body = {"messages": [{"role": "user", "content": content}], "max_tokens": tokens, "temperature": 0, "stream": stream,
+                "ignore_eos": True, "logit_bias": {str(LETTER): 100}}
+        headers = {"Content-Type": "application/json"}
+        try:
+            return urllib.request.urlopen(urllib.request.Request(f"{self.url}/v1/chat/completions", json.dumps(body).encode(), headers), timeout=600)
+        except urllib.error.HTTPError as error:
+            raise SystemExit(f"{self.name}: {error.read().decode()}") from None
+
+    def first_token_s(self, content):
+        began_s = time.perf_counter()
+        with self.ask(content) as response:
+            usage = json.load(response)["usage"]
+        return time.perf_counter() - began_s, usage["prompt_tokens"]
+
+    def longest_gap_s(self, content):
+        """Of the tokens of another chat, while this is asked; None: for a second."""
+        times, done = [], threading.Event()
+
+        def chat():
+            with self.ask("Count.", 6000, stream=True) as response:
+                for line in response:
+                    if b'"content"' in line:
+                        times.append(time.perf_counter())
+                    if done.is_set():
+                        return
+
+        reader = threading.Thread(target=chat)
+        reader.start()
+        while len(times) < 20:
+            time.sleep(0.01)
+        began_s = time.perf_counter()
+        if content is None:
+            time.sleep(1)
+        else:
+            self.first_token_s(content)
+        ended_s = time.perf_counter()
+        time.sleep(0.1)
+        done.set()
+        reader.join()
+        inside = [at for at in times if began_s <= at <= ended_s]
+        return max(b - a for a, b in zip([began_s, *inside], [*inside, ended_s]))
+
+
+def about(uri):
+    return [{"type": "image_url", "image_url": {"url": uri}}, {"type": "text", "text": "What is this?"}]
+
+
+def measure(servers, asked):
+    found, seed = {}, 0
+    keep = lambda what, server, value: found.setdefault((what, server.name), []).append(value)     # noqa: E731
+    for number in range(asked.rounds + 1):
+        uri = photo(asked.width, asked.height, number)
+        for server in servers:
+            first_s, tokens = server.first_token_s(about(uri))
+            again_s, _ = server.first_token_s(about(uri))
+            if number:
+                keep("first token, new photo", server, first_s)
+                keep("first token, the same again", server, again_s)
+                keep("tokens", server, tokens)
+    for number in range(asked.rounds):
+        for server in servers:
+            keep("longest gap, alone", server, server.longest_gap_s(None))
+            keep("longest gap, beside a text", server, server.longest_gap_s(f"{number}{server.name}" + "a" * PICTURE_TOKENS))
+            keep("longest gap, beside a photo", server, server.longest_gap_s(about(photo(asked.width, asked.height, 1000 + number))))
+    return found
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    for name, default in (("width", 1152), ("height", 864), ("rounds", 3), ("prefill-chunk", 256)):
+    for name, default in (("width", 1152), ("height", 864), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--dtype")
-    parser.add_argument("--shape", choices=SHAPES, default="smolvlm-256m")
-    asked = parser.parse_args()
-    from image_conversations import picture_of_size
-    with tempfile.TemporaryDirectory() as folder:
-        SHAPES[asked.shape](Path(folder))
-        settings = Settings(model=folder, dtype=asked.dtype, prefill_chunk=asked.prefill_chunk, kv_cache_memory=512 << 20)
-        model, engine = build_engine(resolve_model(settings), settings, Device("cpu"))
-    tokenizer, found = open_tokenizer(model.text), {}
-    for number in range(asked.rounds + 1):      # the first one warms up
-        picture = picture_of_size(asked.width, asked.height, seed=number)
-        ids = tuple(tokenizer.render([Message("user", "What is this?", None, (picture,), (0, "What is this?"))]))
-        seen = engine.pictures.sight(Assignment("x", ids, AnswerParams(), 1, pictures=(picture,)), model.text.vision).seen[0]
-        began_s = time.perf_counter()
-        tiles_of(picture, seen.layout, engine.pictures.tower.eyes.filter)
-        took = {"resizing": time.perf_counter() - began_s}
-        took["a new picture"], took["its longest step"] = first_token_s(engine, ids, picture, "new")
-        took["again, from the prefix cache"], _ = first_token_s(engine, ids, picture, "cached")
-        engine.pool.forget_cached()
-        took["again, from its rows"], took["its longest chunk"] = first_token_s(engine, ids, picture, "rows")
-        for name, seconds in took.items() if number else ():
-            found.setdefault(name, []).append(seconds)
-    print(f"{asked.width} x {asked.height}: {seen.layout.tiles} tiles, {len(ids):,} tokens; the tower has {len(engine.pictures.tower.stages)} parts; {model.description}")
-    for name, seconds in found.items():
-        print(f"{name}: {statistics.median(seconds):.3f} s")
+    parser.add_argument("--tower", choices=("f16", "q8_0", "f32"), default="f16")
+    parser.add_argument("--llama-server")
+    parser.add_argument("--ours", default=f"{sys.executable} {ROOT / 'chat_server.py'}")
+    parser.add_argument("--log", default="/dev/null")
+    asked, servers = parser.parse_args(), []
+    global LETTER
+    from image_conversations import byte_tokenizer
+    LETTER = byte_tokenizer().token_to_id("a")
+    with tempfile.TemporaryDirectory() as folder, open(asked.log, "w") as log:
+        model, eyes = write_files(Path(folder), asked.tower)
+        try:
+            servers.append(Server("chat_server", [*shlex.split(asked.ours), "serve", str(model), "--drafts", "none"], log))
+            if asked.llama_server:
+                servers.append(Server("llama-server", [asked.llama_server, "-m", str(model), "--mmproj", str(eyes), "-t", "2", "-c", "16384", "-np", "2"], log))
+            found = measure(servers, asked)
+        finally:
+            for server in servers:
+                server.stop()
+    print(f"{asked.width} x {asked.height}, tower in {asked.tower}, {asked.rounds} rounds; medians")
+    for what in dict.fromkeys(what for what, _ in found):
+        values = {name: statistics.median(found[what, name]) for each, name in found if each == what}
+        print(f"{what}: " + ", ".join(f"{name} {value:,.0f}" if what == "tokens" else f"{name} {value:.3f} s" for name, value in values.items()))
 
 
 if __name__ == "__main__":

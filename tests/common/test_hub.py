@@ -12,7 +12,7 @@ import real_server
 from chatlm.common.config import Settings
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.find import resolve_model
-from chatlm.common.hub.huggingface import hub_files, hub_model
+from chatlm.common.hub.huggingface import hub_files, hub_model, mmproj_for
 from chatlm.common.hub.short_names import SHORT_NAMES
 from fake_hub import fake_hub
 from nightly import by_day
@@ -188,6 +188,31 @@ PARTS = ["q8/a-Q8_0-00001-of-00002.gguf", "q8/a-Q8_0-00002-of-00002.gguf"]
     ("", [*PARTS, "a-q4_k_m-00001-of-00001.gguf"], ["a-q4_k_m-00001-of-00001.gguf"]), (PARTS[1], [*PARTS, "b.gguf"], PARTS)])
 def test_only_the_files_that_make_up_a_model_are_fetched(file, names, found):
     assert hub_files("org/name", file, names) == found
+
+
+@pytest.mark.parametrize("model, names, found", [
+    ("a-Q8_0.gguf", ["mmproj-a-Q8_0.gguf", "mmproj-a-F16.gguf", "README.md"], ["mmproj-a-F16.gguf"]), ("a.gguf", ["x/mmproj-f16.gguf", "mmproj.txt"], []),
+    ("x/a.gguf", ["x/mmproj-f16.gguf", "mmproj-f16.gguf"], ["x/mmproj-f16.gguf"]), ("mmproj-f16.gguf", ["mmproj-f16.gguf", "mmproj-f32.gguf"], []),
+    ("config.json", ["mmproj-f16.gguf"], [])])
+def test_a_model_sees_with_the_best_file_in_its_folder(model, names, found):
+    assert mmproj_for(model, [model, *names]) == found
+
+
+def test_what_a_model_sees_with_comes_with_it_and_goes_with_the_last_model(tmp_path, monkeypatch):
+    """A repository of two quantizations: the second download needs no second mmproj."""
+    from chatlm.common.hub.offers import delete_model
+    with fake_hub(org__seeing={"a-Q8_0.gguf": TINY, "a-Q4_0.gguf": TINY + b" ", "mmproj-a-f16.gguf": b"GGUF eyes", "mmproj-a-q8_0.gguf": b"GGUF others"}) as hub:
+        code = "from chatlm.common.hub.huggingface import fetch_from_hub\nfor file in 'a-Q8_0.gguf', 'a-Q4_0.gguf': print(fetch_from_hub('org/seeing', file, lambda *_: None))"
+        done = subprocess.run([sys.executable, "-c", code], env=environment(tmp_path, hub), capture_output=True, text=True, check=True, cwd=real_server.SCRIPT.parent)
+        folder = os.path.dirname(done.stdout.split()[0])
+        assert mmproj_for("a-Q8_0.gguf", os.listdir(folder)) == ["mmproj-a-f16.gguf"]
+        assert hub.fetched().count("mmproj-a-f16.gguf") == 1 and "mmproj-a-q8_0.gguf" not in hub.fetched()
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+        monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+        delete_model("org/seeing", "a-Q8_0.gguf")
+        assert sorted(os.listdir(folder)) == ["a-Q4_0.gguf", "mmproj-a-f16.gguf"]
+        delete_model("org/seeing", "a-Q4_0.gguf")
+        assert not [*tmp_path.glob("hf/hub/models--*")]
 
 
 @pytest.mark.parametrize("file, names, words", [

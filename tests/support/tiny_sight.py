@@ -68,45 +68,51 @@ def permuted(weight, heads):
     return weight.reshape(heads, 2, len(weight) // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_model(path, model):
-    """The text model as llama.cpp's converter writes it, in float32."""
+def write_model(path, model, store=lambda name, weight: weight):
+    """The text model as llama.cpp's converter writes it; store(name, weight): as what a tensor is written, in float32 unless it is given."""
     from tiny_gguf import write_gguf
     config, state = model.config.text_config, {name: tensor.float().numpy() for name, tensor in model.state_dict().items()}
     vocabulary = json.loads(byte_tokenizer().to_str())["model"]["vocab"]
-    tokens = [*sorted(vocabulary, key=vocabulary.get)[:BYTES], *SPECIALS, "Ġt", *(f"[PAD{n}]" for n in range(6))]
-    metadata = {"general.architecture": "llama", "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.merges": ["Ġ t"],
-                "tokenizer.ggml.token_type": [1] * BYTES + [3] * len(SPECIALS) + [1] + [5] * 6, "tokenizer.ggml.eos_token_id": BYTES + 1, "tokenizer.ggml.bos_token_id": BYTES,
+    tokens = [*sorted(vocabulary, key=vocabulary.get)[:BYTES], *SPECIALS, "Ġt", "ĊĊ", *(f"[PAD{n}]" for n in range(5))]     # llama.cpp wants a token of two line feeds
+    metadata = {"general.architecture": "llama", "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.merges": ["Ġ t", "Ċ Ċ"],
+                "tokenizer.ggml.token_type": [1] * BYTES + [3] * len(SPECIALS) + [1] * 2 + [5] * 5, "tokenizer.ggml.eos_token_id": BYTES + 1, "tokenizer.ggml.bos_token_id": BYTES,
                 "tokenizer.ggml.add_bos_token": False, "tokenizer.chat_template": TEMPLATE}
-    numbers = {"llama.block_count": 2, "llama.context_length": 2048, "llama.embedding_length": 64, "llama.feed_forward_length": 96, "llama.attention.head_count": 4,
-               "llama.attention.head_count_kv": 2, "llama.attention.layer_norm_rms_epsilon": 1e-5, "llama.rope.freq_base": 10000.0, "llama.vocab_size": VOCABULARY}
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    numbers = {"llama.block_count": config.num_hidden_layers, "llama.context_length": config.max_position_embeddings, "llama.embedding_length": config.hidden_size,
+               "llama.feed_forward_length": config.intermediate_size, "llama.attention.head_count": heads["attn_q"], "llama.attention.head_count_kv": heads["attn_k"],
+               "llama.attention.layer_norm_rms_epsilon": float(config.rms_norm_eps), "llama.rope.freq_base": float(config.rope_parameters["rope_theta"]), "llama.vocab_size": VOCABULARY}
     prefix, tensors = "model.text_model.", {"output.weight": state["lm_head.weight"]}
     tensors |= {"token_embd.weight": state[f"{prefix}embed_tokens.weight"], "output_norm.weight": state[f"{prefix}norm.weight"]}
     for l in range(config.num_hidden_layers):
         for ours, theirs in (("attn_norm", "input_layernorm"), ("ffn_norm", "post_attention_layernorm"), ("attn_q", "self_attn.q_proj"), ("attn_k", "self_attn.k_proj"), ("attn_v", "self_attn.v_proj"),
                              ("attn_output", "self_attn.o_proj"), ("ffn_gate", "mlp.gate_proj"), ("ffn_up", "mlp.up_proj"), ("ffn_down", "mlp.down_proj")):
             weight = state[f"{prefix}layers.{l}.{theirs}.weight"]
-            tensors[f"blk.{l}.{ours}.weight"] = permuted(weight, {"attn_q": 4, "attn_k": 2}[ours]) if ours in ("attn_q", "attn_k") else weight
-    return write_gguf(path, tensors, numbers, metadata)
+            tensors[f"blk.{l}.{ours}.weight"] = permuted(weight, heads[ours]) if ours in heads else weight
+    return write_gguf(path, {name: store(name, weight) for name, weight in tensors.items()}, numbers, metadata)
 
 
-def write_mmproj(path, model, kind="smolvlm", exchanged=False, half=False, **more):
-    """What sees, as llama.cpp's converter writes it; `exchanged`: ffn_up and ffn_down as in old files."""
+def write_mmproj(path, model, exchanged=False, half=False, longest=None, store=None, **more):
+    """What sees, as llama.cpp's converter writes it; `exchanged`: ffn_up and ffn_down as in old files; store: as in write_model."""
     from tiny_gguf import write_gguf
-    tile, patch, shuffle, width, heads = SHAPES[kind]
-    state = {name: tensor.float().numpy() for name, tensor in model.state_dict().items()}
+    config, state = model.config.vision_config, {name: tensor.float().numpy() for name, tensor in model.state_dict().items()}
     prefix = "model.vision_model."
     up, down = ("ffn_down", "ffn_up") if exchanged else ("ffn_up", "ffn_down")
     tensors = {"v.patch_embd.weight": state[f"{prefix}embeddings.patch_embedding.weight"], "v.patch_embd.bias": state[f"{prefix}embeddings.patch_embedding.bias"],
                "v.position_embd.weight": state[f"{prefix}embeddings.position_embedding.weight"], "mm.model.fc.weight": state["model.connector.modality_projection.proj.weight"]}
     for part in ("weight", "bias"):
         tensors[f"v.post_ln.{part}"] = state[f"{prefix}post_layernorm.{part}"]
-        for l in range(3):
+        for l in range(config.num_hidden_layers):
             for ours, theirs in (("ln1", "layer_norm1"), ("ln2", "layer_norm2"), ("attn_q", "self_attn.q_proj"), ("attn_k", "self_attn.k_proj"), ("attn_v", "self_attn.v_proj"),
                                  ("attn_out", "self_attn.out_proj"), (up, "mlp.fc1"), (down, "mlp.fc2")):
                 tensors[f"v.blk.{l}.{ours}.{part}"] = state[f"{prefix}encoder.layers.{l}.{theirs}.{part}"]
     if half:
-        tensors = {name: tensor.astype(np.float16) if tensor.ndim > 1 and "patch" not in name else tensor for name, tensor in tensors.items()}
-    vision = {"image_size": tile, "patch_size": patch, "embedding_length": width, "feed_forward_length": 112, "block_count": 3, "attention.head_count": heads,
-              "attention.layer_norm_epsilon": 1e-6, "projection_dim": 64, "projector.scale_factor": shuffle, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "preproc_image_size": LONGEST * tile}
-    numbers = {f"clip.vision.{key}": value for key, value in vision.items()} | {"clip.has_vision_encoder": True, "clip.projector_type": "idefics3"} | more
-    return write_gguf(path, tensors, numbers, {"general.architecture": "clip"})
+        store = as_half
+    vision = {"image_size": config.image_size, "patch_size": config.patch_size, "embedding_length": config.hidden_size, "feed_forward_length": config.intermediate_size,
+              "block_count": config.num_hidden_layers, "attention.head_count": config.num_attention_heads, "attention.layer_norm_epsilon": 1e-6, "projection_dim": model.config.text_config.hidden_size,
+              "projector.scale_factor": model.config.scale_factor, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "preproc_image_size": longest or LONGEST * config.image_size}
+    numbers = {f"clip.vision.{key}": value for key, value in vision.items()} | {"clip.has_vision_encoder": True, "clip.use_gelu": True, "clip.projector_type": "idefics3"} | more
+    return write_gguf(path, {name: store(name, weight) if store else weight for name, weight in tensors.items()}, numbers, {"general.architecture": "clip"})
+
+
+def as_half(name, weight):
+    return weight.astype(np.float16) if weight.ndim > 1 and "patch" not in name else weight

@@ -158,6 +158,7 @@ def hub_plan(hub, repository: str, file: str) -> Plan:
     """ConfigError if the repository has no such model; Unreachable without a connection."""
     sizes, revision, begun = hub_listing(hub, repository)
     names = hub_files(repository, file, sizes)
+    names += mmproj_for(names[0], sizes)
     missing = [name for name in names
                if not isinstance(hub.try_to_load_from_cache(repository, name, revision=revision), str)]
     parts = [hub_folder(hub, repository) / f".chat_server.{begun[name]}" for name in missing if name in begun]
@@ -294,6 +295,24 @@ def hub_files(repository: str, file: str, names: Iterable[str]) -> list[str]:
         how = f". Name one: {repository}:FILE" if ggufs else ""
         raise ConfigError(f"{repository} has {what}; {there}{how}")
     return parts[chosen[0]]
+
+
+MMPROJ_TYPES = ("f16", "q8_0", "f32")  # the first of these, or of bf16, among several files
+
+
+def mmproj_for(model: str, names: Iterable[str]) -> list[str]:
+    """With what a GGUF model sees images: the mmproj*.gguf in its folder, of several the one of the best type.
+    [] without any, or if that is what was asked for."""
+    def rank(name: str) -> tuple[int, str]:
+        types = [i for i, kind in enumerate(MMPROJ_TYPES) if kind in name.lower()]
+        return min(types, default=len(MMPROJ_TYPES)), name
+
+    folder, _, own = model.rpartition("/")
+    beside = [name for name in names if re.fullmatch(r"(?i)mmproj[^/]*\.gguf", name.rpartition("/")[2])
+              and name.rpartition("/")[0] == folder]
+    if not own.lower().endswith(".gguf") or re.fullmatch(BESIDE_MODEL, own):
+        return []
+    return sorted(beside, key=rank)[:1]
 
 
 def models_among(ggufs: Iterable[str]) -> list[str]:

@@ -301,6 +301,8 @@ def delete_file(repository: str, file: str, folder: Path):
                 part.unlink()
         else:
             raise ConfigError(f"{joined_name(repository, file)} is not in the cache") from None
+    if all(re.fullmatch(BESIDE_MODEL, name) for name in {*there} - {*names}):
+        names = there  # what is left would have no model beside it
     for snapshot in folder.glob("snapshots/*"):
         for name in names:
             (snapshot / name).unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError, shown
+from chatlm.common.hub.huggingface import mmproj_for
 from chatlm.worker.arrays.packed import dequantized
 from chatlm.worker.model.kernels import choose_backend
 from chatlm.worker.weights.assemble import check_names_and_shapes
@@ -25,17 +26,9 @@ if TYPE_CHECKING:
     from chatlm.worker.weights.towers import TowerFamily
 
 
-BEST = ("f16", "bf16", "q8_0", "f32")  # the first of these among several files
-
-
 def file_beside(model: Path) -> Path | None:
-    """The mmproj*.gguf in a model's folder; of several the one of the best type."""
-    def rank(path: Path) -> tuple[int, str]:
-        name = path.name.lower()
-        return next((i for i, kind in enumerate(BEST) if kind in name), len(BEST)), name
-
-    return min((path for path in model.parent.iterdir() if path.name.lower().startswith("mmproj")
-                and path.suffix.lower() == ".gguf"), key=rank, default=None)
+    found = mmproj_for(model.name, (path.name for path in model.parent.iterdir()))
+    return model.with_name(found[0]) if found else None
 
 
 def gguf_eyes(model: Path, settings: Settings, loaded: LoadedModel, device: str) -> Eyes | None:

@@ -91,3 +91,20 @@ async def test_turns_that_are_dropped_take_their_pictures_with_them(seeing_pool)
     request = asked("cut", messages=(turn, Message("assistant", "It is a cat."), Message("user", "And then? " * 8)), sampling=SamplingParams(temperature=0.0), max_tokens=4, truncate=True)
     assert (await collect(pool, request))[2].dropped_messages == 2
     await idle(pool)
+
+
+async def test_after_a_restart_a_stored_picture_needs_no_tower(seeing_pool, tmp_path):
+    """The pages of its rows are found by its digest; of another picture none are, and its answer is that of no store."""
+    store = {"num_workers": 1, "prefix_store": str(tmp_path / "store"), "prefix_memory": 0}
+    pool = await seeing_pool(**store)
+    tokens, cached = (await collect(pool, about("first", PHOTO)))[1], 0
+    for _ in range(5):      # a prompt does not wait for what a busy machine reads late
+        if cached < 40:
+            await pool.close()
+            pool = await seeing_pool(**store)
+            _, again, done = await collect(pool, about("again", PHOTO))
+            cached = done.usage.cached_tokens
+            assert again == tokens
+    assert cached >= 40
+    other = await collect(pool, about("other", picture_of_size(90, 60, seed=5)))
+    assert other[1] != tokens and other[2].usage.cached_tokens < 40

@@ -101,6 +101,13 @@ def test_a_format_changes_nothing_that_its_pixels_do_not_and_a_second_question_i
     assert again == text and cached["prompt_tokens_details"]["cached_tokens"] > 0 and cached["prompt_tokens"] == usage["prompt_tokens"]
 
 
+def test_a_stream_about_a_picture_is_replayed_as_it_was(url):
+    first = [line for line in post(f"{url}/v1/chat/completions", asked(part(PHOTO), stream=True, resumable=True)) if line.startswith(b"data: {")]
+    again = [line for line in urllib.request.urlopen(f"{url}/v1/streams/{json.loads(first[0][6:])['id']}") if line.startswith(b"data: {")]
+    said = "".join(choice["delta"].get("content") or "" for choice in sum((json.loads(line[6:])["choices"] for line in first), []))
+    assert again == first and said == answer(url, part(PHOTO))[0]
+
+
 def test_a_body_of_megabytes_is_read_as_a_small_one(url):
     large = file_of((1400, 1100), seed=3)       # noise: 4.6 MB, more than is read in the event loop
     assert len(large) > 4 << 20
