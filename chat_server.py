@@ -2,8 +2,7 @@
 """chat_server: a checkpoint becomes a chat site, an OpenAI-compatible API and a terminal chat.
 
     python chat_server.py                            serve a nanochat checkpoint, else a small default model
-    python chat_server.py serve model.gguf           serve a GGUF file or a Hugging Face folder; --num-gpus 8
-                                                     makes one replica per GPU
+    python chat_server.py serve model.gguf           serve a GGUF file or a Hugging Face folder
     python chat_server.py chat                       talk to it here, in the terminal
     python chat_server.py bundle                     make one file of program, page and core: chat_server.pyz
     python chat_server.py store FOLDER               list the prefixes that --prefix-store keeps
@@ -37,7 +36,8 @@ The rooms, each above those that it may import
           evals/              tasks on disk, and verdicts on a model's answers to them
           admission/          a request becomes prompts that fit; the sandboxes' front end
           store/ *.py         the database; tasks that are watched; aiohttp at its first use
-    chatlm/worker/*.py        a worker's first code and its loop; device and memory; doctor/: `check MODEL`
+    chatlm/worker/*.py        a worker's first code and its loop; device and memory
+          doctor/             `check MODEL`: what is wrong with a model
           engine/             schedule, run, postprocess; KV pages, grammars, drafts, the text of an answer
           ranks/              one model in several processes
           weights/            a model's files become tensors; families, shards, adapters
