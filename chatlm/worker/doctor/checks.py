@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from chatlm.worker.doctor.findings import Findings
 from chatlm.worker.doctor.patient import Patient
+from chatlm.worker.doctor.weights import check_weights
 
 
 class Check(NamedTuple):
@@ -21,6 +22,8 @@ class Check(NamedTuple):
 
 OF_TEXT: tuple[Check, ...] = ()     # tokenizer and template
 
-OF_WEIGHTS: tuple[Check, ...] = ()  # weights, their original, and what they need
+OF_WEIGHTS = (  # weights, their original, and what they need
+    Check("weights", check_weights, 1200.0, None),
+)
 
 CHECKS = (*OF_TEXT, *OF_WEIGHTS)

@@ -47,6 +47,11 @@ class Patient:
         """The spec, the unread tensors and the text, as a worker without a GPU has them."""
         return open_model(self.source, self.settings, "cpu")
 
+    @cached_property
+    def floats(self) -> LoadedModel:
+        """The same with matrices that are float32 when read."""
+        return open_model(self.source, replace(self.settings, dtype="float32", quantize=None), "cpu")
+
     @property
     def text(self) -> TextSpec:
         return self.model.text
