@@ -111,6 +111,16 @@ def drawn(portrait: Portrait, tensor: Unread | MappedRows, heads: int, every: in
     return portrait
 
 
+def rows_of(model: LoadedModel, ours: str, span: range) -> numpy.ndarray:
+    """Some rows of a matrix that is a single tensor of the file, (n, K) float32."""
+    tensor = model.tensors[ours]
+    if isinstance(tensor, MappedRows):
+        return tensor.look_up(numpy.arange(span.start, span.stop))
+    (name, shape), = tensor.of[1].items()
+    rows, columns = math.prod(shape[:-1]), shape[-1]
+    return floats(joined_parts(tensor.alone(name, Cut((rows, columns), (len(span), columns), 0, [span]))))
+
+
 def joined_parts(values) -> numpy.ndarray:
     return numpy.concatenate(values) if isinstance(values, tuple) else values
 
