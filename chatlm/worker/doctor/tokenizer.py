@@ -211,8 +211,7 @@ def merging(patient: Patient) -> Tokenizer:
 
 def sampled_texts(patient: Patient, tokenizer: Tokenizer) -> Iterator[tuple[int, str]]:
     """Ordinary tokens and their texts, where these are whole characters that begin a text as they are."""
-    spaced = tokenizer.encode("a")[:1] != [tokenizer.encode("a", begins=False)[:1]] and not getattr(
-        tokenizer, "byte_level", False)
+    spaced = any(tokenizer.token_bytes(token).startswith(b" ") for token in tokenizer.encode("a")[:1])
     tokens = range(tokenizer.vocab_size)
     for token in tokens[::max(len(tokens) // SAMPLED, 1)]:
         if token in tokenizer.added or token in tokenizer.special_names:
