@@ -237,13 +237,12 @@ def unused(patient: Patient, chats: Chats) -> Findings:
     """A template of another model writes none of the tokens that this one was trained to chat with."""
     if patient.text.kind != "hf" or chats.turns.refused:
         return
-    named, edges = chats.tokenizer.named_tokens, {patient.text.bos_token, patient.text.eos_token}
-    written = {name for name in names_in(chats.tokenizer, chats.turns.text)
-               if name in named and named[name] not in edges}
+    named = chats.tokenizer.named_tokens
     missing = next((pair for pair in CHAT_TOKENS if all(name in named for name in pair)), None)
-    if missing and not written and not any(name in chats.turns.text for name in missing):
-        yield warning(f"the template writes none of the vocabulary's tokens for chats, such as {missing[0]}", WHERE,
-                      "it may be another model's, or an old one")
+    written = [name for name in names_in(chats.tokenizer, chats.around(FIRST, ANSWER)) if name in named]
+    if missing and not written:
+        yield warning(f"the template writes none of the vocabulary's tokens for chats, such as {missing[0]}, "
+                      "before an answer", WHERE, "it may be another model's, or an old one")
 
 
 def features(patient: Patient, chats: Chats) -> Iterator:
