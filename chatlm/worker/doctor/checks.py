@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from chatlm.worker.doctor import template, tokenizer
 from chatlm.worker.doctor.findings import Findings
 from chatlm.worker.doctor.patient import Patient
 from chatlm.worker.doctor.stated import check_head, check_rope, check_types, check_vocabulary
@@ -21,7 +22,12 @@ class Check(NamedTuple):
     needs: Callable[[Patient], bool] = lambda patient: True  # else it does not apply, and is not run
 
 
-OF_TEXT: tuple[Check, ...] = ()     # tokenizer and template
+OF_TEXT: tuple[Check, ...] = (
+    Check("vocabulary", tokenizer.check_vocabulary), Check("added tokens", tokenizer.check_added_tokens),
+    Check("ends", tokenizer.check_ends), Check("pre-tokenizer", tokenizer.check_pre_tokenizer),
+    Check("merges", tokenizer.check_merges), Check("round trips", tokenizer.check_round_trips),
+    Check("reach", tokenizer.check_reach), Check("likeness", tokenizer.check_likeness),
+    Check("template", template.check_template, limit_s=30.0))
 
 OF_WEIGHTS = (  # weights, their original, and what they need
     Check("weights", check_weights, 1200.0, None),

@@ -67,6 +67,12 @@ class Patient:
         return json.loads(self.text.payload) if self.text.kind == "hf" else {}
 
     @cached_property
+    def vocab(self) -> dict[str, int]:
+        """The ids of a tokenizer.json's own tokens, without those added; {} for other tokenizers."""
+        vocab = self.pipeline.get("model", {}).get("vocab", {})
+        return {entry[0]: token for token, entry in enumerate(vocab)} if isinstance(vocab, list) else vocab
+
+    @cached_property
     def gguf(self) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         """The metadata and the tensors (gguf_header.Tensor) of a GGUF file; ({}, {}) of other models."""
         if self.kind != "gguf":
