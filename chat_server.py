@@ -2,8 +2,7 @@
 """chat_server: a checkpoint becomes a chat site, an OpenAI-compatible API and a terminal chat.
 
     python chat_server.py                            serve a nanochat checkpoint, else a small default model
-    python chat_server.py serve model.gguf           serve a GGUF file or a Hugging Face folder; --num-gpus 8
-                                                     makes one replica per GPU
+    python chat_server.py serve model.gguf           serve a GGUF file or a Hugging Face folder
     python chat_server.py chat                       talk to it here, in the terminal
     python chat_server.py bundle                     make one file of program, page and core: chat_server.pyz
     python chat_server.py store FOLDER               list the prefixes that --prefix-store keeps
@@ -38,6 +37,7 @@ The rooms, each above those that it may import
           admission/          a request becomes prompts that fit; the sandboxes' front end
           store/ *.py         the database; tasks that are watched; aiohttp at its first use
     chatlm/worker/*.py        a worker's first code and its loop; device and memory
+          doctor/             `check MODEL`: what is wrong with a model
           engine/             schedule, run, postprocess; KV pages, grammars, drafts, the text of an answer
           ranks/              one model in several processes
           weights/            a model's files become tensors; families, shards, adapters
@@ -113,7 +113,6 @@ import operator
 import os
 import re
 import secrets
-import subprocess
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence as Seq
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager, suppress
@@ -130,7 +129,6 @@ from chatlm.common.errors import (
 from chatlm.common.log import ProgressDisplay, json_handler, log, output_as_log, start_logging, tell
 from chatlm.common.memory import tune_gc
 from chatlm.common.messages.requests import PromptProgress
-from chatlm.common.processes.start import PROCESS_COMMAND
 from chatlm.common.processes.torchrun import RankStore, serve_rank, torchrun
 from chatlm.common.program import other_program, page_files, program_root
 from chatlm.common.streams import lack_of_space, never_fail, repair_streams
@@ -512,18 +510,6 @@ async def serve_forever(settings: Settings, catalogue: Catalogue | None = None) 
     return 0
 
 
-def check_kernels() -> int:
-    """Show what the role `check` says; the script needs no torch."""
-    with subprocess.Popen([*PROCESS_COMMAND, "check"], stdout=subprocess.PIPE, text=True) as process:
-        try:
-            for line in process.stdout or ():
-                print(line, end="", flush=True)
-        except OSError:
-            process.kill()
-            raise
-    return process.returncode
-
-
 def run_command(settings: Settings) -> int:
     """serve, chat or generate; in a process of torchrun's that is not rank 0, that rank."""
     start, status = torchrun(settings), 1
@@ -568,8 +554,6 @@ def main(argv: Seq[str] | None = None) -> int:
             log.warning("--api-key: other users of this machine %s read the key in the process list; "
                         "use CHAT_SERVER_API_KEY or --api-key-file instead",
                         "could until now" if hidden else "can")
-        if settings.command == "check":
-            return check_kernels()
         if settings.command == "serve":
             tune_gc()
             never_fail("stdout")

@@ -43,8 +43,8 @@ python chat_server.py [serve|chat|generate|compare|score|eval|embed|batch|check]
         "default command. The others are: chat, in the terminal; generate, which answers one prompt; "
         "compare, which asks several models the same question; score, which measures how well a model "
         "predicts a text; eval, which evaluates models on tasks; embed, which makes vectors of the texts of "
-        "a file; batch, which answers a file of requests; check, which verifies and times the compiled "
-        "kernels; bundle, which packs the program into "
+        "a file; batch, which answers a file of requests; check, which finds what is wrong with a model, or "
+        "without one verifies and times the compiled kernels; bundle, which packs the program into "
         "one file; store, which lists the contents of --prefix-store. Each has a --help. If "
         "there are several MODELs, each is loaded when a request names it.", """
   python chat_server.py                                     a nanochat checkpoint or a small model
@@ -90,10 +90,14 @@ python chat_server.py [serve|chat|generate|compare|score|eval|embed|batch|check]
         "on where it was when the same command runs again.", """
   python chat_server.py batch model.gguf requests.jsonl -o answers.jsonl
   python chat_server.py batch requests.jsonl -o answers.jsonl --url http://127.0.0.1:8000"""),
-    "check": Help("python chat_server.py check",
-        "Verify and time the compiled kernels: each op is compared with its reference in torch. The report "
-        "can be pasted into an issue; the exit status is 1 if an op is wrong. This takes about a minute, "
-        "and needs no model and no flags."),
+    "check": Help("python chat_server.py check [MODEL] [--json] [--against ORIGINAL] [flags]",
+        "Find what is wrong with a model before it is served: its tokenizer, chat template and weights, and "
+        "whether it fits here. The exit status is 1 if there is an error, else 0. Without MODEL: verify and "
+        "time the compiled kernels. Each op is compared with its reference in torch; the report can be "
+        "pasted into an issue, the exit status is 1 if an op is wrong, and it takes about a minute.", """
+  python chat_server.py check                               the compiled kernels
+  python chat_server.py check model.gguf                    a verdict of a few lines
+  python chat_server.py check model-Q4_K_M.gguf --against model-BF16.gguf --json"""),
 }
 SEVERAL = "serve", "compare", "score", "eval"  # the commands that take several MODELs
 ABOUT_MODELS = f"MODEL may be: {SUPPORTED_MODELS}."
@@ -323,15 +327,14 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
     if words and words[0] in PROGRAM_COMMANDS:
         command = words.pop(0).replace("server", "serve")
     usage, opening, examples = HELP[command]
-    about = [opening] if command == "check" else [opening, ABOUT_MODELS, ABOUT_FLAGS]
+    about = [opening, ABOUT_MODELS, ABOUT_FLAGS]
     width = max(24, min(96, shutil.get_terminal_size((98, 24)).columns - 2))
     parser = CommandLine(prog="chat_server.py", usage=usage, allow_abbrev=False, formatter_class=help_lines,
                          description="\n\n".join(textwrap.fill(part, width) for part in about),
                          epilog=examples and f"Examples:\n{examples[1:]}")
     several_words = command in (*SEVERAL, "generate", "embed", "batch")
-    if command != "check":
-        parser.add_argument("model", metavar="MODEL", nargs="*" if several_words else "?", default=None,
-                            help=argparse.SUPPRESS)
+    parser.add_argument("model", metavar="MODEL", nargs="*" if several_words else "?", default=None,
+                        help=argparse.SUPPRESS)
     parser.add_argument("--version", action="store_true", help="print the version and the kernels in use")
     flags = {flag.field: flag for flag in FLAGS if command in flag.commands.split()}
     group: argparse._ActionsContainer = parser
@@ -345,7 +348,9 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
     if values.pop("version"):
         print(f"chat_server {__version__}; {kernels_line()}")
         raise SystemExit(0)
-    if command == "check":  # it has no flags
+    if command == "check" and values["model"] is None:  # of the kernels
+        if given := [name for name in flags if values[name] is not None]:
+            parser.error(f"--{flags[given[0]].names[0]} is for checking a model: give MODEL too")
         return Settings(command=command)
     if command == "generate":
         values["model"], values["prompt"] = with_prompt(parser, values["model"] or [], values["prompt"])

@@ -26,6 +26,7 @@ DEFAULT_MAX_TOKENS = 512  # without -m; /v1 goes up to the context
 PROGRAM_COMMANDS = ("serve", "server", "chat", "generate", "compare", "score", "eval", "embed",
                     "batch", "check")
 ANSWERING = "serve chat generate compare"  # the commands that generate tokens
+READING = f"{ANSWERING} score eval embed batch check"  # those that read a model's files
 CHAT_TEMPERATURE = 0.6    # the default of the chat command
 PAGE_SIZE = 16            # KV slots in a page
 STORE_BYTES = 10 << 30    # of --prefix-store
@@ -267,15 +268,17 @@ class Settings:
     own_sampling: dict[str, float] = field(default_factory=dict)
     own_origin: str = ""
 
-    source: str | None = flag(None, str, "nanochat checkpoint folder", short="i",
+    source: str | None = flag(None, str, "nanochat checkpoint folder", READING, short="i",
         choices=("sft", "rl", "mid", "base"), heading="Model and where it runs")
     model_tag: str | None = flag(None, file_name,
-        "nanochat model tag, such as d20 (default: the largest)", short="g")
-    step: int | None = flag(None, number(int, 0), "nanochat checkpoint step (default: the last)", short="s")
+        "nanochat model tag, such as d20 (default: the largest)", READING, short="g")
+    step: int | None = flag(None, number(int, 0), "nanochat checkpoint step (default: the last)", READING,
+        short="s")
     softcap: float | None = flag(None, number(float, 0.1, 1000),
-        "override a nanochat model's logit softcap (15; 20 for one week of generation 3)")
+        "override a nanochat model's logit softcap (15; 20 for one week of generation 3)", READING)
     lora: tuple[str, ...] = flag((), file_name,
-        "folder of a LoRA adapter (peft format) to merge into the weights at load, may repeat", many=True)
+        "folder of a LoRA adapter (peft format) to merge into the weights at load, may repeat", READING,
+        many=True)
     adapter: tuple[str, ...] = flag((), adapter,
         "NAME=FOLDER of a LoRA adapter (peft format) to serve alongside the model, as NAME and MODEL@NAME, "
         "may repeat; or a FOLDER of adapters, each served under its folder's name, including those added "
@@ -285,10 +288,10 @@ class Settings:
         "folders, nanochat checkpoints", "serve")
     downloads: bool = flag(True, None,
         "download models: what MODEL names, and what the operator asks for over HTTP (--no-downloads: only "
-        "what is here is served)")
+        "what is here is served)", READING)
     models_disk: int | None = flag(None, size,
         "bytes that models of the Hugging Face hub may take in the cache; a download that does not fit is "
-        "refused, or ended (default: what the disk has)")
+        "refused, or ended (default: what the disk has)", READING)
     watch: str | None = flag(None, file_name,
         "serve each checkpoint of the training runs in this folder as TAG@STEP, the last as TAG@latest, "
         "including those added later: a nanochat base folder, or Hugging Face folders checkpoint-N", "serve")
@@ -319,23 +322,24 @@ class Settings:
     distributed: bool = flag(False, None, "several ranks per replica; the sizes above imply it")
     dtype: str | None = flag(None, str,
         "type of weights and KV cache (default: the file's if the kernels support it, else bfloat16)",
-        short="d", choices=("bfloat16", "float32"))
+        READING, short="d", choices=("bfloat16", "float32"))
     quantize: str | None = flag(None, str,
         "quantize float weight matrices while loading, to 8 to 2 bits (CPU, with decode_core)",
-        choices=("q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "iq4_nl", "iq4_xs", "mxfp4",
-                 "q3_k", "q2_k"))
+        READING, choices=("q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "iq4_nl", "iq4_xs",
+                          "mxfp4", "q3_k", "q2_k"))
 
     arithmetic: str = flag("fast", str,
         "how products with quantized weights round activations on a CPU; fine: to 16 bits, closer to float32 "
         "and slower with several sequences and in prompts (fast: to 8 bits, to 16 where they stand out)",
-        choices=("fast", "fine"))
+        READING, choices=("fast", "fine"))
 
     context_length: int | None = flag(None, number(int, 16),
-        "tokens per sequence (default: the model's)", heading="Memory and speed")
+        "tokens per sequence (default: the model's)", READING, heading="Memory and speed")
     kv_cache_dtype: str = flag("auto", str,
         "type of keys and values in the KV pages; q8_0: 8 bits, half the bytes of 16 (auto: 16 bits, or "
-        "float32 with float32 weights)", choices=("auto", "bfloat16", "float32", "q8_0"))
-    kv_cache_memory: int | None = flag(None, size, "bytes for KV pages per replica (suffixes K, M, G)")
+        "float32 with float32 weights)", READING, choices=("auto", "bfloat16", "float32", "q8_0"))
+    kv_cache_memory: int | None = flag(None, size, "bytes for KV pages per replica (suffixes K, M, G)",
+        READING)
     prefix_memory: int | None = flag(None, size,
         "bytes of memory for cached prompt prefixes that outlive the workers, 0 = none (default: serve takes "
         "up to 1/10 of what is free, or of --models-memory; suffixes K, M, G)")
@@ -347,7 +351,8 @@ class Settings:
         "free; suffixes K, M, G)", "serve")
     gpu_memory_utilization: float = flag(0.90, number(float, 0.05, 1.0),
         "share of device memory for weights and KV pages")
-    max_batch: int = flag(64, number(int, 1, 1024), "sequences decoded together per replica")
+    max_batch: int = flag(64, number(int, 1, 1024), "sequences decoded together per replica",
+        READING)
     stream_interval: float = flag(8.0, number(float, 0, 1000),
         "tokens that follow each other within this many milliseconds are sent together; the first of an "
         "answer is sent at once")
@@ -430,8 +435,12 @@ class Settings:
         "talk to a running server instead of loading a model", "chat generate compare eval batch",
         heading="In the terminal")
     json: bool = flag(False, None,
-        "answers as JSON, one object per line with text, usage and timings",
-        "chat generate compare score eval")
+        "answers as JSON, one object per line with text, usage and timings; check: one object with all "
+        "findings",
+        "chat generate compare score eval check")
+    against: str | None = flag(None, file_name,
+        "the MODEL that this one was quantized from: measure how much their answers differ, and which "
+        "tensors cost most", "check")
     continue_: bool = flag(False, None, "continue the last chat", "chat")
     history: bool = flag(True, None,
         "keep typed lines and the last chat in ~/.local/state/chat_server", "chat")
@@ -468,7 +477,7 @@ class Settings:
     drain_timeout: float = flag(30.0, number(float, 0),
         "seconds that running answers have to finish after SIGTERM", "serve")
     config: str | None = flag(None, file_name,
-        "TOML file of flags: `max-batch = 8`; flags and environment variables override it")
+        "TOML file of flags: `max-batch = 8`; flags and environment variables override it", READING)
     verbose: bool = flag(False, None,
         "more lines at the start: how memory was planned, sampling defaults, tools, prefixes", "serve chat",
         short="v")

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from chatlm.common.errors import ConfigError, RanksFailed, lack_of_memory, named, printable, require_library
 from chatlm.common.log import CalmLog, log, start_logging
+from chatlm.common.messages.doctor import DOCTOR_PIPE
 from chatlm.common.messages.protocol import SURVEY_PIPE, WORKER_PIPE, Crashed, Loading, Unusable
 from chatlm.common.messages.wire import BadMessage
 from chatlm.common.processes.child import join_parent
 from chatlm.worker.ranks.messages import RANK_PIPE, RankConfig
 
 if TYPE_CHECKING:
+    from chatlm.common.messages.doctor import DoctorConfig
     from chatlm.common.messages.protocol import SurveyConfig, WorkerConfig
     from chatlm.common.messages.wire import Channel, Pipe
 
@@ -76,6 +78,11 @@ def worker_main(run: Callable[[Channel, Any], None], pipe: Pipe, arguments: Seq[
     return 0
 
 
+def run_doctor(channel: Channel, config: DoctorConfig):
+    from chatlm.worker.doctor.examine import examine
+    examine(channel, config)
+
+
 def hung_up() -> tuple[type[Exception], ...]:
     """What is raised if the other end of the connection has gone. Only connections with TLS import ssl."""
     tls = sys.modules.get("ssl")
@@ -98,3 +105,4 @@ def gpu_memory_error(error: Exception, config) -> ConfigError | None:
 worker_role = partial(worker_main, run_configured, WORKER_PIPE)  # the role `worker FD PARENT`
 rank_role = partial(worker_main, run_configured, RANK_PIPE)      # the role `rank FD PARENT`
 survey_role = partial(worker_main, run_survey, SURVEY_PIPE)     # the role `survey FD PARENT`
+doctor_role = partial(worker_main, run_doctor, DOCTOR_PIPE)     # the role `doctor FD PARENT`

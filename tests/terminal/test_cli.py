@@ -192,7 +192,7 @@ def test_the_help_of_each_command_is_its_own_and_shows_examples_that_are_right(c
         text = capsys.readouterr().out
         openings.add(text.split("\n\n")[1])
         examples = re.findall(r"^  python chat_server.py(.*?)(?: {3,}.*)?$", text.partition("Examples:")[2], re.MULTILINE)
-        assert len(examples) == (0 if command == "check" else 3)
+        assert len(examples) == 3
         for example in examples:
             words = shlex.split(example.partition(" < ")[0].replace("keys.txt", str(tmp_path / "keys.txt")))
             assert parse_command_line(words, {}).command == command

@@ -31,6 +31,7 @@ ROLES = {
     "ray": "chatlm.common.processes.ray:ray_main",
     "preview": "chatlm.worker.weights.preview:preview_main",
     "trial": "chatlm.worker.weights.trial:trial_main",
+    "doctor": "chatlm.worker.entry:doctor_role",
     "check": "chatlm.worker.model.kernels:check_main",
 }
 

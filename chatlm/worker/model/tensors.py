@@ -60,6 +60,7 @@ class Unread(NamedTuple):
     nbytes: int                  # of what `read` returns
     mapped: tuple = ()           # the file's tensors that it may share memory with
     check: Callable[[Cut, Any, bool], None] = lambda *_: None  # see `refuse_faults`
+    of: tuple = ()               # a function of the file's tensors and a cut, and their names and shapes
 
     def read(self):
         with numpy.errstate(all="ignore"):  # `refuse_faults` reports overflows
@@ -68,6 +69,11 @@ class Unread(NamedTuple):
     def refuse_faults(self, tensor, packed: bool):
         """ConfigError if what was read has NaN or infinity, or will when it is `packed`."""
         self.check(self.cut, tensor, packed)
+
+    def alone(self, name: str, cut: Cut):
+        """Like `read`, of one of the file's tensors that form it, of the shape cut.full."""
+        with numpy.errstate(all="ignore"):
+            return self.of[0]([name], cut)
 
     def less(self, cut: Cut) -> Unread:
         """The part of it that the cut selects."""

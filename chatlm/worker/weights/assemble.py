@@ -213,7 +213,7 @@ def assembled(path: Path, settings: Settings, sources: Sources, state: Mapping, 
             if as_stored and (held := tile_bytes(parts)):
                 make, size = partial(read_tiles, as_stored), held
         check = partial(refuse_faults, path, settings, theirs, make)
-        return Unread(whole, partial(make, theirs), size, mapped, check)
+        return Unread(whole, partial(make, theirs), size, mapped, check, (make, theirs))
 
     def rows_of(name: str) -> MappedRows:
         if isinstance(state[name], PackedWeight):

@@ -363,7 +363,7 @@ def gguf_tensors(path: Path, settings: Settings, spec: ModelSpec, sources: Sourc
             size = held_bytes([SimpleNamespace(tensor_type=gguf_type, shape=stored[name].shape)
                                for name, gguf_type in zip(theirs, types)])
         check = partial(refuse_faults, path, settings, theirs, read)
-        return Unread(Cut.whole(shape), partial(read, theirs), size, mapped, check)
+        return Unread(Cut.whole(shape), partial(read, theirs), size, mapped, check, (read, theirs))
 
     return {ours: mapped_table(stored[next(iter(source[1]))]) if ours == "layer_embed" else unread(*source)
             for ours, source in sources.items()}

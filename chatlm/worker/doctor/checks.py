@@ -1,0 +1,40 @@
+"""The table of checks: a new one is a row here, and a function of its module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from chatlm.worker.doctor import template, tokenizer
+from chatlm.worker.doctor.findings import Findings
+from chatlm.worker.doctor.patient import Patient
+from chatlm.worker.doctor.stated import check_head, check_rope, check_types, check_vocabulary
+from chatlm.worker.doctor.weights import check_weights
+
+
+class Check(NamedTuple):
+    """A check: its name is shown beside what it finds, and must not change."""
+
+    name: str
+    function: Callable[[Patient], Findings]
+    limit_s: float = 60.0         # of the processor; a check that takes longer is ended, which is an error
+    memory: int | None = 4 << 30  # bytes of addresses that it may take in addition; None: any, to map files
+    needs: Callable[[Patient], bool] = lambda patient: True  # else it does not apply, and is not run
+
+
+OF_TEXT: tuple[Check, ...] = (
+    Check("vocabulary", tokenizer.check_vocabulary), Check("added tokens", tokenizer.check_added_tokens),
+    Check("ends", tokenizer.check_ends), Check("pre-tokenizer", tokenizer.check_pre_tokenizer),
+    Check("merges", tokenizer.check_merges), Check("round trips", tokenizer.check_round_trips),
+    Check("reach", tokenizer.check_reach), Check("likeness", tokenizer.check_likeness),
+    Check("template", template.check_template, limit_s=30.0))
+
+OF_WEIGHTS = (  # weights, their original, and what they need
+    Check("weights", check_weights, 1200.0, None),
+    Check("types", check_types, memory=None),
+    Check("rotary scaling", check_rope, memory=None),
+    Check("head", check_head, 300.0, None),
+    Check("vocabulary", check_vocabulary, memory=None),
+)
+
+CHECKS = (*OF_TEXT, *OF_WEIGHTS)

@@ -1,0 +1,37 @@
+"""Findings in the making: what a check yields before the examination has added the check's name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence as Seq
+
+from chatlm.common.messages.doctor import SEVERITIES, Finding
+
+Findings = Iterable[Finding]
+MOST_SHOWN = 3  # examples in a sentence
+
+
+def error(what: str, where: str = "", advice: str = "", **facts) -> Finding:
+    """The model answers wrongly, or not at all, with this: `check` ends with status 1."""
+    return Finding("", "error", what, where, advice, facts or None)
+
+
+def warning(what: str, where: str = "", advice: str = "", **facts) -> Finding:
+    """The model may answer worse with this than it could."""
+    return Finding("", "warning", what, where, advice, facts or None)
+
+
+def note(what: str, where: str = "", advice: str = "", **facts) -> Finding:
+    """Nothing is wrong, but an operator should know this."""
+    return Finding("", "note", what, where, advice, facts or None)
+
+
+def worst(findings: Findings) -> str:
+    """The worst severity among findings; "" without any."""
+    found = {finding.severity for finding in findings}
+    return next((severity for severity in SEVERITIES if severity in found), "")
+
+
+def examples(items: Seq, most: int = MOST_SHOWN) -> str:
+    """Some items in words: "a, b, c and 4 more"."""
+    more = f" and {len(items) - most:,} more" if len(items) > most else ""
+    return ", ".join(map(str, items[:most])) + more

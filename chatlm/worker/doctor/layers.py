@@ -1,0 +1,194 @@
+"""What trained layers have in common, and how a tensor that does not belong where it is stands out.
+
+A layer reads and writes the same channels of the residual stream as its neighbours, with strengths that
+change little from one to the next. Random weights have no such profile: then nothing is concluded."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence as Seq
+from typing import NamedTuple, TYPE_CHECKING
+
+import numpy
+
+if TYPE_CHECKING:
+    from chatlm.worker.doctor.portraits import Portrait
+    from chatlm.worker.model.spec import ModelSpec
+
+READERS = ("qkv", "gate_up", "up", "mix_in", "router", "expert_gate_up", "expert_up", "shared_gate_up",
+           "shared_up")  # their columns are the channels
+WRITERS = ("output", "down", "mix_out", "expert_down", "shared_down")  # their rows are
+NORMS = ("attention_norm", "ffn_norm", "output_norm", "down_norm")
+
+
+class Level(NamedTuple):
+    """A tensor that is larger or smaller than its neighbours let expect."""
+
+    portrait: Portrait
+    log_factor: float
+    edge: bool  # is it of one of the first two layers, or of the last?
+
+
+def strange_levels(of_kind: Seq[Portrait]) -> list[Level]:
+    """The tensors of a kind whose root mean square is far from those of the two layers before and after.
+
+    The first two layers and the last differ in good models, their norms by a factor of 5."""
+    placed = [(one, one.level) for one in of_kind if one.layer is not None and math.isfinite(one.level)]
+    if len(placed) < 5:
+        return []
+    levels = numpy.array([level for _, level in placed])
+    apart = numpy.array([levels[i] - numpy.median(numpy.delete(levels[max(i - 2, 0):i + 3], min(i, 2)))
+                         for i in range(len(levels))])
+    spread = float(numpy.median(numpy.abs(apart)))
+    found = []
+    for i, (one, _) in enumerate(placed):
+        edge = i < 2 or i > len(placed) - 2
+        least = math.log(16) if edge else max(math.log(2.5), 8 * spread)
+        # beside a strange one, others seem strange too: only the most strange is meant
+        around = numpy.abs(apart[max(i - 2, 0):i + 3]).max()
+        if abs(apart[i]) > least and abs(apart[i]) >= around:
+            found.append(Level(one, float(apart[i]), edge))
+    return found
+
+
+def profile(values: numpy.ndarray) -> numpy.ndarray | None:
+    """The logs of strengths, mean 0 and length 1, so that a product of two is their correlation; None if
+    they do not vary."""
+    positive = values > 0
+    if positive.sum() < len(values) / 2 or not numpy.isfinite(values).all():
+        return None
+    logs = numpy.log(numpy.where(positive, values, numpy.median(values[positive])))
+    logs = logs - logs.mean()
+    length = math.sqrt(float((logs * logs).sum()))
+    return None if length < 1e-3 * math.sqrt(len(logs)) else logs / length
+
+
+def channel_profile(one: Portrait, width: int) -> numpy.ndarray | None:
+    """How strongly a tensor reads or writes each channel of the residual stream."""
+    if one.part in READERS and len(one.columns) == width:
+        return profile(one.columns)
+    if one.part in WRITERS and one.rows.size and one.rows.size % width == 0:  # experts are one below another
+        return profile(one.rows.reshape(-1, width).mean(0))
+    if one.part in NORMS and one.values is not None and len(one.values) == width:
+        return profile(numpy.square(one.values))
+    return None
+
+
+class Features:
+    """The profiles of all layers: `by_kind[kind][layer]`; experts of a layer count as their mean."""
+
+    def __init__(self, spec: ModelSpec, kinds: Mapping[str, Seq[Portrait]]):
+        self.width, self.groups = spec.width, groups_of(spec)
+        self.by_kind: dict[str, dict[int, numpy.ndarray]] = {}
+        for kind, of_kind in kinds.items():
+            found: dict[int, list[numpy.ndarray]] = {}
+            for one in of_kind:
+                if one.layer is not None and (made := channel_profile(one, self.width)) is not None:
+                    found.setdefault(one.layer, []).append(made)
+            means = {layer: sum(each) for layer, each in found.items()}
+            self.by_kind[kind] = {layer: mean / max(float(numpy.sqrt((mean * mean).sum())), 1e-9)
+                                  for layer, mean in means.items()}
+
+
+def groups_of(spec: ModelSpec) -> list[list[int]]:
+    """The layers that are built alike: of the same window and mixer."""
+    alike: dict[str, list[int]] = {}
+    for layer, attn in enumerate(spec.by_layer):
+        mixer = spec.mixers[layer] if spec.mixers else None
+        key = f"{mixer and type(mixer)} {attn and attn.window} {layer in spec.dense_layers}"
+        alike.setdefault(key, []).append(layer)
+    return [*alike.values()]
+
+
+MOST_LAYERS = 160   # comparing all pairs takes their number cubed
+LEAST_GAIN = 0.6    # of correlation; good models: at most 0.28, by exchanging neighbours
+
+
+def exchanged_layers(features: Features) -> tuple[int, int, float] | None:
+    """Two layers that have changed places, and how much more alike neighbours would be otherwise, as the mean
+    over the kinds of the sum of correlations."""
+    best: tuple[float, int, int] | None = None
+    for layers in features.groups:
+        of_kinds = [found for found in features.by_kind.values() if all(layer in found for layer in layers)]
+        L = len(layers)
+        if not 6 <= L <= MOST_LAYERS or len(of_kinds) < 3:
+            continue
+        alike = numpy.array([numpy.array([found[layer] for layer in layers])
+                             @ numpy.array([found[layer] for layer in layers]).T for found in of_kinds])
+        if alike.mean(0)[range(L - 1), range(1, L)].mean() < max(0.3, 4 / math.sqrt(features.width)):
+            continue  # there is no order to see
+        for i, j in itertools.combinations(range(L), 2):
+            order = [*range(L)]
+            order[i], order[j] = j, i
+            near = {k for at in (i, j) for k in (at - 1, at) if 0 <= k < L - 1}
+            gains = sum(alike[:, order[k], order[k + 1]] - alike[:, k, k + 1] for k in near)
+            if (gain := float(gains.mean())) > (best[0] if best else LEAST_GAIN) and (gains > 0).mean() >= 0.8:
+                best = gain, layers[i], layers[j]
+    return best and (best[1], best[2], best[0])
+
+
+def transposed(features: Features, kinds: Mapping[str, Seq[Portrait]],
+               orders: Seq[numpy.ndarray]) -> list[tuple[Portrait, float]]:
+    """Square matrices whose other side has the profile of the channels, with that correlation. `orders`: how
+    a file may order the rows of q and k."""
+    found = []
+    least = max(0.4, 6 / math.sqrt(features.width))
+    for kind, of_kind in kinds.items():
+        for one in of_kind:
+            if one.layer is None or one.part not in (*READERS, *WRITERS) or one.shape != (
+                    features.width, features.width):
+                continue
+            reader = one.part in READERS
+            own, other = (one.columns, one.rows) if reader else (one.rows, one.columns)
+            if len(own) != len(other):
+                continue
+            expected = expected_profile(features, kinds, kind, one)
+            if expected is None or (own := profile(own)) is None:
+                continue
+            turned = [made for order in orders if (made := profile(other[order])) is not None]
+            seen = max((float(made @ expected) for made in turned), default=0.0)
+            if seen > least and seen > float(own @ expected) + 0.3:
+                found.append((one, seen))
+    return found
+
+
+def expected_profile(features: Features, kinds: Mapping[str, Seq[Portrait]], kind: str,
+                     one: Portrait) -> numpy.ndarray | None:
+    """The mean profile of the tensors that read, or write, the same channels: of the same kind in the two
+    layers before and after, and of the others of the same part in this one."""
+    assert one.layer is not None
+    near = [features.by_kind[kind][layer] for layer in range(one.layer - 2, one.layer + 3)
+            if layer != one.layer and layer in features.by_kind[kind]]
+    near += [features.by_kind[other][one.layer] for other, of_kind in kinds.items()
+             if other != kind and of_kind[0].part == one.part and one.layer in features.by_kind[other]]
+    return profile(numpy.exp(sum(near))) if near else None
+
+
+def pairs_of_others(spec: ModelSpec, kinds: Mapping[str, Seq[Portrait]]) -> float:
+    """How much better the rows of q and k go together as other rotary pairs than as the model's, as the ratio
+    of their mean differences; 0 if they do not.
+
+    The two rows of a pair make one angle, so training gives them about the same size: on the default model
+    the logs of their mean squares differ by 0.31, those of pairs in the other order by 0.45."""
+    differences: tuple[list[numpy.ndarray], list[numpy.ndarray]] = [], []
+    for of_kind in kinds.values():
+        for one in of_kind:
+            attn = spec.by_layer[one.layer] if one.part == "qkv" and one.layer is not None else None
+            if not attn or one.index > 1 or one.index and len(one.shape) < 2:
+                continue
+            D, rotated = attn.head_size, attn.head_size if attn.rope_size is None else attn.rope_size
+            if one.rows.size % D or rotated < 16 or not (one.rows > 0).all() or spec.output_gate:
+                continue
+            heads = numpy.log(one.rows).reshape(-1, D)[:, :rotated]
+            half = rotated // 2
+            differences[0].append(numpy.abs(heads[:, :half] - heads[:, half:]).ravel())
+            differences[1].append(numpy.abs(heads[:, 0::2] - heads[:, 1::2]).ravel())
+    if not differences[0]:
+        return 0.0
+    own, other = map(numpy.concatenate, differences)
+    gap = own - other
+    if len(gap) < 256 or gap.mean() < 6 * gap.std() / math.sqrt(len(gap)):
+        return 0.0
+    ratio = float(other.mean() / own.mean())
+    return ratio if ratio < 0.85 else 0.0

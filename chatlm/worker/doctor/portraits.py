@@ -1,0 +1,200 @@
+"""What the checks of weights keep of each tensor: it is read once, some rows at a time, and summed up."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy
+
+from chatlm.worker.arrays.kinds import floats
+from chatlm.worker.model.tensors import Cut, MappedRows, Unread, advise
+
+if TYPE_CHECKING:
+    from chatlm.worker.weights.rules import LoadedModel
+
+CHUNK = 1 << 21           # values at a time, 8 MB: so much memory a thread takes several times
+MOST_VALUES = 2_000_000_000  # of a model: of a larger one, only each n-th chunk is read
+BLOCK = 32                # adjacent columns that are compared with others'; the smallest block of any type
+
+
+@dataclass
+class Portrait:
+    """A file's tensor as statistics. `name`: the file's; `part`: our tensor that it is part of, without its
+    layer; `index`: which of those that form it."""
+
+    name: str
+    part: str
+    layer: int | None
+    index: int
+    shape: tuple[int, ...]
+    values: numpy.ndarray | None = None   # of a vector: itself
+    rows: numpy.ndarray = field(default_factory=lambda: numpy.zeros(0))     # (N,): each row's mean square
+    columns: numpy.ndarray = field(default_factory=lambda: numpy.zeros(0))  # (K,): each column's
+    read: int = 0                         # rows that were read
+    bad: int = 0                          # values that are NaN or infinite
+    first_bad: int = 0                    # the row of the first
+    constant: list[int] = field(default_factory=list)  # rows whose values are all the same, but not 0
+    holes: int = 0                        # blocks of zeros where neighbours are none
+    hole: int = 0                         # the row of the first
+    peaks: list[tuple[float, int, int]] = field(default_factory=list)  # (log of how much larger than its row
+    # and its columns a block is, its row, its first column), the largest of each chunk
+    usual: float = 0.0                    # that log of one block of a thousand
+
+    @property
+    def matrix(self) -> bool:
+        return self.values is None
+
+    @property
+    def kind(self) -> str:
+        """Its name without numbers: that of all layers' tensors like it."""
+        return re.sub(r"\d+", "{}", self.name)
+
+    @property
+    def level(self) -> float:
+        """The log of the root of its mean square; -inf if it is zero, or has NaN."""
+        square = float((self.rows if self.values is None else numpy.square(self.values)).mean())
+        return math.log(square) / 2 if 0 < square < math.inf else -math.inf
+
+
+def portraits(model: LoadedModel, threads: int = 1) -> list[Portrait]:
+    """Of each tensor that the model reads, whose matrices are float32 when read."""
+    tasks = [*tasks_of(model)]
+    total = sum(math.prod(portrait.shape) for portrait, _ in tasks)
+    every = -(-total // MOST_VALUES)
+    with ThreadPoolExecutor(threads) as pool:
+        return [*pool.map(partial(drawn, heads=head_rows(model), every=every), *zip(*tasks))]
+
+
+def head_rows(model: LoadedModel) -> int:
+    return model.spec.head_size
+
+
+def tasks_of(model: LoadedModel) -> Iterator[tuple[Portrait, Unread | MappedRows]]:
+    for ours, tensor in model.tensors.items():
+        layer, _, part = ours.rpartition(".")
+        of = tensor.of[1] if isinstance(tensor, Unread) else {ours: tensor.table.shape}
+        for index, (name, shape) in enumerate(of.items()):
+            yield Portrait(name, part, int(layer) if layer else None, index, tuple(shape)), tensor
+
+
+def drawn(portrait: Portrait, tensor: Unread | MappedRows, heads: int, every: int) -> Portrait:
+    """The portrait of a tensor, of which each `every`-th chunk is read."""
+    shape = portrait.shape
+    with numpy.errstate(all="ignore"):
+        if isinstance(tensor, Unread) and len(tensor.cut.full) == 1:
+            values = tensor.alone(portrait.name, Cut.whole(tensor.cut.full))
+            draw_vector(portrait, floats(numpy.asarray(joined_parts(values))).reshape(-1))
+            return portrait
+        rows, columns = math.prod(shape[:-1]), shape[-1]
+        step = max(CHUNK // columns // heads, 1) * heads
+        portrait.rows, portrait.columns = numpy.full(rows, numpy.nan), numpy.zeros(columns)
+        usual = list[float]()
+        for number, begin in enumerate(range(0, rows, step)):
+            if number % every:
+                continue
+            span = range(begin, min(begin + step, rows))
+            if isinstance(tensor, MappedRows):
+                values = tensor.look_up(numpy.arange(span.start, span.stop))
+            else:
+                values = tensor.alone(portrait.name, Cut((rows, columns), (len(span), columns), 0, [span]))
+            draw_chunk(portrait, floats(joined_parts(values)), begin, usual)
+        portrait.rows = portrait.rows[~numpy.isnan(portrait.rows)] if every > 1 else portrait.rows
+        portrait.columns /= max(portrait.read, 1)
+        portrait.usual = max(usual, default=0.0)
+        advise(getattr(tensor, "mapped", ()), "MADV_DONTNEED")
+    return portrait
+
+
+def rows_of(model: LoadedModel, ours: str, span: range) -> numpy.ndarray:
+    """Some rows of a matrix that is a single tensor of the file, (n, K) float32."""
+    tensor = model.tensors[ours]
+    if isinstance(tensor, MappedRows):
+        return tensor.look_up(numpy.arange(span.start, span.stop))
+    (name, shape), = tensor.of[1].items()
+    rows, columns = math.prod(shape[:-1]), shape[-1]
+    return floats(joined_parts(tensor.alone(name, Cut((rows, columns), (len(span), columns), 0, [span]))))
+
+
+def joined_parts(values) -> numpy.ndarray:
+    return numpy.concatenate(values) if isinstance(values, tuple) else values
+
+
+def draw_vector(portrait: Portrait, values: numpy.ndarray):
+    portrait.values, portrait.read = values, len(values)
+    portrait.bad = int((~numpy.isfinite(values)).sum())
+
+
+def draw_chunk(portrait: Portrait, values: numpy.ndarray, begin: int, usual: list[float]):
+    """Add rows (n, K), which begin at row `begin`."""
+    n, K = values.shape
+    squares = numpy.square(values)
+    width = next((size for size in (BLOCK, 16, 8) if K % size == 0), K)
+    sums = numpy.add.reduceat(squares, range(0, K, width), 1) if width != K else squares.sum(1)[:, None]
+    total = sums.sum(1, dtype=numpy.float64)
+    if not math.isfinite(float(total.sum())):
+        finite = numpy.isfinite(values)
+        if count := int((~finite).sum()):
+            if not portrait.bad:
+                portrait.first_bad = begin + int((~finite).any(1).argmax())
+            portrait.bad += count
+    portrait.rows[begin:begin + n] = total / K
+    portrait.columns += squares.sum(0, dtype=numpy.float32)
+    portrait.read += n
+    largest = numpy.maximum.reduceat(squares, range(0, K, width), 1) if width != K else squares.max(1)[:, None]
+    even = (sums > 0) & (numpy.abs(sums - width * largest) <= 1e-5 * sums)  # all of one magnitude
+    for row in numpy.flatnonzero(even.all(1) & (K >= BLOCK)):
+        if (values[row] == values[row, 0]).all():
+            portrait.constant.append(begin + int(row))
+    if width != K and K // width >= 4 and n >= 16:
+        compare_blocks(portrait, sums, largest, begin, width, usual)
+
+
+def compare_blocks(portrait: Portrait, sums: numpy.ndarray, largest: numpy.ndarray, begin: int, width: int,
+                   usual: list[float]):
+    """Compare blocks, given as their sums of squares and their largest squares (n, B), with what their row
+    and their column of blocks let expect.
+
+    The largest square is left out: one weight that stands out is natural, a whole block is not."""
+    empty = largest == 0
+    rest = numpy.log(numpy.maximum(sums - largest, 0) / (width - 1) + 1e-30) / 2
+    rest[empty] = numpy.nan
+    known = ~empty.all(1)
+    if not known.any():
+        return
+    if empty.any():
+        rows = numpy.where(known, numpy.nanmedian(numpy.where(known[:, None], rest, 0.0), 1), numpy.nan)
+        without = rest - rows[:, None]
+        seen = ~numpy.isnan(without).all(0)
+        columns = numpy.nanmedian(numpy.where(seen, without, 0.0), 0)
+    else:
+        rows = numpy.median(rest, 1)
+        without = rest - rows[:, None]
+        seen = numpy.ones(rest.shape[1], bool)
+        columns = numpy.median(without, 0)
+    # a column of blocks that is mostly empty is a dead one, and a row likewise; where little is expected, a
+    # type of few bits rounds it to nothing
+    plain = (empty.mean(0) < 0.5) & (columns > -2)
+    found = empty & plain & (known & (empty.mean(1) < 0.5))[:, None]
+    if count := int(found.sum()):
+        if not portrait.holes:
+            portrait.hole = begin + int(found.any(1).argmax())
+        portrait.holes += count
+    over = numpy.nan_to_num(without - numpy.maximum(columns, -3), nan=-9.0, posinf=99.0, neginf=-9.0)
+    row, block = divmod(int(over.argmax()), over.shape[1])
+    portrait.peaks.append((float(over[row, block]), begin + row, block * width))
+    usual.append(float(numpy.partition(over, -1 - over.size // 1000, None)[-1 - over.size // 1000]))
+
+
+def of_kinds(drawn: Iterable[Portrait]) -> dict[str, list[Portrait]]:
+    """By kind, each in the order of the layers."""
+    found: dict[str, list[Portrait]] = {}
+    for portrait in drawn:
+        found.setdefault(portrait.kind, []).append(portrait)
+    return {kind: sorted(of_kind, key=lambda one: -1 if one.layer is None else one.layer)
+            for kind, of_kind in found.items()}

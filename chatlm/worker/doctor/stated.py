@@ -1,0 +1,159 @@
+"""Checks of what a model's files state about its weights: types, rotary scaling, a tied head, the vocabulary."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, TYPE_CHECKING
+
+import numpy
+
+from chatlm.worker.arrays.gguf_types import block_of
+from chatlm.worker.arrays.kinds import floats
+from chatlm.worker.doctor.findings import Findings, error, examples, note, warning
+from chatlm.worker.doctor.portraits import rows_of
+from chatlm.worker.weights.assemble import read_safetensors
+from chatlm.worker.weights.families import FAMILIES
+from chatlm.worker.weights.packed_layouts import PackedWeight
+
+if TYPE_CHECKING:
+    from chatlm.worker.doctor.patient import Patient
+    from chatlm.worker.model.spec import ModelSpec
+
+FEW_BITS = 3.0  # of a weight: Q2_K, the types IQ2 and IQ1, ternary ones
+
+
+def check_types(patient: Patient) -> Findings:
+    """Tensors whose type is known to hurt."""
+    bits = {name: 8 * size / block for name, tensor in patient.gguf[1].items()
+            for block, size in (block_of(tensor.tensor_type.name),)}
+    kinds = {name: tensor.tensor_type.name for name, tensor in patient.gguf[1].items()}
+    head = "output.weight" if "output.weight" in bits else "token_embd.weight"
+    if patient.floats.spec.of_texts:
+        head = ""
+    if bits.get(head, 16) < FEW_BITS:
+        also = " (it is the embedding too)" if head == "token_embd.weight" else ""
+        yield warning(f"the head {head}{also} is of type {kinds[head]}, {bits[head]:.2g} bits a weight: this "
+                      "costs more than any other matrix", where=head,
+                      advice="quantize again with the head as Q6_K, the usual type")
+    routers = [name for name in bits if ".ffn_gate_inp" in name and bits[name] < 16]
+    if routers:
+        yield warning(f"the routers of experts are quantized ({examples(routers)}, {kinds[routers[0]]}): "
+                      "rounding chooses other experts", where=routers[0],
+                      advice="quantize again with the routers as F32, the usual type")
+
+
+def check_rope(patient: Patient) -> Findings:
+    """Rotary scaling against the context."""
+    scaling, context = stated_scaling(patient), patient.model.context_length
+    kind, factor, original = (scaling.get(key) for key in ("type", "factor", "original"))
+    own = patient.settings.context_length
+    if factor and original and not own and kind in ("yarn", "linear", "llama3"):
+        reach = int(factor * original)
+        if kind != "llama3" and context > 1.01 * max(reach, original):
+            yield warning(f"the context is {context:,} tokens, but rotary scaling ({kind}, {factor:g} times "
+                          f"{original:,}) reaches only {reach:,}", where=scaling["where"],
+                          advice=f"serve it with --context-length {reach}, or correct the file",
+                          context=context, reach=reach)
+    if kind in ("yarn", "linear") and factor is not None and factor < 1:
+        yield warning(f"rotary scaling ({kind}) has the factor {factor:g}, which shortens the context",
+                      where=scaling["where"], advice="correct the file: a factor is at least 1")
+    spec = patient.model.spec
+    if kind in ("", "none", "default", None) and not any(spec.windows):
+        if (turn := longest_turn(spec)) and spec.context_length > turn:
+            yield warning(f"the context is {spec.context_length:,} tokens, but with a rotary base of "
+                          f"{spec.rope_base:,.0f} and no scaling the slowest pair has turned around after "
+                          f"{turn:,}", where="rope_theta", context=spec.context_length,
+                          advice="take the base or the scaling from the original's config.json")
+
+
+def longest_turn(spec: ModelSpec) -> int:
+    """After how many tokens the slowest rotary pair has turned around; 0 if there is none, or heads are so
+    small that this is no sign."""
+    attentions = [attn for attn in spec.by_layer if attn]
+    sizes = [attn.head_size if attn.rope_size is None else attn.rope_size for attn in attentions]
+    if not sizes or min(sizes) < 64 or any(attn.rope_factors for attn in attentions) or spec.positions:
+        return 0
+    return int(max(2 * math.pi * attn.rope_base ** ((size - 2) / size)
+                   for attn, size in zip(attentions, sizes)))
+
+
+def stated_scaling(patient: Patient) -> dict[str, Any]:
+    """The type, factor and original context of rotary scaling, as the files state them."""
+    if patient.kind == "gguf":
+        own = f"{patient.metadata.get('general.architecture')}.rope.scaling."
+        value = patient.metadata.get
+        return {"type": value(f"{own}type"), "factor": value(f"{own}factor"), "where": f"{own}factor",
+                "original": value(f"{own}original_context_length")}
+    config = patient.json("config.json")
+    config = config if isinstance(config.get("text_config"), Mapping) is False else config["text_config"]
+    name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    rope = config.get(name)
+    if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
+        return {"type": "other" if rope else None, "where": name}
+    return {"type": rope.get("rope_type", rope.get("type")), "factor": rope.get("factor"), "where": name,
+            "original": rope.get("original_max_position_embeddings")}
+
+
+SAMPLED = 192       # rows of a head that are looked for in the embedding
+SAME, OTHER = 0.9, 0.5
+
+
+def check_head(patient: Patient) -> Findings:
+    """A head that is not the embedding although it should be, or the embedding in another order."""
+    model = patient.floats
+    if patient.kind == "hf" and model.spec.tied_head and not model.spec.of_texts:
+        yield from unused_head(patient)
+    if "head" not in model.tensors or "embed" not in model.tensors or model.spec.own_rows:
+        return
+    V = model.spec.vocab_size
+    chosen = numpy.sort(numpy.random.default_rng(0).permutation(V)[:SAMPLED])
+    head = numpy.concatenate([unit(rows_of(model, "head", range(row, row + 1))) for row in chosen.tolist()])
+    best, at = numpy.full(len(chosen), -2.0), numpy.zeros(len(chosen), int)
+    own = numpy.zeros(len(chosen))
+    step = max(1, (1 << 22) // model.spec.width)
+    for begin in range(0, V, step):
+        span = range(begin, min(begin + step, V))
+        alike = head @ unit(rows_of(model, "embed", span)).T  # (chosen, rows)
+        here = (chosen >= span.start) & (chosen < span.stop)
+        own[here] = alike[here, chosen[here] - begin]
+        alike[here, chosen[here] - begin] = -2.0
+        found, value = alike.argmax(1), alike.max(1)
+        at, best = numpy.where(value > best, begin + found, at), numpy.maximum(best, value)
+    moved = (best > SAME) & (own < OTHER)
+    if moved.mean() > 0.5:
+        shift = numpy.unique((at - chosen)[moved])
+        by = f", shifted by {shift[0]:+,}" if len(shift) == 1 else ""
+        yield error(f"the head has the embedding's rows in another order{by}: the model answers with wrong "
+                    "tokens", where="lm_head", advice="convert the model again, with a tied head")
+    elif own.mean() > 0.999:
+        yield note("the head equals the embedding, and takes its memory twice", where="lm_head")
+
+
+def unit(rows: numpy.ndarray) -> numpy.ndarray:
+    """Rows of length 1; those of zeros stay."""
+    lengths = numpy.sqrt(numpy.square(rows).sum(1, keepdims=True))
+    return rows / numpy.maximum(lengths, 1e-20)
+
+
+def unused_head(patient: Patient) -> Findings:
+    """A lm_head in the files of a model whose config says that it is the embedding."""
+    state, _ = read_safetensors(patient.path)
+    table = FAMILIES[patient.model.family].all_tensors
+    head, embed = state.get(table["head"][0]), state.get(table["embed"][0])
+    embed = state.get(table["embed"][0].removeprefix("model.")) if embed is None else embed
+    if head is None or embed is None or any(isinstance(one, PackedWeight) for one in (head, embed)):
+        return
+    rows = numpy.unique(numpy.linspace(0, min(len(head), len(embed)) - 1, SAMPLED).astype(int))
+    alike = (unit(floats(head[rows])) * unit(floats(embed[rows]))).sum(1)
+    if head.shape != embed.shape or float(numpy.median(alike)) < 0.99:
+        yield error("config.json says that the head is the embedding (tie_word_embeddings), but the files "
+                    f"have another {table['head'][0]}, which is not read", where=table["head"][0],
+                    advice="set tie_word_embeddings to false if the model was trained so")
+
+
+def check_vocabulary(patient: Patient) -> Findings:
+    """The rows of the embedding against the tokenizer."""
+    if (rows := patient.model.spec.vocab_size) > (size := patient.tokenizer.vocab_size):
+        yield note(f"{rows - size:,} of {rows:,} rows of the embedding belong to no token: padding",
+                   rows=rows, tokens=size)

@@ -1,0 +1,259 @@
+"""Checks of a chat template: what the server's own rendering makes of conversations whose texts are known."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence as Seq
+from functools import cached_property
+from typing import NamedTuple, TYPE_CHECKING
+
+from chatlm.common.errors import ChatServerError, RequestError, shown
+from chatlm.common.messages.requests import Message
+from chatlm.common.text.tokenizer import tools_of
+from chatlm.worker.doctor.findings import Findings, error, examples, note, warning
+
+if TYPE_CHECKING:
+    from chatlm.common.text.tokenizer import Tokenizer
+    from chatlm.worker.doctor.patient import Patient
+
+WHERE = "chat template"
+# Words that no template has; each must come out exactly once
+SYSTEM, FIRST, ANSWER, SECOND, REPLY, THIRD, PARTIAL = (
+    f"zq{name}qz" for name in ("system", "first", "answer", "second", "reply", "third", "partial"))
+TOOL, TOLD, ARGUMENT, VALUE, RESULT = (
+    f"zq{name}qz" for name in ("tool", "told", "argument", "value", "result"))
+TOOLS = ({"type": "function", "function": {
+    "name": TOOL, "description": TOLD, "parameters": {
+        "type": "object", "properties": {ARGUMENT: {"type": "string", "description": "a word"}},
+        "required": [ARGUMENT]}}},)
+CALL = {"id": "abcdefghi", "type": "function", "function": {"name": TOOL, "arguments": {ARGUMENT: VALUE}}}
+GOES_ON = {"continue_final_message": True, "add_generation_prompt": False}
+A_NAME = re.compile(r"<[|｜][^<>\s|｜]{1,60}[|｜]>|</?s>|<(?:start|end)_of_turn>|<turn\||<\|turn>|<eos>|<bos>")
+AN_END = re.compile(r"(?i)end|eot|eom|eos|/s>|stop|return")
+CHAT_TOKENS = (("<|im_start|>", "<|im_end|>"), ("<start_of_turn>", "<end_of_turn>"),
+               ("<|start_header_id|>", "<|eot_id|>"), ("<|turn>", "<turn|>"))
+
+
+class Rendered(NamedTuple):
+    """A conversation as the model reads it."""
+
+    ids: list[int]
+    text: str     # with the names of special tokens
+    refused: str  # why it could not be rendered; "" if it could
+
+
+class Chats:
+    """The conversations, rendered when they are first asked for."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+
+    def render(self, *messages: Message, tools: Seq[dict] = (), options: Mapping = {}) -> Rendered:
+        try:
+            ids = self.tokenizer.render(messages, tools, options)
+        except RequestError as reason:
+            return Rendered([], "", str(reason) or "without a reason")
+        return Rendered(ids, self.tokenizer.show(ids), "")
+
+    @cached_property
+    def one(self) -> Rendered:
+        return self.render(Message("user", FIRST))
+
+    @cached_property
+    def unprompted(self) -> Rendered:
+        return self.render(Message("user", FIRST), options={"add_generation_prompt": False})
+
+    @cached_property
+    def system(self) -> Rendered:
+        return self.render(Message("system", SYSTEM), Message("user", FIRST))
+
+    @cached_property
+    def turns(self) -> Rendered:
+        return self.render(Message("user", FIRST), Message("assistant", ANSWER), Message("user", SECOND),
+                           Message("assistant", REPLY), Message("user", THIRD))
+
+    @cached_property
+    def goes_on(self) -> Rendered:
+        return self.render(Message("user", FIRST), Message("assistant", PARTIAL), options=GOES_ON)
+
+    @cached_property
+    def tools(self) -> Rendered:
+        return self.render(Message("user", FIRST), tools=TOOLS)
+
+    @cached_property
+    def results(self) -> Rendered:
+        return self.render(
+            Message("user", FIRST), Message("assistant", "", {"tool_calls": [CALL]}),
+            Message("tool", RESULT, {"tool_call_id": CALL["id"], "name": TOOL}), tools=TOOLS)
+
+    def around(self, before: str, after: str) -> str:
+        """What the conversation of several turns has between two of its texts."""
+        return self.turns.text.partition(before)[2].partition(after)[0]
+
+
+def check_template(patient: Patient) -> Findings:
+    tokenizer = patient.tokenizer
+    if patient.text.embedder:
+        return
+    if patient.text.kind == "hf" and not patient.text.chat_template or patient.text.kind == "characters":
+        yield note("the model has no chat template, so it cannot chat; it continues texts", WHERE)
+        return
+    chats = Chats(tokenizer)
+    if patient.text.kind == "hf":
+        try:
+            getattr(tokenizer, "template")
+        except ChatServerError as reason:
+            yield error(str(reason), WHERE)
+            return
+    if refused := chats.one.refused:
+        yield error(f"a user's message cannot be rendered: {refused}", WHERE)
+        return
+    for part in (lost_or_doubled, prompts, ends, begins, unused, features):
+        yield from part(patient, chats)
+
+
+def miscounted(rendered: Rendered, texts: Seq[str]) -> tuple[list[str], list[str]]:
+    """Which of the texts are lost, and which are there more than once."""
+    counts = {text: rendered.text.count(text) for text in texts}
+    return [text for text in texts if not counts[text]], [text for text in texts if counts[text] > 1]
+
+
+def lost_or_doubled(patient: Patient, chats: Chats) -> Findings:
+    native = tools_of(chats.tokenizer) == "native"
+    for what, rendered, texts, weight in (
+            ("a user's message", chats.one, (FIRST,), error),
+            ("a conversation of several turns", chats.turns, (FIRST, ANSWER, SECOND, REPLY, THIRD), error),
+            ("a system message", chats.system, (SYSTEM, FIRST), warning),
+            ("a message to continue", chats.goes_on, (FIRST, PARTIAL), warning),
+            ("the description of a function", chats.tools, (FIRST, TOLD, ARGUMENT), warning),
+            ("a function's call and result", chats.results, (FIRST, VALUE, RESULT), warning)):
+        if rendered.refused:
+            if not (rendered is chats.system and "ystem" in rendered.refused):
+                yield weight(f"{what} cannot be rendered: {rendered.refused}", WHERE)
+            continue
+        lost, doubled = miscounted(rendered, texts)
+        # a description may say an argument's name again, as one that is required
+        doubled = [text for text in doubled if text != ARGUMENT]
+        if lost:
+            names = examples([text[2:-2] for text in lost])
+            yield weight(f"of {what} the text is lost ({names})", WHERE,
+                         "the model never reads it" + (", though the template asks for functions"
+                                                       if native and "function" in what else ""))
+        if doubled:
+            yield weight(f"of {what} the text is doubled ({examples([text[2:-2] for text in doubled])})",
+                         WHERE)
+
+
+def prompts(patient: Patient, chats: Chats) -> Findings:
+    """Does the prompt end where the answer begins?"""
+    if chats.turns.refused or chats.unprompted.refused:
+        return
+    before = without_thoughts(chats, chats.around(FIRST, ANSWER))
+    prompted = chats.one.text.partition(FIRST)[2]
+    opening = before.removeprefix(prompted)
+    if prompted == chats.unprompted.text.partition(FIRST)[2] and before.startswith(prompted) and (
+            re.search(r"\w", opening)):
+        yield warning(f"the template ignores add_generation_prompt: {shown(opening.strip())}, which comes before "
+                      "answers, is not in the prompt", WHERE,
+                      "the model has to write it, or answers for the user; a newer template has it")
+    if not chats.goes_on.refused and not chats.goes_on.text.rstrip().endswith(PARTIAL):
+        yield warning("a message that is to be continued does not end the prompt", WHERE)
+
+
+def without_thoughts(chats: Chats, text: str) -> str:
+    """Text without the empty reasoning that templates put before earlier answers."""
+    begin, end = chats.tokenizer.thoughts or ("", "")
+    return re.sub(f"{re.escape(begin)}.*?{re.escape(end)}\\s*", "", text, flags=re.DOTALL) if end else text
+
+
+def ends(patient: Patient, chats: Chats) -> Findings:
+    """Does the template end answers with a token that ends them here, and begin them with none?"""
+    if chats.turns.refused:
+        return
+    tokenizer, named = chats.tokenizer, chats.tokenizer.named_tokens
+    stops = {tokenizer.show([token]) for token in tokenizer.stop_tokens}
+    after, before = chats.around(ANSWER, SECOND), chats.around(FIRST, ANSWER)
+    written = names_in(tokenizer, after)
+    if not written:
+        yield note("the template writes no token after an answer", WHERE)
+    elif not stops.intersection(written):
+        end = written[0]
+        split = end not in named
+        yield error(f"the template ends answers with {shown(end)}, " + (
+            f"which is no token here: it splits into {len(tokenizer.encode(end))}" if split else
+            f"which does not end them here (only {examples([*map(shown, sorted(stops))]) or 'nothing'} does)"),
+            WHERE, "answers never end; " + ("its token has the wrong type, or is missing" if split else
+                                            "name it as eos or eot"))
+    opening = names_in(tokenizer, before)
+    if opening and opening[-1] in stops and opening[-1] not in written[:1]:
+        yield error(f"{shown(opening[-1])} ends answers, but the template begins them with it", WHERE,
+                    "the id of eos is another token's")
+    for name in dict.fromkeys(names_in(tokenizer, chats.turns.text)):
+        if name not in named and (name in patient.vocab or AN_END.search(name) or "start" in name):
+            yield error(f"the template writes {shown(name)}, which "
+                        + ("is an ordinary token in the vocabulary" if name in patient.vocab else
+                           "is no token here") + f", so it splits into {len(tokenizer.encode(name))}", WHERE,
+                        "the type of its token should be control (special)")
+    stated = {patient.text.eos_token, *(patient.metadata.get(f"tokenizer.ggml.{name}_token_id")
+                                        for name in ("eos", "eot", "eom"))}
+    silent = [tokenizer.show([token]) for token in sorted(tokenizer.stop_tokens - stated)
+              if tokenizer.show([token]) not in (patient.text.chat_template or "")]
+    if silent and patient.kind == "gguf":
+        yield note(f"answers end also with {examples([*map(shown, silent)])}, which the file does not name as "
+                   "an end", WHERE)
+
+
+def names_in(tokenizer: Tokenizer, text: str) -> list[str]:
+    """The special tokens in a rendered text, and what looks like one, in order."""
+    names = sorted(tokenizer.named_tokens, key=len, reverse=True)
+    pattern = "|".join([*map(re.escape, names), A_NAME.pattern])
+    return re.findall(pattern, text)
+
+
+def begins(patient: Patient, chats: Chats) -> Findings:
+    """BOS: once, where the model expects it."""
+    tokenizer, bos, ids = chats.tokenizer, patient.text.bos_token, chats.one.ids
+    if bos is None:
+        return
+    name = shown(tokenizer.show([bos]))
+    if ids[:2] == [bos, bos]:
+        yield error(f"a chat begins with {name} twice", WHERE, "the model has never seen that; remove it from the "
+                    "template")
+    elif ids[:1] != [bos] and expects_bos(patient):
+        yield warning(f"a chat does not begin with {name}, with which texts of this vocabulary begin", WHERE,
+                      "set tokenizer.ggml.add_bos_token, or write it in the template")
+
+
+def expects_bos(patient: Patient) -> bool:
+    """Whether texts of this vocabulary begin with BOS, whatever the file says of chats."""
+    text, metadata = patient.text, patient.metadata
+    if text.add_bos or patient.kind != "gguf":
+        return text.add_bos
+    return metadata.get("tokenizer.ggml.model") == "llama" or metadata.get("tokenizer.ggml.pre") in (
+        "llama-bpe", "llama3", "llama-v3", "tekken", "pixtral")
+
+
+def unused(patient: Patient, chats: Chats) -> Findings:
+    """A template of another model writes none of the tokens that this one was trained to chat with."""
+    if patient.text.kind != "hf" or chats.turns.refused:
+        return
+    named = chats.tokenizer.named_tokens
+    missing = next((pair for pair in CHAT_TOKENS if all(name in named for name in pair)), None)
+    written = [name for name in names_in(chats.tokenizer, chats.around(FIRST, ANSWER)) if name in named]
+    if missing and not written:
+        yield warning(f"the template writes none of the vocabulary's tokens for chats, such as {missing[0]}, "
+                      "before an answer", WHERE, "it may be another model's, or an old one")
+
+
+def features(patient: Patient, chats: Chats) -> Iterator:
+    tokenizer, template = chats.tokenizer, patient.text.chat_template or ""
+    thinks = tokenizer.thoughts
+    switch = re.search(r"\b(enable_thinking|thinking|reasoning_effort|thinking_budget)\b", template)
+    kind = {"native": f"in the template's own form ({tokenizer.tool_format})",
+            "generic": "described by this server, as the template has no place for them"}
+    yield note("; ".join([
+        "system messages: " + ("refused" if chats.system.refused else "yes"),
+        f"functions: {kind.get(tools_of(tokenizer) or '', 'no')}",
+        "thinking: " + (f"{thinks[0]} to {thinks[1]}" + (f", by {switch[1]}" if switch else "")
+                        if thinks else "no"),
+        "continuing a message: " + ("no" if chats.goes_on.refused else "yes")]), WHERE)

@@ -1,0 +1,248 @@
+"""Checks of a tokenizer: its tables, texts there and back, and published ones that it should equal."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Sequence as Seq
+from typing import TYPE_CHECKING
+
+from chatlm.common.errors import RequestError, shown
+from chatlm.common.messages.requests import TextSpec
+from chatlm.common.text.load import HuggingFaceTokenizer, open_tokenizer
+from chatlm.worker.doctor.findings import Findings, error, examples, note, warning
+from chatlm.worker.doctor.fingerprints import fingerprint, likeness
+from chatlm.worker.doctor.hard_texts import HARD_TEXTS
+from chatlm.worker.weights.gguf_header import Texts
+
+if TYPE_CHECKING:
+    from chatlm.common.text.tokenizer import Tokenizer
+    from chatlm.worker.doctor.patient import Patient
+
+WRONG_SPLITS = ("the pre-tokenizer, which cuts text into words (tokenizer.ggml.pre of a GGUF file), may be "
+                "another one's: convert the model again, with a newer converter")
+
+
+def shown_texts(texts: Seq[str]) -> str:
+    return examples([*map(shown, texts)])
+
+
+# Tables
+
+
+def check_vocabulary(patient: Patient) -> Findings:
+    """Ids: unique, without holes, within the embedding; no token that hides another."""
+    where = "tokenizer.ggml.tokens" if patient.kind == "gguf" else "tokenizer.json"
+    tokens = patient.metadata.get("tokenizer.ggml.tokens")
+    if tokens is not None:
+        counts = Counter(list(tokens) if isinstance(tokens, Texts) else tokens)
+        if twice := [token for token, count in counts.items() if count > 1 and token]:
+            yield warning(f"{len(twice):,} tokens are there more than once: {shown_texts(twice)}", where,
+                          "only the last of each is ever encoded")
+    vocab, added = patient.vocab, patient.pipeline.get("added_tokens", [])
+    by_id: dict[int, str] = {}
+    for text, token in vocab.items():
+        if by_id.setdefault(token, text) != text:
+            yield error(f"the id {token:,} has two tokens, {shown(by_id[token])} and {shown(text)}", where)
+            break
+    for entry in added:
+        other = by_id.get(entry["id"], entry["content"])
+        if other != entry["content"]:
+            yield error(f"the added token {shown(entry['content'])} has the id {entry['id']:,} of "
+                        f"{shown(other)}", where)
+        if vocab.get(entry["content"], entry["id"]) != entry["id"]:
+            yield error(f"the added token {shown(entry['content'])} hides one of the vocabulary, whose id is "
+                        f"{vocab[entry['content']]:,}", where)
+    ids = {*by_id, *(entry["id"] for entry in added)}
+    if ids and (holes := max(ids) + 1 - len(ids)):
+        yield note(f"{holes:,} ids below {max(ids):,} have no token", where)
+    rows, count = patient.model.spec.vocab_size, patient.tokenizer.vocab_size
+    if rows > count + 8192:
+        yield note(f"the model can draw {rows:,} tokens, of which the tokenizer knows {count:,}", where)
+
+
+def check_added_tokens(patient: Patient) -> Findings:
+    """Ordinary words that are tokens of their own are cut out of every text before it is read."""
+    words = [entry["content"] for entry in patient.pipeline.get("added_tokens", [])
+             if re.fullmatch(r"[^\W\d_]{2,}", re.sub("^[ \u2581\u0120]", "", entry["content"]))]
+    if words:
+        yield warning(f"ordinary words are added tokens: {shown_texts(words)}", "added_tokens",
+                      "each is cut out of the words that contain it; its type should be that of ordinary "
+                      "tokens")
+
+
+def check_ends(patient: Patient) -> Findings:
+    """Which tokens begin a text and end an answer."""
+    tokenizer, text = patient.tokenizer, patient.text
+    ends = sorted(tokenizer.stop_tokens)
+    if not ends and text.kind != "characters":
+        yield error("no token ends an answer, so answers end only where they are cut off", key_of_eos(patient),
+                    "name the token with which the model ends its turn")
+    names = {token: tokenizer.show([token]) for token in ends}
+    if plain := [names[token] for token in ends if tokenizer.token_bytes(token)
+                 and token not in tokenizer.added]:
+        yield error(f"answers end with ordinary text: {shown_texts(plain)}", key_of_eos(patient),
+                    "each answer would be cut where this text occurs; the id is probably another token's")
+    if text.bos_token is not None and tokenizer.token_bytes(text.bos_token):
+        yield warning(f"texts begin with the ordinary token {shown(tokenizer.show([text.bos_token]))}",
+                      "bos_token_id")
+    if text.add_bos and text.bos_token is None:
+        yield warning("a first token is asked for (add_bos), but none is named", "bos_token_id")
+
+
+def key_of_eos(patient: Patient) -> str:
+    return {"gguf": "tokenizer.ggml.eos_token_id", "hf": "eos_token of tokenizer_config.json, or eos_token_id "
+            "of generation_config.json"}.get(patient.kind, "tokenizer.pkl")
+
+
+def check_pre_tokenizer(patient: Patient) -> Findings:
+    if patient.metadata.get("tokenizer.ggml.model") == "gpt2" and not patient.metadata.get("tokenizer.ggml.pre"):
+        yield warning("the file does not say how text is cut into words, so a guess is used that fits few "
+                      "models", "tokenizer.ggml.pre", "convert the model again, with a newer converter")
+
+
+MOST_DESCENTS = 0.25  # of the merges; with more, the order of the ids says nothing about theirs
+
+
+def check_merges(patient: Patient) -> Findings:
+    """Merges in the order of the tokens that they make, as training writes both, and none missing."""
+    model, where = patient.pipeline.get("model", {}), "merges"
+    if model.get("type") != "BPE":
+        return
+    vocab, pairs = model["vocab"], [merge.split(" ", 1) if isinstance(merge, str) else merge
+                                    for merge in model["merges"]]
+    made = [vocab.get("".join(pair), 0) for pair in pairs]
+    if again := [pair for pair, count in Counter(map(tuple, pairs)).items() if count > 1]:
+        yield warning(f"{len(again):,} merges are there more than once: "
+                      f"{shown_texts([' '.join(pair) for pair in again])}", where)
+    falls = [place for place, (before, after) in enumerate(itertools.pairwise(made)) if after < before]
+    if falls and len(falls) <= max(MOST_DESCENTS * len(made), 1):
+        yield warning(f"{len(falls):,} of {len(made):,} merges are out of order, the first: "
+                      f"{shown(' '.join(pairs[falls[0]]))} before {shown(' '.join(pairs[falls[0] + 1]))}",
+                      where, "some words are cut otherwise than in training; convert the model again")
+
+
+# Texts there and back
+
+
+def check_round_trips(patient: Patient) -> Findings:
+    """Each of HARD_TEXTS is encoded and decoded; what is lost, nobody can ask the model about."""
+    tokenizer, lost = patient.tokenizer, list[str]()
+    if not covers_all(patient):
+        yield note("the vocabulary does not have all characters, so texts are not compared")
+        return
+    for text in HARD_TEXTS:
+        wanted = accepted_forms(patient, text)
+        try:
+            found = tokenizer.decode(tokenizer.encode(text))
+        except RequestError as reason:
+            yield error(f"{shown(text)} cannot be encoded: {reason}")
+            return
+        if found not in wanted:
+            lost.append(text)
+    if lost:
+        first = tokenizer.decode(tokenizer.encode(lost[0]))
+        yield error(f"{len(lost):,} of {len(HARD_TEXTS):,} texts are not the same after encoding and decoding; "
+                    f"the first, {shown(lost[0])}, becomes {shown(first)}",
+                    advice="the vocabulary lacks bytes, or the normalizer or decoder is another model's")
+
+
+def covers_all(patient: Patient) -> bool:
+    """Whether the tokenizer has a token for each byte, and keeps texts as they are."""
+    if patient.text.kind != "hf":
+        return patient.text.kind == "nanochat"
+    model = patient.pipeline["model"]
+    if model.get("type") != "BPE" or patient.text.embedder:
+        return False
+    tokenizer = patient.tokenizer
+    return isinstance(tokenizer, HuggingFaceTokenizer) and (tokenizer.byte_level or bool(
+        model.get("byte_fallback")))
+
+
+def accepted_forms(patient: Patient, text: str) -> set[str]:
+    """What may come back: normalizers of Unicode, and U+2581 for spaces, are common and intended."""
+    state = json.dumps(patient.pipeline.get("normalizer"))
+    forms = {text}
+    for form in ("NFC", "NFKC", "NFD", "NFKD"):
+        if f'"{form}"' in state or form == "NFKC" and "Precompiled" in state:
+            forms.add(unicodedata.normalize(form, text))
+    if "\u2581" in json.dumps(patient.pipeline.get("decoder"), ensure_ascii=False) or "Metaspace" in state + (
+            json.dumps(patient.pipeline.get("pre_tokenizer"))):
+        forms |= {form.replace("\u2581", " ") for form in forms}
+    return forms
+
+
+SAMPLED = 30_000       # tokens
+FEW, MANY = 0.01, 0.2  # shares of tokens that no text becomes: of published vocabularies fewer than FEW
+LEAST = 8
+
+
+def check_reach(patient: Patient) -> Findings:
+    """Does each token's own text become that token? A vocabulary trained with other words or merges has
+    tokens that no text becomes."""
+    if patient.pipeline.get("model", {}).get("type") != "BPE":
+        return
+    tokenizer = merging(patient)
+    tried, missed = 0, list[str]()
+    for token, text in sampled_texts(patient, tokenizer):
+        tried += 1
+        if tokenizer.encode(text) != [token]:
+            missed.append(text)
+    share = len(missed) / max(tried, 1)
+    if share < FEW or len(missed) < LEAST:
+        return
+    made = error if share > MANY else warning
+    yield made(f"{len(missed):,} of {tried:,} tokens cannot come from any text: their own is cut otherwise, as "
+               f"that of {shown_texts(missed)}", "merges, pre-tokenizer",
+               f"merges are missing or in a wrong order, or {WRONG_SPLITS}", share=round(share, 4))
+
+
+def merging(patient: Patient) -> Tokenizer:
+    """The tokenizer, without the rule that a word of the vocabulary needs no merges: it would hide what is
+    wrong with them."""
+    if not patient.pipeline["model"].get("ignore_merges"):
+        return patient.tokenizer
+    changed = patient.pipeline | {"model": patient.pipeline["model"] | {"ignore_merges": False}}
+    return open_tokenizer(TextSpec("hf", json.dumps(changed, ensure_ascii=False).encode()))
+
+
+def sampled_texts(patient: Patient, tokenizer: Tokenizer) -> Iterator[tuple[int, str]]:
+    """Ordinary tokens and their texts, where these are whole characters that begin a text as they are."""
+    spaced = any(tokenizer.token_bytes(token).startswith(b" ") for token in tokenizer.encode("a")[:1])
+    tokens = range(tokenizer.vocab_size)
+    for token in tokens[::max(len(tokens) // SAMPLED, 1)]:
+        if token in tokenizer.added or token in tokenizer.special_names:
+            continue
+        try:
+            text = tokenizer.token_bytes(token).decode()
+        except UnicodeDecodeError:
+            continue
+        if spaced:  # such a pipeline puts a space before the text
+            if not text.startswith(" ") or not text.strip():
+                continue
+            text = text[1:]
+        if len(text) > 1 and unicodedata.is_normalized("NFC", text) and not any(
+                name in text for name in added_texts(tokenizer)):
+            yield token, text
+
+
+def added_texts(tokenizer: Tokenizer) -> Seq[str]:
+    return [text.decode() for text in tokenizer.added.values()]
+
+
+def check_likeness(patient: Patient) -> Findings:
+    """Does it encode as the published tokenizer that it is like?"""
+    tokenizer = patient.tokenizer
+    names = added_texts(tokenizer)
+    found = likeness(fingerprint(tokenizer.encode), lambda text: any(name in text for name in names))
+    if found is None:
+        return
+    if not found.different:
+        yield note(f"encodes as {found.name} does")
+        return
+    yield warning(f"it looks like the tokenizer of {found.name}, but {len(found.different):,} of "
+                  f"{found.compared:,} texts are encoded otherwise, the first: {shown(found.different[0])}",
+                  advice=WRONG_SPLITS, like=found.name, texts=[*found.different])
