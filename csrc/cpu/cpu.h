@@ -21,6 +21,11 @@ __attribute__((always_inline)) static inline void fetch_once(const unsigned char
         for (long line = 0; line < bytes; line += 64) __builtin_prefetch(from + line, 0, 2);
 }
 
+// To the second cache, for what is read once more while other things go through the first.
+__attribute__((always_inline)) static inline void fetch_again(const unsigned char* from, long bytes) {
+    for (long line = 0; line < bytes; line += 64) __builtin_prefetch(from + line, 0, 2);
+}
+
 enum class Isa { portable, avx2, avx512, neon };
 
 // What multiplies many rows in addition to the kernels of an Isa. measured: AMX, where it was measured to be faster; always: for any number of

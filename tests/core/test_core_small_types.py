@@ -63,6 +63,31 @@ def test_tiles_multiply_as_the_reference_says_with_the_same_bits_everywhere(kind
     assert (np.abs(out - x.astype(np.float64) @ w.astype(np.float64).T) <= bound + 1e-30).all()
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("kind", ["iq3_xxs", "iq2_xs", "iq1_m"])
+def test_rows_of_a_step_keep_their_bits_however_they_are_divided(kind, threads):
+    N, K, most, before = 80, 512, 200, decode_core.info()["threads"]
+    matrix = decode_core.Matrix(decode_core.Arena(1 << 20), kind, N, K)
+    matrix.fill(blocks_of(kind, N, K, 3, None, -8), kind)
+    table = np.random.default_rng(4).standard_normal((most, K)).astype(np.float32)
+    table[::7] *= np.exp(2 * np.random.default_rng(5).standard_normal(K)).astype(np.float32)
+    program, x, out = decode_core.Program(most, 4), np.zeros((most, K), np.float32), np.zeros((most, N), np.float32)
+    program.embed(table, program.token_ids, x)
+    program.linear(x, matrix, out)
+    try:
+        decode_core.set_threads(threads)
+        alone = np.empty((most, N), np.float32)
+        for row in range(most):
+            decode_core.multiply(table[row:row + 1], matrix, out=alone[row:row + 1])
+        for T in (40, 88, 129, most):                   # chunks of 40 or 24, 88 or 48, 72, 72 or 56 rows
+            out[:] = 0
+            pages = list(range(-(-T // 16)))
+            program.finish(program.start(list(range(T)), [-1] * T, [0, T], [T], [pages], []))
+            np.testing.assert_array_equal(out[:T], alone[:T])
+    finally:
+        decode_core.set_threads(before)
+
+
 @pytest.mark.parametrize("kind", SCALES)
 def test_types_that_only_files_have_become_q8_0_on_cuda(kind):
     weights = pytest.importorskip("decode_core.weights", exc_type=ImportError)

@@ -39,6 +39,10 @@ DC_INLINE void prefetch_block(const uint8_t* group, int64_t i, int64_t ahead) {
     fetch_once(group + i * STEP + ahead, STEP);
 }
 
+// In the panel's next block, what p is in this one.
+template <class T>
+DC_INLINE const T* next_block(const T* p) { return reinterpret_cast<const T*>(reinterpret_cast<const uint8_t*>(p) + sizeof(PanelBlock)); }
+
 // ---- from sums to outputs
 
 struct Sums { float y[PAIR][GROUP_ROWS][16]; };

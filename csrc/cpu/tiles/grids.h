@@ -7,7 +7,8 @@
 //              SIGNED: 64 B of signs: of byte k % 4 of lane r, bit k / 4 is column k's
 //              more bits of the numbers [HIGH][n] u16, bit r = row r; of IQ1_* the last is the sign of what is added to 8 columns
 // mapping  a load from the grid for each entry, whose 8 columns of 16 rows are shuffled into words of 4; with VBMI a grid lies in registers,
-//          as two bytes of digits for an entry, and 64 entries are looked up at once. One row of x with AVX2: looked_up_row.inl.h
+//          as two bytes of digits for an entry, and 64 entries are looked up at once. One row of x with AVX2: looked_up_row.inl.h; more
+//          than 8 with AVX-512: tile_pairs.inl.h
 // cost     of 32 columns on Zen 5: 46 to 90 cycles by loads, 18 to 44 with VBMI
 // numerics a code is a weight's integer plus 2^OFFSET_SHIFT, as everywhere: the entry plus that, or that minus the entry where the
 //          weight is negative. So integer sums and scales are those of the other types
@@ -301,7 +302,21 @@ DC_VBMI_INLINE void expand_in_registers(const uint8_t* quants, uint8_t* to) {
 
 // The same type with its codes as bytes, aligned.
 template <class F>
-struct Expanded : F { static constexpr int64_t BYTES = 512, SCALE_BYTES = (F::SCALE_BYTES + 63) / 64 * 64; };
+struct Expanded : F {
+    static constexpr int64_t BYTES = 512, SCALE_BYTES = (F::SCALE_BYTES + 63) / 64 * 64;
+    DC_INLINE void expand_scales(const uint8_t* group, uint8_t* to) { std::memcpy(to, group, F::SCALE_BYTES); }
+};
+
+// With its scales as float32 [BLOCKS][PARTS][16] too, where many rows need them.
+template <class F>
+struct WhollyExpanded : F {
+    static constexpr int64_t BYTES = 512, SCALE_BYTES = F::BLOCKS * F::PARTS * 64;
+    DC_INLINE void expand_scales(const uint8_t* group, uint8_t* to) {
+        for (int i = 0; i < F::BLOCKS; i++)
+            for (int part = 0; part < F::PARTS; part++) store(reinterpret_cast<float*>(to) + 16 * (F::PARTS * i + part), F::scale(group, i, part));
+    }
+    DC_INLINE Lanes scale(const uint8_t* group, int i, int part) { return load(reinterpret_cast<const float*>(group) + 16 * (F::PARTS * i + part)); }
+};
 
 // Scales of 4 bits, which stand for odd numbers: d * (2 s + 1) / OF. Of 16 columns, two in a byte, or of 32, of blocks i and i + 1.
 template <int OF, int PARTS_>

@@ -69,6 +69,12 @@ int64_t bytes_of(const Tiles& tiles) {
     return tiles.places ? bytes : count * tile_bytes(tiles.type, tiles.columns);
 }
 
+bool is_looked_up(const Tiles& tiles) {
+    const auto looked_up = [](Weight type) { return !is_float(type) && with_format(type, [](auto format) { return decltype(format)::EXPANDS; }); };
+    if (!tiles.places) return looked_up(tiles.type);
+    return std::any_of(tiles.places, tiles.places + tile_count(tiles.rows), [&](const TilePlace& place) { return looked_up(place.type); });
+}
+
 size_t prepared_bytes(Weight type, int64_t columns, int64_t rows) {
     return size_t(panel_count(rows) * panel_bytes(type, columns));
 }

@@ -15,6 +15,7 @@
 #include "cpu/tiles/finish.inl.h"
 #include "cpu/tiles/formats.h"
 #include "cpu/tiles/looked_up_row.inl.h"
+#include "cpu/tiles/tile_pairs.inl.h"
 #include "cpu/tiles/tiles.h"
 
 namespace dc {
@@ -217,9 +218,6 @@ DC_INLINE bool any_fine(const uint8_t* has_fine) {
     return flags != 0;
 }
 
-template <class T>
-DC_INLINE const T* next_block(const T* p) { return reinterpret_cast<const T*>(reinterpret_cast<const uint8_t*>(p) + sizeof(PanelBlock)); }
-
 template <int PARTS>
 struct Scales { Lanes of[PARTS]; };
 
@@ -407,45 +405,90 @@ struct Gathering {
         return static_cast<const uint8_t*>(job.prepared) + group / (PANEL_ROWS / GROUP_ROWS) * panel_bytes(job.tiles.type, job.tiles.columns);
     }
     int rows(int64_t group) const { return int(least(GROUP_ROWS, job.rows - group * GROUP_ROWS)); }
+    int64_t count() const { return (end - first - 1) * GROUP_ROWS + rows(end - 1); }
 };
 
 // Groups that meet a tile's codes, and groups of the tile's blocks, of 256 columns, whose codes lie in the cache together: 4 and 1 cost 2 to 8 %
 // of a prompt's products.
 constexpr int64_t EXPANDED_GROUPS = 16, EXPANDED_TOGETHER = 4;
 
-// A group's scales, and after them its codes.
-template <class F>
-__attribute__((noinline)) void expand_group(const uint8_t* group, uint8_t* to) {
-    std::memcpy(to, group, F::SCALE_BYTES);
-    to += Expanded<F>::SCALE_BYTES;
+// A group's scales, and after them its codes; `ahead` as for q_rows.
+template <class F, class E>
+__attribute__((noinline)) void expand_group(const uint8_t* group, uint8_t* to, int64_t ahead) {
+    E::expand_scales(group, to);
+    to += E::SCALE_BYTES;
     uint16_t numbers[F::MORE ? F::BLOCKS : 1][16 * F::ENTRIES];
     for (int i = 0; F::MORE && i < F::BLOCKS; i++) F::find_numbers(quants_of<F>(group, i), numbers[i]);
     for (int i = 0; i < F::BLOCKS; i++) {
-        prefetch_block<F>(group, i, AHEAD);
-        F::expand(quants_of<F>(group, i), numbers[F::MORE ? i : 0], to + i * Expanded<F>::BYTES);
+        if (ahead) prefetch_block<F>(group, i, ahead);
+        F::expand(quants_of<F>(group, i), numbers[F::MORE ? i : 0], to + i * E::BYTES);
     }
 }
 
 #if defined(__AVX512F__)
-template <class F>
-DC_VBMI __attribute__((noinline)) void expand_group_in_registers(const uint8_t* group, uint8_t* to) {
-    std::memcpy(to, group, F::SCALE_BYTES);
+template <class F, class E>
+DC_VBMI __attribute__((noinline)) void expand_group_in_registers(const uint8_t* group, uint8_t* to, int64_t ahead) {
+    E::expand_scales(group, to);
     for (int i = 0; i < F::BLOCKS; i++) {
-        prefetch_block<F>(group, i, AHEAD);
-        expand_in_registers<F>(quants_of<F>(group, i), to + Expanded<F>::SCALE_BYTES + i * Expanded<F>::BYTES);
+        if (ahead) prefetch_block<F>(group, i, ahead);
+        expand_in_registers<F>(quants_of<F>(group, i), to + E::SCALE_BYTES + i * E::BYTES);
     }
 }
 #endif
 
-using Expander = void (*)(const uint8_t* group, uint8_t* to);
+using Expander = void (*)(const uint8_t* group, uint8_t* to, int64_t ahead);
 
-template <class F>
+template <class F, class E>
 Expander expander() {
 #if defined(__AVX512F__)
     static const bool vbmi = cpu_has("avx512_vbmi");
-    if (vbmi) return expand_group_in_registers<F>;
+    if (vbmi) return expand_group_in_registers<F, E>;
 #endif
-    return expand_group<F>;
+    return expand_group<F, E>;
+}
+
+#if defined(__AVX512F__)
+
+// Two tiles onto the sums of each group, of more rows than q_rows takes as fast.
+template <class F>
+void multiply_expanded_pair(const Gathering& g, const uint8_t* first, const uint8_t* second, Sums* sums) {
+    using E = WhollyExpanded<F>;
+    constexpr int64_t BYTES = group_of_blocks_bytes<F>(), EXPANDED_BYTES = group_of_blocks_bytes<E>();
+    alignas(64) uint8_t expanded[PAIR][PAIR_TOGETHER * EXPANDED_BYTES];
+    const Expander expand = expander<F, E>();
+    for (int64_t group = g.first; group < g.end; group++) std::memset(sums[group - g.first].y, 0, sizeof sums->y);
+    const int64_t blocks = g.job.tiles.columns / BLOCK, sets = (g.count() + SET_ROWS - 1) / SET_ROWS;
+    for (int64_t b = 0, count; b < blocks; b += count * F::BLOCKS) {
+        count = least(PAIR_TOGETHER, (blocks - b) / F::BLOCKS);
+        const int64_t next = b / F::BLOCKS + count < blocks / F::BLOCKS ? 0 : (PAIR - 1) * g.tile_bytes;
+        for (int64_t i = 0; i < count; i++, first += BYTES, second += BYTES)
+            expand(first, expanded[0] + i * EXPANDED_BYTES, 0), expand(second, expanded[1] + i * EXPANDED_BYTES, 0);
+        // All rows pass through the first cache before the next codes are made: what these come from goes to the second, a part with each set of rows.
+        Fetching fetching{{first + next, second + next}, (PAIR_TOGETHER * BYTES + sets * count * F::BLOCKS - 1) / (sets * count * F::BLOCKS)};
+        for (int64_t group = g.first; group < g.end; group++) {
+            const int place = int(group % (PANEL_ROWS / GROUP_ROWS)) * GROUP_ROWS;
+            Sums& own = sums[group - g.first];
+            for (int row = 0; row < g.rows(group); row += SET_ROWS)
+                pair_rows<E>(expanded[0], expanded[1], count * F::BLOCKS, fetching, reinterpret_cast<const PanelBlock*>(g.panel(group)) + b,
+                             place + row, own.y[0][row], own.y[1][row]);
+        }
+    }
+}
+
+#endif
+
+// Whether they went together.
+template <class F>
+bool multiplied_as_pair([[maybe_unused]] const Gathering& g, [[maybe_unused]] Weight first, [[maybe_unused]] Sums* sums) {
+#if defined(__AVX512F__)
+    if (g.tiles < PAIR || g.count() < PAIR_LEAST_ROWS) return false;
+    const TilePlace own = tile_of(g.job.tiles, g.tile, g.tile_bytes), other = tile_of(g.job.tiles, g.tile + 1, g.tile_bytes);
+    if (other.type != first) return false;
+    multiply_expanded_pair<F>(g, own.memory, other.memory, sums);
+    return true;
+#else
+    return false;
+#endif
 }
 
 // Tile t of these onto the sums of each group.
@@ -459,13 +502,13 @@ void multiply_expanded(const Gathering& g, int t, const uint8_t* tile, Sums* sum
 #endif
     constexpr int64_t BYTES = group_of_blocks_bytes<F>(), EXPANDED_BYTES = group_of_blocks_bytes<Expanded<F>>();
     alignas(64) uint8_t expanded[EXPANDED_TOGETHER * EXPANDED_BYTES];
-    const Expander expand = expander<F>();
+    const Expander expand = expander<F, Expanded<F>>();
     for (int64_t group = g.first; group < g.end; group++)
         for (int r = 0; r < GROUP_ROWS; r++) store(sums[group - g.first].y[t][r], all(0.0f));
     const int64_t blocks = g.job.tiles.columns / BLOCK, together = g.end - g.first > 1 ? EXPANDED_TOGETHER : 1;
     for (int64_t b = 0, count; b < blocks; b += count * F::BLOCKS) {
         count = least(together, (blocks - b) / F::BLOCKS);
-        for (int64_t i = 0; i < count; i++, tile += BYTES) expand(tile, expanded + i * EXPANDED_BYTES);
+        for (int64_t i = 0; i < count; i++, tile += BYTES) expand(tile, expanded + i * EXPANDED_BYTES, AHEAD);
         for (int64_t group = g.first; group < g.end; group++) {
             const int first = int(group % (PANEL_ROWS / GROUP_ROWS)) * GROUP_ROWS, rows = g.rows(group);
             for (int row = 0, n; row < rows; row += n) {
@@ -479,12 +522,15 @@ void multiply_expanded(const Gathering& g, int t, const uint8_t* tile, Sums* sum
 
 void multiply_gathered(const Gathering& g, void (*finish)(const Product&, int64_t, int, int64_t, int, const Sums&)) {
     Sums sums[EXPANDED_GROUPS];
-    for (int t = 0; t < g.tiles; t++) {
+    bool pair = false;
+    for (int t = 0; t < g.tiles && !pair; t++) {
         const TilePlace place = tile_of(g.job.tiles, g.tile + t, g.tile_bytes);
         with_format(place.type, [&](auto format) {
             using F = decltype(format);
-            if constexpr (F::EXPANDS) multiply_expanded<F>(g, t, place.memory, sums);
-            else
+            if constexpr (F::EXPANDS) {
+                pair = t == 0 && multiplied_as_pair<F>(g, place.type, sums);
+                if (!pair) multiply_expanded<F>(g, t, place.memory, sums);
+            } else
                 for (int64_t group = g.first; group < g.end; group++) {
                     Sums alone;
                     multiply_blocks({g.job.tiles, g.tile + t, g.tile_bytes, 1, g.panel(group), group, g.rows(group), group == g.first ? AHEAD : 0}, alone);
@@ -520,7 +566,7 @@ void multiply(const Product& job, int64_t tile_begin, int64_t tile_end, int64_t 
     const bool gathers = any_expands(w, tile_begin, tile_end);
     const int64_t fit = GROUPS_BYTES * GROUPS / whole;
     const int64_t at_once = gathers ? EXPANDED_GROUPS : fit > 1 ? fit : 1;
-    const int64_t step = is_float(w.type) || gated ? PAIR : 1;
+    const int64_t step = is_float(w.type) || gated || (gathers && EXPANDED_PAIRS) ? PAIR : 1;
     const auto multiply_some = is_float(w.type) ? multiply_floats : multiply_blocks;
     const auto finish = gated ? finish_gated_row : finish_row;
     for (int64_t first = group_begin; first < group_end; first += at_once)

@@ -1,0 +1,121 @@
+// Four rows of x, a set, times two tiles whose codes are bytes (WhollyExpanded), with registers of 512 bits.
+//
+// mapping  sums of two tiles and four rows in eight registers, their totals in eight more: each word of x is broadcast once for two dot products,
+//          each register of codes read once for four. With one tile and eight rows (q_rows) every dot product reads x itself, and loads are what
+//          there is too little of: two a cycle, as dot products
+// cost     of 32 columns on Zen 5, 4096 multiply-adds, alone in the first cache: 43 cycles, of types with two scales 51 (q_rows 47 and 57); with fine
+//          planes in 8 % of the blocks of x 47 and 56 (q_rows 56 and 67), as a plane costs its own row alone. 64 dot products are 32 cycles
+// numerics those of q_rows. A row without a fine plane gets nothing from another's: its lanes are masked
+// A part of tiles.inl.h.
+#pragma once
+
+namespace dc {
+namespace DC_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+
+constexpr bool EXPANDED_PAIRS = true;
+constexpr int64_t PAIR_LEAST_ROWS = 9, PAIR_TOGETHER = 2;       // 8 rows are as fast either way; groups of 256 columns that lie in the cache
+
+// What 32 / PARTS columns of one row's values are with both tiles.
+template <class F, int PART>
+DC_INLINE void dot_row(const uint8_t* first, const uint8_t* second, const int8_t* x, const int32_t& minus, __m512i& low, __m512i& high) {
+    constexpr int CHUNKS = 8 / F::PARTS;
+    low = high = UnsignedDot::begin<F::OFFSET_SHIFT>(minus).v;
+    for (int c = CHUNKS * PART; c < CHUNKS * (PART + 1); c++) {
+        int32_t word;
+        std::memcpy(&word, x + 4 * c, sizeof word);
+        const __m512i shared = _mm512_set1_epi32(word);
+        low = _mm512_dpbusd_epi32(low, _mm512_load_si512(first + 64 * c), shared);
+        high = _mm512_dpbusd_epi32(high, _mm512_load_si512(second + 64 * c), shared);
+    }
+}
+
+// The same of the four rows of a set: sums [tile][row].
+template <class F, int PART>
+DC_INLINE void dot_rows(const uint8_t* first, const uint8_t* second, const int8_t* x, const int32_t* minus, __m512i (&sum)[PAIR][SET_ROWS]) {
+    constexpr int CHUNKS = 8 / F::PARTS;
+    for (int r = 0; r < SET_ROWS; r++) sum[0][r] = sum[1][r] = UnsignedDot::begin<F::OFFSET_SHIFT>(minus[r]).v;
+#pragma GCC unroll 8
+    for (int c = CHUNKS * PART; c < CHUNKS * (PART + 1); c++) {
+        const __m512i low = _mm512_load_si512(first + 64 * c), high = _mm512_load_si512(second + 64 * c);
+#pragma GCC unroll 4
+        for (int r = 0; r < SET_ROWS; r++) {
+            int32_t word;
+            std::memcpy(&word, x + BLOCK * r + 4 * c, sizeof word);
+            const __m512i shared = _mm512_set1_epi32(word);
+            sum[0][r] = _mm512_dpbusd_epi32(sum[0][r], low, shared), sum[1][r] = _mm512_dpbusd_epi32(sum[1][r], high, shared);
+        }
+    }
+}
+
+// Part PART of a block onto the totals.
+template <class F, int PART>
+DC_INLINE void add_part(const uint8_t* const (&group)[PAIR], int i, const int8_t* x, const PanelSet* set, Lanes (&total)[PAIR][SET_ROWS]) {
+    __m512i sum[PAIR][SET_ROWS];
+    dot_rows<F, PART>(quants_of<F>(group[0], i), quants_of<F>(group[1], i), x, F::PARTS == 1 ? set->minus : set->half_minus[PART], sum);
+    for (int t = 0; t < PAIR; t++) {
+        const Lanes d = F::scale(group[t], i, PART);
+        for (int r = 0; r < SET_ROWS; r++) add_product(total[t][r], d * all(set->scale[r]), Lanes{_mm512_cvtepi32_ps(sum[t][r])});
+    }
+}
+
+// The same of row r's fine plane; the other rows' lanes stay as they are.
+template <class F, int PART>
+DC_INLINE void add_fine_part(const uint8_t* const (&group)[PAIR], int i, const int8_t* fine, const PanelSet* set, int r, Lanes (&total)[PAIR][SET_ROWS]) {
+    __m512i sum[PAIR];
+    dot_row<F, PART>(quants_of<F>(group[0], i), quants_of<F>(group[1], i), fine + BLOCK * r, set->fine_minus[F::PARTS - 1 + PART][r], sum[0], sum[1]);
+    for (int t = 0; t < PAIR; t++) {
+        const Lanes small = F::scale(group[t], i, PART) * all(1.0f / 256) * all(set->scale[r]), whole = {_mm512_cvtepi32_ps(sum[t])};
+        for (int row = 0; row < SET_ROWS; row++)
+            total[t][row].v = _mm512_mask3_fmadd_ps(small.v, whole.v, total[t][row].v, __mmask16(-int(row == r)));
+    }
+}
+
+// What comes to the second cache meanwhile: of each tile so many bytes with each block.
+struct Fetching {
+    const uint8_t* from[PAIR];
+    int64_t bytes;
+};
+
+// Rows row .. row + 3 of the panel, a set, onto y [2][4][16], the sums so far.
+template <class F>
+__attribute__((noinline)) void pair_rows(const uint8_t* first, const uint8_t* second, int64_t blocks, Fetching& fetching, const PanelBlock* panel, int row,
+                                         float* y, float* other_y) {
+    static_assert(F::FINE_APART && !F::HAS_MINIMUM && F::NEXT == 4 && F::SECOND == 16, "bytes");
+    Lanes total[PAIR][SET_ROWS];
+    for (int r = 0; r < SET_ROWS; r++) total[0][r] = load(y + 16 * r), total[1][r] = load(other_y + 16 * r);
+    const int8_t* x = panel->x[row];
+    const PanelSet* set = panel->sets + row / SET_ROWS;
+    const uint8_t *fetched = fetching.from[0], *also = fetching.from[1];
+    const int64_t bytes = fetching.bytes;
+    for (int64_t b = 0; b < blocks; b++, x = next_block(x), set = next_block(set), fetched += bytes, also += bytes) {
+        fetch_again(fetched, bytes), fetch_again(also, bytes);
+        const int i = int(b % F::BLOCKS);
+        const int64_t from = b / F::BLOCKS * group_of_blocks_bytes<F>();
+        const uint8_t* const group[PAIR] = {first + from, second + from};
+        add_part<F, 0>(group, i, x, set, total);
+        if constexpr (F::PARTS == 2) add_part<F, 1>(group, i, x, set, total);
+        uint32_t flags;
+        std::memcpy(&flags, set->has_fine, sizeof flags);
+        for (flags &= 0x01010101; flags; flags &= flags - 1) {
+            const int r = __builtin_ctz(flags) / 8;
+            const int8_t* const fine = x + offsetof(PanelBlock, fine);
+            add_fine_part<F, 0>(group, i, fine, set, r, total);
+            if constexpr (F::PARTS == 2) add_fine_part<F, 1>(group, i, fine, set, r, total);
+        }
+    }
+    fetching.from[0] = fetched, fetching.from[1] = also;
+    for (int r = 0; r < SET_ROWS; r++) store(y + 16 * r, total[0][r]), store(other_y + 16 * r, total[1][r]);
+}
+
+#else
+
+constexpr bool EXPANDED_PAIRS = false;
+
+#endif
+
+}  // namespace
+}  // namespace DC_ISA
+}  // namespace dc
