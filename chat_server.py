@@ -157,7 +157,7 @@ from chatlm.front.server.metrics import Metrics, metrics_response
 from chatlm.front.server.page import Page
 from chatlm.front.server.recordings import GRACE_S, Recordings
 from chatlm.front.server.responses import (
-    REQUEST_LOG, bound_of, errors_to_responses, json_response, logged, public_error, send_whole)
+    REQUEST_LOG, errors_to_responses, json_response, logged, public_error, send_whole)
 from chatlm.front.server.routes import MORE_ROUTES, Api, Route, RouteTable
 from chatlm.front.server.streams import EventStream
 from chatlm.front.store.store import Store, open_store
@@ -345,7 +345,7 @@ class Front:
     async def show(self, body: Callable[[Front, Seq[str]], Any], http: web.Request) -> web.Response:
         """The handler of a route that depends only on the limits of the key: `body` returns the JSON, or a
         status and the JSON."""
-        value = body(self, bound_of(http))
+        value = body(self, REQUEST_LOG.get().bound)
         status, value = value if isinstance(value, tuple) else (200, value)
         return json_response(value, status)
 
@@ -507,7 +507,7 @@ async def serve_forever(settings: Settings, catalogue: Catalogue | None = None) 
             finally:
                 progress.close()
                 await catalogue.close()
-    return 0
+    return 2 if store and store.damaged else 0
 
 
 def run_command(settings: Settings) -> int:

@@ -6,10 +6,10 @@
 Runs the server as a user would, by default with a tiny nanochat model. Its clients read to the end, vanish,
 cancel, or lose their connection and resume the stream. In the last fifth nothing is killed, so that pages
 which only a kill would free show up as leaked. Prints memory over time, then lost answers, leaked pages and the
-growth of the front. An answer is lost if a client that stayed got an error, an early end, or, if /stats promises
+growth of the front, and whether /v1/usage has the very tokens that the clients who stayed were told or sent. An answer is lost if a client that stayed got an error, an early end, or, if /stats promises
 equal texts, a text other than the undisturbed one. Workers check the integrity of their engines whenever they are
-idle. Exits with 1 if an answer was lost, a page leaked, a check found a fault, no check ran, or the front grew by
-more than a tenth and 16 MB.
+idle. Exits with 1 if an answer was lost, a page leaked, a check found a fault, no check ran, the account is wrong, or the front
+grew by more than a tenth and 16 MB.
 """
 
 import argparse
@@ -37,6 +37,10 @@ QUESTIONS = [{"messages": [{"role": "user", "content": f"Question {number}: " + 
               "max_tokens": 40 + 15 * number, "seed": number, "ignore_eos": True, **kind} for number, kind in enumerate(KINDS)]
 
 
+STAYS, LEAVES = ({"Authorization": f"Bearer soak-key-{name}"} for name in ("stays", "leaves"))  # whose accounts are compared
+WHOLE = {"stream_options": {"include_usage": True}, "return_token_ids": True}
+
+
 class Lost(Exception):
     """A client that stayed did not get its answer."""
 
@@ -45,6 +49,7 @@ class Soak:
     def __init__(self, options, url, session, front):
         self.options, self.url, self.session, self.front = options, url, session, front
         self.random, self.counts, self.expected, self.memory = random.Random(options.seed), Counter(), {}, []
+        self.told, self.seen, self.prompts = 0, 0, {}  # tokens: of clients that stay, of those that leave at least; of each question
         self.began_s = time.monotonic()
 
     @property
@@ -52,15 +57,15 @@ class Soak:
         """The share of the time that has passed."""
         return (time.monotonic() - self.began_s) / self.options.seconds
 
-    async def get(self, path):
-        async with self.session.get(self.url + path) as response:
+    async def get(self, path, headers=STAYS):
+        async with self.session.get(self.url + path, headers=headers) as response:
             return await response.json()
 
     async def answer(self, path, body, leave_after=None, drop_after=None):
         """The text of a whole answer; None if the client left after a number of events. A dropped stream is
         resumed."""
-        text, seen, last = "", 0, -1
-        post = self.session.post(self.url + path, json=body)
+        text, seen, last, headers = "", 0, -1, LEAVES if leave_after else STAYS
+        post = self.session.post(self.url + path, json=body | (WHOLE if path.startswith("/v1") else {}), headers=headers)
         while True:
             async with post as response:
                 if response.status in (429, 503):
@@ -73,30 +78,51 @@ class Soak:
                         last = int(line[4:])
                     if not line.startswith(b"data: "):
                         continue
-                    piece, ended = read_event(line[6:])
+                    piece, ended, tokens, used = read_event(line[6:])
                     text, seen = text + piece, seen + 1
+                    self.seen += tokens if leave_after else 0
+                    if used and not leave_after:
+                        self.told += used["prompt_tokens"] + used["completion_tokens"]
+                        self.prompts[len(body["messages"][0]["content"])] = used["prompt_tokens"]
                     if ended:
                         return text
                     if seen == leave_after:
-                        return await self.leave(response, name)
+                        response.close()
+                        self.counts["vanished"] += 1
+                        return None
                     if seen == drop_after:
                         break
                 else:
                     raise Lost("the stream ended before the answer did")
                 response.close()
             self.counts["resumed"] += 1
-            post = self.session.get(f"{self.url}/v1/streams/{name}", headers={"Last-Event-ID": str(last)})
+            post = self.session.get(f"{self.url}/v1/streams/{name}", headers=headers | {"Last-Event-ID": str(last)})
+
+    async def cancel(self, body, after):
+        """Cancel an answer after a number of events, and count all the tokens that come nevertheless."""
+        count, seen = 0, 0
+        async with self.session.post(self.url + PATHS[1], json=body | WHOLE, headers=STAYS) as response:
+            if response.status != 200:
+                return
+            async for line in response.content:
+                if line.startswith(b"data: "):
+                    event, seen = json.loads(line[6:]) if line[6:].strip() != b"[DONE]" else {}, seen + 1
+                    if "error" in event:  # as every cancelled answer ends
+                        break
+                    if used := event.get("usage"):  # it was too late
+                        self.told += used["prompt_tokens"] + used["completion_tokens"]
+                        count = 0
+                        break
+                    count += sum(len(choice.get("token_ids") or ()) for choice in event.get("choices", ()))
+                    if seen == after:
+                        (await self.session.post(f"{self.url}/v1/cancel/{response.headers['X-Request-Id']}", headers=STAYS)).close()
+        self.told += count + self.prompts[len(body["messages"][0]["content"])] * bool(count)
+        self.counts["cancelled"] += 1
 
     async def refused(self, *request):
         self.counts["refused for a moment"] += 1
         await asyncio.sleep(0.2)
         return await self.answer(*request)
-
-    async def leave(self, response, name):
-        if self.random.random() < 0.3:
-            await self.session.post(f"{self.url}/v1/cancel/{name}")
-        response.close()
-        self.counts["vanished"] += 1
 
     async def client(self):
         while self.share < 1:
@@ -104,7 +130,8 @@ class Soak:
             body, how = QUESTIONS[number], self.random.random()
             try:
                 if how < 0.25:
-                    await self.answer(path, body, leave_after=self.random.choice((1, 1, 2, 5, 20)))
+                    after = self.random.choice((1, 1, 2, 5, 20))
+                    await (self.cancel(body, after) if how < 0.08 else self.answer(path, body, leave_after=after))
                     continue
                 if how < 0.35:
                     await self.vanish_at_once(path, body)
@@ -120,7 +147,8 @@ class Soak:
 
     async def vanish_at_once(self, path, body):
         """Queued or in prefill, streaming or not."""
-        asked = asyncio.ensure_future(self.session.post(self.url + path, json=body | {"stream": self.random.random() < 0.5}))
+        asked = asyncio.ensure_future(self.session.post(self.url + path, json=body | {"stream": self.random.random() < 0.5},
+                                                         headers=LEAVES))
         await asyncio.sleep(self.random.random() / 20)
         asked.cancel()
         await asyncio.gather(asked, return_exceptions=True)
@@ -170,8 +198,11 @@ class Soak:
         early, late = (statistics.median(mb for share, mb in self.memory if low <= share < high)
                        for low, high in ((0.2, 0.5), (0.8, 1.1)))
         checks = integrity_checks(self.options.log)
-        failed = self.counts["lost"] or leaked != 0 or late - early > max(16, early / 10) or not checks["passed"] or checks["faults"]
-        print(json.dumps({"lost": self.counts["lost"], "leaked_pages": leaked, "integrity_checks": checks, "front_mb": [round(early, 1), round(late, 1)],
+        kept, left = [(await self.get("/v1/usage", key))["total"] for key in (STAYS, LEAVES)]
+        kept, left = (total["prompt_tokens"] + total["completion_tokens"] for total in (kept, left))
+        failed = self.counts["lost"] or kept != self.told or left < self.seen or leaked != 0 or late - early > max(16, early / 10) or not checks["passed"] or checks["faults"]
+        print(json.dumps({"lost": self.counts["lost"], "leaked_pages": leaked, "integrity_checks": checks,
+                          "tokens_told_and_in_the_account": [self.told, kept], "seen_and_in_the_account_of_those_who_left": [self.seen, left], "front_mb": [round(early, 1), round(late, 1)],
                           **{name: count for name, count in self.counts.items() if name != "lost"},
                           "restarts": sum(worker["restarts"] for worker in stats["workers"]), "ok": not failed}), flush=True)
         return int(bool(failed))
@@ -195,19 +226,21 @@ def exit_on_faults(log):
 
 
 def read_event(data):
-    """(text, whether the answer has ended) of one event of either API; Lost for an error."""
+    """(text, whether the answer has ended, tokens, its usage) of one event of either API; Lost for an error."""
     if data.strip() == b"[DONE]":
-        return "", True
+        return "", True, 0, None
     event = json.loads(data)
     if "error" in event:
         raise Lost(str(event["error"]))
     choices = event.get("choices")
-    return (choices[0]["delta"].get("content") or "" if choices else event.get("token", "")), "done" in event
+    return (choices[0]["delta"].get("content") or "" if choices else event.get("token", ""), "done" in event,
+            sum(len(choice.get("token_ids") or ()) for choice in choices or ()), event.get("usage"))
 
 
 async def soak(options):
     command = [sys.executable, ROOT / "chat_server.py", options.model, "--port", "0", "--host", "127.0.0.1", "--dtype", "float32",
-               "--num-workers", str(options.workers), "--max-batch", "4", "--kv-cache-memory", "512K"]
+               "--num-workers", str(options.workers), "--max-batch", "4", "--kv-cache-memory", "512K",
+               *(word for key in (STAYS, LEAVES) for word in ("--api-key", key["Authorization"][7:]))]
     server = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, stderr=open(options.log, "w"), env=ENVIRONMENT)
     try:
         while not (found := re.search(rb"http://127\.0\.0\.1:\d+", line := await server.stdout.readline())):

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from chatlm.common.errors import ChatServerError, lack_of_memory
 from chatlm.common.log import log
 
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0  # before work that failed is run again
+
 
 async def supervised(what: str, work: Callable[[], Any],
                      failed: Callable[[Exception], bool] = lambda error: False):
     """Run background work. Log what it raises and pass it to `failed`, which returns True to run it again.
 
-    Nobody would see an exception left in its task, and the server would wait forever for the work."""
+    Nobody would see an exception left in its task, and the server would wait forever for the work. What fails
+    again and again is run ever more seldom."""
+    pause_s = FIRST_PAUSE_S
     while True:
+        began_s = time.monotonic()
         try:
             return await work()
         except Exception as error:
@@ -26,7 +32,9 @@ async def supervised(what: str, work: Callable[[], Any],
                 log.error("%s failed: %s", what, error, exc_info=None if known else error)
             if not again:
                 return
-        await asyncio.sleep(1)
+        pause_s = FIRST_PAUSE_S if time.monotonic() - began_s > LONGEST_PAUSE_S else pause_s
+        await asyncio.sleep(pause_s)
+        pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
 
 async def end_tasks(tasks: Iterable[asyncio.Future]):

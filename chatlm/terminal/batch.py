@@ -260,7 +260,6 @@ class Local:
         try:
             parsed = read_body_of(line, self.known)
             encoder = ENCODERS[parsed.api](parsed.lasting(), self.pool.model_name, self.tokenizer)
-            encoder.derive_ids()
             async with aclosing(self.pool.answer(parsed.request)) as events:
                 async for event in events:
                     if not isinstance(event, Accepted | PromptProgress):
@@ -278,6 +277,7 @@ class Remote:
     def __init__(self, pool: RemotePool):
         self.pool = pool
         ours = pool.model.get("owned_by") == "chat_server"
+        self.seeded = ("/v1/chat/completions", "/v1/completions", *["/v1/responses"] * ours)
         self.more = {"priority": "low"} if ours else {}
         self.more |= {"model": pool.model_name} if pool.wanted or not ours else {}
         self.patient = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=3600)
@@ -286,9 +286,10 @@ class Remote:
         return await while_overloaded(self._answer, line)
 
     async def _answer(self, line: Line) -> tuple[int, dict]:
-        seeds = {"seed": line.seed} if line.url in ("/v1/chat/completions", "/v1/completions") else {}
+        seeds = {"seed": line.seed} if line.url in self.seeded else {}
         body = seeds | line.body | {"stream": False} | self.more
-        async with await self.pool.ask("POST", line.url[1:], json=body, timeout=self.patient) as response:
+        async with await self.pool.ask("POST", line.url[1:], json=body, timeout=self.patient,
+                                       headers={"X-Request-Id": line.id}) as response:
             text = await response.read()
             if response.status in (429, 503):
                 after = response.headers.get("Retry-After", "1")

@@ -308,7 +308,7 @@ class Usage:
     reasoning_tokens: int = 0  # of the completion
     drafted: DraftCounts = DraftCounts()
     accepted: DraftCounts = DraftCounts()  # drafted tokens that were right: steps saved
-    # of the steps of the worker that ended it: of each its share of the tokens; never the same twice
+    # of the steps of its workers, as far as they said: of each its share of the tokens; never the same twice
     compute_s: float = field(default=0.0, compare=False)
 
     def __add__(self, other: Usage) -> Usage:
@@ -378,10 +378,10 @@ class Piece(NamedTuple):
 
     tokens: tuple[int, ...] = ()
     deltas: tuple[Delta, ...] = ()
-    logprobs: tuple[TokenLogprob, ...] = ()  # of the drawn tokens; of one that ended the answer
-                                             # only beside those of the prompt
+    logprobs: tuple[TokenLogprob, ...] = ()  # of the drawn tokens; of one that ended it see prompt_logprobs
     choice: int = 0
     gpu: int = 0                             # the worker that made it; set by the front
+    spent_s: float = 0.0                     # as Usage.compute_s, of its answer so far
     type: str = "piece"
 
     def joined(self, kind: str) -> str:

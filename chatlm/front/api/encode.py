@@ -130,6 +130,8 @@ class Encoder:
         self.repeated_bytes = len(parsed.repeated)
         self.choices = [Choice(index, self.tokenizer) for index in
                         range((len(self.request.prompts) or 1) * self.request.n)]
+        if self.request.low_priority:  # it may be a line of a batch that another server has answered before
+            self.derive_ids()
 
     def derive_ids(self):
         """Make the ids of calls and items follow from the request's, so that its answer is always the

@@ -10,7 +10,7 @@ import binascii
 import json
 import re
 import struct
-from collections.abc import Iterator, Sequence as Seq
+from collections.abc import Iterator, Mapping, Sequence as Seq
 from dataclasses import replace
 from typing import Any, NamedTuple, TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from chatlm.common.errors import RequestError, bad_value, shown
 from chatlm.common.jsontext import is_text
 from chatlm.common.messages.requests import Picture
 from chatlm.front.api.fields import within_limit
+from chatlm.front.api.tables import BEFORE
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import Request
@@ -102,6 +103,21 @@ def fill_in(body: dict, pictures: Seq[Picture]):
                             "picture": [picture.width, picture.height, picture.digest.hex()]}
 
 
+SIGNATURES = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"RIFF": "webp"}
+
+
+def with_files(items: bytes, files: Mapping[bytes, bytes]) -> bytes:
+    """JSON of a conversation's items with the files of its pictures, by digest, as a client sends them."""
+    found = json.loads(items)
+    for place, index, part, _ in places({"input": found}):
+        if shown_here := picture_in(part):
+            data = files[shown_here.digest]
+            kind = next((kind for begin, kind in SIGNATURES.items() if data.startswith(begin)), "*")
+            place[index] = {"type": "input_image", "detail": "auto",
+                            "image_url": f"data:image/{kind};base64,{base64.b64encode(data).decode()}"}
+    return json.dumps(found).encode()
+
+
 def picture_in(part: Any) -> Picture | None:
     """The picture of a part that `fill_in` filled, without its pixels; None if it is none."""
     if not (isinstance(part, dict) and part.get("type") == "image"):
@@ -133,7 +149,7 @@ def places(body: dict) -> Iterator[tuple[list, int, Any, str]]:
     if isinstance(body.get("body"), dict):
         yield from places(body["body"])
     yield from ollama_images(body, "")
-    for member in ("messages", "input"):
+    for member in ("messages", BEFORE, "input"):
         messages = body.get(member)
         for index, message in enumerate(messages if isinstance(messages, list) else ()):
             if isinstance(message, dict):

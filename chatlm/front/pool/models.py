@@ -12,6 +12,7 @@ from typing import NamedTuple, TYPE_CHECKING
 from chatlm.common.config import ModelChoice
 from chatlm.common.errors import ConfigError, Overloaded, RequestError, without_folders
 from chatlm.front.pool.names import accepted_names, bound_among, is_among, named_among
+from chatlm.front.pool.supervisor import NO_CARD
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -94,7 +95,8 @@ class Model:
 
     @property
     def is_unnamed(self) -> bool:
-        return self.place is None and self.pool is not None and not self.pool.ready
+        """Is its name not known yet, since no worker has said it?"""
+        return self.place is None and self.pool is not None and self.pool.supervisor.card is NO_CARD
 
     @property
     def is_read(self) -> bool:

@@ -60,6 +60,8 @@ class Job:
     thinking: bool = False            # did its last piece end in reasoning?
     thinking_ends: int | None = None  # from ThinkingEnds
     asked: asyncio.Future[bool] | None = None  # waits for ThinkingEnds
+    spent_s: float = 0.0  # of its worker, as Usage.compute_s, as far as it has said so
+    left_s: float = 0.0   # of earlier ones
 
     @property
     def id(self) -> str:
@@ -107,6 +109,7 @@ class Job:
     def leave_worker(self):
         """Wait for another worker, which continues after the last event of this one."""
         self.worker = None
+        self.left_s, self.spent_s = self.left_s + self.spent_s, 0.0
         self.note_thinking_ends(len(self.output_ids) + 1 if self.thinking else None)
 
     def note_thinking_ends(self, position: int | None):
@@ -128,11 +131,12 @@ class Job:
                 return event._replace(choice=self.choice)
             case Piece(tokens, deltas):
                 self._note_time()
+                self.spent_s = event.spent_s
                 self.thinking = deltas[-1].kind == "reasoning" if deltas else self.thinking
                 if self.request.max_tokens == 0:  # scoring only; the worker draws a token all the same
                     event, tokens = Piece(), ()
                 self.output_ids += tokens
-                return event._replace(choice=self.choice, gpu=gpu)
+                return event._replace(choice=self.choice, gpu=gpu, spent_s=self.left_s + self.spent_s)
             case Embedding():
                 self._note_time()
                 return event._replace(choice=self.choice)
@@ -156,7 +160,8 @@ class Job:
         count, seconds = len(self.output_ids), self.last_token_s - first_s
         drawn = count - len(self.request.prefix_token_ids)
         most, reason, cause = self.request.max_tokens, end.reason, end.stop_reason
-        usage = replace(end.usage, prompt_tokens=len(self.prompt_ids), completion_tokens=count)
+        usage = replace(end.usage, prompt_tokens=len(self.prompt_ids), completion_tokens=count,
+                        compute_s=self.left_s + end.usage.compute_s)
         if most == 0:
             reason, cause, usage = "length", "max_tokens", replace(usage, reasoning_tokens=0)
         elif reason == "length" and (most is None or most > count):

@@ -20,7 +20,7 @@ from chatlm.common.errors import ConfigError, RequestError, shown
 from chatlm.common.log import log
 from chatlm.front.lazy import web
 from chatlm.front.server.page import POLICY
-from chatlm.front.server.responses import REQUEST_LOG, SECURITY_HEADERS, RequestLog, bound_of
+from chatlm.front.server.responses import REQUEST_LOG, SECURITY_HEADERS, RequestLog
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -45,19 +45,20 @@ class Access:
         digest = ApiKey.hashed(key, "").digest
         # compare with every key, without stopping at a match
         keys = [known for known in self.settings.keys if hmac.compare_digest(known.digest, digest)]
-        if self.settings.keys and not keys and not REQUEST_LOG.get().route.open:
+        record = REQUEST_LOG.get()
+        if self.settings.keys and not keys and not record.route.open:
             raise RequestError("this server needs an API key: Authorization: Bearer KEY" if not key else
                                "this server does not know the API key", status=401, code="invalid_api_key")
-        http["models"], http["role"] = (keys[0].models, keys[0].role) if keys else ((), "")
+        record.bound, record.role = (keys[0].models, keys[0].role) if keys else ((), "")
         return keys[0].name if keys else client_at(http.remote)
 
     def check_operator(self, http: web.Request, act: str = "load and unload models"):
         """Refuse whoever may not load, unload, download and delete models. Keys with role=admin may, if any
         key has a role, else those that are not limited to some models; without keys, only this machine may,
         unless it is a proxy for others."""
-        if any(key.role for key in self.settings.keys) and http.get("role") != "admin":
+        if any(key.role for key in self.settings.keys) and REQUEST_LOG.get().role != "admin":
             raise RequestError(f"only an API key with role=admin may {act}", status=403, code="not_admin")
-        if self.settings.keys and bound_of(http):
+        if self.settings.keys and REQUEST_LOG.get().bound:
             raise RequestError(f"an API key that is limited to some models may not {act}",
                                status=403, code="key_bound_to_models")
         forwarded = any(name in http.headers for name in ("X-Forwarded-For", "Forwarded", "X-Real-IP"))

@@ -21,7 +21,6 @@ from chatlm.front.api.batch_lines import (
     Line, lasting_body, line_id, read_body_of, read_line, result_of, result_of_bad_line)
 from chatlm.front.api.encode import error_body
 from chatlm.front.api.encoders import ENCODERS
-from chatlm.front.api.fields import json_object
 from chatlm.front.api.kept_fields import WINDOWS
 from chatlm.front.api.picture_parts import with_pixels
 from chatlm.front.lazy import web
@@ -293,7 +292,6 @@ class BatchWorker:
         request = served.asked(parsed.request)
         params = replace(request.params, client=client, owner=self.owners.of_pages(client))
         encoder = ENCODERS[parsed.api](parsed.lasting(), served.name, tokenizer_of(served.pool))
-        encoder.derive_ids()
         # its own id: two batches may have the same line
         request = replace(request, id=secrets.token_hex(16), params=params, low_priority=True)
         del parsed
@@ -315,15 +313,15 @@ class BatchWorker:
         name, text = row.model or "", row.text.strip()
         bound = next((key.models for key in self.catalogue.settings.keys if key.name == client), ())
         served = await self.bodies.resolve(name, bound, holding)
-        if name and not served.fits(name) and served.model.is_unnamed:  # any name stands for it now
-            raise Overloaded("the model is still loading", retry_after_s=1)
         if len(text) > LIMITS.inline_bytes:
             await holding.room(len(text))
-        fields = json_object(text) if len(text) <= LIMITS.inline_bytes else None
-        seen = await self.bodies.seen(Body(served, text, fields), holding, client)
-        if seen.fields is not None:
-            text = json.dumps(seen.fields).encode() if seen.pictures else text
-            parsed = read_body_of(read_line(row.number, text), known_of(served))
+        line = read_line(row.number, text) if len(text) <= LIMITS.inline_bytes else None
+        seen = await self.bodies.seen(Body(served, text, line and line.body), holding, client)
+        if line:
+            parsed = read_body_of(line, known_of(served))
+        elif seen.fields is not None:  # it was large because of its pictures
+            line = read_line(row.number, json.dumps(seen.fields).encode())
+            parsed = read_body_of(line, known_of(served))
         else:
             parsed = await served.pool.admission.read_line(
                 row.number, bytes(seen.raw), client, self.owners.of_pages(client), seen.pictures)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence as Seq
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence as Seq
 from dataclasses import replace
+from types import MappingProxyType
 from typing import NamedTuple, TYPE_CHECKING
 
 from chatlm.common.config import LIMITS, with_own_sampling
@@ -11,9 +13,10 @@ from chatlm.common.errors import Overloaded, RequestError, shown
 from chatlm.common.log import log
 from chatlm.common.messages.protocol import Known
 from chatlm.front.api.fields import json_object
-from chatlm.front.api.picture_parts import Lifted, fill_in, lift_pictures, unpacked_lift, with_pixels
+from chatlm.front.api.picture_parts import (
+    Lifted, fill_in, lift_pictures, unpacked_lift, with_files, with_pixels)
 from chatlm.front.api.readers import read_answer, read_text, read_variants
-from chatlm.front.server.responses import REQUEST_LOG, bound_of, json_response
+from chatlm.front.server.responses import REQUEST_LOG, json_response
 from chatlm.front.server.routes import DOCUMENT_NAME, Api
 from chatlm.front.server.streams import Budget, Holding, read_bytes
 
@@ -54,6 +57,7 @@ class Body(NamedTuple):
     raw: bytes | bytearray
     fields: dict | None          # None: a sandbox must read them, because it is large
     pictures: tuple[Picture, ...] = ()  # that were lifted out of it
+    files: Mapping[bytes, bytes] = MappingProxyType({})  # of these, as they were sent, by digest
 
 
 class Bodies:
@@ -136,7 +140,8 @@ class Bodies:
         holding.keep(sum(len(picture.pixels) for picture in pictures))
         if fields is not None:
             fill_in(fields, pictures)
-        return body._replace(pictures=tuple(pictures))
+        files = {picture.digest: data for picture, (_, data) in zip(pictures, found)}
+        return body._replace(pictures=tuple(pictures), files=files)
 
     async def parse(self, http: web.Request, holding: Holding) -> tuple[Served, ParsedBody]:
         """Read a body with one of ANSWER_READERS. `holding` then accounts for what is kept of a large one."""
@@ -145,7 +150,7 @@ class Bodies:
             raw = await self.receive(http, reading)
             if self.complete:
                 raw = await self.complete(raw, reading)
-            body = await self._read(raw, bound_of(http), holding)
+            body = await self._read(raw, REQUEST_LOG.get().bound, holding)
             body = await self.seen(body, holding, record.client)
             served = body.served
             if body.fields is not None:
@@ -156,6 +161,9 @@ class Bodies:
                     record.route.pattern, body.raw, record.client, self.owners.of_pages(record.client),
                     body.pictures)
         parsed = replace(parsed, request=with_pixels(served.asked(parsed.request), body.pictures))
+        if parsed.kept and body.files:
+            parsed = replace(parsed, kept=await asyncio.to_thread(with_files, parsed.kept, body.files))
+            holding.keep(len(parsed.kept))
         if parsed.request.prompt_ids is not None:
             holding.keep(parsed.size)
         if parsed.ignored_tools:
@@ -167,7 +175,7 @@ class Bodies:
 
     async def read_text(self, http: web.Request, holding: Holding) -> tuple[Served, bytes]:
         """The result of one of TEXT_READERS for a body."""
-        return await self.text_of(await self.receive(http, holding), bound_of(http), holding)
+        return await self.text_of(await self.receive(http, holding), REQUEST_LOG.get().bound, holding)
 
     async def text_of(self, raw: bytes | bytearray, bound: Seq[str], holding: Holding,
                       seen: bool = True) -> tuple[Served, bytes]:
@@ -194,7 +202,7 @@ class Bodies:
             kind = Message()
             kind["Content-Type"] = http.headers.get("Content-Type", "")
             boundary = kind.get_boundary("") if http.content_type == "multipart/form-data" else ""
-            text, pages, cut = await self.catalogue.find("", bound_of(http)).pool.admission.extract(
+            text, pages, cut = await self.catalogue.find("", REQUEST_LOG.get().bound).pool.admission.extract(
                 REQUEST_LOG.get().client, DOCUMENT_NAME.read(http.query.get("name", "")), boundary, body)
         return json_response({"text": text, "pages": pages, "cut": cut})
 

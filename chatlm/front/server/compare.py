@@ -16,7 +16,7 @@ from chatlm.common.messages.requests import Finished, Piece
 from chatlm.front.aio import end_tasks, supervised
 from chatlm.front.api.encode import NativeEncoder, error_body, timings_body, usage_body
 from chatlm.front.server.bodies import tokenizer_of
-from chatlm.front.server.responses import bound_of
+from chatlm.front.server.responses import REQUEST_LOG
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -67,7 +67,7 @@ async def asked_of(find: Finder, base: Served, text: bytes, read: VariantReader)
 async def read_asked(bodies: Bodies, http: web.Request, holding: Holding) -> list[Asked]:
     """The answers that a client wants compared. `holding` then accounts for what is kept of a large body."""
     with bodies.holding() as reading:
-        body, bound = await bodies.receive(http, reading), bound_of(http)
+        body, bound = await bodies.receive(http, reading), REQUEST_LOG.get().bound
         base, text = await bodies.text_of(body, bound, holding, seen=False)
         return await asked_of(lambda name: bodies.resolve(name, bound, holding), base, text,
                               partial(bodies.read_variants, body, holding))

@@ -21,7 +21,7 @@ from chatlm.front.api.tables import OLLAMA_NAMES
 from chatlm.front.pool.names import default_among
 from chatlm.front.pool.pool import free_memory, sampling_of
 from chatlm.front.server.bodies import tokenizer_of
-from chatlm.front.server.responses import REQUEST_LOG, bound_of, json_response
+from chatlm.front.server.responses import REQUEST_LOG, json_response
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -286,14 +286,14 @@ class ModelRoutes:
         self.catalogue, self.bodies, self.access = catalogue, bodies, access
 
     async def handle_model(self, http: web.Request) -> web.Response:
-        bound = bound_of(http)
+        bound = REQUEST_LOG.get().bound
         served = self.catalogue.find(http.match_info["name"], bound)
         default = default_among(self.catalogue.registry.listed(bound))
         return json_response(model_body(served, served == default))
 
     async def handle_run(self, http: web.Request) -> web.Response:
         """With `before` and `after`, steps that --watch-suite has judged, also the items that differ."""
-        seen, tag = self.catalogue.registry.listed(bound_of(http)), http.match_info["tag"]
+        seen, tag = self.catalogue.registry.listed(REQUEST_LOG.get().bound), http.match_info["tag"]
         body = run_body(tag, seen)
         if "before" in http.query or "after" in http.query:
             from chatlm.front.evals.flips import flips
@@ -308,7 +308,7 @@ class ModelRoutes:
 
     async def handle_tokenizer(self, http: web.Request) -> web.Response:
         """GET /tokenizer_info, as vLLM has it."""
-        served = self.catalogue.find(A_NAME.read(http.query.get("model", "")), bound_of(http))
+        served = self.catalogue.find(A_NAME.read(http.query.get("model", "")), REQUEST_LOG.get().bound)
         return json_response(tokenizer_body(tokenizer_of(served.pool)))
 
     async def handle_load(self, http: web.Request) -> web.Response:

@@ -22,7 +22,7 @@ from chatlm.front.api.picture_parts import fill_in, lift_pictures
 from chatlm.front.lazy import aiohttp, web
 from chatlm.front.server.bodies import known_of
 from chatlm.front.server.kept import DAY_S, asked, now_s, paged, stored
-from chatlm.front.server.responses import REQUEST_LOG, bound_of, json_response
+from chatlm.front.server.responses import REQUEST_LOG, json_response
 from chatlm.front.server.routes import AFTER, FILES_LIMIT, ORDER, PURPOSE
 from chatlm.front.server.streams import BODY_BYTES_PER_S, BODY_S
 from chatlm.front.store import batches, files
@@ -61,7 +61,7 @@ class FileRoutes:
             raise RequestError("the body must be a form (multipart/form-data) with purpose and file",
                                status=415, code="unsupported_type")
         with self._arrival(client):
-            upload = Upload(store, self.bodies, client, self.owner, bound_of(http))
+            upload = Upload(store, self.bodies, client, self.owner, REQUEST_LOG.get().bound)
             try:
                 await upload.begin(self.uploads)
                 fields = await upload.receive(http)

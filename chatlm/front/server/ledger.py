@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import astuple, dataclass, fields
 from datetime import date, datetime, timedelta, timezone
 from typing import NamedTuple, TYPE_CHECKING
+from weakref import WeakSet
 
 from chatlm.common.errors import Overloaded, RequestError, bad_value
 from chatlm.common.log import log
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 DAYS = 31          # that /v1/usage shows unless it is asked for others
 MOST_ROWS = 10_000  # that it shows, the newest, and that are kept in memory without a database
 RETRY_S = 5.0      # until a row that the database has refused is written again
+ASSUMED = 256      # tokens that an answer without max_tokens takes of its key's budget until it has more
 
 
 class Row(NamedTuple):
@@ -81,7 +83,10 @@ class Charge:
         self.row, self.n, self.prompts = row, request.n, max(len(request.prompts), 1)
         self.ended: dict[int, Usage] = {}        # of answers that have, by choice
         self.drawn: Counter[int] = Counter()     # tokens of the others that were sent
+        self.spent_s: dict[int, float] = {}      # of these
         self.begun, self.prompt_tokens, self.void = False, 0, False
+        self.most = 0 if request.params.pooling else ASSUMED if request.max_tokens is None else (
+            request.max_tokens)
 
     async def watch(self, events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
         """Pass the events on, and count them."""
@@ -94,8 +99,10 @@ class Charge:
                 if isinstance(event, Finished):
                     self.ended[event.choice] = event.usage
                     self.drawn.pop(event.choice, None)
+                    self.spent_s.pop(event.choice, None)
                 elif isinstance(event, Piece):
                     self.drawn[event.choice] += len(event.tokens)
+                    self.spent_s[event.choice] = event.spent_s
                 elif isinstance(event, (Embedding, PromptScores)):
                     self.drawn[event.choice] += 0
         finally:
@@ -104,13 +111,11 @@ class Charge:
     @property
     def amount(self) -> Amount:
         """As the field `usage` of the answer counts: each prompt once, each answer to it separately."""
-        found = Amount(int(self.begun))
+        found = Amount(int(self.begun), compute_s=sum(self.spent_s.values()) + sum(
+            usage.compute_s for usage in self.ended.values()))
         if self.void:
             return found
-        for choice, usage in self.ended.items():
-            found.completion_tokens += usage.completion_tokens
-            found.compute_s += usage.compute_s
-        found.completion_tokens += self.drawn.total()
+        found.completion_tokens += self._completed + self.drawn.total()
         for prompt in range(self.prompts):
             first = self.ended.get(prompt * self.n)
             if first:
@@ -121,6 +126,19 @@ class Charge:
             elif self.prompts == 1 and self.drawn:
                 found.prompt_tokens += self.prompt_tokens
         return found
+
+
+    @property
+    def _completed(self) -> int:
+        return sum(usage.completion_tokens for usage in self.ended.values())
+
+    @property
+    def reserved(self) -> int:
+        """How many tokens of its key's budget it takes while it runs: its prompts, and of each answer as many
+        as it may have, or ASSUMED."""
+        others = self.prompts * self.n - len(self.ended) - len(self.drawn)
+        return (self.prompt_tokens + self._completed + self.most * others
+                + sum(max(self.most, drawn) for drawn in self.drawn.values()))
 
 
 class Ledger:
@@ -135,6 +153,7 @@ class Ledger:
         self.rows: dict[Row, Amount] = {}        # all of them without a database, else those not written yet
         self.totals: dict[bool, Amount] = defaultdict(Amount)  # of this run, in the background and before it
         self.used: Counter[tuple[str, str]] = Counter()        # (day, key) -> tokens, for budgets
+        self.running: dict[str, WeakSet[Charge]] = defaultdict(WeakSet)  # of keys that have one
         self.news, self.writer = asyncio.Event(), None
         self.closing = False
 
@@ -160,11 +179,17 @@ class Ledger:
     def charge(self, request: Request, model: str) -> Charge:
         key = request.client if self.settings.keys else ""
         # a file's name may have bytes that are no text
-        return Charge(request, Row("", key, model.encode("utf-8", "replace").decode(), request.low_priority))
+        model = model.encode("utf-8", "replace").decode()
+        charge = Charge(request, Row("", key, model, request.low_priority))
+        if (known := self.key_of(key)) and known.tokens_per_day is not None:
+            self.running[key].add(charge)
+        return charge
 
     def settle(self, charge: Charge):
         """Enter what a request has used, on the day on which it ends."""
         amount = charge.amount
+        if charge in self.running.get(charge.row.key, ()):
+            self.running[charge.row.key].remove(charge)
         if amount == Amount():
             return
         row = charge.row._replace(day=today())
@@ -211,14 +236,23 @@ class Ledger:
         """Must this request wait in the background, since its key has used its tokens of today? Overloaded
         if the key is to be refused then."""
         key = self.key_of(request.client)
-        if not key or key.tokens_per_day is None or self.used[today(), key.name] < key.tokens_per_day:
+        if not key or key.tokens_per_day is None or (
+                self.used[today(), key.name] + self.reserved(key) < key.tokens_per_day):
             return False
+        if not key.refused:
+            return True
         until = seconds_to_midnight()
-        text = f"this API key has used its {key.tokens_per_day:,} tokens of today (UTC)"
-        if key.refused:
-            raise Overloaded(f"{text}; it has new ones at midnight UTC, in {until:,} seconds",
-                             retry_after_s=until, status=429)
-        return True
+        if self.used[today(), key.name] < key.tokens_per_day:
+            raise Overloaded("the requests of this API key that run may use all that is left of its "
+                             f"{key.tokens_per_day:,} tokens of today (UTC): wait until some have ended",
+                             retry_after_s=min(until, 5), status=429)
+        raise Overloaded(f"this API key has used its {key.tokens_per_day:,} tokens of today (UTC); it has "
+                         f"new ones at midnight UTC, in {until:,} seconds", retry_after_s=until, status=429)
+
+    def reserved(self, key: ApiKey) -> int:
+        """How many tokens the running requests of a key take of its budget: else many that begin at once
+        would all find some left."""
+        return sum(charge.reserved for charge in self.running.get(key.name, ()))
 
     # what is shown
 
@@ -241,6 +275,7 @@ class Ledger:
 
     def budget(self, key: ApiKey) -> dict:
         return {"tokens_per_day": key.tokens_per_day, "used_today": self.used[today(), key.name],
+                "reserved": self.reserved(key),
                 "over_budget": "refuse" if key.refused else "background",
                 "renewed_in_s": seconds_to_midnight()}
 

@@ -83,11 +83,8 @@ class RequestLog:
     note: str = ""  # goes into the access log line
     headers: dict[str, str] = field(default_factory=dict)  # more headers of the response
     counts: dict = field(default_factory=dict)  # goes into its JSON form
-
-
-def bound_of(http: web.Request) -> tuple[str, ...]:
-    """The models that the API key of a request is limited to; () = all."""
-    return http.get("models", ())
+    bound: tuple[str, ...] = ()  # models that its API key is limited to; () = all
+    role: str = ""               # of that key
 
 
 REQUEST_LOG: contextvars.ContextVar[RequestLog] = contextvars.ContextVar("REQUEST_LOG")  # of this task

@@ -6,6 +6,7 @@ import asyncio
 import fcntl
 import os
 import queue
+import signal
 import stat
 import struct
 import threading
@@ -31,6 +32,7 @@ T = TypeVar("T")
 APPLICATION_ID = 0x63687376  # "chsv", in the header of the file
 MOST_TOGETHER = 256          # pieces of work in one transaction: one fsync is for all of them
 BUSY_S = 5.0                 # how long another program may hold the database
+CHECKED_BYTES = 512 << 20    # that are checked before the start, within about a second; more beside the work
 
 
 class Work(NamedTuple):
@@ -49,7 +51,7 @@ class Store:
         self.path = path
         self.waiting: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._serve, name="store", daemon=True)
-        self.closed = False
+        self.closed = self.damaged = False  # damaged: that was found after the start
 
     def open(self):
         """Open or create it. ConfigError if it cannot be used; then nothing in it has changed."""
@@ -70,6 +72,8 @@ class Store:
                 raise self._unusable(str(error)) from None
             raise
         self.thread.start()
+        if self.unchecked:
+            threading.Thread(target=self._check_on, name="store check", daemon=True).start()
 
     def _unusable(self, reason: str) -> ConfigError:
         return ConfigError(f"--database {self.path}: {reason}")
@@ -110,10 +114,12 @@ class Store:
 
     def _connect(self):
         journal = self.path.with_name(f"{self.path.name}-journal")
-        if self.path.stat().st_size and not journal.exists():  # else a start was killed: SQLite undoes it
-            uri = f"file:{quote(str(self.path.absolute()))}?mode=ro"  # which leaves everything as it is
-            with closing(self.library.connect(uri, uri=True, timeout=BUSY_S)) as reader:
-                self._check(reader)
+        self.unchecked = (size := self.path.stat().st_size) > CHECKED_BYTES
+        if size and not journal.exists():  # else a start was killed: SQLite undoes it
+            with closing(self._reader()) as reader:
+                self._check_version(reader)
+                if not self.unchecked:
+                    self._check(reader)
         self.connection = connection = self.library.connect(
             self.path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
         connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # of a new one
@@ -135,13 +141,32 @@ class Store:
             raise self._unusable("this file system cannot hold a database in WAL mode")
         connection.execute("PRAGMA synchronous = FULL")
 
-    def _check(self, reader: sqlite3.Connection):
+    def _reader(self) -> sqlite3.Connection:
+        """A connection that leaves everything as it is."""
+        uri = f"file:{quote(str(self.path.absolute()))}?mode=ro"
+        return self.library.connect(uri, uri=True, timeout=BUSY_S)
+
+    def _check_version(self, reader: sqlite3.Connection):
         (version,) = reader.execute("PRAGMA user_version").fetchone()
         if version > len(STEPS):
             raise self._unusable(f"a newer chat_server has made it (version {version} of its tables, this "
                                  f"one knows {len(STEPS)}), so it was left as it is")
+
+    def _check(self, reader: sqlite3.Connection):
         if (found := reader.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
-            raise self._unusable(f"it is damaged ({found}), so it was left as it is; restore a backup")
+            raise self._unusable(f"it is damaged ({found}): restore a backup")
+
+    def _check_on(self):
+        """Check all of a large database while the server runs, and end it if it is damaged."""
+        try:
+            with closing(self._reader()) as reader:
+                self._check(reader)
+        except Exception as error:
+            if not self.closed:
+                self.damaged = type(error) in (ConfigError, self.library.DatabaseError)
+                log.error("%s", error)
+            if self.damaged:
+                os.kill(os.getpid(), signal.SIGTERM)  # running answers may finish
 
     async def run(self, function: Callable[[sqlite3.Connection], T]) -> T:
         """What `function` returns, which runs in the store's thread within a transaction. If it raises,

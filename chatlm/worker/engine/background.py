@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence as Seq
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ class BackgroundLane:
 
     SHARE = 0.05
     TRIAL = 256    # steps: too few for a hundredth of the gaps between tokens
-    STEP_S = 0.15  # about how long a step of background prompts may take: an interactive request waits for it
+    STEP_S = 0.15  # about how long a step with background prompts takes: an interactive request waits for it
     PAUSE_S = 0.005  # between two looks at whether other workers still write answers
     LEAST = 64     # tokens of prompts in such a step: fewer would waste most of the speed of matrix products
 
@@ -49,10 +49,14 @@ class BackgroundLane:
         self.room = room
         return room
 
-    def prompt_tokens(self, scheduler: Scheduler) -> int:
-        """How many tokens of background prompts a step may have while nobody waits."""
+    def prompt_tokens(self, scheduler: Scheduler, background: Seq[Sequence], rows: int) -> int:
+        """How many tokens of prompts a step may have beside so many rows of answers, if nobody waits for
+        them: if all are in the background."""
         most, token_s = scheduler.prefill_chunk, scheduler.token_s
-        return min(most, max(self.LEAST, int(self.STEP_S / token_s))) if token_s else most
+        if not background:
+            return most
+        rows_s = scheduler.drafting.times.expected(rows, rows)[0] if rows and scheduler.drafting else 0.0
+        return min(most, max(self.LEAST, int((self.STEP_S - rows_s) / token_s))) if token_s else most
 
     def joins(self, sequence: Sequence) -> bool:
         """May it be computed beside interactive answers? Not if the whole step would then be drawn on the

@@ -429,7 +429,7 @@ def events_of(sequence: Sequence, answer: Answer, tokens: Seq[int], drawn: int |
                    and drawn in answer.stop_tokens)
         shown = output.logprobs[:right + (drawn is not None and not unshown)]
         logprobs = tuple(one._replace(drafted=i < right) for i, one in enumerate(shown))
-    piece = Piece(tuple(tokens), answer.take(), logprobs)
+    piece = Piece(tuple(tokens), answer.take(), logprobs, spent_s=output.compute_s)
     if answer.reason is None:
         return [piece]
     usage = replace(output.usage, reasoning_tokens=answer.reasoning_tokens, compute_s=output.compute_s)

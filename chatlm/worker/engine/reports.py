@@ -84,7 +84,7 @@ def together(events: list[tuple[str, WorkerEvent]]) -> list[tuple[str, WorkerEve
                 event.deltas or not before.deltas):
             joined[place] = id, before._replace(
                 tokens=before.tokens + event.tokens, deltas=with_deltas(before.deltas, event.deltas),
-                logprobs=before.logprobs + event.logprobs)
+                logprobs=before.logprobs + event.logprobs, spent_s=event.spent_s)
         else:
             places[id] = len(joined)
             joined.append((id, event))

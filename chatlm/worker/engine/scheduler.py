@@ -79,7 +79,6 @@ class Scheduler:
         beside = background if len(background) < len(self.running) else []  # interactive sequences
         if beside != background and self.lane.must_wait():
             return []
-        # those that are set aside may be many: nothing here looks at each of them more than once or twice
         lane = [s for s in self.running if not s.work.background] if beside else self.running
         answers = [s for s in lane if not s.pooling]
         if len(answers) < len(lane) and (texts := self._texts_now(answers, lane)) is not None:
@@ -94,10 +93,9 @@ class Scheduler:
             plan.append(Chunk(sequence, 1, 1 + len(draft), draft))
             room -= len(draft)
         if prefilling:
-            most = self.prefill_chunk if beside or not background else self.lane.prompt_tokens(self)
+            most = self.prefill_chunk if beside else self.lane.prompt_tokens(self, background, len(plan))
             plan += self._share_prefill(prefilling, self.max_rows - sum(chunk.draws for chunk in plan), most)
-        plan += self._plan_beside(plan, beside)
-        return prepared(self.tables, plan)
+        return prepared(self.tables, [*plan, *self._plan_beside(plan, beside)])
 
     def _plan_beside(self, plan: Seq[Chunk], background: Seq[Sequence]) -> list[Chunk]:
         """Chunks of background sequences that hardly lengthen a step with a plan of interactive ones: a token
@@ -111,15 +109,13 @@ class Scheduler:
         tokens = sum(chunk.count + len(chunk.draft) for chunk in plan)
         room = self.lane.room_beside(times, tokens, max(min(most, self.max_batch), 0))
         chunks, pieces = list[Chunk](), list[Sequence]()
-        for sequence in background if room else ():
-            if self.lane.joins(sequence):
-                if sequence.prefilling:
-                    pieces.append(sequence)
-                elif (sequence.pending == 1 and len(sequence.tokens) < sequence.limit
-                        and self._grow(sequence)):
-                    chunks.append(Chunk(sequence, 1, 1))
-                    if len(chunks) == room:
-                        return chunks
+        for sequence in filter(self.lane.joins, background if room else ()):  # a few of many
+            if sequence.prefilling:
+                pieces.append(sequence)
+            elif sequence.pending == 1 and len(sequence.tokens) < sequence.limit and self._grow(sequence):
+                chunks.append(Chunk(sequence, 1, 1))
+                if len(chunks) == room:
+                    return chunks
         pieces = [s for s in pieces if s.pages]
         if pieces and (self.exact_rows or not drafted):
             chunks += self._share_prefill(pieces, most - len(chunks), room - len(chunks))

@@ -133,11 +133,11 @@ async def test_a_client_that_vanishes_is_charged_what_was_sent_and_one_that_wait
 async def test_pieces_count_once_their_reader_asks_for_more():
     async def events():
         yield Accepted(7)
-        for _ in range(3):
-            yield Piece((1, 2))
-        yield Finished("stop", "eos", Usage(7, 6, 3), 0.0, 0.0, None, 0)
+        for number in range(3):
+            yield Piece((1, 2), spent_s=0.5 * (number + 1))
+        yield Finished("stop", "eos", Usage(7, 6, 3, compute_s=2.0), 0.0, 0.0, None, 0)
 
-    for read, expected in ((1, Amount()), (2, Amount(1)), (3, Amount(1, 7, 0, 2)), (5, Amount(1, 7, 0, 6)), (6, Amount(1, 7, 3, 6))):
+    for read, expected in ((1, Amount()), (2, Amount(1)), (3, Amount(1, 7, 0, 2, 0.5)), (5, Amount(1, 7, 0, 6, 1.5)), (6, Amount(1, 7, 3, 6, 2.0))):
         charge = Ledger(Settings(), None).charge(asked("x", prompts=((1,),)), "m")
         stream = charge.watch(events())
         for _ in range(read):
@@ -271,7 +271,7 @@ async def test_over_its_budget_a_key_waits_in_the_background_or_is_refused_until
             for _ in range(2):
                 response, _ = await call("/v1/chat/completions", key, conversation())
                 assert response.status == 200 and "X-Over-Budget" not in response.headers
-        assert (await usage(call, "a"))["budget"] == {"tokens_per_day": 20, "used_today": 20, "over_budget": "background", "renewed_in_s": 6400}
+        assert (await usage(call, "a"))["budget"] == {"tokens_per_day": 20, "used_today": 20, "reserved": 0, "over_budget": "background", "renewed_in_s": 6400}
         assert "budget" not in await usage(call, "c")
     async with kept(pool, settings, tmp_path / "store.db") as url, client_of(url) as call:      # after a restart too
         for path in ("/v1/chat/completions", "/v1/messages", "/chat/completions"):
@@ -285,6 +285,29 @@ async def test_over_its_budget_a_key_waits_in_the_background_or_is_refused_until
         clock.time = lambda: 1_700_006_400.0
         response, _ = await call("/v1/chat/completions", "b", conversation())
         assert response.status == 200
+
+
+async def test_what_runs_takes_from_the_budget_so_that_many_at_once_do_not_pass_it(tmp_path):
+    keys, gate = keys_of(tmp_path, "alice: a tokens-per-day=1000", "bob: b tokens-per-day=1000 over-budget=refuse"), asyncio.Event()
+    pool, settings = FakePool(gate=gate), Settings(keys=keys)
+    async with serving(pool, settings) as url, client_of(url) as call:
+        for key, body, fit in (("a", {"max_tokens": 400}, 3), ("a", {}, 4), ("b", {"max_tokens": 200, "n": 2}, 3)):     # a prompt has 7 tokens, 256 are assumed
+            gate.clear()
+            first = asyncio.gather(*(call("/v1/chat/completions", key, conversation() | body) for _ in range(fit)))
+            await pool.until_open(fit)
+            assert (await usage(call, key))["budget"]["reserved"] >= 1000
+            more = asyncio.ensure_future(call("/v1/chat/completions", key, conversation() | body))
+            if key == "b":
+                response, text = await more
+                assert response.status == 429 and response.headers["Retry-After"] == "5" and b"may use all that is left" in text
+            else:
+                await pool.until_open(fit + 1)
+            gate.set()
+            assert all("X-Over-Budget" not in response.headers for response, _ in await first)
+            assert key == "b" or (await more)[0].headers["X-Over-Budget"].startswith("background")
+            assert (await usage(call, key))["budget"]["reserved"] == 0
+            response, _ = await call("/v1/chat/completions", key, conversation() | body)
+            assert response.status == 200 and "X-Over-Budget" not in response.headers
 
 
 async def test_models_of_a_key_are_all_that_it_sees():

@@ -31,8 +31,9 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def url(folder):
-    with server(folder, "--dtype", "float32", "--served-model-name", "sees", "--no-drafts") as (_, url):
+def url(folder, tmp_path_factory):
+    store = tmp_path_factory.mktemp("kept") / "store.db"
+    with server(folder, "--dtype", "float32", "--served-model-name", "sees", "--no-drafts", f"--database={store}") as (_, url):
         yield url
 
 
@@ -66,6 +67,25 @@ def refusal(url, body, route="/v1/chat/completions"):
     with pytest.raises(urllib.error.HTTPError) as refused:
         post(url + route, body)
     return refused.value.code, json.load(refused.value)["error"]
+
+
+@pytest.mark.parametrize("size", [(90, 60), (700, 500)])     # the second one is read in a sandbox
+def test_a_kept_response_is_continued_with_its_pictures(url, size):
+    greedy = {"temperature": 0, "max_output_tokens": 16, "ignore_eos": True}
+    source = part(file_of(size))["image_url"]["url"]
+    shown = {"role": "user", "content": [{"type": "input_image", "image_url": source}, {"type": "input_text", "text": QUESTION}]}
+
+    def respond(items, **more):
+        body = json.load(post(f"{url}/v1/responses", {"input": items} | greedy | more))
+        return body, next(item for item in body["output"] if item["type"] == "message")["content"][0]["text"]
+
+    first, said = respond([shown])
+    second, continued = respond("And now?", previous_response_id=first["id"])
+    whole, text = respond([shown, {"role": "assistant", "content": said}, {"role": "user", "content": "And now?"}], store=False)
+    assert continued == text and second["usage"]["input_tokens"] == whole["usage"]["input_tokens"]
+    assert respond([{"role": "user", "content": QUESTION}, {"role": "assistant", "content": said}, {"role": "user", "content": "And now?"}])[1] != text
+    newest, oldest = (get(f"{url}/v1/responses/{second['id']}/input_items?order={order}")["data"][0] for order in ("desc", "asc"))
+    assert newest["content"][0]["text"] == "And now?" and oldest["content"][0]["image_url"] == source
 
 
 def test_every_api_shows_the_model_the_same_picture(url):

@@ -140,6 +140,16 @@ def test_an_answer_whose_worker_is_killed_goes_on_where_it_was(nanochat_fixtures
         wait_for(process, "restarting")
 
 
+def test_while_the_only_worker_restarts_another_model_s_name_is_a_404_and_its_own_waits(nanochat_fixtures):
+    with server(nanochat_fixtures / "gen5", "--served-model-name", "mine") as (process, url):
+        os.kill(get(url + "/stats")["workers"][0]["pid"], signal.SIGKILL)
+        wait_for(process, "restarting")
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            post(url + "/v1/chat/completions", ask("hello", model="other"))
+        assert refused.value.code == 404
+        assert json.load(post(url + "/v1/chat/completions", ask("hello", model="mine", max_tokens=4)))["usage"]["completion_tokens"] == 4
+
+
 @asynccontextmanager
 async def served(settings):
     """A WorkerPool behind the real HTTP front in this process: (pool, url)."""

@@ -157,6 +157,18 @@ def test_a_store_that_cannot_be_used_is_refused_in_one_line_and_left_as_it_is(tm
     assert (path.read_bytes() if regular else None) == before
 
 
+def test_a_large_store_is_checked_while_the_server_runs_which_ends_if_it_is_damaged(tmp_path, nanochat_fixtures):
+    path = tmp_path / "a.db"
+    closed_store(path)
+    data = bytearray(path.read_bytes())
+    data[8192:8192 * 3] = os.urandom(8192 * 2)
+    path.write_bytes(data)
+    code = ("import sys, chat_server; from chatlm.front.store import store; store.CHECKED_BYTES = 0; "
+            f"sys.exit(chat_server.main([{str(nanochat_fixtures / 'gen5')!r}, '--port', '0', '--host', '127.0.0.1', '--database={path}']))")
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2 and len([line for line in ended.stderr.splitlines() if "it is damaged" in line]) == 1, ended
+
+
 async def test_a_locked_store_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(stores, "BUSY_S", 0.1)
     await opened(tmp_path / "a.db").close()

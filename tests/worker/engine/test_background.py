@@ -75,8 +75,11 @@ def test_a_number_of_rows_that_once_was_slow_is_tried_again_seldom():
 
 def test_background_prompts_have_short_steps_and_none_beside_what_would_be_longer():
     lane = BackgroundLane()
-    asking = [SimpleNamespace(prefill_chunk=512, token_s=token_s) for token_s in (0.0, 0.0001, 0.001, 0.1)]
-    assert [lane.prompt_tokens(each) for each in asking] == [512, 512, 150, 64]
+    drafting = SimpleNamespace(times=times_of(0.02, 0.025))
+    asking = [SimpleNamespace(prefill_chunk=512, token_s=token_s, drafting=drafting) for token_s in (0.0, 0.0001, 0.001, 0.1)]
+    assert [lane.prompt_tokens(each, ["low"], 0) for each in asking] == [512, 512, 150, 64]
+    assert [lane.prompt_tokens(each, ["low"], 2) for each in asking] == [512, 512, 125, 64]
+    assert lane.prompt_tokens(asking[-1], [], 2) == 512
     s = scheduler(1.0, 1.2)
     s.token_s = 0.005
     s.add(sequence("a", 200))
