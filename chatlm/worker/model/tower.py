@@ -124,21 +124,22 @@ class Tower:
     compute."""
 
     def __init__(self, eyes: Eyes, device: Device, *, dtype: str | None, quantize: str | None, part: float):
-        """part: the most multiplications between two pauses, unless one layer has more."""
+        """quantize: the type that layers' float matrices become. part: the most work between two pauses, as
+        `layer_work` counts it, unless one layer has more."""
         self.eyes, spec, tensors = eyes, eyes.spec, dict(eyes.tensors)
         self.projector, self.square, self.rows = PROJECTORS[eyes.projector], eyes.shuffle**2, eyes.patches
         self.values = {name: values_of(tensors.pop(name)) for name in ("places", *self.projector.values)}
-        self.first = Product(spec, device, self.rows, "patch", tensors, dtype, quantize, adds=True)
+        self.first = Product(spec, device, self.rows, "patch", tensors, dtype, None, adds=True)
         self.products = {
-            name: Product(spec, device, self.rows // self.square, name, tensors, dtype, quantize,
+            name: Product(spec, device, self.rows // self.square, name, tensors, dtype, None,
                           activation=activation) for name, activation in self.projector.products.items()}
         self.stages, self.turned = list[Transformer](), (0, 0)
-        step = max(1, min(int(part / multiplications(spec, self.rows)), spec.layers))
+        step = max(1, min(int(part / layer_work(spec, self.rows, bool(quantize))), spec.layers))
         for begin in range(0, spec.layers, step):
             own = replace(spec, layers=min(step, spec.layers - begin))
             kernels = load_kernels(device, own, max_tokens=self.rows, max_rows=1, quantize=quantize)
             given = {name: tensors[moved(name, begin)] for name in expected_tensors(own)}
-            kv = KvType("float32")
+            kv = KvType("float32" if dtype == "float32" and not quantize else "float16")
             groups = group_layers(kernels.computed(own).by_layer, self.rows, apart=False, kv=kv)
             self.stages.append(Transformer(
                 own, given, kernels, num_pages=-(-self.rows // PAGE_SIZE), max_tokens=self.rows, max_rows=1,
@@ -192,18 +193,23 @@ def moved(name: str, layers: int) -> str:
     return f"{int(layer) + layers}.{part}" if dot else name
 
 
-def multiplications(spec: ModelSpec, rows: int) -> float:
-    """Of one layer of a tower with so many rows."""
+FLOATS_COST = 2.3     # of a multiplication with floats: 264e9 a second, with q8_0 600e9 (Zen 5, one thread)
+ATTENTION_COST = 4.0  # of one in attention
+
+
+def layer_work(spec: ModelSpec, rows: int, quantized: bool) -> float:
+    """Of one layer of a tower with so many rows, in multiplications with quantized weights."""
     C = spec.width
-    return rows * (4.0 * C * C + 2 * C * spec.ffn_size) + 2.0 * rows * rows * C
+    products = rows * (4.0 * C * C + (2 if spec.ungated else 3) * C * spec.ffn_size)
+    return products * (1 if quantized else FLOATS_COST) + 2.0 * rows * rows * C * ATTENTION_COST
 
 
-def chunk_multiplications(spec: ModelSpec, tokens: int) -> float:
-    """About those of a chunk of a prompt in a model's layers."""
+def chunk_work(spec: ModelSpec, tokens: int, quantized: bool) -> float:
+    """About that of a chunk of a prompt in a model's layers."""
     shapes = expected_tensors(spec)
     numbers = sum(math.prod(shape) * (spec.experts_per_token / spec.experts if ".expert_" in name else 1.0)
                   for name, shape in shapes.items() if len(shape) > 1 and "." in name)
-    return tokens * numbers
+    return tokens * numbers * (1 if quantized else FLOATS_COST)
 
 
 def tiles_of(picture: Picture, layout: Layout, name: str) -> list[numpy.ndarray]:

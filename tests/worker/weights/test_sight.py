@@ -2,12 +2,15 @@
 
 import numpy as np
 import pytest
+import torch
+from gguf import GGMLQuantizationType, quantize
 
 from chatlm.common.config import Settings
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.messages.requests import AnswerParams, Failed, Message, Piece, SamplingParams
 from chatlm.common.text.load import open_tokenizer
+from chatlm.common.vision.layout import layout_of
 from chatlm.common.vision.pictures import rows_in
 from chatlm.worker.arrays.kinds import Device
 from chatlm.worker.build import build_engine
@@ -17,7 +20,7 @@ from chatlm.worker.model.spec import Batch
 from chatlm.worker.model.tower import tiles_of
 from chatlm.worker.model.transformer import show_pictures
 from image_conversations import picture_of_size
-from tiny_sight import expected_logits, make_smolvlm, save_sight, write_mmproj, write_model
+from tiny_sight import expected_logits, make_smolvlm, pixel_values, save_sight, write_mmproj, write_model
 
 KINDS = "smolvlm", "idefics3"
 
@@ -202,6 +205,21 @@ def test_an_mmproj_of_half_floats_stays_so_and_answers(seeing_files, tmp_path):
     ids = asking(engine, picture)
     assert np.abs(logits_of(engine, ids, (picture,)) - expected_logits(model, "smolvlm", ids, [picture])[-16:]).max() < 0.3
     assert len(answer(engine, ids, [picture])) == 8
+
+
+def test_beside_a_quantized_model_the_tower_is_quantized_and_sees_the_same(tmp_path):
+    """Its rows are nearly those of floats, though not the same; beside a model of floats it stays as it is."""
+    model, picture = make_smolvlm("smolvlm"), picture_of_size(90, 60)
+    quantized = GGMLQuantizationType.Q8_0
+    write_model(tmp_path / "a.gguf", model, lambda name, weight: weight if weight.ndim == 1 else (quantize(weight, quantized), quantized))
+    write_mmproj(tmp_path / "mmproj-f16.gguf", model, half=True)
+    with torch.no_grad():
+        wanted = model.model.get_image_features(pixel_values(picture, "smolvlm")).pooler_output.reshape(-1, 64).numpy()
+    engine = open_engine(tmp_path / "a.gguf", dtype=None)
+    tower = engine.pictures.tower
+    rows = run(tower.encode(tiles_of(picture, layout_of(engine.full_text.vision, 90, 60), tower.eyes.filter)))
+    cosine = (rows * wanted).sum(axis=1) / np.linalg.norm(rows, axis=1) / np.linalg.norm(wanted, axis=1)
+    assert tower.stages[0].matrix_types == ["q8_0"] and cosine.min() > 0.999 and np.abs(rows - wanted).max() > 1e-5
 
 
 @pytest.mark.parametrize("what, message", [
