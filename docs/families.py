@@ -26,7 +26,7 @@ folders. [What has been tested](#what-has-been-tested) says more.
 END = "\nAny other family is an error"
 STATES, NEEDS, ENCODES = "#models-whose-layers-keep-a-state", "#what-some-families-need", "#embedders-and-rerankers"
 NOTES = {       # by model_type: what a reader wants to know besides the title
-    "llama": "3.1, 3.2, 3.3 too; of LLaVA, SmolVLM and Idefics 3 the text model",
+    "llama": f"3.1, 3.2, 3.3 too; SmolVLM and Idefics 3 [with images]({NEEDS}), of LLaVA the text model",
     "mistral": "of Small 3.1 and 3.2 the text model",
     "ministral3": f"the text model of `mistral3`, [up to 16,384 tokens]({NEEDS})",
     "qwen2": "of Qwen2-VL and Qwen2.5-VL the text model",
@@ -47,7 +47,7 @@ NOTES = {       # by model_type: what a reader wants to know besides the title
     "qwen3_5_text": f"of those with images the text model, [its states]({STATES})",
     "qwen3_5_moe_text": f"of those with images the text model, [its states]({STATES})",
     "qwen3_next": f"[its states]({STATES})",
-    "lfm2": f"350M, 700M, 1.2B, 2.6B, and LFM2.5, dense; of LFM2-VL the text model, [its states]({STATES})",
+    "lfm2": f"350M, 700M, 1.2B, 2.6B, and LFM2.5, dense; LFM2-VL [with images]({NEEDS}), [its states]({STATES})",
     "lfm2_moe": f"8B-A1B, 24B-A2B, LFM2.5 of these, [its states]({STATES})",
     "nemotron_h": f"Nemotron Nano v2, 3 Nano and 3 Super, [its states]({STATES})",
     "nanochat": "in transformers' format",

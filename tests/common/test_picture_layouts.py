@@ -10,7 +10,7 @@ from chatlm.common.messages.wire import HEADER, unpacked
 from chatlm.common.text.load import open_tokenizer
 from chatlm.common.vision.layout import layout_of
 from chatlm.common.vision.pictures import of_picture, picture, picture_of, row_ids, row_places, rows_in
-from image_conversations import SEES, picture_of_size, seeing_spec
+from image_conversations import SEES, SEES_LFM2, picture_of_size, seeing_spec
 
 SIZES = [(1152, 864), (512, 512), (511, 513), (2048, 2048), (3000, 7), (9, 1000), (1, 1), (640, 480), (333, 777), (4000, 1000)]
 
@@ -35,6 +35,15 @@ def test_layouts_of_smolvlm_are_those_of_transformers(size, tile, longest):
 def test_the_photo_of_the_notes_has_862_rows_and_marks():
     layout = layout_of(SEES, 1152, 864)
     assert (layout.columns, layout.rows, layout.tokens) == (4, 3, 13 * 64)
+
+
+@pytest.mark.parametrize("size, grid, rows", [((1152, 864), (3, 2, (576, 416)), 1770), ((1024, 1024), (2, 2, (512, 512)), 1280), ((2000, 500), (4, 1, (1024, 256)), 1280), ((720, 720), (0, 0, None), 256),
+                                              ((48, 48), (0, 0, None), 64), ((1448, 362), (0, 0, None), 256), ((3000, 7), (0, 0, None), 94), ((800, 656), (0, 0, None), 238)])
+def test_layouts_of_lfm2_vl_are_those_of_its_processor(size, grid, rows):
+    """transformers' needs torchvision, so its figures are here; all of 20,000 random sizes were equal (24 November 2026)."""
+    layout = layout_of(SEES_LFM2, *size)
+    assert (layout.columns, layout.rows, layout.whole) == grid and layout.tokens == rows
+    assert "".join(str(part) for part in layout.parts).endswith(("<|img_thumbnail|>" + str(layout.parts[-2]) if grid[0] else str(rows)) + "<|image_end|>")
 
 
 def test_ids_of_rows_depend_on_pixels_size_and_settings():

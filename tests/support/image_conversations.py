@@ -5,9 +5,13 @@ import random
 from chatlm.common.messages.requests import TextSpec, Vision
 from chatlm.common.vision.pictures import picture
 
-SPECIALS = ["<|im_start|>", "<end_of_utterance>", "<image>", "<fake_token_around_image>", "<global-img>", *(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7))]
+SPECIALS = ["<|im_start|>", "<end_of_utterance>", "<image>", "<fake_token_around_image>", "<global-img>", *(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)),
+            "<|image_start|>", "<|image_end|>", "<|img_thumbnail|>", *(f"<|img_row_{row}_col_{column}|>" for row in range(1, 5) for column in range(1, 5)),
+            "<start_of_image>", "<end_of_image>", "<image_soft_token>", "<|image>", "<image|>", "<|image|>"]
 BYTES = 256
 SEES = Vision("idefics3", BYTES + len(SPECIALS), "<image>", 512, 64, 2048)
+
+SEES_LFM2 = Vision("lfm2", BYTES + len(SPECIALS), "<image>", 512, 256, unit=32, fewest=64, tiles=(2, 10), whole_from=2.0)
 
 
 def picture_of_size(width, height, seed=0):

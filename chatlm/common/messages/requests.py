@@ -42,6 +42,9 @@ class Vision(NamedTuple):
     most: int = 16       # pictures of a prompt
     unit: int = 0        # pixels on a side of what becomes a row
     fewest: int = 0      # tokens of a picture that is not cut
+    tiles: tuple[int, int] = (1, 1)  # the fewest and the most that it is cut into
+    whole_from: float = 1.0          # it is cut if it has so many times the pixels of `tokens`
+    shows_whole: bool = True         # is the whole one more tile after the others?
 
 
 class InfillTokens(NamedTuple):

@@ -29,7 +29,7 @@ class Layout(NamedTuple):
 
     @property
     def tiles(self) -> int:
-        return self.columns * self.rows + 1 if self.columns else 1
+        return self.columns * self.rows + bool(self.whole) if self.columns else 1
 
 
 def in_proportion(size: Size, longest: int) -> Size:
@@ -80,7 +80,56 @@ def idefics3(vision: Vision, size: Size) -> Layout:
                   (*parts, f"\n\n{AROUND}{WHOLE}", tokens, AROUND))
 
 
-LAYOUTS: dict[str, Callable[[Vision, Size], Layout]] = {"idefics3": idefics3}
+def in_units(size: Size, unit: int, fewest: int, most: int) -> Size:
+    """The size with sides that are multiples of `unit`, about in proportion, and so many units."""
+    width, height = (max(unit, round(side / unit) * unit) for side in size)  # half to even
+    if width * height > most * unit * unit:
+        factor = math.sqrt(size[0] * size[1] / (most * unit * unit))
+        width, height = (max(unit, math.floor(side / factor / unit) * unit) for side in size)
+    elif width * height < fewest * unit * unit:
+        factor = math.sqrt(fewest * unit * unit / (size[0] * size[1]))
+        width, height = (math.ceil(side * factor / unit) * unit for side in size)
+    return width, height
+
+
+def closest_grid(size: Size, fewest: int, most: int, tile: int) -> tuple[int, int]:
+    """Columns and rows of `fewest` to `most` tiles, in about the picture's proportion: of equally close ones
+    the last of which the picture fills more than half."""
+    grids = sorted({(columns, rows) for columns in range(1, most + 1) for rows in range(1, most + 1)
+                    if fewest <= columns * rows <= most}, key=lambda grid: grid[0] * grid[1])
+    ratio, best, least = size[0] / size[1], (1, 1), math.inf
+    for grid in grids:
+        difference = abs(ratio - grid[0] / grid[1])
+        if difference < least or difference == least and (
+                size[0] * size[1] > 0.5 * tile * tile * grid[0] * grid[1]):
+            best, least = grid, difference
+    return best
+
+
+def lfm2(vision: Vision, size: Size) -> Layout:
+    """LFM2-VL: whole, with sides that are multiples of `unit`; a large one is cut into tiles, and this is one
+    more (Lfm2VlProcessor)."""
+    unit, (fewest, most) = vision.unit, vision.tiles
+    begin, end = "<|image_start|>", "<|image_end|>"
+    whole = in_units(size, unit, vision.fewest, vision.tokens)
+    rows_of_whole = whole[0] * whole[1] // unit**2
+    area = math.prod(max(unit // 2, round(side / unit) * unit) for side in size)
+    if not vision.splits or most == 1 or area <= vision.tokens * unit**2 * vision.whole_from:
+        return Layout((whole,), 0, 0, None, (begin, rows_of_whole, end))
+    columns, rows = closest_grid(size, fewest, most, vision.tile)
+    sizes, parts = ((columns * vision.tile, rows * vision.tile),), list[str | int]()
+    if columns * rows == 1:
+        return Layout(sizes, 0, 0, None, (begin, (vision.tile // unit)**2, end))
+    for row in range(1, rows + 1):
+        for column in range(1, columns + 1):
+            parts += [f"<|img_row_{row}_col_{column}|>", (vision.tile // unit)**2]
+    if not vision.shows_whole:
+        return Layout(sizes, columns, rows, None, (begin + str(parts[0]), *parts[1:], end))
+    return Layout(sizes, columns, rows, whole, (
+        begin + str(parts[0]), *parts[1:], "<|img_thumbnail|>", rows_of_whole, end), afresh=True)
+
+
+LAYOUTS: dict[str, Callable[[Vision, Size], Layout]] = {"idefics3": idefics3, "lfm2": lfm2}
 
 
 def layout_of(vision: Vision, width: int, height: int) -> Layout:

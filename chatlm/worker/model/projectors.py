@@ -6,6 +6,7 @@ array here, row by row in the square; the squares are in raster order."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, TYPE_CHECKING
 
@@ -29,8 +30,29 @@ def fixed_places(places: numpy.ndarray, rows: int, columns: int) -> numpy.ndarra
     return places
 
 
+def spread(size: int, wanted: int) -> numpy.ndarray:
+    """(wanted, size): what torch's bilinear interpolation with antialias makes of numbers on a line."""
+    scale = size / wanted
+    wide = max(scale, 1.0)
+    centre = (numpy.arange(wanted)[:, None] + 0.5) * scale
+    taps = numpy.arange(size)
+    first, last = (centre - wide + 0.5).astype(int), (centre + wide + 0.5).astype(int)
+    weights = numpy.maximum(1 - numpy.abs((taps + 0.5 - centre) / wide), 0) * (taps >= first) * (taps < last)
+    return (weights / weights.sum(1, keepdims=True)).astype(numpy.float32)
+
+
+def spread_places(places: numpy.ndarray, rows: int, columns: int) -> numpy.ndarray:
+    """The table is of a square grid, and is resized for others (SigLIP 2, naflex)."""
+    side = math.isqrt(len(places))
+    if (rows, columns) == (side, side):
+        return places
+    by_row = spread(side, rows) @ places.reshape(side, -1)  # (rows, side * C)
+    return numpy.matmul(spread(side, columns), by_row.reshape(rows, side, -1)).reshape(rows * columns, -1)
+
+
 # name -> (table, rows, columns of the patches) -> what is added to these (rows * columns, C), in raster order
-PLACES: dict[str, Callable[[numpy.ndarray, int, int], numpy.ndarray]] = {"fixed": fixed_places}
+PLACES: dict[str, Callable[[numpy.ndarray, int, int], numpy.ndarray]] = {
+    "fixed": fixed_places, "spread": spread_places}
 
 # name -> (spec of the layers, rows, columns) -> the angle of each pair of a head, (rows * columns, D / 2), in
 # raster order; pairs are (i, i + D / 2)
@@ -51,6 +73,19 @@ def joined(x: numpy.ndarray, square: int) -> numpy.ndarray:
     return x.reshape(len(x) // square, -1)
 
 
+def layer_norm(x: numpy.ndarray, weight: numpy.ndarray, bias: numpy.ndarray, eps: float) -> numpy.ndarray:
+    x = x - x.mean(axis=1, keepdims=True)
+    return x / numpy.sqrt((x * x).mean(axis=1, keepdims=True) + eps) * weight + bias
+
+
+def normed_join(x: numpy.ndarray, square: int, products: Products, values: Arrays) -> numpy.ndarray:
+    x = layer_norm(joined(x, square), values["join_norm"], values["join_norm_bias"], 1e-5)
+    return products["project"](products["widen"](x))
+
+
 PROJECTORS: dict[str, Projector] = {
     "idefics3": Projector({"project": None}, (), lambda x, square, products, values:
-                          products["project"](joined(x, square)))}
+                          products["project"](joined(x, square))),
+    "lfm2": Projector({"widen": "gelu_erf", "project": None}, ("join_norm", "join_norm_bias"), normed_join),
+    "lfm2_bare": Projector({"widen": "gelu_erf", "project": None}, (), lambda x, square, products, values:
+                           products["project"](products["widen"](joined(x, square))))}

@@ -46,6 +46,9 @@ class Eyes(NamedTuple):
     projector: str              # of PROJECTORS in chatlm/worker/model/projectors.py
     places: str = "fixed"       # of PLACES there
     angles: str = ""            # of ANGLES there, if layers rotate by a patch's place
+    most: int = 0               # rows of a tile that is not as the others; 0: no more than of these
+    hidden: int = 0             # width between the projector's products
+    grid: int = 0               # rows of the table of places
 
     @property
     def nbytes(self) -> int:
@@ -57,7 +60,7 @@ class Eyes(NamedTuple):
     @property
     def patches(self) -> int:
         """Of a tile, at most."""
-        return self.vision.tokens * self.shuffle**2
+        return max(self.vision.tokens, self.most) * self.shuffle**2
 
 
 class Product:

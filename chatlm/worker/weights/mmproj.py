@@ -45,8 +45,8 @@ def gguf_eyes(model: Path, settings: Settings, loaded: LoadedModel, device: str)
 class FileSays:
     """A `Said` of a GGUF file's metadata."""
 
-    def __init__(self, path: Path, metadata: Mapping[str, Any]):
-        self.path, self.metadata = path, metadata
+    def __init__(self, path: Path, metadata: Mapping[str, Any], shapes: dict[str, tuple[int, ...]]):
+        self.path, self.metadata, self.shapes = path, metadata, shapes
 
     def picture(self, key: str, rule: Rule, default: Any = None, length: int | None = None) -> Any:
         key = f"clip.vision.{key}"
@@ -74,7 +74,8 @@ def eyes_of(path: Path, settings: Settings, loaded: LoadedModel, device: str, me
     family = FILE_TOWERS[checked(path, "clip.projector_type", kind, Rule(str, choices=tuple(FILE_TOWERS)))]
     if json.dumps(family.token).encode() not in loaded.text.payload:
         raise ConfigError(f"{path}: it belongs to another model: this one has no {family.token}")
-    eyes = family.of_file(FileSays(path, metadata), loaded.spec)
+    shapes = {name: file_shape(name, tensor) for name, tensor in stored.items()}
+    eyes = family.of_file(FileSays(path, metadata, shapes), loaded.spec)
     return eyes._replace(tensors=file_tensors(path, settings, loaded, device, family, eyes, dict(stored)))
 
 

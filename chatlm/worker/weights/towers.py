@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, TYPE_CHECKING
 
+from chatlm.common.config import LIMITS
 from chatlm.common.messages.requests import Vision
 from chatlm.worker.model.spec import ModelSpec
 from chatlm.worker.model.tower import Eyes
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
 class Said(Protocol):
     """What a model's files say. Each method checks a value, and takes the default for one that is missing."""
+
+    shapes: dict[str, tuple[int, ...]]  # of the tensors of a GGUF file; of a folder's none
 
     def tower(self, key: str, rule: Rule, default: Any = None) -> Any:
         """Of config.json's vision_config, or of a GGUF file's keys that begin with clip.vision."""
@@ -44,6 +48,7 @@ class TowerFamily(NamedTuple):
     token: str                                 # the models that it belongs to have this special token
 
 
+TOKENS, TILES = Rule(int, 1, 1 << 14), Rule(int, 1, 64)  # of a picture
 SIDE = Rule(int, 1, 1 << 14)  # in pixels
 CHANNELS, LAYERS, HEADS = Rule(int, 16, MOST_CHANNELS), Rule(int, 1, MOST_LAYERS), Rule(int, 1, MOST_HEADS)
 FILTERS = {1: "lanczos", 2: "bilinear", 3: "bicubic"}  # by the numbers that Pillow has for them
@@ -151,7 +156,66 @@ IDEFICS3 = TowerFamily(
     SIGLIP_FILE | {"project": ("mm.model.fc.weight",)}, of_grid, idefics3_of_folder, idefics3_of_file,
     "<fake_token_around_image>")
 
+def lfm2_eyes(said: Said, model: ModelSpec, spec: Callable[[int], ModelSpec], patch: int, shuffle: int,
+              projector: str, hidden: int, grid: int) -> Eyes:
+    """spec: of the most patches in a tile."""
+    unit, color = patch * shuffle, colors(said)
+    tile, tokens = said.picture("tile_size", SIDE, 512), said.picture("max_image_tokens", TOKENS, 256)
+    tiles = said.picture("min_tiles", TILES, 2), said.picture("max_tiles", TILES, 10)
+    said.divides("tile_size", tile, unit)
+    if tiles[0] > tiles[1]:
+        said.refuse(f"min_tiles is {tiles[0]}, and max_tiles {tiles[1]}; it must not be more")
+    least = said.picture("min_image_tokens", TOKENS, 64)
+    # the longest picture is at least one row high
+    most = max(math.isqrt(LIMITS.picture_side * max(tokens, least)) + 1, (tile // unit)**2)
+    vision = Vision(
+        "lfm2", model.vocab_size, "<image>", tile, tokens, splits=said.picture(
+            "do_image_splitting", Rule(bool), True), unit=unit, fewest=least, tiles=tiles,
+        whole_from=said.picture("max_pixels_tolerance", Rule(float, 1, 100), 2.0),
+        shows_whole=said.picture("use_thumbnail", Rule(bool), True))
+    return Eyes(vision, spec(max(most, tokens) * shuffle**2), {}, patch, shuffle, "bilinear", *color,
+                projector, "spread", most=most, hidden=hidden, grid=grid)
+
+
+def lfm2_of_folder(said: Said, model: ModelSpec) -> Eyes:
+    scaled(said, 2)
+    said.model("vision_feature_layer", Rule(int, -1, -1), -1)
+    said.model("projector_hidden_act", Rule(str, choices=("gelu",)), "gelu")
+    said.model("projector_bias", Rule(bool), True)
+    patch, shuffle = said.tower("patch_size", SIDE, 16), said.model("downsample_factor", Rule(int, 1, 64), 2)
+    said.picture("encoder_patch_size", Rule(int, patch, patch), patch)
+    said.picture("downsample_factor", Rule(int, shuffle, shuffle), shuffle)
+    normed = said.model("projector_use_layernorm", Rule(bool), True)
+    return lfm2_eyes(
+        said, model, lambda patches: siglip_of_folder(said, patches, 768, 12, 12), patch, shuffle,
+        "lfm2" if normed else "lfm2_bare", said.model("projector_hidden_size", CHANNELS, 2560),
+        said.tower("num_patches", Rule(int, 1, 1 << 16), 256))
+
+
+def lfm2_of_file(said: Said, model: ModelSpec) -> Eyes:
+    side, patch = said.tower("image_size", SIDE), said.tower("patch_size", SIDE)
+    return lfm2_eyes(
+        said, model, lambda patches: siglip_of_file(said, patches), patch,
+        said.tower("projector.scale_factor", Rule(int, 1, 64), 2),
+        "lfm2" if "mm.input_norm.weight" in said.shapes else "lfm2_bare",
+        said.shapes.get("mm.1.weight", (16,))[0], (side // patch)**2)
+
+
+def lfm2_own(eyes: Eyes, width: int) -> Shapes:
+    joined, H = eyes.spec.width * eyes.shuffle**2, eyes.hidden
+    norm: Shapes = {"join_norm": (joined,), "join_norm_bias": (joined,)} if eyes.projector == "lfm2" else {}
+    return of_grid(eyes, width) | {
+        "places": (eyes.grid, eyes.spec.width), "widen": (H, joined), "widen_bias": (H,),
+        "project": (width, H), "project_bias": (width,)} | norm
+
+
+LFM2 = TowerFamily(
+    SIGLIP | both({"join_norm": "multi_modal_projector.layer_norm", "widen": "multi_modal_projector.linear_1",
+                   "project": "multi_modal_projector.linear_2"}),
+    SIGLIP_FILE | both({"join_norm": "mm.input_norm", "widen": "mm.1", "project": "mm.2"}),
+    lfm2_own, lfm2_of_folder, lfm2_of_file, "<|image_start|>")
+
 # model_type of a folder
-TOWERS: dict[str, TowerFamily] = {"smolvlm": IDEFICS3, "idefics3": IDEFICS3}
+TOWERS: dict[str, TowerFamily] = {"smolvlm": IDEFICS3, "idefics3": IDEFICS3, "lfm2_vl": LFM2}
 # clip.projector_type of a GGUF file
-FILE_TOWERS: dict[str, TowerFamily] = {"idefics3": IDEFICS3}
+FILE_TOWERS: dict[str, TowerFamily] = {"idefics3": IDEFICS3, "lfm2": LFM2}

@@ -31,7 +31,7 @@ class FolderSays:
 
     def __init__(self, folder: Path):
         self.folder, self.config_path = folder, folder / "config.json"
-        self.config = read_json(self.config_path)
+        self.config, self.shapes = read_json(self.config_path), dict[str, tuple[int, ...]]()
 
     @cached_property
     def preprocessor(self) -> tuple[Path, dict]:

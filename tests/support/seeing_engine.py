@@ -1,0 +1,66 @@
+"""Engines that see: questions with pictures, answers, and the logits of a prompt."""
+
+import numpy as np
+
+from chatlm.common.config import Settings
+from chatlm.common.hub.find import resolve_model
+from chatlm.common.messages.requests import AnswerParams, Failed, Message, Piece, SamplingParams
+from chatlm.common.text.load import open_tokenizer
+from chatlm.worker.arrays.kinds import Device
+from chatlm.worker.build import build_engine
+from chatlm.worker.engine.integrity import check_integrity
+from chatlm.worker.engine.sequence import Assignment
+from chatlm.worker.model.spec import Batch
+from chatlm.worker.model.tower import tiles_of
+from chatlm.worker.model.transformer import show_pictures
+
+
+def open_engine(folder, **more):
+    settings = Settings(**({"model": str(folder), "dtype": "float32", "prefill_chunk": 32, "kv_cache_memory": 8 << 20} | more))
+    model, engine = build_engine(resolve_model(settings), settings, Device("cpu"))
+    engine.full_text = model.text
+    return engine
+
+
+def asking(engine, *pictures, text="What is this?"):
+    tokenizer = open_tokenizer(engine.full_text)
+    parts = tuple(part for number in range(len(pictures)) for part in (f"Look {number}: ", number)) + (text,)
+    content = "".join(part for part in parts if isinstance(part, str))
+    return tuple(tokenizer.render([Message("user", content, None, pictures, parts if pictures else ())]))
+
+
+def answer(engine, ids, pictures, name="a", tokens=8, **params):
+    engine.add(Assignment(name, ids, AnswerParams(sampling=SamplingParams(temperature=0.0), ignore_eos=True, **params), tokens, pictures=tuple(pictures)))
+    return collect(engine)[name]
+
+
+def collect(engine):
+    found, scores = {}, []
+    while engine.busy:
+        for name, event in engine.step():
+            assert not isinstance(event, Failed), event
+            if isinstance(event, Piece):
+                found.setdefault(name, []).extend(event.tokens)
+    check_integrity(engine)
+    return found
+
+
+def run(generator):
+    while True:
+        try:
+            next(generator)
+        except StopIteration as done:
+            return done.value
+
+
+def logits_of(engine, ids, pictures, rows=16):
+    """The logits of a prompt's last rows, computed in one step."""
+    transformer, sight = engine.transformer, engine.pictures.sight(Assignment("x", ids, AnswerParams(), 1, pictures=pictures), engine.full_text.vision)
+    for seen in sight.seen:
+        seen.rows = run(engine.pictures.tower.encode(tiles_of(seen.picture, seen.layout, engine.pictures.tower.eyes.filter)))
+    shown = sight.as_one_id(ids)
+    show_pictures(transformer, sight.rows(0, len(ids)))
+    batch = Batch(shown, [-1, *shown[:-1]], [0, len(ids)], [len(ids)], [list(range(-(-len(ids) // 16)))], list(range(len(ids) - rows, len(ids))), state_reads=[0] * bool(transformer.spec.state_bytes))
+    made = engine.transformer.arrays.numpy(engine.steps.forward(batch)).copy()
+    show_pictures(transformer, ())
+    return made

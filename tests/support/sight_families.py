@@ -1,0 +1,132 @@
+"""Tiny random models of families that see, beside tiny_sight's: folders, files, and transformers' logits from pixels, which Pillow resizes."""
+
+import json
+
+import numpy as np
+import torch
+
+from encoders import randomized
+from image_conversations import BYTES, SPECIALS, byte_tokenizer
+from tiny_sight import TEMPLATE, VOCABULARY, write
+
+TEXT = dict(vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, bos_token_id=BYTES, eos_token_id=BYTES + 1,
+            pad_token_id=0)
+LFM2_PICTURES = dict(tile_size=64, max_image_tokens=16, min_image_tokens=4, min_tiles=2, max_tiles=4, encoder_patch_size=8, downsample_factor=2, max_pixels_tolerance=2.0, do_image_splitting=True,
+                     use_thumbnail=True, resample=2, image_mean=[0.5] * 3, image_std=[0.5] * 3, rescale_factor=1 / 255)
+
+
+def token(name):
+    return BYTES + SPECIALS.index(name)
+
+
+def pixels_of(picture):
+    return np.frombuffer(picture.pixels, np.uint8).reshape(picture.height, picture.width, 3)
+
+
+def pillow_resized(image, size, resample):
+    from PIL import Image
+    return np.asarray(Image.fromarray(image).resize(size, resample))
+
+
+def make_lfm2_vl(seed=0):
+    import transformers
+    text = TEXT | dict(model_type="lfm2", num_hidden_layers=3, layer_types=["conv", "full_attention", "conv"], block_auto_adjust_ff_dim=False, norm_eps=1e-5, conv_L_cache=3)
+    vision = dict(model_type="siglip2_vision_model", hidden_size=64, intermediate_size=112, num_hidden_layers=3, num_attention_heads=4, num_patches=36, patch_size=8, layer_norm_eps=1e-6)
+    config = transformers.Lfm2VlConfig(text_config=text, vision_config=vision, image_token_id=token("<image>"), projector_hidden_size=80, downsample_factor=2, tie_word_embeddings=True)
+    config._attn_implementation = "eager"
+    torch.manual_seed(seed)
+    return randomized(transformers.Lfm2VlForConditionalGeneration(config), seed).float()
+
+
+def lfm2_inputs(picture, layout):
+    """pixel_values, pixel_attention_mask and spatial_shapes as Lfm2VlImageProcessor has them, of the layout's sizes."""
+    image, (size,) = pixels_of(picture), layout.sizes
+    resized, tiles = pillow_resized(image, size, 2), []
+    if layout.columns:
+        tiles = [resized[row * 64:row * 64 + 64, column * 64:column * 64 + 64] for row in range(layout.rows) for column in range(layout.columns)]
+        resized = pillow_resized(image, layout.whole, 2)
+    values, masks, shapes = [], [], []
+    for tile in (*tiles, resized):
+        rows, columns = tile.shape[0] // 8, tile.shape[1] // 8
+        patches = (tile.reshape(rows, 8, columns, 8, 3).swapaxes(1, 2).reshape(rows * columns, -1) / 255 - 0.5) / 0.5
+        values.append(np.pad(patches, ((0, 256 - len(patches)), (0, 0))))
+        masks.append(np.arange(256) < len(patches))
+        shapes.append((rows, columns))
+    return torch.tensor(np.stack(values), dtype=torch.float32), torch.tensor(np.stack(masks)).int(), torch.tensor(shapes)
+
+
+def lfm2_logits(model, ids, pictures, layouts):
+    parts = [lfm2_inputs(picture, layout) for picture, layout in zip(pictures, layouts)]
+    values, masks, shapes = (torch.cat(part) for part in zip(*parts))
+    return model(input_ids=ids, pixel_values=values, pixel_attention_mask=masks, spatial_shapes=shapes)
+
+
+def lfm2_mmproj(state, config):
+    """Tensors and keys of llama.cpp's mmproj file."""
+    prefix, C, p = "model.vision_tower.", config.hidden_size, config.patch_size
+    prefix += "vision_model." if f"{prefix}vision_model.post_layernorm.weight" in state else ""
+    kernel = state[f"{prefix}embeddings.patch_embedding.weight"].reshape(C, p, p, 3).transpose(0, 3, 1, 2)
+    tensors = {"v.patch_embd.weight": np.ascontiguousarray(kernel), "v.patch_embd.bias": state[f"{prefix}embeddings.patch_embedding.bias"],
+               "v.position_embd.weight": state[f"{prefix}embeddings.position_embedding.weight"]} | siglip_layers(state, prefix, config.num_hidden_layers)
+    for part in ("weight", "bias"):
+        tensors |= {f"{ours}.{part}": state[f"model.multi_modal_projector.{theirs}.{part}"] for ours, theirs in (("mm.input_norm", "layer_norm"), ("mm.1", "linear_1"), ("mm.2", "linear_2"))}
+    pictures = {key: LFM2_PICTURES[key] for key in ("tile_size", "max_image_tokens", "min_image_tokens", "min_tiles", "max_tiles")}
+    return tensors, siglip_numbers(config) | {"image_size": 48, "projector.scale_factor": 2} | pictures
+
+
+def siglip_layers(state, prefix, layers):
+    tensors = {}
+    for part in ("weight", "bias"):
+        tensors[f"v.post_ln.{part}"] = state[f"{prefix}post_layernorm.{part}"]
+        for l in range(layers):
+            for ours, theirs in (("ln1", "layer_norm1"), ("ln2", "layer_norm2"), ("attn_q", "self_attn.q_proj"), ("attn_k", "self_attn.k_proj"), ("attn_v", "self_attn.v_proj"),
+                                 ("attn_out", "self_attn.out_proj"), ("ffn_up", "mlp.fc1"), ("ffn_down", "mlp.fc2")):
+                tensors[f"v.blk.{l}.{ours}.{part}"] = state[f"{prefix}encoder.layers.{l}.{theirs}.{part}"]
+    return tensors
+
+
+def siglip_numbers(config):
+    return {"patch_size": config.patch_size, "embedding_length": config.hidden_size, "feed_forward_length": config.intermediate_size, "block_count": config.num_hidden_layers,
+            "attention.head_count": config.num_attention_heads, "attention.layer_norm_epsilon": config.layer_norm_eps, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+
+
+# kind -> how to make it, its preprocessor_config.json, the marker of its template, transformers' outputs, its mmproj and that one's type
+FAMILIES = {"lfm2_vl": (make_lfm2_vl, LFM2_PICTURES, "<image>", lfm2_logits, lfm2_mmproj, "lfm2")}
+
+
+def save_family(folder, kind, model, **more):
+    _, pictures, marker, *_ = FAMILIES[kind]
+    model.save_pretrained(folder)
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    write(folder / "tokenizer_config.json", {"eos_token": "<end_of_utterance>"})
+    (folder / "chat_template.jinja").write_text(TEMPLATE.replace("<image>", marker))
+    write(folder / "preprocessor_config.json", pictures | more)
+
+
+def family_logits(model, kind, ids, pictures, layouts, image="<image>"):
+    """transformers' logits of a prompt whose ids of rows become those of the image token."""
+    ids = torch.tensor([[each if each < VOCABULARY else token(image) for each in ids]])
+    with torch.no_grad():
+        return FAMILIES[kind][3](model, ids, pictures, layouts).logits[0].double().numpy()
+
+
+def write_family(folder, kind, model, **more):
+    """The text model and its mmproj, as llama.cpp's converter writes them, in float32; the path of the former."""
+    from families import as_gguf
+    from tiny_gguf import write_gguf
+    import transformers
+    _, _, marker, _, mmproj, projector = FAMILIES[kind]
+    text = transformers.AutoModelForCausalLM.from_config(model.config.text_config).float()
+    state = {name.replace("model.language_model.", "model."): tensor for name, tensor in model.state_dict().items() if "vision" not in name and "multi_modal" not in name}
+    text.load_state_dict(state, strict=True)
+    vocabulary = json.loads(byte_tokenizer().to_str())["model"]["vocab"]
+    spare = VOCABULARY - BYTES - len(SPECIALS) - 1
+    metadata = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.tokens": [*sorted(vocabulary, key=vocabulary.get)[:BYTES], *SPECIALS, "Ġt", *(f"[PAD{n}]" for n in range(spare))],
+                "tokenizer.ggml.merges": ["Ġ t"], "tokenizer.ggml.token_type": [1] * BYTES + [3] * len(SPECIALS) + [1] + [5] * spare, "tokenizer.ggml.eos_token_id": BYTES + 1,
+                "tokenizer.ggml.bos_token_id": BYTES, "tokenizer.ggml.add_bos_token": False, "tokenizer.chat_template": TEMPLATE.replace("<image>", marker)}
+    path = folder / "tiny-F32.gguf"
+    as_gguf(path, text.eval(), metadata=metadata)
+    tensors, numbers = mmproj({name: tensor.float().numpy() for name, tensor in model.state_dict().items()}, model.config.vision_config)
+    write_gguf(folder / "mmproj-tiny-F32.gguf", tensors, {f"clip.vision.{key}": value for key, value in numbers.items()} | {"clip.has_vision_encoder": True, "clip.projector_type": projector} | more,
+               {"general.architecture": "clip"})
+    return path

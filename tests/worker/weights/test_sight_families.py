@@ -1,0 +1,62 @@
+"""LFM2-VL, Gemma 3 and Gemma 4: from pixels to logits as transformers, as folders and as files."""
+
+import numpy as np
+import pytest
+
+from chatlm.common.vision.layout import layout_of
+from chatlm.common.vision.pictures import rows_in
+from image_conversations import picture_of_size
+from seeing_engine import answer, asking, logits_of, open_engine
+from sight_families import FAMILIES, family_logits, save_family, write_family
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def seeing(request, tmp_path_factory):
+    kind, folder = request.param, tmp_path_factory.mktemp(request.param)
+    model = FAMILIES[kind][0]()
+    save_family(folder, kind, model)
+    return kind, folder, model
+
+
+def expected(engine, kind, model, ids, pictures):
+    vision = engine.full_text.vision
+    return family_logits(model, kind, ids, pictures, [layout_of(vision, picture.width, picture.height) for picture in pictures], vision.marker)
+
+
+@pytest.mark.parametrize("kernels", ["decode_core", "reference"])
+@pytest.mark.parametrize("size", [(40, 30), (170, 100)])
+def test_logits_from_pixels_are_those_of_transformers(seeing, kernels, size, monkeypatch):
+    kind, folder, model = seeing
+    if kernels == "reference":
+        monkeypatch.setenv("CHAT_SERVER_KERNELS", "reference")
+    engine = open_engine(folder, prefill_chunk=512)
+    pictures = (picture_of_size(*size), picture_of_size(20, 50, seed=1))
+    ids = asking(engine, *pictures)
+    assert len(rows_in(engine.full_text.vision, ids)) > 8
+    wanted = expected(engine, kind, model, ids, pictures)[-16:]
+    assert np.abs(logits_of(engine, ids, pictures) - wanted).max() < 1e-4
+    other = (picture_of_size(*size, seed=7), pictures[1])
+    assert np.abs(expected(engine, kind, model, ids, other)[-16:] - wanted).max() > 1e-3
+
+
+def test_answers_are_the_same_in_chunks_cached_and_again(seeing):
+    kind, folder, model = seeing
+    picture = picture_of_size(170, 100)
+    engine = open_engine(folder)
+    ids = asking(engine, picture, text="What is this? Look at it well.")
+    first, greedy = answer(engine, ids, [picture]), list(ids)
+    for _ in first:
+        greedy.append(int(expected(engine, kind, model, greedy, [picture])[-1].argmax()))
+    assert first == greedy[len(ids):]
+    assert answer(engine, ids, [picture]) == first and engine.pictures.encoded == 1
+    engine.pool.forget_cached()
+    assert answer(engine, ids, [picture]) == first and engine.pictures.encoded == 1
+    assert answer(open_engine(folder, prefill_chunk=512), ids, [picture]) == first
+
+
+def test_files_with_an_mmproj_see_as_folders_do(seeing, tmp_path):
+    kind, _, model = seeing
+    engine = open_engine(write_family(tmp_path, kind, model), prefill_chunk=512)
+    pictures = (picture_of_size(170, 100), picture_of_size(20, 50, seed=1))
+    ids = asking(engine, *pictures)
+    assert np.abs(logits_of(engine, ids, pictures) - expected(engine, kind, model, ids, pictures)[-16:]).max() < 1e-4
