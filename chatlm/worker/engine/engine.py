@@ -143,7 +143,7 @@ class Engine:
                             adapter_digest=self.adapters.digests.get(slot, ""),
                             sight=sight, output=Output(scored=work.scored))
         self.answers.make(sequence)
-        if self.drafts and work.may_draft and not (work.params.pooling or sight and self.draft_models):
+        if self.drafts and work.may_draft and not work.params.pooling:
             self.drafting.begin(sequence)
         self.scheduler.add(sequence)
         if self.transformer.layer_embed:

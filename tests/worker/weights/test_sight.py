@@ -121,6 +121,19 @@ def test_penalties_and_drafts_know_no_rows(seeing):
     assert answer(drafting, ids, [picture, picture], tokens=24) == plain
 
 
+def test_a_second_model_drafts_for_texts_alone_beside_answers_about_pictures(seeing):
+    _, folder, _ = seeing
+    engine, picture = open_engine(folder, draft_model=str(folder), drafts="model"), picture_of_size(90, 60)
+    plain = open_engine(folder, drafts="none")
+    about, text = asking(engine, picture, picture, text="again and again and again"), asking(engine, text="And you?")
+    sampling = AnswerParams(sampling=SamplingParams(temperature=0.0), ignore_eos=True)
+    engine.add(Assignment("about", about, sampling, 24, pictures=(picture, picture)))
+    engine.add(Assignment("text", text, sampling, 24))
+    found = collect(engine)
+    assert found == {"about": answer(plain, about, [picture, picture], tokens=24), "text": answer(plain, text, [], tokens=24)}
+    assert engine.drafting.accepted.model > 0
+
+
 @pytest.fixture(scope="module")
 def seeing_files(tmp_path_factory):
     folder, model = tmp_path_factory.mktemp("files"), make_smolvlm("smolvlm")
