@@ -28,8 +28,10 @@ def make_qwen(kind, seed=0):
         rope = dict(rope_type="default", rope_theta=10_000.0, mrope_section=[2, 1, 1], mrope_interleaved=True, partial_rotary_factor=0.25)
         text = dict(num_hidden_layers=4, head_dim=32, rope_parameters=rope, layer_types=["linear_attention", "full_attention"] * 2, linear_num_key_heads=2, linear_num_value_heads=4,
                     linear_key_head_dim=16, linear_value_head_dim=16, linear_conv_kernel_dim=4)
-        config = transformers.Qwen3_5Config(text_config=TEXT | text, vision_config=TOWER, tie_word_embeddings=False, **IDS)
-        maker = transformers.Qwen3_5ForConditionalGeneration
+        experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=32) if kind == "qwen3_5_moe" else {}
+        configure, maker = {"qwen3_5": (transformers.Qwen3_5Config, transformers.Qwen3_5ForConditionalGeneration),
+                            "qwen3_5_moe": (transformers.Qwen3_5MoeConfig, transformers.Qwen3_5MoeForConditionalGeneration)}[kind]
+        config = configure(text_config=TEXT | text | experts, vision_config=TOWER, tie_word_embeddings=False, **IDS)
     config._attn_implementation = "eager"
     torch.manual_seed(seed)
     return randomized(maker(config), seed).float()

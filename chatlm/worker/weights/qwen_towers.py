@@ -103,5 +103,5 @@ def qwen_own(eyes: Eyes, width: int) -> Shapes:
 
 
 QWEN = TowerFamily(NAMES, FILE_NAMES, qwen_own, qwen_of_folder, qwen_of_file, "<|vision_start|>")
-TOWERS = {"qwen3_vl": QWEN, "qwen3_5": QWEN}
+TOWERS = {"qwen3_vl": QWEN, "qwen3_5": QWEN, "qwen3_5_moe": QWEN}
 FILE_TOWERS = {"qwen3vl_merger": QWEN}

@@ -1,5 +1,7 @@
 """Qwen3-VL and Qwen3.5 see: rotary places in tower and model, deepstack, and the same answers however they come."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -10,7 +12,7 @@ from seeing_engine import answer, asking, chosen_kernels, logits_of, open_engine
 from sight_qwen import make_qwen, qwen_logits, save_qwen, write_qwen3_vl
 
 
-@pytest.fixture(scope="module", params=["qwen3_vl", "qwen3_5"])
+@pytest.fixture(scope="module", params=["qwen3_vl", "qwen3_5", "qwen3_5_moe"])
 def qwen(request, tmp_path_factory):
     folder, model = tmp_path_factory.mktemp(request.param), make_qwen(request.param)
     save_qwen(folder, model)
@@ -61,3 +63,19 @@ def test_a_file_with_an_mmproj_sees_as_the_folder_does(tmp_path):
     pictures = (picture_of_size(170, 100), picture_of_size(20, 50, seed=1))
     ids = asking(engine, *pictures)
     assert np.abs(logits_of(engine, ids, pictures) - expected(engine, model, ids, pictures)[-16:]).max() < 1e-4
+
+
+@pytest.mark.parametrize("part, changes, said", [
+    ("vision_config", {"deepstack_visual_indexes": [2, 0]}, "deepstack is after the layers [2, 0]; there are 4"),
+    ("vision_config", {"deepstack_visual_indexes": [0, 9]}, "deepstack is after the layers [0, 9]; there are 4"),
+    ("vision_config", {"num_position_embeddings": 35}, "the table of places has 35 rows; it must be a square"),
+    ("vision_config", {"temporal_patch_size": 3}, "vision_config.temporal_patch_size is 3; it must be 2"),
+    ("text_config", {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 2]}}, "mrope_section"),
+    ("text_config", {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 2, 2], "mrope_interleaved": False}}, "mrope_interleaved must be true")])
+def test_a_folder_that_says_what_is_not_supported_is_a_model_of_texts(tmp_path, caplog, part, changes, said):
+    save_qwen(tmp_path, make_qwen("qwen3_vl"))
+    config = json.loads((tmp_path / "config.json").read_text())
+    config[part] |= changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert open_engine(tmp_path).full_text.vision is None
+    assert "reads texts alone" in caplog.text and said in caplog.text
