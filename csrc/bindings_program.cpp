@@ -136,12 +136,14 @@ void add_to_adapter(dc::Adapter& adapter, int64_t number, int type, int64_t rank
 // `sampling`: None, or a SampleBatch's addresses and sizes as decode_core/program.py packs them.
 int64_t start(dc::Program& program, const py::object& token_ids, const py::object& previous, const py::object& starts, const py::object& lengths,
               const py::object& tables, const py::object& logit_rows, const py::object& sampling, bool all_rows,
-              const py::object& state_reads, const py::object& write_rows, const py::object& write_slots, const py::list& adapters) {
+              const py::object& state_reads, const py::object& write_rows, const py::object& write_slots, const py::list& adapters,
+              const py::object& turns) {
     dc::StepInput in;
     in.adapters = adapters_of(adapters);
     in.all_rows = all_rows;
     in.token_ids = dc::integers(token_ids, "token_ids: a list of integers");
     in.previous_ids = dc::integers(previous, "previous: a list of integers");
+    in.turns = dc::integers(turns, "turns: a list of integers");
     in.starts = dc::integers(starts, "starts: a list of integers");
     in.lengths = dc::integers(lengths, "lengths: a list of integers");
     in.logit_rows = dc::integers(logit_rows, "logit_rows: a list of integers");

@@ -364,8 +364,8 @@ class Settings:
         "model (model), or from whatever pays (auto)", choices=("none", "lookup", "mtp", "model", "auto"),
         bare="auto", off="none")
     mmproj: str | None = flag(None, file_name,
-        "the GGUF file with which a GGUF model sees images (default: an mmproj*.gguf beside the model, in its "
-        "folder or in the hub's repository)",
+        "the GGUF file with which a GGUF model sees images (default: an mmproj*.gguf beside the model, in "
+        "its folder or in the hub's repository)",
         ANSWERING)
     draft_model: str | None = flag(None, file_name,
         "a smaller MODEL with the same tokenizer that guesses what comes next (answers are the same)",

@@ -17,7 +17,7 @@ from chatlm.common.hub.adapters import bytes_of_adapters
 from chatlm.common.hub.local import no_progress
 from chatlm.common.log import log
 from chatlm.common.memory import available_memory
-from chatlm.worker.arrays.kinds import Device, item_bytes
+from chatlm.worker.arrays.kinds import FLOATS, Device, item_bytes
 from chatlm.worker.drafting import plan_drafters
 from chatlm.worker.engine.engine import Engine
 from chatlm.worker.engine.kvcache import PagePool, longest_context
@@ -27,7 +27,7 @@ from chatlm.worker.engine.pieces import open_for_answers
 from chatlm.worker.engine.scheduler import FREE_ROWS
 from chatlm.worker.model.kernels import Backend, choose_backend, load_kernels
 from chatlm.worker.model.spec import KvType, PageLayout, expected_tensors, group_layers
-from chatlm.worker.model.tower import Tower, chunk_multiplications
+from chatlm.worker.model.tower import Tower, chunk_work
 from chatlm.worker.model.transformer import Transformer, page_layout
 from chatlm.worker.ranks.ranks import RankAlone
 from chatlm.worker.weights.adapters import adapter_reader
@@ -124,7 +124,23 @@ EMBEDS = ("It makes vectors of texts, for /v1/embeddings, /api/embed, /v1/score 
 RANKS = "It ranks documents for a query, for /v1/rerank and /v1/score; it cannot chat"
 
 
-STAGE_CHUNKS = 2  # chunks of prompts that take about as long as a part of an image, while which others wait
+# Chunks of prompts that take about as long as a part of an image. Others wait for a step besides, which may
+# be a chunk, and for no more than two chunks.
+STAGE_CHUNKS = 1
+FLOAT_TYPES = (*FLOATS, "f32", "f16", "bf16")  # of matrices, as tensors and as tiles call them
+
+
+def make_tower(model: LoadedModel, transformer: Transformer, settings: Settings, device: Device,
+               chunk: int) -> Tower | None:
+    """What sees images, if the model does. Where the model's own matrices are quantized, the tower's layers
+    of floats become q8_0: no more exact than what reads their results, and 2.3 times as fast."""
+    if not model.eyes:
+        return None
+    quantized = bool(transformer.matrix_types) and transformer.matrix_types[0] not in FLOAT_TYPES
+    quantize = settings.quantize or (
+        "q8_0" if quantized and transformer.kernels.backend.quantizes else None)
+    return Tower(model.eyes, device, dtype=model.dtype, quantize=quantize,
+                 part=STAGE_CHUNKS * chunk_work(model.spec, chunk, quantized))
 
 
 def build_engine(source: ModelSource, settings: Settings, device: Device,
@@ -146,9 +162,7 @@ def build_engine(source: ModelSource, settings: Settings, device: Device,
     drafts = plan_drafters(model, settings, device, chunk, progress)
     model, transformer, num_pages, context, max_batch = build_transformer(
         model, source, settings, device, progress, ranks, drafts)
-    tower = model.eyes and Tower(
-        model.eyes, device, dtype=model.dtype, quantize=settings.quantize,
-        part=STAGE_CHUNKS * chunk_multiplications(model.spec, chunk))
+    tower = make_tower(model, transformer, settings, device, chunk)
     drafters = [draft.load(tokenizer.stop_tokens, transformer, num_pages, progress) for draft in drafts]
     model.notes += tuple(drafter.line() for drafter in drafters)
     lookup = Lookup(settings.draft_memory // TOKEN_BYTES)

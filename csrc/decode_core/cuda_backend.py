@@ -42,7 +42,7 @@ class CudaBackend:
 
     name, row_invariant, quantizes, groups_layers = "decode_core/cuda", False, False, True
     join = None
-    activations, dtype, stored_dtype, short_floats, packs_kv = None, "bfloat16", "bfloat16", "", True
+    activations, dtype, stored_dtype, short_floats, packs_kv, turns = None, "bfloat16", "bfloat16", "", True, False
     tensors = True
     converted = staticmethod(functools.partial(converted, kept_types=KEPT_ON_CUDA))
 

@@ -122,10 +122,11 @@ NO_TOKENS = SimpleNamespace(**dict.fromkeys(
 def with_parts(fields: SimpleNamespace, plans: Sequence[CudaPlan]) -> None:
     """Make a step's `fields` on the device Inputs: with the plans of its groups, slots and plan of group 0
     first."""
-    fields.parts = [SimpleNamespace(token_ids=fields.token_ids, positions=fields.positions, slots=slots, attention=plan)
+    fields.parts = [SimpleNamespace(token_ids=fields.token_ids, positions=fields.positions, turns=fields.positions, slots=slots,
+                                    attention=plan)
                     for slots, plan in zip(fields.slots, plans)]
     fields.slots, fields.attention = fields.parts[0].slots, plans[0]
-    fields.adapters = None
+    fields.adapters, fields.turns = None, fields.positions
 
 
 class CudaQueue:

@@ -122,6 +122,7 @@ class Program:
     parts: tuple[type[Program] | SimpleNamespace, ...]
     token_ids, previous_token_ids, positions, slots, attention, logit_rows, sequences = map(
         Marker, ("token_ids", "previous_token_ids", "positions", "slots", "attention", "logit_rows", "sequences"))
+    turns = positions           # by which rope_append turns, where a step brings no others
 
     def __init__(self, max_tokens: int, max_rows: int, fine: bool = False):
         """fine: products with quantized matrices take every block of their x with 16 bits (`decode_core.multiply`)."""
@@ -555,7 +556,7 @@ class Program:
     # ---- running
 
     def start(self, token_ids, previous, starts, lengths, tables, logit_rows, sampling=None, all_rows=False, states=([], [], []),
-              adapters=()) -> int:
+              adapters=(), turns=()) -> int:
         """Queue a step and return its ticket; at most two may be unfinished. Lists of integers, copied:
 
         token_ids   T ids; ~i (-1 - i): what row i of the step started before draws, which may still be running
@@ -567,13 +568,14 @@ class Program:
         states      where layers keep states: (the slot that each sequence's are read from, unless its first row is at position 0;
                     rows, ascending, after which they are written; into these slots)
         adapters    what `adapters.pack` gave, or None, for each sequence; () where none has one
+        turns       T rows of the tables cos and sin by which the tokens turn; () where these are their positions
         all_rows    compute the last layer for every row, not only for those with logits: its output holds them until the next step
         """
         if sampling is not None:
             sampling = sample_arguments(sampling, self.logits)
         reads, write_rows, write_slots = states
         return self._program.start(token_ids, previous, starts, lengths, tables, logit_rows, sampling, all_rows, reads, write_rows,
-                                   write_slots, list(adapters))
+                                   write_slots, list(adapters), list(turns))
 
     def finish(self, ticket: int) -> list[int]:
         """Wait for a step (without the GIL) -> its tokens, one a logit row; [] for a step without sampling.
@@ -651,7 +653,7 @@ for _op in _core.OPS:
         setattr(Program, _op, recorder(_op))
 
 
-Program.parts = (Program, *(SimpleNamespace(token_ids=Program.token_ids, positions=Program.positions, slots=Marker("slots", group),
+Program.parts = (Program, *(SimpleNamespace(token_ids=Program.token_ids, positions=Program.positions, turns=Program.turns, slots=Marker("slots", group),
                                             attention=Marker("attention", group)) for group in range(1, MOST_GROUPS)))
 
 

@@ -12,6 +12,7 @@ place.
     dtype                         torch dtype of float weights whose user names none
     stored_dtype                  of activations and cache with matrices as stored; None: the backend decides
     short_floats                  name of the type of keys and values with weights of any type below float32; "": as activations
+    turns                         do rotations go by Batch.turns where it has them?
     packs_kv                      does it read keys and values of the type q8_0?
     groups_layers                 may pages hold some layers only, each group with a table of its own? (a step's tables then
                                   list a page of each group in turn)

@@ -46,6 +46,16 @@ def test_layouts_of_lfm2_vl_are_those_of_its_processor(size, grid, rows):
     assert "".join(str(part) for part in layout.parts).endswith(("<|img_thumbnail|>" + str(layout.parts[-2]) if grid[0] else str(rows)) + "<|image_end|>")
 
 
+@pytest.mark.parametrize("size", SIZES + [(170, 100), (64, 64), (16_000, 90)])
+def test_layouts_of_qwen_are_those_of_transformers(size):
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+    width, height = size
+    layout = layout_of(Vision("qwen3vl", 1000, "", 0, 1024, unit=32, fewest=64), width, height)
+    if max(size) > 200 * min(size):     # they refuse it
+        return
+    assert layout.sizes == (smart_resize(height, width, 32, 65_536, 1024 * 1024)[::-1],) and layout.tokens == layout.grid[0] * layout.grid[1]
+
+
 def test_ids_of_rows_depend_on_pixels_size_and_settings():
     one, other = picture_of_size(8, 6), picture_of_size(8, 6, seed=1)
     assert picture(6, 8, one.pixels).digest != one.digest

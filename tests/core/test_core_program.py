@@ -927,6 +927,22 @@ def test_a_wrong_step_is_a_value_error_and_changes_nothing(complaint):
     assert recorded.run(good_step()) == Recorded("llama").run(good_step())
 
 
+def test_tokens_turn_by_rows_of_the_tables_that_a_step_brings():
+    """By those of their positions as without them; by others otherwise, and their attention sees what it did."""
+    plain, step = Recorded("llama"), make_step(MODELS["llama"], [(3, 1), (0, 4)], "all", seed=0)
+    own, turns = vars(step), [3, 0, 1, 2, 3]
+
+    def logits(turns):
+        recorded = Recorded("llama")
+        recorded.program.finish(recorded.program.start(own["token_ids"], own["previous"], own["starts"], own["lengths"], own["tables"], own["logit_rows"], turns=turns))
+        return recorded.buffers.logits[:5].copy()
+    assert np.array_equal(logits(turns), logits([])) and np.array_equal(logits([9, *turns[1:]])[:4], logits([])[:4])
+    assert not np.array_equal(logits([3, 0, 2, 3, 7])[:3], logits([])[:3])
+    for wrong in ([1], [*turns[:4], -1], [*turns[:4], 100_000]):
+        with pytest.raises(ValueError, match="turns: must be"):
+            plain.program.start(own["token_ids"], own["previous"], own["starts"], own["lengths"], own["tables"], own["logit_rows"], turns=wrong)
+
+
 def test_ids_that_cannot_be_drawn_are_refused():
     recorded, step = Recorded("llama"), good_step()
     step.sampling.positions[:] = -1

@@ -3,6 +3,7 @@
 import numpy as np
 
 from chatlm.common.config import Settings
+from chatlm.common.core import installed_core
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.messages.requests import AnswerParams, Failed, Message, Piece, SamplingParams
 from chatlm.common.text.load import open_tokenizer
@@ -13,6 +14,15 @@ from chatlm.worker.engine.sequence import Assignment
 from chatlm.worker.model.spec import Batch
 from chatlm.worker.model.tower import tiles_of
 from chatlm.worker.model.transformer import show_pictures
+
+
+def chosen_kernels(request, monkeypatch):
+    """What a fixture yields from: the kernels of its parameter compute in this process, though it may know decode_core already."""
+    monkeypatch.setenv("CHAT_SERVER_KERNELS", "" if request.param == "decode_core" else request.param)
+    installed_core.cache_clear()
+    yield request.param
+    monkeypatch.undo()
+    installed_core.cache_clear()
 
 
 def open_engine(folder, **more):
@@ -60,7 +70,7 @@ def logits_of(engine, ids, pictures, rows=16):
         seen.rows = run(engine.pictures.tower.encode(tiles_of(seen.picture, seen.layout, engine.pictures.tower.eyes.filter)))
     shown = sight.as_one_id(ids)
     show_pictures(transformer, sight.rows(0, len(ids)))
-    batch = Batch(shown, [-1, *shown[:-1]], [0, len(ids)], [len(ids)], [list(range(-(-len(ids) // 16)))], list(range(len(ids) - rows, len(ids))), state_reads=[0] * bool(transformer.spec.state_bytes))
+    batch = Batch(shown, [-1, *shown[:-1]], [0, len(ids)], [len(ids)], [list(range(-(-len(ids) // 16)))], list(range(len(ids) - rows, len(ids))), state_reads=[0] * bool(transformer.spec.state_bytes), turns=sight.turned(0, len(ids), 0) if sight.turns else [])
     made = engine.transformer.arrays.numpy(engine.steps.forward(batch)).copy()
     show_pictures(transformer, ())
     return made

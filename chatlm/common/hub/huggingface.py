@@ -301,8 +301,8 @@ MMPROJ_TYPES = ("f16", "q8_0", "f32")  # the first of these, or of bf16, among s
 
 
 def mmproj_for(model: str, names: Iterable[str]) -> list[str]:
-    """With what a GGUF model sees images: the mmproj*.gguf in its folder, of several the one of the best type.
-    [] without any, or if that is what was asked for."""
+    """With what a GGUF model sees images: the mmproj*.gguf in its folder, of several the one of the best
+    type. [] without any, or if that is what was asked for."""
     def rank(name: str) -> tuple[int, str]:
         types = [i for i, kind in enumerate(MMPROJ_TYPES) if kind in name.lower()]
         return min(types, default=len(MMPROJ_TYPES)), name

@@ -22,6 +22,8 @@ class Layout(NamedTuple):
     parts: tuple[str | int, ...]   # texts, with special tokens, and how many rows of the picture stand there
     afresh: bool = False           # is the whole made of the picture itself, not of what was cut?
 
+    grid: Size | None = None       # columns and rows of its rows, where these have places of their own
+
     @property
     def tokens(self) -> int:
         """How many rows it has."""
@@ -129,7 +131,16 @@ def lfm2(vision: Vision, size: Size) -> Layout:
         begin + str(parts[0]), *parts[1:], "<|img_thumbnail|>", rows_of_whole, end), afresh=True)
 
 
-LAYOUTS: dict[str, Callable[[Vision, Size], Layout]] = {"idefics3": idefics3, "lfm2": lfm2}
+def qwen3vl(vision: Vision, size: Size) -> Layout:
+    """Qwen3-VL, Qwen3.5: whole, with sides that are multiples of `unit` (Qwen2VLImageProcessor)."""
+    width, height = in_units(size, vision.unit, vision.fewest, vision.tokens)
+    columns, rows = width // vision.unit, height // vision.unit
+    return Layout(((width, height),), 0, 0, None, ("<|vision_start|>", columns * rows, "<|vision_end|>"),
+                  grid=(columns, rows))
+
+
+LAYOUTS: dict[str, Callable[[Vision, Size], Layout]] = {
+    "idefics3": idefics3, "lfm2": lfm2, "qwen3vl": qwen3vl}
 
 
 def layout_of(vision: Vision, width: int, height: int) -> Layout:

@@ -32,6 +32,18 @@ def rope_tables(spec: ModelSpec, layer: int = 0) -> tuple[numpy.ndarray, numpy.n
     return (rounded(cos), rounded(sin)) if spec.rope_bfloat16 else (cos, sin)
 
 
+def rope_rows(spec: ModelSpec, layer: int, places: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """As rope_tables, of places (n, 3): time, row and column. Pair i turns by the row if i % 3 is 1, and by
+    the column if it is 2, as long as rope_axes has such pairs; all others turn by the time (M-RoPE)."""
+    frequencies, scale = rope_frequencies(spec.attention(layer))
+    pair = numpy.arange(len(frequencies))
+    axis = sum((number * ((pair % 3 == number) & (pair < 3 * spec.rope_axes[number])) for number in (1, 2)),
+               numpy.zeros(len(pair), int))
+    angles = places[:, axis] * numpy.array(frequencies)
+    return ((scale * numpy.cos(angles)).astype(numpy.float32),
+            (spec.rope_direction * scale * numpy.sin(angles)).astype(numpy.float32))
+
+
 def rounded(table: numpy.ndarray) -> numpy.ndarray:
     """float32 values that bfloat16 has."""
     return floats(as_kind(table, "bfloat16"))

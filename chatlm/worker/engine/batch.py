@@ -32,7 +32,19 @@ def make_batch(plan: Seq[Chunk]) -> Batch:
         lengths.append(first + len(ids))
         tables.append(chunk.sequence.pages)
         logit_rows += range(len(token_ids) - chunk.rows, len(token_ids))
-    return batch
+    return batch._replace(turns=turns_of(plan))
+
+
+def turns_of(plan: Seq[Chunk]) -> list[int]:
+    """Batch.turns, of models whose positions are not those of tokens where pictures are."""
+    if not any(chunk.sequence.sight and chunk.sequence.sight.turns for chunk in plan):
+        return []
+    turns = list[int]()
+    for chunk in plan:
+        first, count, sight = chunk.sequence.computed, len(chunk.ids) - 1, chunk.sequence.sight
+        turns += sight.turned(first, count, len(turns)) if sight and sight.turns else range(
+            first, first + count)
+    return turns
 
 
 def sample_rows(plan: Seq[Chunk], eos_tokens: frozenset[int]) -> list[SampleRow]:
@@ -50,12 +62,12 @@ def sample_row(sequence: Sequence, eos_tokens: frozenset[int], offset: int = 0) 
     return SampleRow(sampling, len(sequence.tokens) + offset, *sequence.counted, sequence.output.kept)
 
 
-def shown_rows(plan: Seq[Chunk]) -> list[tuple[int, numpy.ndarray]]:
-    """The rows of pictures in a step, as Transformer.show takes them."""
+def shown_rows(plan: Seq[Chunk]) -> list[tuple[int, numpy.ndarray, numpy.ndarray | None]]:
+    """The rows of pictures in a step, as show_pictures takes them."""
     found, begin = [], 0
     for chunk in plan:
         if sight := chunk.sequence.sight:
-            found += [(begin + first, rows)
-                      for first, rows in sight.rows(chunk.sequence.computed, chunk.count)]
+            found += [(begin + first, *rows)
+                      for first, *rows in sight.rows(chunk.sequence.computed, chunk.count)]
         begin += chunk.count + len(chunk.draft)
     return found

@@ -32,7 +32,7 @@ from chatlm.worker.engine.sequence import Assignment, Chunk, Output, Sequence, w
 from chatlm.worker.engine.sight import Pictures, sight_of
 from chatlm.worker.engine.states import StatePool
 from chatlm.worker.model.head import Head
-from chatlm.worker.model.transformer import show_pictures
+from chatlm.worker.model.transformer import first_turn, show_pictures
 
 if TYPE_CHECKING:
     from chatlm.common.answering import Word
@@ -103,7 +103,7 @@ class Engine:
         self.answers, self.ranking = AnswerMaker(tokenizer), ranking  # see LoadedModel
         self.host = HostSteps(transformer, self.steps, self.answers, self._emit, head)
         self.adapters = AdapterSlots(transformer, ranks)
-        self.pictures = Pictures(tower)
+        self.pictures = Pictures(tower, first_turn(transformer.spec))
         if tower:
             self.drafting.first_id = tower.eyes.vision.first_id
         self.under_way: deque[StepUnderWay] = deque()  # at most one, or one for each other stage
@@ -143,7 +143,7 @@ class Engine:
                             adapter_digest=self.adapters.digests.get(slot, ""),
                             sight=sight, output=Output(scored=work.scored))
         self.answers.make(sequence)
-        if self.drafts and work.may_draft and not (work.params.pooling or sight and self.draft_models):
+        if self.drafts and work.may_draft and not work.params.pooling:
             self.drafting.begin(sequence)
         self.scheduler.add(sequence)
         if self.transformer.layer_embed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping, Sequence as Seq
 from typing import NamedTuple, Protocol, TYPE_CHECKING
@@ -82,7 +83,9 @@ class ModelDrafts:
 
     def begin(self, sequence: Sequence):
         self.rates[sequence] = Rate()
-        self.resting[sequence] = len(sequence.tokens) + self.rest if self.rest else 0
+        # it does not see: of a prompt with pictures it drafts nothing
+        self.resting[sequence] = sys.maxsize if sequence.sight else (
+            len(sequence.tokens) + self.rest if self.rest else 0)
 
     def end(self, sequence: Sequence):
         self.drafter.end(sequence)
@@ -100,7 +103,7 @@ class ModelDrafts:
 
     def sees(self, sequence: Sequence) -> bool:
         """Are its hidden states needed after each step? Not while drafts have not paid for long."""
-        return self.drafter.sees_states and (
+        return self.drafter.sees_states and not sequence.sight and (
             self.rest <= self.LONGEST_SEEN or len(sequence.tokens) + self.REST >= self.resting[sequence])
 
     def propose(self, sequences: Seq[Sequence]) -> list[Draft]:

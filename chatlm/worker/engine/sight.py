@@ -9,12 +9,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy
+
 from chatlm.common.vision.layout import layout_of
 from chatlm.common.vision.pictures import row_places, rows_in
 from chatlm.worker.model.tower import tiles_of
 
 if TYPE_CHECKING:
-    import numpy
     from chatlm.common.messages.requests import Picture, Vision
     from chatlm.common.vision.layout import Layout
     from chatlm.worker.engine.sequence import Assignment, Sequence
@@ -35,11 +36,25 @@ class Seen:
 
 
 class Sight:
-    """Where the rows of its pictures stand in a sequence's prompt."""
+    """Where the rows of its pictures stand in a sequence's prompt.
 
-    def __init__(self, first_id: int, places: list[int], owners: list[tuple[int, int]], seen: Seq[Seen]):
+    In some models these turn by their place in the picture, and all after it as if it had as many tokens as
+    its longer side has rows (M-RoPE)."""
+
+    def __init__(self, first_id: int, places: list[int], owners: list[tuple[int, int]], seen: Seq[Seen],
+                 first_turn: int = 0):
+        """first_turn: the row of the rotary tables with the turn of a step's first row; 0: all turn by their
+        position."""
         self.first_id, self.places = first_id, places
         self.owners, self.seen = owners, seen  # of each place: (number of the picture, row)
+        self.first_turn = first_turn
+        self.begins = [place for place, (_, row) in zip(places, owners) if row == 0]  # of each picture
+        self.turns = list[int]()  # by which the first row of each turns, and what follows the last
+        if first_turn:
+            lost = 0
+            for begin, each in zip(self.begins, seen):
+                self.turns.append(begin - lost)
+                lost += each.layout.tokens - max(each.layout.grid or (0,))
 
     def known(self, first: int, count: int) -> int:
         """How many of these tokens come before the first row that is not encoded."""
@@ -61,8 +76,30 @@ class Sight:
         place = self.missing(first)
         return None if place is None else self.seen[self.owners[bisect.bisect_left(self.places, place)][0]]
 
-    def rows(self, first: int, count: int) -> list[tuple[int, numpy.ndarray]]:
-        """The rows among these tokens: (index in them, rows) of each run."""
+    def turned(self, first: int, count: int, begin: int) -> list[int]:
+        """The rows of the rotary tables for these tokens, which begin in row `begin` of a step."""
+        turns = []
+        for place in range(first, first + count):
+            number = bisect.bisect_right(self.begins, place) - 1
+            layout = self.seen[max(number, 0)].layout
+            after = place - self.begins[number] - layout.tokens
+            if number < 0:
+                turns.append(place)
+            elif after < 0:
+                turns.append(self.first_turn + begin + place - first)
+            else:
+                turns.append(self.turns[number] + max(layout.grid or (0,)) + after)
+        return turns
+
+    def _places(self, number: int, rows: numpy.ndarray) -> numpy.ndarray | None:
+        """Time, row and column of a picture's rows."""
+        grid = self.seen[number].layout.grid
+        if not self.turns or not grid:
+            return None
+        return self.turns[number] + numpy.stack([0 * rows, rows // grid[0], rows % grid[0]], axis=1)
+
+    def rows(self, first: int, count: int) -> list[tuple[int, numpy.ndarray, numpy.ndarray | None]]:
+        """The rows among these tokens: (index in them, rows, places by which they turn) of each run."""
         begin, end = (bisect.bisect_left(self.places, place) for place in (first, first + count))
         found = []
         while begin < end:
@@ -72,7 +109,9 @@ class Sight:
                 last += 1
             rows = self.seen[number].rows
             assert rows is not None  # the scheduler has waited for them
-            found.append((self.places[begin] - first, rows[row:row + last - begin]))
+            count = last - begin
+            found.append((self.places[begin] - first, rows[row:row + count],
+                          self._places(number, numpy.arange(row, row + count))))
             begin = last
         return found
 
@@ -90,9 +129,9 @@ class Pictures:
 
     KEPT_BYTES = 256 << 20  # of rows, for pictures that come again
 
-    def __init__(self, tower: Tower | None):
-        """tower: None: the model sees nothing, and no sequence has a sight."""
-        self.tower = tower
+    def __init__(self, tower: Tower | None, first_turn: int = 0):
+        """tower: None: the model sees nothing, and no sequence has a sight. first_turn: see Sight."""
+        self.tower, self.first_turn = tower, first_turn
         self.seen: OrderedDict[bytes, Seen] = OrderedDict()
         self.resizing = ThreadPoolExecutor(1, "pictures")
         self.tiles: dict[bytes, Future[list[numpy.ndarray]]] = {}  # of pictures that are wanted
@@ -105,7 +144,7 @@ class Pictures:
         self._forget()
         counts = [(each.picture.digest, each.layout.tokens) for each in seen]
         return Sight(vision.first_id, rows_in(vision, work.prompt_ids),
-                     row_places(vision, work.prompt_ids, counts), seen)
+                     row_places(vision, work.prompt_ids, counts), seen, self.first_turn)
 
     def _of(self, picture: Picture, vision: Vision) -> Seen:
         if (seen := self.seen.get(picture.digest)) is None:

@@ -100,6 +100,7 @@ class Backend:
     as_stored: Callable | None = None  # loads a GGUF matrix in the file's type; None: all are dequantized
     stored_dtype: str | None = None  # of activations and pages with such matrices; None: float16
     short_floats = ""    # of keys and values if weights are shorter than float32; "": as activations
+    turns = True         # do rotations go by Batch.turns where it has them?
     packs_kv = True      # does it read keys and values of the type q8_0?
     converted: Callable[[Mapping, Mapping], str]  # with as_stored: which matrices change their type
     held_bytes: Callable[[Seq], int]  # with as_stored: of the GGUF tensors that form a matrix

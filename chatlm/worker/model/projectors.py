@@ -50,13 +50,38 @@ def spread_places(places: numpy.ndarray, rows: int, columns: int) -> numpy.ndarr
     return numpy.matmul(spread(side, columns), by_row.reshape(rows, side, -1)).reshape(rows * columns, -1)
 
 
+def between(size: int, wanted: int) -> numpy.ndarray:
+    """(wanted, size): what linear interpolation makes of numbers on a line, the ends of which it keeps."""
+    places = numpy.linspace(0, size - 1, wanted)
+    first = numpy.minimum(places.astype(int), size - 1)
+    weights = numpy.zeros((wanted, size), numpy.float64)
+    numpy.add.at(weights, (numpy.arange(wanted), first), 1 - (places - first))
+    numpy.add.at(weights, (numpy.arange(wanted), numpy.minimum(first + 1, size - 1)), places - first)
+    return weights.astype(numpy.float32)
+
+
+def bilinear_places(places: numpy.ndarray, rows: int, columns: int) -> numpy.ndarray:
+    """The table is of a square grid, between whose places are those of others (Qwen3-VL)."""
+    side = math.isqrt(len(places))
+    by_row = between(side, rows) @ places.reshape(side, -1)
+    return numpy.matmul(between(side, columns), by_row.reshape(rows, side, -1)).reshape(rows * columns, -1)
+
+
+def by_row_and_column(spec: ModelSpec, rows: int, columns: int) -> numpy.ndarray:
+    """The first half of the pairs turn by the row, the others by the column (Qwen3-VL)."""
+    quarter = spec.head_size // 4
+    frequencies = spec.rope_base ** -(numpy.arange(quarter) / quarter)
+    row, column = numpy.divmod(numpy.arange(rows * columns), columns)
+    return numpy.concatenate([numpy.outer(row, frequencies), numpy.outer(column, frequencies)], axis=1)
+
+
 # name -> (table, rows, columns of the patches) -> what is added to these (rows * columns, C), in raster order
 PLACES: dict[str, Callable[[numpy.ndarray, int, int], numpy.ndarray]] = {
-    "fixed": fixed_places, "spread": spread_places}
+    "fixed": fixed_places, "spread": spread_places, "bilinear": bilinear_places}
 
 # name -> (spec of the layers, rows, columns) -> the angle of each pair of a head, (rows * columns, D / 2), in
 # raster order; pairs are (i, i + D / 2)
-ANGLES: dict[str, Callable[[ModelSpec, int, int], numpy.ndarray]] = {}
+ANGLES: dict[str, Callable[[ModelSpec, int, int], numpy.ndarray]] = {"by_row_and_column": by_row_and_column}
 
 
 class Projector(NamedTuple):
@@ -83,9 +108,13 @@ def normed_join(x: numpy.ndarray, square: int, products: Products, values: Array
     return products["project"](products["widen"](x))
 
 
+def widened_join(x: numpy.ndarray, square: int, products: Products, values: Arrays) -> numpy.ndarray:
+    return products["project"](products["widen"](joined(x, square)))
+
+
 PROJECTORS: dict[str, Projector] = {
+    "merger": Projector({"widen": "gelu_erf", "project": None}, (), widened_join),
     "idefics3": Projector({"project": None}, (), lambda x, square, products, values:
                           products["project"](joined(x, square))),
     "lfm2": Projector({"widen": "gelu_erf", "project": None}, ("join_norm", "join_norm_bias"), normed_join),
-    "lfm2_bare": Projector({"widen": "gelu_erf", "project": None}, (), lambda x, square, products, values:
-                           products["project"](products["widen"](joined(x, square))))}
+    "lfm2_bare": Projector({"widen": "gelu_erf", "project": None}, (), widened_join)}

@@ -435,7 +435,9 @@ class ModelSpec:
     answer_positions: int = 0         # > 0: prompt and answer end here; a longer text is only scored
     joins: bool = False               # a draft head: its input is a product of the embedding and a state of
                                       # another model, as which x is given
-    sees: bool = False                # rows of pictures are added to the embeddings, which are 0 there
+    sees: bool = False                # rows of pictures are added to the embeddings, which are 0 there,
+    deep_rows: int = 0                # others of them after each of so many first layers
+    rope_axes: tuple[int, ...] = ()   # how many pairs turn by a picture's time, row and column, interleaved
     opens: bool = True                # False: another stage computes the layers before these,
     closes: bool = True               # and here those after them
 
@@ -596,6 +598,7 @@ class Batch(NamedTuple):
     write_rows: list[int] = []     # rows after which the state is written, ascending
     write_slots: list[int] = []    # the slot for each
     adapters: list[int] = []       # (N): the slot of each sequence's adapter, 0: none; []: none has one
+    turns: list[int] = []          # (T): the row of the rotary tables of each token; []: its position
 
 
 class Sequences(NamedTuple):
@@ -627,6 +630,7 @@ class Inputs(NamedTuple):
     parts: tuple = ()
     sequences: Any = None    # Sequences, where layers keep states
     adapters: Any = None     # see RowAdapters
+    turns: Any = None        # (T,) rows of the rotary tables
 
 
 class RowAdapters(NamedTuple):

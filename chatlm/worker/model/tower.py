@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Sequence as Seq
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, NamedTuple, TYPE_CHECKING
 
 import numpy
@@ -20,7 +21,7 @@ from chatlm.common.config import PAGE_SIZE
 from chatlm.worker.arrays.kinds import Device, floats, item_bytes, joined
 from chatlm.worker.arrays.resize import resized
 from chatlm.worker.model.kernels import load_kernels
-from chatlm.worker.model.projectors import ANGLES, PLACES, PROJECTORS, by_squares
+from chatlm.worker.model.projectors import ANGLES, PLACES, PROJECTORS, by_squares, layer_norm
 from chatlm.worker.model.spec import Batch, KvType, expected_tensors, group_layers
 from chatlm.worker.model.tensors import Unread
 from chatlm.worker.model.transformer import Transformer
@@ -49,6 +50,8 @@ class Eyes(NamedTuple):
     most: int = 0               # rows of a tile that is not as the others; 0: no more than of these
     hidden: int = 0             # width between the projector's products
     grid: int = 0               # rows of the table of places
+    deep: tuple[int, ...] = ()  # after these layers too a projector makes rows, for the model's first layers
+    axes: tuple[int, ...] = ()  # ModelSpec.rope_axes of the model
 
     @property
     def nbytes(self) -> int:
@@ -127,21 +130,27 @@ class Tower:
     compute."""
 
     def __init__(self, eyes: Eyes, device: Device, *, dtype: str | None, quantize: str | None, part: float):
-        """part: the most multiplications between two pauses, unless one layer has more."""
+        """quantize: the type that layers' float matrices become. part: the most work between two pauses, as
+        `layer_work` counts it, unless one layer has more."""
         self.eyes, spec, tensors = eyes, eyes.spec, dict(eyes.tensors)
         self.projector, self.square, self.rows = PROJECTORS[eyes.projector], eyes.shuffle**2, eyes.patches
-        self.values = {name: values_of(tensors.pop(name)) for name in ("places", *self.projector.values)}
-        self.first = Product(spec, device, self.rows, "patch", tensors, dtype, quantize, adds=True)
+        self.values = {name: values_of(tensors.pop(name)) for name in (
+            "places", *self.projector.values,
+            *(name for i in range(len(eyes.deep)) for name in deep_norm(i)))}
+        self.first = Product(spec, device, self.rows, "patch", tensors, dtype, None, adds=True)
         self.products = {
-            name: Product(spec, device, self.rows // self.square, name, tensors, dtype, quantize,
-                          activation=activation) for name, activation in self.projector.products.items()}
+            name: Product(spec, device, self.rows // self.square, name, tensors, dtype, None,
+                          activation=activation)
+            for deep in ("", *(f"_{i}" for i in range(len(eyes.deep))))
+            for each, activation in self.projector.products.items() for name in (f"{each}{deep}",)}
         self.stages, self.turned = list[Transformer](), (0, 0)
-        step = max(1, min(int(part / multiplications(spec, self.rows)), spec.layers))
-        for begin in range(0, spec.layers, step):
-            own = replace(spec, layers=min(step, spec.layers - begin))
+        step = max(1, min(int(part / layer_work(spec, self.rows, bool(quantize))), spec.layers))
+        self.ends = {*range(step, spec.layers, step), *(layer + 1 for layer in eyes.deep), spec.layers}
+        for begin, end in pairwise((0, *sorted(self.ends))):
+            own = replace(spec, layers=end - begin)
             kernels = load_kernels(device, own, max_tokens=self.rows, max_rows=1, quantize=quantize)
             given = {name: tensors[moved(name, begin)] for name in expected_tensors(own)}
-            kv = KvType("float32")
+            kv = KvType("float32" if dtype == "float32" and not quantize else "float16")
             groups = group_layers(kernels.computed(own).by_layer, self.rows, apart=False, kv=kv)
             self.stages.append(Transformer(
                 own, given, kernels, num_pages=-(-self.rows // PAGE_SIZE), max_tokens=self.rows, max_rows=1,
@@ -151,7 +160,8 @@ class Tower:
         self.stages[0].arrays.put(numpy.zeros(tuple(x.shape), numpy.float32), x)  # also what pads it
 
     def encode(self, tiles: Seq[numpy.ndarray]) -> Generator[None, None, numpy.ndarray]:
-        """The rows (tokens, width) float32 of a picture's tiles, as `tiles_of` makes them."""
+        """The rows (tokens, width * (1 + len(deep))) float32 of a picture's tiles, as `tiles_of` makes
+        them."""
         made, x = [], self.stages[0].buffers["x"]
         arrays, width = self.stages[0].arrays, self.eyes.spec.width
         for tile in tiles:
@@ -160,12 +170,24 @@ class Tower:
             arrays.put(self.first(patches, places), x[:count, :width])
             if self.eyes.angles:
                 self._turn(tile.shape[0] // self.eyes.patch, tile.shape[1] // self.eyes.patch)
-            for stage in self.stages:
+            rows = list[numpy.ndarray]()
+            for end, stage in zip(sorted(self.ends), self.stages):
                 stage.forward(whole_text(count))
                 yield
+                if end - 1 in self.eyes.deep:
+                    rows.append(self._deep(len(rows), arrays.numpy(x[:count, :width])))
             seen = self.stages[-1].hidden_states(0, count).astype(numpy.float32)
-            made.append(self.projector.compute(seen, self.square, self.products, self.values).copy())
+            seen = self.projector.compute(seen, self.square, self.products, self.values).copy()
+            made.append(numpy.concatenate([seen, *rows], axis=1))
         return numpy.concatenate(made)
+
+    def _deep(self, number: int, x: numpy.ndarray) -> numpy.ndarray:
+        """The rows that the projector of this number makes of a layer's output (deepstack)."""
+        weight, bias = (self.values[name] for name in deep_norm(number))
+        x = layer_norm(x.reshape(len(x) // self.square, -1), weight, bias, self.eyes.spec.norm_eps)
+        for name in self.projector.products:
+            x = self.products[f"{name}_{number}"](x)
+        return x.copy()
 
     def _turn(self, rows: int, columns: int):
         """Let the layers rotate by the places in a grid of patches, which are positions of a text to them."""
@@ -189,24 +211,34 @@ class Tower:
         return patches, places
 
 
+def deep_norm(number: int) -> tuple[str, str]:
+    """The names of a weight and a bias."""
+    return f"deep_norm_{number}", f"deep_norm_{number}_bias"
+
+
 def moved(name: str, layers: int) -> str:
     """The whole tower's name of a stage's tensor."""
     layer, dot, part = name.rpartition(".")
     return f"{int(layer) + layers}.{part}" if dot else name
 
 
-def multiplications(spec: ModelSpec, rows: int) -> float:
-    """Of one layer of a tower with so many rows."""
+FLOATS_COST = 2.3     # of a multiplication with floats: 264e9 a second, with q8_0 600e9 (Zen 5, one thread)
+ATTENTION_COST = 4.0  # of one in attention
+
+
+def layer_work(spec: ModelSpec, rows: int, quantized: bool) -> float:
+    """Of one layer of a tower with so many rows, in multiplications with quantized weights."""
     C = spec.width
-    return rows * (4.0 * C * C + 2 * C * spec.ffn_size) + 2.0 * rows * rows * C
+    products = rows * (4.0 * C * C + (2 if spec.ungated else 3) * C * spec.ffn_size)
+    return products * (1 if quantized else FLOATS_COST) + 2.0 * rows * rows * C * ATTENTION_COST
 
 
-def chunk_multiplications(spec: ModelSpec, tokens: int) -> float:
-    """About those of a chunk of a prompt in a model's layers."""
+def chunk_work(spec: ModelSpec, tokens: int, quantized: bool) -> float:
+    """About that of a chunk of a prompt in a model's layers."""
     shapes = expected_tensors(spec)
     numbers = sum(math.prod(shape) * (spec.experts_per_token / spec.experts if ".expert_" in name else 1.0)
                   for name, shape in shapes.items() if len(shape) > 1 and "." in name)
-    return tokens * numbers
+    return tokens * numbers * (1 if quantized else FLOATS_COST)
 
 
 def tiles_of(picture: Picture, layout: Layout, name: str) -> list[numpy.ndarray]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence as Seq
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TYPE_CHECKING
@@ -16,7 +17,7 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.hub.stamps import refuse_changed_adapter
 from chatlm.worker.arrays.kinds import (
     AdapterMatrix, Device, Norm, address_of, as_kind, floats, kind_of)
-from chatlm.worker.arrays.rotary import query_scales, rope_frequencies, rope_tables
+from chatlm.worker.arrays.rotary import query_scales, rope_frequencies, rope_rows, rope_tables
 from chatlm.worker.model.padding import padded_adapter, padded_spec, padded_tensors
 from chatlm.worker.model.spec import (
     DISTANCE_BUCKETS, DeltaRule, Inputs, Mamba2, NoMixer, PageLayout, RowAdapters, Sequences, ShortConv,
@@ -83,7 +84,9 @@ class Transformer:
             self.layers = [{name.partition(".")[2]: tensor for name, tensor in self.weights.items()
                             if name.startswith(f"{l}.")} for l in range(spec.layers)]
             turns = [rope_frequencies(spec.attention(layer)) for layer in range(spec.layers)]
-            tables = {turn: tuple(map(of, rope_tables(spec, turns.index(turn)))) for turn in {*turns}}
+            # the rows after the last position are those of pictures' rows in a step
+            turned = replace(spec, max_positions=spec.max_positions + max_tokens * bool(spec.rope_axes))
+            tables = {turn: tuple(map(of, rope_tables(turned, turns.index(turn)))) for turn in {*turns}}
             self.rope_tables = [tables[turn] for turn in turns]  # of each layer
             self.cache, self.layer_caches = kernels.make_cache(
                 spec, self.layout, num_pages + self.groups.holes, self.device)
@@ -97,7 +100,8 @@ class Transformer:
             self.shown = spec.sees  # are there rows of pictures in their buffer?
             show_pictures(self, ())
             if spec.sees and not kernels.backend.tensors:
-                kernels.backend.program.given(self.buffers["pictures"])
+                for name in picture_buffers(spec):
+                    kernels.backend.program.given(self.buffers[name])
             self.recorded = kernels.backend.record(self)
 
     def _pack(self, tensors: dict, dtype: str | None, shared: Mapping[str, Any], progress: Progress) -> dict:
@@ -150,7 +154,8 @@ class Transformer:
         gates, P = q * spec.output_gate, spec.layer_input_size
         shared = [mixer for mixer in spec.mixers if isinstance(mixer, Mamba2) and mixer.of_heads]
         return {
-            "pictures": (T, C * spec.sees, f32), "unnormed": (T, narrow if shared else 0, f32),
+            **dict.fromkeys(picture_buffers(spec), (T, C * spec.sees, f32)),
+            "unnormed": (T, narrow if shared else 0, f32),
             "squares": (T, max((-(-mixer.groups // 16) * 16 for mixer in shared), default=0), f32),
             "gated": (T, (gates + qkv) * spec.output_gate, dtype), "gates": (T, gates, dtype),
             "x": (T, C, f32), "residual": (T, C, f32), "x0": (T, C, f32), "middle": (T, C, f32),
@@ -220,6 +225,7 @@ class Transformer:
     def inputs(self, batch: Batch) -> Inputs:
         columns = (batch.token_ids, batch.previous_token_ids, *token_places(batch), batch.logit_rows)
         tensors = [self.arrays.of(numpy.array(column, numpy.int64)) for column in columns]
+        turns = self.arrays.of(numpy.array(batch.turns, numpy.int64)) if batch.turns else tensors[2]
         count, parts = len(self.groups.windows), []
         for group in range(count):
             mine = batch
@@ -229,7 +235,7 @@ class Transformer:
             windows = {self.windows[l] for l, attn in enumerate(self.attentions)
                        if attn and self.layout.group[l] == group}
             plan = self.kernels.plan_attention(mine, tensors[2], windows, self.kv_dtype)
-            parts.append(Inputs(*tensors, attention=plan))
+            parts.append(Inputs(*tensors, attention=plan, turns=turns))
         adapters = RowAdapters.of(batch, self.adapters) if any(batch.adapters) else RowAdapters()
         return parts[0]._replace(parts=tuple(parts), sequences=Sequences.of(batch), adapters=adapters)
 
@@ -250,12 +256,7 @@ class Transformer:
                 group = self.layout.group[l]
                 self._attention(inputs.parts[group] if group else inputs, b, layer, l)
             self._feed_forward(b, layer, l)
-            if spec.layer_input_size:
-                add_layer_input(spec, k, b, layer, l)
-            if spec.layer_scalars:
-                k.mix(b.x, b.x, layer["scalar"], 0.0, out=b.x)
-            if l == spec.backout_layer:
-                k.copy(b.x, out=b.middle)
+            follow_layer(spec, k, b, layer, l)
         if not spec.closes or spec.of_texts:
             return
         if spec.backout_layer is not None:
@@ -349,7 +350,7 @@ class Transformer:
             k.norm_qk(qkv, **norms, means=b.means, eps=spec.head_eps, out=qkv)
             norms = {}
         more = {"value_norm": True} if attn.value_norm else {}
-        k.rope_append(qkv, *self.rope_tables[l], inputs.positions, inputs.slots, cache, out=q,
+        k.rope_append(qkv, *self.rope_tables[l], inputs.turns, inputs.slots, cache, out=q,
                       norm=spec.qk_norm, **norms, eps=spec.head_eps, post_scale=spec.qk_scale,
                       q_scale=attn.q_scale, value_embed=value, gate=gate, gate_scale=spec.ve_gate_scale,
                       **more)   # (T, H * D)
@@ -473,17 +474,42 @@ class Transformer:
         k.mix(residual, b.added, 1.0, 1.0, out=out)
 
 
-def show_pictures(transformer: Transformer, rows: Seq[tuple[int, numpy.ndarray]]):
-    """Put rows of pictures, (first row of the step, (n, C)), into the input of the next step, beside which
-    none may be under way; () undoes that."""
+def picture_buffers(spec: ModelSpec) -> list[str]:
+    """The names of what has a step's rows of pictures: for the input, and after the first layers."""
+    return ["pictures", *(f"pictures_{layer}" for layer in range(spec.deep_rows))]
+
+
+def first_turn(spec: ModelSpec) -> int:
+    """The row of the rotary tables by which a step's first row turns, if rows of pictures turn by their
+    places; 0: they turn by their positions."""
+    return spec.max_positions if spec.rope_axes else 0
+
+
+ShownPictures = Seq[tuple[int, numpy.ndarray, numpy.ndarray | None]]
+
+
+def show_pictures(transformer: Transformer, rows: ShownPictures):
+    """Put rows of pictures into the next step, beside which none may be under way; () undoes that. Of each
+    run: its first row in the step, (n, C * (1 + deep_rows)), and time, row and column (n, 3) of each if they
+    turn by these."""
     if not (rows or transformer.shown):
         return
-    buffer, transformer.shown = transformer.buffers["pictures"], bool(rows)
-    put = transformer.arrays.put
-    put(numpy.full(tuple(buffer.shape), -0.0, numpy.float32), buffer)  # changes no sum
-    for first, values in rows:
-        scaled = values / numpy.float32(transformer.spec.residual_scale)
-        put(scaled, buffer[first:first + len(values), :values.shape[1]])
+    spec, put, C = transformer.spec, transformer.arrays.put, transformer.unpadded.width
+    transformer.shown = bool(rows)
+    for number, name in enumerate(picture_buffers(spec)):
+        buffer = transformer.buffers[name]
+        put(numpy.full(tuple(buffer.shape), -0.0, numpy.float32), buffer)  # changes no sum
+        for first, values, _ in rows:
+            scaled = values[:, number * C:(number + 1) * C] / numpy.float32(spec.residual_scale)
+            put(scaled, buffer[first:first + len(values), :C])
+    layers = {id(tables[0]): (layer, tables) for layer, tables in enumerate(transformer.rope_tables)}
+    for first, values, places in rows:
+        begin = first_turn(spec) + first
+        for layer, tables in layers.values():
+            if places is None:
+                continue
+            for turned, table in zip(rope_rows(spec, layer, places), tables):
+                put(turned, table[begin:begin + len(values)])
 
 
 def join_state(transformer: Transformer, inputs: Inputs, b: SimpleNamespace):
@@ -570,6 +596,18 @@ def router_options(spec: ModelSpec, layer: dict) -> dict[str, Any]:
         return {"jitter": spec.router_jitter}
     return {"sigmoids": True, "choice_bias": layer.get("choice_bias"), "groups": spec.router_groups,
             "share_scale": spec.share_scale} if spec.sigmoid_router else {}
+
+
+def follow_layer(spec: ModelSpec, k: Kernels, b: SimpleNamespace, layer: dict, l: int):
+    """What some families do with x after a layer."""
+    if spec.layer_input_size:
+        add_layer_input(spec, k, b, layer, l)
+    if spec.layer_scalars:
+        k.mix(b.x, b.x, layer["scalar"], 0.0, out=b.x)
+    if l < spec.deep_rows:
+        k.mix(b.x, getattr(b, f"pictures_{l}"), 1.0, 1.0, out=b.x)
+    if l == spec.backout_layer:
+        k.copy(b.x, out=b.middle)
 
 
 def add_layer_input(spec: ModelSpec, k: Kernels, b: SimpleNamespace, layer: dict, l: int):

@@ -12,12 +12,13 @@ from chatlm.common.errors import ConfigError, shown
 from chatlm.common.hub.huggingface import mmproj_for
 from chatlm.worker.arrays.packed import dequantized
 from chatlm.worker.model.kernels import choose_backend
+from chatlm.worker.weights import qwen_towers
 from chatlm.worker.weights.assemble import check_names_and_shapes
 from chatlm.worker.weights.gguf import file_shape, gguf_tensors, readable
 from chatlm.worker.weights.gguf_file import check_gguf_types, read_gguf_file
 from chatlm.worker.weights.rules import Rule, check_divides, checked
 from chatlm.worker.weights.towers import FILE_TOWERS
-from chatlm.worker.weights.vision import by_color, tower_sources
+from chatlm.worker.weights.vision import SECTIONS, by_color, tower_sources
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -39,14 +40,15 @@ def gguf_eyes(model: Path, settings: Settings, loaded: LoadedModel, device: str)
     if not path.is_file():
         raise ConfigError(f"--mmproj {path}: there is no such file")
     with readable(path):
-        return eyes_of(path, settings, loaded, device, *read_gguf_file(path))
+        return eyes_of(path, model, settings, loaded, device, *read_gguf_file(path))
 
 
 class FileSays:
     """A `Said` of a GGUF file's metadata."""
 
-    def __init__(self, path: Path, metadata: Mapping[str, Any], shapes: dict[str, tuple[int, ...]]):
-        self.path, self.metadata, self.shapes = path, metadata, shapes
+    def __init__(self, path: Path, metadata: Mapping[str, Any], shapes: dict[str, tuple[int, ...]],
+                 model_path: Path):
+        self.path, self.metadata, self.shapes, self.model_path = path, metadata, shapes, model_path
 
     def picture(self, key: str, rule: Rule, default: Any = None, length: int | None = None) -> Any:
         key = f"clip.vision.{key}"
@@ -61,21 +63,30 @@ class FileSays:
     def divides(self, key: str, value: int, by: int):
         check_divides(self.path, f"clip.vision.{key}", value, by)
 
+    def sections(self) -> tuple[int, ...]:
+        metadata = read_gguf_file(self.model_path)[0]
+        key = f"{metadata.get('general.architecture')}.rope.dimension_sections"
+        sections = checked(self.model_path, key, metadata.get(key), SECTIONS)
+        if len(sections) < 3:
+            raise ConfigError(f"{self.model_path}: {key} has {len(sections)} numbers; it must have 3")
+        return tuple(sections[:3])
+
     def refuse(self, problem: str) -> NoReturn:
         raise ConfigError(f"{self.path}: clip.vision.{problem}")
 
 
-def eyes_of(path: Path, settings: Settings, loaded: LoadedModel, device: str, metadata: Mapping[str, Any],
-            stored: dict[str, Any]) -> Eyes:
+def eyes_of(path: Path, model: Path, settings: Settings, loaded: LoadedModel, device: str,
+            metadata: Mapping[str, Any], stored: dict[str, Any]) -> Eyes:
     if metadata.get("general.architecture") != "clip":
         raise ConfigError(f"{path}: general.architecture is {shown(metadata.get('general.architecture'))}; a "
                           "file that sees images has clip")
     kind = metadata.get("clip.projector_type", metadata.get("clip.vision.projector_type"))
-    family = FILE_TOWERS[checked(path, "clip.projector_type", kind, Rule(str, choices=tuple(FILE_TOWERS)))]
+    known = FILE_TOWERS | qwen_towers.FILE_TOWERS
+    family = known[checked(path, "clip.projector_type", kind, Rule(str, choices=tuple(known)))]
     if json.dumps(family.token).encode() not in loaded.text.payload:
         raise ConfigError(f"{path}: it belongs to another model: this one has no {family.token}")
     shapes = {name: file_shape(name, tensor) for name, tensor in stored.items()}
-    eyes = family.of_file(FileSays(path, metadata, shapes), loaded.spec)
+    eyes = family.of_file(FileSays(path, metadata, shapes, model), loaded.spec)
     return eyes._replace(tensors=file_tensors(path, settings, loaded, device, family, eyes, dict(stored)))
 
 
@@ -91,8 +102,13 @@ def file_tensors(path: Path, settings: Settings, loaded: LoadedModel, device: st
             for part in ("weight", "bias"):
                 names = f"{up}.{part}", f"{down}.{part}"
                 stored |= dict(zip(names, [stored.pop(name) for name in names][::-1]))
-    shapes = {name: file_shape(name, tensor) for name, tensor in stored.items()}
+    for number, layer in enumerate(eyes.deep):
+        begin = f"v.deepstack.{layer}."
+        stored = {name.replace(begin, f"v.deepstack.{number}.") if name.startswith(begin) else name: tensor
+                  for name, tensor in stored.items()}
     [kernel] = family.file_names["patch"]
+    second = stored.pop(f"{kernel}.1", None)  # of a film of two pictures; both show the same one
+    shapes = {name: file_shape(name, tensor) for name, tensor in stored.items()}
     form = shapes.get(kernel, ())
     if len(form) == 4:
         shapes[kernel] = form[0], math.prod(form[1:])
@@ -108,6 +124,10 @@ def file_tensors(path: Path, settings: Settings, loaded: LoadedModel, device: st
         data = stored[name].data.reshape(-1, stored[name].data.shape[-1])
         tensors[ours] = dequantized((len(data), columns), [(stored[name]._replace(data=data), None)],
                                     "float32").reshape(form if name == kernel else shape)
+    if second is not None:
+        data = second.data.reshape(-1, second.data.shape[-1])
+        tensors["patch"] = tensors["patch"] + dequantized(
+            (len(data), form[-1]), [(second._replace(data=data), None)], "float32").reshape(form)
     if len(form) == 4:
         tensors["patch"] = by_color(tensors["patch"])
     return tensors

@@ -35,6 +35,10 @@ class Said(Protocol):
     def divides(self, key: str, value: int, by: int):
         """ConfigError unless `by` divides the value of a key."""
 
+    def sections(self) -> tuple[int, ...]:
+        """Of M-RoPE: how many pairs of a head of the text model turn by time, row and column."""
+        ...
+
     def refuse(self, problem: str):
         """ConfigError."""
 

@@ -11,7 +11,8 @@ from typing import Any, NoReturn, TYPE_CHECKING
 import numpy
 
 from chatlm.common.errors import ConfigError, shown
-from chatlm.worker.arrays.kinds import FLOATS, bits_of, kind_of, of_kind
+from chatlm.worker.arrays.kinds import FLOATS, bits_of, floats, kind_of, of_kind
+from chatlm.worker.weights import qwen_towers
 from chatlm.worker.weights.assemble import IMAGES, assembled, check_names_and_shapes, tensor_sources
 from chatlm.worker.weights.files import weight_files
 from chatlm.worker.weights.rules import Rule, check_divides, checked, read_json
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from chatlm.worker.model.tower import Eyes
     from chatlm.worker.weights.assemble import Sources
     from chatlm.worker.weights.towers import TowerFamily
+
+
+SECTIONS = Rule(int, 0, 1024, many=True)  # of M-RoPE
 
 
 class FolderSays:
@@ -61,6 +65,16 @@ class FolderSays:
     def divides(self, key: str, value: int, by: int):
         check_divides(self.config_path, key, value, by)
 
+    def sections(self) -> tuple[int, ...]:
+        text = self.config.get("text_config")
+        text = text if isinstance(text, dict) else {}
+        rope = text.get("rope_parameters") or text.get("rope_scaling")
+        rope, where = rope if isinstance(rope, dict) else {}, "text_config.rope_parameters"
+        if rope.get("mrope_interleaved", True) is not True:
+            raise ConfigError(f"{self.config_path}: {where}.mrope_interleaved must be true")
+        return tuple(checked(self.config_path, f"{where}.mrope_section", rope.get("mrope_section"),
+                             SECTIONS, 3))
+
     def refuse(self, problem: str) -> NoReturn:
         raise ConfigError(f"{self.preprocessor[0]}: {problem}")
 
@@ -68,7 +82,7 @@ class FolderSays:
 def folder_eyes(folder: Path, settings: Settings, model: ModelSpec, dtype: str) -> Eyes | None:
     """None if the folder sees nothing, or nothing that this program knows."""
     said = FolderSays(folder)
-    if (family := TOWERS.get(said.config.get("model_type", ""))) is None:
+    if (family := (TOWERS | qwen_towers.TOWERS).get(said.config.get("model_type", ""))) is None:
         return None
     eyes = family.of_folder(said, model)
     return eyes._replace(tensors=folder_tensors(folder, settings, family, eyes, model.width, dtype))
@@ -90,6 +104,8 @@ def folder_tensors(folder: Path, settings: Settings, family: TowerFamily, eyes: 
     [kernel] = family.names["patch"]
     if (weight := state.get(kernel)) is not None and len(weight.shape) == 4:
         state[kernel] = of_kind(by_color(bits_of(weight)), kind_of(weight))
+    if weight is not None and len(weight.shape) == 5:  # a picture is a film of so many equal ones
+        state[kernel] = by_color(floats(weight).sum(axis=2))
     sources = tower_sources(family, family.names, eyes, width)
     check_names_and_shapes(folder, {name: tuple(tensor.shape) for name, tensor in state.items()}, sources)
     return dict(assembled(folder, settings, sources, state, dtype))

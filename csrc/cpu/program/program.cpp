@@ -195,6 +195,7 @@ struct Program::Inside {
     Memory prepared, panels, hidden, added;
     size_t prepared_size = 0, panels_size = 0, hidden_size = 0, added_size = 0;
     int64_t vocab = INT32_MAX, max_positions = INT32_MAX, sampled_vocab = 0;    // the least of any table; of the logits
+    int64_t turn_rows = INT32_MAX;                      // the least of any tables cos and sin
     int64_t num_slots = INT64_MAX;                      // of states; INT64_MAX: no layer keeps any
     int64_t tickets = 0;
     std::vector<bool> draws;                            // for each logit row of the step started last: does it draw a token?
@@ -213,7 +214,10 @@ struct Program::Inside {
         if (op.tiles.memory) measure_for(op.tiles);
     }
 
-    void note(const op::rope_append& op, int64_t) { max_positions = std::min(max_positions, op.max_positions); }
+    void note(const op::rope_append& op, int64_t) {
+        max_positions = std::min(max_positions, op.max_positions);
+        turn_rows = std::min(turn_rows, op.max_positions);
+    }
     void note(const op::sample& op, int64_t) { sampled_vocab = op.logits.columns; }
 
     void note(const op::paged_attention& op, int64_t) {
@@ -290,6 +294,8 @@ struct Program::Inside {
         for (const int64_t length : in.lengths) require(length <= max_positions, "lengths: must not pass the tables cos and sin, or that of positions");
         require(int64_t(in.logit_rows.size()) <= max_rows, "logit_rows: must be at most max_rows");
         for (const int64_t row : in.logit_rows) require(row >= 0 && row < tokens, "logit_rows: must be rows of the step");
+        require(in.turns.empty() || in.turns.size() == in.token_ids.size(), "turns: must be as many as token_ids, or none");
+        for (const int64_t turn : in.turns) require(turn >= 0 && turn < turn_rows, "turns: must be rows of the tables cos and sin");
         check_sampling(in);
         check_states(in);
         check_adapters(in);

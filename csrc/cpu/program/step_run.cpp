@@ -249,11 +249,12 @@ void Step::do_row(const op::scale_rows& op, int64_t row) const {
 void Step::do_rows(const op::rope_append& op, int64_t begin, int64_t end) const {
     RopeJob job = op.job;
     const int64_t* const places = slots[size_t(op.group)].data();
-    job.rows = tokens, job.positions = positions.data(), job.slots = places;
+    const int64_t* const turns = input.turns.empty() ? positions.data() : input.turns.data();
+    job.rows = tokens, job.positions = turns, job.slots = places;
     if (!is_of_needed(op)) return attention_kernels_of(job.cache_type).rope_rows(job, begin, end);
     for (int64_t row = begin; row < end; row++) {
         const int64_t token = needed[size_t(row)];
-        job.positions = positions.data() + token - row, job.slots = places + token - row;
+        job.positions = turns + token - row, job.slots = places + token - row;
         attention_kernels_of(job.cache_type).rope_rows(job, row, row + 1);
     }
 }

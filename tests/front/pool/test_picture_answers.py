@@ -13,6 +13,7 @@ from answers import asked
 from forked import DYING
 from image_conversations import picture_of_size
 from pools import all_ready, collect, idle
+from sight_qwen import make_qwen, save_qwen
 from tiny_sight import make_smolvlm, save_sight
 
 pytestmark = pytest.mark.timeout(120)
@@ -54,6 +55,15 @@ async def test_a_worker_that_dies_with_a_picture_changes_no_token(seeing_pool, m
     assert (tmp_path / f"kill-{moment}-1").exists()
     again, others = await asyncio.gather(collect(pool, about("again", PHOTO)), collect(pool, about("other", picture_of_size(30, 80, seed=2))))
     assert again[1] == tokens and others[1] != tokens
+    await all_ready(pool)
+
+
+async def test_a_worker_that_dies_changes_no_token_where_positions_are_not_those_of_tokens(seeing_pool, tmp_path, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("qwen")
+    save_qwen(folder, make_qwen("qwen3_5"))
+    pool = await seeing_pool(model=str(folder), num_workers=2)
+    calm = (await collect(pool, about("calm", PHOTO, picture_of_size(40, 40))))[1]
+    assert (await collect(pool, about("kill-decode-1", PHOTO, picture_of_size(40, 40))))[1] == calm and (tmp_path / "kill-decode-1").exists()
     await all_ready(pool)
 
 

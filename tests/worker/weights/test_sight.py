@@ -2,14 +2,18 @@
 
 import numpy as np
 import pytest
+import torch
+from gguf import GGMLQuantizationType, quantize
 
 from chatlm.common.errors import ConfigError
 from chatlm.common.messages.requests import AnswerParams, Failed, Piece, SamplingParams
+from chatlm.common.vision.layout import layout_of
 from chatlm.common.vision.pictures import rows_in
 from chatlm.worker.engine.sequence import Assignment
+from chatlm.worker.model.tower import tiles_of
 from image_conversations import picture_of_size
-from seeing_engine import answer, asking, collect, logits_of, open_engine
-from tiny_sight import expected_logits, make_smolvlm, save_sight, write_mmproj, write_model
+from seeing_engine import answer, asking, chosen_kernels, collect, logits_of, open_engine, run
+from tiny_sight import expected_logits, make_smolvlm, pixel_values, save_sight, write_mmproj, write_model
 
 KINDS = "smolvlm", "idefics3"
 
@@ -22,13 +26,16 @@ def seeing(request, tmp_path_factory):
     return request.param, folder, model
 
 
-@pytest.mark.parametrize("kernels", ["decode_core", "reference"])
+@pytest.fixture(params=["decode_core", "reference"])
+def kernels(request, monkeypatch):
+    yield from chosen_kernels(request, monkeypatch)
+
+
 @pytest.mark.parametrize("size", [(40, 30), (64, 64), (300, 20)])
-def test_logits_from_pixels_are_those_of_transformers(seeing, kernels, size, monkeypatch):
+def test_logits_from_pixels_are_those_of_transformers(seeing, kernels, size):
     kind, folder, model = seeing
-    if kernels == "reference":
-        monkeypatch.setenv("CHAT_SERVER_KERNELS", "reference")
     engine = open_engine(folder, prefill_chunk=512)
+    assert kernels in engine.transformer.kernels.names["linear"]
     pictures = (picture_of_size(*size), picture_of_size(20, 50, seed=1))
     ids = asking(engine, *pictures)
     assert len(rows_in(engine.full_text.vision, ids)) > 8
@@ -114,6 +121,19 @@ def test_penalties_and_drafts_know_no_rows(seeing):
     assert answer(drafting, ids, [picture, picture], tokens=24) == plain
 
 
+def test_a_second_model_drafts_for_texts_alone_beside_answers_about_pictures(seeing):
+    _, folder, _ = seeing
+    engine, picture = open_engine(folder, draft_model=str(folder), drafts="model"), picture_of_size(90, 60)
+    plain = open_engine(folder, drafts="none")
+    about, text = asking(engine, picture, picture, text="again and again and again"), asking(engine, text="And you?")
+    sampling = AnswerParams(sampling=SamplingParams(temperature=0.0), ignore_eos=True)
+    engine.add(Assignment("about", about, sampling, 24, pictures=(picture, picture)))
+    engine.add(Assignment("text", text, sampling, 24))
+    found = collect(engine)
+    assert found == {"about": answer(plain, about, [picture, picture], tokens=24), "text": answer(plain, text, [], tokens=24)}
+    assert engine.drafting.accepted.model > 0
+
+
 @pytest.fixture(scope="module")
 def seeing_files(tmp_path_factory):
     folder, model = tmp_path_factory.mktemp("files"), make_smolvlm("smolvlm")
@@ -143,6 +163,21 @@ def test_an_mmproj_of_half_floats_stays_so_and_answers(seeing_files, tmp_path):
     ids = asking(engine, picture)
     assert np.abs(logits_of(engine, ids, (picture,)) - expected_logits(model, "smolvlm", ids, [picture])[-16:]).max() < 0.3
     assert len(answer(engine, ids, [picture])) == 8
+
+
+def test_beside_a_quantized_model_the_tower_is_quantized_and_sees_the_same(tmp_path):
+    """Its rows are nearly those of floats, though not the same; beside a model of floats it stays as it is."""
+    model, picture = make_smolvlm("smolvlm"), picture_of_size(90, 60)
+    quantized = GGMLQuantizationType.Q8_0
+    write_model(tmp_path / "a.gguf", model, lambda name, weight: weight if weight.ndim == 1 else (quantize(weight, quantized), quantized))
+    write_mmproj(tmp_path / "mmproj-f16.gguf", model, half=True)
+    with torch.no_grad():
+        wanted = torch.cat([*model.model.get_image_features(pixel_values(picture, "smolvlm")).pooler_output]).reshape(-1, 64).numpy()
+    engine = open_engine(tmp_path / "a.gguf", dtype=None)
+    tower = engine.pictures.tower
+    rows = run(tower.encode(tiles_of(picture, layout_of(engine.full_text.vision, 90, 60), tower.eyes.filter)))
+    cosine = (rows * wanted).sum(axis=1) / np.linalg.norm(rows, axis=1) / np.linalg.norm(wanted, axis=1)
+    assert tower.stages[0].matrix_types[0] == "q8_0" and cosine.min() > 0.999 and np.abs(rows - wanted).max() > 1e-5
 
 
 @pytest.mark.parametrize("what, message", [

@@ -6,7 +6,7 @@ import pytest
 from chatlm.common.vision.layout import layout_of
 from chatlm.common.vision.pictures import rows_in
 from image_conversations import picture_of_size
-from seeing_engine import answer, asking, logits_of, open_engine
+from seeing_engine import answer, asking, chosen_kernels, logits_of, open_engine
 from sight_families import FAMILIES, family_logits, save_family, write_family
 
 
@@ -23,13 +23,16 @@ def expected(engine, kind, model, ids, pictures):
     return family_logits(model, kind, ids, pictures, [layout_of(vision, picture.width, picture.height) for picture in pictures], vision.marker)
 
 
-@pytest.mark.parametrize("kernels", ["decode_core", "reference"])
+@pytest.fixture(params=["decode_core", "reference"])
+def kernels(request, monkeypatch):
+    yield from chosen_kernels(request, monkeypatch)
+
+
 @pytest.mark.parametrize("size", [(40, 30), (170, 100)])
-def test_logits_from_pixels_are_those_of_transformers(seeing, kernels, size, monkeypatch):
+def test_logits_from_pixels_are_those_of_transformers(seeing, kernels, size):
     kind, folder, model = seeing
-    if kernels == "reference":
-        monkeypatch.setenv("CHAT_SERVER_KERNELS", "reference")
     engine = open_engine(folder, prefill_chunk=512)
+    assert kernels in engine.transformer.kernels.names["linear"]
     pictures = (picture_of_size(*size), picture_of_size(20, 50, seed=1))
     ids = asking(engine, *pictures)
     assert len(rows_in(engine.full_text.vision, ids)) > 8

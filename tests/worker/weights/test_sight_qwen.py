@@ -1,0 +1,81 @@
+"""Qwen3-VL and Qwen3.5 see: rotary places in tower and model, deepstack, and the same answers however they come."""
+
+import json
+
+import numpy as np
+import pytest
+
+from chatlm.common.vision.layout import layout_of
+from chatlm.common.vision.pictures import rows_in
+from image_conversations import picture_of_size
+from seeing_engine import answer, asking, chosen_kernels, logits_of, open_engine
+from sight_qwen import make_qwen, qwen_logits, save_qwen, write_qwen3_vl
+
+
+@pytest.fixture(scope="module", params=["qwen3_vl", "qwen3_5", "qwen3_5_moe"])
+def qwen(request, tmp_path_factory):
+    folder, model = tmp_path_factory.mktemp(request.param), make_qwen(request.param)
+    save_qwen(folder, model)
+    return folder, model
+
+
+def expected(engine, model, ids, pictures):
+    return qwen_logits(model, ids, pictures, [layout_of(engine.full_text.vision, picture.width, picture.height) for picture in pictures])
+
+
+@pytest.fixture(params=["decode_core", "reference"])
+def kernels(request, monkeypatch):
+    yield from chosen_kernels(request, monkeypatch)
+
+
+@pytest.mark.parametrize("size", [(40, 30), (170, 30)])
+def test_logits_from_pixels_are_those_of_transformers(qwen, kernels, size):
+    folder, model = qwen
+    engine = open_engine(folder, prefill_chunk=512)
+    assert kernels in engine.transformer.kernels.names["linear"]
+    pictures = (picture_of_size(*size), picture_of_size(20, 50, seed=1))
+    ids = asking(engine, *pictures)
+    assert len(rows_in(engine.full_text.vision, ids)) > 8
+    wanted = expected(engine, model, ids, pictures)[-16:]
+    assert np.abs(logits_of(engine, ids, pictures) - wanted).max() < 1e-4
+    other = (picture_of_size(*size, seed=7), pictures[1])
+    assert np.abs(expected(engine, model, ids, other)[-16:] - wanted).max() > 1e-3
+
+
+def test_answers_are_transformers_in_chunks_cached_together_and_again(qwen):
+    folder, model = qwen
+    picture, other = picture_of_size(170, 100), picture_of_size(50, 120, seed=2)
+    engine = open_engine(folder)
+    ids = asking(engine, picture, other, text="What is this? Look at it well.")
+    first, greedy = answer(engine, ids, [picture, other]), list(ids)
+    for _ in first:
+        greedy.append(int(expected(engine, model, greedy, [picture, other])[-1].argmax()))
+    assert first == greedy[len(ids):]
+    assert answer(engine, ids, [picture, other]) == first and engine.pictures.encoded == 2
+    engine.pool.forget_cached()
+    assert answer(engine, ids, [picture, other]) == first and engine.pictures.encoded == 2
+    assert answer(open_engine(folder, prefill_chunk=512, drafts="none"), ids, [picture, other]) == first
+
+
+def test_a_file_with_an_mmproj_sees_as_the_folder_does(tmp_path):
+    model = make_qwen("qwen3_vl")
+    engine = open_engine(write_qwen3_vl(tmp_path, model), prefill_chunk=512)
+    pictures = (picture_of_size(170, 100), picture_of_size(20, 50, seed=1))
+    ids = asking(engine, *pictures)
+    assert np.abs(logits_of(engine, ids, pictures) - expected(engine, model, ids, pictures)[-16:]).max() < 1e-4
+
+
+@pytest.mark.parametrize("part, changes, said", [
+    ("vision_config", {"deepstack_visual_indexes": [2, 0]}, "deepstack is after the layers [2, 0]; there are 4"),
+    ("vision_config", {"deepstack_visual_indexes": [0, 9]}, "deepstack is after the layers [0, 9]; there are 4"),
+    ("vision_config", {"num_position_embeddings": 35}, "the table of places has 35 rows; it must be a square"),
+    ("vision_config", {"temporal_patch_size": 3}, "vision_config.temporal_patch_size is 3; it must be 2"),
+    ("text_config", {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 2]}}, "mrope_section"),
+    ("text_config", {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 2, 2], "mrope_interleaved": False}}, "mrope_interleaved must be true")])
+def test_a_folder_that_says_what_is_not_supported_is_a_model_of_texts(tmp_path, caplog, part, changes, said):
+    save_qwen(tmp_path, make_qwen("qwen3_vl"))
+    config = json.loads((tmp_path / "config.json").read_text())
+    config[part] |= changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert open_engine(tmp_path).full_text.vision is None
+    assert "reads texts alone" in caplog.text and said in caplog.text
