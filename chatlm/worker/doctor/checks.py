@@ -8,7 +8,7 @@ from typing import NamedTuple
 from chatlm.worker.doctor import template, tokenizer
 from chatlm.worker.doctor.findings import Findings
 from chatlm.worker.doctor.patient import Patient
-from chatlm.worker.doctor.stated import check_head, check_rope, check_types, check_vocabulary
+from chatlm.worker.doctor.stated import check_head, check_rope, check_types
 from chatlm.worker.doctor.weights import check_weights
 
 
@@ -34,7 +34,6 @@ OF_WEIGHTS = (  # weights, their original, and what they need
     Check("types", check_types, memory=None),
     Check("rotary scaling", check_rope, memory=None),
     Check("head", check_head, 300.0, None),
-    Check("vocabulary", check_vocabulary, memory=None),
 )
 
 CHECKS = (*OF_TEXT, *OF_WEIGHTS)

@@ -76,6 +76,10 @@ def of_one(one: Portrait) -> Findings:
     if one.holes:
         yield error(f"{one.name}: {one.holes:,} blocks of zeros between others that are not, the first in "
                     f"row {one.hole:,}", where=one.name, advice=AGAIN)
+    if one.leaning > max(0.6, 8 / math.sqrt(one.shape[-1])) and one.part not in VOCABULARY:
+        yield error(f"{one.name}: nearly all weights of row {one.leaning_row:,} are on one side of zero: scales "
+                    "and minima may be exchanged, or another type's", where=one.name, advice=AGAIN,
+                    leaning=round(one.leaning, 2))
     if one.part in VOCABULARY and one.matrix:
         yield from empty_tokens(one)
 
