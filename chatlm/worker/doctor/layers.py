@@ -168,7 +168,7 @@ def expected_profile(features: Features, kinds: Mapping[str, Seq[Portrait]], kin
 # The rows of one angle are of about one size, and so are those of neighbouring angles. Mean differences of
 # logs in the default model: 0.31 of pairs, 0.36 of neighbours, 0.85 of rows a quarter of a head apart, which
 # are what pairs become that are put in order once too often
-LEAST_APART = {"neighbours": 0.7, "quarters": 0.95}
+LEAST_APART = {"neighbours": (0.7, 8.0), "quarters": (0.95, 5.0)}  # the ratio, and standard errors
 
 
 def pairs_of_others(spec: ModelSpec, kinds: Mapping[str, Seq[Portrait]]) -> float:
@@ -192,9 +192,9 @@ def pairs_of_others(spec: ModelSpec, kinds: Mapping[str, Seq[Portrait]]) -> floa
     own = numpy.concatenate(apart.pop("own", [numpy.zeros(0)]))
     if len(own) < 256:
         return 0.0
-    for name, least in LEAST_APART.items():
+    for name, (least, sure) in LEAST_APART.items():
         other = numpy.concatenate(apart[name])
         gap, ratio = own - other, float(other.mean() / max(float(own.mean()), 1e-9))
-        if ratio < least and gap.mean() > 8 * gap.std() / math.sqrt(len(gap)):
+        if ratio < least and gap.mean() > sure * gap.std() / math.sqrt(len(gap)):
             return ratio
     return 0.0
