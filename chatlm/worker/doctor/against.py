@@ -18,7 +18,7 @@ from chatlm.common.config import PAGE_SIZE
 from chatlm.common.memory import available_memory
 from chatlm.worker.arrays.kinds import Device, floats
 from chatlm.worker.build import plan_model
-from chatlm.worker.doctor.findings import Finding, Findings, error, examples, note, warning
+from chatlm.worker.doctor.findings import Findings, error, examples, note, warning
 from chatlm.worker.doctor.portraits import joined_parts
 from chatlm.worker.doctor.sample_text import TEXT
 from chatlm.worker.model.spec import Batch, expected_tensors
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from chatlm.worker.weights.rules import LoadedModel
 
 CHUNK = 128            # tokens in a step
+MOST_TOKENS = 1024     # of the text
+FEWER = 3 * CHUNK      # tokens for trying tensors of one kind
 SKIPPED = 8            # the first tokens, which no context precedes
 KINDS_S = 90.0         # seconds for trying the original's tensors, one kind after the other
 MOST_KL, BROKEN_KL = 0.3, 1.5    # nats: a usual 4-bit file of a model of 135 million weights has 0.08
@@ -58,17 +60,15 @@ def check_against(patient: Patient) -> Findings:
         yield error("the original's tensors have other shapes, so the two cannot be compared",
                     where=original.source.name, advice="give the model that this one was made from")
         return
-    far, same = distances(patient.floats, original.floats), list[Finding]()
-    if far:
-        same = [*strange_distances(far)]
-        yield from same
+    far = distances(patient.floats, original.floats)
+    yield from strange_distances(far) if far else ()
     if patient.model.spec.of_texts or patient.model.head.size or patient.model.ranking is not None:
         return
-    if (needed := sum(map(memory_of, (patient, original)))) > (free := available_memory()):
-        yield note(f"what they predict was not compared: both together take {needed / 1e9:,.1f} GB, and "
+    if (needed := max(map(memory_of, (patient, original)))) > (free := available_memory()):
+        yield note(f"what they predict was not compared: that takes {needed / 1e9:,.1f} GB, and "
                    f"{free / 1e9:,.1f} GB are free")
         return
-    yield from predictions(patient, original)
+    yield from predictions(patient, original, far)
 
 
 def shapes_of(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
@@ -174,9 +174,10 @@ def settings_for(settings: Settings) -> Settings:
 
 
 def memory_of(patient: Patient) -> int:
-    spec, rows = patient.model.spec, CHUNK * 2
-    return weight_bytes(patient.model, patient.settings.quantize) + 4 * rows * (
-        spec.vocab_size + 8 * (spec.width + spec.ffn_size))
+    """Bytes of a model, of its activations, and of what the original has predicted."""
+    spec = patient.model.spec
+    return weight_bytes(patient.model, patient.settings.quantize) + 4 * (
+        2 * CHUNK * (spec.vocab_size + 8 * (spec.width + spec.ffn_size)) + 2 * MOST_TOKENS * spec.vocab_size)
 
 
 def computed(patient: Patient, model: LoadedModel, shared: Mapping[str, Any] = {}) -> Transformer:
@@ -208,32 +209,31 @@ def log_shares(logits: numpy.ndarray) -> numpy.ndarray:
     return logits - numpy.log(numpy.exp(logits).sum(1, keepdims=True))
 
 
-def compare(own: Transformer, original: Transformer, ids: Seq[int]) -> Compared:
-    kl, same, surprise = list[float](), list[bool](), ([], [])
-    following, V = [*ids[1:]], min(own.unpadded.vocab_size, original.unpadded.vocab_size)
-    at = 0
-    for q, p in zip(logits_of(own, ids[:-1]), logits_of(original, ids[:-1])):
-        n, q, p = len(q), log_shares(q[:, :V]), log_shares(p[:, :V])
-        rows = numpy.arange(n)[max(SKIPPED - at, 0):]
-        target = numpy.array(following[at:at + n])
-        at += n
+def compare(transformer: Transformer, judged: Seq[numpy.ndarray], ids: Seq[int]) -> Compared:
+    """judged: the original's `log_shares`, step by step."""
+    kl, same, surprise = list[float](), list[bool](), (list[float](), list[float]())
+    for at, q, p in zip(range(0, len(ids), CHUNK), logits_of(transformer, ids[:-1]), judged):
+        V = min(q.shape[1], p.shape[1])
+        rows = slice(max(SKIPPED - at, 0), None)
+        q, p = log_shares(q[rows, :V]), p[:len(q)][rows, :V]
         # each token adds p log(p / q) - p + q, which is never negative
-        shares = numpy.exp(p[rows])
-        kl += (shares * (p[rows] - q[rows]) - shares + numpy.exp(q[rows])).sum(1).tolist()
-        same += (p[rows].argmax(1) == q[rows].argmax(1)).tolist()
+        shares = numpy.exp(p)
+        kl += (shares * (p - q) - shares + numpy.exp(q)).sum(1).tolist()
+        same += (p.argmax(1) == q.argmax(1)).tolist()
+        target = numpy.array(ids[at + 1:at + 1 + CHUNK])[rows][:len(q)]
         for each, found in zip((q, p), surprise):
-            found += (-each[rows, target[rows]]).tolist()
+            found += (-each[numpy.arange(len(each)), target]).tolist()
     return Compared(float(numpy.mean(kl)), float(numpy.mean(same)),
                     *(math.exp(min(float(numpy.mean(found)), 700)) for found in surprise), len(kl))
 
 
-def predictions(patient: Patient, original: Patient) -> Findings:
-    ids = patient.tokenizer.encode(TEXT)[:patient.model.context_length - 1]
+def predictions(patient: Patient, original: Patient, far: Mapping[str, float]) -> Findings:
+    ids = patient.tokenizer.encode(TEXT)[:min(MOST_TOKENS, patient.model.context_length) - 1]
     ids = ([patient.text.bos_token] if patient.text.add_bos and patient.text.bos_token is not None else []) + ids
     began = time.monotonic()
-    own, theirs = computed(patient, opened(patient)), computed(original, opened(original))
-    whole = compare(own, theirs, ids)
-    pass_s = time.monotonic() - began
+    judged = [log_shares(logits) for logits in logits_of(computed(original, opened(original)), ids[:-1])]
+    own = computed(patient, opened(patient))
+    whole = compare(own, judged, ids)
     facts = {"kl": round(whole.kl, 5), "top_1": round(whole.same, 4), "positions": whole.positions,
              "perplexity": round(whole.perplexity, 4), "perplexity_of_original": round(whole.of_original, 4)}
     words = (f"on {whole.positions:,} tokens of a built-in text: mean KL {whole.kl:.3g} nats, the likeliest token "
@@ -245,22 +245,31 @@ def predictions(patient: Patient, original: Patient) -> Findings:
         yield warning(f"{words}: much is lost", advice="take a type of more bits", **facts)
     else:
         yield note(words, **facts)
-    regained, left = {}, list[str]()
+    if whole.kl > 1e-4:
+        yield from kinds_that_cost(patient, original, own, judged, ids[:FEWER], far, began + KINDS_S)
+
+
+def kinds_that_cost(patient: Patient, original: Patient, own: Transformer, judged: Seq[numpy.ndarray],
+                    ids: Seq[int], far: Mapping[str, float], until: float) -> Findings:
+    """How much smaller the KL is with the original's tensors of one kind, on the beginning of the text."""
+    regained, left, base = dict[str, float](), list[str](), compare(own, judged, ids).kl
     for kind, parts in KINDS.items():
-        if time.monotonic() - began + pass_s > KINDS_S:
+        if all(far[name] < 1e-6 for name in far if name.rpartition(".")[2] in parts):
+            continue  # they are the original's
+        if time.monotonic() > until:
             left.append(kind)
-        elif (kl := with_kind(patient, original, own, theirs, parts, ids)) is not None:
-            regained[kind] = whole.kl - kl
-    if regained and whole.kl > 1e-4:
+        elif (kl := with_kind(patient, original, own, judged, parts, ids)) is not None:
+            regained[kind] = (base - kl) / base
+    if regained:
         costs = sorted(regained.items(), key=lambda pair: -pair[1])
-        yield note("with the original's tensors of one kind the KL falls: " + ", ".join(
-            f"{kind} {gain / whole.kl:+.0%}".replace("+", "-", 1) if gain > 0 else f"{kind} 0 %"
-            for kind, gain in costs) + (f"; there was no time for {examples(left)}" if left else ""),
-            regained={kind: round(gain, 5) for kind, gain in costs})
+        yield note(f"of this KL, on the first {len(ids):,} tokens, the original's tensors of one kind regain: "
+                   + ", ".join(f"{kind} {share:.0%}" for kind, share in costs)
+                   + (f"; there was no time for {examples(left)}" if left else ""),
+                   regained={kind: round(share, 4) for kind, share in costs})
 
 
-def with_kind(patient: Patient, original: Patient, own: Transformer, theirs: Transformer, parts: Seq[str],
-              ids: Seq[int]) -> float | None:
+def with_kind(patient: Patient, original: Patient, own: Transformer, judged: Seq[numpy.ndarray],
+              parts: Seq[str], ids: Seq[int]) -> float | None:
     """The KL of the model with the original's tensors of these parts; None if it has none of them."""
     model, other = opened(patient), opened(original)
     names = [name for name in model.tensors if name.rpartition(".")[2] in parts and name in other.tensors]
@@ -270,4 +279,4 @@ def with_kind(patient: Patient, original: Patient, own: Transformer, theirs: Tra
                      for name, tensor in model.tensors.items()}
     shared = {name: weight for name, weight in own.weights.items()
               if name not in names and not (name == "head" and model.spec.tied_head)}
-    return compare(computed(patient, model, shared), theirs, ids).kl
+    return compare(computed(patient, model, shared), judged, ids).kl
