@@ -30,7 +30,7 @@ def tried(fault):
     with tempfile.TemporaryDirectory() as folder:
         path = fault.mutate(fault.make(Path(folder)))
         began = time.monotonic()
-        return diagnose(path).finds(fault), time.monotonic() - began
+        return diagnose(path, against=fault.against and fault.against()).finds(fault), time.monotonic() - began
 
 
 def good_models(named):

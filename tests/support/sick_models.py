@@ -34,18 +34,22 @@ def metadata_of(path):
     return {key: list(value) if isinstance(value, Texts) else value for key, value in header.metadata.items() if not key.startswith("GGUF.")}
 
 
-def rewritten(path, changes, tensors=None):
-    """Write a GGUF file again with changed metadata (None: without the key), in place. tensors: name -> its new bytes."""
+def rewritten(path, changes, tensors=None, more={}):
+    """Write a GGUF file again with changed metadata (None: without the key), in place. tensors: name -> its new bytes. more: name ->
+    (data, shape, number of its type) of a new or another one; None: without it."""
     path = Path(path)
     header, metadata = FileHeader(path), metadata_of(path)
     metadata = {key: value for key, value in {**metadata, **changes}.items() if value is not None}
-    data, infos = b"", b""
-    for name, tensor in header.tensors.items():
-        own = (tensors or {}).get(name, bytes(header.buffer[tensor.data_offset:tensor.data_offset + tensor.n_bytes]))
-        infos += tensor_info(name, tuple(reversed(tensor.shape.tolist())), int(tensor.tensor_type), len(data))
+    data, infos = bytearray(), b""
+    stored = {name: (bytes(header.buffer[tensor.data_offset:tensor.data_offset + tensor.n_bytes]), tuple(reversed(tensor.shape.tolist())),
+                     int(tensor.tensor_type)) for name, tensor in header.tensors.items()} | more
+    stored = {name: tensor for name, tensor in stored.items() if tensor}
+    for name, (own, shape, kind) in stored.items():
+        own = (tensors or {}).get(name, own if isinstance(own, bytes) else own.tobytes())
+        infos += tensor_info(name, shape, kind, len(data))
         data += own + bytes(-len(own) % 32)
     pairs = b"".join(packed_text(key) + struct.pack("<I", kind) + packed for key, value in metadata.items() for kind, packed in [packed_value(value)])
-    head = b"GGUF" + struct.pack("<IQQ", 3, len(header.tensors), len(metadata)) + pairs + infos
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(stored), len(metadata)) + pairs + infos
     del header
     whole = head + bytes(-len(head) % 32) + data
     path.unlink()
@@ -95,12 +99,14 @@ def small_folder(folder):
 
 
 class Fault(NamedTuple):
-    """mutate: a path in, the path of the sick model out. finds: the names of checks of which one must say so; (): any."""
+    """mutate: a path in, the path of the sick model out. finds: the names of checks of which one must say so; (): any, or that the
+    model is refused."""
 
     name: str
     make: Callable[[Path], Path]
     mutate: Callable[[Path], Path]
     finds: tuple[str, ...] = ()
+    against: Callable[[], Path] | None = None  # its original, if that is given too
 
 
 def metadata_fault(name, changes, *finds, make=small_gguf):

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from chatlm.worker.doctor import template, tokenizer
+from chatlm.worker.doctor.against import check_against
 from chatlm.worker.doctor.findings import Findings
+from chatlm.worker.doctor.fit import check_fit, check_speed
 from chatlm.worker.doctor.patient import Patient
-from chatlm.worker.doctor.stated import check_head, check_rope, check_types, check_vocabulary
+from chatlm.worker.doctor.stated import check_head, check_rope, check_types
 from chatlm.worker.doctor.weights import check_weights
 
 
@@ -34,7 +36,9 @@ OF_WEIGHTS = (  # weights, their original, and what they need
     Check("types", check_types, memory=None),
     Check("rotary scaling", check_rope, memory=None),
     Check("head", check_head, 300.0, None),
-    Check("vocabulary", check_vocabulary, memory=None),
+    Check("memory", check_fit, memory=None),
+    Check("speed", check_speed, 300.0, None),
+    Check("against", check_against, 1200.0, None, lambda patient: patient.original is not None),
 )
 
 CHECKS = (*OF_TEXT, *OF_WEIGHTS)

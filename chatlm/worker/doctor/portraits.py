@@ -36,6 +36,9 @@ class Portrait:
     values: numpy.ndarray | None = None   # of a vector: itself
     rows: numpy.ndarray = field(default_factory=lambda: numpy.zeros(0))     # (N,): each row's mean square
     columns: numpy.ndarray = field(default_factory=lambda: numpy.zeros(0))  # (K,): each column's
+    leaning: float = 0.0                  # the largest mean of a row's values, over their root mean square
+    leaning_row: int = 0
+    usual_leaning: float = 1.0            # of the median row, in the chunk where it is the least
     read: int = 0                         # rows that were read
     bad: int = 0                          # values that are NaN or infinite
     first_bad: int = 0                    # the row of the first
@@ -146,6 +149,10 @@ def draw_chunk(portrait: Portrait, values: numpy.ndarray, begin: int, usual: lis
     portrait.rows[begin:begin + n] = total / K
     portrait.columns += squares.sum(0, dtype=numpy.float32)
     portrait.read += n
+    lean = numpy.abs(values.sum(1)) / numpy.sqrt(numpy.maximum(total, 1e-30) * K)
+    if (row := int(numpy.nan_to_num(lean).argmax())) + 1 and lean[row] > portrait.leaning:
+        portrait.leaning, portrait.leaning_row = float(lean[row]), begin + row
+    portrait.usual_leaning = min(portrait.usual_leaning, float(numpy.median(lean)))
     largest = numpy.maximum.reduceat(squares, range(0, K, width), 1) if width != K else squares.max(1)[:, None]
     even = (sums > 0) & (numpy.abs(sums - width * largest) <= 1e-5 * sums)  # all of one magnitude
     for row in numpy.flatnonzero(even.all(1) & (K >= BLOCK)):

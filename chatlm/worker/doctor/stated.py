@@ -151,9 +151,3 @@ def unused_head(patient: Patient) -> Findings:
                     f"have another {table['head'][0]}, which is not read", where=table["head"][0],
                     advice="set tie_word_embeddings to false if the model was trained so")
 
-
-def check_vocabulary(patient: Patient) -> Findings:
-    """The rows of the embedding against the tokenizer."""
-    if (rows := patient.model.spec.vocab_size) > (size := patient.tokenizer.vocab_size):
-        yield note(f"{rows - size:,} of {rows:,} rows of the embedding belong to no token: padding",
-                   rows=rows, tokens=size)

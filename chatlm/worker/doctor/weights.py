@@ -129,10 +129,15 @@ ROW_FACTOR = 200.0   # a row as its tensor's median row; good models: up to 10
 
 
 def strange_blocks(of_kind: Seq[Portrait]) -> Findings:
-    """Blocks whose scale is not theirs, and rows."""
+    """Blocks and rows whose scale is not theirs."""
     usual = float(numpy.quantile([one.usual for one in of_kind], 0.9))  # heads differ much in some layers
     least = max(math.log(BLOCK_FACTOR), usual + math.log(4))
+    straight = numpy.median([one.usual_leaning for one in of_kind]) < 0.25
     for one in of_kind:
+        if straight and one.leaning > max(0.6, 8 / math.sqrt(one.shape[-1])) and one.part not in VOCABULARY:
+            yield error(f"{one.name}: nearly all weights of row {one.leaning_row:,} are on one side of zero: "
+                        "scales and minima may be exchanged, or another type's", where=one.name, advice=AGAIN,
+                        leaning=round(one.leaning, 2))
         if found := [peak for peak in one.peaks if peak[0] > least]:
             over, row, column = max(found)
             yield error(f"{one.name}: the weights of a block are {math.exp(min(over, 50)):,.0f} times as large "

@@ -1,0 +1,282 @@
+"""`--against ORIGINAL`: what a model has lost against the one that it was made from, on a built-in text.
+
+Three looks, from the cheapest: what the files state about the arithmetic, how far each tensor is from the
+original's, and what both predict for each token of the text, also with the original's tensors of one kind."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence as Seq
+from dataclasses import replace
+from typing import Any, NamedTuple, TYPE_CHECKING
+
+import numpy
+
+from chatlm.common.config import PAGE_SIZE
+from chatlm.common.memory import available_memory
+from chatlm.worker.arrays.kinds import Device, floats
+from chatlm.worker.build import plan_model
+from chatlm.worker.doctor.findings import Findings, error, examples, note, warning
+from chatlm.worker.doctor.portraits import joined_parts
+from chatlm.worker.doctor.sample_text import TEXT
+from chatlm.worker.model.spec import Batch, expected_tensors
+from chatlm.worker.model.tensors import Cut, MappedRows
+from chatlm.worker.model.transformer import Transformer
+from chatlm.worker.ranks.ranks import RankAlone
+from chatlm.worker.weights.load import open_model
+from chatlm.worker.weights.sizes import weight_bytes
+
+if TYPE_CHECKING:
+    from chatlm.common.config import Settings
+    from chatlm.worker.doctor.patient import Patient
+    from chatlm.worker.model.spec import ModelSpec
+    from chatlm.worker.weights.rules import LoadedModel
+
+CHUNK = 128            # tokens in a step
+MOST_TOKENS = 1024     # of the text
+FEWER = 3 * CHUNK      # tokens for trying tensors of one kind
+SKIPPED = 8            # the first tokens, which no context precedes
+KINDS_S = 90.0         # seconds for trying the original's tensors, one kind after the other
+MOST_KL, BROKEN_KL = 0.3, 1.5    # nats: a usual 4-bit file of a model of 135 million weights has 0.08
+FAR = 0.5              # of a tensor from its original, relative to its length; 2 bits: up to 0.4
+KINDS = {"embedding and head": ("embed", "head", "layer_embed", "value_embed"),
+         "attention": ("qkv", "mix_in"), "attention output": ("output", "mix_out"),
+         "feed-forward up": ("gate_up", "up", "expert_gate_up", "expert_up", "shared_gate_up", "shared_up"),
+         "feed-forward down": ("down", "expert_down", "shared_down")}
+
+
+def check_against(patient: Patient) -> Findings:
+    original = patient.original
+    assert original is not None
+    if patient.tokenizer.encode(TEXT) != original.tokenizer.encode(TEXT):
+        yield error("the original has another vocabulary: the same text becomes other tokens, so the two "
+                    "cannot be compared", where=original.source.name,
+                    advice="give the model that this one was made from")
+        return
+    yield from other_arithmetic(patient.model.spec, original.model.spec)
+    if shapes_of(patient.model.spec) != shapes_of(original.model.spec):
+        yield error("the original's tensors have other shapes, so the two cannot be compared",
+                    where=original.source.name, advice="give the model that this one was made from")
+        return
+    far = distances(patient.floats, original.floats)
+    yield from strange_distances(far) if far else ()
+    if patient.model.spec.of_texts or patient.model.head.size or patient.model.ranking is not None:
+        return
+    if (needed := max(map(memory_of, (patient, original)))) > (free := available_memory()):
+        yield note(f"what they predict was not compared: that takes {needed / 1e9:,.1f} GB, and "
+                   f"{free / 1e9:,.1f} GB are free")
+        return
+    yield from predictions(patient, original, far)
+
+
+def shapes_of(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Without the head, which one of the two may share with the embedding, and the padding of vocabularies."""
+    return {name: shape for name, shape in expected_tensors(spec).items()
+            if name not in ("head", "embed", "head_bias")}
+
+
+IGNORED = {"vocab_size", "tied_head", "max_positions", "answer_positions", "own_rows", "sees", "embeds"}
+
+
+def other_arithmetic(own: ModelSpec, original: ModelSpec) -> Findings:
+    """Everything that the two specs say differently."""
+    for field in dataclasses.fields(own):
+        ours, theirs = getattr(own, field.name), getattr(original, field.name)
+        if field.name not in IGNORED and not about_equal(ours, theirs):
+            ours, theirs = in_words(ours, theirs)
+            yield error(f"{field.name} is {ours}; the original's is {theirs}", where=field.name,
+                        advice="correct the file, or convert the original again")
+    if own.context_length != original.context_length:
+        yield note(f"the context is {own.context_length:,} tokens, the original's {original.context_length:,}")
+
+
+def about_equal(ours: Any, theirs: Any) -> bool:
+    """Equal up to float32."""
+    if isinstance(ours, float) and isinstance(theirs, (float, int)):
+        return math.isclose(ours, theirs, rel_tol=1e-4)
+    if isinstance(ours, tuple) and isinstance(theirs, tuple):
+        return len(ours) == len(theirs) and all(map(about_equal, ours, theirs))
+    if dataclasses.is_dataclass(ours) and type(ours) is type(theirs):
+        return all(about_equal(getattr(ours, field.name), getattr(theirs, field.name))
+                   for field in dataclasses.fields(ours))
+    return ours == theirs
+
+
+def in_words(ours: Any, theirs: Any) -> tuple[str, str]:
+    """Two different values, of lists and objects the first different part."""
+    if isinstance(ours, tuple) and isinstance(theirs, tuple) and len(ours) == len(theirs):
+        i, pair = next((i, pair) for i, pair in enumerate(zip(ours, theirs)) if not about_equal(*pair))
+        a, b = in_words(*pair)
+        return f"{a} (number {i})", b
+    if dataclasses.is_dataclass(ours) and type(ours) is type(theirs):
+        name = next(field.name for field in dataclasses.fields(ours)
+                    if not about_equal(getattr(ours, field.name), getattr(theirs, field.name)))
+        a, b = in_words(getattr(ours, name), getattr(theirs, name))
+        return f"{name} {a}", f"{name} {b}"
+    return (f"{ours:,g}", f"{theirs:,g}") if isinstance(ours, float) and isinstance(theirs, float) else (
+        str(ours)[:80], str(theirs)[:80])
+
+
+def distances(own: LoadedModel, original: LoadedModel) -> dict[str, float]:
+    """Of each matrix: the length of its difference from the original's, relative to the original's."""
+    found = {}
+    for name, tensor in own.tensors.items():
+        other = original.tensors.get(name)
+        if other is None or isinstance(tensor, MappedRows) or isinstance(other, MappedRows) or len(
+                tensor.cut.full) < 2:
+            continue
+        rows = min(tensor.cut.full[0], other.cut.full[0])
+        step = max((1 << 24) // tensor.cut.full[1] // own.spec.head_size, 1) * own.spec.head_size
+        apart = length = 0.0
+        for begin in range(0, rows, step):
+            span = range(begin, min(begin + step, rows))
+            ours, theirs = (floats(joined_parts(one.less(Cut(
+                one.cut.full, (len(span), one.cut.full[1]), 0, [span])).read())) for one in (tensor, other))
+            apart += float(numpy.square(ours - theirs).sum(dtype=numpy.float64))
+            length += float(numpy.square(theirs).sum(dtype=numpy.float64))
+        found[name] = math.sqrt(apart / length) if length else float(apart > 0)
+    return found
+
+
+def strange_distances(far: Mapping[str, float]) -> Findings:
+    usual = float(numpy.median([*far.values()]))
+    if usual > FAR:
+        yield error(f"most tensors have nothing in common with the original's (half of them are at least "
+                    f"{usual:.0%} of their length away)", advice="give the model that this one was made from")
+        return
+    strange = sorted((name for name in far if not far[name] <= max(FAR, 2 * usual)), key=lambda name: -far[name])
+    for name in strange[:8]:
+        yield error(f"{name} is {far[name]:.0%} of its length away from the original's; most are {usual:.1%}",
+                    where=name, advice="convert or quantize the original again")
+    if more := strange[8:]:
+        yield error(f"so are {examples(more)}")
+    largest = sorted(far, key=far.__getitem__, reverse=True)[:4]
+    yield note("farthest from the original: " + ", ".join(f"{name} ({far[name]:.1%})" for name in largest)
+               + f"; half are at most {usual:.1%}", distances={name: round(far[name], 4) for name in far})
+
+
+class Compared(NamedTuple):
+    """Two models on the text: mean KL from the original's predictions in nats, the share of positions where
+    both think the same token likeliest, and both perplexities."""
+
+    kl: float
+    same: float
+    perplexity: float
+    of_original: float
+    positions: int
+
+
+def settings_for(settings: Settings) -> Settings:
+    """With the arithmetic that is closest to exact, and steps of CHUNK rows."""
+    return replace(settings, arithmetic="fine", max_batch=CHUNK, prefill_chunk=CHUNK, drafts="none")
+
+
+def memory_of(patient: Patient) -> int:
+    """Bytes of a model, of its activations, and of what the original has predicted."""
+    spec = patient.model.spec
+    return weight_bytes(patient.model, patient.settings.quantize) + 4 * (
+        2 * CHUNK * (spec.vocab_size + 8 * (spec.width + spec.ffn_size)) + 2 * MOST_TOKENS * spec.vocab_size)
+
+
+def computed(patient: Patient, model: LoadedModel, shared: Mapping[str, Any] = {}) -> Transformer:
+    """A model that is ready for the text; `model` loses its tensors."""
+    settings = settings_for(patient.settings)
+    kernels, groups, limits, plan = plan_model(model, model.spec, settings, Device("cpu"), RankAlone())
+    pages = (-(-len(TEXT) // PAGE_SIZE) + 1) * max(len(groups.windows), 1)
+    return Transformer(model.spec, model.tensors, kernels, num_pages=pages, dtype=model.dtype, groups=groups,
+                       kv=plan.kv, num_slots=2, shared=shared, **limits)
+
+
+def opened(patient: Patient) -> LoadedModel:
+    return open_model(patient.source, settings_for(patient.settings), "cpu")
+
+
+def logits_of(transformer: Transformer, ids: Seq[int]) -> Iterator[numpy.ndarray]:
+    """(n, V) float32 after each of n tokens, step by step."""
+    pages = [*range(-(-len(ids) // PAGE_SIZE) * max(len(transformer.groups.windows), 1))]
+    for begin in range(0, len(ids), CHUNK):
+        end = min(begin + CHUNK, len(ids))
+        last = [end - begin - 1]
+        batch = Batch([*ids[begin:end]], [ids[i - 1] if i else -1 for i in range(begin, end)], [0, end - begin],
+                      [end], [pages], [*range(end - begin)], state_reads=[0], write_rows=last, write_slots=[0])
+        yield transformer.arrays.numpy(transformer.forward(batch)).copy()
+
+
+def log_shares(logits: numpy.ndarray) -> numpy.ndarray:
+    logits = logits - logits.max(1, keepdims=True)
+    return logits - numpy.log(numpy.exp(logits).sum(1, keepdims=True))
+
+
+def compare(transformer: Transformer, judged: Seq[numpy.ndarray], ids: Seq[int]) -> Compared:
+    """judged: the original's `log_shares`, step by step."""
+    kl, same, surprise = list[float](), list[bool](), (list[float](), list[float]())
+    for at, q, p in zip(range(0, len(ids), CHUNK), logits_of(transformer, ids[:-1]), judged):
+        V = min(q.shape[1], p.shape[1])
+        rows = slice(max(SKIPPED - at, 0), None)
+        q, p = log_shares(q[rows, :V]), p[:len(q)][rows, :V]
+        # each token adds p log(p / q) - p + q, which is never negative
+        shares = numpy.exp(p)
+        kl += (shares * (p - q) - shares + numpy.exp(q)).sum(1).tolist()
+        same += (p.argmax(1) == q.argmax(1)).tolist()
+        target = numpy.array(ids[at + 1:at + 1 + CHUNK])[rows][:len(q)]
+        for each, found in zip((q, p), surprise):
+            found += (-each[numpy.arange(len(each)), target]).tolist()
+    return Compared(float(numpy.mean(kl)), float(numpy.mean(same)),
+                    *(math.exp(min(float(numpy.mean(found)), 700)) for found in surprise), len(kl))
+
+
+def predictions(patient: Patient, original: Patient, far: Mapping[str, float]) -> Findings:
+    ids = patient.tokenizer.encode(TEXT)[:min(MOST_TOKENS, patient.model.context_length) - 1]
+    ids = ([patient.text.bos_token] if patient.text.add_bos and patient.text.bos_token is not None else []) + ids
+    began = time.monotonic()
+    judged = [log_shares(logits) for logits in logits_of(computed(original, opened(original)), ids[:-1])]
+    own = computed(patient, opened(patient))
+    whole = compare(own, judged, ids)
+    facts = {"kl": round(whole.kl, 5), "top_1": round(whole.same, 4), "positions": whole.positions,
+             "perplexity": round(whole.perplexity, 4), "perplexity_of_original": round(whole.of_original, 4)}
+    words = (f"on {whole.positions:,} tokens of a built-in text: mean KL {whole.kl:.3g} nats, the likeliest token "
+             f"is the same at {whole.same:.1%}, perplexity {whole.perplexity:,.2f} against "
+             f"{whole.of_original:,.2f}")
+    if not whole.kl <= BROKEN_KL:
+        yield error(f"{words}: this is hardly the same model", advice="convert or quantize it again", **facts)
+    elif whole.kl > MOST_KL:
+        yield warning(f"{words}: much is lost", advice="take a type of more bits", **facts)
+    else:
+        yield note(words, **facts)
+    if whole.kl > 1e-4:
+        yield from kinds_that_cost(patient, original, own, judged, ids[:FEWER], far, began + KINDS_S)
+
+
+def kinds_that_cost(patient: Patient, original: Patient, own: Transformer, judged: Seq[numpy.ndarray],
+                    ids: Seq[int], far: Mapping[str, float], until: float) -> Findings:
+    """How much smaller the KL is with the original's tensors of one kind, on the beginning of the text."""
+    regained, left, base = dict[str, float](), list[str](), compare(own, judged, ids).kl
+    for kind, parts in KINDS.items():
+        if all(far[name] < 1e-6 for name in far if name.rpartition(".")[2] in parts):
+            continue  # they are the original's
+        if time.monotonic() > until:
+            left.append(kind)
+        elif (kl := with_kind(patient, original, own, judged, parts, ids)) is not None:
+            regained[kind] = (base - kl) / base
+    if regained:
+        costs = sorted(regained.items(), key=lambda pair: -pair[1])
+        yield note(f"of this KL, on the first {len(ids):,} tokens, the original's tensors of one kind regain: "
+                   + ", ".join(f"{kind} {share:.0%}" for kind, share in costs)
+                   + (f"; there was no time for {examples(left)}" if left else ""),
+                   regained={kind: round(share, 4) for kind, share in costs})
+
+
+def with_kind(patient: Patient, original: Patient, own: Transformer, judged: Seq[numpy.ndarray],
+              parts: Seq[str], ids: Seq[int]) -> float | None:
+    """The KL of the model with the original's tensors of these parts; None if it has none of them."""
+    model, other = opened(patient), opened(original)
+    names = [name for name in model.tensors if name.rpartition(".")[2] in parts and name in other.tensors]
+    if not names or {"embed", "head"} & {*names} and model.spec.tied_head != other.spec.tied_head:
+        return None
+    model.tensors = {name: other.tensors[name] if name in names else tensor
+                     for name, tensor in model.tensors.items()}
+    shared = {name: weight for name, weight in own.weights.items()
+              if name not in names and not (name == "head" and model.spec.tied_head)}
+    return compare(computed(patient, model, shared), judged, ids).kl

@@ -1,0 +1,218 @@
+"""What a model takes in memory at which context, whether that is here, and how fast it answers here."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import NamedTuple, TYPE_CHECKING
+
+import numpy
+
+from chatlm.common.config import PAGE_SIZE
+from chatlm.common.errors import ConfigError
+from chatlm.common.memory import available_memory
+from chatlm.worker.arrays.kinds import Device
+from chatlm.worker.build import plan_model, prefill_chunk
+from chatlm.worker.doctor.findings import Findings, error, note, warning
+from chatlm.worker.engine.kvcache import PagePool
+from chatlm.worker.model.spec import Batch
+from chatlm.worker.model.transformer import Transformer
+from chatlm.worker.ranks.ranks import RankAlone
+from chatlm.worker.weights.load import open_model
+from chatlm.worker.weights.sizes import weight_bytes
+
+if TYPE_CHECKING:
+    from chatlm.common.config import Settings
+    from chatlm.worker.build import MemoryPlan
+    from chatlm.worker.doctor.patient import Patient
+    from chatlm.worker.model.kernels import Kernels
+    from chatlm.worker.model.spec import LayerGroups
+    from chatlm.worker.weights.rules import LoadedModel
+
+CPU = Device("cpu")
+CONTEXTS = 4096, 32_768        # and the model's own
+TRIED_BYTES = 3 << 30          # of weights: larger models take long to load, and their speed is estimated
+PROMPT, ANSWER, TRIAL_S = 128, 32, 2.0
+
+
+class Plan(NamedTuple):
+    """The memory of a model with some settings, on a CPU."""
+
+    kernels: Kernels
+    groups: LayerGroups
+    limits: dict[str, int]
+    memory: MemoryPlan
+    chunk: int
+
+    @classmethod
+    def of(cls, model: LoadedModel, settings: Settings) -> Plan:
+        settings = replace(settings, drafts="none")
+        kernels, groups, limits, memory = plan_model(model, model.spec, settings, CPU, RankAlone())
+        return cls(kernels, groups, limits, memory, prefill_chunk(settings, CPU))
+
+    def cache(self, context: int) -> int:
+        """Bytes of the keys, values and states of one sequence."""
+        pages = PagePool(0, self.groups.windows).pages_for(context, self.chunk)
+        return pages * self.memory.page_bytes + self.memory.state_bytes
+
+    def longest(self, free: int, most: int) -> int:
+        """The longest context that fits in this much memory, in whole KiB of tokens; 0 if none."""
+        low, high = 0, most // 1024
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.memory.taken + self.cache(
+                middle * 1024) <= free else (low, middle - 1)
+        return most if self.memory.taken + self.cache(most) <= free else 1024 * low
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 1e9:,.2f} GB"
+
+
+def check_fit(patient: Patient) -> Findings:
+    """Memory: weights, and a sequence of several lengths, against what is free here."""
+    model, settings, free = patient.model, patient.settings, available_memory()
+    plan = Plan.of(model, settings)
+    taken, most = plan.memory.taken, model.context_length
+    if model.spec.of_texts:
+        yield note(f"takes {gigabytes(taken)}, of {gigabytes(free)} that are free", bytes=taken, free=free)
+        return
+    lighter = [*lighter_flags(patient, plan)]
+    contexts = sorted({min(context, most) for context in (*CONTEXTS, most)})
+    needed = {context: taken + plan.cache(context) for context in contexts}
+    if taken > free:
+        yield error(f"the weights and buffers take {gigabytes(taken)}, and {gigabytes(free)} are free here",
+                    advice=" or ".join(text for text, fits in lighter if fits <= free)
+                    or "it needs a larger machine, or a file with fewer bits a weight", bytes=taken, free=free)
+        return
+    words = ", ".join(f"{gigabytes(size)} with a context of {context:,}"
+                      f"{' (its own)' if context == most else ''}" for context, size in needed.items())
+    if needed[most] <= free:
+        yield note(f"takes {words}; {gigabytes(free)} are free here", needed=dict_of(needed), free=free)
+        return
+    fitting = plan.longest(free, most)
+    advice = [f"--context-length {fitting}"] * (fitting > 0)
+    if settings.kv_cache_dtype == "auto" and (half := with_cache(patient, "q8_0")):
+        advice.append(f"--kv-cache-dtype q8_0 ({half.longest(free, most):,} tokens fit)")
+    advice += [f"{text} ({gigabytes(size)} less)" for text, size in
+               ((text, taken - size) for text, size in lighter if "--quantize" in text)]
+    yield note(f"takes {words}, and {gigabytes(free)} are free here: about {fitting:,} tokens fit",
+               advice=" or ".join(advice), needed=dict_of(needed), free=free, longest=fitting)
+
+
+def dict_of(needed: dict[int, int]) -> dict[str, int]:
+    """For JSON, whose keys are texts."""
+    return {str(context): size for context, size in needed.items()}
+
+
+def with_cache(patient: Patient, kind: str) -> Plan | None:
+    """The plan with another type of keys and values; None if the model cannot have it."""
+    try:
+        return Plan.of(patient.model, replace(patient.settings, kv_cache_dtype=kind))
+    except ConfigError:
+        return None
+
+
+def lighter_flags(patient: Patient, plan: Plan) -> list[tuple[str, int]]:
+    """(a flag that makes the weights smaller, the bytes that the model then takes)."""
+    found, taken = [], plan.memory.taken
+    if patient.settings.dtype == "float32":
+        found.append(("--dtype bfloat16", taken - plan.memory.weights // 2))
+    if plan.memory.quantizes:
+        found += [(f"--quantize {kind}", taken - plan.memory.weights + weight_bytes(patient.model, kind))
+                  for kind in ("q8_0", "q4_k") if fits_blocks(patient.model, kind)]
+    return found
+
+
+def fits_blocks(model: LoadedModel, kind: str) -> bool:
+    """Types of 256 columns need rows that they divide."""
+    return not kind.endswith("_k") or model.spec.width % 256 == 0
+
+
+def check_speed(patient: Patient) -> Findings:
+    """Tokens per second: of a short trial, or of a large model from how fast memory is read."""
+    model = patient.model
+    plan = Plan.of(model, patient.settings)
+    needed = plan.memory.taken + plan.cache(PROMPT + ANSWER)
+    if model.spec.of_texts or needed > available_memory():
+        return
+    quicker = "--quantize q4_k" if fits_blocks(model, "q4_k") else "--quantize q4_0"
+    advice = f"{quicker} is faster, and loses a little" if plan.memory.quantizes else ""
+    if plan.memory.weights > TRIED_BYTES:
+        read, bandwidth = bytes_per_token(model, patient.settings), read_bandwidth(patient.threads)
+        speed = bandwidth / read
+        yield note(f"about {speed:,.1f} tokens per second for one answer, estimated: a token reads "
+                   f"{gigabytes(read)}, and {patient.threads} threads read {gigabytes(bandwidth)} a second",
+                   advice=advice, tokens_per_s=round(speed, 2), measured=False)
+    else:
+        began = time.monotonic()
+        prompt, answer = trial(patient)
+        yield note(f"{answer:,.1f} tokens per second for one answer, {prompt:,.0f} of prompts (measured now, "
+                   f"with {patient.threads} threads)", advice=advice, tokens_per_s=round(answer, 2),
+                   prompt_tokens_per_s=round(prompt, 1), measured=True,
+                   took_s=round(time.monotonic() - began, 2))
+        speed = answer
+    if speed < 1:
+        yield warning("an answer takes more than a second for each token here", advice=advice
+                      or "take a smaller model")
+
+
+def bytes_per_token(model: LoadedModel, settings: Settings) -> int:
+    """Of weights that each token of one sequence reads: all but the embedding, and of experts those chosen."""
+    spec = model.spec
+    idle = ["embed"] * (not spec.tied_head) + ["layer_embed"]
+    experts = [name for name in model.tensors if name.rpartition(".")[2].startswith("expert_")]
+    whole = weight_bytes(model, settings.quantize, idle)
+    rest = weight_bytes(model, settings.quantize, [*idle, *experts])
+    return rest + (whole - rest) * (spec.experts_per_token or 1) // max(spec.experts, 1)
+
+
+def read_bandwidth(threads: int, size: int = 64 << 20) -> float:
+    """Bytes per second that this many threads read from memory together: the best of three."""
+    parts = [numpy.ones(size // 8, numpy.uint64) for _ in range(threads)]
+    with ThreadPoolExecutor(threads) as pool:
+        def once() -> float:
+            began = time.perf_counter()
+            [*pool.map(numpy.bitwise_or.reduce, parts)]
+            return threads * size / (time.perf_counter() - began)
+
+        return max(once() for _ in range(3))
+
+
+def trial(patient: Patient) -> tuple[float, float]:
+    """(tokens of a prompt, tokens of an answer) per second."""
+    settings = patient.settings
+    model = open_model(patient.source, settings, "cpu")
+    plan = Plan.of(model, settings)
+    length = min(PROMPT + ANSWER, model.context_length)
+    pages = [*range(-(-length // PAGE_SIZE) * max(len(plan.groups.windows), 1))]
+    transformer = Transformer(model.spec, model.tensors, plan.kernels, num_pages=len(pages),
+                              dtype=model.dtype, groups=plan.groups, kv=plan.memory.kv, num_slots=2,
+                              **plan.limits)
+    ids = numpy.random.default_rng(0).integers(0, min(model.spec.vocab_size, 1000), length).tolist()
+    steps = [(0, max(length - ANSWER, 1)), *((at, at + 1) for at in range(max(length - ANSWER, 1), length))]
+
+    def step(begin: int, end: int):
+        transformer.forward(Batch(
+            ids[begin:end], [ids[i - 1] if i else -1 for i in range(begin, end)], [0, end - begin], [end],
+            [pages], [end - begin - 1], state_reads=[0], write_rows=[end - begin - 1], write_slots=[0]))
+
+    step(*steps[0])  # the first step pays what only it must
+    prompt_s = timed(lambda: step(*steps[0]))
+    began, answered = time.perf_counter(), 0
+    for pair in steps[1:]:
+        step(*pair)
+        answered += 1
+        if time.perf_counter() - began > TRIAL_S:
+            break
+    answer_s = time.perf_counter() - began
+    return steps[0][1] / prompt_s, answered / answer_s if answered else math.nan
+
+
+def timed(run: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
