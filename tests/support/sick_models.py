@@ -1,6 +1,7 @@
 """Models with one fault each, for the doctor (`check MODEL`): a row of a table is a fault, made in a good tiny model."""
 
 import dataclasses
+import functools
 import json
 import struct
 from collections.abc import Callable
@@ -53,12 +54,17 @@ def rewritten(path, changes, tensors=None):
     return path
 
 
-def small_gguf(folder):
-    """A llama of one layer with the default model's tokenizer and template."""
+@functools.cache
+def small_bytes():
     own = {key: value for key, value in metadata_of(fetch_default_model()).items() if key.startswith("tokenizer.")}
     tensors = random_llama(vocab=len(own["tokenizer.ggml.tokens"]), numbers=NUMBERS)
+    return gguf_bytes({"general.architecture": "llama", **NUMBERS, **own}, tensors)
+
+
+def small_gguf(folder):
+    """A llama of one layer with the default model's tokenizer and template."""
     path = Path(folder) / "small.gguf"
-    path.write_bytes(gguf_bytes({"general.architecture": "llama", **NUMBERS, **own}, tensors))
+    path.write_bytes(small_bytes())
     return path
 
 

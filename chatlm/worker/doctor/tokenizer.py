@@ -10,10 +10,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence as Seq
 from typing import TYPE_CHECKING
 
-from chatlm.common.errors import RequestError, shown
+from chatlm.common.errors import RequestError
 from chatlm.common.messages.requests import TextSpec
 from chatlm.common.text.load import HuggingFaceTokenizer, open_tokenizer
-from chatlm.worker.doctor.findings import Findings, error, examples, note, warning
+from chatlm.worker.doctor.findings import Findings, error, examples, note, quoted, warning
 from chatlm.worker.doctor.fingerprints import fingerprint, likeness
 from chatlm.worker.doctor.hard_texts import HARD_TEXTS
 from chatlm.worker.weights.gguf_header import Texts
@@ -26,8 +26,8 @@ WRONG_SPLITS = ("the pre-tokenizer, which cuts text into words (tokenizer.ggml.p
                 "another one's: convert the model again, with a newer converter")
 
 
-def shown_texts(texts: Seq[str]) -> str:
-    return examples([*map(shown, texts)])
+def quoted_texts(texts: Seq[str]) -> str:
+    return examples([*map(quoted, texts)])
 
 
 # Tables
@@ -40,22 +40,22 @@ def check_vocabulary(patient: Patient) -> Findings:
     if tokens is not None:
         counts = Counter(list(tokens) if isinstance(tokens, Texts) else tokens)
         if twice := [token for token, count in counts.items() if count > 1 and token]:
-            yield warning(f"{len(twice):,} tokens are there more than once: {shown_texts(twice)}", where,
+            yield warning(f"{len(twice):,} tokens are there more than once: {quoted_texts(twice)}", where,
                           "only the last of each is ever encoded")
     vocab, added = patient.vocab, patient.pipeline.get("added_tokens", [])
     by_id: dict[int, str] = {}
     for text, token in vocab.items():
         if by_id.setdefault(token, text) != text:
-            yield error(f"the id {token:,} has two tokens, {shown(by_id[token])} and {shown(text)}", where)
+            yield error(f"the id {token:,} has two tokens, {quoted(by_id[token])} and {quoted(text)}", where)
             break
     for entry in added:
-        other = by_id.get(entry["id"], entry["content"])
+        other = str(by_id.get(entry["id"], entry["content"]))
         if other != entry["content"]:
-            yield error(f"the added token {shown(entry['content'])} has the id {entry['id']:,} of "
-                        f"{shown(other)}", where)
+            yield error(f"the added token {quoted(entry['content'])} has the id {entry['id']:,} of "
+                        f"{quoted(other)}", where)
         if vocab.get(entry["content"], entry["id"]) != entry["id"]:
-            yield error(f"the added token {shown(entry['content'])} hides one of the vocabulary, whose id is "
-                        f"{vocab[entry['content']]:,}", where)
+            yield error(f"the added token {quoted(entry['content'])} hides one of the vocabulary, whose id "
+                        f"is {vocab[entry['content']]:,}", where)
     ids = {*by_id, *(entry["id"] for entry in added)}
     if ids and (holes := max(ids) + 1 - len(ids)):
         yield note(f"{holes:,} ids below {max(ids):,} have no token", where)
@@ -69,7 +69,7 @@ def check_added_tokens(patient: Patient) -> Findings:
     words = [entry["content"] for entry in patient.pipeline.get("added_tokens", [])
              if re.fullmatch(r"[^\W\d_]{2,}", re.sub("^[ \u2581\u0120]", "", entry["content"]))]
     if words:
-        yield warning(f"ordinary words are added tokens: {shown_texts(words)}", "added_tokens",
+        yield warning(f"ordinary words are added tokens: {quoted_texts(words)}", "added_tokens",
                       "each is cut out of the words that contain it; its type should be that of ordinary "
                       "tokens")
 
@@ -79,27 +79,28 @@ def check_ends(patient: Patient) -> Findings:
     tokenizer, text = patient.tokenizer, patient.text
     ends = sorted(tokenizer.stop_tokens)
     if not ends and text.kind != "characters":
-        yield error("no token ends an answer, so answers end only where they are cut off", key_of_eos(patient),
-                    "name the token with which the model ends its turn")
+        yield error("no token ends an answer, so answers end only where they are cut off",
+                    key_of_eos(patient), "name the token with which the model ends its turn")
     names = {token: tokenizer.show([token]) for token in ends}
     if plain := [names[token] for token in ends if tokenizer.token_bytes(token)
                  and token not in tokenizer.added]:
-        yield error(f"answers end with ordinary text: {shown_texts(plain)}", key_of_eos(patient),
+        yield error(f"answers end with ordinary text: {quoted_texts(plain)}", key_of_eos(patient),
                     "each answer would be cut where this text occurs; the id is probably another token's")
     if text.bos_token is not None and tokenizer.token_bytes(text.bos_token):
-        yield warning(f"texts begin with the ordinary token {shown(tokenizer.show([text.bos_token]))}",
+        yield warning(f"texts begin with the ordinary token {quoted(tokenizer.show([text.bos_token]))}",
                       "bos_token_id")
     if text.add_bos and text.bos_token is None:
         yield warning("a first token is asked for (add_bos), but none is named", "bos_token_id")
 
 
 def key_of_eos(patient: Patient) -> str:
-    return {"gguf": "tokenizer.ggml.eos_token_id", "hf": "eos_token of tokenizer_config.json, or eos_token_id "
-            "of generation_config.json"}.get(patient.kind, "tokenizer.pkl")
+    return {"gguf": "tokenizer.ggml.eos_token_id", "hf": "eos_token of tokenizer_config.json, or "
+            "eos_token_id of generation_config.json"}.get(patient.kind, "tokenizer.pkl")
 
 
 def check_pre_tokenizer(patient: Patient) -> Findings:
-    if patient.metadata.get("tokenizer.ggml.model") == "gpt2" and not patient.metadata.get("tokenizer.ggml.pre"):
+    named = patient.metadata.get("tokenizer.ggml.pre")
+    if patient.metadata.get("tokenizer.ggml.model") == "gpt2" and not named:
         yield warning("the file does not say how text is cut into words, so a guess is used that fits few "
                       "models", "tokenizer.ggml.pre", "convert the model again, with a newer converter")
 
@@ -117,11 +118,11 @@ def check_merges(patient: Patient) -> Findings:
     made = [vocab.get("".join(pair), 0) for pair in pairs]
     if again := [pair for pair, count in Counter(map(tuple, pairs)).items() if count > 1]:
         yield warning(f"{len(again):,} merges are there more than once: "
-                      f"{shown_texts([' '.join(pair) for pair in again])}", where)
+                      f"{quoted_texts([' '.join(pair) for pair in again])}", where)
     falls = [place for place, (before, after) in enumerate(itertools.pairwise(made)) if after < before]
     if falls and len(falls) <= max(MOST_DESCENTS * len(made), 1):
         yield warning(f"{len(falls):,} of {len(made):,} merges are out of order, the first: "
-                      f"{shown(' '.join(pairs[falls[0]]))} before {shown(' '.join(pairs[falls[0] + 1]))}",
+                      f"{quoted(' '.join(pairs[falls[0]]))} before {quoted(' '.join(pairs[falls[0] + 1]))}",
                       where, "some words are cut otherwise than in training; convert the model again")
 
 
@@ -139,14 +140,14 @@ def check_round_trips(patient: Patient) -> Findings:
         try:
             found = tokenizer.decode(tokenizer.encode(text))
         except RequestError as reason:
-            yield error(f"{shown(text)} cannot be encoded: {reason}")
+            yield error(f"{quoted(text)} cannot be encoded: {reason}")
             return
         if found not in wanted:
             lost.append(text)
     if lost:
         first = tokenizer.decode(tokenizer.encode(lost[0]))
-        yield error(f"{len(lost):,} of {len(HARD_TEXTS):,} texts are not the same after encoding and decoding; "
-                    f"the first, {shown(lost[0])}, becomes {shown(first)}",
+        yield error(f"{len(lost):,} of {len(HARD_TEXTS):,} texts are not the same after encoding and "
+                    f"decoding; the first, {quoted(lost[0])}, becomes {quoted(first)}",
                     advice="the vocabulary lacks bytes, or the normalizer or decoder is another model's")
 
 
@@ -195,8 +196,8 @@ def check_reach(patient: Patient) -> Findings:
     if share < FEW or len(missed) < LEAST:
         return
     made = error if share > MANY else warning
-    yield made(f"{len(missed):,} of {tried:,} tokens cannot come from any text: their own is cut otherwise, as "
-               f"that of {shown_texts(missed)}", "merges, pre-tokenizer",
+    yield made(f"{len(missed):,} of {tried:,} tokens cannot come from any text: their own is cut otherwise, "
+               f"as that of {quoted_texts(missed)}", "merges, pre-tokenizer",
                f"merges are missing or in a wrong order, or {WRONG_SPLITS}", share=round(share, 4))
 
 
@@ -244,5 +245,5 @@ def check_likeness(patient: Patient) -> Findings:
         yield note(f"encodes as {found.name} does")
         return
     yield warning(f"it looks like the tokenizer of {found.name}, but {len(found.different):,} of "
-                  f"{found.compared:,} texts are encoded otherwise, the first: {shown(found.different[0])}",
+                  f"{found.compared:,} texts are encoded otherwise, the first: {quoted(found.different[0])}",
                   advice=WRONG_SPLITS, like=found.name, texts=[*found.different])
