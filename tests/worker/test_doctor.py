@@ -11,8 +11,10 @@ import pytest
 import chat_server as cs
 import sick_models
 from chatlm.common.messages.doctor import Examined, Finding
+from chatlm.front.admission.admission import Admission
+from chatlm.front.api.sandboxed import PREPARE_S
 from chatlm.terminal.check import Report
-from chatlm.worker.doctor import examine
+from chatlm.worker.doctor import examine, template
 from chatlm.worker.doctor.checks import CHECKS, Check
 from chatlm.worker.doctor.findings import error, note, worst
 from chatlm.worker.doctor.fingerprints import fingerprint, likeness, packed
@@ -59,12 +61,16 @@ def test_the_command_has_a_verdict_and_a_status(default_model_path, tmp_path):
 def test_the_template_of_another_process_cannot_hang_or_fill_it(tmp_path):
     """A loop without end, and one that fills memory, are findings; the checks after them are made."""
     for body, words in (("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "of the processor"),
-                        ("{% set a = namespace(b='x' * 1000000) %}{% for i in range(20) %}{% set a.b = a.b + a.b %}{% endfor %}", "more memory")):
+                        ("{% set a = namespace(b='x' * 1000000) %}{% for i in range(20) %}{% set a.b = a.b + a.b %}{% endfor %}", "takes more memory")):
         path = rewritten(small_gguf(tmp_path), {"tokenizer.chat_template": CHATML + body})
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sick_models, "CHECKS", tuple(row._replace(limit_s=0.5, memory=256 << 20) for row in CHECKS if row.name == "template"))
             [finding] = diagnose(path).serious
         assert finding.severity == "error" and words in finding.what, finding
+
+
+def test_a_template_has_the_time_that_a_server_gives_it():
+    assert (template.COMPILE_S, template.FILL_S) == (PREPARE_S, Admission.TEMPLATE_S)
 
 
 def test_a_check_that_breaks_is_a_finding():

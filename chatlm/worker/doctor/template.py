@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence as Seq
 from functools import cached_property
 from typing import NamedTuple, TYPE_CHECKING
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from chatlm.worker.doctor.patient import Patient
 
 WHERE = "chat template"
+COMPILE_S, FILL_S = 5.0, 0.5  # what a server's sandbox allows: PREPARE_S, Admission.TEMPLATE_S
 # Words that no template has; each must come out exactly once
 SYSTEM, FIRST, ANSWER, SECOND, REPLY, THIRD, PARTIAL = (
     f"zq{name}qz" for name in ("system", "first", "answer", "second", "reply", "third", "partial"))
@@ -99,15 +101,24 @@ def check_template(patient: Patient) -> Findings:
     if patient.text.kind == "hf" and not patient.text.chat_template or patient.text.kind == "characters":
         yield note("the model has no chat template, so it cannot chat; it continues texts", WHERE)
         return
-    chats = Chats(tokenizer)
+    chats, began_s = Chats(tokenizer), time.process_time()
     if patient.text.kind == "hf":
         try:
             getattr(tokenizer, "template")
         except ChatServerError as reason:
             yield error(str(reason), WHERE)
             return
+        if (took_s := time.process_time() - began_s) > COMPILE_S:
+            yield error(f"it takes {took_s:.1f} s of the processor to compile; the server gives up after "
+                        f"{COMPILE_S:g}", WHERE)
+            return
+        began_s = time.process_time()
     if refused := chats.one.refused:
         yield error(f"a user's message cannot be rendered: {refused}", WHERE)
+        return
+    if (took_s := time.process_time() - began_s) > FILL_S:
+        yield error(f"it takes {took_s:.1f} s of the processor to render one message; the server gives up "
+                    f"after {FILL_S:g}", WHERE)
         return
     for part in (lost_or_doubled, prompts, ends, begins, unused, features):
         yield from part(patient, chats)
