@@ -167,6 +167,7 @@ OF_TEXT = (
         "{% endfor %}", "{% endfor %}{{ messages[-1]['content'] }}")), "template"),
     metadata_fault("another model's template", template_of(INST), "template"),
     metadata_fault("a template whose end token does not end answers", template_of(CHATML.replace("<|im_end|>", "<file_sep>")), "template"),
+    Fault("an eos that is no token", small_folder, edited("tokenizer_config.json", lambda content: content.update(eos_token="<|end|>")), ("ends",)),
     Fault("an added token with another's id", small_folder, edited("tokenizer.json", lambda content: content["added_tokens"].append(
         {**content["added_tokens"][0], "id": 30_000, "content": "<|new|>"})), ("vocabulary",)))
 

@@ -76,6 +76,10 @@ class Chats:
                            Message("assistant", REPLY), Message("user", THIRD))
 
     @cached_property
+    def thoughtless(self) -> Rendered:
+        return self.render(Message("user", FIRST), options={"reasoning_effort": "none"})
+
+    @cached_property
     def goes_on(self) -> Rendered:
         return self.render(Message("user", FIRST), Message("assistant", PARTIAL), options=GOES_ON)
 
@@ -120,7 +124,7 @@ def check_template(patient: Patient) -> Findings:
         yield error(f"it takes {took_s:.1f} s of the processor to render one message; the server gives up "
                     f"after {FILL_S:g}", WHERE)
         return
-    for part in (lost_or_doubled, prompts, ends, begins, unused, features):
+    for part in (lost_or_doubled, typed_specials, prompts, ends, begins, unused, features):
         yield from part(patient, chats)
 
 
@@ -153,6 +157,16 @@ def lost_or_doubled(patient: Patient, chats: Chats) -> Findings:
         if doubled:
             yield weight(f"of {what} the text is doubled ({examples([text[2:-2] for text in doubled])})",
                          WHERE)
+
+
+def typed_specials(patient: Patient, chats: Chats) -> Findings:
+    """The name of a special token in a user's message must not become the token."""
+    tokenizer = chats.tokenizer
+    for name in dict.fromkeys(names_in(tokenizer, chats.one.text)):
+        token = tokenizer.specials.get(name)
+        typed = chats.render(Message("user", f"{FIRST} {name} {SECOND}"))
+        if token is not None and typed.ids.count(token) > chats.one.ids.count(token):
+            yield error(f"whoever writes {quoted(name)} in a message ends or begins turns with it", WHERE)
 
 
 def prompts(patient: Patient, chats: Chats) -> Findings:
@@ -258,14 +272,13 @@ def unused(patient: Patient, chats: Chats) -> Findings:
 
 
 def features(patient: Patient, chats: Chats) -> Iterator:
-    tokenizer, template = chats.tokenizer, patient.text.chat_template or ""
-    thinks = tokenizer.thoughts
-    switch = re.search(r"\b(enable_thinking|thinking|reasoning_effort|thinking_budget)\b", template)
+    tokenizer, thinks = chats.tokenizer, chats.tokenizer.thoughts
+    switched = chats.thoughtless.text not in ("", chats.one.text)
     kind = {"native": f"in the template's own form ({tokenizer.tool_format})",
             "generic": "described by this server, as the template has no place for them"}
     yield note("; ".join([
         "system messages: " + ("refused" if chats.system.refused else "yes"),
         f"functions: {kind.get(tools_of(tokenizer) or '', 'no')}",
-        "thinking: " + (f"{thinks[0]} to {thinks[1]}" + (f", by {switch[1]}" if switch else "")
-                        if thinks else "no"),
+        "thinking: " + (f"{thinks[0]} to {thinks[1]}, which "
+                        f"{'can' if switched else 'cannot'} be turned off" if thinks else "no"),
         "continuing a message: " + ("no" if chats.goes_on.refused else "yes")]), WHERE)

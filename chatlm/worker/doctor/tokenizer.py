@@ -17,6 +17,7 @@ from chatlm.worker.doctor.findings import Findings, error, examples, note, quote
 from chatlm.worker.doctor.fingerprints import fingerprint, likeness
 from chatlm.worker.doctor.hard_texts import HARD_TEXTS
 from chatlm.worker.weights.gguf_header import Texts
+from chatlm.worker.weights.splits import NANOCHAT_SPLITS
 
 if TYPE_CHECKING:
     from chatlm.common.text.tokenizer import Tokenizer
@@ -89,6 +90,12 @@ def check_ends(patient: Patient) -> Findings:
     if text.bos_token is not None and tokenizer.token_bytes(text.bos_token):
         yield warning(f"texts begin with the ordinary token {quoted(tokenizer.show([text.bos_token]))}",
                       "bos_token_id")
+    for role in ("bos", "eos"):
+        stated = patient.json("tokenizer_config.json").get(f"{role}_token")
+        name = stated.get("content") if isinstance(stated, dict) else stated
+        if isinstance(name, str) and name not in tokenizer.named_tokens and name not in patient.vocab:
+            yield warning(f"{role}_token is {quoted(name)}, which is no token", "tokenizer_config.json",
+                          "it has no effect here; it may be another model's")
     if text.add_bos and text.bos_token is None:
         yield warning("a first token is asked for (add_bos), but none is named", "bos_token_id")
 
@@ -99,6 +106,9 @@ def key_of_eos(patient: Patient) -> str:
 
 
 def check_pre_tokenizer(patient: Patient) -> Findings:
+    """Does the file say how text is cut into words, in a way that is known?"""
+    if patient.text.kind == "nanochat" and json.loads(patient.text.payload)[0] not in NANOCHAT_SPLITS:
+        yield note("text is cut into words by an expression that is not nanochat's own", "tokenizer.pkl")
     named = patient.metadata.get("tokenizer.ggml.pre")
     if patient.metadata.get("tokenizer.ggml.model") == "gpt2" and not named:
         yield warning("the file does not say how text is cut into words, so a guess is used that fits few "
@@ -110,6 +120,8 @@ MOST_DESCENTS = 0.25  # of the merges; with more, the order of the ids says noth
 
 def check_merges(patient: Patient) -> Findings:
     """Merges in the order of the tokens that they make, as training writes both, and none missing."""
+    if patient.text.kind == "nanochat":
+        yield from check_ranks(patient)
     model, where = patient.pipeline.get("model", {}), "merges"
     if model.get("type") != "BPE":
         return
@@ -126,6 +138,18 @@ def check_merges(patient: Patient) -> Findings:
                       where, "some words are cut otherwise than in training; convert the model again")
 
 
+def check_ranks(patient: Patient) -> Findings:
+    """Of ranks without merges: each token is made of two that come before it."""
+    _, ranks, _ = json.loads(patient.text.payload)
+    orphans = [piece for piece, rank in ranks.items() if len(piece) > 1 and not any(
+        max(ranks.get(piece[:cut], rank), ranks.get(piece[cut:], rank)) < rank for cut in range(1, len(piece)))]
+    if orphans:
+        texts = [piece.encode("latin-1").decode("utf-8", "replace") for piece in orphans]
+        yield warning(f"{len(orphans):,} of {len(ranks):,} tokens are not made of two that come before them: "
+                      f"{quoted_texts(texts)}", "tokenizer.pkl",
+                      "some words are cut otherwise than in training; copy tokenizer.pkl again")
+
+
 # Texts there and back
 
 
@@ -135,8 +159,8 @@ def check_round_trips(patient: Patient) -> Findings:
     if not covers_all(patient):
         yield note("the vocabulary does not have all characters, so texts are not compared")
         return
-    for text in HARD_TEXTS:
-        wanted = accepted_forms(patient, text)
+    for text in (*HARD_TEXTS, HALF):
+        wanted = accepted_forms(patient, text.replace(HALF, "\ufffd"))
         try:
             found = tokenizer.decode(tokenizer.encode(text))
         except RequestError as reason:
@@ -149,6 +173,9 @@ def check_round_trips(patient: Patient) -> Findings:
         yield error(f"{len(lost):,} of {len(HARD_TEXTS):,} texts are not the same after encoding and "
                     f"decoding; the first, {quoted(lost[0])}, becomes {quoted(first)}",
                     advice="the vocabulary lacks bytes, or the normalizer or decoder is another model's")
+
+
+HALF = "\ud83d"  # of a surrogate pair, which JSON may hold: it is replaced, as invalid UTF-8 is
 
 
 def covers_all(patient: Patient) -> bool:
