@@ -29,7 +29,7 @@ from chatlm.common.text.load import open_tokenizer      # noqa: E402
 from chatlm.worker.doctor.fingerprints import fingerprint, packed      # noqa: E402
 from chatlm.worker.weights.load import open_model      # noqa: E402
 from chatlm.worker.weights.pipelines import merges_of_scores, sentencepiece_pipeline      # noqa: E402
-from chatlm.worker.weights.splits import LLAMA3_SPLIT, O200K_SPLIT, QWEN2_SPLIT      # noqa: E402
+from chatlm.worker.weights.splits import LLAMA3_SPLIT, O200K_SPLIT, QWEN2_SPLIT, QWEN35_SPLIT      # noqa: E402
 
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 TARGET = ROOT / "chatlm/worker/doctor/known_tokenizers.py"
@@ -110,6 +110,7 @@ def found(folder):
         "cl100k (GPT-4)": of_tiktoken(ranks_of(path("data/cl100k_base.tiktoken")), LLAMA3_SPLIT),
         "o200k (gpt-oss)": of_tiktoken(ranks_of(path("data/o200k_base.tiktoken")), O200K_SPLIT),
         "Qwen": of_tiktoken(ranks_of(path("qwen.tiktoken")), QWEN2_SPLIT, nfc=True),
+        "Qwen 3.5 (with Qwen 3's vocabulary)": of_tiktoken(ranks_of(path("qwen.tiktoken")), QWEN35_SPLIT, nfc=True),
         "Llama 3": of_tiktoken(ranks_of(path("llama_models/llama3/tokenizer.model")), LLAMA3_SPLIT),
         "Llama 4": of_tiktoken(ranks_of(path("llama_models/llama4/tokenizer.model")), O200K_SPLIT),
         "DeepSeek": open_tokenizer(TextSpec("hf", path("deepseek_tokenizer.json").read_bytes())).encode,

@@ -55,8 +55,8 @@ def rewritten(path, changes, tensors=None):
 
 
 @functools.cache
-def small_bytes():
-    own = {key: value for key, value in metadata_of(fetch_default_model()).items() if key.startswith("tokenizer.")}
+def small_bytes(path=None):
+    own = {key: value for key, value in metadata_of(path or fetch_default_model()).items() if key.startswith("tokenizer.")}
     tensors = random_llama(vocab=len(own["tokenizer.ggml.tokens"]), numbers=NUMBERS)
     return gguf_bytes({"general.architecture": "llama", **NUMBERS, **own}, tensors)
 

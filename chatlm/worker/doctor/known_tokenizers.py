@@ -66,6 +66,19 @@ KNOWN = {
         "k6EybGvD1qi_gbYPmed2vcGWanMBiW13Yi3mLP4N5IgNKNQWgqFn8uoC3HJ6y71x41OeBV_nq_mwDziHnyOxeKQU9aKDk661tS"
         "ixH8kAd7jaqkKUyd7zwi1HK5umcNsf3nrOyOjduromPgpY2uvBv3a8-"
         "dZ0Rl5C6gzGTR6fwUzcb42AGhpqFn4GL3CIuh0rQewZsdGeZzWdGC5j8ERIZMEtTp7GwQ9Bu9"),
+    "Qwen 3.5 (with Qwen 3's vocabulary)": (
+        "79eeH2gRIBzrAg655hCalipURzAD55xWecTDmKbexhAh_7IpdBQUCFUbqVf6kRTKoM8p9jEfFPjyOsRQ-w63GP8-"
+        "MJWbmxanK9hTsfokMTI1hTe7MomFLTBX0azy5G6pWrphvnVmxkUaohYZXaNz-"
+        "8YimUzEbluiwmgVsTxlT5Lifj1aCBaRxd2DUejqszuERk3-"
+        "1zCv_o02uPqK0cZ_QHaJrvhIsaNpKgrIhz25QKStbTO9QaAZ52IRn2S9r3li2EFORCn6TJhVBA8Th51TUTi6XAonPBpyS0K7Bo"
+        "izGIsgCwVJ0zGJOaASKLgQ0GXgMFKIibYZ7pUFncIY5in6ap4axL-oMow50wGzVlJEjWw8W8icyF3JJsgs11eTSIkCsbSxEJCX"
+        "FLZGz6ls_XNVt7B98QXeJI7HYN1G2g4YYhTOTOu8rK3LhVU76zi6M7vz79lqFMWTC2Po67KGGGiIxOMS4jrq4jrqZUTw5lIgEg"
+        "5Jh0CdFqCVR_lscnvlo351utBflVz7a-VRhfTQ1gYbzLybxldztIeDPzxva9pauPk1a3CisCWoyx4BmvpzLGDJy_27-"
+        "R_vmSdh2s2SQVkiRqyNeBM75USppzE6MmJadIH5XTFpvgPeeBR8dm5lq14q9aOUyp8GMcqU2CDjLigm-JsPkfc8Df2bOfgaLKO"
+        "rTrSdjP0bn5jyQqR2jJjFQ1UmN8kKr4ZL2XNE5J5yWuBDZQ8LLEJHRxp8wgMiylMJU-"
+        "k6EybGvD1qi_gbYPmed2vcGWanMBiW13Yi3mLP4N5IgNKNQWgqFn8uoC3HJ6y71x41OeBV_nq_mwDziHnyOxeKQU9aKDk661tS"
+        "ixH8kAd7jaqkKUyd7zwi1HK5umcNsf3nrOyOjduromPgpY2uvBv3a8-"
+        "dZ0Rl5C6gzGTR6fwUzcb42AGhpqFn4GL3CIuh0rQewZsdGeZzWdGC5j8ERIZMEtTp7GwQ9Bu9"),
     "Llama 3": (
         "jf76XrelRdga_UtCQpQo6Mcmv3hzgTuwR6jdObepCyTnpyW9ycnOUvd52eVANu-ibVS29NVS5OBOWERX6xiRMxmT0hHVfVnRmA"
         "TF7H6Ro51996MMkA6T1gnbvPfn5vSPMO63srARgjy7EwP2XgXkslDXCy6UldfSSeAqhCVHvzjNwpV-MGOnYRSQUejq1RLhV1Jd"

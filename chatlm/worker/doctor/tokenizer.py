@@ -83,8 +83,11 @@ def check_ends(patient: Patient) -> Findings:
         yield error("no token ends an answer, so answers end only where they are cut off",
                     key_of_eos(patient), "name the token with which the model ends its turn")
     names = {token: tokenizer.show([token]) for token in ends}
-    if plain := [names[token] for token in ends if tokenizer.token_bytes(token)
-                 and token not in tokenizer.added]:
+    plain = [names[token] for token in ends if tokenizer.token_bytes(token) and token not in tokenizer.added]
+    if named := [*filter(LIKE_A_NAME.fullmatch, plain)]:
+        yield warning(f"the types of {quoted_texts(named)}, which end answers, are those of ordinary tokens",
+                      key_of_eos(patient), "their type should be control (special)")
+    if plain := [name for name in plain if name not in named]:
         yield error(f"answers end with ordinary text: {quoted_texts(plain)}", key_of_eos(patient),
                     "each answer would be cut where this text occurs; the id is probably another token's")
     if text.bos_token is not None and tokenizer.token_bytes(text.bos_token):
@@ -131,6 +134,8 @@ def check_merges(patient: Patient) -> Findings:
     if again := [pair for pair, count in Counter(map(tuple, pairs)).items() if count > 1]:
         yield warning(f"{len(again):,} merges are there more than once: "
                       f"{quoted_texts([' '.join(pair) for pair in again])}", where)
+    if not getattr(patient.tokenizer, "byte_level", False):  # sentencepiece's scores may be equal
+        return
     falls = [place for place, (before, after) in enumerate(itertools.pairwise(made)) if after < before]
     if falls and len(falls) <= max(MOST_DESCENTS * len(made), 1):
         yield warning(f"{len(falls):,} of {len(made):,} merges are out of order, the first: "
@@ -142,7 +147,8 @@ def check_ranks(patient: Patient) -> Findings:
     """Of ranks without merges: each token is made of two that come before it."""
     _, ranks, _ = json.loads(patient.text.payload)
     orphans = [piece for piece, rank in ranks.items() if len(piece) > 1 and not any(
-        max(ranks.get(piece[:cut], rank), ranks.get(piece[cut:], rank)) < rank for cut in range(1, len(piece)))]
+        max(ranks.get(piece[:cut], rank), ranks.get(piece[cut:], rank)) < rank
+        for cut in range(1, len(piece)))]
     if orphans:
         texts = [piece.encode("latin-1").decode("utf-8", "replace") for piece in orphans]
         yield warning(f"{len(orphans):,} of {len(ranks):,} tokens are not made of two that come before them: "
@@ -203,8 +209,9 @@ def accepted_forms(patient: Patient, text: str) -> set[str]:
     return forms
 
 
+LIKE_A_NAME = re.compile(r"[<\[][^<>\s]*[>\]]")  # as <unused7>
 SAMPLED = 30_000       # tokens
-FEW, MANY = 0.01, 0.2  # shares of tokens that no text becomes: of published vocabularies fewer than FEW
+FEW, MANY = 0.03, 0.2  # shares of tokens that no text becomes: of Qwen 2 1.3 %, of other published ones less
 LEAST = 8
 
 
@@ -240,7 +247,7 @@ def merging(patient: Patient) -> Tokenizer:
 def sampled_texts(patient: Patient, tokenizer: Tokenizer) -> Iterator[tuple[int, str]]:
     """Ordinary tokens and their texts, where these are whole characters that begin a text as they are."""
     spaced = any(tokenizer.token_bytes(token).startswith(b" ") for token in tokenizer.encode("a")[:1])
-    tokens = range(tokenizer.vocab_size)
+    tokens, names = range(tokenizer.vocab_size), added_texts(tokenizer)
     for token in tokens[::max(len(tokens) // SAMPLED, 1)]:
         if token in tokenizer.added or token in tokenizer.special_names:
             continue
@@ -252,8 +259,8 @@ def sampled_texts(patient: Patient, tokenizer: Tokenizer) -> Iterator[tuple[int,
             if not text.startswith(" ") or not text.strip():
                 continue
             text = text[1:]
-        if len(text) > 1 and unicodedata.is_normalized("NFC", text) and not any(
-                name in text for name in added_texts(tokenizer)):
+        if len(text) > 1 and not LIKE_A_NAME.fullmatch(text) and unicodedata.is_normalized(
+                "NFC", text) and not any(name in text for name in names):
             yield token, text
 
 
