@@ -10,10 +10,14 @@ import pytest
 
 import chat_server as cs
 import sick_models
-from chatlm.common.messages.doctor import Examined, Finding
+from chatlm.common.config import Settings
+from chatlm.common.hub.find import resolve_model
+from chatlm.common.hub.local import no_progress
+from chatlm.common.messages.doctor import DoctorConfig, Examined, Finding
 from chatlm.front.admission.admission import Admission
 from chatlm.front.api.sandboxed import PREPARE_S
-from chatlm.terminal.check import Report
+from chatlm.terminal import check as check_command
+from chatlm.terminal.check import Examination, Report
 from chatlm.worker.doctor import examine, template
 from chatlm.worker.doctor.checks import CHECKS, Check
 from chatlm.worker.doctor.findings import error, note, worst
@@ -81,6 +85,29 @@ def test_a_check_that_breaks_is_a_finding():
     found = examine.findings_of(Check("broken", broken), None)
     assert [finding.severity for finding in found] == ["note", "warning"] and "KeyError: 'x'" in found[1].what
     assert worst(found) == "warning"
+
+
+SICK = f"""
+import os, signal, sys, threading
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+from chatlm.common.processes.child import run_role
+from chatlm.worker.doctor import examine
+from chatlm.worker.doctor.checks import Check
+from chatlm.worker.doctor.findings import note
+examine.CHECKS = (Check("first", lambda patient: [note("before")]), Check("dies", lambda patient: os.kill(os.getpid(), signal.SIGKILL)),
+                  Check("hangs", lambda patient: threading.Event().wait(), limit_s=0.05), Check("last", lambda patient: [note("after")]))
+sys.exit(run_role(*sys.argv[1:]))
+"""
+
+
+async def test_a_check_that_ends_its_process_or_hangs_is_a_finding_and_the_others_are_made(monkeypatch, nanochat_fixtures):
+    monkeypatch.setattr(check_command, "PROCESS_COMMAND", (sys.executable, "-c", SICK))
+    settings = Settings(command="check", model=str(nanochat_fixtures / "gen5"))
+    report = await Examination(DoctorConfig(settings, resolve_model(settings), None, 1), no_progress).run()
+    found = {one.check: [(finding.severity, finding.what) for finding in one.findings] for one in report.examined}
+    assert [*found] == ["opening", "first", "dies", "hangs", "last"] and found["first"] == [("note", "before")] and found["last"] == [("note", "after")]
+    [(severity, what)] = found["dies"]
+    assert severity == "error" and "killed by SIGKILL" in what and found["hangs"] == [("error", "the check has no result: it takes too long")]
 
 
 def test_names_in_a_report_cannot_move_the_cursor():
