@@ -109,7 +109,10 @@ def of_template(path):
 
 def families():
     """Tiny models of every family, as tests write them."""
+    import encoders
     from families import GGUF_MODELS, MODELS, as_gguf, make_model, save
+    for name in encoders.MODELS:
+        yield f"{name} embedder", lambda folder, name=name: encoders.save_folder(folder / "model", name, encoders.make_encoder(name)) or folder / "model"
     for name in MODELS:
         yield f"{name} folder", lambda folder, name=name: save(make_model(name), folder / "model")
     for name, changes in GGUF_MODELS.items():

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import json
+import pickle
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -148,6 +150,22 @@ def template_of(text):
     return {"tokenizer.chat_template": text}
 
 
+def nanochat(folder):
+    shutil.copytree(Path(__file__).parents[1] / "fixtures/nanochat/gen5", Path(folder) / "nanochat")
+    return Path(folder) / "nanochat"
+
+
+def ranks_in_another_order(folder):
+    import tiktoken
+    path = folder / "tokenizer/tokenizer.pkl"
+    encoding = pickle.loads(path.read_bytes())
+    ranks = sorted(encoding._mergeable_ranks, key=encoding._mergeable_ranks.get)
+    ranks[256:] = reversed(ranks[256:])
+    path.write_bytes(pickle.dumps(tiktoken.Encoding(
+        encoding.name, pat_str=encoding._pat_str, mergeable_ranks={piece: rank for rank, piece in enumerate(ranks)}, special_tokens=encoding._special_tokens)))
+    return folder
+
+
 OF_TEXT = (
     metadata_fault("100 merges moved before 200 others", other_order, "merges", "likeness"),
     metadata_fault("the second half of the merges is missing", lambda old: {"tokenizer.ggml.merges": old["tokenizer.ggml.merges"][:24000]}, "reach"),
@@ -167,6 +185,7 @@ OF_TEXT = (
         "{% endfor %}", "{% endfor %}{{ messages[-1]['content'] }}")), "template"),
     metadata_fault("another model's template", template_of(INST), "template"),
     metadata_fault("a template whose end token does not end answers", template_of(CHATML.replace("<|im_end|>", "<file_sep>")), "template"),
+    Fault("nanochat's ranks in another order", nanochat, ranks_in_another_order, ("merges",)),
     Fault("an eos that is no token", small_folder, edited("tokenizer_config.json", lambda content: content.update(eos_token="<|end|>")), ("ends",)),
     Fault("an added token with another's id", small_folder, edited("tokenizer.json", lambda content: content["added_tokens"].append(
         {**content["added_tokens"][0], "id": 30_000, "content": "<|new|>"})), ("vocabulary",)))

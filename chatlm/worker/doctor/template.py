@@ -210,6 +210,10 @@ def ends(patient: Patient, chats: Chats) -> Findings:
             f"which does not end them here (what does: {known})"),
             WHERE, "answers never end; " + ("its token has the wrong type, or is missing" if split else
                                             "name it as eos or eot"))
+    eos = None if patient.text.eos_token is None else tokenizer.show([patient.text.eos_token])
+    if eos and stops.intersection(written) and eos not in written:
+        yield note(f"the template ends answers with {quoted(written[0])}, not with eos, {quoted(eos)}; both "
+                   "end them here", WHERE)
     opening = names_in(tokenizer, before)
     if opening and opening[-1] in stops and opening[-1] not in written[:1]:
         yield error(f"{quoted(opening[-1])} ends answers, but the template begins them with it", WHERE,

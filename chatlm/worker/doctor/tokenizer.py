@@ -79,7 +79,7 @@ def check_ends(patient: Patient) -> Findings:
     """Which tokens begin a text and end an answer."""
     tokenizer, text = patient.tokenizer, patient.text
     ends = sorted(tokenizer.stop_tokens)
-    if not ends and text.kind != "characters":
+    if not ends and text.kind != "characters" and not text.embedder:
         yield error("no token ends an answer, so answers end only where they are cut off",
                     key_of_eos(patient), "name the token with which the model ends its turn")
     names = {token: tokenizer.show([token]) for token in ends}
