@@ -128,7 +128,7 @@ class CpuBackend:
         if transformer.spec.closes and not transformer.spec.of_texts:
             program.sample(transformer.buffers["logits"])
         return lambda batch: program.finish(program.start(
-            *batch[:6], all_rows=batch.states, states=batch[7:10], adapters=adapters_of(batch, transformer)))
+            *batch[:6], all_rows=batch.states, states=batch[7:10], adapters=adapters_of(batch, transformer), ahead=batch.ahead))
 
     def pause_while(self, word: Any, most_s: float) -> None:
         _core.pause_while(word.address, int(1e9 * most_s), word.SLICE_NS)
@@ -158,7 +158,7 @@ class ProgramSteps:
     def start(self, batch: Any, rows: Sequence[Any]) -> int:
         self.sampling = batch_of(rows, self.transformer.spec.vocab_size, self.sampling)
         return self.program.start(*batch[:6], sampling=self.sampling, all_rows=batch.states, states=batch[7:10],
-                                  adapters=adapters_of(batch, self.transformer))
+                                  adapters=adapters_of(batch, self.transformer), ahead=batch.ahead)
 
     def finish(self, ticket: int) -> list[int]:
         return self.program.finish(ticket)

@@ -494,12 +494,13 @@ class Program:
         """
         self._attend(q, cache, attention, window, out, of_texts=True, distances=distances)
 
-    def paged_attention(self, q, cache, attention, window: int, out, softcap: float = 0.0, sinks=None) -> None:
-        """softmax(q k) v of each row over its own pages: q (max_tokens, H * D) as rope_append left it -> out, as wide."""
-        self._attend(q, cache, attention, window, out, softcap, sinks)
+    def paged_attention(self, q, cache, attention, window: int, out, softcap: float = 0.0, sinks=None, two_sided: bool = False) -> None:
+        """softmax(q k) v of each row over its own pages: q (max_tokens, H * D) as rope_append left it -> out, as wide. `two_sided`: rows see
+        what a step's `ahead` says, too."""
+        self._attend(q, cache, attention, window, out, softcap, sinks, two_sided=two_sided)
 
     def _attend(self, q, cache, attention, window: int, out, softcap: float = 0.0, sinks=None, of_texts: bool = False,
-                distances=None) -> None:
+                distances=None, two_sided: bool = False) -> None:
         _is_marker("attention", attention, self.parts[getattr(attention, "group", 0)].attention)
         q_at, rows_of = self._buffers.read("q", q)
         cache_at, cache_kind, pages, Hkv, D, apart = check_cache(cache)
@@ -517,7 +518,7 @@ class Program:
             more = {"distances": at, "reach": columns // 2}
         self._record("paged_attention", TOKENS, (q, cache, out, sinks, distances), q=q_at, cache=cache_at, cache_type=cache_kind, num_pages=pages, heads=H,
                      kv_heads=Hkv, head_size=D, window=max(window, 0), softcap=check_softcap(softcap), sinks=sinks_at(sinks, H),
-                     group=attention.group, page_stride=apart, of_texts=of_texts, out=out_at, **more)
+                     group=attention.group, page_stride=apart, of_texts=of_texts, two_sided=two_sided, out=out_at, **more)
 
     def pause(self) -> None:
         """Wait while an answer is written elsewhere on this machine: see pause_while."""
@@ -555,7 +556,7 @@ class Program:
     # ---- running
 
     def start(self, token_ids, previous, starts, lengths, tables, logit_rows, sampling=None, all_rows=False, states=([], [], []),
-              adapters=()) -> int:
+              adapters=(), ahead=()) -> int:
         """Queue a step and return its ticket; at most two may be unfinished. Lists of integers, copied:
 
         token_ids   T ids; ~i (-1 - i): what row i of the step started before draws, which may still be running
@@ -567,13 +568,15 @@ class Program:
         states      where layers keep states: (the slot that each sequence's are read from, unless its first row is at position 0;
                     rows, ascending, after which they are written; into these slots)
         adapters    what `adapters.pack` gave, or None, for each sequence; () where none has one
+        ahead       (), or of each row the position before which it sees all others, even those after itself, in ops that are two-sided;
+                    0: it sees those up to itself
         all_rows    compute the last layer for every row, not only for those with logits: its output holds them until the next step
         """
         if sampling is not None:
             sampling = sample_arguments(sampling, self.logits)
         reads, write_rows, write_slots = states
         return self._program.start(token_ids, previous, starts, lengths, tables, logit_rows, sampling, all_rows, reads, write_rows,
-                                   write_slots, list(adapters))
+                                   write_slots, list(adapters), list(ahead))
 
     def finish(self, ticket: int) -> list[int]:
         """Wait for a step (without the GIL) -> its tokens, one a logit row; [] for a step without sampling.

@@ -60,7 +60,10 @@ def logits_of(engine, ids, pictures, rows=16):
         seen.rows = run(engine.pictures.tower.encode(tiles_of(seen.picture, seen.layout, engine.pictures.tower.eyes.filter)))
     shown = sight.as_one_id(ids)
     show_pictures(transformer, sight.rows(0, len(ids)))
-    batch = Batch(shown, [-1, *shown[:-1]], [0, len(ids)], [len(ids)], [list(range(-(-len(ids) // 16)))], list(range(len(ids) - rows, len(ids))), state_reads=[0] * bool(transformer.spec.state_bytes))
+    ahead = [0] * len(ids)
+    for begin, end in sight.spans(0, len(ids)) if sight.two_sided else ():
+        ahead[begin:end] = [end] * (end - begin)
+    batch = Batch(shown, [-1, *shown[:-1]], [0, len(ids)], [len(ids)], [list(range(-(-len(ids) // 16) * len(transformer.groups.windows)))], list(range(len(ids) - rows, len(ids))), state_reads=[0] * bool(transformer.spec.state_bytes), ahead=ahead if any(ahead) else [])
     made = engine.transformer.arrays.numpy(engine.steps.forward(batch)).copy()
     show_pictures(transformer, ())
     return made

@@ -74,6 +74,36 @@ def lfm2_mmproj(state, config):
     return tensors, siglip_numbers(config) | {"image_size": 48, "projector.scale_factor": 2} | pictures
 
 
+GEMMA3_PICTURES = dict(size={"height": 64, "width": 64}, resample=2, image_mean=[0.5] * 3, image_std=[0.5] * 3, rescale_factor=1 / 255)
+
+
+def make_gemma3(seed=0):
+    import transformers
+    text = TEXT | dict(model_type="gemma3_text", num_hidden_layers=6, head_dim=16, layer_types=["sliding_attention"] * 5 + ["full_attention"], sliding_window=24,
+                       query_pre_attn_scalar=16, rope_parameters={"sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0}, "full_attention": {"rope_type": "default", "rope_theta": 1e6}})
+    vision = dict(model_type="siglip_vision_model", hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4, image_size=64, patch_size=8, layer_norm_eps=1e-6,
+                  vision_use_head=False)
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=16, image_token_index=token("<image_soft_token>"), boi_token_index=token("<start_of_image>"),
+                                       eoi_token_index=token("<end_of_image>"))
+    config._attn_implementation = "eager"
+    torch.manual_seed(seed)
+    return randomized(transformers.Gemma3ForConditionalGeneration(config), seed).float()
+
+
+def gemma3_logits(model, ids, pictures, layouts):
+    values = torch.tensor(np.stack([(pillow_resized(pixels_of(picture), (64, 64), 2).transpose(2, 0, 1) / 255 - 0.5) / 0.5 for picture in pictures]), dtype=torch.float32)
+    return model(input_ids=ids, pixel_values=values, token_type_ids=(ids == token("<image_soft_token>")).long(), attention_mask=torch.ones_like(ids))
+
+
+def gemma3_mmproj(state, config):
+    prefix = "model.vision_tower."
+    prefix += "vision_model." if f"{prefix}vision_model.post_layernorm.weight" in state else ""
+    tensors = {"v.patch_embd.weight": state[f"{prefix}embeddings.patch_embedding.weight"], "v.patch_embd.bias": state[f"{prefix}embeddings.patch_embedding.bias"],
+               "v.position_embd.weight": state[f"{prefix}embeddings.position_embedding.weight"], "mm.input_projection.weight": state["model.multi_modal_projector.mm_input_projection_weight"],
+               "mm.soft_emb_norm.weight": 1 + state["model.multi_modal_projector.mm_soft_emb_norm.weight"]} | siglip_layers(state, prefix, config.num_hidden_layers)
+    return tensors, siglip_numbers(config) | {"image_size": 64, "projector.scale_factor": 2}
+
+
 def siglip_layers(state, prefix, layers):
     tensors = {}
     for part in ("weight", "bias"):
@@ -91,7 +121,9 @@ def siglip_numbers(config):
 
 
 # kind -> how to make it, its preprocessor_config.json, the marker of its template, transformers' outputs, its mmproj and that one's type
-FAMILIES = {"lfm2_vl": (make_lfm2_vl, LFM2_PICTURES, "<image>", lfm2_logits, lfm2_mmproj, "lfm2")}
+FAMILIES = {"lfm2_vl": (make_lfm2_vl, LFM2_PICTURES, "<image>", lfm2_logits, lfm2_mmproj, "lfm2"),
+            "gemma3": (make_gemma3, GEMMA3_PICTURES, "<start_of_image>", gemma3_logits, gemma3_mmproj, "gemma3")}
+IMAGE_TOKENS = {"gemma3": "<image_soft_token>"}
 
 
 def save_family(folder, kind, model, **more):
@@ -103,9 +135,9 @@ def save_family(folder, kind, model, **more):
     write(folder / "preprocessor_config.json", pictures | more)
 
 
-def family_logits(model, kind, ids, pictures, layouts, image="<image>"):
+def family_logits(model, kind, ids, pictures, layouts):
     """transformers' logits of a prompt whose ids of rows become those of the image token."""
-    ids = torch.tensor([[each if each < VOCABULARY else token(image) for each in ids]])
+    ids = torch.tensor([[each if each < VOCABULARY else token(IMAGE_TOKENS.get(kind, "<image>")) for each in ids]])
     with torch.no_grad():
         return FAMILIES[kind][3](model, ids, pictures, layouts).logits[0].double().numpy()
 

@@ -129,7 +129,13 @@ def lfm2(vision: Vision, size: Size) -> Layout:
         begin + str(parts[0]), *parts[1:], "<|img_thumbnail|>", rows_of_whole, end), afresh=True)
 
 
-LAYOUTS: dict[str, Callable[[Vision, Size], Layout]] = {"idefics3": idefics3, "lfm2": lfm2}
+def gemma3(vision: Vision, size: Size) -> Layout:
+    """Gemma 3: one square, whatever the picture's proportion (Gemma3Processor; its pan and scan is off)."""
+    return Layout(((vision.tile, vision.tile),), 0, 0, None,
+                  ("\n\n<start_of_image>", vision.tokens, "<end_of_image>\n\n"))
+
+
+LAYOUTS: dict[str, Callable[[Vision, Size], Layout]] = {"idefics3": idefics3, "lfm2": lfm2, "gemma3": gemma3}
 
 
 def layout_of(vision: Vision, width: int, height: int) -> Layout:

@@ -20,7 +20,8 @@ def make_batch(plan: Seq[Chunk]) -> Batch:
     adapters = [chunk.sequence.adapter for chunk in plan]
     shown = any(chunk.sequence.pooling or chunk.sequence.shown for chunk in plan)
     batch = Batch([], [], [0], [], [], [], shown, [], [], [], adapters if any(adapters) else [])
-    token_ids, previous_token_ids, starts, lengths, tables, logit_rows, _, reads, *writes, _ = batch
+    token_ids, previous_token_ids, starts, lengths, tables, logit_rows, _, reads, *writes, _, _ = batch
+    ahead, two_sided = list[int](), False
     for chunk in plan:
         first, (before, *ids) = chunk.sequence.computed, chunk.ids
         reads.append(chunk.reads)
@@ -32,7 +33,12 @@ def make_batch(plan: Seq[Chunk]) -> Batch:
         lengths.append(first + len(ids))
         tables.append(chunk.sequence.pages)
         logit_rows += range(len(token_ids) - chunk.rows, len(token_ids))
-    return batch
+        spans = chunk.sequence.spans(first, first + len(ids))
+        own, two_sided = [0] * len(ids), two_sided or bool(spans)
+        for begin, end in spans:
+            own[max(begin - first, 0):end - first] = [end] * (end - max(begin, first))
+        ahead += own
+    return batch._replace(ahead=ahead) if two_sided else batch
 
 
 def sample_rows(plan: Seq[Chunk], eos_tokens: frozenset[int]) -> list[SampleRow]:

@@ -93,7 +93,8 @@ class Scheduler:
             room -= len(draft)
         if prefilling:
             most = self.prefill_chunk if beside or not background else self.lane.prompt_tokens(self)
-            plan += self._share_prefill(prefilling, self.max_rows - sum(chunk.draws for chunk in plan), most)
+            plan += self._share_prefill(prefilling, self.max_rows - sum(chunk.draws for chunk in plan), most,
+                                        picture=self.prefill_chunk)
         plan += self._plan_beside(plan, beside)
         return prepared(self.tables, plan)
 
@@ -280,8 +281,10 @@ class Scheduler:
             if not self._give_up_pages(newcomer, needed, headroom, peers):
                 return False
 
-    def _share_prefill(self, prefilling: list[Sequence], rows: int, left: int) -> list[Chunk]:
+    def _share_prefill(self, prefilling: list[Sequence], rows: int, left: int,
+                       picture: int = 0) -> list[Chunk]:
         """Split the step's prefill budget, `left`: at least half to the oldest, the rest shortest first.
+        picture: the most that the oldest may take for a picture that must be computed in one step.
 
         Each may need one of the `rows` rows of logits; prompts being scored share the remaining rows."""
         oldest, *others = prefilling
@@ -295,6 +298,8 @@ class Scheduler:
             share = max(left // 2, left - wanted) if sequence is oldest else left
             bare = max(sequence.unscored - sequence.computed, 0)  # tokens without logits
             count = min(sequence.seen, share, bare + 1 + rows if sequence.scoring else share)
+            if sequence.sight:
+                count = sequence.uncut(count, max(left, picture if sequence is oldest else 0))
             if count > 0 and self._grow(sequence, sequence.computed + count):
                 draws = count == sequence.pending and not sequence.pooling
                 chunks.append(chunk := Chunk(sequence, count, int(draws)))

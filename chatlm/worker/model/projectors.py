@@ -73,6 +73,15 @@ def joined(x: numpy.ndarray, square: int) -> numpy.ndarray:
     return x.reshape(len(x) // square, -1)
 
 
+def averaged(x: numpy.ndarray, square: int) -> numpy.ndarray:
+    """The mean of a square's: (n, C) -> (n / square, C)."""
+    return x.reshape(len(x) // square, square, -1).mean(axis=1)
+
+
+def rms_norm(x: numpy.ndarray, weight: numpy.ndarray | float, eps: float) -> numpy.ndarray:
+    return x / numpy.sqrt((x * x).mean(axis=1, keepdims=True) + eps) * weight
+
+
 def layer_norm(x: numpy.ndarray, weight: numpy.ndarray, bias: numpy.ndarray, eps: float) -> numpy.ndarray:
     x = x - x.mean(axis=1, keepdims=True)
     return x / numpy.sqrt((x * x).mean(axis=1, keepdims=True) + eps) * weight + bias
@@ -83,7 +92,12 @@ def normed_join(x: numpy.ndarray, square: int, products: Products, values: Array
     return products["project"](products["widen"](x))
 
 
+def normed_mean(x: numpy.ndarray, square: int, products: Products, values: Arrays) -> numpy.ndarray:
+    return products["project"](rms_norm(averaged(x, square), values["mean_norm"], 1e-6))
+
+
 PROJECTORS: dict[str, Projector] = {
+    "gemma3": Projector({"project": None}, ("mean_norm",), normed_mean),
     "idefics3": Projector({"project": None}, (), lambda x, square, products, values:
                           products["project"](joined(x, square))),
     "lfm2": Projector({"widen": "gelu_erf", "project": None}, ("join_norm", "join_norm_bias"), normed_join),

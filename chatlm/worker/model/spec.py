@@ -436,6 +436,8 @@ class ModelSpec:
     joins: bool = False               # a draft head: its input is a product of the embedding and a state of
                                       # another model, as which x is given
     sees: bool = False                # rows of pictures are added to the embeddings, which are 0 there
+    two_sided: str = ""               # layers in which rows of a picture see all of its rows: "all" of them,
+                                      # those with "windows", or none
     opens: bool = True                # False: another stage computes the layers before these,
     closes: bool = True               # and here those after them
 
@@ -596,6 +598,8 @@ class Batch(NamedTuple):
     write_rows: list[int] = []     # rows after which the state is written, ascending
     write_slots: list[int] = []    # the slot for each
     adapters: list[int] = []       # (N): the slot of each sequence's adapter, 0: none; []: none has one
+    ahead: list[int] = []          # (T), or []: the position before which a token sees all others in layers
+                                   # that are two-sided, even those after itself; 0: those up to itself
 
 
 class Sequences(NamedTuple):

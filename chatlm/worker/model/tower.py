@@ -49,6 +49,7 @@ class Eyes(NamedTuple):
     most: int = 0               # rows of a tile that is not as the others; 0: no more than of these
     hidden: int = 0             # width between the projector's products
     grid: int = 0               # rows of the table of places
+    two_sided: str = ""         # of the ModelSpec
 
     @property
     def nbytes(self) -> int:

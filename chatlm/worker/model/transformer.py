@@ -361,8 +361,10 @@ class Transformer:
             more = {"distances": self.distances} if spec.distance_buckets else {}
             k.text_attention(q, cache, inputs.attention, attn.window, out=attended, **more)  # (T, H * Dv)
         else:
+            ahead = spec.two_sided == "all" or spec.two_sided == "windows" and attn.window
             k.paged_attention(q, cache, inputs.attention, attn.window, out=attended,
-                              softcap=spec.attention_softcap, sinks=layer.get("sinks"))
+                              softcap=spec.attention_softcap, sinks=layer.get("sinks"),
+                              **{"two_sided": True} if ahead else {})
         if spec.output_gate:
             k.gate(attended, narrow(b.gates, queries), out=attended)
         self._add(b, attended, layer, l, "output", b.x, out=b.residual)

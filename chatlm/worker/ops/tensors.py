@@ -72,7 +72,8 @@ class TorchArrays(Arrays):
         return array.reshape(-1).view(torch.uint8).numpy()
 
     def put(self, values: numpy.ndarray, out):
-        out.copy_(torch.from_numpy(values))
+        with torch.inference_mode():  # buffers were made so
+            out.copy_(torch.from_numpy(values))
 
     def wait(self, array):
         if array.is_cuda:  # the next step may run on another stream

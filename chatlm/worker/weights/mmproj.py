@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TYPE_CHECKING
 
+import numpy
+
 from chatlm.common.errors import ConfigError, shown
 from chatlm.worker.arrays.packed import dequantized
 from chatlm.worker.model.kernels import choose_backend
@@ -103,6 +105,8 @@ def file_tensors(path: Path, settings: Settings, loaded: LoadedModel, device: st
     form = shapes.get(kernel, ())
     if len(form) == 4:
         shapes[kernel] = form[0], math.prod(form[1:])
+    turned = [name for ours in family.transposed for name in family.file_names[ours]]
+    shapes |= {name: shapes[name][::-1] for name in turned if name in shapes}
     sources = tower_sources(family, family.file_names, eyes, loaded.spec.width)
     check_names_and_shapes(path, shapes, sources)
     own = family.own(eyes, loaded.spec.width)
@@ -111,10 +115,13 @@ def file_tensors(path: Path, settings: Settings, loaded: LoadedModel, device: st
                                                choose_backend(device, spec), False, False))
     for ours, shape in own.items():
         [name] = family.file_names[ours]
+        shape = shape[::-1] if name in turned else shape
         columns = form[-1] if name == kernel else shape[-1]
         data = stored[name].data.reshape(-1, stored[name].data.shape[-1])
         tensors[ours] = dequantized((len(data), columns), [(stored[name]._replace(data=data), None)],
                                     "float32").reshape(form if name == kernel else shape)
+        if name in turned:
+            tensors[ours] = numpy.ascontiguousarray(tensors[ours].T)
     if len(form) == 4:
         tensors["patch"] = by_color(tensors["patch"])
     return tensors

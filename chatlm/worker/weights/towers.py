@@ -46,6 +46,8 @@ class TowerFamily(NamedTuple):
     of_folder: Callable[[Said, ModelSpec], Eyes]   # all but the tensors
     of_file: Callable[[Said, ModelSpec], Eyes]
     token: str                                 # the models that it belongs to have this special token
+    added: Mapping[str, float] = {}            # to values of a folder; those of a GGUF file have it
+    transposed: tuple[str, ...] = ()           # ours that files store as (in, out)
 
 
 TOKENS, TILES = Rule(int, 1, 1 << 14), Rule(int, 1, 64)  # of a picture
@@ -215,7 +217,47 @@ LFM2 = TowerFamily(
     SIGLIP_FILE | both({"join_norm": "mm.input_norm", "widen": "mm.1", "project": "mm.2"}),
     lfm2_own, lfm2_of_folder, lfm2_of_file, "<|image_start|>")
 
+def gemma3_eyes(said: Said, model: ModelSpec, spec: ModelSpec, side: int, patch: int, shuffle: int) -> Eyes:
+    tokens = (side // patch // shuffle)**2
+    vision = Vision("gemma3", model.vocab_size, "<start_of_image>", side, tokens, two_sided=True)
+    return Eyes(vision, spec, {}, patch, shuffle, "bilinear", *colors(said), "gemma3", two_sided="all")
+
+
+def gemma3_of_folder(said: Said, model: ModelSpec) -> Eyes:
+    side, patch = said.tower("image_size", SIDE, 896), said.tower("patch_size", SIDE, 14)
+    tokens = said.model("mm_tokens_per_image", TOKENS, 256)
+    said.divides("image_size", side, patch)
+    shuffle = max(side // patch // max(math.isqrt(tokens), 1), 1)
+    patches = square_grid(said, side, patch, shuffle)
+    if patches != tokens * shuffle**2:
+        said.refuse(f"mm_tokens_per_image is {tokens}; it must be a square that divides {patches} patches")
+    scaled(said, 2)
+    for edge in ("height", "width"):
+        said.picture(f"size.{edge}", Rule(int, side, side), side)
+    return gemma3_eyes(said, model, siglip_of_folder(said, patches, 1152, 27, 16), side, patch, shuffle)
+
+
+def gemma3_of_file(said: Said, model: ModelSpec) -> Eyes:
+    side, patch = said.tower("image_size", SIDE), said.tower("patch_size", SIDE)
+    shuffle = said.tower("projector.scale_factor", Rule(int, 1, 64), 4)
+    spec = siglip_of_file(said, square_grid(said, side, patch, shuffle))
+    return gemma3_eyes(said, model, spec, side, patch, shuffle)
+
+
+def gemma3_own(eyes: Eyes, width: int) -> Shapes:
+    C = eyes.spec.width
+    return of_grid(eyes, width) | {"project": (width, C), "mean_norm": (C,)}
+
+
+GEMMA3 = TowerFamily(
+    SIGLIP | {"mean_norm": ("multi_modal_projector.mm_soft_emb_norm.weight",),
+              "project": ("multi_modal_projector.mm_input_projection_weight",)},
+    SIGLIP_FILE | {"mean_norm": ("mm.soft_emb_norm.weight",), "project": ("mm.input_projection.weight",)},
+    gemma3_own, gemma3_of_folder, gemma3_of_file, "<start_of_image>", added={"mean_norm": 1.0},
+    transposed=("project",))
+
 # model_type of a folder
-TOWERS: dict[str, TowerFamily] = {"smolvlm": IDEFICS3, "idefics3": IDEFICS3, "lfm2_vl": LFM2}
+TOWERS: dict[str, TowerFamily] = {
+    "smolvlm": IDEFICS3, "idefics3": IDEFICS3, "lfm2_vl": LFM2, "gemma3": GEMMA3}
 # clip.projector_type of a GGUF file
-FILE_TOWERS: dict[str, TowerFamily] = {"idefics3": IDEFICS3, "lfm2": LFM2}
+FILE_TOWERS: dict[str, TowerFamily] = {"idefics3": IDEFICS3, "lfm2": LFM2, "gemma3": GEMMA3}

@@ -11,7 +11,7 @@ from typing import Any, NoReturn, TYPE_CHECKING
 import numpy
 
 from chatlm.common.errors import ConfigError, shown
-from chatlm.worker.arrays.kinds import FLOATS, bits_of, kind_of, of_kind
+from chatlm.worker.arrays.kinds import FLOATS, bits_of, floats, kind_of, of_kind
 from chatlm.worker.weights.assemble import IMAGES, assembled, check_names_and_shapes, tensor_sources
 from chatlm.worker.weights.files import weight_files
 from chatlm.worker.weights.rules import Rule, check_divides, checked, read_json
@@ -90,6 +90,14 @@ def folder_tensors(folder: Path, settings: Settings, family: TowerFamily, eyes: 
     [kernel] = family.names["patch"]
     if (weight := state.get(kernel)) is not None and len(weight.shape) == 4:
         state[kernel] = of_kind(by_color(bits_of(weight)), kind_of(weight))
+    for ours in family.transposed:
+        [name] = family.names[ours]
+        if (weight := state.get(name)) is not None and len(weight.shape) == 2:
+            state[name] = of_kind(numpy.ascontiguousarray(bits_of(weight).T), kind_of(weight))
+    for ours, more in family.added.items():
+        [name] = family.names[ours]
+        if name in state:
+            state[name] = floats(state[name]) + numpy.float32(more)
     sources = tower_sources(family, family.names, eyes, width)
     check_names_and_shapes(folder, {name: tuple(tensor.shape) for name, tensor in state.items()}, sources)
     return dict(assembled(folder, settings, sources, state, dtype))

@@ -46,6 +46,7 @@ struct StepInput {
     std::vector<int64_t> state_reads;   // of layers that keep states: the slot of each sequence, unless its first row is at position 0
     std::vector<int64_t> write_rows, write_slots;               // after these rows, ascending, the state goes to these slots
     std::vector<std::shared_ptr<const Adapter>> adapters;       // of each sequence, or null; empty: no sequence has one
+    std::vector<int64_t> ahead;         // see AttentionPlan
     bool all_rows = false;              // compute all of the last layer, not only the rows that have logits
     bool samples = false;
     std::vector<SampleRow> sample_rows;                         // one for each logit row
