@@ -33,7 +33,7 @@ NOTES = {       # by model_type: what a reader wants to know besides the title
     "qwen3": "of Qwen3-VL the text model",
     "qwen3_moe": "30B-A3B, 235B-A22B",
     "gemma3_text": f"those with images too, [which they see]({NEEDS}); EmbeddingGemma is [an encoder]({ENCODES})",
-    "gemma4_text": f"E2B, E4B, 12B, 26B-A4B, 31B; the text model, [its embeddings of each layer]({NEEDS})",
+    "gemma4_text": f"E2B, E4B, 12B, 26B-A4B, 31B; [with images]({NEEDS}), [its embeddings of each layer]({NEEDS})",
     "gpt_oss": "20b, 120b, with experts in MXFP4 or bfloat16",
     "granite": "3.1, 3.2, 3.3 too",
     "granitemoehybrid": f"of the h- ones most layers are Mamba-2, [their states]({STATES})",

@@ -94,11 +94,11 @@ class CpuBackend:
             "look_up": self.look_up, "make_cache": self.make_cache, "plan_attention": lambda *_: program.attention,
             "sample": Sampler()}
 
-    def look_up(self, table: Any, ids: Any, out: Any) -> None:
+    def look_up(self, table: Any, ids: Any, out: Any, part: Any = None) -> None:
         if table.kind not in KINDS:
             raise self.script.ConfigError(f"the embeddings of each layer are of type {table.kind}, which decode_core does not read from the "
                                           f"file; it reads {', '.join(KINDS)}. With CHAT_SERVER_KERNELS=reference torch computes the model")
-        self.program.look_up(table, ids, out)
+        self.program.look_up(table, ids, out, part)
 
     def make_cache(self, spec: Any, layout: Any, num_pages: int, device: str) -> tuple[numpy.ndarray, list]:
         """As the reference, but each layer's is (P, Hkv, 2, 16 * D) or packed, pages perhaps apart."""

@@ -153,23 +153,25 @@ class Program:
         self._record("embed", TOKENS, (table, out), table_rows=shape[0], first_row=first, vocabulary=vocabulary,
                      previous_ids=ids is self.previous_token_ids, by_position=ids is self.positions, out=out_at, **own)
 
-    def look_up(self, table, ids, out) -> None:
-        """Rows `ids` (token_ids) of a table that stays in its file -> out (max_tokens, K); a negative id: row 0.
+    def look_up(self, table, ids, out, part=None) -> None:
+        """Rows `ids` (token_ids, previous_token_ids) of a table that stays in its file -> out (max_tokens, K); a negative id: row 0.
+        part as in `embed`, from row 0 on.
 
         `table.kind` is a type of weights, `table.table` its N rows: floats (N, K), or GGUF blocks (N, bytes of a row) uint8.
         """
         if table.kind in KINDS_OF_FLOATS:
-            return self.embed(table.table, ids, out)
+            return self.embed(table.table, ids, out, part)
         if table.kind not in KINDS:
             raise ValueError(f"table: must be of a type among {', '.join(KINDS)}, not {table.kind!r}")
-        _is_marker("ids", ids, self.token_ids)
+        if ids not in (self.token_ids, self.previous_token_ids):
+            raise ValueError(f"ids: must be program.token_ids or program.previous_token_ids, not {ids!r}")
         out_at = self._buffers.written("out", out, TOKENS)
         if out_at[1] % COLUMNS[table.kind]:
             raise ValueError(f"out: must have a multiple of {COLUMNS[table.kind]} columns for {table.kind}, not {out_at[1]}")
         row_bytes = _core.row_bytes(KINDS[table.kind], out_at[1])
         address, _, (rows, _), _ = look_at("table", table.table, ("uint8",), None, row_bytes)
         self._record("embed", TOKENS, (table.table, out), table=address, file_type=KINDS[table.kind], file_row_bytes=row_bytes, table_rows=rows,
-                     first_row=0, vocabulary=rows, previous_ids=False, out=out_at)
+                     first_row=0, vocabulary=(part or (0, rows))[1], previous_ids=ids is self.previous_token_ids, out=out_at)
 
     def layer_inputs(self, projected, rows, weight, eps: float, out) -> None:
         """(weight * rms(each part of projected) + sqrt(P) * rows) / sqrt(2) -> out, which may be projected, all (max_tokens, L * P).

@@ -93,8 +93,7 @@ class Scheduler:
             room -= len(draft)
         if prefilling:
             most = self.prefill_chunk if beside or not background else self.lane.prompt_tokens(self)
-            plan += self._share_prefill(prefilling, self.max_rows - sum(chunk.draws for chunk in plan), most,
-                                        picture=self.prefill_chunk)
+            plan += self._share_prefill(prefilling, self.max_rows - sum(chunk.draws for chunk in plan), most)
         plan += self._plan_beside(plan, beside)
         return prepared(self.tables, plan)
 
@@ -116,7 +115,7 @@ class Scheduler:
                 chunks.append(Chunk(sequence, 1, 1))
         pieces = [s for s in able if s.prefilling and s.pages]
         if pieces and room > len(chunks) and (self.exact_rows or not drafted):
-            chunks += self._share_prefill(pieces, most - len(chunks), room - len(chunks))
+            chunks += self._share_prefill(pieces, most - len(chunks), room - len(chunks), True)
         return chunks
 
     def _texts_now(self, answers: list[Sequence], interactive: bool) -> list[Chunk] | None:
@@ -281,16 +280,15 @@ class Scheduler:
             if not self._give_up_pages(newcomer, needed, headroom, peers):
                 return False
 
-    def _share_prefill(self, prefilling: list[Sequence], rows: int, left: int,
-                       picture: int = 0) -> list[Chunk]:
+    def _share_prefill(self, prompts: list[Sequence], rows: int, left: int, beside=False) -> list[Chunk]:
         """Split the step's prefill budget, `left`: at least half to the oldest, the rest shortest first.
-        picture: the most that the oldest may take for a picture that must be computed in one step.
+        Unless `beside` others, the oldest may exceed it for a picture that must be computed in one step.
 
         Each may need one of the `rows` rows of logits; prompts being scored share the remaining rows."""
-        oldest, *others = prefilling
+        oldest, *others = prompts
         others.sort(key=lambda sequence: sequence.pending)
         wanted = sum(sequence.pending for sequence in others)
-        rows -= len(prefilling)
+        rows -= len(prompts)
         chunks = []
         for sequence in (oldest, *others):
             if sequence.restoration:
@@ -298,8 +296,7 @@ class Scheduler:
             share = max(left // 2, left - wanted) if sequence is oldest else left
             bare = max(sequence.unscored - sequence.computed, 0)  # tokens without logits
             count = min(sequence.seen, share, bare + 1 + rows if sequence.scoring else share)
-            if sequence.sight:
-                count = sequence.uncut(count, max(left, picture if sequence is oldest else 0))
+            count = sequence.uncut(count, left if beside or sequence is not oldest else self.prefill_chunk)
             if count > 0 and self._grow(sequence, sequence.computed + count):
                 draws = count == sequence.pending and not sequence.pooling
                 chunks.append(chunk := Chunk(sequence, count, int(draws)))

@@ -185,6 +185,8 @@ class Sequence:
         """So many of the next `count` tokens that no picture whose rows see each other is cut: at its begin,
         or, if the tokens begin in it, all of it, where `most` allow that. What precedes them may have cut
         it: pages of its rows were computed with all of them."""
+        if not self.sight:
+            return count
         end = self.computed + count
         for begin, last in self.spans(self.computed, end):
             if last > end and begin > self.computed:

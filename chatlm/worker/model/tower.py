@@ -50,6 +50,7 @@ class Eyes(NamedTuple):
     hidden: int = 0             # width between the projector's products
     grid: int = 0               # rows of the table of places
     two_sided: str = ""         # of the ModelSpec
+    pad: int | None = None      # likewise picture_pad
 
     @property
     def nbytes(self) -> int:
@@ -132,13 +133,14 @@ class Tower:
         self.eyes, spec, tensors = eyes, eyes.spec, dict(eyes.tensors)
         self.projector, self.square, self.rows = PROJECTORS[eyes.projector], eyes.shuffle**2, eyes.patches
         self.values = {name: values_of(tensors.pop(name)) for name in ("places", *self.projector.values)}
-        self.first = Product(spec, device, self.rows, "patch", tensors, dtype, quantize, adds=True)
+        self.first = None if self.projector.start else Product(
+            spec, device, self.rows, "patch", tensors, dtype, quantize, adds=True)
         self.products = {
             name: Product(spec, device, self.rows // self.square, name, tensors, dtype, quantize,
                           activation=activation) for name, activation in self.projector.products.items()}
         self.stages, self.turned = list[Transformer](), (0, 0)
         step = max(1, min(int(part / multiplications(spec, self.rows)), spec.layers))
-        for begin in range(0, spec.layers, step):
+        for begin in () if self.projector.start else range(0, spec.layers, step):
             own = replace(spec, layers=min(step, spec.layers - begin))
             kernels = load_kernels(device, own, max_tokens=self.rows, max_rows=1, quantize=quantize)
             given = {name: tensors[moved(name, begin)] for name in expected_tensors(own)}
@@ -148,25 +150,37 @@ class Tower:
                 own, given, kernels, num_pages=-(-self.rows // PAGE_SIZE), max_tokens=self.rows, max_rows=1,
                 device=device, dtype=dtype, groups=groups, kv=kv,
                 buffers=self.stages[0].buffers if self.stages else None))
+        if not self.stages:
+            return
         x = self.stages[0].buffers["x"]
         self.stages[0].arrays.put(numpy.zeros(tuple(x.shape), numpy.float32), x)  # also what pads it
 
     def encode(self, tiles: Seq[numpy.ndarray]) -> Generator[None, None, numpy.ndarray]:
         """The rows (tokens, width) float32 of a picture's tiles, as `tiles_of` makes them."""
-        made, x = [], self.stages[0].buffers["x"]
-        arrays, width = self.stages[0].arrays, self.eyes.spec.width
+        made = []
         for tile in tiles:
             patches, places = self.patches_of(tile)
-            count = len(patches)
-            arrays.put(self.first(patches, places), x[:count, :width])
             if self.eyes.angles:
                 self._turn(tile.shape[0] // self.eyes.patch, tile.shape[1] // self.eyes.patch)
-            for stage in self.stages:
-                stage.forward(whole_text(count))
+            if self.first:
+                seen = yield from self._through_layers(self.first(patches, places))
+            else:
+                assert self.projector.start
+                seen = self.projector.start(patches, places, self.products, self.values)
                 yield
-            seen = self.stages[-1].hidden_states(0, count).astype(numpy.float32)
             made.append(self.projector.compute(seen, self.square, self.products, self.values).copy())
         return numpy.concatenate(made)
+
+    def _through_layers(self, rows: numpy.ndarray) -> Generator[None, None, numpy.ndarray]:
+        count, width = rows.shape
+        arrays, x = self.stages[0].arrays, self.stages[0].buffers["x"]
+        arrays.put(rows, x[:count, :width])
+        for stage in self.stages:
+            stage.forward(whole_text(count))
+            yield
+        if not self.projector.normed:
+            return arrays.numpy(x[:count])[:, :width].astype(numpy.float32)
+        return self.stages[-1].hidden_states(0, count).astype(numpy.float32)
 
     def _turn(self, rows: int, columns: int):
         """Let the layers rotate by the places in a grid of patches, which are positions of a text to them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TYPE_CHECKING
@@ -18,7 +19,7 @@ from chatlm.worker.weights.gguf import file_shape, gguf_tensors, readable
 from chatlm.worker.weights.gguf_file import check_gguf_types, read_gguf_file
 from chatlm.worker.weights.rules import Rule, check_divides, checked
 from chatlm.worker.weights.towers import FILE_TOWERS
-from chatlm.worker.weights.vision import by_color, tower_sources
+from chatlm.worker.weights.vision import by_color, by_halves, tower_sources, unstored
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -92,6 +93,12 @@ def file_tensors(path: Path, settings: Settings, loaded: LoadedModel, device: st
                  eyes: Eyes, stored: dict[str, Any]) -> dict[str, Any]:
     """The tensors of Eyes. Layers stay as stored, all else becomes floats."""
     spec = eyes.spec
+    stored = {name: tensor for name, tensor in stored.items() if not name.startswith(("a.", "mm.a."))}
+    for name in stored if family.axes else ():  # audio is not heard
+        if re.search(family.axes, name):
+            rows = stored[name].data
+            order = by_halves(len(rows), spec.head_size)
+            stored[name] = stored[name]._replace(data=rows[order])
     check_gguf_types(path, stored)
     for layer in range(spec.layers):  # old files have these two exchanged
         up, down = (f"v.blk.{layer}.{name}" for name in ("ffn_up", "ffn_down"))
@@ -120,8 +127,10 @@ def file_tensors(path: Path, settings: Settings, loaded: LoadedModel, device: st
         data = stored[name].data.reshape(-1, stored[name].data.shape[-1])
         tensors[ours] = dequantized((len(data), columns), [(stored[name]._replace(data=data), None)],
                                     "float32").reshape(form if name == kernel else shape)
+        if ours in family.planar:
+            tensors[ours] = by_color(tensors[ours].reshape(-1, 3, eyes.patch, eyes.patch)).reshape(shape)
         if name in turned:
             tensors[ours] = numpy.ascontiguousarray(tensors[ours].T)
     if len(form) == 4:
         tensors["patch"] = by_color(tensors["patch"])
-    return tensors
+    return tensors | unstored(eyes)
