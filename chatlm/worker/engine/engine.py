@@ -237,7 +237,7 @@ class Engine:
     def _start(self, plan: Seq[Chunk]) -> Callable[[], list[int]]:
         """Start a step; returns a function that waits for its tokens."""
         rows = sample_rows(plan, self.tokenizer.stop_tokens)
-        return partial(self.steps.finish, self.steps.start(make_batch(plan), rows))
+        return partial(self.steps.finish, self.steps.start(make_batch(plan, self.transformer.spec), rows))
 
     def keep(self, keeper: Keeper):
         """Keep pages beyond the life of this process from now on."""

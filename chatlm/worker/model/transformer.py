@@ -294,8 +294,7 @@ class Transformer:
             k.layer_norm(b.x, w["embed_norm"], w.get("embed_norm_bias"), spec.norm_eps, out=b.x,
                          **self.counted)
         if spec.layer_input_size:
-            k.linear(b.x, w["layer_project"], out=b.layer_inputs)  # (T, L * P)
-            k.look_up(self.layer_embed, inputs.token_ids, out=b.layer_rows)
+            look_up_layer_inputs(self, inputs, b)
             k.layer_inputs(b.layer_inputs, b.layer_rows, w["layer_project_norm"], spec.norm_eps * spec.width,
                            out=b.layer_inputs)
         if spec.embedding_norm:
@@ -363,7 +362,7 @@ class Transformer:
             k.text_attention(q, cache, inputs.attention, attn.window, out=attended, **more)  # (T, H * Dv)
         else:
             k.paged_attention(q, cache, inputs.attention, attn.window, out=attended,
-                              softcap=spec.attention_softcap, sinks=layer.get("sinks"))
+                              softcap=spec.attention_softcap, sinks=layer.get("sinks"), **spec.ahead(attn))
         if spec.output_gate:
             k.gate(attended, narrow(b.gates, queries), out=attended)
         self._add(b, attended, layer, l, "output", b.x, out=b.residual)
@@ -510,6 +509,20 @@ def show_pictures(transformer: Transformer, rows: ShownPictures):
                 continue
             for turned, table in zip(rope_rows(spec, layer, places), tables):
                 put(turned, table[begin:begin + len(values)])
+
+
+def look_up_layer_inputs(transformer: Transformer, inputs: Inputs, b: SimpleNamespace):
+    """b.layer_inputs = layer_project x, b.layer_rows = the tokens' rows (T, L * P); of rows of pictures those
+    of spec.picture_pad."""
+    k, spec, table = transformer.kernels, transformer.spec, transformer.layer_embed
+    if spec.picture_pad is None:
+        k.look_up(table, inputs.token_ids, out=b.layer_rows)
+    else:
+        part = 0, spec.vocab_size + 1
+        k.look_up(table, inputs.previous_token_ids, out=b.layer_inputs, part=part)
+        k.look_up(table, inputs.token_ids, out=b.layer_rows, part=part)
+        k.mix(b.layer_rows, b.layer_inputs, 1.0, 1.0, out=b.layer_rows)
+    k.linear(b.x, transformer.weights["layer_project"], out=b.layer_inputs)
 
 
 def join_state(transformer: Transformer, inputs: Inputs, b: SimpleNamespace):
