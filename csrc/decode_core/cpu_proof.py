@@ -101,6 +101,7 @@ class Chain:
         norms = [1 + dice.normal(heads * spec.head_size) / 4 for heads in (spec.heads, spec.kv_heads)]
         means = self.call("mean_squares", qkv, *norms, [2 * len(norm) for norm in norms], width=2)
         self.call("norm_qk", qkv, *norms, means, 1e-5, width=qkv_size)
+        self.call("clamp", x, -dice.normal(C).abs(), dice.normal(C).abs(), width=C)
         self.call("scale_rows", x, 1 + dice.normal(1024).abs(), p.positions, width=C)
         cos, sin = self.script.rope_tables(spec, torch.device("cpu"))
         for norm_at in ("before_rope", "none"):

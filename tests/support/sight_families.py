@@ -117,7 +117,7 @@ def make_gemma4(seed=0, two_sided=True, small=False, clipped=False):
                        hidden_size_per_layer_input=16 * small, vocab_size_per_layer_input=VOCABULARY, sliding_window=24, attention_k_eq_v=False, use_double_wide_mlp=False, enable_moe_block=False,
                        use_bidirectional_attention="vision" if two_sided else None, pad_token_id=0,
                        rope_parameters={LOCAL: dict(rope_type="default", rope_theta=1e4), FULL: dict(rope_type="proportional", partial_rotary_factor=0.25, rope_theta=1e6)})
-    vision = dict(hidden_size=72, intermediate_size=96, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=3, head_dim=24, patch_size=8, pooling_kernel_size=3, position_embedding_size=64,
+    vision = dict(hidden_size=80 if clipped else 72, intermediate_size=96, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=3, head_dim=16 if clipped else 24, patch_size=8, pooling_kernel_size=3, position_embedding_size=64,
                   standardize=not small, use_clipped_linears=clipped, rope_parameters=dict(rope_type="axial", rope_theta=100.0))
     config = transformers.Gemma4Config(text_config=text, vision_config=vision, audio_config=None, image_token_id=token("<|image|>"), boi_token_id=token("<|image>"), eoi_token_id=token("<image|>"))
     config._attn_implementation = "eager"
@@ -127,6 +127,10 @@ def make_gemma4(seed=0, two_sided=True, small=False, clipped=False):
         for name, buffer in model.named_buffers():
             if name.endswith(("std_bias", "std_scale")):
                 buffer.normal_(0.5, 0.3)
+            if name.endswith(("input_min", "output_min")):
+                buffer.fill_(-0.7)
+            if name.endswith(("input_max", "output_max")):
+                buffer.fill_(0.8 if "up_proj" in name and "output" in name else 0.6)
         for name, weight in model.named_parameters():  # scores are not divided by sqrt(D): larger ones magnify what float32 rounds
             if name.endswith(("q_norm.weight", "k_norm.weight")):
                 weight.mul_(0.5)
@@ -162,6 +166,8 @@ def gemma4_mmproj(state, config):
                              ("attn_v", "self_attn.v_proj.linear"), ("attn_out", "self_attn.o_proj.linear"), ("ffn_gate", "mlp.gate_proj.linear"), ("ffn_up", "mlp.up_proj.linear"),
                              ("ffn_down", "mlp.down_proj.linear")):
             tensors[f"v.blk.{l}.{ours}.weight"] = state[f"{prefix}encoder.layers.{l}.{theirs}.weight"]
+            module = f"{prefix}encoder.layers.{l}.{theirs.removesuffix('.linear')}"
+            tensors |= {f"v.blk.{l}.{ours}.{bound}": state[f"{module}.{bound}"].reshape(1) for bound in ("input_min", "input_max", "output_min", "output_max") if f"{module}.{bound}" in state}
     numbers = {"patch_size": p, "embedding_length": C, "feed_forward_length": config.intermediate_size, "block_count": config.num_hidden_layers, "attention.head_count": config.num_attention_heads,
                "attention.layer_norm_epsilon": config.rms_norm_eps, "image_size": 224, "image_mean": [0.0] * 3, "image_std": [1.0] * 3, "max_soft_tokens": 20}
     return tensors, numbers
@@ -234,7 +240,7 @@ def siglip_numbers(config):
 FAMILIES = {"lfm2_vl": (make_lfm2_vl, LFM2_PICTURES, "<image>", lfm2_logits, lfm2_mmproj, "lfm2"),
             "gemma3": (make_gemma3, GEMMA3_PICTURES, "<start_of_image>", gemma3_logits, gemma3_mmproj, "gemma3"),
             "gemma4": (make_gemma4, GEMMA4_PICTURES, "<|image|>", gemma4_logits, gemma4_mmproj, "gemma4v"),
-            "gemma4-small": (lambda: make_gemma4(two_sided=False, small=True), GEMMA4_PICTURES, "<|image|>", gemma4_logits, gemma4_mmproj, "gemma4v"),
+            "gemma4-small": (lambda: make_gemma4(two_sided=False, small=True, clipped=True), GEMMA4_PICTURES, "<|image|>", gemma4_logits, gemma4_mmproj, "gemma4v"),
             "gemma4-unified": (make_gemma4_unified, GEMMA4_PICTURES, "<|image|>", unified_logits, unified_mmproj, "gemma4uv")}
 IMAGE_TOKENS = {"gemma3": "<image_soft_token>"} | dict.fromkeys(("gemma4", "gemma4-small", "gemma4-unified"), "<|image|>")
 

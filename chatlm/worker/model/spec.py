@@ -440,6 +440,8 @@ class ModelSpec:
     rope_axes: tuple[int, ...] = ()   # how many pairs turn by a picture's time, row and column, interleaved
     two_sided: str = ""               # layers in which rows of a picture see all of its rows: "all" of them,
                                       # those with "windows", or none
+    clamped: bool = False             # of a tower: what products read and give is bounded, see Clamps; gate
+                                      # and up are products of their own
     picture_pad: int | None = None    # of rows of pictures, layers get the inputs of this token: a step's
                                       # previous_token_ids are then it in such rows, elsewhere V
     opens: bool = True                # False: another stage computes the layers before these,
@@ -550,7 +552,7 @@ def layer_tensors(spec: ModelSpec, l: int) -> Shapes:
         "qkv": (q * (1 + spec.output_gate) + k + v, C), "output": (C, attn.heads * attn.value_size)}
     matrices |= feed_forward_tensors(spec, l) | present(
         (P, {"input_gate": (P, C), "input_norm": (C,), "input_out": (C, P)}),
-        (spec.layer_scalars, {"scalar": (1,)}),
+        (spec.layer_scalars, {"scalar": (1,)}), (spec.clamped, {"clamps": (28,)}),
         (spec.norm_weights and spec.pre_norms and not isinstance(mixer, NoMixer) and (
             l > 0 or spec.first_norm), {"attention_norm": (C,)}),
         (spec.norm_weights and spec.pre_norms and not spec.one_norm and l not in spec.bare_layers, {
@@ -579,6 +581,8 @@ def feed_forward_tensors(spec: ModelSpec, l: int) -> Shapes:
     C, F, shared = spec.width, spec.ffn_size, spec.shared_size
     E = spec.experts if l not in spec.dense_layers else 0
     size = F * (1 + (l in spec.double_layers)) if E or not spec.experts else spec.dense_size
+    if spec.clamped:
+        return {"gate": (F, C), "up": (F, C), "down": (C, F)}
     up, halves = ("up", 1) if spec.ungated else ("gate_up", 2)
     if not E:
         return {up: (halves * size, C), "down": (C, size)}

@@ -20,7 +20,7 @@ from chatlm.worker.weights.assemble import check_names_and_shapes
 from chatlm.worker.weights.gguf import file_shape, gguf_tensors, readable
 from chatlm.worker.weights.gguf_file import check_gguf_types, read_gguf_file
 from chatlm.worker.weights.rules import Rule, check_divides, checked
-from chatlm.worker.weights.towers import FILE_TOWERS
+from chatlm.worker.weights.towers import CLAMPS, FILE_TOWERS, clamps_of
 from chatlm.worker.weights.vision import SECTIONS, by_color, by_halves, tower_sources, unstored
 
 if TYPE_CHECKING:
@@ -97,8 +97,11 @@ def file_tensors(path: Path, settings: Settings, loaded: LoadedModel, device: st
                  eyes: Eyes, stored: dict[str, Any]) -> dict[str, Any]:
     """The tensors of Eyes. Layers stay as stored, all else becomes floats."""
     spec = eyes.spec
-    stored = {name: tensor for name, tensor in stored.items() if not name.startswith(("a.", "mm.a."))}
-    for name in stored if family.axes else ():  # audio is not heard
+    stored = {name: tensor for name, tensor in stored.items()
+              if not name.startswith(("a.", "mm.a."))}  # audio is not heard
+    numbers = {name: float(stored.pop(name).data.reshape(-1)[0])
+               for name in [*stored] if name.endswith(CLAMPS)}
+    for name in stored if family.axes else ():
         if re.search(family.axes, name):
             rows = stored[name].data
             order = by_halves(len(rows), spec.head_size)
@@ -146,4 +149,4 @@ def file_tensors(path: Path, settings: Settings, loaded: LoadedModel, device: st
             (len(data), form[-1]), [(second._replace(data=data), None)], "float32").reshape(form)
     if len(form) == 4:
         tensors["patch"] = by_color(tensors["patch"])
-    return tensors | unstored(eyes)
+    return tensors | unstored(eyes) | clamps_of(path, family.file_names, spec, numbers)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TYPE_CHECKING
 
+import numpy
+
 from chatlm.common.config import LIMITS
+from chatlm.common.errors import ConfigError
 from chatlm.common.messages.requests import Vision
+from chatlm.worker.model.clamps import MOST
 from chatlm.worker.model.spec import Attention, ModelSpec
 from chatlm.worker.model.tower import Eyes
 from chatlm.worker.weights.layernorms import ACTIVATIONS, both
@@ -274,16 +280,20 @@ GEMMA4_PRODUCTS = {"qkv": (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v
                    "output": (("self_attn.o_proj",), ("attn_out",)),
                    "down": (("mlp.down_proj",), ("ffn_down",)),
                    "gate_up": (("mlp.gate_proj", "mlp.up_proj"), ("ffn_gate", "ffn_up"))}
+CLAMPS = ".input_min", ".input_max", ".output_min", ".output_max"  # numbers of each product, if it is clamped
 GEMMA4_NAMES = {ours: (f"encoder.layers.{{}}.{theirs}.weight",)
                 for ours, (theirs, _) in GEMMA4_NORMS.items()} | {
     ours: tuple(f"encoder.layers.{{}}.{each}.linear.weight" for each in theirs)
     for ours, (theirs, _) in GEMMA4_PRODUCTS.items()} | {
+    "gate": ("encoder.layers.{}.mlp.gate_proj.linear.weight",),
+    "up": ("encoder.layers.{}.mlp.up_proj.linear.weight",),
     "patch": ("patch_embedder.input_proj.weight",), "places": ("patch_embedder.position_embedding_table",),
     "mean_bias": ("std_bias",), "mean_scale": ("std_scale",),
     "project": ("embed_vision.embedding_projection.weight",)}
 GEMMA4_FILE_NAMES = {ours: (f"v.blk.{{}}.{theirs}.weight",) for ours, (_, theirs) in GEMMA4_NORMS.items()} | {
     ours: tuple(f"v.blk.{{}}.{each}.weight" for each in theirs)
     for ours, (_, theirs) in GEMMA4_PRODUCTS.items()} | {
+    "gate": ("v.blk.{}.ffn_gate.weight",), "up": ("v.blk.{}.ffn_up.weight",),
     "patch": ("v.patch_embd.weight",), "places": ("v.position_embd.weight",), "mean_bias": ("v.std_bias",),
     "mean_scale": ("v.std_scale",), "project": ("mm.input_projection.weight",)}
 
@@ -295,7 +305,7 @@ def gemma4_vision(said: Said, model: ModelSpec, unit: int, two_sided: bool) -> V
 
 
 def gemma4_spec(said: Said, patches: int, width: int, layers: int, heads: tuple[int, int, int], ffn_size: int,
-                eps: float, base: float) -> ModelSpec:
+                eps: float, base: float, clamped: bool) -> ModelSpec:
     """heads: of queries, of keys, and their size. Norms before and after each block, of q, k and v."""
     count, kv_heads, size = heads
     said.divides("the number of heads", count, kv_heads)
@@ -304,7 +314,7 @@ def gemma4_spec(said: Said, patches: int, width: int, layers: int, heads: tuple[
     return ModelSpec(
         0, layers, width, count, kv_heads, size, ffn_size, patches, norm_eps=eps, post_norms=True,
         of_texts=True, rope_base=base, qk_norm="before_rope", qk_norm_weights=True, activation="geglu",
-        attentions=(attention,) * layers, opens=False)
+        attentions=(attention,) * layers, opens=False, clamped=clamped)
 
 
 def gemma4_eyes(said: Said, model: ModelSpec, spec: Callable[[int], ModelSpec], patch: int, shuffle: int,
@@ -323,8 +333,6 @@ def gemma4_text(said: Said) -> tuple[bool, int]:
 
 
 def gemma4_of_folder(said: Said, model: ModelSpec) -> Eyes:
-    if said.tower("use_clipped_linears", Rule(bool), False):
-        said.refuse("vision_config.use_clipped_linears is true, which is not supported")
     said.tower("hidden_activation", Rule(str, choices=("gelu_pytorch_tanh",)), "gelu_pytorch_tanh")
     heads = said.tower("num_attention_heads", HEADS, 12)
     heads = heads, said.tower("num_key_value_heads", HEADS, heads), said.tower("head_dim", CHANNELS, 64)
@@ -335,15 +343,15 @@ def gemma4_of_folder(said: Said, model: ModelSpec) -> Eyes:
             said, patches, said.tower("hidden_size", CHANNELS, 768),
             said.tower("num_hidden_layers", LAYERS, 16), heads,
             said.tower("intermediate_size", CHANNELS, 3072),
-            said.tower("rms_norm_eps", Rule(float, 0, 1), 1e-6), base),
+            said.tower("rms_norm_eps", Rule(float, 0, 1), 1e-6), base,
+            said.tower("use_clipped_linears", Rule(bool), False)),
         said.tower("patch_size", SIDE, 16), said.tower("pooling_kernel_size", Rule(int, 1, 64), 3),
         said.tower("position_embedding_size", Rule(int, 1, 1 << 20), 10_240),
         said.tower("standardize", Rule(bool), False), *gemma4_text(said))
 
 
 def gemma4_of_file(said: Said, model: ModelSpec) -> Eyes:
-    if any(name.endswith(".input_max") for name in said.shapes if name.startswith("v.")):
-        said.refuse("projector_type is gemma4v with clipped products, which are not supported")
+    clamped = any(name.startswith("v.") and name.endswith(CLAMPS) for name in said.shapes)
     heads = said.tower("attention.head_count", HEADS)
     rows = said.shapes.get("v.blk.0.attn_k.weight", (0,))[0]
     size = said.shapes.get("v.blk.0.attn_q_norm.weight", (1,))[0]
@@ -351,10 +359,28 @@ def gemma4_of_file(said: Said, model: ModelSpec) -> Eyes:
         said, model, lambda patches: gemma4_spec(
             said, patches, said.tower("embedding_length", CHANNELS), said.tower("block_count", LAYERS),
             (heads, max(rows // size, 1), size), said.tower("feed_forward_length", CHANNELS),
-            said.tower("attention.layer_norm_epsilon", Rule(float, 0, 1)), 100.0),
+            said.tower("attention.layer_norm_epsilon", Rule(float, 0, 1)), 100.0, clamped),
         said.tower("patch_size", SIDE), said.tower("projector.scale_factor", Rule(int, 1, 64), 3),
         said.shapes.get("v.position_embd.weight", (2, 1))[1], "v.std_scale" in said.shapes,
         not model.layer_input_size, 0)
+
+
+def clamps_of(path: Path, names: Mapping[str, tuple[str, ...]], spec: ModelSpec,
+              numbers: Mapping[str, float]) -> dict[str, numpy.ndarray]:
+    """The clamps of each layer from the numbers of a file, by their names there; none: the largest."""
+    if not spec.clamped:
+        return {}
+    found, parts = {}, (*names["qkv"], *(names[part][0] for part in ("output", "gate", "up", "down")))
+    for layer in range(spec.layers):
+        stems = [re.sub(r"(\.linear)?\.weight$", "", part.format(layer)) for part in parts]
+        values = numpy.array([[numbers.get(stem + ending, MOST if ending.endswith("max") else -MOST)
+                               for ending in CLAMPS] for stem in stems]).clip(-MOST, MOST)
+        for alike in (slice(0, 3), slice(4, 6)):
+            if (values[alike, :2] != values[alike.start, :2]).any():
+                raise ConfigError(f"{path}: {stems[alike.start]} has another input_min or input_max than the "
+                                  "next products, which read the same; that is not supported")
+        found[f"{layer}.clamps"] = values.reshape(-1).astype(numpy.float32)
+    return found
 
 
 def gemma4_own(eyes: Eyes, width: int) -> Shapes:

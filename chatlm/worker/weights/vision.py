@@ -18,7 +18,7 @@ from chatlm.worker.weights.assemble import IMAGES, assembled, check_names_and_sh
 from chatlm.worker.weights.files import weight_files
 from chatlm.worker.weights.rules import Rule, check_divides, checked, read_json
 from chatlm.worker.weights.safetensors_file import read_safetensors_file
-from chatlm.worker.weights.towers import TOWERS
+from chatlm.worker.weights.towers import CLAMPS, TOWERS, clamps_of
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -102,6 +102,7 @@ def folder_tensors(folder: Path, settings: Settings, family: TowerFamily, eyes: 
                   if re.match(rf"(model\.)?({IMAGES})\b", name)}
     state = {name: tensor for name, tensor in found.items()
              if not name.startswith(("head.", "audio_tower.", "embed_audio."))}
+    numbers = {name: float(floats(state.pop(name)).reshape(())) for name in [*state] if name.endswith(CLAMPS)}
     for name, tensor in state.items():
         if kind_of(tensor) not in FLOATS:
             raise ConfigError(f"{folder}: {shown(name)} is of type {kind_of(tensor)}; what sees images must "
@@ -126,7 +127,8 @@ def folder_tensors(folder: Path, settings: Settings, family: TowerFamily, eyes: 
             state[name] = floats(state[name]) + numpy.float32(more)
     sources = tower_sources(family, family.names, eyes, width)
     check_names_and_shapes(folder, {name: tuple(tensor.shape) for name, tensor in state.items()}, sources)
-    return dict(assembled(folder, settings, sources, state, dtype)) | unstored(eyes)
+    return dict(assembled(folder, settings, sources, state, dtype)) | unstored(eyes) | clamps_of(
+        folder, family.names, eyes.spec, numbers)
 
 
 def by_halves(count: int, size: int) -> numpy.ndarray:
@@ -145,7 +147,9 @@ def unstored(eyes: Eyes) -> dict[str, Any]:
 def tower_sources(family: TowerFamily, names: Any, eyes: Eyes, width: int) -> Sources:
     """Our tensors -> their shapes, and the file's."""
     layers = tensor_sources(eyes.spec, names, 0)
-    return {ours: source for ours, source in layers.items() if ours not in unstored(eyes)} | {
+    stored = {ours: source for ours, source in layers.items()
+              if ours not in unstored(eyes) and not ours.endswith(".clamps")}
+    return stored | {
         ours: (shape, {names[ours][0]: shape}) for ours, shape in family.own(eyes, width).items()}
 
 
