@@ -137,7 +137,7 @@ void add_to_adapter(dc::Adapter& adapter, int64_t number, int type, int64_t rank
 int64_t start(dc::Program& program, const py::object& token_ids, const py::object& previous, const py::object& starts, const py::object& lengths,
               const py::object& tables, const py::object& logit_rows, const py::object& sampling, bool all_rows,
               const py::object& state_reads, const py::object& write_rows, const py::object& write_slots, const py::list& adapters,
-              const py::object& turns) {
+              const py::object& ahead, const py::object& turns) {
     dc::StepInput in;
     in.adapters = adapters_of(adapters);
     in.all_rows = all_rows;
@@ -150,6 +150,7 @@ int64_t start(dc::Program& program, const py::object& token_ids, const py::objec
     in.state_reads = dc::integers(state_reads, "state_reads: a list of integers");
     in.write_rows = dc::integers(write_rows, "write_rows: a list of integers");
     in.write_slots = dc::integers(write_slots, "write_slots: a list of integers");
+    in.ahead = dc::integers(ahead, "ahead: a list of integers");
     dc::read_tables(tables, int64_t(INT32_MAX) + 1, in.pages, in.offsets);
     in.samples = !sampling.is_none();
     if (in.samples) {

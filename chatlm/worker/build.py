@@ -148,6 +148,8 @@ def build_engine(source: ModelSource, settings: Settings, device: Device,
                  opened: Callable[[LoadedModel], None] = lambda model: None) -> tuple[LoadedModel, Engine]:
     """opened: called before any weight is read."""
     model = open_model(source, settings, device)
+    if (vision := model.text.vision) and vision.two_sided:  # a step must hold all rows of a picture
+        settings = replace(settings, prefill_chunk=max(prefill_chunk(settings, device), vision.tokens))
     opened(model)
     try:
         tokenizer = open_for_answers(model.text, model.vocabulary)  # the front also reads its chat template

@@ -94,11 +94,11 @@ class CpuBackend:
             "look_up": self.look_up, "make_cache": self.make_cache, "plan_attention": lambda *_: program.attention,
             "sample": Sampler()}
 
-    def look_up(self, table: Any, ids: Any, out: Any) -> None:
+    def look_up(self, table: Any, ids: Any, out: Any, part: Any = None) -> None:
         if table.kind not in KINDS:
             raise self.script.ConfigError(f"the embeddings of each layer are of type {table.kind}, which decode_core does not read from the "
                                           f"file; it reads {', '.join(KINDS)}. With CHAT_SERVER_KERNELS=reference torch computes the model")
-        self.program.look_up(table, ids, out)
+        self.program.look_up(table, ids, out, part)
 
     def make_cache(self, spec: Any, layout: Any, num_pages: int, device: str) -> tuple[numpy.ndarray, list]:
         """As the reference, but each layer's is (P, Hkv, 2, 16 * D) or packed, pages perhaps apart."""
@@ -128,7 +128,7 @@ class CpuBackend:
         if transformer.spec.closes and not transformer.spec.of_texts:
             program.sample(transformer.buffers["logits"])
         return lambda batch: program.finish(program.start(
-            *batch[:6], all_rows=batch.states, states=batch[7:10], adapters=adapters_of(batch, transformer), turns=batch.turns))
+            *batch[:6], all_rows=batch.states, states=batch[7:10], adapters=adapters_of(batch, transformer), ahead=batch.ahead, turns=batch.turns))
 
     def pause_while(self, word: Any, most_s: float) -> None:
         _core.pause_while(word.address, int(1e9 * most_s), word.SLICE_NS)
@@ -158,7 +158,7 @@ class ProgramSteps:
     def start(self, batch: Any, rows: Sequence[Any]) -> int:
         self.sampling = batch_of(rows, self.transformer.spec.vocab_size, self.sampling)
         return self.program.start(*batch[:6], sampling=self.sampling, all_rows=batch.states, states=batch[7:10],
-                                  adapters=adapters_of(batch, self.transformer), turns=batch.turns)
+                                  adapters=adapters_of(batch, self.transformer), ahead=batch.ahead, turns=batch.turns)
 
     def finish(self, ticket: int) -> list[int]:
         return self.program.finish(ticket)

@@ -101,6 +101,7 @@ class Chain:
         norms = [1 + dice.normal(heads * spec.head_size) / 4 for heads in (spec.heads, spec.kv_heads)]
         means = self.call("mean_squares", qkv, *norms, [2 * len(norm) for norm in norms], width=2)
         self.call("norm_qk", qkv, *norms, means, 1e-5, width=qkv_size)
+        self.call("clamp", x, -dice.normal(C).abs(), dice.normal(C).abs(), width=C)
         self.call("scale_rows", x, 1 + dice.normal(1024).abs(), p.positions, width=C)
         cos, sin = self.script.rope_tables(spec, torch.device("cpu"))
         for norm_at in ("before_rope", "none"):
@@ -148,6 +149,7 @@ class Chain:
         for window in WINDOWS:
             self.call("paged_attention", q, cache, p.attention, window, **options)
             self.call("paged_attention", q, cache, p.attention, window, sinks=self.dice.normal(self.spec.heads), **options)
+            self.call("paged_attention", q, cache, p.attention, window, two_sided=True, **options)
         self.call("paged_attention", q, cache, p.attention, 0, softcap=2.0, **options)
 
     def float_cache(self) -> torch.Tensor:
@@ -240,7 +242,7 @@ class Chain:
         tokens = self.program.finish(self.program.start(
             batch.token_ids, batch.previous_token_ids, batch.starts, batch.lengths, batch.tables,
             batch.logit_rows, sampling, all_rows=True, states=(batch.state_reads, batch.write_rows, batch.write_slots),
-            adapters=packed))
+            adapters=packed, ahead=batch.ahead))
         for call in self.calls:
             arguments = [self.real(argument, inputs) for argument in call.arguments]
             options = {key: self.real(option, inputs) for key, option in call.options.items()}
@@ -339,10 +341,10 @@ def prove_cpu(script: SimpleNamespace) -> dict[str, str | None]:
             chain.step(SimpleNamespace(
                 token_ids=[7, *prompt], previous_token_ids=[3, -1, *prompt[:-1]], starts=[0, 1, 22],
                 lengths=[300, 31], tables=[list(range(19)), [30, 25]], logit_rows=[0, 21], state_reads=[2, 1],
-                write_rows=[0, 8, 21], write_slots=[2, 3, 0]), rows)
+                write_rows=[0, 8, 21], write_slots=[2, 3, 0], ahead=[0] * 5 + [17] * 2 + [29] * 12 + [0] * 3), rows)
             chain.step(SimpleNamespace(token_ids=[9], previous_token_ids=[7], starts=[0, 1], lengths=[301],
                                        tables=[list(range(19))], logit_rows=[0], state_reads=[3], write_rows=[0],
-                                       write_slots=[1]), rows[:1])
+                                       write_slots=[1], ahead=[]), rows[:1])
             faults = {op: faults.get(op) or fault for op, fault in chain.faults.items()}
             whole = prove_texts(script, cache_type, prompt)
             faults |= {op: faults.get(op) or fault for op, fault in whole.items()}
@@ -361,7 +363,7 @@ def prove_texts(script: SimpleNamespace, cache_type: torch.dtype, text: list[int
             chain.call("text_attention", q, cache, p.attention, window, width=256, distances=distances)
     batch = SimpleNamespace(
         token_ids=[7, *text, 3, 4], previous_token_ids=[-1] * 24, starts=[0, 1, 22, 24], lengths=[1, 21, 2],
-        tables=[[2], [30, 25], [7]], logit_rows=[], state_reads=[], write_rows=[], write_slots=[])
+        tables=[[2], [30, 25], [7]], logit_rows=[], state_reads=[], write_rows=[], write_slots=[], ahead=[])
     inputs, before = chain.inputs(batch), {id(cache): cache.clone()}
     p.finish(p.start(batch.token_ids, batch.previous_token_ids, batch.starts, batch.lengths, batch.tables, []))
     for call in chain.calls:

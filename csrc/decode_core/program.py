@@ -154,23 +154,25 @@ class Program:
         self._record("embed", TOKENS, (table, out), table_rows=shape[0], first_row=first, vocabulary=vocabulary,
                      previous_ids=ids is self.previous_token_ids, by_position=ids is self.positions, out=out_at, **own)
 
-    def look_up(self, table, ids, out) -> None:
-        """Rows `ids` (token_ids) of a table that stays in its file -> out (max_tokens, K); a negative id: row 0.
+    def look_up(self, table, ids, out, part=None) -> None:
+        """Rows `ids` (token_ids, previous_token_ids) of a table that stays in its file -> out (max_tokens, K); a negative id: row 0.
+        part as in `embed`, from row 0 on.
 
         `table.kind` is a type of weights, `table.table` its N rows: floats (N, K), or GGUF blocks (N, bytes of a row) uint8.
         """
         if table.kind in KINDS_OF_FLOATS:
-            return self.embed(table.table, ids, out)
+            return self.embed(table.table, ids, out, part)
         if table.kind not in KINDS:
             raise ValueError(f"table: must be of a type among {', '.join(KINDS)}, not {table.kind!r}")
-        _is_marker("ids", ids, self.token_ids)
+        if ids not in (self.token_ids, self.previous_token_ids):
+            raise ValueError(f"ids: must be program.token_ids or program.previous_token_ids, not {ids!r}")
         out_at = self._buffers.written("out", out, TOKENS)
         if out_at[1] % COLUMNS[table.kind]:
             raise ValueError(f"out: must have a multiple of {COLUMNS[table.kind]} columns for {table.kind}, not {out_at[1]}")
         row_bytes = _core.row_bytes(KINDS[table.kind], out_at[1])
         address, _, (rows, _), _ = look_at("table", table.table, ("uint8",), None, row_bytes)
         self._record("embed", TOKENS, (table.table, out), table=address, file_type=KINDS[table.kind], file_row_bytes=row_bytes, table_rows=rows,
-                     first_row=0, vocabulary=rows, previous_ids=False, out=out_at)
+                     first_row=0, vocabulary=(part or (0, rows))[1], previous_ids=ids is self.previous_token_ids, out=out_at)
 
     def layer_inputs(self, projected, rows, weight, eps: float, out) -> None:
         """(weight * rms(each part of projected) + sqrt(P) * rows) / sqrt(2) -> out, which may be projected, all (max_tokens, L * P).
@@ -495,12 +497,13 @@ class Program:
         """
         self._attend(q, cache, attention, window, out, of_texts=True, distances=distances)
 
-    def paged_attention(self, q, cache, attention, window: int, out, softcap: float = 0.0, sinks=None) -> None:
-        """softmax(q k) v of each row over its own pages: q (max_tokens, H * D) as rope_append left it -> out, as wide."""
-        self._attend(q, cache, attention, window, out, softcap, sinks)
+    def paged_attention(self, q, cache, attention, window: int, out, softcap: float = 0.0, sinks=None, two_sided: bool = False) -> None:
+        """softmax(q k) v of each row over its own pages: q (max_tokens, H * D) as rope_append left it -> out, as wide. `two_sided`: rows see
+        what a step's `ahead` says, too."""
+        self._attend(q, cache, attention, window, out, softcap, sinks, two_sided=two_sided)
 
     def _attend(self, q, cache, attention, window: int, out, softcap: float = 0.0, sinks=None, of_texts: bool = False,
-                distances=None) -> None:
+                distances=None, two_sided: bool = False) -> None:
         _is_marker("attention", attention, self.parts[getattr(attention, "group", 0)].attention)
         q_at, rows_of = self._buffers.read("q", q)
         cache_at, cache_kind, pages, Hkv, D, apart = check_cache(cache)
@@ -518,7 +521,7 @@ class Program:
             more = {"distances": at, "reach": columns // 2}
         self._record("paged_attention", TOKENS, (q, cache, out, sinks, distances), q=q_at, cache=cache_at, cache_type=cache_kind, num_pages=pages, heads=H,
                      kv_heads=Hkv, head_size=D, window=max(window, 0), softcap=check_softcap(softcap), sinks=sinks_at(sinks, H),
-                     group=attention.group, page_stride=apart, of_texts=of_texts, out=out_at, **more)
+                     group=attention.group, page_stride=apart, of_texts=of_texts, two_sided=two_sided, out=out_at, **more)
 
     def pause(self) -> None:
         """Wait while an answer is written elsewhere on this machine: see pause_while."""
@@ -556,7 +559,7 @@ class Program:
     # ---- running
 
     def start(self, token_ids, previous, starts, lengths, tables, logit_rows, sampling=None, all_rows=False, states=([], [], []),
-              adapters=(), turns=()) -> int:
+              adapters=(), ahead=(), turns=()) -> int:
         """Queue a step and return its ticket; at most two may be unfinished. Lists of integers, copied:
 
         token_ids   T ids; ~i (-1 - i): what row i of the step started before draws, which may still be running
@@ -569,13 +572,15 @@ class Program:
                     rows, ascending, after which they are written; into these slots)
         adapters    what `adapters.pack` gave, or None, for each sequence; () where none has one
         turns       T rows of the tables cos and sin by which the tokens turn; () where these are their positions
+        ahead       (), or of each row the position before which it sees all others, even those after itself, in ops that are two-sided;
+                    0: it sees those up to itself
         all_rows    compute the last layer for every row, not only for those with logits: its output holds them until the next step
         """
         if sampling is not None:
             sampling = sample_arguments(sampling, self.logits)
         reads, write_rows, write_slots = states
         return self._program.start(token_ids, previous, starts, lengths, tables, logit_rows, sampling, all_rows, reads, write_rows,
-                                   write_slots, list(adapters), list(turns))
+                                   write_slots, list(adapters), list(ahead), list(turns))
 
     def finish(self, ticket: int) -> list[int]:
         """Wait for a step (without the GIL) -> its tokens, one a logit row; [] for a step without sampling.

@@ -9,6 +9,7 @@ from chatlm.common.messages.requests import AnswerParams, Failed, Message, Piece
 from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.arrays.kinds import Device
 from chatlm.worker.build import build_engine
+from chatlm.worker.engine.batch import pad_ids
 from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.sequence import Assignment
 from chatlm.worker.model.spec import Batch
@@ -70,7 +71,13 @@ def logits_of(engine, ids, pictures, rows=16):
         seen.rows = run(engine.pictures.tower.encode(tiles_of(seen.picture, seen.layout, engine.pictures.tower.eyes.filter)))
     shown = sight.as_one_id(ids)
     show_pictures(transformer, sight.rows(0, len(ids)))
-    batch = Batch(shown, [-1, *shown[:-1]], [0, len(ids)], [len(ids)], [list(range(-(-len(ids) // 16)))], list(range(len(ids) - rows, len(ids))), state_reads=[0] * bool(transformer.spec.state_bytes), turns=sight.turned(0, len(ids), 0) if sight.turns else [])
+    ahead = [0] * len(ids)
+    for begin, end in sight.spans(0, len(ids)) if sight.two_sided else ():
+        ahead[begin:end] = [end] * (end - begin)
+    spec, previous = transformer.spec, [-1, *shown[:-1]]
+    if spec.picture_pad is not None:
+        previous = pad_ids(shown, spec.picture_pad, spec.vocab_size)
+    batch = Batch(shown, previous, [0, len(ids)], [len(ids)], [list(range(-(-len(ids) // 16) * len(transformer.groups.windows)))], list(range(len(ids) - rows, len(ids))), state_reads=[0] * bool(transformer.spec.state_bytes), ahead=ahead if any(ahead) else [], turns=sight.turned(0, len(ids), 0) if sight.turns else [])
     made = engine.transformer.arrays.numpy(engine.steps.forward(batch)).copy()
     show_pictures(transformer, ())
     return made

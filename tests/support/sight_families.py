@@ -1,11 +1,13 @@
 """Tiny random models of families that see, beside tiny_sight's: folders, files, and transformers' logits from pixels, which Pillow resizes."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 from encoders import randomized
+from families import as_gguf, with_exact_angles
 from image_conversations import BYTES, SPECIALS, byte_tokenizer
 from tiny_sight import TEMPLATE, VOCABULARY, write
 
@@ -74,6 +76,150 @@ def lfm2_mmproj(state, config):
     return tensors, siglip_numbers(config) | {"image_size": 48, "projector.scale_factor": 2} | pictures
 
 
+GEMMA3_PICTURES = dict(size={"height": 64, "width": 64}, resample=2, image_mean=[0.5] * 3, image_std=[0.5] * 3, rescale_factor=1 / 255)
+
+
+def make_gemma3(seed=0):
+    import transformers
+    text = TEXT | dict(model_type="gemma3_text", num_hidden_layers=6, head_dim=16, layer_types=["sliding_attention"] * 5 + ["full_attention"], sliding_window=24,
+                       query_pre_attn_scalar=16, rope_parameters={"sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0}, "full_attention": {"rope_type": "default", "rope_theta": 1e6}})
+    vision = dict(model_type="siglip_vision_model", hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4, image_size=64, patch_size=8, layer_norm_eps=1e-6,
+                  vision_use_head=False)
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=16, image_token_index=token("<image_soft_token>"), boi_token_index=token("<start_of_image>"),
+                                       eoi_token_index=token("<end_of_image>"))
+    config._attn_implementation = "eager"
+    torch.manual_seed(seed)
+    return randomized(transformers.Gemma3ForConditionalGeneration(config), seed).float()
+
+
+def gemma3_logits(model, ids, pictures, layouts):
+    values = torch.tensor(np.stack([(pillow_resized(pixels_of(picture), (64, 64), 2).transpose(2, 0, 1) / 255 - 0.5) / 0.5 for picture in pictures]), dtype=torch.float32)
+    return model(input_ids=ids, pixel_values=values, token_type_ids=(ids == token("<image_soft_token>")).long(), attention_mask=torch.ones_like(ids))
+
+
+def gemma3_mmproj(state, config):
+    prefix = "model.vision_tower."
+    prefix += "vision_model." if f"{prefix}vision_model.post_layernorm.weight" in state else ""
+    tensors = {"v.patch_embd.weight": state[f"{prefix}embeddings.patch_embedding.weight"], "v.patch_embd.bias": state[f"{prefix}embeddings.patch_embedding.bias"],
+               "v.position_embd.weight": state[f"{prefix}embeddings.position_embedding.weight"], "mm.input_projection.weight": state["model.multi_modal_projector.mm_input_projection_weight"],
+               "mm.soft_emb_norm.weight": 1 + state["model.multi_modal_projector.mm_soft_emb_norm.weight"]} | siglip_layers(state, prefix, config.num_hidden_layers)
+    return tensors, siglip_numbers(config) | {"image_size": 64, "projector.scale_factor": 2}
+
+
+GEMMA4_PICTURES = dict(max_soft_tokens=20, patch_size=8, pooling_kernel_size=3, resample=3, rescale_factor=1 / 255, image_mean=[0.0] * 3, image_std=[1.0] * 3)
+LOCAL, FULL = "sliding_attention", "full_attention"
+
+
+def make_gemma4(seed=0, two_sided=True, small=False, clipped=False):
+    """small: with inputs of each layer, as E2B."""
+    import transformers
+    text = TEXT | dict(model_type="gemma4_text", num_hidden_layers=6, layer_types=[LOCAL] * 5 + [FULL], head_dim=16, global_head_dim=32, num_global_key_value_heads=1, num_kv_shared_layers=0,
+                       hidden_size_per_layer_input=16 * small, vocab_size_per_layer_input=VOCABULARY, sliding_window=24, attention_k_eq_v=False, use_double_wide_mlp=False, enable_moe_block=False,
+                       use_bidirectional_attention="vision" if two_sided else None, pad_token_id=0,
+                       rope_parameters={LOCAL: dict(rope_type="default", rope_theta=1e4), FULL: dict(rope_type="proportional", partial_rotary_factor=0.25, rope_theta=1e6)})
+    vision = dict(hidden_size=80 if clipped else 72, intermediate_size=96, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=3, head_dim=16 if clipped else 24, patch_size=8, pooling_kernel_size=3, position_embedding_size=64,
+                  standardize=not small, use_clipped_linears=clipped, rope_parameters=dict(rope_type="axial", rope_theta=100.0))
+    config = transformers.Gemma4Config(text_config=text, vision_config=vision, audio_config=None, image_token_id=token("<|image|>"), boi_token_id=token("<|image>"), eoi_token_id=token("<image|>"))
+    config._attn_implementation = "eager"
+    torch.manual_seed(seed)
+    model = randomized(transformers.Gemma4ForConditionalGeneration(config), seed).float()
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name.endswith(("std_bias", "std_scale")):
+                buffer.normal_(0.5, 0.3)
+            if name.endswith(("input_min", "output_min")):
+                buffer.fill_(-0.7)
+            if name.endswith(("input_max", "output_max")):
+                buffer.fill_(0.8 if "up_proj" in name and "output" in name else 0.6)
+        for name, weight in model.named_parameters():  # scores are not divided by sqrt(D): larger ones magnify what float32 rounds
+            if name.endswith(("q_norm.weight", "k_norm.weight")):
+                weight.mul_(0.5)
+    with_exact_angles(SimpleNamespace(model=model.model.language_model, config=config.text_config))
+    return model
+
+
+def gemma4_logits(model, ids, pictures, layouts, p=8):
+    """pixel_values and image_position_ids as Gemma4ImageProcessor has them."""
+    values, places = [], []
+    for picture, layout in zip(pictures, layouts):
+        (width, height), = layout.sizes
+        rows, columns = height // p, width // p
+        tile = pillow_resized(pixels_of(picture), (width, height), 3) / 255
+        patches = tile.reshape(rows, p, columns, p, 3).swapaxes(1, 2).reshape(rows * columns, -1)
+        own = np.stack(np.meshgrid(np.arange(columns), np.arange(rows), indexing="xy"), axis=-1).reshape(-1, 2)
+        missing = 180 - len(patches)
+        values.append(np.pad(patches, ((0, missing), (0, 0))))
+        places.append(np.pad(own, ((0, missing), (0, 0)), constant_values=-1))
+    return model(input_ids=ids, pixel_values=torch.tensor(np.stack(values), dtype=torch.float32), image_position_ids=torch.tensor(np.stack(places)), attention_mask=torch.ones_like(ids),
+                 mm_token_type_ids=(ids == token("<|image|>")).long())
+
+
+def gemma4_mmproj(state, config):
+    prefix, C, p = "model.vision_tower.", config.hidden_size, config.patch_size
+    kernel = state[f"{prefix}patch_embedder.input_proj.weight"].reshape(C, p, p, 3).transpose(0, 3, 1, 2)
+    tensors = {"v.patch_embd.weight": np.ascontiguousarray(kernel), "v.position_embd.weight": state[f"{prefix}patch_embedder.position_embedding_table"],
+               "mm.input_projection.weight": state["model.embed_vision.embedding_projection.weight"]}
+    tensors |= {f"v.{name}": state[f"{prefix}{name}"] for name in ("std_bias", "std_scale") if config.standardize}
+    for l in range(config.num_hidden_layers):
+        for ours, theirs in (("ln1", "input_layernorm"), ("ln2", "pre_feedforward_layernorm"), ("attn_post_norm", "post_attention_layernorm"), ("ffn_post_norm", "post_feedforward_layernorm"),
+                             ("attn_q_norm", "self_attn.q_norm"), ("attn_k_norm", "self_attn.k_norm"), ("attn_q", "self_attn.q_proj.linear"), ("attn_k", "self_attn.k_proj.linear"),
+                             ("attn_v", "self_attn.v_proj.linear"), ("attn_out", "self_attn.o_proj.linear"), ("ffn_gate", "mlp.gate_proj.linear"), ("ffn_up", "mlp.up_proj.linear"),
+                             ("ffn_down", "mlp.down_proj.linear")):
+            tensors[f"v.blk.{l}.{ours}.weight"] = state[f"{prefix}encoder.layers.{l}.{theirs}.weight"]
+            module = f"{prefix}encoder.layers.{l}.{theirs.removesuffix('.linear')}"
+            tensors |= {f"v.blk.{l}.{ours}.{bound}": state[f"{module}.{bound}"].reshape(1) for bound in ("input_min", "input_max", "output_min", "output_max") if f"{module}.{bound}" in state}
+    numbers = {"patch_size": p, "embedding_length": C, "feed_forward_length": config.intermediate_size, "block_count": config.num_hidden_layers, "attention.head_count": config.num_attention_heads,
+               "attention.layer_norm_epsilon": config.rms_norm_eps, "image_size": 224, "image_mean": [0.0] * 3, "image_std": [1.0] * 3, "max_soft_tokens": 20}
+    return tensors, numbers
+
+
+def make_gemma4_unified(seed=0):
+    """Without a tower, as the 12B model."""
+    import transformers
+    text = TEXT | dict(
+        model_type="gemma4_unified_text", num_hidden_layers=6, layer_types=[LOCAL] * 5 + [FULL], head_dim=16, global_head_dim=32, num_global_key_value_heads=1, num_kv_shared_layers=0,
+        hidden_size_per_layer_input=0, sliding_window=24, use_bidirectional_attention="vision",
+        rope_parameters={LOCAL: dict(rope_type="default", rope_theta=1e4), FULL: dict(rope_type="proportional", partial_rotary_factor=0.25, rope_theta=1e6)})
+    vision = dict(patch_size=8, pooling_kernel_size=3, mm_embed_dim=80, mm_posemb_size=40, output_proj_dims=80)
+    config = transformers.Gemma4UnifiedConfig(text_config=text, vision_config=vision, audio_config=None, image_token_id=token("<|image|>"))
+    config._attn_implementation = "eager"
+    torch.manual_seed(seed)
+    model = randomized(transformers.Gemma4UnifiedForConditionalGeneration(config), seed).float()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(("q_norm.weight", "k_norm.weight")):
+                weight.mul_(0.5)
+    with_exact_angles(SimpleNamespace(model=model.model.language_model, config=config.text_config))
+    return model
+
+
+def unified_logits(model, ids, pictures, layouts):
+    values, places = [], []
+    for picture, layout in zip(pictures, layouts):
+        (width, height), = layout.sizes
+        rows, columns = height // 24, width // 24
+        patches = (pillow_resized(pixels_of(picture), (width, height), 3) / 255).reshape(rows, 24, columns, 24, 3).swapaxes(1, 2).reshape(rows * columns, -1)
+        own = np.stack(np.meshgrid(np.arange(columns), np.arange(rows), indexing="xy"), axis=-1).reshape(-1, 2)
+        values.append(np.pad(patches, ((0, 20 - len(patches)), (0, 0))))
+        places.append(np.pad(own, ((0, 20 - len(patches)), (0, 0)), constant_values=-1))
+    return model(input_ids=ids, pixel_values=torch.tensor(np.stack(values), dtype=torch.float32), image_position_ids=torch.tensor(np.stack(places)), attention_mask=torch.ones_like(ids),
+                 mm_token_type_ids=(ids == token("<|image|>")).long())
+
+
+def unified_mmproj(state, config):
+    """The columns of what reads pixels are by color first there."""
+    planar = np.arange(3 * 24 * 24).reshape(24, 24, 3).transpose(2, 0, 1).reshape(-1)
+    own = {name.removeprefix("model.vision_embedder."): tensor for name, tensor in state.items() if "vision_embedder" in name} or {
+        name.removeprefix("model.embed_vision."): tensor for name, tensor in state.items() if "embed_vision" in name}
+    project = next(tensor for name, tensor in state.items() if name.endswith("embedding_projection.weight"))
+    tensors = {"v.patch_embd.weight": own["patch_dense.weight"][:, planar], "v.patch_embd.bias": own["patch_dense.bias"], "v.position_embd.weight": own["pos_embedding"].swapaxes(0, 1),
+               "mm.input_projection.weight": project}
+    for number, name in enumerate(("patch_ln1", "patch_ln2", "pos_norm"), 1):
+        tensors |= {f"v.patch_norm.{number}.{part}": own[f"{name}.{part}"][planar if number == 1 else slice(None)] for part in ("weight", "bias")}
+    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    return tensors, {"patch_size": 8, "embedding_length": 80, "block_count": 0, "feed_forward_length": 0, "attention.head_count": 0, "image_size": 224, "max_soft_tokens": 20}
+
+
 def siglip_layers(state, prefix, layers):
     tensors = {}
     for part in ("weight", "bias"):
@@ -91,7 +237,12 @@ def siglip_numbers(config):
 
 
 # kind -> how to make it, its preprocessor_config.json, the marker of its template, transformers' outputs, its mmproj and that one's type
-FAMILIES = {"lfm2_vl": (make_lfm2_vl, LFM2_PICTURES, "<image>", lfm2_logits, lfm2_mmproj, "lfm2")}
+FAMILIES = {"lfm2_vl": (make_lfm2_vl, LFM2_PICTURES, "<image>", lfm2_logits, lfm2_mmproj, "lfm2"),
+            "gemma3": (make_gemma3, GEMMA3_PICTURES, "<start_of_image>", gemma3_logits, gemma3_mmproj, "gemma3"),
+            "gemma4": (make_gemma4, GEMMA4_PICTURES, "<|image|>", gemma4_logits, gemma4_mmproj, "gemma4v"),
+            "gemma4-small": (lambda: make_gemma4(two_sided=False, small=True, clipped=True), GEMMA4_PICTURES, "<|image|>", gemma4_logits, gemma4_mmproj, "gemma4v"),
+            "gemma4-unified": (make_gemma4_unified, GEMMA4_PICTURES, "<|image|>", unified_logits, unified_mmproj, "gemma4uv")}
+IMAGE_TOKENS = {"gemma3": "<image_soft_token>"} | dict.fromkeys(("gemma4", "gemma4-small", "gemma4-unified"), "<|image|>")
 
 
 def save_family(folder, kind, model, **more):
@@ -103,21 +254,20 @@ def save_family(folder, kind, model, **more):
     write(folder / "preprocessor_config.json", pictures | more)
 
 
-def family_logits(model, kind, ids, pictures, layouts, image="<image>"):
+def family_logits(model, kind, ids, pictures, layouts):
     """transformers' logits of a prompt whose ids of rows become those of the image token."""
-    ids = torch.tensor([[each if each < VOCABULARY else token(image) for each in ids]])
+    ids = torch.tensor([[each if each < VOCABULARY else token(IMAGE_TOKENS.get(kind, "<image>")) for each in ids]])
     with torch.no_grad():
         return FAMILIES[kind][3](model, ids, pictures, layouts).logits[0].double().numpy()
 
 
 def write_family(folder, kind, model, **more):
     """The text model and its mmproj, as llama.cpp's converter writes them, in float32; the path of the former."""
-    from families import as_gguf
     from tiny_gguf import write_gguf
     import transformers
     _, _, marker, _, mmproj, projector = FAMILIES[kind]
     text = transformers.AutoModelForCausalLM.from_config(model.config.text_config).float()
-    state = {name.replace("model.language_model.", "model."): tensor for name, tensor in model.state_dict().items() if "vision" not in name and "multi_modal" not in name}
+    state = {name.replace("model.language_model.", "model."): tensor for name, tensor in model.state_dict().items() if "vision" not in name and "multi_modal" not in name}  # embed_vision too
     text.load_state_dict(state, strict=True)
     vocabulary = json.loads(byte_tokenizer().to_str())["model"]["vocab"]
     spare = VOCABULARY - BYTES - len(SPECIALS) - 1

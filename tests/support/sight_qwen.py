@@ -31,7 +31,8 @@ def make_qwen(kind, seed=0):
         experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=32) if kind == "qwen3_5_moe" else {}
         configure, maker = {"qwen3_5": (transformers.Qwen3_5Config, transformers.Qwen3_5ForConditionalGeneration),
                             "qwen3_5_moe": (transformers.Qwen3_5MoeConfig, transformers.Qwen3_5MoeForConditionalGeneration)}[kind]
-        config = configure(text_config=TEXT | text | experts, vision_config=TOWER, tie_word_embeddings=False, **IDS)
+        odd = {} if experts else dict(hidden_size=72, num_heads=3)      # its heads are padded
+        config = configure(text_config=TEXT | text | experts, vision_config=TOWER | odd, tie_word_embeddings=False, **IDS)
     config._attn_implementation = "eager"
     torch.manual_seed(seed)
     return randomized(maker(config), seed).float()

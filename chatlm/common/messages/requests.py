@@ -45,6 +45,7 @@ class Vision(NamedTuple):
     tiles: tuple[int, int] = (1, 1)  # the fewest and the most that it is cut into
     whole_from: float = 1.0          # it is cut if it has so many times the pixels of `tokens`
     shows_whole: bool = True         # is the whole one more tile after the others?
+    two_sided: bool = False          # do a picture's rows see each other? They then stand together
 
 
 class InfillTokens(NamedTuple):

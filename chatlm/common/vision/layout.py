@@ -139,8 +139,28 @@ def qwen3vl(vision: Vision, size: Size) -> Layout:
                   grid=(columns, rows))
 
 
+def gemma3(vision: Vision, size: Size) -> Layout:
+    """Gemma 3: one square, whatever the picture's proportion (Gemma3Processor; its pan and scan is off)."""
+    return Layout(((vision.tile, vision.tile),), 0, 0, None,
+                  ("\n\n<start_of_image>", vision.tokens, "<end_of_image>\n\n"))
+
+
+def gemma4(vision: Vision, size: Size) -> Layout:
+    """Gemma 4: whole, with sides that are multiples of `unit`, and as many units as `tokens` allow
+    (Gemma4ImageProcessor)."""
+    width, height = size
+    factor = math.sqrt(vision.tokens * vision.unit**2 / (width * height))
+    columns, rows = (math.floor(factor * side / vision.unit) for side in size)
+    if not rows:  # so long that a unit is more than its height
+        columns, rows = min(width // height, vision.tokens), 1
+    elif not columns:
+        columns, rows = 1, min(height // width, vision.tokens)
+    return Layout(((columns * vision.unit, rows * vision.unit),), 0, 0, None,
+                  ("<|image>", columns * rows, "<image|>"))
+
+
 LAYOUTS: dict[str, Callable[[Vision, Size], Layout]] = {
-    "idefics3": idefics3, "lfm2": lfm2, "qwen3vl": qwen3vl}
+    "idefics3": idefics3, "lfm2": lfm2, "gemma3": gemma3, "gemma4": gemma4, "qwen3vl": qwen3vl}
 
 
 def layout_of(vision: Vision, width: int, height: int) -> Layout:

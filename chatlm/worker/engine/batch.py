@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence as Seq
+from collections.abc import Iterable, Sequence as Seq
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -13,14 +13,15 @@ from chatlm.worker.ops.rows import SampleRow
 if TYPE_CHECKING:
     import numpy
     from chatlm.worker.engine.sequence import Chunk, Sequence
+    from chatlm.worker.model.spec import ModelSpec
 
 
-def make_batch(plan: Seq[Chunk]) -> Batch:
-    """Flatten the plan into one forward pass, sequence after sequence."""
+def make_batch(plan: Seq[Chunk], spec: ModelSpec | None = None) -> Batch:
+    """Flatten the plan into one forward pass of a model, sequence after sequence."""
     adapters = [chunk.sequence.adapter for chunk in plan]
     shown = any(chunk.sequence.pooling or chunk.sequence.shown for chunk in plan)
     batch = Batch([], [], [0], [], [], [], shown, [], [], [], adapters if any(adapters) else [])
-    token_ids, previous_token_ids, starts, lengths, tables, logit_rows, _, reads, *writes, _ = batch
+    token_ids, previous_token_ids, starts, lengths, tables, logit_rows, _, reads, *writes, _, _ = batch
     for chunk in plan:
         first, (before, *ids) = chunk.sequence.computed, chunk.ids
         reads.append(chunk.reads)
@@ -32,7 +33,25 @@ def make_batch(plan: Seq[Chunk]) -> Batch:
         lengths.append(first + len(ids))
         tables.append(chunk.sequence.pages)
         logit_rows += range(len(token_ids) - chunk.rows, len(token_ids))
-    return batch._replace(turns=turns_of(plan))
+    return of_pictures(batch, plan, spec) if spec and spec.sees else batch
+
+
+def of_pictures(batch: Batch, plan: Seq[Chunk], spec: ModelSpec) -> Batch:
+    """A batch with what rows of pictures need besides."""
+    if spec.picture_pad is not None:
+        batch.previous_token_ids[:] = pad_ids(batch.token_ids, spec.picture_pad, spec.vocab_size)
+    ahead = [0] * len(batch.token_ids)
+    for chunk, start, last in zip(plan, batch.starts, batch.starts[1:]):
+        first = chunk.sequence.computed
+        for begin, end in chunk.sequence.spans(first, first + last - start):
+            rows = slice(start + max(begin - first, 0), start + end - first)
+            ahead[rows] = [end] * (rows.stop - rows.start)
+    return batch._replace(ahead=ahead if any(ahead) else [], turns=turns_of(plan))
+
+
+def pad_ids(token_ids: Iterable[int], pad: int, vocab_size: int) -> list[int]:
+    """The previous_token_ids of a model with a picture_pad."""
+    return [pad if token == vocab_size else vocab_size for token in token_ids]
 
 
 def turns_of(plan: Seq[Chunk]) -> list[int]:

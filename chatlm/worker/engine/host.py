@@ -36,7 +36,7 @@ class HostSteps:
         """Run a step; returns the chunks that advanced, and a function that returns the drawn tokens."""
         if not plan:
             return [], list
-        batch = make_batch(plan)
+        batch = make_batch(plan, self.transformer.spec)
         if self.transformer.spec.token_types:
             batch.previous_token_ids[:] = self._token_types(plan)
         logits = self.steps.forward(batch)

@@ -117,8 +117,8 @@ class Scheduler:
                 if len(chunks) == room:
                     return chunks
         pieces = [s for s in pieces if s.pages]
-        if pieces and (self.exact_rows or not drafted):
-            chunks += self._share_prefill(pieces, most - len(chunks), room - len(chunks))
+        if pieces and room > len(chunks) and (self.exact_rows or not drafted):
+            chunks += self._share_prefill(pieces, most - len(chunks), room - len(chunks), True)
         return chunks
 
     def _texts_now(self, answers: list[Sequence], lane: list[Sequence]) -> list[Chunk] | None:
@@ -282,14 +282,15 @@ class Scheduler:
             if not self._give_up_pages(newcomer, needed, headroom, peers):
                 return False
 
-    def _share_prefill(self, prefilling: list[Sequence], rows: int, left: int) -> list[Chunk]:
+    def _share_prefill(self, prompts: list[Sequence], rows: int, left: int, beside=False) -> list[Chunk]:
         """Split the step's prefill budget, `left`: at least half to the oldest, the rest shortest first.
+        Unless `beside` others, the oldest may exceed it for a picture that must be computed in one step.
 
         Each may need one of the `rows` rows of logits; prompts being scored share the remaining rows."""
-        oldest, *others = prefilling
+        oldest, *others = prompts
         others.sort(key=lambda sequence: sequence.pending)
         wanted = sum(sequence.pending for sequence in others)
-        rows -= len(prefilling)
+        rows -= len(prompts)
         chunks = []
         for sequence in (oldest, *others):
             if sequence.restoration:
@@ -297,6 +298,7 @@ class Scheduler:
             share = max(left // 2, left - wanted) if sequence is oldest else left
             bare = max(sequence.unscored - sequence.computed, 0)  # tokens without logits
             count = min(sequence.seen, share, bare + 1 + rows if sequence.scoring else share)
+            count = sequence.uncut(count, left if beside or sequence is not oldest else self.prefill_chunk)
             if count > 0 and self._grow(sequence, sequence.computed + count):
                 draws = count == sequence.pending and not sequence.pooling
                 chunks.append(chunk := Chunk(sequence, count, int(draws)))

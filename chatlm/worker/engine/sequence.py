@@ -176,6 +176,25 @@ class Sequence:
         """How many of its pending tokens may be computed before a row of a picture that is not encoded."""
         return self.sight.known(self.computed, self.pending) if self.sight else self.pending
 
+    def spans(self, first: int, end: int) -> list[tuple[int, int]]:
+        """The pictures, (begin, end) of each one's rows, whose rows see each other and are among these
+        tokens."""
+        return self.sight.spans(first, end) if self.sight and self.sight.two_sided else []
+
+    def uncut(self, count: int, most: int) -> int:
+        """So many of the next `count` tokens that no picture whose rows see each other is cut: at its begin,
+        or, if the tokens begin in it, all of it, where `most` allow that. What precedes them may have cut
+        it: pages of its rows were computed with all of them."""
+        if not self.sight:
+            return count
+        end = self.computed + count
+        for begin, last in self.spans(self.computed, end):
+            if last > end and begin > self.computed:
+                end = begin
+            elif last > end:
+                end = last if last - self.computed <= most else self.computed
+        return end - self.computed
+
     @property
     def decodes(self) -> bool:
         """Is one token left to compute, and can it be?"""

@@ -42,10 +42,10 @@ class Sight:
     its longer side has rows (M-RoPE)."""
 
     def __init__(self, first_id: int, places: list[int], owners: list[tuple[int, int]], seen: Seq[Seen],
-                 first_turn: int = 0):
-        """first_turn: the row of the rotary tables with the turn of a step's first row; 0: all turn by their
-        position."""
-        self.first_id, self.places = first_id, places
+                 two_sided: bool = False, first_turn: int = 0):
+        """two_sided: rows of a picture see all of its rows, and must be computed in one step. first_turn: the
+        row of the rotary tables with the turn of a step's first row; 0: all turn by their position."""
+        self.first_id, self.places, self.two_sided = first_id, places, two_sided
         self.owners, self.seen = owners, seen  # of each place: (number of the picture, row)
         self.first_turn = first_turn
         self.begins = [place for place, (_, row) in zip(places, owners) if row == 0]  # of each picture
@@ -115,6 +115,16 @@ class Sight:
             begin = last
         return found
 
+    def spans(self, first: int, end: int) -> list[tuple[int, int]]:
+        """(first place, that after the last) of each picture with rows among the tokens [first, end)."""
+        found, at = [], 0
+        while at < len(self.places) and self.places[at] < end:
+            count = self.seen[self.owners[at][0]].layout.tokens
+            if (last := self.places[at] + count) > first:
+                found.append((self.places[at], last))
+            at += count
+        return found
+
     def as_one_id(self, ids: Iterable[int]) -> list[int]:
         """The ids with that after the last of the vocabulary for every row."""
         return [min(token, self.first_id) for token in ids]
@@ -144,7 +154,7 @@ class Pictures:
         self._forget()
         counts = [(each.picture.digest, each.layout.tokens) for each in seen]
         return Sight(vision.first_id, rows_in(vision, work.prompt_ids),
-                     row_places(vision, work.prompt_ids, counts), seen, self.first_turn)
+                     row_places(vision, work.prompt_ids, counts), seen, vision.two_sided, self.first_turn)
 
     def _of(self, picture: Picture, vision: Vision) -> Seen:
         if (seen := self.seen.get(picture.digest)) is None:

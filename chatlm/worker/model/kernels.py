@@ -167,6 +167,7 @@ class Kernels:
     mean_squares: Callable = missing_op
     norm_qk: Callable = missing_op
     scale_rows: Callable = missing_op
+    clamp: Callable = missing_op
     rope_append: Callable = missing_op
     plan_attention: Callable = missing_op
     paged_attention: Callable = missing_op

@@ -75,27 +75,55 @@ def by_row_and_column(spec: ModelSpec, rows: int, columns: int) -> numpy.ndarray
     return numpy.concatenate([numpy.outer(row, frequencies), numpy.outer(column, frequencies)], axis=1)
 
 
+def places_of_axes(places: numpy.ndarray, rows: int, columns: int) -> numpy.ndarray:
+    """The tables (2, n, C) have a row for each column, and one for each row, of the patches (Gemma 4)."""
+    return (places[0, None, :columns] + places[1, :rows, None]).reshape(rows * columns, -1)
+
+
+def angles_of_axes(spec: ModelSpec, rows: int, columns: int) -> numpy.ndarray:
+    """The first half of the pairs turns by the column, the second by the row (Gemma 4)."""
+    half = spec.head_size // 4
+    turns = spec.rope_base ** -(numpy.arange(half) / half)
+    by_column, by_row = (numpy.outer(numpy.arange(count), turns) for count in (columns, rows))
+    grid = rows, columns, half
+    return numpy.concatenate([numpy.broadcast_to(by_column[None], grid), numpy.broadcast_to(
+        by_row[:, None], grid)], axis=2).reshape(rows * columns, 2 * half)
+
+
 # name -> (table, rows, columns of the patches) -> what is added to these (rows * columns, C), in raster order
 PLACES: dict[str, Callable[[numpy.ndarray, int, int], numpy.ndarray]] = {
-    "fixed": fixed_places, "spread": spread_places, "bilinear": bilinear_places}
+    "fixed": fixed_places, "spread": spread_places, "axes": places_of_axes, "bilinear": bilinear_places}
 
 # name -> (spec of the layers, rows, columns) -> the angle of each pair of a head, (rows * columns, D / 2), in
 # raster order; pairs are (i, i + D / 2)
-ANGLES: dict[str, Callable[[ModelSpec, int, int], numpy.ndarray]] = {"by_row_and_column": by_row_and_column}
+ANGLES: dict[str, Callable[[ModelSpec, int, int], numpy.ndarray]] = {
+    "axes": angles_of_axes, "by_row_and_column": by_row_and_column}
 
 
 class Projector(NamedTuple):
     """`compute`: the rows (n, C) of the tower's last layer, after its last norm, in the order of patches, the
-    size n / N of a square, and what the fields name -> the model's rows (N, width)."""
+    size n / N of a square, and what the fields name -> the model's rows (N, width). `start`, in place of
+    layers: patches, what is added to them, and what the fields name -> these rows."""
 
     products: Mapping[str, str | None]   # matrices -> the activation of their products
     values: tuple[str, ...]              # vectors
     compute: Callable[[numpy.ndarray, int, Products, Arrays], numpy.ndarray]
+    normed: bool = True                  # False: there is no last norm
+    start: Callable[[numpy.ndarray, numpy.ndarray, Products, Arrays], numpy.ndarray] | None = None
 
 
 def joined(x: numpy.ndarray, square: int) -> numpy.ndarray:
     """Those of a square one after another: (n, C) -> (n / square, square * C)."""
     return x.reshape(len(x) // square, -1)
+
+
+def averaged(x: numpy.ndarray, square: int) -> numpy.ndarray:
+    """The mean of a square's: (n, C) -> (n / square, C)."""
+    return x.reshape(len(x) // square, square, -1).mean(axis=1)
+
+
+def rms_norm(x: numpy.ndarray, weight: numpy.ndarray | float, eps: float) -> numpy.ndarray:
+    return x / numpy.sqrt((x * x).mean(axis=1, keepdims=True) + eps) * weight
 
 
 def layer_norm(x: numpy.ndarray, weight: numpy.ndarray, bias: numpy.ndarray, eps: float) -> numpy.ndarray:
@@ -112,8 +140,38 @@ def widened_join(x: numpy.ndarray, square: int, products: Products, values: Arra
     return products["project"](products["widen"](joined(x, square)))
 
 
+def normed_mean(x: numpy.ndarray, square: int, products: Products, values: Arrays) -> numpy.ndarray:
+    return products["project"](rms_norm(averaged(x, square), values["mean_norm"], 1e-6))
+
+
+def scaled_mean(x: numpy.ndarray, square: int, products: Products, values: Arrays) -> numpy.ndarray:
+    x = averaged(x, square) * numpy.float32(math.sqrt(x.shape[1]))
+    if "mean_bias" in values:
+        x = (x - values["mean_bias"]) * values["mean_scale"]
+    return products["project"](rms_norm(x, 1.0, 1e-6))
+
+
+def bare_patches(patches: numpy.ndarray, places: numpy.ndarray, products: Products,
+                 values: Arrays) -> numpy.ndarray:
+    """Gemma 4 12B: norms around one product."""
+    def norm(x: numpy.ndarray, name: str) -> numpy.ndarray:
+        return layer_norm(x, values[name], values[f"{name}_bias"], 1e-5)
+
+    x = norm(products["patch"](norm(patches, "patch_norm")), "patch_out_norm")
+    return norm(x + places, "place_norm")
+
+
 PROJECTORS: dict[str, Projector] = {
     "merger": Projector({"widen": "gelu_erf", "project": None}, (), widened_join),
+    "gemma4": Projector({"project": None}, (), scaled_mean, normed=False),
+    "gemma4_standard": Projector({"project": None}, ("mean_bias", "mean_scale"), scaled_mean, normed=False),
+    "gemma4_bare": Projector(
+        {"patch": None, "project": None},
+        tuple(f"{name}{ending}" for name in ("patch_norm", "patch_out_norm", "place_norm")
+              for ending in ("", "_bias")),
+        lambda x, square, products, values: products["project"](rms_norm(x, 1.0, 1e-6)),
+        normed=False, start=bare_patches),
+    "gemma3": Projector({"project": None}, ("mean_norm",), normed_mean),
     "idefics3": Projector({"project": None}, (), lambda x, square, products, values:
                           products["project"](joined(x, square))),
     "lfm2": Projector({"widen": "gelu_erf", "project": None}, ("join_norm", "join_norm_bias"), normed_join),

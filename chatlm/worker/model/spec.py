@@ -438,6 +438,12 @@ class ModelSpec:
     sees: bool = False                # rows of pictures are added to the embeddings, which are 0 there,
     deep_rows: int = 0                # others of them after each of so many first layers
     rope_axes: tuple[int, ...] = ()   # how many pairs turn by a picture's time, row and column, interleaved
+    two_sided: str = ""               # layers in which rows of a picture see all of its rows: "all" of them,
+                                      # those with "windows", or none
+    clamped: bool = False             # of a tower: what products read and give is bounded, see Clamps; gate
+                                      # and up are products of their own
+    picture_pad: int | None = None    # of rows of pictures, layers get the inputs of this token: a step's
+                                      # previous_token_ids are then it in such rows, elsewhere V
     opens: bool = True                # False: another stage computes the layers before these,
     closes: bool = True               # and here those after them
 
@@ -476,6 +482,11 @@ class ModelSpec:
         """This spec with these windows, one for each layer."""
         return replace(self, attentions=tuple(
             replace(self.attention(l), window=window) for l, window in enumerate(windows)))
+
+    def ahead(self, attn: Attention) -> dict[str, bool]:
+        """What paged_attention must know of a layer in which rows of pictures see each other."""
+        return {"two_sided": True} if self.two_sided == "all" or (
+            self.two_sided == "windows" and attn.window) else {}
 
     @property
     def all_layers(self) -> int:
@@ -541,7 +552,7 @@ def layer_tensors(spec: ModelSpec, l: int) -> Shapes:
         "qkv": (q * (1 + spec.output_gate) + k + v, C), "output": (C, attn.heads * attn.value_size)}
     matrices |= feed_forward_tensors(spec, l) | present(
         (P, {"input_gate": (P, C), "input_norm": (C,), "input_out": (C, P)}),
-        (spec.layer_scalars, {"scalar": (1,)}),
+        (spec.layer_scalars, {"scalar": (1,)}), (spec.clamped, {"clamps": (28,)}),
         (spec.norm_weights and spec.pre_norms and not isinstance(mixer, NoMixer) and (
             l > 0 or spec.first_norm), {"attention_norm": (C,)}),
         (spec.norm_weights and spec.pre_norms and not spec.one_norm and l not in spec.bare_layers, {
@@ -570,6 +581,8 @@ def feed_forward_tensors(spec: ModelSpec, l: int) -> Shapes:
     C, F, shared = spec.width, spec.ffn_size, spec.shared_size
     E = spec.experts if l not in spec.dense_layers else 0
     size = F * (1 + (l in spec.double_layers)) if E or not spec.experts else spec.dense_size
+    if spec.clamped:
+        return {"gate": (F, C), "up": (F, C), "down": (C, F)}
     up, halves = ("up", 1) if spec.ungated else ("gate_up", 2)
     if not E:
         return {up: (halves * size, C), "down": (C, size)}
@@ -588,7 +601,8 @@ class Batch(NamedTuple):
     """One flattened step: the T new tokens of N sequences, one after another; one-token sequences first."""
 
     token_ids: list[int]           # (T); ~i stands for the token that row i of the previous step is drawing
-    previous_token_ids: list[int]  # (T); -1 at position 0. In a model with token types: these
+    previous_token_ids: list[int]  # (T); -1 at position 0. In a model with token types, or a picture_pad:
+                                   # these
     starts: list[int]              # (N + 1): tokens starts[i] .. starts[i + 1] - 1 belong to sequence i
     lengths: list[int]             # (N): number of keys of sequence i after this step
     tables: list[list[int]]        # (N): pages of sequence i, in order; for each group of layers in turn
@@ -599,6 +613,8 @@ class Batch(NamedTuple):
     write_slots: list[int] = []    # the slot for each
     adapters: list[int] = []       # (N): the slot of each sequence's adapter, 0: none; []: none has one
     turns: list[int] = []          # (T): the row of the rotary tables of each token; []: its position
+    ahead: list[int] = []          # (T), or []: the position before which a token sees all others in layers
+                                   # that are two-sided, even those after itself; 0: those up to itself
 
 
 class Sequences(NamedTuple):

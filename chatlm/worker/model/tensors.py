@@ -116,7 +116,7 @@ class MappedRows:
             return
         start, size, page = address_of(self.table), self.table[0].nbytes, mmap.PAGESIZE
         last = 0
-        for row in sorted({*ids}):  # neighbours in one call
+        for row in sorted(row for row in {*ids} if row < len(self.table)):  # neighbours in one call
             begin = max((start + row * size) // page * page, last)
             end = -(-(start + (row + 1) * size) // page) * page
             if begin < end:

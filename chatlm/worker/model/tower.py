@@ -52,6 +52,8 @@ class Eyes(NamedTuple):
     grid: int = 0               # rows of the table of places
     deep: tuple[int, ...] = ()  # after these layers too a projector makes rows, for the model's first layers
     axes: tuple[int, ...] = ()  # ModelSpec.rope_axes of the model
+    two_sided: str = ""         # of the ModelSpec
+    pad: int | None = None      # likewise picture_pad
 
     @property
     def nbytes(self) -> int:
@@ -137,7 +139,8 @@ class Tower:
         self.values = {name: values_of(tensors.pop(name)) for name in (
             "places", *self.projector.values,
             *(name for i in range(len(eyes.deep)) for name in deep_norm(i)))}
-        self.first = Product(spec, device, self.rows, "patch", tensors, dtype, None, adds=True)
+        self.first = None if self.projector.start else Product(
+            spec, device, self.rows, "patch", tensors, dtype, None, adds=True)
         self.products = {
             name: Product(spec, device, self.rows // self.square, name, tensors, dtype, None,
                           activation=activation)
@@ -146,7 +149,7 @@ class Tower:
         self.stages, self.turned = list[Transformer](), (0, 0)
         step = max(1, min(int(part / layer_work(spec, self.rows, bool(quantize))), spec.layers))
         self.ends = {*range(step, spec.layers, step), *(layer + 1 for layer in eyes.deep), spec.layers}
-        for begin, end in pairwise((0, *sorted(self.ends))):
+        for begin, end in () if self.projector.start else pairwise((0, *sorted(self.ends))):
             own = replace(spec, layers=end - begin)
             kernels = load_kernels(device, own, max_tokens=self.rows, max_rows=1, quantize=quantize)
             given = {name: tensors[moved(name, begin)] for name in expected_tensors(own)}
@@ -156,38 +159,50 @@ class Tower:
                 own, given, kernels, num_pages=-(-self.rows // PAGE_SIZE), max_tokens=self.rows, max_rows=1,
                 device=device, dtype=dtype, groups=groups, kv=kv,
                 buffers=self.stages[0].buffers if self.stages else None))
+        if not self.stages:
+            return
         x = self.stages[0].buffers["x"]
         self.stages[0].arrays.put(numpy.zeros(tuple(x.shape), numpy.float32), x)  # also what pads it
 
     def encode(self, tiles: Seq[numpy.ndarray]) -> Generator[None, None, numpy.ndarray]:
         """The rows (tokens, width * (1 + len(deep))) float32 of a picture's tiles, as `tiles_of` makes
         them."""
-        made, x = [], self.stages[0].buffers["x"]
-        arrays, width = self.stages[0].arrays, self.eyes.spec.width
+        made = []
         for tile in tiles:
             patches, places = self.patches_of(tile)
-            count = len(patches)
-            arrays.put(self.first(patches, places), x[:count, :width])
             if self.eyes.angles:
                 self._turn(tile.shape[0] // self.eyes.patch, tile.shape[1] // self.eyes.patch)
-            rows = list[numpy.ndarray]()
-            for end, stage in zip(sorted(self.ends), self.stages):
-                stage.forward(whole_text(count))
+            rows = list[numpy.ndarray]()  # beside the last layer's
+            if self.first:
+                seen = yield from self._through_layers(self.first(patches, places), rows)
+            else:
+                assert self.projector.start
+                seen = self.projector.start(patches, places, self.products, self.values)
                 yield
-                if end - 1 in self.eyes.deep:
-                    rows.append(self._deep(len(rows), arrays.numpy(x[:count, :width])))
-            seen = self.stages[-1].hidden_states(0, count).astype(numpy.float32)
             seen = self.projector.compute(seen, self.square, self.products, self.values).copy()
             made.append(numpy.concatenate([seen, *rows], axis=1))
         return numpy.concatenate(made)
 
-    def _deep(self, number: int, x: numpy.ndarray) -> numpy.ndarray:
-        """The rows that the projector of this number makes of a layer's output (deepstack)."""
-        weight, bias = (self.values[name] for name in deep_norm(number))
-        x = layer_norm(x.reshape(len(x) // self.square, -1), weight, bias, self.eyes.spec.norm_eps)
-        for name in self.projector.products:
-            x = self.products[f"{name}_{number}"](x)
-        return x.copy()
+    def _through_layers(self, first: numpy.ndarray,
+                        rows: list[numpy.ndarray]) -> Generator[None, None, numpy.ndarray]:
+        """The last layer's output for this input; `rows` gets what projectors make of others' (deepstack)."""
+        count, width = first.shape
+        arrays, x = self.stages[0].arrays, self.stages[0].buffers["x"]
+        arrays.put(first, x[:count, :width])
+        for end, stage in zip(sorted(self.ends), self.stages):
+            stage.forward(whole_text(count))
+            yield
+            if end - 1 in self.eyes.deep:
+                number = len(rows)
+                weight, bias = (self.values[name] for name in deep_norm(number))
+                seen = arrays.numpy(x[:count, :width]).reshape(count // self.square, -1)
+                seen = layer_norm(seen, weight, bias, self.eyes.spec.norm_eps)
+                for name in self.projector.products:
+                    seen = self.products[f"{name}_{number}"](seen)
+                rows.append(seen.copy())
+        if not self.projector.normed:
+            return arrays.numpy(x[:count])[:, :width].astype(numpy.float32)
+        return self.stages[-1].hidden_states(0, count).astype(numpy.float32)
 
     def _turn(self, rows: int, columns: int):
         """Let the layers rotate by the places in a grid of patches, which are positions of a text to them."""

@@ -18,6 +18,7 @@ from chatlm.common.hub.stamps import refuse_changed_adapter
 from chatlm.worker.arrays.kinds import (
     AdapterMatrix, Device, Norm, address_of, as_kind, floats, kind_of)
 from chatlm.worker.arrays.rotary import query_scales, rope_frequencies, rope_rows, rope_tables
+from chatlm.worker.model.clamps import Clamps
 from chatlm.worker.model.padding import padded_adapter, padded_spec, padded_tensors
 from chatlm.worker.model.spec import (
     DISTANCE_BUCKETS, DeltaRule, Inputs, Mamba2, NoMixer, PageLayout, RowAdapters, Sequences, ShortConv,
@@ -83,6 +84,8 @@ class Transformer:
                 for weight in map(self.weights.get, ("final_norm", "final_norm_bias")))
             self.layers = [{name.partition(".")[2]: tensor for name, tensor in self.weights.items()
                             if name.startswith(f"{l}.")} for l in range(spec.layers)]
+            for layer in self.layers if spec.clamped else ():
+                layer["clamps"] = Clamps(spec, self.arrays.numpy(layer["clamps"]), of)
             turns = [rope_frequencies(spec.attention(layer)) for layer in range(spec.layers)]
             # the rows after the last position are those of pictures' rows in a step
             turned = replace(spec, max_positions=spec.max_positions + max_tokens * bool(spec.rope_axes))
@@ -121,7 +124,7 @@ class Transformer:
             target = dtype if len(parts[0].shape) > 1 and name != "smear_gate" else "float32"
             moved = [part if hasattr(part, "parts") else self.arrays.of(part, target) for part in parts]
             matrix = name.rpartition(".")[2] in (
-                "embed", "qkv", "output", "gate_up", "up", "down", "head", "ve_gate", "gate_up_bias",
+                "embed", "qkv", "output", "gate_up", "gate", "up", "down", "head", "ve_gate", "gate_up_bias",
                 "router", "expert_gate_up", "expert_up", "expert_down", "expert_gate_up_bias",
                 "shared_gate_up", "shared_up", "shared_down", "shared_gate", "latent_in", "latent_out",
                 "mix_in", "mix_out", "join_embed", "join_hidden", "layer_project", "input_gate", "input_out")
@@ -159,10 +162,11 @@ class Transformer:
             "squares": (T, max((-(-mixer.groups // 16) * 16 for mixer in shared), default=0), f32),
             "gated": (T, (gates + qkv) * spec.output_gate, dtype), "gates": (T, gates, dtype),
             "x": (T, C, f32), "residual": (T, C, f32), "x0": (T, C, f32), "middle": (T, C, f32),
-            "previous": (T, C, f32), "added": (T, C, f32), "normed": (T, C * spec.layer_norms, f32),
+            "previous": (T, C, f32), "added": (T, C, f32),
+            "normed": (T, C * (spec.layer_norms or spec.clamped), f32),
             "qkv": (T, qkv, dtype), "q": (T, q, f32), "attended": (T, attended, dtype),
             "gate": (T, kv_heads, dtype), "value": (T, values, dtype),
-            "hidden": (T, F * (2 if spec.double_layers else 1), dtype),
+            "up": (T, F * spec.clamped, f32), "hidden": (T, F * (2 if spec.double_layers else 1), dtype),
             "layer_inputs": (T, spec.all_layers * P, f32), "layer_rows": (T, spec.all_layers * P, f32),
             "input": (T, P, f32),
             "dense": (T, spec.dense_size, dtype), "shared": (T, spec.shared_size, dtype),
@@ -294,8 +298,7 @@ class Transformer:
             k.layer_norm(b.x, w["embed_norm"], w.get("embed_norm_bias"), spec.norm_eps, out=b.x,
                          **self.counted)
         if spec.layer_input_size:
-            k.linear(b.x, w["layer_project"], out=b.layer_inputs)  # (T, L * P)
-            k.look_up(self.layer_embed, inputs.token_ids, out=b.layer_rows)
+            look_up_layer_inputs(self, inputs, b)
             k.layer_inputs(b.layer_inputs, b.layer_rows, w["layer_project_norm"], spec.norm_eps * spec.width,
                            out=b.layer_inputs)
         if spec.embedding_norm:
@@ -363,7 +366,7 @@ class Transformer:
             k.text_attention(q, cache, inputs.attention, attn.window, out=attended, **more)  # (T, H * Dv)
         else:
             k.paged_attention(q, cache, inputs.attention, attn.window, out=attended,
-                              softcap=spec.attention_softcap, sinks=layer.get("sinks"))
+                              softcap=spec.attention_softcap, sinks=layer.get("sinks"), **spec.ahead(attn))
         if spec.output_gate:
             k.gate(attended, narrow(b.gates, queries), out=attended)
         self._add(b, attended, layer, l, "output", b.x, out=b.residual)
@@ -447,6 +450,9 @@ class Transformer:
         if not self.spec.pre_norms or self.spec.layer_norms and name not in layer:
             return x, None
         norm = Norm(layer.get(name), self.norm_eps)
+        if self.spec.clamped:
+            self.kernels.rms_norm(x, norm.weight, norm.eps, out=b.normed)
+            return b.normed, None
         if not self.spec.layer_norms:
             return x, norm
         bias = layer.get(f"{name}_bias")
@@ -512,6 +518,20 @@ def show_pictures(transformer: Transformer, rows: ShownPictures):
                 put(turned, table[begin:begin + len(values)])
 
 
+def look_up_layer_inputs(transformer: Transformer, inputs: Inputs, b: SimpleNamespace):
+    """b.layer_inputs = layer_project x, b.layer_rows = the tokens' rows (T, L * P); of rows of pictures those
+    of spec.picture_pad."""
+    k, spec, table = transformer.kernels, transformer.spec, transformer.layer_embed
+    if spec.picture_pad is None:
+        k.look_up(table, inputs.token_ids, out=b.layer_rows)
+    else:
+        part = 0, spec.vocab_size + 1
+        k.look_up(table, inputs.previous_token_ids, out=b.layer_inputs, part=part)
+        k.look_up(table, inputs.token_ids, out=b.layer_rows, part=part)
+        k.mix(b.layer_rows, b.layer_inputs, 1.0, 1.0, out=b.layer_rows)
+    k.linear(b.x, transformer.weights["layer_project"], out=b.layer_inputs)
+
+
 def join_state(transformer: Transformer, inputs: Inputs, b: SimpleNamespace):
     """x = join_embed(norm(embedding)) + join_hidden(norm(x)): one product of both in the files."""
     k, w, eps = transformer.kernels, transformer.weights, transformer.norm_eps
@@ -556,10 +576,24 @@ def pack_adapter(transformer: Transformer, slot: int, matrices: dict[str, Adapte
 def adapted_linear(k: Kernels, b: SimpleNamespace, x, weights: dict, name: str, layer: int | None = None,
                    **options):
     """The op linear with weights[name], plus what each row's adapter adds to its product."""
+    if "clamps" in weights:
+        return clamped_linear(k, b, x, weights, name, **options)
     adapted = b.adapters and b.adapters.of_matrix(name if layer is None else f"{layer}.{name}")
     if adapted:
         options["adapted"] = adapted
     k.linear(x, weights[name], **options)
+
+
+def clamped_linear(k: Kernels, b: SimpleNamespace, x, weights: dict, name: str, *, out, **options):
+    """The same of a layer whose products are clamped; gelu(gate x) * up x for gate_up. x is clamped too."""
+    if name == "gate_up":
+        for part, made in (("gate", out), ("up", b.up)):
+            clamped_linear(k, b, x, weights, part, out=made)
+        return k.gate_input(out, b.up, 0, out=out)
+    bounds = weights["clamps"].bounds
+    k.clamp(x, *bounds[f"{name}_in"], out=x)
+    k.linear(x, weights[name], out=out, **options)
+    k.clamp(out, *bounds[name], out=out)
 
 
 def distance_biases(buckets: numpy.ndarray, spec: ModelSpec) -> numpy.ndarray:

@@ -145,17 +145,22 @@ def page_table(batch, dtype, device):
 
 
 def plan_attention_reference(batch, positions, windows, dtype) -> dict:
-    """Work out once per step which pages and masks attention needs in all layers: {window: [Span, ...]}."""
+    """Work out once per step which pages and masks attention needs in all layers: {window: [Span, ...]}, and
+    where the batch has an `ahead` {~window: [Span, ...]} for layers that are two-sided."""
     decode, table = decode_rows(batch), page_table(batch, torch.int64, positions.device)
     groups = [range(i, i + 1) for i in range(decode, len(batch.lengths))]
     if decode:
         groups.insert(0, range(decode))
-    return {window: [make_span(batch, positions, table, group, window, dtype) for group in groups]
+    made = {window: [make_span(batch, positions, table, group, window, dtype) for group in groups]
             for window in set(windows)}
+    ahead = torch.tensor(batch.ahead, device=positions.device) if batch.ahead else None
+    return made | {~window: [make_span(batch, positions, table, group, window, dtype, ahead)
+                             for group in groups] for window in made if ahead is not None}
 
 
-def make_span(batch, positions, table, group, window, dtype) -> Span:
-    """The Span of the sequences `group`: decode rows, or one sequence with any number of new tokens.
+def make_span(batch, positions, table, group, window, dtype, ahead=None) -> Span:
+    """The Span of the sequences `group`: decode rows, or one sequence with any number of new tokens. ahead
+    (T,): as in Batch.
 
     Never waits for the device."""
     rows = slice(batch.starts[group.start], batch.starts[group.stop])
@@ -166,14 +171,19 @@ def make_span(batch, positions, table, group, window, dtype) -> Span:
     last = -(-max(lengths) // PAGE_SIZE)
     keys = torch.arange(first * PAGE_SIZE, max(lengths), device=positions.device)  # (S,) positions
     age = positions[rows].view(len(group), 1, count, 1) - keys  # < 0: future
-    hidden = (age < 0) | (age >= window) if window else age < 0
+    hidden = age < 0
+    if ahead is not None:
+        hidden &= keys >= ahead[rows].view(len(group), 1, count, 1)
+    if window:
+        hidden |= age >= window
     mask = torch.zeros(hidden.shape, dtype=getattr(torch, dtype), device=keys.device)
     mask.masked_fill_(hidden, -math.inf)
     return Span(rows, table[group.start:group.stop, first:last].flatten(), mask)
 
 
-def paged_attention_reference(q, cache, plan, window, out, softcap=0.0, sinks=None):
+def paged_attention_reference(q, cache, plan, window, out, softcap=0.0, sinks=None, two_sided=False):
     """softmax(q k / sqrt(D)) v over each row's own pages: q (T, H * D), one layer's cache -> out (T, H * Dv).
+    `two_sided`: rows see what the batch's `ahead` says, too.
 
     With a `softcap` c, scores become c * tanh(scores / c). `sinks` (H) are more scores, one for each query
     head, whose value is 0. Keys are never repeated in memory: query heads that share a kv head are rows of
@@ -183,7 +193,7 @@ def paged_attention_reference(q, cache, plan, window, out, softcap=0.0, sinks=No
     q, scale = q.unflatten(1, (-1, D)), D**-0.5  # (T, H, D)
     q = turned(q) if packed else q
     sinks = sinks if sinks is None else sinks.view(Hkv, -1)
-    for rows, pages, mask in plan[window]:
+    for rows, pages, mask in plan.get(~window, plan[window]) if two_sided else plan[window]:
         k, v = (part[:, :, :mask.shape[-1]] for part in keys_and_values(cache, pages, len(mask), mask.dtype))
         if isinstance(cache, tuple) and len(mask) > 1:  # another type's bytes in padding may be NaN
             unseen = torch.isneginf(mask).all(2).unsqueeze(-1)

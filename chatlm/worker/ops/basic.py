@@ -247,9 +247,18 @@ def mix_reference(x, x0, resid_lambda, x0_lambda, out):
     torch.add(x * resid_lambda, x0 * x0_lambda, out=out)
 
 
-def look_up_reference(table, ids, out):
-    """The rows `ids` (T,) of a MappedRows -> out (T, K); a negative id gives row 0, which is never used."""
-    out.copy_(torch.from_numpy(table.look_up(ids.cpu().numpy())))
+def clamp_reference(x, low, high, out):
+    """x (T, C), each column at least its `low` (C,) and at most its `high`."""
+    torch.minimum(torch.maximum(x, low), high, out=out)
+
+
+def look_up_reference(table, ids, out, part=None):
+    """The rows `ids` (T,) of a MappedRows -> out (T, K); a negative id gives row 0, which is never used.
+    part: (0, V), where ids after the last row and before V give 0."""
+    ids = ids.cpu()
+    own = ids < len(table.table) if part else torch.ones_like(ids, dtype=torch.bool)
+    out.copy_(torch.from_numpy(table.look_up(torch.where(own, ids, 0).numpy())))
+    out[~own] = 0.0
 
 
 def layer_inputs_reference(projected, rows, weight, eps, out):

@@ -7,7 +7,8 @@ from chatlm.worker.ops.attention import (
     paged_attention_reference, plan_attention_reference, rope_append_reference, scale_rows_reference,
     text_attention_reference)
 from chatlm.worker.ops.basic import (
-    adapter_products, backout_reference, copy_reference, embed_reference, experts_reference, fastest_dtype,
+    adapter_products, backout_reference, clamp_reference, copy_reference, embed_reference,
+    experts_reference, fastest_dtype,
     finish_linear, gate_input_reference, gated_add_reference, gather_rows_reference, layer_inputs_reference,
     layer_norm_reference, linear_reference, look_up_reference, make_cache_reference, mix_reference,
     pack_reference, pause_reference, pausing, rms_norm_reference, sigmoid_routes, smear_reference,
@@ -39,7 +40,7 @@ REFERENCES = {
     "pause": pause_reference,
     "mean_squares": mean_squares_reference,
     "norm_qk": norm_qk_reference,
-    "scale_rows": scale_rows_reference,
+    "scale_rows": scale_rows_reference, "clamp": clamp_reference,
     "rope_append": rope_append_reference,
     "plan_attention": plan_attention_reference,
     "paged_attention": paged_attention_reference,

@@ -72,7 +72,7 @@ class TorchArrays(Arrays):
         return array.reshape(-1).view(torch.uint8).numpy()
 
     def put(self, values: numpy.ndarray, out):
-        with torch.inference_mode():
+        with torch.inference_mode():  # buffers were made so
             out.copy_(torch.from_numpy(values))
 
     def wait(self, array):

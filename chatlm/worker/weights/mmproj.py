@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TYPE_CHECKING
+
+import numpy
 
 from chatlm.common.errors import ConfigError, shown
 from chatlm.common.hub.huggingface import mmproj_for
@@ -17,8 +20,8 @@ from chatlm.worker.weights.assemble import check_names_and_shapes
 from chatlm.worker.weights.gguf import file_shape, gguf_tensors, readable
 from chatlm.worker.weights.gguf_file import check_gguf_types, read_gguf_file
 from chatlm.worker.weights.rules import Rule, check_divides, checked
-from chatlm.worker.weights.towers import FILE_TOWERS
-from chatlm.worker.weights.vision import SECTIONS, by_color, tower_sources
+from chatlm.worker.weights.towers import CLAMPS, FILE_TOWERS, clamps_of
+from chatlm.worker.weights.vision import SECTIONS, by_color, by_halves, tower_sources, unstored
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -94,6 +97,15 @@ def file_tensors(path: Path, settings: Settings, loaded: LoadedModel, device: st
                  eyes: Eyes, stored: dict[str, Any]) -> dict[str, Any]:
     """The tensors of Eyes. Layers stay as stored, all else becomes floats."""
     spec = eyes.spec
+    stored = {name: tensor for name, tensor in stored.items()
+              if not name.startswith(("a.", "mm.a."))}  # audio is not heard
+    numbers = {name: float(stored.pop(name).data.reshape(-1)[0])
+               for name in [*stored] if name.endswith(CLAMPS)}
+    for name in stored if family.axes else ():
+        if re.search(family.axes, name):
+            rows = stored[name].data
+            order = by_halves(len(rows), spec.head_size)
+            stored[name] = stored[name]._replace(data=rows[order])
     check_gguf_types(path, stored)
     for layer in range(spec.layers):  # old files have these two exchanged
         up, down = (f"v.blk.{layer}.{name}" for name in ("ffn_up", "ffn_down"))
@@ -112,6 +124,8 @@ def file_tensors(path: Path, settings: Settings, loaded: LoadedModel, device: st
     form = shapes.get(kernel, ())
     if len(form) == 4:
         shapes[kernel] = form[0], math.prod(form[1:])
+    turned = [name for ours in family.transposed for name in family.file_names[ours]]
+    shapes |= {name: shapes[name][::-1] for name in turned if name in shapes}
     sources = tower_sources(family, family.file_names, eyes, loaded.spec.width)
     check_names_and_shapes(path, shapes, sources)
     own = family.own(eyes, loaded.spec.width)
@@ -120,14 +134,19 @@ def file_tensors(path: Path, settings: Settings, loaded: LoadedModel, device: st
                                                choose_backend(device, spec), False, False))
     for ours, shape in own.items():
         [name] = family.file_names[ours]
+        shape = shape[::-1] if name in turned else shape
         columns = form[-1] if name == kernel else shape[-1]
         data = stored[name].data.reshape(-1, stored[name].data.shape[-1])
         tensors[ours] = dequantized((len(data), columns), [(stored[name]._replace(data=data), None)],
                                     "float32").reshape(form if name == kernel else shape)
+        if ours in family.planar:
+            tensors[ours] = by_color(tensors[ours].reshape(-1, 3, eyes.patch, eyes.patch)).reshape(shape)
+        if name in turned:
+            tensors[ours] = numpy.ascontiguousarray(tensors[ours].T)
     if second is not None:
         data = second.data.reshape(-1, second.data.shape[-1])
         tensors["patch"] = tensors["patch"] + dequantized(
             (len(data), form[-1]), [(second._replace(data=data), None)], "float32").reshape(form)
     if len(form) == 4:
         tensors["patch"] = by_color(tensors["patch"])
-    return tensors
+    return tensors | unstored(eyes) | clamps_of(path, family.file_names, spec, numbers)

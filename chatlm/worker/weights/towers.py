@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TYPE_CHECKING
 
+import numpy
+
 from chatlm.common.config import LIMITS
+from chatlm.common.errors import ConfigError
 from chatlm.common.messages.requests import Vision
-from chatlm.worker.model.spec import ModelSpec
+from chatlm.worker.model.clamps import MOST
+from chatlm.worker.model.spec import Attention, ModelSpec
 from chatlm.worker.model.tower import Eyes
 from chatlm.worker.weights.layernorms import ACTIVATIONS, both
-from chatlm.worker.weights.rules import MOST_CHANNELS, MOST_HEADS, MOST_LAYERS, Rule
+from chatlm.worker.weights.rules import MOST_CHANNELS, MOST_HEADS, MOST_LAYERS, ROPE_BASE, Rule
 
 if TYPE_CHECKING:
     from chatlm.worker.model.spec import Shapes
@@ -50,6 +56,12 @@ class TowerFamily(NamedTuple):
     of_folder: Callable[[Said, ModelSpec], Eyes]   # all but the tensors
     of_file: Callable[[Said, ModelSpec], Eyes]
     token: str                                 # the models that it belongs to have this special token
+    added: Mapping[str, float] = {}            # to values of a folder; those of a GGUF file have it
+    transposed: tuple[str, ...] = ()           # ours that files store as (in, out)
+    swapped: tuple[str, ...] = ()              # ours whose first two axes are exchanged in a folder
+    planar: tuple[str, ...] = ()               # ours whose columns are by color first in a GGUF file
+    axes: str = ""  # files' tensors, whose heads have two halves, one for each axis, each with its own pairs;
+                    # ours are (i, i + D / 2)
 
 
 TOKENS, TILES = Rule(int, 1, 1 << 14), Rule(int, 1, 64)  # of a picture
@@ -219,7 +231,212 @@ LFM2 = TowerFamily(
     SIGLIP_FILE | both({"join_norm": "mm.input_norm", "widen": "mm.1", "project": "mm.2"}),
     lfm2_own, lfm2_of_folder, lfm2_of_file, "<|image_start|>")
 
+def gemma3_eyes(said: Said, model: ModelSpec, spec: ModelSpec, side: int, patch: int, shuffle: int) -> Eyes:
+    tokens = (side // patch // shuffle)**2
+    vision = Vision("gemma3", model.vocab_size, "<start_of_image>", side, tokens, two_sided=True)
+    return Eyes(vision, spec, {}, patch, shuffle, "bilinear", *colors(said), "gemma3", two_sided="all")
+
+
+def gemma3_of_folder(said: Said, model: ModelSpec) -> Eyes:
+    side, patch = said.tower("image_size", SIDE, 896), said.tower("patch_size", SIDE, 14)
+    tokens = said.model("mm_tokens_per_image", TOKENS, 256)
+    said.divides("image_size", side, patch)
+    shuffle = max(side // patch // max(math.isqrt(tokens), 1), 1)
+    patches = square_grid(said, side, patch, shuffle)
+    if patches != tokens * shuffle**2:
+        said.refuse(f"mm_tokens_per_image is {tokens}; it must be a square that divides {patches} patches")
+    scaled(said, 2)
+    for edge in ("height", "width"):
+        said.picture(f"size.{edge}", Rule(int, side, side), side)
+    return gemma3_eyes(said, model, siglip_of_folder(said, patches, 1152, 27, 16), side, patch, shuffle)
+
+
+def gemma3_of_file(said: Said, model: ModelSpec) -> Eyes:
+    side, patch = said.tower("image_size", SIDE), said.tower("patch_size", SIDE)
+    shuffle = said.tower("projector.scale_factor", Rule(int, 1, 64), 4)
+    spec = siglip_of_file(said, square_grid(said, side, patch, shuffle))
+    return gemma3_eyes(said, model, spec, side, patch, shuffle)
+
+
+def gemma3_own(eyes: Eyes, width: int) -> Shapes:
+    C = eyes.spec.width
+    return of_grid(eyes, width) | {"project": (width, C), "mean_norm": (C,)}
+
+
+GEMMA3 = TowerFamily(
+    SIGLIP | {"mean_norm": ("multi_modal_projector.mm_soft_emb_norm.weight",),
+              "project": ("multi_modal_projector.mm_input_projection_weight",)},
+    SIGLIP_FILE | {"mean_norm": ("mm.soft_emb_norm.weight",), "project": ("mm.input_projection.weight",)},
+    gemma3_own, gemma3_of_folder, gemma3_of_file, "<start_of_image>", added={"mean_norm": 1.0},
+    transposed=("project",))
+
+GEMMA4_NORMS = {"attention_norm": ("input_layernorm", "ln1"),
+                "ffn_norm": ("pre_feedforward_layernorm", "ln2"),
+                "output_norm": ("post_attention_layernorm", "attn_post_norm"),
+                "down_norm": ("post_feedforward_layernorm", "ffn_post_norm"),
+                "q_norm": ("self_attn.q_norm", "attn_q_norm"), "k_norm": ("self_attn.k_norm", "attn_k_norm")}
+GEMMA4_PRODUCTS = {"qkv": (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+                           ("attn_q", "attn_k", "attn_v")),
+                   "output": (("self_attn.o_proj",), ("attn_out",)),
+                   "down": (("mlp.down_proj",), ("ffn_down",)),
+                   "gate_up": (("mlp.gate_proj", "mlp.up_proj"), ("ffn_gate", "ffn_up"))}
+CLAMPS = ".input_min", ".input_max", ".output_min", ".output_max"  # numbers of each product, if it is clamped
+GEMMA4_NAMES = {ours: (f"encoder.layers.{{}}.{theirs}.weight",)
+                for ours, (theirs, _) in GEMMA4_NORMS.items()} | {
+    ours: tuple(f"encoder.layers.{{}}.{each}.linear.weight" for each in theirs)
+    for ours, (theirs, _) in GEMMA4_PRODUCTS.items()} | {
+    "gate": ("encoder.layers.{}.mlp.gate_proj.linear.weight",),
+    "up": ("encoder.layers.{}.mlp.up_proj.linear.weight",),
+    "patch": ("patch_embedder.input_proj.weight",), "places": ("patch_embedder.position_embedding_table",),
+    "mean_bias": ("std_bias",), "mean_scale": ("std_scale",),
+    "project": ("embed_vision.embedding_projection.weight",)}
+GEMMA4_FILE_NAMES = {ours: (f"v.blk.{{}}.{theirs}.weight",) for ours, (_, theirs) in GEMMA4_NORMS.items()} | {
+    ours: tuple(f"v.blk.{{}}.{each}.weight" for each in theirs)
+    for ours, (_, theirs) in GEMMA4_PRODUCTS.items()} | {
+    "gate": ("v.blk.{}.ffn_gate.weight",), "up": ("v.blk.{}.ffn_up.weight",),
+    "patch": ("v.patch_embd.weight",), "places": ("v.position_embd.weight",), "mean_bias": ("v.std_bias",),
+    "mean_scale": ("v.std_scale",), "project": ("mm.input_projection.weight",)}
+
+
+def gemma4_vision(said: Said, model: ModelSpec, unit: int, two_sided: bool) -> Vision:
+    scaled(said, 3)
+    tokens = said.picture("max_soft_tokens", TOKENS, 280)
+    return Vision("gemma4", model.vocab_size, "<|image|>", 0, tokens, unit=unit, two_sided=two_sided)
+
+
+def gemma4_spec(said: Said, patches: int, width: int, layers: int, heads: tuple[int, int, int], ffn_size: int,
+                eps: float, base: float, clamped: bool) -> ModelSpec:
+    """heads: of queries, of keys, and their size. Norms before and after each block, of q, k and v."""
+    count, kv_heads, size = heads
+    said.divides("the number of heads", count, kv_heads)
+    said.divides("the size of heads", size, 4)
+    attention = Attention(count, kv_heads, size, rope_base=base, q_scale=size**0.5, value_norm=True)
+    return ModelSpec(
+        0, layers, width, count, kv_heads, size, ffn_size, patches, norm_eps=eps, post_norms=True,
+        of_texts=True, rope_base=base, qk_norm="before_rope", qk_norm_weights=True, activation="geglu",
+        attentions=(attention,) * layers, opens=False, clamped=clamped)
+
+
+def gemma4_eyes(said: Said, model: ModelSpec, spec: Callable[[int], ModelSpec], patch: int, shuffle: int,
+                grid: int, standard: bool, two_sided: bool, pad: int) -> Eyes:
+    vision = gemma4_vision(said, model, patch * shuffle, two_sided)
+    return Eyes(vision, spec(vision.tokens * shuffle**2), {}, patch, shuffle, "bicubic", (0.5,) * 3,
+                (0.5,) * 3, "gemma4_standard" if standard else "gemma4", "axes", "axes", grid=grid,
+                two_sided="windows" * two_sided, pad=pad)
+
+
+def gemma4_text(said: Said) -> tuple[bool, int]:
+    """Do rows of a picture see each other, and whose layers' inputs have they?"""
+    rule = Rule(str, choices=("vision",), optional=True)
+    ahead = said.model("text_config.use_bidirectional_attention", rule)
+    return ahead == "vision", said.model("text_config.pad_token_id", Rule(int, 0, 1 << 24), 0)
+
+
+def gemma4_of_folder(said: Said, model: ModelSpec) -> Eyes:
+    said.tower("hidden_activation", Rule(str, choices=("gelu_pytorch_tanh",)), "gelu_pytorch_tanh")
+    heads = said.tower("num_attention_heads", HEADS, 12)
+    heads = heads, said.tower("num_key_value_heads", HEADS, heads), said.tower("head_dim", CHANNELS, 64)
+    said.tower("rope_parameters.rope_type", Rule(str, choices=("axial", "default")), "axial")
+    base = said.tower("rope_parameters.rope_theta", ROPE_BASE, 100.0)
+    return gemma4_eyes(
+        said, model, lambda patches: gemma4_spec(
+            said, patches, said.tower("hidden_size", CHANNELS, 768),
+            said.tower("num_hidden_layers", LAYERS, 16), heads,
+            said.tower("intermediate_size", CHANNELS, 3072),
+            said.tower("rms_norm_eps", Rule(float, 0, 1), 1e-6), base,
+            said.tower("use_clipped_linears", Rule(bool), False)),
+        said.tower("patch_size", SIDE, 16), said.tower("pooling_kernel_size", Rule(int, 1, 64), 3),
+        said.tower("position_embedding_size", Rule(int, 1, 1 << 20), 10_240),
+        said.tower("standardize", Rule(bool), False), *gemma4_text(said))
+
+
+def gemma4_of_file(said: Said, model: ModelSpec) -> Eyes:
+    clamped = any(name.startswith("v.") and name.endswith(CLAMPS) for name in said.shapes)
+    heads = said.tower("attention.head_count", HEADS)
+    rows = said.shapes.get("v.blk.0.attn_k.weight", (0,))[0]
+    size = said.shapes.get("v.blk.0.attn_q_norm.weight", (1,))[0]
+    return gemma4_eyes(
+        said, model, lambda patches: gemma4_spec(
+            said, patches, said.tower("embedding_length", CHANNELS), said.tower("block_count", LAYERS),
+            (heads, max(rows // size, 1), size), said.tower("feed_forward_length", CHANNELS),
+            said.tower("attention.layer_norm_epsilon", Rule(float, 0, 1)), 100.0, clamped),
+        said.tower("patch_size", SIDE), said.tower("projector.scale_factor", Rule(int, 1, 64), 3),
+        said.shapes.get("v.position_embd.weight", (2, 1))[1], "v.std_scale" in said.shapes,
+        not model.layer_input_size, 0)
+
+
+def clamps_of(path: Path, names: Mapping[str, tuple[str, ...]], spec: ModelSpec,
+              numbers: Mapping[str, float]) -> dict[str, numpy.ndarray]:
+    """The clamps of each layer from the numbers of a file, by their names there; none: the largest."""
+    if not spec.clamped:
+        return {}
+    found, parts = {}, (*names["qkv"], *(names[part][0] for part in ("output", "gate", "up", "down")))
+    for layer in range(spec.layers):
+        stems = [re.sub(r"(\.linear)?\.weight$", "", part.format(layer)) for part in parts]
+        values = numpy.array([[numbers.get(stem + ending, MOST if ending.endswith("max") else -MOST)
+                               for ending in CLAMPS] for stem in stems]).clip(-MOST, MOST)
+        for alike in (slice(0, 3), slice(4, 6)):
+            if (values[alike, :2] != values[alike.start, :2]).any():
+                raise ConfigError(f"{path}: {stems[alike.start]} has another input_min or input_max than the "
+                                  "next products, which read the same; that is not supported")
+        found[f"{layer}.clamps"] = values.reshape(-1).astype(numpy.float32)
+    return found
+
+
+def gemma4_own(eyes: Eyes, width: int) -> Shapes:
+    C = eyes.spec.width
+    standard: Shapes = {"mean_bias": (C,), "mean_scale": (C,)} if eyes.projector == "gemma4_standard" else {}
+    return {"patch": (C, 3 * eyes.patch**2), "places": (2, eyes.grid, C), "project": (width, C)} | standard
+
+
+GEMMA4 = TowerFamily(GEMMA4_NAMES, GEMMA4_FILE_NAMES, gemma4_own, gemma4_of_folder, gemma4_of_file,
+                     "<|image|>", axes=r"\bself_attn\.[qk]_|\.attn_[qk](_norm)?\.")
+
+def bare_eyes(said: Said, model: ModelSpec, width: int, patch: int, grid: int, two_sided: bool,
+              pad: int) -> Eyes:
+    vision = gemma4_vision(said, model, patch, two_sided)
+    spec = ModelSpec(0, 0, width, 1, 1, 16, 16, vision.tokens, of_texts=True, opens=False)
+    return Eyes(vision, spec, {}, patch, 1, "bicubic", (0.0,) * 3, (1.0,) * 3, "gemma4_bare", "axes",
+                grid=grid, two_sided="windows" * two_sided, pad=pad)
+
+
+def bare_of_folder(said: Said, model: ModelSpec) -> Eyes:
+    shuffle = said.tower("pooling_kernel_size", Rule(int, 1, 64), 3)
+    return bare_eyes(
+        said, model, said.tower("mm_embed_dim", CHANNELS, 3840), said.tower("patch_size", SIDE, 16) * shuffle,
+        said.tower("mm_posemb_size", Rule(int, 1, 1 << 20), 1120), *gemma4_text(said))
+
+
+def bare_of_file(said: Said, model: ModelSpec) -> Eyes:
+    shuffle = said.tower("projector.scale_factor", Rule(int, 1, 64), 3)
+    return bare_eyes(
+        said, model, said.tower("embedding_length", CHANNELS), said.tower("patch_size", SIDE) * shuffle,
+        said.shapes.get("v.position_embd.weight", (2, 1))[1], True, 0)
+
+
+def bare_own(eyes: Eyes, width: int) -> Shapes:
+    C, numbers = eyes.spec.width, 3 * eyes.patch**2
+    sizes = {"patch_norm": numbers, "patch_out_norm": C, "place_norm": C}
+    return {"patch": (C, numbers), "patch_bias": (C,), "places": (2, eyes.grid, C), "project": (width, C)} | {
+        f"{name}{ending}": (size,) for name, size in sizes.items() for ending in ("", "_bias")}
+
+
+GEMMA4_BARE = TowerFamily(
+    both({"patch": "vision_embedder.patch_dense", "patch_norm": "vision_embedder.patch_ln1",
+          "patch_out_norm": "vision_embedder.patch_ln2", "place_norm": "vision_embedder.pos_norm"}) | {
+        "places": ("vision_embedder.pos_embedding",),
+        "project": ("embed_vision.embedding_projection.weight",)},
+    both({"patch": "v.patch_embd", "patch_norm": "v.patch_norm.1", "patch_out_norm": "v.patch_norm.2",
+          "place_norm": "v.patch_norm.3"}) | {
+        "places": ("v.position_embd.weight",), "project": ("mm.input_projection.weight",)},
+    bare_own, bare_of_folder, bare_of_file, "<|image|>", swapped=("places",),
+    planar=("patch", "patch_norm", "patch_norm_bias"))
+
 # model_type of a folder
-TOWERS: dict[str, TowerFamily] = {"smolvlm": IDEFICS3, "idefics3": IDEFICS3, "lfm2_vl": LFM2}
+TOWERS: dict[str, TowerFamily] = {
+    "smolvlm": IDEFICS3, "idefics3": IDEFICS3, "lfm2_vl": LFM2, "gemma3": GEMMA3,
+    "gemma4": GEMMA4, "gemma4_unified": GEMMA4_BARE}
 # clip.projector_type of a GGUF file
-FILE_TOWERS: dict[str, TowerFamily] = {"idefics3": IDEFICS3, "lfm2": LFM2}
+FILE_TOWERS: dict[str, TowerFamily] = {
+    "idefics3": IDEFICS3, "lfm2": LFM2, "gemma3": GEMMA3, "gemma4v": GEMMA4,
+    "gemma4uv": GEMMA4_BARE}

@@ -12,12 +12,13 @@ import numpy
 
 from chatlm.common.errors import ConfigError, shown
 from chatlm.worker.arrays.kinds import FLOATS, bits_of, floats, kind_of, of_kind
+from chatlm.worker.model.projectors import PROJECTORS
 from chatlm.worker.weights import qwen_towers
 from chatlm.worker.weights.assemble import IMAGES, assembled, check_names_and_shapes, tensor_sources
 from chatlm.worker.weights.files import weight_files
 from chatlm.worker.weights.rules import Rule, check_divides, checked, read_json
 from chatlm.worker.weights.safetensors_file import read_safetensors_file
-from chatlm.worker.weights.towers import TOWERS
+from chatlm.worker.weights.towers import CLAMPS, TOWERS, clamps_of
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -49,18 +50,14 @@ class FolderSays:
         raw = self.config.get("vision_config")
         if not isinstance(raw, dict):
             raise ConfigError(f"{self.config_path}: vision_config is {shown(raw)}; it must be an object")
-        return checked(self.config_path, f"vision_config.{key}", raw.get(key, default), rule)
+        return self.model(f"vision_config.{key}", rule, default)
 
     def model(self, key: str, rule: Rule, default: Any = None) -> Any:
-        return checked(self.config_path, key, self.config.get(key, default), rule)
+        return checked(self.config_path, key, value_at(self.config, key, default), rule)
 
     def picture(self, key: str, rule: Rule, default: Any = None, length: int | None = None) -> Any:
         path, raw = self.preprocessor
-        *outer, last = key.split(".")
-        inner = reduce(lambda value, name: value.get(name) or {} if isinstance(value, dict) else {}, outer,
-                       raw)
-        value = inner.get(last) if isinstance(inner, dict) else None
-        return checked(path, key, default if value is None else value, rule, length)
+        return checked(path, key, value_at(raw, key, default), rule, length)
 
     def divides(self, key: str, value: int, by: int):
         check_divides(self.config_path, key, value, by)
@@ -77,6 +74,13 @@ class FolderSays:
 
     def refuse(self, problem: str) -> NoReturn:
         raise ConfigError(f"{self.preprocessor[0]}: {problem}")
+
+
+def value_at(raw: Any, path: str, default: Any) -> Any:
+    """A value in objects in objects, whose names are joined by dots."""
+    value = reduce(lambda value, name: value.get(name) if isinstance(value, dict) else None, path.split("."),
+                   raw)
+    return default if value is None else value
 
 
 def folder_eyes(folder: Path, settings: Settings, model: ModelSpec, dtype: str) -> Eyes | None:
@@ -96,7 +100,9 @@ def folder_tensors(folder: Path, settings: Settings, family: TowerFamily, eyes: 
         found |= {re.sub(r"^(model\.)?(vision_tower\.)?(vision_model\.|connector\.)?", "", name): tensor
                   for name, tensor in read_safetensors_file(path).items()
                   if re.match(rf"(model\.)?({IMAGES})\b", name)}
-    state = {name: tensor for name, tensor in found.items() if not name.startswith("head.")}
+    state = {name: tensor for name, tensor in found.items()
+             if not name.startswith(("head.", "audio_tower.", "embed_audio."))}
+    numbers = {name: float(floats(state.pop(name)).reshape(())) for name in [*state] if name.endswith(CLAMPS)}
     for name, tensor in state.items():
         if kind_of(tensor) not in FLOATS:
             raise ConfigError(f"{folder}: {shown(name)} is of type {kind_of(tensor)}; what sees images must "
@@ -106,14 +112,44 @@ def folder_tensors(folder: Path, settings: Settings, family: TowerFamily, eyes: 
         state[kernel] = of_kind(by_color(bits_of(weight)), kind_of(weight))
     if weight is not None and len(weight.shape) == 5:  # a picture is a film of so many equal ones
         state[kernel] = by_color(floats(weight).sum(axis=2))
+    for name in state if family.axes else ():
+        if re.search(family.axes, name):
+            rows = bits_of(state[name])
+            state[name] = of_kind(rows[by_halves(len(rows), eyes.spec.head_size)], kind_of(state[name]))
+    for ours in (*family.transposed, *family.swapped):
+        [name] = family.names[ours]
+        if (weight := state.get(name)) is not None and len(weight.shape) > 1:
+            swapped = numpy.ascontiguousarray(bits_of(weight).swapaxes(0, 1))
+            state[name] = of_kind(swapped, kind_of(weight))
+    for ours, more in family.added.items():
+        [name] = family.names[ours]
+        if name in state:
+            state[name] = floats(state[name]) + numpy.float32(more)
     sources = tower_sources(family, family.names, eyes, width)
     check_names_and_shapes(folder, {name: tuple(tensor.shape) for name, tensor in state.items()}, sources)
-    return dict(assembled(folder, settings, sources, state, dtype))
+    return dict(assembled(folder, settings, sources, state, dtype)) | unstored(eyes) | clamps_of(
+        folder, family.names, eyes.spec, numbers)
+
+
+def by_halves(count: int, size: int) -> numpy.ndarray:
+    """The order of rows, of heads of this size, that makes a first and a second half of pairs of those of
+    each half."""
+    order = numpy.arange(count).reshape(-1, 2, 2, size // 4)
+    return order.swapaxes(1, 2).reshape(-1)
+
+
+def unstored(eyes: Eyes) -> dict[str, Any]:
+    """What stages have that no file does: a last norm that nothing reads."""
+    return {} if PROJECTORS[eyes.projector].normed else {
+        "final_norm": numpy.ones(eyes.spec.width, numpy.float32)}
 
 
 def tower_sources(family: TowerFamily, names: Any, eyes: Eyes, width: int) -> Sources:
     """Our tensors -> their shapes, and the file's."""
-    return tensor_sources(eyes.spec, names, 0) | {
+    layers = tensor_sources(eyes.spec, names, 0)
+    stored = {ours: source for ours, source in layers.items()
+              if ours not in unstored(eyes) and not ours.endswith(".clamps")}
+    return stored | {
         ours: (shape, {names[ours][0]: shape}) for ours, shape in family.own(eyes, width).items()}
 
 

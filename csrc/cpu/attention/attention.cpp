@@ -60,9 +60,10 @@ void rope_append(const RopeJob& job) {
 // ---- plan
 
 AttentionPlan::AttentionPlan(std::vector<int32_t> pages_, std::vector<int64_t> offsets_, std::vector<int64_t> lengths_,
-                             std::vector<int64_t> starts_, int heads_, int kv_heads_, int64_t num_pages_)
+                             std::vector<int64_t> starts_, int heads_, int kv_heads_, int64_t num_pages_,
+                             std::vector<int64_t> ahead_)
     : heads(heads_), kv_heads(kv_heads_), num_pages(num_pages_), pages(std::move(pages_)), offsets(std::move(offsets_)),
-      lengths(std::move(lengths_)), starts(std::move(starts_)) {
+      lengths(std::move(lengths_)), starts(std::move(starts_)), ahead(std::move(ahead_)) {
     const size_t count = lengths.size();
     require(heads > 0 && kv_heads > 0 && heads % kv_heads == 0 && heads / kv_heads <= MAX_GROUP,
             "heads: a multiple of kv_heads, at most 16 for each");
@@ -76,19 +77,24 @@ AttentionPlan::AttentionPlan(std::vector<int32_t> pages_, std::vector<int64_t> o
         require(lengths[i] <= INT32_MAX - 2 * CHUNK_SIZE, "lengths: too long");
     }
     require(starts.back() <= INT32_MAX, "starts: too many rows");
+    require(ahead.empty() || int64_t(ahead.size()) == starts.back(), "ahead: one for each row");
+    for (size_t i = 0; !ahead.empty() && i < count; i++)
+        for (int64_t row = starts[i]; row < starts[i + 1]; row++)
+            require(ahead[size_t(row)] >= 0 && ahead[size_t(row)] <= lengths[i], "ahead: each must lie in its sequence");
     bool good = true;
     for (int32_t page : pages) good &= page >= 0 && page < num_pages;
     require(good, "tables: each page must lie in the cache");
 }
 
-const AttentionPlan::Work& AttentionPlan::work(int window, int head_size, bool of_texts) {
-    const std::tuple key(window, head_size, of_texts);
+const AttentionPlan::Work& AttentionPlan::work(int window, int head_size, bool of_texts, bool two_sided) {
+    two_sided &= !ahead.empty();
+    const std::tuple key(window, head_size, of_texts, two_sided);
     auto found = made.find(key);
-    if (found == made.end()) found = made.emplace(key, divide(window, head_size, of_texts)).first;
+    if (found == made.end()) found = made.emplace(key, divide(window, head_size, of_texts, two_sided)).first;
     return found->second;
 }
 
-AttentionPlan::Work AttentionPlan::divide(int window, int head_size, bool of_texts) const {
+AttentionPlan::Work AttentionPlan::divide(int window, int head_size, bool of_texts, bool two_sided) const {
     const int64_t together = rows_together(heads, kv_heads), threads = get_threads();
     int64_t prompt_rows = 0;
     for (size_t i = 0; i < lengths.size(); i++)
@@ -102,17 +108,22 @@ AttentionPlan::Work AttentionPlan::divide(int window, int head_size, bool of_tex
         const bool divided = end - starts[i] <= together;
         const int64_t seen = window > 0 ? std::min<int64_t>(lengths[i], of_texts ? 2 * int64_t(window) + 1 : window) : lengths[i];
         const int64_t rows_at_once = divided || seen * head_size < NUMBERS_WORTH_TURNS ? together : together * parts;
-        for (int64_t row = starts[i]; row < end; row += rows_at_once) {
+        for (int64_t row = starts[i], count; row < end; row += count) {
+            count = std::min(rows_at_once, end - row);
             AttentionItem item{};
+            if (two_sided) {                            // rows of one item see as far ahead as each other
+                item.ahead = int32_t(ahead[size_t(row)]);
+                count = std::find_if(ahead.begin() + row, ahead.begin() + row + count, [&](int64_t its) { return its != item.ahead; }) - ahead.begin() - row;
+            }
             item.pages = pages.data() + offsets[i];
             item.row = int32_t(row);
-            item.rows = int32_t(std::min(rows_at_once, end - row));
+            item.rows = int32_t(count);
             item.merge = -1;
             if (lengths[i] > 0) {
                 item.position = int32_t(first_position + row - starts[i]);
                 item.text = of_texts ? int32_t(lengths[i]) : 0;
-                const int64_t ahead = !of_texts ? 0 : window > 0 ? window : lengths[i];
-                item.end = int32_t(std::min(lengths[i], item.position + item.rows + ahead));
+                const int64_t after = !of_texts ? 0 : window > 0 ? window : lengths[i];
+                item.end = std::max(item.ahead, int32_t(std::min(lengths[i], item.position + item.rows + after)));
                 item.chunk_begin = window > 0 ? std::max(0, item.position + !of_texts - window) / CHUNK_SIZE : 0;
                 item.chunk_end = (item.end - 1) / CHUNK_SIZE + 1;
             }

@@ -88,6 +88,7 @@ struct AttentionItem {
     int32_t row, rows;
     int32_t position;                       // of the first row
     int32_t text;                           // > 0: positions of a text, of which a row sees those on both sides; 0: it sees those up to itself
+    int32_t ahead;                          // its rows see the positions before this one too, if they are after themselves; 0: none
     int32_t end;                            // after the last position that any of its rows sees
     int32_t kv_head;
     int32_t chunk_begin, chunk_end;

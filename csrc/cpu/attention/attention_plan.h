@@ -11,11 +11,12 @@
 namespace dc {
 
 // The sequences of a step: rows starts[i] .. starts[i + 1] are the newest of lengths[i] positions, whose pages are
-// pages[offsets[i]] ... A sequence of length 0 is padding: its rows get zeros. What is wrong throws std::invalid_argument.
+// pages[offsets[i]] ... A sequence of length 0 is padding: its rows get zeros. `ahead`: none, or for each row the position before which
+// it sees all others where work is two-sided, even after itself; 0: it sees those up to itself. What is wrong throws std::invalid_argument.
 class AttentionPlan {
 public:
     AttentionPlan(std::vector<int32_t> pages, std::vector<int64_t> offsets, std::vector<int64_t> lengths,
-                  std::vector<int64_t> starts, int heads, int kv_heads, int64_t num_pages);
+                  std::vector<int64_t> starts, int heads, int kv_heads, int64_t num_pages, std::vector<int64_t> ahead = {});
 
     struct Work {
         std::vector<AttentionItem> items;
@@ -24,17 +25,17 @@ public:
         int64_t positions = 0;          // of all items and rows, in whole chunks: a measure of the work
     };
     // guarded by the GIL; stays valid as long as the plan. `of_texts`: rows see both sides, and a sequence must be whole
-    const Work& work(int window, int head_size, bool of_texts = false);
+    const Work& work(int window, int head_size, bool of_texts = false, bool two_sided = false);
 
     int64_t rows() const { return starts.back(); }
     const int heads, kv_heads;
     const int64_t num_pages;
 
 private:
-    Work divide(int window, int head_size, bool of_texts) const;
+    Work divide(int window, int head_size, bool of_texts, bool two_sided) const;
     std::vector<int32_t> pages;
-    std::vector<int64_t> offsets, lengths, starts;
-    std::map<std::tuple<int, int, bool>, Work> made;    // by window, head size and whether of texts
+    std::vector<int64_t> offsets, lengths, starts, ahead;
+    std::map<std::tuple<int, int, bool, bool>, Work> made;      // by window, head size, whether of texts, and whether two-sided
 };
 
 // A step's attention over one window: chunks of items that threads may run in any order, layer after layer. `memory`

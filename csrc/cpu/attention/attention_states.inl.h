@@ -112,7 +112,7 @@ struct Visible {
     Visible(const AttentionItem& item, int chunk, int window) {
         for (int r = 0; r < item.rows; r++) {
             const int next = item.position + r + 1 - chunk * CHUNK_SIZE, ahead = item.text - chunk * CHUNK_SIZE;
-            const int stop = !item.text ? next : window > 0 ? least(next + window, ahead) : ahead, start = item.text ? next - 1 - window : next - window;
+            const int stop = !item.text ? most(next, item.ahead - chunk * CHUNK_SIZE) : window > 0 ? least(next + window, ahead) : ahead, start = item.text ? next - 1 - window : next - window;
             begin[r] = window > 0 ? least(most(start, 0), CHUNK_SIZE) : 0;
             end[r] = least(stop, CHUNK_SIZE);
             if (begin[r] >= end[r]) begin[r] = end[r] = 0;

@@ -177,7 +177,7 @@ std::string details(const op::linear& op) {
 }
 
 std::string details(const op::paged_attention& op) {
-    return std::string(op.of_texts ? " of texts" : "") + (op.window ? " window " + std::to_string(op.window) : "") + (op.softcap ? " softcap" : "") + (op.sinks ? " sinks" : "");
+    return std::string(op.of_texts ? " of texts" : op.two_sided ? " two-sided" : "") + (op.window ? " window " + std::to_string(op.window) : "") + (op.softcap ? " softcap" : "") + (op.sinks ? " sinks" : "");
 }
 
 }  // namespace

@@ -47,6 +47,7 @@ struct StepInput {
     std::vector<int64_t> write_rows, write_slots;               // after these rows, ascending, the state goes to these slots
     std::vector<std::shared_ptr<const Adapter>> adapters;       // of each sequence, or null; empty: no sequence has one
     std::vector<int64_t> turns;         // of each token, the row of the tables cos and sin that it turns by; empty: its position
+    std::vector<int64_t> ahead;         // see AttentionPlan
     bool all_rows = false;              // compute all of the last layer, not only the rows that have logits
     bool samples = false;
     std::vector<SampleRow> sample_rows;                         // one for each logit row

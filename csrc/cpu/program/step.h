@@ -92,9 +92,9 @@ private:
     };
     // Attention of equal group, window, heads, kv_heads and head size, of all tokens or of the needed ones only, is one run.
     using Shape = std::array<int, 4>;           // group, heads, kv_heads, needed ones only?: what a plan is made for
-    using Key = std::tuple<Shape, int, int, bool>;
+    using Key = std::tuple<Shape, int, int, bool, bool>;
     Shape shape_of(const op::paged_attention& op) const { return {op.group, op.heads, op.kv_heads, is_of_needed(op)}; }
-    Key key_of(const op::paged_attention& op) const { return {shape_of(op), op.window, op.head_size, op.of_texts}; }
+    Key key_of(const op::paged_attention& op) const { return {shape_of(op), op.window, op.head_size, op.of_texts, op.two_sided}; }
     using Body = void (Step::*)(const Part&, int64_t chunk) const;
     using StagedBody = void (Step::*)(const Part&, int64_t chunk, float* staged) const;
     using Put = void (Step::*)(const Part&, int64_t chunk, const float* staged) const;

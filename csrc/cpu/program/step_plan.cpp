@@ -73,7 +73,7 @@ void Step::plan_attention() {
         for (size_t i = 0; i < all.pages.size(); i++) all.pages[i] = input.pages[i * size_t(groups) + size_t(group)];
         const auto plan = [&](const Shape& shape, const Sequences& of) {
             // throws for what is wrong; rows, lengths and tables are as it says from here on
-            if (!plans.count(shape)) plans.try_emplace(shape, of.pages, of.offsets, of.lengths, of.starts, shape[1], shape[2], num_pages);
+            if (!plans.count(shape)) plans.try_emplace(shape, of.pages, of.offsets, of.lengths, of.starts, shape[1], shape[2], num_pages, input.ahead);
         };
         const auto plan_ops = [&](bool of_needed, const Sequences& of) {
             for (const Op& one : ops)
@@ -88,7 +88,7 @@ void Step::plan_attention() {
     for (const Op& one : ops) {
         const auto* const op = one.as<op::paged_attention>();
         if (!op || !count_of(*op) || attention.count(key_of(*op))) continue;
-        const AttentionPlan::Work& work = plans.at(shape_of(*op)).work(op->window, op->head_size, op->of_texts);
+        const AttentionPlan::Work& work = plans.at(shape_of(*op)).work(op->window, op->head_size, op->of_texts, op->two_sided);
         attention_memory.emplace_back();
         void* memory = attention_memory.back().at_least(AttentionRun::memory_bytes(work, op->head_size) + 64);
         attention.emplace(key_of(*op), AttentionRun(work, memory, threads));
@@ -117,7 +117,7 @@ void Step::find_needed() {
         const auto* const attention = op.as<op::paged_attention>();
         return attention && attention->of_texts;                // its rows need whole sequences
     });
-    if (append == ops.rend() || input.all_rows || of_texts) return;
+    if (append == ops.rend() || input.all_rows || of_texts || !input.ahead.empty()) return;
     needed = input.logit_rows;
     std::sort(needed.begin(), needed.end());
     needed.erase(std::unique(needed.begin(), needed.end()), needed.end());

@@ -135,6 +135,15 @@ void Step::do_row(const op::embed& op, int64_t row) const {
 void Step::do_row(const op::gather_rows& op, int64_t row) const { copy_row(op.out.row(row), op.x.row(gathered[size_t(row)]), op.out.columns); }
 void Step::do_row(const op::copy& op, int64_t row) const { copy_row(op.out.row(row), op.x.row(row), op.out.columns); }
 
+void Step::do_row(const op::clamp& op, int64_t row) const {
+    const float* const x = op.x.row(row);
+    float* const out = op.out.row(row);
+    for (int64_t c = 0; c < op.out.columns; c++) {
+        const float raised = x[c] < op.low[c] ? op.low[c] : x[c];
+        out[c] = raised > op.high[c] ? op.high[c] : raised;
+    }
+}
+
 void Step::do_row(const op::rms_norm& op, int64_t row) const {
     const int64_t size = op.out.columns / op.groups;
     for (int64_t c = 0; c < op.out.columns; c += size)

@@ -13,6 +13,7 @@ from answers import asked
 from forked import DYING
 from image_conversations import picture_of_size
 from pools import all_ready, collect, idle
+from sight_families import FAMILIES, save_family
 from sight_qwen import make_qwen, save_qwen
 from tiny_sight import make_smolvlm, save_sight
 
@@ -65,6 +66,20 @@ async def test_a_worker_that_dies_changes_no_token_where_positions_are_not_those
     calm = (await collect(pool, about("calm", PHOTO, picture_of_size(40, 40))))[1]
     assert (await collect(pool, about("kill-decode-1", PHOTO, picture_of_size(40, 40))))[1] == calm and (tmp_path / "kill-decode-1").exists()
     await all_ready(pool)
+
+
+@pytest.mark.parametrize("kind", ["lfm2_vl", "gemma3", "gemma4-small"])
+async def test_other_families_too_answer_the_same_after_a_death_and_from_the_cache(seeing_pool, kind, tmp_path, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(kind)
+    save_family(folder, kind, FAMILIES[kind][0]())
+    pool = await seeing_pool(model=str(folder), num_workers=2)
+    _, tokens, whole = await collect(pool, about("calm", PHOTO))
+    assert (await collect(pool, about("kill-prefill-1", PHOTO)))[1] == tokens and (tmp_path / "kill-prefill-1").exists()
+    again = await collect(pool, about("again", PHOTO))
+    assert again[1] == tokens
+    await all_ready(pool)
+    cached = await collect(pool, about("cached", PHOTO))
+    assert cached[1] == tokens and cached[2].usage.cached_tokens > 0 and cached[2].usage.prompt_tokens > 16
 
 
 async def test_usage_counts_the_rows_of_pictures_and_a_second_question_finds_them_cached(seeing_pool):

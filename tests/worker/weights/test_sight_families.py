@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
+from chatlm.common.messages.requests import AnswerParams, SamplingParams
 from chatlm.common.vision.layout import layout_of
 from chatlm.common.vision.pictures import rows_in
+from chatlm.worker.engine.sequence import Assignment
 from image_conversations import picture_of_size
 from seeing_engine import answer, asking, chosen_kernels, logits_of, open_engine
 from sight_families import FAMILIES, family_logits, save_family, write_family
@@ -20,7 +22,7 @@ def seeing(request, tmp_path_factory):
 
 def expected(engine, kind, model, ids, pictures):
     vision = engine.full_text.vision
-    return family_logits(model, kind, ids, pictures, [layout_of(vision, picture.width, picture.height) for picture in pictures], vision.marker)
+    return family_logits(model, kind, ids, pictures, [layout_of(vision, picture.width, picture.height) for picture in pictures])
 
 
 @pytest.fixture(params=["decode_core", "reference"])
@@ -63,3 +65,20 @@ def test_files_with_an_mmproj_see_as_folders_do(seeing, tmp_path):
     pictures = (picture_of_size(170, 100), picture_of_size(20, 50, seed=1))
     ids = asking(engine, *pictures)
     assert np.abs(logits_of(engine, ids, pictures) - expected(engine, kind, model, ids, pictures)[-16:]).max() < 1e-4
+
+
+def test_no_chunk_and_no_cached_page_cuts_a_picture_whose_rows_see_each_other(tmp_path):
+    """Pages end amid pictures, chunks of 20 tokens would, and prompts come together."""
+    model = FAMILIES["gemma3"][0]()
+    save_family(tmp_path, "gemma3", model)
+    engine, pictures = open_engine(tmp_path, prefill_chunk=20), [picture_of_size(60, 50, seed=seed) for seed in range(3)]
+    for number in range(4):
+        text = "What?!."[:number + 3] * 2
+        ids = asking(engine, *pictures[:2 + number % 2], text=text)
+        shown = pictures[:2 + number % 2]
+        engine.add(Assignment("beside", asking(engine, pictures[2], text=f"{number}"), AnswerParams(sampling=SamplingParams(temperature=0.0), ignore_eos=True), 8, pictures=(pictures[2],)))
+        assert answer(engine, ids, shown) == answer(open_engine(tmp_path, prefill_chunk=512), ids, shown)
+    assert engine.pictures.encoded == 3
+    sequence = engine.pictures.sight(Assignment("x", ids, AnswerParams(), 1, pictures=tuple(shown)), engine.full_text.vision)
+    begin, end = sequence.spans(0, len(ids))[0]
+    assert end - begin == 16 and begin % 16 and sequence.spans(end - 1, end) == [(begin, end)] and not sequence.spans(end, end + 1)
