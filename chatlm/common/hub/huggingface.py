@@ -21,6 +21,7 @@ from typing import NamedTuple, TYPE_CHECKING
 from chatlm.common.errors import ConfigError, named, require_library, shown
 from chatlm.common.hub.local import FULL, download_lock, has_room, sha256_of
 from chatlm.common.hub.short_names import SHORT_NAMES
+from chatlm.common.hub.stamps import eyes_rank
 from chatlm.common.log import log
 from chatlm.common.processes.start import PROCESS_COMMAND
 
@@ -34,6 +35,7 @@ FOLDER_FILES = {"config.json", "generation_config.json", "model.safetensors.inde
                 "tokenizer_config.json", "chat_template.jinja", "chat_template.json",
                 "additional_chat_templates/tool_use.jinja", "modules.json", "1_Pooling/config.json",
                 "config_sentence_transformers.json", "sentence_bert_config.json",
+                "preprocessor_config.json", "processor_config.json",
                 "hf_quant_config.json", "quantize_config.json", "quant_config.json"}
 DENSE_FILES = r"\d+_Dense/(config\.json|model\.safetensors)"  # of an embedder's modules after its pooling
 
@@ -293,7 +295,16 @@ def hub_files(repository: str, file: str, names: Iterable[str]) -> list[str]:
         what = f"no single file {file}" if file else "several GGUF files" if ggufs else "no model.safetensors"
         how = f". Name one: {repository}:FILE" if ggufs else ""
         raise ConfigError(f"{repository} has {what}; {there}{how}")
-    return parts[chosen[0]]
+    beside = "" if re.fullmatch(BESIDE_MODEL, chosen[0]) else chosen[0]
+    return parts[chosen[0]] + (eyes_among(names, beside) if beside else [])
+
+
+def eyes_among(names: Iterable[str], model: str) -> list[str]:
+    """Of the GGUF files beside a model that see images the one of the best type."""
+    begin = model.rpartition("/")[0] + "/" * ("/" in model) + "mmproj"
+    own = [name for name in names if name.lower().startswith(begin.lower()) and name.count(
+        "/") == model.count("/") and name.lower().endswith(".gguf")]
+    return sorted(own, key=eyes_rank)[:1]
 
 
 def models_among(ggufs: Iterable[str]) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any, NoReturn, TYPE_CHECKING
 import numpy
 
 from chatlm.common.errors import ConfigError, shown
+from chatlm.common.hub.stamps import eyes_rank
 from chatlm.worker.arrays.packed import dequantized
 from chatlm.worker.model.kernels import choose_backend
 from chatlm.worker.weights.assemble import check_names_and_shapes
@@ -28,17 +29,10 @@ if TYPE_CHECKING:
     from chatlm.worker.weights.towers import TowerFamily
 
 
-BEST = ("f16", "bf16", "q8_0", "f32")  # the first of these among several files
-
-
 def file_beside(model: Path) -> Path | None:
     """The mmproj*.gguf in a model's folder; of several the one of the best type."""
-    def rank(path: Path) -> tuple[int, str]:
-        name = path.name.lower()
-        return next((i for i, kind in enumerate(BEST) if kind in name), len(BEST)), name
-
     return min((path for path in model.parent.iterdir() if path.name.lower().startswith("mmproj")
-                and path.suffix.lower() == ".gguf"), key=rank, default=None)
+                and path.suffix.lower() == ".gguf"), key=lambda path: eyes_rank(path.name), default=None)
 
 
 def gguf_eyes(model: Path, settings: Settings, loaded: LoadedModel, device: str) -> Eyes | None:
