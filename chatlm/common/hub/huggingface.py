@@ -34,6 +34,7 @@ FOLDER_FILES = {"config.json", "generation_config.json", "model.safetensors.inde
                 "tokenizer_config.json", "chat_template.jinja", "chat_template.json",
                 "additional_chat_templates/tool_use.jinja", "modules.json", "1_Pooling/config.json",
                 "config_sentence_transformers.json", "sentence_bert_config.json",
+                "preprocessor_config.json", "processor_config.json",
                 "hf_quant_config.json", "quantize_config.json", "quant_config.json"}
 DENSE_FILES = r"\d+_Dense/(config\.json|model\.safetensors)"  # of an embedder's modules after its pooling
 
@@ -158,7 +159,6 @@ def hub_plan(hub, repository: str, file: str) -> Plan:
     """ConfigError if the repository has no such model; Unreachable without a connection."""
     sizes, revision, begun = hub_listing(hub, repository)
     names = hub_files(repository, file, sizes)
-    names += mmproj_for(names[0], sizes)
     missing = [name for name in names
                if not isinstance(hub.try_to_load_from_cache(repository, name, revision=revision), str)]
     parts = [hub_folder(hub, repository) / f".chat_server.{begun[name]}" for name in missing if name in begun]
@@ -294,17 +294,17 @@ def hub_files(repository: str, file: str, names: Iterable[str]) -> list[str]:
         what = f"no single file {file}" if file else "several GGUF files" if ggufs else "no model.safetensors"
         how = f". Name one: {repository}:FILE" if ggufs else ""
         raise ConfigError(f"{repository} has {what}; {there}{how}")
-    return parts[chosen[0]]
+    return parts[chosen[0]] + mmproj_for(chosen[0], names)
 
 
-MMPROJ_TYPES = ("f16", "q8_0", "f32")  # the first of these, or of bf16, among several files
+MMPROJ_TYPES = ("f16", "bf16", "q8_0", "f32")  # the best first
 
 
 def mmproj_for(model: str, names: Iterable[str]) -> list[str]:
     """With what a GGUF model sees images: the mmproj*.gguf in its folder, of several the one of the best
     type. [] without any, or if that is what was asked for."""
     def rank(name: str) -> tuple[int, str]:
-        types = [i for i, kind in enumerate(MMPROJ_TYPES) if kind in name.lower()]
+        types = [i for i, kind in enumerate(MMPROJ_TYPES) if re.search(f"(?i)(?<![a-z]){kind}", name)]
         return min(types, default=len(MMPROJ_TYPES)), name
 
     folder, _, own = model.rpartition("/")

@@ -24,7 +24,8 @@ ADAPTER_FILES = "adapter_config.json", "adapter_model.safetensors"  # as peft sa
 # The files of a model in a Hugging Face folder, apart from its weights and from the trainer's own files.
 HF_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json",
             "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
-            "hf_quant_config.json", "quantize_config.json", "quant_config.json")
+            "hf_quant_config.json", "quantize_config.json", "quant_config.json", "preprocessor_config.json",
+            "processor_config.json")
 NANOGPT_FILE = "ckpt.pt"
 NANOGPT_TOKENIZERS = ("meta.pkl", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
                       "encoder.json", "vocab.bpe")
