@@ -8,6 +8,7 @@ good model is a false alarm.
 """
 
 import argparse
+import re
 import sys
 import tempfile
 import time
@@ -16,7 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
-from sick_models import OF_TEXT, diagnose      # noqa: E402
+from sick_models import NUMBERS, OF_TEXT, diagnose, small_bytes      # noqa: E402
+from tiny_gguf import gguf_bytes, random_llama, small_gguf_metadata      # noqa: E402
 
 try:
     from sick_weights import OF_WEIGHTS      # noqa: E402
@@ -52,6 +54,10 @@ def false_alarms(make):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--good", nargs="*", default=(), metavar="MODEL")
+    parser.add_argument("--vocabularies", nargs="*", default=(), metavar="GGUF", help="also a tiny model with the tokenizer of each file, which may "
+                        "have no tensors, as llama.cpp's ggml-vocab-*.gguf")
+    parser.add_argument("--templates", nargs="*", default=(), metavar="JINJA", help="also a tiny model with each chat template, and a tokenizer of "
+                        "bytes that has the names in the template as tokens")
     parser.add_argument("--families", action="store_true", help="also the tiny model of each family that tests write, as a folder and a GGUF file")
     options = parser.parse_args()
     found = 0
@@ -62,7 +68,8 @@ def main():
         print(f"| {fault.name} | {', '.join(checks) or '**not found**'} | {took_s:.1f} |", flush=True)
     print(f"\n{found} of {len(FAULTS)} faults found\n")
     alarms = count = 0
-    models = [*good_models(options.good), *(families() if options.families else ())]
+    models = [*good_models(options.good), *(families() if options.families else ()), *map(of_vocabulary, options.vocabularies),
+              *map(of_template, options.templates)]
     for name, make in models:
         said = false_alarms(make)
         count, alarms = count + 1, alarms + bool(said)
@@ -71,9 +78,41 @@ def main():
     print(f"{alarms} of {count} good models with a false alarm")
 
 
+def of_vocabulary(path):
+    def make(folder):
+        (folder / "model.gguf").write_bytes(small_bytes(path))
+        return folder / "model.gguf"
+    return Path(path).name, make
+
+
+NAMES = re.compile(r"<[|｜][^<>\s|｜]{1,60}[|｜]>|</?s>|<(?:start|end)_of_turn>|<turn\|>|<\|[a-z_]+>|<eos>|<bos>|\[/?[A-Z_]{3,}\]|</?think>|</?tool_call>")
+ENDS = re.compile(r"(?i)end.of(?!.role)|eot|eom|turn\|>$|return|role_end|message_sep|assistant_end|eos|</s>|im_end|<\|end\|>|<\|user\|>|im_assistant_end")
+
+
+def of_template(path):
+    """The ends of answers are guessed by their names: a wrong guess is an alarm too."""
+    def make(folder):
+        template = Path(path).read_text()
+        names = ["<first>", "<last>", *dict.fromkeys(NAMES.findall(template))]
+        ends = [name for name in names if ENDS.search(name)][:2] or ["<last>"]
+        letters, metadata = small_gguf_metadata("gpt-2")["tokenizer.ggml.tokens"][:256], {}
+        for key, name in zip(("eos", "eot"), ends):
+            metadata[f"tokenizer.ggml.{key}_token_id"] = 256 + names.index(name)
+        (folder / "model.gguf").write_bytes(gguf_bytes({
+            "general.architecture": "llama", **NUMBERS, "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2",
+            "tokenizer.ggml.tokens": [*letters, *names], "tokenizer.ggml.token_type": [1] * 256 + [3] * len(names), "tokenizer.ggml.merges": [],
+            "tokenizer.ggml.bos_token_id": 256, "tokenizer.chat_template": template, **metadata},
+            random_llama(vocab=256 + len(names), numbers=NUMBERS)))
+        return folder / "model.gguf"
+    return Path(path).name, make
+
+
 def families():
     """Tiny models of every family, as tests write them."""
+    import encoders
     from families import GGUF_MODELS, MODELS, as_gguf, make_model, save
+    for name in encoders.MODELS:
+        yield f"{name} embedder", lambda folder, name=name: encoders.save_folder(folder / "model", name, encoders.make_encoder(name)) or folder / "model"
     for name in MODELS:
         yield f"{name} folder", lambda folder, name=name: save(make_model(name), folder / "model")
     for name, changes in GGUF_MODELS.items():

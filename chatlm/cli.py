@@ -327,7 +327,8 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
     if words and words[0] in PROGRAM_COMMANDS:
         command = words.pop(0).replace("server", "serve")
     usage, opening, examples = HELP[command]
-    about = [opening, ABOUT_MODELS, ABOUT_FLAGS]
+    models = re.sub(r"nothing \(.*?\), ", "", ABOUT_MODELS) if command == "check" else ABOUT_MODELS
+    about = [opening, models, ABOUT_FLAGS]
     width = max(24, min(96, shutil.get_terminal_size((98, 24)).columns - 2))
     parser = CommandLine(prog="chat_server.py", usage=usage, allow_abbrev=False, formatter_class=help_lines,
                          description="\n\n".join(textwrap.fill(part, width) for part in about),

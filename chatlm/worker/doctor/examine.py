@@ -75,15 +75,14 @@ def findings_of(check: Check, patient: Patient) -> list[Finding]:
         with limited(check):
             findings.extend(check.function(patient))
     except OutOfTime:
-        findings.append(error(f"this takes more than {check.limit_s:g} s of the processor, so the rest of "
-                              "this check was left out"))
+        findings.append(error(f"the check was ended after {check.limit_s:g} s of the processor"))
     except ConfigError as reason:
         findings.append(error(str(reason)))
     except Exception as reason:
         if lack_of_memory(reason):
-            findings.append(error("this takes more memory than the "
-                                  f"{(check.memory or 0) >> 20:,} MiB that this check has"
-                                  if check.memory else str(lack_of_memory(reason))))
+            findings.append(error(
+                f"the check takes more memory than the {check.memory >> 20:,} MiB that it may"
+                if check.memory else str(lack_of_memory(reason))))
         else:
             findings.append(warning(f"the check itself failed: {named(reason)}",
                                     advice="this is an error of chat_server; please report it"))

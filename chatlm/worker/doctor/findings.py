@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence as Seq
 
 from chatlm.common.messages.doctor import SEVERITIES, Finding
 
 Findings = Iterable[Finding]
 MOST_SHOWN = 3  # examples in a sentence
+LONGEST_SHOWN = 60  # characters of one
 
 
 def error(what: str, where: str = "", advice: str = "", **facts) -> Finding:
@@ -23,6 +25,12 @@ def warning(what: str, where: str = "", advice: str = "", **facts) -> Finding:
 def note(what: str, where: str = "", advice: str = "", **facts) -> Finding:
     """Nothing is wrong, but an operator should know this."""
     return Finding("", "note", what, where, advice, facts or None)
+
+
+def quoted(text: str) -> str:
+    """Text from a model for a sentence: short, in quotes, as people read it."""
+    text = json.dumps(text, ensure_ascii=False)
+    return text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + "..."
 
 
 def worst(findings: Findings) -> str:

@@ -1,6 +1,6 @@
 """Short texts that tokenizers disagree about: for round trips, and for fingerprints.
 
-Their order is part of the fingerprints in known_tokenizers.py: run docs/fingerprints.py after a change here."""
+Their order is part of the fingerprints in known_tokenizers.py: after a change, run docs/fingerprints.py."""
 
 from __future__ import annotations
 

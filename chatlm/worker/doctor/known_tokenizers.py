@@ -66,6 +66,19 @@ KNOWN = {
         "k6EybGvD1qi_gbYPmed2vcGWanMBiW13Yi3mLP4N5IgNKNQWgqFn8uoC3HJ6y71x41OeBV_nq_mwDziHnyOxeKQU9aKDk661tS"
         "ixH8kAd7jaqkKUyd7zwi1HK5umcNsf3nrOyOjduromPgpY2uvBv3a8-"
         "dZ0Rl5C6gzGTR6fwUzcb42AGhpqFn4GL3CIuh0rQewZsdGeZzWdGC5j8ERIZMEtTp7GwQ9Bu9"),
+    "Qwen 3.5 (with Qwen 3's vocabulary)": (
+        "79eeH2gRIBzrAg655hCalipURzAD55xWecTDmKbexhAh_7IpdBQUCFUbqVf6kRTKoM8p9jEfFPjyOsRQ-w63GP8-"
+        "MJWbmxanK9hTsfokMTI1hTe7MomFLTBX0azy5G6pWrphvnVmxkUaohYZXaNz-"
+        "8YimUzEbluiwmgVsTxlT5Lifj1aCBaRxd2DUejqszuERk3-"
+        "1zCv_o02uPqK0cZ_QHaJrvhIsaNpKgrIhz25QKStbTO9QaAZ52IRn2S9r3li2EFORCn6TJhVBA8Th51TUTi6XAonPBpyS0K7Bo"
+        "izGIsgCwVJ0zGJOaASKLgQ0GXgMFKIibYZ7pUFncIY5in6ap4axL-oMow50wGzVlJEjWw8W8icyF3JJsgs11eTSIkCsbSxEJCX"
+        "FLZGz6ls_XNVt7B98QXeJI7HYN1G2g4YYhTOTOu8rK3LhVU76zi6M7vz79lqFMWTC2Po67KGGGiIxOMS4jrq4jrqZUTw5lIgEg"
+        "5Jh0CdFqCVR_lscnvlo351utBflVz7a-VRhfTQ1gYbzLybxldztIeDPzxva9pauPk1a3CisCWoyx4BmvpzLGDJy_27-"
+        "R_vmSdh2s2SQVkiRqyNeBM75USppzE6MmJadIH5XTFpvgPeeBR8dm5lq14q9aOUyp8GMcqU2CDjLigm-JsPkfc8Df2bOfgaLKO"
+        "rTrSdjP0bn5jyQqR2jJjFQ1UmN8kKr4ZL2XNE5J5yWuBDZQ8LLEJHRxp8wgMiylMJU-"
+        "k6EybGvD1qi_gbYPmed2vcGWanMBiW13Yi3mLP4N5IgNKNQWgqFn8uoC3HJ6y71x41OeBV_nq_mwDziHnyOxeKQU9aKDk661tS"
+        "ixH8kAd7jaqkKUyd7zwi1HK5umcNsf3nrOyOjduromPgpY2uvBv3a8-"
+        "dZ0Rl5C6gzGTR6fwUzcb42AGhpqFn4GL3CIuh0rQewZsdGeZzWdGC5j8ERIZMEtTp7GwQ9Bu9"),
     "Llama 3": (
         "jf76XrelRdga_UtCQpQo6Mcmv3hzgTuwR6jdObepCyTnpyW9ycnOUvd52eVANu-ibVS29NVS5OBOWERX6xiRMxmT0hHVfVnRmA"
         "TF7H6Ro51996MMkA6T1gnbvPfn5vSPMO63srARgjy7EwP2XgXkslDXCy6UldfSSeAqhCVHvzjNwpV-MGOnYRSQUejq1RLhV1Jd"
@@ -106,6 +119,73 @@ KNOWN = {
         "shmBJRJHAoz-3FcuQqatPWTVxk5t9z6jImOnsV7LL8yEL7m8yl345otnVPOcGe7u5DI-"
         "Gdw0lpBbUX-7SRnFXuzWa7-Xubof3ncMOwHpwZbg7GGFY-QVCGMBEeDpr6_ugPfLMQE3HbC9oyYkd1ZxeR1CSK4e4ND1DAARIz"
         "ASTov3vVm6Pdjz97-EMCiBQn2pdz9rXTEVu5Zub0GC4fRhtxBhmTFmqX0DFrNRMqDQuBachxpLVfkyiaH6m"),
+    "Llama 2, Phi 3": (
+        "owhqHKznjRsWnZEgi3M-"
+        "jLkjOopTMn4Jn1njV2ScTwWb2m0kuTN4PJ9qhrDIrOrQCNZ3FfkFbFeSnUQ0mYHpwhLWMyjEY1lg4UfsUo8Vh-_UtGyG-"
+        "0jrHbO6pdmgWCTwxovdyVD3oNdHX2ElL25caeIMkLVNP3McAq9Kqk52je5DpzDlAaFzSEAUGL7R_bZvmvZrrve7CeVy3mqBims"
+        "edjwO0FZj8aR3yDslDnPAgvZ_xR52susD5Lh2-iSMUQmku-"
+        "nz02Ab_QIfJxxRZ1dHZbxcx86R-EQxEl-d5LZ1z6_X20X8UzwPx1X9SVlMprbZWC2c2ld_NF3hAlnuxiaZGyFD-"
+        "duFtMP4BB3dj4PJuMD7vl1_3Xod5AgLoMeoSiEiRjw49db73hBaxSPjuIbgL9mcLNz_JkSqX1Yq8dqUANVH-SaCdiyW7SOsv_e"
+        "iIuBAYkRJ3GIgurRglpN24Yjaj257xd9P1B4y2NkiDhJamiYHsiyo08AgLwg27oyo1LuQxsmZvWm9Osxb6HykOL5P9iYrI4J04"
+        "ZMg9GoLPHWVyD-vkHNEArnLgAjCOjesezRorzHohQf_Io9scAatO02zC5GzusojwyhpM9EbU9LRHnfs4yvEeazES4BFa4VB6yz"
+        "7OO2ydXEAczE9EyGj6CyX1M74bFh743Lq97AjS-LxLmKHL8Gw1KHWb82nnHWYOokjcCpFBgxpy1I6ZD2PbT2B9HemWFp1EWaXo"
+        "zas6RvLqY8OlqbUN4xJtOd2JxLh2yCWdR10MFvFmiBk04BZCt1DfZZRaZxqYr23jg6FgyhTKVMcTxWz3KJtYV6RxRUpc8RWgP8"
+        "WxHNR2XqE27Paro67Pn7cCQmVgSjpysReN1-MDW2d0WYmVDuLuGsWFPzMubSoINMxMENoYns8O9rfF9ysD1LUbaUIuF-"
+        "fgN1EVssBaq0zqbBNequcpVaoDBf2A30T1sySCJ28A7cY"),
+    "Gemma 4": (
+        "T0GO_Q2bNlhtcpxXgiFw-vnrIWnwbaIStMb7gf3ItJdzVlp2a51evrLrRufw8JDOp9Bnarmi-"
+        "3EfsATk15WlDKmtABtX0HozTR0ugnKEOuqRi1Ya88g4W_vo26XKykZryIjeB8BrX5eCvOkrpi6CEEltj3lUlD_V8hvzHqfLTLa"
+        "fKbesNuzOZMe61qQDLEVUrYzA2NqT5ZZ-"
+        "RFrRdMr2x8FuwBgT2GrkeamXhdqvARnC2CqfCM0P7RP4DVOFLH1UkrQIrU_pNUsqqExZ-Lcr-"
+        "qH2beYNC2BjiTVNGRwnbVbxYdPVeTFE6V8PutE9d93LaaOFswTAPYOUjtceWSfuhgCIbRQ1Td-AwLBJRG2h8ngdo_hm-cDgBXV"
+        "DnlfveFzHKb0DwqSXJsJUNd_bfuAEvztH_h17VALWe0nX44_HRkeoEFcS1-"
+        "H51jlrFR3kauatogdR638DsWd42pGrIzxPmcrPqoYeKn8-allB_-iYU2Eoen0EFDCl-UPvty2Qmy--"
+        "hFphCCasvFOCTTLfiuTCWncKhI5AIfMJH3zgRVwKZUh0dojCGCMyTd_Pw2meMuZZi64UyqcSyKuz0UvcO523rzKges-"
+        "PLaIfIbil8yn0EPZ-u9pj3TfHRkvGnj1ako6K8MxsK9MT4xbBmlRLvNRjSB-"
+        "ahnzcNOHyrU3Y9-FBk8ibI09kZsZ2ggZJMn0fyiRkeKg-zFlx_g2aetOGoQEhOEoVzG2J5chb8e4_21bBjUFJD9QrTCqsH0-"
+        "ZabXxJo-"
+        "26U6GsEF9xyjEulXmZ4akPYsBJR8kD95_PrIRAjEiSyXoPybjFQhknsl4R7kHvzHpJ3gKqDChBfrQgFRPniJS2wqPiuPDN0Jfm"
+        "nMqqBObT5IxGTNXFWGQToAzZFzT4VMQ2QQ_qvDIoRWS8inBVwXDfQja3-"
+        "_BqifsG3Xh5YDtc3PYvg0t0oDxkvQOesGnsVOgLcZ7cGHsCngZ"),
+    "Command R": (
+        "_skwDAE_xJvpwCSPcv155zaJCqgvXv2j_-8CqpaBkMYkDvuh2-nGmbkUj-"
+        "fPQpdwr6mPpcqRrChDmIfFder0E-QnuCxWcYmuFwEHdCvzUasmQOjZd-edKqBkPds_-pHzO1LNcsbJS1zTAgEml8w_x54KYXmH"
+        "ok4CiQ8FxTFuz3XwF0fLSLPi24yK0lPX4WRUjBgHvKGoZLssvXqXlq5d-"
+        "XQGliWzG5u5yC9WJdFAKISL3BVUFKw9dNKGKPCG3CigXcGvWH9K9jsjPeVSPh0UDV0UhqAbR4U6V93mys7X4RANkLS8mh0EW0-"
+        "5002zKzYBenrnlSr2_Al6JSmcU1-jUg5c7wAHQBSthKumhkXWzVGDAWTLX_d1c2fd_1fCHSIwKPSOjRBaUfQmDF-cFMelMLv1-"
+        "z3Vj_hGNfFTU3hmEBaev1UpjDWxwHMXLQU071LlbtJVF5d9-yjoys6TVzGyua6D2-oA2-"
+        "oAfTDPZ8TZj2qs1fNqcJjuFAb9KinOnYRpdvbGkE3K0fhQ_XtptLvkAWAcvCzPJbdnWZkHsYtE4CBecYdgpThBjml-"
+        "w2oHW77HR1LhQaPe48filhaTg6CUPnvtb3QtZRg47vLiT9pWme1Fq6Y7y-T-wMxEIujvp56jmp1zuDrFEbPAlTt7yg2eJz7CbO"
+        "El_xiBD1dRJkj3tejhzPjbW7fqZF6wy5WHx5w7gbGqDWz4inCQSisjviT8uLtayKUSfmG5FFsiniDYMRr7KeXYnPM8GfWULy0Y"
+        "ieay3AqpK1m52_gRvlNiin4uNSlnsz3JNz-kIUBT403muG9mECkM4H1IyFsPopBEHxW0-"
+        "NFKUXToCMBtsurgi1tTgk2ZfaRw2skhaf2uuVxHUNECvtpsj8jTUDOxKOXmOuBBixpfAs1aIPpandByZdFhhXDT4k-jhic-"
+        "IpFR8SwNdxwSE0E1Nx00ODA8cTBS3XKdWC_oZvvcUwrr"),
+    "StarCoder": (
+        "n0GAbgZgQzC_n4eQyXwFFwEPxw_Z-FkIAvdehZqWRJqeQ7xhCgDNgzwh24qPSRStPth3OVemAm8v_8pwplnOCJyffaee5_39EM"
+        "Vz5CEOiGK_ZETuA6rxVGSLeLOTGm103moz6TE_oNs8agGni_iGCbSzlSUPb3EXZf9mW5PbCH_YTu_nKK_CZSIOfwoiP5oLkG_l"
+        "kRY1pbbdV-QQ-gWQu9-"
+        "OlyCK32U006TluGn_4Q8gETaapwl0dFWazff7BQm_IHYXXNP8wJ6IVo9mejDClxaYDyBevPjXwIU4Ik3DtAUn3DXx8vruxMYXY"
+        "WfqvW7fAVDuTY7vfwuRTjFbKFjcvNHWh4mDgGBEMjE9H597F_JgJ2CAPW5FKQjGGqiwfa6LgdqU67odzPfj7dwbYBGivTqQA1X"
+        "jS4gV9dpiKKI4fdooTVxVHcRfTT2QDaDp2PZGUkstaZwzCX8nOcaqKsbHEH1q-6-6RM7-"
+        "237rlVvvzyPz8FCzX5sLA8CwTnpBdRC4dM_s3ouhLOME7Nhv-it6vjJ5Ioy4lH-"
+        "U2svDD7yPVaQzZ8Q9v2o38u96UB59R93DEn5W54KIJqrqoaAYo-76Istoi3b_nwRr_mQ7cYd7J-4X-rORqb16X-"
+        "t9eWRncTFOU97r7JAk1RPJID114R6H3Uf2xE2SaS7RraVy7qNS7ZPLBTHjNckPESkQKLEcQ0yqU9PqSucRyFKhnKoFS6EfBBDP"
+        "L5RgyEBMccuE9DJxJ4VOd6x9rV80YEyVU-byb_p7BGuD1VXR1Pv6MCaW38OyYspBM8D6dBaTZr6_Tj4KFcQua6wrXoeU3f66rS"
+        "n0oFQ1PU4aWgoITOEnU7vQAp0D4vyjIgz9_cqjoufVUkHP0SR6_KNayTI5LtidCy8A55giqi9813cQC_o9cp-"
+        "vkBj04QNB7Q3lHXsSkU2gvjl45544HzIqCndc9UE6PM-JA2JcvHOWHgevAeCU"),
+    "DeepSeek Coder": (
+        "RKiEUdDppYVO2CmD6dZTkH7Fyf9b12ho2QQyD0vDEI6FtArvzSCzanzkPbLXdMlRaDbZbejhUNgh0WGz30MVWQNk8RERGWmiRs"
+        "Lz_CLTMq_6hpaqTo-"
+        "otufpJthAYxpbHe6IGnSpNCvXABUnH34UJDnDfRVbRw9Xp8pT6YQW7YCf1z6luD0kHvWSckQKshXlqP5TSMCdFdDVYrXkYWPK-"
+        "DEvpWuAn2kYvd0eKJxHWTReH1ggwdpin1nopWHP3JNcMQVHvQ0QJY98slHntBviS_58EhP1Dz8zssWeeohHDMwTJTvwmBKQTiW"
+        "1nudnxovnbFu2HedbOQG9BBe85in6ap4axL-"
+        "oMow50wGzVlJEjWw8W8icyF3JJsgsh_lfldRgsbSxFTIEObzoz6lsBdg8nNA5KF-jSyGX7-c3084s4itCA57wTto8u-"
+        "OrfbSz7eBSlRLZ63NopAAwI9iLhrIbB_NVxjP38zyaOswALE2Pzc2K10W8ZwS0p4NV9YDW5RRvEs2vXd8ZSWlV18MU2sU8jl7i"
+        "EicPTnaNutJRTR-xXZ-X4YTU1CsPa4XFOOzcISqjVUzEfWqg8nyNM90Xo4jI0B9ljFHYrN4VEQFwbMMBqaL-"
+        "EtftsX2T0TvS8TV2EKBSj5tFrXEYfjKqHMWgWrdU-JsPp5c53U23be3wLKOrYG-wydQ4k2xNPC-WWMaOQ1Um0OxNZj2vp7oyyX"
+        "cMY1ofCUoPG7CmKZ8YaMyHkjk8MhlgZGSUdRN3Z2sB8Eqw5ZQbProauqJb6Lz0VULX9myj13v1MEGG-"
+        "0vP2aXNllvaCsu6UIuYU6rrVs_e6rxvv7UgkTqjBBDassqeSrc73tkkyqerTS3b69dfe9Yx0fqKM4w3vdgaH47Qr2_Q1YDSJsK"
+        "dbSRkvh9pMKImS_Gf3nGSUQtiw02-HrocyhSEeYptArV_wZsdedq3PnABDu7XASuUFpkj3RRSxaza"),
     "Mistral 7B v0.1": (
         "70wh4X5np1iOCEMhoJzcf8tsDxW9Fq26PVB29GMIXrUiaACHxZorjmC6-tpOJG-4pDnBBwhRW3Ayk6DjaBzCq9UCni-TmuBwZT"
         "eA2kbKzc7ZPwThHSSb1q6Npif5ZpSyMxVkO2GDGArLZKC9xdyz08iPjIYca7SfPNkI1N4JGQoRdORpAhEIct4JTqg3RhxJPr7w"

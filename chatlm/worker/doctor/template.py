@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence as Seq
 from functools import cached_property
 from typing import NamedTuple, TYPE_CHECKING
 
-from chatlm.common.errors import ChatServerError, RequestError, shown
+from chatlm.common.errors import ChatServerError, RequestError
 from chatlm.common.messages.requests import Message
 from chatlm.common.text.tokenizer import tools_of
-from chatlm.worker.doctor.findings import Findings, error, examples, note, warning
+from chatlm.worker.doctor.findings import Findings, error, examples, note, quoted, warning
 
 if TYPE_CHECKING:
     from chatlm.common.text.tokenizer import Tokenizer
     from chatlm.worker.doctor.patient import Patient
 
 WHERE = "chat template"
+COMPILE_S, FILL_S = 5.0, 0.5  # what a server's sandbox allows: PREPARE_S, Admission.TEMPLATE_S
 # Words that no template has; each must come out exactly once
 SYSTEM, FIRST, ANSWER, SECOND, REPLY, THIRD, PARTIAL = (
     f"zq{name}qz" for name in ("system", "first", "answer", "second", "reply", "third", "partial"))
@@ -28,7 +30,8 @@ TOOLS = ({"type": "function", "function": {
         "required": [ARGUMENT]}}},)
 CALL = {"id": "abcdefghi", "type": "function", "function": {"name": TOOL, "arguments": {ARGUMENT: VALUE}}}
 GOES_ON = {"continue_final_message": True, "add_generation_prompt": False}
-A_NAME = re.compile(r"<[|｜][^<>\s|｜]{1,60}[|｜]>|</?s>|<(?:start|end)_of_turn>|<turn\||<\|turn>|<eos>|<bos>")
+A_NAME = re.compile(r"<[|｜][^<>\s|｜]{1,60}[|｜]>|</?s>|<(?:start|end)_of_turn>"
+                    r"|<turn\|>|<\|turn>|<eos>|<bos>")
 AN_END = re.compile(r"(?i)end|eot|eom|eos|/s>|stop|return")
 CHAT_TOKENS = (("<|im_start|>", "<|im_end|>"), ("<start_of_turn>", "<end_of_turn>"),
                ("<|start_header_id|>", "<|eot_id|>"), ("<|turn>", "<turn|>"))
@@ -73,6 +76,10 @@ class Chats:
                            Message("assistant", REPLY), Message("user", THIRD))
 
     @cached_property
+    def thoughtless(self) -> Rendered:
+        return self.render(Message("user", FIRST), options={"reasoning_effort": "none"})
+
+    @cached_property
     def goes_on(self) -> Rendered:
         return self.render(Message("user", FIRST), Message("assistant", PARTIAL), options=GOES_ON)
 
@@ -98,17 +105,26 @@ def check_template(patient: Patient) -> Findings:
     if patient.text.kind == "hf" and not patient.text.chat_template or patient.text.kind == "characters":
         yield note("the model has no chat template, so it cannot chat; it continues texts", WHERE)
         return
-    chats = Chats(tokenizer)
+    chats, began_s = Chats(tokenizer), time.process_time()
     if patient.text.kind == "hf":
         try:
             getattr(tokenizer, "template")
         except ChatServerError as reason:
             yield error(str(reason), WHERE)
             return
+        if (took_s := time.process_time() - began_s) > COMPILE_S:
+            yield error(f"it takes {took_s:.1f} s of the processor to compile; the server gives up after "
+                        f"{COMPILE_S:g}", WHERE)
+            return
+        began_s = time.process_time()
     if refused := chats.one.refused:
         yield error(f"a user's message cannot be rendered: {refused}", WHERE)
         return
-    for part in (lost_or_doubled, prompts, ends, begins, unused, features):
+    if (took_s := time.process_time() - began_s) > FILL_S:
+        yield error(f"it takes {took_s:.1f} s of the processor to render one message; the server gives up "
+                    f"after {FILL_S:g}", WHERE)
+        return
+    for part in (lost_or_doubled, typed_specials, prompts, ends, begins, unused, features):
         yield from part(patient, chats)
 
 
@@ -119,29 +135,38 @@ def miscounted(rendered: Rendered, texts: Seq[str]) -> tuple[list[str], list[str
 
 
 def lost_or_doubled(patient: Patient, chats: Chats) -> Findings:
-    native = tools_of(chats.tokenizer) == "native"
     for what, rendered, texts, weight in (
             ("a user's message", chats.one, (FIRST,), error),
             ("a conversation of several turns", chats.turns, (FIRST, ANSWER, SECOND, REPLY, THIRD), error),
             ("a system message", chats.system, (SYSTEM, FIRST), warning),
             ("a message to continue", chats.goes_on, (FIRST, PARTIAL), warning),
             ("the description of a function", chats.tools, (FIRST, TOLD, ARGUMENT), warning),
-            ("a function's call and result", chats.results, (FIRST, VALUE, RESULT), warning)):
+            ("a function's result", chats.results, (FIRST, RESULT), warning),
+            ("a function's call", chats.results, (VALUE,), note)):
         if rendered.refused:
-            if not (rendered is chats.system and "ystem" in rendered.refused):
+            if not (rendered is chats.system and "ystem" in rendered.refused or weight is note):
                 yield weight(f"{what} cannot be rendered: {rendered.refused}", WHERE)
             continue
         lost, doubled = miscounted(rendered, texts)
-        # a description may say an argument's name again, as one that is required
-        doubled = [text for text in doubled if text != ARGUMENT]
+        # templates may say a function's description again, and which of its arguments are required
+        doubled = [text for text in doubled if text not in (TOLD, ARGUMENT)]
         if lost:
             names = examples([text[2:-2] for text in lost])
             yield weight(f"of {what} the text is lost ({names})", WHERE,
-                         "the model never reads it" + (", though the template asks for functions"
-                                                       if native and "function" in what else ""))
+                         "the model never reads it")
         if doubled:
             yield weight(f"of {what} the text is doubled ({examples([text[2:-2] for text in doubled])})",
                          WHERE)
+
+
+def typed_specials(patient: Patient, chats: Chats) -> Findings:
+    """The name of a special token in a user's message must not become the token."""
+    tokenizer = chats.tokenizer
+    for name in dict.fromkeys(names_in(tokenizer, chats.one.text)):
+        token = tokenizer.specials.get(name)
+        typed = chats.render(Message("user", f"{FIRST} {name} {SECOND}"))
+        if token is not None and typed.ids.count(token) > chats.one.ids.count(token):
+            yield error(f"whoever writes {quoted(name)} in a message ends or begins turns with it", WHERE)
 
 
 def prompts(patient: Patient, chats: Chats) -> Findings:
@@ -153,8 +178,8 @@ def prompts(patient: Patient, chats: Chats) -> Findings:
     opening = before.removeprefix(prompted)
     if prompted == chats.unprompted.text.partition(FIRST)[2] and before.startswith(prompted) and (
             re.search(r"\w", opening)):
-        yield warning(f"the template ignores add_generation_prompt: {shown(opening.strip())}, which comes before "
-                      "answers, is not in the prompt", WHERE,
+        yield warning("the template ignores add_generation_prompt: "
+                      f"{quoted(opening.strip())}, which comes before answers, is not in the prompt", WHERE,
                       "the model has to write it, or answers for the user; a newer template has it")
     if not chats.goes_on.refused and not chats.goes_on.text.rstrip().endswith(PARTIAL):
         yield warning("a message that is to be continued does not end the prompt", WHERE)
@@ -176,21 +201,26 @@ def ends(patient: Patient, chats: Chats) -> Findings:
     written = names_in(tokenizer, after)
     if not written:
         yield note("the template writes no token after an answer", WHERE)
-    elif not stops.intersection(written):
+    elif not stops.intersection(written) and not tokenizer.call_format.stops:  # there, earlier ones differ
         end = written[0]
         split = end not in named
-        yield error(f"the template ends answers with {shown(end)}, " + (
+        known = examples([*map(quoted, sorted(stops))]) or "nothing"
+        yield error(f"the template ends answers with {quoted(end)}, " + (
             f"which is no token here: it splits into {len(tokenizer.encode(end))}" if split else
-            f"which does not end them here (only {examples([*map(shown, sorted(stops))]) or 'nothing'} does)"),
+            f"which does not end them here (what does: {known})"),
             WHERE, "answers never end; " + ("its token has the wrong type, or is missing" if split else
                                             "name it as eos or eot"))
+    eos = None if patient.text.eos_token is None else tokenizer.show([patient.text.eos_token])
+    if eos and stops.intersection(written) and eos not in written:
+        yield note(f"the template ends answers with {quoted(written[0])}, not with eos, {quoted(eos)}; both "
+                   "end them here", WHERE)
     opening = names_in(tokenizer, before)
     if opening and opening[-1] in stops and opening[-1] not in written[:1]:
-        yield error(f"{shown(opening[-1])} ends answers, but the template begins them with it", WHERE,
+        yield error(f"{quoted(opening[-1])} ends answers, but the template begins them with it", WHERE,
                     "the id of eos is another token's")
     for name in dict.fromkeys(names_in(tokenizer, chats.turns.text)):
         if name not in named and (name in patient.vocab or AN_END.search(name) or "start" in name):
-            yield error(f"the template writes {shown(name)}, which "
+            yield error(f"the template writes {quoted(name)}, which "
                         + ("is an ordinary token in the vocabulary" if name in patient.vocab else
                            "is no token here") + f", so it splits into {len(tokenizer.encode(name))}", WHERE,
                         "the type of its token should be control (special)")
@@ -199,8 +229,8 @@ def ends(patient: Patient, chats: Chats) -> Findings:
     silent = [tokenizer.show([token]) for token in sorted(tokenizer.stop_tokens - stated)
               if tokenizer.show([token]) not in (patient.text.chat_template or "")]
     if silent and patient.kind == "gguf":
-        yield note(f"answers end also with {examples([*map(shown, silent)])}, which the file does not name as "
-                   "an end", WHERE)
+        yield note(f"answers end also with {examples([*map(quoted, silent)])}, which the file does not name "
+                   "as an end", WHERE)
 
 
 def names_in(tokenizer: Tokenizer, text: str) -> list[str]:
@@ -215,10 +245,10 @@ def begins(patient: Patient, chats: Chats) -> Findings:
     tokenizer, bos, ids = chats.tokenizer, patient.text.bos_token, chats.one.ids
     if bos is None:
         return
-    name = shown(tokenizer.show([bos]))
+    name = quoted(tokenizer.show([bos]))
     if ids[:2] == [bos, bos]:
-        yield error(f"a chat begins with {name} twice", WHERE, "the model has never seen that; remove it from the "
-                    "template")
+        yield error(f"a chat begins with {name} twice", WHERE,
+                    "the model has never seen that; remove it from the template")
     elif ids[:1] != [bos] and expects_bos(patient):
         yield warning(f"a chat does not begin with {name}, with which texts of this vocabulary begin", WHERE,
                       "set tokenizer.ggml.add_bos_token, or write it in the template")
@@ -246,14 +276,13 @@ def unused(patient: Patient, chats: Chats) -> Findings:
 
 
 def features(patient: Patient, chats: Chats) -> Iterator:
-    tokenizer, template = chats.tokenizer, patient.text.chat_template or ""
-    thinks = tokenizer.thoughts
-    switch = re.search(r"\b(enable_thinking|thinking|reasoning_effort|thinking_budget)\b", template)
+    tokenizer, thinks = chats.tokenizer, chats.tokenizer.thoughts
+    switched = chats.thoughtless.text not in ("", chats.one.text)
     kind = {"native": f"in the template's own form ({tokenizer.tool_format})",
             "generic": "described by this server, as the template has no place for them"}
     yield note("; ".join([
         "system messages: " + ("refused" if chats.system.refused else "yes"),
         f"functions: {kind.get(tools_of(tokenizer) or '', 'no')}",
-        "thinking: " + (f"{thinks[0]} to {thinks[1]}" + (f", by {switch[1]}" if switch else "")
-                        if thinks else "no"),
+        "thinking: " + (f"{thinks[0]} to {thinks[1]}, which "
+                        f"{'can' if switched else 'cannot'} be turned off" if thinks else "no"),
         "continuing a message: " + ("no" if chats.goes_on.refused else "yes")]), WHERE)

@@ -1,0 +1,146 @@
+"""The doctor: each fault of a table is found, good models have none, and hostile ones end in a sentence."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import chat_server as cs
+import sick_models
+from chatlm.common.config import Settings
+from chatlm.common.hub.find import resolve_model
+from chatlm.common.hub.local import no_progress
+from chatlm.common.messages.doctor import DoctorConfig, Examined, Finding
+from chatlm.front.admission.admission import Admission
+from chatlm.front.api.sandboxed import PREPARE_S
+from chatlm.terminal import check as check_command
+from chatlm.terminal.check import Examination, Report
+from chatlm.worker.doctor import examine, template
+from chatlm.worker.doctor.checks import CHECKS, Check
+from chatlm.worker.doctor.findings import error, note, worst
+from chatlm.worker.doctor.fingerprints import fingerprint, likeness, packed
+from chatlm.worker.doctor.hard_texts import FINGERPRINTED
+from chatlm.worker.doctor.known_tokenizers import KNOWN
+from sick_models import CHATML, OF_TEXT, diagnose, pieces_gguf, rewritten, small_gguf
+
+SCRIPT = Path(cs.__file__).resolve()
+
+
+def check(*words, **environment):
+    return subprocess.run([sys.executable, SCRIPT, "check", *map(str, words)], capture_output=True, text=True, timeout=120, env=os.environ | environment)
+
+
+@pytest.mark.parametrize("fault", OF_TEXT, ids=lambda fault: fault.name)
+def test_each_fault_of_a_tokenizer_or_template_is_found(fault, tmp_path):
+    diagnosis = diagnose(fault.mutate(fault.make(tmp_path)), only=fault.finds)
+    assert diagnosis.finds(fault), [finding.what for finding in diagnosis.findings]
+
+
+@pytest.mark.parametrize("make", dict.fromkeys(fault.make for fault in OF_TEXT))
+def test_the_models_without_their_faults_are_fine(make, tmp_path):
+    diagnosis = diagnose(make(tmp_path))
+    assert (diagnosis.serious, diagnosis.refused) == ([], "")
+
+
+def test_nanochat_checkpoints_and_the_default_model_are_fine(nanochat_fixtures, default_model_path):
+    for path in (*sorted(nanochat_fixtures.iterdir()), default_model_path):
+        diagnosis = diagnose(path)
+        assert (diagnosis.serious, diagnosis.refused) == ([], ""), path
+    assert "encodes as SmolLM2 does" in [finding.what for finding in diagnosis.findings]
+
+
+def test_the_command_has_a_verdict_and_a_status(default_model_path, tmp_path):
+    fine = check(default_model_path)
+    assert (fine.returncode, fine.stderr) == (0, "") and fine.stdout.startswith("SmolLM2-135M-Instruct.Q4_1: fine (")
+    sick = check(rewritten(small_gguf(tmp_path), {"tokenizer.ggml.eos_token_id": 260}), "--json")
+    body = json.loads(sick.stdout)
+    assert (sick.returncode, sick.stderr, body["verdict"], body["counts"]["error"]) == (1, "", "error", 1)
+    assert [one["name"] for one in body["checks"]][0] == "opening" and {"tokenizer", "template"}.isdisjoint(body["findings"][0])
+    assert body["findings"][0]["check"] == "ends" and '" the"' in body["findings"][0]["what"]
+
+
+def test_the_template_of_another_process_cannot_hang_or_fill_it(tmp_path):
+    """A loop without end, and one that fills memory, are findings; the checks after them are made."""
+    for body, words in (("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "of the processor"),
+                        ("{% set a = namespace(b='x' * 1000000) %}{% for i in range(20) %}{% set a.b = a.b + a.b %}{% endfor %}", "takes more memory")):
+        path = rewritten(small_gguf(tmp_path), {"tokenizer.chat_template": CHATML + body})
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sick_models, "CHECKS", tuple(row._replace(limit_s=0.5, memory=256 << 20) for row in CHECKS if row.name == "template"))
+            [finding] = diagnose(path).serious
+        assert finding.severity == "error" and words in finding.what, finding
+
+
+def test_a_template_has_the_time_that_a_server_gives_it():
+    assert (template.COMPILE_S, template.FILL_S) == (PREPARE_S, Admission.TEMPLATE_S)
+
+
+def test_a_check_that_breaks_is_a_finding():
+    def broken(patient):
+        yield note("before")
+        raise KeyError("x")
+
+    found = examine.findings_of(Check("broken", broken), None)
+    assert [finding.severity for finding in found] == ["note", "warning"] and "KeyError: 'x'" in found[1].what
+    assert worst(found) == "warning"
+
+
+SICK = f"""
+import os, signal, sys, threading
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+from chatlm.common.processes.child import run_role
+from chatlm.worker.doctor import examine
+from chatlm.worker.doctor.checks import Check
+from chatlm.worker.doctor.findings import note
+examine.CHECKS = (Check("first", lambda patient: [note("before")]), Check("dies", lambda patient: os.kill(os.getpid(), signal.SIGKILL)),
+                  Check("hangs", lambda patient: threading.Event().wait(), limit_s=0.05), Check("last", lambda patient: [note("after")]))
+sys.exit(run_role(*sys.argv[1:]))
+"""
+
+
+async def test_a_check_that_ends_its_process_or_hangs_is_a_finding_and_the_others_are_made(monkeypatch, nanochat_fixtures):
+    monkeypatch.setattr(check_command, "PROCESS_COMMAND", (sys.executable, "-c", SICK))
+    settings = Settings(command="check", model=str(nanochat_fixtures / "gen5"))
+    report = await Examination(DoctorConfig(settings, resolve_model(settings), None, 1), no_progress).run()
+    found = {one.check: [(finding.severity, finding.what) for finding in one.findings] for one in report.examined}
+    assert [*found] == ["opening", "first", "dies", "hangs", "last"] and found["first"] == [("note", "before")] and found["last"] == [("note", "after")]
+    [(severity, what)] = found["dies"]
+    assert severity == "error" and "killed by SIGKILL" in what and found["hangs"] == [("error", "the check has no result: it takes too long")]
+
+
+def test_names_in_a_report_cannot_move_the_cursor():
+    finding = examine.labelled("ends", [error("bad \x1b[31mred\u202e", "a\nb")])
+    text = "\n".join(Report("\x1b]0;x\x07m", "\x9b", (Examined("ends", 0.1, finding),)).lines())
+    assert not any(ord(character) < 32 and character != "\n" or character in "\x9b\u202e" for character in text)
+    assert text.count("\n") == 2 and "\\x1b[31mred\\u202e (a b)" in text
+
+
+def test_the_worst_finding_is_shown_first_and_decides():
+    found = tuple(Finding("a", severity, severity) for severity in ("note", "warning", "error"))
+    report = Report("m", "d", (Examined("a", 0.0, found),))
+    assert [finding.severity for finding in report.findings] == ["error", "warning", "note"] and report.verdict == "error"
+    assert Report("m", "d", (Examined("a", 0.0, found[:1]),)).verdict == "fine"
+
+
+def test_a_fingerprint_names_the_texts_that_differ():
+    hashes = fingerprint(lambda text: list(text.encode()))
+    known = {"mine": packed([*hashes[:-2], b"abc", b"def"]), "other": KNOWN["SmolLM2"]}
+    found = likeness(hashes, lambda text: False, known)
+    assert found.name == "mine" and found.different == FINGERPRINTED[-2:] and found.compared == len(FINGERPRINTED)
+    assert likeness(hashes, lambda text: True, known).compared == 0
+    assert likeness(fingerprint(lambda text: [len(text)]), lambda text: False, known) is None
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda folder: Path("/dev/zero"), "a device"), (lambda folder: folder, "MODEL may be"),
+    (lambda folder: cut(pieces_gguf(folder)), "bytes"), (lambda folder: folder / "missing\x1b[2J.gguf", "\\x1b[2J")])
+def test_what_cannot_be_opened_is_one_line(make, words, tmp_path):
+    run = check(make(tmp_path))
+    assert (run.returncode, run.stdout, run.stderr.count("\n")) == (2, "", 1) and words in run.stderr and "\x1b" not in run.stderr
+
+
+def cut(path):
+    os.truncate(path, path.stat().st_size // 2)
+    return path
