@@ -72,7 +72,7 @@ def check_against(patient: Patient) -> Findings:
 
 
 def shapes_of(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Without the head, which one of the two may share with the embedding, and the padding of vocabularies."""
+    """Without the vocabulary's, which may be padded, and whose head may be the embedding."""
     return {name: shape for name, shape in expected_tensors(spec).items()
             if name not in ("head", "embed", "head_bias")}
 
@@ -89,7 +89,8 @@ def other_arithmetic(own: ModelSpec, original: ModelSpec) -> Findings:
             yield error(f"{field.name} is {ours}; the original's is {theirs}", where=field.name,
                         advice="correct the file, or convert the original again")
     if own.context_length != original.context_length:
-        yield note(f"the context is {own.context_length:,} tokens, the original's {original.context_length:,}")
+        yield note(f"the context is {own.context_length:,} tokens, the original's "
+                   f"{original.context_length:,}")
 
 
 def about_equal(ours: Any, theirs: Any) -> bool:
@@ -146,7 +147,8 @@ def strange_distances(far: Mapping[str, float]) -> Findings:
         yield error(f"most tensors have nothing in common with the original's (half of them are at least "
                     f"{usual:.0%} of their length away)", advice="give the model that this one was made from")
         return
-    strange = sorted((name for name in far if not far[name] <= max(FAR, 2 * usual)), key=lambda name: -far[name])
+    strange = [name for name in sorted(far, key=lambda name: -far[name])
+               if not far[name] <= max(FAR, 2 * usual)]
     for name in strange[:8]:
         yield error(f"{name} is {far[name]:.0%} of its length away from the original's; most are {usual:.1%}",
                     where=name, advice="convert or quantize the original again")
@@ -186,7 +188,8 @@ def computed(patient: Patient, model: LoadedModel, shared: Mapping[str, Any] = {
     kernels, groups, limits, plan = plan_model(model, model.spec, settings, Device("cpu"), RankAlone())
     pages = (-(-len(TEXT) // PAGE_SIZE) + 1) * max(len(groups.windows), 1)
     return Transformer(model.spec, model.tensors, kernels, num_pages=pages, dtype=model.dtype, groups=groups,
-                       kv=plan.kv, num_slots=2, shared=shared, **limits)
+                       kv=plan.kv, num_slots=2, shared=shared, max_tokens=limits["max_tokens"],
+                       max_rows=limits["max_rows"])
 
 
 def opened(patient: Patient) -> LoadedModel:
@@ -199,8 +202,9 @@ def logits_of(transformer: Transformer, ids: Seq[int]) -> Iterator[numpy.ndarray
     for begin in range(0, len(ids), CHUNK):
         end = min(begin + CHUNK, len(ids))
         last = [end - begin - 1]
-        batch = Batch([*ids[begin:end]], [ids[i - 1] if i else -1 for i in range(begin, end)], [0, end - begin],
-                      [end], [pages], [*range(end - begin)], state_reads=[0], write_rows=last, write_slots=[0])
+        previous = [ids[i - 1] if i else -1 for i in range(begin, end)]
+        batch = Batch([*ids[begin:end]], previous, [0, end - begin], [end], [pages], [*range(end - begin)],
+                      state_reads=[0], write_rows=last, write_slots=[0])
         yield transformer.arrays.numpy(transformer.forward(batch)).copy()
 
 
@@ -223,21 +227,22 @@ def compare(transformer: Transformer, judged: Seq[numpy.ndarray], ids: Seq[int])
         target = numpy.array(ids[at + 1:at + 1 + CHUNK])[rows][:len(q)]
         for each, found in zip((q, p), surprise):
             found += (-each[numpy.arange(len(each)), target]).tolist()
-    return Compared(float(numpy.mean(kl)), float(numpy.mean(same)),
-                    *(math.exp(min(float(numpy.mean(found)), 700)) for found in surprise), len(kl))
+    own, original = (math.exp(min(float(numpy.mean(found)), 700)) for found in surprise)
+    return Compared(float(numpy.mean(kl)), float(numpy.mean(same)), own, original, len(kl))
 
 
 def predictions(patient: Patient, original: Patient, far: Mapping[str, float]) -> Findings:
     ids = patient.tokenizer.encode(TEXT)[:min(MOST_TOKENS, patient.model.context_length) - 1]
-    ids = ([patient.text.bos_token] if patient.text.add_bos and patient.text.bos_token is not None else []) + ids
+    if patient.text.add_bos and patient.text.bos_token is not None:
+        ids = [patient.text.bos_token, *ids]
     began = time.monotonic()
     judged = [log_shares(logits) for logits in logits_of(computed(original, opened(original)), ids[:-1])]
     own = computed(patient, opened(patient))
     whole = compare(own, judged, ids)
     facts = {"kl": round(whole.kl, 5), "top_1": round(whole.same, 4), "positions": whole.positions,
              "perplexity": round(whole.perplexity, 4), "perplexity_of_original": round(whole.of_original, 4)}
-    words = (f"on {whole.positions:,} tokens of a built-in text: mean KL {whole.kl:.3g} nats, the likeliest token "
-             f"is the same at {whole.same:.1%}, perplexity {whole.perplexity:,.2f} against "
+    words = (f"on {whole.positions:,} tokens of a built-in text: mean KL {whole.kl:.3g} nats, the likeliest "
+             f"token is the same at {whole.same:.1%}, perplexity {whole.perplexity:,.2f} against "
              f"{whole.of_original:,.2f}")
     if not whole.kl <= BROKEN_KL:
         yield error(f"{words}: this is hardly the same model", advice="convert or quantize it again", **facts)
@@ -262,8 +267,8 @@ def kinds_that_cost(patient: Patient, original: Patient, own: Transformer, judge
             regained[kind] = (base - kl) / base
     if regained:
         costs = sorted(regained.items(), key=lambda pair: -pair[1])
-        yield note(f"of this KL, on the first {len(ids):,} tokens, the original's tensors of one kind regain: "
-                   + ", ".join(f"{kind} {share:.0%}" for kind, share in costs)
+        yield note(f"of this KL, on the first {len(ids):,} tokens, the original's tensors of one kind "
+                   "regain: " + ", ".join(f"{kind} {share:.0%}" for kind, share in costs)
                    + (f"; there was no time for {examples(left)}" if left else ""),
                    regained={kind: round(share, 4) for kind, share in costs})
 

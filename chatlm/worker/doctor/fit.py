@@ -86,7 +86,8 @@ def check_fit(patient: Patient) -> Findings:
     if taken > free:
         yield error(f"the weights and buffers take {gigabytes(taken)}, and {gigabytes(free)} are free here",
                     advice=" or ".join(text for text, fits in lighter if fits <= free)
-                    or "it needs a larger machine, or a file with fewer bits a weight", bytes=taken, free=free)
+                    or "it needs a larger machine, or a file with fewer bits a weight", bytes=taken,
+                    free=free)
         return
     words = ", ".join(f"{gigabytes(size)} with a context of {context:,}"
                       f"{' (its own)' if context == most else ''}" for context, size in needed.items())
@@ -161,7 +162,7 @@ def check_speed(patient: Patient) -> Findings:
 
 
 def bytes_per_token(model: LoadedModel, settings: Settings) -> int:
-    """Of weights that each token of one sequence reads: all but the embedding, and of experts those chosen."""
+    """Of weights that each token of one sequence reads: no embedding, and of experts those chosen."""
     spec = model.spec
     idle = ["embed"] * (not spec.tied_head) + ["layer_embed"]
     experts = [name for name in model.tensors if name.rpartition(".")[2].startswith("expert_")]
@@ -176,7 +177,7 @@ def read_bandwidth(threads: int, size: int = 64 << 20) -> float:
     with ThreadPoolExecutor(threads) as pool:
         def once() -> float:
             began = time.perf_counter()
-            [*pool.map(numpy.bitwise_or.reduce, parts)]
+            list(pool.map(numpy.bitwise_or.reduce, parts))
             return threads * size / (time.perf_counter() - began)
 
         return max(once() for _ in range(3))
@@ -191,7 +192,7 @@ def trial(patient: Patient) -> tuple[float, float]:
     pages = [*range(-(-length // PAGE_SIZE) * max(len(plan.groups.windows), 1))]
     transformer = Transformer(model.spec, model.tensors, plan.kernels, num_pages=len(pages),
                               dtype=model.dtype, groups=plan.groups, kv=plan.memory.kv, num_slots=2,
-                              **plan.limits)
+                              max_tokens=plan.limits["max_tokens"], max_rows=plan.limits["max_rows"])
     ids = numpy.random.default_rng(0).integers(0, min(model.spec.vocab_size, 1000), length).tolist()
     steps = [(0, max(length - ANSWER, 1)), *((at, at + 1) for at in range(max(length - ANSWER, 1), length))]
 

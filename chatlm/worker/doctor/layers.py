@@ -86,7 +86,7 @@ class Features:
             for one in of_kind:
                 if one.layer is not None and (made := channel_profile(one, self.width)) is not None:
                     found.setdefault(one.layer, []).append(made)
-            means = {layer: sum(each) for layer, each in found.items()}
+            means = {layer: numpy.sum(each, 0) for layer, each in found.items()}
             self.by_kind[kind] = {layer: mean / max(float(numpy.sqrt((mean * mean).sum())), 1e-9)
                                   for layer, mean in means.items()}
 
@@ -122,8 +122,9 @@ def exchanged_layers(features: Features) -> tuple[int, int, float] | None:
             order = [*range(L)]
             order[i], order[j] = j, i
             near = {k for at in (i, j) for k in (at - 1, at) if 0 <= k < L - 1}
-            gains = sum(alike[:, order[k], order[k + 1]] - alike[:, k, k + 1] for k in near)
-            if (gain := float(gains.mean())) > (best[0] if best else LEAST_GAIN) and (gains > 0).mean() >= 0.8:
+            gains = numpy.sum([alike[:, order[k], order[k + 1]] - alike[:, k, k + 1] for k in near], 0)
+            gain, least = float(gains.mean()), best[0] if best else LEAST_GAIN
+            if gain > least and (gains > 0).mean() >= 0.8:
                 best = gain, layers[i], layers[j]
     return best and (best[1], best[2], best[0])
 
@@ -162,7 +163,7 @@ def expected_profile(features: Features, kinds: Mapping[str, Seq[Portrait]], kin
             if layer != one.layer and layer in features.by_kind[kind]]
     near += [features.by_kind[other][one.layer] for other, of_kind in kinds.items()
              if other != kind and of_kind[0].part == one.part and one.layer in features.by_kind[other]]
-    return profile(numpy.exp(sum(near))) if near else None
+    return profile(numpy.exp(numpy.sum(near, 0))) if near else None
 
 
 # The rows of one angle are of about one size, and so are those of neighbouring angles. Mean differences of

@@ -138,7 +138,7 @@ def draw_chunk(portrait: Portrait, values: numpy.ndarray, begin: int, usual: lis
     n, K = values.shape
     squares = numpy.square(values)
     width = next((size for size in (BLOCK, 16, 8) if K % size == 0), K)
-    sums = numpy.add.reduceat(squares, range(0, K, width), 1) if width != K else squares.sum(1)[:, None]
+    sums = numpy.add.reduceat(squares, range(0, K, width), 1)
     total = sums.sum(1, dtype=numpy.float64)
     if not math.isfinite(float(total.sum())):
         finite = numpy.isfinite(values)
@@ -153,7 +153,7 @@ def draw_chunk(portrait: Portrait, values: numpy.ndarray, begin: int, usual: lis
     if (row := int(numpy.nan_to_num(lean).argmax())) + 1 and lean[row] > portrait.leaning:
         portrait.leaning, portrait.leaning_row = float(lean[row]), begin + row
     portrait.usual_leaning = min(portrait.usual_leaning, float(numpy.median(lean)))
-    largest = numpy.maximum.reduceat(squares, range(0, K, width), 1) if width != K else squares.max(1)[:, None]
+    largest = numpy.maximum.reduceat(squares, range(0, K, width), 1)
     even = (sums > 0) & (numpy.abs(sums - width * largest) <= 1e-5 * sums)  # all of one magnitude
     for row in numpy.flatnonzero(even.all(1) & (K >= BLOCK)):
         if (values[row] == values[row, 0]).all():

@@ -1,4 +1,4 @@
-"""Checks of what a model's files state about its weights: types, rotary scaling, a tied head, the vocabulary."""
+"""Checks of what a model's files state about its weights: types, rotary scaling, a tied head."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of a model's weights: what cannot be right whatever the model, and what stands out among its layers."""
+"""Checks of a model's weights: what is never right, and what stands out among its layers."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def of_one(one: Portrait) -> Findings:
                     + (f", the first in row {one.first_bad:,}" if one.matrix else ""), where=one.name,
                     advice=AGAIN)
     if one.constant and one.part not in VOCABULARY:
-        yield error(f"{one.name}: {len(one.constant):,} of {len(one.rows):,} rows have the same number in all "
-                    f"columns ({examples(one.constant)})", where=one.name, advice=AGAIN)
+        yield error(f"{one.name}: {len(one.constant):,} of {len(one.rows):,} rows have the same number in "
+                    f"all columns ({examples(one.constant)})", where=one.name, advice=AGAIN)
     if one.holes:
         yield error(f"{one.name}: {one.holes:,} blocks of zeros between others that are not, the first in "
                     f"row {one.hole:,}", where=one.name, advice=AGAIN)
@@ -140,9 +140,9 @@ def strange_blocks(of_kind: Seq[Portrait]) -> Findings:
                         leaning=round(one.leaning, 2))
         if found := [peak for peak in one.peaks if peak[0] > least]:
             over, row, column = max(found)
-            yield error(f"{one.name}: the weights of a block are {math.exp(min(over, 50)):,.0f} times as large "
-                        f"as those around it (row {row:,}, from column {column:,} on): its scale is not its "
-                        "own", where=one.name, advice=AGAIN)
+            yield error(f"{one.name}: the weights of a block are {math.exp(min(over, 50)):,.0f} times as "
+                        f"large as those around it (row {row:,}, from column {column:,} on): its scale is "
+                        "not its own", where=one.name, advice=AGAIN)
         if not one.matrix or one.part in VOCABULARY or one.bad or not (one.rows > 0).any():
             continue
         over = math.sqrt(float(one.rows.max() / max(float(numpy.median(one.rows)), 1e-30)))

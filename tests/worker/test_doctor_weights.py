@@ -1,0 +1,152 @@
+"""The doctor's checks of weights, of a model against its original, and of memory and speed here."""
+
+import shutil
+from pathlib import Path
+
+import numpy
+import pytest
+
+from chatlm.common.config import Settings
+from chatlm.common.hub.find import resolve_model
+from chatlm.worker.doctor import fit, portraits
+from chatlm.worker.doctor.checks import OF_WEIGHTS
+from chatlm.worker.doctor.layers import profile, strange_levels
+from chatlm.worker.doctor.patient import Patient
+from chatlm.worker.doctor.portraits import Portrait
+from families import as_gguf, make_model, save
+from sick_models import diagnose, rewritten, small_folder, small_gguf
+from sick_weights import OF_WEIGHTS as FAULTS, bytes_of, default_copy
+
+WITHOUT_ORIGINAL = [fault for fault in FAULTS if not fault.against]
+NAMES = [check.name for check in OF_WEIGHTS if check.name != "speed"]
+
+
+@pytest.fixture(scope="module")
+def default_file(tmp_path_factory):
+    return default_copy(tmp_path_factory.mktemp("default"))
+
+
+@pytest.mark.parametrize("fault", WITHOUT_ORIGINAL, ids=lambda fault: fault.name)
+def test_each_fault_of_weights_is_found(fault, tmp_path):
+    diagnosis = diagnose(fault.mutate(fault.make(tmp_path)), only=fault.finds or NAMES)
+    assert diagnosis.finds(fault), [finding.what for finding in diagnosis.findings]
+    for path in tmp_path.glob("*.gguf"):
+        path.unlink()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault.against], ids=lambda fault: fault.name)
+def test_each_fault_is_found_with_the_original(fault, tmp_path):
+    diagnosis = diagnose(fault.mutate(fault.make(tmp_path)), only=fault.finds, against=fault.against())
+    assert diagnosis.finds(fault), [finding.what for finding in diagnosis.findings]
+    assert not [finding for finding in diagnosis.findings if "itself failed" in finding.what]
+
+
+@pytest.mark.parametrize("name", ["llama3.1", "gemma3", "mixtral", "qwen3.5", "gpt-oss"])
+def test_random_weights_of_other_families_are_fine(name, tmp_path):
+    """Nothing is concluded from weights without any structure."""
+    diagnosis = diagnose(save(make_model(name), tmp_path / name), only=[*NAMES, "speed"])
+    assert (diagnosis.serious, diagnosis.refused) == ([], "")
+
+
+def test_a_folder_and_its_gguf_file_have_the_same_portraits(tmp_path):
+    """Up to the order of rows, which llama.cpp changes."""
+    model, drawn = make_model("llama3.2"), []
+    as_gguf(tmp_path / "model.gguf", model)
+    for path in (save(model, tmp_path / "folder"), tmp_path / "model.gguf"):
+        settings = Settings(model=str(path))
+        found = portraits.portraits(Patient(resolve_model(settings), settings).floats)
+        drawn.append({(one.layer, one.part, one.index): one for one in found})
+    assert drawn[0].keys() == drawn[1].keys()
+    for key, one in drawn[0].items():
+        numpy.testing.assert_allclose(one.level, drawn[1][key].level, rtol=1e-5)
+        numpy.testing.assert_allclose(one.rows, drawn[1][key].rows, rtol=1e-5)
+
+
+def test_a_large_model_is_sampled_and_the_report_says_so(default_file, monkeypatch):
+    monkeypatch.setattr("chatlm.worker.doctor.weights.MOST_VALUES", 40_000_000)
+    monkeypatch.setattr(portraits, "MOST_VALUES", 40_000_000)
+    monkeypatch.setattr(portraits, "CHUNK", 1 << 16)
+    diagnosis = diagnose(default_file, only=["weights"])
+    assert [(finding.severity, finding.what) for finding in diagnosis.findings] == [
+        ("note", "about 25 % of the 0.1 billion weights were read")]
+
+
+def test_only_the_strangest_of_neighbours_is_named():
+    kind = [Portrait("w", "down", layer, 0, (4, 4), rows=numpy.full(4, 1.0 + layer / 50)) for layer in range(12)]
+    kind[6].rows *= 25.0
+    assert [(found.portrait.layer, round(numpy.exp(found.log_factor))) for found in strange_levels(kind)] == [(6, 5)]
+
+
+def test_profiles_are_correlations_and_flat_ones_are_none():
+    dice = numpy.random.default_rng(1)
+    values = numpy.exp(dice.standard_normal(100))
+    assert profile(values) @ profile(values**3) == pytest.approx(1)
+    assert profile(numpy.ones(100)) is None and profile(numpy.full(100, numpy.nan)) is None
+
+
+def against(path, original):
+    return [(finding.severity, finding.what) for finding in diagnose(path, only=["against"], against=original).findings]
+
+
+def test_a_model_is_its_own_original(tmp_path):
+    path = small_gguf(tmp_path)
+    (_, far), (severity, predicted) = against(path, shutil.copy(path, tmp_path / "copy.gguf"))
+    assert far.endswith("half are at most 0.0%")
+    assert severity == "note" and "mean KL 0 nats" in predicted and "the same at 100.0%" in predicted
+
+
+def test_what_is_not_the_originals_is_named(tmp_path):
+    original = small_gguf(tmp_path)
+    other = rewritten(Path(shutil.copy(original, tmp_path / "other.gguf")), {"llama.rope.freq_base": 5000.0})
+    with bytes_of(other, "blk.0.ffn_down.weight") as rows:
+        rows.view(numpy.float32)[:] = rows.view(numpy.float32)[::-1].copy()
+    said = against(other, original)
+    assert said[0] == ("error", "rope_base is 5,000; the original's is 10,000")
+    assert said[1][0] == "error" and said[1][1].startswith("0.down is 14") and "of its length away" in said[1][1]
+
+
+def test_the_kind_of_tensor_that_costs_is_named(tmp_path):
+    from safetensors.torch import load_file, save_file
+    original = save(make_model("llama3.1"), tmp_path / "original")
+    other = Path(shutil.copytree(original, tmp_path / "other"))
+    state = load_file(other / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    save_file(state | {name: state[name].flip(0).contiguous()}, other / "model.safetensors")
+    said = against(other, original)
+    assert said[0][0] == "error" and said[0][1].startswith("1.down is 1")
+    assert [what.partition("regain: ")[2] for _, what in said if "regain" in what] == ["feed-forward down 100%"], said
+
+
+def test_an_original_of_another_vocabulary_or_shape_is_refused(tmp_path, nanochat_fixtures, default_file):
+    path = small_gguf(tmp_path)
+    [(severity, what)] = against(path, sorted(nanochat_fixtures.iterdir())[0])
+    assert severity == "error" and "another vocabulary" in what
+    said = against(path, default_file)
+    assert said[-1] == ("error", "the original's tensors have other shapes, so the two cannot be compared")
+
+
+def test_memory_grows_with_the_context_and_flags_that_help_are_named(default_file, monkeypatch):
+    [fits] = diagnose(default_file, only=["memory"]).findings
+    assert fits.severity == "note" and list(fits.facts["needed"]) == ["4096", "8192"]
+    assert fits.facts["needed"]["8192"] > fits.facts["needed"]["4096"]
+    monkeypatch.setattr(fit, "available_memory", lambda: 250_000_000)
+    [narrow] = diagnose(default_file, only=["memory"]).findings
+    assert 4096 <= narrow.facts["longest"] < 8192
+    assert f"--context-length {narrow.facts['longest']}" in narrow.advice and "--kv-cache-dtype q8_0" in narrow.advice
+    monkeypatch.setattr(fit, "available_memory", lambda: 50_000_000)
+    [lacks] = diagnose(default_file, only=["memory"]).findings
+    assert lacks.severity == "error"
+
+
+def test_speed_is_tried_or_estimated(default_file, monkeypatch):
+    [tried] = diagnose(default_file, only=["speed"]).findings
+    assert tried.facts["measured"] and tried.facts["tokens_per_s"] > 0
+    monkeypatch.setattr(fit, "TRIED_BYTES", 0)
+    [estimated] = diagnose(default_file, only=["speed"]).findings
+    assert not estimated.facts["measured"] and "estimated: a token reads 0.10 GB" in estimated.what
+
+
+def test_floats_are_advised_to_be_quantized(tmp_path):
+    [finding] = diagnose(small_folder(tmp_path), only=["speed"]).findings
+    assert finding.advice.startswith("--quantize q4_0 is faster")
