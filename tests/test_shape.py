@@ -110,7 +110,7 @@ TREES = {name: ast.parse(text) for name, text in SOURCES.items() if name.endswit
 # 715 more: pictures of messages: their layouts, the ids of their rows, how they are resized, encoded and put into prompts.
 # 319 more: pictures taken out of bodies, decoded, and sent from the terminal.
 # more: tables of towers, and more families of these.
-MOST_STATEMENTS = 33_429
+MOST_STATEMENTS = 33_430
 MOST_METHODS = 20
 LARGE_CLASSES = 1           # how many may have more methods: decode_core's Program
 MOST_IGNORES = 30

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError
 from chatlm.common.messages.protocol import WORKER_PIPE, NewPicture
 from chatlm.common.messages.requests import Message, TextSpec, Vision
@@ -10,7 +11,7 @@ from chatlm.common.messages.wire import HEADER, unpacked
 from chatlm.common.text.load import open_tokenizer
 from chatlm.common.vision.layout import layout_of
 from chatlm.common.vision.pictures import of_picture, picture, picture_of, row_ids, row_places, rows_in
-from image_conversations import SEES, SEES_LFM2, picture_of_size, seeing_spec
+from image_conversations import BYTES, SEES, SEES_LFM2, SPECIALS, picture_of_size, seeing_spec
 
 SIZES = [(1152, 864), (512, 512), (511, 513), (2048, 2048), (3000, 7), (9, 1000), (1, 1), (640, 480), (333, 777), (4000, 1000)]
 
@@ -54,6 +55,30 @@ def test_layouts_of_qwen_are_those_of_transformers(size):
     if max(size) > 200 * min(size):     # they refuse it
         return
     assert layout.sizes == (smart_resize(height, width, 32, 65_536, 1024 * 1024)[::-1],) and layout.tokens == layout.grid[0] * layout.grid[1]
+
+
+@pytest.mark.parametrize("tokens", [280, 70])
+def test_layouts_of_gemma_4_are_those_of_transformers(tokens):
+    from transformers.models.gemma4.image_processing_pil_gemma4 import get_aspect_ratio_preserving_size
+    vision = Vision("gemma4", 1000, "<|image|>", 0, tokens, unit=48)
+    for width, height in [*SIZES, (20, 4000), (4000, 20)]:
+        if max(width, height) > LIMITS.picture_side * min(width, height):
+            continue
+        layout = layout_of(vision, width, height)
+        wanted = get_aspect_ratio_preserving_size(height, width, 16, tokens * 9, 3)
+        assert layout.sizes == (wanted[::-1],) and layout.parts == ("<|image>", wanted[0] * wanted[1] // 48**2, "<image|>")
+    assert layout_of(vision._replace(tokens=280), 1152, 864).tokens == 266
+
+
+@pytest.mark.parametrize("kind, marker, more", [("gemma3", "<start_of_image>", {}), ("gemma4", "<|image|>", {"unit": 24}), ("lfm2", "<image>", {"unit": 16, "fewest": 4, "tiles": (2, 4), "whole_from": 2.0})])
+def test_text_that_spells_the_marks_of_any_family_is_text(kind, marker, more):
+    vision = Vision(kind, SEES.first_id, marker, 64, 16, **more)
+    tokenizer, made = open_tokenizer(seeing_spec(TEMPLATES["both"].replace("<image>", marker), vision)), picture_of_size(40, 30)
+    spelled = " ".join(SPECIALS)
+    ids = tokenizer.render([Message("user", spelled + "?", None, (made,), (spelled, 0, "?"))])
+    layout = layout_of(vision, 40, 30)
+    assert len(rows_in(vision, ids)) == layout.tokens
+    assert tokenizer.show(token for token in ids if BYTES <= token < vision.first_id).split() == "".join(part for part in layout.parts if isinstance(part, str)).split()
 
 
 def test_ids_of_rows_depend_on_pixels_size_and_settings():
