@@ -183,9 +183,7 @@ PARTS = ["q8/a-Q8_0-00001-of-00002.gguf", "q8/a-Q8_0-00002-of-00002.gguf"]
      ["chat_template.jinja", "config.json", "generation_config.json", "model.safetensors.index.json", *SHARDS]),
     ("x", ["config.json", "model.safetensors", "x.gguf"], ["x.gguf"]), ("", ["config.json", "only.gguf"], ["only.gguf"]),
     ("", ["a-Q8_0.gguf", "a-Q4_K_M.gguf"], ["a-Q4_K_M.gguf"]), ("q8_0", ["a-Q4_0.gguf", *PARTS], PARTS),
-    ("q8_0", ["a-Q8_0.gguf", "mmproj-a-Q8_0.gguf"], ["a-Q8_0.gguf", "mmproj-a-Q8_0.gguf"]),
-    ("", ["a-Q4_K_M.gguf", "mmproj-F32.gguf", "mmproj-BF16.gguf", "mmproj-F16.gguf", "x/mmproj-F16.gguf"], ["a-Q4_K_M.gguf", "mmproj-F16.gguf"]),
-    ("x/b.gguf", ["a.gguf", "mmproj-F16.gguf", "x/b.gguf"], ["x/b.gguf"]), ("", ["a.gguf", "a-mmproj-f16.gguf", "x/imatrix_x.gguf"], ["a.gguf"]),
+    ("q8_0", ["a-Q8_0.gguf", "mmproj-a-Q8_0.gguf"], ["a-Q8_0.gguf"]), ("", ["a.gguf", "a-mmproj-f16.gguf", "x/imatrix_x.gguf"], ["a.gguf"]),
     ("mmproj-f16.gguf", ["a.gguf", "mmproj-f16.gguf"], ["mmproj-f16.gguf"]),
     ("", [*PARTS, "a-q4_k_m-00001-of-00001.gguf"], ["a-q4_k_m-00001-of-00001.gguf"]), (PARTS[1], [*PARTS, "b.gguf"], PARTS)])
 def test_only_the_files_that_make_up_a_model_are_fetched(file, names, found):

@@ -109,7 +109,7 @@ KERNELS, BASIC, TENSORS = "chatlm/worker/model/kernels.py", "chatlm/worker/ops/b
     (KERNELS, "    packs_kv = True ", "    packs_keys = True "), (KERNELS, "def pack_adapter(self, matrices:", "def pack_adapter(self, tensors:"),
     (KERNELS, "def forward(self, batch: Batch) -> Any:", "def run(self, batch: Batch) -> Any:"), (KERNELS, "    gated_add: Callable =", "    add_gated: Callable ="),
     (KERNELS, "of_kind=of_kind,", "with_kind=of_kind,"), (KERNELS, "    mix: Callable = missing_op\n", ""), (BASIC, "def mix_reference(x, x0,", "def mix_reference(x, y,"),
-    (BASIC, "def look_up_reference(table, ids, out)", "def look_up_reference(table, ids, out, part=None)"), (TENSORS, "def zeroed(shape:", "def zeroed(size:"),
+    (BASIC, "def look_up_reference(table, ids, out, part=None)", "def look_up_reference(table, ids, out, part=None, more=None)"), (TENSORS, "def zeroed(shape:", "def zeroed(size:"),
     (BASIC, "def sigmoid_routes(logits, ", "def sigmoid_routes(scores, ")])
 def test_another_name_at_the_seam_is_another_seam(module, before, after):
     text = read_checkout(module)

@@ -21,6 +21,7 @@ from typing import NamedTuple, TYPE_CHECKING
 from chatlm.common.errors import ConfigError, named, require_library, shown
 from chatlm.common.hub.local import FULL, download_lock, has_room, sha256_of
 from chatlm.common.hub.short_names import SHORT_NAMES
+from chatlm.common.hub.stamps import eyes_rank
 from chatlm.common.log import log
 from chatlm.common.processes.start import PROCESS_COMMAND
 
@@ -159,6 +160,7 @@ def hub_plan(hub, repository: str, file: str) -> Plan:
     """ConfigError if the repository has no such model; Unreachable without a connection."""
     sizes, revision, begun = hub_listing(hub, repository)
     names = hub_files(repository, file, sizes)
+    names += mmproj_for(names[0], sizes)
     missing = [name for name in names
                if not isinstance(hub.try_to_load_from_cache(repository, name, revision=revision), str)]
     parts = [hub_folder(hub, repository) / f".chat_server.{begun[name]}" for name in missing if name in begun]
@@ -294,25 +296,18 @@ def hub_files(repository: str, file: str, names: Iterable[str]) -> list[str]:
         what = f"no single file {file}" if file else "several GGUF files" if ggufs else "no model.safetensors"
         how = f". Name one: {repository}:FILE" if ggufs else ""
         raise ConfigError(f"{repository} has {what}; {there}{how}")
-    return parts[chosen[0]] + mmproj_for(chosen[0], names)
-
-
-MMPROJ_TYPES = ("f16", "bf16", "q8_0", "f32")  # the best first
+    return parts[chosen[0]]
 
 
 def mmproj_for(model: str, names: Iterable[str]) -> list[str]:
     """With what a GGUF model sees images: the mmproj*.gguf in its folder, of several the one of the best
     type. [] without any, or if that is what was asked for."""
-    def rank(name: str) -> tuple[int, str]:
-        types = [i for i, kind in enumerate(MMPROJ_TYPES) if re.search(f"(?i)(?<![a-z]){kind}", name)]
-        return min(types, default=len(MMPROJ_TYPES)), name
-
     folder, _, own = model.rpartition("/")
     beside = [name for name in names if re.fullmatch(r"(?i)mmproj[^/]*\.gguf", name.rpartition("/")[2])
               and name.rpartition("/")[0] == folder]
     if not own.lower().endswith(".gguf") or re.fullmatch(BESIDE_MODEL, own):
         return []
-    return sorted(beside, key=rank)[:1]
+    return sorted(beside, key=eyes_rank)[:1]
 
 
 def models_among(ggufs: Iterable[str]) -> list[str]:
