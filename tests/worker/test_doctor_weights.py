@@ -77,6 +77,15 @@ def test_a_folder_and_its_gguf_file_are_each_others_originals(name, tmp_path):
     assert len(far) > 8 and max(far.values()) < 1e-6
 
 
+def test_the_portrait_of_a_bias_is_that_of_its_own_tensor(tmp_path):
+    """q, k and v of a file are one vector here; each is read alone."""
+    as_gguf(tmp_path / "model.gguf", make_model("qwen2.5"))
+    settings = Settings(model=str(tmp_path / "model.gguf"))
+    drawn = portraits.portraits(Patient(resolve_model(settings), settings).floats)
+    biases = [one for one in drawn if one.part == "qkv_bias"]
+    assert biases and all(one.values.shape == one.shape for one in biases)
+
+
 def test_a_large_model_is_sampled_and_the_report_says_so(default_file, monkeypatch):
     monkeypatch.setattr("chatlm.worker.doctor.weights.MOST_VALUES", 40_000_000)
     monkeypatch.setattr(portraits, "MOST_VALUES", 40_000_000)
