@@ -9,6 +9,7 @@ import pytest
 from chatlm.common.config import Settings
 from chatlm.common.hub.find import resolve_model
 from chatlm.worker.doctor import fit, portraits
+from chatlm.worker.doctor.against import distances, other_arithmetic
 from chatlm.worker.doctor.checks import OF_WEIGHTS
 from chatlm.worker.doctor.layers import profile, strange_levels
 from chatlm.worker.doctor.patient import Patient
@@ -61,6 +62,28 @@ def test_a_folder_and_its_gguf_file_have_the_same_portraits(tmp_path):
     for key, one in drawn[0].items():
         numpy.testing.assert_allclose(one.level, drawn[1][key].level, rtol=1e-5)
         numpy.testing.assert_allclose(one.rows, drawn[1][key].rows, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama3.2", "gpt-oss", "qwen3.5"])
+def test_a_folder_and_its_gguf_file_are_each_others_originals(name, tmp_path):
+    """Whatever the order of rows in each."""
+    model, both = make_model(name), []
+    as_gguf(tmp_path / "model.gguf", model)
+    for path in (save(model, tmp_path / "folder"), tmp_path / "model.gguf"):
+        settings = Settings(model=str(path))
+        both.append(Patient(resolve_model(settings), settings).floats)
+    assert [*other_arithmetic(both[0].spec, both[1].spec)] == []
+    far = distances(*both)
+    assert len(far) > 8 and max(far.values()) < 1e-6
+
+
+def test_the_portrait_of_a_bias_is_that_of_its_own_tensor(tmp_path):
+    """q, k and v of a file are one vector here; each is read alone."""
+    as_gguf(tmp_path / "model.gguf", make_model("qwen2.5"))
+    settings = Settings(model=str(tmp_path / "model.gguf"))
+    drawn = portraits.portraits(Patient(resolve_model(settings), settings).floats)
+    biases = [one for one in drawn if one.part == "qkv_bias"]
+    assert biases and all(one.values.shape == one.shape for one in biases)
 
 
 def test_a_large_model_is_sampled_and_the_report_says_so(default_file, monkeypatch):

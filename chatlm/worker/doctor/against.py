@@ -77,7 +77,9 @@ def shapes_of(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
             if name not in ("head", "embed", "head_bias")}
 
 
-IGNORED = {"vocab_size", "tied_head", "max_positions", "answer_positions", "own_rows", "sees", "embeds"}
+IGNORED = {"vocab_size", "tied_head", "max_positions", "answer_positions", "own_rows", "sees", "embeds",
+           # the order of rows of linear attention, which differs between formats of files
+           *(ORDERS := ("alternating", "gates_by_key", "heads_by_key"))}
 
 
 def other_arithmetic(own: ModelSpec, original: ModelSpec) -> Findings:
@@ -101,7 +103,7 @@ def about_equal(ours: Any, theirs: Any) -> bool:
         return len(ours) == len(theirs) and all(map(about_equal, ours, theirs))
     if dataclasses.is_dataclass(ours) and type(ours) is type(theirs):
         return all(about_equal(getattr(ours, field.name), getattr(theirs, field.name))
-                   for field in dataclasses.fields(ours))
+                   for field in dataclasses.fields(ours) if field.name not in ORDERS)
     return ours == theirs
 
 
@@ -112,12 +114,18 @@ def in_words(ours: Any, theirs: Any) -> tuple[str, str]:
         a, b = in_words(*pair)
         return f"{a} (number {i})", b
     if dataclasses.is_dataclass(ours) and type(ours) is type(theirs):
-        name = next(field.name for field in dataclasses.fields(ours)
-                    if not about_equal(getattr(ours, field.name), getattr(theirs, field.name)))
+        name = next(field.name for field in dataclasses.fields(ours) if field.name not in ORDERS
+                    and not about_equal(getattr(ours, field.name), getattr(theirs, field.name)))
         a, b = in_words(getattr(ours, name), getattr(theirs, name))
         return f"{name} {a}", f"{name} {b}"
     return (f"{ours:,g}", f"{theirs:,g}") if isinstance(ours, float) and isinstance(theirs, float) else (
         str(ours)[:80], str(theirs)[:80])
+
+
+def reordered(own: ModelSpec, original: ModelSpec, name: str) -> bool:
+    """Are a tensor's rows or columns in another order in the original, because its format has another?"""
+    layer, _, part = name.rpartition(".")
+    return part.startswith("mix_") and own.mixers[int(layer)] != original.mixers[int(layer)]
 
 
 def distances(own: LoadedModel, original: LoadedModel) -> dict[str, float]:
@@ -126,7 +134,7 @@ def distances(own: LoadedModel, original: LoadedModel) -> dict[str, float]:
     for name, tensor in own.tensors.items():
         other = original.tensors.get(name)
         if other is None or isinstance(tensor, MappedRows) or isinstance(other, MappedRows) or len(
-                tensor.cut.full) < 2:
+                tensor.cut.full) < 2 or reordered(own.spec, original.spec, name):
             continue
         rows = min(tensor.cut.full[0], other.cut.full[0])
         step = max((1 << 24) // tensor.cut.full[1] // own.spec.head_size, 1) * own.spec.head_size
@@ -277,7 +285,8 @@ def with_kind(patient: Patient, original: Patient, own: Transformer, judged: Seq
               parts: Seq[str], ids: Seq[int]) -> float | None:
     """The KL of the model with the original's tensors of these parts; None if it has none of them."""
     model, other = opened(patient), opened(original)
-    names = [name for name in model.tensors if name.rpartition(".")[2] in parts and name in other.tensors]
+    names = [name for name in model.tensors if name.rpartition(".")[2] in parts and name in other.tensors
+             and not reordered(model.spec, other.spec, name)]
     if not names or {"embed", "head"} & {*names} and model.spec.tied_head != other.spec.tied_head:
         return None
     model.tensors = {name: other.tensors[name] if name in names else tensor

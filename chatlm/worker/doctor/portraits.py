@@ -91,7 +91,7 @@ def drawn(portrait: Portrait, tensor: Unread | MappedRows, heads: int, every: in
     shape = portrait.shape
     with numpy.errstate(all="ignore"):
         if isinstance(tensor, Unread) and len(tensor.cut.full) == 1:
-            values = tensor.alone(portrait.name, Cut.whole(tensor.cut.full))
+            values = tensor.alone(portrait.name, Cut.whole((math.prod(shape),)))  # may be one of q, k and v
             draw_vector(portrait, floats(numpy.asarray(joined_parts(values))).reshape(-1))
             return portrait
         rows, columns = math.prod(shape[:-1]), shape[-1]
