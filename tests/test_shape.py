@@ -109,7 +109,7 @@ TREES = {name: ast.parse(text) for name, text in SOURCES.items() if name.endswit
 # 412 more: the ledger, budgets and roles of keys, rows for the background.
 # 715 more: pictures of messages: their layouts, the ids of their rows, how they are resized, encoded and put into prompts.
 # 319 more: pictures taken out of bodies, decoded, and sent from the terminal.
-MOST_STATEMENTS = 32_810
+MOST_STATEMENTS = 32_844
 MOST_METHODS = 20
 LARGE_CLASSES = 1           # how many may have more methods: decode_core's Program
 MOST_IGNORES = 30
