@@ -353,7 +353,7 @@ class Admission:
                                 listed(pictures))
 
     async def told(self, task: str, client: str, body: bytes | bytearray, *arguments) -> Any:
-        """What a task of chatlm/front/api/body_tasks.py finds in a large body: chained, check_line and
+        """What a task of chatlm/front/api/body_tasks.py finds in a large body: chained, check_lines and
         lift_pictures are such."""
         with self._prepare(client):
             return await self.sandboxes["bodies"].perform(client, task, *arguments, body=body)

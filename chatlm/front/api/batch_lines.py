@@ -10,7 +10,9 @@ from typing import Any, NamedTuple, TYPE_CHECKING
 
 from chatlm.common.errors import ChatServerError, RequestError, bad_value, shown
 from chatlm.common.jsontext import as_json, is_text
+from chatlm.common.messages.requests import Picture
 from chatlm.front.api.kept_fields import ENDPOINTS
+from chatlm.front.api.picture_parts import fill_in, lift_pictures
 from chatlm.front.api.readers import read_answer
 
 if TYPE_CHECKING:
@@ -84,6 +86,18 @@ def read_body_of(line: Line, known: Known) -> ParsedBody:
             raise bad_value(name, line.body[name], "left out in a batch, whose lines stand alone")
     parsed = read_answer(line.url, line.body | off, known)
     return replace(parsed, request=replace(parsed.request, id=line.id, low_priority=True, resumable=False))
+
+
+def problem_of(line: Line, known: Known, refusal: str) -> str:
+    """What is wrong with the line's body, whose pictures are only decoded when it is run; "" if nothing.
+    refusal: why its model cannot see pictures."""
+    try:
+        found = lift_pictures(line.body, refusal)
+        fill_in(line.body, [Picture(1, 1, b"", bytes(16))] * len(found))
+        read_body_of(line, known)
+    except ChatServerError as error:
+        return str(error)
+    return ""
 
 
 def result_of(line: Line, status: int, body: Mapping[str, Any]) -> str:

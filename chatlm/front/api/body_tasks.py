@@ -10,12 +10,13 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from chatlm.common.errors import RequestError
 from chatlm.common.messages.protocol import Body, Result, SandboxConfig
 from chatlm.common.messages.requests import Message, Picture
 from chatlm.common.text.load import open_tokenizer
 from chatlm.front.admission.admission import packed_body
 from chatlm.front.admission.prompts import PromptMaker
-from chatlm.front.api.batch_lines import read_body_of, read_line
+from chatlm.front.api.batch_lines import problem_of, read_body_of, read_line
 from chatlm.front.api.conversation import chained_of
 from chatlm.front.api.fields import json_object
 from chatlm.front.api.picture_parts import fill_in, lift_pictures, packed_lift
@@ -33,7 +34,7 @@ class BodyTasks:
 
     def prepare(self, name: str):
         """Do once what no task should pay for."""
-        if name != "named_model":
+        if name not in ("named_model", "check_line", "check_lines"):
             _ = self.prompts
 
     @cached_property
@@ -57,6 +58,19 @@ class BodyTasks:
         """custom_id, url and model of a line of a batch."""
         read = read_line(number, line)
         return Result([read.custom_id, read.url, read.model])
+
+    def check_lines(self, first: int, refusal: str, lines: bytes) -> Result:
+        """Of each of these lines of a batch [custom_id, url, model, what is wrong with its body for this
+        model], or only what is wrong with it, or nothing if it is blank."""
+        found = []
+        for number, line in enumerate(lines.split(b"\n"), first):
+            try:
+                read = read_line(number, line) if line else None
+                found.append([read.custom_id, read.url, read.model, problem_of(
+                    read, self.config.server, refusal)] if read else [])
+            except RequestError as error:
+                found.append([str(error)])
+        return Result(found)
 
     def read_line(self, number: int, pictures: Seq, line: bytes) -> Result:
         line = json.dumps(fields_of(line, pictures)).encode() if pictures else line

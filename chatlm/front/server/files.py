@@ -7,7 +7,7 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from shutil import disk_usage
 from typing import TYPE_CHECKING
@@ -15,10 +15,8 @@ from typing import TYPE_CHECKING
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import ChatServerError, Overloaded, RequestError, bad_value, shown, visible
 from chatlm.common.log import log
-from chatlm.common.messages.requests import Picture
-from chatlm.front.api.batch_lines import read_body_of, read_line
+from chatlm.front.api.batch_lines import problem_of, read_line
 from chatlm.front.api.kept_fields import LAST_SECONDS
-from chatlm.front.api.picture_parts import fill_in, lift_pictures
 from chatlm.front.lazy import aiohttp, web
 from chatlm.front.server.bodies import known_of
 from chatlm.front.server.kept import DAY_S, asked, now_s, paged, stored
@@ -31,11 +29,13 @@ from chatlm.front.store.files import File, Row
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence as Seq
 
+    from chatlm.front.pool.pool import WorkerPool
     from chatlm.front.server.access import Owners
     from chatlm.front.server.bodies import Bodies
     from chatlm.front.store.store import Store
 
 
+CheckedLine = tuple[str, str, str, str]  # custom_id, url, model, what is wrong with its body
 RESERVE_BYTES = 64 << 20  # that uploads leave free on the disk, for results, and to delete what was uploaded
 UPLOADS = 16  # that arrive at a time; a client has a quarter
 
@@ -145,6 +145,7 @@ class Upload:
         self.first_problem, self.filename = "", None
         self.rows: list[Row] = []           # that are still to be stored
         self.custom_ids: set[bytes] = set()  # digests of those so far
+        self.others: dict[str, bool] = {}    # of names of models: does another one than the default have it?
 
     async def begin(self, uploads: dict[int, str]):
         def create(connection) -> int:
@@ -200,34 +201,36 @@ class Upload:
             rest += chunk
             if b"\n" in chunk:
                 *lines, last = bytes(rest).split(b"\n")
-                for line in lines:
-                    await self._take(line + b"\n")
+                await self._take([line + b"\n" for line in lines])
                 rest = bytearray(last)
             if len(rest) > LIMITS.body_bytes:
                 raise RequestError(f"line {self.number + 1:,} has more than {LIMITS.body_bytes:,} bytes",
                                    status=413, code="line_too_long", param="file")
         if rest:
-            await self._take(bytes(rest))
+            await self._take([bytes(rest)])
         await self._store()
 
     async def _chunks(self, part) -> AsyncIterator[bytes]:
-        while chunk := await self._timed(part.read_chunk(files.PART_BYTES // 16)):
+        while chunk := await self._timed(part.read_chunk(files.PART_BYTES // 8)):
             self.size += len(chunk)
             if self.size > LIMITS.batch_bytes:
                 raise RequestError(f"the file has more than {LIMITS.batch_bytes:,} bytes",
                                    status=413, code="file_too_large", param="file")
             yield chunk
 
-    async def _take(self, text: bytes):
-        self.number += 1
-        self.rows.append(row := await self._checked(text))
-        if row.asks:
-            self.requests += 1
-            if self.requests > LIMITS.batch_lines:
-                raise RequestError(f"the file has more than {LIMITS.batch_lines:,} lines",
-                                   status=413, code="too_many_lines", param="file")
-        if len(self.rows) >= files.PART_LINES or sum(len(each.text) for each in self.rows[-9:]) > (
-                files.PART_BYTES):
+    async def _take(self, lines: list[bytes]):
+        found = await self._read_all([line.strip() for line in lines])
+        for text, line in zip(lines, found):
+            self.number += 1
+            self.rows.append(row := self._row(text, line))
+            if row.asks:
+                self.requests += 1
+                if self.requests > LIMITS.batch_lines:
+                    raise RequestError(f"the file has more than {LIMITS.batch_lines:,} lines",
+                                       status=413, code="too_many_lines", param="file")
+            if len(self.rows) >= files.PART_LINES:
+                await self._store()
+        if sum(len(each.text) for each in self.rows) > files.PART_BYTES:
             await self._store()
         await asyncio.sleep(0)  # others get a turn
 
@@ -238,17 +241,15 @@ class Upload:
                 raise Overloaded("the disk with the server's database is almost full", retry_after_s=60)
             await self.store.run(partial(files.add_lines, file=self.id, rows=rows))
 
-    async def _checked(self, text: bytes) -> Row:
+    def _row(self, text: bytes, line: CheckedLine | RequestError | None) -> Row:
         """The line with what is wrong with it. What is wrong with the body of a request is only noted: when
         it is run, another model may be here."""
-        line = text.strip()
-        if not line:
+        if line is None:
             return Row(self.number, text)
-        try:
-            custom_id, url, model, problem = await self._read(line)
-        except RequestError as error:
-            self._note(str(error))
-            return Row(self.number, text, problem=str(error))
+        if isinstance(line, RequestError):
+            self._note(str(line))
+            return Row(self.number, text, problem=str(line))
+        custom_id, url, model, problem = line
         digest = hashlib.blake2b(custom_id.encode("utf-8", "replace"), digest_size=12).digest()
         if digest in self.custom_ids:
             problem = f"line {self.number:,}: an earlier line has its custom_id, {shown(custom_id)}"
@@ -259,21 +260,48 @@ class Upload:
             self._note(f"line {self.number:,}: {problem}")
         return Row(self.number, text, custom_id, url, model)
 
-    async def _read(self, line: bytes) -> tuple[str, str, str, str]:
-        """(custom_id, url, model, what is wrong with the body) of a line."""
-        if len(line) > LIMITS.inline_bytes:
-            admission = self.bodies.catalogue.find("", self.bound).pool.admission
-            custom_id, url, model = await admission.told("check_line", self.client, line, self.number)
-            return custom_id, url, model, ""
-        read = read_line(self.number, line)
+    async def _read_all(self, lines: Seq[bytes]) -> list[CheckedLine | RequestError | None]:
+        """What each line is; None: blank. Many are read in a sandbox: 200 MB take many seconds."""
+        if len(lines) > 1 and max(map(len, lines)) <= LIMITS.inline_bytes:
+            with suppress(ChatServerError):  # such as Overloaded, while the model loads
+                pool = self.bodies.catalogue.find("", self.bound).pool
+                found = await pool.admission.told("check_lines", self.client, b"\n".join(lines),
+                                                  self.number + 1, self.bodies.blind(pool))
+                return [await self._known(self.number + place, line, pool, each)
+                        for place, (line, each) in enumerate(zip(lines, found), 1)]
+        return [await self._read(self.number + place, line) for place, line in enumerate(lines, 1)]
+
+    async def _known(self, number: int, line: bytes, pool: WorkerPool,
+                     found: list) -> CheckedLine | RequestError | None:
+        """What a sandbox has found of a line: nothing if it is blank, what is wrong with it, or what it is;
+        it knows how one model reads the body."""
+        if len(found) < 2:
+            return RequestError(found[0], code="invalid_line") if found else None
+        model = found[2]
+        if model not in self.others:
+            try:
+                self.others[model] = self.bodies.catalogue.find(model, self.bound).pool is not pool
+            except ChatServerError:
+                self.others[model] = True
+        return await self._read(number, line) if self.others[model] else tuple(found)
+
+    async def _read(self, number: int, line: bytes) -> CheckedLine | RequestError | None:
+        if not line:
+            return None
+        try:
+            if len(line) > LIMITS.inline_bytes:
+                admission = self.bodies.catalogue.find("", self.bound).pool.admission
+                return (*await admission.told("check_line", self.client, line, number), "")
+            await asyncio.sleep(0)
+            read = read_line(number, line)
+        except RequestError as error:
+            return error
         try:
             served = self.bodies.catalogue.find(read.model, self.bound)
-            found = lift_pictures(read.body, self.bodies.blind(served.pool))  # decoded when the line is run
-            fill_in(read.body, [Picture(1, 1, b"", bytes(16))] * len(found))
-            read_body_of(read, known_of(served))
+            return read.custom_id, read.url, read.model, problem_of(
+                read, known_of(served), self.bodies.blind(served.pool))
         except ChatServerError as error:
             return read.custom_id, read.url, read.model, str(error)
-        return read.custom_id, read.url, read.model, ""
 
     def _note(self, problem: str):
         self.bad += 1
