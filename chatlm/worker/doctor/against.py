@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from chatlm.worker.weights.rules import LoadedModel
 
 CHUNK = 128            # tokens in a step
-MOST_TOKENS = 1024     # of the text
+TEXT_TOKENS = 1024     # of the text
 FEWER = 3 * CHUNK      # tokens for trying tensors of one kind
 SKIPPED = 8            # the first tokens, which no context precedes
 KINDS_S = 90.0         # seconds for trying the original's tensors, one kind after the other
@@ -187,7 +187,7 @@ def memory_of(patient: Patient) -> int:
     """Bytes of a model, of its activations, and of what the original has predicted."""
     spec = patient.model.spec
     return weight_bytes(patient.model, patient.settings.quantize) + 4 * (
-        2 * CHUNK * (spec.vocab_size + 8 * (spec.width + spec.ffn_size)) + 2 * MOST_TOKENS * spec.vocab_size)
+        2 * CHUNK * (spec.vocab_size + 8 * (spec.width + spec.ffn_size)) + 2 * TEXT_TOKENS * spec.vocab_size)
 
 
 def computed(patient: Patient, model: LoadedModel, shared: Mapping[str, Any] = {}) -> Transformer:
@@ -240,7 +240,7 @@ def compare(transformer: Transformer, judged: Seq[numpy.ndarray], ids: Seq[int])
 
 
 def predictions(patient: Patient, original: Patient, far: Mapping[str, float]) -> Findings:
-    ids = patient.tokenizer.encode(TEXT)[:min(MOST_TOKENS, patient.model.context_length) - 1]
+    ids = patient.tokenizer.encode(TEXT)[:min(TEXT_TOKENS, patient.model.context_length) - 1]
     if patient.text.add_bos and patient.text.bos_token is not None:
         ids = [patient.text.bos_token, *ids]
     began = time.monotonic()

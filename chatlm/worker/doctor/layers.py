@@ -101,7 +101,7 @@ def groups_of(spec: ModelSpec) -> list[list[int]]:
     return [*alike.values()]
 
 
-MOST_LAYERS = 160   # comparing all pairs takes their number cubed
+LAYERS_COMPARED = 160   # comparing all pairs takes their number cubed
 LEAST_GAIN = 0.6    # of correlation; good models: at most 0.28, by exchanging neighbours
 
 
@@ -112,7 +112,7 @@ def exchanged_layers(features: Features) -> tuple[int, int, float] | None:
     for layers in features.groups:
         of_kinds = [found for found in features.by_kind.values() if all(layer in found for layer in layers)]
         L = len(layers)
-        if not 6 <= L <= MOST_LAYERS or len(of_kinds) < 3:
+        if not 6 <= L <= LAYERS_COMPARED or len(of_kinds) < 3:
             continue
         alike = numpy.array([numpy.array([found[layer] for layer in layers])
                              @ numpy.array([found[layer] for layer in layers]).T for found in of_kinds])

@@ -635,8 +635,9 @@ async def test_health_while_loading_is_503_with_the_stage(client):
         assert (await health.json())["loading"] == {"stage": "loading weights", "fraction": 0.5}
         assert await ready.json() == {"ready": False, "reason": "loading"}
         assert (await client.get(url + "/v1/models")).status == 503
-        status, body = await ask(client, url + OPENAI, conversation() | {"model": "whatever"})
-        assert (status, json.loads(body)["error"]["code"]) == (503, "overloaded")
+        for name, said in (("fake-model", (503, "overloaded")), ("whatever", (404, "model_not_found"))):
+            status, body = await ask(client, url + OPENAI, conversation() | {"model": name})
+            assert (status, json.loads(body)["error"]["code"]) == said
         pool.ready = True
         assert ((await client.get(url + "/health")).status, (await client.get(url + "/readyz")).status) == (200, 200)
         assert (await (await client.get(url + "/stats")).json())["model"] == "fake-model"

@@ -221,7 +221,7 @@ def paged_batch(rng, sequences, num_pages, scattered):
         positions += range(length - new, length)
         lengths.append(length)
         tables.append([pages.pop(0) for _ in range(-(-length // PAGE_SIZE))])
-    return SimpleNamespace(positions=torch.tensor(positions), starts=starts, lengths=lengths, tables=tables)
+    return SimpleNamespace(positions=torch.tensor(positions), starts=starts, lengths=lengths, tables=tables, ahead=[])
 
 
 @pytest.mark.parametrize("scattered", [False, True], ids=["consecutive pages", "scattered pages"])
