@@ -21,7 +21,6 @@ from typing import NamedTuple, TYPE_CHECKING
 from chatlm.common.errors import ConfigError, named, require_library, shown
 from chatlm.common.hub.local import FULL, download_lock, has_room, sha256_of
 from chatlm.common.hub.short_names import SHORT_NAMES
-from chatlm.common.hub.stamps import eyes_rank
 from chatlm.common.log import log
 from chatlm.common.processes.start import PROCESS_COMMAND
 
@@ -299,15 +298,23 @@ def hub_files(repository: str, file: str, names: Iterable[str]) -> list[str]:
     return parts[chosen[0]]
 
 
+MMPROJ_TYPES = ("f16", "bf16", "q8_0", "f32")  # the best first
+
+
 def mmproj_for(model: str, names: Iterable[str]) -> list[str]:
     """With what a GGUF model sees images: the mmproj*.gguf in its folder, of several the one of the best
     type. [] without any, or if that is what was asked for."""
+    def rank(name: str) -> tuple[int, str]:
+        name = name.lower()
+        return next((rank for rank, kind in enumerate(MMPROJ_TYPES) if re.search(f"(?<![a-z]){kind}", name)),
+                    len(MMPROJ_TYPES)), name
+
     folder, _, own = model.rpartition("/")
     beside = [name for name in names if re.fullmatch(r"(?i)mmproj[^/]*\.gguf", name.rpartition("/")[2])
               and name.rpartition("/")[0] == folder]
     if not own.lower().endswith(".gguf") or re.fullmatch(BESIDE_MODEL, own):
         return []
-    return sorted(beside, key=eyes_rank)[:1]
+    return sorted(beside, key=rank)[:1]
 
 
 def models_among(ggufs: Iterable[str]) -> list[str]:

@@ -26,18 +26,10 @@ HF_FILES = ("config.json", "generation_config.json", "model.safetensors.index.js
             "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
             "hf_quant_config.json", "quantize_config.json", "quant_config.json", "preprocessor_config.json",
             "processor_config.json")
-EYES = ("f16", "bf16", "q8_0", "f32")  # the types of GGUF files that see images, the best first
 NANOGPT_FILE = "ckpt.pt"
 NANOGPT_TOKENIZERS = ("meta.pkl", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
                       "encoder.json", "vocab.bpe")
 HF_PATTERNS = "*.safetensors", "additional_chat_templates/*.jinja"
-
-
-def eyes_rank(name: str) -> tuple[int, str]:
-    """Of the names of GGUF files that see images, the best one's is the least."""
-    name = name.lower()
-    return next((rank for rank, kind in enumerate(EYES) if re.search(f"(?<![a-z]){kind}", name)),
-                len(EYES)), name
 
 
 @dataclass(frozen=True)

@@ -14,17 +14,14 @@ from typing import Any, NamedTuple, TYPE_CHECKING
 
 import numpy
 
-from chatlm.common.config import PAGE_SIZE
 from chatlm.common.memory import available_memory
-from chatlm.worker.arrays.kinds import Device, floats
-from chatlm.worker.build import plan_model
+from chatlm.worker.arrays.kinds import floats
 from chatlm.worker.doctor.findings import Findings, error, examples, note, warning
 from chatlm.worker.doctor.portraits import joined_parts
+from chatlm.worker.doctor.running import ready, step
 from chatlm.worker.doctor.sample_text import TEXT
-from chatlm.worker.model.spec import Batch, expected_tensors
+from chatlm.worker.model.spec import expected_tensors
 from chatlm.worker.model.tensors import Cut, MappedRows
-from chatlm.worker.model.transformer import Transformer
-from chatlm.worker.ranks.ranks import RankAlone
 from chatlm.worker.weights.load import open_model
 from chatlm.worker.weights.sizes import weight_bytes
 
@@ -32,6 +29,7 @@ if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.worker.doctor.patient import Patient
     from chatlm.worker.model.spec import ModelSpec
+    from chatlm.worker.model.transformer import Transformer
     from chatlm.worker.weights.rules import LoadedModel
 
 CHUNK = 128            # tokens in a step
@@ -191,13 +189,7 @@ def memory_of(patient: Patient) -> int:
 
 
 def computed(patient: Patient, model: LoadedModel, shared: Mapping[str, Any] = {}) -> Transformer:
-    """A model that is ready for the text; `model` loses its tensors."""
-    settings = settings_for(patient.settings)
-    kernels, groups, limits, plan = plan_model(model, model.spec, settings, Device("cpu"), RankAlone())
-    pages = (-(-len(TEXT) // PAGE_SIZE) + 1) * max(len(groups.windows), 1)
-    return Transformer(model.spec, model.tensors, kernels, num_pages=pages, dtype=model.dtype, groups=groups,
-                       kv=plan.kv, num_slots=2, shared=shared, max_tokens=limits["max_tokens"],
-                       max_rows=limits["max_rows"])
+    return ready(model, settings_for(patient.settings), TEXT_TOKENS, shared)
 
 
 def opened(patient: Patient) -> LoadedModel:
@@ -206,14 +198,9 @@ def opened(patient: Patient) -> LoadedModel:
 
 def logits_of(transformer: Transformer, ids: Seq[int]) -> Iterator[numpy.ndarray]:
     """(n, V) float32 after each of n tokens, step by step."""
-    pages = [*range(-(-len(ids) // PAGE_SIZE) * max(len(transformer.groups.windows), 1))]
     for begin in range(0, len(ids), CHUNK):
         end = min(begin + CHUNK, len(ids))
-        last = [end - begin - 1]
-        previous = [ids[i - 1] if i else -1 for i in range(begin, end)]
-        batch = Batch([*ids[begin:end]], previous, [0, end - begin], [end], [pages], [*range(end - begin)],
-                      state_reads=[0], write_rows=last, write_slots=[0])
-        yield transformer.arrays.numpy(transformer.forward(batch)).copy()
+        yield transformer.arrays.numpy(step(transformer, ids, begin, end, range(end - begin))).copy()
 
 
 def log_shares(logits: numpy.ndarray) -> numpy.ndarray:

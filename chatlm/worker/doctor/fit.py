@@ -11,15 +11,12 @@ from typing import NamedTuple, TYPE_CHECKING
 
 import numpy
 
-from chatlm.common.config import PAGE_SIZE
 from chatlm.common.errors import ConfigError
 from chatlm.common.memory import available_memory
-from chatlm.worker.arrays.kinds import Device
 from chatlm.worker.build import plan_model, prefill_chunk
 from chatlm.worker.doctor.findings import Findings, error, note, warning
+from chatlm.worker.doctor.running import CPU, ready, step
 from chatlm.worker.engine.kvcache import PagePool
-from chatlm.worker.model.spec import Batch
-from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ranks.ranks import RankAlone
 from chatlm.worker.weights.load import open_model
 from chatlm.worker.weights.sizes import weight_bytes
@@ -32,7 +29,6 @@ if TYPE_CHECKING:
     from chatlm.worker.model.spec import LayerGroups
     from chatlm.worker.weights.rules import LoadedModel
 
-CPU = Device("cpu")
 CONTEXTS = 4096, 32_768        # and the model's own
 TRIED_BYTES = 3 << 30          # of weights: larger models take long to load, and their speed is estimated
 PROMPT, ANSWER, TRIAL_S = 128, 32, 2.0
@@ -187,30 +183,24 @@ def trial(patient: Patient) -> tuple[float, float]:
     """(tokens of a prompt, tokens of an answer) per second."""
     settings = patient.settings
     model = open_model(patient.source, settings, "cpu")
-    plan = Plan.of(model, settings)
     length = min(PROMPT + ANSWER, model.context_length)
-    pages = [*range(-(-length // PAGE_SIZE) * max(len(plan.groups.windows), 1))]
-    transformer = Transformer(model.spec, model.tensors, plan.kernels, num_pages=len(pages),
-                              dtype=model.dtype, groups=plan.groups, kv=plan.memory.kv, num_slots=2,
-                              max_tokens=plan.limits["max_tokens"], max_rows=plan.limits["max_rows"])
+    transformer = ready(model, replace(settings, drafts="none"), length)
     ids = numpy.random.default_rng(0).integers(0, min(model.spec.vocab_size, 1000), length).tolist()
-    steps = [(0, max(length - ANSWER, 1)), *((at, at + 1) for at in range(max(length - ANSWER, 1), length))]
+    prompt = max(length - ANSWER, 1)
 
-    def step(begin: int, end: int):
-        transformer.forward(Batch(
-            ids[begin:end], [ids[i - 1] if i else -1 for i in range(begin, end)], [0, end - begin], [end],
-            [pages], [end - begin - 1], state_reads=[0], write_rows=[end - begin - 1], write_slots=[0]))
+    def compute(begin: int, end: int):
+        step(transformer, ids, begin, end, [end - begin - 1])
 
-    step(*steps[0])  # the first step pays what only it must
-    prompt_s = timed(lambda: step(*steps[0]))
+    compute(0, prompt)  # the first step pays what only it must
+    prompt_s = timed(lambda: compute(0, prompt))
     began, answered = time.perf_counter(), 0
-    for pair in steps[1:]:
-        step(*pair)
+    for at in range(prompt, length):
+        compute(at, at + 1)
         answered += 1
         if time.perf_counter() - began > TRIAL_S:
             break
     answer_s = time.perf_counter() - began
-    return steps[0][1] / prompt_s, answered / answer_s if answered else math.nan
+    return prompt / prompt_s, answered / answer_s if answered else math.nan
 
 
 def timed(run: Callable[[], None]) -> float:

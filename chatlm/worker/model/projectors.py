@@ -44,10 +44,15 @@ def spread(size: int, wanted: int) -> numpy.ndarray:
 def spread_places(places: numpy.ndarray, rows: int, columns: int) -> numpy.ndarray:
     """The table is of a square grid, and is resized for others (SigLIP 2, naflex)."""
     side = math.isqrt(len(places))
-    if (rows, columns) == (side, side):
-        return places
-    by_row = spread(side, rows) @ places.reshape(side, -1)  # (rows, side * C)
-    return numpy.matmul(spread(side, columns), by_row.reshape(rows, side, -1)).reshape(rows * columns, -1)
+    return places if (rows, columns) == (side, side) else of_square(spread, places, rows, columns)
+
+
+def of_square(weights: Callable[[int, int], numpy.ndarray], places: numpy.ndarray, rows: int,
+              columns: int) -> numpy.ndarray:
+    """The places of a grid by those of a square one. weights: (of so many, to so many) -> (to, of)."""
+    side = math.isqrt(len(places))
+    by_row = weights(side, rows) @ places.reshape(side, -1)  # (rows, side * C)
+    return numpy.matmul(weights(side, columns), by_row.reshape(rows, side, -1)).reshape(rows * columns, -1)
 
 
 def between(size: int, wanted: int) -> numpy.ndarray:
@@ -62,17 +67,19 @@ def between(size: int, wanted: int) -> numpy.ndarray:
 
 def bilinear_places(places: numpy.ndarray, rows: int, columns: int) -> numpy.ndarray:
     """The table is of a square grid, between whose places are those of others (Qwen3-VL)."""
-    side = math.isqrt(len(places))
-    by_row = between(side, rows) @ places.reshape(side, -1)
-    return numpy.matmul(between(side, columns), by_row.reshape(rows, side, -1)).reshape(rows * columns, -1)
+    return of_square(between, places, rows, columns)
+
+
+def by_two(spec: ModelSpec, *places: numpy.ndarray) -> numpy.ndarray:
+    """Angles where the first half of the pairs turn by the first places (n), the others by the second."""
+    quarter = spec.head_size // 4
+    frequencies = spec.rope_base ** -(numpy.arange(quarter) / quarter)
+    return numpy.concatenate([numpy.outer(each, frequencies) for each in places], axis=1)
 
 
 def by_row_and_column(spec: ModelSpec, rows: int, columns: int) -> numpy.ndarray:
-    """The first half of the pairs turn by the row, the others by the column (Qwen3-VL)."""
-    quarter = spec.head_size // 4
-    frequencies = spec.rope_base ** -(numpy.arange(quarter) / quarter)
-    row, column = numpy.divmod(numpy.arange(rows * columns), columns)
-    return numpy.concatenate([numpy.outer(row, frequencies), numpy.outer(column, frequencies)], axis=1)
+    """Of Qwen3-VL."""
+    return by_two(spec, *numpy.divmod(numpy.arange(rows * columns), columns))
 
 
 def places_of_axes(places: numpy.ndarray, rows: int, columns: int) -> numpy.ndarray:
@@ -81,13 +88,8 @@ def places_of_axes(places: numpy.ndarray, rows: int, columns: int) -> numpy.ndar
 
 
 def angles_of_axes(spec: ModelSpec, rows: int, columns: int) -> numpy.ndarray:
-    """The first half of the pairs turns by the column, the second by the row (Gemma 4)."""
-    half = spec.head_size // 4
-    turns = spec.rope_base ** -(numpy.arange(half) / half)
-    by_column, by_row = (numpy.outer(numpy.arange(count), turns) for count in (columns, rows))
-    grid = rows, columns, half
-    return numpy.concatenate([numpy.broadcast_to(by_column[None], grid), numpy.broadcast_to(
-        by_row[:, None], grid)], axis=2).reshape(rows * columns, 2 * half)
+    """Of Gemma 4, by the column first."""
+    return by_two(spec, *numpy.divmod(numpy.arange(rows * columns), columns)[::-1])
 
 
 # name -> (table, rows, columns of the patches) -> what is added to these (rows * columns, C), in raster order

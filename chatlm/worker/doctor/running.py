@@ -1,0 +1,38 @@
+"""A model computes texts without an engine: for comparing what it predicts, and for timing it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence as Seq
+from typing import Any, TYPE_CHECKING
+
+from chatlm.common.config import PAGE_SIZE
+from chatlm.worker.arrays.kinds import Device
+from chatlm.worker.build import plan_model
+from chatlm.worker.model.spec import Batch
+from chatlm.worker.model.transformer import Transformer
+from chatlm.worker.ranks.ranks import RankAlone
+
+if TYPE_CHECKING:
+    from chatlm.common.config import Settings
+    from chatlm.worker.weights.rules import LoadedModel
+
+CPU = Device("cpu")
+
+
+def ready(model: LoadedModel, settings: Settings, tokens: int, shared: Mapping[str, Any] = {}) -> Transformer:
+    """A model that is ready for one text of so many tokens; `model` loses its tensors. shared: weights that
+    another one has packed."""
+    kernels, groups, limits, plan = plan_model(model, model.spec, settings, CPU, RankAlone())
+    return Transformer(model.spec, model.tensors, kernels, dtype=model.dtype, groups=groups, kv=plan.kv,
+                       num_pages=-(-tokens // PAGE_SIZE) * max(len(groups.windows), 1), num_slots=2,
+                       shared=shared, max_tokens=limits["max_tokens"], max_rows=limits["max_rows"])
+
+
+def step(transformer: Transformer, ids: Seq[int], begin: int, end: int, rows: Seq[int]) -> Any:
+    """The logits (len(rows), V) of these of the tokens from `begin` to `end`, after those before them; they
+    are overwritten by the next step."""
+    count = end - begin
+    pages = [*range(-(-len(ids) // PAGE_SIZE) * max(len(transformer.groups.windows), 1))]
+    return transformer.forward(Batch(
+        [*ids[begin:end]], [ids[i - 1] if i else -1 for i in range(begin, end)], [0, count], [end], [pages],
+        [*rows], state_reads=[0], write_rows=[count - 1], write_slots=[0]))
