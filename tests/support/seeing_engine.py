@@ -7,6 +7,7 @@ from chatlm.common.core import installed_core
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.messages.requests import AnswerParams, Failed, Message, Piece, SamplingParams
 from chatlm.common.text.load import open_tokenizer
+from chatlm.common.vision.pictures import rows_in
 from chatlm.worker.arrays.kinds import Device
 from chatlm.worker.build import build_engine
 from chatlm.worker.engine.batch import pad_ids
@@ -15,6 +16,7 @@ from chatlm.worker.engine.sequence import Assignment
 from chatlm.worker.model.spec import Batch
 from chatlm.worker.model.tower import tiles_of
 from chatlm.worker.model.transformer import show_pictures
+from image_conversations import picture_of_size
 
 
 def chosen_kernels(request, monkeypatch):
@@ -81,3 +83,28 @@ def logits_of(engine, ids, pictures, rows=16):
     made = engine.transformer.arrays.numpy(engine.steps.forward(batch)).copy()
     show_pictures(transformer, ())
     return made
+
+
+def check_logits(engine, kernels, size, expected):
+    """Of a prompt about two pictures, the first of this size. expected: (ids, pictures) -> transformers' (n, V)."""
+    assert kernels in engine.transformer.kernels.names["linear"]
+    pictures = (picture_of_size(*size), picture_of_size(20, 50, seed=1))
+    ids = asking(engine, *pictures)
+    assert len(rows_in(engine.full_text.vision, ids)) > 8
+    wanted = expected(ids, pictures)[-16:]
+    assert np.abs(logits_of(engine, ids, pictures) - wanted).max() < 1e-4
+    other = (picture_of_size(*size, seed=7), pictures[1])       # the logits depend on the pixels
+    assert np.abs(expected(ids, other)[-16:] - wanted).max() > 1e-3
+
+
+def checked_answer(engine, ids, pictures, expected):
+    """The answer, which is transformers' greedy tokens, and the same from the prefix cache and from the rows that are kept."""
+    first, greedy = answer(engine, ids, pictures), list(ids)
+    for _ in first:
+        greedy.append(int(expected(greedy, pictures)[-1].argmax()))
+    assert first == greedy[len(ids):]
+    assert engine.pictures.encoded == len(pictures)
+    assert answer(engine, ids, pictures) == first and engine.pictures.encoded == len(pictures)
+    engine.pool.forget_cached()
+    assert answer(engine, ids, pictures) == first and engine.pictures.encoded == len(pictures)
+    return first

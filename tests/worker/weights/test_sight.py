@@ -1,18 +1,18 @@
 """Models that see: from pixels to logits as transformers, encoded once, and the same answers however they come."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, quantize
-
 from chatlm.common.errors import ConfigError
 from chatlm.common.messages.requests import AnswerParams, Failed, Piece, SamplingParams
 from chatlm.common.vision.layout import layout_of
-from chatlm.common.vision.pictures import rows_in
 from chatlm.worker.engine.sequence import Assignment
 from chatlm.worker.model.tower import tiles_of
 from image_conversations import picture_of_size
-from seeing_engine import answer, asking, chosen_kernels, collect, logits_of, open_engine, run
+from seeing_engine import answer, asking, check_logits, checked_answer, chosen_kernels, collect, logits_of, open_engine, run
 from tiny_sight import expected_logits, make_smolvlm, pixel_values, save_sight, write_mmproj, write_model
 
 KINDS = "smolvlm", "idefics3"
@@ -35,14 +35,7 @@ def kernels(request, monkeypatch):
 def test_logits_from_pixels_are_those_of_transformers(seeing, kernels, size):
     kind, folder, model = seeing
     engine = open_engine(folder, prefill_chunk=512)
-    assert kernels in engine.transformer.kernels.names["linear"]
-    pictures = (picture_of_size(*size), picture_of_size(20, 50, seed=1))
-    ids = asking(engine, *pictures)
-    assert len(rows_in(engine.full_text.vision, ids)) > 8
-    wanted = expected_logits(model, kind, ids, pictures)[-16:]
-    assert np.abs(logits_of(engine, ids, pictures) - wanted).max() < 1e-4
-    other = (picture_of_size(*size, seed=7), pictures[1])       # the logits depend on the pixels
-    assert np.abs(expected_logits(model, kind, ids, other)[-16:] - wanted).max() > 1e-3
+    check_logits(engine, kernels, size, partial(expected_logits, model, kind))
 
 
 def test_answers_about_pictures_are_the_same_however_they_come(seeing):
@@ -51,15 +44,7 @@ def test_answers_about_pictures_are_the_same_however_they_come(seeing):
     picture = picture_of_size(90, 60)
     engine = open_engine(folder)
     ids = asking(engine, picture)
-    first = answer(engine, ids, [picture])
-    greedy = list(ids)
-    for _ in first:
-        greedy.append(int(expected_logits(model, kind, greedy, [picture])[-1].argmax()))
-    assert first == greedy[len(ids):]
-    assert engine.pictures.encoded == 1
-    assert answer(engine, ids, [picture]) == first and engine.pictures.encoded == 1     # from the prefix cache
-    engine.pool.forget_cached()
-    assert answer(engine, ids, [picture]) == first and engine.pictures.encoded == 1     # from the rows that are kept
+    first = checked_answer(engine, ids, [picture], partial(expected_logits, model, kind))
     other = picture_of_size(64, 64, seed=3)
     ids_of_other = asking(engine, other, text="And this?")
     engine.add(Assignment("b", ids, AnswerParams(sampling=SamplingParams(temperature=0.0), ignore_eos=True), 8, pictures=(picture,)))

@@ -1,14 +1,15 @@
 """LFM2-VL, Gemma 3 and Gemma 4: from pixels to logits as transformers, as folders and as files."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
 from chatlm.common.messages.requests import AnswerParams, SamplingParams
 from chatlm.common.vision.layout import layout_of
-from chatlm.common.vision.pictures import rows_in
 from chatlm.worker.engine.sequence import Assignment
 from image_conversations import picture_of_size
-from seeing_engine import answer, asking, chosen_kernels, logits_of, open_engine
+from seeing_engine import answer, asking, check_logits, checked_answer, chosen_kernels, logits_of, open_engine
 from sight_families import FAMILIES, family_logits, save_family, write_family
 
 
@@ -34,14 +35,7 @@ def kernels(request, monkeypatch):
 def test_logits_from_pixels_are_those_of_transformers(seeing, kernels, size):
     kind, folder, model = seeing
     engine = open_engine(folder, prefill_chunk=512)
-    assert kernels in engine.transformer.kernels.names["linear"]
-    pictures = (picture_of_size(*size), picture_of_size(20, 50, seed=1))
-    ids = asking(engine, *pictures)
-    assert len(rows_in(engine.full_text.vision, ids)) > 8
-    wanted = expected(engine, kind, model, ids, pictures)[-16:]
-    assert np.abs(logits_of(engine, ids, pictures) - wanted).max() < 1e-4
-    other = (picture_of_size(*size, seed=7), pictures[1])
-    assert np.abs(expected(engine, kind, model, ids, other)[-16:] - wanted).max() > 1e-3
+    check_logits(engine, kernels, size, partial(expected, engine, kind, model))
 
 
 def test_answers_are_the_same_in_chunks_cached_and_again(seeing):
@@ -49,13 +43,7 @@ def test_answers_are_the_same_in_chunks_cached_and_again(seeing):
     picture = picture_of_size(170, 100)
     engine = open_engine(folder)
     ids = asking(engine, picture, text="What is this? Look at it well.")
-    first, greedy = answer(engine, ids, [picture]), list(ids)
-    for _ in first:
-        greedy.append(int(expected(engine, kind, model, greedy, [picture])[-1].argmax()))
-    assert first == greedy[len(ids):]
-    assert answer(engine, ids, [picture]) == first and engine.pictures.encoded == 1
-    engine.pool.forget_cached()
-    assert answer(engine, ids, [picture]) == first and engine.pictures.encoded == 1
+    first = checked_answer(engine, ids, [picture], partial(expected, engine, kind, model))
     assert answer(open_engine(folder, prefill_chunk=512), ids, [picture]) == first
 
 

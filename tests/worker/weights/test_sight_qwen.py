@@ -1,14 +1,14 @@
 """Qwen3-VL and Qwen3.5 see: rotary places in tower and model, deepstack, and the same answers however they come."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 
 from chatlm.common.vision.layout import layout_of
-from chatlm.common.vision.pictures import rows_in
 from image_conversations import picture_of_size
-from seeing_engine import answer, asking, chosen_kernels, logits_of, open_engine
+from seeing_engine import answer, asking, check_logits, checked_answer, chosen_kernels, logits_of, open_engine
 from sight_qwen import make_qwen, qwen_logits, save_qwen, write_qwen3_vl
 
 
@@ -32,14 +32,7 @@ def kernels(request, monkeypatch):
 def test_logits_from_pixels_are_those_of_transformers(qwen, kernels, size):
     folder, model = qwen
     engine = open_engine(folder, prefill_chunk=512)
-    assert kernels in engine.transformer.kernels.names["linear"]
-    pictures = (picture_of_size(*size), picture_of_size(20, 50, seed=1))
-    ids = asking(engine, *pictures)
-    assert len(rows_in(engine.full_text.vision, ids)) > 8
-    wanted = expected(engine, model, ids, pictures)[-16:]
-    assert np.abs(logits_of(engine, ids, pictures) - wanted).max() < 1e-4
-    other = (picture_of_size(*size, seed=7), pictures[1])
-    assert np.abs(expected(engine, model, ids, other)[-16:] - wanted).max() > 1e-3
+    check_logits(engine, kernels, size, partial(expected, engine, model))
 
 
 def test_answers_are_transformers_in_chunks_cached_together_and_again(qwen):
@@ -47,13 +40,7 @@ def test_answers_are_transformers_in_chunks_cached_together_and_again(qwen):
     picture, other = picture_of_size(170, 100), picture_of_size(50, 120, seed=2)
     engine = open_engine(folder)
     ids = asking(engine, picture, other, text="What is this? Look at it well.")
-    first, greedy = answer(engine, ids, [picture, other]), list(ids)
-    for _ in first:
-        greedy.append(int(expected(engine, model, greedy, [picture, other])[-1].argmax()))
-    assert first == greedy[len(ids):]
-    assert answer(engine, ids, [picture, other]) == first and engine.pictures.encoded == 2
-    engine.pool.forget_cached()
-    assert answer(engine, ids, [picture, other]) == first and engine.pictures.encoded == 2
+    first = checked_answer(engine, ids, [picture, other], partial(expected, engine, model))
     assert answer(open_engine(folder, prefill_chunk=512, drafts="none"), ids, [picture, other]) == first
 
 
