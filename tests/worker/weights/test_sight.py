@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, quantize
+
 from chatlm.common.errors import ConfigError
 from chatlm.common.messages.requests import AnswerParams, Failed, Piece, SamplingParams
 from chatlm.common.vision.layout import layout_of
