@@ -77,12 +77,14 @@ def seconds_to_midnight() -> int:
 
 class Charge:
     """What one request uses, as its client gets it. A piece counts once its reader asks for the next one, as
-    it has then been sent; what a client gets whole counts once it was sent (`sent_whole`)."""
+    it has then been sent, and its tokens once they have text; what a client gets whole counts once it was
+    sent (`answering`)."""
 
     def __init__(self, request: Request, row: Row):
         self.row, self.n, self.prompts = row, request.n, max(len(request.prompts), 1)
         self.ended: dict[int, Usage] = {}        # of answers that have, by choice
         self.drawn: Counter[int] = Counter()     # tokens of the others that were sent
+        self.held: Counter[int] = Counter()      # those that have no text yet, such as half a character
         self.spent_s: dict[int, float] = {}      # of these
         self.begun, self.prompt_tokens, self.void = False, 0, False
         self.most = 0 if request.params.pooling else ASSUMED if request.max_tokens is None else (
@@ -101,8 +103,10 @@ class Charge:
                     self.drawn.pop(event.choice, None)
                     self.spent_s.pop(event.choice, None)
                 elif isinstance(event, Piece):
-                    self.drawn[event.choice] += len(event.tokens)
-                    self.spent_s[event.choice] = event.spent_s
+                    self.held[event.choice] += len(event.tokens)
+                    if event.deltas:  # else nothing of it was sent
+                        self.drawn[event.choice] += self.held.pop(event.choice)
+                        self.spent_s[event.choice] = event.spent_s
                 elif isinstance(event, (Embedding, PromptScores)):
                     self.drawn[event.choice] += 0
         finally:
@@ -126,7 +130,6 @@ class Charge:
             elif self.prompts == 1 and self.drawn:
                 found.prompt_tokens += self.prompt_tokens
         return found
-
 
     @property
     def _completed(self) -> int:
