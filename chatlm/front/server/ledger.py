@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator
 from contextlib import suppress
 from dataclasses import astuple, dataclass, fields
 from datetime import date, datetime, timedelta, timezone
+from functools import partial
 from typing import NamedTuple, TYPE_CHECKING
 from weakref import WeakSet
 
@@ -19,7 +20,11 @@ from chatlm.front.aio import supervised
 from chatlm.front.server.responses import REQUEST_LOG, json_response
 
 if TYPE_CHECKING:
+    import sqlite3
+    from collections.abc import Iterable
+
     from aiohttp import web
+
     from chatlm.common.config import ApiKey, Settings
     from chatlm.common.messages.requests import Event, Request
     from chatlm.front.store.store import Store
@@ -64,6 +69,11 @@ AMOUNTS = tuple(each.name for each in fields(Amount))
 UPSERT = (f"INSERT INTO usage (day, key, model, background, {', '.join(AMOUNTS)}) "
           "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) "
           f"ON CONFLICT DO UPDATE SET {', '.join(f'{name} = {name} + excluded.{name}' for name in AMOUNTS)}")
+
+
+def write(connection: sqlite3.Connection, rows: Iterable[tuple[Row, Amount]]):
+    """Add to the database."""
+    connection.executemany(UPSERT, [(*row, *astuple(amount)) for row, amount in rows])
 
 
 def today() -> str:
@@ -149,7 +159,8 @@ class Ledger:
     order in which they end; without one it has what was used since the server started.
 
     What is written was sent before. A front that is killed loses what its running answers had used, and what
-    ended within the last moments and was not committed yet."""
+    ended within the last moments and was not committed yet. What lines of batches use is committed with
+    their results."""
 
     def __init__(self, settings: Settings, store: Store | None):
         self.settings, self.store, self.since = settings, store, int(time.time())
@@ -190,20 +201,29 @@ class Ledger:
 
     def settle(self, charge: Charge):
         """Enter what a request has used, on the day on which it ends."""
-        amount = charge.amount
-        if charge in self.running.get(charge.row.key, ()):
-            self.running[charge.row.key].remove(charge)
+        row, amount = self.used_by(charge)
+        self.count(charge, row, amount)
+        if amount != Amount():
+            self.rows.setdefault(row, Amount()).add(amount)
+            while not self.store and len(self.rows) > MOST_ROWS:
+                del self.rows[min(self.rows)]
+            self.news.set()
+
+    def used_by(self, charge: Charge) -> tuple[Row, Amount]:
+        """What a request has used that ends now."""
+        return charge.row._replace(day=today()), charge.amount
+
+    def count(self, charge: Charge, row: Row, amount: Amount):
+        """Count what a request has used for the budget of its key, and for /metrics."""
+        self.running[row.key].discard(charge)
+        if not self.running[row.key]:
+            del self.running[row.key]
         if amount == Amount():
             return
-        row = charge.row._replace(day=today())
-        self.rows.setdefault(row, Amount()).add(amount)
         self.totals[row.background].add(amount)
         self.used[row.day, row.key] += amount.tokens
         while len(self.used) > MOST_ROWS:
             del self.used[min(self.used)]
-        while not self.store and len(self.rows) > MOST_ROWS:
-            del self.rows[min(self.rows)]
-        self.news.set()
 
     async def _write(self):
         """Add to the database what is new; what it refuses is tried again."""
@@ -212,10 +232,9 @@ class Ledger:
             await self.news.wait()
             self.news.clear()
             rows, self.rows = self.rows, {}
-            values = [(*row, *astuple(amount)) for row, amount in rows.items()]
             try:
-                if values:
-                    await self.store.run(lambda db: db.executemany(UPSERT, values))
+                if rows:
+                    await self.store.run(partial(write, rows=rows.items()))
             except Exception as error:
                 log.error("what was used could not be written yet: %s", error)
                 for row, amount in rows.items():
