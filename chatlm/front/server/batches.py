@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence as Seq
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING, TypeVar
 
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import ChatServerError, EngineFailure, Overloaded, RequestError
@@ -27,7 +27,7 @@ from chatlm.front.lazy import web
 from chatlm.front.server.bodies import Body, known_of, tokenizer_of
 from chatlm.front.server.files import FileRoutes
 from chatlm.front.server.kept import asked, now_s, paged, read_small_object, stored
-from chatlm.front.server.ledger import Charge, Ledger
+from chatlm.front.server.ledger import Amount, Charge, Ledger, write
 from chatlm.front.server.responses import REQUEST_LOG, json_response, public_error
 from chatlm.front.server.routes import AFTER, LIMIT
 from chatlm.front.server.streams import Holding
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from chatlm.front.store.store import Store
 
 
+T = TypeVar("T")
 TRIES = 3         # for an answer during which workers died, each time as often as a request allows
 SPARE = 8         # lines under way beyond the rows of all workers, so that none of these is empty
 LOOK_S = 0.5      # between looks whether the server stops
@@ -149,21 +150,34 @@ class BatchWorker:
                     self.wake.clear()
                     self.swept_s = time.monotonic()
                     await self._sweep()
-                    for batch in await self.store.run(batches.unfinished):
+                    for batch in await self._stored(batches.unfinished):
                         self._begin(batch)
                 with suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(self.wake.wait(), LOOK_S)
         finally:
             await end_tasks(self.tasks.values())
 
+    async def _stored(self, function: Callable[[Any], T],
+                      then: Callable[[T], None] = lambda found: None) -> T:
+        """What `function` returns, run in the store however long that cannot be used, as on a full disk.
+        Once it is done so is `then`, also if this is cancelled meanwhile."""
+        async def work() -> T:
+            then(found := await self.store.run(function))
+            return found
+        while True:
+            try:
+                return await asyncio.shield(work())
+            except Overloaded as error:
+                await asyncio.sleep(error.retry_after_s)
+
     async def _sweep(self):
         """Delete what has expired, in small pieces, and give its bytes back."""
         now, uploads = now_s(), [*self.files.uploads]
-        await self.store.run(lambda connection: batches.forget(connection, now, self.files.keep_s, uploads))
-        await self.store.run(partial(responses.forget, now=now))
-        while await self.store.run(files.purge):
+        await self._stored(lambda connection: batches.forget(connection, now, self.files.keep_s, uploads))
+        await self._stored(partial(responses.forget, now=now))
+        while await self._stored(files.purge):
             pass
-        while await self.store.run(lambda connection: connection.execute(
+        while await self._stored(lambda connection: connection.execute(
                 "PRAGMA freelist_count").fetchone()[0] > 1000 and connection.execute(
                 "PRAGMA incremental_vacuum(1000)").fetchall() is not None):
             pass
@@ -180,8 +194,8 @@ class BatchWorker:
 
     async def _work(self, batch: Batch, client: str):
         """Bring a batch to its end, from wherever it is."""
-        batch = await self.store.run(partial(batches.named, name=batch.name))
-        if batch.status == "validating" and not await self.store.run(
+        batch = await self._stored(partial(batches.named, name=batch.name))
+        if batch.status == "validating" and not await self._stored(
                 lambda connection: batches.begin(connection, batch, now_s())):
             return
         stop, status = self.stops[batch.name], "completed"
@@ -198,9 +212,9 @@ class BatchWorker:
             await end_tasks([stopped, *([] if lines.done() else [lines])])
         if status == "completed":
             lines.result()
-        while status == "expired" and await self.store.run(partial(self._expire_some, batch)):
+        while status == "expired" and await self._stored(partial(self._expire_some, batch)):
             pass
-        await self.store.run(lambda connection: self._end(connection, batch, status))
+        await self._stored(lambda connection: self._end(connection, batch, status))
 
     @staticmethod
     def _end(connection, batch: Batch, status: str):
@@ -223,10 +237,10 @@ class BatchWorker:
 
     async def _answer_all(self, batch: Batch, client: str):
         """Answer and record the lines that have no result."""
-        created = (await self.store.run(partial(files.named, name=batch.input))).created
+        created = (await self._stored(partial(files.named, name=batch.input))).created
         running: set[asyncio.Task] = set()
         try:
-            for number in await self.store.run(partial(batches.waiting_lines, batch=batch)):
+            for number in await self._stored(partial(batches.waiting_lines, batch=batch)):
                 await self.slots.acquire()
                 # its errors are raised below
                 task = asyncio.ensure_future(self._answer_one(batch, client, number, created))
@@ -241,7 +255,7 @@ class BatchWorker:
             await end_tasks(running)
 
     async def _answer_one(self, batch: Batch, client: str, number: int, created: int):
-        row = await self.store.run(partial(batches.line, batch=batch, number=number))
+        row = await self._stored(partial(batches.line, batch=batch, number=number))
         charges = list[Charge]()
         problem = row.problem or (row.url != batch.endpoint and batches.wrong_url(
             number, row.url or "", batch.endpoint))
@@ -252,15 +266,22 @@ class BatchWorker:
             status, body = await self._answer(row, client, created, charges)
             line = Line(number, row.custom_id or "", batch.endpoint, {}, line_id(number, row.text.strip()))
             text = result_of(line, status, body)
-        result = number, encoded(text), status != 200
-        while True:
-            try:
-                await self.store.run(partial(batches.record, batch=batch, results=[result]))
-                break
-            except Overloaded as error:  # such as a full disk
-                await asyncio.sleep(error.retry_after_s)
-        for charge in charges:  # not before: a line that is answered again after a crash is charged once
-            self.ledger.settle(charge)
+        await self._record(batch, (number, encoded(text), status != 200), charges)
+
+    async def _record(self, batch: Batch, result: tuple[int, bytes, bool], charges: Seq[Charge]):
+        """Note a result and what it used, at once: so a line that is answered again after a crash is charged
+        once. A result that comes too late, as its batch was cancelled, costs nothing."""
+        used = [self.ledger.used_by(charge) for charge in charges]
+
+        def record(connection) -> bool:
+            if recorded := batches.record(connection, batch, [result]):
+                write(connection, used)
+            return recorded
+
+        def count(recorded: bool):
+            for charge, (row, amount) in zip(charges, used):
+                self.ledger.count(charge, row, amount if recorded else Amount())
+        await self._stored(record, count)
 
     async def _answer(self, row: Row, client: str, created: int,
                       charges: list[Charge]) -> tuple[int, dict]:

@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator
 from contextlib import suppress
 from dataclasses import astuple, dataclass, fields
 from datetime import date, datetime, timedelta, timezone
+from functools import partial
 from typing import NamedTuple, TYPE_CHECKING
 from weakref import WeakSet
 
@@ -19,7 +20,11 @@ from chatlm.front.aio import supervised
 from chatlm.front.server.responses import REQUEST_LOG, json_response
 
 if TYPE_CHECKING:
+    import sqlite3
+    from collections.abc import Iterable
+
     from aiohttp import web
+
     from chatlm.common.config import ApiKey, Settings
     from chatlm.common.messages.requests import Event, Request
     from chatlm.front.store.store import Store
@@ -66,6 +71,11 @@ UPSERT = (f"INSERT INTO usage (day, key, model, background, {', '.join(AMOUNTS)}
           f"ON CONFLICT DO UPDATE SET {', '.join(f'{name} = {name} + excluded.{name}' for name in AMOUNTS)}")
 
 
+def write(connection: sqlite3.Connection, rows: Iterable[tuple[Row, Amount]]):
+    """Add to the database."""
+    connection.executemany(UPSERT, [(*row, *astuple(amount)) for row, amount in rows])
+
+
 def today() -> str:
     return datetime.fromtimestamp(time.time(), timezone.utc).date().isoformat()
 
@@ -77,12 +87,14 @@ def seconds_to_midnight() -> int:
 
 class Charge:
     """What one request uses, as its client gets it. A piece counts once its reader asks for the next one, as
-    it has then been sent; what a client gets whole counts once it was sent (`sent_whole`)."""
+    it has then been sent, and its tokens once they have text; what a client gets whole counts once it was
+    sent (`answering`)."""
 
     def __init__(self, request: Request, row: Row):
         self.row, self.n, self.prompts = row, request.n, max(len(request.prompts), 1)
         self.ended: dict[int, Usage] = {}        # of answers that have, by choice
         self.drawn: Counter[int] = Counter()     # tokens of the others that were sent
+        self.held: Counter[int] = Counter()      # those that have no text yet, such as half a character
         self.spent_s: dict[int, float] = {}      # of these
         self.begun, self.prompt_tokens, self.void = False, 0, False
         self.most = 0 if request.params.pooling else ASSUMED if request.max_tokens is None else (
@@ -101,8 +113,10 @@ class Charge:
                     self.drawn.pop(event.choice, None)
                     self.spent_s.pop(event.choice, None)
                 elif isinstance(event, Piece):
-                    self.drawn[event.choice] += len(event.tokens)
-                    self.spent_s[event.choice] = event.spent_s
+                    self.held[event.choice] += len(event.tokens)
+                    if event.deltas:  # else nothing of it was sent
+                        self.drawn[event.choice] += self.held.pop(event.choice)
+                        self.spent_s[event.choice] = event.spent_s
                 elif isinstance(event, (Embedding, PromptScores)):
                     self.drawn[event.choice] += 0
         finally:
@@ -127,7 +141,6 @@ class Charge:
                 found.prompt_tokens += self.prompt_tokens
         return found
 
-
     @property
     def _completed(self) -> int:
         return sum(usage.completion_tokens for usage in self.ended.values())
@@ -146,7 +159,8 @@ class Ledger:
     order in which they end; without one it has what was used since the server started.
 
     What is written was sent before. A front that is killed loses what its running answers had used, and what
-    ended within the last moments and was not committed yet."""
+    ended within the last moments and was not committed yet. What lines of batches use is committed with
+    their results."""
 
     def __init__(self, settings: Settings, store: Store | None):
         self.settings, self.store, self.since = settings, store, int(time.time())
@@ -187,20 +201,29 @@ class Ledger:
 
     def settle(self, charge: Charge):
         """Enter what a request has used, on the day on which it ends."""
-        amount = charge.amount
-        if charge in self.running.get(charge.row.key, ()):
-            self.running[charge.row.key].remove(charge)
+        row, amount = self.used_by(charge)
+        self.count(charge, row, amount)
+        if amount != Amount():
+            self.rows.setdefault(row, Amount()).add(amount)
+            while not self.store and len(self.rows) > MOST_ROWS:
+                del self.rows[min(self.rows)]
+            self.news.set()
+
+    def used_by(self, charge: Charge) -> tuple[Row, Amount]:
+        """What a request has used that ends now."""
+        return charge.row._replace(day=today()), charge.amount
+
+    def count(self, charge: Charge, row: Row, amount: Amount):
+        """Count what a request has used for the budget of its key, and for /metrics."""
+        self.running[row.key].discard(charge)
+        if not self.running[row.key]:
+            del self.running[row.key]
         if amount == Amount():
             return
-        row = charge.row._replace(day=today())
-        self.rows.setdefault(row, Amount()).add(amount)
         self.totals[row.background].add(amount)
         self.used[row.day, row.key] += amount.tokens
         while len(self.used) > MOST_ROWS:
             del self.used[min(self.used)]
-        while not self.store and len(self.rows) > MOST_ROWS:
-            del self.rows[min(self.rows)]
-        self.news.set()
 
     async def _write(self):
         """Add to the database what is new; what it refuses is tried again."""
@@ -209,10 +232,9 @@ class Ledger:
             await self.news.wait()
             self.news.clear()
             rows, self.rows = self.rows, {}
-            values = [(*row, *astuple(amount)) for row, amount in rows.items()]
             try:
-                if values:
-                    await self.store.run(lambda db: db.executemany(UPSERT, values))
+                if rows:
+                    await self.store.run(partial(write, rows=rows.items()))
             except Exception as error:
                 log.error("what was used could not be written yet: %s", error)
                 for row, amount in rows.items():

@@ -158,10 +158,11 @@ def line(connection: sqlite3.Connection, batch: Batch, number: int) -> Row:
                                    "WHERE file = ? AND number = ?", (source.id, number)).fetchone())
 
 
-def record(connection: sqlite3.Connection, batch: Batch, results: Seq[tuple[int, bytes, bool]]):
-    """Note (number, text, whether it is an error) of lines, unless the batch is no longer in progress."""
+def record(connection: sqlite3.Connection, batch: Batch, results: Seq[tuple[int, bytes, bool]]) -> bool:
+    """Note (number, text, whether it is an error) of lines, unless the batch is no longer in progress; is
+    it?"""
     if named(connection, batch.name).status != "in_progress":
-        return
+        return False
     for name, failures in (batch.output, False), (batch.errors, True):
         rows = [Row(number, text) for number, text, failed in results if failed is failures]
         if rows:
@@ -169,6 +170,7 @@ def record(connection: sqlite3.Connection, batch: Batch, results: Seq[tuple[int,
             column = "failed" if failures else "completed"
             connection.execute(f"UPDATE batches SET {column} = {column} + ? WHERE id = ?",
                                (len(rows), batch.id))
+    return True
 
 
 def cancel(connection: sqlite3.Connection, name: str, owner: str, now: int) -> Batch:

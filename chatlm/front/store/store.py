@@ -32,6 +32,7 @@ T = TypeVar("T")
 APPLICATION_ID = 0x63687376  # "chsv", in the header of the file
 MOST_TOGETHER = 256          # pieces of work in one transaction: one fsync is for all of them
 BUSY_S = 5.0                 # how long another program may hold the database
+REPLACED = "its file was removed or replaced: put it back, or restart the server"
 CHECKED_BYTES = 512 << 20    # that are checked before the start, within about a second; more beside the work
 
 
@@ -48,7 +49,7 @@ class Store:
     server at a time has it."""
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self.absolute = path, path.absolute()
         self.waiting: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._serve, name="store", daemon=True)
         self.closed = self.damaged = False  # damaged: that was found after the start
@@ -140,10 +141,18 @@ class Store:
         if connection.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
             raise self._unusable("this file system cannot hold a database in WAL mode")
         connection.execute("PRAGMA synchronous = FULL")
+        self.place = self._place()
+
+    def _place(self) -> tuple[int, int] | None:
+        """Which file has the name now."""
+        with suppress(OSError):
+            found = self.absolute.stat()
+            return found.st_dev, found.st_ino
+        return None
 
     def _reader(self) -> sqlite3.Connection:
         """A connection that leaves everything as it is."""
-        uri = f"file:{quote(str(self.path.absolute()))}?mode=ro"
+        uri = f"file:{quote(str(self.absolute))}?mode=ro"
         return self.library.connect(uri, uri=True, timeout=BUSY_S)
 
     def _check_version(self, reader: sqlite3.Connection):
@@ -206,10 +215,18 @@ class Store:
                 self._commit(works)
 
     def _commit(self, works: list[Work]):
-        """Run and commit all of `works`; if the transaction breaks, each in one of its own."""
+        """Run and commit all of `works`; if the transaction breaks, each in one of its own. If none can
+        begin, as while another program writes, all fail: each would wait for it as long again."""
         settled: list[Callable[[], None]] = []
         try:
+            if self._place() != self.place:  # what is committed now would be lost
+                raise self.library.OperationalError(REPLACED)
             self.connection.execute("BEGIN IMMEDIATE")
+        except Exception as error:
+            for work in works:
+                work.result.set_exception(error)
+            return
+        try:
             for work in works:
                 settled.append(self._run_one(work))
             self.connection.execute("COMMIT")

@@ -85,7 +85,8 @@ class Scheduler:
             return texts
         share = -(-sum(s.pending == 1 for s in answers) // self.stages)
         able = [s for s in answers if s.decodes and len(s.tokens) < s.limit and self._may_run(s)]
-        decoding = [s for s in able[:share] if self._grow(s)]
+        grown = [s for s in able[:share] if self._grow(s)]
+        decoding = [s for s in grown if s.pages]  # without those that a later one has preempted
         prefilling, plan = [s for s in answers if s.prefilling], list[Chunk]()
         room = 0 if prefilling and not self.exact_rows else self.draft_rows - len(answers)
         for sequence in decoding:

@@ -1,10 +1,11 @@
-"""Tasks end when the server ends, also those that lose a cancellation."""
+"""Tasks end when the server ends, also those that lose a cancellation, and run again ever more seldom while they fail."""
 
 import asyncio
 
 import pytest
 
-from chatlm.front.aio import end_tasks
+from chatlm.front import aio
+from chatlm.front.aio import end_tasks, supervised
 from chatlm.front.pool.residency import Residency
 
 
@@ -46,3 +47,24 @@ async def test_tasks_end_however_they_take_their_cancellation(recwarn):
     assert all(task.done() for task in tasks)
     assert tasks[0].cancelled() and str(tasks[1].exception()) == "while it ends" and tasks[2].result() == 1
     await end_tasks([])
+
+
+async def test_what_fails_is_run_again_ever_more_seldom_and_soon_once_it_has_run_for_long(monkeypatch, caplog):
+    now_s, pauses, runs = [0.0], [], []
+
+    async def sleep(pause_s):
+        pauses.append(pause_s)
+        now_s[0] += pause_s
+    monkeypatch.setattr(aio.asyncio, "sleep", sleep)
+    monkeypatch.setattr(aio.time, "monotonic", lambda: now_s[0])
+
+    async def work():
+        runs.append(now_s[0])
+        now_s[0] += 61.0 if len(runs) == 10 else 0.5
+        if len(runs) < 13:
+            raise ValueError(f"failure {len(runs)}")
+        return "done"
+    assert await supervised("work", work, failed=lambda error: True) == "done"
+    assert pauses == [1, 2, 4, 8, 16, 32, 60, 60, 60, 1, 2, 4]
+    assert "work failed: failure 1" in caplog.text
+    assert await supervised("work", lambda: 1 / 0) is None and len(pauses) == 12    # not again: nobody asked for it

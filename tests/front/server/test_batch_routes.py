@@ -18,7 +18,7 @@ import openai
 import psutil
 import pytest
 
-from real_server import SCRIPT, server
+from real_server import SCRIPT, server, wait_for
 
 
 def ask_line(custom_id, text="Hello", url="/v1/chat/completions", **more):
@@ -242,15 +242,11 @@ def charged(store):
         return reader.execute("SELECT TOTAL(requests), TOTAL(prompt_tokens), TOTAL(completion_tokens) FROM usage WHERE background").fetchone()
 
 
-def check_charges(store, output):
-    """Of two batches with these answers the second one was charged whole, and the first one, whose server was killed, nothing twice."""
+def check_charges(store, output, batches):
+    """So many batches with these answers were charged what their files say, to the token, though servers were killed meanwhile."""
     usage = [json.loads(line)["response"]["body"]["usage"] for line in output.splitlines()]
     told = len(usage), *(sum(one[name] for one in usage) for name in ("prompt_tokens", "completion_tokens"))
-    deadline_s = time.monotonic() + 60
-    while any(have < least for have, least in zip(charged(store), told)):       # it is written a moment after the answer
-        assert time.monotonic() < deadline_s, (charged(store), told)
-        time.sleep(0.02)
-    assert all(have <= 2 * one for have, one in zip(charged(store), told)), (charged(store), told)
+    assert charged(store) == tuple(batches * one for one in told)
 
 
 def disturbed(model, store, lines, kills):
@@ -279,7 +275,7 @@ def disturbed(model, store, lines, kills):
                 batch = ended(client, client.batches.retrieve(name), limit_s)
                 again = ended(client, client.batches.create(input_file_id=batch.input_file_id, endpoint=batch.endpoint, completion_window="24h"), limit_s)
                 contents = [[client.files.content(name).content for name in (one.output_file_id, one.error_file_id)] for one in (batch, again)]
-                check_charges(store, contents[1][0])
+                check_charges(store, contents[1][0], 2)
                 return batch, *contents
 
 
@@ -295,6 +291,7 @@ def test_a_batch_goes_on_after_kills_and_its_output_is_that_of_an_undisturbed_on
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_ten_thousand_lines_with_twenty_kills(model, tmp_path):
     check_disturbed(*disturbed(model, tmp_path / "a.db", mixed_lines(10_000), [*range(200, 9800, 480)][:20]), 10_000)
 
@@ -318,6 +315,64 @@ def test_a_batch_waits_while_nothing_can_be_written_and_then_goes_on(model, tmp_
         front.rlimit(psutil.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         batch = ended(client, batch)
         assert [found["custom_id"] for found in results(client, batch.output_file_id)] == [str(number) for number in range(300)]
+
+
+def again(client, batch):
+    """The output of another batch on the same input."""
+    batch = ended(client, client.batches.create(input_file_id=batch.input_file_id, endpoint=batch.endpoint, completion_window="24h"))
+    return client.files.content(batch.output_file_id).content
+
+
+def test_a_batch_goes_on_after_another_program_has_held_the_store_and_chats_do_meanwhile(model, tmp_path):
+    with batching(model, tmp_path / "a.db") as (process, client):
+        batch = begun(client, [ask_line(str(number), max_tokens=30) for number in range(200)])
+        while answered_lines(tmp_path / "a.db") < 20:
+            time.sleep(0.005)
+        with closing(sqlite3.connect(tmp_path / "a.db", isolation_level=None, timeout=60)) as other:
+            other.execute("BEGIN EXCLUSIVE")
+            for _ in range(2):
+                assert client.responses.create(model="default", input="x", max_output_tokens=16, store=False).status == "incomplete"
+                with pytest.raises(openai.APIStatusError, match="database is locked") as found:
+                    client.batches.retrieve(batch.id)
+                assert found.value.status_code == 503
+            stuck = answered_lines(tmp_path / "a.db")
+        assert stuck < 200
+        batch = ended(client, batch)
+        whole = client.files.content(batch.output_file_id).content
+        assert again(client, batch) == whole and len(whole.splitlines()) == 200
+
+
+def test_a_batch_that_fails_is_tried_again_until_it_can_go_on(model, tmp_path):
+    """Another program has put a trigger into the store: recording a line is an error that is none of a full disk's."""
+    def change(statement):
+        with closing(sqlite3.connect(tmp_path / "a.db", isolation_level=None, timeout=60)) as other:
+            other.execute(statement)
+    with batching(model, tmp_path / "a.db") as (process, client):
+        batch = begun(client, [ask_line(str(number), max_tokens=30) for number in range(100)])
+        while answered_lines(tmp_path / "a.db") < 10:
+            time.sleep(0.005)
+        change("CREATE TRIGGER refuse BEFORE INSERT ON lines WHEN NEW.custom_id IS NULL BEGIN SELECT RAISE(ABORT, 'an odd failure'); END")
+        for _ in range(2):      # after a pause
+            wait_for(process, f"working on {batch.id} failed: an odd failure")
+        assert client.batches.retrieve(batch.id).status == "in_progress"
+        assert client.responses.create(model="default", input="x", max_output_tokens=16, store=False).status == "incomplete"
+        change("DROP TRIGGER refuse")
+        batch = ended(client, batch)
+        whole = client.files.content(batch.output_file_id).content
+        assert again(client, batch) == whole and batch.request_counts.completed == 100
+        check_charges(tmp_path / "a.db", whole, 2)
+
+
+def test_a_cancelled_batch_costs_what_its_output_has(model, tmp_path):
+    for number in range(3):
+        with batching(model, tmp_path / f"{number}.db") as (process, client):
+            batch = begun(client, [ask_line(str(number), max_tokens=20) for number in range(300)])
+            while answered_lines(tmp_path / f"{number}.db") < 10 * number:
+                time.sleep(0.005)
+            client.batches.cancel(batch.id)
+            batch = ended(client, batch)
+            assert batch.status == "cancelled" and batch.request_counts.completed < 300
+            check_charges(tmp_path / f"{number}.db", client.files.content(batch.output_file_id).content if batch.output_file_id else b"", 1)
 
 
 def test_a_large_line_is_read_in_a_sandbox_and_its_answer_is_that_of_a_small_one(running):
@@ -406,7 +461,7 @@ def test_a_batch_whose_key_is_gone_waits_until_it_expires(model, tmp_path):
 def test_what_is_deleted_is_no_longer_in_the_store(model, tmp_path):
     with batching(model, tmp_path / "a.db") as (process, client):
         batch = ended(client, begun(client, [ask_line(str(number), "a-secret-word" * 600, truncate="oldest", max_tokens=4) for number in range(700)]))
-        assert (tmp_path / "a.db").stat().st_size > 5 << 20
+        assert sum((tmp_path / name).stat().st_size for name in ("a.db", "a.db-wal")) > 5 << 20
         for name in filter(None, (batch.input_file_id, batch.output_file_id, batch.error_file_id)):
             client.files.delete(name)
         deadline_s = time.monotonic() + 60

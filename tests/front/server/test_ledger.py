@@ -17,7 +17,7 @@ import pytest
 import chat_server
 from chatlm.common.config import ApiKey, Settings, read_api_keys
 from chatlm.common.errors import ConfigError, Overloaded
-from chatlm.common.messages.requests import Accepted, Finished, Piece, Usage
+from chatlm.common.messages.requests import Accepted, Delta, Finished, Piece, Usage
 from chatlm.front.server import access, connections, ledger
 from chatlm.front.server.ledger import Amount, Ledger, Row, days_of
 from chatlm.front.store.store import Store
@@ -27,6 +27,7 @@ from pools import played_pool
 from real_server import server
 
 ALICE, BOB, ROOT = ApiKey.hashed("a", "alice"), ApiKey.hashed("b", "bob"), ApiKey.hashed("r", "root", role="admin")
+TEXT = (Delta("text", "a"),)
 
 
 @contextlib.asynccontextmanager
@@ -134,7 +135,7 @@ async def test_pieces_count_once_their_reader_asks_for_more():
     async def events():
         yield Accepted(7)
         for number in range(3):
-            yield Piece((1, 2), spent_s=0.5 * (number + 1))
+            yield Piece((1, 2), TEXT, spent_s=0.5 * (number + 1))
         yield Finished("stop", "eos", Usage(7, 6, 3, compute_s=2.0), 0.0, 0.0, None, 0)
 
     for read, expected in ((1, Amount()), (2, Amount(1)), (3, Amount(1, 7, 0, 2, 0.5)), (5, Amount(1, 7, 0, 6, 1.5)), (6, Amount(1, 7, 3, 6, 2.0))):
@@ -144,6 +145,25 @@ async def test_pieces_count_once_their_reader_asks_for_more():
             await anext(stream, None)
         await stream.aclose()
         assert charge.amount == expected, read
+
+
+async def test_tokens_without_text_count_once_their_text_is_sent():
+    """Half a character, or what may become a stop string: a client that is cut off before has never got them."""
+    pieces = Piece((1, 2), TEXT, spent_s=1.0), Piece((3,), spent_s=2.0), Piece((4, 5), spent_s=3.0), Piece((6,), TEXT, spent_s=4.0), Piece((7,))
+
+    async def events(count, ends):
+        yield Accepted(7)
+        for piece in pieces[:count]:
+            yield piece
+        if ends:
+            yield Finished("stop", "eos", Usage(7, 8, compute_s=9.0), 0.0, 0.0, None, 0)
+
+    for count, ends, expected in ((1, False, Amount(1, 7, 0, 2, 1.0)), (3, False, Amount(1, 7, 0, 2, 1.0)), (4, False, Amount(1, 7, 0, 6, 4.0)),
+                                  (5, False, Amount(1, 7, 0, 6, 4.0)), (5, True, Amount(1, 7, 0, 8, 9.0))):
+        charge = Ledger(Settings(), None).charge(asked("x", prompts=((1,),)), "m")
+        async for _ in charge.watch(events(count, ends)):
+            pass
+        assert charge.amount == expected, (count, ends)
 
 
 async def test_choices_of_one_prompt_share_it_also_if_only_some_ended():

@@ -7,6 +7,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,43 @@ async def test_a_database_that_cannot_grow_is_an_overload_and_works_again_later(
     await store.run(add("later"))
     assert names(tmp_path / "a.db")[-1] == "later"
     await store.close()
+
+
+async def test_while_another_program_writes_all_that_waits_fails_together_and_works_again_later(tmp_path, monkeypatch):
+    monkeypatch.setattr(stores, "BUSY_S", 0.5)
+    store, begun = opened(tmp_path / "a.db"), []
+    store.connection.set_trace_callback(lambda statement: begun.append(statement) if statement.startswith("BEGIN") else None)
+    with closing(sqlite3.connect(tmp_path / "a.db", isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        found = await asyncio.gather(*(store.run(add(f"n{index}")) for index in range(20)), return_exceptions=True)
+        assert all(isinstance(each, Overloaded) and "database is locked" in str(each) for each in found)
+        assert len(begun) <= 2      # each would have waited for it as long again
+    await store.run(add("later"))
+    assert names(tmp_path / "a.db") == ["later"]
+    await store.close()
+
+
+async def test_nothing_is_committed_to_a_file_that_was_removed_or_replaced(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    store = opened(Path("a.db"))
+    await store.run(add("one"))
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "here" / "a.db"
+    path.rename(tmp_path / "away.db")
+    for change in (lambda: None, lambda: path.write_bytes(b"another"), lambda: path.unlink()):
+        change()
+        with pytest.raises(Overloaded, match="removed or replaced"):
+            await store.run(add("lost"))
+    (tmp_path / "away.db").rename(path)
+    await store.run(add("two"))
+    assert names(path) == ["one", "two"]
+    path.rename(tmp_path / "away.db")
+    path.write_bytes(b"another")
+    await store.close()
+    assert path.read_bytes() == b"another"
+    (tmp_path / "away.db").rename(path)
+    assert names(path) == ["one", "two"]
 
 
 async def test_only_its_user_can_read_it_and_what_lies_beside_it(tmp_path):

@@ -12,6 +12,7 @@ import chat_server
 from chatlm.common.config import PAGE_SIZE
 from chatlm.common.messages.requests import SamplingParams
 from chatlm.worker.engine import scheduler as scheduling
+from chatlm.worker.engine.drafts import Draft
 from chatlm.worker.engine.integrity import scheduler_faults
 from chatlm.worker.engine.kvcache import PagePool, PageTables
 from chatlm.worker.engine.scheduler import Scheduler
@@ -214,8 +215,21 @@ def test_who_needs_a_page_takes_it_from_the_client_with_most():
     assert names(s.running) == ["poor"]
 
 
+def test_a_sequence_that_a_later_one_preempts_gets_no_pages_for_its_draft():
+    """It would be computed from pages without meaning, and nobody would give them back."""
+    s = scheduler(num_pages=9)
+    s.add(rich := sequence("rich", [1] * 78, "r"))
+    step(s), step(s)
+    s.add(sequence("poor", [2] * 42, "p"))
+    while not s.preemptions:
+        rich.draft = Draft("lookup", (1, 1))
+        ran = step(s)
+    assert ran == {"poor": 1} and names(s.waiting) == ["rich"] and not rich.pages
+
+
+@pytest.mark.parametrize("drafts", [False, True])
 @pytest.mark.parametrize("clients", [1, 3])
-def test_random_traffic_loses_no_page_and_starves_nobody(clients):
+def test_random_traffic_loses_no_page_and_starves_nobody(clients, drafts):
     generator = random.Random(3)
     s = scheduler(num_pages=40, max_batch=6, prefill_chunk=32)
     alive, finished = [], 0
@@ -229,6 +243,8 @@ def test_random_traffic_loses_no_page_and_starves_nobody(clients):
             gone = alive.pop(generator.randrange(len(alive)))
             s.cancel(gone.work.id)
         step(s, next_token=number)
+        for each in alive if drafts else ():
+            each.draft = Draft("lookup", (number,) * generator.randrange(4))
         for each in [e for e in alive if e.generated >= 8]:
             s.remove(each)
             alive.remove(each)
