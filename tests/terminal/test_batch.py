@@ -60,7 +60,7 @@ def test_each_line_has_its_answer_or_its_error_in_the_order_of_the_file(model, t
     codes = [one["response"] and one["response"]["status_code"] for one in found]
     assert codes == [200, 200, None, 200, 400, None, None, 200, 200]
     assert len(found[1]["response"]["body"]["choices"]) == 2 and found[1]["response"]["body"]["usage"]["completion_tokens"] == 24
-    assert found[2]["error"] == {"code": "invalid_line", "message": "line 4: is not JSON"}
+    assert found[2]["error"] == {"code": "invalid_line", "message": "line 4: is not JSON in UTF-8"}
     assert "stream must be false in a batch" in found[5]["error"]["message"] and "/v1/embeddings, not \"/v1/files\"" in found[6]["error"]["message"]
     assert found[4]["response"]["body"]["error"]["param"] == "messages"
     assert found[7]["response"]["body"]["object"] == "response" and found[8]["response"]["body"]["data"][0]["embedding"]

@@ -39,7 +39,7 @@ class Line(NamedTuple):
     def model(self) -> str:
         """Which one its body names; "" if none."""
         name = self.body.get("model")
-        return name[:1000] if is_text(name) else ""
+        return storable(name[:1000]) if is_text(name) else ""
 
     @property
     def seed(self) -> int:
@@ -54,13 +54,13 @@ def read_line(number: int, text: bytes) -> Line:
     if len(text) > LONGEST_LINE:
         raise refuse(f"has more than {LONGEST_LINE:,} bytes")
     try:
-        fields = json.loads(text)
+        fields = json.loads(text.decode("utf-8-sig"))  # a file's first line may begin with a mark
     except (ValueError, RecursionError):
-        raise refuse("is not JSON") from None
+        raise refuse("is not JSON in UTF-8") from None
     if not isinstance(fields, dict):
         raise refuse(f"must be an object, not {shown(fields)}")
     custom_id, url, body = fields.get("custom_id"), fields.get("url"), fields.get("body")
-    if not is_text(custom_id) or not 0 < len(custom_id) <= 512:
+    if not is_text(custom_id) or not 0 < len(custom_id) <= 512 or storable(custom_id) != custom_id:
         raise refuse("custom_id must be a text of at most 512 characters")
     if fields.get("method", "POST") != "POST":
         raise refuse(f"method must be POST, not {shown(fields['method'])}")
@@ -71,6 +71,11 @@ def read_line(number: int, text: bytes) -> Line:
     if body.get("stream"):
         raise refuse(str(bad_value("stream", True, "false in a batch")))
     return Line(number, custom_id, url, body, line_id(number, text))
+
+
+def storable(text: str) -> str:
+    """The text as UTF-8 can hold it: JSON can escape halves of characters that it cannot."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def line_id(number: int, text: bytes) -> str:

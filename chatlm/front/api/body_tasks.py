@@ -34,7 +34,7 @@ class BodyTasks:
 
     def prepare(self, name: str):
         """Do once what no task should pay for."""
-        if name not in ("named_model", "check_line", "check_lines"):
+        if name not in ("named_model", "check_lines"):
             _ = self.prompts
 
     @cached_property
@@ -53,11 +53,6 @@ class BodyTasks:
     def chained(self, body: bytes) -> Result:
         """What a body continues: previous_response_id, and the id of a conversation; "" if neither."""
         return Result([*chained_of(json_object(body))])
-
-    def check_line(self, number: int, line: bytes) -> Result:
-        """custom_id, url and model of a line of a batch."""
-        read = read_line(number, line)
-        return Result([read.custom_id, read.url, read.model])
 
     def check_lines(self, first: int, refusal: str, lines: bytes) -> Result:
         """Of each of these lines of a batch [custom_id, url, model, what is wrong with its body for this

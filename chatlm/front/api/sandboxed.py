@@ -19,8 +19,7 @@ from chatlm.common.text.tokenizer import compile_chat_template, fill_template
 
 
 TASKS_OF_BODIES = {"named_model": "bodies", "read_body": "bodies", "read_variants": "bodies",
-                   "chained": "bodies", "check_line": "bodies", "check_lines": "bodies",
-                   "read_line": "bodies",
+                   "chained": "bodies", "check_lines": "bodies", "read_line": "bodies",
                    "answer_text": "bodies", "lift_pictures": "bodies", "extract": "documents",
                    "decode_picture": "pictures"}  # what of Tasks has them
 PREPARE_S = 5.0  # processor seconds a sandbox may take to compile a template or open a tokenizer

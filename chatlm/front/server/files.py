@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import ChatServerError, Overloaded, RequestError, bad_value, shown, visible
 from chatlm.common.log import log
-from chatlm.front.api.batch_lines import problem_of, read_line
+from chatlm.front.api.batch_lines import problem_of, read_line, storable
 from chatlm.front.api.kept_fields import LAST_SECONDS
 from chatlm.front.lazy import aiohttp, web
 from chatlm.front.server.bodies import known_of
@@ -248,7 +248,7 @@ class Upload:
             return Row(self.number, text)
         if isinstance(line, RequestError):
             self._note(str(line))
-            return Row(self.number, text, problem=str(line))
+            return Row(self.number, text, problem=storable(str(line)))
         custom_id, url, model, problem = line
         digest = hashlib.blake2b(custom_id.encode("utf-8", "replace"), digest_size=12).digest()
         if digest in self.custom_ids:
@@ -264,17 +264,21 @@ class Upload:
         """What each line is; None: blank. Many are read in a sandbox: 200 MB take many seconds."""
         if len(lines) > 1 and max(map(len, lines)) <= LIMITS.inline_bytes:
             with suppress(ChatServerError):  # such as Overloaded, while the model loads
-                pool = self.bodies.catalogue.find("", self.bound).pool
-                found = await pool.admission.told("check_lines", self.client, b"\n".join(lines),
-                                                  self.number + 1, self.bodies.blind(pool))
-                return [await self._known(self.number + place, line, pool, each)
-                        for place, (line, each) in enumerate(zip(lines, found), 1)]
+                return await self._told(self.number + 1, lines)
         return [await self._read(self.number + place, line) for place, line in enumerate(lines, 1)]
+
+    async def _told(self, first: int, lines: Seq[bytes]) -> list[CheckedLine | RequestError | None]:
+        """What a sandbox finds; it knows how one model reads bodies."""
+        pool = self.bodies.catalogue.find("", self.bound).pool
+        found = await pool.admission.told("check_lines", self.client, b"\n".join(lines), first,
+                                          self.bodies.blind(pool))
+        return [await self._known(number, line, pool, each)
+                for number, (line, each) in enumerate(zip(lines, found), first)]
 
     async def _known(self, number: int, line: bytes, pool: WorkerPool,
                      found: list) -> CheckedLine | RequestError | None:
-        """What a sandbox has found of a line: nothing if it is blank, what is wrong with it, or what it is;
-        it knows how one model reads the body."""
+        """What a sandbox has found of a line: nothing if it is blank, what is wrong with it, or what it
+        is."""
         if len(found) < 2:
             return RequestError(found[0], code="invalid_line") if found else None
         model = found[2]
@@ -283,15 +287,17 @@ class Upload:
                 self.others[model] = self.bodies.catalogue.find(model, self.bound).pool is not pool
             except ChatServerError:
                 self.others[model] = True
-        return await self._read(number, line) if self.others[model] else tuple(found)
+        if not self.others[model]:
+            return tuple(found)
+        # what another model finds in a large body shows when it is run
+        return (*found[:3], "") if len(line) > LIMITS.inline_bytes else await self._read(number, line)
 
     async def _read(self, number: int, line: bytes) -> CheckedLine | RequestError | None:
         if not line:
             return None
         try:
             if len(line) > LIMITS.inline_bytes:
-                admission = self.bodies.catalogue.find("", self.bound).pool.admission
-                return (*await admission.told("check_line", self.client, line, number), "")
+                return (await self._told(number, [line]))[0]
             await asyncio.sleep(0)
             read = read_line(number, line)
         except RequestError as error:

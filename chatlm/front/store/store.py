@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NamedTuple, TYPE_CHECKING, TypeVar
 from urllib.parse import quote
 
 from chatlm.common.config import DATABASE
-from chatlm.common.errors import ConfigError, EngineFailure, Overloaded
+from chatlm.common.errors import ConfigError, EngineFailure, Overloaded, RequestError
 from chatlm.common.log import log
 from chatlm.front.store.schema import STEPS
 
@@ -182,7 +182,7 @@ class Store:
         what it has done is rolled back; once this returns, it is on the disk.
 
         If this is cancelled, the work may be done or not. Overloaded if the database cannot be written now,
-        as on a full disk; EngineFailure if it is damaged."""
+        as on a full disk; EngineFailure if it is damaged; RequestError for a text that it cannot hold."""
         if self.closed:
             raise Overloaded("the server is stopping")
         result: Future[T] = Future()
@@ -191,6 +191,9 @@ class Store:
             return await asyncio.wrap_future(result)
         except self.library.Error as error:
             raise self._failure(error) from error
+        except UnicodeEncodeError:
+            raise RequestError("a text has half of a character (a lone surrogate)",
+                               code="invalid_value") from None
 
     def _failure(self, error: Exception) -> Exception:
         """What a client may see of an error of SQLite's; wrong use of it is our own bug, and stays."""

@@ -96,6 +96,28 @@ def test_bad_lines_are_errors_and_the_others_run(running):
     assert [found["custom_id"] for found in errors] == [None, None, "c", "a", "d", None, "f", "g"]
 
 
+def test_the_bytes_of_a_line_make_it_an_error_line_alone(running):
+    """Whatever they are: no upload fails for one."""
+    good = [json.dumps(ask_line(name, max_tokens=1)).encode() for name in ("b\0\x1b[1m\u202e\r\n", "c", "d")]
+    half = json.dumps(ask_line("e")).encode().replace(b'"e"', b'"\\ud800"')
+    lines = [b"\xef\xbb\xbf" + good[0], b"", b"\xff" + good[0], half, b" \t" + good[1] + b" \r", good[1], json.dumps(ask_line("f")).encode("utf-16"),
+             json.dumps(ask_line("g", "x" * 200_000, temperature=99)).encode(), b"\0\0", b"[" * 200_000, good[2]]
+    file = running.files.create(file=("in.jsonl", b"\n".join(lines)), purpose="batch")
+    assert running.files.content(file.id).content == b"\n".join(lines) and file.status_details.startswith("7 of 10 lines cannot be run")
+    batch = ended(running, running.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h"))
+    assert [found["custom_id"] for found in results(running, batch.output_file_id)] == ["b\0\x1b[1m\u202e\r\n", "c", "d"]
+    said = [(found["custom_id"], (found["error"] or found["response"]["body"]["error"])["message"]) for found in results(running, batch.error_file_id)]
+    assert said == [(None, "line 3: is not JSON in UTF-8"), (None, "line 4: custom_id must be a text of at most 512 characters"), ("c", 'line 6: an earlier line has its custom_id, "c"'),
+                    (None, "line 7: is not JSON in UTF-8"), ("g", "temperature must be a finite number from 0 to 2, not 99"),
+                    (None, "line 9: is not JSON in UTF-8"), (None, "line 10: is not JSON in UTF-8")]
+
+
+def test_a_name_that_no_text_can_be_is_refused(running):
+    for name in ("previous_response_id", "conversation"):
+        with pytest.raises(openai.BadRequestError, match="half of a character"):
+            running.responses.create(model="default", input="x", extra_body={name: "\ud800"})
+
+
 def test_a_batch_without_a_line_that_can_run_has_failed_and_says_why(running):
     batch = ended(running, begun(running, ["no", "json"]))
     assert batch.status == "failed" and [(error.line, error.code) for error in batch.errors.data] == [(1, "invalid_line"), (2, "invalid_line")]
