@@ -31,10 +31,10 @@ def pillow_resized(image, size, resample):
     return np.asarray(Image.fromarray(image).resize(size, resample))
 
 
-def make_lfm2_vl(seed=0, normed=True):
+def make_lfm2_vl(seed=0, normed=True, patch=8, places=36):
     import transformers
     text = TEXT | dict(model_type="lfm2", num_hidden_layers=3, layer_types=["conv", "full_attention", "conv"], block_auto_adjust_ff_dim=False, norm_eps=1e-5, conv_L_cache=3)
-    vision = dict(model_type="siglip2_vision_model", hidden_size=64, intermediate_size=112, num_hidden_layers=3, num_attention_heads=4, num_patches=36, patch_size=8, layer_norm_eps=1e-6)
+    vision = dict(model_type="siglip2_vision_model", hidden_size=64, intermediate_size=112, num_hidden_layers=3, num_attention_heads=4, num_patches=places, patch_size=patch, layer_norm_eps=1e-6)
     config = transformers.Lfm2VlConfig(text_config=text, vision_config=vision, image_token_id=token("<image>"), projector_hidden_size=80, downsample_factor=2, projector_use_layernorm=normed,
                                      tie_word_embeddings=True)
     config._attn_implementation = "eager"

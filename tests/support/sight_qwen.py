@@ -71,6 +71,7 @@ def text_model(model):
     config = model.config.text_config
     if config.model_type == "qwen3_vl_text":
         text = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**TEXT, num_hidden_layers=3, head_dim=16, rope_parameters=dict(rope_type="default", rope_theta=10_000.0), tie_word_embeddings=False))
+        text.config.model_type = "qwen3vl"      # as files call it
     else:
         text = transformers.AutoModelForCausalLM.from_config(config)
     text = text.float()
@@ -90,7 +91,7 @@ def write_qwen(folder, model):
     metadata = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "qwen2", "tokenizer.ggml.tokens": [*sorted(vocabulary, key=vocabulary.get)[:BYTES], *SPECIALS, "Ġt", *(f"[PAD{n}]" for n in range(spare))],
                 "tokenizer.ggml.merges": ["Ġ t"], "tokenizer.ggml.token_type": [1] * BYTES + [3] * len(SPECIALS) + [1] + [5] * spare, "tokenizer.ggml.eos_token_id": BYTES + 1,
                 "tokenizer.ggml.add_bos_token": False, "tokenizer.chat_template": TEMPLATE.replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>"),
-                f"{architecture}.rope.dimension_sections": [*config.rope_parameters["mrope_section"], 0]}
+                f"{architecture}.rope.dimension_sections": [*config.rope_parameters["mrope_section"], 0], f"{architecture}.n_deepstack_layers": len(deep)}
     as_gguf(folder / "tiny-F32.gguf", text, metadata=metadata)
     state = {name.removeprefix("model.visual."): tensor.float().numpy() for name, tensor in model.state_dict().items() if "visual" in name}
     kernel = state["patch_embed.proj.weight"]
