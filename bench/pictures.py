@@ -1,11 +1,11 @@
-"""The time to the first token about a new photo, with random weights of SmolVLM-256M's shape: chat_server beside llama-server, in turns.
+"""The time to the first token about a new photo, with random weights of SmolVLM-256M's or LFM2-VL-450M's shape: chat_server beside llama-server, in turns.
 
     python bench/pictures.py [--llama-server PATH] [--tower f16|q8_0|f32] [--shape lfm2-vl-450m] [--width 1152] [--height 864] [--rounds 3] [--ours "PYTHON SCRIPT"]
 
 Both have the same files, which this program writes: a GGUF model in Q8_0, and an mmproj whose matrices are of the type --tower. Each round
 asks one and then the other about a photo that neither has seen; the first round warms up. Then the same photo again, which is cached. Then a
 chat streams while a prompt of as many tokens as a photo has comes, and while a new photo comes: the longest time between two of its tokens. The
-vocabulary is small, so the head costs little. Medians. With --shape the model is a folder in bfloat16, which llama-server cannot read.
+vocabulary is small, so the head costs little. Medians.
 """
 
 import argparse
@@ -31,42 +31,44 @@ TEXT = dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_a
 TOWER = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=512, patch_size=16)
 LFM2_TEXT = dict(hidden_size=1024, intermediate_size=6656, num_hidden_layers=16, num_attention_heads=16, num_key_value_heads=8, max_position_embeddings=8192,
                  full_attn_idxs=[2, 5, 8, 10, 12, 14])
-PICTURE_TOKENS = 900        # of a text that is as long as a photo of a megapixel in 13 tiles
+LFM2_TOWER = dict(model_type="siglip2_vision_model", hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, num_patches=256, patch_size=16)
+LFM2_TILES = dict(tile_size=512, max_image_tokens=256, min_image_tokens=64, min_tiles=2, max_tiles=10)      # as llama.cpp has them, which reads no such keys
 
 
-def write_files(folder, tower):
+def in_type(kind):
+    """As what a tensor is written: matrices in `kind`, all else in float32."""
     import gguf
     import numpy as np
+
+    def store(name, weight):
+        if weight.ndim != 2 or kind == "f32" or name == "v.position_embd.weight":
+            return weight
+        return weight.astype(np.float16) if kind == "f16" else (gguf.quants.quantize(weight, gguf.GGMLQuantizationType.Q8_0), gguf.GGMLQuantizationType.Q8_0)
+    return store
+
+
+def write_smolvlm(folder, tower):
     import tiny_sight
-    import torch
     import transformers
     config = transformers.SmolVLMConfig(
         text_config=dict(model_type="llama", vocab_size=tiny_sight.VOCABULARY, rms_norm_eps=1e-5, rope_parameters=dict(rope_type="default", rope_theta=100_000.0), pad_token_id=None, **TEXT),
         vision_config=TOWER, scale_factor=4, image_token_id=258, pad_token_id=0, tie_word_embeddings=False)
-    torch.manual_seed(0)
     model = transformers.SmolVLMForConditionalGeneration(config)
-
-    def in_type(kind):
-        def store(name, weight):
-            if weight.ndim != 2 or kind == "f32" or name == "v.position_embd.weight":
-                return weight
-            return weight.astype(np.float16) if kind == "f16" else (gguf.quants.quantize(weight, gguf.GGMLQuantizationType.Q8_0), gguf.GGMLQuantizationType.Q8_0)
-        return store
-
     return (tiny_sight.write_model(folder / "bench-Q8_0.gguf", model, in_type("q8_0")),
             tiny_sight.write_mmproj(folder / "mmproj-bench.gguf", model, longest=2048, store=in_type(tower)))
 
 
-def write_lfm2_vl(folder):
+def write_lfm2_vl(folder, tower):
     import sight_families
-    import torch
     import transformers
-    vision = dict(model_type="siglip2_vision_model", hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, num_patches=256, patch_size=16)
-    config = transformers.Lfm2VlConfig(text_config=sight_families.TEXT | LFM2_TEXT | {"model_type": "lfm2"}, vision_config=vision, image_token_id=258, projector_hidden_size=2560)
-    torch.manual_seed(0)
-    sight_families.save_family(folder, "lfm2_vl", transformers.Lfm2VlForConditionalGeneration(config).bfloat16(), tile_size=512, max_image_tokens=256, min_image_tokens=64, max_tiles=10,
-                               encoder_patch_size=16)
-    return folder, None
+    config = transformers.Lfm2VlConfig(text_config=sight_families.TEXT | LFM2_TEXT | {"model_type": "lfm2"}, vision_config=LFM2_TOWER, image_token_id=258, projector_hidden_size=2560)
+    model = transformers.Lfm2VlForConditionalGeneration(config)
+    path = sight_families.write_family(folder, "lfm2_vl", model, quantized=True, store=in_type(tower), **{f"clip.vision.{key}": value for key, value in LFM2_TILES.items()})
+    return path, folder / "mmproj-tiny-F32.gguf"
+
+
+# shape -> what writes its files, tokens of a text that is as long as a photo of a megapixel
+SHAPES = {"smolvlm-256m": (write_smolvlm, 900), "lfm2-vl-450m": (write_lfm2_vl, 1780)}
 
 
 def photo(width, height, seed):
@@ -146,7 +148,7 @@ def about(uri):
     return [{"type": "image_url", "image_url": {"url": uri}}, {"type": "text", "text": "What is this?"}]
 
 
-def measure(servers, asked):
+def measure(servers, asked, tokens_of_text):
     found, seed = {}, 0
     keep = lambda what, server, value: found.setdefault((what, server.name), []).append(value)     # noqa: E731
     for number in range(asked.rounds + 1):
@@ -161,7 +163,7 @@ def measure(servers, asked):
     for number in range(asked.rounds):
         for server in servers:
             keep("longest gap, alone", server, server.longest_gap_s(None))
-            keep("longest gap, beside a text", server, server.longest_gap_s(f"{number}{server.name}" + "a" * PICTURE_TOKENS))
+            keep("longest gap, beside a text", server, server.longest_gap_s(f"{number}{server.name}" + "a" * tokens_of_text))
             keep("longest gap, beside a photo", server, server.longest_gap_s(about(photo(asked.width, asked.height, 1000 + number))))
     return found
 
@@ -171,25 +173,28 @@ def main():
     for name, default in (("width", 1152), ("height", 864), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--tower", choices=("f16", "q8_0", "f32"), default="f16")
-    parser.add_argument("--shape", choices=("smolvlm-256m", "lfm2-vl-450m"), default="smolvlm-256m")
+    parser.add_argument("--shape", choices=tuple(SHAPES), default="smolvlm-256m")
     parser.add_argument("--llama-server")
     parser.add_argument("--ours", default=f"{sys.executable} {ROOT / 'chat_server.py'}")
     parser.add_argument("--log", default="/dev/null")
     asked, servers = parser.parse_args(), []
     global LETTER
+    import torch
     from image_conversations import byte_tokenizer
+    torch.manual_seed(0)
     LETTER = byte_tokenizer().token_to_id("a")
     with tempfile.TemporaryDirectory() as folder, open(asked.log, "w") as log:
-        model, eyes = write_files(Path(folder), asked.tower) if asked.shape == "smolvlm-256m" else write_lfm2_vl(Path(folder))
+        write, tokens_of_text = SHAPES[asked.shape]
+        model, eyes = write(Path(folder), asked.tower)
         try:
             servers.append(Server("chat_server", [*shlex.split(asked.ours), "serve", str(model), "--drafts", "none"], log))
-            if asked.llama_server and eyes:
+            if asked.llama_server:
                 servers.append(Server("llama-server", [asked.llama_server, "-m", str(model), "--mmproj", str(eyes), "-t", "2", "-c", "16384", "-np", "2"], log))
-            found = measure(servers, asked)
+            found = measure(servers, asked, tokens_of_text)
         finally:
             for server in servers:
                 server.stop()
-    print(f"{asked.shape}, {asked.width} x {asked.height}, tower in {asked.tower if eyes else 'bfloat16'}, {asked.rounds} rounds; medians")
+    print(f"{asked.shape}, {asked.width} x {asked.height}, tower in {asked.tower}, {asked.rounds} rounds; medians")
     for what in dict.fromkeys(what for what, _ in found):
         values = {name: statistics.median(found[what, name]) for each, name in found if each == what}
         print(f"{what}: " + ", ".join(f"{name} {value:,.0f}" if what == "tokens" else f"{name} {value:.3f} s" for name, value in values.items()))

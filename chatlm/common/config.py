@@ -69,7 +69,9 @@ class Limits:
     picture_bytes: int = 10 << 20   # each file this,
     picture_pixels: int = 64_000_000  # and each picture that,
     picture_side: int = 200         # no side more than so many times the other;
-    kept_pixels: int = 4 << 20      # larger ones are made smaller
+    kept_pixels: int = 4 << 20      # larger ones are made smaller,
+    held_pixel_bytes: int = 384 << 20  # and all pixels take so much until they are answered: those of two
+                                    # requests of 16 pictures
     held_bytes: int = 256 << 20     # total of large bodies and of answers sent whole
     inline_bytes: int = 1 << 16     # larger bodies are read in a sandbox
     repeated_bytes: int = 1 << 19   # of a request repeated in its response as JSON: three stream events do so

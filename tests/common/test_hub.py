@@ -198,13 +198,24 @@ def test_a_model_sees_with_the_best_file_in_its_folder(model, names, found):
     assert mmproj_for(model, [model, *names]) == found
 
 
+SEEING = gguf_bytes({**LLAMA_NUMBERS, **small_gguf_metadata("gpt-2", **{"tokenizer.ggml.tokens": [*small_gguf_metadata("gpt-2")["tokenizer.ggml.tokens"][:-1], "<fake_token_around_image>"]})},
+                    random_llama())
+
+
+def fetched_files(tmp_path, hub, *models, before="", **bounds):
+    """The paths of models of org/seeing, and what the log said."""
+    code = (f"{before}\nfrom chatlm.common.hub.huggingface import Bounds, fetch_from_hub\n"
+            f"for file in {models!r}: print(fetch_from_hub('org/seeing', file, lambda *_: None, Bounds(**{bounds!r})))")
+    done = subprocess.run([sys.executable, "-c", code], env=environment(tmp_path, hub), capture_output=True, text=True, cwd=real_server.SCRIPT.parent)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split(), done.stderr
+
+
 def test_what_a_model_sees_with_comes_with_it_and_goes_with_the_last_model(tmp_path, monkeypatch):
     """A repository of two quantizations: the second download needs no second mmproj."""
     from chatlm.common.hub.offers import delete_model
-    with fake_hub(org__seeing={"a-Q8_0.gguf": TINY, "a-Q4_0.gguf": TINY + b" ", "mmproj-a-f16.gguf": b"GGUF eyes", "mmproj-a-q8_0.gguf": b"GGUF others"}) as hub:
-        code = "from chatlm.common.hub.huggingface import fetch_from_hub\nfor file in 'a-Q8_0.gguf', 'a-Q4_0.gguf': print(fetch_from_hub('org/seeing', file, lambda *_: None))"
-        done = subprocess.run([sys.executable, "-c", code], env=environment(tmp_path, hub), capture_output=True, text=True, check=True, cwd=real_server.SCRIPT.parent)
-        folder = os.path.dirname(done.stdout.split()[0])
+    with fake_hub(org__seeing={"a-Q8_0.gguf": SEEING, "a-Q4_0.gguf": SEEING + b" ", "mmproj-a-f16.gguf": b"GGUF eyes", "mmproj-a-q8_0.gguf": b"GGUF others"}) as hub:
+        folder = os.path.dirname(fetched_files(tmp_path, hub, "a-Q8_0.gguf", "a-Q4_0.gguf")[0][0])
         assert mmproj_for("a-Q8_0.gguf", os.listdir(folder)) == ["mmproj-a-f16.gguf"]
         assert hub.fetched().count("mmproj-a-f16.gguf") == 1 and "mmproj-a-q8_0.gguf" not in hub.fetched()
         monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
@@ -213,6 +224,24 @@ def test_what_a_model_sees_with_comes_with_it_and_goes_with_the_last_model(tmp_p
         assert sorted(os.listdir(folder)) == ["a-Q4_0.gguf", "mmproj-a-f16.gguf"]
         delete_model("org/seeing", "a-Q4_0.gguf")
         assert not [*tmp_path.glob("hf/hub/models--*")]
+
+
+NO_PILLOW = """
+import importlib.util, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *more: None if name.split(".")[0] == "PIL" else find(name, *more)"""
+
+
+@pytest.mark.parametrize("model, before, bounds, said", [
+    (TINY, "", {}, "mmproj.gguf is not downloaded: what models of the architecture \"llama\" with its tokens see images with is not known"),
+    (SEEING, NO_PILLOW, {}, "mmproj.gguf is not downloaded: images are read with the Python package Pillow, which is not installed"),
+    (SEEING, "", {"images": False}, "")], ids=["another family", "without Pillow", "unwanted"])
+def test_an_mmproj_that_cannot_be_used_is_not_downloaded(tmp_path, model, before, bounds, said):
+    with fake_hub(org__seeing={"a.gguf": model, "mmproj.gguf": b"GGUF eyes"}) as hub:
+        (path,), log = fetched_files(tmp_path, hub, "a.gguf", before=f"{before}\nimport logging; logging.basicConfig(level=logging.INFO)", **bounds)
+        assert os.listdir(os.path.dirname(path)) == ["a.gguf"] and "mmproj.gguf" not in hub.fetched() and said in log and ("mmproj" in log) == bool(said)
+        hub.requests.clear()
+        assert fetched_files(tmp_path, hub, "a.gguf", before=before, **bounds)[0] == [path] and hub.fetched() == []     # what is missing is no reason to fetch again
 
 
 @pytest.mark.parametrize("file, names, words", [

@@ -1,6 +1,7 @@
 """Tiny random models of families that see, beside tiny_sight's: folders, files, and transformers' logits from pixels, which Pillow resizes."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -30,11 +31,12 @@ def pillow_resized(image, size, resample):
     return np.asarray(Image.fromarray(image).resize(size, resample))
 
 
-def make_lfm2_vl(seed=0):
+def make_lfm2_vl(seed=0, normed=True, patch=8, places=36):
     import transformers
     text = TEXT | dict(model_type="lfm2", num_hidden_layers=3, layer_types=["conv", "full_attention", "conv"], block_auto_adjust_ff_dim=False, norm_eps=1e-5, conv_L_cache=3)
-    vision = dict(model_type="siglip2_vision_model", hidden_size=64, intermediate_size=112, num_hidden_layers=3, num_attention_heads=4, num_patches=36, patch_size=8, layer_norm_eps=1e-6)
-    config = transformers.Lfm2VlConfig(text_config=text, vision_config=vision, image_token_id=token("<image>"), projector_hidden_size=80, downsample_factor=2, tie_word_embeddings=True)
+    vision = dict(model_type="siglip2_vision_model", hidden_size=64, intermediate_size=112, num_hidden_layers=3, num_attention_heads=4, num_patches=places, patch_size=patch, layer_norm_eps=1e-6)
+    config = transformers.Lfm2VlConfig(text_config=text, vision_config=vision, image_token_id=token("<image>"), projector_hidden_size=80, downsample_factor=2, projector_use_layernorm=normed,
+                                     tie_word_embeddings=True)
     config._attn_implementation = "eager"
     torch.manual_seed(seed)
     return randomized(transformers.Lfm2VlForConditionalGeneration(config), seed).float()
@@ -71,9 +73,10 @@ def lfm2_mmproj(state, config):
     tensors = {"v.patch_embd.weight": np.ascontiguousarray(kernel), "v.patch_embd.bias": state[f"{prefix}embeddings.patch_embedding.bias"],
                "v.position_embd.weight": state[f"{prefix}embeddings.position_embedding.weight"]} | siglip_layers(state, prefix, config.num_hidden_layers)
     for part in ("weight", "bias"):
-        tensors |= {f"{ours}.{part}": state[f"model.multi_modal_projector.{theirs}.{part}"] for ours, theirs in (("mm.input_norm", "layer_norm"), ("mm.1", "linear_1"), ("mm.2", "linear_2"))}
+        names = (("mm.input_norm", "layer_norm"), ("mm.1", "linear_1"), ("mm.2", "linear_2"))
+        tensors |= {f"{ours}.{part}": state[name] for ours, theirs in names if (name := f"model.multi_modal_projector.{theirs}.{part}") in state}
     pictures = {key: LFM2_PICTURES[key] for key in ("tile_size", "max_image_tokens", "min_image_tokens", "min_tiles", "max_tiles")}
-    return tensors, siglip_numbers(config) | {"image_size": 48, "projector.scale_factor": 2} | pictures
+    return tensors, siglip_numbers(config) | {"image_size": math.isqrt(config.num_patches) * p, "projector.scale_factor": 2} | pictures
 
 
 GEMMA3_PICTURES = dict(size={"height": 64, "width": 64}, resample=2, image_mean=[0.5] * 3, image_std=[0.5] * 3, rescale_factor=1 / 255)
@@ -238,6 +241,7 @@ def siglip_numbers(config):
 
 # kind -> how to make it, its preprocessor_config.json, the marker of its template, transformers' outputs, its mmproj and that one's type
 FAMILIES = {"lfm2_vl": (make_lfm2_vl, LFM2_PICTURES, "<image>", lfm2_logits, lfm2_mmproj, "lfm2"),
+            "lfm2_vl-bare": (lambda: make_lfm2_vl(normed=False), LFM2_PICTURES, "<image>", lfm2_logits, lfm2_mmproj, "lfm2"),
             "gemma3": (make_gemma3, GEMMA3_PICTURES, "<start_of_image>", gemma3_logits, gemma3_mmproj, "gemma3"),
             "gemma4": (make_gemma4, GEMMA4_PICTURES, "<|image|>", gemma4_logits, gemma4_mmproj, "gemma4v"),
             "gemma4-small": (lambda: make_gemma4(two_sided=False, small=True, clipped=True), GEMMA4_PICTURES, "<|image|>", gemma4_logits, gemma4_mmproj, "gemma4v"),
@@ -261,8 +265,10 @@ def family_logits(model, kind, ids, pictures, layouts):
         return FAMILIES[kind][3](model, ids, pictures, layouts).logits[0].double().numpy()
 
 
-def write_family(folder, kind, model, **more):
-    """The text model and its mmproj, as llama.cpp's converter writes them, in float32; the path of the former."""
+def write_family(folder, kind, model, quantized=False, store=lambda name, weight: weight, **more):
+    """The text model and its mmproj, as llama.cpp's converter writes them; the path of the former.
+
+    The model's matrices are in float32 or, quantized, in Q8_0; store(name, weight): as what a tensor of the mmproj is written."""
     from tiny_gguf import write_gguf
     import transformers
     _, _, marker, _, mmproj, projector = FAMILIES[kind]
@@ -275,8 +281,10 @@ def write_family(folder, kind, model, **more):
                 "tokenizer.ggml.merges": ["Ġ t"], "tokenizer.ggml.token_type": [1] * BYTES + [3] * len(SPECIALS) + [1] + [5] * spare, "tokenizer.ggml.eos_token_id": BYTES + 1,
                 "tokenizer.ggml.bos_token_id": BYTES, "tokenizer.ggml.add_bos_token": False, "tokenizer.chat_template": TEMPLATE.replace("<image>", marker)}
     path = folder / "tiny-F32.gguf"
-    as_gguf(path, text.eval(), metadata=metadata)
+    as_gguf(path, text.eval(), quantized, metadata=metadata)
     tensors, numbers = mmproj({name: tensor.float().numpy() for name, tensor in model.state_dict().items()}, model.config.vision_config)
-    write_gguf(folder / "mmproj-tiny-F32.gguf", tensors, {f"clip.vision.{key}": value for key, value in numbers.items()} | {"clip.has_vision_encoder": True, "clip.projector_type": projector} | more,
+    numbers |= {"projection_dim": model.config.text_config.hidden_size}     # which llama.cpp requires
+    write_gguf(folder / "mmproj-tiny-F32.gguf", {name: store(name, weight) for name, weight in tensors.items()},
+               {f"clip.vision.{key}": value for key, value in numbers.items()} | {"clip.has_vision_encoder": True, "clip.use_gelu": True, "clip.projector_type": projector} | more,
                {"general.architecture": "clip"})
     return path

@@ -65,31 +65,46 @@ def qwen_logits(model, ids, pictures, layouts):
         return model(input_ids=ids, pixel_values=values, image_grid_thw=grids, mm_token_type_ids=seen).logits[0].double().numpy()
 
 
-def write_qwen3_vl(folder, model):
-    """The text model and its mmproj, as llama.cpp's converter writes them, in float32; the path of the former."""
+def text_model(model):
+    """The text model alone. Of Qwen3-VL it is a Qwen3."""
     import transformers
-    from families import as_gguf
-    from tiny_gguf import write_gguf
     config = model.config.text_config
-    text = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**TEXT, num_hidden_layers=3, head_dim=16, rope_parameters=dict(rope_type="default", rope_theta=10_000.0), tie_word_embeddings=False)).float()
+    if config.model_type == "qwen3_vl_text":
+        text = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**TEXT, num_hidden_layers=3, head_dim=16, rope_parameters=dict(rope_type="default", rope_theta=10_000.0), tie_word_embeddings=False))
+        text.config.model_type = "qwen3vl"      # as files call it
+    else:
+        text = transformers.AutoModelForCausalLM.from_config(config)
+    text = text.float()
     text.load_state_dict({name.replace("model.language_model.", "model."): tensor for name, tensor in model.state_dict().items() if "visual" not in name})
+    return text.eval()
+
+
+def write_qwen(folder, model):
+    """The text model and its mmproj, as llama.cpp's converter writes them, in float32; the path of the former."""
+    from families import GGUF_ARCHITECTURES, as_gguf
+    from tiny_gguf import write_gguf
+    config, tower, text = model.config.text_config, model.config.vision_config, text_model(model)
+    architecture = GGUF_ARCHITECTURES.get(text.config.model_type, text.config.model_type)
+    deep = getattr(tower, "deepstack_visual_indexes", None) or []
     vocabulary = json.loads(byte_tokenizer().to_str())["model"]["vocab"]
     spare = VOCABULARY - BYTES - len(SPECIALS) - 1
     metadata = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "qwen2", "tokenizer.ggml.tokens": [*sorted(vocabulary, key=vocabulary.get)[:BYTES], *SPECIALS, "Ġt", *(f"[PAD{n}]" for n in range(spare))],
                 "tokenizer.ggml.merges": ["Ġ t"], "tokenizer.ggml.token_type": [1] * BYTES + [3] * len(SPECIALS) + [1] + [5] * spare, "tokenizer.ggml.eos_token_id": BYTES + 1,
                 "tokenizer.ggml.add_bos_token": False, "tokenizer.chat_template": TEMPLATE.replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>"),
-                "qwen3.rope.dimension_sections": [*config.rope_parameters["mrope_section"], 0]}
-    as_gguf(folder / "tiny-F32.gguf", text.eval(), metadata=metadata)
+                f"{architecture}.rope.dimension_sections": [*config.rope_parameters["mrope_section"], 0], f"{architecture}.n_deepstack_layers": len(deep)}
+    as_gguf(folder / "tiny-F32.gguf", text, metadata=metadata)
     state = {name.removeprefix("model.visual."): tensor.float().numpy() for name, tensor in model.state_dict().items() if "visual" in name}
     kernel = state["patch_embed.proj.weight"]
     tensors = {"v.patch_embd.weight": kernel[:, :, 0], "v.patch_embd.weight.1": kernel[:, :, 1], "v.patch_embd.bias": state["patch_embed.proj.bias"], "v.position_embd.weight": state["pos_embed.weight"]}
     names = {"v.post_ln": "merger.norm", "mm.0": "merger.linear_fc1", "mm.2": "merger.linear_fc2"}
-    names |= {f"v.blk.{l}.{ours}": f"blocks.{l}.{theirs}" for l in range(4) for ours, theirs in (
+    names |= {f"v.blk.{l}.{ours}": f"blocks.{l}.{theirs}" for l in range(tower.depth) for ours, theirs in (
         ("ln1", "norm1"), ("ln2", "norm2"), ("attn_qkv", "attn.qkv"), ("attn_out", "attn.proj"), ("ffn_up", "mlp.linear_fc1"), ("ffn_down", "mlp.linear_fc2"))}
-    names |= {f"v.deepstack.{layer}.{ours}": f"deepstack_merger_list.{i}.{theirs}" for i, layer in enumerate((0, 2)) for ours, theirs in (("norm", "norm"), ("fc1", "linear_fc1"), ("fc2", "linear_fc2"))}
+    names |= {f"v.deepstack.{layer}.{ours}": f"deepstack_merger_list.{i}.{theirs}" for i, layer in enumerate(deep) for ours, theirs in (("norm", "norm"), ("fc1", "linear_fc1"), ("fc2", "linear_fc2"))}
     tensors |= {f"{ours}.{part}": state[f"{theirs}.{part}"] for ours, theirs in names.items() for part in ("weight", "bias")}
-    numbers = {"patch_size": 8, "image_size": 48, "embedding_length": 64, "feed_forward_length": 112, "block_count": 4, "attention.head_count": 4, "attention.layer_norm_epsilon": 1e-6,
-               "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "spatial_merge_size": 2, "is_deepstack_layers": [True, False, True, False], "image_min_pixels": 64 * 64, "image_max_pixels": 16 * 256}
-    write_gguf(folder / "mmproj-tiny-F32.gguf", tensors, {f"clip.vision.{key}": value for key, value in numbers.items()} | {"clip.has_vision_encoder": True, "clip.projector_type": "qwen3vl_merger"},
+    numbers = {"patch_size": 8, "image_size": 48, "embedding_length": tower.hidden_size, "feed_forward_length": tower.intermediate_size, "block_count": tower.depth, "attention.head_count": tower.num_heads,
+               "attention.layer_norm_epsilon": 1e-6,
+               "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "spatial_merge_size": 2, "is_deepstack_layers": [layer in deep for layer in range(tower.depth)], "projection_dim": config.hidden_size,
+               "image_min_pixels": 64 * 64, "image_max_pixels": 16 * 256}
+    write_gguf(folder / "mmproj-tiny-F32.gguf", tensors, {f"clip.vision.{key}": value for key, value in numbers.items()} | {"clip.has_vision_encoder": True, "clip.use_gelu": True, "clip.projector_type": "qwen3vl_merger"},
                {"general.architecture": "clip"})
     return folder / "tiny-F32.gguf"

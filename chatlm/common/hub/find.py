@@ -153,7 +153,9 @@ def resolve_gguf(path: Path) -> ModelSource:
 
 
 def find_on_hub(repository: str, file: str, settings: Settings, progress: Progress) -> ModelSource:
-    bounds = Bounds(settings.downloads, settings.models_disk)
+    several = settings.tensor_parallel_size > 1 or settings.pipeline_parallel_size > 1
+    images = not (settings.mmproj or several)  # models see in one process
+    bounds = Bounds(settings.downloads, settings.models_disk, images=images)
     path = fetch_from_hub(repository, file, progress, bounds)
     source = find_model(str(path), settings)
     return replace(source, name=f"{repository}:{file}" if file else repository, alternatives="",

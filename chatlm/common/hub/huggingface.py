@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import importlib
+import importlib.util
 import json
 import logging
 import os
@@ -54,6 +54,7 @@ class Bounds(NamedTuple):
     downloads: bool = True   # False, by --no-downloads: only the cache is read
     disk: int | None = None  # --models-disk: bytes that all models in the cache may take
     reserved: int = 0        # bytes that other downloads of this server still need
+    images: bool = True      # False: the model will read texts alone
 
 
 class Plan(NamedTuple):
@@ -62,7 +63,7 @@ class Plan(NamedTuple):
     revision: str
     sizes: dict[str, int]  # of the repository's files
     names: list[str]       # those that make up the model
-    missing: list[str]     # those that the cache lacks
+    missing: list[str]     # those that the cache lacks, perhaps one more with which it sees images
     begun: int             # bytes of these that are in the cache already
 
     @property
@@ -134,7 +135,7 @@ def fetch(repository: str, file: str, report: Report, bounds: Bounds) -> Path:
     report(f"looking for {repository}", 0, 0)
     with hub_errors(hub, repository):
         try:
-            plan = hub_plan(hub, repository, file)
+            plan = hub_plan(hub, repository, file, bounds.images)
         except Unreachable as error:
             why = "HF_HUB_OFFLINE is set" if hub.constants.is_offline_mode() else \
                 f"{hub.constants.ENDPOINT} cannot be reached ({named(error.args[0])})"
@@ -148,6 +149,9 @@ def fetch(repository: str, file: str, report: Report, bounds: Bounds) -> Path:
                 if "tokenizer.json" not in plan.sizes:
                     raise ConfigError(f"{repository} is not downloaded: it has no tokenizer.json"
                                       + other_tokenizers(plan.sizes))
+            if name not in plan.names and not sees(hub, repository, name, plan):
+                plan.sizes[name] = 0
+                continue
             download_from_hub(hub, repository, name, disk, done)
             done += plan.sizes[name]
         path = hub_path(hub, repository, plan.names, plan.revision)
@@ -155,12 +159,11 @@ def fetch(repository: str, file: str, report: Report, bounds: Bounds) -> Path:
         return path
 
 
-def hub_plan(hub, repository: str, file: str) -> Plan:
+def hub_plan(hub, repository: str, file: str, images: bool) -> Plan:
     """ConfigError if the repository has no such model; Unreachable without a connection."""
     sizes, revision, begun = hub_listing(hub, repository)
     names = hub_files(repository, file, sizes)
-    names += mmproj_for(names[0], sizes)
-    missing = [name for name in names
+    missing = [name for name in [*names, *(mmproj_for(names[0], sizes) if images else ())]
                if not isinstance(hub.try_to_load_from_cache(repository, name, revision=revision), str)]
     parts = [hub_folder(hub, repository) / f".chat_server.{begun[name]}" for name in missing if name in begun]
     return Plan(revision, sizes, names, missing, sum(part.stat().st_size for part in parts if part.exists()))
@@ -353,15 +356,33 @@ class CannotRun(ConfigError):
 def refuse_early(repository: str, path: Path, size: int | None = None) -> bool:
     """ConfigError if no server can run a model, by the small files of its folder or the beginning of its
     GGUF file of `size` bytes; False if more of that is needed to tell."""
-    command = [*PROCESS_COMMAND, "preview", str(path), *([] if size is None else [str(size)])]
+    known, reason = preview(path, *([] if size is None else [str(size)]))
+    if reason:
+        reason = reason.replace(f"{path}/", "").replace(str(path), "its file" if size else "it")
+        raise CannotRun(f"{repository} is not downloaded: {reason}")
+    return known
+
+
+def preview(path: Path, *arguments: str) -> tuple[bool, str]:
+    """Is it known what a worker would say of these files? And its refusal, "" if there is none."""
+    command = [*PROCESS_COMMAND, "preview", str(path), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, timeout=PREVIEW_S)
     except (OSError, subprocess.TimeoutExpired):
-        return True  # the worker will tell
-    if done.returncode == 1 and (reason := done.stdout.decode("utf-8", "replace").strip()):
-        reason = reason.replace(f"{path}/", "").replace(str(path), "its file" if size else "it")
-        raise CannotRun(f"{repository} is not downloaded: {reason}")
-    return done.returncode != 2
+        return True, ""  # the worker will tell
+    return done.returncode != 2, done.stdout.decode("utf-8", "replace").strip() * (done.returncode == 1)
+
+
+def sees(hub, repository: str, mmproj: str, plan: Plan) -> bool:
+    """Can the model of a GGUF file that is here see images with this file? If not, the log says why."""
+    if importlib.util.find_spec("PIL") is None:
+        reason = "images are read with the Python package Pillow, which is not installed"
+    else:
+        path = hub_path(hub, repository, plan.names, plan.revision)
+        reason = preview(path, str(path.stat().st_size), "eyes")[1].replace(str(path), "its file")
+    if reason:
+        log.info("%s reads texts alone, and %s is not downloaded: %s", repository, mmproj, reason)
+    return not reason
 
 
 def hub_path(hub, repository: str, names: Seq[str], revision: str) -> Path:

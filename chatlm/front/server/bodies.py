@@ -65,7 +65,7 @@ class Bodies:
 
     def __init__(self, catalogue: Catalogue, owners: Owners):
         self.catalogue, self.owners = catalogue, owners
-        self.budget = Budget(LIMITS.held_bytes)
+        self.budget, self.pixels = Budget(LIMITS.held_bytes), Budget(LIMITS.held_pixel_bytes, share=2)
         self.complete: Completing | None = None  # adds to a body what was said before
 
     def holding(self) -> Holding:
@@ -118,7 +118,7 @@ class Bodies:
             f"; of the models here, these can: {others}" if others else "")
 
     async def seen(self, body: Body, holding: Holding, client: str) -> Body:
-        """A body whose pictures were lifted out and decoded. `holding` then accounts for their pixels."""
+        """A body whose pictures were lifted out and decoded. Their pixels are held as long as `holding`."""
         pool, fields, found = body.served.pool, body.fields, list[Lifted]()
         refusal = self.blind(pool)
         if fields is not None:
@@ -130,14 +130,14 @@ class Bodies:
         if not found:
             return body
         tokenizer_of(pool)      # while it loads, nobody knows whether it sees
-        pictures = []
+        pictures, kept = [], holding.others.enter_context(Holding(self.pixels, client))
         for name, data in found:
             try:
                 pictures.append(await pool.admission.decode_picture(data, client))
             except RequestError as error:
                 raise RequestError(f"{name}: {error}", status=error.status, code=error.code,
                                    param=name) from None
-        holding.keep(sum(len(picture.pixels) for picture in pictures))
+            kept.keep(len(pictures[-1].pixels), "requests with images")
         if fields is not None:
             fill_in(fields, pictures)
         files = {picture.digest: data for picture, (_, data) in zip(pictures, found)}

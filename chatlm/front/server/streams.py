@@ -22,15 +22,16 @@ class Budget:
     """Bytes that requests hold in this process: large bodies while they are read, what is kept of them until
     they are answered, and answers that are collected to be sent whole.
 
-    One client may hold a quarter of them."""
+    One client may hold a quarter of them, or what `total // share` is."""
 
-    def __init__(self, total: int):
+    def __init__(self, total: int, share: int = 4):
         self.total, self.used, self.freed = total, 0, asyncio.Event()
+        self.of_one = total // share
         self.of_client: Counter[str] = Counter()
 
     def take(self, client: str, size: int) -> bool:
         """Take `size` bytes, if that many are free."""
-        if self.used + size > self.total or self.of_client[client] + size > self.total // 4:
+        if self.used + size > self.total or self.of_client[client] + size > self.of_one:
             return False
         self.used += size
         self.of_client[client] += size
@@ -81,11 +82,10 @@ class Holding:
             except asyncio.TimeoutError:
                 raise Overloaded("too many large bodies are being read", retry_after_s=10) from None
 
-    def keep(self, size: int):
+    def keep(self, size: int, whose: str = "requests with large bodies"):
         """Take `size` bytes for as long as the request lasts; raises Overloaded if there is no room."""
         if not self._take(size):
-            raise Overloaded("requests with large bodies hold too much memory until they are answered",
-                             retry_after_s=10)
+            raise Overloaded(f"{whose} hold too much memory until they are answered", retry_after_s=10)
 
     def grow(self, size: int):
         """Take `size` more bytes; raises Overloaded if there is no room."""

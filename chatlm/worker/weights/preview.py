@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from pathlib import Path
 
-from chatlm.common.errors import ConfigError, printable
+from chatlm.common.errors import ConfigError, printable, shown
 from chatlm.common.files import Truncated
+from chatlm.worker.weights import qwen_towers
 from chatlm.worker.weights.families import GGUF_FAMILIES
 from chatlm.worker.weights.gguf import gguf_spec, gguf_text, readable
 from chatlm.worker.weights.gguf_file import ROPE_TENSORS, check_gguf_types, read_gguf_file
 from chatlm.worker.weights.huggingface import hf_spec, hf_text
+from chatlm.worker.weights.towers import FILE_TOWERS
 
 
 def preview_folder(folder: Path):
@@ -32,13 +34,25 @@ def preview_gguf(path: Path, size: int):
         gguf_text(path, metadata)
 
 
+def preview_eyes(path: Path, size: int):
+    """ConfigError if no mmproj that this server knows fits the model of a GGUF file of `size` bytes."""
+    with readable(path):
+        metadata = read_gguf_file(path, size)[0]
+        architecture, tokens = metadata.get("general.architecture"), {*metadata["tokenizer.ggml.tokens"]}
+    if not any(architecture in family.architectures and family.token in tokens
+               for family in (FILE_TOWERS | qwen_towers.FILE_TOWERS).values()):
+        raise ConfigError(f"what models of the architecture {shown(architecture)} with its tokens see images "
+                          "with is not known")
+
+
 def preview_main(arguments: Seq[str]) -> int:
-    """The role `preview PATH SIZE`, or `preview FOLDER`. Exit status 1: stdout says what is wrong; 2: not
-    known yet."""
+    """The role `preview PATH SIZE`, perhaps with `eyes`, or `preview FOLDER`. Exit status 1: stdout says what
+    is wrong; 2: not known yet."""
     path, *size = arguments
     try:
         if size:
-            preview_gguf(Path(path), int(size[0]))
+            look = preview_eyes if size[1:] == ["eyes"] else preview_gguf
+            look(Path(path), int(size[0]))
         else:
             preview_folder(Path(path))
     except Truncated:

@@ -102,6 +102,7 @@ def qwen_own(eyes: Eyes, width: int) -> Shapes:
     return of_grid(eyes, width) | {"places": (eyes.grid, eyes.spec.width)} | projectors | norms
 
 
-QWEN = TowerFamily(NAMES, FILE_NAMES, qwen_own, qwen_of_folder, qwen_of_file, "<|vision_start|>")
+QWEN = TowerFamily(NAMES, FILE_NAMES, qwen_own, qwen_of_folder, qwen_of_file, "<|vision_start|>",
+                   ("qwen3vl", "qwen35", "qwen35moe"))
 TOWERS = {"qwen3_vl": QWEN, "qwen3_5": QWEN, "qwen3_5_moe": QWEN}
 FILE_TOWERS = {"qwen3vl_merger": QWEN}

@@ -56,6 +56,7 @@ class TowerFamily(NamedTuple):
     of_folder: Callable[[Said, ModelSpec], Eyes]   # all but the tensors
     of_file: Callable[[Said, ModelSpec], Eyes]
     token: str                                 # the models that it belongs to have this special token
+    architectures: tuple[str, ...]             # and one of these, as GGUF files
     added: Mapping[str, float] = {}            # to values of a folder; those of a GGUF file have it
     transposed: tuple[str, ...] = ()           # ours that files store as (in, out)
     swapped: tuple[str, ...] = ()              # ours whose first two axes are exchanged in a folder
@@ -170,7 +171,7 @@ def idefics3_of_file(said: Said, model: ModelSpec) -> Eyes:
 IDEFICS3 = TowerFamily(
     SIGLIP | {"project": ("modality_projection.proj.weight",)},
     SIGLIP_FILE | {"project": ("mm.model.fc.weight",)}, of_grid, idefics3_of_folder, idefics3_of_file,
-    "<fake_token_around_image>")
+    "<fake_token_around_image>", ("llama",))
 
 def lfm2_eyes(said: Said, model: ModelSpec, spec: Callable[[int], ModelSpec], patch: int, shuffle: int,
               projector: str, hidden: int, grid: int) -> Eyes:
@@ -229,7 +230,7 @@ LFM2 = TowerFamily(
     SIGLIP | both({"join_norm": "multi_modal_projector.layer_norm", "widen": "multi_modal_projector.linear_1",
                    "project": "multi_modal_projector.linear_2"}),
     SIGLIP_FILE | both({"join_norm": "mm.input_norm", "widen": "mm.1", "project": "mm.2"}),
-    lfm2_own, lfm2_of_folder, lfm2_of_file, "<|image_start|>")
+    lfm2_own, lfm2_of_folder, lfm2_of_file, "<|image_start|>", ("lfm2", "lfm2moe"))
 
 def gemma3_eyes(said: Said, model: ModelSpec, spec: ModelSpec, side: int, patch: int, shuffle: int) -> Eyes:
     tokens = (side // patch // shuffle)**2
@@ -267,7 +268,7 @@ GEMMA3 = TowerFamily(
     SIGLIP | {"mean_norm": ("multi_modal_projector.mm_soft_emb_norm.weight",),
               "project": ("multi_modal_projector.mm_input_projection_weight",)},
     SIGLIP_FILE | {"mean_norm": ("mm.soft_emb_norm.weight",), "project": ("mm.input_projection.weight",)},
-    gemma3_own, gemma3_of_folder, gemma3_of_file, "<start_of_image>", added={"mean_norm": 1.0},
+    gemma3_own, gemma3_of_folder, gemma3_of_file, "<start_of_image>", ("gemma3",), added={"mean_norm": 1.0},
     transposed=("project",))
 
 GEMMA4_NORMS = {"attention_norm": ("input_layernorm", "ln1"),
@@ -390,7 +391,7 @@ def gemma4_own(eyes: Eyes, width: int) -> Shapes:
 
 
 GEMMA4 = TowerFamily(GEMMA4_NAMES, GEMMA4_FILE_NAMES, gemma4_own, gemma4_of_folder, gemma4_of_file,
-                     "<|image|>", axes=r"\bself_attn\.[qk]_|\.attn_[qk](_norm)?\.")
+                     "<|image|>", ("gemma4",), axes=r"\bself_attn\.[qk]_|\.attn_[qk](_norm)?\.")
 
 def bare_eyes(said: Said, model: ModelSpec, width: int, patch: int, grid: int, two_sided: bool,
               pad: int) -> Eyes:
@@ -429,7 +430,7 @@ GEMMA4_BARE = TowerFamily(
     both({"patch": "v.patch_embd", "patch_norm": "v.patch_norm.1", "patch_out_norm": "v.patch_norm.2",
           "place_norm": "v.patch_norm.3"}) | {
         "places": ("v.position_embd.weight",), "project": ("mm.input_projection.weight",)},
-    bare_own, bare_of_folder, bare_of_file, "<|image|>", swapped=("places",),
+    bare_own, bare_of_folder, bare_of_file, "<|image|>", ("gemma4",), swapped=("places",),
     planar=("patch", "patch_norm", "patch_norm_bias"))
 
 # model_type of a folder

@@ -96,6 +96,16 @@ async def test_one_client_holds_a_quarter_and_everything_is_given_back(limits, m
     assert budget.used == 0 and not budget.of_client
 
 
+def test_a_client_may_hold_the_share_that_a_budget_gives_it():
+    for share, most in ((4, 100), (2, 200)):
+        budget = Budget(400, share)
+        with Holding(budget, "a") as mine:
+            mine.keep(most)
+            with pytest.raises(Overloaded, match="requests with images hold too much memory"):
+                mine.keep(1, "requests with images")
+        assert budget.used == 0
+
+
 async def test_bodies_that_wait_for_the_same_room_never_take_more_than_there_is():
     budget, most = Budget(400), 0
     budget.take("first", 100)

@@ -161,6 +161,23 @@ def test_the_largest_picture_that_is_allowed_is_read_within_the_limits(url):
     assert answer(url, part(bomb(8000, 8000)))[1]["prompt_tokens"] > 40
 
 
+def test_as_many_large_pictures_as_are_allowed_are_answered_and_their_memory_is_given_back(url):
+    """Of a client, and again: the pixels of one such request are all that it may hold."""
+    flat = []
+    for level in range(16):
+        Image.new("RGB", (2048, 2048), (level, 0, 0)).save(file := io.BytesIO(), "PNG")
+        flat.append(part(file.getvalue()))
+    for _ in range(2):
+        assert answer(url, *flat)[1]["prompt_tokens"] > 16 * 40
+
+
+def test_a_body_of_sixty_megabytes_of_pictures_is_answered(url):
+    noise = file_of((1400, 1100), seed=3)
+    body = asked(*[part(noise)] * 10)
+    assert 58 << 20 < len(json.dumps(body)) < 64 << 20
+    assert json.load(post(f"{url}/v1/chat/completions", body))["usage"]["prompt_tokens"] > 10 * 40
+
+
 def test_seventeen_are_too_many_and_a_bad_one_among_good_ones_is_named(url):
     assert refusal(url, asked(*[part(PHOTO)] * 17))[1]["message"].startswith("images: 17 given, at most 16")
     assert refusal(url, asked(part(PHOTO), part(b"no")))[1]["param"] == "messages[0].content[1].image_url.url"

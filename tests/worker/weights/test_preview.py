@@ -6,7 +6,10 @@ import pytest
 
 from chatlm.common.errors import ConfigError
 from chatlm.common.files import Truncated
+from chatlm.worker.weights import qwen_towers
+from chatlm.worker.weights.families import GGUF_FAMILIES
 from chatlm.worker.weights.preview import preview_folder, preview_gguf, preview_main
+from chatlm.worker.weights.towers import FILE_TOWERS
 from families import make_model, save
 from packers import PACKED
 from tiny_gguf import LLAMA_NUMBERS, gguf_bytes, random_llama, small_gguf_metadata
@@ -35,6 +38,17 @@ def test_a_gguf_file_is_refused_by_its_header(tmp_path, capsys, metadata, said):
     data, path = gguf_bytes(GOOD | metadata, random_llama()), tmp_path / "part"
     path.write_bytes(data[:-100_000])
     assert preview_main([str(path), str(len(data))]) == 1 and said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", FILE_TOWERS | qwen_towers.FILE_TOWERS)
+def test_a_model_that_may_see_is_known_by_its_architecture_and_its_tokens(tmp_path, capsys, kind):
+    family, path = (FILE_TOWERS | qwen_towers.FILE_TOWERS)[kind], tmp_path / "model.gguf"
+    assert {*family.architectures} <= {*GGUF_FAMILIES}
+    for architecture, last, status in (*((each, family.token, 0) for each in family.architectures), ("qwen2vl", family.token, 1), (family.architectures[0], "<|other|>", 1)):
+        tokens = [*GOOD["tokenizer.ggml.tokens"][:-1], last]
+        path.write_bytes(gguf_bytes(GOOD | {"general.architecture": architecture, "tokenizer.ggml.tokens": tokens}, random_llama()))
+        assert preview_main([str(path), str(path.stat().st_size), "eyes"]) == status
+        assert capsys.readouterr().out.startswith("what models of the architecture") == bool(status)
 
 
 def test_a_folder_without_weights_is_enough(tmp_path):

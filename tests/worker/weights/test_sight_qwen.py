@@ -9,7 +9,7 @@ import pytest
 from chatlm.common.vision.layout import layout_of
 from image_conversations import picture_of_size
 from seeing_engine import answer, asking, check_logits, checked_answer, chosen_kernels, logits_of, open_engine
-from sight_qwen import make_qwen, qwen_logits, save_qwen, write_qwen3_vl
+from sight_qwen import make_qwen, qwen_logits, save_qwen, write_qwen
 
 
 @pytest.fixture(scope="module", params=["qwen3_vl", "qwen3_5", "qwen3_5_moe"])
@@ -44,9 +44,9 @@ def test_answers_are_transformers_in_chunks_cached_together_and_again(qwen):
     assert answer(open_engine(folder, prefill_chunk=512, drafts="none"), ids, [picture, other]) == first
 
 
-def test_a_file_with_an_mmproj_sees_as_the_folder_does(tmp_path):
-    model = make_qwen("qwen3_vl")
-    engine = open_engine(write_qwen3_vl(tmp_path, model), prefill_chunk=512)
+def test_a_file_with_an_mmproj_sees_as_the_folder_does(qwen, tmp_path):
+    _, model = qwen
+    engine = open_engine(write_qwen(tmp_path, model), prefill_chunk=512)
     pictures = (picture_of_size(170, 100), picture_of_size(20, 50, seed=1))
     ids = asking(engine, *pictures)
     assert np.abs(logits_of(engine, ids, pictures) - expected(engine, model, ids, pictures)[-16:]).max() < 1e-4
