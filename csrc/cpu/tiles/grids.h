@@ -311,6 +311,7 @@ struct Expanded : F {
 template <class F>
 struct WhollyExpanded : F {
     static constexpr int64_t BYTES = 512, SCALE_BYTES = F::BLOCKS * F::PARTS * 64;
+    static constexpr int LESS = 0;                  // of codes, in place of 2^OFFSET_SHIFT
     DC_INLINE void expand_scales(const uint8_t* group, uint8_t* to) {
         for (int i = 0; i < F::BLOCKS; i++)
             for (int part = 0; part < F::PARTS; part++) store(reinterpret_cast<float*>(to) + 16 * (F::PARTS * i + part), F::scale(group, i, part));
