@@ -1,10 +1,12 @@
-// Four rows of x, a set, times two tiles whose codes are bytes (WhollyExpanded), with registers of 512 bits.
+// Four rows of x, a set, times two tiles whose codes are bytes (WhollyExpanded, Folded), with registers of 512 bits.
 //
 // mapping  sums of two tiles and four rows in eight registers, their totals in eight more: each word of x is broadcast once for two dot products,
 //          each register of codes read once for four. With one tile and eight rows (q_rows) every dot product reads x itself, and loads are what
 //          there is too little of: two a cycle, as dot products
 // cost     of 32 columns on Zen 5, 4096 multiply-adds, alone in the first cache: 43 cycles, of types with two scales 51 (q_rows 47 and 57); with fine
 //          planes in 8 % of the blocks of x 47 and 56 (q_rows 56 and 67), as a plane costs its own row alone. 64 dot products are 32 cycles
+//          there; on Zen 4, where they are 64 cycles, 84 and 99 (Q3_K 85, Q2_K with its minimums 100): dot products, multiplications and fused
+//          multiply-adds share two pipes of 256 bits, 80 and 96 cycles of them, so nothing else costs time
 // numerics those of q_rows. A row without a fine plane gets nothing from another's: its lanes are masked
 // A part of tiles.inl.h.
 #pragma once

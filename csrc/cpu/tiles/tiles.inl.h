@@ -518,8 +518,13 @@ bool multiplied_as_pair([[maybe_unused]] const Gathering& g, [[maybe_unused]] We
 // Tile t of these onto the sums of each group.
 template <class F>
 void multiply_expanded(const Gathering& g, int t, const uint8_t* tile, Sums* sums) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-    if (g.end == g.first + 1 && g.rows(g.first) == 1) {
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+    const bool by_row = F::NIBBLES || !uses_vbmi();
+#else
+    constexpr bool by_row = true;
+#endif
+    if (by_row && g.end == g.first + 1 && g.rows(g.first) == 1) {
         const int row = int(g.first % (PANEL_ROWS / GROUP_ROWS)) * GROUP_ROWS;
         return looked_up_row<F>(tile, g.job.tiles.columns / BLOCK, reinterpret_cast<const PanelBlock*>(g.panel(g.first)), row, sums->y[t][0]);
     }
