@@ -13,7 +13,7 @@ constexpr const char* CPU_FEATURES[] = {"avx512_vnni", "avx512_vbmi", "avx512_bf
 
 const char* chosen_name();                          // of chosen_isa and chosen_amx together
 std::vector<const char*> offered_names();           // the best first: amx, avx512, avxvnni, avx2, or i8mm, dotprod, neon; portable
-std::vector<const char*> names_for_tests();         // amx-always where AMX is; amx-emulated, amx-emulated-portable; avxvnni-evex
+std::vector<const char*> names_for_tests();         // amx-always where AMX is; amx-emulated, amx-emulated-portable; avxvnni-evex; avx512-without-vbmi
 void set_isa(const std::string& name);              // std::invalid_argument for an unknown name or one this CPU lacks
 void set_isa_from_environment();                    // DECODE_CORE_ISA: a name, or several by commas: the first that is offered
 

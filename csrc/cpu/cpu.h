@@ -40,6 +40,7 @@ enum class Dot { own, vex, evex, dotprod, i8mm };
 Isa chosen_isa();                       // the best that the CPU offers, or what DECODE_CORE_ISA or set_isa names
 Amx chosen_amx();
 Dot chosen_dot();
+bool uses_vbmi();
 bool offers(Isa isa);
 bool cpu_has(const char* feature);      // a name of choices.h's CPU_FEATURES
 

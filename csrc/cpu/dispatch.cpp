@@ -31,6 +31,7 @@ struct Choice {
     bool for_tests;
     Dot dot = Dot::own;
     const char* feature = nullptr;      // of the CPU, that the dot product needs
+    bool vbmi = true;                   // used where the CPU has it
 };
 
 constexpr Choice PORTABLE = {"portable", Isa::portable, Amx::none, false};
@@ -41,7 +42,8 @@ constexpr Choice CHOICES[] = {          // the best first; tests' own with the b
     {"neon", Isa::neon, Amx::none, false}, PORTABLE,
     {"amx-always", Isa::avx512, Amx::always, true}, {"amx-emulated", Isa::avx512, Amx::emulated, true},
     {"amx-emulated-portable", Isa::portable, Amx::emulated_portable, true},
-    {"avxvnni-evex", Isa::avx2, Amx::none, true, Dot::evex, "avx512_vnni"}};
+    {"avxvnni-evex", Isa::avx2, Amx::none, true, Dot::evex, "avx512_vnni"},
+    {"avx512-without-vbmi", Isa::avx512, Amx::none, true, Dot::own, "avx512_vnni", false}};
 
 struct Cpu {
     bool avx2 = false, avx512 = false, avx512_vnni = false, avx512_vbmi = false, avx512_bf16 = false, avx_vnni = false, amd = false;
@@ -187,6 +189,8 @@ Isa chosen_isa() { return choice_now().isa; }
 Amx chosen_amx() { return choice_now().amx; }
 
 Dot chosen_dot() { return choice_now().dot; }
+
+bool uses_vbmi() { return choice_now().vbmi && cpu_has("avx512_vbmi"); }
 
 const char* chosen_name() { return choice_now().name; }
 

@@ -5,6 +5,7 @@
 //     NibbleDot       4 bits      FiveBitDot        5 bits      UnsignedDot       6 bits      SignedDot       8 bits, SHIFT 7
 //     begin<SHIFT>(minus), dot(sum, weights(codes), x) for each chunk, end<SHIFT>(sum, minus)
 // HALFWAY: a sum holds half of a block's chunks at most; `add` adds the halves' ends.
+// sum_of_products: of sums and factors that are within 16 bits.
 //
 //     avx512 (VNNI)   u8 x i8 with x broadcast from memory; a sum begins with what takes the codes' offset back
 //     avxvnni, evex   the same instruction in registers of 256 bits: of avx512's definitions, with avx2's registers
@@ -89,6 +90,13 @@ DC_INLINE Lanes lanes_of_low_nibbles(const uint8_t* p) {
 DC_INLINE Lanes lanes_of_high_nibbles(const uint8_t* p) { return {_mm512_cvtepi32_ps(_mm512_srli_epi32(_mm512_cvtepu8_epi32(sixteen(p)), 4))}; }
 DC_INLINE Lanes powers_of_bytes(const uint8_t* p) {         // 2^(byte - 127), 0 for a byte of 0
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu8_epi32(sixteen(p)), 23))};
+}
+DC_INLINE Whole factors_of_low_nibbles(const uint8_t* p) { return {_mm512_cvtepu8_epi32(_mm_and_si128(sixteen(p), _mm_set1_epi8(15)))}; }
+DC_INLINE Whole factors_of_signed_bytes(const uint8_t* p) {
+    return {_mm512_and_si512(_mm512_cvtepi8_epi32(sixteen(p)), _mm512_set1_epi32(0xffff))};
+}
+DC_INLINE Whole sum_of_products(Whole a, Whole factor, Whole b, Whole other) {
+    return {_mm512_dpwssd_epi32(_mm512_madd_epi16(a.v, factor.v), b.v, other.v)};
 }
 
 #elif defined(__AVX2__)
@@ -238,6 +246,18 @@ DC_INLINE Lanes lanes_of_high_nibbles(const uint8_t* p) {
 }
 DC_INLINE __m256 powers_of_eight(const uint8_t* p) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu8_epi32(eight(p)), 23)); }
 DC_INLINE Lanes powers_of_bytes(const uint8_t* p) { return {powers_of_eight(p), powers_of_eight(p + 8)}; }
+DC_INLINE Whole factors_of_low_nibbles(const uint8_t* p) {
+    const __m256i low = _mm256_set1_epi32(15);
+    return {_mm256_and_si256(_mm256_cvtepu8_epi32(eight(p)), low), _mm256_and_si256(_mm256_cvtepu8_epi32(eight(p + 8)), low)};
+}
+DC_INLINE Whole factors_of_signed_bytes(const uint8_t* p) {
+    const __m256i low = _mm256_set1_epi32(0xffff);
+    return {_mm256_and_si256(_mm256_cvtepi8_epi32(eight(p)), low), _mm256_and_si256(_mm256_cvtepi8_epi32(eight(p + 8)), low)};
+}
+DC_INLINE Whole sum_of_products(Whole a, Whole factor, Whole b, Whole other) {
+    return {_mm256_add_epi32(_mm256_madd_epi16(a.lo, factor.lo), _mm256_madd_epi16(b.lo, other.lo)),
+            _mm256_add_epi32(_mm256_madd_epi16(a.hi, factor.hi), _mm256_madd_epi16(b.hi, other.hi))};
+}
 
 #elif defined(DC_NEON)
 
@@ -377,6 +397,18 @@ DC_INLINE Lanes powers_of_bytes(const uint8_t* p) {
     const WideBytes wide = widened(vld1q_u8(p));
     DC_EACH(Lanes, vreinterpretq_f32_u32(vshlq_n_u32(wide.v[i], 23)));
 }
+DC_INLINE Whole factors_of_low_nibbles(const uint8_t* p) {
+    const WideBytes wide = widened(vandq_u8(vld1q_u8(p), vdupq_n_u8(15)));
+    DC_EACH(Whole, vreinterpretq_s32_u32(wide.v[i]));
+}
+DC_INLINE Whole factors_of_signed_bytes(const uint8_t* p) {
+    const int8x16_t bytes = vreinterpretq_s8_u8(vld1q_u8(p));
+    const int16x8_t low = vmovl_s8(vget_low_s8(bytes)), high = vmovl_high_s8(bytes);
+    return {{vmovl_s16(vget_low_s16(low)), vmovl_high_s16(low), vmovl_s16(vget_low_s16(high)), vmovl_high_s16(high)}};
+}
+DC_INLINE Whole sum_of_products(Whole a, Whole factor, Whole b, Whole other) {
+    DC_EACH(Whole, vmlaq_s32(vmulq_s32(a.v[i], factor.v[i]), b.v[i], other.v[i]));
+}
 #undef DC_EACH
 
 #else
@@ -466,6 +498,20 @@ DC_INLINE Lanes powers_of_bytes(const uint8_t* p) {
     Lanes y;
     for (int i = 0; i < 16; i++) y.v[i] = bits_of<float>(uint32_t(p[i]) << 23);
     return y;
+}
+DC_INLINE Whole factors_of_low_nibbles(const uint8_t* p) {
+    Whole y;
+    for (int i = 0; i < 16; i++) y.of[i] = p[i] & 15;
+    return y;
+}
+DC_INLINE Whole factors_of_signed_bytes(const uint8_t* p) {
+    Whole y;
+    for (int i = 0; i < 16; i++) y.of[i] = int8_t(p[i]);
+    return y;
+}
+DC_INLINE Whole sum_of_products(Whole a, const Whole& factor, const Whole& b, const Whole& other) {
+    for (int i = 0; i < 16; i++) a.of[i] = a.of[i] * factor.of[i] + b.of[i] * other.of[i];
+    return a;
 }
 
 #endif

@@ -10,6 +10,7 @@
 //     MINIMUMS                 1: a minimum for 32 columns; 2: one for each 16
 //     scale, minimum           of block i of a group, lane r = row r: exact products in float32
 //     Dot                      which of dots.h's dot products
+//     WHOLE_SCALES             the two PARTS' scales are `factor`, integers, times `shared`: their sums become one before it is scaled
 //     FINE_APART               see tiles.h, numerics
 //     EXPANDS                  its codes are made before a product (grids.h): `put_block` takes 32 columns of a row from a file, not `codes`
 //
@@ -192,7 +193,7 @@ template <int BITS_, int OFFSET_SHIFT_, class Dot_>
 struct Plain : Quants<BITS_> {
     static constexpr int BITS = BITS_, OFFSET_SHIFT = OFFSET_SHIFT_, PARTS = 1, MINIMUMS = 1, HALVES = 32;
     static constexpr bool HAS_MINIMUM = OFFSET_SHIFT_ == NO_OFFSET;
-    static constexpr bool EXPANDS = false;
+    static constexpr bool EXPANDS = false, WHOLE_SCALES = false;
     using Dot = Dot_;
     DC_INLINE typename Dot::Weights weights(Words codes) { return Dot::weights(codes); }
     static float value(int code) { return float(code - (HAS_MINIMUM ? 0 : 1 << OFFSET_SHIFT_ % 32)); }

@@ -16,7 +16,7 @@ template <>
 struct Format<Weight::q2_k> : FileBlock<Weight::q2_k>, Plain<2, NO_OFFSET, NibbleDot> {
     static constexpr int64_t BLOCKS = 8, SCALE_BYTES = 320;     // d, dmin f16 [16]; u8 [16][16]: of 16 columns the scale, and the minimum above it
     static constexpr int PARTS = 2, MINIMUMS = 2;
-    static constexpr bool FINE_APART = true;
+    static constexpr bool FINE_APART = true, WHOLE_SCALES = true;
 
     static void codes(const uint8_t* block, uint8_t* codes) { codes_of_pairs(block + 16, codes); }
     static void put_scales(const uint8_t* block, uint8_t* group, int, int r) {
@@ -26,6 +26,8 @@ struct Format<Weight::q2_k> : FileBlock<Weight::q2_k>, Plain<2, NO_OFFSET, Nibbl
     DC_INLINE Lanes scale(const uint8_t* group, int i, int part) {
         return halves(group) * lanes_of_low_nibbles(group + 64 + 32 * i + 16 * part);
     }
+    DC_INLINE Lanes shared(const uint8_t* group) { return halves(group); }
+    DC_INLINE Whole factor(const uint8_t* group, int i, int part) { return factors_of_low_nibbles(group + 64 + 32 * i + 16 * part); }
     DC_INLINE Lanes minimum(const uint8_t* group, int i, int part) {
         return all(0.0f) - halves(group + 32) * lanes_of_high_nibbles(group + 64 + 32 * i + 16 * part);
     }
@@ -35,7 +37,7 @@ template <>
 struct Format<Weight::q3_k> : FileBlock<Weight::q3_k>, Plain<3, 2, NibbleDot> {
     static constexpr int64_t BLOCKS = 8, SCALE_BYTES = 320;     // d f16 [16], 32 B, i8 [16][16]
     static constexpr int PARTS = 2, HALVES = 16;
-    static constexpr bool FINE_APART = true;
+    static constexpr bool FINE_APART = true, WHOLE_SCALES = true;
 
     static void codes(const uint8_t* block, uint8_t* codes) {
         codes_of_pairs(block + 32, codes);
@@ -52,6 +54,8 @@ struct Format<Weight::q3_k> : FileBlock<Weight::q3_k>, Plain<3, 2, NibbleDot> {
     DC_INLINE Lanes scale(const uint8_t* group, int i, int part) {
         return halves(group) * lanes_of_signed_bytes(group + 64 + 32 * i + 16 * part);
     }
+    DC_INLINE Lanes shared(const uint8_t* group) { return halves(group); }
+    DC_INLINE Whole factor(const uint8_t* group, int i, int part) { return factors_of_signed_bytes(group + 64 + 32 * i + 16 * part); }
 };
 
 // ---- one scale for 256 columns, weights of -1, 0 and 1 times it

@@ -17,7 +17,7 @@ constexpr Grid<EACH, COUNT> unpacked(const uint16_t (&packed)[COUNT], Magnitudes
     for (int i = 0; i < COUNT; i++)
         for (int k = 0; k < EACH; k++) {
             const uint64_t magnitude = magnitudes.of[packed[i] >> BITS * k & ((1 << BITS) - 1)];
-            for (int place = 0; place < 8 / EACH; place++) grid.of[place][i] |= magnitude << 8 * (k + EACH * place);
+            grid.of[i] |= magnitude << 8 * k;
         }
     return grid;
 }

@@ -5,11 +5,13 @@
 // layout   a block of 32 columns of a tile, EACH columns an entry, n = 0 .. 32 / EACH - 1:
 //              low bytes of the numbers [n][16]
 //              SIGNED: 64 B of signs: of byte k % 4 of lane r, bit k / 4 is column k's
-//              more bits of the numbers [HIGH][n] u16, bit r = row r; of IQ1_* the last is the sign of what is added to 8 columns
+//              more bits of the numbers [HIGH][n] u16, bit r = row r; of IQ1_* nibbles [n / 2][16], the upper ones entry n | 1's: three bits
+//              more, and the sign of what is added to 8 columns
 // mapping  a load from the grid for each entry, whose 8 columns of 16 rows are shuffled into words of 4; with VBMI a grid lies in registers,
 //          as two bytes of digits for an entry, and 64 entries are looked up at once. One row of x with AVX2: looked_up_row.inl.h; more
 //          than 8 with AVX-512: tile_pairs.inl.h
-// cost     of 32 columns on Zen 5: 46 to 90 cycles by loads, 18 to 44 with VBMI
+// cost     of 32 columns: with VBMI 18 to 44 cycles on Zen 5, on Zen 4 45 to 47 and 85 to 100 of IQ1_*; by loads 46 to 90 on Zen 5, where an entry took
+//          GCC's three instructions for its number
 // numerics a code is a weight's integer plus 2^OFFSET_SHIFT, as everywhere: the entry plus that, or that minus the entry where the
 //          weight is negative. So integer sums and scales are those of the other types
 // A part of formats.h, which includes it after what all types have in common.
@@ -17,10 +19,9 @@
 
 namespace dc {
 
-// Entries as bytes: the magnitudes of 8 columns; of IQ1_* codes, whose sign takes 2 away. Those of 4 columns stand twice, before and after 4 zeros,
-// so that two of them make 8 columns by an OR.
+// Entries as bytes: the magnitudes of 8 columns, or of 4; of IQ1_* codes, whose sign takes 2 away.
 template <int EACH, int COUNT>
-struct alignas(64) Grid { uint64_t of[8 / EACH][COUNT], after; };           // 16 bytes are read where the last entry begins
+struct alignas(64) Grid { uint64_t of[COUNT]; };
 
 extern const Grid<8, 256> GRID_IQ2_XXS;
 extern const Grid<8, 512> GRID_IQ2_XS;
@@ -44,6 +45,17 @@ namespace DC_ISA {
 
 // 8 signs of which a file stores 7: the eighth makes the number of minuses even.
 static inline int eight_signs(int seven) { return seven | (__builtin_popcount(unsigned(seven)) & 1) << 7; }
+
+#if defined(__AVX2__)
+
+// 16 bytes of nibbles -> the upper bits, in their places, of 16 numbers: entry n's.
+template <int N>
+DC_INLINE __m256i upper_of_nibbles(const uint8_t* nibbles) {
+    const __m256i both = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(nibbles + N / 2 * 16)));
+    return _mm256_slli_epi16(both, N % 2 ? 4 : 8);          // and above and below them other bits
+}
+
+#endif
 
 // Of 16 entries of a grid: their numbers, of which low bytes and more bits lie apart, the planes of these STEP bytes from each other.
 template <int HIGH, int STEP>
@@ -73,38 +85,55 @@ DC_INLINE void numbers_of(const uint8_t* low, const uint8_t* high, uint16_t* to)
 
 #if defined(__AVX2__)
 
-// Numbers of 8 rows, read at once: entries leave little room for other loads.
+// Entries of two or four numbers that lie side by side in memory. Assembler: GCC takes three instructions for a number where one and a half
+// suffice, and with many at once keeps them in memory.
 template <class Number>
-struct Eight {
-    uint64_t of[sizeof(Number)];
-    explicit Eight(const Number* numbers) { std::memcpy(of, numbers, sizeof of); }
-    Number operator[](int i) const {
-        constexpr int EACH = 8 / int(sizeof(Number));
-        return Number(of[i / EACH] >> i % EACH * 8 * int(sizeof(Number)));
-    }
-    Eight in_registers() const {                // else GCC may read them one by one
-        Eight same = *this;
-        for (uint64_t& some : same.of) asm("" : "+r"(some));
-        return same;
-    }
-};
+struct TwoNumbers { Number of[2]; };
+template <class Number>
+DC_INLINE const TwoNumbers<Number>& two_numbers(const Number* p) { return *reinterpret_cast<const TwoNumbers<Number>*>(p); }
+#define DC_SPLIT_1(from, low, high) "movzwl %" from ", %k" high "\n\tmovzbl %b" high ", %k" low "\n\tshr $8, %k" high "\n\t"
+#define DC_SPLIT_2(from, low, high) "movl %" from ", %k" high "\n\tmovzwl %w" high ", %k" low "\n\tshr $16, %k" high "\n\t"
+
+// Entries of 8 bytes of two rows.
+template <class Number>
+DC_INLINE __m128i look_up_two(const uint64_t* grid, const Number* numbers) {
+    __m128i two;
+    uint64_t i, j;
+#define DC_LOOK_UP(split) asm(split("3", "1", "2") "vmovq (%4,%1,8), %0\n\tvmovhps (%4,%2,8), %0, %0" \
+                              : "=&x"(two), "=&r"(i), "=&r"(j) : "m"(two_numbers(numbers)), "r"(grid))
+    if constexpr (sizeof(Number) == 1) DC_LOOK_UP(DC_SPLIT_1);
+    else DC_LOOK_UP(DC_SPLIT_2);
+#undef DC_LOOK_UP
+    return two;
+}
+
+// Entries of 4 bytes: first[0], second[0], first[1], second[1].
+template <class Number>
+DC_INLINE __m128i look_up_four(const uint64_t* grid, const Number* first, const Number* second) {
+    __m128i four;
+    uint64_t i, j, k, l;
+#define DC_LOOK_UP(split) asm(split("5", "1", "2") split("6", "3", "4") "vmovd (%7,%1,8), %0\n\tvpinsrd $1, (%7,%3,8), %0, %0\n\t" \
+                              "vpinsrd $2, (%7,%2,8), %0, %0\n\tvpinsrd $3, (%7,%4,8), %0, %0" \
+                              : "=&x"(four), "=&r"(i), "=&r"(j), "=&r"(k), "=&r"(l) : "m"(two_numbers(first)), "m"(two_numbers(second)), "r"(grid))
+    if constexpr (sizeof(Number) == 1) DC_LOOK_UP(DC_SPLIT_1);
+    else DC_LOOK_UP(DC_SPLIT_2);
+#undef DC_LOOK_UP
+    return four;
+}
+#undef DC_SPLIT_1
+#undef DC_SPLIT_2
 
 // Entries of 8 bytes of 8 rows -> words of their first 4 columns, and of the others.
 template <class Number>
-DC_INLINE void look_up_rows(const uint64_t* grid, const Eight<Number>& numbers, __m256i& first, __m256i& second) {
-    __m128i pairs[4];
-    for (int i = 0; i < 4; i++) {
-        const __m128d low = _mm_load_sd(reinterpret_cast<const double*>(grid + numbers[2 * i]));
-        pairs[i] = _mm_castpd_si128(_mm_loadh_pd(low, reinterpret_cast<const double*>(grid + numbers[2 * i + 1])));
-    }
-    const __m256 even = _mm256_castsi256_ps(_mm256_set_m128i(pairs[2], pairs[0])), odd = _mm256_castsi256_ps(_mm256_set_m128i(pairs[3], pairs[1]));
+DC_INLINE void look_up_rows(const uint64_t* grid, const Number* numbers, __m256i& first, __m256i& second) {
+    const auto rows = [&](int r) { return _mm256_set_m128i(look_up_two(grid, numbers + r + 4), look_up_two(grid, numbers + r)); };
+    const __m256 even = _mm256_castsi256_ps(rows(0)), odd = _mm256_castsi256_ps(rows(2));
     first = _mm256_castps_si256(_mm256_shuffle_ps(even, odd, 0x88)), second = _mm256_castps_si256(_mm256_shuffle_ps(even, odd, 0xdd));
 }
 template <class Number>
-DC_INLINE __m256i look_up_rows(const uint64_t* grid, const Eight<Number>& numbers) {
-    const auto one = [&](int i) { return _mm_load_ss(reinterpret_cast<const float*>(grid + numbers[i])); };
-    const auto two = [&](int i) { return _mm_unpacklo_ps(one(i), one(i + 1)); };
-    return _mm256_castps_si256(_mm256_set_m128(_mm_movelh_ps(two(4), two(6)), _mm_movelh_ps(two(0), two(2))));
+DC_INLINE __m256i look_up_rows(const uint64_t* grid, const Number* numbers) {
+    const auto rows = [&](int r) { return _mm_shuffle_epi32(look_up_four(grid, numbers + r, numbers + r + 2), 0xd8); };
+    return _mm256_set_m128i(rows(4), rows(0));
 }
 
 // Codes of 4 columns from magnitudes and signs; SHIFT: where these are, to the left.
@@ -119,7 +148,7 @@ DC_INLINE void store_codes(uint8_t* to, __m256i codes) { _mm256_store_si256(rein
 
 template <int EACH, int COUNT, const Grid<EACH, COUNT>& GRID, const Digits<COUNT>& DIGITS, int HIGH, bool SIGNED, int SHIFT, class Dot>
 struct Gridded : Plain<7, SHIFT, Dot> {
-    static constexpr bool EXPANDS = true, HAS_SIGNS = SIGNED;
+    static constexpr bool EXPANDS = true, HAS_SIGNS = SIGNED, NIBBLES = !SIGNED;         // NIBBLES: HIGH is 4
     static constexpr int HALVES = 16, ENTRIES = 32 / EACH, OFFSET = SIGNED ? 1 << SHIFT : 0, MORE = HIGH;
     static constexpr int64_t SIGNS = 16 * ENTRIES, PLANES = SIGNS + (SIGNED ? 64 : 0), BYTES = PLANES + 2 * HIGH * ENTRIES;
     static constexpr bool FINE_APART = true;
@@ -129,11 +158,17 @@ struct Gridded : Plain<7, SHIFT, Dot> {
 
     static void put_number(int number, int n, uint8_t* quants, int r) {
         quants[16 * n + r] = uint8_t(number);
-        for (int h = 0; h < HIGH; h++) {
-            uint8_t& bits = quants[PLANES + 2 * (ENTRIES * h + n) + r / 8];
-            bits = uint8_t((bits & ~(1 << r % 8)) | (number >> (8 + h) & 1) << r % 8);
+        if constexpr (NIBBLES) {
+            uint8_t& both = quants[PLANES + 16 * (n / 2) + r];
+            both = uint8_t((both & (n % 2 ? 15 : 240)) | (number >> 8 & 15) << n % 2 * 4);
+        } else {
+            for (int h = 0; h < HIGH; h++) {
+                uint8_t& bits = quants[PLANES + 2 * (ENTRIES * h + n) + r / 8];
+                bits = uint8_t((bits & ~(1 << r % 8)) | (number >> (8 + h) & 1) << r % 8);
+            }
         }
     }
+    static int nibble(const uint8_t* quants, int n, int r) { return quants[PLANES + 16 * (n / 2) + r] >> n % 2 * 4 & 15; }
     static void put_signs(int signs, int n, uint8_t* quants, int r) {           // of columns 8 n .. 8 n + 7
         for (int k = 8 * n; k < 8 * n + 8; k++) {
             uint8_t& bits = quants[SIGNS + 4 * r + k % 4];
@@ -143,8 +178,10 @@ struct Gridded : Plain<7, SHIFT, Dot> {
     static int code(const uint8_t* quants, int r, int k) {
         const int n = k / EACH;
         int number = quants[16 * n + r];
-        for (int h = 0; h < HIGH; h++) number |= (quants[PLANES + 2 * (ENTRIES * h + n) + r / 8] >> r % 8 & 1) << (8 + h);
-        const int entry = int(GRID.of[0][number % COUNT] >> 8 * (k % EACH) & 255);
+        if constexpr (NIBBLES) number |= nibble(quants, n, r) << 8;
+        else
+            for (int h = 0; h < HIGH; h++) number |= (quants[PLANES + 2 * (ENTRIES * h + n) + r / 8] >> r % 8 & 1) << (8 + h);
+        const int entry = int(GRID.of[number % COUNT] >> 8 * (k % EACH) & 255);
         if (SIGNED) return quants[SIGNS + 4 * r + k % 4] >> k / 4 & 1 ? OFFSET - entry : OFFSET + entry;
         return entry - number / COUNT * 2;
     }
@@ -152,8 +189,9 @@ struct Gridded : Plain<7, SHIFT, Dot> {
     // The numbers of a block's entries [ENTRIES][16] where they have more than 8 bits, without the sign that IQ1_* have above them.
     // They are written some time before they are read one by one, which has to wait for a store of 32 bytes to reach the cache.
     DC_INLINE void find_numbers(const uint8_t* quants, uint16_t* to) {
-        for (int n = 0; n < ENTRIES; n++)
-            numbers_of<SIGNED ? HIGH : HIGH - 1, 2 * ENTRIES>(quants + 16 * n, quants + PLANES + 2 * n, to + 16 * n);
+        if constexpr (NIBBLES) find_numbers_of_nibbles(quants, to);
+        else
+            for (int n = 0; n < ENTRIES; n++) numbers_of<HIGH, 2 * ENTRIES>(quants + 16 * n, quants + PLANES + 2 * n, to + 16 * n);
     }
 
     // A block's codes [8][64], as Quants<7> has them.
@@ -163,6 +201,22 @@ struct Gridded : Plain<7, SHIFT, Dot> {
     }
 
 private:
+    DC_INLINE void find_numbers_of_nibbles(const uint8_t* quants, uint16_t* to) {
+#if defined(__AVX2__)
+        put_numbers<0>(quants, to), put_numbers<1>(quants, to), put_numbers<2>(quants, to), put_numbers<3>(quants, to);
+#else
+        for (int n = 0; n < ENTRIES; n++)
+            for (int r = 0; r < 16; r++) to[16 * n + r] = uint16_t(quants[16 * n + r] | (nibble(quants, n, r) & 7) << 8);
+#endif
+    }
+#if defined(__AVX2__)
+    template <int N>
+    DC_INLINE void put_numbers(const uint8_t* quants, uint16_t* to) {
+        const __m256i low = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(quants + 16 * N)));
+        const __m256i upper = _mm256_and_si256(upper_of_nibbles<N>(quants + PLANES), _mm256_set1_epi16(0x700));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 16 * N), _mm256_or_si256(low, upper));
+    }
+#endif
     template <class Number>
     DC_INLINE void expand_entries(const uint8_t* quants, const Number* numbers, uint8_t* to) {
 #if defined(__AVX2__)
@@ -172,8 +226,8 @@ private:
 #else
         for (int n = 0; n < ENTRIES; n++) {
             for (int r = 0; r < 16; r++) {
-                uint64_t entry = GRID.of[0][numbers[16 * n + r]];
-                if (!SIGNED && quants[PLANES + 2 * (ENTRIES * (HIGH - 1) + n) + r / 8] >> r % 8 & 1) entry -= 0x0202020202020202;
+                uint64_t entry = GRID.of[numbers[16 * n + r]];
+                if (NIBBLES && nibble(quants, n, r) & 8) entry -= 0x0202020202020202;
                 for (int i = 0; i < EACH / 4; i++) put_four(uint32_t(entry >> 32 * i), to + 64 * (EACH / 4 * n + i) + 4 * r);
             }
         }
@@ -195,17 +249,17 @@ private:
         to += 4 * FIRST, numbers += FIRST;
         if constexpr (EACH == 4) {
             const __m256i signs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(quants + SIGNS + 4 * FIRST));
-            store_codes(to + 64 * N, with_signs<7 - N, OFFSET>(look_up_rows(GRID.of[0], Eight<Number>(numbers)), signs));
+            store_codes(to + 64 * N, with_signs<7 - N, OFFSET>(look_up_rows(GRID.of, numbers), signs));
         } else {
             __m256i first, second;
-            look_up_rows(GRID.of[0], Eight<Number>(numbers), first, second);
+            look_up_rows(GRID.of, numbers, first, second);
             if constexpr (SIGNED) {
                 const __m256i signs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(quants + SIGNS + 4 * FIRST));
                 first = with_signs<7 - 2 * N, OFFSET>(first, signs), second = with_signs<6 - 2 * N, OFFSET>(second, signs);
             } else {
-                const __m256i lanes = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-                const __m256i minus = _mm256_set1_epi32(quants[PLANES + 2 * (ENTRIES * (HIGH - 1) + N) + FIRST / 8]);
-                const __m256i set = _mm256_cmpeq_epi32(_mm256_and_si256(minus, lanes), lanes), less = _mm256_add_epi8(set, set);
+                const auto* const at = reinterpret_cast<const __m128i*>(quants + PLANES + 16 * (N / 2) + FIRST);
+                const __m256i sign = _mm256_set1_epi32(N % 2 ? 128 : 8), nibbles = _mm256_cvtepu8_epi32(_mm_loadl_epi64(at));
+                const __m256i set = _mm256_cmpeq_epi32(_mm256_and_si256(nibbles, sign), sign), less = _mm256_add_epi8(set, set);
                 first = _mm256_add_epi8(first, less), second = _mm256_add_epi8(second, less);
             }
             store_codes(to + 128 * N, first), store_codes(to + 128 * N + 64, second);
@@ -251,7 +305,7 @@ inline constexpr Places SHIFTS = shifts_of(STEP);
 
 // Chunk C of a block from lanes of digits.
 template <class F, int C>
-DC_VBMI_INLINE void put_chunk(const uint8_t* quants, __m512i digits, uint8_t* to) {
+DC_VBMI_INLINE void put_chunk(const uint8_t* quants, [[maybe_unused]] __mmask64 less, __m512i digits, uint8_t* to) {
     constexpr int STEP = F::ENTRIES == 8 ? 3 : 2;
     const __m512i shifted = _mm512_multishift_epi64_epi8(_mm512_load_si512(SHIFTS<STEP>.of), digits);
     const __m512i codes = _mm512_permutexvar_epi8(shifted, _mm512_load_si512(F::digits().magnitudes));
@@ -259,9 +313,8 @@ DC_VBMI_INLINE void put_chunk(const uint8_t* quants, __m512i digits, uint8_t* to
         const __mmask64 minus = _mm512_test_epi8_mask(_mm512_loadu_si512(quants + F::SIGNS), _mm512_set1_epi8(char(1 << C)));
         _mm512_store_si512(to + 64 * C, _mm512_mask_sub_epi8(codes, minus, _mm512_set1_epi8(char(2 * F::OFFSET)), codes));
     } else {
-        uint16_t less;
-        std::memcpy(&less, quants + F::PLANES + 2 * (F::ENTRIES * (F::MORE - 1) + C / 2), 2);
-        _mm512_store_si512(to + 64 * C, _mm512_mask_sub_epi8(codes, _mm512_movepi8_mask(_mm512_maskz_set1_epi32(less, -1)), codes, _mm512_set1_epi8(2)));
+        const __mmask16 own = __mmask16(less >> C / 2 * 16);
+        _mm512_store_si512(to + 64 * C, _mm512_mask_sub_epi8(codes, _mm512_movepi8_mask(_mm512_maskz_set1_epi32(own, -1)), codes, _mm512_set1_epi8(2)));
     }
 }
 
@@ -270,23 +323,30 @@ template <class F, int PART>
 DC_VBMI_INLINE void put_entries(const uint8_t* quants, uint8_t* to) {
     const __m512i numbers = _mm512_loadu_si512(quants + 64 * PART);
     __mmask64 bits[5] = {_mm512_movepi8_mask(numbers)};
-    for (int h = 0; h < F::MORE; h++) {
-        uint64_t plane;
-        std::memcpy(&plane, quants + F::PLANES + 2 * F::ENTRIES * h + 8 * PART, 8);
-        bits[1 + h] = plane;
+    if constexpr (F::NIBBLES) {
+        const __m512i all = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(quants + F::PLANES)));
+        const __m512i nibbles = _mm512_shuffle_i64x2(all, all, 0x50);       // of entries 0, 1, 2, 3: the first 16 bytes twice, then the others
+        for (int h = 0; h < F::MORE; h++)
+            bits[1 + h] = _mm512_test_epi8_mask(nibbles, _mm512_mask_mov_epi64(_mm512_set1_epi8(char(1 << h)), 0xcc, _mm512_set1_epi8(char(16 << h))));
+    } else {
+        for (int h = 0; h < F::MORE; h++) {
+            uint64_t plane;
+            std::memcpy(&plane, quants + F::PLANES + 2 * F::ENTRIES * h + 8 * PART, 8);
+            bits[1 + h] = plane;
+        }
     }
     const auto& digits = F::digits();
     const __m512i low = bytes_of<sizeof digits.low>(digits.low, numbers, bits), high = bytes_of<sizeof digits.low>(digits.high, numbers, bits);
 #define DC_SPREAD(n, from) _mm512_permutexvar_epi8(_mm512_load_si512(PLACES<n, false>.of), from)
 #define DC_SPREAD_BOTH(n) _mm512_permutex2var_epi8(low, _mm512_load_si512(PLACES<n, true>.of), high)
     if constexpr (F::ENTRIES == 8) {
-        put_chunk<F, 4 * PART>(quants, DC_SPREAD_BOTH(0), to), put_chunk<F, 4 * PART + 1>(quants, DC_SPREAD_BOTH(1), to);
-        put_chunk<F, 4 * PART + 2>(quants, DC_SPREAD_BOTH(2), to), put_chunk<F, 4 * PART + 3>(quants, DC_SPREAD_BOTH(3), to);
+        put_chunk<F, 4 * PART>(quants, bits[4], DC_SPREAD_BOTH(0), to), put_chunk<F, 4 * PART + 1>(quants, bits[4], DC_SPREAD_BOTH(1), to);
+        put_chunk<F, 4 * PART + 2>(quants, bits[4], DC_SPREAD_BOTH(2), to), put_chunk<F, 4 * PART + 3>(quants, bits[4], DC_SPREAD_BOTH(3), to);
     } else {
-        put_chunk<F, 0>(quants, DC_SPREAD(0, low), to), put_chunk<F, 1>(quants, DC_SPREAD(0, high), to);
-        put_chunk<F, 2>(quants, DC_SPREAD(1, low), to), put_chunk<F, 3>(quants, DC_SPREAD(1, high), to);
-        put_chunk<F, 4>(quants, DC_SPREAD(2, low), to), put_chunk<F, 5>(quants, DC_SPREAD(2, high), to);
-        put_chunk<F, 6>(quants, DC_SPREAD(3, low), to), put_chunk<F, 7>(quants, DC_SPREAD(3, high), to);
+        put_chunk<F, 0>(quants, bits[4], DC_SPREAD(0, low), to), put_chunk<F, 1>(quants, bits[4], DC_SPREAD(0, high), to);
+        put_chunk<F, 2>(quants, bits[4], DC_SPREAD(1, low), to), put_chunk<F, 3>(quants, bits[4], DC_SPREAD(1, high), to);
+        put_chunk<F, 4>(quants, bits[4], DC_SPREAD(2, low), to), put_chunk<F, 5>(quants, bits[4], DC_SPREAD(2, high), to);
+        put_chunk<F, 6>(quants, bits[4], DC_SPREAD(3, low), to), put_chunk<F, 7>(quants, bits[4], DC_SPREAD(3, high), to);
     }
 #undef DC_SPREAD
 #undef DC_SPREAD_BOTH
@@ -311,6 +371,7 @@ struct Expanded : F {
 template <class F>
 struct WhollyExpanded : F {
     static constexpr int64_t BYTES = 512, SCALE_BYTES = F::BLOCKS * F::PARTS * 64;
+    static constexpr int LESS = 0;                  // of codes, in place of 2^OFFSET_SHIFT
     DC_INLINE void expand_scales(const uint8_t* group, uint8_t* to) {
         for (int i = 0; i < F::BLOCKS; i++)
             for (int part = 0; part < F::PARTS; part++) store(reinterpret_cast<float*>(to) + 16 * (F::PARTS * i + part), F::scale(group, i, part));

@@ -1,9 +1,10 @@
-// One row of x times a tile whose type is looked up in a grid (grids.h), with registers of 256 bits.
+// One row of x times a tile whose type is looked up in a grid (grids.h), with registers of 256 bits: with AVX2, and with AVX-512 where it is
+// the faster way, of IQ1_* and without VBMI.
 //
 // mapping  a register has 8 columns of 4 rows of the tile: 0, 1, 4, 5 or 2, 3, 6, 7 of eight, as unpacking leaves their signs. Magnitudes go
 //          from the grid to the dot product without codes in between, and x takes the signs
-// cost     of 32 columns on Zen 5: 56 to 68 cycles of IQ2_*, 90 to 105 of IQ3_*. A core loads two entries a cycle at best, less where they meet in a bank, and
-//          so loads and general registers share the work: of IQ3_*, whose 8 columns are two entries, every second pair is joined in the latter
+// cost     of 32 columns with AVX2 on Zen 4: 63 to 81 cycles of IQ2_*, 106 and 119 of IQ3_*, 69 and 80 of IQ1_*. Looking up alone takes 41 to 44 of
+//          these, and 76 of IQ3_*, whose 8 columns are two entries: two and a half instructions for an entry, its number included
 // numerics the exact integer sums of the other kernels, and as there two products for each scale of a block that has a fine plane
 // A part of tiles.inl.h.
 #pragma once
@@ -12,21 +13,27 @@ namespace dc {
 namespace DC_ISA {
 namespace {
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX2__)
 
-// 8 columns of rows r, r + 1, r + 4 and r + 5 of the eight rows whose numbers these are; `others`: of the next entry, where it has 4 columns.
+#if defined(__AVX512F__)
+DC_INLINE Whole whole_of(__m256i low, __m256i high) { return {_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1)}; }
+DC_INLINE __m256i dot_256(__m256i sum, __m256i codes, __m256i x) { return _mm256_dpbusd_epi32(sum, codes, x); }
+#else
+DC_INLINE Whole whole_of(__m256i low, __m256i high) { return {low, high}; }
+#if defined(DC_DOT_256)
+DC_INLINE __m256i dot_256(__m256i sum, __m256i codes, __m256i x) {
+    asm(DC_DOT_256 " %2, %1, %0" : "+x"(sum) : "x"(codes), "x"(x));
+    return sum;
+}
+#endif
+#endif
+
+// 8 columns of rows 0, 1, 4 and 5 of these numbers; `others`: of the next entry, where it has 4 columns.
 template <class F, class Number>
-DC_INLINE __m256i look_up_columns(const Eight<Number>& numbers, const Eight<Number>& others, int r) {
-    const auto* const of = F::grid().of;
-    const auto pair = [&](int i) {
-        const __m128d low = _mm_load_sd(reinterpret_cast<const double*>(of[0] + numbers[i]));
-        if constexpr (F::ENTRIES == 4) return _mm_castpd_si128(_mm_loadh_pd(low, reinterpret_cast<const double*>(of[0] + numbers[i + 1])));
-        else {
-            const __m128i joined = _mm_or_si128(_mm_castpd_si128(low), _mm_loadu_si128(reinterpret_cast<const __m128i*>(of[1] + others[i])));
-            return _mm_insert_epi64(joined, int64_t(of[0][numbers[i + 1]] | of[1][others[i + 1]]), 1);
-        }
-    };
-    return _mm256_set_m128i(pair(r + 4), pair(r));
+DC_INLINE __m256i look_up_columns(const Number* numbers, [[maybe_unused]] const Number* others) {
+    const auto* const grid = F::grid().of;
+    if constexpr (F::ENTRIES == 4) return _mm256_set_m128i(look_up_two(grid, numbers + 4), look_up_two(grid, numbers));
+    else return _mm256_set_m128i(look_up_four(grid, numbers + 4, others + 4), look_up_four(grid, numbers, others));
 }
 
 DC_INLINE __m256i words_of_sums(__m256i a, __m256i b) {                 // of rows 0, 1, 4, 5 and 2, 3, 6, 7, two words each
@@ -38,9 +45,9 @@ DC_INLINE __m256i words_of_sums(__m256i a, __m256i b) {                 // of ro
 // first half, then the other; `sum` has the parts.
 template <int N, int PARTS>
 DC_INLINE void add_columns(__m256i magnitudes, __m256i x, __m256i& part, __m256i (&sum)[PARTS]) {
-#if defined(DC_DOT_256)
+#if defined(DC_DOT_256) || defined(__AVX512F__)
     if (N == 0 || (PARTS == 2 && N == 2)) part = _mm256_setzero_si256();
-    asm(DC_DOT_256 " %2, %1, %0" : "+x"(part) : "x"(magnitudes), "x"(x));
+    part = dot_256(part, magnitudes, x);
     if (N == 3 || (PARTS == 2 && N == 1)) sum[PARTS == 2 ? N / 2 : 0] = part;
 #else
     const __m256i pairs = _mm256_maddubs_epi16(magnitudes, x);
@@ -53,24 +60,26 @@ DC_INLINE void add_columns(__m256i magnitudes, __m256i x, __m256i& part, __m256i
 #endif
 }
 
-// IQ1_*: what the offset of codes, and each sign of 8 columns, take from the sums of a part.
+// IQ1_*: what the codes' offset takes from the sums of a part, and what each sign of 8 columns adds: the sum of their x, or minus it.
 template <class F>
-DC_INLINE void take_offsets(const uint8_t* quants, const int8_t* x, Whole (&whole)[F::PARTS]) {
+DC_INLINE void take_offsets(const uint8_t* quants, const int8_t* x, __m256i (&whole)[F::PARTS][2]) {
     const __m256i bytes = _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)), _mm256_set1_epi8(-128));
-    alignas(32) int64_t sums[4];                                        // of 8 columns of x, and 1024
-    _mm256_store_si256(reinterpret_cast<__m256i*>(sums), _mm256_sad_epu8(bytes, _mm256_setzero_si256()));
-    const __m256i lanes = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-    const uint8_t* const planes = quants + F::PLANES + 2 * F::ENTRIES * (F::MORE - 1);
-    for (int n = 0; n < 4; n++) {
-        Whole& sum = whole[F::PARTS == 1 ? 0 : n / 2];
-        const int offset = (1024 - int(sums[n])) * (1 << F::OFFSET_SHIFT), more = (1024 - int(sums[n])) * ((1 << F::OFFSET_SHIFT) + 2);
-        const __m256i least = _mm256_set1_epi32(offset), most = _mm256_set1_epi32(more);
-        const auto taken = [&](int byte) {
-            const __m256i set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(byte), lanes), lanes);
-            return _mm256_blendv_epi8(least, most, set);
-        };
-        sum.lo = _mm256_add_epi32(sum.lo, taken(planes[2 * n])), sum.hi = _mm256_add_epi32(sum.hi, taken(planes[2 * n + 1]));
-    }
+    alignas(32) int64_t sums[4];                                        // of 8 columns of x
+    _mm256_store_si256(reinterpret_cast<__m256i*>(sums), _mm256_sub_epi64(_mm256_sad_epu8(bytes, _mm256_setzero_si256()), _mm256_set1_epi64x(1024)));
+    const auto signed_sum = [&](auto n) __attribute__((always_inline)) {    // of 16 rows, at most 8 * 127
+        constexpr int N = decltype(n)::value;
+        const __m256i signs = _mm256_or_si256(_mm256_slli_epi16(upper_of_nibbles<N>(quants + F::PLANES), 4), _mm256_set1_epi16(1));
+        return _mm256_sign_epi16(_mm256_set1_epi16(short(sums[N])), signs);
+    };
+    const __m256i first = _mm256_add_epi16(signed_sum(std::integral_constant<int, 0>()), signed_sum(std::integral_constant<int, 1>()));
+    const __m256i second = _mm256_add_epi16(signed_sum(std::integral_constant<int, 2>()), signed_sum(std::integral_constant<int, 3>()));
+    const auto add = [&](__m256i (&sum)[2], __m256i signed_sums, int64_t x_sum) __attribute__((always_inline)) {
+        const __m256i offset = _mm256_set1_epi32(-((1 << F::OFFSET_SHIFT) + 1) * int(x_sum));
+        sum[0] = _mm256_add_epi32(sum[0], _mm256_add_epi32(offset, _mm256_cvtepi16_epi32(_mm256_castsi256_si128(signed_sums))));
+        sum[1] = _mm256_add_epi32(sum[1], _mm256_add_epi32(offset, _mm256_cvtepi16_epi32(_mm256_extracti128_si256(signed_sums, 1))));
+    };
+    if constexpr (F::PARTS == 1) add(whole[0], _mm256_add_epi16(first, second), sums[0] + sums[1] + sums[2] + sums[3]);
+    else add(whole[0], first, sums[0] + sums[1]), add(whole[1], second, sums[2] + sums[3]);
 }
 
 // whole [PLANES][PARTS] = a block's sums with a row's planes.
@@ -94,10 +103,9 @@ DC_INLINE void sum_looked_up(const uint8_t* quants, const Number* numbers, const
 #pragma GCC unroll 2
         for (int half = 0; half < 2; half++) {
             const Number* const from = numbers + STEP * N + 8 * half;
-            const Eight<Number> own = Eight<Number>(from).in_registers(), others = NEXT ? Eight<Number>(from + NEXT).in_registers() : own;
 #pragma GCC unroll 2
             for (int i = 0; i < 2; i++) {
-                const __m256i magnitudes = look_up_columns<F>(own, others, 2 * i);
+                const __m256i magnitudes = look_up_columns<F>(from + 2 * i, from + 2 * i + NEXT);
                 for (int p = 0; p < PLANES; p++) {
                     __m256i signed_x = plus[p];
                     if constexpr (F::HAS_SIGNS) signed_x = _mm256_blendv_epi8(plus[p], minus[p], _mm256_sllv_epi32(signs[2 * half + i], places));
@@ -109,9 +117,11 @@ DC_INLINE void sum_looked_up(const uint8_t* quants, const Number* numbers, const
     columns(std::integral_constant<int, 0>()), columns(std::integral_constant<int, 1>());
     columns(std::integral_constant<int, 2>()), columns(std::integral_constant<int, 3>());
     for (int p = 0; p < PLANES; p++) {
+        __m256i halves[F::PARTS][2];
         for (int place = 0; place < F::PARTS; place++)
-            whole[p][place] = {words_of_sums(sums[p][0][place], sums[p][1][place]), words_of_sums(sums[p][2][place], sums[p][3][place])};
-        if constexpr (!F::HAS_SIGNS) take_offsets<F>(quants, x[p], whole[p]);
+            for (int half = 0; half < 2; half++) halves[place][half] = words_of_sums(sums[p][2 * half][place], sums[p][2 * half + 1][place]);
+        if constexpr (!F::HAS_SIGNS) take_offsets<F>(quants, x[p], halves);
+        for (int place = 0; place < F::PARTS; place++) whole[p][place] = whole_of(halves[place][0], halves[place][1]);
     }
 }
 

@@ -69,10 +69,17 @@ int64_t bytes_of(const Tiles& tiles) {
     return tiles.places ? bytes : count * tile_bytes(tiles.type, tiles.columns);
 }
 
-bool is_looked_up(const Tiles& tiles) {
-    const auto looked_up = [](Weight type) { return !is_float(type) && with_format(type, [](auto format) { return decltype(format)::EXPANDS; }); };
-    if (!tiles.places) return looked_up(tiles.type);
-    return std::any_of(tiles.places, tiles.places + tile_count(tiles.rows), [&](const TilePlace& place) { return looked_up(place.type); });
+bool makes_codes_first(const Tiles& tiles) {
+#if defined(__x86_64__)
+    const bool folds = &narrow_kernels() == &avx512::tile_kernels;      // WHOLE_SCALES: folded.inl.h
+#else
+    const bool folds = false;
+#endif
+    const auto makes = [&](Weight type) {
+        return !is_float(type) && with_format(type, [&](auto format) { return decltype(format)::EXPANDS || (folds && decltype(format)::WHOLE_SCALES); });
+    };
+    if (!tiles.places) return makes(tiles.type);
+    return std::any_of(tiles.places, tiles.places + tile_count(tiles.rows), [&](const TilePlace& place) { return makes(place.type); });
 }
 
 size_t prepared_bytes(Weight type, int64_t columns, int64_t rows) {

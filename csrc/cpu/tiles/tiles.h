@@ -40,6 +40,7 @@
 // numerics  q8_0, q4_0, q4_1, u4_*: y = fma(d * dx, float(int32 sum), y) block after block, or fma(d / 256 * dx, float(256 * int32 sum +
 //           the fine one), y). The others (whose scales are products): y = fma(s * dx, float(int32 sum), y) for each scale s of the
 //           block, and then, with a fine plane, y = fma(s / 256 * dx, float(int32 sum of the fine one), y) for each.
+//           Q2_K's and Q3_K's two scales are integers times d: their sums become one, exactly, and y = fma(d * dx, float(that), y).
 //           Then, with minimums, y = fma(m, dx * (sum of x8 + sum of fine / 256), y), for each 16 columns where these have one. Float types: y = fma(w, x, y), k after k. One
 //           accumulator for an output, starting at 0; then + bias, activation, + residual, each rounded. So a row's bits depend
 //           on nothing but the row: not on T, ranges, threads, instruction set.
@@ -107,7 +108,7 @@ int64_t file_columns(Weight type);                      // of a block in GGUF's 
 int64_t tile_bytes(Weight type, int64_t columns);
 int64_t row_bytes(Weight type, int64_t columns);        // of a row in GGUF's layout, or of float values
 int64_t bytes_of(const Tiles& tiles);
-bool is_looked_up(const Tiles& tiles);                  // are any of its codes made before a product (grids.h)?
+bool makes_codes_first(const Tiles& tiles);             // are any of its codes made before a product of many rows (grids.h, folded.inl.h)?
 
 static inline TilePlace tile_of(const Tiles& tiles, int64_t tile, int64_t bytes) {      // bytes: tile_bytes of tiles.type
     return tiles.places ? tiles.places[tile] : TilePlace{tiles.type, tiles.memory + tile * bytes};

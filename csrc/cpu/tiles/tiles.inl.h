@@ -13,6 +13,7 @@
 
 #include "cpu/lanes.h"
 #include "cpu/tiles/finish.inl.h"
+#include "cpu/tiles/folded.inl.h"
 #include "cpu/tiles/formats.h"
 #include "cpu/tiles/looked_up_row.inl.h"
 #include "cpu/tiles/tile_pairs.inl.h"
@@ -218,36 +219,60 @@ DC_INLINE bool any_fine(const uint8_t* has_fine) {
     return flags != 0;
 }
 
-template <int PARTS>
-struct Scales { Lanes of[PARTS]; };
+// What a block's sums are multiplied by: `whole` is not read unless F::WHOLE_SCALES.
+template <class F>
+struct Scales {
+    Lanes of[F::WHOLE_SCALES ? 1 : F::PARTS];
+    Whole whole[F::WHOLE_SCALES ? F::PARTS : 1];
+};
+
+template <class F>
+DC_INLINE Scales<F> scales_of(const uint8_t* group, int i) {
+    Scales<F> d;
+    if constexpr (F::WHOLE_SCALES) {
+        d.of[0] = F::shared(group);
+        for (int p = 0; p < F::PARTS; p++) d.whole[p] = F::factor(group, i, p);
+    } else {
+        for (int p = 0; p < F::PARTS; p++) d.of[p] = F::scale(group, i, p);
+    }
+    return d;
+}
 
 // The sums of x that a block's minimum p is multiplied by.
 template <class F>
 DC_INLINE const float* products_of(const PanelSet& set, int p) { return F::MINIMUMS == 1 ? set.product : set.half_product[p]; }
 
+// A plane's sums of R rows, whose x is scaled by x_scales, onto their totals; `apart` lies between two parts of them.
+template <class F, int R, bool FINE>
+DC_INLINE void add_sums(const Scales<F>& d, const float* x_scales, const Whole* whole, int apart, Lanes* total) {
+    for (int p = 0; p < (F::WHOLE_SCALES ? 1 : F::PARTS); p++) {
+        const Lanes own = FINE ? d.of[p] * all(1.0f / 256) : d.of[p];
+        for (int r = 0; r < R; r++) {
+            if constexpr (F::WHOLE_SCALES)
+                add_product(total[r], own * all(x_scales[r]), to_floats(sum_of_products(whole[r], d.whole[0], whole[apart + r], d.whole[1])));
+            else add_product(total[r], own * all(x_scales[r]), to_floats(whole[p * apart + r]));
+        }
+    }
+}
+
 // A block's sums of R rows of a set, and the fine plane's if one of these rows has it, onto the rows' totals. `apart` lies between
 // two parts of `whole`. To a row without a fine plane it makes no difference whether another has one: apart, it adds 0; else
 // d * dx * sum is (d / 256) * dx * (256 * sum), to the bit.
 template <class F, int R>
-DC_INLINE void add_block(const uint8_t* quants, const int8_t* x, const PanelSet* set, int first, Scales<F::PARTS> d, Whole* whole, int apart,
+DC_INLINE void add_block(const uint8_t* quants, const int8_t* x, const PanelSet* set, int first, const Scales<F>& d, Whole* whole, int apart,
                          Lanes* total) {
     const bool fine = any_fine<R>(set->has_fine + first);
     Whole rest[F::PARTS * R];
-    if (F::FINE_APART || !fine)
-        for (int p = 0; p < F::PARTS; p++)
-            for (int r = 0; r < R; r++) add_product(total[r], d.of[p] * all(set->scale[first + r]), to_floats(whole[p * apart + r]));
+    if (F::FINE_APART || !fine) add_sums<F, R, false>(d, set->scale + first, whole, apart, total);
     if (!fine) return;
 #if !defined(__AVX512F__)
     asm("" : "+r"(quants));             // unpacked again: there are no registers to keep the first plane's weights in
 #endif
     sum_block<F, R>(quants, fine_plane_of<F::PARTS>(x, set, first), rest);
-    for (int p = 0; p < F::PARTS; p++) {
-        const Lanes small = d.of[p] * all(1.0f / 256);
-        for (int r = 0; r < R; r++) {
-            const Whole sum = F::FINE_APART ? rest[p * R + r] : add_fine(whole[p * apart + r], rest[p * R + r]);
-            add_product(total[r], small * all(set->scale[first + r]), to_floats(sum));
-        }
-    }
+    if constexpr (!F::FINE_APART)
+        for (int p = 0; p < F::PARTS; p++)
+            for (int r = 0; r < R; r++) rest[p * R + r] = add_fine(whole[p * apart + r], rest[p * R + r]);
+    add_sums<F, R, true>(d, set->scale + first, rest, R, total);
 }
 
 // Rows row .. row + R - 1 of the panel -> y [R][16], beginning with a set if they are more than one holds; `ahead`: prefetch what
@@ -270,8 +295,7 @@ __attribute__((noinline)) void q_rows(const uint8_t* tile, int64_t blocks, int64
         if (ahead) prefetch_block<F>(group, i, ahead);
         Whole whole[F::PARTS * R];
         sum_block<F, R>(quants, plane_of<F::PARTS>(x, set, first), whole);
-        Scales<F::PARTS> d;
-        for (int p = 0; p < F::PARTS; p++) d.of[p] = F::scale(group, int(i), p);
+        const Scales<F> d = scales_of<F>(group, int(i));
         add_block<F, FIRST>(quants, x, set, first, d, whole, R, total);
         if constexpr (OTHERS) add_block<F, OTHERS>(quants, x + FIRST * BLOCK, set + 1, 0, d, whole + FIRST, R, total + FIRST);
         if (!F::HAS_MINIMUM) continue;
@@ -441,21 +465,18 @@ using Expander = void (*)(const uint8_t* group, uint8_t* to, int64_t ahead);
 template <class F, class E>
 Expander expander() {
 #if defined(__AVX512F__)
-    static const bool vbmi = cpu_has("avx512_vbmi");
-    if (vbmi) return expand_group_in_registers<F, E>;
+    if (uses_vbmi()) return expand_group_in_registers<F, E>;
 #endif
     return expand_group<F, E>;
 }
 
 #if defined(__AVX512F__)
 
-// Two tiles onto the sums of each group, of more rows than q_rows takes as fast.
-template <class F>
-void multiply_expanded_pair(const Gathering& g, const uint8_t* first, const uint8_t* second, Sums* sums) {
-    using E = WhollyExpanded<F>;
+// Two tiles onto the sums of each group, of more rows than q_rows takes as fast. `expand` makes codes of F those of E.
+template <class F, class E>
+void multiply_expanded_pair(const Gathering& g, const uint8_t* first, const uint8_t* second, Expander expand, Sums* sums) {
     constexpr int64_t BYTES = group_of_blocks_bytes<F>(), EXPANDED_BYTES = group_of_blocks_bytes<E>();
     alignas(64) uint8_t expanded[PAIR][PAIR_TOGETHER * EXPANDED_BYTES];
-    const Expander expand = expander<F, E>();
     for (int64_t group = g.first; group < g.end; group++) std::memset(sums[group - g.first].y, 0, sizeof sums->y);
     const int64_t blocks = g.job.tiles.columns / BLOCK, sets = (g.count() + SET_ROWS - 1) / SET_ROWS;
     for (int64_t b = 0, count; b < blocks; b += count * F::BLOCKS) {
@@ -481,10 +502,13 @@ void multiply_expanded_pair(const Gathering& g, const uint8_t* first, const uint
 template <class F>
 bool multiplied_as_pair([[maybe_unused]] const Gathering& g, [[maybe_unused]] Weight first, [[maybe_unused]] Sums* sums) {
 #if defined(__AVX512F__)
-    if (g.tiles < PAIR || g.count() < PAIR_LEAST_ROWS) return false;
+    if (g.tiles < PAIR || g.count() < (F::EXPANDS ? PAIR_LEAST_ROWS : PAIR_LEAST_ROWS_FOLDED)) return false;
     const TilePlace own = tile_of(g.job.tiles, g.tile, g.tile_bytes), other = tile_of(g.job.tiles, g.tile + 1, g.tile_bytes);
     if (other.type != first) return false;
-    multiply_expanded_pair<F>(g, own.memory, other.memory, sums);
+    if constexpr (F::EXPANDS) {
+        using E = WhollyExpanded<F>;
+        multiply_expanded_pair<F, E>(g, own.memory, other.memory, expander<F, E>(), sums);
+    } else multiply_expanded_pair<F, Folded<F>>(g, own.memory, other.memory, fold_group<F>, sums);
     return true;
 #else
     return false;
@@ -494,8 +518,13 @@ bool multiplied_as_pair([[maybe_unused]] const Gathering& g, [[maybe_unused]] We
 // Tile t of these onto the sums of each group.
 template <class F>
 void multiply_expanded(const Gathering& g, int t, const uint8_t* tile, Sums* sums) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-    if (g.end == g.first + 1 && g.rows(g.first) == 1) {
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+    const bool by_row = F::NIBBLES || !uses_vbmi();
+#else
+    constexpr bool by_row = true;
+#endif
+    if (by_row && g.end == g.first + 1 && g.rows(g.first) == 1) {
         const int row = int(g.first % (PANEL_ROWS / GROUP_ROWS)) * GROUP_ROWS;
         return looked_up_row<F>(tile, g.job.tiles.columns / BLOCK, reinterpret_cast<const PanelBlock*>(g.panel(g.first)), row, sums->y[t][0]);
     }
@@ -527,10 +556,10 @@ void multiply_gathered(const Gathering& g, void (*finish)(const Product&, int64_
         const TilePlace place = tile_of(g.job.tiles, g.tile + t, g.tile_bytes);
         with_format(place.type, [&](auto format) {
             using F = decltype(format);
-            if constexpr (F::EXPANDS) {
-                pair = t == 0 && multiplied_as_pair<F>(g, place.type, sums);
-                if (!pair) multiply_expanded<F>(g, t, place.memory, sums);
-            } else
+            if constexpr (F::EXPANDS || F::WHOLE_SCALES) pair = t == 0 && multiplied_as_pair<F>(g, place.type, sums);
+            if (pair) return;
+            if constexpr (F::EXPANDS) multiply_expanded<F>(g, t, place.memory, sums);
+            else
                 for (int64_t group = g.first; group < g.end; group++) {
                     Sums alone;
                     multiply_blocks({g.job.tiles, g.tile + t, g.tile_bytes, 1, g.panel(group), group, g.rows(group), group == g.first ? AHEAD : 0}, alone);
@@ -545,11 +574,15 @@ void multiply_gathered(const Gathering& g, void (*finish)(const Product&, int64_
     }
 }
 
-bool expands(Weight type) {
-    return !is_float(type) && with_format(type, [](auto format) { return decltype(format)::EXPANDS; });
-}
-
-bool any_expands(const Tiles& w, int64_t tile, int64_t end) {
+// Does a product of so many rows make codes of any of these tiles before?
+bool any_expands(const Tiles& w, int64_t tile, int64_t end, int64_t rows) {
+    const bool folds = EXPANDED_PAIRS && rows >= PAIR_LEAST_ROWS_FOLDED;
+    const auto expands = [&](Weight type) {
+        return !is_float(type) && with_format(type, [&](auto format) {
+            using F = decltype(format);
+            return F::EXPANDS || (folds && F::WHOLE_SCALES);
+        });
+    };
     if (!w.places) return expands(w.type);
     for (; tile < end; tile++)
         if (expands(w.places[tile].type)) return true;
@@ -563,7 +596,7 @@ void multiply(const Product& job, int64_t tile_begin, int64_t tile_end, int64_t 
     const bool gated = is_gate(job.activation);
     constexpr int64_t GROUPS = PANEL_ROWS / GROUP_ROWS;
     const int64_t bytes = tile_bytes(w.type, w.columns), whole = panel_bytes(w.type, w.columns);
-    const bool gathers = any_expands(w, tile_begin, tile_end);
+    const bool gathers = any_expands(w, tile_begin, tile_end, least(group_end * GROUP_ROWS, job.rows) - group_begin * GROUP_ROWS);
     const int64_t fit = GROUPS_BYTES * GROUPS / whole;
     const int64_t at_once = gathers ? EXPANDED_GROUPS : fit > 1 ? fit : 1;
     const int64_t step = is_float(w.type) || gated || (gathers && EXPANDED_PAIRS) ? PAIR : 1;
