@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 LONGEST_LINE = 16 << 20
 # What depends on the moment or on what else was computed, so that a batch that was interrupted would differ
-PASSING = (("timings",), ("usage", "prompt_tokens_details"), ("usage", "input_tokens_details"),
+PASSING = (("timings",), ("usage", "prompt_tokens_details"),
            ("usage", "completion_tokens_details", "accepted_prediction_tokens"),
            ("usage", "completion_tokens_details", "rejected_prediction_tokens"))
 
@@ -118,11 +118,16 @@ def result_of_bad_line(number: int, error: ChatServerError, custom_id: str | Non
 
 
 def lasting_body(body: dict, created: int) -> dict:
-    """The body of an answer without PASSING, as if it had been made at `created`, in seconds since 1970."""
+    """The body of an answer without PASSING, as if it had been made at `created`, in seconds since 1970, and
+    nothing had been cached, which Responses must say."""
     for *path, name in PASSING:
         place: Any = body
         for member in path:
             place = place.get(member) if isinstance(place, dict) else None
         if isinstance(place, dict):
             place.pop(name, None)
+    usage = body.get("usage")
+    details = usage.get("input_tokens_details") if isinstance(usage, dict) else None
+    if isinstance(details, dict):
+        details.update(dict.fromkeys(details, 0))
     return body | {name: created for name in ("created", "created_at") if name in body}

@@ -183,6 +183,8 @@ class ConversationRoutes:
         return await self.store.run(partial(responses.found, name=name, owner=owner))
 
     async def handle_response(self, http: web.Request) -> web.Response:
+        if http.query.get("stream", "false") != "false":
+            raise bad_value("stream", http.query["stream"], "false: a response is kept once it has ended")
         return web.Response(body=(await self._found(http)).body, content_type="application/json")
 
     async def handle_delete(self, http: web.Request) -> web.Response:

@@ -42,6 +42,8 @@ def ask(client, text="Hello", **more):
 def test_a_response_is_kept_and_found_and_deleted(running):
     response = ask(running)
     assert response.store is True and running.responses.retrieve(response.id).model_dump() == response.model_dump()
+    with pytest.raises(openai.BadRequestError, match="kept once it has ended"):     # its client would see a stream without events
+        running.responses.retrieve(response.id, stream=True)
     [item] = running.responses.input_items.list(response.id).data
     assert item.role == "user" and item.content[0].text == "Hello"
     running.responses.delete(response.id)
