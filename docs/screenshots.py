@@ -3,7 +3,9 @@
     python docs/screenshots.py          needs chromium, playwright (in the test extra) and tmux
 """
 
+import base64
 import html
+import io
 import json
 import pickle
 import re
@@ -19,11 +21,16 @@ DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
-from browsing import (CHROMIUM, SLOW_MS, answers, ask, button, expect, expect_answered, fake_front, inside, menu, open_page,      # noqa: E402
-                      playwright, questions, started_server)
+from browsing import (CHROMIUM, SLOW_MS, answers, ask, button, expect, expect_answered, fake_front, inside, menu, message_box,      # noqa: E402
+                      open_page, playwright, questions, started_server)
 import tiny_training                                                        # noqa: E402
 from page_server import StandIn                                              # noqa: E402
 
+DROP = """([data, name]) => {
+  const carried = new DataTransfer();
+  carried.items.add(new File([Uint8Array.from(atob(data), letter => letter.charCodeAt(0))], name, {type: "image/png"}));
+  document.body.dispatchEvent(new DragEvent("drop", {dataTransfer: carried, bubbles: true, cancelable: true}));
+}"""
 FLAG = """Here it is:
 
 ```svg
@@ -175,6 +182,44 @@ def picture_of_calls(browser):
     stand_in.close()
 
 
+def landscape():
+    """A PNG of a sun over a sea with a sail."""
+    from PIL import Image, ImageDraw
+    image = Image.linear_gradient("L").resize((720, 480))
+    image = Image.merge("RGB", [image.point(lambda value, low=low, high=high: low + (high - low) * value // 255) for low, high in ((96, 250), (150, 214), (222, 170))])
+    draw = ImageDraw.Draw(image)
+    draw.ellipse((470, 110, 570, 210), fill="#fff3c4")
+    draw.rectangle((0, 310, 720, 480), fill="#1f5f8b")
+    for row in range(12):
+        draw.line((60 * row % 400, 330 + 12 * row, 60 * row % 400 + 180, 330 + 12 * row), fill="#3f86b3", width=2)
+    draw.polygon(((190, 140), (190, 320), (300, 320)), fill="#f6f2ea")
+    draw.polygon(((180, 170), (180, 320), (110, 320)), fill="#d9503f")
+    draw.polygon(((100, 330), (310, 330), (270, 370), (140, 370)), fill="#4a2f23")
+    image.save(file := io.BytesIO(), "PNG")
+    return file.getvalue()
+
+
+def picture_of_an_image(browser):
+    """A question about an image, and another one that is dropped for the next."""
+    stand_in, drawn = StandIn(), landscape()
+    stand_in.model["capabilities"]["vision"] = True
+    page = browser.new_page(viewport={"width": 900, "height": 700})
+    open_page(page, stand_in.url)
+    data = base64.b64encode(drawn).decode()
+    page.evaluate("text => importAll(importOf(text), 'it')", json.dumps({"messages": [
+        {"role": "user", "content": "Which colours have the sails?", "pictures": [{"name": "sails.png", "picture": f"data:image/png;base64,{data}"}]},
+        {"role": "assistant", "content": "The boat has **two sails**: the large one is white, the small one before the mast is red."}]}))
+    page.reload()
+    expect(questions(page).get_by_role("img")).to_be_visible()
+    page.evaluate(DROP, [data, "evening.png"])
+    expect(page.locator("#files li img")).to_be_visible()
+    message_box(page).fill("And is it morning or evening?")
+    page.mouse.move(0, 0)
+    page.screenshot(path=DOCS / "images.png")
+    page.context.close()
+    stand_in.close()
+
+
 def picture_of_a_text(browser):
     with fake_front(pieces=[" there", " was", " a", " mill"], chats=False) as url:
         page = browser.new_page(viewport={"width": 900, "height": 400}, color_scheme="dark")
@@ -239,6 +284,7 @@ def main():
         picture_of_calls(browser)
         picture_of_a_run(browser)
         picture_of_a_preview(browser)
+        picture_of_an_image(browser)
         picture_of_a_text(browser)
         with started_server() as url:
             for name in SIZES:

@@ -62,6 +62,24 @@ def test_a_picture_is_attached_sent_first_and_shown_larger_when_clicked(page, se
     expect(opened).to_be_hidden()
 
 
+CARRY = """([kind, data, name]) => {
+  const carried = new DataTransfer(), box = document.getElementById("message");
+  carried.items.add(new File([Uint8Array.from(atob(data), letter => letter.charCodeAt(0))], name, {type: "image/png"}));
+  box.dispatchEvent(kind === "drop" ? new DragEvent(kind, {dataTransfer: carried, bubbles: true, cancelable: true})
+                                    : new ClipboardEvent(kind, {clipboardData: carried, bubbles: true, cancelable: true}));
+}"""
+
+
+@pytest.mark.parametrize("how", ["drop", "paste"])
+def test_a_picture_that_is_dropped_or_pasted_is_attached(page, seeing, how):
+    data = file_of()
+    page.evaluate(CARRY, [how, base64.b64encode(data).decode(), "tomato.png"])
+    expect(page.locator("#files li img")).to_be_visible()
+    ask(page, "What is it?")
+    expect_answered(page)
+    assert data_of(sent(seeing)[0]) == ("data:image/png;base64", data)
+
+
 def test_it_stays_with_the_chat_goes_with_every_later_question_and_is_edited_with_its_own(page, seeing):
     attach(page, "tomato.png", file_of())
     button(page, "Send").click()

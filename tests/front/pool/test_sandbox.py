@@ -276,7 +276,7 @@ async def test_what_made_the_prompt_does_not_stay_until_the_answer_ends(open_poo
 
 async def test_what_stays_of_large_bodies_is_in_the_budget_until_their_answers_end(open_pool, monkeypatch):
     budget, followed = streams.Budget(4 * 650_000), asyncio.Event()
-    patch(monkeypatch, streams, "Budget", lambda total: budget)
+    patch(monkeypatch, streams, "Budget", lambda total, share=4: budget)
     pool = await open_pool(context_length=50_000)
     worker, unanswered = pool.workers[0], []
     answer, worker.send = worker.send, lambda message: unanswered.append(message)

@@ -37,7 +37,7 @@ async def unfinished(url, size, sent):
 async def test_bodies_beyond_the_budget_wait_and_small_ones_do_not(limits, monkeypatch):
     limits(held_bytes=4 * 400 * KB)
     budget = Budget(config.LIMITS.held_bytes)
-    patch(monkeypatch, streams, "Budget", lambda total: budget)
+    patch(monkeypatch, streams, "Budget", lambda total, share=4: budget)
     async with serving(FakePool()) as url, aiohttp.ClientSession() as client:
         held = [await unfinished(url, 200 * KB, 100 * KB) for _ in range(2)]
         while budget.used < 400 * KB:
@@ -55,7 +55,7 @@ async def test_bodies_beyond_the_budget_wait_and_small_ones_do_not(limits, monke
 async def test_a_body_that_finds_no_room_is_503_with_when_to_come_back(limits, monkeypatch):
     limits(held_bytes=4 * 300 * KB)
     budget = Budget(config.LIMITS.held_bytes)
-    patch(monkeypatch, streams, "Budget", lambda total: budget)
+    patch(monkeypatch, streams, "Budget", lambda total, share=4: budget)
     async with serving(FakePool()) as url, aiohttp.ClientSession() as client:
         _, writer = await unfinished(url, 200 * KB, 100 * KB)
         while not budget.used:
@@ -146,7 +146,7 @@ async def test_a_whole_answer_beyond_the_budget_is_an_error_and_a_streamed_one_g
 
 async def test_a_whole_answer_counts_until_it_is_sent(monkeypatch):
     budget = Budget(config.LIMITS.held_bytes)
-    patch(monkeypatch, streams, "Budget", lambda total: budget)
+    patch(monkeypatch, streams, "Budget", lambda total, share=4: budget)
     question = json.dumps(conversation("Hi")).encode()
     async with serving(FakePool(["x" * 500_000] * 60)) as url:         # more than sockets hold
         reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
