@@ -148,7 +148,8 @@ DC_INLINE void store_codes(uint8_t* to, __m256i codes) { _mm256_store_si256(rein
 
 template <int EACH, int COUNT, const Grid<EACH, COUNT>& GRID, const Digits<COUNT>& DIGITS, int HIGH, bool SIGNED, int SHIFT, class Dot>
 struct Gridded : Plain<7, SHIFT, Dot> {
-    static constexpr bool EXPANDS = true, HAS_SIGNS = SIGNED, NIBBLES = !SIGNED;         // NIBBLES: HIGH is 4
+    static constexpr bool EXPANDS = true, HAS_SIGNS = SIGNED, NIBBLES = !SIGNED;
+    static_assert(!NIBBLES || HIGH == 4, "a nibble of upper bits");
     static constexpr int HALVES = 16, ENTRIES = 32 / EACH, OFFSET = SIGNED ? 1 << SHIFT : 0, MORE = HIGH;
     static constexpr int64_t SIGNS = 16 * ENTRIES, PLANES = SIGNS + (SIGNED ? 64 : 0), BYTES = PLANES + 2 * HIGH * ENTRIES;
     static constexpr bool FINE_APART = true;
