@@ -7,7 +7,7 @@
 //          planes in 8 % of the blocks of x 47 and 56 (q_rows 56 and 67), as a plane costs its own row alone. 64 dot products are 32 cycles
 //          there; on Zen 4, where they are 64 cycles, 84 and 99 (Q3_K 85, Q2_K with its minimums 100): dot products, multiplications and fused
 //          multiply-adds share two pipes of 256 bits, 80 and 96 cycles of them, so nothing else costs time
-// numerics those of q_rows. A row without a fine plane gets nothing from another's: its lanes are masked
+// numerics those of q_rows. A row without a fine plane gets nothing from another's
 // A part of tiles.inl.h.
 #pragma once
 
@@ -81,15 +81,14 @@ DC_INLINE void add_minimums(const uint8_t* const (&group)[PAIR], int i, const Pa
         }
 }
 
-// What add_part adds, of row r's fine plane; the other rows' lanes stay as they are.
-template <class F, int PART>
-DC_INLINE void add_fine_part(const uint8_t* const (&group)[PAIR], int i, const int8_t* fine, const PanelSet* set, int r, Lanes (&total)[PAIR][SET_ROWS]) {
+// What add_part adds, of row r's fine plane, onto that row's totals.
+template <class F, int PART, int R>
+DC_INLINE void add_fine_part(const uint8_t* const (&group)[PAIR], int i, const int8_t* fine, const PanelSet* set, Lanes (&total)[PAIR][SET_ROWS]) {
     __m512i sum[PAIR];
-    dot_row<F, PART>(quants_of<F>(group[0], i), quants_of<F>(group[1], i), fine + BLOCK * r, set->fine_minus[F::PARTS - 1 + PART][r], sum[0], sum[1]);
+    dot_row<F, PART>(quants_of<F>(group[0], i), quants_of<F>(group[1], i), fine + BLOCK * R, set->fine_minus[F::PARTS - 1 + PART][R], sum[0], sum[1]);
     for (int t = 0; t < PAIR; t++) {
-        const Lanes small = F::scale(group[t], i, PART) * all(1.0f / 256) * all(set->scale[r]), whole = {_mm512_cvtepi32_ps(sum[t])};
-        for (int row = 0; row < SET_ROWS; row++)
-            total[t][row].v = _mm512_mask3_fmadd_ps(small.v, whole.v, total[t][row].v, __mmask16(-int(row == r)));
+        const Lanes small = F::scale(group[t], i, PART) * all(1.0f / 256) * all(set->scale[R]), whole = {_mm512_cvtepi32_ps(sum[t])};
+        add_product(total[t][R], small, whole);
     }
 }
 
@@ -119,11 +118,15 @@ __attribute__((noinline)) void pair_rows(const uint8_t* first, const uint8_t* se
         if constexpr (F::PARTS == 2) add_part<F, 1>(group, i, x, set, total);
         uint32_t flags;
         std::memcpy(&flags, set->has_fine, sizeof flags);
-        for (flags &= 0x01010101; flags; flags &= flags - 1) {
-            const int r = __builtin_ctz(flags) / 8;
+        if (__builtin_expect(flags != 0, 0)) {
             const int8_t* const fine = x + offsetof(PanelBlock, fine);
-            add_fine_part<F, 0>(group, i, fine, set, r, total);
-            if constexpr (F::PARTS == 2) add_fine_part<F, 1>(group, i, fine, set, r, total);
+            const auto row = [&](auto r) __attribute__((always_inline)) {
+                constexpr int R = decltype(r)::value;
+                if (!(flags >> 8 * R & 1)) return;
+                add_fine_part<F, 0, R>(group, i, fine, set, total);
+                if constexpr (F::PARTS == 2) add_fine_part<F, 1, R>(group, i, fine, set, total);
+            };
+            row(std::integral_constant<int, 0>()), row(std::integral_constant<int, 1>()), row(std::integral_constant<int, 2>()), row(std::integral_constant<int, 3>());
         }
         if constexpr (F::HAS_MINIMUM) add_minimums<F>(group, i, set, total);
     }
