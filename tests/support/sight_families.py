@@ -7,10 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from encoders import randomized
 from families import as_gguf, with_exact_angles
 from image_conversations import BYTES, SPECIALS, byte_tokenizer
-from tiny_sight import TEMPLATE, VOCABULARY, write
+from tiny_sight import TEMPLATE, VOCABULARY, eager, write
 
 TEXT = dict(vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, bos_token_id=BYTES, eos_token_id=BYTES + 1,
             pad_token_id=0)
@@ -37,9 +36,7 @@ def make_lfm2_vl(seed=0, normed=True, patch=8, places=36):
     vision = dict(model_type="siglip2_vision_model", hidden_size=64, intermediate_size=112, num_hidden_layers=3, num_attention_heads=4, num_patches=places, patch_size=patch, layer_norm_eps=1e-6)
     config = transformers.Lfm2VlConfig(text_config=text, vision_config=vision, image_token_id=token("<image>"), projector_hidden_size=80, downsample_factor=2, projector_use_layernorm=normed,
                                      tie_word_embeddings=True)
-    config._attn_implementation = "eager"
-    torch.manual_seed(seed)
-    return randomized(transformers.Lfm2VlForConditionalGeneration(config), seed).float()
+    return eager(transformers.Lfm2VlForConditionalGeneration, config, seed)
 
 
 def lfm2_inputs(picture, layout):
@@ -90,9 +87,7 @@ def make_gemma3(seed=0):
                   vision_use_head=False)
     config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=16, image_token_index=token("<image_soft_token>"), boi_token_index=token("<start_of_image>"),
                                        eoi_token_index=token("<end_of_image>"))
-    config._attn_implementation = "eager"
-    torch.manual_seed(seed)
-    return randomized(transformers.Gemma3ForConditionalGeneration(config), seed).float()
+    return eager(transformers.Gemma3ForConditionalGeneration, config, seed)
 
 
 def gemma3_logits(model, ids, pictures, layouts):
@@ -123,9 +118,7 @@ def make_gemma4(seed=0, two_sided=True, small=False, clipped=False):
     vision = dict(hidden_size=80 if clipped else 72, intermediate_size=96, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=3, head_dim=16 if clipped else 24, patch_size=8, pooling_kernel_size=3, position_embedding_size=64,
                   standardize=not small, use_clipped_linears=clipped, rope_parameters=dict(rope_type="axial", rope_theta=100.0))
     config = transformers.Gemma4Config(text_config=text, vision_config=vision, audio_config=None, image_token_id=token("<|image|>"), boi_token_id=token("<|image>"), eoi_token_id=token("<image|>"))
-    config._attn_implementation = "eager"
-    torch.manual_seed(seed)
-    model = randomized(transformers.Gemma4ForConditionalGeneration(config), seed).float()
+    model = eager(transformers.Gemma4ForConditionalGeneration, config, seed)
     with torch.no_grad():
         for name, buffer in model.named_buffers():
             if name.endswith(("std_bias", "std_scale")):
@@ -185,9 +178,7 @@ def make_gemma4_unified(seed=0):
         rope_parameters={LOCAL: dict(rope_type="default", rope_theta=1e4), FULL: dict(rope_type="proportional", partial_rotary_factor=0.25, rope_theta=1e6)})
     vision = dict(patch_size=8, pooling_kernel_size=3, mm_embed_dim=80, mm_posemb_size=40, output_proj_dims=80)
     config = transformers.Gemma4UnifiedConfig(text_config=text, vision_config=vision, audio_config=None, image_token_id=token("<|image|>"))
-    config._attn_implementation = "eager"
-    torch.manual_seed(seed)
-    model = randomized(transformers.Gemma4UnifiedForConditionalGeneration(config), seed).float()
+    model = eager(transformers.Gemma4UnifiedForConditionalGeneration, config, seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith(("q_norm.weight", "k_norm.weight")):

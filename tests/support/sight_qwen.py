@@ -5,10 +5,9 @@ import json
 import numpy as np
 import torch
 
-from encoders import randomized
 from image_conversations import BYTES, SPECIALS, byte_tokenizer
 from sight_families import pillow_resized, pixels_of, token
-from tiny_sight import TEMPLATE, VOCABULARY, write
+from tiny_sight import TEMPLATE, VOCABULARY, eager, write
 
 SIZES = dict(shortest_edge=64 * 64, longest_edge=16 * 256)      # 4 to 16 rows of 16 * 16 pixels
 TEXT = dict(vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, bos_token_id=BYTES, eos_token_id=BYTES + 1,
@@ -33,9 +32,7 @@ def make_qwen(kind, seed=0):
                             "qwen3_5_moe": (transformers.Qwen3_5MoeConfig, transformers.Qwen3_5MoeForConditionalGeneration)}[kind]
         odd = {} if experts else dict(hidden_size=72, num_heads=3)      # its heads are padded
         config = configure(text_config=TEXT | text | experts, vision_config=TOWER | odd, tie_word_embeddings=False, **IDS)
-    config._attn_implementation = "eager"
-    torch.manual_seed(seed)
-    return randomized(maker(config), seed).float()
+    return eager(maker, config, seed)
 
 
 def save_qwen(folder, model):

@@ -17,6 +17,13 @@ SHAPES = {  # tile, patch, shuffle, width of the tower, its heads; odd ones are 
 LONGEST = 3
 
 
+def eager(kind, config, seed):
+    """A random model of a class of transformers, with its plain attention."""
+    config._attn_implementation = "eager"
+    torch.manual_seed(seed)
+    return randomized(kind(config), seed).float()
+
+
 def make_smolvlm(kind="smolvlm", seed=0):
     import transformers
     tile, patch, shuffle, width, heads = SHAPES[kind]
@@ -27,9 +34,7 @@ def make_smolvlm(kind="smolvlm", seed=0):
     names = {"smolvlm": (transformers.SmolVLMConfig, transformers.SmolVLMForConditionalGeneration), "idefics3": (transformers.Idefics3Config, transformers.Idefics3ForConditionalGeneration)}
     config, maker = names[kind]
     made = config(text_config=text, vision_config=vision, scale_factor=shuffle, image_token_id=BYTES + SPECIALS.index("<image>"), tie_word_embeddings=False, pad_token_id=0)
-    made._attn_implementation = "eager"
-    torch.manual_seed(seed)
-    return randomized(maker(made), seed).float()
+    return eager(maker, made, seed)
 
 
 def save_sight(folder, kind, model, splits=True):
