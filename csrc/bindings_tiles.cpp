@@ -21,7 +21,7 @@ T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
 
 dc::Tiles allocate(dc::Arena& arena, int type, int64_t rows, int64_t columns) {
     const dc::Weight weight = dc::Weight(type);
-    return {weight, rows, columns, arena.allocate(size_t(dc::tile_count(rows) * dc::tile_bytes(weight, columns)))};
+    return {weight, rows, columns, arena.allocate(size_t(dc::tile_count(rows) * dc::tile_bytes(weight, columns))), dc::panels_of(weight)};
 }
 
 // Tiles of several q types, one each of `types`.
@@ -30,8 +30,9 @@ dc::Tiles allocate_mixed(dc::Arena& arena, const std::vector<int>& types, int64_
     int64_t bytes = 0;
     for (const int type : types) bytes += dc::tile_bytes(dc::Weight(type), columns);
     uint8_t* memory = arena.allocate(size_t(bytes));
-    const dc::Tiles tiles{dc::Weight(types[0]), rows, columns, memory, places};
+    dc::Tiles tiles{dc::Weight(types[0]), rows, columns, memory, 0, places};
     for (size_t i = 0; i < types.size(); i++) {
+        tiles.panels |= dc::panels_of(dc::Weight(types[i]));
         places[i] = {dc::Weight(types[i]), memory};
         memory += dc::tile_bytes(dc::Weight(types[i]), columns);
     }
@@ -70,15 +71,15 @@ void embed(const dc::Tiles& tiles, uintptr_t ids, int64_t count, uintptr_t out, 
 void multiply(const dc::Tiles& tiles, uintptr_t x, int64_t rows, int64_t x_stride, bool norm, uintptr_t norm_weight, float epsilon,
               uintptr_t bias, uintptr_t residual, int64_t residual_stride, int activation, uintptr_t out, int64_t out_stride,
               int64_t out_columns, bool fine, int64_t tiles_at_once, int64_t groups_at_once) {
-    void* prepared = dc::scratch(dc::prepared_bytes(tiles.type, tiles.columns, rows));
+    void* prepared = dc::scratch(dc::prepared_bytes(tiles, rows));
     const dc::Product product{tiles, prepared, rows, at<const float>(bias), at<const float>(residual), residual_stride,
                               dc::Activation(activation), at<float>(out), out_stride, out_columns};
     const int64_t count = dc::tile_count(tiles.rows), groups = dc::group_count(rows);
     const int64_t tile_step = tiles_at_once ? tiles_at_once : groups < 16 ? 16 : count + count % 2;
     const int64_t group_step = groups_at_once ? groups_at_once : groups < 16 ? groups : 4;
     dc::parallel_for(groups, [&](int64_t g) {
-        dc::prepare(tiles.type, at<const float>(x), x_stride, tiles.columns, g * dc::GROUP_ROWS, std::min((g + 1) * dc::GROUP_ROWS, rows),
-                    norm, at<const float>(norm_weight), epsilon, fine, prepared);
+        dc::prepare(tiles, at<const float>(x), x_stride, g * dc::GROUP_ROWS, std::min((g + 1) * dc::GROUP_ROWS, rows), norm,
+                    at<const float>(norm_weight), epsilon, fine, prepared);
     });
     const int64_t parts = (count + tile_step - 1) / tile_step;
     dc::parallel_for(groups ? parts * ((groups + group_step - 1) / group_step) : 0, [&](int64_t item) {

@@ -57,8 +57,9 @@ def test_tiles_multiply_as_the_reference_says_with_the_same_bits_everywhere(kind
     finally:
         decode_core.set_isa(before)
     assert len(found[False]) == len(found[True]) == 1
-    # x has 16 bits in each 32 columns: half a step is wrong at most, and float32 sums add their own
-    amax = np.repeat(np.abs(x.reshape(texts, -1, 32)).max(-1), 32, 1)
+    # x has 16 bits in each 32 or 256 columns: half a step is wrong at most, and float32 sums add their own
+    together = 256 if kind in ("q2_k", "q3_k") else 32
+    amax = np.repeat(np.abs(x.reshape(texts, -1, together)).max(-1), together, 1)
     bound = (amax / 127 / 256 + 1e-5 * np.abs(x)) @ np.abs(w.astype(np.float64)).T
     if kind == "q2_k":                      # scale and minimum are added apart, and may cancel
         bound += 1e-5 * amax @ np.full(w.shape, 130 * 2.0 ** exponent).T

@@ -239,7 +239,7 @@ struct Program::Inside {
 
     void note_experts(const Routing& routing, const Tiles& tiles, int64_t most_rows, int64_t columns, size_t& size) {
         const int64_t pairs = most_rows * routing.chosen, panels = Routing::most_panels(routing.experts, pairs);
-        panels_size = std::max(panels_size, size_t(panels * panel_bytes(tiles.type, tiles.columns)));
+        panels_size = std::max(panels_size, size_t(panels * panel_bytes(tiles.panels, tiles.columns)));
         size = std::max(size, size_t(pairs * columns) * sizeof(float));
         measure_for(tiles);
     }

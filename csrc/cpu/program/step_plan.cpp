@@ -28,7 +28,7 @@ constexpr int64_t SMALL_CHUNK_ROWS = 4;         // rows of a chunk between two p
 
 }  // namespace
 
-size_t prepared_bytes(const op::linear& op, int64_t rows) { return prepared_bytes(op.tiles.type, op.tiles.columns, rows); }
+size_t prepared_bytes(const op::linear& op, int64_t rows) { return prepared_bytes(op.tiles, rows); }
 
 Step::Step(const std::vector<Op>& ops, StepInput given, const StepMemory& memory, int threads, int64_t vocab)
     : tokens(int64_t(given.token_ids.size())), logit_rows(int64_t(given.logit_rows.size())), ops(ops), input(std::move(given)),

@@ -32,7 +32,7 @@ void Step::prepare_rows(const op::linear& op, int64_t begin, int64_t end, int64_
         row_kernels_here().rms_norm(op.x.row(begin + row), op.norm_weight, op.eps, columns, wide + row * columns);
     const float* const x = apart ? wide : op.x.row(begin);
     if (adapted) shrink_rows(op, begin, end, x);
-    prepare(w.type, x - to * columns, columns, w.columns, to, to + rows, op.norm && !apart, op.norm_weight, op.eps, op.fine, prepared);
+    prepare(w, x - to * columns, columns, to, to + rows, op.norm && !apart, op.norm_weight, op.eps, op.fine, prepared);
 }
 
 // Rows [begin, end), whose x after the norm this is. Those of one adapter go together, wherever they are among these.
@@ -353,7 +353,7 @@ void Step::do_gather(const Part& part, int64_t chunk) const {
         for (int64_t i = std::max<int64_t>(begin, expert.first); i < std::min<int64_t>(end, expert.first + expert.count); i++) {
             const float* x = its.x.row(its.of_pairs ? i : routing.row_of[size_t(i)]);
             const int64_t to = expert.panel * int64_t(PANEL_ROWS) + i - expert.first;
-            prepare(its.tiles.type, x - to * K, K, K, to, to + 1, its.norm, its.norm_weight, its.eps, its.fine, memory.panels);
+            prepare(its.tiles, x - to * K, K, to, to + 1, its.norm, its.norm_weight, its.eps, its.fine, memory.panels);
         }
 }
 
@@ -375,7 +375,7 @@ void Step::each_piece(const Part& part, int64_t chunk, Visit visit) const {
 
 void Step::do_experts(const Part& part, int64_t chunk, float* staged) const {
     const ExpertProduct its = experts_of(ops[size_t(part.first)].any());
-    const int64_t panel = panel_bytes(its.tiles.type, its.tiles.columns);
+    const int64_t panel = panel_bytes(its.tiles.panels, its.tiles.columns);
     each_piece(part, chunk, [&](const Piece& piece) {
         const int64_t columns = piece.column_end - piece.column_begin, before = piece.expert.id * piece.width;  // other experts' columns
         Product product{its.tiles, static_cast<char*>(memory.panels) + piece.expert.panel * panel, piece.expert.count, its.bias,

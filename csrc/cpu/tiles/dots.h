@@ -5,7 +5,8 @@
 //     NibbleDot       4 bits      FiveBitDot        5 bits      UnsignedDot       6 bits      SignedDot       8 bits, SHIFT 7
 //     begin<SHIFT>(minus), dot(sum, weights(codes), x) for each chunk, end<SHIFT>(sum, minus)
 // HALFWAY: a sum holds half of a block's chunks at most; `add` adds the halves' ends.
-// sum_of_products: of sums and factors that are within 16 bits.
+//     factor<PART>(pairs), add_scaled(total, sum, factor): total += sum * factor, both within 16 bits, of 4 chunks' sums
+//     add_pairs(total, pairs, x): total += pairs[0] * x[0] + pairs[1] * x[1], of 16 bits, x shared by the lanes
 //
 //     avx512 (VNNI)   u8 x i8 with x broadcast from memory; a sum begins with what takes the codes' offset back
 //     avxvnni, evex   the same instruction in registers of 256 bits: of avx512's definitions, with avx2's registers
@@ -69,6 +70,9 @@ struct UnsignedDot {
     }
     template <int SHIFT>
     DC_INLINE Whole end(Sum sum, int32_t) { return sum; }
+    template <int PART>
+    DC_INLINE Whole factor(Whole pairs) { return {PART ? _mm512_srli_epi32(pairs.v, 16) : _mm512_and_si512(pairs.v, _mm512_set1_epi32(0xffff))}; }
+    DC_INLINE void add_scaled(Whole& total, Sum sum, Whole factor) { total.v = _mm512_dpwssd_epi32(total.v, sum.v, factor.v); }
 };
 using NibbleDot = UnsignedDot;
 using FiveBitDot = UnsignedDot;
@@ -91,13 +95,14 @@ DC_INLINE Lanes lanes_of_high_nibbles(const uint8_t* p) { return {_mm512_cvtepi3
 DC_INLINE Lanes powers_of_bytes(const uint8_t* p) {         // 2^(byte - 127), 0 for a byte of 0
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu8_epi32(sixteen(p)), 23))};
 }
-DC_INLINE Whole factors_of_low_nibbles(const uint8_t* p) { return {_mm512_cvtepu8_epi32(_mm_and_si128(sixteen(p), _mm_set1_epi8(15)))}; }
-DC_INLINE Whole factors_of_signed_bytes(const uint8_t* p) {
-    return {_mm512_and_si512(_mm512_cvtepi8_epi32(sixteen(p)), _mm512_set1_epi32(0xffff))};
+DC_INLINE Whole pairs_of_bytes(const uint8_t* p) { return {_mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
+DC_INLINE Whole pairs_of_signed_bytes(const uint8_t* p) { return {_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
+DC_INLINE Whole low_nibbles_of_pairs(Whole pairs) { return {_mm512_and_si512(pairs.v, _mm512_set1_epi16(15))}; }
+DC_INLINE Whole high_nibbles_of_pairs(Whole pairs) { return {_mm512_srli_epi16(pairs.v, 4)}; }
+DC_INLINE void add_pairs(Whole& total, Whole pairs, const int16_t* x) {
+    asm("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(total.v) : "v"(pairs.v), "m"(*reinterpret_cast<const Four*>(x)));
 }
-DC_INLINE Whole sum_of_products(Whole a, Whole factor, Whole b, Whole other) {
-    return {_mm512_dpwssd_epi32(_mm512_madd_epi16(a.v, factor.v), b.v, other.v)};
-}
+DC_INLINE Whole less_four_times(Whole a, Whole b) { return {_mm512_sub_epi32(a.v, _mm512_slli_epi32(b.v, 2))}; }
 
 #elif defined(__AVX2__)
 
@@ -129,6 +134,9 @@ DC_INLINE __m256i four(const int8_t* x) {
 // The compiler would add in another order, and keep all the products until then: twice what its 16 registers hold.
 DC_INLINE void add_now(Sum& sum) { asm("" : "+x"(sum.lo), "+x"(sum.hi)); }
 DC_INLINE __m256i widen_pairs(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
+DC_INLINE void add_madd(Whole& total, Words a, Words b) {
+    total = {_mm256_add_epi32(total.lo, _mm256_madd_epi16(a.lo, b.lo)), _mm256_add_epi32(total.hi, _mm256_madd_epi16(a.hi, b.hi))};
+}
 template <int SHIFT>
 DC_INLINE __m256i offset_of(int32_t minus) {
     if constexpr (SHIFT < 0) return _mm256_setzero_si256();
@@ -150,6 +158,13 @@ struct UnsignedDot {
     }
     template <int SHIFT>
     DC_INLINE Whole end(Sum sum, int32_t) { return sum; }
+    template <int PART>
+    DC_INLINE Whole factor(Whole pairs) {
+        if constexpr (PART) return {_mm256_srli_epi32(pairs.lo, 16), _mm256_srli_epi32(pairs.hi, 16)};
+        const __m256i low = _mm256_set1_epi32(0xffff);
+        return {_mm256_and_si256(pairs.lo, low), _mm256_and_si256(pairs.hi, low)};
+    }
+    DC_INLINE void add_scaled(Whole& total, Sum sum, Whole factor) { add_madd(total, sum, factor); }
 };
 using NibbleDot = UnsignedDot;
 using FiveBitDot = UnsignedDot;
@@ -174,6 +189,13 @@ struct NibbleDot {
         const __m256i first = offset_of<SHIFT>(minus);
         return {_mm256_add_epi32(widen_pairs(sum.lo), first), _mm256_add_epi32(widen_pairs(sum.hi), first)};
     }
+    template <int PART>                     // twice: a lane's sum is two of 16 bits
+    DC_INLINE Whole factor(Whole pairs) {
+        const __m256i both = PART ? _mm256_set1_epi64x(0x0706070603020302) : _mm256_set1_epi64x(0x0504050401000100);
+        const __m256i places = _mm256_add_epi8(both, _mm256_setr_epi64x(0, 0x0808080808080808, 0, 0x0808080808080808));
+        return {_mm256_shuffle_epi8(pairs.lo, places), _mm256_shuffle_epi8(pairs.hi, places)};
+    }
+    DC_INLINE void add_scaled(Whole& total, Sum sum, Whole factor) { add_madd(total, sum, factor); }
 };
 
 struct FiveBitDot : NibbleDot {
@@ -228,6 +250,7 @@ DC_INLINE Whole add_fine(Whole sum, Whole fine) {
     return {_mm256_add_epi32(_mm256_slli_epi32(sum.lo, 8), fine.lo), _mm256_add_epi32(_mm256_slli_epi32(sum.hi, 8), fine.hi)};
 }
 DC_INLINE Lanes to_floats(Whole sum) { return {_mm256_cvtepi32_ps(sum.lo), _mm256_cvtepi32_ps(sum.hi)}; }
+DC_INLINE __m128i sixteen(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
 DC_INLINE __m128i eight(const uint8_t* p) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)); }
 DC_INLINE Lanes lanes_of_bytes(const uint8_t* p) {
     return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(eight(p))), _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(eight(p + 8)))};
@@ -246,17 +269,19 @@ DC_INLINE Lanes lanes_of_high_nibbles(const uint8_t* p) {
 }
 DC_INLINE __m256 powers_of_eight(const uint8_t* p) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu8_epi32(eight(p)), 23)); }
 DC_INLINE Lanes powers_of_bytes(const uint8_t* p) { return {powers_of_eight(p), powers_of_eight(p + 8)}; }
-DC_INLINE Whole factors_of_low_nibbles(const uint8_t* p) {
-    const __m256i low = _mm256_set1_epi32(15);
-    return {_mm256_and_si256(_mm256_cvtepu8_epi32(eight(p)), low), _mm256_and_si256(_mm256_cvtepu8_epi32(eight(p + 8)), low)};
+DC_INLINE Whole pairs_of_bytes(const uint8_t* p) { return {_mm256_cvtepu8_epi16(sixteen(p)), _mm256_cvtepu8_epi16(sixteen(p + 16))}; }
+DC_INLINE Whole pairs_of_signed_bytes(const uint8_t* p) { return {_mm256_cvtepi8_epi16(sixteen(p)), _mm256_cvtepi8_epi16(sixteen(p + 16))}; }
+DC_INLINE Whole low_nibbles_of_pairs(Whole pairs) {
+    const __m256i low = _mm256_set1_epi16(15);
+    return {_mm256_and_si256(pairs.lo, low), _mm256_and_si256(pairs.hi, low)};
 }
-DC_INLINE Whole factors_of_signed_bytes(const uint8_t* p) {
-    const __m256i low = _mm256_set1_epi32(0xffff);
-    return {_mm256_and_si256(_mm256_cvtepi8_epi32(eight(p)), low), _mm256_and_si256(_mm256_cvtepi8_epi32(eight(p + 8)), low)};
+DC_INLINE Whole high_nibbles_of_pairs(Whole pairs) { return {_mm256_srli_epi16(pairs.lo, 4), _mm256_srli_epi16(pairs.hi, 4)}; }
+DC_INLINE void add_pairs(Whole& total, Whole pairs, const int16_t* x) {
+    const __m256i shared = four(reinterpret_cast<const int8_t*>(x));
+    total = {_mm256_add_epi32(total.lo, _mm256_madd_epi16(pairs.lo, shared)), _mm256_add_epi32(total.hi, _mm256_madd_epi16(pairs.hi, shared))};
 }
-DC_INLINE Whole sum_of_products(Whole a, Whole factor, Whole b, Whole other) {
-    return {_mm256_add_epi32(_mm256_madd_epi16(a.lo, factor.lo), _mm256_madd_epi16(b.lo, other.lo)),
-            _mm256_add_epi32(_mm256_madd_epi16(a.hi, factor.hi), _mm256_madd_epi16(b.hi, other.hi))};
+DC_INLINE Whole less_four_times(Whole a, Whole b) {
+    return {_mm256_sub_epi32(a.lo, _mm256_slli_epi32(b.lo, 2)), _mm256_sub_epi32(a.hi, _mm256_slli_epi32(b.hi, 2))};
 }
 
 #elif defined(DC_NEON)
@@ -305,6 +330,11 @@ struct UnsignedDot {
     }
     template <int SHIFT>
     DC_INLINE Whole end(Sum sum, int32_t) { return sum; }
+    template <int PART>
+    DC_INLINE Whole factor(Whole pairs) { DC_EACH(Whole, vshrq_n_s32(PART ? pairs.v[i] : vshlq_n_s32(pairs.v[i], 16), 16)); }
+    DC_INLINE void add_scaled(Whole& total, Sum sum, Whole factor) {
+        for (int i = 0; i < 4; i++) total.v[i] = vmlaq_s32(total.v[i], sum.v[i], factor.v[i]);
+    }
 
 private:
     DC_INLINE int32x4_t add_products(int32x4_t sum, uint8x16_t w, int8x16_t x) {
@@ -397,18 +427,32 @@ DC_INLINE Lanes powers_of_bytes(const uint8_t* p) {
     const WideBytes wide = widened(vld1q_u8(p));
     DC_EACH(Lanes, vreinterpretq_f32_u32(vshlq_n_u32(wide.v[i], 23)));
 }
-DC_INLINE Whole factors_of_low_nibbles(const uint8_t* p) {
-    const WideBytes wide = widened(vandq_u8(vld1q_u8(p), vdupq_n_u8(15)));
-    DC_EACH(Whole, vreinterpretq_s32_u32(wide.v[i]));
+struct PairBytes { int16x8_t v[4]; };
+DC_INLINE Whole whole_of(const PairBytes& pairs) { DC_EACH(Whole, vreinterpretq_s32_s16(pairs.v[i])); }
+DC_INLINE Whole pairs_of_bytes(const uint8_t* p) {
+    PairBytes pairs;
+    for (int i = 0; i < 4; i++) pairs.v[i] = vreinterpretq_s16_u16(vmovl_u8(vld1_u8(p + 8 * i)));
+    return whole_of(pairs);
 }
-DC_INLINE Whole factors_of_signed_bytes(const uint8_t* p) {
-    const int8x16_t bytes = vreinterpretq_s8_u8(vld1q_u8(p));
-    const int16x8_t low = vmovl_s8(vget_low_s8(bytes)), high = vmovl_high_s8(bytes);
-    return {{vmovl_s16(vget_low_s16(low)), vmovl_high_s16(low), vmovl_s16(vget_low_s16(high)), vmovl_high_s16(high)}};
+DC_INLINE Whole pairs_of_signed_bytes(const uint8_t* p) {
+    PairBytes pairs;
+    for (int i = 0; i < 4; i++) pairs.v[i] = vmovl_s8(vreinterpret_s8_u8(vld1_u8(p + 8 * i)));
+    return whole_of(pairs);
 }
-DC_INLINE Whole sum_of_products(Whole a, Whole factor, Whole b, Whole other) {
-    DC_EACH(Whole, vmlaq_s32(vmulq_s32(a.v[i], factor.v[i]), b.v[i], other.v[i]));
+DC_INLINE Whole low_nibbles_of_pairs(Whole pairs) { DC_EACH(Whole, vandq_s32(pairs.v[i], vdupq_n_s32(0x000f000f))); }
+DC_INLINE Whole high_nibbles_of_pairs(Whole pairs) {
+    DC_EACH(Whole, vreinterpretq_s32_u16(vshrq_n_u16(vreinterpretq_u16_s32(pairs.v[i]), 4)));
 }
+DC_INLINE void add_pairs(Whole& total, Whole pairs, const int16_t* x) {
+    int32_t word;
+    std::memcpy(&word, x, sizeof word);
+    const int16x8_t shared = vreinterpretq_s16_s32(vdupq_n_s32(word));
+    for (int i = 0; i < 4; i++) {
+        const int16x8_t own = vreinterpretq_s16_s32(pairs.v[i]);
+        total.v[i] = vaddq_s32(total.v[i], vpaddq_s32(vmull_s16(vget_low_s16(own), vget_low_s16(shared)), vmull_high_s16(own, shared)));
+    }
+}
+DC_INLINE Whole less_four_times(Whole a, Whole b) { DC_EACH(Whole, vmlsq_n_s32(a.v[i], b.v[i], 4)); }
 #undef DC_EACH
 
 #else
@@ -454,6 +498,14 @@ struct UnsignedDot {
     }
     template <int SHIFT>
     DC_INLINE Whole end(const Sum& sum, int32_t) { return sum; }
+    template <int PART>
+    DC_INLINE Whole factor(Whole pairs) {
+        for (int32_t& pair : pairs.of) pair = PART ? pair >> 16 : int16_t(pair);
+        return pairs;
+    }
+    static __attribute__((noinline, unused)) void add_scaled(Whole& total, const Sum& sum, const Whole& factor) {
+        for (int i = 0; i < 16; i++) total.of[i] += sum.of[i] * factor.of[i];
+    }
 };
 using NibbleDot = UnsignedDot;
 using FiveBitDot = UnsignedDot;
@@ -499,18 +551,29 @@ DC_INLINE Lanes powers_of_bytes(const uint8_t* p) {
     for (int i = 0; i < 16; i++) y.v[i] = bits_of<float>(uint32_t(p[i]) << 23);
     return y;
 }
-DC_INLINE Whole factors_of_low_nibbles(const uint8_t* p) {
+DC_INLINE Whole pairs_of_bytes(const uint8_t* p) {
     Whole y;
-    for (int i = 0; i < 16; i++) y.of[i] = p[i] & 15;
+    for (int i = 0; i < 16; i++) y.of[i] = p[2 * i] | p[2 * i + 1] << 16;
     return y;
 }
-DC_INLINE Whole factors_of_signed_bytes(const uint8_t* p) {
+DC_INLINE Whole pairs_of_signed_bytes(const uint8_t* p) {
     Whole y;
-    for (int i = 0; i < 16; i++) y.of[i] = int8_t(p[i]);
+    for (int i = 0; i < 16; i++) y.of[i] = int32_t(uint32_t(uint16_t(int8_t(p[2 * i]))) | uint32_t(int8_t(p[2 * i + 1])) << 16);
     return y;
 }
-DC_INLINE Whole sum_of_products(Whole a, const Whole& factor, const Whole& b, const Whole& other) {
-    for (int i = 0; i < 16; i++) a.of[i] = a.of[i] * factor.of[i] + b.of[i] * other.of[i];
+DC_INLINE Whole low_nibbles_of_pairs(Whole pairs) {
+    for (int32_t& pair : pairs.of) pair &= 0x000f000f;
+    return pairs;
+}
+DC_INLINE Whole high_nibbles_of_pairs(Whole pairs) {
+    for (int32_t& pair : pairs.of) pair = pair >> 4 & 0x0fff0fff;
+    return pairs;
+}
+static __attribute__((noinline, unused)) void add_pairs(Whole& total, const Whole& pairs, const int16_t* x) {
+    for (int i = 0; i < 16; i++) total.of[i] += int16_t(pairs.of[i]) * x[0] + (pairs.of[i] >> 16) * x[1];
+}
+DC_INLINE Whole less_four_times(Whole a, const Whole& b) {
+    for (int i = 0; i < 16; i++) a.of[i] -= 4 * b.of[i];
     return a;
 }
 

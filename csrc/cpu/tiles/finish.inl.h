@@ -16,6 +16,30 @@ constexpr int64_t AHEAD = 8 << 10;                  // bytes from what is read t
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 DC_INLINE int64_t bytes_of_float(Weight type) { return type == Weight::f32 ? 4 : 2; }
 
+// Rows of x that fit in the registers with one q tile, and with two float tiles.
+#if defined(__AVX512F__)
+constexpr int Q_ROWS = 8, FLOAT_ROWS = 8;
+#elif defined(DC_PAIRS)
+constexpr int Q_ROWS = 8, FLOAT_ROWS = 3;           // q: of half a tile
+#elif defined(__AVX2__) || defined(DC_NEON)
+constexpr int Q_ROWS = 4, FLOAT_ROWS = 3;
+#else
+constexpr int Q_ROWS = 2, FLOAT_ROWS = 4;           // q: with 4 the compiler takes more than a minute
+#endif
+
+// Of so many rows of x, at most Q_ROWS, those of the next q kernel.
+#if defined(DC_PAIRS)
+constexpr int rows_at_once(int rows) { return rows < Q_ROWS && rows > SET_ROWS ? SET_ROWS : rows; }     // kernels of 5 to 7 would take the compiler long
+#else
+constexpr int rows_at_once(int rows) { return rows; }
+#endif
+
+#if defined(DC_PAIRS)
+// Two rows of x at a time, and half of the tile: the sums of 8 rows stay in registers. Of an odd number the last row is its own second.
+template <int R>
+constexpr int second_of(int r) { return r + 1 < R ? r + 1 : r; }
+#endif
+
 // `count` values, the other lanes 0; 16 or more: a plain load.
 template <class T>
 DC_INLINE Lanes load_some(const T* p, int64_t count) {

@@ -1,50 +1,68 @@
-// Types whose scales of 16 columns are small integers (WHOLE_SCALES: Q2_K, Q3_K), for tile_pairs.inl.h: a code times its scale is one byte.
+// Types whose scales are whole numbers (WHOLE_SCALES: Q2_K, Q3_K): four rows of x in steps (StepGroup), a set, times two tiles whose codes were
+// multiplied by their scales before, with registers of 512 bits.
 //
-// layout   a group of blocks: f32 [16], what its scales share; of Q2_K f32 [BLOCKS][2][16] minimums; the bytes [BLOCKS][8][64]
-// mapping  a lane of a register is a row's 4 columns; each bit of their codes adds the scale, twice or four times the scale to its byte
-// cost     of 32 columns on Zen 4: 31 cycles of Q2_K, 42 of Q3_K, shared by all rows of x that meet the tile
-// numerics Q2_K: code * scale, at most 45. Q3_K: (code - 4) * scale + 127, 3 .. 255. So the dot product is what sum_of_products
-//          makes of the two sums of 16 columns, exactly, and one multiplication and one conversion follow in place of two
+// layout   a folded group: f32 [16], what its scales share; of Q2_K f32 [16], what its minimums share, and i16 [BLOCKS][16][2], its minimums;
+//          then the bytes [BLOCKS][8][64]
+// mapping  a lane of a register is a row's 4 columns; two bits of their codes choose from a table, a third adds four times the scale to its byte.
+//          Sums of two tiles and four rows in eight registers, of Q2_K's minimums in eight more: 256 columns long
+// cost     of 32 columns on Zen 4: 64 cycles of dot products, 8 more of Q2_K's minimums. In a product of 128 rows four fifths of the time is this
+//          kernel, at 87 % of the dot products' peak; a tenth is folding, shared by all rows of x that meet the tile
+// numerics those of step_rows. Q2_K: code * scale, at most 45. Q3_K: (code - 4) * scale + 127, 3 .. 255. What passes 2^31 on the way comes back
 // A part of tiles.inl.h.
 #pragma once
+
+#include "cpu/tiles/tile_pairs.inl.h"
 
 namespace dc {
 namespace DC_ISA {
 namespace {
 
-template <class F>
-struct Folded : F {
-    static constexpr int64_t BYTES = 512, SCALE_BYTES = 64 + (F::HAS_MINIMUM ? F::BLOCKS * F::MINIMUMS * 64 : 0);
-    static constexpr int PARTS = 1, LESS = F::HAS_MINIMUM ? 0 : 127;
-    static constexpr bool WHOLE_SCALES = false;
-    DC_INLINE Lanes scale(const uint8_t* group, int, int) { return load(reinterpret_cast<const float*>(group)); }
-    DC_INLINE Lanes minimum(const uint8_t* group, int i, int p) { return load(reinterpret_cast<const float*>(group) + 16 * (1 + F::MINIMUMS * i + p)); }
-};
-
 #if defined(__AVX512F__)
 
-// Of sixteen bytes each four times.
-DC_INLINE __m512i four_times(__m128i bytes) {
-    const __m512i each = _mm512_cvtepu8_epi32(bytes);
-    return _mm512_shuffle_epi8(each, _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0));
-}
+template <class F>
+struct Folded {
+    static constexpr int64_t BLOCKS = F::BLOCKS, BYTES = 512;
+    static constexpr int64_t MINIMUMS = 128, SCALE_BYTES = F::HAS_MINIMUM ? MINIMUMS + F::BLOCKS * 64 : 64;
+    static constexpr bool HAS_MINIMUM = F::HAS_MINIMUM;
+    static constexpr int LESS = F::HAS_MINIMUM ? 0 : 127;
+};
 
-DC_INLINE __m512i with_bit(__m512i sum, __m512i bits, int bit, __m512i more) {
-    return _mm512_mask_add_epi8(sum, _mm512_test_epi8_mask(bits, _mm512_set1_epi8(char(1 << bit))), sum, more);
-}
+// Of each row, for rows of four in a table of sixteen bytes: what codes 0 .. 3 become. Byte PART of each pair is the scale.
+template <class F, int PART>
+struct FoldTable {
+    __m512i products, four;             // scale times 4
+
+    __attribute__((always_inline)) explicit FoldTable(const uint8_t* pairs) {
+        const __m512i each = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(pairs)));
+        constexpr int BOTH = 0x01010101 * PART;
+        __m512i scale = _mm512_shuffle_epi8(each, _mm512_set4_epi32(0x0c0c0c0c + BOTH, 0x08080808 + BOTH, 0x04040404 + BOTH, BOTH));
+        if constexpr (F::HAS_MINIMUM) scale = _mm512_and_si512(scale, _mm512_set1_epi8(15));
+        const __m512i twice = _mm512_add_epi8(scale, scale);
+        four = _mm512_add_epi8(twice, twice);
+        products = _mm512_add_epi8(_mm512_and_si512(scale, _mm512_set1_epi32(int(0xff00ff00))), _mm512_and_si512(twice, _mm512_set1_epi32(int(0xffff0000))));
+        if constexpr (!F::HAS_MINIMUM) products = _mm512_add_epi8(products, _mm512_sub_epi8(_mm512_set1_epi8(Folded<F>::LESS), four));
+    }
+};
 
 // Columns 16 HALF .. 16 HALF + 15 of a block.
 template <class F, int HALF>
-DC_INLINE void fold_half(const uint8_t* group, int i, const uint8_t* quants, uint8_t* to) {
-    const __m512i pairs = _mm512_loadu_si512(quants + 64 * HALF), scale = four_times(_mm512_cvtepi32_epi8(F::factor(group, i, HALF).v));
-    const __m512i twice = _mm512_add_epi8(scale, scale), four = _mm512_add_epi8(twice, twice);
-    const __m512i least = F::HAS_MINIMUM ? _mm512_setzero_si512() : _mm512_sub_epi8(_mm512_set1_epi8(Folded<F>::LESS), four);
-#pragma GCC unroll 4
-    for (int c = 0; c < 4; c++) {
-        __m512i codes = with_bit(with_bit(least, pairs, 2 * c, scale), pairs, 2 * c + 1, twice);
-        if constexpr (!F::HAS_MINIMUM) codes = with_bit(codes, _mm512_loadu_si512(quants + 128), 4 * HALF + c, four);
-        _mm512_store_si512(to + 256 * HALF + 64 * c, codes);
-    }
+DC_INLINE void fold_half(const uint8_t* group, int i, uint8_t* to) {
+    const FoldTable<F, HALF> table(F::bytes_of(group, i));
+    const uint8_t* const quants = quants_of<F>(group, i);
+    const __m512i rows = _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0), three = _mm512_set1_epi8(3);
+    const auto fold = [&](auto c) __attribute__((always_inline)) {
+        constexpr int C = 4 * HALF + decltype(c)::value;
+        constexpr BitPlace low = F::low_two(C);
+        const __m512i shifted = _mm512_srli_epi16(_mm512_loadu_si512(quants + low.at), low.bit);
+        __m512i codes = _mm512_shuffle_epi8(table.products, _mm512_ternarylogic_epi32(shifted, three, rows, 0xea));     // shifted & three | rows
+        if constexpr (!F::HAS_MINIMUM) {
+            constexpr BitPlace third = F::third(C);
+            const __mmask64 more = _mm512_test_epi8_mask(_mm512_loadu_si512(quants + third.at), _mm512_set1_epi8(char(1 << third.bit)));
+            codes = _mm512_mask_add_epi8(codes, more, codes, table.four);
+        }
+        _mm512_store_si512(to + 64 * C, codes);
+    };
+    fold(std::integral_constant<int, 0>()), fold(std::integral_constant<int, 1>()), fold(std::integral_constant<int, 2>()), fold(std::integral_constant<int, 3>());
 }
 
 // A group, as expand_group makes one of looked-up types.
@@ -52,13 +70,111 @@ template <class F>
 __attribute__((noinline)) void fold_group(const uint8_t* group, uint8_t* to, int64_t ahead) {
     using E = Folded<F>;
     store(reinterpret_cast<float*>(to), F::shared(group));
+    if constexpr (F::HAS_MINIMUM) store(reinterpret_cast<float*>(to) + 16, F::shared_minimum(group));
     for (int i = 0; i < F::BLOCKS; i++) {
         if (ahead) prefetch_block<F>(group, i, ahead);
-        if constexpr (F::HAS_MINIMUM)
-            for (int p = 0; p < F::MINIMUMS; p++) store(reinterpret_cast<float*>(to) + 16 * (1 + F::MINIMUMS * i + p), F::minimum(group, i, p));
+        if constexpr (F::HAS_MINIMUM) _mm512_store_si512(to + E::MINIMUMS + 64 * i, F::minimum_factors(group, i).v);
         uint8_t* const codes = to + E::SCALE_BYTES + i * E::BYTES;
-        fold_half<F, 0>(group, i, quants_of<F>(group, i), codes), fold_half<F, 1>(group, i, quants_of<F>(group, i), codes);
+        fold_half<F, 0>(group, i, codes), fold_half<F, 1>(group, i, codes);
     }
+}
+
+DC_INLINE __m512i word_of(const void* p) {          // in all lanes
+    int32_t word;
+    std::memcpy(&word, p, sizeof word);
+    return _mm512_set1_epi32(word);
+}
+
+// A block's bytes of both tiles times those of the four rows.
+DC_INLINE void dot_steps(const uint8_t* first, const uint8_t* second, const int8_t* x, __m512i (&sum)[PAIR][SET_ROWS]) {
+#pragma GCC unroll 8
+    for (int c = 0; c < 8; c++) {
+        const __m512i low = _mm512_load_si512(first + 64 * c), high = _mm512_load_si512(second + 64 * c);
+#pragma GCC unroll 4
+        for (int r = 0; r < SET_ROWS; r++) {
+            const __m512i shared = word_of(x + STEP_COLUMNS * r + 4 * c);
+            sum[0][r] = _mm512_dpbusd_epi32(sum[0][r], low, shared), sum[1][r] = _mm512_dpbusd_epi32(sum[1][r], high, shared);
+        }
+    }
+}
+
+// What row R's high bytes add.
+template <class E, int R>
+DC_INLINE void add_high(const uint8_t* first, const uint8_t* second, const int8_t* high, __m512i (&sum)[PAIR][SET_ROWS]) {
+    __m512i own[PAIR] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+#pragma GCC unroll 8
+    for (int c = 0; c < 8; c++) {
+        const __m512i shared = word_of(high + STEP_COLUMNS * R + 4 * c);
+        own[0] = _mm512_dpbusd_epi32(own[0], _mm512_load_si512(first + 64 * c), shared);
+        own[1] = _mm512_dpbusd_epi32(own[1], _mm512_load_si512(second + 64 * c), shared);
+    }
+    for (int t = 0; t < PAIR; t++) sum[t][R] = _mm512_add_epi32(sum[t][R], _mm512_slli_epi32(own[t], 8));
+}
+
+using PairTotals = Lanes[PAIR][SET_ROWS];
+
+DC_INLINE void add_sums_of_steps(const uint8_t* const (&group)[PAIR], int shared, const StepSet& set, const __m512i (&sum)[PAIR][SET_ROWS], PairTotals& total) {
+    for (int t = 0; t < PAIR; t++) {
+        const Lanes d = load(reinterpret_cast<const float*>(group[t]) + shared);
+        for (int r = 0; r < SET_ROWS; r++) add_product(total[t][r], d * all(set.step[r]), Lanes{_mm512_cvtepi32_ps(sum[t][r])});
+    }
+}
+
+// Of a group of four rows, after its products: the minimums times the sums of x.
+template <class E>
+DC_INLINE void add_minimums_of_steps(const uint8_t* const (&group)[PAIR], const StepSet& set, bool high, PairTotals& total) {
+    __m512i sum[PAIR][SET_ROWS] = {}, upper[PAIR][SET_ROWS] = {};
+#pragma GCC unroll 2
+    for (int i = 0; i < STEP_BLOCKS; i++)
+        for (int t = 0; t < PAIR; t++) {
+            const __m512i minimums = _mm512_load_si512(group[t] + E::MINIMUMS + 64 * i);
+            for (int r = 0; r < SET_ROWS; r++) sum[t][r] = _mm512_dpwssd_epi32(sum[t][r], minimums, word_of(set.low_sums[r][i]));
+        }
+    if (high) {
+        for (int i = 0; i < STEP_BLOCKS; i++)
+            for (int t = 0; t < PAIR; t++) {
+                const __m512i minimums = _mm512_load_si512(group[t] + E::MINIMUMS + 64 * i);
+                for (int r = 0; r < SET_ROWS; r++) upper[t][r] = _mm512_dpwssd_epi32(upper[t][r], minimums, word_of(set.high_sums[r][i]));
+            }
+        for (int t = 0; t < PAIR; t++)
+            for (int r = 0; r < SET_ROWS; r++) sum[t][r] = _mm512_add_epi32(sum[t][r], _mm512_slli_epi32(upper[t][r], 8));
+    }
+    add_sums_of_steps(group, 16, set, sum, total);
+}
+
+// Rows row .. row + 3 of the panel, a set, onto y [2][4][16], the sums so far.
+template <class E>
+__attribute__((noinline)) void pair_steps(const uint8_t* first, const uint8_t* second, int64_t groups, Fetching& fetching, const StepGroup* x, int row,
+                                          float* y, float* other_y) {
+    Fetching own = fetching;
+    PairTotals total;
+    for (int r = 0; r < SET_ROWS; r++) total[0][r] = load(y + 16 * r), total[1][r] = load(other_y + 16 * r);
+    for (int64_t g = 0; g < groups; g++, x++, first += group_of_blocks_bytes<E>(), second += group_of_blocks_bytes<E>()) {
+        const StepSet& set = x->sets[row / SET_ROWS];
+        const uint8_t* const group[PAIR] = {first, second};
+        __m512i sum[PAIR][SET_ROWS];
+        for (int r = 0; r < SET_ROWS; r++) {
+            const __m512i minus = _mm512_set1_epi32(set.minus[r]);
+            sum[0][r] = sum[1][r] = E::LESS ? _mm512_sub_epi32(_mm512_slli_epi32(minus, 7), minus) : _mm512_setzero_si512();
+        }
+        const uint8_t* const has_high = set.has_high;
+        const int flags = has_high[0] | has_high[1] | has_high[2] | has_high[3];
+        for (int i = 0; i < STEP_BLOCKS; i++) {
+            own.next();
+            const uint8_t *one = quants_of<E>(first, i), *other = quants_of<E>(second, i);
+            dot_steps(one, other, x->low[row] + BLOCK * i, sum);
+            if (__builtin_expect(!(flags >> i & 1), 1)) continue;
+            const int8_t* const high = x->high[row] + BLOCK * i;
+            if (has_high[0] >> i & 1) add_high<E, 0>(one, other, high, sum);
+            if (has_high[1] >> i & 1) add_high<E, 1>(one, other, high, sum);
+            if (has_high[2] >> i & 1) add_high<E, 2>(one, other, high, sum);
+            if (has_high[3] >> i & 1) add_high<E, 3>(one, other, high, sum);
+        }
+        add_sums_of_steps(group, 0, set, sum, total);
+        if constexpr (E::HAS_MINIMUM) add_minimums_of_steps<E>(group, set, flags, total);
+    }
+    for (int r = 0; r < SET_ROWS; r++) store(y + 16 * r, total[0][r]), store(other_y + 16 * r, total[1][r]);
+    fetching = own;
 }
 
 #endif

@@ -10,7 +10,8 @@
 //     MINIMUMS                 1: a minimum for 32 columns; 2: one for each 16
 //     scale, minimum           of block i of a group, lane r = row r: exact products in float32
 //     Dot                      which of dots.h's dot products
-//     WHOLE_SCALES             the two PARTS' scales are `factor`, integers, times `shared`: their sums become one before it is scaled
+//     WHOLE_SCALES             the scales of 16 columns are whole numbers times `shared`: x comes in steps, and a group of blocks has one sum
+//                              (steps.inl.h). `factors` and, with minimums, `minimum_factors` are those of a block
 //     FINE_APART               see tiles.h, numerics
 //     EXPANDS                  its codes are made before a product (grids.h): `put_block` takes 32 columns of a row from a file, not `codes`
 //
@@ -33,6 +34,8 @@ constexpr int NO_OFFSET = -1;
 
 template <int BITS>
 struct Quants;
+
+struct BitPlace { int at, bit; };            // of each byte of 64, which begin there
 
 // Four codes at once, a byte each: shifts and masks of a word leave the bytes apart.
 static inline uint32_t four(const uint8_t* codes) {
@@ -113,8 +116,11 @@ struct Quants<2> : NibbleOrder {            // two chunks of pairs of bits, of 1
 
     template <int C>
     DC_INLINE void unpack(const uint8_t* quants, Words& low, Words& high) {
-        low = take_bits<-2 * C, 3>(load_words_again(quants)), high = take_bits<-2 * C, 3>(load_words_again(quants + 64));
+        low = chunk<C>(quants), high = chunk<C + 4>(quants);
     }
+    static constexpr BitPlace low_two(int c) { return {c / 4 * 64, c % 4 * 2}; }     // of columns 4 c .. 4 c + 3
+    template <int C>                        // these columns
+    DC_INLINE Words chunk(const uint8_t* quants) { return take_bits<-low_two(C).bit, 3>(load_words_again(quants + low_two(C).at)); }
     static void put(const uint8_t* codes, uint8_t* quants, int r) {
         for (int half = 0; half < 2; half++) {
             uint32_t pairs = 0;
@@ -126,23 +132,29 @@ struct Quants<2> : NibbleOrder {            // two chunks of pairs of bits, of 1
 };
 
 template <>
-struct Quants<3> : NibbleOrder {            // after the pairs 64 B of third bits: of byte k % 4 of lane r, bit k / 4 is column k's
+struct Quants<3> {                          // three chunks of 64 B, a byte: 3 bits of columns 4 c .. for two c, and parts of the last ones
     static constexpr int64_t BYTES = 192;
 
+    // Columns 4 c .. 4 c + 3: c = 0, 1; 2, 3; 4, 5 lie in the low bits of a chunk each, 6 and 7 in what is left: two bits in the first and the
+    // last, their third in the middle one.
+    static constexpr BitPlace low_two(int c) { return c < 6 ? BitPlace{c / 2 * 64, c % 2 * 3} : BitPlace{(c - 6) * 128, 6}; }
+    static constexpr BitPlace third(int c) { return c < 6 ? BitPlace{c / 2 * 64, c % 2 * 3 + 2} : BitPlace{64, c}; }
     template <int C>
-    DC_INLINE void unpack(const uint8_t* quants, Words& low, Words& high) {
-        Quants<2>::unpack<C>(quants, low, high);
-        const Words third = load_words_again(quants + 128);
-        low = low | take_bits<2 - C, 4>(third), high = high | take_bits<-2 - C, 4>(third);
+    DC_INLINE Words chunk(const uint8_t* quants) {
+        const Words low = load_words_again(quants + low_two(C).at);
+        if constexpr (C < 6) return take_bits<-low_two(C).bit, 7>(low);
+        else return take_bits<-6, 3>(low) | take_bits<2 - third(C).bit, 4>(load_words_again(quants + third(C).at));
     }
     static void put(const uint8_t* codes, uint8_t* quants, int r) {
-        Quants<2>::put(codes, quants, r);
-        uint32_t third = 0;
-        for (int c = 0; c < 8; c++) third |= (four(codes + 4 * c) >> 2 & 0x01010101) << c;
-        put_four(third, quants + 128 + 4 * r);
+        const auto chunk = [&](int c) { return four(codes + 4 * c) & 0x07070707; };
+        const auto low = [&](int c) { return (chunk(c) & 0x03030303) << 6; };
+        const auto third = [&](int c) { return (chunk(c) & 0x04040404) << (c - 2); };
+        put_four(chunk(0) | chunk(1) << 3 | low(6), quants + 4 * r), put_four(chunk(4) | chunk(5) << 3 | low(7), quants + 128 + 4 * r);
+        put_four(chunk(2) | chunk(3) << 3 | third(6) | third(7), quants + 64 + 4 * r);
     }
     static int code(const uint8_t* quants, int r, int k) {
-        return Quants<2>::code(quants, r, k) | (quants[128 + 4 * r + k % 4] >> k / 4 & 1) << 2;
+        const int c = k / 4, at = 4 * r + k % 4;
+        return c < 6 ? quants[c / 2 * 64 + at] >> c % 2 * 3 & 7 : quants[(c - 6) * 128 + at] >> 6 | (quants[64 + at] >> c & 1) << 2;
     }
 };
 

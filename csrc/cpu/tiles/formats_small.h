@@ -12,32 +12,48 @@ static inline void codes_of_pairs(const uint8_t* from, uint8_t* codes) {
         for (int k = 0; k < 32; k++) codes[32 * i + k] = from[i / 4 * 32 + k] >> i % 4 * 2 & 3;
 }
 
-template <>
-struct Format<Weight::q2_k> : FileBlock<Weight::q2_k>, Plain<2, NO_OFFSET, NibbleDot> {
-    static constexpr int64_t BLOCKS = 8, SCALE_BYTES = 320;     // d, dmin f16 [16]; u8 [16][16]: of 16 columns the scale, and the minimum above it
-    static constexpr int PARTS = 2, MINIMUMS = 2;
+// Scales of 16 columns, bytes: u8 [8][16][2], the two of a block side by side, after what they are times and 64 bytes.
+struct ByteScales {
+    static constexpr int64_t BLOCKS = 8, SCALE_BYTES = 320;
+    static constexpr int PARTS = 2;
     static constexpr bool FINE_APART = true, WHOLE_SCALES = true;
+
+    static void put_byte(uint8_t* group, int part, int r, int byte) { group[64 + 32 * (part / 2) + 2 * r + part % 2] = uint8_t(byte); }
+    DC_INLINE const uint8_t* bytes_of(const uint8_t* group, int i) { return group + 64 + 32 * i; }
+    template <class Read>                   // one of a block's two, as floats: read(byte)
+    static inline Lanes lanes_of_part(const uint8_t* group, int i, int part, Read read) {
+        float x[16];
+        for (int r = 0; r < 16; r++) x[r] = float(read(bytes_of(group, i)[2 * r + part]));
+        return load(x);
+    }
+    DC_INLINE Lanes shared(const uint8_t* group) { return halves(group); }
+};
+
+template <>
+struct Format<Weight::q2_k> : FileBlock<Weight::q2_k>, Plain<2, NO_OFFSET, NibbleDot>, ByteScales {     // d, dmin f16 [16]
+    using ByteScales::PARTS, ByteScales::WHOLE_SCALES;
+    static constexpr int MINIMUMS = 2;                          // the upper nibbles; scales are the lower ones
 
     static void codes(const uint8_t* block, uint8_t* codes) { codes_of_pairs(block + 16, codes); }
     static void put_scales(const uint8_t* block, uint8_t* group, int, int r) {
         copy_half(block + 80, group + 2 * r), copy_half(block + 82, group + 32 + 2 * r);
-        for (int i = 0; i < 16; i++) group[64 + 16 * i + r] = block[i];
+        for (int part = 0; part < 16; part++) put_byte(group, part, r, block[part]);
     }
-    DC_INLINE Lanes scale(const uint8_t* group, int i, int part) {
-        return halves(group) * lanes_of_low_nibbles(group + 64 + 32 * i + 16 * part);
+    static Lanes scale(const uint8_t* group, int i, int part) {
+        return halves(group) * lanes_of_part(group, i, part, [](uint8_t byte) { return byte & 15; });
     }
-    DC_INLINE Lanes shared(const uint8_t* group) { return halves(group); }
-    DC_INLINE Whole factor(const uint8_t* group, int i, int part) { return factors_of_low_nibbles(group + 64 + 32 * i + 16 * part); }
-    DC_INLINE Lanes minimum(const uint8_t* group, int i, int part) {
-        return all(0.0f) - halves(group + 32) * lanes_of_high_nibbles(group + 64 + 32 * i + 16 * part);
+    static Lanes minimum(const uint8_t* group, int i, int part) {
+        return shared_minimum(group) * lanes_of_part(group, i, part, [](uint8_t byte) { return byte >> 4; });
     }
+    DC_INLINE Lanes shared_minimum(const uint8_t* group) { return all(0.0f) - halves(group + 32); }
+    DC_INLINE Whole factors(const uint8_t* group, int i) { return low_nibbles_of_pairs(pairs_of_bytes(bytes_of(group, i))); }
+    DC_INLINE Whole minimum_factors(const uint8_t* group, int i) { return high_nibbles_of_pairs(pairs_of_bytes(bytes_of(group, i))); }
 };
 
 template <>
-struct Format<Weight::q3_k> : FileBlock<Weight::q3_k>, Plain<3, 2, NibbleDot> {
-    static constexpr int64_t BLOCKS = 8, SCALE_BYTES = 320;     // d f16 [16], 32 B, i8 [16][16]
-    static constexpr int PARTS = 2, HALVES = 16;
-    static constexpr bool FINE_APART = true, WHOLE_SCALES = true;
+struct Format<Weight::q3_k> : FileBlock<Weight::q3_k>, Plain<3, 2, NibbleDot>, ByteScales {      // d f16 [16], 32 B; signed bytes
+    using ByteScales::PARTS, ByteScales::WHOLE_SCALES;
+    static constexpr int HALVES = 16;
 
     static void codes(const uint8_t* block, uint8_t* codes) {
         codes_of_pairs(block + 32, codes);
@@ -48,14 +64,13 @@ struct Format<Weight::q3_k> : FileBlock<Weight::q3_k>, Plain<3, 2, NibbleDot> {
         copy_half(block + 108, group + 2 * r);
         for (int i = 0; i < 16; i++) {                          // 6 bits: nibbles in 8 bytes, pairs of bits in 4
             const int low = block[96 + i % 8] >> i / 8 * 4 & 15, high = block[104 + i % 4] >> i / 4 * 2 & 3;
-            group[64 + 16 * i + r] = uint8_t((low | high << 4) - 32);
+            put_byte(group, i, r, (low | high << 4) - 32);
         }
     }
-    DC_INLINE Lanes scale(const uint8_t* group, int i, int part) {
-        return halves(group) * lanes_of_signed_bytes(group + 64 + 32 * i + 16 * part);
+    static Lanes scale(const uint8_t* group, int i, int part) {
+        return halves(group) * lanes_of_part(group, i, part, [](uint8_t byte) { return int8_t(byte); });
     }
-    DC_INLINE Lanes shared(const uint8_t* group) { return halves(group); }
-    DC_INLINE Whole factor(const uint8_t* group, int i, int part) { return factors_of_signed_bytes(group + 64 + 32 * i + 16 * part); }
+    DC_INLINE Whole factors(const uint8_t* group, int i) { return pairs_of_signed_bytes(bytes_of(group, i)); }
 };
 
 // ---- one scale for 256 columns, weights of -1, 0 and 1 times it

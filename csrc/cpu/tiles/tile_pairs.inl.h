@@ -1,12 +1,12 @@
-// Four rows of x, a set, times two tiles whose codes are bytes (WhollyExpanded, Folded), with registers of 512 bits.
+// Four rows of x, a set, times two tiles of looked-up types whose codes are bytes (WhollyExpanded), with registers of 512 bits.
 //
 // mapping  sums of two tiles and four rows in eight registers, their totals in eight more: each word of x is broadcast once for two dot products,
 //          each register of codes read once for four. With one tile and eight rows (q_rows) every dot product reads x itself, and loads are what
 //          there is too little of: two a cycle, as dot products
 // cost     of 32 columns on Zen 5, 4096 multiply-adds, alone in the first cache: 43 cycles, of types with two scales 51 (q_rows 47 and 57); with fine
 //          planes in 8 % of the blocks of x 47 and 56 (q_rows 56 and 67), as a plane costs its own row alone. 64 dot products are 32 cycles
-//          there; on Zen 4, where they are 64 cycles, 84 and 99 (Q3_K 85, Q2_K with its minimums 100): dot products, multiplications and fused
-//          multiply-adds share two pipes of 256 bits, 80 and 96 cycles of them, so nothing else costs time
+//          there; on Zen 4, where they are 64 cycles, 84 and 99: dot products, multiplications and fused multiply-adds share two pipes of 256 bits,
+//          80 and 96 cycles of them, so nothing else costs time
 // numerics those of q_rows. A row without a fine plane gets nothing from another's
 // A part of tiles.inl.h.
 #pragma once
@@ -20,19 +20,11 @@ namespace {
 constexpr bool EXPANDED_PAIRS = true;
 constexpr int64_t PAIR_LEAST_ROWS = 9, PAIR_LEAST_ROWS_FOLDED = 17, PAIR_TOGETHER = 2;      // 8 rows are as fast either way; groups of 256 columns that lie in the cache
 
-// What takes the codes' offset back: minus the sum of x times 2^OFFSET_SHIFT, or times 127 (Folded).
-template <class F>
-DC_INLINE __m512i begin_with(const int32_t& minus) {
-    if constexpr (F::LESS)
-        return _mm512_sub_epi32(UnsignedDot::begin<7>(minus).v, _mm512_set1_epi32(minus));
-    else return UnsignedDot::begin<F::OFFSET_SHIFT>(minus).v;
-}
-
 // What 32 / PARTS columns of one row's values are with both tiles.
 template <class F, int PART>
 DC_INLINE void dot_row(const uint8_t* first, const uint8_t* second, const int8_t* x, const int32_t& minus, __m512i& low, __m512i& high) {
     constexpr int CHUNKS = 8 / F::PARTS;
-    low = high = begin_with<F>(minus);
+    low = high = UnsignedDot::begin<F::OFFSET_SHIFT>(minus).v;
     for (int c = CHUNKS * PART; c < CHUNKS * (PART + 1); c++) {
         int32_t word;
         std::memcpy(&word, x + 4 * c, sizeof word);
@@ -46,7 +38,7 @@ DC_INLINE void dot_row(const uint8_t* first, const uint8_t* second, const int8_t
 template <class F, int PART>
 DC_INLINE void dot_rows(const uint8_t* first, const uint8_t* second, const int8_t* x, const int32_t* minus, __m512i (&sum)[PAIR][SET_ROWS]) {
     constexpr int CHUNKS = 8 / F::PARTS;
-    for (int r = 0; r < SET_ROWS; r++) sum[0][r] = sum[1][r] = begin_with<F>(minus[r]);
+    for (int r = 0; r < SET_ROWS; r++) sum[0][r] = sum[1][r] = UnsignedDot::begin<F::OFFSET_SHIFT>(minus[r]).v;
 #pragma GCC unroll 8
     for (int c = CHUNKS * PART; c < CHUNKS * (PART + 1); c++) {
         const __m512i low = _mm512_load_si512(first + 64 * c), high = _mm512_load_si512(second + 64 * c);
@@ -71,16 +63,6 @@ DC_INLINE void add_part(const uint8_t* const (&group)[PAIR], int i, const int8_t
     }
 }
 
-// A block's minimums, after its sums.
-template <class F>
-DC_INLINE void add_minimums(const uint8_t* const (&group)[PAIR], int i, const PanelSet* set, Lanes (&total)[PAIR][SET_ROWS]) {
-    for (int p = 0; p < F::MINIMUMS; p++)
-        for (int t = 0; t < PAIR; t++) {
-            const Lanes m = minimum_of<F>(group[t], i, p);
-            for (int r = 0; r < SET_ROWS; r++) add_product(total[t][r], m, all(set->half_product[p][r]));
-        }
-}
-
 // What add_part adds, of row r's fine plane, onto that row's totals.
 template <class F, int PART, int R>
 DC_INLINE void add_fine_part(const uint8_t* const (&group)[PAIR], int i, const int8_t* fine, const PanelSet* set, Lanes (&total)[PAIR][SET_ROWS]) {
@@ -96,21 +78,24 @@ DC_INLINE void add_fine_part(const uint8_t* const (&group)[PAIR], int i, const i
 struct Fetching {
     const uint8_t* from[PAIR];
     int64_t bytes;
+
+    __attribute__((always_inline)) void next() {
+        for (const uint8_t*& at : from) fetch_again(at, bytes), at += bytes;
+    }
 };
 
 // Rows row .. row + 3 of the panel, a set, onto y [2][4][16], the sums so far.
 template <class F>
 __attribute__((noinline)) void pair_rows(const uint8_t* first, const uint8_t* second, int64_t blocks, Fetching& fetching, const PanelBlock* panel, int row,
                                          float* y, float* other_y) {
-    static_assert(F::FINE_APART && F::NEXT == 4 && F::SECOND == 16, "bytes");
+    static_assert(F::FINE_APART && !F::HAS_MINIMUM && F::NEXT == 4 && F::SECOND == 16, "bytes");
     Lanes total[PAIR][SET_ROWS];
     for (int r = 0; r < SET_ROWS; r++) total[0][r] = load(y + 16 * r), total[1][r] = load(other_y + 16 * r);
     const int8_t* x = panel->x[row];
     const PanelSet* set = panel->sets + row / SET_ROWS;
-    const uint8_t *fetched = fetching.from[0], *also = fetching.from[1];
-    const int64_t bytes = fetching.bytes;
-    for (int64_t b = 0; b < blocks; b++, x = next_block(x), set = next_block(set), fetched += bytes, also += bytes) {
-        fetch_again(fetched, bytes), fetch_again(also, bytes);
+    Fetching own = fetching;
+    for (int64_t b = 0; b < blocks; b++, x = next_block(x), set = next_block(set)) {
+        own.next();
         const int i = int(b % F::BLOCKS);
         const int64_t from = b / F::BLOCKS * group_of_blocks_bytes<F>();
         const uint8_t* const group[PAIR] = {first + from, second + from};
@@ -128,9 +113,8 @@ __attribute__((noinline)) void pair_rows(const uint8_t* first, const uint8_t* se
             };
             row(std::integral_constant<int, 0>()), row(std::integral_constant<int, 1>()), row(std::integral_constant<int, 2>()), row(std::integral_constant<int, 3>());
         }
-        if constexpr (F::HAS_MINIMUM) add_minimums<F>(group, i, set, total);
     }
-    fetching.from[0] = fetched, fetching.from[1] = also;
+    fetching = own;
     for (int r = 0; r < SET_ROWS; r++) store(y + 16 * r, total[0][r]), store(other_y + 16 * r, total[1][r]);
 }
 

@@ -82,13 +82,16 @@ bool makes_codes_first(const Tiles& tiles) {
     return std::any_of(tiles.places, tiles.places + tile_count(tiles.rows), [&](const TilePlace& place) { return makes(place.type); });
 }
 
-size_t prepared_bytes(Weight type, int64_t columns, int64_t rows) {
-    return size_t(panel_count(rows) * panel_bytes(type, columns));
+int panels_of(Weight type) {
+    if (is_float(type)) return FLOAT_PANELS;
+    return with_format(type, [](auto format) { return decltype(format)::WHOLE_SCALES ? STEP_PANELS : BLOCK_PANELS; });
 }
 
-void prepare(Weight type, const float* x, int64_t stride, int64_t columns, int64_t row_begin, int64_t row_end, bool norm,
-             const float* norm_weight, float epsilon, bool fine, void* prepared) {
-    narrow_kernels().prepare({type, x, stride, columns, norm, norm_weight, epsilon, fine, static_cast<uint8_t*>(prepared)}, row_begin, row_end);
+size_t prepared_bytes(const Tiles& tiles, int64_t rows) { return size_t(panel_count(rows) * panel_bytes(tiles.panels, tiles.columns)); }
+
+void prepare(const Tiles& tiles, const float* x, int64_t stride, int64_t row_begin, int64_t row_end, bool norm, const float* norm_weight,
+             float epsilon, bool fine, void* prepared) {
+    narrow_kernels().prepare({tiles.panels, x, stride, tiles.columns, norm, norm_weight, epsilon, fine, static_cast<uint8_t*>(prepared)}, row_begin, row_end);
 }
 
 void multiply(const Product& product, int64_t tile_begin, int64_t tile_end, int64_t group_begin, int64_t group_end) {

@@ -20,8 +20,8 @@
 //     mxfp4          4   u8 [4][16] exponents                                               4, of a table      0.53125  0.53125
 //     u4_g32         4   d f16 [4][16]; u8 [4][16] zero points                              4                  0.594    0.594
 //     u4_g128        4   d f16 [16]; u8 [16] zero points, 16 B unused                       4                  0.531    0.523
-//     q2_k           8   d, dmin f16 [16]; u8 [16][16] nibbles: scale, minimum of 16 columns  2                0.328    0.328
-//     q3_k           8   d f16 [16], 32 B unused; i8 [16][16], one for 16 columns           3                  0.453    0.430
+//     q2_k           8   d, dmin f16 [16]; u8 [8][16][2] nibbles: scale, minimum of 16 columns  2              0.328    0.328
+//     q3_k           8   d f16 [16], 32 B unused; i8 [8][16][2], one for 16 columns         3                  0.453    0.430
 //     iq3_s, iq3_xxs 8   d f16 [16]; u8 [4][16] nibbles, one for 32 columns                 see grids.h        0.430, 0.398   0.430, 0.383
 //     iq2_s, iq2_xs  8   d f16 [16]; u8 [8][16] nibbles, one for 16 columns                 see grids.h        0.320, 0.305   0.320, 0.289
 //     iq2_xxs        8   as iq3_xxs                                                         see grids.h        0.273    0.258
@@ -34,14 +34,20 @@
 //
 // For q types a block of 32 values of x is dx * x8 with x8 int8 and dx = max |x| / 127. Where dx is more than FINE_ABOVE times the
 // mean over the row's blocks, it is dx * (x8 + fine / 256), about 16 bits. A model's outlier channels lie in these blocks, a
-// seventh of all; they make most of the error: KL against float32 products 3.5e-3 without fine planes, 6e-4 with them. A panel of
-// x is the same for every q type. `fine` (--arithmetic fine): all blocks have 16 bits, and the KL is 5e-7.
+// seventh of all; they make most of the error: KL against float32 products 3.5e-3 without fine planes, 6e-4 with them. `fine`
+// (--arithmetic fine): all blocks have 16 bits, and the KL is 5e-7.
+//
+// For Q2_K and Q3_K, whose scales are whole numbers times one of 256 columns, so is x (StepGroup): 256 values of a row are whole numbers
+// times a step, of one byte or, in a block with outliers as above, two. So these columns have one sum, of integers, and one multiplication
+// and conversion in place of eight. The step is that of the largest block without outliers. A matrix of both kinds has x in both ways.
+// Rounding x alone, on the default model: KL 1.4e-4 in blocks, 4.9e-4 in steps; 6.7e-3 with a scale for 256 columns and one byte, as
+// llama.cpp has it (bench/rounding_of_x.py).
 //
 // numerics  q8_0, q4_0, q4_1, u4_*: y = fma(d * dx, float(int32 sum), y) block after block, or fma(d / 256 * dx, float(256 * int32 sum +
 //           the fine one), y). The others (whose scales are products): y = fma(s * dx, float(int32 sum), y) for each scale s of the
 //           block, and then, with a fine plane, y = fma(s / 256 * dx, float(int32 sum of the fine one), y) for each.
-//           Q2_K's and Q3_K's two scales are integers times d: their sums become one, exactly, and y = fma(d * dx, float(that), y).
-//           Then, with minimums, y = fma(m, dx * (sum of x8 + sum of fine / 256), y), for each 16 columns where these have one. Float types: y = fma(w, x, y), k after k. One
+//           Then, with minimums, y = fma(m, dx * (sum of x8 + sum of fine / 256), y). Q2_K and Q3_K: y = fma(d * step, float(int32 sum of 256
+//           columns), y), and then Q2_K's minimums, y = fma(-dmin * step, float(int32 sum), y). Float types: y = fma(w, x, y), k after k. One
 //           accumulator for an output, starting at 0; then + bias, activation, + residual, each rounded. So a row's bits depend
 //           on nothing but the row: not on T, ranges, threads, instruction set.
 //           A block of x with |x| < 1e-24 counts as zero; one that holds a NaN, or more than 1e35, makes its row's outputs NaN:
@@ -90,6 +96,9 @@ constexpr int PANEL_ROWS = 16;          // rows of x that lie side by side: two 
 
 static constexpr bool is_float(Weight type) { return type <= Weight::bf16; }
 
+// How x is made ready for a type's tiles: blocks of 32 columns with a scale each, groups of 256 in steps, or floats.
+enum Panels : int { BLOCK_PANELS = 1, STEP_PANELS = 2, FLOAT_PANELS = 4 };
+
 struct TilePlace {
     Weight type;
     uint8_t* memory;                    // tile_bytes(type, columns), aligned to 64
@@ -99,11 +108,13 @@ struct Tiles {
     Weight type;                        // of all tiles; where places is set, some q type
     int64_t rows, columns;              // N, K
     uint8_t* memory;                    // one tile after another
+    int panels;                         // those of its tiles' types, or-ed
     const TilePlace* places = nullptr;  // [tile_count(rows)] where tiles differ in type (all q types)
 };
 
 const char* name_of(Weight type);
 int64_t tile_count(int64_t rows);
+int panels_of(Weight type);
 int64_t file_columns(Weight type);                      // of a block in GGUF's layout; 1 for float types
 int64_t tile_bytes(Weight type, int64_t columns);
 int64_t row_bytes(Weight type, int64_t columns);        // of a row in GGUF's layout, or of float values
@@ -116,13 +127,13 @@ static inline TilePlace tile_of(const Tiles& tiles, int64_t tile, int64_t bytes)
 
 // ---- x made ready: panels of 16 rows, the rows of a panel side by side
 
-size_t prepared_bytes(Weight type, int64_t columns, int64_t rows);
+size_t prepared_bytes(const Tiles& tiles, int64_t rows);
 
 // Rows [row_begin, row_end) of x, `stride` floats apart; any sub-range at a time, by any thread. norm: x / rms(x) (* norm_weight
 // [columns] unless null), the bits of rms_norm. `prepared` is aligned to 64 and holds prepared_bytes for all the rows. fine: 16 bits
 // for every block of x.
-void prepare(Weight type, const float* x, int64_t stride, int64_t columns, int64_t row_begin, int64_t row_end, bool norm,
-             const float* norm_weight, float epsilon, bool fine, void* prepared);
+void prepare(const Tiles& tiles, const float* x, int64_t stride, int64_t row_begin, int64_t row_end, bool norm, const float* norm_weight,
+             float epsilon, bool fine, void* prepared);
 
 // ---- the product
 
@@ -195,7 +206,7 @@ void quantize_block(Weight type, const float* x, uint8_t* block);
 // ---- per instruction set (DC_ISA avx512 needs VNNI as well; without it avx2 runs)
 
 struct Preparation {
-    Weight type;
+    int panels;
     const float* x;
     int64_t stride, columns;
     bool norm;
@@ -227,11 +238,11 @@ namespace amx { extern const WideMultiply wide_multiply; }      // null where th
 namespace emulated_vnni { extern const WideMultiply wide_multiply; }
 namespace emulated_portable { extern const WideMultiply wide_multiply; }
 
-// A panel of 16 rows: for q types [K / 32] of these; for float types of each group f32 [K / 16, rounded up][8][16].
+// A panel of 16 rows: for q types [K / 32] PanelBlock or [K / 256] StepGroup, or the first and then the other; for float types of each
+// group f32 [K / 16, rounded up][8][16].
 // One thread makes x of a decode step ready, and every cache line that others read moves to their caches and back: of up to 4 rows
 // 3 lines a block, and 3 more where a row of its set has a fine plane. A row writes bytes of its own only. x and fine are as AMX's
-// tiles load them. 29 lines: with an odd number, what few
-// rows read is spread over all sets of a cache.
+// tiles load them. 29 lines, and 149: with an odd number, what few rows read is spread over all sets of a cache.
 constexpr int SET_ROWS = 4;                             // rows that take a fine plane together: of 8 more often one has it; 2 gain nothing
 
 struct alignas(64) PanelSet {
@@ -240,7 +251,6 @@ struct alignas(64) PanelSet {
     int32_t minus[SET_ROWS];                            // minus the sum of x8
     uint8_t has_fine[SET_ROWS];                         // 1 or 0
     alignas(64) int32_t half_minus[2][SET_ROWS];        // minus the sum of x8 of the first 16 columns, of the others
-    float half_product[2][SET_ROWS];                    // the sum of x of these
     alignas(64) int32_t fine_minus[3][SET_ROWS];        // minus the sum of fine: of all 32, of the first 16, of the others
 };
 
@@ -252,13 +262,39 @@ struct alignas(64) PanelBlock {
 };
 static_assert(sizeof(PanelBlock) == 29 * 64, "PanelBlock");
 
+constexpr int STEP_COLUMNS = 256;       // that share a step
+constexpr int STEP_BLOCKS = STEP_COLUMNS / BLOCK;
+
+struct alignas(64) StepSet {            // x = step * (low + 256 * high), exactly this integer
+    float step[SET_ROWS];
+    int32_t minus[SET_ROWS];            // minus the sum of the 256 integers
+    uint8_t has_high[SET_ROWS];         // bit i: block i
+    alignas(64) int16_t low_sums[SET_ROWS][STEP_BLOCKS][2], high_sums[SET_ROWS][STEP_BLOCKS][2];        // of 16 columns each
+};
+
+struct alignas(64) StepGroup {
+    int8_t low[PANEL_ROWS][STEP_COLUMNS];
+    StepSet sets[PANEL_ROWS / SET_ROWS];
+    int8_t high[PANEL_ROWS][STEP_COLUMNS];              // 0 without has_high; both at most +-127
+    uint8_t unused[64];
+};
+static_assert(sizeof(StepGroup) == 149 * 64, "StepGroup");
+
 // Simulated on 510 positions: KL, and the share of the blocks that one row of 8 wants fine. 1.3: 4.5e-4, 45 %; 1.5: 5.3e-4, 36 %;
 // 2: 8.0e-4, 22 %. So many of the largest for each row are worse: 2 of 18, 7.9e-4, 32 %; 4 of 18, 4.4e-4, 57 %.
 constexpr float FINE_ABOVE = 1.5f;
 
-static inline int64_t panel_bytes(Weight type, int64_t columns) {
+static inline int64_t block_panel_bytes(int64_t columns) { return columns / BLOCK * int64_t(sizeof(PanelBlock)); }
+
+static inline int64_t panel_bytes(int panels, int64_t columns) {
     constexpr int64_t GROUPS = PANEL_ROWS / GROUP_ROWS;
-    return is_float(type) ? GROUPS * ((columns + 15) / 16) * GROUP_ROWS * 16 * int64_t(sizeof(float)) : columns / BLOCK * int64_t(sizeof(PanelBlock));
+    if (panels & FLOAT_PANELS) return GROUPS * ((columns + 15) / 16) * GROUP_ROWS * 16 * int64_t(sizeof(float));
+    return (panels & BLOCK_PANELS ? block_panel_bytes(columns) : 0) + (panels & STEP_PANELS ? columns / STEP_COLUMNS * int64_t(sizeof(StepGroup)) : 0);
+}
+
+// Of a panel, its steps.
+static inline const StepGroup* steps_of(const uint8_t* panel, int panels, int64_t columns) {
+    return reinterpret_cast<const StepGroup*>(panel + (panels & BLOCK_PANELS ? block_panel_bytes(columns) : 0));
 }
 
 // ---- memory

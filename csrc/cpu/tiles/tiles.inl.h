@@ -1,5 +1,5 @@
-// op       prepare, multiply: out (T, N) = residual + activation(norm(x) (T, K) W^T + bias), W in tiles (cpu/tiles/tiles.h)
-// shapes   x f32 -> panels of 16 rows (int8 per 32 + scale, or f32); W (N, K) of any type in formats.h, or floats; out f32
+// op       multiply: out (T, N) = residual + activation(norm(x) (T, K) W^T + bias), W in tiles (cpu/tiles/tiles.h)
+// shapes   x in panels of 16 rows (panels.inl.h); W (N, K) of any type in formats.h, or floats; out f32
 // mapping  16 lanes = the 16 rows of a tile; a kernel holds the sums of one tile (float types: two) and up to 8 rows of x in
 //          registers, so a tile is unpacked once for 8 rows. The first group to meet a tile streams it from memory, prefetching;
 //          then it stays in the L1 cache while as many groups pass by as a quarter of the L2 cache holds
@@ -16,102 +16,14 @@
 #include "cpu/tiles/folded.inl.h"
 #include "cpu/tiles/formats.h"
 #include "cpu/tiles/looked_up_row.inl.h"
+#include "cpu/tiles/panels.inl.h"
+#include "cpu/tiles/steps.inl.h"
 #include "cpu/tiles/tile_pairs.inl.h"
 #include "cpu/tiles/tiles.h"
 
 namespace dc {
 namespace DC_ISA {
 namespace {
-
-// Rows of x that fit in the registers with one q tile, and with two float tiles.
-#if defined(__AVX512F__)
-constexpr int Q_ROWS = 8, FLOAT_ROWS = 8;
-#elif defined(DC_PAIRS)
-constexpr int Q_ROWS = 8, FLOAT_ROWS = 3;           // q: of half a tile
-#elif defined(__AVX2__) || defined(DC_NEON)
-constexpr int Q_ROWS = 4, FLOAT_ROWS = 3;
-#else
-constexpr int Q_ROWS = 2, FLOAT_ROWS = 4;           // q: with 4 the compiler takes more than a minute
-#endif
-
-// Of so many rows of x, at most Q_ROWS, those of the next q kernel.
-#if defined(DC_PAIRS)
-constexpr int rows_at_once(int rows) { return rows < Q_ROWS && rows > SET_ROWS ? SET_ROWS : rows; }     // kernels of 5 to 7 would take the compiler long
-#else
-constexpr int rows_at_once(int rows) { return rows; }
-#endif
-
-// ---- prepare
-
-struct Row {
-    const Preparation& job;
-    const float* x;
-    Lanes scale;
-};
-
-DC_INLINE Lanes value_at(const Row& row, int64_t c) {       // 16 values from column c; beyond the last column 0
-    const int64_t count = row.job.columns - c;
-    const Lanes y = load_some(row.x + c, count);
-    if (!row.job.norm) return y;
-    return row.job.norm_weight ? y * row.scale * load_some(row.job.norm_weight + c, count) : y * row.scale;
-}
-
-DC_INLINE Lanes rms_scale(const float* x, int64_t columns, float epsilon) {     // with rms_norm's bits
-    Lanes squares = all(0.0f);
-    for (int64_t c = 0; c < columns; c += 16) {
-        const Lanes y = load_some(x + c, columns - c);
-        squares = fma(y, y, squares);
-    }
-    return all(1.0f / __builtin_sqrtf(sum(squares) / float(columns) + epsilon));
-}
-
-DC_INLINE void quantize_row(const Row& row, PanelBlock* panel, int panel_row) {
-    const int set = panel_row / SET_ROWS, r = panel_row % SET_ROWS;
-    const int64_t blocks = row.job.columns / BLOCK;
-    float scales = 0;
-    for (int64_t b = 0; b < blocks; b++) {
-        PanelSet& to = panel[b].sets[set];
-        const Quantized q = quantize_block(value_at(row, b * BLOCK), value_at(row, b * BLOCK + 16), panel[b].x[panel_row]);
-        to.scale[r] = q.scale;
-        to.product[r] = q.scale * float(q.sum.low + q.sum.high);
-        to.minus[r] = -(q.sum.low + q.sum.high);
-        to.has_fine[r] = 0;
-        to.half_minus[0][r] = -q.sum.low, to.half_minus[1][r] = -q.sum.high;
-        to.half_product[0][r] = q.scale * float(q.sum.low), to.half_product[1][r] = q.scale * float(q.sum.high);
-        for (int part = 0; part < 3; part++) to.fine_minus[part][r] = 0;
-        std::memset(panel[b].fine[panel_row], 0, BLOCK);
-        scales += q.scale;
-    }
-    const float limit = row.job.fine ? 0 : FINE_ABOVE * (scales / float(blocks));
-    for (int64_t b = 0; b < blocks; b++) {
-        PanelSet& to = panel[b].sets[set];
-        if (!(to.scale[r] > limit)) continue;
-        const HalfSums sum = quantize_rest(value_at(row, b * BLOCK), value_at(row, b * BLOCK + 16), panel[b].fine[panel_row]);
-        to.has_fine[r] = 1;
-        to.product[r] += to.scale[r] / 256 * float(sum.low + sum.high);
-        to.half_product[0][r] += to.scale[r] / 256 * float(sum.low), to.half_product[1][r] += to.scale[r] / 256 * float(sum.high);
-        to.fine_minus[0][r] = -(sum.low + sum.high), to.fine_minus[1][r] = -sum.low, to.fine_minus[2][r] = -sum.high;
-    }
-}
-
-// Where a group's part of a panel of floats begins.
-DC_INLINE int64_t float_group(int64_t columns, int64_t group) {
-    return group % (PANEL_ROWS / GROUP_ROWS) * ((columns + 15) / 16) * GROUP_ROWS * 16;
-}
-
-void copy_row(const Row& row, float* panel, int r) {
-    for (int64_t c = 0; c < row.job.columns; c += 16) store(panel + c * GROUP_ROWS + r * 16, value_at(row, c));
-}
-
-void prepare(const Preparation& job, int64_t row_begin, int64_t row_end) {
-    for (int64_t i = row_begin; i < row_end; i++) {
-        const float* x = job.x + i * job.stride;
-        const Row row{job, x, job.norm ? rms_scale(x, job.columns, job.epsilon) : all(1.0f)};
-        uint8_t* panel = job.prepared + i / PANEL_ROWS * panel_bytes(job.type, job.columns);
-        if (is_float(job.type)) copy_row(row, reinterpret_cast<float*>(panel) + float_group(job.columns, i / GROUP_ROWS), int(i % GROUP_ROWS));
-        else quantize_row(row, reinterpret_cast<PanelBlock*>(panel), int(i % PANEL_ROWS));
-    }
-}
 
 // ---- one q tile times R rows of a panel. Kernels are never inlined: in their caller GCC gives them half the registers.
 
@@ -149,10 +61,6 @@ DC_INLINE void sum_chunk(const uint8_t* quants, const Plane& plane, Sum* sum) {
 }
 
 #if defined(DC_PAIRS)
-
-// Two rows of x at a time, and half of the tile: the sums of 8 rows stay in registers. Of an odd number the last row is its own second.
-template <int R>
-constexpr int second_of(int r) { return r + 1 < R ? r + 1 : r; }
 
 // Columns 8 K .. 8 K + 7:
 template <class F, int R, int HALF, int K>
@@ -219,39 +127,23 @@ DC_INLINE bool any_fine(const uint8_t* has_fine) {
     return flags != 0;
 }
 
-// What a block's sums are multiplied by: `whole` is not read unless F::WHOLE_SCALES.
+// What a block's sums are multiplied by.
 template <class F>
-struct Scales {
-    Lanes of[F::WHOLE_SCALES ? 1 : F::PARTS];
-    Whole whole[F::WHOLE_SCALES ? F::PARTS : 1];
-};
+struct Scales { Lanes of[F::PARTS]; };
 
 template <class F>
 DC_INLINE Scales<F> scales_of(const uint8_t* group, int i) {
     Scales<F> d;
-    if constexpr (F::WHOLE_SCALES) {
-        d.of[0] = F::shared(group);
-        for (int p = 0; p < F::PARTS; p++) d.whole[p] = F::factor(group, i, p);
-    } else {
-        for (int p = 0; p < F::PARTS; p++) d.of[p] = F::scale(group, i, p);
-    }
+    for (int p = 0; p < F::PARTS; p++) d.of[p] = F::scale(group, i, p);
     return d;
 }
-
-// The sums of x that a block's minimum p is multiplied by.
-template <class F>
-DC_INLINE const float* products_of(const PanelSet& set, int p) { return F::MINIMUMS == 1 ? set.product : set.half_product[p]; }
 
 // A plane's sums of R rows, whose x is scaled by x_scales, onto their totals; `apart` lies between two parts of them.
 template <class F, int R, bool FINE>
 DC_INLINE void add_sums(const Scales<F>& d, const float* x_scales, const Whole* whole, int apart, Lanes* total) {
-    for (int p = 0; p < (F::WHOLE_SCALES ? 1 : F::PARTS); p++) {
+    for (int p = 0; p < F::PARTS; p++) {
         const Lanes own = FINE ? d.of[p] * all(1.0f / 256) : d.of[p];
-        for (int r = 0; r < R; r++) {
-            if constexpr (F::WHOLE_SCALES)
-                add_product(total[r], own * all(x_scales[r]), to_floats(sum_of_products(whole[r], d.whole[0], whole[apart + r], d.whole[1])));
-            else add_product(total[r], own * all(x_scales[r]), to_floats(whole[p * apart + r]));
-        }
+        for (int r = 0; r < R; r++) add_product(total[r], own * all(x_scales[r]), to_floats(whole[p * apart + r]));
     }
 }
 
@@ -299,11 +191,9 @@ __attribute__((noinline)) void q_rows(const uint8_t* tile, int64_t blocks, int64
         add_block<F, FIRST>(quants, x, set, first, d, whole, R, total);
         if constexpr (OTHERS) add_block<F, OTHERS>(quants, x + FIRST * BLOCK, set + 1, 0, d, whole + FIRST, R, total + FIRST);
         if (!F::HAS_MINIMUM) continue;
-        for (int p = 0; p < F::MINIMUMS; p++) {
-            const Lanes m = minimum_of<F>(group, int(i), p);
-            for (int r = 0; r < FIRST; r++) add_product(total[r], m, all(products_of<F>(*set, p)[first + r]));
-            for (int r = FIRST; r < R; r++) add_product(total[r], m, all(products_of<F>(set[1], p)[r - FIRST]));
-        }
+        const Lanes m = minimum_of<F>(group, int(i), 0);
+        for (int r = 0; r < FIRST; r++) add_product(total[r], m, all(set->product[first + r]));
+        for (int r = FIRST; r < R; r++) add_product(total[r], m, all(set[1].product[r - FIRST]));
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) store(y + 16 * r, total[r]);
@@ -369,10 +259,22 @@ QKernel pick_q(int rows, std::integer_sequence<int, ROWS...>) {
 template <class F>
 QKernel q_kernel(int rows) { return pick_q<F>(rows, std::make_integer_sequence<int, Q_ROWS>()); }
 
-QKernel q_kernel(Weight type, int rows) {
-    return with_format(type, [&](auto format) -> QKernel {
-        if constexpr (decltype(format)::EXPANDS) return q_kernel<Expanded<decltype(format)>>(rows);
-        else return q_kernel<decltype(format)>(rows);
+using StepKernel = void (*)(const uint8_t*, int64_t, int64_t, const StepGroup*, int, float*);
+
+template <class F, int... ROWS>
+StepKernel pick_step(int rows, std::integer_sequence<int, ROWS...>) {
+    static constexpr StepKernel kernels[] = {&step_rows<F, rows_at_once(ROWS + 1)>...};
+    return kernels[rows - 1];
+}
+
+// A tile times n rows of a panel, from its row `row` on.
+void multiply_tile(const Tiles& w, const TilePlace& tile, int64_t ahead, const uint8_t* panel, int row, int n, float* y) {
+    with_format(tile.type, [&](auto format) {
+        using F = decltype(format);
+        if constexpr (F::WHOLE_SCALES)
+            pick_step<F>(n, std::make_integer_sequence<int, Q_ROWS>())(tile.memory, w.columns / STEP_COLUMNS, ahead, steps_of(panel, w.panels, w.columns), row, y);
+        else if constexpr (!F::EXPANDS)             // these go by multiply_expanded
+            q_kernel<F>(n)(tile.memory, w.columns / BLOCK, ahead, reinterpret_cast<const PanelBlock*>(panel), row, y);
     });
 }
 
@@ -408,11 +310,8 @@ void multiply_blocks(const Meeting& m, Sums& out) {
     const int first = int(m.group % (PANEL_ROWS / GROUP_ROWS)) * GROUP_ROWS;
     for (int row = 0, n; row < m.rows; row += n) {
         n = rows_at_once(int(least(Q_ROWS, m.rows - row)));
-        for (int t = 0; t < m.tiles; t++) {
-            const TilePlace place = tile_of(m.w, m.tile + t, m.tile_bytes);
-            q_kernel(place.type, n)(place.memory, m.w.columns / BLOCK, row ? 0 : m.ahead, reinterpret_cast<const PanelBlock*>(m.panel), first + row,
-                                    out.y[t][row]);
-        }
+        for (int t = 0; t < m.tiles; t++)
+            multiply_tile(m.w, tile_of(m.w, m.tile + t, m.tile_bytes), row ? 0 : m.ahead, m.panel, first + row, n, out.y[t][row]);
     }
 }
 
@@ -426,8 +325,9 @@ struct Gathering {
     int64_t first, end;
 
     const uint8_t* panel(int64_t group) const {
-        return static_cast<const uint8_t*>(job.prepared) + group / (PANEL_ROWS / GROUP_ROWS) * panel_bytes(job.tiles.type, job.tiles.columns);
+        return static_cast<const uint8_t*>(job.prepared) + group / (PANEL_ROWS / GROUP_ROWS) * panel_bytes(job.tiles.panels, job.tiles.columns);
     }
+    const StepGroup* steps(int64_t group) const { return steps_of(panel(group), job.tiles.panels, job.tiles.columns); }
     int rows(int64_t group) const { return int(least(GROUP_ROWS, job.rows - group * GROUP_ROWS)); }
     int64_t count() const { return (end - first - 1) * GROUP_ROWS + rows(end - 1); }
 };
@@ -489,9 +389,13 @@ void multiply_expanded_pair(const Gathering& g, const uint8_t* first, const uint
         for (int64_t group = g.first; group < g.end; group++) {
             const int place = int(group % (PANEL_ROWS / GROUP_ROWS)) * GROUP_ROWS;
             Sums& own = sums[group - g.first];
-            for (int row = 0; row < g.rows(group); row += SET_ROWS)
-                pair_rows<E>(expanded[0], expanded[1], count * F::BLOCKS, fetching, reinterpret_cast<const PanelBlock*>(g.panel(group)) + b,
-                             place + row, own.y[0][row], own.y[1][row]);
+            for (int row = 0; row < g.rows(group); row += SET_ROWS) {
+                if constexpr (F::WHOLE_SCALES)
+                    pair_steps<E>(expanded[0], expanded[1], count, fetching, g.steps(group) + b / STEP_BLOCKS, place + row, own.y[0][row], own.y[1][row]);
+                else
+                    pair_rows<E>(expanded[0], expanded[1], count * F::BLOCKS, fetching, reinterpret_cast<const PanelBlock*>(g.panel(group)) + b,
+                                 place + row, own.y[0][row], own.y[1][row]);
+            }
         }
     }
 }
@@ -595,7 +499,7 @@ void multiply(const Product& job, int64_t tile_begin, int64_t tile_end, int64_t 
     const Tiles& w = job.tiles;
     const bool gated = is_gate(job.activation);
     constexpr int64_t GROUPS = PANEL_ROWS / GROUP_ROWS;
-    const int64_t bytes = tile_bytes(w.type, w.columns), whole = panel_bytes(w.type, w.columns);
+    const int64_t bytes = tile_bytes(w.type, w.columns), whole = panel_bytes(w.panels, w.columns);
     const bool gathers = any_expands(w, tile_begin, tile_end, least(group_end * GROUP_ROWS, job.rows) - group_begin * GROUP_ROWS);
     const int64_t fit = GROUPS_BYTES * GROUPS / whole;
     const int64_t at_once = gathers ? EXPANDED_GROUPS : fit > 1 ? fit : 1;

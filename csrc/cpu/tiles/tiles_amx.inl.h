@@ -276,9 +276,12 @@ struct Panels {
 struct WideMeeting {
     const Product& job;
     int64_t tile, tiles, tile_bytes;
-    const PanelBlock* x;
     int64_t blocks, first, end, rows_end;
 };
+
+const PanelBlock* blocks_of(const Product& job, int64_t panel) {
+    return reinterpret_cast<const PanelBlock*>(static_cast<const uint8_t*>(job.prepared) + panel * panel_bytes(job.tiles.panels, job.tiles.columns));
+}
 
 void multiply_panels(const WideMeeting& m, const Panels& panels, void (*finish)(const Product&, int64_t, int, int64_t, int, const Sums&)) {
     for (int64_t panel = m.first; panel < m.end; panel++) {
@@ -286,7 +289,7 @@ void multiply_panels(const WideMeeting& m, const Panels& panels, void (*finish)(
         Sums sums[PANEL_ROWS / GROUP_ROWS];
         for (int64_t t = 0; t < m.tiles; t++) {
             const TilePlace place = tile_of(m.job.tiles, m.tile + t, m.tile_bytes);
-            wide_kernel(place.type)(place.memory, i ? 0 : AHEAD, m.x + panel * m.blocks, panels.units + i * units_bound(m.blocks), panels.counts[i],
+            wide_kernel(place.type)(place.memory, i ? 0 : AHEAD, blocks_of(m.job, panel), panels.units + i * units_bound(m.blocks), panels.counts[i],
                                     int(t), sums);
         }
         for (int64_t r = 0; m.job.adapted.adapters && r < rows; r += GROUP_ROWS)
@@ -333,17 +336,16 @@ void multiply_wide(const Product& job, int64_t tile_begin, int64_t tile_end, int
     for (int t = 0; t < 8; t++) config.rows[t] = t == 2 || t == 3 ? 8 : 16, config.bytes[t] = t < 2 ? BLOCK : 64;      // A, A, B, B, C ...
     tile_configure(config);
     const int64_t fit = Panels::MOST / blocks, at_once = fit > 1 ? fit : 1, all_panels = panel_count(rows_end);
-    const PanelBlock* const x = static_cast<const PanelBlock*>(job.prepared);
     Panels panels;
     for (int64_t first = first_group / GROUPS; first < all_panels; first += at_once) {
         const int64_t end = least(first + at_once, all_panels), group = least(end * GROUPS, group_end), last = rows_end - (end - 1) * PANEL_ROWS;
         if (blocks <= MOST_BLOCKS)
             for (int64_t p = first; p < end; p++)
-                panels.counts[p - first] = list_units(x + p * blocks, blocks, rows_end - p * PANEL_ROWS, panels.units + (p - first) * units_bound(blocks));
+                panels.counts[p - first] = list_units(blocks_of(job, p), blocks, rows_end - p * PANEL_ROWS, panels.units + (p - first) * units_bound(blocks));
         for (int64_t tile = tile_begin; tile < tile_end; tile += step) {
             const int64_t tiles = least(step, tile_end - tile), wanted = rows_wanted(w, tile, tiles, least_rows);
             const int64_t wide_end = rows < wanted ? first : last < least(wanted, PANEL_ROWS) ? end - 1 : end;
-            multiply_panels({job, tile, tiles, bytes, x, blocks, first, wide_end, rows_end}, panels, gated ? finish_gated_row : finish_row);
+            multiply_panels({job, tile, tiles, bytes, blocks, first, wide_end, rows_end}, panels, gated ? finish_gated_row : finish_row);
             if (wide_end < end) narrow.multiply(job, tile, tile + tiles, wide_end * GROUPS, group);
         }
     }
