@@ -194,6 +194,7 @@ def test_what_is_cut_off_has_a_shadow_and_what_can_be_pressed_an_edge(page, stan
     show_chat(page, 1)
     shaded = """selector => { const style = getComputedStyle(document.querySelector(selector)); return [style.backgroundAttachment, style.backgroundImage]; }"""
     for selector in (".code pre", ".table", ".markdown math", "#settings-dialog .fields", "#server-dialog .fields", "#chats", "#template"):
+        page.locator(selector).first.wait_for(state="attached")         # what a message holds comes with the next frames
         attachment, image = page.evaluate(shaded, selector)
         assert attachment == "local, local, scroll, scroll" and image.count("linear-gradient") == 4, selector
     button(page, "Settings").click()
