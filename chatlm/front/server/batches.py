@@ -172,8 +172,9 @@ class BatchWorker:
 
     async def _sweep(self):
         """Delete what has expired, in small pieces, and give its bytes back."""
-        now, uploads = now_s(), [*self.files.uploads]
-        await self._stored(lambda connection: batches.forget(connection, now, self.files.keep_s, uploads))
+        now = now_s()
+        await self._stored(lambda connection: batches.forget(
+            connection, now, self.files.keep_s, self.files.held()))
         await self._stored(partial(responses.forget, now=now))
         while await self._stored(files.purge):
             pass

@@ -14,6 +14,8 @@ import pytest
 
 from chatlm.common.config import Settings
 from chatlm.common.errors import ConfigError, Overloaded
+from chatlm.front.server.files import FileRoutes, Upload
+from chatlm.front.store import batches, files
 from chatlm.front.store import store as stores
 from chatlm.front.store.schema import STEPS
 from chatlm.front.store.store import Store, open_store
@@ -275,3 +277,24 @@ async def test_without_a_path_it_is_among_the_user_s_state(tmp_path, monkeypatch
     store = await open_store(settings)
     assert store.path == tmp_path / "chat_server/store.db" and store.path.exists()
     await store.close()
+
+
+def test_an_upload_that_is_only_beginning_is_not_taken_for_one_that_ended(tmp_path):
+    async def run():
+        store, states = opened(tmp_path / "a.db"), []
+        routes = FileRoutes(store, None, None, 1, lambda: None)
+        upload = Upload(store, None, "a client", "", [])
+
+        async def forget():
+            def work(connection):
+                batches.forget(connection, 0, 1, routes.held())
+                states.append([state for (state,) in connection.execute("SELECT state FROM files")])
+            await store.run(work)
+        # the file is made before the other work begins, and its maker has not been told yet
+        await asyncio.gather(routes._begin(upload), forget())
+        await forget()
+        del routes.uploads[upload.id]
+        await forget()
+        await store.close()
+        return states
+    assert asyncio.run(run()) == [[files.WRITTEN], [files.WRITTEN], [files.DELETED]]
