@@ -47,13 +47,12 @@ class FileRoutes:
                  removed: Callable[[], None]):
         self.store, self.bodies, self.owners, self.removed = store, bodies, owners, removed
         self.keep_s = keep_days * DAY_S
-        self.uploads: dict[int, str] = {}     # id of each file that arrives -> its client
+        self.uploads = set[Upload]()          # that arrive
         self.arriving: Counter[str] = Counter()
-        self.beginning = 0                    # of those that arrive: may have a file, and have no id here yet
 
-    def held(self) -> list[int] | None:
-        """The files that arrive, for what deletes others that are not complete; None: not known now."""
-        return None if self.beginning else [*self.uploads]
+    def held(self) -> list[int]:
+        """The files that arrive. In the store's thread: between its pieces of work it knows each."""
+        return [upload.id for upload in [*self.uploads]]
 
     @property
     def owner(self) -> str:
@@ -67,21 +66,16 @@ class FileRoutes:
                                status=415, code="unsupported_type")
         with self._arrival(client):
             upload = Upload(store, self.bodies, client, self.owner, REQUEST_LOG.get().bound)
+            self.uploads.add(upload)
             try:
-                await self._begin(upload)
+                await upload.begin()
                 fields = await upload.receive(http)
                 file = await store.run(partial(upload.complete, fields, self.keep_s))
             finally:
-                if self.uploads.pop(upload.id, None) is not None:
+                self.uploads.remove(upload)
+                if upload.id:
                     self.removed()  # it removes what is not complete
         return json_response(file.body)
-
-    async def _begin(self, upload: Upload):
-        self.beginning += 1
-        try:
-            self.uploads[await upload.begin()] = upload.client
-        finally:
-            self.beginning -= 1
 
     @contextmanager
     def _arrival(self, client: str):
@@ -159,15 +153,14 @@ class Upload:
         self.custom_ids: set[bytes] = set()  # digests of those so far
         self.others: dict[str, bool] = {}    # of names of models: does another one than the default have it?
 
-    async def begin(self) -> int:
-        """The file's id. RequestError if its owner has no room left."""
-        def create(connection) -> int:
+    async def begin(self):
+        """Make its file. RequestError if its owner has no room left."""
+        def create(connection):
             if files.held_bytes(connection, self.owner) >= LIMITS.kept_bytes:
                 raise RequestError(f"your files have more than {LIMITS.kept_bytes:,} bytes together: delete "
                                    "some", status=403, code="storage_full")
-            return files.create(connection, self.owner, "", "batch", now_s()).id
-        self.id = await self.store.run(create)
-        return self.id
+            self.id = files.create(connection, self.owner, "", "batch", now_s()).id
+        await self.store.run(create)
 
     async def receive(self, http: web.Request) -> dict[str, str]:
         """Read the form; returns its small fields. RequestError if it is broken, too large or too slow."""

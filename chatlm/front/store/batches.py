@@ -195,15 +195,12 @@ def end(connection: sqlite3.Connection, batch: Batch, status: str, now: int):
                            (files.THERE if file.requests else files.DELETED, expires, file.id))
 
 
-def forget(connection: sqlite3.Connection, now: int, keep_s: int, uploads: Seq[int] | None):
-    """Delete what has expired, and uploads that ended early. uploads: files that are being uploaded;
-    None: any may be, so none is deleted now."""
+def forget(connection: sqlite3.Connection, now: int, keep_s: int, uploads: Seq[int]):
+    """Delete what has expired, and uploads that ended early. uploads: files that are being uploaded."""
     connection.execute("DELETE FROM batches WHERE ended < ?", (now - keep_s,))
     connection.execute(
         f"UPDATE files SET state = {files.DELETED} WHERE state = {files.THERE} AND expires < ? AND name NOT "
         "IN (SELECT input FROM batches WHERE status IN (?, ?, ?))", (now, *UNFINISHED))
-    if uploads is None:
-        return
     marks = ", ".join("?" * len(uploads))
     connection.execute(
         f"UPDATE files SET state = {files.DELETED} WHERE state = {files.WRITTEN} AND purpose = 'batch' "

@@ -291,9 +291,10 @@ def test_an_upload_that_is_only_beginning_is_not_taken_for_one_that_ended(tmp_pa
                 states.append([state for (state,) in connection.execute("SELECT state FROM files")])
             await store.run(work)
         # the file is made before the other work begins, and its maker has not been told yet
-        await asyncio.gather(routes._begin(upload), forget())
+        routes.uploads.add(upload)
+        await asyncio.gather(upload.begin(), forget())
         await forget()
-        del routes.uploads[upload.id]
+        routes.uploads.remove(upload)
         await forget()
         await store.close()
         return states
