@@ -278,7 +278,7 @@ DC_INLINE Whole low_nibbles_of_pairs(Whole pairs) {
 DC_INLINE Whole high_nibbles_of_pairs(Whole pairs) { return {_mm256_srli_epi16(pairs.lo, 4), _mm256_srli_epi16(pairs.hi, 4)}; }
 DC_INLINE void add_pairs(Whole& total, Whole pairs, const int16_t* x) {
     const __m256i shared = four(reinterpret_cast<const int8_t*>(x));
-    total = {_mm256_add_epi32(total.lo, _mm256_madd_epi16(pairs.lo, shared)), _mm256_add_epi32(total.hi, _mm256_madd_epi16(pairs.hi, shared))};
+    add_madd(total, pairs, {shared, shared});
 }
 DC_INLINE Whole less_four_times(Whole a, Whole b) {
     return {_mm256_sub_epi32(a.lo, _mm256_slli_epi32(b.lo, 2)), _mm256_sub_epi32(a.hi, _mm256_slli_epi32(b.hi, 2))};
@@ -664,12 +664,17 @@ DC_INLINE HalfSums store_low_bytes(Lanes a, Lanes b, int8_t* to) {
 
 constexpr float MAGIC = 12582912.0f;                // 1.5 * 2^23: adding it rounds, and leaves the integer in the low bits
 
-// to = nearest, ties to even, of x / scale with scale = amax / 127; the scale of what is too large is not a number.
+// to = nearest, ties to even, of x * inverse, within +-127.
+DC_INLINE HalfSums store_rounded(Lanes a, Lanes b, Lanes inverse, int8_t* to) {
+    const Lanes least = all(-127.0f), magic = all(MAGIC);
+    return store_low_bytes(maximum(a * inverse, least) + magic, maximum(b * inverse, least) + magic, to);
+}
+
+// to = x / scale with scale = amax / 127; the scale of what is too large is not a number.
 DC_INLINE Quantized quantize_block(Lanes a, Lanes b, int8_t* to) {
     const float amax = largest_magnitude(a, b);
     const bool zero = amax < 1e-24f;
-    const Lanes inverse = all(zero ? 0.0f : 127.0f / amax), least = all(-127.0f), magic = all(MAGIC);
-    const HalfSums sum = store_low_bytes(maximum(a * inverse, least) + magic, maximum(b * inverse, least) + magic, to);
+    const HalfSums sum = store_rounded(a, b, all(zero ? 0.0f : 127.0f / amax), to);
     return {zero ? 0.0f : amax <= 1e35f ? amax / 127.0f : __builtin_nanf(""), sum};
 }
 

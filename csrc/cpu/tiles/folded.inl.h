@@ -79,35 +79,11 @@ __attribute__((noinline)) void fold_group(const uint8_t* group, uint8_t* to, int
     }
 }
 
-DC_INLINE __m512i word_of(const void* p) {          // in all lanes
-    int32_t word;
-    std::memcpy(&word, p, sizeof word);
-    return _mm512_set1_epi32(word);
-}
-
-// A block's bytes of both tiles times those of the four rows.
-DC_INLINE void dot_steps(const uint8_t* first, const uint8_t* second, const int8_t* x, __m512i (&sum)[PAIR][SET_ROWS]) {
-#pragma GCC unroll 8
-    for (int c = 0; c < 8; c++) {
-        const __m512i low = _mm512_load_si512(first + 64 * c), high = _mm512_load_si512(second + 64 * c);
-#pragma GCC unroll 4
-        for (int r = 0; r < SET_ROWS; r++) {
-            const __m512i shared = word_of(x + STEP_COLUMNS * r + 4 * c);
-            sum[0][r] = _mm512_dpbusd_epi32(sum[0][r], low, shared), sum[1][r] = _mm512_dpbusd_epi32(sum[1][r], high, shared);
-        }
-    }
-}
-
 // What row R's high bytes add.
 template <class E, int R>
 DC_INLINE void add_high(const uint8_t* first, const uint8_t* second, const int8_t* high, __m512i (&sum)[PAIR][SET_ROWS]) {
     __m512i own[PAIR] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
-#pragma GCC unroll 8
-    for (int c = 0; c < 8; c++) {
-        const __m512i shared = word_of(high + STEP_COLUMNS * R + 4 * c);
-        own[0] = _mm512_dpbusd_epi32(own[0], _mm512_load_si512(first + 64 * c), shared);
-        own[1] = _mm512_dpbusd_epi32(own[1], _mm512_load_si512(second + 64 * c), shared);
-    }
+    dot_row<0, 8>(first, second, high + STEP_COLUMNS * R, own[0], own[1]);
     for (int t = 0; t < PAIR; t++) sum[t][R] = _mm512_add_epi32(sum[t][R], _mm512_slli_epi32(own[t], 8));
 }
 
@@ -120,22 +96,24 @@ DC_INLINE void add_sums_of_steps(const uint8_t* const (&group)[PAIR], int shared
     }
 }
 
-// Of a group of four rows, after its products: the minimums times the sums of x.
+// Of a group of four rows: the minimums times the sums of x's low or high bytes.
 template <class E>
-DC_INLINE void add_minimums_of_steps(const uint8_t* const (&group)[PAIR], const StepSet& set, bool high, PairTotals& total) {
-    __m512i sum[PAIR][SET_ROWS] = {}, upper[PAIR][SET_ROWS] = {};
+DC_INLINE void dot_minimums(const uint8_t* const (&group)[PAIR], const int16_t (&sums)[SET_ROWS][STEP_BLOCKS][2], __m512i (&sum)[PAIR][SET_ROWS]) {
 #pragma GCC unroll 2
     for (int i = 0; i < STEP_BLOCKS; i++)
         for (int t = 0; t < PAIR; t++) {
             const __m512i minimums = _mm512_load_si512(group[t] + E::MINIMUMS + 64 * i);
-            for (int r = 0; r < SET_ROWS; r++) sum[t][r] = _mm512_dpwssd_epi32(sum[t][r], minimums, word_of(set.low_sums[r][i]));
+            for (int r = 0; r < SET_ROWS; r++) sum[t][r] = _mm512_dpwssd_epi32(sum[t][r], minimums, word_of(sums[r][i]));
         }
+}
+
+// After its products.
+template <class E>
+DC_INLINE void add_minimums_of_steps(const uint8_t* const (&group)[PAIR], const StepSet& set, bool high, PairTotals& total) {
+    __m512i sum[PAIR][SET_ROWS] = {}, upper[PAIR][SET_ROWS] = {};
+    dot_minimums<E>(group, set.low_sums, sum);
     if (high) {
-        for (int i = 0; i < STEP_BLOCKS; i++)
-            for (int t = 0; t < PAIR; t++) {
-                const __m512i minimums = _mm512_load_si512(group[t] + E::MINIMUMS + 64 * i);
-                for (int r = 0; r < SET_ROWS; r++) upper[t][r] = _mm512_dpwssd_epi32(upper[t][r], minimums, word_of(set.high_sums[r][i]));
-            }
+        dot_minimums<E>(group, set.high_sums, upper);
         for (int t = 0; t < PAIR; t++)
             for (int r = 0; r < SET_ROWS; r++) sum[t][r] = _mm512_add_epi32(sum[t][r], _mm512_slli_epi32(upper[t][r], 8));
     }
@@ -162,7 +140,7 @@ __attribute__((noinline)) void pair_steps(const uint8_t* first, const uint8_t* s
         for (int i = 0; i < STEP_BLOCKS; i++) {
             own.next();
             const uint8_t *one = quants_of<E>(first, i), *other = quants_of<E>(second, i);
-            dot_steps(one, other, x->low[row] + BLOCK * i, sum);
+            dot_rows<0, 8, STEP_COLUMNS>(one, other, x->low[row] + BLOCK * i, sum);
             if (__builtin_expect(!(flags >> i & 1), 1)) continue;
             const int8_t* const high = x->high[row] + BLOCK * i;
             if (has_high[0] >> i & 1) add_high<E, 0>(one, other, high, sum);

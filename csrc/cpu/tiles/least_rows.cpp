@@ -34,13 +34,12 @@ std::vector<float> make_x(int64_t columns) {
 class Trial {
 public:
     Trial(Weight type, int64_t columns, const TileKernels& narrow)
-        : weights(aligned(size_t(TILES * tile_bytes(type, columns)))),
-          prepared(aligned(size_t(panel_count(MOST_ROWS) * panel_bytes(panels_of(type), columns)))),
-          product{{type, TILES * TILE_ROWS, columns, weights.get(), panels_of(type)}, prepared.get(), 0, nullptr, nullptr, 0, Activation::none, nullptr,
+        : weights(aligned(size_t(TILES * tile_bytes(type, columns)))), tiles{type, TILES * TILE_ROWS, columns, weights.get(), panels_of(type)},
+          prepared(aligned(prepared_bytes(tiles, MOST_ROWS))), product{tiles, prepared.get(), 0, nullptr, nullptr, 0, Activation::none, nullptr,
                   TILES * TILE_ROWS, TILES * TILE_ROWS} {
         std::memset(weights.get(), 44, size_t(TILES * tile_bytes(type, columns)));
         const std::vector<float> x = make_x(columns);
-        narrow.prepare({panels_of(type), x.data(), columns, columns, false, nullptr, 0, false, prepared.get()}, 0, MOST_ROWS);
+        narrow.prepare({tiles.panels, x.data(), columns, columns, false, nullptr, 0, false, prepared.get()}, 0, MOST_ROWS);
     }
 
     template <class Multiply>
@@ -60,7 +59,9 @@ private:
         return memory;
     }
 
-    Memory weights, prepared;
+    Memory weights;
+    Tiles tiles;
+    Memory prepared;
     Product product;
 };
 

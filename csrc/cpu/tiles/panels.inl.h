@@ -103,7 +103,7 @@ DC_INLINE void quantize_group(const Row& row, int64_t first_block, float limit, 
     StepSet& set = to.sets[r / SET_ROWS];
     const int s = r % SET_ROWS;
     const Reach reach = reach_of(row, first_block, limit);
-    const Lanes inverse = all(reach.size > 0 ? 127.0f / reach.size : 0.0f), least = all(-127.0f), magic = all(MAGIC);
+    const Lanes inverse = all(reach.size > 0 ? 127.0f / reach.size : 0.0f);
     int32_t total = 0;
     for (int i = 0; i < STEP_BLOCKS; i++) {
         const Lanes a = value_at(row, (first_block + i) * BLOCK), b = value_at(row, (first_block + i) * BLOCK + 16);
@@ -112,7 +112,7 @@ DC_INLINE void quantize_group(const Row& row, int64_t first_block, float limit, 
             const TwoBytes first = two_bytes(a, inverse), second = two_bytes(b, inverse);
             low = store_low_bytes(first.low, second.low, to.low[r] + BLOCK * i), high = store_low_bytes(first.high, second.high, to.high[r] + BLOCK * i);
         } else {
-            low = store_low_bytes(maximum(a * inverse, least) + magic, maximum(b * inverse, least) + magic, to.low[r] + BLOCK * i);
+            low = store_rounded(a, b, inverse, to.low[r] + BLOCK * i);
             std::memset(to.high[r] + BLOCK * i, 0, BLOCK);
         }
         put_sums(set.low_sums[s][i], low), put_sums(set.high_sums[s][i], high);

@@ -20,43 +20,48 @@ namespace {
 constexpr bool EXPANDED_PAIRS = true;
 constexpr int64_t PAIR_LEAST_ROWS = 9, PAIR_LEAST_ROWS_FOLDED = 17, PAIR_TOGETHER = 2;      // 8 rows are as fast either way; groups of 256 columns that lie in the cache
 
-// What 32 / PARTS columns of one row's values are with both tiles.
-template <class F, int PART>
-DC_INLINE void dot_row(const uint8_t* first, const uint8_t* second, const int8_t* x, const int32_t& minus, __m512i& low, __m512i& high) {
-    constexpr int CHUNKS = 8 / F::PARTS;
-    low = high = UnsignedDot::begin<F::OFFSET_SHIFT>(minus).v;
-    for (int c = CHUNKS * PART; c < CHUNKS * (PART + 1); c++) {
-        int32_t word;
-        std::memcpy(&word, x + 4 * c, sizeof word);
-        const __m512i shared = _mm512_set1_epi32(word);
+DC_INLINE __m512i word_of(const void* p) {          // in all lanes
+    int32_t word;
+    std::memcpy(&word, p, sizeof word);
+    return _mm512_set1_epi32(word);
+}
+
+// low, high += chunks [FIRST, END) of both tiles' bytes times one row's values.
+template <int FIRST, int END>
+DC_INLINE void dot_row(const uint8_t* first, const uint8_t* second, const int8_t* x, __m512i& low, __m512i& high) {
+#pragma GCC unroll 8
+    for (int c = FIRST; c < END; c++) {
+        const __m512i shared = word_of(x + 4 * c);
         low = _mm512_dpbusd_epi32(low, _mm512_load_si512(first + 64 * c), shared);
         high = _mm512_dpbusd_epi32(high, _mm512_load_si512(second + 64 * c), shared);
     }
 }
 
-// The same of the four rows of a set: sums [tile][row].
-template <class F, int PART>
-DC_INLINE void dot_rows(const uint8_t* first, const uint8_t* second, const int8_t* x, const int32_t* minus, __m512i (&sum)[PAIR][SET_ROWS]) {
-    constexpr int CHUNKS = 8 / F::PARTS;
-    for (int r = 0; r < SET_ROWS; r++) sum[0][r] = sum[1][r] = UnsignedDot::begin<F::OFFSET_SHIFT>(minus[r]).v;
+// The same of the four rows of a set, STRIDE apart: sums [tile][row].
+template <int FIRST, int END, int STRIDE>
+DC_INLINE void dot_rows(const uint8_t* first, const uint8_t* second, const int8_t* x, __m512i (&sum)[PAIR][SET_ROWS]) {
 #pragma GCC unroll 8
-    for (int c = CHUNKS * PART; c < CHUNKS * (PART + 1); c++) {
+    for (int c = FIRST; c < END; c++) {
         const __m512i low = _mm512_load_si512(first + 64 * c), high = _mm512_load_si512(second + 64 * c);
 #pragma GCC unroll 4
         for (int r = 0; r < SET_ROWS; r++) {
-            int32_t word;
-            std::memcpy(&word, x + BLOCK * r + 4 * c, sizeof word);
-            const __m512i shared = _mm512_set1_epi32(word);
+            const __m512i shared = word_of(x + STRIDE * r + 4 * c);
             sum[0][r] = _mm512_dpbusd_epi32(sum[0][r], low, shared), sum[1][r] = _mm512_dpbusd_epi32(sum[1][r], high, shared);
         }
     }
 }
 
+// The chunks of part PART of a block.
+template <class F, int PART>
+constexpr int FIRST_CHUNK = 8 / F::PARTS * PART;
+
 // Part PART of a block onto the totals.
 template <class F, int PART>
 DC_INLINE void add_part(const uint8_t* const (&group)[PAIR], int i, const int8_t* x, const PanelSet* set, Lanes (&total)[PAIR][SET_ROWS]) {
     __m512i sum[PAIR][SET_ROWS];
-    dot_rows<F, PART>(quants_of<F>(group[0], i), quants_of<F>(group[1], i), x, F::PARTS == 1 ? set->minus : set->half_minus[PART], sum);
+    const int32_t* const minus = F::PARTS == 1 ? set->minus : set->half_minus[PART];
+    for (int r = 0; r < SET_ROWS; r++) sum[0][r] = sum[1][r] = UnsignedDot::begin<F::OFFSET_SHIFT>(minus[r]).v;
+    dot_rows<FIRST_CHUNK<F, PART>, FIRST_CHUNK<F, PART + 1>, BLOCK>(quants_of<F>(group[0], i), quants_of<F>(group[1], i), x, sum);
     for (int t = 0; t < PAIR; t++) {
         const Lanes d = F::scale(group[t], i, PART);
         for (int r = 0; r < SET_ROWS; r++) add_product(total[t][r], d * all(set->scale[r]), Lanes{_mm512_cvtepi32_ps(sum[t][r])});
@@ -67,7 +72,8 @@ DC_INLINE void add_part(const uint8_t* const (&group)[PAIR], int i, const int8_t
 template <class F, int PART, int R>
 DC_INLINE void add_fine_part(const uint8_t* const (&group)[PAIR], int i, const int8_t* fine, const PanelSet* set, Lanes (&total)[PAIR][SET_ROWS]) {
     __m512i sum[PAIR];
-    dot_row<F, PART>(quants_of<F>(group[0], i), quants_of<F>(group[1], i), fine + BLOCK * R, set->fine_minus[F::PARTS - 1 + PART][R], sum[0], sum[1]);
+    sum[0] = sum[1] = UnsignedDot::begin<F::OFFSET_SHIFT>(set->fine_minus[F::PARTS - 1 + PART][R]).v;
+    dot_row<FIRST_CHUNK<F, PART>, FIRST_CHUNK<F, PART + 1>>(quants_of<F>(group[0], i), quants_of<F>(group[1], i), fine + BLOCK * R, sum[0], sum[1]);
     for (int t = 0; t < PAIR; t++) {
         const Lanes small = F::scale(group[t], i, PART) * all(1.0f / 256) * all(set->scale[R]), whole = {_mm512_cvtepi32_ps(sum[t])};
         add_product(total[t][R], small, whole);

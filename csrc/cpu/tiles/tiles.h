@@ -292,6 +292,10 @@ static inline int64_t panel_bytes(int panels, int64_t columns) {
     return (panels & BLOCK_PANELS ? block_panel_bytes(columns) : 0) + (panels & STEP_PANELS ? columns / STEP_COLUMNS * int64_t(sizeof(StepGroup)) : 0);
 }
 
+static inline const uint8_t* panel_of(const Product& job, int64_t panel) {
+    return static_cast<const uint8_t*>(job.prepared) + panel * panel_bytes(job.tiles.panels, job.tiles.columns);
+}
+
 // Of a panel, its steps.
 static inline const StepGroup* steps_of(const uint8_t* panel, int panels, int64_t columns) {
     return reinterpret_cast<const StepGroup*>(panel + (panels & BLOCK_PANELS ? block_panel_bytes(columns) : 0));

@@ -238,7 +238,6 @@ __attribute__((noinline)) void float_rows(const uint8_t* tile, int64_t columns, 
 
 // ---- the kernels of a type, by rows of x
 
-using QKernel = void (*)(const uint8_t*, int64_t, int64_t, const PanelBlock*, int, float*);
 using FloatKernel = void (*)(const uint8_t*, int64_t, int64_t, const float*, int, float*);
 
 template <class W, int T, int R = FLOAT_ROWS>
@@ -250,29 +249,27 @@ FloatKernel pick_float(int rows) {
 template <class W>
 FloatKernel pick_float(int tiles, int rows) { return tiles == PAIR ? pick_float<W, PAIR>(rows) : pick_float<W, 1>(rows); }
 
+template <class F, int R>
+constexpr auto kernel_of() {
+    if constexpr (F::WHOLE_SCALES) return &step_rows<F, R>;
+    else return &q_rows<F, R>;
+}
+
 template <class F, int... ROWS>
-QKernel pick_q(int rows, std::integer_sequence<int, ROWS...>) {
-    static constexpr QKernel kernels[] = {&q_rows<F, rows_at_once(ROWS + 1)>...};
+auto pick_q(int rows, std::integer_sequence<int, ROWS...>) {
+    static constexpr decltype(kernel_of<F, 1>()) kernels[] = {kernel_of<F, rows_at_once(ROWS + 1)>()...};
     return kernels[rows - 1];
 }
 
 template <class F>
-QKernel q_kernel(int rows) { return pick_q<F>(rows, std::make_integer_sequence<int, Q_ROWS>()); }
-
-using StepKernel = void (*)(const uint8_t*, int64_t, int64_t, const StepGroup*, int, float*);
-
-template <class F, int... ROWS>
-StepKernel pick_step(int rows, std::integer_sequence<int, ROWS...>) {
-    static constexpr StepKernel kernels[] = {&step_rows<F, rows_at_once(ROWS + 1)>...};
-    return kernels[rows - 1];
-}
+auto q_kernel(int rows) { return pick_q<F>(rows, std::make_integer_sequence<int, Q_ROWS>()); }
 
 // A tile times n rows of a panel, from its row `row` on.
 void multiply_tile(const Tiles& w, const TilePlace& tile, int64_t ahead, const uint8_t* panel, int row, int n, float* y) {
     with_format(tile.type, [&](auto format) {
         using F = decltype(format);
         if constexpr (F::WHOLE_SCALES)
-            pick_step<F>(n, std::make_integer_sequence<int, Q_ROWS>())(tile.memory, w.columns / STEP_COLUMNS, ahead, steps_of(panel, w.panels, w.columns), row, y);
+            q_kernel<F>(n)(tile.memory, w.columns / STEP_COLUMNS, ahead, steps_of(panel, w.panels, w.columns), row, y);
         else if constexpr (!F::EXPANDS)             // these go by multiply_expanded
             q_kernel<F>(n)(tile.memory, w.columns / BLOCK, ahead, reinterpret_cast<const PanelBlock*>(panel), row, y);
     });
@@ -324,9 +321,7 @@ struct Gathering {
     int tiles;
     int64_t first, end;
 
-    const uint8_t* panel(int64_t group) const {
-        return static_cast<const uint8_t*>(job.prepared) + group / (PANEL_ROWS / GROUP_ROWS) * panel_bytes(job.tiles.panels, job.tiles.columns);
-    }
+    const uint8_t* panel(int64_t group) const { return panel_of(job, group / (PANEL_ROWS / GROUP_ROWS)); }
     const StepGroup* steps(int64_t group) const { return steps_of(panel(group), job.tiles.panels, job.tiles.columns); }
     int rows(int64_t group) const { return int(least(GROUP_ROWS, job.rows - group * GROUP_ROWS)); }
     int64_t count() const { return (end - first - 1) * GROUP_ROWS + rows(end - 1); }
@@ -499,9 +494,9 @@ void multiply(const Product& job, int64_t tile_begin, int64_t tile_end, int64_t 
     const Tiles& w = job.tiles;
     const bool gated = is_gate(job.activation);
     constexpr int64_t GROUPS = PANEL_ROWS / GROUP_ROWS;
-    const int64_t bytes = tile_bytes(w.type, w.columns), whole = panel_bytes(w.panels, w.columns);
+    const int64_t bytes = tile_bytes(w.type, w.columns);
     const bool gathers = any_expands(w, tile_begin, tile_end, least(group_end * GROUP_ROWS, job.rows) - group_begin * GROUP_ROWS);
-    const int64_t fit = GROUPS_BYTES * GROUPS / whole;
+    const int64_t fit = GROUPS_BYTES * GROUPS / panel_bytes(w.panels, w.columns);
     const int64_t at_once = gathers ? EXPANDED_GROUPS : fit > 1 ? fit : 1;
     const int64_t step = is_float(w.type) || gated || (gathers && EXPANDED_PAIRS) ? PAIR : 1;
     const auto multiply_some = is_float(w.type) ? multiply_floats : multiply_blocks;
@@ -515,8 +510,7 @@ void multiply(const Product& job, int64_t tile_begin, int64_t tile_end, int64_t 
             for (int64_t group = first; group < least(first + at_once, group_end); group++) {
                 const int64_t row = group * GROUP_ROWS;
                 const Meeting m{w, tile, bytes, int(least(step, tile_end - tile)),
-                                static_cast<const uint8_t*>(job.prepared) + group / GROUPS * whole, group,
-                                int(least(GROUP_ROWS, job.rows - row)), group == first ? AHEAD : 0};
+                                panel_of(job, group / GROUPS), group, int(least(GROUP_ROWS, job.rows - row)), group == first ? AHEAD : 0};
                 Sums sums;
                 multiply_some(m, sums);
                 if (job.adapted.adapters) add_adapters(job, tile, m.tiles, row, m.rows, sums);

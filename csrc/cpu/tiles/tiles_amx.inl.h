@@ -280,7 +280,7 @@ struct WideMeeting {
 };
 
 const PanelBlock* blocks_of(const Product& job, int64_t panel) {
-    return reinterpret_cast<const PanelBlock*>(static_cast<const uint8_t*>(job.prepared) + panel * panel_bytes(job.tiles.panels, job.tiles.columns));
+    return reinterpret_cast<const PanelBlock*>(panel_of(job, panel));
 }
 
 void multiply_panels(const WideMeeting& m, const Panels& panels, void (*finish)(const Product&, int64_t, int, int64_t, int, const Sums&)) {
