@@ -174,6 +174,7 @@ def test_long_code_is_laid_out_in_parts_that_nobody_sees(page, stand_in, languag
     ask(page, f"this\n```{language}\n{code}\n```")        # the answer says it again
     expect_answered(page)
     block = answers(page).locator("pre code").first
+    expect(block.locator(".part").nth(5)).to_be_attached()     # when the highlighter has been fetched
     text, selected, parts, height, line = block.evaluate("""code => {
       getSelection().selectAllChildren(code);
       return [code.textContent, getSelection().toString(), code.querySelectorAll(".part").length,
