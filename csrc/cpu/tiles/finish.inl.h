@@ -83,6 +83,19 @@ DC_INLINE void write(const Product& job, int64_t row, int64_t column, Lanes y) {
     store_some(job.out + row * job.out_stride + column, y, count);
 }
 
+// What two tiles' outputs of some rows are written to, and what is added to them.
+DC_INLINE void fetch_outputs(const Product& job, int64_t tile, int64_t row, int rows) {
+    const int64_t column = (is_gate(job.activation) ? tile / 2 : tile) * TILE_ROWS;
+    if (column >= job.out_columns) return;
+    for (int r = 0; r < rows; r++) {
+        const float* const to = job.out + (row + r) * job.out_stride + column;
+        __builtin_prefetch(to, 1, 2), __builtin_prefetch(to + 16, 1, 2);
+        if (!job.residual) continue;
+        const float* const from = job.residual + (row + r) * job.residual_stride + column;
+        __builtin_prefetch(from, 0, 2), __builtin_prefetch(from + 16, 0, 2);
+    }
+}
+
 DC_INLINE Lanes activated(Activation activation, Lanes y) {
     switch (activation) {
 #define ACTIVATION(name, ...) case Activation::name: return __VA_ARGS__;

@@ -79,11 +79,15 @@ __attribute__((noinline)) void fold_group(const uint8_t* group, uint8_t* to, int
     }
 }
 
-// What row R's high bytes add.
+// What row R's high bytes add, of the blocks that have any.
 template <class E, int R>
-DC_INLINE void add_high(const uint8_t* first, const uint8_t* second, const int8_t* high, __m512i (&sum)[PAIR][SET_ROWS]) {
+DC_INLINE void add_high(const uint8_t* const (&group)[PAIR], const int8_t* high, int blocks, __m512i (&sum)[PAIR][SET_ROWS]) {
+    if (__builtin_expect(!blocks, 1)) return;
     __m512i own[PAIR] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
-    dot_row<0, 8>(first, second, high + STEP_COLUMNS * R, own[0], own[1]);
+    for (; blocks; blocks &= blocks - 1) {
+        const int i = __builtin_ctz(blocks);
+        dot_row<0, 8>(quants_of<E>(group[0], i), quants_of<E>(group[1], i), high + STEP_COLUMNS * R + BLOCK * i, own[0], own[1]);
+    }
     for (int t = 0; t < PAIR; t++) sum[t][R] = _mm512_add_epi32(sum[t][R], _mm512_slli_epi32(own[t], 8));
 }
 
@@ -96,27 +100,26 @@ DC_INLINE void add_sums_of_steps(const uint8_t* const (&group)[PAIR], int shared
     }
 }
 
-// Of a group of four rows: the minimums times the sums of x's low or high bytes.
+// The minimums of a block times the sums of four rows' low or high bytes.
 template <class E>
-DC_INLINE void dot_minimums(const uint8_t* const (&group)[PAIR], const int16_t (&sums)[SET_ROWS][STEP_BLOCKS][2], __m512i (&sum)[PAIR][SET_ROWS]) {
-#pragma GCC unroll 2
-    for (int i = 0; i < STEP_BLOCKS; i++)
-        for (int t = 0; t < PAIR; t++) {
-            const __m512i minimums = _mm512_load_si512(group[t] + E::MINIMUMS + 64 * i);
-            for (int r = 0; r < SET_ROWS; r++) sum[t][r] = _mm512_dpwssd_epi32(sum[t][r], minimums, word_of(sums[r][i]));
-        }
+DC_INLINE void dot_minimums(const uint8_t* const (&group)[PAIR], int i, const int16_t (&sums)[SET_ROWS][STEP_BLOCKS][2], __m512i (&sum)[PAIR][SET_ROWS]) {
+    for (int t = 0; t < PAIR; t++) {
+        const __m512i minimums = _mm512_load_si512(group[t] + E::MINIMUMS + 64 * i);
+        for (int r = 0; r < SET_ROWS; r++) sum[t][r] = _mm512_dpwssd_epi32(sum[t][r], minimums, word_of(sums[r][i]));
+    }
 }
 
-// After its products.
+// After a group's products; `high`: a bit for each block in which a row has high bytes.
 template <class E>
-DC_INLINE void add_minimums_of_steps(const uint8_t* const (&group)[PAIR], const StepSet& set, bool high, PairTotals& total) {
-    __m512i sum[PAIR][SET_ROWS] = {}, upper[PAIR][SET_ROWS] = {};
-    dot_minimums<E>(group, set.low_sums, sum);
+DC_INLINE void add_minimums_of_steps(const uint8_t* const (&group)[PAIR], const StepSet& set, int high, PairTotals& total) {
+    __m512i sum[PAIR][SET_ROWS] = {};
     if (high) {
-        dot_minimums<E>(group, set.high_sums, upper);
+        for (; high; high &= high - 1) dot_minimums<E>(group, __builtin_ctz(high), set.high_sums, sum);
         for (int t = 0; t < PAIR; t++)
-            for (int r = 0; r < SET_ROWS; r++) sum[t][r] = _mm512_add_epi32(sum[t][r], _mm512_slli_epi32(upper[t][r], 8));
+            for (int r = 0; r < SET_ROWS; r++) sum[t][r] = _mm512_slli_epi32(sum[t][r], 8);
     }
+#pragma GCC unroll 2
+    for (int i = 0; i < STEP_BLOCKS; i++) dot_minimums<E>(group, i, set.low_sums, sum);
     add_sums_of_steps(group, 16, set, sum, total);
 }
 
@@ -135,18 +138,16 @@ __attribute__((noinline)) void pair_steps(const uint8_t* first, const uint8_t* s
             const __m512i minus = _mm512_set1_epi32(set.minus[r]);
             sum[0][r] = sum[1][r] = E::LESS ? _mm512_sub_epi32(_mm512_slli_epi32(minus, 7), minus) : _mm512_setzero_si512();
         }
-        const uint8_t* const has_high = set.has_high;
-        const int flags = has_high[0] | has_high[1] | has_high[2] | has_high[3];
         for (int i = 0; i < STEP_BLOCKS; i++) {
             own.next();
-            const uint8_t *one = quants_of<E>(first, i), *other = quants_of<E>(second, i);
-            dot_rows<0, 8, STEP_COLUMNS>(one, other, x->low[row] + BLOCK * i, sum);
-            if (__builtin_expect(!(flags >> i & 1), 1)) continue;
-            const int8_t* const high = x->high[row] + BLOCK * i;
-            if (has_high[0] >> i & 1) add_high<E, 0>(one, other, high, sum);
-            if (has_high[1] >> i & 1) add_high<E, 1>(one, other, high, sum);
-            if (has_high[2] >> i & 1) add_high<E, 2>(one, other, high, sum);
-            if (has_high[3] >> i & 1) add_high<E, 3>(one, other, high, sum);
+            dot_rows<0, 8, STEP_COLUMNS>(quants_of<E>(first, i), quants_of<E>(second, i), x->low[row] + BLOCK * i, sum);
+        }
+        const uint8_t* const has_high = set.has_high;
+        const int flags = has_high[0] | has_high[1] | has_high[2] | has_high[3];
+        if (flags) {
+            const int8_t* const high = x->high[row];
+            add_high<E, 0>(group, high, has_high[0], sum), add_high<E, 1>(group, high, has_high[1], sum);
+            add_high<E, 2>(group, high, has_high[2], sum), add_high<E, 3>(group, high, has_high[3], sum);
         }
         add_sums_of_steps(group, 0, set, sum, total);
         if constexpr (E::HAS_MINIMUM) add_minimums_of_steps<E>(group, set, flags, total);

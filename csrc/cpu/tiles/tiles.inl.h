@@ -385,6 +385,7 @@ void multiply_expanded_pair(const Gathering& g, const uint8_t* first, const uint
             const int place = int(group % (PANEL_ROWS / GROUP_ROWS)) * GROUP_ROWS;
             Sums& own = sums[group - g.first];
             for (int row = 0; row < g.rows(group); row += SET_ROWS) {
+                if (b + count * F::BLOCKS == blocks) fetch_outputs(g.job, g.tile, group * GROUP_ROWS + row, int(least(SET_ROWS, g.rows(group) - row)));
                 if constexpr (F::WHOLE_SCALES)
                     pair_steps<E>(expanded[0], expanded[1], count, fetching, g.steps(group) + b / STEP_BLOCKS, place + row, own.y[0][row], own.y[1][row]);
                 else
@@ -497,7 +498,8 @@ void multiply(const Product& job, int64_t tile_begin, int64_t tile_end, int64_t 
     const int64_t bytes = tile_bytes(w.type, w.columns);
     const bool gathers = any_expands(w, tile_begin, tile_end, least(group_end * GROUP_ROWS, job.rows) - group_begin * GROUP_ROWS);
     const int64_t fit = GROUPS_BYTES * GROUPS / panel_bytes(w.panels, w.columns);
-    const int64_t at_once = gathers ? EXPANDED_GROUPS : fit > 1 ? fit : 1;
+    const int64_t groups = group_end - group_begin, passes = (groups + EXPANDED_GROUPS - 1) / EXPANDED_GROUPS;
+    const int64_t at_once = gathers ? (groups + passes - 1) / passes : fit > 1 ? fit : 1;
     const int64_t step = is_float(w.type) || gated || (gathers && EXPANDED_PAIRS) ? PAIR : 1;
     const auto multiply_some = is_float(w.type) ? multiply_floats : multiply_blocks;
     const auto finish = gated ? finish_gated_row : finish_row;
