@@ -365,19 +365,8 @@ DC_VBMI_INLINE void expand_in_registers(const uint8_t* quants, uint8_t* to) {
 template <class F>
 struct Expanded : F {
     static constexpr int64_t BYTES = 512, SCALE_BYTES = (F::SCALE_BYTES + 63) / 64 * 64;
+    template <class>
     DC_INLINE void expand_scales(const uint8_t* group, uint8_t* to) { std::memcpy(to, group, F::SCALE_BYTES); }
-};
-
-// With its scales as float32 [BLOCKS][PARTS][16] too, where many rows need them.
-template <class F>
-struct WhollyExpanded : F {
-    static constexpr int64_t BYTES = 512, SCALE_BYTES = F::BLOCKS * F::PARTS * 64;
-    static constexpr int LESS = 0;                  // of codes, in place of 2^OFFSET_SHIFT
-    DC_INLINE void expand_scales(const uint8_t* group, uint8_t* to) {
-        for (int i = 0; i < F::BLOCKS; i++)
-            for (int part = 0; part < F::PARTS; part++) store(reinterpret_cast<float*>(to) + 16 * (F::PARTS * i + part), F::scale(group, i, part));
-    }
-    DC_INLINE Lanes scale(const uint8_t* group, int i, int part) { return load(reinterpret_cast<const float*>(group) + 16 * (F::PARTS * i + part)); }
 };
 
 // Scales of 4 bits, which stand for odd numbers: d * (2 s + 1) / OF. Of 16 columns, two in a byte, or of 32, of blocks i and i + 1.

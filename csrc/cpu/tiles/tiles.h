@@ -119,7 +119,7 @@ int64_t file_columns(Weight type);                      // of a block in GGUF's 
 int64_t tile_bytes(Weight type, int64_t columns);
 int64_t row_bytes(Weight type, int64_t columns);        // of a row in GGUF's layout, or of float values
 int64_t bytes_of(const Tiles& tiles);
-bool makes_codes_first(const Tiles& tiles);             // are any of its codes made before a product of many rows (grids.h, folded.inl.h)?
+bool makes_codes_first(const Tiles& tiles);             // are any of its codes made before a product of many rows (grids.h, folded.inl.h, tile_pairs.inl.h)?
 
 static inline TilePlace tile_of(const Tiles& tiles, int64_t tile, int64_t bytes) {      // bytes: tile_bytes of tiles.type
     return tiles.places ? tiles.places[tile] : TilePlace{tiles.type, tiles.memory + tile * bytes};

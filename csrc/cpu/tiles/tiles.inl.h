@@ -334,7 +334,7 @@ constexpr int64_t EXPANDED_GROUPS = 16, EXPANDED_TOGETHER = 4;
 // A group's scales, and after them its codes; `ahead` as for q_rows.
 template <class F, class E>
 __attribute__((noinline)) void expand_group(const uint8_t* group, uint8_t* to, int64_t ahead) {
-    E::expand_scales(group, to);
+    E::template expand_scales<F>(group, to);
     to += E::SCALE_BYTES;
     uint16_t numbers[F::MORE ? F::BLOCKS : 1][16 * F::ENTRIES];
     for (int i = 0; F::MORE && i < F::BLOCKS; i++) F::find_numbers(quants_of<F>(group, i), numbers[i]);
@@ -347,7 +347,7 @@ __attribute__((noinline)) void expand_group(const uint8_t* group, uint8_t* to, i
 #if defined(__AVX512F__)
 template <class F, class E>
 DC_VBMI __attribute__((noinline)) void expand_group_in_registers(const uint8_t* group, uint8_t* to, int64_t ahead) {
-    E::expand_scales(group, to);
+    E::template expand_scales<F>(group, to);
     for (int i = 0; i < F::BLOCKS; i++) {
         if (ahead) prefetch_block<F>(group, i, ahead);
         expand_in_registers<F>(quants_of<F>(group, i), to + E::SCALE_BYTES + i * E::BYTES);
@@ -367,30 +367,48 @@ Expander expander() {
 
 #if defined(__AVX512F__)
 
-// Two tiles onto the sums of each group, of more rows than q_rows takes as fast. `expand` makes codes of F those of E.
-template <class F, class E>
-void multiply_expanded_pair(const Gathering& g, const uint8_t* first, const uint8_t* second, Expander expand, Sums* sums) {
-    constexpr int64_t BYTES = group_of_blocks_bytes<F>(), EXPANDED_BYTES = group_of_blocks_bytes<E>();
-    alignas(64) uint8_t expanded[PAIR][PAIR_TOGETHER * EXPANDED_BYTES];
+// What two tiles become before many rows meet them: Folded, or Unpacked.
+template <class F>
+constexpr auto pair_form() {
+    if constexpr (F::WHOLE_SCALES) return Folded<F>();
+    else return UnpackedOf<F>();
+}
+
+template <class F>
+Expander pair_expander() {
+    if constexpr (F::WHOLE_SCALES) return fold_group<F>;
+    else if constexpr (F::EXPANDS) return expander<F, UnpackedOf<F>>();
+    else return unpack_group<F>;
+}
+
+// Two tiles onto the sums of each group, of more rows than q_rows takes as fast.
+template <class F>
+void multiply_expanded_pair(const Gathering& g, const uint8_t* first, const uint8_t* second, Sums* sums) {
+    using E = decltype(pair_form<F>());
+    constexpr int64_t BYTES = group_of_blocks_bytes<F>(), EXPANDED_BYTES = group_of_blocks_bytes<E>(), TOGETHER = PAIR_BLOCKS / F::BLOCKS;
+    alignas(64) uint8_t expanded[PAIR][TOGETHER * EXPANDED_BYTES];
+    const Expander expand = pair_expander<F>();
     for (int64_t group = g.first; group < g.end; group++) std::memset(sums[group - g.first].y, 0, sizeof sums->y);
-    const int64_t blocks = g.job.tiles.columns / BLOCK, sets = (g.count() + SET_ROWS - 1) / SET_ROWS;
-    for (int64_t b = 0, count; b < blocks; b += count * F::BLOCKS) {
-        count = least(PAIR_TOGETHER, (blocks - b) / F::BLOCKS);
-        const int64_t next = b / F::BLOCKS + count < blocks / F::BLOCKS ? 0 : (PAIR - 1) * g.tile_bytes;
+    const int64_t blocks = g.job.tiles.columns / BLOCK, tile_groups = (blocks + F::BLOCKS - 1) / F::BLOCKS, sets = (g.count() + SET_ROWS - 1) / SET_ROWS;
+    for (int64_t at = 0, count; at < tile_groups; at += count) {
+        count = least(TOGETHER, tile_groups - at);
+        const int64_t b = at * F::BLOCKS, own_blocks = least(count * F::BLOCKS, blocks - b);
+        const bool last = at + count == tile_groups;
         for (int64_t i = 0; i < count; i++, first += BYTES, second += BYTES)
             expand(first, expanded[0] + i * EXPANDED_BYTES, 0), expand(second, expanded[1] + i * EXPANDED_BYTES, 0);
         // All rows pass through the first cache before the next codes are made: what these come from goes to the second, a part with each set of rows.
-        Fetching fetching{{first + next, second + next}, (PAIR_TOGETHER * BYTES + sets * count * F::BLOCKS - 1) / (sets * count * F::BLOCKS)};
+        const int64_t next = last ? (PAIR - 1) * g.tile_bytes : 0, passes = sets * own_blocks;
+        Fetching fetching{{first + next, second + next}, (TOGETHER * BYTES + passes - 1) / passes};
         for (int64_t group = g.first; group < g.end; group++) {
             const int place = int(group % (PANEL_ROWS / GROUP_ROWS)) * GROUP_ROWS;
             Sums& own = sums[group - g.first];
             for (int row = 0; row < g.rows(group); row += SET_ROWS) {
-                if (b + count * F::BLOCKS == blocks) fetch_outputs(g.job, g.tile, group * GROUP_ROWS + row, int(least(SET_ROWS, g.rows(group) - row)));
+                if (last) fetch_outputs(g.job, g.tile, group * GROUP_ROWS + row, int(least(SET_ROWS, g.rows(group) - row)));
                 if constexpr (F::WHOLE_SCALES)
                     pair_steps<E>(expanded[0], expanded[1], count, fetching, g.steps(group) + b / STEP_BLOCKS, place + row, own.y[0][row], own.y[1][row]);
                 else
-                    pair_rows<E>(expanded[0], expanded[1], count * F::BLOCKS, fetching, reinterpret_cast<const PanelBlock*>(g.panel(group)) + b,
-                                 place + row, own.y[0][row], own.y[1][row]);
+                    pair_rows<E>(expanded[0], expanded[1], own_blocks, fetching, reinterpret_cast<const PanelBlock*>(g.panel(group)) + b, place + row,
+                                 own.y[0][row], own.y[1][row]);
             }
         }
     }
@@ -402,13 +420,10 @@ void multiply_expanded_pair(const Gathering& g, const uint8_t* first, const uint
 template <class F>
 bool multiplied_as_pair([[maybe_unused]] const Gathering& g, [[maybe_unused]] Weight first, [[maybe_unused]] Sums* sums) {
 #if defined(__AVX512F__)
-    if (g.tiles < PAIR || g.count() < (F::EXPANDS ? PAIR_LEAST_ROWS : PAIR_LEAST_ROWS_FOLDED)) return false;
+    if (g.tiles < PAIR || g.count() < PAIR_LEAST_ROWS<F>) return false;
     const TilePlace own = tile_of(g.job.tiles, g.tile, g.tile_bytes), other = tile_of(g.job.tiles, g.tile + 1, g.tile_bytes);
     if (other.type != first) return false;
-    if constexpr (F::EXPANDS) {
-        using E = WhollyExpanded<F>;
-        multiply_expanded_pair<F, E>(g, own.memory, other.memory, expander<F, E>(), sums);
-    } else multiply_expanded_pair<F, Folded<F>>(g, own.memory, other.memory, fold_group<F>, sums);
+    multiply_expanded_pair<F>(g, own.memory, other.memory, sums);
     return true;
 #else
     return false;
@@ -456,7 +471,7 @@ void multiply_gathered(const Gathering& g, void (*finish)(const Product&, int64_
         const TilePlace place = tile_of(g.job.tiles, g.tile + t, g.tile_bytes);
         with_format(place.type, [&](auto format) {
             using F = decltype(format);
-            if constexpr (F::EXPANDS || F::WHOLE_SCALES) pair = t == 0 && multiplied_as_pair<F>(g, place.type, sums);
+            pair = t == 0 && multiplied_as_pair<F>(g, place.type, sums);
             if (pair) return;
             if constexpr (F::EXPANDS) multiply_expanded<F>(g, t, place.memory, sums);
             else
@@ -475,12 +490,16 @@ void multiply_gathered(const Gathering& g, void (*finish)(const Product&, int64_
 }
 
 // Does a product of so many rows make codes of any of these tiles before?
-bool any_expands(const Tiles& w, int64_t tile, int64_t end, int64_t rows) {
-    const bool folds = EXPANDED_PAIRS && rows >= PAIR_LEAST_ROWS_FOLDED;
+bool any_expands(const Tiles& w, int64_t tile, int64_t end, [[maybe_unused]] int64_t rows) {
     const auto expands = [&](Weight type) {
         return !is_float(type) && with_format(type, [&](auto format) {
             using F = decltype(format);
-            return F::EXPANDS || (folds && F::WHOLE_SCALES);
+            if (F::EXPANDS) return true;
+#if defined(__AVX512F__)
+            return rows >= PAIR_LEAST_ROWS<F>;
+#else
+            return false;
+#endif
         });
     };
     if (!w.places) return expands(w.type);
@@ -498,7 +517,7 @@ void multiply(const Product& job, int64_t tile_begin, int64_t tile_end, int64_t 
     const int64_t bytes = tile_bytes(w.type, w.columns);
     const bool gathers = any_expands(w, tile_begin, tile_end, least(group_end * GROUP_ROWS, job.rows) - group_begin * GROUP_ROWS);
     const int64_t fit = GROUPS_BYTES * GROUPS / panel_bytes(w.panels, w.columns);
-    const int64_t groups = group_end - group_begin, passes = (groups + EXPANDED_GROUPS - 1) / EXPANDED_GROUPS;
+    const int64_t groups = group_end - group_begin, passes = groups > 0 ? (groups + EXPANDED_GROUPS - 1) / EXPANDED_GROUPS : 1;
     const int64_t at_once = gathers ? (groups + passes - 1) / passes : fit > 1 ? fit : 1;
     const int64_t step = is_float(w.type) || gated || (gathers && EXPANDED_PAIRS) ? PAIR : 1;
     const auto multiply_some = is_float(w.type) ? multiply_floats : multiply_blocks;
