@@ -6,8 +6,8 @@ a tool call open, `hang-decode-1` stops it. $STRUCK is a folder with a file for 
 so that each strikes once; `poison` always kills. Of many answers to one request only the first two strike,
 because the third death without a token in between rightly fails a request. A step with more than three
 requests `crowd-...` runs out of memory. If $STRUCK has a file `hang-load`, a process that loads stops. After
-every step the whole KV cache is checked; a wrong page table fails the step. Kept pages are always looked and
-waited for, however busy the machine is.
+every step the whole KV cache is checked; a wrong page table fails the step. However busy the machine is, kept
+pages are always looked and waited for, and with a file `draft-always` in $STRUCK models always draft.
 """
 
 import os
@@ -15,6 +15,7 @@ import re
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, os.environ.get("CHAT_SERVER_DIR") or str(Path(__file__).resolve().parents[2]))
 
@@ -25,6 +26,7 @@ from chatlm.worker.engine.integrity import check_integrity    # noqa: E402
 from chatlm.worker.engine.keeper import Keeper    # noqa: E402
 from chatlm.worker.engine.kept import KeptPages    # noqa: E402
 from chatlm.worker.weights import load    # noqa: E402
+from models_that_draft import draft_always    # noqa: E402
 from patching import replace_everywhere    # noqa: E402
 
 OUTPUT_END = 283
@@ -102,4 +104,6 @@ if __name__ == "__main__":
     Engine.step, Engine._start, Answer.push = step, start, push
     Keeper.GRACE_S, Keeper._worthwhile, KeptPages.LOOK_S = 60.0, lambda keeper, restoration: True, 0.0
     replace_everywhere(load, "open_model", open_model)
+    if (Path(os.environ.get("STRUCK", "/none")) / "draft-always").exists():
+        draft_always(SimpleNamespace(setattr=setattr), 4)
     sys.exit(run_role(*sys.argv[1:]))

@@ -164,6 +164,7 @@ async def test_a_worker_killed_in_an_answer_of_a_model_of_unlike_layers_costs_no
 async def test_a_worker_killed_in_an_answer_that_a_second_model_drafts_costs_not_a_word(start_pool, tmp_path, nanochat_fixtures):
     """The other worker's draft model computes the prompt and the tokens that arrived again. Without drafts the answers are the same."""
     plain = await start_pool(drafts="none")
+    (tmp_path / "draft-always").touch()
     pool = await start_pool(num_workers=2, draft_model=str(nanochat_fixtures / "gen5"), drafts="model")
     cases = {"kill-decode": PLAIN | dict(messages=(Message("user", "hello"),)), "kill-prefill": LONG_PROMPT, "kill-decode-more": PLAIN | dict(messages=(Message("user", "hello"),), n=3)}
     for name, request in cases.items():

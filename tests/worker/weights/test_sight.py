@@ -13,6 +13,7 @@ from chatlm.common.vision.layout import layout_of
 from chatlm.worker.engine.sequence import Assignment
 from chatlm.worker.model.tower import tiles_of
 from image_conversations import picture_of_size
+from models_that_draft import draft_always
 from seeing_engine import answer, asking, check_logits, checked_answer, chosen_kernels, collect, logits_of, open_engine, run
 from tiny_sight import expected_logits, make_smolvlm, pixel_values, save_sight, write_mmproj, write_model
 
@@ -107,7 +108,8 @@ def test_penalties_and_drafts_know_no_rows(seeing):
     assert answer(drafting, ids, [picture, picture], tokens=24) == plain
 
 
-def test_a_second_model_drafts_for_texts_alone_beside_answers_about_pictures(seeing):
+def test_a_second_model_drafts_for_texts_alone_beside_answers_about_pictures(seeing, monkeypatch):
+    draft_always(monkeypatch, 4)
     _, folder, _ = seeing
     engine, picture = open_engine(folder, draft_model=str(folder), drafts="model"), picture_of_size(90, 60)
     plain = open_engine(folder, drafts="none")
