@@ -1,6 +1,6 @@
 """Where a worker's decoding steps spend their time: its Python, its compiled phases, its threads. Without front and HTTP.
 
-    python bench/worker_steps.py [MODEL] [--streams 16] [--tokens 128] [--rounds 5] [--width 2] [--threads 2]
+    python bench/worker_steps.py [MODEL] [--streams 16] [--tokens 128] [--rounds 5] [--width 2] [--threads 2] [--prompt 0]
 
 The engine of a model (without MODEL: the default one) as a worker runs it, greedy, without drafts, writing its messages to a pipe that
 is being read. A phase counts twice: with its least time over many steps, which says most on a machine where other programs run,
@@ -8,6 +8,7 @@ and with its median. The two differ where the weights are little more than the t
 from step to step. Python counts with the CPU time of its thread in the best of the rounds in which no phases are read.
 --width forces the number of threads that compute a step (0: the policy decides); with more than one, the excess of the phases'
 sum over its share of one thread's sum is the time that threads wait for each other and fetch from each other's caches.
+--prompt measures the first token of so many random tokens instead, and each of its steps.
 """
 
 import argparse
@@ -121,10 +122,22 @@ def run_round(engine, channel, streams, tokens, dice, phases, interval_s=0.008):
     return steps, spent_s
 
 
+def run_prompt(engine, channel, tokens, dice):
+    """A prompt of random tokens, alone -> the ms of each step up to its first token's."""
+    ids = tuple(dice.randrange(1000, engine.tokenizer.vocab_size - 1000) for _ in range(tokens))
+    engine.add(Assignment(f"prompt {dice.random()}", ids, AnswerParams(sampling=SamplingParams(temperature=0.0), ignore_eos=True), 1))
+    reports, times = Reports(channel, engine, gauges, 0.008), []
+    while engine.busy:
+        begun_s = time.perf_counter()
+        reports.add(engine.step(reports.send))
+        times.append(1e3 * (time.perf_counter() - begun_s))
+    return times
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", metavar="MODEL")
-    for name, default in (("streams", 16), ("tokens", 128), ("rounds", 5), ("width", 2), ("threads", 2)):
+    for name, default in (("streams", 16), ("tokens", 128), ("rounds", 5), ("width", 2), ("threads", 2), ("prompt", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -138,7 +151,10 @@ def main():
         theirs.close()
         channel, parts, phases, dice = Channel(ours, WORKER_PIPE), PythonParts(), Phases(arguments.streams), random.Random(1)
         parts.watch(engine, channel)
-        for _ in range(arguments.rounds):
+        for _ in range(arguments.rounds if arguments.prompt else 0):
+            times = run_prompt(engine, channel, arguments.prompt, dice)
+            print(f"first token of {arguments.prompt}: {sum(times):,.0f} ms, its steps {', '.join(f'{ms:,.0f}' for ms in times)}")
+        for _ in range(0 if arguments.prompt else arguments.rounds):
             run_round(engine, channel, arguments.streams, arguments.tokens, dice, phases)
             parts.spent_s.clear()
             steps, spent_s = run_round(engine, channel, arguments.streams, arguments.tokens, dice, None)
@@ -146,6 +162,8 @@ def main():
                 best = spent_s / steps, {name: spent / steps for name, spent in parts.spent_s.items()}
         ours.close()
         reader.wait()
+    if arguments.prompt:
+        return
     print(f"{decode_core.info()['isa']}, {arguments.streams} rows, width {arguments.width}\n\n{phases.table()}\n")
     print("| Python, us of CPU a step | |\n|---|---|")
     for name, spent_s in sorted({**best[1], "all of the thread": best[0]}.items(), key=lambda item: -item[1]):
