@@ -65,14 +65,13 @@ DC_INLINE void fold_half(const uint8_t* group, int i, uint8_t* to) {
     fold(std::integral_constant<int, 0>()), fold(std::integral_constant<int, 1>()), fold(std::integral_constant<int, 2>()), fold(std::integral_constant<int, 3>());
 }
 
-// A group, as expand_group makes one of looked-up types.
+// A group; `multiply_expanded_pair` fetches what comes next.
 template <class F>
-__attribute__((noinline)) void fold_group(const uint8_t* group, uint8_t* to, int64_t ahead) {
+__attribute__((noinline)) void fold_group(const uint8_t* group, uint8_t* to, int64_t) {
     using E = Folded<F>;
     store(reinterpret_cast<float*>(to), F::shared(group));
     if constexpr (F::HAS_MINIMUM) store(reinterpret_cast<float*>(to) + 16, F::shared_minimum(group));
     for (int i = 0; i < F::BLOCKS; i++) {
-        if (ahead) prefetch_block<F>(group, i, ahead);
         if constexpr (F::HAS_MINIMUM) _mm512_store_si512(to + E::MINIMUMS + 64 * i, F::minimum_factors(group, i).v);
         uint8_t* const codes = to + E::SCALE_BYTES + i * E::BYTES;
         fold_half<F, 0>(group, i, codes), fold_half<F, 1>(group, i, codes);

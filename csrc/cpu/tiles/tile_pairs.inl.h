@@ -51,12 +51,11 @@ using UnpackedOf = Unpacked<F::BLOCKS, F::PARTS, F::OFFSET_SHIFT, F::HAS_MINIMUM
 
 // A group of a type whose codes are not looked up in a grid.
 template <class F>
-__attribute__((noinline)) void unpack_group(const uint8_t* group, uint8_t* to, int64_t ahead) {
+__attribute__((noinline)) void unpack_group(const uint8_t* group, uint8_t* to, int64_t) {
     using E = UnpackedOf<F>;
     E::template expand_scales<F>(group, to);
     to += E::SCALE_BYTES;
     for (int i = 0; i < F::BLOCKS; i++, to += E::BYTES) {
-        if (ahead) prefetch_block<F>(group, i, ahead);
         const uint8_t* const quants = quants_of<F>(group, i);
         const auto unpack = [&](auto c) __attribute__((always_inline)) {
             constexpr int C = decltype(c)::value;
