@@ -96,18 +96,23 @@ class Phases:
                           f"its phases' medians and {whole / least:.2f} of that of their least; then {statistics.median(self.gaps):.1f} us to the next"])
 
 
-def run_round(engine, channel, streams, tokens, dice, phases, interval_s=0.008):
-    """The decoding steps of several concurrent answers -> their number and the main thread's CPU time in s."""
-    params = AnswerParams(sampling=SamplingParams(temperature=0.0), ignore_eos=True)
-    for _ in range(streams):
-        ids = tuple(dice.randrange(1000, engine.tokenizer.vocab_size - 1000) for _ in range(40))
-        engine.add(Assignment(f"answer {dice.random()}", ids, params, tokens))
+def ask(engine, prompt, tokens, dice):
+    """Queue an answer of so many tokens to a prompt of so many random ones."""
+    ids = tuple(dice.randrange(1000, engine.tokenizer.vocab_size - 1000) for _ in range(prompt))
+    engine.add(Assignment(f"answer {dice.random()}", ids, AnswerParams(sampling=SamplingParams(temperature=0.0), ignore_eos=True), tokens))
 
+
+def stepper(engine, channel, interval_s=0.008):
+    """A function that does a step as a worker does."""
     reports = Reports(channel, engine, gauges, interval_s)
+    return lambda: reports.add(engine.step(reports.send))
 
-    def step():
-        reports.add(engine.step(reports.send))
 
+def run_round(engine, channel, streams, tokens, dice, phases):
+    """The decoding steps of several concurrent answers -> their number and the main thread's CPU time in s."""
+    for _ in range(streams):
+        ask(engine, 40, tokens, dice)
+    step = stepper(engine, channel)
     while engine.scheduler.waiting or any(sequence.prefilling for sequence in engine.scheduler.running):
         step()
     steps, begun_s = 0, time.thread_time()
@@ -124,12 +129,11 @@ def run_round(engine, channel, streams, tokens, dice, phases, interval_s=0.008):
 
 def run_prompt(engine, channel, tokens, dice):
     """A prompt of random tokens, alone -> the ms of each step up to its first token's."""
-    ids = tuple(dice.randrange(1000, engine.tokenizer.vocab_size - 1000) for _ in range(tokens))
-    engine.add(Assignment(f"prompt {dice.random()}", ids, AnswerParams(sampling=SamplingParams(temperature=0.0), ignore_eos=True), 1))
-    reports, times = Reports(channel, engine, gauges, 0.008), []
+    ask(engine, tokens, 1, dice)
+    step, times = stepper(engine, channel), []
     while engine.busy:
         begun_s = time.perf_counter()
-        reports.add(engine.step(reports.send))
+        step()
         times.append(1e3 * (time.perf_counter() - begun_s))
     return times
 

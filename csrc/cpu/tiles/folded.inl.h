@@ -50,7 +50,7 @@ DC_INLINE void fold_half(const uint8_t* group, int i, uint8_t* to) {
     const FoldTable<F, HALF> table(F::bytes_of(group, i));
     const uint8_t* const quants = quants_of<F>(group, i);
     const __m512i rows = _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0), three = _mm512_set1_epi8(3);
-    const auto fold = [&](auto c) __attribute__((always_inline)) {
+    each_of_four([&](auto c) __attribute__((always_inline)) {
         constexpr int C = 4 * HALF + decltype(c)::value;
         constexpr BitPlace low = F::low_two(C);
         const __m512i shifted = _mm512_srli_epi16(_mm512_loadu_si512(quants + low.at), low.bit);
@@ -61,8 +61,7 @@ DC_INLINE void fold_half(const uint8_t* group, int i, uint8_t* to) {
             codes = _mm512_mask_add_epi8(codes, more, codes, table.four);
         }
         _mm512_store_si512(to + 64 * C, codes);
-    };
-    fold(std::integral_constant<int, 0>()), fold(std::integral_constant<int, 1>()), fold(std::integral_constant<int, 2>()), fold(std::integral_constant<int, 3>());
+    });
 }
 
 // A group; `multiply_expanded_pair` fetches what comes next.
@@ -145,8 +144,7 @@ __attribute__((noinline)) void pair_steps(const uint8_t* first, const uint8_t* s
         const int flags = has_high[0] | has_high[1] | has_high[2] | has_high[3];
         if (flags) {
             const int8_t* const high = x->high[row];
-            add_high<E, 0>(group, high, has_high[0], sum), add_high<E, 1>(group, high, has_high[1], sum);
-            add_high<E, 2>(group, high, has_high[2], sum), add_high<E, 3>(group, high, has_high[3], sum);
+            each_of_four([&](auto r) __attribute__((always_inline)) { add_high<E, decltype(r)::value>(group, high, has_high[r], sum); });
         }
         add_sums_of_steps(group, 0, set, sum, total);
         if constexpr (E::HAS_MINIMUM) add_minimums_of_steps<E>(group, set, flags, total);

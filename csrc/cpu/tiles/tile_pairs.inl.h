@@ -22,7 +22,7 @@ namespace {
 constexpr bool EXPANDED_PAIRS = true;
 constexpr int64_t PAIR_BLOCKS = 16;                 // of both tiles, whose codes lie in the first cache together
 
-// From so many rows on: 8 are as fast either way where codes are made before in any case.
+// From so many rows on it is faster: where codes are made before in any case, 8 are as fast either way.
 template <class F>
 constexpr int64_t PAIR_LEAST_ROWS = F::EXPANDS ? 9 : F::WHOLE_SCALES ? 17 : 25;
 
@@ -34,20 +34,26 @@ struct Unpacked {
     static constexpr bool HAS_MINIMUM = HAS_MINIMUM_, FINE_APART = FINE_APART_;
     static_assert(FINE_APART || PARTS == 1, "add_fine_sums");
 
-    DC_INLINE float* numbers(uint8_t* group, int i) { return reinterpret_cast<float*>(group) + 16 * (PARTS + HAS_MINIMUM) * i; }
-    DC_INLINE Lanes scale(const uint8_t* group, int i, int part) { return load(numbers(const_cast<uint8_t*>(group), i) + 16 * part); }
+    static constexpr int place(int i, int part) { return 16 * ((PARTS + HAS_MINIMUM) * i + part); }
+    DC_INLINE Lanes scale(const uint8_t* group, int i, int part) { return load(reinterpret_cast<const float*>(group) + place(i, part)); }
     DC_INLINE Lanes minimum(const uint8_t* group, int i) { return scale(group, i, PARTS); }
 
     template <class F>
     DC_INLINE void expand_scales(const uint8_t* group, uint8_t* to) {
+        float* const numbers = reinterpret_cast<float*>(to);
         for (int i = 0; i < BLOCKS; i++) {
-            for (int part = 0; part < PARTS; part++) store(numbers(to, i) + 16 * part, F::scale(group, i, part));
-            if constexpr (HAS_MINIMUM) store(numbers(to, i) + 16 * PARTS, F::minimum(group, i));
+            for (int part = 0; part < PARTS; part++) store(numbers + place(i, part), F::scale(group, i, part));
+            if constexpr (HAS_MINIMUM) store(numbers + place(i, PARTS), F::minimum(group, i));
         }
     }
 };
 template <class F>
 using UnpackedOf = Unpacked<F::BLOCKS, F::PARTS, F::OFFSET_SHIFT, F::HAS_MINIMUM, F::FINE_APART>;
+
+template <class Each>
+DC_INLINE void each_of_four(Each each) {
+    each(std::integral_constant<int, 0>()), each(std::integral_constant<int, 1>()), each(std::integral_constant<int, 2>()), each(std::integral_constant<int, 3>());
+}
 
 // A group of a type whose codes are not looked up in a grid.
 template <class F>
@@ -57,13 +63,12 @@ __attribute__((noinline)) void unpack_group(const uint8_t* group, uint8_t* to, i
     to += E::SCALE_BYTES;
     for (int i = 0; i < F::BLOCKS; i++, to += E::BYTES) {
         const uint8_t* const quants = quants_of<F>(group, i);
-        const auto unpack = [&](auto c) __attribute__((always_inline)) {
+        each_of_four([&](auto c) __attribute__((always_inline)) {
             constexpr int C = decltype(c)::value;
             Words low, high;
             F::template unpack<C>(quants, low, high);
             _mm512_store_si512(to + 16 * F::NEXT * C, F::weights(low).v), _mm512_store_si512(to + 16 * (F::SECOND + F::NEXT * C), F::weights(high).v);
-        };
-        unpack(std::integral_constant<int, 0>()), unpack(std::integral_constant<int, 1>()), unpack(std::integral_constant<int, 2>()), unpack(std::integral_constant<int, 3>());
+        });
     }
 }
 
@@ -110,12 +115,12 @@ DC_INLINE void dot_fine(const uint8_t* const (&group)[PAIR], int i, const int8_t
     dot_row<FIRST_CHUNK<E, PART>, FIRST_CHUNK<E, PART + 1>>(quants_of<E>(group[0], i), quants_of<E>(group[1], i), fine + BLOCK * R, sum[0], sum[1]);
 }
 
+// Those of four rows whose byte of `flags` is set.
 template <class Each>
 DC_INLINE void each_flagged(uint32_t flags, Each each) {
-    if (flags & 0xff) each(std::integral_constant<int, 0>());
-    if (flags & 0xff00) each(std::integral_constant<int, 1>());
-    if (flags & 0xff0000) each(std::integral_constant<int, 2>());
-    if (flags & 0xff000000) each(std::integral_constant<int, 3>());
+    each_of_four([&](auto r) __attribute__((always_inline)) {
+        if (flags >> 8 * decltype(r)::value & 0xff) each(r);
+    });
 }
 
 // Where both planes make one sum (!FINE_APART): of the rows that have a fine one, 256 times the first plane's and this one's, and x's scale / 256.
@@ -212,6 +217,8 @@ __attribute__((noinline)) void pair_rows(const uint8_t* first, const uint8_t* se
 #else
 
 constexpr bool EXPANDED_PAIRS = false;
+template <class F>
+constexpr int64_t PAIR_LEAST_ROWS = INT64_MAX;
 
 #endif
 

@@ -490,16 +490,11 @@ void multiply_gathered(const Gathering& g, void (*finish)(const Product&, int64_
 }
 
 // Does a product of so many rows make codes of any of these tiles before?
-bool any_expands(const Tiles& w, int64_t tile, int64_t end, [[maybe_unused]] int64_t rows) {
+bool any_expands(const Tiles& w, int64_t tile, int64_t end, int64_t rows) {
     const auto expands = [&](Weight type) {
         return !is_float(type) && with_format(type, [&](auto format) {
             using F = decltype(format);
-            if (F::EXPANDS) return true;
-#if defined(__AVX512F__)
-            return rows >= PAIR_LEAST_ROWS<F>;
-#else
-            return false;
-#endif
+            return F::EXPANDS || rows >= PAIR_LEAST_ROWS<F>;
         });
     };
     if (!w.places) return expands(w.type);
@@ -517,7 +512,7 @@ void multiply(const Product& job, int64_t tile_begin, int64_t tile_end, int64_t 
     const int64_t bytes = tile_bytes(w.type, w.columns);
     const bool gathers = any_expands(w, tile_begin, tile_end, least(group_end * GROUP_ROWS, job.rows) - group_begin * GROUP_ROWS);
     const int64_t fit = GROUPS_BYTES * GROUPS / panel_bytes(w.panels, w.columns);
-    const int64_t groups = group_end - group_begin, passes = groups > 0 ? (groups + EXPANDED_GROUPS - 1) / EXPANDED_GROUPS : 1;
+    const int64_t groups = group_end - group_begin, passes = (groups - 1) / EXPANDED_GROUPS + 1;
     const int64_t at_once = gathers ? (groups + passes - 1) / passes : fit > 1 ? fit : 1;
     const int64_t step = is_float(w.type) || gated || (gathers && EXPANDED_PAIRS) ? PAIR : 1;
     const auto multiply_some = is_float(w.type) ? multiply_floats : multiply_blocks;
