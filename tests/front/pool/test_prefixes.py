@@ -68,21 +68,22 @@ async def test_another_replica_reads_what_a_dead_one_has_kept(start_pool):
     assert again == text and cached > 200 and other.gauges["restored_tokens"] == cached
 
 
-async def test_a_second_model_drafts_for_a_prompt_that_was_restored(start_pool, tmp_path, nanochat_fixtures):
+async def test_a_second_model_drafts_for_a_prompt_that_was_restored(start_pool, tmp_path, nanochat_fixtures, monkeypatch):
     """It has no pages of the prompt, and computes it."""
+    monkeypatch.setenv("STRUCK", str(tmp_path))
+    (tmp_path / "draft-always").touch()
     pool = await start_pool(prefix_store=str(tmp_path / "store"), prefix_memory=0, drafts="none")
     text, _ = await answer(pool, "first")
     await pool.close()
-    cached = drafted = 0
-    for _ in range(5):      # on a busy machine a prompt does not wait for what is read late, and drafts may not pay
-        if not (cached and drafted):
+    cached = 0
+    for _ in range(5):      # a prompt does not wait for what a busy machine reads late
+        if not cached:
             pool = await start_pool(prefix_store=str(tmp_path / "store"), draft_model=str(nanochat_fixtures / "gen5"), drafts="model", draft_memory=0)
             again, cached = await answer(pool, "again")
             await idle(pool)
-            drafted = pool.workers[0].gauges["accepted_model"]
-            assert again == text
+            assert again == text and pool.workers[0].gauges["accepted_model"] > 0
             await pool.close()
-    assert cached > 200 and drafted > 0
+    assert cached > 200
 
 
 async def test_a_server_restores_what_one_before_has_stored_for_the_same_owner_alone(start_pool, tmp_path):
