@@ -58,7 +58,7 @@ def test_tiles_multiply_as_the_reference_says_with_the_same_bits_everywhere(kind
         decode_core.set_isa(before)
     assert len(found[False]) == len(found[True]) == 1
     # x has 16 bits in each 32 or 256 columns: half a step is wrong at most, and float32 sums add their own
-    together = 256 if kind in ("q2_k", "q3_k") else 32
+    together = 32 if kind in ("tq1_0", "tq2_0", "nvfp4") else 256
     amax = np.repeat(np.abs(x.reshape(texts, -1, together)).max(-1), together, 1)
     bound = (amax / 127 / 256 + 1e-5 * np.abs(x)) @ np.abs(w.astype(np.float64)).T
     if kind == "q2_k":                      # scale and minimum are added apart, and may cancel

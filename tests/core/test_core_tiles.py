@@ -108,7 +108,7 @@ def as_multiplied(x, kind, fine=False):
     return ((values.astype(np.float64) + rest / 256) * scale).reshape(x.shape)
 
 
-IN_STEPS = ("q2_k", "q3_k")
+IN_STEPS = ("q2_k", "q3_k", "iq3_s", "iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_s", "iq1_m")
 
 
 def in_steps(x, fine):

@@ -2,17 +2,22 @@
 // lanes share. HalfSums of a block of 32 columns are exact, so they are equal on every instruction set, however they are made.
 //
 // Four of them, by what a weight's code is; the sum is that of (code - 2^SHIFT) * x, and `minus` is minus the sum of x:
-//     NibbleDot       4 bits      FiveBitDot        5 bits      UnsignedDot       6 bits      SignedDot       8 bits, SHIFT 7
+//     NibbleDot       4 bits      FiveBitDot        5 bits      UnsignedDot       7 bits      SignedDot       8 bits, SHIFT 7
 //     begin<SHIFT>(minus), dot(sum, weights(codes), x) for each chunk, end<SHIFT>(sum, minus)
 // HALFWAY: a sum holds half of a block's chunks at most; `add` adds the halves' ends.
-//     factor<PART>(pairs), add_scaled(total, sum, factor): total += sum * factor, both within 16 bits, of 4 chunks' sums
+//     factor<PART>(pairs), add_scaled<WIDE>(total, sum, factor): total += sum * factor. The factor has 16 bits. So has the sum, of 4 chunks, unless
+//     WIDE: then it may be any whose product fits, of 4 chunks where a Dot is HALFWAY, else of a block's.
+//     SCALES_PAIRS<Dot>: dot_scaled(total, weights, x, factor), a chunk times factor, takes the place of dot and add_scaled
 //     add_pairs(total, pairs, x): total += pairs[0] * x[0] + pairs[1] * x[1], of 16 bits, x shared by the lanes
+//     odd_pairs<LOW, HIGH>(bytes): of each lane's byte two numbers, twice a nibble and one more: the lower one (0) or the upper one (1)
+//     less_shifted<SHIFT>(a, b): a - 2^SHIFT b
 //
 //     avx512 (VNNI)   u8 x i8 with x broadcast from memory; a sum begins with what takes the codes' offset back
 //     avxvnni, evex   the same instruction in registers of 256 bits: of avx512's definitions, with avx2's registers
 //     avx2            nibbles: pairs in int16, at most 8 * 2 * 15 * 127 = 30,480; five bits: as nibbles, at most
-//                     4 * 2 * 31 * 127 = 31,496 halfway; unsigned: pairs at most 2 * 63 * 127 = 16,002, widened at once; signed: |w| times x with w's sign, at most 2 * 128 * 127 = 32,512, widened at once (u8 x i8
-//                     with the offset still in would reach 64,770)
+//                     4 * 2 * 31 * 127 = 31,496 halfway; unsigned: pairs at most 2 * 127 * 127 = 32,258, widened at once, or scaled, which is
+//                     as fast; signed: |w| times x with w's sign, at most 2 * 128 * 127 = 32,512, widened at once (u8 x i8 with the offset
+//                     still in would reach 64,770)
 //     neon            as `unsigned` of avx2, with products of all of int8: pairs at most 2 * 128 * 127. Signed codes lose their offset
 //     dotprod         sdot, whose weights are signed too: so do these
 //     i8mm            usdot, u8 x i8 as VNNI; for two rows of x and more usmmla, 2 x 8 times 8 x 2
@@ -72,11 +77,16 @@ struct UnsignedDot {
     DC_INLINE Whole end(Sum sum, int32_t) { return sum; }
     template <int PART>
     DC_INLINE Whole factor(Whole pairs) { return {PART ? _mm512_srli_epi32(pairs.v, 16) : _mm512_and_si512(pairs.v, _mm512_set1_epi32(0xffff))}; }
-    DC_INLINE void add_scaled(Whole& total, Sum sum, Whole factor) { total.v = _mm512_dpwssd_epi32(total.v, sum.v, factor.v); }
+    template <bool WIDE>
+    DC_INLINE void add_scaled(Whole& total, Sum sum, Whole factor) {
+        if constexpr (WIDE) total.v = _mm512_add_epi32(total.v, _mm512_mullo_epi32(sum.v, factor.v));
+        else total.v = _mm512_dpwssd_epi32(total.v, sum.v, factor.v);
+    }
 };
 using NibbleDot = UnsignedDot;
 using FiveBitDot = UnsignedDot;
 using SignedDot = UnsignedDot;
+DC_INLINE void add_madd(Whole& total, Words a, Words b) { total.v = _mm512_dpwssd_epi32(total.v, a.v, b.v); }
 
 DC_INLINE Words look_up(Words codes, const uint8_t* table) {
     const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
@@ -102,7 +112,16 @@ DC_INLINE Whole high_nibbles_of_pairs(Whole pairs) { return {_mm512_srli_epi16(p
 DC_INLINE void add_pairs(Whole& total, Whole pairs, const int16_t* x) {
     asm("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(total.v) : "v"(pairs.v), "m"(*reinterpret_cast<const Four*>(x)));
 }
-DC_INLINE Whole less_four_times(Whole a, Whole b) { return {_mm512_sub_epi32(a.v, _mm512_slli_epi32(b.v, 2))}; }
+DC_INLINE Whole load_whole(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+DC_INLINE void store_whole(uint8_t* p, Whole whole) { _mm512_storeu_si512(p, whole.v); }
+template <int LOW, int HIGH>
+DC_INLINE Whole odd_pairs(const uint8_t* p) {
+    const __m512i bytes = _mm512_cvtepu8_epi32(sixteen(p));
+    const __m512i low = LOW ? _mm512_srli_epi32(bytes, 3) : _mm512_slli_epi32(bytes, 1), high = _mm512_slli_epi32(bytes, HIGH ? 13 : 17);
+    return {_mm512_or_si512(_mm512_and_si512(_mm512_or_si512(low, high), _mm512_set1_epi16(30)), _mm512_set1_epi16(1))};
+}
+template <int SHIFT>
+DC_INLINE Whole less_shifted(Whole a, Whole b) { return {_mm512_sub_epi32(a.v, _mm512_slli_epi32(b.v, SHIFT))}; }
 
 #elif defined(__AVX2__)
 
@@ -136,6 +155,7 @@ DC_INLINE void add_now(Sum& sum) { asm("" : "+x"(sum.lo), "+x"(sum.hi)); }
 DC_INLINE __m256i widen_pairs(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
 DC_INLINE void add_madd(Whole& total, Words a, Words b) {
     total = {_mm256_add_epi32(total.lo, _mm256_madd_epi16(a.lo, b.lo)), _mm256_add_epi32(total.hi, _mm256_madd_epi16(a.hi, b.hi))};
+    add_now(total);
 }
 template <int SHIFT>
 DC_INLINE __m256i offset_of(int32_t minus) {
@@ -164,7 +184,13 @@ struct UnsignedDot {
         const __m256i low = _mm256_set1_epi32(0xffff);
         return {_mm256_and_si256(pairs.lo, low), _mm256_and_si256(pairs.hi, low)};
     }
-    DC_INLINE void add_scaled(Whole& total, Sum sum, Whole factor) { add_madd(total, sum, factor); }
+    template <bool WIDE>
+    DC_INLINE void add_scaled(Whole& total, Sum sum, Whole factor) {
+        if constexpr (WIDE) {
+            total.lo = _mm256_add_epi32(total.lo, _mm256_mullo_epi32(sum.lo, factor.lo));
+            total.hi = _mm256_add_epi32(total.hi, _mm256_mullo_epi32(sum.hi, factor.hi));
+        } else add_madd(total, sum, factor);
+    }
 };
 using NibbleDot = UnsignedDot;
 using FiveBitDot = UnsignedDot;
@@ -195,6 +221,7 @@ struct NibbleDot {
         const __m256i places = _mm256_add_epi8(both, _mm256_setr_epi64x(0, 0x0808080808080808, 0, 0x0808080808080808));
         return {_mm256_shuffle_epi8(pairs.lo, places), _mm256_shuffle_epi8(pairs.hi, places)};
     }
+    template <bool>
     DC_INLINE void add_scaled(Whole& total, Sum sum, Whole factor) { add_madd(total, sum, factor); }
 };
 
@@ -217,7 +244,14 @@ struct UnsignedDot {
     }
     template <int SHIFT>
     DC_INLINE Whole end(Sum sum, int32_t) { return sum; }
+    template <int PART>
+    DC_INLINE Whole factor(Whole pairs) { return NibbleDot::factor<PART>(pairs); }
+    DC_INLINE void dot_scaled(Whole& total, Words w, const int8_t* x, Whole factor) {      // widens by the factor; codes of at most 7 bits
+        const __m256i shared = four(x);
+        add_madd(total, {_mm256_maddubs_epi16(w.lo, shared), _mm256_maddubs_epi16(w.hi, shared)}, factor);
+    }
 };
+#define DC_SCALES_PAIRS
 
 struct SignedDot {
     static constexpr bool HALFWAY = false;
@@ -280,8 +314,21 @@ DC_INLINE void add_pairs(Whole& total, Whole pairs, const int16_t* x) {
     const __m256i shared = four(reinterpret_cast<const int8_t*>(x));
     add_madd(total, pairs, {shared, shared});
 }
-DC_INLINE Whole less_four_times(Whole a, Whole b) {
-    return {_mm256_sub_epi32(a.lo, _mm256_slli_epi32(b.lo, 2)), _mm256_sub_epi32(a.hi, _mm256_slli_epi32(b.hi, 2))};
+DC_INLINE Whole load_whole(const uint8_t* p) { return load_words(p); }
+DC_INLINE void store_whole(uint8_t* p, Whole whole) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), whole.lo), _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 32), whole.hi);
+}
+template <int LOW, int HIGH>
+DC_INLINE __m256i odd_pairs_of_eight(const uint8_t* p) {
+    const __m256i bytes = _mm256_cvtepu8_epi32(eight(p));
+    const __m256i low = LOW ? _mm256_srli_epi32(bytes, 3) : _mm256_slli_epi32(bytes, 1), high = _mm256_slli_epi32(bytes, HIGH ? 13 : 17);
+    return _mm256_or_si256(_mm256_and_si256(_mm256_or_si256(low, high), _mm256_set1_epi16(30)), _mm256_set1_epi16(1));
+}
+template <int LOW, int HIGH>
+DC_INLINE Whole odd_pairs(const uint8_t* p) { return {odd_pairs_of_eight<LOW, HIGH>(p), odd_pairs_of_eight<LOW, HIGH>(p + 8)}; }
+template <int SHIFT>
+DC_INLINE Whole less_shifted(Whole a, Whole b) {
+    return {_mm256_sub_epi32(a.lo, _mm256_slli_epi32(b.lo, SHIFT)), _mm256_sub_epi32(a.hi, _mm256_slli_epi32(b.hi, SHIFT))};
 }
 
 #elif defined(DC_NEON)
@@ -332,6 +379,7 @@ struct UnsignedDot {
     DC_INLINE Whole end(Sum sum, int32_t) { return sum; }
     template <int PART>
     DC_INLINE Whole factor(Whole pairs) { DC_EACH(Whole, vshrq_n_s32(PART ? pairs.v[i] : vshlq_n_s32(pairs.v[i], 16), 16)); }
+    template <bool>
     DC_INLINE void add_scaled(Whole& total, Sum sum, Whole factor) {
         for (int i = 0; i < 4; i++) total.v[i] = vmlaq_s32(total.v[i], sum.v[i], factor.v[i]);
     }
@@ -452,7 +500,19 @@ DC_INLINE void add_pairs(Whole& total, Whole pairs, const int16_t* x) {
         total.v[i] = vaddq_s32(total.v[i], vpaddq_s32(vmull_s16(vget_low_s16(own), vget_low_s16(shared)), vmull_high_s16(own, shared)));
     }
 }
-DC_INLINE Whole less_four_times(Whole a, Whole b) { DC_EACH(Whole, vmlsq_n_s32(a.v[i], b.v[i], 4)); }
+DC_INLINE Whole load_whole(const uint8_t* p) { DC_EACH(Whole, vreinterpretq_s32_u8(vld1q_u8(p + 16 * i))); }
+DC_INLINE void store_whole(uint8_t* p, Whole whole) {
+    for (int i = 0; i < 4; i++) vst1q_u8(p + 16 * i, vreinterpretq_u8_s32(whole.v[i]));
+}
+template <int LOW, int HIGH>
+DC_INLINE Whole odd_pairs(const uint8_t* p) {
+    const WideBytes bytes = widened(vld1q_u8(p));
+    const int32x4_t to_low = vdupq_n_s32(LOW ? -3 : 1), to_high = vdupq_n_s32(HIGH ? 13 : 17);
+    const uint32x4_t nibbles = vdupq_n_u32(0x001e001e), one = vdupq_n_u32(0x00010001);
+    DC_EACH(Whole, vreinterpretq_s32_u32(vorrq_u32(vandq_u32(vorrq_u32(vshlq_u32(bytes.v[i], to_low), vshlq_u32(bytes.v[i], to_high)), nibbles), one)));
+}
+template <int SHIFT>
+DC_INLINE Whole less_shifted(Whole a, Whole b) { DC_EACH(Whole, vmlsq_n_s32(a.v[i], b.v[i], 1 << SHIFT)); }
 #undef DC_EACH
 
 #else
@@ -503,6 +563,7 @@ struct UnsignedDot {
         for (int32_t& pair : pairs.of) pair = PART ? pair >> 16 : int16_t(pair);
         return pairs;
     }
+    template <bool>
     static __attribute__((noinline, unused)) void add_scaled(Whole& total, const Sum& sum, const Whole& factor) {
         for (int i = 0; i < 16; i++) total.of[i] += sum.of[i] * factor.of[i];
     }
@@ -572,11 +633,31 @@ DC_INLINE Whole high_nibbles_of_pairs(Whole pairs) {
 static __attribute__((noinline, unused)) void add_pairs(Whole& total, const Whole& pairs, const int16_t* x) {
     for (int i = 0; i < 16; i++) total.of[i] += int16_t(pairs.of[i]) * x[0] + (pairs.of[i] >> 16) * x[1];
 }
-DC_INLINE Whole less_four_times(Whole a, const Whole& b) {
-    for (int i = 0; i < 16; i++) a.of[i] -= 4 * b.of[i];
+DC_INLINE Whole load_whole(const uint8_t* p) {
+    Whole whole;
+    std::memcpy(&whole, p, sizeof whole);
+    return whole;
+}
+DC_INLINE void store_whole(uint8_t* p, const Whole& whole) { std::memcpy(p, &whole, sizeof whole); }
+template <int LOW, int HIGH>
+DC_INLINE Whole odd_pairs(const uint8_t* p) {
+    Whole y;
+    for (int i = 0; i < 16; i++) y.of[i] = (p[i] >> 4 * LOW & 15) * 2 + 1 + ((p[i] >> 4 * HIGH & 15) * 2 + 1) * 65536;
+    return y;
+}
+template <int SHIFT>
+DC_INLINE Whole less_shifted(Whole a, const Whole& b) {
+    for (int i = 0; i < 16; i++) a.of[i] -= b.of[i] * (1 << SHIFT);
     return a;
 }
 
+#endif
+
+template <class Dot>
+inline constexpr bool SCALES_PAIRS = false;
+#if defined(DC_SCALES_PAIRS)
+template <>
+inline constexpr bool SCALES_PAIRS<UnsignedDot> = true;
 #endif
 
 // Dot::dot with the four bytes that begin AT bytes after x.

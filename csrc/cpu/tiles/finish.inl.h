@@ -1,6 +1,8 @@
 // What every kernel of products shares: how weights stream by, and what becomes of a row's sums (bias, activation, residual).
 #pragma once
 
+#include <utility>
+
 #include "cpu/lanes.h"
 #include "cpu/tiles/formats.h"
 #include "cpu/tiles/tiles.h"
@@ -15,6 +17,12 @@ constexpr int64_t AHEAD = 8 << 10;                  // bytes from what is read t
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 DC_INLINE int64_t bytes_of_float(Weight type) { return type == Weight::f32 ? 4 : 2; }
+
+// each(integral_constant 0) .. each(COUNT - 1).
+template <class Each, int... N>
+DC_INLINE void each_in(std::integer_sequence<int, N...>, Each each) { (each(std::integral_constant<int, N>()), ...); }
+template <int COUNT, class Each>
+DC_INLINE void each_of(Each each) { each_in(std::make_integer_sequence<int, COUNT>(), each); }
 
 // Rows of x that fit in the registers with one q tile, and with two float tiles.
 #if defined(__AVX512F__)

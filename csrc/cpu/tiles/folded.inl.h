@@ -1,10 +1,12 @@
-// Types whose scales are whole numbers (WHOLE_SCALES: Q2_K, Q3_K): four rows of x in steps (StepGroup), a set, times two tiles whose codes were
-// multiplied by their scales before, with registers of 512 bits.
+// Types whose scales are whole numbers (WHOLE_SCALES): four rows of x in steps (StepGroup), a set, times two tiles with registers of 512 bits.
+// Codes of Q2_K and Q3_K were multiplied by their scales before (Folded); those of IQ2_*, IQ3_* and IQ1_* are bytes (Expanded), whose sums are.
 //
-// layout   a folded group: f32 [16], what its scales share; of Q2_K f32 [16], what its minimums share, and i16 [BLOCKS][16][2], its minimums;
-//          then the bytes [BLOCKS][8][64]
+// layout   Folded: f32 [16], what a group's scales share; of Q2_K f32 [16], what its minimums share, and i16 [BLOCKS][16][2], its minimums; then
+//          the bytes [BLOCKS][8][64]. Expanded: grids.h
 // mapping  a lane of a register is a row's 4 columns; two bits of their codes choose from a table, a third adds four times the scale to its byte.
-//          Sums of two tiles and four rows in eight registers, of Q2_K's minimums in eight more: 256 columns long
+//          Sums of two tiles and four rows in eight registers, of Q2_K's minimums in eight more: 256 columns long.
+//          Of Expanded eight registers have the sums of 32 columns, or 16, and eight more what these are times their scales, which begin with the
+//          scales times the sums of x: they take the codes' centre back
 // cost     of 32 columns on Zen 4: 64 cycles of dot products, 8 more of Q2_K's minimums. In a product of 128 rows four fifths of the time is this
 //          kernel, at 87 % of the dot products' peak; a tenth is folding, shared by all rows of x that meet the tile
 // numerics those of step_rows. Q2_K: code * scale, at most 45. Q3_K: (code - 4) * scale + 127, 3 .. 255. What passes 2^31 on the way comes back
@@ -23,7 +25,7 @@ template <class F>
 struct Folded {
     static constexpr int64_t BLOCKS = F::BLOCKS, BYTES = 512;
     static constexpr int64_t MINIMUMS = 128, SCALE_BYTES = F::HAS_MINIMUM ? MINIMUMS + F::BLOCKS * 64 : 64;
-    static constexpr bool HAS_MINIMUM = F::HAS_MINIMUM;
+    static constexpr bool HAS_MINIMUM = F::HAS_MINIMUM, HIGH_APART = false;
     static constexpr int LESS = F::HAS_MINIMUM ? 0 : 127;
 };
 
@@ -50,7 +52,7 @@ DC_INLINE void fold_half(const uint8_t* group, int i, uint8_t* to) {
     const FoldTable<F, HALF> table(F::bytes_of(group, i));
     const uint8_t* const quants = quants_of<F>(group, i);
     const __m512i rows = _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0), three = _mm512_set1_epi8(3);
-    each_of_four([&](auto c) __attribute__((always_inline)) {
+    each_of<4>([&](auto c) __attribute__((always_inline)) {
         constexpr int C = 4 * HALF + decltype(c)::value;
         constexpr BitPlace low = F::low_two(C);
         const __m512i shifted = _mm512_srli_epi16(_mm512_loadu_si512(quants + low.at), low.bit);
@@ -79,7 +81,7 @@ __attribute__((noinline)) void fold_group(const uint8_t* group, uint8_t* to, int
 
 // What row R's high bytes add, of the blocks that have any.
 template <class E, int R>
-DC_INLINE void add_high(const uint8_t* const (&group)[PAIR], const int8_t* high, int blocks, __m512i (&sum)[PAIR][SET_ROWS]) {
+DC_INLINE void add_high_folded(const uint8_t* const (&group)[PAIR], const int8_t* high, int blocks, __m512i (&sum)[PAIR][SET_ROWS]) {
     if (__builtin_expect(!blocks, 1)) return;
     __m512i own[PAIR] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
     for (; blocks; blocks &= blocks - 1) {
@@ -98,12 +100,12 @@ DC_INLINE void add_sums_of_steps(const uint8_t* const (&group)[PAIR], int shared
     }
 }
 
-// The minimums of a block times the sums of four rows' low or high bytes.
-template <class E>
-DC_INLINE void dot_minimums(const uint8_t* const (&group)[PAIR], int i, const int16_t (&sums)[SET_ROWS][STEP_BLOCKS][2], __m512i (&sum)[PAIR][SET_ROWS]) {
+// Block i's pairs of factors, which begin AT bytes after a group, times the sums of four rows' low or high bytes.
+template <int AT>
+DC_INLINE void dot_factors(const uint8_t* const (&group)[PAIR], int i, const int16_t (&sums)[SET_ROWS][STEP_BLOCKS][2], __m512i (&sum)[PAIR][SET_ROWS]) {
     for (int t = 0; t < PAIR; t++) {
-        const __m512i minimums = _mm512_load_si512(group[t] + E::MINIMUMS + 64 * i);
-        for (int r = 0; r < SET_ROWS; r++) sum[t][r] = _mm512_dpwssd_epi32(sum[t][r], minimums, word_of(sums[r][i]));
+        const __m512i factors = _mm512_load_si512(group[t] + AT + 64 * i);
+        for (int r = 0; r < SET_ROWS; r++) sum[t][r] = _mm512_dpwssd_epi32(sum[t][r], factors, word_of(sums[r][i]));
     }
 }
 
@@ -112,13 +114,105 @@ template <class E>
 DC_INLINE void add_minimums_of_steps(const uint8_t* const (&group)[PAIR], const StepSet& set, int high, PairTotals& total) {
     __m512i sum[PAIR][SET_ROWS] = {};
     if (high) {
-        for (; high; high &= high - 1) dot_minimums<E>(group, __builtin_ctz(high), set.high_sums, sum);
+        for (; high; high &= high - 1) dot_factors<E::MINIMUMS>(group, __builtin_ctz(high), set.high_sums, sum);
         for (int t = 0; t < PAIR; t++)
             for (int r = 0; r < SET_ROWS; r++) sum[t][r] = _mm512_slli_epi32(sum[t][r], 8);
     }
 #pragma GCC unroll 2
-    for (int i = 0; i < STEP_BLOCKS; i++) dot_minimums<E>(group, i, set.low_sums, sum);
+    for (int i = 0; i < STEP_BLOCKS; i++) dot_factors<E::MINIMUMS>(group, i, set.low_sums, sum);
     add_sums_of_steps(group, 16, set, sum, total);
+}
+
+// A group of Folded onto the totals.
+template <class E>
+DC_INLINE void add_folded(const uint8_t* const (&group)[PAIR], Fetching& fetching, const StepGroup& x, int row, PairTotals& total) {
+    const StepSet& set = x.sets[row / SET_ROWS];
+    __m512i sum[PAIR][SET_ROWS];
+    for (int r = 0; r < SET_ROWS; r++) {
+        const __m512i minus = _mm512_set1_epi32(set.minus[r]);
+        sum[0][r] = sum[1][r] = E::LESS ? _mm512_sub_epi32(_mm512_slli_epi32(minus, 7), minus) : _mm512_setzero_si512();
+    }
+    for (int i = 0; i < STEP_BLOCKS; i++) {
+        fetching.next();
+        dot_rows<0, 8, STEP_COLUMNS>(quants_of<E>(group[0], i), quants_of<E>(group[1], i), x.low[row] + BLOCK * i, sum);
+    }
+    const uint8_t* const has_high = set.has_high;
+    const int flags = has_high[0] | has_high[1] | has_high[2] | has_high[3];
+    if (flags) {
+        const int8_t* const high = x.high[row];
+        each_of<4>([&](auto r) __attribute__((always_inline)) { add_high_folded<E, decltype(r)::value>(group, high, has_high[r], sum); });
+    }
+    add_sums_of_steps(group, 0, set, sum, total);
+    if constexpr (E::HAS_MINIMUM) add_minimums_of_steps<E>(group, set, flags, total);
+}
+
+// Part PART's factors of a block, one in each lane.
+template <class E, int PART>
+DC_INLINE __m512i factor_of(const uint8_t* group, int i) { return UnsignedDot::factor<PART>(E::factors(group, i)).v; }
+
+// Part PART of a block's low bytes times its factors.
+template <class E, int PART>
+DC_INLINE void add_scaled_part(const uint8_t* const (&group)[PAIR], int i, const int8_t* x, __m512i (&sum)[PAIR][SET_ROWS]) {
+    __m512i own[PAIR][SET_ROWS];
+    for (int r = 0; r < SET_ROWS; r++) own[0][r] = own[1][r] = _mm512_setzero_si512();
+    dot_rows<FIRST_CHUNK<E, PART>, FIRST_CHUNK<E, PART + 1>, STEP_COLUMNS>(quants_of<E>(group[0], i), quants_of<E>(group[1], i), x, own);
+    for (int t = 0; t < PAIR; t++) {
+        const __m512i factor = factor_of<E, PART>(group[t], i);
+        for (int r = 0; r < SET_ROWS; r++) sum[t][r] = _mm512_add_epi32(sum[t][r], _mm512_mullo_epi32(own[t][r], factor));
+    }
+}
+
+// The same of one row.
+template <class E, int PART>
+DC_INLINE void add_scaled_part(const uint8_t* const (&group)[PAIR], int i, const int8_t* x, __m512i (&sum)[PAIR]) {
+    __m512i own[PAIR] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+    dot_row<FIRST_CHUNK<E, PART>, FIRST_CHUNK<E, PART + 1>>(quants_of<E>(group[0], i), quants_of<E>(group[1], i), x, own[0], own[1]);
+    for (int t = 0; t < PAIR; t++) sum[t] = _mm512_add_epi32(sum[t], _mm512_mullo_epi32(own[t], factor_of<E, PART>(group[t], i)));
+}
+
+// Sums of x times factors, as sums of products begin with them.
+template <class E>
+DC_INLINE __m512i centre_of(__m512i sum) { return _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(sum, E::OFFSET_SHIFT)); }
+
+// What row R's high bytes add to a group, of the blocks that have any, as add_high_apart.
+template <class E, int R>
+DC_INLINE void add_high_expanded(const uint8_t* const (&group)[PAIR], const int8_t* high, const StepSet& set, PairTotals& total) {
+    if (!set.has_high[R]) return;
+    __m512i sum[PAIR] = {_mm512_setzero_si512(), _mm512_setzero_si512()}, centre[PAIR] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+    for (unsigned blocks = set.has_high[R]; blocks; blocks &= blocks - 1) {
+        const int i = __builtin_ctz(blocks);
+        const int8_t* const x = high + STEP_COLUMNS * R + BLOCK * i;
+        add_scaled_part<E, 0>(group, i, x, sum);
+        if constexpr (E::PARTS == 2) add_scaled_part<E, 1>(group, i, x, sum);
+        for (int t = 0; t < PAIR; t++) centre[t] = _mm512_dpwssd_epi32(centre[t], E::factors(group[t], i).v, word_of(set.high_sums[R][i]));
+    }
+    for (int t = 0; t < PAIR; t++) {
+        const Lanes whole{_mm512_cvtepi32_ps(_mm512_add_epi32(sum[t], centre_of<E>(centre[t])))};
+        add_product(total[t][R], E::shared(group[t]) * all(set.step[R]), whole * all(256.0f));
+    }
+}
+
+// A group of Expanded onto the totals.
+template <class E>
+DC_INLINE void add_expanded(const uint8_t* const (&group)[PAIR], Fetching& fetching, const StepGroup& x, int row, PairTotals& total) {
+    const StepSet& set = x.sets[row / SET_ROWS];
+    __m512i sum[PAIR][SET_ROWS] = {};
+#pragma GCC unroll 2
+    for (int i = 0; i < STEP_BLOCKS; i++) dot_factors<E::FACTORS>(group, i, set.low_sums, sum);
+    for (int t = 0; t < PAIR; t++)
+        for (int r = 0; r < SET_ROWS; r++) sum[t][r] = centre_of<E>(sum[t][r]);
+    for (int i = 0; i < STEP_BLOCKS; i++) {
+        fetching.next();
+        const int8_t* const low = x.low[row] + BLOCK * i;
+        add_scaled_part<E, 0>(group, i, low, sum);
+        if constexpr (E::PARTS == 2) add_scaled_part<E, 1>(group, i, low, sum);
+    }
+    add_sums_of_steps(group, 0, set, sum, total);
+    uint32_t flags;
+    std::memcpy(&flags, set.has_high, sizeof flags);
+    if (!flags) return;
+    const int8_t* const high = x.high[row];
+    each_of<4>([&](auto r) __attribute__((always_inline)) { add_high_expanded<E, decltype(r)::value>(group, high, set, total); });
 }
 
 // Rows row .. row + 3 of the panel, a set, onto y [2][4][16], the sums so far.
@@ -129,25 +223,9 @@ __attribute__((noinline)) void pair_steps(const uint8_t* first, const uint8_t* s
     PairTotals total;
     for (int r = 0; r < SET_ROWS; r++) total[0][r] = load(y + 16 * r), total[1][r] = load(other_y + 16 * r);
     for (int64_t g = 0; g < groups; g++, x++, first += group_of_blocks_bytes<E>(), second += group_of_blocks_bytes<E>()) {
-        const StepSet& set = x->sets[row / SET_ROWS];
         const uint8_t* const group[PAIR] = {first, second};
-        __m512i sum[PAIR][SET_ROWS];
-        for (int r = 0; r < SET_ROWS; r++) {
-            const __m512i minus = _mm512_set1_epi32(set.minus[r]);
-            sum[0][r] = sum[1][r] = E::LESS ? _mm512_sub_epi32(_mm512_slli_epi32(minus, 7), minus) : _mm512_setzero_si512();
-        }
-        for (int i = 0; i < STEP_BLOCKS; i++) {
-            own.next();
-            dot_rows<0, 8, STEP_COLUMNS>(quants_of<E>(first, i), quants_of<E>(second, i), x->low[row] + BLOCK * i, sum);
-        }
-        const uint8_t* const has_high = set.has_high;
-        const int flags = has_high[0] | has_high[1] | has_high[2] | has_high[3];
-        if (flags) {
-            const int8_t* const high = x->high[row];
-            each_of_four([&](auto r) __attribute__((always_inline)) { add_high<E, decltype(r)::value>(group, high, has_high[r], sum); });
-        }
-        add_sums_of_steps(group, 0, set, sum, total);
-        if constexpr (E::HAS_MINIMUM) add_minimums_of_steps<E>(group, set, flags, total);
+        if constexpr (E::HIGH_APART) add_expanded<E>(group, own, *x, row, total);
+        else add_folded<E>(group, own, *x, row, total);
     }
     for (int r = 0; r < SET_ROWS; r++) store(y + 16 * r, total[0][r]), store(other_y + 16 * r, total[1][r]);
     fetching = own;

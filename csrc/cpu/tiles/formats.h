@@ -10,9 +10,10 @@
 //     MINIMUMS                 1: a minimum for 32 columns; 2: one for each 16
 //     scale, minimum           of block i of a group, lane r = row r: exact products in float32
 //     Dot                      which of dots.h's dot products
-//     WHOLE_SCALES             the scales of 16 columns are whole numbers times `shared`: x comes in steps, and a group of blocks has one sum
-//                              (steps.inl.h). `factors` and, with minimums, `minimum_factors` are those of a block
-//     FINE_APART               see tiles.h, numerics
+//     WHOLE_SCALES             the scales of 16 or 32 columns are whole numbers times `shared`: x comes in steps, and a group of blocks has one
+//                              sum (steps.inl.h). `factors` and, with minimums, `minimum_factors` are those of a block, two for each row
+//     HIGH_APART               of WHOLE_SCALES: high bytes have a sum of their own, as 256 times theirs may be more than 32 bits hold
+//     FINE_APART               of the others: see tiles.h, numerics
 //     EXPANDS                  its codes are made before a product (grids.h): `put_block` takes 32 columns of a row from a file, not `codes`
 //
 // Adding a type: its row in weights.def, a struct here, and its quantizer in quantize.cpp.
@@ -163,9 +164,7 @@ struct Quants<7> : NibbleOrder {            // a byte each, as they are multipli
     static constexpr int64_t BYTES = 512;
 
     template <int C>
-    DC_INLINE void unpack(const uint8_t* quants, Words& low, Words& high) {
-        low = load_words(quants + 64 * C), high = load_words(quants + 256 + 64 * C);
-    }
+    DC_INLINE Words chunk(const uint8_t* quants) { return load_words(quants + 64 * C); }
 };
 
 template <>
@@ -205,7 +204,7 @@ template <int BITS_, int OFFSET_SHIFT_, class Dot_>
 struct Plain : Quants<BITS_> {
     static constexpr int BITS = BITS_, OFFSET_SHIFT = OFFSET_SHIFT_, PARTS = 1, MINIMUMS = 1, HALVES = 32;
     static constexpr bool HAS_MINIMUM = OFFSET_SHIFT_ == NO_OFFSET;
-    static constexpr bool EXPANDS = false, WHOLE_SCALES = false;
+    static constexpr bool EXPANDS = false, WHOLE_SCALES = false, HIGH_APART = false;
     using Dot = Dot_;
     DC_INLINE typename Dot::Weights weights(Words codes) { return Dot::weights(codes); }
     static float value(int code) { return float(code - (HAS_MINIMUM ? 0 : 1 << OFFSET_SHIFT_ % 32)); }

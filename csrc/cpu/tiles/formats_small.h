@@ -16,7 +16,7 @@ static inline void codes_of_pairs(const uint8_t* from, uint8_t* codes) {
 struct ByteScales {
     static constexpr int64_t BLOCKS = 8, SCALE_BYTES = 320;
     static constexpr int PARTS = 2;
-    static constexpr bool FINE_APART = true, WHOLE_SCALES = true;
+    static constexpr bool WHOLE_SCALES = true;
 
     static void put_byte(uint8_t* group, int part, int r, int byte) { group[64 + 32 * (part / 2) + 2 * r + part % 2] = uint8_t(byte); }
     DC_INLINE const uint8_t* bytes_of(const uint8_t* group, int i) { return group + 64 + 32 * i; }

@@ -13,7 +13,8 @@
 // cost     of 32 columns: with VBMI 18 to 44 cycles on Zen 5, on Zen 4 45 to 47 and 85 to 100 of IQ1_*; by loads 46 to 90 on Zen 5, where an entry took
 //          GCC's three instructions for its number
 // numerics a code is a weight's integer plus 2^OFFSET_SHIFT, as everywhere: the entry plus that, or that minus the entry where the
-//          weight is negative. So integer sums and scales are those of the other types
+//          weight is negative. Scales are odd numbers, 1 .. 31, times one of 256 columns (OddScales), so x comes in steps (tiles.h): a group's
+//          integer sum is at most 256 * 62 * 31 * 127 < 2^26, and its high bytes have another one
 // A part of formats.h, which includes it after what all types have in common.
 #pragma once
 
@@ -152,8 +153,6 @@ struct Gridded : Plain<7, SHIFT, Dot> {
     static_assert(!NIBBLES || HIGH == 4, "a nibble of upper bits");
     static constexpr int HALVES = 16, ENTRIES = 32 / EACH, OFFSET = SIGNED ? 1 << SHIFT : 0, MORE = HIGH;
     static constexpr int64_t SIGNS = 16 * ENTRIES, PLANES = SIGNS + (SIGNED ? 64 : 0), BYTES = PLANES + 2 * HIGH * ENTRIES;
-    static constexpr bool FINE_APART = true;
-
     static const Grid<EACH, COUNT>& grid() { return GRID; }
     static const Digits<COUNT>& digits() { return DIGITS; }
 
@@ -361,12 +360,18 @@ DC_VBMI_INLINE void expand_in_registers(const uint8_t* quants, uint8_t* to) {
 
 #endif
 
-// The same type with its codes as bytes, aligned.
+// The same type with its codes as bytes and its scales as they are multiplied, aligned: f32 [16], what these share; i16 [8][16][2], the factors of
+// 16 columns; then the codes [8][8][64].
 template <class F>
 struct Expanded : F {
-    static constexpr int64_t BYTES = 512, SCALE_BYTES = (F::SCALE_BYTES + 63) / 64 * 64;
-    template <class>
-    DC_INLINE void expand_scales(const uint8_t* group, uint8_t* to) { std::memcpy(to, group, F::SCALE_BYTES); }
+    static constexpr int64_t FACTORS = 64, SCALE_BYTES = FACTORS + 64 * F::BLOCKS, BYTES = 512;
+
+    DC_INLINE void expand_scales(const uint8_t* group, uint8_t* to) {
+        store(reinterpret_cast<float*>(to), F::shared(group));
+        for (int i = 0; i < F::BLOCKS; i++) store_whole(to + FACTORS + 64 * i, F::factors(group, i));
+    }
+    DC_INLINE Lanes shared(const uint8_t* group) { return load(reinterpret_cast<const float*>(group)); }
+    DC_INLINE Whole factors(const uint8_t* group, int i) { return load_whole(group + FACTORS + 64 * i); }
 };
 
 // Scales of 4 bits, which stand for odd numbers: d * (2 s + 1) / OF. Of 16 columns, two in a byte, or of 32, of blocks i and i + 1.
@@ -374,6 +379,7 @@ template <int OF, int PARTS_>
 struct OddScales {
     static constexpr int64_t BLOCKS = 8, SCALE_BYTES = 32 + 64 * PARTS_;     // d f16 [16]; u8 [4 PARTS][16]
     static constexpr int PARTS = PARTS_;
+    static constexpr bool WHOLE_SCALES = true, HIGH_APART = true;
 
     static void put_scale(int s, int i, int part, uint8_t* group, int r) {
         const int place = i * PARTS_ + part, shift = place % 2 * 4;
@@ -385,6 +391,12 @@ struct OddScales {
         const uint8_t* const both = group + 32 + 16 * (place / 2);
         const Lanes s = place % 2 ? lanes_of_high_nibbles(both) : lanes_of_low_nibbles(both);
         return halves(group) * fma(s, all(2.0f / OF), all(1.0f / OF));
+    }
+    DC_INLINE Lanes shared(const uint8_t* group) { return halves(group) * all(1.0f / OF); }
+    DC_INLINE Whole factors(const uint8_t* group, int i) {                   // where they are of 32 columns, two equal ones
+        const uint8_t* const nibbles = group + 32 + 16 * (i * PARTS_ / 2);
+        if constexpr (PARTS_ == 2) return odd_pairs<0, 1>(nibbles);
+        else return i % 2 ? odd_pairs<1, 1>(nibbles) : odd_pairs<0, 0>(nibbles);
     }
 };
 
@@ -399,7 +411,7 @@ static inline uint32_t word_at(const uint8_t* p) {
 
 template <>
 struct Format<Weight::iq2_xxs> : FileBlock<Weight::iq2_xxs>, Gridded<8, 256, GRID_IQ2_XXS, DIGITS_IQ2_XXS, 0, true, 6, UnsignedDot>, OddScales<8, 1> {
-    using OddScales::PARTS;
+    using OddScales::PARTS, OddScales::WHOLE_SCALES, OddScales::HIGH_APART;
     static void put_block(const uint8_t* block, int i, uint8_t* quants, int r) {
         const uint8_t* const from = block + 2 + 8 * i;
         for (int n = 0; n < 4; n++)
@@ -413,7 +425,7 @@ struct Format<Weight::iq2_xxs> : FileBlock<Weight::iq2_xxs>, Gridded<8, 256, GRI
 
 template <>
 struct Format<Weight::iq2_xs> : FileBlock<Weight::iq2_xs>, Gridded<8, 512, GRID_IQ2_XS, DIGITS_IQ2_XS, 1, true, 6, UnsignedDot>, OddScales<8, 2> {
-    using OddScales::PARTS;
+    using OddScales::PARTS, OddScales::WHOLE_SCALES, OddScales::HIGH_APART;
     static void put_block(const uint8_t* block, int i, uint8_t* quants, int r) {
         for (int n = 0; n < 4; n++) {
             const int both = two_bytes(block + 2 + 8 * i + 2 * n);
@@ -428,7 +440,7 @@ struct Format<Weight::iq2_xs> : FileBlock<Weight::iq2_xs>, Gridded<8, 512, GRID_
 
 template <>
 struct Format<Weight::iq2_s> : FileBlock<Weight::iq2_s>, Gridded<8, 1024, GRID_IQ2_S, DIGITS_IQ2_S, 2, true, 6, UnsignedDot>, OddScales<8, 2> {
-    using OddScales::PARTS;
+    using OddScales::PARTS, OddScales::WHOLE_SCALES, OddScales::HIGH_APART;
     static void put_block(const uint8_t* block, int i, uint8_t* quants, int r) {
         for (int n = 0; n < 4; n++)
             put_number(block[2 + 4 * i + n] | (block[66 + i] >> 2 * n & 3) << 8, n, quants, r), put_signs(block[34 + 4 * i + n], n, quants, r);
@@ -441,7 +453,7 @@ struct Format<Weight::iq2_s> : FileBlock<Weight::iq2_s>, Gridded<8, 1024, GRID_I
 
 template <>
 struct Format<Weight::iq3_xxs> : FileBlock<Weight::iq3_xxs>, Gridded<4, 256, GRID_IQ3_XXS, DIGITS_IQ3_XXS, 0, true, 6, UnsignedDot>, OddScales<4, 1> {
-    using OddScales::PARTS;
+    using OddScales::PARTS, OddScales::WHOLE_SCALES, OddScales::HIGH_APART;
     static void put_block(const uint8_t* block, int i, uint8_t* quants, int r) {
         for (int n = 0; n < 8; n++) put_number(block[2 + 8 * i + n], n, quants, r);
         for (int n = 0; n < 4; n++) put_signs(eight_signs(word_at(block + 66 + 4 * i) >> 7 * n & 127), n, quants, r);
@@ -454,7 +466,7 @@ struct Format<Weight::iq3_xxs> : FileBlock<Weight::iq3_xxs>, Gridded<4, 256, GRI
 
 template <>
 struct Format<Weight::iq3_s> : FileBlock<Weight::iq3_s>, Gridded<4, 512, GRID_IQ3_S, DIGITS_IQ3_S, 1, true, 4, FiveBitDot>, OddScales<1, 1> {
-    using OddScales::PARTS;
+    using OddScales::PARTS, OddScales::WHOLE_SCALES, OddScales::HIGH_APART;
     static void put_block(const uint8_t* block, int i, uint8_t* quants, int r) {
         for (int n = 0; n < 8; n++) put_number(block[2 + 8 * i + n] | (block[66 + i] >> n & 1) << 8, n, quants, r);
         for (int n = 0; n < 4; n++) put_signs(block[74 + 4 * i + n], n, quants, r);
@@ -467,7 +479,7 @@ struct Format<Weight::iq3_s> : FileBlock<Weight::iq3_s>, Gridded<4, 512, GRID_IQ
 
 template <>
 struct Format<Weight::iq1_s> : FileBlock<Weight::iq1_s>, Gridded<8, 2048, GRID_IQ1, DIGITS_IQ1, 4, false, 4, FiveBitDot>, OddScales<8, 1> {
-    using OddScales::PARTS;
+    using OddScales::PARTS, OddScales::WHOLE_SCALES, OddScales::HIGH_APART;
     static void put_block(const uint8_t* block, int i, uint8_t* quants, int r) {
         const int more = two_bytes(block + 34 + 2 * i);
         for (int n = 0; n < 4; n++) put_number(block[2 + 4 * i + n] | (more >> 3 * n & 7) << 8 | more >> 15 << 11, n, quants, r);
@@ -479,8 +491,8 @@ struct Format<Weight::iq1_s> : FileBlock<Weight::iq1_s>, Gridded<8, 2048, GRID_I
 };
 
 template <>
-struct Format<Weight::iq1_m> : FileBlock<Weight::iq1_m>, Gridded<8, 2048, GRID_IQ1, DIGITS_IQ1, 4, false, 4, NibbleDot>, OddScales<8, 2> {
-    using OddScales::PARTS;                     // so that a sum has half a block's products of five bits
+struct Format<Weight::iq1_m> : FileBlock<Weight::iq1_m>, Gridded<8, 2048, GRID_IQ1, DIGITS_IQ1, 4, false, 4, FiveBitDot>, OddScales<8, 2> {
+    using OddScales::PARTS, OddScales::WHOLE_SCALES, OddScales::HIGH_APART;
     static void put_block(const uint8_t* block, int i, uint8_t* quants, int r) {
         for (int n = 0; n < 4; n++) put_number(block[4 * i + n] | (block[32 + 2 * i + n / 2] >> n % 2 * 4 & 15) << 8, n, quants, r);
     }

@@ -1,9 +1,11 @@
-// A tile whose scales are whole numbers (WHOLE_SCALES: Q2_K, Q3_K) times few rows of x in steps (StepGroup).
+// A tile whose scales are whole numbers (WHOLE_SCALES: Q2_K, Q3_K, and IQ2_*, IQ3_*, IQ1_* as Expanded) times few rows of x in steps (StepGroup).
 //
-// mapping  of 256 columns the two bytes of x (StepGroup) and the scales are integers: each 16 columns' sum times its scale goes onto one
-//          integer, and the sums of x times the minimums, or times the scales where a code has a centre, onto another
+// mapping  of 256 columns the two bytes of x (StepGroup) and the scales are integers: each 16 columns' sum, or 32 columns', times its scale goes
+//          onto one integer, and the sums of x times the minimums, or times the scales where a code has a centre, onto another. Of types that are
+//          looked up in a grid (HIGH_APART) the high bytes come after the 256 columns, whose codes lie in the cache as bytes
 // cost     of 32 columns some 32 instructions with AVX-512, half of them unpacking, and twice as many with AVX2
-// numerics tiles.h. All sums are below 2^31: a code times its scale is at most 45 or, with its centre, 7 * 32; x at most 127 * 257; 256 columns
+// numerics tiles.h. All sums are below 2^31: a code times its scale is at most 45 or, with its centre, 7 * 32, and x at most 127 * 257; of a grid's
+//          types these are 126 * 31, and 127, as both bytes have a sum of their own; 256 columns
 // A part of tiles.inl.h.
 #pragma once
 
@@ -11,42 +13,52 @@ namespace dc {
 namespace DC_ISA {
 namespace {
 
-// sum [R] = 16 columns' codes, those of part PART of a block, times R rows' bytes.
-template <class F, int PART, int R, int C>
-DC_INLINE void sum_words(const uint8_t* quants, const int8_t* x, Sum* sum) {
-    const typename F::Dot::Weights w = F::weights(F::template chunk<4 * PART + C>(quants));
-    for (int r = 0; r < R; r++) dot_at<typename F::Dot, 16 * PART + 4 * C>(sum[r], w, x + STEP_COLUMNS * r);
+// add(r, w, x, at) for chunks FIRST .. FIRST + CHUNKS - 1 of a block and R rows: a chunk's weights, and the row's bytes, which begin `at` after x.
+template <class F, int FIRST, int CHUNKS, int R, class Add>
+DC_INLINE void each_product(const uint8_t* quants, const int8_t* x, Add add) {
+    each_of<CHUNKS>([&](auto c) __attribute__((always_inline)) {
+        constexpr int C = FIRST + decltype(c)::value;
+        const typename F::Dot::Weights w = F::weights(F::template chunk<C>(quants));
+        for (int r = 0; r < R; r++) add(r, w, x + STEP_COLUMNS * r, std::integral_constant<int, 4 * C>());
+    });
 }
 
 #if defined(DC_PAIRS)
-template <class F, int PART, int R, int HALF>
+template <class F, int FIRST, int CHUNKS, int R, int HALF>
 DC_INLINE void sum_pairs(const uint8_t* quants, const int8_t* x, Sum* sum) {
     PairSum pairs[(R + 1) / 2];
     for (PairSum& pair : pairs) pair = begin_pair<NO_OFFSET>(0, 0);
-    const auto columns = [&](auto k) __attribute__((always_inline)) {           // 8 of them
-        constexpr int K = decltype(k)::value;
-        const Words codes = joined<HALF>(F::template chunk<4 * PART + 2 * K>(quants), F::template chunk<4 * PART + 2 * K + 1>(quants));
-        const int8_t* const from = x + 16 * PART + 8 * K;
+    each_of<CHUNKS / 2>([&](auto k) __attribute__((always_inline)) {           // 8 columns
+        constexpr int C = FIRST + 2 * decltype(k)::value;
+        const Words codes = joined<HALF>(F::template chunk<C>(quants), F::template chunk<C + 1>(quants));
+        const int8_t* const from = x + 4 * C;
         for (int r = 0; r < R; r += 2) dot_pair(pairs[r / 2], codes, pair_of(from + STEP_COLUMNS * r, from + STEP_COLUMNS * second_of<R>(r)));
-    };
-    columns(std::integral_constant<int, 0>()), columns(std::integral_constant<int, 1>());
+    });
     for (int r = 0; r < R; r += 2) end_pair<HALF>(pairs[r / 2], sum[r], sum[second_of<R>(r)]);
 }
 #endif
 
-template <class F, int PART, int R>
+template <class F, int FIRST, int CHUNKS, int R>
 DC_INLINE void add_part_of_steps(const uint8_t* quants, const int8_t* x, Whole factor, Whole* total) {
-    Sum sum[R];
+    using Dot = typename F::Dot;
+    if constexpr (SCALES_PAIRS<Dot>)
+        each_product<F, FIRST, CHUNKS, R>(quants, x, [&](int r, const auto& w, const int8_t* from, auto at) __attribute__((always_inline)) {
+            Dot::dot_scaled(total[r], w, from + decltype(at)::value, factor);
+        });
+    else {
+        Sum sum[R];
 #if defined(DC_PAIRS)
-    if constexpr (R > 1) sum_pairs<F, PART, R, 0>(quants, x, sum), sum_pairs<F, PART, R, 1>(quants, x, sum);
-    else
+        if constexpr (R > 1) sum_pairs<F, FIRST, CHUNKS, R, 0>(quants, x, sum), sum_pairs<F, FIRST, CHUNKS, R, 1>(quants, x, sum);
+        else
 #endif
-    {
-        for (int r = 0; r < R; r++) sum[r] = F::Dot::template begin<NO_OFFSET>(0);
-        sum_words<F, PART, R, 0>(quants, x, sum), sum_words<F, PART, R, 1>(quants, x, sum);
-        sum_words<F, PART, R, 2>(quants, x, sum), sum_words<F, PART, R, 3>(quants, x, sum);
+        {
+            for (int r = 0; r < R; r++) sum[r] = Dot::template begin<NO_OFFSET>(0);
+            each_product<F, FIRST, CHUNKS, R>(quants, x, [&](int r, const auto& w, const int8_t* from, auto at) __attribute__((always_inline)) {
+                dot_at<Dot, decltype(at)::value>(sum[r], w, from);
+            });
+        }
+        for (int r = 0; r < R; r++) Dot::template add_scaled<F::HIGH_APART>(total[r], sum[r], factor);
     }
-    for (int r = 0; r < R; r++) F::Dot::add_scaled(total[r], sum[r], factor);
 }
 
 // A block's two sums with some rows: of products times scales, and of x times what its minimums or centre are times.
@@ -79,9 +91,12 @@ struct SumsOfRows {
 template <class F, int R>
 DC_INLINE void add_products(const uint8_t* group, int i, const int8_t* x, StepSums<R>& to) {
     const uint8_t* const quants = quants_of<F>(group, i);
-    const Whole factors = F::factors(group, i);
-    add_part_of_steps<F, 0, R>(quants, x, F::Dot::template factor<0>(factors), to.products);
-    add_part_of_steps<F, 1, R>(quants, x, F::Dot::template factor<1>(factors), to.products);
+    const Whole factors = F::factors(group, i), first = F::Dot::template factor<0>(factors);
+    if constexpr (F::PARTS == 1 && !F::Dot::HALFWAY) add_part_of_steps<F, 0, 8, R>(quants, x, first, to.products);
+    else {
+        add_part_of_steps<F, 0, 4, R>(quants, x, first, to.products);
+        add_part_of_steps<F, 4, 4, R>(quants, x, F::Dot::template factor<1>(factors), to.products);
+    }
 }
 
 template <class F, int R>
@@ -90,12 +105,18 @@ DC_INLINE void add_x(const uint8_t* group, int i, const SumsOfRows& x, StepSums<
     for (int r = 0; r < R; r++) add_pairs(to.x[r], factors, x.of(r, i));
 }
 
+// The blocks in which any of R rows of a set has high bytes, a bit for each.
+template <int R>
+DC_INLINE int blocks_with_high_bytes(const StepSet& set, int first) {
+    int flags = 0;
+    for (int r = 0; r < R; r++) flags |= set.has_high[first + r];
+    return flags;
+}
+
 // The high bytes' sums of R rows of a set, from its row `first` on, onto those of all rows, from row `at` on.
 template <class F, int R, int ALL>
 DC_INLINE void add_high_bytes(const uint8_t* group, int i, const int8_t* high, const StepSet& set, int first, int at, StepSums<ALL>& to) {
-    int flags = 0;
-    for (int r = 0; r < R; r++) flags |= set.has_high[first + r];
-    if (__builtin_expect(!(flags >> i & 1), 1)) return;
+    if (__builtin_expect(!(blocks_with_high_bytes<R>(set, first) >> i & 1), 1)) return;
     StepSums<R> sums;
     sums.clear();
     add_products<F, R>(group, i, high, sums);
@@ -104,14 +125,33 @@ DC_INLINE void add_high_bytes(const uint8_t* group, int i, const int8_t* high, c
         to.products[at + r] = add_fine(sums.products[r], to.products[at + r]), to.x[at + r] = add_fine(sums.x[r], to.x[at + r]);
 }
 
-// Rows row .. row + R - 1 of the panel -> y [R][16], as q_rows.
+// Where these have a sum of their own: all that R rows' high bytes add to a group's totals. The sum is multiplied by 256, not the scale, which might
+// pass float32.
+template <class F, int R>
+DC_INLINE void add_high_apart(const uint8_t* group, const int8_t* high, const StepSet& set, int first, Lanes d, Lanes* total) {
+    int flags = blocks_with_high_bytes<R>(set, first);
+    if (__builtin_expect(!flags, 1)) return;
+    StepSums<R> sums;
+    sums.clear();
+    for (; flags; flags &= flags - 1) {
+        const int i = __builtin_ctz(unsigned(flags));
+        add_products<F, R>(group, i, high + BLOCK * i, sums);
+        add_x<F, R>(group, i, {set.high_sums, set.high_sums, first}, sums);
+    }
+    for (int r = 0; r < R; r++)
+        add_product(total[r], d * all(set.step[first + r]), to_floats(less_shifted<F::OFFSET_SHIFT>(sums.products[r], sums.x[r])) * all(256.0f));
+}
+
+// Rows row .. row + R - 1 of the panel -> y [R][16], as q_rows; of types that are expanded part by part, y has the sums so far.
 template <class F, int R>
 __attribute__((noinline)) void step_rows(const uint8_t* tile, int64_t groups, int64_t ahead, const StepGroup* panel, int row, float* y) {
     constexpr int FIRST = R < SET_ROWS ? R : SET_ROWS, OTHERS = R - FIRST;
-    static_assert(F::HAS_MINIMUM || F::OFFSET_SHIFT == 2, "less_four_times");
     constexpr bool X_APART = R > 2;                 // else the sums of more rows do not fit in the registers
     const int first = Q_ROWS % SET_ROWS ? row % SET_ROWS : 0;
     Lanes total[R] = {};
+    if constexpr (F::EXPANDS)
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) total[r] = load(y + 16 * r);
     for (int64_t g = 0; g < groups; g++, tile += group_of_blocks_bytes<F>(), panel++) {
         const StepSet* const set = panel->sets + row / SET_ROWS;
         const SumsOfRows low_sums{set->low_sums, set[OTHERS ? 1 : 0].low_sums, first};
@@ -121,8 +161,8 @@ __attribute__((noinline)) void step_rows(const uint8_t* tile, int64_t groups, in
             if (ahead) prefetch_block<F>(tile, i, ahead);
             add_products<F, R>(tile, i, panel->low[row] + BLOCK * i, sums);
             if constexpr (!X_APART) add_x<F, R>(tile, i, low_sums, sums);
-            add_high_bytes<F, FIRST, R>(tile, i, panel->high[row] + BLOCK * i, *set, first, 0, sums);
-            if constexpr (OTHERS) add_high_bytes<F, OTHERS, R>(tile, i, panel->high[row + FIRST] + BLOCK * i, set[1], 0, FIRST, sums);
+            if constexpr (!F::HIGH_APART) add_high_bytes<F, FIRST, R>(tile, i, panel->high[row] + BLOCK * i, *set, first, 0, sums);
+            if constexpr (!F::HIGH_APART && OTHERS) add_high_bytes<F, OTHERS, R>(tile, i, panel->high[row + FIRST] + BLOCK * i, set[1], 0, FIRST, sums);
         }
         for (int i = 0; X_APART && i < STEP_BLOCKS; i++) add_x<F, R>(tile, i, low_sums, sums);
         const Lanes d = F::shared(tile);
@@ -131,8 +171,10 @@ __attribute__((noinline)) void step_rows(const uint8_t* tile, int64_t groups, in
             if constexpr (F::HAS_MINIMUM) {
                 add_product(total[r], d * step, to_floats(sums.products[r]));
                 add_product(total[r], F::shared_minimum(tile) * step, to_floats(sums.x[r]));
-            } else add_product(total[r], d * step, to_floats(less_four_times(sums.products[r], sums.x[r])));
+            } else add_product(total[r], d * step, to_floats(less_shifted<F::OFFSET_SHIFT>(sums.products[r], sums.x[r])));
         }
+        if constexpr (F::HIGH_APART) add_high_apart<F, FIRST>(tile, panel->high[row], *set, first, d, total);
+        if constexpr (F::HIGH_APART && OTHERS) add_high_apart<F, OTHERS>(tile, panel->high[row + FIRST], set[1], 0, d, total + FIRST);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) store(y + 16 * r, total[r]);

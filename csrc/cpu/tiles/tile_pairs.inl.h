@@ -1,5 +1,5 @@
 // Four rows of x, a set, times two tiles whose codes were made bytes before (Unpacked), with registers of 512 bits: products of many rows, of any
-// type whose scales are not whole numbers.
+// type whose scales are not whole numbers (folded.inl.h has those).
 //
 // mapping  sums of two tiles and four rows in eight registers, their totals in eight more: each word of x is broadcast once for two dot products,
 //          each register of codes read once for four. With one tile and eight rows (q_rows) every dot product reads x itself, and loads are what
@@ -39,7 +39,7 @@ struct Unpacked {
     DC_INLINE Lanes minimum(const uint8_t* group, int i) { return scale(group, i, PARTS); }
 
     template <class F>
-    DC_INLINE void expand_scales(const uint8_t* group, uint8_t* to) {
+    DC_INLINE void unpack_scales(const uint8_t* group, uint8_t* to) {
         float* const numbers = reinterpret_cast<float*>(to);
         for (int i = 0; i < BLOCKS; i++) {
             for (int part = 0; part < PARTS; part++) store(numbers + place(i, part), F::scale(group, i, part));
@@ -50,20 +50,14 @@ struct Unpacked {
 template <class F>
 using UnpackedOf = Unpacked<F::BLOCKS, F::PARTS, F::OFFSET_SHIFT, F::HAS_MINIMUM, F::FINE_APART>;
 
-template <class Each>
-DC_INLINE void each_of_four(Each each) {
-    each(std::integral_constant<int, 0>()), each(std::integral_constant<int, 1>()), each(std::integral_constant<int, 2>()), each(std::integral_constant<int, 3>());
-}
-
-// A group of a type whose codes are not looked up in a grid.
 template <class F>
 __attribute__((noinline)) void unpack_group(const uint8_t* group, uint8_t* to, int64_t) {
     using E = UnpackedOf<F>;
-    E::template expand_scales<F>(group, to);
+    E::template unpack_scales<F>(group, to);
     to += E::SCALE_BYTES;
     for (int i = 0; i < F::BLOCKS; i++, to += E::BYTES) {
         const uint8_t* const quants = quants_of<F>(group, i);
-        each_of_four([&](auto c) __attribute__((always_inline)) {
+        each_of<4>([&](auto c) __attribute__((always_inline)) {
             constexpr int C = decltype(c)::value;
             Words low, high;
             F::template unpack<C>(quants, low, high);
@@ -118,7 +112,7 @@ DC_INLINE void dot_fine(const uint8_t* const (&group)[PAIR], int i, const int8_t
 // Those of four rows whose byte of `flags` is set.
 template <class Each>
 DC_INLINE void each_flagged(uint32_t flags, Each each) {
-    each_of_four([&](auto r) __attribute__((always_inline)) {
+    each_of<4>([&](auto r) __attribute__((always_inline)) {
         if (flags >> 8 * decltype(r)::value & 0xff) each(r);
     });
 }

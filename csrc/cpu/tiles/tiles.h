@@ -37,9 +37,10 @@
 // seventh of all; they make most of the error: KL against float32 products 3.5e-3 without fine planes, 6e-4 with them. `fine`
 // (--arithmetic fine): all blocks have 16 bits, and the KL is 5e-7.
 //
-// For Q2_K and Q3_K, whose scales are whole numbers times one of 256 columns, so is x (StepGroup): 256 values of a row are whole numbers
-// times a step, of one byte or, in a block with outliers as above, two. So these columns have one sum, of integers, and one multiplication
-// and conversion in place of eight. The step is that of the largest block without outliers. A matrix of both kinds has x in both ways.
+// For Q2_K, Q3_K, IQ2_*, IQ3_* and IQ1_*, whose scales are whole numbers times one of 256 columns, so is x (StepGroup): 256 values of a row are
+// whole numbers times a step, of one byte or, in a block with outliers as above, two. So these columns have one sum, of integers, and one
+// multiplication and conversion in place of eight or sixteen; of the types looked up in a grid, whose sums are larger, a row's high bytes have
+// another one. The step is that of the largest block without outliers. A matrix of both kinds has x in both ways.
 // Rounding x alone, on the default model: KL 1.4e-4 in blocks, 4.9e-4 in steps; 6.7e-3 with a scale for 256 columns and one byte, as
 // llama.cpp has it (bench/rounding_of_x.py).
 //
@@ -47,9 +48,10 @@
 //           the fine one), y). The others (whose scales are products): y = fma(s * dx, float(int32 sum), y) for each scale s of the
 //           block, and then, with a fine plane, y = fma(s / 256 * dx, float(int32 sum of the fine one), y) for each.
 //           Then, with minimums, y = fma(m, dx * (sum of x8 + sum of fine / 256), y). Q2_K and Q3_K: y = fma(d * step, float(int32 sum of 256
-//           columns), y), and then Q2_K's minimums, y = fma(-dmin * step, float(int32 sum), y). Float types: y = fma(w, x, y), k after k. One
-//           accumulator for an output, starting at 0; then + bias, activation, + residual, each rounded. So a row's bits depend
-//           on nothing but the row: not on T, ranges, threads, instruction set.
+//           columns), y), and then Q2_K's minimums, y = fma(-dmin * step, float(int32 sum), y). IQ2_*, IQ3_*, IQ1_*: y = fma(d / OF * step,
+//           float(int32 sum of low bytes), y), and then y = fma(d / OF * step, 256 * float(int32 sum of high bytes), y), with OF of grids.h.
+//           Float types: y = fma(w, x, y), k after k. One accumulator for an output, starting at 0; then + bias, activation, + residual, each
+//           rounded. So a row's bits depend on nothing but the row: not on T, ranges, threads, instruction set.
 //           A block of x with |x| < 1e-24 counts as zero; one that holds a NaN, or more than 1e35, makes its row's outputs NaN:
 //           between these neither d * dx nor d / 256 * dx leaves the normal floats, so that both forms above have the same bits.
 #pragma once

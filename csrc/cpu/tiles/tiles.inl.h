@@ -9,8 +9,6 @@
 //          and less with AVX2.)
 //          bench/RESULTS.md has the figures
 // numerics cpu/tiles/tiles.h; integer sums exact, a fused multiply-add for each scale and minimum, so equal bits everywhere
-#include <utility>
-
 #include "cpu/lanes.h"
 #include "cpu/tiles/finish.inl.h"
 #include "cpu/tiles/folded.inl.h"
@@ -168,7 +166,7 @@ DC_INLINE void add_block(const uint8_t* quants, const int8_t* x, const PanelSet*
 }
 
 // Rows row .. row + R - 1 of the panel -> y [R][16], beginning with a set if they are more than one holds; `ahead`: prefetch what
-// lies that many bytes further on, unless 0. Of types that are expanded part by part, y has the sums so far.
+// lies that many bytes further on, unless 0.
 template <class F, int R>
 __attribute__((noinline)) void q_rows(const uint8_t* tile, int64_t blocks, int64_t ahead, const PanelBlock* panel, int row,
                                       float* y) {
@@ -177,9 +175,6 @@ __attribute__((noinline)) void q_rows(const uint8_t* tile, int64_t blocks, int64
     const int8_t* x = panel->x[row];
     const PanelSet* set = panel->sets + row / SET_ROWS;
     Lanes total[R] = {};                            // zeroed by a loop, GCC 12 would keep it in memory
-    if constexpr (F::EXPANDS)
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++) total[r] = load(y + 16 * r);
     for (int64_t b = 0; b < blocks; b++, x = next_block(x), set = next_block(set)) {
         const int64_t i = b % F::BLOCKS;
         const uint8_t* group = tile + b / F::BLOCKS * group_of_blocks_bytes<F>();
@@ -268,9 +263,10 @@ auto q_kernel(int rows) { return pick_q<F>(rows, std::make_integer_sequence<int,
 void multiply_tile(const Tiles& w, const TilePlace& tile, int64_t ahead, const uint8_t* panel, int row, int n, float* y) {
     with_format(tile.type, [&](auto format) {
         using F = decltype(format);
-        if constexpr (F::WHOLE_SCALES)
+        if constexpr (F::EXPANDS) return;           // these go by multiply_expanded
+        else if constexpr (F::WHOLE_SCALES)
             q_kernel<F>(n)(tile.memory, w.columns / STEP_COLUMNS, ahead, steps_of(panel, w.panels, w.columns), row, y);
-        else if constexpr (!F::EXPANDS)             // these go by multiply_expanded
+        else
             q_kernel<F>(n)(tile.memory, w.columns / BLOCK, ahead, reinterpret_cast<const PanelBlock*>(panel), row, y);
     });
 }
@@ -332,9 +328,10 @@ struct Gathering {
 constexpr int64_t EXPANDED_GROUPS = 16, EXPANDED_TOGETHER = 4;
 
 // A group's scales, and after them its codes; `ahead` as for q_rows.
-template <class F, class E>
+template <class F>
 __attribute__((noinline)) void expand_group(const uint8_t* group, uint8_t* to, int64_t ahead) {
-    E::template expand_scales<F>(group, to);
+    using E = Expanded<F>;
+    E::expand_scales(group, to);
     to += E::SCALE_BYTES;
     uint16_t numbers[F::MORE ? F::BLOCKS : 1][16 * F::ENTRIES];
     for (int i = 0; F::MORE && i < F::BLOCKS; i++) F::find_numbers(quants_of<F>(group, i), numbers[i]);
@@ -345,9 +342,10 @@ __attribute__((noinline)) void expand_group(const uint8_t* group, uint8_t* to, i
 }
 
 #if defined(__AVX512F__)
-template <class F, class E>
+template <class F>
 DC_VBMI __attribute__((noinline)) void expand_group_in_registers(const uint8_t* group, uint8_t* to, int64_t ahead) {
-    E::template expand_scales<F>(group, to);
+    using E = Expanded<F>;
+    E::expand_scales(group, to);
     for (int i = 0; i < F::BLOCKS; i++) {
         if (ahead) prefetch_block<F>(group, i, ahead);
         expand_in_registers<F>(quants_of<F>(group, i), to + E::SCALE_BYTES + i * E::BYTES);
@@ -357,27 +355,28 @@ DC_VBMI __attribute__((noinline)) void expand_group_in_registers(const uint8_t* 
 
 using Expander = void (*)(const uint8_t* group, uint8_t* to, int64_t ahead);
 
-template <class F, class E>
+template <class F>
 Expander expander() {
 #if defined(__AVX512F__)
-    if (uses_vbmi()) return expand_group_in_registers<F, E>;
+    if (uses_vbmi()) return expand_group_in_registers<F>;
 #endif
-    return expand_group<F, E>;
+    return expand_group<F>;
 }
 
 #if defined(__AVX512F__)
 
-// What two tiles become before many rows meet them: Folded, or Unpacked.
+// What two tiles become before many rows meet them: Expanded, Folded, or Unpacked.
 template <class F>
 constexpr auto pair_form() {
-    if constexpr (F::WHOLE_SCALES) return Folded<F>();
+    if constexpr (F::EXPANDS) return Expanded<F>();
+    else if constexpr (F::WHOLE_SCALES) return Folded<F>();
     else return UnpackedOf<F>();
 }
 
 template <class F>
 Expander pair_expander() {
-    if constexpr (F::WHOLE_SCALES) return fold_group<F>;
-    else if constexpr (F::EXPANDS) return expander<F, UnpackedOf<F>>();
+    if constexpr (F::EXPANDS) return expander<F>();
+    else if constexpr (F::WHOLE_SCALES) return fold_group<F>;
     else return unpack_group<F>;
 }
 
@@ -433,6 +432,8 @@ bool multiplied_as_pair([[maybe_unused]] const Gathering& g, [[maybe_unused]] We
 // Tile t of these onto the sums of each group.
 template <class F>
 void multiply_expanded(const Gathering& g, int t, const uint8_t* tile, Sums* sums) {
+    static_assert(F::WHOLE_SCALES && F::BLOCKS == STEP_BLOCKS, "step_rows");
+    const int64_t groups = g.job.tiles.columns / STEP_COLUMNS;
 #if defined(__AVX2__)
 #if defined(__AVX512F__)
     const bool by_row = F::NIBBLES || !uses_vbmi();
@@ -441,24 +442,23 @@ void multiply_expanded(const Gathering& g, int t, const uint8_t* tile, Sums* sum
 #endif
     if (by_row && g.end == g.first + 1 && g.rows(g.first) == 1) {
         const int row = int(g.first % (PANEL_ROWS / GROUP_ROWS)) * GROUP_ROWS;
-        return looked_up_row<F>(tile, g.job.tiles.columns / BLOCK, reinterpret_cast<const PanelBlock*>(g.panel(g.first)), row, sums->y[t][0]);
+        return looked_up_row<F>(tile, groups, g.steps(g.first), row, sums->y[t][0]);
     }
 #endif
     constexpr int64_t BYTES = group_of_blocks_bytes<F>(), EXPANDED_BYTES = group_of_blocks_bytes<Expanded<F>>();
     alignas(64) uint8_t expanded[EXPANDED_TOGETHER * EXPANDED_BYTES];
-    const Expander expand = expander<F, Expanded<F>>();
+    const Expander expand = expander<F>();
     for (int64_t group = g.first; group < g.end; group++)
         for (int r = 0; r < GROUP_ROWS; r++) store(sums[group - g.first].y[t][r], all(0.0f));
-    const int64_t blocks = g.job.tiles.columns / BLOCK, together = g.end - g.first > 1 ? EXPANDED_TOGETHER : 1;
-    for (int64_t b = 0, count; b < blocks; b += count * F::BLOCKS) {
-        count = least(together, (blocks - b) / F::BLOCKS);
+    const int64_t together = g.end - g.first > 1 ? EXPANDED_TOGETHER : 1;
+    for (int64_t at = 0, count; at < groups; at += count) {
+        count = least(together, groups - at);
         for (int64_t i = 0; i < count; i++, tile += BYTES) expand(tile, expanded + i * EXPANDED_BYTES, AHEAD);
         for (int64_t group = g.first; group < g.end; group++) {
             const int first = int(group % (PANEL_ROWS / GROUP_ROWS)) * GROUP_ROWS, rows = g.rows(group);
             for (int row = 0, n; row < rows; row += n) {
                 n = rows_at_once(int(least(Q_ROWS, rows - row)));
-                q_kernel<Expanded<F>>(n)(expanded, count * F::BLOCKS, 0, reinterpret_cast<const PanelBlock*>(g.panel(group)) + b, first + row,
-                                         sums[group - g.first].y[t][row]);
+                q_kernel<Expanded<F>>(n)(expanded, count, 0, g.steps(group) + at, first + row, sums[group - g.first].y[t][row]);
             }
         }
     }
