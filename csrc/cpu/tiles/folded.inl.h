@@ -19,8 +19,6 @@ namespace dc {
 namespace DC_ISA {
 namespace {
 
-#if defined(__AVX512F__)
-
 template <class F>
 struct Folded {
     static constexpr int64_t BLOCKS = F::BLOCKS, BYTES = 512;
@@ -28,6 +26,8 @@ struct Folded {
     static constexpr bool HAS_MINIMUM = F::HAS_MINIMUM, HIGH_APART = false;
     static constexpr int LESS = F::HAS_MINIMUM ? 0 : 127;
 };
+
+#if defined(__AVX512F__)
 
 // Of each row, for rows of four in a table of sixteen bytes: what codes 0 .. 3 become. Byte PART of each pair is the scale.
 template <class F, int PART>
@@ -229,6 +229,18 @@ __attribute__((noinline)) void pair_steps(const uint8_t* first, const uint8_t* s
     }
     for (int r = 0; r < SET_ROWS; r++) store(y + 16 * r, total[0][r]), store(other_y + 16 * r, total[1][r]);
     fetching = own;
+}
+
+#else
+
+template <class F, int HALF>
+void fold_half(const uint8_t* group, int i, uint8_t* to) {
+    int16_t factors[16][2];
+    const Whole pairs = F::factors(group, i);
+    std::memcpy(factors, &pairs, sizeof factors);
+    for (int k = 16 * HALF; k < 16 * HALF + 16; k++)
+        for (int r = 0; r < 16; r++)
+            to[k / 4 * 64 + 4 * r + k % 4] = uint8_t(int(F::value(F::code(quants_of<F>(group, i), r, k))) * factors[r][HALF] + Folded<F>::LESS);
 }
 
 #endif

@@ -30,14 +30,14 @@ std::vector<float> make_x(int64_t columns) {
     return x;
 }
 
-// A product with made-up weights: the time does not depend on them. Bytes of 44 are scales that are small and normal, in every type.
+// A product with made-up weights: the time does not depend on them. Bytes of 28 are scales that are small and normal, and that files may have, in every type.
 class Trial {
 public:
     Trial(Weight type, int64_t columns, const TileKernels& narrow)
         : weights(aligned(size_t(TILES * tile_bytes(type, columns)))), tiles{type, TILES * TILE_ROWS, columns, weights.get(), panels_of(type)},
           prepared(aligned(prepared_bytes(tiles, MOST_ROWS))), product{tiles, prepared.get(), 0, nullptr, nullptr, 0, Activation::none, nullptr,
                   TILES * TILE_ROWS, TILES * TILE_ROWS} {
-        std::memset(weights.get(), 44, size_t(TILES * tile_bytes(type, columns)));
+        std::memset(weights.get(), 28, size_t(TILES * tile_bytes(type, columns)));
         const std::vector<float> x = make_x(columns);
         narrow.prepare({tiles.panels, x.data(), columns, columns, false, nullptr, 0, false, prepared.get()}, 0, MOST_ROWS);
     }

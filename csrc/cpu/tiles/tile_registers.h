@@ -1,4 +1,4 @@
-// AMX's eight tile registers: configure, zero, load, store, dot; or the same in plain C++, where DC_EMULATED_TILES is defined, for
+// AMX's eight tile registers: configure, zero, load, store, dot (of unsigned bytes, or of signed ones); or the same in plain C++, where DC_EMULATED_TILES is defined, for
 // tests on machines without AMX. A register has up to 16 rows of up to 64 bytes; its number is a template's argument.
 //
 // The instructions are assembler of our own: GCC 12's intrinsics tell nothing of the memory that they read and write, so that
@@ -56,6 +56,21 @@ static __attribute__((noinline)) void tile_dot(EmulatedTile& c, const EmulatedTi
 }
 template <int C, int A, int B>
 void tile_dot() { tile_dot(emulated[C], emulated[A], emulated[B]); }
+template <int C, int A, int B>
+__attribute__((noinline)) void tile_dot_signed() {          // b signed too, as its distance from -128, which is taken back
+    EmulatedTile &c = emulated[C], b = emulated[B];
+    const EmulatedTile& a = emulated[A];
+    for (int k = 0; k < b.rows; k++)
+        for (int n = 0; n < b.bytes; n++) b.at[k][n] ^= 0x80;
+    tile_dot(c, a, b);
+    for (int m = 0; m < a.rows; m++) {
+        int32_t sum = 0, lanes[16];
+        for (int k = 0; k < a.bytes; k++) sum += int8_t(a.at[m][k]);
+        std::memcpy(lanes, c.at[m], sizeof lanes);
+        for (int n = 0; n < c.bytes / 4; n++) lanes[n] -= 128 * sum;
+        std::memcpy(c.at[m], lanes, sizeof lanes);
+    }
+}
 
 #else
 
@@ -73,6 +88,8 @@ DC_INLINE void tile_store(void* to, int64_t stride) {
 }
 template <int C, int A, int B>
 DC_INLINE void tile_dot() { asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B)); }
+template <int C, int A, int B>
+DC_INLINE void tile_dot_signed() { asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B)); }
 
 #endif
 

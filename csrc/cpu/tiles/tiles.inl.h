@@ -10,6 +10,7 @@
 //          bench/RESULTS.md has the figures
 // numerics cpu/tiles/tiles.h; integer sums exact, a fused multiply-add for each scale and minimum, so equal bits everywhere
 #include "cpu/lanes.h"
+#include "cpu/tiles/expanded.inl.h"
 #include "cpu/tiles/finish.inl.h"
 #include "cpu/tiles/folded.inl.h"
 #include "cpu/tiles/formats.h"
@@ -326,42 +327,6 @@ struct Gathering {
 // Groups that meet a tile's codes, and groups of the tile's blocks, of 256 columns, whose codes lie in the cache together: 4 and 1 cost 2 to 8 %
 // of a prompt's products.
 constexpr int64_t EXPANDED_GROUPS = 16, EXPANDED_TOGETHER = 4;
-
-// A group's scales, and after them its codes; `ahead` as for q_rows.
-template <class F>
-__attribute__((noinline)) void expand_group(const uint8_t* group, uint8_t* to, int64_t ahead) {
-    using E = Expanded<F>;
-    E::expand_scales(group, to);
-    to += E::SCALE_BYTES;
-    uint16_t numbers[F::MORE ? F::BLOCKS : 1][16 * F::ENTRIES];
-    for (int i = 0; F::MORE && i < F::BLOCKS; i++) F::find_numbers(quants_of<F>(group, i), numbers[i]);
-    for (int i = 0; i < F::BLOCKS; i++) {
-        if (ahead) prefetch_block<F>(group, i, ahead);
-        F::expand(quants_of<F>(group, i), numbers[F::MORE ? i : 0], to + i * E::BYTES);
-    }
-}
-
-#if defined(__AVX512F__)
-template <class F>
-DC_VBMI __attribute__((noinline)) void expand_group_in_registers(const uint8_t* group, uint8_t* to, int64_t ahead) {
-    using E = Expanded<F>;
-    E::expand_scales(group, to);
-    for (int i = 0; i < F::BLOCKS; i++) {
-        if (ahead) prefetch_block<F>(group, i, ahead);
-        expand_in_registers<F>(quants_of<F>(group, i), to + E::SCALE_BYTES + i * E::BYTES);
-    }
-}
-#endif
-
-using Expander = void (*)(const uint8_t* group, uint8_t* to, int64_t ahead);
-
-template <class F>
-Expander expander() {
-#if defined(__AVX512F__)
-    if (uses_vbmi()) return expand_group_in_registers<F>;
-#endif
-    return expand_group<F>;
-}
 
 #if defined(__AVX512F__)
 
