@@ -84,7 +84,10 @@ def test_of_several_instruction_sets_the_first_that_is_offered_is_taken():
     assert "isa: amx, avx512, avxvnni, avx2, i8mm, dotprod, neon or portable, not sse" in said.stderr
 
 
-@pytest.mark.parametrize("kind", ["q8_0", "q4_0", "q4_1", "q4_k", "q5_k", "mxfp4", "u4_g32", "u4_g128", "q6_k", "f32"])
+WITH_TILES = ["q8_0", "q4_0", "q4_1", "q4_k", "q5_k", "mxfp4", "u4_g32", "u4_g128", "q2_k", "q3_k", "iq3_xxs", "iq1_m"]
+
+
+@pytest.mark.parametrize("kind", [*WITH_TILES, "q6_k", "f32"])
 @pytest.mark.parametrize("isa", EMULATED)
 def test_the_measurement_gives_a_number_of_rows_or_never(isa, kind):
     _core.set_isa(isa)
@@ -97,11 +100,11 @@ def test_the_measurement_gives_a_number_of_rows_or_never(isa, kind):
         _core.measure_amx_rows(KINDS[kind], 256)
 
 
-def test_more_columns_than_the_kernel_lists_are_left_to_the_others():
-    columns = 32 * 1025
-    matrix = decode_core.Matrix(decode_core.Arena(1 << 20), "q8_0", 16, columns)
+@pytest.mark.parametrize("kind, columns", [("q8_0", 32 * 1025), ("q2_k", 256 * 257)])
+def test_more_columns_than_the_kernel_lists_are_left_to_the_others(kind, columns):
+    matrix = decode_core.Matrix(decode_core.Arena(1 << 20), kind, 32, columns)
     generator = np.random.default_rng(0)
-    matrix.fill(generator.standard_normal((16, columns)).astype(np.float32), "f32")
+    matrix.fill(generator.standard_normal((32, columns)).astype(np.float32), "f32")
     x = generator.standard_normal((17, columns)).astype(np.float32)
     expected = product(matrix, x)
     for isa in EMULATED:

@@ -10,6 +10,7 @@ decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="d
 gguf = pytest.importorskip("gguf")
 
 ISAS = [*decode_core.info()["offered_isas"], *decode_core._core.isas_for_tests()]
+WIDE = [name for name in ISAS if name.startswith("amx-")]
 # Where the float16 of a block lie: any finite number may stand there
 SCALES = {"q2_k": (80, 82), "q3_k": (108,), "iq3_s": (0,), "iq3_xxs": (0,), "iq2_s": (0,), "iq2_xs": (0,), "iq2_xxs": (0,), "iq1_s": (0,),
           "iq1_m": (), "tq1_0": (52,), "tq2_0": (64,), "nvfp4": ()}
@@ -68,8 +69,9 @@ def test_tiles_multiply_as_the_reference_says_with_the_same_bits_everywhere(kind
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("kind", ["iq3_xxs", "iq2_xs", "iq1_m", "q2_k", "q3_k"])
-def test_rows_of_a_step_keep_their_bits_however_they_are_divided(kind, threads):
-    N, K, most, before = 80, 512, 200, decode_core.info()["threads"]
+@pytest.mark.parametrize("isa", [decode_core.info()["isa"], *WIDE], ids=["best", *WIDE])
+def test_rows_of_a_step_keep_their_bits_however_they_are_divided(isa, kind, threads):
+    N, K, most, before = 80, 512, 200, (decode_core.info()["threads"], decode_core.info()["isa"])
     matrix = decode_core.Matrix(decode_core.Arena(1 << 20), kind, N, K)
     matrix.fill(blocks_of(kind, N, K, 3, None, -8), kind)
     table = np.random.default_rng(4).standard_normal((most, K)).astype(np.float32)
@@ -82,13 +84,15 @@ def test_rows_of_a_step_keep_their_bits_however_they_are_divided(kind, threads):
         alone = np.empty((most, N), np.float32)
         for row in range(most):
             decode_core.multiply(table[row:row + 1], matrix, out=alone[row:row + 1])
+        decode_core.set_isa(isa)
         for T in (40, 88, 129, most):                   # chunks of 40 or 24, 88 or 48, 72, 72 or 56 rows
             out[:] = 0
             pages = list(range(-(-T // 16)))
             program.finish(program.start(list(range(T)), [-1] * T, [0, T], [T], [pages], []))
             np.testing.assert_array_equal(out[:T], alone[:T])
     finally:
-        decode_core.set_threads(before)
+        decode_core.set_threads(before[0])
+        decode_core.set_isa(before[1])
 
 
 @pytest.mark.parametrize("kind", SCALES)

@@ -625,15 +625,17 @@ def test_a_matrix_of_several_types_has_the_bits_of_its_parts(settings, mix):
         np.testing.assert_array_equal(product(x[3:4], matrix), expected[3:4])
 
 
-def test_gate_and_up_may_be_of_different_types(isa):
-    gate, up, x = random(48, 256, seed=1), random(48, 256, seed=2), random(9, 256, seed=3)
-    matrix = decode_core.Matrix(decode_core.Arena(1 << 20), ["q4_k", "q6_k"] * 3, 96, 256)
-    matrix.fill(gate, "f32", first_tile=0, tile_step=2)
-    matrix.fill(up, "f32", first_tile=1, tile_step=2)
-    expected = row_ops.silu(product(x, make_matrix("q4_k", gate))) * product(x, make_matrix("q6_k", up))
+@pytest.mark.parametrize("kinds", [("q4_k", "q6_k"), ("q2_k", "q2_k"), ("iq2_xs", "q3_k"), ("q3_k", "q4_k")], ids="+".join)
+def test_gate_and_up_may_be_of_different_types(isa, kinds):
+    x, parts = random(41, 256, seed=3), []
+    matrix = decode_core.Matrix(decode_core.Arena(1 << 20), list(kinds) * 3, 96, 256)
+    for i, kind in enumerate(kinds):
+        source = blocks_from(kind, random(48, 256, seed=i)) if kind in FROM_FILES else random(48, 256, seed=i)
+        parts.append(decode_core.Matrix(decode_core.Arena(1 << 20), kind, 48, 256))
+        for each, places in ((parts[i], {}), (matrix, {"first_tile": i, "tile_step": 2})):
+            each.fill(source, kind if kind in FROM_FILES else "f32", **places)
+    expected = row_ops.silu(product(x, parts[0])) * product(x, parts[1])
     np.testing.assert_array_equal(product(x, matrix, 48, activation="swiglu"), expected)
-
-
 
 
 def test_an_arena_grows_and_outlives_its_name():

@@ -1,5 +1,5 @@
-// AMX's eight tile registers: configure, zero, load, store, dot (of unsigned bytes, or of signed ones); or the same in plain C++, where DC_EMULATED_TILES is defined, for
-// tests on machines without AMX. A register has up to 16 rows of up to 64 bytes; its number is a template's argument.
+// AMX's eight tile registers: configure, zero, load, store, dot (signed bytes times unsigned ones, or signed ones); or the same in plain C++, where
+// DC_EMULATED_TILES is defined, for tests on machines without AMX. A register has up to 16 rows of up to 64 bytes; its number is a template's argument.
 //
 // The instructions are assembler of our own: GCC 12's intrinsics tell nothing of the memory that they read and write, so that
 // stores before them vanish or move. They need no compiler flag this way; tiles_amx.cpp asks for a compiler that knows them.

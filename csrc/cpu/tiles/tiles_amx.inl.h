@@ -1,5 +1,5 @@
-// op       multiply through AMX's tile registers: panels of 16 rows of x times q tiles; other types, and rows too few, are left to
-//          the kernels of VNNI
+// op       multiply through AMX's tile registers: panels of 16 rows of x times q tiles; types whose x comes in steps go by
+//          tiles_amx_steps.inl.h, all others, and rows too few, by the kernels of VNNI
 // shapes   a unit = 16 rows of x, 16 rows of weights, a block of 32 columns: A = x8 or fine [16][32], B = codes [8][64], C = sums
 //          int32 [16][16]. A block in which a row has a fine plane is two units
 // mapping  as tiles.inl.h: a tile's weights meet one panel after another; the totals of 16 rows stay in 16 registers
@@ -384,6 +384,8 @@ void multiply_in_blocks(const WideRange& range) {
     }
 }
 
+thread_local SumBytes sum_bytes[MOST_SUM_BYTES];         // more than a small stack holds
+
 void multiply_in_steps(const WideRange& range, StepsKernel kernel) {
     const Tiles& w = range.job.tiles;
     const int64_t bytes = tile_bytes(w.type, w.columns), all_panels = panel_count(range.rows_end);
@@ -391,7 +393,6 @@ void multiply_in_steps(const WideRange& range, StepsKernel kernel) {
     for (int t = 0; t < 8; t++) config.rows[t] = 16, config.bytes[t] = 64;
     tile_configure(config);
     const int64_t groups = w.columns / STEP_COLUMNS, at_once = least(STEP_PANELS_AT_ONCE, MOST_SUM_BYTES / groups);
-    SumBytes sum_bytes[MOST_SUM_BYTES];
     for (int64_t first = range.first_panel; first < all_panels; first += at_once) {
         const int64_t end = least(first + at_once, all_panels);
         for (int64_t panel = first; panel < end; panel++)
