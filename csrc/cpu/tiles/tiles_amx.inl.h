@@ -263,6 +263,29 @@ WideKernel wide_kernel(Weight type) {
     }
 }
 
+// ---- what all kernels do
+
+void finish_panel(const Product& job, int64_t tile, int64_t tiles, int64_t panel, int64_t rows_end, Sums (&sums)[PANEL_ROWS / GROUP_ROWS]) {
+    const int64_t row = panel * PANEL_ROWS, rows = least(PANEL_ROWS, rows_end - row);
+    const auto finish = is_gate(job.activation) ? finish_gated_row : finish_row;
+    for (int64_t r = 0; job.adapted.adapters && r < rows; r += GROUP_ROWS)
+        add_adapters(job, tile, int(tiles), row + r, int(least(GROUP_ROWS, rows - r)), sums[r / GROUP_ROWS]);
+    for (int64_t r = 0; r < rows; r++) finish(job, tile, int(tiles), row + r, int(r % GROUP_ROWS), sums[r / GROUP_ROWS]);
+}
+
+// Some tiles times rows from the beginning of a panel up to rows_end; what AMX does not take goes to `narrow`.
+struct WideRange {
+    const Product& job;
+    int64_t tile_begin, tile_end, first_panel, rows_end;
+    const TileKernels& narrow;
+    LeastRows least_rows;
+
+    void multiply_narrow(int64_t tile, int64_t tiles, int64_t panel, int64_t panel_end) const {
+        constexpr int64_t GROUPS = PANEL_ROWS / GROUP_ROWS;
+        narrow.multiply(job, tile, tile + tiles, panel * GROUPS, least(panel_end * GROUPS, group_count(rows_end)));
+    }
+};
+
 }  // namespace
 }  // namespace DC_ISA
 }  // namespace dc
@@ -293,14 +316,6 @@ const PanelBlock* blocks_of(const Product& job, int64_t panel) {
     return reinterpret_cast<const PanelBlock*>(panel_of(job, panel));
 }
 
-void finish_panel(const Product& job, int64_t tile, int64_t tiles, int64_t panel, int64_t rows_end, Sums (&sums)[PANEL_ROWS / GROUP_ROWS]) {
-    const int64_t row = panel * PANEL_ROWS, rows = least(PANEL_ROWS, rows_end - row);
-    const auto finish = is_gate(job.activation) ? finish_gated_row : finish_row;
-    for (int64_t r = 0; job.adapted.adapters && r < rows; r += GROUP_ROWS)
-        add_adapters(job, tile, int(tiles), row + r, int(least(GROUP_ROWS, rows - r)), sums[r / GROUP_ROWS]);
-    for (int64_t r = 0; r < rows; r++) finish(job, tile, int(tiles), row + r, int(r % GROUP_ROWS), sums[r / GROUP_ROWS]);
-}
-
 void multiply_panels(const WideMeeting& m, const Panels& panels) {
     for (int64_t panel = m.first; panel < m.end; panel++) {
         const int64_t i = panel - m.first;
@@ -328,11 +343,18 @@ int64_t rows_wanted(const Tiles& w, int64_t tile, int64_t tiles, LeastRows least
     return wanted;
 }
 
-// The kernel of a tile and the next, if both are of one type that comes in steps.
+// For two tiles, a tile and the next, of one type that comes in steps; null for others.
+using StepsKernel = void (*)(const WideRange&);
+
 StepsKernel steps_kernel_of(const Tiles& w, int64_t tile, int64_t tile_end) {
-    if (tile + PAIR > tile_end || w.columns / STEP_COLUMNS > MOST_SUM_BYTES) return nullptr;
+    if (is_float(w.type) || tile + PAIR > tile_end) return nullptr;
     const Weight type = w.places ? w.places[tile].type : w.type;
-    return w.places && w.places[tile + 1].type != type ? nullptr : steps_kernel(type);
+    if (w.places && w.places[tile + 1].type != type) return nullptr;
+    return with_format(type, [](auto format) -> StepsKernel {
+        using F = decltype(format);
+        if constexpr (F::WHOLE_SCALES) return multiply_in_steps<F>;
+        else return nullptr;
+    });
 }
 
 int64_t rows_wanted_in_steps(const Tiles& w, int64_t tile, int64_t tile_end, LeastRows least_rows) {
@@ -347,20 +369,6 @@ int64_t least_wanted(const Tiles& w, int64_t tile_begin, int64_t tile_end, int64
     return wanted;
 }
 
-// Some tiles times rows from the beginning of a panel up to rows_end; what AMX does not take goes to `narrow`.
-struct WideRange {
-    const Product& job;
-    int64_t tile_begin, tile_end, first_panel, rows_end;
-    const TileKernels& narrow;
-    LeastRows least_rows;
-
-    int64_t rows() const { return rows_end - first_panel * PANEL_ROWS; }
-    void multiply_narrow(int64_t tile, int64_t tiles, int64_t panel, int64_t panel_end) const {
-        constexpr int64_t GROUPS = PANEL_ROWS / GROUP_ROWS;
-        narrow.multiply(job, tile, tile + tiles, panel * GROUPS, least(panel_end * GROUPS, group_count(rows_end)));
-    }
-};
-
 void multiply_in_blocks(const WideRange& range) {
     const Tiles& w = range.job.tiles;
     const int64_t blocks = w.columns / BLOCK, bytes = tile_bytes(w.type, w.columns), step = is_gate(range.job.activation) ? PAIR : 1;
@@ -371,61 +379,48 @@ void multiply_in_blocks(const WideRange& range) {
     Panels panels;
     for (int64_t first = range.first_panel; first < all_panels; first += at_once) {
         const int64_t end = least(first + at_once, all_panels), last = range.rows_end - (end - 1) * PANEL_ROWS;
-        if (blocks <= MOST_BLOCKS && w.panels & BLOCK_PANELS)
-            for (int64_t p = first; p < end; p++)
-                panels.counts[p - first] =
-                    list_units(blocks_of(range.job, p), blocks, range.rows_end - p * PANEL_ROWS, panels.units + (p - first) * units_bound(blocks));
+        for (int64_t p = first; p < end; p++)
+            panels.counts[p - first] = list_units(blocks_of(range.job, p), blocks, range.rows_end - p * PANEL_ROWS, panels.units + (p - first) * units_bound(blocks));
         for (int64_t tile = range.tile_begin; tile < range.tile_end; tile += step) {
             const int64_t tiles = least(step, range.tile_end - tile), wanted = rows_wanted(w, tile, tiles, range.least_rows);
-            const int64_t wide_end = range.rows() < wanted ? first : last < least(wanted, PANEL_ROWS) ? end - 1 : end;
+            const int64_t wide_end = last < least(wanted, PANEL_ROWS) ? end - 1 : end;
             multiply_panels({range.job, tile, tiles, bytes, blocks, first, wide_end, range.rows_end}, panels);
             if (wide_end < end) range.multiply_narrow(tile, tiles, wide_end, end);
         }
     }
 }
 
-thread_local SumBytes sum_bytes[MOST_SUM_BYTES];         // more than a small stack holds
-
-void multiply_in_steps(const WideRange& range, StepsKernel kernel) {
-    const Tiles& w = range.job.tiles;
-    const int64_t bytes = tile_bytes(w.type, w.columns), all_panels = panel_count(range.rows_end);
-    TileConfig config;
-    for (int t = 0; t < 8; t++) config.rows[t] = 16, config.bytes[t] = 64;
-    tile_configure(config);
-    const int64_t groups = w.columns / STEP_COLUMNS, at_once = least(STEP_PANELS_AT_ONCE, MOST_SUM_BYTES / groups);
-    for (int64_t first = range.first_panel; first < all_panels; first += at_once) {
-        const int64_t end = least(first + at_once, all_panels);
-        for (int64_t panel = first; panel < end; panel++)
-            for (int64_t g = 0; g < groups; g++)
-                find_sum_bytes(steps_of(panel_of(range.job, panel), w.panels, w.columns)[g], sum_bytes[(panel - first) * groups + g]);
-        for (int64_t tile = range.tile_begin; tile < range.tile_end; tile += PAIR) {
-            Sums sums[STEP_PANELS_AT_ONCE][PANEL_ROWS / GROUP_ROWS];
-            kernel({range.job, first, end, 0, 0, sum_bytes, {tile_of(w, tile, bytes).memory, tile_of(w, tile + 1, bytes).memory}, 0, sums[0]});
-            for (int64_t panel = first; panel < end; panel++) finish_panel(range.job, tile, PAIR, panel, range.rows_end, sums[panel - first]);
-        }
-    }
-}
+// How some tiles are multiplied: in steps, else block by block, or by kernels of VNNI.
+struct Way {
+    StepsKernel steps;
+    bool narrow;
+    bool operator==(const Way& other) const { return steps == other.steps && narrow == other.narrow; }
+};
 
 // Panels that begin in groups [begin, end) go through AMX if their rows there are enough; what is left of a tile follows while it
 // is in the cache.
 void multiply_wide(const Product& job, int64_t tile_begin, int64_t tile_end, int64_t group_begin, int64_t group_end,
                    const TileKernels& narrow, LeastRows least_rows) {
     constexpr int64_t GROUPS = PANEL_ROWS / GROUP_ROWS;
+    const Tiles& w = job.tiles;
     const int64_t first_panel = (group_begin + GROUPS - 1) / GROUPS, first_group = least(first_panel * GROUPS, group_end);
-    const int64_t rows_end = least(group_end * GROUP_ROWS, job.rows), step = is_gate(job.activation) ? PAIR : 1;
-    if (is_float(job.tiles.type) || rows_end - first_group * GROUP_ROWS < least_wanted(job.tiles, tile_begin, tile_end, step, least_rows))
+    const int64_t rows_end = least(group_end * GROUP_ROWS, job.rows), rows = rows_end - first_group * GROUP_ROWS;
+    const int64_t step = is_gate(job.activation) ? PAIR : 1;
+    if (is_float(w.type) || rows < least_wanted(w, tile_begin, tile_end, step, least_rows))
         return narrow.multiply(job, tile_begin, tile_end, group_begin, group_end);
     if (group_begin < first_group) narrow.multiply(job, tile_begin, tile_end, group_begin, first_group);
-    const auto kernel_of = [&](int64_t tile) {
-        const bool enough = rows_end - first_group * GROUP_ROWS >= rows_wanted_in_steps(job.tiles, tile, tile_end, least_rows);
-        return enough ? steps_kernel_of(job.tiles, tile, tile_end) : nullptr;
+    const auto way_of = [&](int64_t tile) -> Way {
+        if (rows >= rows_wanted_in_steps(w, tile, tile_end, least_rows)) return {steps_kernel_of(w, tile, tile_end), false};
+        return {nullptr, rows < rows_wanted(w, tile, least(step, tile_end - tile), least_rows)};
     };
     for (int64_t tile = tile_begin, end; tile < tile_end; tile = end) {
-        const StepsKernel kernel = kernel_of(tile);
-        const int64_t own_step = kernel ? PAIR : step;
-        for (end = tile + own_step; end < tile_end && kernel_of(end) == kernel;) end += own_step;
-        const WideRange range{job, tile, least(end, tile_end), first_panel, rows_end, narrow, least_rows};
-        if (kernel) multiply_in_steps(range, kernel);
+        const Way way = way_of(tile);
+        const int64_t own_step = way.steps ? PAIR : step;
+        for (end = tile + own_step; end < tile_end && way_of(end) == way;) end += own_step;
+        end = least(end, tile_end);
+        const WideRange range{job, tile, end, first_panel, rows_end, narrow, least_rows};
+        if (way.steps) way.steps(range);
+        else if (way.narrow) narrow.multiply(job, tile, end, first_group, group_end);
         else multiply_in_blocks(range);
     }
     tile_release();

@@ -13,6 +13,8 @@
 // A part of tiles_amx.inl.h.
 #pragma once
 
+#include <new>
+
 #include "cpu/tiles/expanded.inl.h"
 #include "cpu/tiles/folded.inl.h"
 #include "cpu/tiles/steps.inl.h"
@@ -23,7 +25,6 @@ namespace {
 
 constexpr int WIDE_PANELS = 2, HALVES = PANEL_ROWS / GROUP_ROWS;
 constexpr int64_t STEP_PANELS_AT_ONCE = 8;              // 128 rows: their x in steps stays in the second cache
-constexpr int64_t MOST_SUM_BYTES = 256;                 // groups of panels whose sums' bytes are kept: 256 KB
 constexpr int64_t WIDE_TOGETHER = 2;                    // groups of 256 columns whose bytes lie in the first cache together
 
 // ---- bytes of a tile
@@ -272,14 +273,14 @@ DC_WIDE void multiply_lot(Lot& lot, LotSums& to, const Lot* before, const LotSum
 struct Passing {
     const Product& job;
     int64_t first, end, group, count;
-    const SumBytes* sums;               // [end - first][groups]
+    const SumBytes* sums;               // [end - first][groups], of types with minimums
     const uint8_t* tiles[PAIR];
     int tile;                           // of split ones, which
     Sums* y;                            // [2 (end - first)]
 
     int64_t groups() const { return job.tiles.columns / STEP_COLUMNS; }
     const StepGroup* steps(int64_t panel) const { return steps_of(panel_of(job, panel), job.tiles.panels, job.tiles.columns) + group; }
-    const SumBytes* sums_of(int64_t panel) const { return sums + (panel - first) * groups() + group; }
+    const SumBytes* sums_of(int64_t panel, int64_t g) const { return sums ? sums + (panel - first) * groups() + group + g : nullptr; }
 };
 
 // Its panels [first, end), PANELS at a time.
@@ -291,7 +292,7 @@ __attribute__((noinline)) void multiply_lots(const Passing& its, int64_t first, 
         for (int64_t g = 0; g < its.count; g++, n++) {
             const int64_t at = g * group_of_blocks_bytes<E>(), last = panel + PANELS - 1;
             Sums* const y = its.y + HALVES * (panel - its.first);
-            lots[n % 2] = {{its.steps(panel) + g, its.steps(last) + g}, {its.sums_of(panel) + g, its.sums_of(last) + g},
+            lots[n % 2] = {{its.steps(panel) + g, its.steps(last) + g}, {its.sums_of(panel, g), its.sums_of(last, g)},
                            {its.tiles[0] + at, its.tiles[1] + at}, {y, y + HALVES}, its.tile, false};
             multiply_lot<E, PANELS>(lots[n % 2], sums[n % 2], n ? &lots[1 - n % 2] : nullptr, sums[1 - n % 2]);
         }
@@ -320,23 +321,35 @@ void multiply_passing(Passing its) {
 // Two tiles times panels [first, end), at most STEP_PANELS_AT_ONCE.
 template <class F>
 void multiply_tiles_in_steps(Passing its) {
-    static_assert(F::WHOLE_SCALES && F::BLOCKS == STEP_BLOCKS, "StepGroup");
     for (int64_t i = 0; i < HALVES * (its.end - its.first); i++) std::memset(its.y[i].y, 0, sizeof its.y->y);
     if constexpr (F::EXPANDS)
         for (its.tile = 0; its.tile < PAIR; its.tile++) multiply_passing<F, WideSplit<F>, 1>(its);
     else multiply_passing<F, WideFolded<F>, PAIR>(its);
 }
 
-using StepsKernel = void (*)(Passing);
-
-// Null for types that do not come in steps.
-StepsKernel steps_kernel(Weight type) {
-    if (is_float(type)) return nullptr;
-    return with_format(type, [](auto format) -> StepsKernel {
-        using F = decltype(format);
-        if constexpr (F::WHOLE_SCALES) return multiply_tiles_in_steps<F>;
-        else return nullptr;
-    });
+// Pairs of tiles of one type times rows.
+template <class F>
+void multiply_in_steps(const WideRange& range) {
+    static_assert(F::WHOLE_SCALES && F::BLOCKS == STEP_BLOCKS, "StepGroup");
+    const Tiles& w = range.job.tiles;
+    const int64_t bytes = tile_bytes(w.type, w.columns), all_panels = panel_count(range.rows_end), groups = w.columns / STEP_COLUMNS;
+    SumBytes* const sum_bytes = F::HAS_MINIMUM ? new (std::nothrow) SumBytes[STEP_PANELS_AT_ONCE * groups] : nullptr;       // 256 KB of 8,192 columns
+    if (F::HAS_MINIMUM && !sum_bytes) return range.multiply_narrow(range.tile_begin, range.tile_end - range.tile_begin, range.first_panel, all_panels);
+    TileConfig config;
+    for (int t = 0; t < 8; t++) config.rows[t] = 16, config.bytes[t] = 64;
+    tile_configure(config);
+    for (int64_t first = range.first_panel; first < all_panels; first += STEP_PANELS_AT_ONCE) {
+        const int64_t end = least(first + STEP_PANELS_AT_ONCE, all_panels);
+        for (int64_t i = 0; F::HAS_MINIMUM && i < (end - first) * groups; i++)
+            find_sum_bytes(steps_of(panel_of(range.job, first + i / groups), w.panels, w.columns)[i % groups], sum_bytes[i]);
+        for (int64_t tile = range.tile_begin; tile < range.tile_end; tile += PAIR) {
+            Sums sums[STEP_PANELS_AT_ONCE][HALVES];
+            const TilePlace one = tile_of(w, tile, bytes), other = tile_of(w, tile + 1, bytes);
+            multiply_tiles_in_steps<F>({range.job, first, end, 0, 0, sum_bytes, {one.memory, other.memory}, 0, sums[0]});
+            for (int64_t panel = first; panel < end; panel++) finish_panel(range.job, tile, PAIR, panel, range.rows_end, sums[panel - first]);
+        }
+    }
+    delete[] sum_bytes;
 }
 
 }  // namespace
