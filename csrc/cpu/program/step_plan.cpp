@@ -208,7 +208,7 @@ void Step::add_rows(int first, int end, int prepares, int64_t rows) {
         const auto makes = [&](const Op& op) { const auto* const its = op.as<op::linear>(); return its && makes_codes_first(its->tiles); };
         if (std::any_of(ops.begin() + first, ops.begin() + end, makes)) {     // codes are made once a chunk: 128 rows, 4 % of a prompt better than 32; each thread as many
             const int64_t shares = threads * std::max<int64_t>(1, rows / (threads * 16 * GROUP_ROWS));
-            per_chunk = ((rows + shares - 1) / shares + GROUP_ROWS - 1) / GROUP_ROWS * GROUP_ROWS;
+            per_chunk = ((rows + shares - 1) / shares + least - 1) / least * least;
         }
         if (rows < 2 * threads * GROUP_ROWS) per_chunk = (rows + threads - 1) / threads;     // one each: with chunks of 8, some would have two
     }

@@ -71,12 +71,12 @@ int64_t bytes_of(const Tiles& tiles) {
 
 bool makes_codes_first(const Tiles& tiles) {
 #if defined(__x86_64__)
-    const bool pairs = &narrow_kernels() == &avx512::tile_kernels, all = pairs && chosen_amx() == Amx::none;        // tile_pairs.inl.h
+    const bool all = &narrow_kernels() == &avx512::tile_kernels;        // tile_pairs.inl.h, folded.inl.h; AMX gains as much
 #else
-    const bool pairs = false, all = false;
+    const bool all = false;
 #endif
     const auto makes = [&](Weight type) {
-        return !is_float(type) && with_format(type, [&](auto format) { return all || decltype(format)::EXPANDS || (pairs && decltype(format)::WHOLE_SCALES); });
+        return !is_float(type) && (all || with_format(type, [](auto format) { return decltype(format)::EXPANDS; }));
     };
     if (!tiles.places) return makes(tiles.type);
     return std::any_of(tiles.places, tiles.places + tile_count(tiles.rows), [&](const TilePlace& place) { return makes(place.type); });
