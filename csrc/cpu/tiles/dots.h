@@ -579,7 +579,7 @@ DC_INLINE Words look_up(Words codes, const uint8_t* table) {
 }
 
 DC_INLINE Whole add_fine(Whole sum, const Whole& fine) {
-    for (int i = 0; i < 16; i++) sum.of[i] = sum.of[i] * 256 + fine.of[i];
+    for (int i = 0; i < 16; i++) sum.of[i] = int32_t(uint32_t(sum.of[i]) * 256u + uint32_t(fine.of[i]));       // what passes 2^31 comes back later
     return sum;
 }
 DC_INLINE Lanes to_floats(const Whole& sum) {

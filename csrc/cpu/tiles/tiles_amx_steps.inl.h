@@ -191,7 +191,7 @@ DC_WIDE void add_set(const StepSet& set, Lanes d, const int32_t* low, const int3
     alignas(16) int32_t offset[SET_ROWS];
     if constexpr (LESS) put_offsets<7>(offset, set.minus, nullptr, HIGH ? 0 : MAGIC_BITS);      // 128 times, and once less:
     for (int r = 0; r < SET_ROWS; r++) {
-        if constexpr (LESS) offset[r] -= set.minus[r];
+        if constexpr (LESS) offset[r] = int32_t(uint32_t(offset[r]) - uint32_t(set.minus[r]));      // of a row that x does not have, anything
         Whole sum;
         if constexpr (HIGH) {
             sum = add_fine(load_sums(high + 16 * r), load_sums(low + 16 * r));
