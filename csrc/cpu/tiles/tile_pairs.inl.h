@@ -50,6 +50,7 @@ struct Unpacked {
 template <class F>
 using UnpackedOf = Unpacked<F::BLOCKS, F::PARTS, F::OFFSET_SHIFT, F::HAS_MINIMUM, F::FINE_APART>;
 
+// A group's scales, and after them its codes.
 template <class F>
 __attribute__((noinline)) void unpack_group(const uint8_t* group, uint8_t* to, int64_t) {
     using E = UnpackedOf<F>;

@@ -329,43 +329,19 @@ void multiply_panels(const WideMeeting& m, const Panels& panels) {
     }
 }
 
+Weight type_of(const Tiles& w, int64_t tile) { return w.places ? w.places[tile].type : w.type; }
+
 // The number of rows from which some tiles go through AMX block by block, as their types require; NEVER for types without kernels.
 constexpr int64_t NEVER = INT64_MAX;
 
 int64_t rows_wanted(const Tiles& w, int64_t tile, int64_t tiles, LeastRows least_rows) {
     int64_t wanted = 1;
     for (int64_t t = 0; t < tiles; t++) {
-        const Weight type = w.places ? w.places[tile + t].type : w.type;
+        const Weight type = type_of(w, tile + t);
         const int64_t rows = is_wide(type) && w.columns / BLOCK <= MOST_BLOCKS ? least_rows(type, w.columns) : 0;
         wanted = !rows ? NEVER : rows > wanted ? rows : wanted;
         if (wanted == NEVER) break;
     }
-    return wanted;
-}
-
-// For two tiles, a tile and the next, of one type that comes in steps; null for others.
-using StepsKernel = void (*)(const WideRange&);
-
-StepsKernel steps_kernel_of(const Tiles& w, int64_t tile, int64_t tile_end) {
-    if (is_float(w.type) || tile + PAIR > tile_end) return nullptr;
-    const Weight type = w.places ? w.places[tile].type : w.type;
-    if (w.places && w.places[tile + 1].type != type) return nullptr;
-    return with_format(type, [](auto format) -> StepsKernel {
-        using F = decltype(format);
-        if constexpr (F::WHOLE_SCALES) return multiply_in_steps<F>;
-        else return nullptr;
-    });
-}
-
-int64_t rows_wanted_in_steps(const Tiles& w, int64_t tile, int64_t tile_end, LeastRows least_rows) {
-    const int64_t rows = steps_kernel_of(w, tile, tile_end) ? least_rows(w.places ? w.places[tile].type : w.type, w.columns) : 0;
-    return rows ? rows : NEVER;
-}
-
-int64_t least_wanted(const Tiles& w, int64_t tile_begin, int64_t tile_end, int64_t step, LeastRows least_rows) {
-    int64_t wanted = NEVER;
-    for (int64_t tile = tile_begin; tile < (w.places ? tile_end : least(tile_begin + 1, tile_end)); tile += step)
-        wanted = least(wanted, least(rows_wanted(w, tile, least(step, tile_end - tile), least_rows), rows_wanted_in_steps(w, tile, tile_end, least_rows)));
     return wanted;
 }
 
@@ -390,11 +366,42 @@ void multiply_in_blocks(const WideRange& range) {
     }
 }
 
-// How some tiles are multiplied: in steps, else block by block, or by kernels of VNNI.
+using StepsKernel = void (*)(const WideRange&);
+
+StepsKernel steps_kernel(Weight type) {             // null for types that do not come in steps
+    return with_format(type, [](auto format) -> StepsKernel {
+        using F = decltype(format);
+        if constexpr (F::WHOLE_SCALES) return multiply_in_steps<F>;
+        else return nullptr;
+    });
+}
+
+// How some tiles are multiplied: two of one type in steps, else block by block or, narrow, by kernels of VNNI.
 struct Way {
     StepsKernel steps;
     bool narrow;
     bool operator==(const Way& other) const { return steps == other.steps && narrow == other.narrow; }
+};
+
+// The ways of tiles up to tile_end, `step` of which go together in any case, with so many rows.
+struct Ways {
+    const Tiles& w;
+    int64_t tile_end, step, rows;
+    LeastRows least_rows;
+
+    Way from(int64_t tile) const {
+        const bool pair = tile + PAIR <= tile_end && type_of(w, tile) == type_of(w, tile + 1);
+        const StepsKernel kernel = pair ? steps_kernel(type_of(w, tile)) : nullptr;
+        const int64_t wanted = kernel ? least_rows(type_of(w, tile), w.columns) : 0;
+        if (wanted && rows >= wanted) return {kernel, false};
+        return {nullptr, rows < rows_wanted(w, tile, least(step, tile_end - tile), least_rows)};
+    }
+    int64_t end(const Way& way, int64_t tile) const {       // of those that go this way from `tile` on
+        const int64_t own_step = way.steps ? PAIR : step;
+        if (!w.places) return tile_end - (tile_end - tile) % own_step;      // all of one type
+        for (tile += own_step; tile < tile_end && from(tile) == way;) tile += own_step;
+        return least(tile, tile_end);
+    }
 };
 
 // Panels that begin in groups [begin, end) go through AMX if their rows there are enough; what is left of a tile follows while it
@@ -406,18 +413,13 @@ void multiply_wide(const Product& job, int64_t tile_begin, int64_t tile_end, int
     const int64_t first_panel = (group_begin + GROUPS - 1) / GROUPS, first_group = least(first_panel * GROUPS, group_end);
     const int64_t rows_end = least(group_end * GROUP_ROWS, job.rows), rows = rows_end - first_group * GROUP_ROWS;
     const int64_t step = is_gate(job.activation) ? PAIR : 1;
-    if (is_float(w.type) || rows < least_wanted(w, tile_begin, tile_end, step, least_rows))
+    const Ways ways{w, tile_end, step, rows, least_rows};
+    if (is_float(w.type) || (ways.from(tile_begin).narrow && ways.end({nullptr, true}, tile_begin) == tile_end))
         return narrow.multiply(job, tile_begin, tile_end, group_begin, group_end);
     if (group_begin < first_group) narrow.multiply(job, tile_begin, tile_end, group_begin, first_group);
-    const auto way_of = [&](int64_t tile) -> Way {
-        if (rows >= rows_wanted_in_steps(w, tile, tile_end, least_rows)) return {steps_kernel_of(w, tile, tile_end), false};
-        return {nullptr, rows < rows_wanted(w, tile, least(step, tile_end - tile), least_rows)};
-    };
     for (int64_t tile = tile_begin, end; tile < tile_end; tile = end) {
-        const Way way = way_of(tile);
-        const int64_t own_step = way.steps ? PAIR : step;
-        for (end = tile + own_step; end < tile_end && way_of(end) == way;) end += own_step;
-        end = least(end, tile_end);
+        const Way way = ways.from(tile);
+        end = ways.end(way, tile);
         const WideRange range{job, tile, end, first_panel, rows_end, narrow, least_rows};
         if (way.steps) way.steps(range);
         else if (way.narrow) narrow.multiply(job, tile, end, first_group, group_end);
