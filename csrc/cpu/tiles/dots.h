@@ -98,10 +98,6 @@ DC_INLINE Lanes to_floats(Whole sum) { return {_mm512_cvtepi32_ps(sum.v)}; }
 DC_INLINE __m128i sixteen(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
 DC_INLINE Lanes lanes_of_bytes(const uint8_t* p) { return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(sixteen(p)))}; }
 DC_INLINE Lanes lanes_of_signed_bytes(const uint8_t* p) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(sixteen(p)))}; }
-DC_INLINE Lanes lanes_of_low_nibbles(const uint8_t* p) {
-    return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_and_si128(sixteen(p), _mm_set1_epi8(15))))};
-}
-DC_INLINE Lanes lanes_of_high_nibbles(const uint8_t* p) { return {_mm512_cvtepi32_ps(_mm512_srli_epi32(_mm512_cvtepu8_epi32(sixteen(p)), 4))}; }
 DC_INLINE Lanes powers_of_bytes(const uint8_t* p) {         // 2^(byte - 127), 0 for a byte of 0
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu8_epi32(sixteen(p)), 23))};
 }
@@ -292,15 +288,6 @@ DC_INLINE Lanes lanes_of_bytes(const uint8_t* p) {
 DC_INLINE Lanes lanes_of_signed_bytes(const uint8_t* p) {
     return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight(p))), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight(p + 8)))};
 }
-DC_INLINE Lanes lanes_of_low_nibbles(const uint8_t* p) {
-    const __m256i low = _mm256_set1_epi32(15);
-    return {_mm256_cvtepi32_ps(_mm256_and_si256(_mm256_cvtepu8_epi32(eight(p)), low)),
-            _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_cvtepu8_epi32(eight(p + 8)), low))};
-}
-DC_INLINE Lanes lanes_of_high_nibbles(const uint8_t* p) {
-    return {_mm256_cvtepi32_ps(_mm256_srli_epi32(_mm256_cvtepu8_epi32(eight(p)), 4)),
-            _mm256_cvtepi32_ps(_mm256_srli_epi32(_mm256_cvtepu8_epi32(eight(p + 8)), 4))};
-}
 DC_INLINE __m256 powers_of_eight(const uint8_t* p) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu8_epi32(eight(p)), 23)); }
 DC_INLINE Lanes powers_of_bytes(const uint8_t* p) { return {powers_of_eight(p), powers_of_eight(p + 8)}; }
 DC_INLINE Whole pairs_of_bytes(const uint8_t* p) { return {_mm256_cvtepu8_epi16(sixteen(p)), _mm256_cvtepu8_epi16(sixteen(p + 16))}; }
@@ -463,8 +450,6 @@ DC_INLINE Lanes lanes_of(uint8x16_t bytes) {
     DC_EACH(Lanes, vcvtq_f32_u32(wide.v[i]));
 }
 DC_INLINE Lanes lanes_of_bytes(const uint8_t* p) { return lanes_of(vld1q_u8(p)); }
-DC_INLINE Lanes lanes_of_low_nibbles(const uint8_t* p) { return lanes_of(vandq_u8(vld1q_u8(p), vdupq_n_u8(15))); }
-DC_INLINE Lanes lanes_of_high_nibbles(const uint8_t* p) { return lanes_of(vshrq_n_u8(vld1q_u8(p), 4)); }
 DC_INLINE Lanes lanes_of_signed_bytes(const uint8_t* p) {
     const int8x16_t bytes = vreinterpretq_s8_u8(vld1q_u8(p));
     const int16x8_t low = vmovl_s8(vget_low_s8(bytes)), high = vmovl_high_s8(bytes);
@@ -595,16 +580,6 @@ DC_INLINE Lanes lanes_of_bytes(const uint8_t* p) {
 DC_INLINE Lanes lanes_of_signed_bytes(const uint8_t* p) {
     Lanes y;
     for (int i = 0; i < 16; i++) y.v[i] = float(int8_t(p[i]));
-    return y;
-}
-DC_INLINE Lanes lanes_of_low_nibbles(const uint8_t* p) {
-    Lanes y;
-    for (int i = 0; i < 16; i++) y.v[i] = float(p[i] & 15);
-    return y;
-}
-DC_INLINE Lanes lanes_of_high_nibbles(const uint8_t* p) {
-    Lanes y;
-    for (int i = 0; i < 16; i++) y.v[i] = float(p[i] >> 4);
     return y;
 }
 DC_INLINE Lanes powers_of_bytes(const uint8_t* p) {

@@ -386,17 +386,15 @@ struct OddScales {
         uint8_t& both = group[32 + 16 * (place / 2) + r];
         both = uint8_t((both & ~(15 << shift)) | s << shift);
     }
-    DC_INLINE Lanes scale(const uint8_t* group, int i, int part) {
-        const int place = i * PARTS_ + part;
-        const uint8_t* const both = group + 32 + 16 * (place / 2);
-        const Lanes s = place % 2 ? lanes_of_high_nibbles(both) : lanes_of_low_nibbles(both);
-        return halves(group) * fma(s, all(2.0f / OF), all(1.0f / OF));
-    }
     DC_INLINE Lanes shared(const uint8_t* group) { return halves(group) * all(1.0f / OF); }
     DC_INLINE Whole factors(const uint8_t* group, int i) {                   // where they are of 32 columns, two equal ones
         const uint8_t* const nibbles = group + 32 + 16 * (i * PARTS_ / 2);
         if constexpr (PARTS_ == 2) return odd_pairs<0, 1>(nibbles);
         else return i % 2 ? odd_pairs<1, 1>(nibbles) : odd_pairs<0, 0>(nibbles);
+    }
+    static Lanes scale(const uint8_t* group, int i, int part) {              // exact, as `shared` and the factors are short
+        const Whole pairs = factors(group, i);
+        return shared(group) * to_floats(part ? UnsignedDot::factor<1>(pairs) : UnsignedDot::factor<0>(pairs));
     }
 };
 
