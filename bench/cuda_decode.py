@@ -38,12 +38,13 @@ SHAPES = {
 
 
 def random_model(spec, kernels, device, dtype, **sizes):
-    """A Transformer with small random weights, made on the device."""
+    """A Transformer with small random weights, made on the device; dtype: "bfloat16" or "float32"."""
     random = torch.Generator(device).manual_seed(1)
     tensors = {}
     for name, shape in expected_tensors(spec).items():
         matrix = len(shape) > 1
-        tensors[name] = torch.randn(shape, device=device, dtype=dtype if matrix else torch.float32, generator=random)
+        tensors[name] = torch.randn(shape, device=device, generator=random,
+                                    dtype=getattr(torch, dtype) if matrix else torch.float32)
         tensors[name].mul_(0.02 if matrix else 1.0)
     return Transformer(spec, tensors, kernels, device=device, dtype=dtype, **sizes)
 
@@ -144,7 +145,7 @@ def main():
         assert kernels.backend.name == "decode_core/cuda", f"decode_core does not run here on CUDA: {kernels.names}"
         for batch in arguments.batches:
             length = arguments.context + arguments.steps + 20
-            steps = make_steps(spec, kernels, device, torch.bfloat16, batch, length)
+            steps = make_steps(spec, kernels, device, "bfloat16", batch, length)
             step = seconds_per_step(Decoding(steps, batch, arguments.context, arguments.steps + 20), arguments.steps)
             graph, without_draw = seconds_per_replay(steps, batch), seconds_per_replay(steps, batch, draws=False)
             floor = bytes_of_a_step(steps.transformer, batch, arguments.context + arguments.steps // 2) / bandwidth

@@ -74,7 +74,7 @@ def tests(*paths: str, on_gpu: str = "not emulation and not nvcc", dry: str = "e
     """pytest on `paths`: the GPU's cases, or those of the emulation that `dry` selects."""
     def command(day: Day) -> list[str]:
         return ["-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-p", "no:xdist", "--durations=5",
-                "-m", "not slow" if day.dry else "", *more, *paths, "-k", dry if day.dry else on_gpu]
+                "-m", "", *more, *paths, "-k", dry if day.dry else on_gpu]
     return command
 
 

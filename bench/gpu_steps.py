@@ -87,11 +87,11 @@ def greedy_works(engine, count):
 
 
 def logits_of(engine, ids):
-    """Logits (V,) after a prompt, from an engine that does nothing else; its pages are free again afterwards."""
+    """Logits (V,) after a prompt, a float32 tensor, from an engine that does nothing else; its pages are free again afterwards."""
     from chatlm.common.config import PAGE_SIZE
-    from engines import make_batch
+    from engines import forward_logits, make_batch
     tables = list(range(len(engine.transformer.groups.windows) * -(-len(ids) // PAGE_SIZE)))
-    logits = engine.transformer.forward(make_batch((list(ids), 0, len(ids), tables)))[0].float().cpu()
+    logits = forward_logits(engine.transformer, make_batch((list(ids), 0, len(ids), tables)))[0].float()
     engine.pool.forget_cached()
     return logits
 

@@ -93,8 +93,9 @@ python chat_server.py [serve|chat|generate|compare|score|eval|embed|batch|check]
     "check": Help("python chat_server.py check [MODEL] [--json] [--against ORIGINAL] [flags]",
         "Find what is wrong with a model before it is served: its tokenizer, chat template and weights, and "
         "whether it fits here. The exit status is 1 if there is an error, else 0. Without MODEL: verify and "
-        "time the compiled kernels. Each op is compared with its reference in torch; the report can be "
-        "pasted into an issue, the exit status is 1 if an op is wrong, and it takes about a minute.", """
+        "time the compiled kernels. Each op is compared with its reference in torch; without torch, only the "
+        "products are, by numpy. The report can be pasted into an issue, the exit status is 1 if an op is "
+        "wrong, and it takes about a minute.", """
   python chat_server.py check                               the compiled kernels
   python chat_server.py check model.gguf                    a verdict of a few lines
   python chat_server.py check model-Q4_K_M.gguf --against model-BF16.gguf --json"""),

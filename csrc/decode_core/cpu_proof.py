@@ -10,14 +10,15 @@ import numpy
 import torch
 
 from .cuda_weights import dequantized
+from .product_proof import NO_GGUF, PACKED_TOLERANCE
 from .program import Marker, Program
-from .proof import Dice, copied, differs, random_blocks
+from .proof import Dice, copied, differs
+from .random_blocks import random_blocks
 from .sampling import SampleBatch
 from .tiles import ACTIVATIONS, COLUMNS, GATES, Arena, Matrix
 from .weights import KINDS, QuantizedMatrix, pack
 
 FLOATS = {name: getattr(torch, dtype) for dtype, name in KINDS.items()}
-PACKED_TOLERANCE = 3e-2         # x is int8 there; 1e-2 is the usual error
 WINDOWS = (0, 20)
 T, R, PAGES = 32, 4, 40         # tokens and logit rows that the proof's buffers hold; pages of its cache
 SLOTS = 4                       # of states
@@ -62,7 +63,7 @@ class Chain:
         self.cache_type = cache_type
         self.script, self.dice = script, Dice(torch.device("cpu"), 4)
         self.program, self.calls, self.floats = Program(T, R), [], {}
-        self.faults: dict[str, str | None] = {}         # by op: "" = as the reference, None = not proved
+        self.faults: dict[str, str] = {}        # by op: "" = as the reference
         self.adapters: list[dict[str, Changed]] = [{}, {}]
         self.spec = script.ModelSpec(vocab_size=200, layers=1, width=768, heads=4, kv_heads=2, head_size=HEAD_SIZE,
                                      ffn_size=512, max_positions=PAGES * script.PAGE_SIZE)
@@ -220,7 +221,7 @@ class Chain:
         try:
             plain, gates = self.matrix(kind, "output", N), self.matrix(kind, "gate_up", 2 * N)
         except ImportError:                 # the gguf package is missing
-            self.faults[label] = None
+            self.faults[label] = NO_GGUF
             return
         before = self.call("copy", self.call("linear", x, plain, width=N, label=label), width=N)
         more = dict(norm=norm, bias=self.dice.normal(N), residual=before)
@@ -326,9 +327,9 @@ class Chain:
         return torch.stack((k, v), 2).flatten(0, 1)
 
 
-def prove_cpu(script: SimpleNamespace) -> dict[str, str | None]:
-    """What is wrong with each op of a CPU: "" nothing, None: it could not be proved."""
-    faults: dict[str, str | None] = {}
+def prove_cpu(script: SimpleNamespace) -> dict[str, str]:
+    """What is wrong with each op of a CPU: "" nothing; an Unproved where the gguf package is missing."""
+    faults: dict[str, str] = {}
     prompt = numpy.random.default_rng(5).integers(0, 200, 21).tolist()
     sampled = (dict(temperature=0.0), dict(top_k=0, top_p=0.9, repetition_penalty=1.2))
     rows = [script.SampleRow(script.SamplingParams(seed=i, **params), 30 + i, prompt, 9)
@@ -351,7 +352,7 @@ def prove_cpu(script: SimpleNamespace) -> dict[str, str | None]:
     return faults
 
 
-def prove_texts(script: SimpleNamespace, cache_type: torch.dtype, text: list[int]) -> dict[str, str | None]:
+def prove_texts(script: SimpleNamespace, cache_type: torch.dtype, text: list[int]) -> dict[str, str]:
     """The same of attention in models that see whole texts, of which three are computed together."""
     chain = Chain(script, cache_type)
     p, dice, heads = chain.program, chain.dice, chain.spec.heads

@@ -24,19 +24,12 @@ from .cuda_adapters import RowsOfMatrix
 from .cuda_packed_kv import PackedPages, gathered, packable, packed
 from .cuda_prompts import prompts_of
 from .cuda_weights import PackedMatrix, dequantized
-from .tiles import COLUMNS
-from .weights import file_row_bytes
+from .random_blocks import random_blocks
 
 log = logging.getLogger("chat_server.decode_core")
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 DTYPES = (torch.float32, torch.bfloat16)        # of a model on CUDA
 PAGES, VOCABULARY = 40, 5003
-
-# Where a block's float16 scale is, if not first, and how many times that the minimum after it must be for
-# weights around 0; the first byte of mxfp4 is an exponent
-SCALES = {"q4_1": (0, -7.5), "q5_1": (0, -15.5), "q4_k": (0, 7.5), "q5_k": (0, 15.5), "q6_k": (208, 0),
-          "q2_k": (80, 1.5), "q3_k": (108, 0), "tq1_0": (52, 0), "tq2_0": (64, 0)}
-
 
 def differs(got: torch.Tensor, want: torch.Tensor, what: str, tolerance: float = 0.0) -> str:
     """In words, how far `got` is from `want`; "" if within the tolerance of its type. NaN is not."""
@@ -72,27 +65,6 @@ def usable(op: str, fault: str, device: Any, script: SimpleNamespace) -> None:
     except RuntimeError:
         raise script.ConfigError(f"decode_core's {op} {fault}, and {device} cannot be used after it; "
                                  "CHAT_SERVER_KERNELS=reference serves without decode_core") from None
-
-
-def random_blocks(kind: str, rows: int, columns: int, seed: int = 0, scale: float = 0.01) -> numpy.ndarray:
-    """Rows of random blocks as a GGUF file has them, (rows, bytes) uint8; scales are 1 to 2 times `scale`."""
-    block, (at, times) = COLUMNS[kind], SCALES.get(kind, (0, 0))
-    size = file_row_bytes(kind, block)
-    dice = numpy.random.default_rng(seed)
-    blocks = dice.integers(0, 256, (rows, columns // block, size), numpy.uint8)
-    scales = dice.uniform(scale, 2 * scale, (*blocks.shape[:2], 1)).astype(numpy.float16)
-    blocks[:, :, at:at + 2] = scales.view(numpy.uint8)
-    if times:
-        blocks[:, :, at + 2:at + 4] = (scales * numpy.float16(times)).view(numpy.uint8)
-    if kind in cuda.OWN:        # a zero point among the codes
-        blocks[:, :, 2] %= 16
-    if kind == "iq1_m":                     # the scale lies in four nibbles, of which the last is here
-        blocks[:, :, 55] = blocks[:, :, 55] & 15 | 0x20
-    if kind == "nvfp4":
-        blocks[:, :, :4] = dice.integers(8, 24, (*blocks.shape[:2], 4))
-    if kind == "mxfp4":
-        blocks[:, :, 0] = dice.integers(118, 122, blocks.shape[:2])
-    return blocks.reshape(rows, -1)
 
 
 class SimpleMatrix(NamedTuple):

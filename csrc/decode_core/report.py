@@ -3,20 +3,20 @@
 A line tells of an op what was measured, microseconds, GB/s of the bytes that it must move, and their share of
 the limit, which is measured first: on a CPU the same threads read memory, on a GPU a copy reads and writes
 it. What a cache holds passes the limit: >100%.
+
+The references need torch. Without it numpy proves the products, and the other ops are only measured.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-
 from . import _core, cuda
-from .cpu_proof import prove_cpu
-from .proof import prove_cuda
-from .timing import LARGE, MIXTURE, Timed, copy_bandwidth, read_bandwidth, time_cpu, time_cuda
+from .product_proof import Unproved, prove_products
+from .timing import LARGE, Timed, read_bandwidth, time_cpu
 
 LINE = "{:20} {:34} {:>10} {:>8} {:>6}  {}"
 CUDA_OPS = ("linear", "adapters", "experts", "rope_append", "paged_attention", "prompt_attention", "sample")
@@ -30,23 +30,38 @@ class Report:
         self.wrong = 0
 
     def run(self) -> bool:
-        self.on_cpu()
-        for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-            self.on_gpu(index)
+        with_torch = importlib.util.find_spec("torch") is not None
+        self.on_cpu(self.prove_with_torch if with_torch else prove_products)
+        if with_torch:
+            self.on_gpus()
         self.say(f"\n{self.wrong} ops are wrong" if self.wrong else "\nno op is wrong")
+        if not with_torch:
+            self.say("pip install torch, and `check` compares the other ops with their references too")
         return not self.wrong
 
-    def on_cpu(self) -> None:
-        torch.set_num_threads(1)            # the references' threads would spin and compete with ours
+    def on_cpu(self, prove: Callable[[SimpleNamespace], dict[str, str]]) -> None:
         _core.set_threads(self.threads)
         limit = read_bandwidth()
         self.say(f"\nCPU: {self.threads} threads read {limit / 1e9:.1f} GB/s")
-        self.table(prove_cpu(self.script), time_cpu(self.script), limit)
+        self.table(prove(self.script), time_cpu(self.script), limit)
+
+    def prove_with_torch(self, script: SimpleNamespace) -> dict[str, str]:
+        import torch
+        from .cpu_proof import prove_cpu
+        torch.set_num_threads(1)            # the references' threads would spin and compete with ours
+        return prove_cpu(script)
+
+    def on_gpus(self) -> None:
+        import torch
+        for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+            self.on_gpu(index)
 
     def on_gpu(self, index: int) -> None:
         """Where kernels cannot run, nothing is wrong: torch computes there."""
+        import torch
         from .cuda_backend import CudaBackend
         from .cuda_steps import CudaQueue
+        from .cuda_timing import MIXTURE
         device = torch.device("cuda", index)
         gpu = f"{device}: {torch.cuda.get_device_name(index)}"
         kernels = cuda.CudaOps(_core)
@@ -58,6 +73,9 @@ class Report:
 
     def with_cuda(self, backend: Any, make_queue: Callable[[], Any], gpu: str, **sizes) -> None:
         """`sizes`: of time_cuda."""
+        import torch
+        from .cuda_timing import copy_bandwidth, time_cuda
+        from .proof import prove_cuda
         faults = dict.fromkeys(CUDA_OPS, "")
         try:
             queue = make_queue()
@@ -71,16 +89,22 @@ class Report:
             self.wrong += 1
             self.say(f"{gpu}: WRONG: {type(error).__name__}: {error}")
 
-    def table(self, faults: Mapping[str, str | None], times: Iterable[Timed], limit: float) -> None:
-        """`faults`: for every op, "" if it matches its reference, None if that could not be proved."""
-        self.wrong += sum(map(bool, faults.values()))
-        said = {None: "not proved: the gguf package is missing", "": "as its reference"}
+    def table(self, faults: Mapping[str, str], times: Iterable[Timed], limit: float) -> None:
+        """`faults`: of each op, "" if it matches its reference, an Unproved, or what is wrong."""
+        self.wrong += sum(bool(fault) and not isinstance(fault, Unproved) for fault in faults.values())
         self.say(LINE.format("op", "measured", "us", "GB/s", "limit", "").rstrip())
         left = dict(faults)
         for op, what, seconds, moved in times:
-            rate, fault = moved / seconds, left.pop(op, faults[op])
+            rate = moved / seconds
+            fault = left.pop(op, faults.get(op, Unproved("torch is missing")))
             share = f"{rate / limit:.0%}" if rate <= limit else ">100%"
             self.say(LINE.format(op, what, f"{seconds * 1e6:.1f}", f"{rate / 1e9:.1f}", share,
-                                 said.get(fault, f"WRONG: {fault}")))
+                                 verdict(fault)))
         for op, fault in left.items():
-            self.say(LINE.format(op, "", "", "", "", said.get(fault, f"WRONG: {fault}")))
+            self.say(LINE.format(op, "", "", "", "", verdict(fault)))
+
+
+def verdict(fault: str) -> str:
+    if not fault:
+        return "as its reference"
+    return f"not proved: {fault}" if isinstance(fault, Unproved) else f"WRONG: {fault}"

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -108,16 +109,40 @@ def test_flags_of_the_environment_do_not_disturb_check(monkeypatch):
 
 @needs_core
 def test_a_type_without_the_gguf_package_is_not_proved_and_no_failure(monkeypatch):
-    from decode_core import cpu_proof, report
+    from decode_core import cpu_proof, product_proof, report
     monkeypatch.setitem(sys.modules, "gguf", None)
     faults = cpu_proof.prove_cpu(for_decode_core())
-    assert {op for op, fault in faults.items() if fault is None} >= {"linear q4_k", "linear mxfp4"}
+    unproved = {op for op, fault in faults.items() if isinstance(fault, product_proof.Unproved)}
+    assert unproved >= {"linear q4_k", "linear mxfp4"}
     assert faults["rope_append q8_0"] == faults["paged_attention q8_0"] == ""
     assert faults["linear q8_0"] == faults["linear q4_0"] == faults["sample"] == ""
     lines = []
     done = report.Report(for_decode_core(), 1, lines.append)
     done.table(faults, (), 1.0)
     assert done.wrong == 0 and any("linear q6_k" in line and "not proved: the gguf package" in line for line in lines)
+
+
+@needs_core
+def test_without_torch_numpy_proves_the_products_and_all_is_measured(monkeypatch):
+    from decode_core import report, tiles
+    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(report, "time_cpu", lambda script: [report.Timed("sample", "1 row", 1e-6, 4000)])
+    lines = []
+    assert report.Report(for_decode_core(), 2, lines.append).run()
+    rows = rows_of("\n".join(lines))
+    assert all(rows[f"linear {kind}"][0].endswith("as its reference") for kind in tiles.COLUMNS)
+    assert rows["sample"][0].endswith("not proved: torch is missing") and "pip install torch" in lines[-1]
+
+
+@needs_core
+def test_without_torch_a_wrong_product_is_found(monkeypatch):
+    from decode_core import product_proof
+    multiply = product_proof.multiply
+    monkeypatch.setattr(product_proof, "multiply", lambda x, matrix, out: multiply(x, matrix, out=out, bias=numpy.ones(80, "float32")))
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    faults = product_proof.prove_products(for_decode_core())
+    assert "the output differs by" in faults["linear f32"] and "the output differs by" in faults["linear q4_1"]
+    assert faults["linear q4_k"] is product_proof.NO_GGUF
 
 
 # --- GPUs, in the emulation --------------------------------------------------------------------------------------
@@ -128,9 +153,9 @@ class Place:
 
     def __init__(self, library, monkeypatch, ops=None, queue=None):
         backends = pytest.importorskip("cuda_backends", exc_type=ImportError)
-        from decode_core import cuda, report, timing
+        from decode_core import cuda, cuda_timing, report
         monkeypatch.setattr(cuda, "SAMPLE_THREADS", 32)
-        monkeypatch.setattr(timing, "CONTEXT", 64)
+        monkeypatch.setattr(cuda_timing, "CONTEXT", 64)
         spec = ModelSpec(vocab_size=300, layers=1, width=64, heads=4, kv_heads=2, head_size=16, ffn_size=128, max_positions=64, experts=4, experts_per_token=2, sinks=True)
         queue = queue or backends.HostQueue()
         queue.device = torch.device("cpu")

@@ -788,7 +788,7 @@ def test_the_decode_bench_runs(backend):
     place.loader.exec_module(bench)
     for shape in bench.SHAPES.values():
         spec = replace(shape, layers=1, width=64, heads=4, kv_heads=2, head_size=16, ffn_size=96, vocab_size=200, max_positions=400)
-        steps = bench.make_steps(spec, backend.kernels(spec), backend.device, torch.bfloat16, 3, 200, backend.queue())
+        steps = bench.make_steps(spec, backend.kernels(spec), backend.device, "bfloat16", 3, 200, backend.queue())
         assert bench.seconds_per_step(bench.Decoding(steps, 3, 100, 60), 40) > 0
         assert steps.queue.replays == 2 * 40 and bench.seconds_per_replay(steps, 3, 2) > 0
         weights = 64 * (4 + 4) * 16 + 64 * 64 + 64 * 96 * (2 if spec.activation == "relu2" else 3) + 200 * 64

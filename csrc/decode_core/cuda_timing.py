@@ -1,0 +1,131 @@
+"""How fast each op of a GPU is, for `check`: kernels in CUDA graphs of many calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+
+from . import cuda
+from .cuda_prompts import Prompt
+from .cuda_weights import PackedMatrix
+from .proof import Dice
+from .random_blocks import random_blocks
+from .sampling import SampleBatch
+from .timing import CONTEXT, LARGE, Timed, best
+
+MIXTURE = dict(experts=32, experts_per_token=4, sinks=True)     # as gpt-oss-20b has
+
+
+def copy_bandwidth(queue: Any, size: int) -> float:
+    """Bytes per second, read and written, of copying on the device."""
+    source = torch.ones(size, dtype=torch.uint8, device=queue.device)
+    target = torch.empty_like(source)
+    return 2 * size / replayed(queue, lambda: target.copy_(source))
+
+
+def replayed(queue: Any, work: Callable[[], Any]) -> float:
+    """Seconds of `work` as a graph."""
+    replay = queue.capture(work)
+    return best(lambda: queue.wait(queue.submit(replay)))
+
+
+def time_cuda(backend: Any, queue: Any, ops: Iterable[str], cold: int = 1 << 30, calls: int = 100,
+              batches: tuple[int, ...] = (1, 32)) -> Iterator[Timed]:
+    """Each kernel in a graph of many calls; pages come from memory, logits from the L2 cache."""
+    for rows in batches[:1] + (cuda.MAX_PRODUCT_ROWS,) if "linear" in ops else ():
+        for kind in ("bfloat16", *cuda.BLOCKS):
+            work, what, calls_, moved = time_cuda_linear(backend, queue.device, rows, cold, calls, kind)
+            yield Timed("linear", f"{kind}: {what}", replayed(queue, work) / calls_, moved)
+    for rows in (*batches, 16 * batches[-1]) if "experts" in ops else ():
+        work, what, calls_, moved = time_cuda_experts(backend, queue.device, rows, calls)
+        yield Timed("experts", what, replayed(queue, work) / calls_, moved)
+    timers = {"paged_attention": time_cuda_attention, "rope_append": time_cuda_rope,
+              "sample": time_cuda_sample}
+    if "prompt_attention" in ops:
+        work, what, moved = time_cuda_prompt(backend, queue.device)
+        yield Timed("prompt_attention", what, replayed(queue, work), moved)
+    for rows in batches:
+        for op in timers.keys() & {*ops}:
+            work, what, calls_, moved = timers[op](backend, queue.device, rows, cold, calls)
+            yield Timed(op, what, replayed(queue, work) / calls_, moved)
+
+
+def cuda_layers(backend: Any, device: torch.device, rows: int, cold: int, calls: int) -> torch.Tensor:
+    """Enough layers of pages to be cold, for this many rows of CONTEXT keys."""
+    spec, size = backend.spec, backend.script.PAGE_SIZE
+    shape = 2, rows * CONTEXT // size, spec.kv_heads, size, spec.head_size
+    layers = min(calls, max(1, cold // (4 * rows * CONTEXT * spec.kv_heads * spec.head_size)))
+    return torch.full((layers, *shape), 0.01, dtype=torch.bfloat16, device=device)
+
+
+def time_cuda_attention(backend: Any, device: torch.device, rows: int, cold: int, calls: int) -> tuple:
+    """(what a graph does, in words, in how many calls, bytes of each)"""
+    spec, dice, cache = backend.spec, Dice(device, 9), cuda_layers(backend, device, rows, cold, calls)
+    H, Hkv, D, width = spec.heads, spec.kv_heads, spec.head_size, CONTEXT // backend.script.PAGE_SIZE
+    q, out = dice.normal(rows, H, D), torch.empty(rows, H * D, dtype=cache.dtype, device=device)
+    table = dice.order(rows * width, torch.int32).view(rows, width)
+    lengths = torch.full((rows,), CONTEXT, dtype=torch.int32, device=device)
+    workspace = backend.workspace(rows, width, device)
+    return (lambda: [backend.attend(q, layer, table, lengths, *workspace, out, 0) for layer in cache],
+            f"{rows} x {CONTEXT} keys, {H}/{Hkv} heads of {D}", len(cache), 4 * rows * CONTEXT * Hkv * D)
+
+
+def time_cuda_prompt(backend: Any, device: torch.device) -> tuple:
+    """A prompt without a prefix. Long ones are bound by their arithmetic, not by the bytes that are counted."""
+    spec, dice = backend.spec, Dice(device, 9)
+    H, Hkv, D, half = spec.heads, spec.kv_heads, spec.head_size, torch.bfloat16
+    q, kv = dice.normal(CONTEXT, H, D, dtype=half), dice.normal(2, Hkv, CONTEXT, D, dtype=half)
+    prompt, out = Prompt(slice(0, CONTEXT), None, 0, 0, CONTEXT), torch.empty(CONTEXT, H * D, dtype=half, device=device)
+    return (lambda: backend.prompts.attend(q, kv, prompt, out, 0), f"{CONTEXT} tokens, {H}/{Hkv} heads of {D}",
+            2 * q.nbytes + kv.nbytes)
+
+
+def time_cuda_linear(backend: Any, device: torch.device, rows: int, cold: int, calls: int,
+                     kind: str) -> tuple:
+    width = max(256, backend.spec.width // 256 * 256)
+    outputs, few = min(8192, 2 * backend.spec.ffn_size), 128
+    if kind in cuda.FLOATS:
+        part = Dice(device, 9).normal(few, width, dtype=getattr(torch, kind))
+    else:
+        part = torch.from_numpy(random_blocks(kind, few, width)).to(device)
+    blocks = part.repeat(-(-outputs // few), 1)[:outputs]
+    count = min(calls, -(-cold // blocks.nbytes))
+    copies = [blocks.clone() if kind in cuda.FLOATS else PackedMatrix([(kind, blocks.clone())], width) for _ in range(count)]
+    x, out = Dice(device, 9).normal(rows, width), torch.empty(rows, outputs, device=device)
+    return (lambda: [backend.products.linear(x, matrix, out) for matrix in copies],
+            f"{rows} x {width} -> {outputs}", count, blocks.nbytes)
+
+
+def time_cuda_experts(backend: Any, device: torch.device, rows: int, calls: int) -> tuple:
+    """A layer whose experts take turns: together they are larger than a cache. One is a quarter as wide as the dense part."""
+    spec, dice, few = backend.spec, Dice(device, 9), 32
+    E, chosen, C, F = spec.experts, spec.experts_per_token, spec.width, spec.ffn_size // 4 // 32 * 32 or 32
+    matrices = [PackedMatrix([("mxfp4", torch.from_numpy(random_blocks("mxfp4", few, columns)).to(device).repeat(outputs // few, 1))],
+                             columns) for outputs, columns in ((2 * E * F, C), (E * C, F))]
+    x, out, norm = dice.normal(rows, C), torch.empty(rows, C, device=device), backend.script.Norm(None, 1e-5)
+    experts = torch.arange(rows * chosen, device=device).view(rows, chosen)
+    logits = [torch.zeros(rows, E, device=device).scatter_(1, (experts + call * rows * chosen) % E, 1.0) for call in range(calls)]
+    more = dict(norm=norm, biases=(None, None), activation="swiglu", chosen=chosen, sum_to_one=True)
+    moved = min(E, rows * chosen) * sum(matrix.nbytes for matrix in matrices) // E
+    return (lambda: [backend.mixture.experts(x, one, *matrices, out, **more) for one in logits],
+            f"mxfp4: {rows} x {chosen} of {E}, {C} x {F}", calls, moved)
+
+
+def time_cuda_rope(backend: Any, device: torch.device, rows: int, cold: int, calls: int) -> tuple:
+    spec, cache = backend.spec, cuda_layers(backend, device, rows, cold, calls)
+    H, Hkv, D = spec.heads, spec.kv_heads, spec.head_size
+    cos, sin = backend.script.rope_tables(spec, device)
+    qkv = Dice(device, 9).normal(rows, (H + 2 * Hkv) * D, dtype=cache.dtype)
+    q, positions = torch.empty(rows, H * D, device=device), torch.arange(rows, device=device)
+    return (lambda: [backend.rope_append(qkv, cos, sin, positions, positions, layer, q) for layer in cache],
+            f"{rows} rows, {H}/{Hkv} heads of {D}", len(cache), qkv.nbytes + q.nbytes + 4 * rows * Hkv * D)
+
+
+def time_cuda_sample(backend: Any, device: torch.device, rows: int, cold: int, calls: int) -> tuple:
+    script, V = backend.script, backend.spec.vocab_size
+    logits = Dice(device, 9).normal(rows, V)
+    drawn = [script.SampleRow(script.SamplingParams(seed=i, top_k=50), 1) for i in range(rows)]
+    draw = backend.drawing(logits, SampleBatch(drawn, V))
+    return lambda: [draw() for _ in range(calls)], f"{rows} rows of {V}, top-k 50", calls, logits.nbytes

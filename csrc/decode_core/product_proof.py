@@ -1,0 +1,65 @@
+"""Whether the products of every weight type are right, where there is no torch: numpy multiplies the same weights in float64.
+
+cpu_proof.py compares all ops with their references, and needs torch for it.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy
+
+from .random_blocks import random_blocks
+from .tiles import COLUMNS, SOURCES, Arena, Matrix, multiply
+
+N, K, T = 80, 768, 32           # rows and columns of the weights, rows of x
+PACKED_TOLERANCE = 3e-2         # of the largest value: x is int8 there; 1e-2 is the usual error
+FLOAT_TOLERANCE = 1e-3
+ALONE = ("q8_0", "q4_0", "q4_1", "mxfp4")      # types that need no gguf package
+
+
+class Unproved(str):
+    """Why an op could not be compared with its reference."""
+
+
+NO_GGUF = Unproved("the gguf package is missing")
+
+
+def prove_products(script: SimpleNamespace) -> dict[str, str]:
+    """What is wrong with the product of each weight type; "" if nothing is."""
+    return {f"linear {kind}": prove_product(kind, script) for kind in COLUMNS}
+
+
+def prove_product(kind: str, script: SimpleNamespace) -> str:
+    """As prove_products, of one type: one row of x, and many, which other kernels compute."""
+    try:
+        source, weights = random_weights(kind, script)
+    except ImportError:
+        return NO_GGUF
+    matrix = Matrix(Arena(1 << 20), kind, N, K)
+    matrix.fill(source, kind)
+    x = numpy.random.default_rng(1).standard_normal((T, K), numpy.float32)
+    want = x.astype(numpy.float64) @ weights.astype(numpy.float64).T
+    tolerance = FLOAT_TOLERANCE if kind in SOURCES else PACKED_TOLERANCE
+    for rows in (1, T):
+        out = numpy.zeros((rows, N), numpy.float32)
+        multiply(x[:rows], matrix, out=out)
+        scale = numpy.abs(want[:rows]).max()
+        error = numpy.abs(out - want[:rows]).max() / scale
+        if not error <= tolerance:      # NaN is not
+            return f"the output differs by {error:.1e} of the largest value"
+    return ""
+
+
+def random_weights(kind: str, script: SimpleNamespace) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """(rows as a model file has them, their values (N, K) float32). ImportError without the gguf package, for most types."""
+    if kind in SOURCES:
+        rows = numpy.random.default_rng(N).standard_normal((N, K), numpy.float32)
+        rounded = script.as_kind(rows, SOURCES[kind][0])
+        return rounded, script.as_kind(rounded, "float32")
+    blocks = random_blocks(kind, N, K, seed=N)
+    gguf_type = SimpleNamespace(name=kind.upper())
+    if kind not in ALONE and not kind.startswith("u4"):
+        import gguf
+        gguf_type = gguf.GGMLQuantizationType[gguf_type.name]
+    return blocks, script.dequantize(gguf_type, blocks).reshape(N, K)

@@ -1,0 +1,221 @@
+"""Every route is asked and every command is run once, as an installation has them. CI runs this here, and where neither torch nor a
+compiler is.
+
+What an answer says is tested elsewhere. Here: nothing is forgotten, nothing ends with a traceback or a 5xx.
+"""
+
+import http.client
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import urllib.parse
+from importlib.util import find_spec
+
+import pytest
+
+import chat_server
+from chatlm.cli import HELP
+from chatlm.common.config import PROGRAM_COMMANDS
+from chatlm.common.core import decode_core
+from fake_hub import fake_hub
+from real_server import SCRIPT, server
+from tiny_gguf import LLAMA_NUMBERS, gguf_bytes, random_llama, sentencepiece_metadata
+
+TEMPLATE = {"tokenizer.chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}", "general.architecture": "llama"}
+QUESTION = {"messages": [{"role": "user", "content": "Say yes."}], "max_tokens": 4}
+BATCH_LINE = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": QUESTION}
+pytestmark = pytest.mark.timeout(600)
+
+
+class Asking:
+    """A client that remembers which routes it has asked."""
+
+    def __init__(self, url):
+        self.address = urllib.parse.urlsplit(url).netloc
+        self.asked = set()
+        self.wrong = []
+
+    def __call__(self, method, route, body=None, status=200, query="", content_type="application/json", **names):
+        """Ask a route, whose {names} are filled in; returns the JSON of the answer, or its bytes."""
+        self.asked.add((method, route))
+        path = re.sub(r"{(\w+)(:[^}]*)?}", lambda match: urllib.parse.quote(names[match[1]]), route)
+        data = body if isinstance(body, bytes) else json.dumps(body).encode() if body is not None else None
+        connection = http.client.HTTPConnection(self.address, timeout=120)
+        connection.request(method, path + query, data, {"Content-Type": content_type} if data is not None else {})
+        response = connection.getresponse()
+        content = response.read()
+        connection.close()
+        if response.status != status:
+            self.wrong.append((method, path, response.status, content[:300]))
+        try:
+            return json.loads(content)
+        except ValueError:
+            return content
+
+    def until(self, holds, method, route, **more):
+        """Ask until the answer is as it should be."""
+        ends = time.monotonic() + 120
+        while not holds(answer := self(method, route, **more)):
+            assert time.monotonic() < ends, answer
+            time.sleep(0.05)        # between two questions to a process of its own
+        return answer
+
+
+def form(**parts):
+    """A multipart body, (its bytes, its type); a part is a text or (file name, bytes)."""
+    lines = []
+    for name, part in parts.items():
+        file, data = part if isinstance(part, tuple) else (None, part.encode())
+        more = f'; filename="{file}"' if file else ""
+        lines.append(f'--cut\r\nContent-Disposition: form-data; name="{name}"{more}\r\n\r\n'.encode() + data)
+    return b"\r\n".join([*lines, b"--cut--\r\n"]), "multipart/form-data; boundary=cut"
+
+
+def ask_what_computes(ask):
+    """Every route that a model answers."""
+    ask("POST", "/chat/completions", QUESTION)
+    ask("POST", "/v1/chat/completions", QUESTION)
+    ask("POST", "/v1/completions", {"prompt": "One, two,", "max_tokens": 3})
+    ask("POST", "/infill", {"input_prefix": "a", "input_suffix": "b"}, status=400)      # the model has no tokens for it
+    ask("POST", "/v1/messages", QUESTION)
+    ask("POST", "/v1/messages/count_tokens", QUESTION)
+    ask("POST", "/api/chat", {"messages": QUESTION["messages"], "stream": False, "options": {"num_predict": 3}})
+    ask("POST", "/api/generate", {"prompt": "One, two,", "stream": False, "options": {"num_predict": 3}})
+    for route in ("/v1/embeddings", "/api/embed"):
+        ask("POST", route, {"input": "One, two"})
+    ask("POST", "/api/embeddings", {"prompt": "One, two"})
+    ask("POST", "/embed", {"inputs": "One, two"})
+    documents = {"query": "tea", "documents": ["green tea", "a stone"]}
+    for route in ("/v1/rerank", "/v2/rerank", "/rerank", "/reranking", "/v1/reranking"):
+        ask("POST", route, documents, status=400)       # the model is no reranker
+    for route in ("/v1/score", "/score"):
+        ask("POST", route, {"text_1": "tea", "text_2": ["green tea", "a stone"]}, status=400)
+    ask("POST", "/v1/compare", {**QUESTION, "models": ["default", "default"]})
+    tokens = ask("POST", "/tokenize", {"content": "One, two"})["tokens"]
+    ask("POST", "/detokenize", {"tokens": tokens})
+    ask("POST", "/apply-template", {"messages": QUESTION["messages"]})
+    ask("GET", "/tokenizer_info")
+    ask("POST", "/v1/cancel/{id}", status=404, id="nobody")
+    ask("GET", "/v1/streams/{id}", status=404, id="nobody")
+    ask("POST", "/extract", b"One, two", status=400, query="?name=a.txt", content_type="text/plain")    # no document
+
+
+def ask_what_is_kept(ask):
+    """Every route of --database."""
+    body, content_type = form(purpose="batch", file=("a.jsonl", json.dumps(BATCH_LINE).encode()))
+    file = ask("POST", "/v1/files", body, content_type=content_type)["id"]
+    ask("GET", "/v1/files")
+    ask("GET", "/v1/files/{id}", id=file)
+    ask("GET", "/v1/files/{id}/content", id=file)
+    batch = ask("POST", "/v1/batches", {"input_file_id": file, "endpoint": BATCH_LINE["url"], "completion_window": "24h"})["id"]
+    ask("GET", "/v1/batches")
+    done = ask.until(lambda batch: batch["status"] == "completed", "GET", "/v1/batches/{id}", id=batch)
+    assert done["request_counts"] == {"total": 1, "completed": 1, "failed": 0}
+    ask("POST", "/v1/batches/{id}/cancel", status=409, id=batch)        # it is over
+    ask("DELETE", "/v1/files/{id}", id=file)
+    answer = ask("POST", "/v1/responses", {"input": "Say yes.", "max_output_tokens": 16})["id"]
+    ask("GET", "/v1/responses/{id}", id=answer)
+    ask("GET", "/v1/responses/{id}/input_items", id=answer)
+    ask("DELETE", "/v1/responses/{id}", id=answer)
+    chat = ask("POST", "/v1/conversations", {})["id"]
+    ask("GET", "/v1/conversations/{id}", id=chat)
+    ask("POST", "/v1/conversations/{id}", {"metadata": {"topic": "yes"}}, id=chat)
+    item = ask("POST", "/v1/conversations/{id}/items", {"items": [{"role": "user", "content": "hello"}]}, id=chat)["data"][0]["id"]
+    ask("GET", "/v1/conversations/{id}/items", id=chat)
+    ask("GET", "/v1/conversations/{id}/items/{item}", id=chat, item=item)
+    ask("DELETE", "/v1/conversations/{id}/items/{item}", id=chat, item=item)
+    ask("DELETE", "/v1/conversations/{id}", id=chat)
+    ask("GET", "/v1/usage")
+
+
+def ask_about_models(ask):
+    """Every route that lists, loads or fetches models."""
+    default = ask("GET", "/v1/models")["data"][0]["id"]
+    ask("GET", "/models")
+    ask("GET", "/v1/models/{name:.+}", name=default)
+    ask("GET", "/v1/runs/{tag:.+}", tag="d4")
+    ask("GET", "/api/tags")
+    ask("GET", "/api/ps")
+    ask("POST", "/api/show", {"model": default})
+    ask("GET", "/api/version")
+    ask("POST", "/models/unload", {"model": default})
+    ask("POST", "/models/load", {"model": default})
+    ask("GET", "/models/hub")
+    ask("GET", "/models/hub/{name:.+}", name="org/small")
+    ask("POST", "/models/download", {"model": "org/small"}, status=202)
+    ask("GET", "/models/downloads")         # until it has arrived
+    ask("POST", "/models/cancel", {"model": "org/small"}, status=404)       # it has arrived
+    ask("POST", "/models/delete", {"model": "org/small"})
+    ask("POST", "/api/pull", {"model": "org/small", "stream": False})
+    ask("DELETE", "/api/delete", {"model": "org/small"})
+
+
+def ask_what_is_open(ask):
+    """The page, and what a monitor asks."""
+    ask("GET", "/")
+    ask("GET", "/static/{name:.+}", name="page.js")
+    ask("GET", "/usage")
+    for route in ("/health", "/livez", "/readyz", "/stats", "/metrics", "/openapi.json"):
+        ask("GET", route)
+
+
+def test_every_route_answers(default_model_path, nanochat_fixtures, tmp_path):
+    shutil.copytree(nanochat_fixtures / "gen5", tmp_path / "run")
+    text = sentencepiece_metadata()
+    small = gguf_bytes({**LLAMA_NUMBERS, **text, **TEMPLATE}, random_llama(vocab=len(text["tokenizer.ggml.tokens"])))
+    log = []
+    with fake_hub(org__small={"small.gguf": small}) as hub:
+        ours = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "CHAT_SERVER_"))}
+        env = ours | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
+        flags = ["--watch", tmp_path / "run", "--database", tmp_path / "kept.db", "--kv-cache-memory", "64M", "--idle-unload", "600"]
+        with server(default_model_path, *flags, env=env, log=log) as (process, url):
+            ask = Asking(url)
+            for part in (ask_what_computes, ask_what_is_kept, ask_about_models, ask_what_is_open):
+                part(ask)
+            process.terminate()
+            log.extend(process.stdout)
+    assert ask.wrong == [], "\n".join(map(str, ask.wrong))
+    assert {(route.method, route.path) for route in chat_server.ROUTES} - ask.asked == set()
+    assert [line for line in log if re.search("Traceback|unexpected error", line)] == [], "".join(log)
+
+
+def run(*words, text=None, status=0, **environment):
+    """A command of the program, in a process of its own: its stdout."""
+    done = subprocess.run([sys.executable, str(SCRIPT), *map(str, words)], input=text or "", capture_output=True, text=True, timeout=300,
+                          env=os.environ | environment)
+    assert done.returncode == status and "Traceback" not in done.stderr, (words, done.returncode, done.stdout[-2000:], done.stderr[-2000:])
+    return done.stdout
+
+
+def test_every_command_runs(default_model_path, nanochat_fixtures, tmp_path):
+    small = "--kv-cache-memory", "64M"
+    texts, lines, out = tmp_path / "texts.jsonl", tmp_path / "requests.jsonl", tmp_path / "answers.jsonl"
+    texts.write_text('"One, two"\n"three"\n')
+    lines.write_text(json.dumps(BATCH_LINE) + "\n")
+    suite = tmp_path / "questions.jsonl"
+    suite.write_text(json.dumps({"context": "One, two,", "continuation": " three"}) + "\n")
+    ran = {
+        "chat": run("chat", default_model_path, "-p", "Say yes.", "-m", "4", *small),
+        "generate": run("generate", default_model_path, "-p", "The capital of Japan is", "-m", "12", "-t", "0", *small),
+        "compare": run("compare", default_model_path, nanochat_fixtures / "gen5", "-p", "Say yes.", "-m", "4", *small),
+        "score": run("score", default_model_path, "--text", texts, *small),
+        "eval": run("eval", default_model_path, "--suite", suite, "--results", tmp_path / "results", *small),
+        "embed": run("embed", default_model_path, texts, "-o", tmp_path / "vectors.npy", *small) or "-",
+        "batch": run("batch", default_model_path, lines, "-o", out, *small) or "-",
+        "check": run("check", default_model_path),
+    }
+    assert ran.keys() == {*PROGRAM_COMMANDS} - {"serve", "server"} == HELP.keys() - {"serve"} and all(ran.values())
+    assert "Tokyo" in ran["generate"] and json.loads(out.read_text())["response"]["status_code"] == 200
+    run("store", tmp_path / "nothing", status=2)
+    run("bundle", tmp_path / "chat_server.pyz")
+    assert "chat_server" in run("--version")
+
+
+@pytest.mark.skipif(find_spec("torch") is not None, reason="there is torch: tests/core/test_check.py checks them, in a minute")
+@pytest.mark.skipif(decode_core() is None, reason="the compiled core is not installed")
+def test_the_kernels_are_checked_without_torch():
+    assert "no op is wrong" in run("check")
