@@ -103,6 +103,8 @@ if importlib.util.find_spec("chatlm") is None:
           "bundle` makes chat_server.pyz, the one file to copy", file=sys.stderr)
     sys.exit(2)
 if __name__ == "__main__":
+    from chatlm.common.streams import repair_streams
+    repair_streams()  # first: a pipe to a worker must not take the number of a closed stream
     from chatlm.common.processes.start import start_worker_ahead
     start_worker_ahead(sys.argv[1:])
 

@@ -55,6 +55,10 @@ try:
 except Exception as error:
     stop("cannot run: %s is damaged (%s); copy it again" % (sys.path[0], error))
 
+from chatlm.common.streams import repair_streams
+
+repair_streams()  # first: a pipe to a worker must not take the number of a closed stream
+
 from chatlm.common.errors import ConfigError
 from chatlm.common.libraries import use_libraries
 

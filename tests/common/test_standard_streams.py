@@ -49,7 +49,12 @@ def test_so_it_is_in_a_chat_and_in_a_check(nanochat_fixtures):
 
 @pytest.mark.slow
 @needs_full
-def test_without_a_stderr_the_answer_comes_all_the_same(nanochat_fixtures):
-    plain, *others = (shell(f"{sys.executable} {SCRIPT} generate {nanochat_fixtures / 'gen5'} --prompt hello --max-tokens 5 --temperature 0 {redirected}")
-                      for redirected in ("", "2>&-", "2>/dev/full"))
+@pytest.mark.parametrize("bundled", [False, True])
+def test_without_a_stderr_the_answer_comes_all_the_same(nanochat_fixtures, tmp_path, bundled):
+    program = SCRIPT
+    if bundled:
+        program = tmp_path / "chat_server.pyz"
+        shell(f"{sys.executable} {SCRIPT} bundle {program}")
+    words = f"generate {nanochat_fixtures / 'gen5'} --prompt hello --max-tokens 5 --temperature 0"
+    plain, *others = (shell(f"{sys.executable} {program} {words} {redirected}") for redirected in ("", "2>&-", "<&- 2>&-", "2>/dev/full"))
     assert plain.stdout and all((done.returncode, done.stdout) == (0, plain.stdout) for done in others)
