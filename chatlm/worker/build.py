@@ -26,6 +26,7 @@ from chatlm.worker.engine.model_drafts import ModelDrafts
 from chatlm.worker.engine.pieces import open_for_answers
 from chatlm.worker.engine.scheduler import FREE_ROWS
 from chatlm.worker.model.kernels import Backend, choose_backend, load_kernels
+from chatlm.worker.model.padding import padded_spec
 from chatlm.worker.model.spec import KvType, PageLayout, expected_tensors, group_layers
 from chatlm.worker.model.tower import Tower, chunk_work
 from chatlm.worker.model.transformer import Transformer, page_layout
@@ -253,10 +254,11 @@ def plan_model(model: LoadedModel, whole: ModelSpec, settings: Settings, device:
     limits = {"max_tokens": step_tokens(spec, settings, device) + rows, "max_rows": rows}
     if spec.of_texts and (ranks.stages > 1 or ranks.tp > 1):
         raise ConfigError("--tp and --pp: a model that embeds whole texts runs in one process")
+    # what the ranks sum: a residual stream, as wide as decode_core pads it, or rows of logits
+    part = max(limits["max_tokens"] * padded_spec(spec).width, rows * spec.own_rows)
     kernels = load_kernels(
         device, spec, **limits, quantize=settings.quantize, whole=whole, fine=settings.arithmetic == "fine",
-        join=ranks.join and partial(
-            ranks.join, part_bytes=4 * max(limits["max_tokens"] * spec.width, rows * spec.own_rows)))
+        join=ranks.join and partial(ranks.join, part_bytes=4 * part))
     whole, spec = kernels.computed(whole), kernels.computed(spec)
     # all stages have the same tables
     apart = kernels.backend.groups_layers and ranks.stages == 1 and not spec.of_texts
