@@ -156,10 +156,12 @@ class Constraint:
         return self.grammar is not None or self.misfit
 
     def refusal(self, token: int) -> str | None:
-        """Feed the grammar a token; returns why the answer cannot go on, if it cannot."""
+        """Feed the grammar a token that its mask allows; returns why the answer cannot go on, if it cannot.
+
+        A grammar that breaks at such a token is renewed before the next mask (`AnswerMaker.masked`)."""
         if self.misfit:
             return f"prefix_token_ids do not follow {self.param}"
-        if self.grammar and not self.grammar.feed(token):
+        if self.grammar and not self.grammar.feed(token) and not self.grammar.may_renew:
             return f"no answer can follow {self.param}: nothing satisfies it, or it is too large"
         return None
 

@@ -68,10 +68,10 @@ class AnswerMaker:
             return True
         if not wait([grammar.masks], max(0.0, deadline_s - time.monotonic())).done:
             sequence.output.preparing = grammar.masks
-        elif grammar.renewed or not grammar.matcher.is_error():
-            return True
-        else:
+        elif grammar.may_renew:
             self.remake(sequence)
+        else:
+            return True
         return False
 
     def grammar(self, owner: str, source: str) -> Grammar:

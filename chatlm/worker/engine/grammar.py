@@ -143,7 +143,12 @@ class Grammar:
 
     @property
     def complete(self) -> bool:
-        return self.matcher.is_stopped()
+        return self.matcher.is_stopped() and not self.matcher.is_error()
+
+    @property
+    def may_renew(self) -> bool:
+        """Is it broken, perhaps only because its lexer is full, and may it start over with another one?"""
+        return self.matcher.is_error() and not self.renewed
 
 
 def lower_priority(nice: int):

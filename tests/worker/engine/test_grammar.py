@@ -387,5 +387,5 @@ def test_what_earlier_answers_added_to_a_grammar_does_not_break_later_ones(defau
     made, original = [], Grammar.__init__
     monkeypatch.setattr(Grammar, "__init__", lambda self, *given: made.append(self) or original(self, *given))
     tight = [pieces(engine, [each])["a"] for each in works]
-    assert 1 < len(made) < 6 and [text_of(each) for each in tight] == [text_of(each) for each in roomy]
+    assert len(made) > 1 and [text_of(each) for each in tight] == [text_of(each) for each in roomy]
     assert all(each.end.reason == "length" for each in tight)
