@@ -106,11 +106,15 @@ def test_every_family_and_generation_gives_the_logits_and_tokens_of_one_process(
     kernels(name)
     with group(monkeypatch, tp, pp) as ranks:
         for name, kind in [*((name, "auto") for name in names), *((name, "q8_0") for name in names if name in PACKED)]:
+            whole = load(folders(name)).spec
             if tp == 4 and name.startswith(("qwen3.5", "qwen3next")):
                 continue        # they have two heads of keys in their linear attention
+            if whole.layers < pp or whole.qk_norm_sizes and whole.kv_heads < tp:
+                continue        # refused: too few layers, or heads that are normalized together
             engine = ranks.engine(folders(name), dtype="float32", kv_cache_dtype=kind)
             expected, tokens = alone(folders(name), kind)
-            assert ("q8_0" in engine.transformer.layout.types) == (kind == "q8_0")
+            attends = any(engine.transformer.spec.by_layer)         # in this stage
+            assert ("q8_0" in engine.transformer.layout.types) == (kind == "q8_0" and attends)
             weights, spec = engine.transformer.weights, engine.transformer.spec
             table = weights["embed"]
             assert (len(table) if hasattr(table, "dtype") else table.rows) == -(-spec.vocab_size // tp), name    # its rows alone
@@ -153,7 +157,7 @@ def children(pid):
 
 async def text_of(pool, on_piece=lambda count: None, **changes):
     request = asked(messages=(Message("user", changes.pop("question", "Count to twenty in words.")),), id=secrets.token_hex(4),
-                      **{"max_tokens": 40, "ignore_eos": True} | changes)
+                      **{"max_tokens": 80, "ignore_eos": True} | changes)
     text, count = "", 0
     async for event in pool.answer(request):
         if isinstance(event, Piece):
@@ -174,7 +178,8 @@ REQUESTS = {
 @contextlib.asynccontextmanager
 async def started_pool(model, tp, pp, kind="auto"):
     """A pool with one replica of tp * pp ranks."""
-    pool = pool_of(Settings(model=str(model), tensor_parallel_size=tp, pipeline_parallel_size=pp, kv_cache_memory=64 << 20, kv_cache_dtype=kind))
+    pool = pool_of(Settings(model=str(model), tensor_parallel_size=tp, pipeline_parallel_size=pp, kv_cache_memory=64 << 20, kv_cache_dtype=kind,
+                            stream_interval=0))     # each step's piece by itself: tests act in mid-answer
     try:
         await pool.start()
         await pool.wait_ready()
@@ -199,19 +204,18 @@ async def test_the_text_of_two_ranks_is_the_same_alone_batched_cached_and_after_
         assert len(set(alone.values())) == len(alone) and pool.stats()["row_invariant"]
         assert (pool.stats()["tensor_parallel_size"], pool.stats()["pipeline_parallel_size"]) == (tp, pp)
         [embedding] = await embedding_of(pool)
-        assert worker.gauges["accepted_tokens"] > 0             # of drafts
         again = await asyncio.gather(*(text_of(pool, **request) for request in REQUESTS.values()))
         assert dict(zip(REQUESTS, again)) == alone
         assert await asyncio.gather(embedding_of(pool), embedding_of(pool)) == [[embedding]] * 2
 
         def kill(count):
-            if count == 10:
+            if count == 2:
                 other.kill()
         assert await text_of(pool, kill, **REQUESTS["drawn"]) == alone["drawn"]
         assert worker.restarts == 1 and not other.is_running()
 
         def stop(count):                                        # rank 0, this time
-            if count == 10:
+            if count == 2:
                 worker.process.kill()
         others = children(worker.process.pid)
         assert await text_of(pool, stop, **REQUESTS["counted"]) == alone["counted"]
@@ -232,7 +236,6 @@ async def test_states_and_shared_keys_in_several_ranks_give_the_same_text_alone_
         alone = {name: await text_of(pool, **request) for name, request in requests.items()}
         assert pool.stats()["row_invariant"] and (worker.gauges["state_snapshots"] > 0 or name in SHARED)
         assert worker.gauges["state_bytes"] == load(folders(name)).spec.state_bytes      # of both
-        assert worker.gauges["accepted_tokens"] > 0 or name == "qwen3.5"      # which does not repeat itself
         for _ in range(2):
             again = await asyncio.gather(*(text_of(pool, **request) for request in requests.values()))
             assert dict(zip(requests, again)) == alone
@@ -260,7 +263,7 @@ async def test_a_rank_that_hangs_is_replaced_with_its_replica_and_the_text_is_th
     async with started_pool(default_model_path, tp, pp) as pool:
         worker, expected = pool.workers[0], await text_of(pool, **REQUESTS["drawn"])
         [other] = children(worker.process.pid)
-        assert await text_of(pool, lambda count: count == 10 and other.suspend(), **REQUESTS["drawn"]) == expected
+        assert await text_of(pool, lambda count: count == 2 and other.suspend(), **REQUESTS["drawn"]) == expected
         assert worker.restarts == 1 and not other.is_running()
 
 

@@ -210,6 +210,10 @@ def check_model(model):
             with pytest.raises(ConfigError, match="key heads in its linear attention, so --tp must be one of 1, 2"):
                 shard_model(model, 0, tp)
             continue
+        if model.spec.qk_norm_sizes and model.spec.kv_heads < tp:
+            with pytest.raises(ConfigError, match="ranks cannot share because all are normalized together"):
+                shard_model(model, 0, tp)
+            continue
         check_every_part_is_given_out_once(model.spec, tp)
         check_the_ranks_together_are_the_model(model, tp)
 
