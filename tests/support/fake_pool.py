@@ -8,12 +8,13 @@ from types import SimpleNamespace
 import chat_server
 from chatlm.common.config import Settings
 from chatlm.common.errors import Overloaded, RequestError
-from chatlm.common.messages.protocol import Known
+from chatlm.common.messages.protocol import Body, Known
 from chatlm.common.messages.requests import Accepted, Finished, InfillTokens, ModelFacts, Piece, PromptProgress, TextSpec, Usage
 from chatlm.common.text.grammar import check_grammar
 from chatlm.common.text.reader import answer_reader
 from chatlm.common.text.tokenizer import Tokenizer
 from chatlm.front.admission.prompts import PromptMaker, run_in_thread_if_long
+from chatlm.front.api.body_tasks import BodyTasks
 from chatlm.front.api.fields import json_object
 from chatlm.front.api.readers import read_answer, read_text
 from chatlm.front.pool.catalogue import Catalogue
@@ -89,6 +90,11 @@ class FakePool:
     async def read_large(self, reader, body, client, owner, pictures=()):
         known = Known(Settings(), self.tokenizer.tool_format, infill=self.tokenizer.infill_tokens)
         return await asyncio.to_thread(lambda: read_answer(reader, json_object(body), known))
+
+    async def told(self, task, client, body, *arguments):
+        """As a sandbox does it, here."""
+        done = getattr(BodyTasks(SimpleNamespace(server=Known(Settings(), self.tokenizer.tool_format))), task)(*arguments, body)
+        return done.data if isinstance(done, Body) else done.value
 
     async def answer_text(self, route, body, client, pictures=()):
         return await read_text(route, json_object(body), self.prompts)

@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 import json
+import re
 from collections.abc import Mapping
 
 from chatlm.common.config import LIMITS
@@ -71,15 +72,19 @@ def check_grammar(source: str, param: str):
     llguidance, vocabulary = importlib.import_module("llguidance"), byte_vocabulary()
     source = with_markers(source, {})
     limits, before = llguidance.LLParserLimits(**GRAMMAR_LIMITS), heap_bytes()
-    matcher = llguidance.LLMatcher(vocabulary, source, log_level=0, limits=limits)
-    matcher.compute_bitmask()
-    if matcher.is_error():
-        reason = matcher.get_error().partition("\n")[0].rpartition("failed to compile JSON schema: ")[2]
-        raise unusable_schema(
-            "no value satisfies it" if reason.startswith("NoExtension") else reason[:300], param)
+    # a terminal that nothing matches is found only where an answer comes to it, so each is tried alone too
+    alone = [f"start: {name}\n{name}: {text}" for name, text in INTERSECTION.findall(source)]
+    for tried in (*alone, source):
+        matcher = llguidance.LLMatcher(vocabulary, tried, log_level=0, limits=limits)
+        matcher.compute_bitmask()
+        if matcher.is_error():
+            reason = matcher.get_error().partition("\n")[0].rpartition("failed to compile JSON schema: ")[2]
+            raise unusable_schema(
+                "no value satisfies it" if reason.startswith("NoExtension") else reason[:300], param)
     if heap_bytes() - before > LIMITS.grammar_bytes:
         raise unusable_schema(
             f"it is too complex: following it takes more than {LIMITS.grammar_bytes >> 20} MiB", param)
 
 
+INTERSECTION = re.compile(r"^([A-Z][A-Z0-9_]*): (\(.* & .*\) & ~.*)$", re.MULTILINE)  # of several conditions
 GRAMMAR_LIMITS = {"max_lexer_states": 30_000, "verbose_errors": False}  # 1-2 KB a state; masks up to 25 ms

@@ -612,7 +612,11 @@ odd = given(asked=odd_bodies.asked, seed=st.integers(0, 2**32))
 relaxed = partial(hypothesis_settings, deadline=None, suppress_health_check=list(HealthCheck))
 
 
+IMPOSSIBLE = {"properties": {"n": {"type": "null"}, "a": {"pattern": "^a", "const": ""}}}
+
+
 @relaxed(max_examples=150, derandomize=True)
+@example(asked=(odd_bodies.required_call({"name": "f", "parameters": IMPOSSIBLE}), "glm tags"), seed=0)
 @odd
 def test_odd_tools_and_formats_are_answered_or_refused_by_name_in_every_api_and_tool_format(asked, seed):
     check_odd_body(asked, seed)
