@@ -68,9 +68,12 @@ def converted(tmp_path_factory):
 
 
 def numbers(value):
-    """Numbers of a spec as a GGUF file has them: in float32."""
-    several = isinstance(value, tuple) and not any(isinstance(entry, (dict, type(None))) for entry in value)      # of mixers are dictionaries
-    return pytest.approx(value, rel=1e-6) if several or isinstance(value, float) else value
+    """Numbers of a spec as a GGUF file has them: in float32, at any depth."""
+    if isinstance(value, dict):
+        return {name: numbers(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(numbers, value))
+    return pytest.approx(value, rel=1e-6) if isinstance(value, float) else value
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -78,7 +81,7 @@ def test_what_llama_cpp_converts_is_the_same_model(converted, name):
     folder = converted[name]
     assert not (folder / "refused").exists(), (folder / "refused").read_text()
     theirs, ours = load(folder), load(folder / "model.gguf")
-    same = {field: numbers(value) for field, value in asdict(theirs.spec).items()}
+    same = numbers(asdict(theirs.spec))
     same["max_positions"] = ours.spec.max_positions         # of hunyuan the converter says what its makers meant
     if name == "mistral with mscale":                       # which the converter leaves out, and llama.cpp does not miss
         assert theirs.spec.rope_scale == 1 and ours.spec.rope_scale == pytest.approx(1.2079, abs=1e-4)

@@ -196,7 +196,8 @@ def run_agent(command, home, limit_s=RUN_S, **environment):
     """What a command-line agent prints; it has nothing of this machine's own settings."""
     done = subprocess.run([*map(str, command)], cwd=home, capture_output=True, text=True, timeout=limit_s, stdin=subprocess.DEVNULL,
                           env={"PATH": os.environ["PATH"], "HOME": str(home), **environment})
-    assert done.returncode == 0 and done.stdout.strip(), done.stdout[-2000:] + done.stderr[-2000:]
+    cut = "output token maximum" in done.stdout     # as Claude Code says, with status 1, of an answer that is cut
+    assert (done.returncode == 0 or cut) and done.stdout.strip(), done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
 
 
