@@ -20,7 +20,7 @@ from chatlm.common.messages.protocol import Known
 from chatlm.common.messages.requests import Accepted, PromptProgress
 from chatlm.front.aio import end_tasks
 from chatlm.front.api.batch_lines import (
-    Line, lasting_body, read_body_of, read_line, result_of, result_of_bad_line)
+    Line, body_alone, lasting_body, read_body_of, read_line, result_of, result_of_bad_line)
 from chatlm.front.api.encode import error_body
 from chatlm.front.api.encoders import ENCODERS
 from chatlm.front.api.picture_parts import fill_in, lift_pictures, with_pixels
@@ -216,12 +216,12 @@ class Remote:
     async def answer(self, line: Line) -> tuple[int, dict]:
         try:
             return await patiently(lambda: self._answer(line))
-        except Overloaded as error:
+        except (Overloaded, RequestError) as error:
             return error.status, error_body(error)
 
     async def _answer(self, line: Line) -> tuple[int, dict]:
         seeds = {"seed": line.seed} if line.url in self.seeded else {}
-        body = seeds | line.body | {"stream": False} | self.more
+        body = seeds | body_alone(line) | self.more
         async with await self.pool.ask("POST", line.url[1:], json=body, timeout=self.patient,
                                        headers={"X-Request-Id": line.id}) as response:
             text = await response.read()
