@@ -28,6 +28,7 @@ from chatlm.front.lazy import aiohttp
 from chatlm.terminal.batch_files import Output, Result, Source
 from chatlm.terminal.chat import duration
 from chatlm.terminal.remote import RemotePool, open_pool
+from chatlm.terminal.streams import strict_object, whole_body
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -224,7 +225,7 @@ class Remote:
         body = seeds | body_alone(line) | self.more
         async with await self.pool.ask("POST", line.url[1:], json=body, timeout=self.patient,
                                        headers={"X-Request-Id": line.id}) as response:
-            text = await response.read()
+            text = await whole_body(self.pool.url, response)
         if response.status in (429, 503):
             after = response.headers.get("Retry-After", "1")
             raise Overloaded(text.decode("utf-8", "replace")[:500], status=response.status,
@@ -238,16 +239,3 @@ class Remote:
         return BAD_ANSWER, error_body(ChatServerError(
             f"the server at {self.pool.url} answered with status {response.status}, but not with a JSON "
             f"object: {said}"))
-
-
-def strict_object(text: bytes) -> dict | None:
-    """The object that a text is, in JSON as its standard has it: without NaN and infinities."""
-    def refuse(constant: str):
-        raise ValueError(constant)
-
-    try:
-        found = json.loads(text, parse_constant=refuse)
-        json.dumps(found, allow_nan=False)  # numbers such as 1e999 are read as infinities, too
-    except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
