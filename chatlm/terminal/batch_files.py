@@ -16,12 +16,13 @@ import stat
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from chatlm.common.errors import ConfigError, visible
+from chatlm.common.errors import ConfigError
 from chatlm.front.api.batch_lines import LONGEST_LINE
+from chatlm.terminal.output_path import named_errors, output_path, shown_path
 
 SYNC_S = 1.0           # between moments at which what was answered survives a power cut
 LONGEST_HEAD = 1 << 20  # bytes of a part's first line, or of what lies beside an output
@@ -34,19 +35,6 @@ class Result(NamedTuple):
     number: int
     text: str
     failed: bool
-
-
-def shown_path(path: Path) -> str:
-    return visible(str(path))
-
-
-@contextmanager
-def named_errors(path: Path, done: str = "") -> Iterator[None]:
-    """ConfigError for what the system says of a file."""
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(f"{shown_path(path)}: {error.strerror or error}{done}") from None
 
 
 class Source:
@@ -115,28 +103,6 @@ def difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
         if found.get(name) != wanted.get(name):
             return f"{name} {json.dumps(found.get(name))}, not {json.dumps(wanted.get(name))}"
     return ""
-
-
-def output_path(text: str) -> Path:
-    """Where the output will be. ConfigError for what cannot become a file."""
-    path = Path(text).expanduser()
-    try:
-        found = os.stat(path)
-    except FileNotFoundError:
-        found = None
-    except OSError as error:
-        raise ConfigError(f"-o {visible(text)}: {error.strerror}") from None
-    if found and stat.S_ISDIR(found.st_mode):
-        raise ConfigError(f"-o {visible(text)} is a folder; name a file in it")
-    if found and not stat.S_ISREG(found.st_mode):
-        raise ConfigError(f"-o {visible(text)} must be a regular file: lines are answered out of order, and "
-                          "then put in order")
-    if not path.name or text.endswith("/"):
-        raise ConfigError(f"-o {visible(text)} is no name of a file")
-    try:
-        return path.resolve()  # what is beside it is beside the file that a link names
-    except (OSError, RuntimeError) as error:
-        raise ConfigError(f"-o {visible(text)}: {getattr(error, 'strerror', None) or error}") from None
 
 
 class Output:

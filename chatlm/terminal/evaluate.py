@@ -210,7 +210,8 @@ def in_requests(texts: Seq[str]) -> Iterator[list[str]]:
 
 
 def read_entry(token: int, entry: dict | None, top: int) -> TokenLogprob:
-    """An entry of prompt_logprobs, which lists the `top` likeliest tokens at least; None for a first token."""
+    """An entry of prompt_logprobs, which lists the `top` likeliest tokens at least; None for a first
+    token."""
     if entry is None:
         return TokenLogprob(token, None)
     listed = [(whole_number(one["rank"]), int(id_), a_number(one["logprob"])) for id_, one in entry.items()]

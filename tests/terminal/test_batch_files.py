@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import subprocess
 
 import pytest
 
@@ -247,21 +246,6 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_to_the_same_output(source, t
         assert not (folder / "out.part").exists() and written(source, folder / "out") is None
         assert {"out", "out.of"} <= {*os.listdir(folder)} and [name for name in os.listdir(folder) if name.endswith((".new", ".of")) and name != "out.of"] == []
     assert 20 < undisturbed < 50
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    folder = tmp_path / "disk"
-    folder.mkdir()
-
-    def sized(size):
-        options = "size=" + size + (",remount" if os.path.ismount(folder) else "")
-        if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True).returncode:
-            pytest.skip("no file system can be mounted here")
-
-    sized("64k")
-    yield folder, sized
-    subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_a_full_disk_costs_no_answer(source, small_disk):
