@@ -28,10 +28,11 @@ from typing import NamedTuple
 MEMORY_BYTES = 256 << 20     # upstream's, of addresses, data and the stack
 FILE_BYTES, OPEN_FILES = 16 << 20, 64
 CPU_S = 6                    # above the time limit, for what outlives this process
+GRACE_S = 2.0                # that a process has to say how the program went, after its time
 HEADER_BYTES = 8             # before the program on standard input: how long it is
 
 CLONE_NEWUSER, CLONE_NEWPID = 0x10000000, 0x20000000
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 1, 4, 36
 
 # The program's own process, which sets its limits itself: between fork and exec little is safe to do. What is
 # taken away is what nanochat's execution.py takes away, and what starts or signals processes by another name.
@@ -89,9 +90,9 @@ def main():
         found = {"right": run_isolated(program)}
     except Exception as error:
         found = {"problem": f"{type(error).__name__}: {error}"}
-    remove_folder(folder)
     with suppress(BrokenPipeError):
-        os.write(1, json.dumps(found).encode())
+        os.write(1, json.dumps(found).encode() + b"\n")
+    remove_folder(folder)
 
 
 def read_whole(file: int, size: int) -> bytes:
@@ -108,22 +109,38 @@ def read_whole(file: int, size: int) -> bytes:
 def run_isolated(program: Program) -> bool:
     """Did the program come to its end, in time and without an error? When this returns, nothing that it
     started is left, as far as the system allows."""
-    if enter_namespace():
+    inside = enter_namespace()
+    call_linux("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)  # so that the program cannot trace or read its parents
+    awake = waking_up()
+    if inside:
         first = os.fork()
         if first == 0:  # process 1 of the namespace: all others end when it does
             status = 1
             try:
-                status = 0 if run_program(program) else 1
+                status = 0 if run_program(program, waking_up()) else 1
             finally:
                 os._exit(status)
-        _, status = os.waitpid(first, 0)
+        status = wait_for(first, awake, program.seconds + GRACE_S)
+        if status is None:
+            os.kill(first, signal.SIGKILL)  # which nothing in the namespace can hold up
+            os.waitpid(first, 0)
         return status == 0
     adopts = call_linux("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     try:
-        return run_program(program)
+        return run_program(program, awake)
     finally:
         if adopts:
             end_adopted()
+
+
+def waking_up() -> int:
+    """A pipe that can be read when a child of this process has ended."""
+    awake, waking = os.pipe()
+    os.set_blocking(awake, False)
+    os.set_blocking(waking, False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(waking)
+    return awake
 
 
 def call_linux(name: str, *arguments: int) -> bool:
@@ -148,16 +165,11 @@ def enter_namespace() -> bool:
     return call_linux("unshare", CLONE_NEWPID)
 
 
-def run_program(program: Program) -> bool:
+def run_program(program: Program, awake: int) -> bool:
     """Run it until it ends, its time is over, or the command has gone."""
     word = secrets.token_hex(16).encode()
     report, reporting = os.pipe()
     os.set_blocking(report, False)
-    awake, waking = os.pipe()
-    os.set_blocking(awake, False)
-    os.set_blocking(waking, False)
-    signal.signal(signal.SIGCHLD, lambda *_: None)
-    signal.set_wakeup_fd(waking)
     parent = os.getpid()
     process = os.fork()
     if process == 0:
@@ -235,6 +247,8 @@ def remove_folder(path: str) -> bool:
     """Delete a folder with all that is in it, however deep: nothing recurses, no path grows long, and one
     folder is open at a time. Is it gone?"""
     with suppress(OSError):
+        if os.path.islink(path):
+            os.unlink(path)
         walk = Removal(path)
         try:
             while walk.step():

@@ -24,6 +24,7 @@ from chatlm.common.program import program_root
 from chatlm.terminal.program_runner import HEADER_BYTES, remove_folder
 
 SECONDS = 5.0  # upstream's limit
+PATIENCE_S = 20.0  # that a runner has beyond that: to start, and to end what a program left
 AT_ONCE = max((os.cpu_count() or 2) // 2, 1)
 RUNNER = ("import sys; sys.path.insert(0, sys.argv[1]); "
           "from chatlm.terminal.program_runner import main; main()")
@@ -57,17 +58,29 @@ class Programs:
         except OSError as error:
             raise ConfigError(f"cannot start {sys.executable}: {error.strerror}") from None
         assert runner.stdin and runner.stdout
+        said = b""
         try:
             runner.stdin.write(len(program).to_bytes(HEADER_BYTES, "big") + program)
-            said = await runner.stdout.read()
+            said = await asyncio.wait_for(runner.stdout.readline(), SECONDS + PATIENCE_S)
+        except asyncio.TimeoutError:
+            runner.kill()  # without a namespace the program can hold it up
         finally:
-            runner.stdin.close()  # it ends the program, if that still runs, and then itself
-            await runner.wait()
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(runner.pid, signal.SIGKILL)
+            runner.stdin.close()  # it ends the program, if that still runs, deletes the folder, and ends
+            await ended(runner)
         if not said:
             return False  # something ended it, as the program may where there are no namespaces
         found = json.loads(said)
         if "problem" in found:
             raise ConfigError(f"cannot run programs here: {shown(found['problem'])}")
         return found["right"] is True
+
+
+async def ended(runner: asyncio.subprocess.Process):
+    """Wait until a runner has ended by itself, or end it."""
+    try:
+        await asyncio.wait_for(runner.wait(), PATIENCE_S)
+    except asyncio.TimeoutError:
+        runner.kill()
+        await runner.wait()
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(runner.pid, signal.SIGKILL)
