@@ -23,13 +23,15 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 MEMORY_BYTES = 256 << 20     # upstream's, of addresses, data and the stack
 FILE_BYTES, OPEN_FILES = 16 << 20, 64
 CPU_S = 6                    # above the time limit, for what outlives this process
 GRACE_S = 2.0                # that a process has to say how the program went, after its time
 HEADER_BYTES = 8             # before the program on standard input: how long it is
+
+RIGHT, WRONG, NOT_STARTED = 0, 1, 2  # statuses of process 1 of a namespace
 
 CLONE_NEWUSER, CLONE_NEWPID = 0x10000000, 0x20000000
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 1, 4, 36
@@ -74,11 +76,24 @@ run()
 
 
 class Program(NamedTuple):
-    """What is run, where, and for how long."""
+    """What is run, where, and for how long; and how it says that it came to its end."""
 
-    text: bytes
+    source: BinaryIO   # a file that has no name: `head`, and the program
     folder: str
     seconds: float
+    pipe: int          # the number of the pipe that it reports to
+    word: bytes        # what it reports
+
+    @classmethod
+    def prepared(cls, text: bytes, folder: str, seconds: float) -> Program:
+        import resource
+        most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        pipe = OPEN_FILES + secrets.randbelow(max(min(most, 1024) - OPEN_FILES, 1))
+        word = secrets.token_hex(16).encode()
+        source = tempfile.TemporaryFile(dir=folder)
+        source.write(b"%d %s\n" % (pipe, word) + text)
+        source.seek(0)  # writes what is not written yet
+        return cls(source, folder, seconds, pipe, word)
 
 
 def main():
@@ -86,7 +101,7 @@ def main():
     folder, seconds = sys.argv[2:]
     try:
         size = int.from_bytes(read_whole(0, HEADER_BYTES), "big")
-        program = Program(read_whole(0, size), folder, float(seconds))
+        program = Program.prepared(read_whole(0, size), folder, float(seconds))
         found = {"right": run_isolated(program)}
     except Exception as error:
         found = {"problem": f"{type(error).__name__}: {error}"}
@@ -115,16 +130,19 @@ def run_isolated(program: Program) -> bool:
     if inside:
         first = os.fork()
         if first == 0:  # process 1 of the namespace: all others end when it does
-            status = 1
+            status = NOT_STARTED
             try:
-                status = 0 if run_program(program, waking_up()) else 1
+                status = RIGHT if run_program(program, waking_up()) else WRONG
             finally:
                 os._exit(status)
         status = wait_for(first, awake, program.seconds + GRACE_S)
         if status is None:
             os.kill(first, signal.SIGKILL)  # which nothing in the namespace can hold up
             os.waitpid(first, 0)
-        return status == 0
+            return False
+        if os.waitstatus_to_exitcode(status) == NOT_STARTED:
+            raise OSError("the program's process could not be started")
+        return os.waitstatus_to_exitcode(status) == RIGHT
     adopts = call_linux("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     try:
         return run_program(program, awake)
@@ -167,14 +185,13 @@ def enter_namespace() -> bool:
 
 def run_program(program: Program, awake: int) -> bool:
     """Run it until it ends, its time is over, or the command has gone."""
-    word = secrets.token_hex(16).encode()
     report, reporting = os.pipe()
     os.set_blocking(report, False)
     parent = os.getpid()
     process = os.fork()
     if process == 0:
         try:
-            become_program(program, reporting, word, parent)
+            become_program(program, reporting, parent)
         finally:
             os._exit(1)
     os.close(reporting)
@@ -184,11 +201,11 @@ def run_program(program: Program, awake: int) -> bool:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process, signal.SIGKILL)
     with suppress(BlockingIOError):
-        return status == 0 and os.read(report, 1 << 16) == word
+        return status == 0 and os.read(report, 1 << 16) == program.word
     return False
 
 
-def become_program(program: Program, reporting: int, word: bytes, parent: int):
+def become_program(program: Program, reporting: int, parent: int):
     """Turn this new process into the program's."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -196,19 +213,13 @@ def become_program(program: Program, reporting: int, word: bytes, parent: int):
     call_linux("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)
-    import resource
-    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    pipe = OPEN_FILES + secrets.randbelow(max(min(most, 1024) - OPEN_FILES, 1))
-    os.dup2(reporting, pipe)
-    with tempfile.TemporaryFile(dir=program.folder) as source:
-        source.write(b"%d %s\n" % (pipe, word) + program.text)
-        source.seek(0)
-        os.dup2(source.fileno(), 0)
-        nothing = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nothing, 1)
-        os.dup2(nothing, 2)
-        os.chdir(program.folder)
-        os.execve(sys.executable, [sys.executable, "-I", "-c", GUARD], {"PATH": "/usr/bin:/bin"})
+    os.dup2(reporting, program.pipe)
+    os.dup2(program.source.fileno(), 0)
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 1)
+    os.dup2(nothing, 2)
+    os.chdir(program.folder)
+    os.execve(sys.executable, [sys.executable, "-I", "-c", GUARD], {"PATH": "/usr/bin:/bin"})
 
 
 def wait_for(process: int, awake: int, seconds: float) -> int | None:

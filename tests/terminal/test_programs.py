@@ -230,3 +230,22 @@ async def test_a_machine_that_can_run_none_is_named_and_no_program_is_judged(mon
     monkeypatch.setattr(programs, "RUNNER", broken)
     with pytest.raises(ConfigError, match="cannot run programs here: .*TypeError"):
         await Programs()(GOOD)
+
+
+async def test_a_full_disk_is_not_the_program_s_fault(ways, monkeypatch, small_disk):
+    folder, sized = small_disk
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    assert await Programs()(GOOD) is True
+    with pytest.raises(ConfigError, match="cannot run programs here: .*No space left on device"):
+        await Programs()(f"x = '{'y' * 100_000}'")
+    (folder / "filling").write_bytes(bytes(os.statvfs(folder).f_bavail * os.statvfs(folder).f_bsize))
+    with pytest.raises(ConfigError, match="No space left on device"):
+        await Programs()(GOOD)
+    assert os.listdir(folder) == ["filling"]
+
+
+async def test_a_process_that_cannot_be_started_is_not_the_program_s_fault(ways, monkeypatch):
+    broken = programs.RUNNER.replace("; main()", "; import chatlm.terminal.program_runner as r; r.run_program = None; main()")
+    monkeypatch.setattr(programs, "RUNNER", broken)
+    with pytest.raises(ConfigError, match="cannot run programs here: "):
+        await Programs()(GOOD)
