@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import sys
 import time
@@ -95,6 +96,8 @@ async def made_by(pool: Pool, settings: Settings, source: Source) -> dict[str, A
                 found[f"weights of {name}"] = weights_of(await pool.get(f"v1/models/{quote(name, safe='')}"))
     else:
         found["weights"] = pool.supervisor.card.facts.digest
+        template = pool.tokenizer and pool.tokenizer.spec.chat_template or ""
+        found["template"] = hashlib.sha256(template.encode("utf-8", "replace")).hexdigest()
         for name in FLAGS_OF_ANSWERS:
             found[name] = getattr(settings, name)
     return json.loads(json.dumps(found))

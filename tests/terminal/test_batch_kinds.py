@@ -71,8 +71,12 @@ def read(text):
 
 
 def by_command(source, out, *words):
-    subprocess.run([sys.executable, str(SCRIPT), "batch", *map(str, words), str(source), "-o", str(out)], check=False, capture_output=True, timeout=150)
+    command(source, out, *words)
     return read(out.read_text())
+
+
+def command(source, out, *words):
+    return subprocess.run([sys.executable, str(SCRIPT), "batch", *map(str, words), str(source), "-o", str(out)], capture_output=True, text=True, timeout=150)
 
 
 def by_route(client, source):
@@ -104,3 +108,8 @@ def test_each_kind_of_line_is_answered_alike_by_the_command_and_the_routes(tmp_p
     assert right >= GOOD and LINES.keys() - right >= {"a URL elsewhere", "a file here", "no picture", "half a picture", "17 pictures", "a number of a picture", "a temperature"}
     assert [name for name in LINES if here[name] != routed[name]] == []
     assert [name for name in LINES if here[name] != there[name]] == []
+    assert "has the answers to all" in command(source, tmp_path / "here", folder, *FLAGS).stderr
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text() + " ")
+    ended = command(source, tmp_path / "here", folder, *FLAGS)
+    assert ended.returncode == 2 and "has answers with template" in ended.stderr
