@@ -3,48 +3,46 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import hashlib
 import json
-import os
-import re
 import sys
 import time
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence as Seq
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TYPE_CHECKING
+from typing import Any, TYPE_CHECKING, TypeVar
+from urllib.parse import quote
 
+from chatlm.common.config import LIMITS
 from chatlm.common.errors import ChatServerError, ConfigError, Overloaded, RequestError, visible
 from chatlm.common.log import ProgressDisplay, tell
 from chatlm.common.messages.protocol import Known
 from chatlm.common.messages.requests import Accepted, PromptProgress
 from chatlm.front.aio import end_tasks
 from chatlm.front.api.batch_lines import (
-    LONGEST_LINE, Line, lasting_body, read_body_of, read_line, result_of, result_of_bad_line)
+    Line, body_alone, lasting_body, read_body_of, read_line, result_of, result_of_bad_line)
 from chatlm.front.api.encode import error_body
 from chatlm.front.api.encoders import ENCODERS
+from chatlm.front.api.picture_parts import fill_in, lift_pictures, with_pixels
 from chatlm.front.lazy import aiohttp
+from chatlm.terminal.batch_files import Output, Result, Source
 from chatlm.terminal.chat import duration
 from chatlm.terminal.remote import RemotePool, open_pool
+from chatlm.terminal.streams import strict_object, whole_body
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
+    from chatlm.common.messages.requests import Picture
+    from chatlm.front.api.picture_parts import Lifted
     from chatlm.front.pool.pool import WorkerPool
     from chatlm.terminal.remote import Pool
 
-
+T = TypeVar("T")
 TOGETHER = 64         # lines under way: more than a worker's rows, so that none is empty
-PATIENCE_S = 600      # how long a line that a server has no room for is sent again
-SYNC_S = 1.0          # between moments at which what was answered survives a power cut
-
-
-class Result(NamedTuple):
-    """The line of the output for one of the input."""
-
-    number: int
-    text: str
-    failed: bool
+PATIENCE_S = 600      # how long a line that there is no room for is sent again
+MOST_MODELS = 100     # named by lines, whose weights are noted
+BAD_ANSWER = 502      # the status of a line whose server answered nothing that is an answer
 
 
 async def batch(settings: Settings) -> int:
@@ -54,13 +52,13 @@ async def batch(settings: Settings) -> int:
                           "`batch MODEL requests.jsonl -o answers.jsonl`")
     began_s, progress = time.monotonic(), ProgressDisplay()
     source = Source(Path(settings.texts).expanduser())
-    with Output(Path(settings.output).expanduser(), source) as output:
-        if output.complete:
-            tell(f"{visible(settings.output)} has the answers to all {source.count:,} lines already")
-            return 0
+    with Output(settings.output, source) as output:
         before = len(output.done)
         async with open_pool(settings) as pool:
-            output.begin(pool.model_name)
+            output.begin(await made_by(pool, settings, source))
+            if output.complete:
+                tell(f"{visible(settings.output)} has the answers to all {source.count:,} lines already")
+                return 0
             answer = Remote(pool).answer if isinstance(pool, RemotePool) else Local(pool, settings).answer
             try:
                 async with aclosing(answered(source.lines(output.done), answer, output.created)) as results:
@@ -81,128 +79,32 @@ async def batch(settings: Settings) -> int:
     return int(failed > 0)
 
 
-class Source:
-    """The input file. ConfigError if it cannot be read or has no line."""
-
-    def __init__(self, path: Path):
-        self.path, digest, self.count = path, hashlib.sha256(), 0
-        for _, line in self._numbered():
-            digest.update(line)
-            self.count += bool(line.strip())
-        if not self.count:
-            raise ConfigError(f"{visible(str(path))} has no lines")
-        self.digest = digest.hexdigest()
-
-    def _numbered(self) -> Iterator[tuple[int, bytes]]:
-        try:
-            with self.path.open("rb") as file:
-                number = 0
-                while line := file.readline(LONGEST_LINE + 1):
-                    yield (number := number + 1), line
-                    while not line.endswith(b"\n") and (line := file.readline(LONGEST_LINE)):
-                        pass  # the rest of a line that is too long
-        except OSError as error:
-            raise ConfigError(f"{visible(str(self.path))}: {error.strerror}") from None
-
-    def lines(self, done: set[int]) -> Iterator[tuple[int, bytes]]:
-        """(number, text) of the lines that are not done."""
-        return ((number, line.strip()) for number, line in self._numbered()
-                if line.strip() and number not in done)
+# What answers depend on beside the lines and the weights, of the flags that this command has
+FLAGS_OF_ANSWERS = ("dtype", "quantize", "arithmetic", "kv_cache_dtype", "softcap", "context_length", "lora",
+                    "mmproj")
 
 
-class Output:
-    """The output file, which appears under its name once it is complete, in the order of the input. Until
-    then its results are in a part file, as they come: `NUMBER RESULT`, after a line that says of what."""
+async def made_by(pool: Pool, settings: Settings, source: Source) -> dict[str, Any]:
+    """What answers are of: the model and what else they depend on, as JSON has it."""
+    found: dict[str, Any] = {"model": pool.model_name}
+    if isinstance(pool, RemotePool):
+        found["weights"] = weights_of(pool.model) or pool.url  # which is all that is known of other servers
+        for name in ("arithmetic", "context_length", "defaults"):
+            found[name] = pool.model.get(name)
+        if not pool.wanted:
+            for name in sorted(source.models - {pool.model_name})[:MOST_MODELS]:
+                found[f"weights of {name}"] = weights_of(await pool.get(f"v1/models/{quote(name, safe='')}"))
+    else:
+        found["weights"] = pool.supervisor.card.facts.digest
+        template = pool.tokenizer and pool.tokenizer.spec.chat_template or ""
+        found["template"] = hashlib.sha256(template.encode("utf-8", "replace")).hexdigest()
+        for name in FLAGS_OF_ANSWERS:
+            found[name] = getattr(settings, name)
+    return json.loads(json.dumps(found))
 
-    def __init__(self, path: Path, source: Source):
-        self.path, self.source, self.done = path, source, set[int]()
-        self.part = path.with_name(f"{path.name}.part")
-        self.failed, self.synced_s, self.created = 0, 0.0, int(time.time())
-        self.complete = not self.part.exists() and path.exists()
 
-    def __enter__(self) -> Output:
-        if self.complete:
-            with self.path.open("rb") as file:
-                if sum(1 for _ in file) == self.source.count:
-                    return self
-            raise ConfigError(f"-o {visible(str(self.path))} exists, and is not the output for this file")
-        try:
-            self.file: BinaryIO = self.part.open("a+b")
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"another run writes {visible(str(self.part))}") from None
-        except OSError as error:
-            raise ConfigError(f"-o {visible(str(self.path))}: {error.strerror}") from None
-        try:
-            self._read()
-        except Exception:
-            self.file.close()
-            raise
-        return self
-
-    def __exit__(self, *error):
-        if not self.complete:
-            if self.part.exists() and not self.file.tell():
-                self.part.unlink()  # nothing was begun
-            self.file.close()
-
-    def _read(self):
-        """Take up what an earlier run has left; a line that it could not finish is dropped."""
-        self.file.seek(0)
-        head, whole = self.file.readline(), 0
-        if head.endswith(b"\n"):
-            known = json.loads(head)
-            if known.get("input") != self.source.digest:
-                raise ConfigError(f"{visible(str(self.part))} is of another input; delete it to begin again")
-            self.created, self.model, whole = known["created"], known["model"], len(head)
-            for line in self.file:
-                found = re.match(rb"(\d+) (.)", line)
-                if not found or not line.endswith(b"\n"):
-                    break
-                self.done.add(int(found[1]))
-                whole += len(line)
-        self.file.truncate(whole)
-        self.file.seek(0, os.SEEK_END)
-
-    def begin(self, model: str):
-        """Note of which model the results are, or check that it is the same. ConfigError if not."""
-        if not self.file.tell():
-            self._append(json.dumps({"input": self.source.digest, "model": model, "created": self.created}))
-        elif self.model != model:
-            raise ConfigError(f"{visible(str(self.part))} has answers of {self.model}, not of {model}; "
-                              "delete it to begin again")
-
-    def _append(self, text: str):
-        self.file.write(text.encode("utf-8", "replace") + b"\n")
-        self.file.flush()
-        if time.monotonic() - self.synced_s > SYNC_S:
-            os.fsync(self.file.fileno())
-            self.synced_s = time.monotonic()
-
-    def write(self, result: Result):
-        self._append(f"{result.number} {result.text}")
-        self.done.add(result.number)
-
-    def finish(self) -> int:
-        """Write the output in the order of the input; returns how many of its lines are errors."""
-        places, failed = {}, 0
-        self.file.seek(0)
-        place = len(self.file.readline())
-        for line in self.file:
-            number, _, text = line.partition(b" ")
-            places[int(number)] = place + len(number) + 1, len(text)
-            failed += not re.search(rb'"response": ?\{"status_code": ?200\b', text)
-            place += len(line)
-        new = self.path.with_name(f".{self.path.name}.new")
-        with new.open("wb") as output:
-            for _, (begin, size) in sorted(places.items()):
-                self.file.seek(begin)
-                output.write(self.file.read(size))
-            output.flush()
-            os.fsync(output.fileno())
-        new.replace(self.path)
-        self.part.unlink()
-        return failed
+def weights_of(model: dict) -> str:
+    return str(model.get("weights_digest") or "")
 
 
 async def answered(lines: Iterator[tuple[int, bytes]], answer, created: int) -> AsyncGenerator[Result, None]:
@@ -230,16 +132,37 @@ async def result_for(number: int, text: bytes, answer, created: int) -> Result:
     return Result(number, result_of(line, status, lasting_body(body, created)), status != 200)
 
 
-async def while_overloaded(answer, line: Line) -> tuple[int, dict]:
-    """(status, body) of an answer, asked for again while there is no room for it."""
+async def patiently(work: Callable[[], Awaitable[T]]) -> T:
+    """The result of `work`, which is done again while there is no room for it; Overloaded if there never
+    is."""
     deadline_s = time.monotonic() + PATIENCE_S
     while True:
         try:
-            return await answer(line)
+            return await work()
         except Overloaded as error:
             if time.monotonic() > deadline_s:
-                return error.status, error_body(error)
+                raise
             await asyncio.sleep(error.retry_after_s)
+
+
+class Room:
+    """A number of bytes that those who need some take in turn."""
+
+    def __init__(self, size: int):
+        self.left = size
+        self.changed = asyncio.Condition()
+
+    @asynccontextmanager
+    async def taken(self, size: int) -> AsyncIterator[None]:
+        async with self.changed:
+            await self.changed.wait_for(lambda: self.left >= size)
+            self.left -= size
+        try:
+            yield
+        finally:
+            async with self.changed:
+                self.left += size
+                self.changed.notify_all()
 
 
 class Local:
@@ -249,26 +172,38 @@ class Local:
         self.pool, tokenizer = pool, pool.tokenizer
         assert tokenizer
         self.tokenizer = tokenizer
+        self.refusal = "" if tokenizer.spec.vision else "this model cannot see images"
+        self.pixels = Room(LIMITS.held_pixel_bytes)
         self.known = Known(settings, tokenizer.tool_format, tokenizer.spec.chat_template or "",
                            tokenizer.has_chat_template, tokenizer.never_written, tokenizer.infill_tokens,
                            tokenizer.spec.embedder)
 
     async def answer(self, line: Line) -> tuple[int, dict]:
-        return await while_overloaded(self._answer, line)
-
-    async def _answer(self, line: Line) -> tuple[int, dict]:
         try:
-            parsed = read_body_of(line, self.known)
-            encoder = ENCODERS[parsed.api](parsed.lasting(), self.pool.model_name, self.tokenizer)
-            async with aclosing(self.pool.answer(parsed.request)) as events:
-                async for event in events:
-                    if not isinstance(event, Accepted | PromptProgress):
-                        encoder.collect(event)
-            return 200, json.loads(b"".join(encoder.completion()))
-        except Overloaded:
-            raise
+            found = lift_pictures(line.body, self.refusal)
+            async with self.pixels.taken(len(found) * 3 * LIMITS.kept_pixels):
+                pictures = [await self._decoded(picture) for picture in found]
+                fill_in(line.body, pictures)
+                return 200, await patiently(lambda: self._answer(line, pictures))
         except ChatServerError as error:
             return error.status, error_body(error)
+
+    async def _decoded(self, picture: Lifted) -> Picture:
+        try:
+            return await patiently(lambda: self.pool.admission.decode_picture(picture.data, ""))
+        except RequestError as error:
+            raise RequestError(f"{picture.name}: {error}", status=error.status, code=error.code,
+                               param=picture.name) from None
+
+    async def _answer(self, line: Line, pictures: Seq[Picture]) -> dict:
+        parsed = read_body_of(line, self.known)
+        parsed = replace(parsed, request=with_pixels(parsed.request, pictures))
+        encoder = ENCODERS[parsed.api](parsed.lasting(), self.pool.model_name, self.tokenizer)
+        async with aclosing(self.pool.answer(parsed.request)) as events:
+            async for event in events:
+                if not isinstance(event, Accepted | PromptProgress):
+                    encoder.collect(event)
+        return json.loads(b"".join(encoder.completion()))
 
 
 class Remote:
@@ -283,19 +218,27 @@ class Remote:
         self.patient = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=3600)
 
     async def answer(self, line: Line) -> tuple[int, dict]:
-        return await while_overloaded(self._answer, line)
+        try:
+            return await patiently(lambda: self._answer(line))
+        except (Overloaded, RequestError) as error:
+            return error.status, error_body(error)
 
     async def _answer(self, line: Line) -> tuple[int, dict]:
         seeds = {"seed": line.seed} if line.url in self.seeded else {}
-        body = seeds | line.body | {"stream": False} | self.more
+        body = seeds | body_alone(line) | self.more
         async with await self.pool.ask("POST", line.url[1:], json=body, timeout=self.patient,
                                        headers={"X-Request-Id": line.id}) as response:
-            text = await response.read()
-            if response.status in (429, 503):
-                after = response.headers.get("Retry-After", "1")
-                raise Overloaded(text.decode("utf-8", "replace")[:500], status=response.status,
-                                 retry_after_s=min(int(after), 60) if after.isdigit() else 1)
-            with suppress(ValueError):
-                if isinstance(found := json.loads(text), dict):
-                    return response.status, found
-            return response.status, {"error": {"message": text.decode("utf-8", "replace")[:500]}}
+            text = await whole_body(self.pool.url, response)
+        if response.status in (429, 503):
+            after = response.headers.get("Retry-After", "1")
+            raise Overloaded(text.decode("utf-8", "replace")[:500], status=response.status,
+                             retry_after_s=min(int(after), 60) if after.isdigit() else 1)
+        found = strict_object(text)
+        if found is not None:
+            return response.status, found
+        said = text.decode("utf-8", "replace")[:500]
+        if response.status >= 400:
+            return response.status, {"error": {"message": said}}
+        return BAD_ANSWER, error_body(ChatServerError(
+            f"the server at {self.pool.url} answered with status {response.status}, but not with a JSON "
+            f"object: {said}"))

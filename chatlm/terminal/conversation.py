@@ -109,11 +109,14 @@ class Conversation:
         return {**CHAT_FORMAT, "exported": utc(), "conversations": [chat]}
 
     def write(self, path: Path, mode: int = 0o666):
-        part = path.with_name(path.name + ".part")
+        part = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.part")  # of nobody else
         text = json.dumps(self.exported(), ensure_ascii=False, indent=2)
-        with open(part, "w", encoding="utf-8", opener=partial(os.open, mode=mode)) as file:
-            file.write(text)
-        part.replace(path)
+        try:
+            with open(part, "x", encoding="utf-8", opener=partial(os.open, mode=mode)) as file:
+                file.write(text)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
 
     def lines(self) -> list[str]:
         """The lines that a terminal shows."""

@@ -10,7 +10,7 @@ import struct
 import sys
 import time
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TYPE_CHECKING
@@ -23,6 +23,7 @@ from chatlm.common.messages.requests import Embedding
 from chatlm.front.api.encode_retrieval import numbers_of
 from chatlm.front.api.retrieval import check_route, read_embedding_body
 from chatlm.terminal.chat import duration
+from chatlm.terminal.output_path import named_errors, output_path, shown_path
 from chatlm.terminal.remote import RemotePool, open_pool
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ async def embed(settings: Settings) -> int:
         raise ConfigError("embed takes a MODEL, a FILE of JSON lines and -o FILE: for example "
                           "`embed MODEL texts.jsonl -o vectors.jsonl`")
     began_s, count, progress = time.monotonic(), 0, ProgressDisplay()
-    with open_texts(settings.texts) as source, Vectors(settings.output) as vectors:
+    with open_texts(settings.texts) as source, Vectors(settings.output, source) as vectors:
         async with open_pool(settings) as pool:
             assert not isinstance(pool, RemotePool)  # the command has no --url
             try:
@@ -156,24 +157,34 @@ class Vectors:
     """The file of vectors, which appears under its name once it is complete: JSON lines, or numpy's format if
     it is called .npy. `-` is stdout."""
 
-    def __init__(self, path: str):
-        self.path, self.width, self.count = Path(path).expanduser(), 0, 0
-        self.is_array, self.to_stdout = self.path.suffix == ".npy", path == "-"
+    def __init__(self, path: str, source: BinaryIO):
+        self.to_stdout = path == "-"
+        self.path = Path(path) if self.to_stdout else output_path(path)
+        self.source = source
+        self.width = 0
+        self.count = 0
+        self.is_array = self.path.suffix == ".npy"
         self.part = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
 
     def __enter__(self) -> Vectors:
-        try:
-            self.file: BinaryIO = sys.stdout.buffer if self.to_stdout else self.part.open("wb")
-        except OSError as error:
-            raise ConfigError(f"-o {visible(str(self.path))}: {error.strerror}") from None
+        if self.to_stdout:
+            self.file: BinaryIO = sys.stdout.buffer
+        else:
+            with named_errors(self.path, flag="-o "), suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(self.path), os.fstat(self.source.fileno())):
+                    raise ConfigError(f"-o {shown_path(self.path)} is the input")
+            with named_errors(self.path, flag="-o "):
+                self.file = self.part.open("wb")
         if self.is_array:
             self.file.write(self.header())
         return self
 
     def __exit__(self, *failure):
-        if not self.to_stdout:
-            self.file.close()
-            self.part.unlink(missing_ok=True)
+        if self.to_stdout:
+            return
+        with suppress(OSError):
+            self.file.close()  # on a full disk it cannot write what it still has, as was said already
+        self.part.unlink(missing_ok=True)
 
     def header(self) -> bytes:
         """https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html"""
@@ -182,17 +193,22 @@ class Vectors:
             about.encode().ljust(NPY_HEADER - 11) + b"\n"
 
     def write(self, vectors: list[list[float]]):
+        with self._named_errors():
+            for vector in vectors:
+                self.width, self.count = len(vector), self.count + 1
+                self.file.write(struct.pack(f"<{len(vector)}f", *vector) if self.is_array else
+                                b"[%s]\n" % ", ".join([f"{number:.9g}" for number in vector]).encode())
 
-        for vector in vectors:
-            self.width, self.count = len(vector), self.count + 1
-            self.file.write(struct.pack(f"<{len(vector)}f", *vector) if self.is_array else
-                            b"[%s]\n" % ", ".join([f"{number:.9g}" for number in vector]).encode())
+    def _named_errors(self):
+        """ConfigError for what the system says of the file; stdout's errors are for the whole program."""
+        return nullcontext() if self.to_stdout else named_errors(self.path, flag="-o ")
 
     def finish(self):
         """Complete the file."""
-        if self.is_array:
-            self.file.seek(0)
-            self.file.write(self.header())
-        self.file.flush()
-        if not self.to_stdout:
-            self.part.replace(self.path)
+        with self._named_errors():
+            if self.is_array:
+                self.file.seek(0)
+                self.file.write(self.header())
+            self.file.flush()
+            if not self.to_stdout:
+                self.part.replace(self.path)

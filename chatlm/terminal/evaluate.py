@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator, Sequence as Seq
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence as Seq
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from chatlm.common.config import LIMITS, ModelChoice
-from chatlm.common.errors import ConfigError, visible
+from chatlm.common.errors import ConfigError, EngineFailure, named, shown, visible
+from chatlm.common.jsontext import is_number, is_text
 from chatlm.common.log import ProgressDisplay
 from chatlm.common.messages.requests import TokenLogprob
 from chatlm.front.evals.bpb import BpbResult, Texts, read_texts, run_bpb
@@ -26,7 +27,7 @@ from chatlm.front.lazy import aiohttp
 from chatlm.terminal.chat import duration
 from chatlm.terminal.programs import Programs
 from chatlm.terminal.remote import RemotePool, open_pool
-from chatlm.terminal.streams import refusal
+from chatlm.terminal.streams import refusal, strict_object, whole_body
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -36,94 +37,164 @@ from chatlm.terminal.remote import Pool
 
 
 class RemoteScorer:
-    """A model of the server at --url, with the interface of `PoolScorer`."""
+    """A model of the server at --url, with the interface of `PoolScorer`. EngineFailure for a server that
+    does not answer as ours does."""
 
     def __init__(self, pool: RemotePool):
         self.pool, self.begin = pool, list[int]()
         self.digest, self.arithmetic = (str(pool.model.get(name) or "") for name in (
             "weights_digest", "arithmetic"))
-        self.room = pool.context_length or 0
-        self.longest = pool.model.get("scored_length") or self.room
+        self.room = whole_number(pool.context_length)
+        self.longest = whole_number(pool.model.get("scored_length")) or self.room
         # an answer comes whole, perhaps after others
         self.patient = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=600)
 
     async def open(self):
         """Ask for the token that begins a text. ConfigError if this server cannot score tokens."""
         info = await self.pool.get(f"tokenizer_info?model={quote(self.pool.model_name)}")
-        if not self.digest or "bos_token" not in info:
+        if not self.digest or not self.room or "bos_token" not in info:
             raise ConfigError(f"eval --url {self.pool.url}: only a chat_server of this version or a later "
                               "one can be evaluated")
-        if name := info["bos_token"] or info["eos_token"]:
-            body = await self._post("tokenize", {"prompt": name, "add_special_tokens": False})
-            self.begin = body["tokens"]
+        if name := info["bos_token"] or info.get("eos_token"):
+            async with self._post("tokenize", {"prompt": name, "add_special_tokens": False}) as body:
+                self.begin = token_ids(body["tokens"])
+                if len(self.begin) != 1:
+                    raise ValueError(f"{shown(name)} is not one token")
 
-    async def _post(self, path: str, body: dict) -> dict:
+    @asynccontextmanager
+    async def _post(self, path: str, body: dict) -> AsyncIterator[dict]:
+        """The body of a route's response. What is missing there, or of another type, is the server's
+        fault."""
         body = {"model": self.pool.model_name, **body}
         async with await self.pool.ask("POST", path, json=body, timeout=self.patient) as response:
             if response.status != 200:
                 raise await refusal(response)
-            return await response.json()
+            text = await whole_body(self.pool.url, response)
+        try:
+            found = strict_object(text)
+            if found is None:
+                raise ValueError(f"no JSON object but {shown(text[:50].decode('utf-8', 'replace'))}")
+            yield found
+        except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
+            raise EngineFailure(f"{self.pool.url} does not answer like a chat_server: {path}: "
+                                f"{named(error)}") from None
 
     async def encode(self, texts: Seq[str]) -> list[list[int]]:
+        found = list[list[int]]()
         if not self.begin:
-            bodies = [await self._post("tokenize", {"content": text, "parse_special": False})
-                      for text in texts]
-            return [body["tokens"] for body in bodies]
-        found, (begin,) = list[list[int]](), self.begin
+            for text in texts:
+                async with self._post("tokenize", {"content": text, "parse_special": False}) as body:
+                    found.append(token_ids(body["tokens"]))
+            return found
+        begin, = self.begin
         for together in in_requests(texts):  # no text becomes this token, so it keeps them apart
             parts = [part for text in together for part in (begin, text)]
-            body = await self._post("tokenize", {"content": parts, "parse_special": False})
-            for token in body["tokens"]:
-                if token == begin:
-                    found.append([])
-                found[-1].append(token)
+            async with self._post("tokenize", {"content": parts, "parse_special": False}) as body:
+                found += split_before(begin, token_ids(body["tokens"]), len(together))
         return found
 
     async def score(self, prompts: Seq[Seq[int]], starts: Seq[int], top: int) -> list[list[TokenLogprob]]:
-        body = await self._post("v1/completions", {
-            "prompt": [list(ids) for ids in prompts], "prompt_logprobs": top,
-            "prompt_logprobs_start": list(starts), "max_tokens": 0, "temperature": 0})
-        return [[*map(read_entry, ids[start:], choice["prompt_logprobs"][start:])]
+        async with self._post("v1/completions", {
+                "prompt": [list(ids) for ids in prompts], "prompt_logprobs": top,
+                "prompt_logprobs_start": list(starts), "max_tokens": 0, "temperature": 0}) as body:
+            return [
+                [read_entry(token, entry, top) for token, entry in zip(
+                    ids[start:], choice["prompt_logprobs"][start:], strict=True)]
                 for ids, start, choice in zip(prompts, starts, body["choices"], strict=True)]
 
-    async def _complete(self, prompt: str | Seq[int], max_tokens: int, **more) -> list[dict]:
+    @asynccontextmanager
+    async def _complete(self, prompt: str | Seq[int], max_tokens: int, n: int = 1,
+                        **more) -> AsyncIterator[list[dict]]:
         """The choices of a completion, the likeliest one unless `more` says otherwise."""
-        body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, **more}
-        return (await self._post("v1/completions", body))["choices"]
+        body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "n": n, **more}
+        async with self._post("v1/completions", body) as found:
+            choices = found["choices"]
+            if len(choices) != n:
+                raise ValueError(f"{len(choices)} choices, not {n}")
+            yield choices
 
     async def complete(self, prompt: str, max_tokens: int) -> str:
-        return (await self._complete(prompt, max_tokens))[0]["text"]
+        async with self._complete(prompt, max_tokens) as choices:
+            return a_text(choices[0]["text"])
 
     async def samples(self, count: int, max_tokens: int) -> list[str]:
-        choices = await self._complete(self.begin, max_tokens, n=count, temperature=FREE.temperature,
-                                       top_k=FREE.top_k, seed=FREE.seed) if self.begin else []
-        return [choice["text"] for choice in choices]
+        if not self.begin:
+            return []
+        async with self._complete(self.begin, max_tokens, n=count, temperature=FREE.temperature,
+                                  top_k=FREE.top_k, seed=FREE.seed) as choices:
+            return [a_text(choice["text"]) for choice in choices]
 
     async def chat(self, text: str) -> list[int]:
         if not self.pool.chats:
             raise ConfigError(NO_CHAT)
-        body = await self._post("tokenize", {"messages": [{"role": "user", "content": text}]})
-        return cut_as_upstream(body["tokens"]) if self.pool.model.get("family") == "nanochat" else (
-            body["tokens"])
+        async with self._post("tokenize", {"messages": [{"role": "user", "content": text}]}) as body:
+            ids = token_ids(body["tokens"])
+            return cut_as_upstream(ids) if self.pool.model.get("family") == "nanochat" else ids
 
     async def likelihoods(self, prompt: Seq[int], ids: Seq[int]) -> list[float]:
-        choice, = await self._complete(prompt, 1, logprobs=1, logprob_token_ids=ids, ignore_eos=True,
-                                       return_token_ids=True)
-        listed = choice["logprobs"]["content"][0]["top_logprobs"]
-        found = {one["id"]: one["logprob"] for one in listed}
-        return [found[token] for token in ids]
+        async with self._complete(prompt, 1, logprobs=1, logprob_token_ids=ids, ignore_eos=True,
+                                  return_token_ids=True) as choices:
+            listed = choices[0]["logprobs"]["content"][0]["top_logprobs"]
+            found = {one["id"]: a_number(one["logprob"]) for one in listed}
+            return [found[token] for token in ids]
 
     async def answer(self, prompt: Seq[int], max_tokens: int) -> str:
-        choice, = await self._complete(prompt, max_tokens, return_token_ids=True)
-        ids = choice["token_ids"]
-        if ids and choice["stop_reason"] == "eos":
-            ids = ids[:-1]
-        return (await self._post("detokenize", {"tokens": ids}))["content"]
+        async with self._complete(prompt, max_tokens, return_token_ids=True) as choices:
+            ids = token_ids(choices[0]["token_ids"])
+            if ids and choices[0]["stop_reason"] == "eos":
+                ids = ids[:-1]
+        async with self._post("detokenize", {"tokens": ids}) as body:
+            return a_text(body["content"])
 
     async def sizes(self, ids: Seq[int]) -> list[int]:
-        body = await self._post("tokenize", {"content": list(ids), "with_pieces": True})
-        return [0 if token.get("special") else len(token["piece"].encode() if isinstance(token["piece"], str)
-                                                   else token["piece"]) for token in body["tokens"]]
+        async with self._post("tokenize", {"content": list(ids), "with_pieces": True}) as body:
+            sizes = [size_of(token) for token in body["tokens"]]
+            if len(sizes) != len(ids):
+                raise ValueError(f"{len(sizes)} tokens, not {len(ids)}")
+            return sizes
+
+
+def whole_number(value) -> int:
+    """A number of a server's that counts something; 0 for anything else."""
+    return value if type(value) is int and value > 0 else 0
+
+
+def a_number(value) -> float:
+    if not is_number(value):
+        raise ValueError(f"{shown(value)} is not a number")
+    return float(value)
+
+
+def a_text(value) -> str:
+    if not is_text(value):
+        raise ValueError(f"{shown(value)} is not a text")
+    return value
+
+
+def token_ids(value) -> list[int]:
+    if not isinstance(value, list) or not all(type(token) is int and token >= 0 for token in value):
+        raise ValueError(f"{shown(value)} is not a list of tokens")
+    return value
+
+
+def size_of(token: Mapping) -> int:
+    """The bytes of a token as /tokenize describes it; 0 for a special one."""
+    if token.get("special"):
+        return 0
+    piece = token["piece"]
+    return len(piece.encode() if is_text(piece) else bytes(piece))
+
+
+def split_before(begin: int, tokens: Seq[int], count: int) -> list[list[int]]:
+    """The texts that tokens consist of, each from a `begin` on."""
+    found = list[list[int]]()
+    for token in tokens:
+        if token == begin:
+            found.append([])
+        found[-1].append(token)
+    if len(found) != count:
+        raise ValueError(f"{len(found)} texts, not {count}")
+    return found
 
 
 def in_requests(texts: Seq[str]) -> Iterator[list[str]]:
@@ -138,11 +209,17 @@ def in_requests(texts: Seq[str]) -> Iterator[list[str]]:
     yield together
 
 
-def read_entry(token: int, entry: dict) -> TokenLogprob:
-    """An entry of prompt_logprobs."""
-    own, likely = entry[str(token)], sorted(entry.items(), key=lambda one: one[1]["rank"])
-    return TokenLogprob(token, own["logprob"], tuple((int(id_), one["logprob"]) for id_, one in likely),
-                        own["rank"])
+def read_entry(token: int, entry: dict | None, top: int) -> TokenLogprob:
+    """An entry of prompt_logprobs, which lists the `top` likeliest tokens at least; None for a first
+    token."""
+    if entry is None:
+        return TokenLogprob(token, None)
+    listed = [(whole_number(one["rank"]), int(id_), a_number(one["logprob"])) for id_, one in entry.items()]
+    own = next((one for one in listed if one[1] == token), None)
+    if own is None or len(listed) < top:
+        raise ValueError(f"prompt_logprobs lists {len(listed)} tokens, of which {token} must be one")
+    likely = tuple([(id_, logprob) for _, id_, logprob in sorted(listed, key=lambda one: one[0])])
+    return TokenLogprob(token, own[2], likely, own[0])
 
 
 @asynccontextmanager

@@ -96,7 +96,7 @@ class RemotePool:
         """The JSON object of a route's response with status 200 or one of these; {} for anything else."""
         body: Any = None
         async with await self.ask("GET", path) as response:
-            with suppress(ValueError, *connection_errors()):
+            with suppress(ValueError, RecursionError, *connection_errors()):
                 body = await response.json(content_type=None) if response.status in (200, *statuses) else None
         return body if isinstance(body, dict) else {}
 

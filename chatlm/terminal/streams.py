@@ -222,9 +222,30 @@ def broken(url: str, error: Exception) -> EngineFailure:
     return EngineFailure(f"the connection to {url} broke: {reason_of(error)}")
 
 
+async def whole_body(url: str, response) -> bytes:
+    """The body of a response. EngineFailure if the connection breaks."""
+    try:
+        return await response.read()
+    except connection_errors() as error:
+        raise broken(url, error) from None
+
+
+def strict_object(text: bytes) -> dict | None:
+    """The object that a text is, in JSON as its standard has it: without NaN and infinities."""
+    def refuse(constant: str):
+        raise ValueError(constant)
+
+    try:
+        found = json.loads(text, parse_constant=refuse)
+        json.dumps(found, allow_nan=False)  # numbers such as 1e999 are read as infinities, too
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
 async def refusal(response) -> ChatServerError:
     body = None
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError, *connection_errors()):
         body = await response.json(content_type=None)
     response.close()
     retry = response.headers.get("Retry-After", "")

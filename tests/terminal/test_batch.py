@@ -65,7 +65,7 @@ def test_each_line_has_its_answer_or_its_error_in_the_order_of_the_file(model, t
     assert found[4]["response"]["body"]["error"]["param"] == "messages"
     assert found[7]["response"]["body"]["object"] == "response" and found[8]["response"]["body"]["data"][0]["embedding"]
     assert batch(model, source, "-o", tmp_path / "out.jsonl") [0] == 0
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["in.jsonl", "out.jsonl"]
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["in.jsonl", "out.jsonl", "out.jsonl.of"]
 
 
 def test_a_killed_run_goes_on_and_its_output_is_that_of_an_undisturbed_one(model, tmp_path):
@@ -81,8 +81,8 @@ def test_a_killed_run_goes_on_and_its_output_is_that_of_an_undisturbed_one(model
             running.send_signal(signal.SIGKILL)
     assert kills
     with part.open("ab") as file:
-        file.write(b'300 {"half of a li')               # as a power cut may leave it
-    before = part.read_bytes().count(b"\n") - 1
+        file.write(b'300 ok {"half of a li')               # as a power cut may leave it
+    before = part.read_bytes().count(b"\n") - 2      # after two lines that say of what they are
     status, said = batch(model, source, "-o", tmp_path / "out.jsonl")
     assert status == 0 and f"{300 - before:,} lines in" in said and not part.exists()
     assert without_time(tmp_path / "out.jsonl") == without_time(tmp_path / "undisturbed.jsonl")
@@ -104,16 +104,33 @@ def test_files_that_do_not_belong_together_are_refused_and_stay(model, tmp_path)
     source, out = write(tmp_path / "in.jsonl", [chat("a")]), tmp_path / "out.jsonl"
     out.write_text("mine\nand mine\n")
     part = tmp_path / "other.jsonl.part"
-    part.write_text('{"input": "another", "model": "x", "created": 1}\n')
+    part.write_text('{"chat_server": "batch", "input": "another", "created": 1, "run": "0123456789abcdef"}\n')
     for words, reason in (
-            ((source, "-o", out), "exists, and is not the output for this file"), ((source, "-o", tmp_path / "other.jsonl"), "is of another input; delete it"),
+            ((source, "-o", out), "exists, and no "), ((source, "-o", tmp_path / "other.jsonl"), "is of another input; delete it"),
             ((source,), "batch takes a FILE"), ((tmp_path / "none.jsonl", "-o", out), "No such file"), ((write(tmp_path / "empty", ["", " "]), "-o", out), "has no lines"),
             ((model, source, source, "-o", out), "unrecognized arguments"), ((source, "-o", tmp_path / "no" / "folder"), "No such file"),
             ((source, "-o", tmp_path / "x.jsonl", "--url", "http://127.0.0.1:9"), "no server answers")):
         status, said = batch(*words)
         assert status == 2 and reason in said.splitlines()[-1], said
     assert not (tmp_path / "x.jsonl.part").exists()
-    assert out.read_text() == "mine\nand mine\n" and part.read_text().endswith('"created": 1}\n')
+    assert out.read_text() == "mine\nand mine\n" and part.read_text().endswith('cdef"}\n')
+
+
+def test_the_answers_of_another_model_or_with_other_settings_are_not_taken_for_these(model, nanochat_fixtures, tmp_path):
+    source, out = write(tmp_path / "in.jsonl", [chat("a", temperature=0)]), tmp_path / "out.jsonl"
+    assert batch(model, source, "-o", out)[0] == 0
+    before = out.read_bytes()
+    for words, reason in (((nanochat_fixtures / "gen4", source), "out.jsonl has answers with "), ((model, source, "--dtype", "float32"), 'dtype null, not "float32"'),
+                          ((model, source, "--context-length", 64), "context_length null, not 64"), ((model, write(tmp_path / "other.jsonl", [chat("b", temperature=0)])), "for another input")):
+        status, said = batch(*words, "-o", out)
+        assert status == 2 and reason in said.splitlines()[-1], said
+    status, said = batch(model, source, "-o", out)
+    assert status == 0 and "has the answers to all 1 lines already" in said and out.read_bytes() == before
+    (tmp_path / "new.jsonl.part").write_bytes(b"")
+    for name, reason in ((".", "is a folder"), (source, "is the input"), ("/dev/null", "must be a regular file"), (tmp_path / "new.jsonl", "no batch has written it")):
+        status, said = batch(model, source, "-o", name)
+        assert status == 2 and reason in said and len(said.splitlines()) == 1, said
+    assert (tmp_path / "new.jsonl.part").exists() and source.read_text()
 
 
 @pytest.mark.parametrize("text, reason", [

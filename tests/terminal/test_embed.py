@@ -1,6 +1,7 @@
 """The command `embed`: a file of texts becomes a file of vectors, whole or not at all."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -82,3 +83,19 @@ def test_files_that_cannot_be_read_or_written_and_other_models_are_refused(model
         status, _, last = embed(*words)
         assert status and message in last, (words, last)
     assert not (tmp_path / "x").exists()
+
+
+def test_an_output_is_no_device_no_folder_and_not_the_input(model, tmp_path, small_disk):
+    source, link = write_lines(tmp_path / "texts.jsonl", *["a"] * 300), tmp_path / "link"
+    link.symlink_to(source)
+    os.mkfifo(tmp_path / "fifo")
+    for name, message in ((source, "is the input"), (link, "is the input"), (".", "is a folder"), (tmp_path, "is a folder"), ("/", "is a folder"), (tmp_path / "fifo", "must be a regular file"),
+                          ("/dev/null", "must be a regular file")):
+        status, _, last = embed(model[1], source, "-o", name)
+        assert status == 2 and message in last, last
+    disk, sized = small_disk
+    sized("64k")
+    for name in ("vectors.npy", "vectors.jsonl"):
+        status, _, last = embed(model[1], source, "-o", disk / name)
+        assert status == 2 and f"-o {disk / name}: No space left on device" in last, last
+    assert os.listdir(disk) == [] and source.read_text().count("a") == 300 and not os.path.isfile("/dev/null")

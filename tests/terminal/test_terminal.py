@@ -158,14 +158,16 @@ def test_a_chat_that_is_saved_can_be_gone_on_with(tmp_path, monkeypatch, capsys)
 
 
 def test_save_replaces_no_file_but_the_chat_s_own(tmp_path, monkeypatch, capsys):
-    (tmp_path / "notes.txt").write_text("mine")
+    for name in ("notes.txt", "second.json.part"):
+        (tmp_path / name).write_text("mine")
     two = {"conversations": [{"messages": [{"role": "user", "content": text}]} for text in ("First", "Second")]}
     (tmp_path / "two.json").write_text(json.dumps(two))
     lines = [f"/save {tmp_path}/notes.txt", f"/load {tmp_path}/two.json", f"/load {tmp_path}/two.json 2", f"/save {tmp_path}/two.json",
              f"/save {tmp_path}/second.json", "more", f"/save {tmp_path}/second.json"]
     pool = FakePool()
     assert chat_with(pool, monkeypatch, lines) == 1
-    assert (tmp_path / "notes.txt").read_text() == "mine" and json.loads((tmp_path / "two.json").read_text()) == two
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "second.json", "second.json.part", "two.json"]
+    assert (tmp_path / "notes.txt").read_text() == (tmp_path / "second.json.part").read_text() == "mine" and json.loads((tmp_path / "two.json").read_text()) == two
     assert [node["content"] for node in json.loads((tmp_path / "second.json").read_text())["conversations"][0]["nodes"]][:1] == ["Second"]
     err = capsys.readouterr().err
     assert err.count("exists: choose another name") == 2 and "2  Second" in err

@@ -82,14 +82,21 @@ def line_id(number: int, text: bytes) -> str:
     return hashlib.sha256(b"%d %s" % (number, text)).hexdigest()[:32]
 
 
+def body_alone(line: Line) -> dict:
+    """The line's body without what goes beyond one answer: it is not streamed, kept or continued.
+    RequestError for one that continues another."""
+    if line.url != "/v1/responses":
+        return line.body | {"stream": False}
+    for name in ("previous_response_id", "conversation"):
+        if line.body.get(name):
+            raise bad_value(name, line.body[name], "left out in a batch, whose lines stand alone")
+    return line.body | {"stream": False, "store": False}
+
+
 def read_body_of(line: Line, known: Known) -> ParsedBody:
     """The line's body as its route reads it; the seed of an answer that names none follows from the line."""
     known = replace(known, settings=replace(known.settings, seed=line.seed))
-    off = {"stream": False} | ({"store": False} if line.url == "/v1/responses" else {})
-    for name in ("previous_response_id", "conversation") if len(off) > 1 else ():
-        if line.body.get(name):
-            raise bad_value(name, line.body[name], "left out in a batch, whose lines stand alone")
-    parsed = read_answer(line.url, line.body | off, known)
+    parsed = read_answer(line.url, body_alone(line), known)
     return replace(parsed, request=replace(parsed.request, id=line.id, low_priority=True, resumable=False))
 
 

@@ -81,7 +81,7 @@ def read_tasks(path: Path, data: bytes) -> list[Mapping]:
     yaml = require_library("yaml", f"reading {path.name}")
     try:
         entries = yaml.safe_load(data)["icl_tasks"]
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (yaml.YAMLError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ConfigError(f"{path} is not a list of tasks below icl_tasks: {named(error)}") from None
     if not (isinstance(entries, list) and entries and all(isinstance(entry, Mapping) for entry in entries)):
         raise ConfigError(f"{path}: icl_tasks is not a list of tasks")
@@ -117,8 +117,9 @@ def read_task(folder: Path, number: int, entry: Mapping, baselines: Mapping[str,
         raise ConfigError(f"{where}: dataset_uri {shown(uri)} leads out of {ROWS}")
     if label not in baselines:
         raise ConfigError(f"{folder / BASELINES} has no row of the task {shown(label)}")
-    if not baselines[label] < 1:
-        raise ConfigError(f"{folder / BASELINES}: the baseline of {shown(label)} is not below 100 percent")
+    if not 0 <= baselines[label] < 1:
+        raise ConfigError(f"{folder / BASELINES}: the baseline of {shown(label)} must be from 0 to below 100 "
+                          "percent")
     return Task(label, kind, path, shots[0], delimiter, baselines[label])
 
 

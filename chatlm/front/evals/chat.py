@@ -27,7 +27,9 @@ ANSWER_TOKENS = 512
 SEED = 42                 # of the order of the rows
 NUMBER_MARK = re.compile(r"#### (-?[0-9.,]+)")
 FENCED = re.compile(r"```(?:python)?\s*\n(.*?)\n```", re.DOTALL)
-Runs = Callable[[str], Awaitable[bool]]  # runs a program; does it end without an error?
+Runs = Callable[[str], Awaitable[bool]]  # runs a program; does it come to its end without an error?
+# Verdicts about programs that were kept before they had to come to their end are not these
+RULE = b"a program is right if its tests ran to their end"
 
 
 class Source(NamedTuple):
@@ -73,6 +75,8 @@ def chat_suite(runs_code: bool) -> Suite:
         elif files := source.files:
             for path in files:
                 digest.update(read_small(path))
+            if source.kind == PROGRAM:
+                digest.update(RULE)
             tasks.append(Task(source.label, source.kind, files[0].parent, 0, "", source.baseline))
         else:
             left_out.append(f"{source.label}: its data are not on this machine; in nanochat's checkout, "

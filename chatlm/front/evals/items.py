@@ -109,7 +109,8 @@ def verdict_of(kind: str, item: dict, scores: Seq[Seq[TokenLogprob]]) -> Verdict
 
 
 def followed(scores: Seq[TokenLogprob]) -> Verdict:
-    """Is each token the likeliest one?"""
+    """Is each token the likeliest one? A first token is none: nothing precedes it."""
+    scores = [one for one in scores if one.logprob is not None]
     surplus = [one.top[0][1] - (one.logprob or 0.0) for one in scores if one.top[0][0] != one.token]
     leads = [one.top[0][1] - one.top[1][1] for one in scores if len(one.top) > 1]
     return Verdict(not surplus, None, max(surplus) if surplus else min(leads, default=math.inf))

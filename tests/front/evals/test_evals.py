@@ -84,6 +84,11 @@ async def test_a_text_that_the_model_continues_so_is_right_and_another_is_not(st
     ("core.yaml", "icl_tasks: [{label: a, icl_task_type: schema, num_fewshot: 3}]", ["num_fewshot", "3"]),
     ("core.yaml", "icl_tasks: [{label: choose, icl_task_type: schema, num_fewshot: [3], dataset_uri: ../../x}]", ["../../x", "eval_data"]),
     ("core.yaml", "icl_tasks: [{label: new, icl_task_type: schema, num_fewshot: [0], dataset_uri: part/who.jsonl}]", ["eval_meta_data.csv", "new"]),
+    ("core.yaml", "icl_tasks: [{label: 2026-99-99}]", ["core.yaml", "icl_tasks", "month"]), ("core.yaml", "icl_tasks: [{label: 2026-01-01T99:00:00Z}]", ["core.yaml", "hour"]),
+    ("core.yaml", "[" * 5000, ["core.yaml", "icl_tasks"]), ("core.yaml", "icl_tasks: " + "{a: " * 3000, ["core.yaml", "icl_tasks"]), ("core.yaml", "icl_tasks: [" + "9" * 5000 + "]", ["core.yaml", "icl_tasks"]),
+    ("core.yaml", "? [a]\n: b", ["core.yaml"]), ("core.yaml", "!!python/object/apply:os.system [true]", ["core.yaml"]), ("core.yaml", "&a [*a]", ["core.yaml"]), ("core.yaml", "\0", ["core.yaml"]),
+    *[("eval_meta_data.csv", "Eval Task,Random baseline\n" + "".join(f"{task[0]},{number}\n" for task in TASKS), ["choose", "from 0 to below 100 percent"])
+      for number in ("-inf", "inf", "nan", "-1", "-1e308", "1e400", "100.0")],
     ("eval_meta_data.csv", None, ["eval_meta_data.csv"]), ("eval_meta_data.csv", "a,b\n1,2\n", ["Eval Task"]),
     ("eval_meta_data.csv", "Eval Task,Random baseline\nchoose,many\n", ["eval_meta_data.csv", "many"]),
     ("eval_meta_data.csv", "Eval Task,Random baseline\n" + "".join(f"{task[0]},100\n" for task in TASKS), ["choose", "100"]),
