@@ -308,22 +308,39 @@ def checked_tree(tree: Path) -> Path:
 
 
 def check_tree(tree: Path):
-    note = noted(tree)
-    folders = {"", *(name.rpartition("/")[0] for name in note)}
-    for path in (tree, *(tree / "site" / folder for folder in folders)):
+    note, site = noted(tree), str(tree / "site") + "/"
+    check_ours(tree.lstat(), tree)
+    for folder, names in folders_of(note).items():
+        path = Path(site + folder)
         check_ours(path.lstat(), path)
-    site = str(tree / "site") + "/"
+        if others := {*os.listdir(path)} - names:
+            raise ValueError(f"{folder}/{others.pop()} was not packed")
     for name, looks in note.items():
         if looks_of(os.lstat(site + name)) != looks:
             raise ValueError(f"{name} has changed")
     check_executable(tree)
 
 
+def folders_of(names: Iterable[str]) -> dict[str, set[str]]:
+    """The folders of a tree with these files, by path -> the names in each; the tree itself is ""."""
+    folders: dict[str, set[str]] = {"": set()}
+    for name in names:
+        folder, _, file = name.rpartition("/")
+        while folder not in folders:
+            folders[folder] = {file}
+            folder, _, file = folder.rpartition("/")
+        folders[folder].add(file)
+    return folders
+
+
 def noted(tree: Path) -> dict[str, list[int]]:
     with open(os.open(tree / "note.json", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
         check_ours(os.fstat(file.fileno()), tree / "note.json")
-        note = json.load(file)
-    if not note:
+        try:
+            note = json.load(file)
+        except RecursionError:
+            raise ValueError("note.json is nested too deeply") from None
+    if not (note and isinstance(note, dict)):
         raise ValueError("it notes nothing")
     return note
 
@@ -338,13 +355,22 @@ def check_executable(tree: Path):
 
 
 def other_files(tree: Path, bundle: zipfile.ZipFile, libraries: Libraries) -> list[str]:
-    """The names of files in a tree whose content is not what was packed."""
+    """The names of files in a tree that were not packed, or whose content is not what was packed."""
     def differs(name: str, data: bytes) -> bool:
         try:
             return (tree / "site" / name).read_bytes() != data
         except OSError:
             return True
-    return [name for name, data in packed_files(bundle, libraries) if differs(name, data)]
+    packed, found = set[str](), list[str]()
+    for name, data in packed_files(bundle, libraries):
+        packed.add(name)
+        if differs(name, data):
+            found.append(name)
+    for folder, names in folders_of(packed).items():
+        with suppress(OSError):
+            found += [f"{folder}/{name}".lstrip("/") for name in os.listdir(tree / "site" / folder)
+                      if name not in names]
+    return found
 
 
 # several processes, users and versions

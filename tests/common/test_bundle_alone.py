@@ -218,9 +218,12 @@ def test_a_tree_is_the_user_s_alone_whatever_the_umask(umask, small, cache):
     assert libraries.cached_tree(*small) == tree
 
 
+NOTES = {"a note of nothing": "{}", "a note that is no JSON": "{", "a deep note": "[" * 100_000 + "]" * 100_000}
+
+
 @pytest.mark.parametrize("trouble", ["other bytes", "missing", "a link", "a pipe", "no note", "a note of nothing", "a note that is a pipe",
                                      "a note that is no JSON", "no lock", "a pipe as the lock", "others may write", "others may write to a folder",
-                                     "a file as the tree", "a link as the tree"])
+                                     "a file as the tree", "a link as the tree", "a deep note", "one more module", "one more folder"])
 def test_a_tree_that_is_not_as_it_was_written_is_written_anew(trouble, small, cache, tmp_path):
     tree = cached_by_another(small)
     file, note, first = tree / "site/b/c/d.so", tree / "note.json", tree.stat().st_ino
@@ -235,9 +238,13 @@ def test_a_tree_that_is_not_as_it_was_written_is_written_anew(trouble, small, ca
     elif "as the tree" in trouble:
         tree.rename(tmp_path / "moved")
         tree.symlink_to(tmp_path / "moved") if "link" in trouble else tree.write_text("")
-    elif "of nothing" in trouble or "no JSON" in trouble:
+    elif trouble in NOTES:
         note.chmod(0o600)
-        note.write_text("{}" if "nothing" in trouble else "{")
+        note.write_text(NOTES[trouble])
+    elif trouble == "one more module":          # which Python would import in place of its own
+        (tree / "site/sqlite3.py").write_text("raise SystemExit('executed')")
+    elif trouble == "one more folder":
+        (tree / "site/b/__pycache__").mkdir(mode=0o700)
     else:
         place = note if "note" in trouble else tree / "lock" if "lock" in trouble else file
         place.unlink()
