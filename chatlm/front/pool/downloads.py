@@ -87,6 +87,7 @@ class Download:
         self.error = ""    # why it failed
         self.note = ""     # what remains to be done to use it
         self.served = False
+        self.usable = True  # if not, `note` says why no server like this one could serve it
         self.stays = False  # does it go on when those who follow it have left?
         self.followers = 0
         self.task: asyncio.Task | None = None
@@ -214,6 +215,7 @@ class Downloads:
             download.become("opening")
             download.note = await self.catalogue.take_in(
                 download.name, path, () if download.asked == download.name else (download.asked,))
+            download.usable = not download.note or not self.settings.serves_many
             log.info("downloaded %s%s", download.name, download.note and f": {download.note}")
             download.become("done", served=not download.note)
         except asyncio.CancelledError:

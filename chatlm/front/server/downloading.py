@@ -18,7 +18,7 @@ from chatlm.front.api.encoders import OllamaEncoder
 from chatlm.front.api.fields import header_words, json_object, parse_fields
 from chatlm.front.api.ignored import unread
 from chatlm.front.lazy import web
-from chatlm.front.pool.downloads import Downloads
+from chatlm.front.pool.downloads import Download, Downloads
 from chatlm.front.server.responses import REQUEST_LOG, json_response
 from chatlm.front.server.streams import EventStream, read_bytes
 
@@ -77,7 +77,7 @@ class DownloadRoutes:
         return json_response({
             **room, "short_names": [self._offer(offer, memory) for offer in short_offers()],
             "cached": [self._offer(offer, memory) for offer in cached],
-            "downloads": [each.body for each in self.downloads.known.values()],
+            "downloads": [public(each.body) for each in self.downloads.known.values()],
             "found": [self._offer(offer, memory) for offer in found]})
 
     async def handle_look(self, http: web.Request) -> web.Response:
@@ -149,12 +149,11 @@ class DownloadRoutes:
         download = self.downloads.start(ollama_name(values["model"]))
         async with self.downloads.following(download) as states:
             if values.get("stream", True):
-                return await stream_of(http, states, ollama_lines(), OllamaEncoder)
+                return await stream_of(http, states, ollama_lines(download), OllamaEncoder)
             async for _ in states:
                 pass
-        if download.state != "done":
-            raise RequestError(public(download.body).get("error") or "the download was cancelled", status=500,
-                               code="not_downloaded")
+        if problem := problem_of(download):
+            raise RequestError(problem, status=500, code="not_downloaded")
         return json_response({"status": "success"})
 
     async def handle_ollama_delete(self, http: web.Request) -> web.Response:
@@ -194,8 +193,16 @@ def ollama_name(name: str) -> str:
     return re.sub(r"^(https://)?(hf\.co|huggingface\.co)/|:latest$", "", name, flags=re.IGNORECASE)
 
 
-def ollama_lines() -> Callable[[dict], bytes]:
-    """An encoder of a download's states as Ollama's stream: a line for each stage and each progress."""
+def problem_of(download: Download) -> str:
+    """Why a download that has ended is of no use to who asks for it as at Ollama; "" if it is."""
+    body = public(download.body)
+    if download.state == "done":
+        return "" if download.usable else body["note"]
+    return body.get("error") or "the download was cancelled"
+
+
+def ollama_lines(download: Download) -> Callable[[dict], bytes]:
+    """An encoder of its states as Ollama's stream: a line for each stage and each progress."""
     last = ""
 
     def lines(state: dict) -> bytes:
@@ -204,8 +211,8 @@ def ollama_lines() -> Callable[[dict], bytes]:
         stages = {"waiting": "pulling manifest", "looking": "pulling manifest",
                   "downloading": f"pulling {model}", "checking": "verifying sha256 digest",
                   "opening": "writing manifest", "done": "success"}
-        if word in ("failed", "cancelled"):
-            return dump({"error": public(state).get("error", "the download was cancelled")}) + b"\n"
+        if word not in Download.RUNNING and (problem := problem_of(download)):
+            return dump({"error": problem}) + b"\n"
         status = stages[word]
         line: dict = {"status": status}
         if word == "downloading":

@@ -206,6 +206,12 @@ async def test_a_model_that_can_never_be_loaded_is_kept_and_says_why(client, hub
             last = frames(await response.read())[-1]
         assert last["state"] == "done" and not last["served"] and "it cannot be served" in last["note"] and str(hub_cache()) not in last["note"]
         assert await listed(client, url) == ["here"]
+        status, body = await call(client, "POST", url + "/api/pull", {"model": "org/large", "stream": False})
+        assert status == 500 and "it cannot be served" in body["error"]
+        async with client.post(url + "/api/pull", json={"model": "org/large"}) as response:
+            assert "it cannot be served" in json.loads((await response.text()).splitlines()[-1])["error"]
+        shown = (await call(client, "GET", url + "/models/hub"))[1]["downloads"]
+        assert shown and str(hub_cache()) not in json.dumps(shown)
         (kept,) = (await call(client, "GET", url + "/models/hub"))[1]["cached"]
         assert kept["complete"] and not kept["served"] and kept["fits"] is False
 
