@@ -157,7 +157,7 @@ from chatlm.front.server.downloading import DownloadRoutes
 from chatlm.front.server.ledger import Charge, Ledger
 from chatlm.front.server.metrics import Metrics, metrics_response
 from chatlm.front.server.page import Page
-from chatlm.front.server.recordings import GRACE_S, Recordings
+from chatlm.front.server.recordings import GRACE_S, Recording, Recordings
 from chatlm.front.server.responses import (
     REQUEST_LOG, errors_to_responses, json_response, logged, public_error, send_whole)
 from chatlm.front.server.routes import MORE_ROUTES, Api, Route, RouteTable
@@ -169,7 +169,6 @@ if TYPE_CHECKING:
     from chatlm.front.api.encode import Encoder
     from chatlm.front.pool.models import Served
     from chatlm.front.pool.pool import WorkerPool
-    from chatlm.front.server.recordings import Recording
     from chatlm.front.server.streams import Holding
 
 
@@ -283,7 +282,8 @@ class Front:
             await work.enter_async_context(aclosing(frames))
             if request.resumable:
                 owner = self.owners.of_answer(request.id, request.client)
-                recording = self.recordings.start(request.id, owner, request.client, frames, work.pop_all())
+                recording = Recording(request.id, owner, request.client, encoder.lone_failure)
+                self.recordings.start(recording, frames, work.pop_all())
                 return await self.follow(http, request.id, recording, 0)
             async with EventStream(http, request.id, encoder) as stream:
                 async for part in frames:

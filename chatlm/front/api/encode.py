@@ -144,6 +144,11 @@ class Encoder:
 
     def failed(self, error: ChatServerError) -> bytes:
         """The frames that end a stream after an error."""
+        return self.lone_failure(error)
+
+    @staticmethod
+    def lone_failure(error: ChatServerError) -> bytes:
+        """Such a frame without the answer's state, which a recording outlives."""
         return frame(error_body(error))
 
     def encode(self, event: Event) -> bytes:

@@ -122,6 +122,11 @@ class ResponsesEncoder(BlockEncoder):
         body = {"code": error.code or error.type, "message": str(error)}
         return self.response_event("failed", self.response("failed", error=body))
 
+    @staticmethod
+    def lone_failure(error: ChatServerError) -> bytes:
+        return b"event: error\n" + frame({
+            "type": "error", "code": error.code or error.type, "message": str(error), "param": error.param})
+
 
 class MessagesEncoder(BlockEncoder):
     """`/v1/messages`, Anthropic's API."""
@@ -182,7 +187,8 @@ class MessagesEncoder(BlockEncoder):
         return self.event("message_delta", delta=self.stop(), usage=self.usage_body(self.usage())) + \
             self.event("message_stop")
 
-    def failed(self, error: ChatServerError) -> bytes:
+    @staticmethod
+    def lone_failure(error: ChatServerError) -> bytes:
         return b"event: error\n" + frame(anthropic_error(error))
 
 
@@ -234,7 +240,8 @@ class OllamaEncoder(BlockEncoder):
                                [self.call_body(block) for block in choice.calls])
         yield self.line(members, **self.ended())
 
-    def failed(self, error: ChatServerError) -> bytes:
+    @staticmethod
+    def lone_failure(error: ChatServerError) -> bytes:
         return dump({"error": str(error)}) + b"\n"
 
     def without_work(self) -> bytes:

@@ -11,12 +11,12 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple, TYPE_CHECKING
 
-from chatlm.common.errors import ChatServerError, EngineFailure, RequestError, lack_of_memory, named
+from chatlm.common.errors import ChatServerError, RequestError, lack_of_memory
 from chatlm.common.messages.requests import Finished, Piece
 from chatlm.front.aio import end_tasks, supervised
 from chatlm.front.api.encode import NativeEncoder, error_body, timings_body, usage_body
 from chatlm.front.server.bodies import tokenizer_of
-from chatlm.front.server.responses import REQUEST_LOG
+from chatlm.front.server.responses import REQUEST_LOG, public_error
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -184,9 +184,7 @@ class Comparison:
                 async for event in events:
                     self.news.put_nowait((answer, event))
         except Exception as error:
-            error = lack_of_memory(error) or error
-            known = isinstance(error, ChatServerError)
-            self.news.put_nowait((answer, error if known else EngineFailure(named(error))))
+            self.news.put_nowait((answer, public_error(lack_of_memory(error) or error)))
 
     async def events(self) -> AsyncIterator[dict]:
         """{"index", "model", "token"} as answers grow, {"differs"} where one diverges from the first, the end

@@ -10,10 +10,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from functools import partial
 
 from chatlm.common.config import LIMITS
-from chatlm.common.errors import EngineFailure, RequestError
+from chatlm.common.errors import ChatServerError, EngineFailure, RequestError
 from chatlm.front.aio import end_tasks, supervised
-from chatlm.front.api.encode import error_body, frame
-
 
 GRACE_S = 30.0  # seconds a resumable answer continues without a reader
 KEPT_S = 600.0  # seconds a finished resumable answer can still be read
@@ -27,8 +25,11 @@ class Recording:
     PART = 32                          # frames compressed together
     OWN_BYTES, FRAME_BYTES = 1000, 50  # Python's overhead per recording and per frame, in bytes
 
-    def __init__(self, request_id: str, owner: str, client: str):
+    def __init__(self, request_id: str, owner: str, client: str,
+                 failure: Callable[[ChatServerError], bytes]):
+        """failure: the frame that ends a stream of the answer's API after an error."""
         self.id, self.owner, self.client = request_id, owner, client
+        self.failure = failure
         self.size, self.length = self.OWN_BYTES, 0
         self.task: asyncio.Task | None = None
         self.dropped, self.parts, self.tail = 0, [], []  # parts forgotten, parts kept, newest frames
@@ -91,7 +92,7 @@ class Recording:
                 else:
                     await self.news.wait()
         except RequestError as error:
-            yield frame(error_body(error))
+            yield self.failure(error)
 
 
 class Recordings:
@@ -115,10 +116,11 @@ class Recordings:
                                status=404, code="not_found", param="id")
         return recording
 
-    def start(self, request_id: str, owner: str, client: str, frames: AsyncIterator[bytes],
+    def start(self, recording: Recording, frames: AsyncIterator[bytes],
               work: contextlib.AsyncExitStack) -> Recording:
         """Record an answer in its own task, which closes `work` when it ends."""
-        recording = self.all[request_id] = Recording(request_id, owner, client)
+        request_id, client = recording.id, recording.client
+        self.all[request_id] = recording
         self._resize(client, recording.size)
         record = partial(self._record, recording, frames, work)
         recording.task = asyncio.create_task(supervised(f"recording {request_id}", record))
@@ -131,8 +133,8 @@ class Recordings:
                 async for part in frames:
                     self._change(recording, recording.append, part)
         except Exception:  # errors of the answer itself are already frames
-            failure = error_body(EngineFailure("the recording failed"))
-            self._change(recording, recording.append, frame(failure))
+            failure = recording.failure(EngineFailure("the recording failed"))
+            self._change(recording, recording.append, failure)
             raise
         finally:
             self.all[recording.id] = self.all.pop(recording.id)

@@ -566,6 +566,14 @@ async def test_one_answer_of_a_comparison_is_cancelled_alone_and_a_client_that_l
         await pool.until_open(0)
 
 
+async def test_a_comparison_tells_clients_no_more_of_a_fault_than_other_routes(client):
+    async with serving(FakePool(["a ", KeyError("inside")])) as url:
+        async with client.post(url + "/v1/compare", json=conversation() | {"variants": [{}, {"seed": 1}]}) as response:
+            text = await response.text()
+        assert response.status == 200 and "KeyError" not in text and "inside" not in text
+        assert {end["error"]["message"] for end in frames(text.encode())[-1]["answers"]} == {"internal error; the server's log has the details"}
+
+
 async def test_an_answer_stops_thinking_and_goes_on(client):
     pool = FakePool(gate=asyncio.Event())
     async with serving(pool) as url:

@@ -14,10 +14,13 @@ import pytest
 from chatlm.common import config
 from chatlm.common.config import LIMITS, Settings, read_api_keys
 from chatlm.common.errors import Overloaded
+from chatlm.front.api.encode import NativeEncoder
+from chatlm.front.api.encode_openai import OpenAIEncoder
+from chatlm.front.api.encoders import MessagesEncoder, ResponsesEncoder
 from chatlm.front.lazy import web
 from chatlm.front.server import recordings as server_recordings
 from chatlm.front.server.access import Access
-from chatlm.front.server.recordings import Recordings
+from chatlm.front.server.recordings import Recording, Recordings
 from fake_pool import FakePool, conversation, serving
 from patching import patch
 
@@ -374,13 +377,31 @@ async def test_a_client_that_leaves_at_the_very_end_is_no_error_in_the_log(clien
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
+@pytest.mark.parametrize("encoder, members", [
+    (NativeEncoder, {"error"}), (OpenAIEncoder, {"error"}), (MessagesEncoder, {"type", "error"}), (ResponsesEncoder, {"type", "code", "message", "param"})])
+async def test_a_recording_ends_after_an_error_as_streams_of_its_api_do(encoder, members):
+    async def frames():
+        yield b'data: {"token": "one"}\n\n'
+        raise ZeroDivisionError("a fault")
+
+    recording = Recordings().start(Recording("some-id", "", "", encoder.lone_failure), frames(), contextlib.AsyncExitStack())
+    _, last = b"".join([part async for part in recording.follow(0)]).decode().split("\n\n")[:2]
+    body = json.loads(last.partition("data: ")[2])
+    assert body.keys() == members and "the recording failed" in str(body) and "fault" not in last
+    assert ("event: error" in last) == ("type" in members)
+    gone = Recording("some-id", "", "", encoder.lone_failure)
+    gone.dropped = 1        # its oldest part is no longer kept
+    [late] = [part async for part in gone.follow(0)]
+    assert json.loads(late.decode().partition("data: ")[2]).keys() == members
+
+
 async def test_a_recording_that_breaks_off_says_so_to_its_reader_and_in_the_log(caplog):
     async def frames():
         yield b'data: {"token": "one"}\n\n'
         raise ZeroDivisionError("a fault")
 
     recordings = Recordings()
-    recording = recordings.start("some-id", "", "", frames(), contextlib.AsyncExitStack())
+    recording = recordings.start(Recording("some-id", "", "", NativeEncoder.lone_failure), frames(), contextlib.AsyncExitStack())
     text = b"".join([part async for part in recording.follow(0)]).decode()
     assert text.startswith('id: 0\ndata: {"token": "one"}\n\nid: 1\ndata: {"error": ')
     assert "the recording failed" in text
