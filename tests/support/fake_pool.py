@@ -62,7 +62,7 @@ class FakePool:
     source = None       # where its files are
     own_sampling, continues, ends_thinking, chats = ({}, ""), True, True, True
     sees = False
-    supervisor = SimpleNamespace(card=SimpleNamespace(facts=ModelFacts("llama", "gguf", 134_515_008, "q4_1", 98_000_000, 576, 30), longest=4096))
+    supervisor = SimpleNamespace(ready_workers=(), card=SimpleNamespace(facts=ModelFacts("llama", "gguf", 134_515_008, "q4_1", 98_000_000, 576, 30), longest=4096))
     adapters = SimpleNamespace(serving={}, gone=set(), nbytes=0)
     dispatcher = SimpleNamespace(wanted=SimpleNamespace(is_set=lambda: True))
     prompts = PromptMaker(tokenizer, context_length, run=run_in_thread_if_long)

@@ -250,14 +250,22 @@ class Ledger:
 
     def checked(self, request: Request) -> bool:
         """over_budget; a header of the response then says so."""
-        if over := self.over_budget(request):
+        if over := self.over_budget(request.client):
             REQUEST_LOG.get().headers["X-Over-Budget"] = f"background; renewed in {seconds_to_midnight()} s"
         return over
 
-    def over_budget(self, request: Request) -> bool:
-        """Must this request wait in the background, since its key has used its tokens of today? Overloaded
-        if the key is to be refused then."""
-        key = self.key_of(request.client)
+    def wait_s(self, client: str) -> int:
+        """Seconds until a client may ask again whose key is refused now; 0: it may ask."""
+        try:
+            self.over_budget(client)
+        except Overloaded as error:
+            return max(error.retry_after_s, 1)
+        return 0
+
+    def over_budget(self, client: str) -> bool:
+        """Must a request of this client wait in the background, since its key has used its tokens of today?
+        Overloaded if the key is to be refused then."""
+        key = self.key_of(client)
         if not key or key.tokens_per_day is None or (
                 self.used[today(), key.name] + self.reserved(key) < key.tokens_per_day):
             return False

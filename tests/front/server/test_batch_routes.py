@@ -386,6 +386,32 @@ def test_a_batch_that_fails_is_tried_again_until_it_can_go_on(model, tmp_path):
         check_charges(tmp_path / "a.db", whole, 2)
 
 
+def test_the_batch_of_a_key_without_budget_waits_and_holds_no_other_up(model, tmp_path):
+    """Its lines wait without a slot; with tokens again they are answered, to the byte as others'."""
+    def keys(tokens):
+        (tmp_path / "keys").write_text(f"broke: first-key tokens-per-day={tokens} over-budget=refuse\nfree: second-key\n")
+        (tmp_path / "keys").chmod(0o600)
+        return "--api-key-file", tmp_path / "keys", "--max-batch", "2"
+    lines = [ask_line(str(number), f"Tell me about {number}") for number in range(40)]
+    with batching(model, tmp_path / "a.db", *keys(0)) as (_, client):
+        client = client.with_options(api_key="first-key")
+        waiting, cancelled = begun(client, lines), begun(client, lines)
+        other = client.with_options(api_key="second-key")
+        assert ended(other, begun(other, lines[:3])).request_counts.completed == 3
+        client.batches.cancel(cancelled.id)
+        assert ended(client, cancelled).request_counts.completed == client.batches.retrieve(waiting.id).request_counts.completed == 0
+    with batching(model, tmp_path / "a.db", *keys(0)) as (_, client):       # it waits on after a restart
+        other = client.with_options(api_key="second-key")
+        free = ended(other, begun(other, lines))
+        answers = other.files.content(free.output_file_id).content
+        assert client.with_options(api_key="first-key").batches.retrieve(waiting.id).status == "in_progress"
+    with batching(model, tmp_path / "a.db", *keys(10**9)) as (_, client):
+        client = client.with_options(api_key="first-key")
+        done = client.files.content(ended(client, waiting).output_file_id).content.splitlines()
+        created = [json.loads(content[0])["response"]["body"]["created"] for content in (done, answers.splitlines())]
+        assert [line.replace(b'"created": %d' % created[0], b'"created": %d' % created[1]) for line in done] == answers.splitlines()
+
+
 def test_a_cancelled_batch_costs_what_its_output_has(model, tmp_path):
     for number in range(3):
         with batching(model, tmp_path / f"{number}.db") as (process, client):
