@@ -146,7 +146,7 @@ class Dispatcher:
         follow = bool(request.score_from)  # do others wait until the first has cached what they share?
         try:
             self._submit([heads.popleft() for _ in range(min(len(heads), 1 if follow else LIMITS.choices))])
-            yield Accepted(sum(map(len, prompts)))
+            yield Accepted(sum(map(len, prompts)), tuple(map(len, prompts)))
             others = {job.choice: jobs[job.choice + 1:job.choice + request.n] for job in jobs[::request.n]}
             turn_s, left = time.monotonic(), len(jobs)
             while left:
@@ -337,6 +337,13 @@ class Dispatcher:
         jobs = [job for job in self.jobs.values() if job.request.id == request_id]
         self.fail(RequestError("the request was cancelled", status=499, code="cancelled"), *jobs)
         return bool(jobs)
+
+    def cut(self, request_id: str, choice: int, cause: str):
+        """End one answer of a request where it is: it has the tokens that its reader has got, or will."""
+        for job in [job for job in self.jobs.values()
+                    if job.request.id == request_id and job.choice == choice]:
+            job.cut(cause)
+            self._abandon(job)
 
     async def end_thinking(self, request_id: str) -> bool:
         """End the reasoning of a request's answers, which then continue; False if none is thinking now."""

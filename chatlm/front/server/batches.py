@@ -29,7 +29,7 @@ from chatlm.front.server.batch_turns import Lane, Turns, WaitingLine
 from chatlm.front.server.bodies import Body, known_of, tokenizer_of
 from chatlm.front.server.files import FileRoutes
 from chatlm.front.server.kept import asked, now_s, paged, read_small_object, stored
-from chatlm.front.server.ledger import Amount, Charge, Ledger, write
+from chatlm.front.server.ledger import Amount, Charge, Ledger, claim_of, write
 from chatlm.front.server.responses import REQUEST_LOG, json_response, public_error
 from chatlm.front.server.routes import AFTER, LIMIT
 from chatlm.front.server.streams import Holding
@@ -337,23 +337,28 @@ class BatchWorker:
 
     async def _answer_one(self, mine: UnderWay, line: WaitingLine):
         """Answer and record a line. Overloaded if there is no room for it now."""
-        batch, number = mine.batch, line.number
+        charges = list[Charge]()
         with Holding(self.bodies.budget, mine.client) as holding:
             if line.bytes > LIMITS.inline_bytes:
                 holding.keep(line.bytes)
-            row = await self._stored(partial(batches.line, batch=batch, number=number))
-            charges = list[Charge]()
-            problem = row.problem or (row.url != batch.endpoint and batches.wrong_url(
-                number, row.url or "", batch.endpoint))
-            if problem:
-                text = result_of_bad_line(number, RequestError(problem, code="invalid_line"), row.custom_id)
-                status = 400
-            else:
-                status, body = await self._answer(row, mine, charges)
-                answered = Line(number, row.custom_id or "", batch.endpoint, {},
-                                line_id(number, row.text.strip()))
-                text = result_of(answered, status, body)
-            await self._record(batch, (number, encoded(text), status != 200), charges)
+            row = await self._stored(partial(batches.line, batch=mine.batch, number=line.number))
+            try:
+                await self._record(mine.batch, await self._result(row, mine, charges), charges)
+            finally:
+                for charge in charges:
+                    self.ledger.release(charge)
+
+    async def _result(self, row: Row, mine: UnderWay, charges: list[Charge]) -> tuple[int, bytes, bool]:
+        """(number, text, whether it is an error) of a line's result."""
+        endpoint = mine.batch.endpoint
+        problem = row.problem or (row.url != endpoint and batches.wrong_url(
+            row.number, row.url or "", endpoint))
+        if problem:
+            error = RequestError(problem, code="invalid_line")
+            return row.number, encoded(result_of_bad_line(row.number, error, row.custom_id)), True
+        status, body = await self._answer(row, mine, charges)
+        line = Line(row.number, row.custom_id or "", endpoint, {}, line_id(row.number, row.text.strip()))
+        return row.number, encoded(result_of(line, status, body)), status != 200
 
     async def _record(self, batch: Batch, result: tuple[int, bytes, bool], charges: Seq[Charge]):
         """Note a result and what it used, at once: so a line that is answered again after a crash is charged
@@ -397,15 +402,22 @@ class BatchWorker:
         # its own id: two batches may have the same line
         request = replace(request, id=secrets.token_hex(16), params=params, low_priority=True)
         del parsed
-        self.ledger.over_budget(client)  # Overloaded for a key that is refused then: its lines wait
-        async with self.answering(served.pool, request, served.name, later=(own := [])) as (_, events):
-            async for event in events:
-                if not isinstance(event, PromptProgress):
-                    try:
-                        holding.grow(encoder.collect(event))
-                    except Overloaded as error:  # it may never fit
-                        raise EngineFailure(str(error)) from None
-        charges += own  # a try that failed costs nothing
+        # Overloaded for a key that is refused then: its lines wait
+        self.ledger.over_budget(client, [claim_of(request, served.pool.context_length)])
+        own = list[Charge]()
+        try:
+            async with self.answering(served.pool, request, served.name, later=own) as (_, events):
+                async for event in events:
+                    if not isinstance(event, PromptProgress):
+                        try:
+                            holding.grow(encoder.collect(event))
+                        except Overloaded as error:  # it may never fit
+                            raise EngineFailure(str(error)) from None
+        except BaseException:
+            for charge in own:  # a try that failed costs nothing
+                self.ledger.release(charge)
+            raise
+        charges += own
         whole = b"".join(encoder.completion())
         return lasting_body(await asyncio.to_thread(json.loads, whole) if len(whole) > LIMITS.inline_bytes
                             else json.loads(whole), created)

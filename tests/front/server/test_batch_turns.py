@@ -198,14 +198,14 @@ class Place:
     def __init__(self, url, store, settings):
         self.url, self.store, self.settings = url, store, settings
 
-    async def begun(self, client, model, count, max_tokens=5):
+    async def begun(self, client, model, count, max_tokens=5, n=1):
         """A batch of `count` lines, put into the store; returns its name."""
         def create(connection):
             owner = Owners(self.settings).of_texts(client)
             source = files.create(connection, owner, "in.jsonl", "batch", 1)
             rows = [Row(number, json.dumps({
                 "custom_id": str(number), "method": "POST", "url": CHAT, "body": {
-                    "model": model, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": max_tokens}}).encode() + b"\n", str(number), CHAT, model)
+                    "model": model, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": max_tokens, "n": n}}).encode() + b"\n", str(number), CHAT, model)
                 for number in range(1, count + 1)]
             files.add_lines(connection, source.id, rows)
             connection.execute("UPDATE files SET state = 1 WHERE id = ?", (source.id,))
@@ -221,10 +221,17 @@ class Place:
             await asyncio.sleep(0.01)
         return found
 
-    async def post(self, path, key):
+    async def lines(self, name):
+        return await self.store.run(lambda connection: [text for text, in connection.execute(
+            "SELECT text FROM lines WHERE file = ? ORDER BY number", (files.named(connection, name).id,))])
+
+    async def get(self, path, key, method="GET"):
         async with aiohttp.ClientSession(self.url) as session:
-            async with session.post(path, headers={"Authorization": f"Bearer {key}"}) as response:
+            async with session.request(method, path, headers={"Authorization": f"Bearer {key}"}) as response:
                 return response.status, await response.json()
+
+    async def post(self, path, key):
+        return await self.get(path, key, "POST")
 
 
 @contextlib.asynccontextmanager
@@ -309,3 +316,22 @@ async def test_nothing_is_tried_in_a_loop_while_batches_wait(tmp_path, monkeypat
     owner_of = Owners(settings).of_texts
     # a lane that is refused has tried with what had a slot; then it rests
     assert owner_of("broke") not in reads and reads.count(owner_of("refused")) <= 20 * 8
+
+
+@pytest.mark.parametrize("max_tokens, n", [(None, 1), (600, 1), (600, 3)])
+async def test_a_batch_passes_its_key_s_budget_by_one_answer_and_its_lines_are_whole(tmp_path, max_tokens, n):
+    """An answer without max_tokens is not cut in a batch, whose files must not depend on the moment: it gives way, and is asked for again."""
+    broke = key_called("broke", tokens_per_day=3000, refused=True)
+    pool = pool_called("open", pieces=["a"] * 500)
+    async with place_of(tmp_path / "store.db", Settings(keys=(broke,)), pool) as place:
+        name = await place.begun("broke", "open", 100, max_tokens, n)
+        place.wake_up()
+        budget = {"used_today": 0, "reserved": 1}
+        while budget["used_today"] < 3000 - (n - 1) * 600 - 7 or budget["reserved"]:
+            _, found = await place.get("/v1/usage", "broke")
+            budget = found["budget"]
+        assert budget["used_today"] < 3000 + 500 and pool.open == 0
+        batch = await place.batch(name)
+        assert batch.completed * (7 + 500 * n) == budget["used_today"] and batch.failed == 0
+        bodies = [json.loads(line)["response"]["body"] for line in await place.lines(batch.output)]
+        assert {choice["finish_reason"] for body in bodies for choice in body["choices"]} == {"stop"}
