@@ -442,6 +442,17 @@ def test_the_ids_of_calls_and_items_follow_from_the_line(running):
         running.responses.retrieve(found["response"]["body"]["id"])
 
 
+def test_what_was_drafted_is_not_in_a_batch_s_output(running):
+    """It depends on what was said and measured before: an answer to the same question has it, where it is shown."""
+    body = ask_line("a", "one two three " * 20, max_tokens=60, temperature=0, ignore_eos=True, logprobs=True)["body"]
+    batch = begun(running, [{"custom_id": str(number), "method": "POST", "url": "/v1/chat/completions", "body": body} for number in range(4)])
+    whole = running.files.content(ended(running, batch).output_file_id).content
+    shown = running.post("/chat/completions", body=body, cast_to=object)
+    tokens = [{name: value for name, value in token.items() if name != "drafted"} for token in shown["choices"][0]["logprobs"]["content"]]
+    assert len(tokens) == 60 and "drafted" in str(shown) and b"drafted" not in whole
+    assert all(json.loads(line)["response"]["body"]["choices"][0]["logprobs"]["content"] == tokens for line in whole.splitlines())
+
+
 @pytest.mark.parametrize("name", ["previous_response_id", "conversation"])
 def test_a_line_continues_no_response(running, name):
     lines = [{"custom_id": "a", "method": "POST", "url": "/v1/responses", "body": {"input": "Hi", name: "x"}}]
