@@ -1,6 +1,7 @@
 """/v1/files and /v1/batches: OpenAI's client uses them unchanged, and no line is lost or answered twice."""
 
 import json
+import random
 import re
 import resource
 import signal
@@ -18,6 +19,7 @@ import openai
 import psutil
 import pytest
 
+from chatlm.front.server.files import requests_of
 from real_server import SCRIPT, post, server, wait_for
 
 
@@ -85,7 +87,8 @@ def test_bad_lines_are_errors_and_the_others_run(running):
              ask_line("e", url="/v1/files"), {"custom_id": "f", "url": "/v1/completions", "body": {"prompt": "x"}}, ask_line("g", "x" * 100_000), ask_line("h")]
     file = running.files.create(file=("in.jsonl", jsonl(lines)), purpose="batch")
     assert "6 of 10 lines" in file.status_details and "line 3: is not JSON" in file.status_details
-    assert running.files.content(file.id).content == jsonl(lines) and file.bytes == len(jsonl(lines))
+    kept = jsonl(line for line in lines if line)        # without the blank one, which counts all the same
+    assert running.files.content(file.id).content == kept and file.bytes == len(kept)
     batch = ended(running, running.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h"))
     counts = batch.request_counts
     assert (batch.status, counts.total, counts.completed, counts.failed) == ("completed", 10, 2, 8)
@@ -103,13 +106,36 @@ def test_the_bytes_of_a_line_make_it_an_error_line_alone(running):
     lines = [b"\xef\xbb\xbf" + good[0], b"", b"\xff" + good[0], half, b" \t" + good[1] + b" \r", good[1], json.dumps(ask_line("f")).encode("utf-16"),
              json.dumps(ask_line("g", "x" * 200_000, temperature=99)).encode(), b"\0\0", b"[" * 200_000, good[2]]
     file = running.files.create(file=("in.jsonl", b"\n".join(lines)), purpose="batch")
-    assert running.files.content(file.id).content == b"\n".join(lines) and file.status_details.startswith("7 of 10 lines cannot be run")
+    assert running.files.content(file.id).content == b"\n".join(line for line in lines if line) and file.status_details.startswith("7 of 10 lines cannot be run")
     batch = ended(running, running.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h"))
     assert [found["custom_id"] for found in results(running, batch.output_file_id)] == ["b\0\x1b[1m\u202e\r\n", "c", "d"]
     said = [(found["custom_id"], (found["error"] or found["response"]["body"]["error"])["message"]) for found in results(running, batch.error_file_id)]
     assert said == [(None, "line 3: is not JSON in UTF-8"), (None, "line 4: custom_id must be a text of at most 512 characters"), ("c", 'line 6: an earlier line has its custom_id, "c"'),
                     (None, "line 7: is not JSON in UTF-8"), ("g", "temperature must be a finite number from 0 to 2, not 99"),
                     (None, "line 9: is not JSON in UTF-8"), (None, "line 10: is not JSON in UTF-8")]
+
+
+def test_blank_lines_are_found_as_a_plain_split_finds_them():
+    dice = random.Random(5)
+    for _ in range(2000):
+        data = b"".join(dice.choice((b"\n", b"\n", b" ", b"\r\n", b"\t", b"\x0b\x0c", b"a", b"{}", b"\x1c", b"\xa0", b"\0")) for _ in range(dice.randrange(1, 30)))
+        plain = [line + b"\n" for line in data.split(b"\n")]
+        plain[-1] = plain[-1][:-1]
+        assert requests_of(data, 7) == [(number, line) for number, line in enumerate(plain, 7) if line.strip()]
+
+
+def test_blank_lines_are_counted_and_never_stored(model, tmp_path):
+    """Six million of them, and lines of blanks, before, between and after two requests."""
+    lines = [json.dumps(ask_line(name, max_tokens=1)).encode() for name in "ab"]
+    blank = b"\n" * (3 << 20)
+    with batching(model, tmp_path / "a.db") as (_, client):
+        data = blank + lines[0] + b"\n" + (b" " * 999 + b"\r\n") * 1000 + b"no json\n" + blank + lines[1] + b"\n\n \n"
+        file = client.files.create(file=("in.jsonl", data), purpose="batch")
+        assert file.bytes == sum(map(len, lines)) + 10 and file.status_details == f"1 of 3 lines cannot be run as they are; the first: line {(3 << 20) + 1002:,}: is not JSON in UTF-8"
+        assert client.files.content(file.id).content == lines[0] + b"\nno json\n" + lines[1] + b"\n" and rows_of(tmp_path / "a.db")[1] == 3
+        batch = ended(client, client.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h"))
+        assert [found["custom_id"] for found in results(client, batch.output_file_id)] == ["a", "b"]
+        assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 4 << 20
 
 
 def test_a_name_that_no_text_can_be_is_refused(running):
