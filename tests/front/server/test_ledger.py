@@ -275,6 +275,30 @@ def test_a_bad_line_is_one_error_that_names_line_and_field_and_never_the_key(tmp
     assert "line 2" in str(error.value) and words in str(error.value) and "SECRET" not in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("lines, words", [
+    (("bob: a tokens-per-day=5", "bob: b"), 'line 2: the key\'s name, "bob", is also that of --api-key-file'),
+    (("bob: a models=x,y", "carol: c", "bob: b models=x"), "another models="), (("bob: a role=admin", "bob: b"), "another role="),
+    (("bob: a tokens-per-day=5", "bob: b tokens-per-day=5 over-budget=refuse"), "another over-budget="),
+    (("SECRET", "line-1: b role=admin"), "line 2: the key's name"), (("SECRET", "SECRET role=admin"), "line 2: the key is that of --api-key-file"),
+    (("bob: SECRET", "carol: SECRET"), 'where it has the name "bob"'), (("bob: SECRET", "carol: SECRET tokens-per-day=1"), "another tokens-per-day=")])
+def test_what_is_said_twice_of_a_name_or_a_key_is_refused_if_it_differs(tmp_path, lines, words):
+    with pytest.raises(ConfigError) as error:
+        keys_of(tmp_path, *lines)
+    assert words in str(error.value) and "SECRET" not in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_key_of_the_command_line_does_not_lift_the_limits_that_the_file_gives_it(tmp_path):
+    (tmp_path / "keys").write_text("bob: SECRET tokens-per-day=5")
+    (tmp_path / "keys").chmod(0o600)
+    with pytest.raises(ConfigError, match="line 1: the key is that of --api-key number 1, with another tokens-per-day="):
+        read_api_keys(["SECRET"], str(tmp_path / "keys"))
+
+
+def test_a_name_may_have_several_keys_with_the_same_fields(tmp_path):
+    found = keys_of(tmp_path, "bob: a models=x,y tokens-per-day=5", "bob: b tokens-per-day=5 models=y,x", "c", "c")
+    assert [key.name for key in found] == ["bob", "bob", "line-3", "line-4"]
+
+
 @pytest.mark.parametrize("name", ["a\x1b[31m", "a\x00b", "a\x7f", "\u202eevil"])
 def test_a_name_that_cannot_be_shown_is_refused(tmp_path, name):
     with pytest.raises(ConfigError, match="line 1: the key's name has characters that cannot be shown"):
