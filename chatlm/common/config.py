@@ -588,9 +588,9 @@ def refuse_ambiguous(found: Iterable[tuple[str, ApiKey]]):
     for place, key in found:
         first_place, first = by_name.setdefault(key.name, (place, key))
         if different := different_fields(first, key):
-            raise ConfigError(f"{place}: the key's name, {shown(key.name)}, is also that of {first_place}, with "
-                              f"another {different}=: what has one name has one budget and the same rights; "
-                              "give both the same fields, or different names")
+            raise ConfigError(f"{place}: the key's name, {shown(key.name)}, is also that of {first_place}, "
+                              f"with another {different}=: what has one name has one budget and the same "
+                              "rights; give both the same fields, or different names")
         first_place, first = by_digest.setdefault(key.digest, (place, key))
         if different := different_fields(first, key):
             raise ConfigError(f"{place}: the key is that of {first_place}, with another {different}=: "

@@ -4,11 +4,14 @@ A line that is under way has a slot. One that is refused (its key's budget is us
 is short) gives its slot back and waits here; it costs nothing until it may try again.
 
 - Each model has slots of its own: a model that never gets memory holds up its own lines alone.
+- A client without a line under way on a model may begin one though all its slots are taken: the answers that
+  have these may take an hour. NEWCOMERS may do so at a time.
 - A free slot goes to the client with the fewest lines under way on that model, and among these to the one
   that has waited longest. Each client's batches take turns.
 - A lane that was refused tries again with one line. Each line that ends lets one more begin.
 
-So a client without a refusal waits at most until as many lines have ended as there are other clients."""
+So a client without a refusal begins at once, or waits at most until as many lines have ended as there are
+other clients. In the pool its lines then take their share of the rows (`Dispatcher`)."""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 
+NEWCOMERS = 8
 LEAST_REST_S = 0.5    # after a refusal: what is refused at once must not be tried in a loop
 LONGEST_REST_S = 30.0  # until it is tried again in any case: the clock may have been set
 
@@ -97,15 +101,16 @@ class Turns:
     def _eligible(self) -> Iterator[Lane]:
         """The lanes that may begin a line now."""
         now_s = self.clock()
-        full: dict[str, bool] = {}
+        room: dict[str, int] = {}
         for client, lanes in self.lanes.items():
             ready = [lane for lane in lanes.values() if lane.may_begin(now_s)]
             if not ready or self.blocked_s(client) > 0:
                 continue
             for lane in ready:
-                if lane.model not in full:
-                    full[lane.model] = self.of_model[lane.model] >= self.room(lane.model)
-                if not full[lane.model]:
+                if lane.model not in room:
+                    room[lane.model] = self.room(lane.model) - self.of_model[lane.model]
+                newcomer = not self.running[lane.model, client]
+                if room[lane.model] > -NEWCOMERS * newcomer:
                     yield lane
 
     def _count(self, lane: Lane, change: int):

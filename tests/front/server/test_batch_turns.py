@@ -15,7 +15,7 @@ from chatlm.common.errors import Overloaded
 from chatlm.front.pool.catalogue import Catalogue
 from chatlm.front.server import access, connections
 from chatlm.front.server.access import Owners
-from chatlm.front.server.batch_turns import LEAST_REST_S, LONGEST_REST_S, Turns, WaitingLine
+from chatlm.front.server.batch_turns import LEAST_REST_S, LONGEST_REST_S, NEWCOMERS, Turns, WaitingLine
 from chatlm.front.store import batches, files
 from chatlm.front.store.files import Row
 from chatlm.front.store.store import Store
@@ -125,6 +125,27 @@ def test_a_client_that_comes_has_its_turn_after_at_most_one_line_of_each_other()
     while not any(client == "late" for client, *_ in server.done):
         server.step()
     assert len(server.done) - ended <= 4 + 2 * 5, "it waited longer than for those before it"
+
+
+def test_a_client_begins_though_another_has_all_slots_for_hours():
+    turns = Turns(lambda model: 4, lambda client: 0, lambda: 0.0)
+    for number in range(50):
+        turns.add("long", "b", "m", WaitingLine(number, 1))
+    assert [turns.take() is not None for _ in range(5)] == [True] * 4 + [False]
+    for client in range(20):
+        for number in range(3):
+            turns.add(f"new {client}", f"b{client}", "m", WaitingLine(number, 1))
+    begun = []
+    while taken := turns.take():
+        begun.append(taken[0])
+    assert len(begun) == NEWCOMERS == len({lane.client for lane in begun})
+    done = 0
+    while begun:        # all of theirs end; the long one's never do
+        turns.end(begun.pop(0))
+        done += 1
+        if taken := turns.take():
+            begun.append(taken[0])
+    assert done == 20 * 3 and turns.of_model["m"] == 4
 
 
 def test_new_batches_of_one_client_do_not_keep_another_out():
