@@ -403,7 +403,7 @@ class BatchWorker:
         request = replace(request, id=secrets.token_hex(16), params=params, low_priority=True)
         del parsed
         # Overloaded for a key that is refused then: its lines wait
-        self.ledger.over_budget(client, [claim_of(request, served.pool.context_length)])
+        self.ledger.check_line(client, [claim_of(request, served.pool.context_length)])
         own = list[Charge]()
         try:
             async with self.answering(served.pool, request, served.name, later=own) as (_, events):

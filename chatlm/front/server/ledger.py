@@ -342,9 +342,9 @@ class Ledger:
         return over
 
     def wait_s(self, client: str) -> int:
-        """Seconds until a client may ask again whose key is refused now; 0: it may ask."""
+        """Seconds until a line of a batch may begin whose key is refused now; 0: it may begin."""
         try:
-            self.over_budget(client)
+            self.check_line(client)
         except Overloaded as error:
             return max(error.retry_after_s, 1)
         return 0
@@ -359,6 +359,18 @@ class Ledger:
         if key.refused:
             raise self._refusal(key, beyond_one(claims))
         return True
+
+    def check_line(self, client: str, claims: Seq[Claim] = ()):
+        """Overloaded if a line of a batch must wait, since its key is refused now. Lines, which may wait long
+        in the background, begin only while half of what is left today is free, or nothing else runs: else a
+        batch would keep the other requests of its key out until its end."""
+        self.over_budget(client, claims)
+        key = self.key_of(client)
+        if not key or not key.refused or key.tokens_per_day is None:
+            return
+        reserved, left = self.reserved(key), key.tokens_per_day - self.used[today(), key.name]
+        if reserved and reserved + beyond_one(claims) >= left // 2:
+            raise self._refusal(key, beyond_one(claims))
 
     def check_prompt(self, charge: Charge):
         """Overloaded if the prompts of a request, which are counted now, do not fit into what those before it

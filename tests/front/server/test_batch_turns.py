@@ -356,3 +356,19 @@ async def test_a_batch_passes_its_key_s_budget_by_one_answer_and_its_lines_are_w
         assert batch.completed * (7 + 500 * n) == budget["used_today"] and batch.failed == 0
         bodies = [json.loads(line)["response"]["body"] for line in await place.lines(batch.output)]
         assert {choice["finish_reason"] for body in bodies for choice in body["choices"]} == {"stop"}
+
+
+async def test_a_batch_leaves_half_of_what_is_left_to_the_other_requests_of_its_key(tmp_path):
+    pool = pool_called("open", gate=asyncio.Event())
+    settings = Settings(keys=(key_called("k", tokens_per_day=3000, refused=True),))
+    async with place_of(tmp_path / "store.db", settings, pool) as place:
+        name = await place.begun("k", "open", 50, 300)
+        place.wake_up()
+        await pool.until_open(5)        # each takes 307 tokens
+        async with aiohttp.ClientSession(place.url, headers={"Authorization": "Bearer k"}) as session:
+            body = {"model": "open", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 300}
+            asking = asyncio.ensure_future(session.post(CHAT, json=body))
+            await pool.until_open(6)
+            pool.gate.set()
+            assert (await asking).status == 200
+        assert (await place.until(name, lambda batch: batch.status == "completed")).completed == 50
