@@ -409,10 +409,7 @@ class BatchWorker:
             async with self.answering(served.pool, request, served.name, later=own) as (_, events):
                 async for event in events:
                     if not isinstance(event, PromptProgress):
-                        try:
-                            holding.grow(encoder.collect(event))
-                        except Overloaded as error:  # it may never fit
-                            raise EngineFailure(str(error)) from None
+                        self._hold_more(holding, encoder.collect(event), len(row.text))
         except BaseException:
             for charge in own:  # a try that failed costs nothing
                 self.ledger.release(charge)
@@ -421,6 +418,18 @@ class BatchWorker:
         whole = b"".join(encoder.completion())
         return lasting_body(await asyncio.to_thread(json.loads, whole) if len(whole) > LIMITS.inline_bytes
                             else json.loads(whole), created)
+
+    @staticmethod
+    def _hold_more(holding: Holding, size: int, line_bytes: int):
+        """An answer has `size` bytes more. Overloaded if others hold the memory for them, EngineFailure if
+        there is not enough for this line alone: its result does not depend on the moment."""
+        try:
+            holding.grow(size)
+        except Overloaded as error:
+            text = line_bytes if line_bytes > LIMITS.inline_bytes else 0
+            if holding.size + size + text > holding.budget.of_one:
+                raise EngineFailure(str(error)) from None
+            raise
 
     async def _read(self, row: Row, client: str, holding: Holding) -> tuple[Served, ParsedBody]:
         """What a line asks for, of which model. RequestError as its route raises it."""

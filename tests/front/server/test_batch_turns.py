@@ -264,7 +264,7 @@ async def place_of(path, settings, *pools):
         front = app.on_startup[-1].__self__
         async with connections.serving(app, listener):
             place = Place(f"http://127.0.0.1:{listener.getsockname()[1]}", store, settings)
-            place.wake_up = front.wake_up
+            place.wake_up, place.memory = front.wake_up, front.bodies.budget
             yield place
 
 
@@ -372,3 +372,15 @@ async def test_a_batch_leaves_half_of_what_is_left_to_the_other_requests_of_its_
             pool.gate.set()
             assert (await asking).status == 200
         assert (await place.until(name, lambda batch: batch.status == "completed")).completed == 50
+
+
+async def test_whether_an_answer_fits_into_memory_does_not_depend_on_the_others(tmp_path):
+    """Those that fit alone are asked for again until they do; one that never does is an error each time."""
+    settings = Settings(keys=(key_called("k"), key_called("l")))
+    fits, large = pool_called("fits", pieces=["a" * 50_000] * 3), pool_called("large", pieces=["a" * 50_000] * 9)
+    async with place_of(tmp_path / "store.db", settings, fits, large) as place:
+        place.memory.of_one = 200_000        # what one client may hold: two answers of the one kind, none of the other
+        names = [await place.begun("k", "fits", 30), await place.begun("k", "large", 3), await place.begun("l", "fits", 30)]
+        place.wake_up()
+        counts = [(batch.completed, batch.failed) for batch in [await place.until(name, lambda batch: batch.status == "completed") for name in names]]
+        assert counts == [(30, 0), (0, 3), (30, 0)] and place.memory.used == 0
