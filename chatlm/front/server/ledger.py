@@ -279,7 +279,8 @@ class Ledger:
             yield
         finally:
             for request_id, charge in pledges.items():
-                if self.pledges.pop(request_id, None):
+                if self.pledges.get(request_id) is charge:  # it has not begun
+                    del self.pledges[request_id]
                     self.release(charge)
 
     def release(self, charge: Charge):
