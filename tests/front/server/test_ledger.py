@@ -387,6 +387,20 @@ async def test_a_comparison_is_reserved_whole_before_any_of_its_answers_begins(t
         assert found["budget"] == found["budget"] | {"used_today": 4 * 10, "reserved": 0}
 
 
+async def test_prompts_that_do_not_fit_into_what_is_left_are_refused_before_they_cost_anything(tmp_path):
+    keys = keys_of(tmp_path, "bob: b tokens-per-day=12 over-budget=refuse", "alice: a tokens-per-day=12")
+    pool = FakePool()
+    async with serving(pool, Settings(keys=keys)) as url, client_of(url) as call:
+        for stream in (False, True):
+            for key, last in (("b", 429), ("a", 200)):
+                response, _ = await call("/v1/completions", key, {"prompt": "x", "max_tokens": 3, "stream": stream})
+                assert response.status == (last if stream else 200)
+        _, text = await call("/v1/completions", "b", {"prompt": "x", "max_tokens": 3})
+        assert b"has 2 of its 12 tokens of today (UTC) left, and this request may take 7 besides its longest answer" in text
+        assert (await usage(call, "b"))["budget"] | {"renewed_in_s": 0} == {"tokens_per_day": 12, "used_today": 10, "reserved": 0, "over_budget": "refuse", "renewed_in_s": 0}
+        assert (await usage(call, "b"))["total"]["requests"] == 1 and pool.open == 0
+
+
 async def first_ended(tasks, count):
     while sum(task.done() for task in tasks) < count:
         await asyncio.wait([task for task in tasks if not task.done()], return_when=asyncio.FIRST_COMPLETED)
