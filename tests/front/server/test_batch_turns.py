@@ -5,6 +5,7 @@ import contextlib
 import json
 import math
 import random
+from types import SimpleNamespace
 
 import aiohttp
 import pytest
@@ -13,7 +14,7 @@ import chat_server
 from chatlm.common.config import ApiKey, Settings
 from chatlm.common.errors import Overloaded
 from chatlm.front.pool.catalogue import Catalogue
-from chatlm.front.server import access, connections
+from chatlm.front.server import access, batch_turns, connections, ledger
 from chatlm.front.server.access import Owners
 from chatlm.front.server.batch_turns import LEAST_REST_S, LONGEST_REST_S, NEWCOMERS, Turns, WaitingLine
 from chatlm.front.store import batches, files
@@ -356,6 +357,24 @@ async def test_a_batch_passes_its_key_s_budget_by_one_answer_and_its_lines_are_w
         assert batch.completed * (7 + 500 * n) == budget["used_today"] and batch.failed == 0
         bodies = [json.loads(line)["response"]["body"] for line in await place.lines(batch.output)]
         assert {choice["finish_reason"] for body in bodies for choice in body["choices"]} == {"stop"}
+
+
+async def test_after_midnight_the_batch_of_a_key_with_new_tokens_goes_on_by_itself(tmp_path, monkeypatch):
+    clock = SimpleNamespace(time=lambda: 1_700_000_000.0)       # 22:13:20
+    monkeypatch.setattr(ledger, "time", clock)
+    monkeypatch.setattr(batch_turns, "LEAST_REST_S", 0.01)
+    monkeypatch.setattr(batch_turns, "LONGEST_REST_S", 0.01)
+    settings = Settings(keys=(key_called("k", tokens_per_day=55, refused=True), key_called("free")))
+    async with place_of(tmp_path / "store.db", settings, pool_called("open")) as place:
+        name = await place.begun("k", "open", 10, 3)            # of ten tokens each
+        place.wake_up()
+        await place.until(name, lambda batch: batch.completed == 5)
+        free = await place.begun("free", "open", 100)
+        place.wake_up()
+        await place.until(free, lambda batch: batch.status == "completed")
+        assert (await place.batch(name)).completed == 5
+        clock.time = lambda: 1_700_006_400.0
+        assert (await place.until(name, lambda batch: batch.status == "completed")).completed == 10
 
 
 async def test_a_batch_leaves_half_of_what_is_left_to_the_other_requests_of_its_key(tmp_path):
