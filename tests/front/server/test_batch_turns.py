@@ -108,9 +108,8 @@ def test_every_unblocked_batch_ends_whatever_the_others_do(seed):
     before = server.attempts
     for _ in range(100):
         server.step()
-    # what is left is refused: it is tried seldom
-    refused_lanes = len(server.refusing)
-    assert server.attempts - before <= 2 * 100 and (refused_lanes or server.attempts == before)
+    # what is left is refused, or blocked: it is tried seldom, or not at all
+    assert server.attempts - before <= (200 if server.refusing else 0)
 
 
 def test_a_client_that_comes_has_its_turn_after_at_most_one_line_of_each_other():
