@@ -127,7 +127,8 @@ from chatlm.bundling import bundle_lines, with_kept_words
 from chatlm.cli import asks_for_json, hide_api_keys, parse_command_line, parse_store_words
 from chatlm.common.config import Settings
 from chatlm.common.errors import (
-    ChatServerError, ConfigError, RequestError, bad_value, lack_of_memory, require_library, visible)
+    ChatServerError, ConfigError, Overloaded, RequestError, bad_value, lack_of_memory, require_library,
+    visible)
 from chatlm.common.log import ProgressDisplay, json_handler, log, output_as_log, start_logging, tell
 from chatlm.common.memory import tune_gc
 from chatlm.common.messages.requests import PromptProgress
@@ -154,7 +155,7 @@ from chatlm.front.server.describe import (
     A_MODEL, A_NAME, A_RUN, MODELS, ModelRoutes, alive_body, bare_id, listed_body, ollama_models,
     ollama_running, openapi_document, readiness_body, stats_body)
 from chatlm.front.server.downloading import DownloadRoutes
-from chatlm.front.server.ledger import Charge, Ledger
+from chatlm.front.server.ledger import Charge, Ledger, claim_of
 from chatlm.front.server.metrics import Metrics, metrics_response
 from chatlm.front.server.page import Page
 from chatlm.front.server.recordings import GRACE_S, Recording, Recordings
@@ -192,15 +193,18 @@ class Front:
     def taken(self, request_id: str) -> bool:
         return request_id in self.running or request_id in self.recordings or request_id in self.compared
 
-    def identified(self, request: Request, kept: bytes = b"") -> Request:
-        """The request with its client and owner, in the background if its key is over its budget; with a new
-        id if its own was taken while the body arrived, or its answer is kept."""
+    def identified(self, works: Seq[tuple[WorkerPool, Request]], kept: bytes = b"") -> list[Request]:
+        """Requests to be answered now, with their client and owner, in the background if its key is over its
+        budget; with a new id if theirs was taken while the body arrived, or their answer is kept."""
         record = REQUEST_LOG.get()
         if kept or self.taken(record.id):
             record.id = secrets.token_hex(16)
-        params = replace(request.params, client=record.client, owner=self.owners.of_pages(record.client))
-        request = replace(request, id=record.id, params=params)
-        return replace(request, low_priority=self.ledger.checked(request) or request.low_priority)
+        owner = self.owners.of_pages(record.client)
+        over = self.ledger.checked(
+            record.client, [claim_of(request, pool.context_length) for pool, request in works])
+        return [replace(request, id=record.id, low_priority=over or request.low_priority,
+                        params=replace(request.params, client=record.client, owner=owner))
+                for _, request in works]
 
     @asynccontextmanager
     async def answering(
@@ -213,13 +217,16 @@ class Front:
             events = self.metrics.watch(events, request.n)
         if self.settings.log_conversations:
             events = logged(request, events)
-        request_id, client, charge = request.id, request.client, self.ledger.charge(request, model)
+        request_id, client = request.id, request.client
+        charge = self.ledger.charge(request, model, pool.context_length)
+        charge.more = partial(self.give_more, pool, request_id, charge, later is not None)
         events = charge.watch(events)
         del request  # the pool drops most of it when it is admitted
         self.running[request_id] = self.owners.of_answer(request_id, client)
         try:
             # a refusal raises here: an ordinary error response
             accepted: Any = await anext(events)
+            self.ledger.check_prompt(charge)
             charge.void = whole  # until it was sent
             yield accepted, events
             charge.void = False
@@ -228,10 +235,22 @@ class Front:
             await events.aclose()
             self.ledger.settle(charge) if later is None else later.append(charge)
 
+    def give_more(self, pool: WorkerPool, request_id: str, charge: Charge, batched: bool, choice: int):
+        """An answer without max_tokens has had the tokens that its key's budget gave it. It gets more, or
+        ends; a line of a batch, whose answer must not depend on the moment, waits for another try."""
+        if self.ledger.grow(charge, choice, alone=batched):
+            return
+        if batched:
+            raise Overloaded("other requests use the tokens that this key has left today", retry_after_s=5)
+        pool.cut(request_id, choice, "tokens_per_day")
+
     async def handle_answer(self, http: web.Request) -> web.StreamResponse:
         with self.bodies.holding() as holding:
             served, parsed = await self.bodies.parse(http, holding)
-            pool, parsed = served.pool, replace(parsed, request=self.identified(parsed.request, parsed.kept))
+            pool = served.pool
+            [request] = self.identified([(pool, parsed.request)], parsed.kept)
+            parsed = replace(parsed, request=request)
+            del request
             # the whole request, with its messages and tools, ends when it is admitted
             answering = self.answering(pool, parsed.request, served.name, not parsed.stream)
             parsed = parsed.lasting()
@@ -261,10 +280,11 @@ class Front:
             asked = with_ids(await read_asked(self.bodies, http, holding), self.identified)
             self.compared[request_id := REQUEST_LOG.get().id] = [one.request.id for one in asked]
             try:
-                async with (Comparison(asked, self.answering) as comparison,
-                            EventStream(http, request_id) as stream):
-                    async for event in comparison.events():
-                        await stream.send(frame(event))
+                with self.ledger.pledged([one.work for one in asked]):
+                    async with (Comparison(asked, self.answering) as comparison,
+                                EventStream(http, request_id) as stream):
+                        async for event in comparison.events():
+                            await stream.send(frame(event))
             finally:
                 del self.compared[request_id]
         return stream.response

@@ -562,7 +562,8 @@ def read_key_line(line: str, place: str, number: int) -> ApiKey:
 
 def read_api_keys(keys: Iterable[str], path: str | None) -> tuple[ApiKey, ...]:
     """The keys of --api-key and --api-key-file. No ConfigError shows a key."""
-    found = [ApiKey.hashed(key.strip(), f"key-{index}") for index, key in enumerate(keys, 1) if key.strip()]
+    found = [(f"--api-key number {index}", ApiKey.hashed(key.strip(), f"key-{index}"))
+             for index, key in enumerate(keys, 1) if key.strip()]
     try:
         lines = read_operators(path).splitlines() if path is not None else ()
     except (OSError, RuntimeError, ValueError) as error:  # unreadable; unknown ~user; not text
@@ -571,10 +572,42 @@ def read_api_keys(keys: Iterable[str], path: str | None) -> tuple[ApiKey, ...]:
         raise ConfigError(f"--api-key-file {path}: {reason}") from None
     for index, line in enumerate(map(str.strip, lines), 1):
         if line and not line.startswith("#"):
-            found.append(read_key_line(line, f"--api-key-file {path}: line {index}", index))
+            place = f"--api-key-file {path}: line {index}"
+            found.append((place, read_key_line(line, place, index)))
     if not found and (path is not None or list(keys)):
         raise ConfigError("no API key in --api-key or --api-key-file; without one the server would be open")
-    return tuple(found)
+    refuse_ambiguous(found)
+    return tuple(key for _, key in found)
+
+
+def refuse_ambiguous(found: Iterable[tuple[str, ApiKey]]):
+    """ConfigError if two places (of which each key has one) say different things of one name or one key: only
+    one of them could count."""
+    by_name: dict[str, tuple[str, ApiKey]] = {}
+    by_digest: dict[bytes, tuple[str, ApiKey]] = {}
+    for place, key in found:
+        first_place, first = by_name.setdefault(key.name, (place, key))
+        if different := different_fields(first, key):
+            raise ConfigError(f"{place}: the key's name, {shown(key.name)}, is also that of {first_place}, "
+                              f"with another {different}=: what has one name has one budget and the same "
+                              "rights; give both the same fields, or different names")
+        first_place, first = by_digest.setdefault(key.digest, (place, key))
+        if different := different_fields(first, key):
+            raise ConfigError(f"{place}: the key is that of {first_place}, with another {different}=: "
+                              "only one of them could count")
+        automatic = re.compile(r"(line|key)-\d+")
+        if first.name != key.name and not (automatic.fullmatch(first.name) or automatic.fullmatch(key.name)):
+            raise ConfigError(f"{place}: the key is that of {first_place}, where it has the name "
+                              f"{shown(first.name)}: only one of them could count")
+
+
+def different_fields(one: ApiKey, other: ApiKey) -> str:
+    """The first of KEY_FIELDS in which two keys differ; "" if there is none."""
+    for field_name, (target, _, _) in KEY_FIELDS.items():
+        values = getattr(one, target), getattr(other, target)
+        if (set(values[0]) != set(values[1])) if target == "models" else (values[0] != values[1]):
+            return field_name
+    return ""
 
 
 def with_own_sampling(settings: Settings, pool) -> Settings:

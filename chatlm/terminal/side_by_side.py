@@ -126,7 +126,7 @@ async def answers_of(settings: Settings, body: dict) -> AsyncGenerator[dict, Non
             return models.find(name)
 
         asked = await asked_of(find, models.find(""), await read_compare(body), partial(read_here, body))
-        asked = with_ids(asked, lambda request: request)
+        asked = with_ids(asked, lambda works: [request for _, request in works])
         async with Comparison(asked) as comparison:
             async for event in comparison.events():
                 yield event

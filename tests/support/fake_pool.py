@@ -63,7 +63,7 @@ class FakePool:
     source = None       # where its files are
     own_sampling, continues, ends_thinking, chats = ({}, ""), True, True, True
     sees = False
-    supervisor = SimpleNamespace(card=SimpleNamespace(facts=ModelFacts("llama", "gguf", 134_515_008, "q4_1", 98_000_000, 576, 30), longest=4096))
+    supervisor = SimpleNamespace(ready_workers=(), card=SimpleNamespace(facts=ModelFacts("llama", "gguf", 134_515_008, "q4_1", 98_000_000, 576, 30), longest=4096))
     adapters = SimpleNamespace(serving={}, gone=set(), nbytes=0)
     dispatcher = SimpleNamespace(wanted=SimpleNamespace(is_set=lambda: True))
     prompts = PromptMaker(tokenizer, context_length, run=run_in_thread_if_long)
@@ -72,6 +72,7 @@ class FakePool:
         self.pieces, self.reason, self.stop_reason, self.refuse, self.gate = pieces, reason, stop_reason, refuse, gate
         self.ready, self.draining, self.open, self.requests = True, False, 0, []
         self.cancelled, self.closed = {}, False
+        self.cuts = {}      # (id, choice) of answers that were ended -> why
         self.thinking, self.hurried = True, []      # what `end_thinking` finds, and the ids it was asked for
         self.changed = asyncio.Condition()
         # an asyncio.Event that start-up waits for; then comes `failure`, or it is ready
@@ -110,7 +111,8 @@ class FakePool:
         self.cancelled[request.id] = asyncio.Event()
         await self._count(+1)
         try:
-            yield Accepted(7)
+            prompts = len(request.prompts) or 1
+            yield Accepted(7 * prompts, (7,) * prompts)
             for choice in range((len(request.prompts) or 1) * request.n):
                 reader = answer_reader(self.tokenizer, request.params, ())
                 for number, piece in enumerate(self.pieces, 1):
@@ -129,7 +131,12 @@ class FakePool:
                             reader.finish(self.reason == "length")
                         piece = piece._replace(deltas=tuple(reader.take()))
                     yield piece._replace(choice=choice)
-                yield finished(self.pieces, self.reason, self.stop_reason, choice)
+                    if (request.id, choice) in self.cuts:
+                        break
+                if cause := self.cuts.get((request.id, choice)):
+                    yield finished(self.pieces[:number], "length", cause, choice)
+                else:
+                    yield finished(self.pieces, self.reason, self.stop_reason, choice)
         finally:
             del self.cancelled[request.id]
             await asyncio.shield(self._count(-1))
@@ -157,6 +164,9 @@ class FakePool:
         if request_id in self.cancelled:
             self.cancelled[request_id].set()
         return request_id in self.cancelled
+
+    def cut(self, request_id, choice, cause):
+        self.cuts[request_id, choice] = cause
 
     async def end_thinking(self, request_id):
         self.hurried.append(request_id)

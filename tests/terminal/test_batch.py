@@ -144,7 +144,8 @@ def test_what_is_wrong_with_a_line_is_said(text, reason):
 
 
 @pytest.mark.parametrize("body", [{}, {"usage": None}, {"usage": [1]}, {"usage": {"completion_tokens_details": None}}, {"error": "no"},
-                                  {"usage": {"input_tokens_details": 5}}])
+                                  {"usage": {"input_tokens_details": 5}}, {"choices": [None, {"logprobs": {"content": [1, None, {"token": "a"}]}}, {"logprobs": [{"drafted": 1}]}]},
+                                  {"choices": {"logprobs": 3}}, {"metadata": {"drafted": "true", "timings": "x"}}])
 def test_bodies_of_any_shape_are_kept(body):
     assert lasting_body(json.loads(json.dumps(body)), 7) == body
 
@@ -153,6 +154,9 @@ def test_what_depends_on_the_moment_is_left_out():
     usage = {"prompt_tokens": 1, "prompt_tokens_details": {"cached_tokens": 1}, "completion_tokens_details": {"reasoning_tokens": 2, "accepted_prediction_tokens": 3}}
     assert lasting_body({"created": 1, "timings": {}, "usage": usage}, 7) == {
         "created": 7, "usage": {"prompt_tokens": 1, "completion_tokens_details": {"reasoning_tokens": 2}}}
+    tokens = [{"token": "a", "logprob": -1, "drafted": True}, {"token": "b", "logprob": -2}]
+    found = lasting_body({"choices": [{"index": 0, "logprobs": {"content": tokens}}, {"index": 1, "logprobs": None}]}, 7)
+    assert found["choices"][0]["logprobs"]["content"] == [{"token": "a", "logprob": -1}, {"token": "b", "logprob": -2}]
     # without them it would be no Response of the openai package
     assert lasting_body({"created_at": 1, "usage": {"input_tokens_details": {"cached_tokens": 3, "cache_write_tokens": 0}}}, 7) == {
         "created_at": 7, "usage": {"input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0}}}

@@ -329,6 +329,7 @@ class Accepted:
     """The first event: rendered, tokenized, fits, queued. The HTTP headers can go out."""
 
     prompt_tokens: int
+    each: tuple[int, ...] = ()  # of each prompt, if there are several
 
 
 class TokenLogprob(NamedTuple):

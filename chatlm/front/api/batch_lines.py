@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence as Seq
 from dataclasses import replace
 from typing import Any, NamedTuple, TYPE_CHECKING
 
@@ -21,9 +21,11 @@ if TYPE_CHECKING:
 
 LONGEST_LINE = 16 << 20
 # What depends on the moment or on what else was computed, so that a batch that was interrupted would differ
+EACH = object()  # in a path: each element of a list
 PASSING = (("timings",), ("usage", "prompt_tokens_details"),
            ("usage", "completion_tokens_details", "accepted_prediction_tokens"),
-           ("usage", "completion_tokens_details", "rejected_prediction_tokens"))
+           ("usage", "completion_tokens_details", "rejected_prediction_tokens"),
+           ("choices", EACH, "logprobs", "content", EACH, "drafted"))
 
 
 class Line(NamedTuple):
@@ -128,13 +130,22 @@ def lasting_body(body: dict, created: int) -> dict:
     """The body of an answer without PASSING, as if it had been made at `created`, in seconds since 1970, and
     nothing had been cached, which Responses must say."""
     for *path, name in PASSING:
-        place: Any = body
-        for member in path:
-            place = place.get(member) if isinstance(place, dict) else None
-        if isinstance(place, dict):
+        for place in places(body, path):
             place.pop(name, None)
     usage = body.get("usage")
     details = usage.get("input_tokens_details") if isinstance(usage, dict) else None
     if isinstance(details, dict):
         details.update(dict.fromkeys(details, 0))
     return body | {name: created for name in ("created", "created_at") if name in body}
+
+
+def places(body: Any, path: Seq[Any]) -> Iterator[dict]:
+    """The objects at a path in a body, which may have any shape."""
+    if not path:
+        if isinstance(body, dict):
+            yield body
+    elif path[0] is EACH:
+        for each in body if isinstance(body, list) else ():
+            yield from places(each, path[1:])
+    elif isinstance(body, dict):
+        yield from places(body.get(path[0]), path[1:])

@@ -54,15 +54,15 @@ class BodyTasks:
         """What a body continues: previous_response_id, and the id of a conversation; "" if neither."""
         return Result([*chained_of(json_object(body))])
 
-    def check_lines(self, first: int, refusal: str, lines: bytes) -> Result:
-        """Of each of these lines of a batch [custom_id, url, model, what is wrong with its body for this
-        model], or only what is wrong with it, or nothing if it is blank."""
+    def check_lines(self, numbers: Seq[int], refusal: str, lines: bytes) -> Result:
+        """Of each of these lines of a batch, which have these numbers, [custom_id, url, model, what is wrong
+        with its body for this model], or only what is wrong with it."""
         found = []
-        for number, line in enumerate(lines.split(b"\n"), first):
+        for number, line in zip(numbers, lines.split(b"\n")):
             try:
-                read = read_line(number, line) if line else None
+                read = read_line(number, line)
                 found.append([read.custom_id, read.url, read.model, problem_of(
-                    read, self.config.server, refusal)] if read else [])
+                    read, self.config.server, refusal)])
             except RequestError as error:
                 found.append([str(error)])
         return Result(found)

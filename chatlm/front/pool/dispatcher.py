@@ -146,7 +146,8 @@ class Dispatcher:
         follow = bool(request.score_from)  # do others wait until the first has cached what they share?
         try:
             self._submit([heads.popleft() for _ in range(min(len(heads), 1 if follow else LIMITS.choices))])
-            yield Accepted(sum(map(len, prompts)))
+            lengths_of_prompts = tuple(map(len, prompts))
+            yield Accepted(sum(lengths_of_prompts), lengths_of_prompts if len(prompts) > 1 else ())
             others = {job.choice: jobs[job.choice + 1:job.choice + request.n] for job in jobs[::request.n]}
             turn_s, left = time.monotonic(), len(jobs)
             while left:
@@ -281,13 +282,15 @@ class Dispatcher:
         many rows as the job's client then has. Returns the worker with the freed row.
 
         Otherwise one client's long answers could occupy all rows until they end. A text makes room for any
-        answer, since texts hardly go on beside answers. What is in the background waits, and is in nobody's
-        way."""
-        if job.request.low_priority:
-            return []
-        rows = Counter({client: count for (low, client), count in rows_of(self.workers).items() if not low})
+        answer, since texts hardly go on beside answers. What is in the background makes room for, and takes
+        it from, others in the background alone."""
+        mine = job.request.low_priority
+        rows = Counter({client: count for (low, client), count in rows_of(self.workers).items()
+                        if low == mine})
         running = [other for worker in self.workers if worker.takes_jobs and self.able(worker, job)
-                   for other in worker.jobs.values() if not (other.failovers or other.request.low_priority)]
+                   and not (mine and len(worker.jobs) > batch_of(worker))
+                   for other in worker.jobs.values()
+                   if not other.failovers and other.request.low_priority == mine]
         texts = [other for other in running
                  if other.request.params.pooling and not job.request.params.pooling]
         [(rich, most)] = rows.most_common(1) or [("", 0)]
@@ -337,6 +340,13 @@ class Dispatcher:
         jobs = [job for job in self.jobs.values() if job.request.id == request_id]
         self.fail(RequestError("the request was cancelled", status=499, code="cancelled"), *jobs)
         return bool(jobs)
+
+    def cut(self, request_id: str, choice: int, cause: str):
+        """End one answer of a request where it is: it has the tokens that its reader has got, or will."""
+        for job in [job for job in self.jobs.values()
+                    if job.request.id == request_id and job.choice == choice]:
+            job.cut(cause)
+            self._abandon(job)
 
     async def end_thinking(self, request_id: str) -> bool:
         """End the reasoning of a request's answers, which then continue; False if none is thinking now."""

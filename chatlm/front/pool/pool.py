@@ -156,6 +156,10 @@ class WorkerPool:
         """Stop a running request; its reader gets RequestError 'cancelled' instead of Finished."""
         return self.dispatcher.cancel(request_id)
 
+    def cut(self, request_id: str, choice: int, cause: str):
+        """End one answer of a running request where it is, with this as its cause."""
+        self.dispatcher.cut(request_id, choice, cause)
+
     async def end_thinking(self, request_id: str) -> bool:
         """End the reasoning of a running request, which then continues; False if it is not thinking now."""
         return await self.dispatcher.end_thinking(request_id)

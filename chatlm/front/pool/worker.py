@@ -20,7 +20,7 @@ from chatlm.common.messages.protocol import (
     NO_GAUGES, WORKER_PIPE, Cancel, EmptyCache, EndOfRequest, EndThinking, NewAnswer, NewPrompt, NewRequest,
     Ping, Stepped, WorkerConfig)
 from chatlm.common.messages.requests import (
-    Embedding, Ended, Failed, Finished, Piece, PromptProgress, PromptScores, ThinkingEnds)
+    Usage, Embedding, Ended, Failed, Finished, Piece, PromptProgress, PromptScores, ThinkingEnds)
 from chatlm.common.processes.start import patient
 from chatlm.common.vision.pictures import of_picture
 from chatlm.front.admission.admission import next_message
@@ -121,6 +121,12 @@ class Job:
         """Note an event from a worker, and queue what the reader gets of it."""
         if (news := self._noted(event, gpu)) is not None:
             self.events.put_nowait(news)
+
+    def cut(self, cause: str):
+        """Its reader gets an end, as if it could have no more tokens."""
+        gpu = self.worker.gpu if self.worker else 0
+        end = self._finished(Ended("length", cause, Usage(compute_s=self.spent_s), 0.0), gpu)
+        self.events.put_nowait(replace(end, stop_reason=cause))
 
     def _noted(self, event: WorkerEvent, gpu: int) -> Event | ChatServerError | None:
         match event:

@@ -24,10 +24,12 @@ from chatlm.front.api.encoders import ENCODERS
 from chatlm.front.api.kept_fields import WINDOWS
 from chatlm.front.api.picture_parts import with_pixels
 from chatlm.front.lazy import web
+from chatlm.front.pool.worker import batch_of
+from chatlm.front.server.batch_turns import Lane, Turns, WaitingLine
 from chatlm.front.server.bodies import Body, known_of, tokenizer_of
 from chatlm.front.server.files import FileRoutes
 from chatlm.front.server.kept import asked, now_s, paged, read_small_object, stored
-from chatlm.front.server.ledger import Amount, Charge, Ledger, write
+from chatlm.front.server.ledger import Amount, Charge, Ledger, claim_of, write
 from chatlm.front.server.responses import REQUEST_LOG, json_response, public_error
 from chatlm.front.server.routes import AFTER, LIMIT
 from chatlm.front.server.streams import Holding
@@ -47,7 +49,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 TRIES = 3         # for an answer during which workers died, each time as often as a request allows
-SPARE = 8         # lines under way beyond the rows of all workers, so that none of these is empty
+SPARE = 8         # lines under way beyond a model's rows, so that none of these is empty
+PAGE_LINES = 200  # of a batch that wait in memory
 LOOK_S = 0.5      # between looks whether the server stops
 SWEEP_S = 30.0    # between looks for what has expired
 EXPIRED = "batch_expired", "This request could not be executed before the completion window expired."
@@ -126,18 +129,31 @@ class BatchRoutes:
         return json_response(body)
 
 
+class UnderWay:
+    """A batch whose lines are answered."""
+
+    def __init__(self, batch: Batch, client: str, created: int):
+        self.batch, self.client = batch, client
+        self.created = created                 # when its input was uploaded
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.left = 0                          # lines that were read from the store and have no result yet
+        self.changed = asyncio.Event()         # set when a line has ended
+        self.failure: BaseException | None = None
+
+
 class BatchWorker:
     """Answers the lines of unfinished batches, of all of them at a time, with as many lines under way as the
-    workers have rows. Batches take turns, since each waits for one line at a time."""
+    workers have rows. `Turns` says which line begins next."""
 
     def __init__(self, store: Store, catalogue: Catalogue, bodies: Bodies, owners: Owners,
                  answering: Answering, ledger: Ledger, uploads: FileRoutes):
         self.store, self.catalogue, self.bodies = store, catalogue, bodies
         self.owners, self.answering, self.ledger, self.files = owners, answering, ledger, uploads
-        settings = catalogue.settings
-        self.slots = asyncio.Semaphore(settings.max_batch * max(1, settings.num_workers) + SPARE)
+        self.turns = Turns(self._room, ledger.wait_s)
+        self.timer: asyncio.TimerHandle | None = None       # until a line that was refused may try again
         self.wake, self.swept_s = asyncio.Event(), 0.0
         self.stops: dict[str, asyncio.Event] = {}           # of each batch under way: was it cancelled?
+        self.under_way: dict[str, UnderWay] = {}
         self.tasks: dict[str, asyncio.Task[None]] = {}
         self.task: asyncio.Task | None = None
 
@@ -152,10 +168,13 @@ class BatchWorker:
                     await self._sweep()
                     for batch in await self._stored(batches.unfinished):
                         self._begin(batch)
+                    self._begin_lines()
                 with suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(self.wake.wait(), LOOK_S)
         finally:
             await end_tasks(self.tasks.values())
+            if self.timer:
+                self.timer.cancel()
 
     async def _stored(self, function: Callable[[Any], T],
                       then: Callable[[T], None] = lambda found: None) -> T:
@@ -229,45 +248,117 @@ class BatchWorker:
         """Note for some lines without a result that the time is over; False if there are none."""
         if batches.named(connection, batch.name).status != "in_progress":
             return False
-        numbers, results = batches.waiting_lines(connection, batch)[:files.PART_LINES], []
-        for number in numbers:
+        lines, results = batches.waiting_lines(connection, batch, 0, files.PART_LINES), []
+        for number, _, _ in lines:
             row, error = batches.line(connection, batch, number), RequestError(EXPIRED[1], code=EXPIRED[0])
             results.append((number, encoded(result_of_bad_line(number, error, row.custom_id)), True))
         batches.record(connection, batch, results)
-        return bool(numbers)
+        return bool(lines)
 
     async def _answer_all(self, batch: Batch, client: str):
-        """Answer and record the lines that have no result."""
+        """Answer and record the lines that have no result. A few of them wait in memory at a time."""
         created = (await self._stored(partial(files.named, name=batch.input))).created
-        running: set[asyncio.Task] = set()
+        mine = self.under_way[batch.name] = UnderWay(batch, client, created)
+        last, more = 0, True
         try:
-            for number in await self._stored(partial(batches.waiting_lines, batch=batch)):
-                await self.slots.acquire()
-                # its errors are raised below
-                task = asyncio.ensure_future(self._answer_one(batch, client, number, created))
-                task.add_done_callback(lambda ended: self.slots.release())
-                running.add(task)
-                ended = {task for task in running if task.done()}
-                running -= ended
-                for task in ended:
-                    task.result()
-            await asyncio.gather(*running)
+            while more or mine.left:
+                if more and mine.left < PAGE_LINES // 2:
+                    page = await self._stored(partial(
+                        batches.waiting_lines, batch=batch, after=last, most=PAGE_LINES))
+                    more = len(page) == PAGE_LINES
+                    last = page[-1].number if page else last
+                    self._queue(mine, page)
+                    continue
+                await mine.changed.wait()
+                mine.changed.clear()
+                if mine.failure:
+                    raise mine.failure
         finally:
-            await end_tasks(running)
+            self.turns.remove(client, batch.name)
+            await end_tasks(mine.tasks)
+            del self.under_way[batch.name]
 
-    async def _answer_one(self, batch: Batch, client: str, number: int, created: int):
-        row = await self._stored(partial(batches.line, batch=batch, number=number))
-        charges = list[Charge]()
-        problem = row.problem or (row.url != batch.endpoint and batches.wrong_url(
-            number, row.url or "", batch.endpoint))
-        if problem:
-            text = result_of_bad_line(number, RequestError(problem, code="invalid_line"), row.custom_id)
-            status = 400
+    def _queue(self, mine: UnderWay, page: Seq[batches.Waiting]):
+        """Let lines wait for their turns."""
+        models: dict[str, str] = {}
+        for line in page:
+            if line.model not in models:
+                models[line.model] = self._model_of(line.model, mine.client)
+            self.turns.add(mine.client, mine.batch.name, models[line.model],
+                           WaitingLine(line.number, line.bytes))
+        mine.left += len(page)
+        self._begin_lines()
+
+    def _bound(self, client: str) -> Seq[str]:
+        """The models to which a client's key is limited."""
+        return next((key.models for key in self.catalogue.settings.keys if key.name == client), ())
+
+    def _model_of(self, name: str, client: str) -> str:
+        """The name of the model that will answer a line; "" if none is known now."""
+        try:
+            return self.catalogue.find(name, self._bound(client)).model.name
+        except ChatServerError:
+            return ""
+
+    def _room(self, model: str) -> int:
+        """How many lines of a model may be under way: few while it is not in memory, which may take long."""
+        try:
+            pool = self.catalogue.find(model).pool if model else None
+        except ChatServerError:
+            pool = None
+        return SPARE + sum(map(batch_of, pool.supervisor.ready_workers if pool else ()))
+
+    def _begin_lines(self):
+        """Begin the lines that may, and come back when one that was refused may try again."""
+        while taken := self.turns.take():
+            lane, line = taken
+            mine = self.under_way[lane.batch]
+            task = asyncio.create_task(self._answer_one(mine, line))
+            mine.tasks.add(task)
+            task.add_done_callback(partial(self._end_line, mine, lane, line))
+        if self.timer:
+            self.timer.cancel()
+            self.timer = None
+        if (pause_s := self.turns.pause_s()) is not None:
+            self.timer = asyncio.get_running_loop().call_later(pause_s, self._begin_lines)
+
+    def _end_line(self, mine: UnderWay, lane: Lane, line: WaitingLine, task: asyncio.Task[None]):
+        """A line has its result, or gives its slot back until there is room for it."""
+        mine.tasks.discard(task)
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        if isinstance(error, Overloaded):
+            self.turns.put_back(lane, line, error.retry_after_s)
         else:
-            status, body = await self._answer(row, client, created, charges)
-            line = Line(number, row.custom_id or "", batch.endpoint, {}, line_id(number, row.text.strip()))
-            text = result_of(line, status, body)
-        await self._record(batch, (number, encoded(text), status != 200), charges)
+            self.turns.end(lane)
+            mine.left -= 1
+            mine.failure = mine.failure or error
+            mine.changed.set()
+        self._begin_lines()
+
+    async def _answer_one(self, mine: UnderWay, line: WaitingLine):
+        """Answer and record a line. Overloaded if there is no room for it now."""
+        charges = list[Charge]()
+        with Holding(self.bodies.budget, mine.client) as holding:
+            if line.bytes > LIMITS.inline_bytes:
+                holding.keep(line.bytes)
+            row = await self._stored(partial(batches.line, batch=mine.batch, number=line.number))
+            try:
+                await self._record(mine.batch, await self._result(row, mine, charges), charges)
+            finally:
+                for charge in charges:
+                    self.ledger.release(charge)
+
+    async def _result(self, row: Row, mine: UnderWay, charges: list[Charge]) -> tuple[int, bytes, bool]:
+        """(number, text, whether it is an error) of a line's result."""
+        endpoint = mine.batch.endpoint
+        problem = row.problem or (row.url != endpoint and batches.wrong_url(
+            row.number, row.url or "", endpoint))
+        if problem:
+            error = RequestError(problem, code="invalid_line")
+            return row.number, encoded(result_of_bad_line(row.number, error, row.custom_id)), True
+        status, body = await self._answer(row, mine, charges)
+        line = Line(row.number, row.custom_id or "", endpoint, {}, line_id(row.number, row.text.strip()))
+        return row.number, encoded(result_of(line, status, body)), status != 200
 
     async def _record(self, batch: Batch, result: tuple[int, bytes, bool], charges: Seq[Charge]):
         """Note a result and what it used, at once: so a line that is answered again after a crash is charged
@@ -284,12 +375,15 @@ class BatchWorker:
                 self.ledger.count(charge, row, amount if recorded else Amount())
         await self._stored(record, count)
 
-    async def _answer(self, row: Row, client: str, created: int,
-                      charges: list[Charge]) -> tuple[int, dict]:
-        """(status, body) of the answer to a line, however often it has to be asked for."""
+    async def _answer(self, row: Row, mine: UnderWay, charges: list[Charge]) -> tuple[int, dict]:
+        """(status, body) of the answer to a line, however often it has to be asked for. Overloaded if there
+        is no room for it now."""
         for left in reversed(range(TRIES)):
             try:
-                return 200, await self._patiently(row, client, created, charges)
+                with Holding(self.bodies.budget, mine.client) as holding:
+                    return 200, await self._once(row, mine.client, mine.created, holding, charges)
+            except Overloaded:
+                raise
             except RequestError as error:
                 return error.status, error_body(error)
             except Exception as error:
@@ -298,15 +392,6 @@ class BatchWorker:
                 if not left:
                     return 500, error_body(public_error(error))
         raise AssertionError
-
-    async def _patiently(self, row: Row, client: str, created: int, charges: list[Charge]) -> dict:
-        """The body of an answer, asked for until there is room for it."""
-        while True:
-            try:
-                with Holding(self.bodies.budget, client) as holding:
-                    return await self._once(row, client, created, holding, charges)
-            except Overloaded as error:
-                await asyncio.sleep(error.retry_after_s)
 
     async def _once(self, row: Row, client: str, created: int, holding: Holding,
                     charges: list[Charge]) -> dict:
@@ -317,26 +402,39 @@ class BatchWorker:
         # its own id: two batches may have the same line
         request = replace(request, id=secrets.token_hex(16), params=params, low_priority=True)
         del parsed
-        self.ledger.over_budget(request)  # Overloaded for a key that is refused then: its lines wait
-        async with self.answering(served.pool, request, served.name, later=(own := [])) as (_, events):
-            async for event in events:
-                if not isinstance(event, PromptProgress):
-                    try:
-                        holding.grow(encoder.collect(event))
-                    except Overloaded as error:  # it may never fit
-                        raise EngineFailure(str(error)) from None
-        charges += own  # a try that failed costs nothing
+        # Overloaded for a key that is refused then: its lines wait
+        self.ledger.check_line(client, [claim_of(request, served.pool.context_length)])
+        own = list[Charge]()
+        try:
+            async with self.answering(served.pool, request, served.name, later=own) as (_, events):
+                async for event in events:
+                    if not isinstance(event, PromptProgress):
+                        self._hold_more(holding, encoder.collect(event), len(row.text))
+        except BaseException:
+            for charge in own:  # a try that failed costs nothing
+                self.ledger.release(charge)
+            raise
+        charges += own
         whole = b"".join(encoder.completion())
         return lasting_body(await asyncio.to_thread(json.loads, whole) if len(whole) > LIMITS.inline_bytes
                             else json.loads(whole), created)
 
+    @staticmethod
+    def _hold_more(holding: Holding, size: int, line_bytes: int):
+        """An answer has `size` bytes more. Overloaded if others hold the memory for them, EngineFailure if
+        there is not enough for this line alone: its result does not depend on the moment."""
+        try:
+            holding.grow(size)
+        except Overloaded as error:
+            text = line_bytes if line_bytes > LIMITS.inline_bytes else 0
+            if holding.size + size + text > holding.budget.of_one:
+                raise EngineFailure(str(error)) from None
+            raise
+
     async def _read(self, row: Row, client: str, holding: Holding) -> tuple[Served, ParsedBody]:
         """What a line asks for, of which model. RequestError as its route raises it."""
         name, text = row.model or "", row.text.strip()
-        bound = next((key.models for key in self.catalogue.settings.keys if key.name == client), ())
-        served = await self.bodies.resolve(name, bound, holding)
-        if len(text) > LIMITS.inline_bytes:
-            await holding.room(len(text))
+        served = await self.bodies.resolve(name, self._bound(client), holding)
         line = read_line(row.number, text) if len(text) <= LIMITS.inline_bytes else None
         seen = await self.bodies.seen(Body(served, text, line and line.body), holding, client)
         if line:

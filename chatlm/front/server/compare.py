@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 Finder = Callable[[str], "Awaitable[Served]"]  # name -> what it stands for
 # (model, numbers of its answers, seed for those without their own) -> the question of each
 VariantReader = Callable[["Served", "Seq[int]", int], "Awaitable[Seq[ParsedBody]]"]
+Identified = Callable[["Seq[tuple[WorkerPool, Request]]"], "Seq[Request]"]
 Answering = Callable[..., "AbstractAsyncContextManager[tuple[Accepted, AsyncGenerator[Event, None]]]"]
 
 
@@ -154,6 +155,7 @@ class Comparison:
     def __init__(self, asked: Seq[Asked], answering: Answering = plain_answering):
         self.answers = [Progress(index, one) for index, one in enumerate(asked)]
         self.answering, self.news = answering, asyncio.Queue()
+        self.accepted = asyncio.Event()  # are all of them? Before that nothing of any is read, nor charged
         self.early: list[tuple[Progress, Event | ChatServerError]] = []
 
     async def __aenter__(self) -> Comparison:
@@ -169,6 +171,7 @@ class Comparison:
                     raise event
                 waiting.discard(answer)
                 self.early.append((answer, event))
+            self.accepted.set()
         except BaseException:
             await self.__aexit__()
             raise
@@ -181,6 +184,7 @@ class Comparison:
         try:
             async with self.answering(*answer.asked.work) as (accepted, events):
                 self.news.put_nowait((answer, accepted))
+                await self.accepted.wait()
                 async for event in events:
                     self.news.put_nowait((answer, event))
         except Exception as error:
@@ -200,8 +204,8 @@ class Comparison:
         yield {"done": True, "answers": [answer.end for answer in self.answers]}
 
 
-def with_ids(asked: Seq[Asked], identified: Callable[[Request], Request]) -> list[Asked]:
+def with_ids(asked: Seq[Asked], identified: Identified) -> list[Asked]:
     """The answers with ids: that of the request, followed by the number of the answer."""
-    requests = [identified(one.request) for one in asked]
+    requests = identified([(one.pool, one.request) for one in asked])
     return [one._replace(request=replace(request, id=f"{requests[0].id}-{index}"))
             for index, (one, request) in enumerate(zip(asked, requests))]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from shutil import disk_usage
-from typing import TYPE_CHECKING
+from typing import NamedTuple, TYPE_CHECKING
 
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import ChatServerError, Overloaded, RequestError, bad_value, shown, visible
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from chatlm.front.store.store import Store
 
 
+INK = re.compile(rb"\S")
 CheckedLine = tuple[str, str, str, str]  # custom_id, url, model, what is wrong with its body
 RESERVE_BYTES = 64 << 20  # that uploads leave free on the disk, for results, and to delete what was uploaded
 UPLOADS = 16  # that arrive at a time; a client has a quarter
@@ -138,6 +140,27 @@ class FileRoutes:
         return response
 
 
+class NumberedLine(NamedTuple):
+    """A line of an uploaded file that asks for something."""
+
+    number: int  # from 1; blank lines count too
+    text: bytes
+
+
+def requests_of(data: bytes, first: int) -> list[NumberedLine]:
+    """The lines that are not blank; `first` is the number of the first line. Blank ones cost no more than the
+    search for what is none."""
+    found, start, number = list[NumberedLine](), 0, first
+    while inked := INK.search(data, start):
+        begin = data.rfind(b"\n", start, inked.start()) + 1 or start
+        end = data.find(b"\n", inked.start()) + 1 or len(data)
+        number += data.count(b"\n", start, begin)
+        found.append(NumberedLine(number, data[begin:end]))
+        start = end
+        number += 1
+    return found
+
+
 class Upload:
     """A file that arrives: its lines are checked and stored as they come, never more than a few at a time in
     memory."""
@@ -206,14 +229,14 @@ class Upload:
         async for chunk in self._chunks(part):
             rest += chunk
             if b"\n" in chunk:
-                *lines, last = bytes(rest).split(b"\n")
-                await self._take([line + b"\n" for line in lines])
-                rest = bytearray(last)
+                whole = rest.rfind(b"\n") + 1
+                await self._take(bytes(rest[:whole]))
+                del rest[:whole]
             if len(rest) > LIMITS.body_bytes:
                 raise RequestError(f"line {self.number + 1:,} has more than {LIMITS.body_bytes:,} bytes",
                                    status=413, code="line_too_long", param="file")
         if rest:
-            await self._take([bytes(rest)])
+            await self._take(bytes(rest))
         await self._store()
 
     async def _chunks(self, part) -> AsyncIterator[bytes]:
@@ -224,16 +247,17 @@ class Upload:
                                    status=413, code="file_too_large", param="file")
             yield chunk
 
-    async def _take(self, lines: list[bytes]):
-        found = await self._read_all([line.strip() for line in lines])
-        for text, line in zip(lines, found):
-            self.number += 1
-            self.rows.append(row := self._row(text, line))
-            if row.asks:
-                self.requests += 1
-                if self.requests > LIMITS.batch_lines:
-                    raise RequestError(f"the file has more than {LIMITS.batch_lines:,} lines",
-                                       status=413, code="too_many_lines", param="file")
+    async def _take(self, data: bytes):
+        """Check and store the requests in these whole lines."""
+        lines = requests_of(data, self.number + 1)
+        self.number += data.count(b"\n") + (not data.endswith(b"\n"))
+        self.requests += len(lines)
+        if self.requests > LIMITS.batch_lines:
+            raise RequestError(f"the file has more than {LIMITS.batch_lines:,} lines",
+                               status=413, code="too_many_lines", param="file")
+        found = await self._read_all([line._replace(text=line.text.strip()) for line in lines])
+        for line, read in zip(lines, found):
+            self.rows.append(self._row(line, read))
             if len(self.rows) >= files.PART_LINES:
                 await self._store()
         if sum(len(each.text) for each in self.rows) > files.PART_BYTES:
@@ -247,46 +271,44 @@ class Upload:
                 raise Overloaded("the disk with the server's database is almost full", retry_after_s=60)
             await self.store.run(partial(files.add_lines, file=self.id, rows=rows))
 
-    def _row(self, text: bytes, line: CheckedLine | RequestError | None) -> Row:
+    def _row(self, line: NumberedLine, read: CheckedLine | RequestError) -> Row:
         """The line with what is wrong with it. What is wrong with the body of a request is only noted: when
         it is run, another model may be here."""
-        if line is None:
-            return Row(self.number, text)
-        if isinstance(line, RequestError):
-            self._note(str(line))
-            return Row(self.number, text, problem=storable(str(line)))
-        custom_id, url, model, problem = line
+        number, text = line
+        if isinstance(read, RequestError):
+            self._note(str(read))
+            return Row(number, text, problem=storable(str(read)))
+        custom_id, url, model, problem = read
         digest = hashlib.blake2b(custom_id.encode("utf-8", "replace"), digest_size=12).digest()
         if digest in self.custom_ids:
-            problem = f"line {self.number:,}: an earlier line has its custom_id, {shown(custom_id)}"
+            problem = f"line {number:,}: an earlier line has its custom_id, {shown(custom_id)}"
             self._note(problem)
-            return Row(self.number, text, custom_id, url, model, problem)
+            return Row(number, text, custom_id, url, model, problem)
         self.custom_ids.add(digest)
         if problem:
-            self._note(f"line {self.number:,}: {problem}")
-        return Row(self.number, text, custom_id, url, model)
+            self._note(f"line {number:,}: {problem}")
+        return Row(number, text, custom_id, url, model)
 
-    async def _read_all(self, lines: Seq[bytes]) -> list[CheckedLine | RequestError | None]:
-        """What each line is; None: blank. Many are read in a sandbox: 200 MB take many seconds."""
-        if len(lines) > 1 and max(map(len, lines)) <= LIMITS.inline_bytes:
+    async def _read_all(self, lines: Seq[NumberedLine]) -> list[CheckedLine | RequestError]:
+        """What each line is. Many are read in a sandbox: 200 MB take many seconds."""
+        if len(lines) > 1 and max(len(line.text) for line in lines) <= LIMITS.inline_bytes:
             with suppress(ChatServerError):  # such as Overloaded, while the model loads
-                return await self._told(self.number + 1, lines)
-        return [await self._read(self.number + place, line) for place, line in enumerate(lines, 1)]
+                return await self._told(lines)
+        return [await self._read(line) for line in lines]
 
-    async def _told(self, first: int, lines: Seq[bytes]) -> list[CheckedLine | RequestError | None]:
+    async def _told(self, lines: Seq[NumberedLine]) -> list[CheckedLine | RequestError]:
         """What a sandbox finds; it knows how one model reads bodies."""
         pool = self.bodies.catalogue.find("", self.bound).pool
-        found = await pool.admission.told("check_lines", self.client, b"\n".join(lines), first,
-                                          self.bodies.blind(pool))
-        return [await self._known(number, line, pool, each)
-                for number, (line, each) in enumerate(zip(lines, found), first)]
+        found = await pool.admission.told(
+            "check_lines", self.client, b"\n".join(line.text for line in lines),
+            [line.number for line in lines], self.bodies.blind(pool))
+        return [await self._known(line, pool, each) for line, each in zip(lines, found)]
 
-    async def _known(self, number: int, line: bytes, pool: WorkerPool,
-                     found: list) -> CheckedLine | RequestError | None:
-        """What a sandbox has found of a line: nothing if it is blank, what is wrong with it, or what it
-        is."""
+    async def _known(self, line: NumberedLine, pool: WorkerPool,
+                     found: list) -> CheckedLine | RequestError:
+        """What a sandbox has found of a line: what is wrong with it, or what it is."""
         if len(found) < 2:
-            return RequestError(found[0], code="invalid_line") if found else None
+            return RequestError(found[0], code="invalid_line")
         model = found[2]
         if model not in self.others:
             try:
@@ -296,16 +318,14 @@ class Upload:
         if not self.others[model]:
             return tuple(found)
         # what another model finds in a large body shows when it is run
-        return (*found[:3], "") if len(line) > LIMITS.inline_bytes else await self._read(number, line)
+        return (*found[:3], "") if len(line.text) > LIMITS.inline_bytes else await self._read(line)
 
-    async def _read(self, number: int, line: bytes) -> CheckedLine | RequestError | None:
-        if not line:
-            return None
+    async def _read(self, line: NumberedLine) -> CheckedLine | RequestError:
         try:
-            if len(line) > LIMITS.inline_bytes:
-                return (await self._told(number, [line]))[0]
+            if len(line.text) > LIMITS.inline_bytes:
+                return (await self._told([line]))[0]
             await asyncio.sleep(0)
-            read = read_line(number, line)
+            read = read_line(line.number, line.text)
         except RequestError as error:
             return error
         try:

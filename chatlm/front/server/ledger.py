@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, defaultdict
-from collections.abc import AsyncGenerator
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence as Seq
+from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass, fields
 from datetime import date, datetime, timedelta, timezone
 from functools import partial
 from typing import NamedTuple, TYPE_CHECKING
-from weakref import WeakSet
 
 from chatlm.common.errors import Overloaded, RequestError, bad_value
 from chatlm.common.log import log
@@ -21,19 +20,20 @@ from chatlm.front.server.responses import REQUEST_LOG, json_response
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import Iterable
 
     from aiohttp import web
 
     from chatlm.common.config import ApiKey, Settings
     from chatlm.common.messages.requests import Event, Request
+    from chatlm.front.pool.pool import WorkerPool
     from chatlm.front.store.store import Store
 
 
 DAYS = 31          # that /v1/usage shows unless it is asked for others
 MOST_ROWS = 10_000  # that it shows, the newest, and that are kept in memory without a database
 RETRY_S = 5.0      # until a row that the database has refused is written again
-ASSUMED = 256      # tokens that an answer without max_tokens takes of its key's budget until it has more
+ASSUMED = 256      # tokens of its key's budget that an answer without max_tokens takes at a time
+PICTURED = 4096    # that a picture is thought to have, until its prompt is laid out
 
 
 class Row(NamedTuple):
@@ -85,38 +85,87 @@ def seconds_to_midnight() -> int:
     return 86_400 - int(time.time()) % 86_400
 
 
+class Claim(NamedTuple):
+    """What a request may take of its key's budget."""
+
+    prompt_tokens: int    # before they are counted, rather too many
+    answers: int          # to all of its prompts
+    most: int             # tokens of each; the first ASSUMED of one without max_tokens
+    grows: bool           # has it no max_tokens?
+
+    @property
+    def beyond_one(self) -> int:
+        """The tokens of all answers but one: that one may pass the budget."""
+        return self.most * (self.answers - 1)
+
+
+def claim_of(request: Request, context_length: int) -> Claim:
+    """Of a request to a model with this context; 0: not known."""
+    answers = max(len(request.prompts), 1) * request.n
+    prompt = prompt_estimate(request)
+    if request.params.pooling:
+        return Claim(prompt, answers, 0, False)
+    if request.max_tokens is None:
+        return Claim(prompt, answers, ASSUMED, True)
+    return Claim(prompt, answers, min(request.max_tokens, context_length or request.max_tokens), False)
+
+
+def prompt_estimate(request: Request) -> int:
+    """Tokens of the prompts, each byte of a text as one until they are counted."""
+    if request.prompt_ids is not None:
+        return sum(map(len, request.prompt_ids))
+    texts = [message.content for message in request.messages or ()]
+    texts += [prompt for prompt in request.prompts if isinstance(prompt, str)]
+    ids = sum(len(prompt) for prompt in request.prompts if not isinstance(prompt, str))
+    pictures = sum(len(message.pictures) for message in request.messages or ())
+    return ids + sum(len(text.encode("utf-8", "replace")) for text in texts) + PICTURED * pictures
+
+
+def beyond_one(claims: Iterable[Claim]) -> int:
+    """The tokens of all answers to several requests but the longest: that one may pass the budget."""
+    claims = [*claims]
+    return sum(claim.most * claim.answers for claim in claims) - max(
+        (claim.most for claim in claims), default=0)
+
+
 class Charge:
     """What one request uses, as its client gets it. A piece counts once its reader asks for the next one, as
     it has then been sent, and its tokens once they have text; what a client gets whole counts once it was
     sent (`answering`)."""
 
-    def __init__(self, request: Request, row: Row):
+    def __init__(self, request: Request, row: Row, context_length: int = 0):
         self.row, self.n, self.prompts = row, request.n, max(len(request.prompts), 1)
+        self.claim = claim_of(request, context_length)
         self.ended: dict[int, Usage] = {}        # of answers that have, by choice
         self.drawn: Counter[int] = Counter()     # tokens of the others that were sent
         self.held: Counter[int] = Counter()      # those that have no text yet, such as half a character
+        self.granted: dict[int, int] = {}        # of those without max_tokens: what they may have
         self.spent_s: dict[int, float] = {}      # of these
-        self.begun, self.prompt_tokens, self.void = False, 0, False
-        self.most = 0 if request.params.pooling else ASSUMED if request.max_tokens is None else (
-            request.max_tokens)
+        self.begun, self.void = False, False
+        self.prompt_tokens: tuple[int, ...] = ()  # of each prompt, once they are counted
+        # an answer without max_tokens has had all that was granted: more of it is, or it is ended
+        self.more: Callable[[int], None] = lambda choice: None
 
     async def watch(self, events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
         """Pass the events on, and count them."""
         try:
             async for event in events:
-                yield event
                 if isinstance(event, Accepted):
-                    self.prompt_tokens = event.prompt_tokens
+                    self.prompt_tokens = event.each or (event.prompt_tokens,)
+                yield event
                 self.begun = True  # it was accepted
                 if isinstance(event, Finished):
                     self.ended[event.choice] = event.usage
                     self.drawn.pop(event.choice, None)
+                    self.held.pop(event.choice, None)
                     self.spent_s.pop(event.choice, None)
                 elif isinstance(event, Piece):
                     self.held[event.choice] += len(event.tokens)
                     if event.deltas:  # else nothing of it was sent
                         self.drawn[event.choice] += self.held.pop(event.choice)
                         self.spent_s[event.choice] = event.spent_s
+                    if self.claim.grows and self.taken(event.choice) >= self.grant(event.choice):
+                        self.more(event.choice)
                 elif isinstance(event, (Embedding, PromptScores)):
                     self.drawn[event.choice] += 0
         finally:
@@ -137,21 +186,37 @@ class Charge:
                 found.cached_tokens += first.cached_tokens
             elif known := [usage for choice, usage in self.ended.items() if choice // self.n == prompt]:
                 found.prompt_tokens += known[0].prompt_tokens
-            elif self.prompts == 1 and self.drawn:
-                found.prompt_tokens += self.prompt_tokens
+            elif prompt < len(self.prompt_tokens) and any(
+                    choice // self.n == prompt for choice in self.drawn):
+                found.prompt_tokens += self.prompt_tokens[prompt]
         return found
 
     @property
     def _completed(self) -> int:
         return sum(usage.completion_tokens for usage in self.ended.values())
 
+    def taken(self, choice: int) -> int:
+        """The tokens so far of an answer that runs."""
+        return self.drawn[choice] + self.held[choice]
+
+    def grant(self, choice: int) -> int:
+        """How many tokens an answer may have."""
+        return self.granted.get(choice, self.claim.most)
+
+    def grow(self, choice: int):
+        """Let an answer have ASSUMED tokens more."""
+        while self.taken(choice) >= self.grant(choice):
+            self.granted[choice] = self.grant(choice) + ASSUMED
+
     @property
     def reserved(self) -> int:
         """How many tokens of its key's budget it takes while it runs: its prompts, and of each answer as many
-        as it may have, or ASSUMED."""
-        others = self.prompts * self.n - len(self.ended) - len(self.drawn)
-        return (self.prompt_tokens + self._completed + self.most * others
-                + sum(max(self.most, drawn) for drawn in self.drawn.values()))
+        as it may have, or, without max_tokens, the next ASSUMED."""
+        running = {*self.drawn, *self.held}
+        others = self.claim.answers - len(self.ended) - len(running)
+        prompts = sum(self.prompt_tokens) if self.prompt_tokens else self.claim.prompt_tokens
+        return prompts + self._completed + self.claim.most * others + sum(
+            max(self.grant(choice), self.taken(choice)) for choice in running)
 
 
 class Ledger:
@@ -167,7 +232,8 @@ class Ledger:
         self.rows: dict[Row, Amount] = {}        # all of them without a database, else those not written yet
         self.totals: dict[bool, Amount] = defaultdict(Amount)  # of this run, in the background and before it
         self.used: Counter[tuple[str, str]] = Counter()        # (day, key) -> tokens, for budgets
-        self.running: dict[str, WeakSet[Charge]] = defaultdict(WeakSet)  # of keys that have one
+        self.running: dict[str, dict[Charge, None]] = defaultdict(dict)  # of keys that have one, in order
+        self.pledges: dict[str, Charge] = {}     # by the ids of requests that are about to run
         self.news, self.writer = asyncio.Event(), None
         self.closing = False
 
@@ -190,14 +256,38 @@ class Ledger:
 
     # what was used
 
-    def charge(self, request: Request, model: str) -> Charge:
+    def charge(self, request: Request, model: str, context_length: int = 0) -> Charge:
+        """The charge of a request that begins now. `settle` or `count` ends it, or `release`."""
         key = request.client if self.settings.keys else ""
+        pledge = self.pledges.get(request.id)
+        if pledge and pledge.row.key == key:  # another key may have chosen the same id
+            return self.pledges.pop(request.id)
         # a file's name may have bytes that are no text
         model = model.encode("utf-8", "replace").decode()
-        charge = Charge(request, Row("", key, model, request.low_priority))
+        charge = Charge(request, Row("", key, model, request.low_priority), context_length)
         if (known := self.key_of(key)) and known.tokens_per_day is not None:
-            self.running[key].add(charge)
+            self.running[key][charge] = None
         return charge
+
+    @contextmanager
+    def pledged(self, works: Iterable[tuple[WorkerPool, Request, str]]) -> Iterator[None]:
+        """Reserve what several requests may take together, until each of them begins."""
+        pledges = {request.id: self.charge(request, model, pool.context_length)
+                   for pool, request, model in works}
+        self.pledges |= pledges
+        try:
+            yield
+        finally:
+            for request_id, charge in pledges.items():
+                if self.pledges.get(request_id) is charge:  # it has not begun
+                    del self.pledges[request_id]
+                    self.release(charge)
+
+    def release(self, charge: Charge):
+        """A request that costs nothing has ended."""
+        self.running[charge.row.key].pop(charge, None)
+        if not self.running[charge.row.key]:
+            del self.running[charge.row.key]
 
     def settle(self, charge: Charge):
         """Enter what a request has used, on the day on which it ends."""
@@ -215,9 +305,7 @@ class Ledger:
 
     def count(self, charge: Charge, row: Row, amount: Amount):
         """Count what a request has used for the budget of its key, and for /metrics."""
-        self.running[row.key].discard(charge)
-        if not self.running[row.key]:
-            del self.running[row.key]
+        self.release(charge)
         if amount == Amount():
             return
         self.totals[row.background].add(amount)
@@ -248,33 +336,92 @@ class Ledger:
     def key_of(self, client: str) -> ApiKey | None:
         return next((key for key in self.settings.keys if key.name == client), None)
 
-    def checked(self, request: Request) -> bool:
+    def checked(self, client: str, claims: Seq[Claim]) -> bool:
         """over_budget; a header of the response then says so."""
-        if over := self.over_budget(request):
+        if over := self.over_budget(client, claims):
             REQUEST_LOG.get().headers["X-Over-Budget"] = f"background; renewed in {seconds_to_midnight()} s"
         return over
 
-    def over_budget(self, request: Request) -> bool:
-        """Must this request wait in the background, since its key has used its tokens of today? Overloaded
-        if the key is to be refused then."""
-        key = self.key_of(request.client)
-        if not key or key.tokens_per_day is None or (
-                self.used[today(), key.name] + self.reserved(key) < key.tokens_per_day):
-            return False
-        if not key.refused:
-            return True
-        until = seconds_to_midnight()
-        if self.used[today(), key.name] < key.tokens_per_day:
-            raise Overloaded("the requests of this API key that run may use all that is left of its "
-                             f"{key.tokens_per_day:,} tokens of today (UTC): wait until some have ended",
-                             retry_after_s=min(until, 5), status=429)
-        raise Overloaded(f"this API key has used its {key.tokens_per_day:,} tokens of today (UTC); it has "
-                         f"new ones at midnight UTC, in {until:,} seconds", retry_after_s=until, status=429)
+    def wait_s(self, client: str) -> int:
+        """Seconds until a line of a batch may begin whose key is refused now; 0: it may begin."""
+        try:
+            self.check_line(client)
+        except Overloaded as error:
+            return max(error.retry_after_s, 1)
+        return 0
 
-    def reserved(self, key: ApiKey) -> int:
+    def over_budget(self, client: str, claims: Seq[Claim] = ()) -> bool:
+        """Must requests of this client wait in the background, since its key has used its tokens of today?
+        Overloaded if the key is to be refused then. claims: of the requests."""
+        key = self.key_of(client)
+        if not key or key.tokens_per_day is None or self._fits(
+                key, self.reserved(key), beyond_one(claims)):
+            return False
+        if key.refused:
+            raise self._refusal(key, beyond_one(claims))
+        return True
+
+    def check_line(self, client: str, claims: Seq[Claim] = ()):
+        """Overloaded if a line of a batch must wait, since its key is refused now. Lines, which may wait long
+        in the background, begin only while half of what is left today is free, or nothing else runs: else a
+        batch would keep the other requests of its key out until its end."""
+        self.over_budget(client, claims)
+        key = self.key_of(client)
+        if not key or not key.refused or key.tokens_per_day is None:
+            return
+        reserved, left = self.reserved(key), key.tokens_per_day - self.used[today(), key.name]
+        if reserved and reserved + beyond_one(claims) >= left // 2:
+            raise self._refusal(key, beyond_one(claims))
+
+    def check_prompt(self, charge: Charge):
+        """Overloaded if the prompts of a request, which are counted now, do not fit into what those before it
+        leave of its key's budget, and the key is to be refused then."""
+        key = self.key_of(charge.row.key)
+        if not key or not key.refused or key.tokens_per_day is None:
+            return
+        needed = sum(charge.prompt_tokens) + charge.claim.beyond_one
+        if not self._fits(key, self.reserved(key, before=charge), needed):
+            raise self._refusal(key, needed)
+
+    def grow(self, charge: Charge, choice: int, alone: bool = False) -> bool:
+        """May an answer without max_tokens have more tokens? alone: also above the budget, if nothing else of
+        its key runs."""
+        key = self.key_of(charge.row.key)
+        fits = not key or not key.refused or key.tokens_per_day is None or self._fits(
+            key, self.reserved(key), 0)
+        if fits or alone and len(self.running[charge.row.key]) == 1:
+            charge.grow(choice)
+            return True
+        return False
+
+    def _fits(self, key: ApiKey, reserved: int, needed: int) -> bool:
+        return self.used[today(), key.name] + reserved + needed < (key.tokens_per_day or 0)
+
+    def _refusal(self, key: ApiKey, needed: int) -> Overloaded:
+        """Why a key is refused. needed: tokens that its request takes at least."""
+        until, budget = seconds_to_midnight(), key.tokens_per_day or 0
+        left = budget - self.used[today(), key.name]
+        if self._fits(key, 0, needed):
+            return Overloaded("the requests of this API key that run may use all that is left of its "
+                              f"{budget:,} tokens of today (UTC): wait until some have ended",
+                              retry_after_s=min(until, 5), status=429)
+        if left > 0:
+            return Overloaded(f"this API key has {left:,} of its {budget:,} tokens of today (UTC) left, and "
+                              f"this request may take {needed:,} besides its longest answer: ask for less, "
+                              f"or wait until midnight UTC, in {until:,} seconds",
+                              retry_after_s=until, status=429)
+        return Overloaded(f"this API key has used its {budget:,} tokens of today (UTC); it has "
+                          f"new ones at midnight UTC, in {until:,} seconds", retry_after_s=until, status=429)
+
+    def reserved(self, key: ApiKey, before: Charge | None = None) -> int:
         """How many tokens the running requests of a key take of its budget: else many that begin at once
-        would all find some left."""
-        return sum(charge.reserved for charge in self.running.get(key.name, ()))
+        would all find some left. before: only those that began before this one."""
+        found = 0
+        for charge in self.running.get(key.name, ()):
+            if charge is before:
+                break
+            found += charge.reserved
+        return found
 
     # what is shown
 

@@ -142,14 +142,25 @@ def wrong_url(number: int, url: str, endpoint: str) -> str:
     return f"line {number:,}: url must be the endpoint of the batch, {endpoint}, not {shown(url)}"
 
 
-def waiting_lines(connection: sqlite3.Connection, batch: Batch) -> list[int]:
-    """The numbers of the requests without a result."""
+class Waiting(NamedTuple):
+    """A request without a result."""
+
+    number: int
+    model: str   # that its body names; "" for a line that cannot be run
+    bytes: int   # of its text
+
+
+def waiting_lines(connection: sqlite3.Connection, batch: Batch, after: int, most: int) -> list[Waiting]:
+    """The first requests without a result of those after line `after`."""
     source, output, errors = (files.named(connection, name).id
                               for name in (batch.input, batch.output, batch.errors))
-    return [number for (number,) in connection.execute(
-        "SELECT number FROM lines WHERE file = ? AND (custom_id IS NOT NULL OR problem IS NOT NULL) AND "
-        "number NOT IN (SELECT number FROM lines WHERE file IN (?, ?)) ORDER BY number",
-        (source, output, errors))]
+    return [Waiting(*row) for row in connection.execute(
+        "SELECT number, CASE WHEN problem IS NULL THEN COALESCE(model, '') ELSE '' END, LENGTH(text) "
+        "FROM lines AS asked WHERE file = ? AND number > ? "
+        "AND (custom_id IS NOT NULL OR problem IS NOT NULL) "
+        "AND NOT EXISTS (SELECT 1 FROM lines WHERE file = ? AND number = asked.number) "
+        "AND NOT EXISTS (SELECT 1 FROM lines WHERE file = ? AND number = asked.number) "
+        "ORDER BY number LIMIT ?", (source, after, output, errors, most))]
 
 
 def line(connection: sqlite3.Connection, batch: Batch, number: int) -> Row:

@@ -257,6 +257,22 @@ async def test_low_priority_takes_nobodys_row_even_of_its_own_client_and_stays_w
     assert told(worker)[-1] == "l2"
 
 
+async def test_one_client_s_long_answers_in_the_background_share_their_rows_with_another_s():
+    """Else the batch of one key would wait until lines of another end, maybe for an hour. Chats keep their rows."""
+    pool = played_pool(max_batch=4)
+    [worker] = pool.workers
+    await submitted(pool, *(f"a{number}" for number in range(6)), low=True)
+    await submitted(pool, "b1", "b2", "b3", low=True)
+    assert told(worker) == ["a0", "a1", "a2", "a3", "stop a3", "b1", "stop a2", "b2"]       # and then each has two
+    pool.dispatcher.deliver(worker, ending("b1", said(tokens=(7,))))
+    assert told(worker)[-1] == "b3"
+    await submitted(pool, "c1", "c2", "c3", "c4", "c5")
+    before = told(worker)
+    assert before[-4:] == ["c1", "c2", "c3", "c4"]
+    await submitted(pool, "l1", "l2", low=True)
+    assert told(worker) == before       # beside chats nothing changes places that would not run
+
+
 async def of_two(kinds="cuda"):
     """A pool of two played workers, on devices of their own or on one machine's processors."""
     pool = played_pool(max_batch=2)

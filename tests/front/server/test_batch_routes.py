@@ -1,6 +1,7 @@
 """/v1/files and /v1/batches: OpenAI's client uses them unchanged, and no line is lost or answered twice."""
 
 import json
+import random
 import re
 import resource
 import signal
@@ -18,6 +19,7 @@ import openai
 import psutil
 import pytest
 
+from chatlm.front.server.files import requests_of
 from real_server import SCRIPT, post, server, wait_for
 
 
@@ -85,7 +87,8 @@ def test_bad_lines_are_errors_and_the_others_run(running):
              ask_line("e", url="/v1/files"), {"custom_id": "f", "url": "/v1/completions", "body": {"prompt": "x"}}, ask_line("g", "x" * 100_000), ask_line("h")]
     file = running.files.create(file=("in.jsonl", jsonl(lines)), purpose="batch")
     assert "6 of 10 lines" in file.status_details and "line 3: is not JSON" in file.status_details
-    assert running.files.content(file.id).content == jsonl(lines) and file.bytes == len(jsonl(lines))
+    kept = jsonl(line for line in lines if line)        # without the blank one, which counts all the same
+    assert running.files.content(file.id).content == kept and file.bytes == len(kept)
     batch = ended(running, running.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h"))
     counts = batch.request_counts
     assert (batch.status, counts.total, counts.completed, counts.failed) == ("completed", 10, 2, 8)
@@ -103,13 +106,36 @@ def test_the_bytes_of_a_line_make_it_an_error_line_alone(running):
     lines = [b"\xef\xbb\xbf" + good[0], b"", b"\xff" + good[0], half, b" \t" + good[1] + b" \r", good[1], json.dumps(ask_line("f")).encode("utf-16"),
              json.dumps(ask_line("g", "x" * 200_000, temperature=99)).encode(), b"\0\0", b"[" * 200_000, good[2]]
     file = running.files.create(file=("in.jsonl", b"\n".join(lines)), purpose="batch")
-    assert running.files.content(file.id).content == b"\n".join(lines) and file.status_details.startswith("7 of 10 lines cannot be run")
+    assert running.files.content(file.id).content == b"\n".join(line for line in lines if line) and file.status_details.startswith("7 of 10 lines cannot be run")
     batch = ended(running, running.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h"))
     assert [found["custom_id"] for found in results(running, batch.output_file_id)] == ["b\0\x1b[1m\u202e\r\n", "c", "d"]
     said = [(found["custom_id"], (found["error"] or found["response"]["body"]["error"])["message"]) for found in results(running, batch.error_file_id)]
     assert said == [(None, "line 3: is not JSON in UTF-8"), (None, "line 4: custom_id must be a text of at most 512 characters"), ("c", 'line 6: an earlier line has its custom_id, "c"'),
                     (None, "line 7: is not JSON in UTF-8"), ("g", "temperature must be a finite number from 0 to 2, not 99"),
                     (None, "line 9: is not JSON in UTF-8"), (None, "line 10: is not JSON in UTF-8")]
+
+
+def test_blank_lines_are_found_as_a_plain_split_finds_them():
+    dice = random.Random(5)
+    for _ in range(2000):
+        data = b"".join(dice.choice((b"\n", b"\n", b" ", b"\r\n", b"\t", b"\x0b\x0c", b"a", b"{}", b"\x1c", b"\xa0", b"\0")) for _ in range(dice.randrange(1, 30)))
+        plain = [line + b"\n" for line in data.split(b"\n")]
+        plain[-1] = plain[-1][:-1]
+        assert requests_of(data, 7) == [(number, line) for number, line in enumerate(plain, 7) if line.strip()]
+
+
+def test_blank_lines_are_counted_and_never_stored(model, tmp_path):
+    """Six million of them, and lines of blanks, before, between and after two requests."""
+    lines = [json.dumps(ask_line(name, max_tokens=1)).encode() for name in "ab"]
+    blank = b"\n" * (3 << 20)
+    with batching(model, tmp_path / "a.db") as (_, client):
+        data = blank + lines[0] + b"\n" + (b" " * 999 + b"\r\n") * 1000 + b"no json\n" + blank + lines[1] + b"\n\n \n"
+        file = client.files.create(file=("in.jsonl", data), purpose="batch")
+        assert file.bytes == sum(map(len, lines)) + 10 and file.status_details == f"1 of 3 lines cannot be run as they are; the first: line {(3 << 20) + 1002:,}: is not JSON in UTF-8"
+        assert client.files.content(file.id).content == lines[0] + b"\nno json\n" + lines[1] + b"\n" and rows_of(tmp_path / "a.db")[1] == 3
+        batch = ended(client, client.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h"))
+        assert [found["custom_id"] for found in results(client, batch.output_file_id)] == ["a", "b"]
+        assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 4 << 20
 
 
 def test_a_name_that_no_text_can_be_is_refused(running):
@@ -386,6 +412,45 @@ def test_a_batch_that_fails_is_tried_again_until_it_can_go_on(model, tmp_path):
         check_charges(tmp_path / "a.db", whole, 2)
 
 
+def test_the_batch_of_a_key_without_budget_waits_and_holds_no_other_up(model, tmp_path):
+    """Its lines wait without a slot; with tokens again they are answered, to the byte as others'."""
+    def keys(tokens):
+        (tmp_path / "keys").write_text(f"broke: first-key tokens-per-day={tokens} over-budget=refuse\nfree: second-key\n")
+        (tmp_path / "keys").chmod(0o600)
+        return "--api-key-file", tmp_path / "keys", "--max-batch", "2"
+    lines = [ask_line(str(number), f"Tell me about {number}") for number in range(40)]
+    with batching(model, tmp_path / "a.db", *keys(0)) as (_, client):
+        client = client.with_options(api_key="first-key")
+        waiting, cancelled = begun(client, lines), begun(client, lines)
+        other = client.with_options(api_key="second-key")
+        assert ended(other, begun(other, lines[:3])).request_counts.completed == 3
+        client.batches.cancel(cancelled.id)
+        assert ended(client, cancelled).request_counts.completed == client.batches.retrieve(waiting.id).request_counts.completed == 0
+    with batching(model, tmp_path / "a.db", *keys(0)) as (_, client):       # it waits on after a restart
+        other = client.with_options(api_key="second-key")
+        free = ended(other, begun(other, lines))
+        answers = other.files.content(free.output_file_id).content
+        assert client.with_options(api_key="first-key").batches.retrieve(waiting.id).status == "in_progress"
+    with batching(model, tmp_path / "a.db", *keys(10**9)) as (_, client):
+        client = client.with_options(api_key="first-key")
+        done = client.files.content(ended(client, waiting).output_file_id).content.splitlines()
+        created = [json.loads(content[0])["response"]["body"]["created"] for content in (done, answers.splitlines())]
+        assert [line.replace(b'"created": %d' % created[0], b'"created": %d' % created[1]) for line in done] == answers.splitlines()
+
+
+def test_long_lines_of_one_key_make_room_for_another_s_and_are_the_same(model, tmp_path):
+    long = [ask_line(str(number), f"Tell me about {number}", max_tokens=300, ignore_eos=True) for number in range(9)]
+    with batching(model, tmp_path / "a.db", "--max-batch", "2", keys=("first-key", "second-key")) as (_, client):
+        other = client.with_options(api_key="second-key")
+        slow = begun(client, long)
+        while not answered_lines(tmp_path / "a.db"):
+            time.sleep(0.005)
+        quick = ended(other, begun(other, [ask_line("a", max_tokens=5, ignore_eos=True)]))
+        assert quick.request_counts.completed == 1 and client.batches.retrieve(slow.id).request_counts.completed < 9
+        slow = ended(client, slow)
+        assert client.files.content(slow.output_file_id).content == again(client, slow)
+
+
 def test_a_cancelled_batch_costs_what_its_output_has(model, tmp_path):
     for number in range(3):
         with batching(model, tmp_path / f"{number}.db") as (process, client):
@@ -414,6 +479,17 @@ def test_the_ids_of_calls_and_items_follow_from_the_line(running):
     assert found["response"]["body"]["store"] is False
     with pytest.raises(openai.NotFoundError):
         running.responses.retrieve(found["response"]["body"]["id"])
+
+
+def test_what_was_drafted_is_not_in_a_batch_s_output(running):
+    """It depends on what was said and measured before: an answer to the same question has it, where it is shown."""
+    body = ask_line("a", "one two three " * 20, max_tokens=60, temperature=0, ignore_eos=True, logprobs=True)["body"]
+    batch = begun(running, [{"custom_id": str(number), "method": "POST", "url": "/v1/chat/completions", "body": body} for number in range(4)])
+    whole = running.files.content(ended(running, batch).output_file_id).content
+    shown = running.post("/chat/completions", body=body, cast_to=object)
+    tokens = [{name: value for name, value in token.items() if name != "drafted"} for token in shown["choices"][0]["logprobs"]["content"]]
+    assert len(tokens) == 60 and "drafted" in str(shown) and b"drafted" not in whole
+    assert all(json.loads(line)["response"]["body"]["choices"][0]["logprobs"]["content"] == tokens for line in whole.splitlines())
 
 
 @pytest.mark.parametrize("name", ["previous_response_id", "conversation"])

@@ -275,6 +275,30 @@ def test_a_bad_line_is_one_error_that_names_line_and_field_and_never_the_key(tmp
     assert "line 2" in str(error.value) and words in str(error.value) and "SECRET" not in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("lines, words", [
+    (("bob: a tokens-per-day=5", "bob: b"), 'line 2: the key\'s name, "bob", is also that of --api-key-file'),
+    (("bob: a models=x,y", "carol: c", "bob: b models=x"), "another models="), (("bob: a role=admin", "bob: b"), "another role="),
+    (("bob: a tokens-per-day=5", "bob: b tokens-per-day=5 over-budget=refuse"), "another over-budget="),
+    (("SECRET", "line-1: b role=admin"), "line 2: the key's name"), (("SECRET", "SECRET role=admin"), "line 2: the key is that of --api-key-file"),
+    (("bob: SECRET", "carol: SECRET"), 'where it has the name "bob"'), (("bob: SECRET", "carol: SECRET tokens-per-day=1"), "another tokens-per-day=")])
+def test_what_is_said_twice_of_a_name_or_a_key_is_refused_if_it_differs(tmp_path, lines, words):
+    with pytest.raises(ConfigError) as error:
+        keys_of(tmp_path, *lines)
+    assert words in str(error.value) and "SECRET" not in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_key_of_the_command_line_does_not_lift_the_limits_that_the_file_gives_it(tmp_path):
+    (tmp_path / "keys").write_text("bob: SECRET tokens-per-day=5")
+    (tmp_path / "keys").chmod(0o600)
+    with pytest.raises(ConfigError, match="line 1: the key is that of --api-key number 1, with another tokens-per-day="):
+        read_api_keys(["SECRET"], str(tmp_path / "keys"))
+
+
+def test_a_name_may_have_several_keys_with_the_same_fields(tmp_path):
+    found = keys_of(tmp_path, "bob: a models=x,y tokens-per-day=5", "bob: b tokens-per-day=5 models=y,x", "c", "c")
+    assert [key.name for key in found] == ["bob", "bob", "line-3", "line-4"]
+
+
 @pytest.mark.parametrize("name", ["a\x1b[31m", "a\x00b", "a\x7f", "\u202eevil"])
 def test_a_name_that_cannot_be_shown_is_refused(tmp_path, name):
     with pytest.raises(ConfigError, match="line 1: the key's name has characters that cannot be shown"):
@@ -311,11 +335,12 @@ async def test_what_runs_takes_from_the_budget_so_that_many_at_once_do_not_pass_
     keys, gate = keys_of(tmp_path, "alice: a tokens-per-day=1000", "bob: b tokens-per-day=1000 over-budget=refuse"), asyncio.Event()
     pool, settings = FakePool(gate=gate), Settings(keys=keys)
     async with serving(pool, settings) as url, client_of(url) as call:
-        for key, body, fit in (("a", {"max_tokens": 400}, 3), ("a", {}, 4), ("b", {"max_tokens": 200, "n": 2}, 3)):     # a prompt has 7 tokens, 256 are assumed
+        # a prompt has 7 tokens, 256 are assumed; only one of a request's answers may pass the budget
+        for key, body, fit, reserved in (("a", {"max_tokens": 400}, 3, 3 * 407), ("a", {}, 4, 4 * 263), ("b", {"max_tokens": 200, "n": 2}, 2, 2 * 407), ("b", {"max_tokens": 200}, 5, 5 * 207)):
             gate.clear()
             first = asyncio.gather(*(call("/v1/chat/completions", key, conversation() | body) for _ in range(fit)))
             await pool.until_open(fit)
-            assert (await usage(call, key))["budget"]["reserved"] >= 1000
+            assert (await usage(call, key))["budget"]["reserved"] == reserved
             more = asyncio.ensure_future(call("/v1/chat/completions", key, conversation() | body))
             if key == "b":
                 response, text = await more
@@ -328,6 +353,165 @@ async def test_what_runs_takes_from_the_budget_so_that_many_at_once_do_not_pass_
             assert (await usage(call, key))["budget"]["reserved"] == 0
             response, _ = await call("/v1/chat/completions", key, conversation() | body)
             assert response.status == 200 and "X-Over-Budget" not in response.headers
+
+
+async def test_a_request_whose_answers_do_not_fit_together_says_what_is_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(ledger, "time", SimpleNamespace(time=lambda: 1_700_000_000.0))
+    keys = keys_of(tmp_path, "bob: b tokens-per-day=1000 over-budget=refuse")
+    pool = FakePool()
+    async with serving(pool, Settings(keys=keys)) as url, client_of(url) as call:
+        response, text = await call("/v1/chat/completions", "b", conversation() | {"max_tokens": 300, "n": 5})
+        assert response.status == 429 and response.headers["Retry-After"] == "6400"
+        assert b"has 1,000 of its 1,000 tokens of today (UTC) left, and this request may take 1,200 besides its longest answer" in text
+        response, text = await call("/v1/compare", "b", conversation() | {"max_tokens": 300, "variants": [{}] * 5})
+        assert response.status == 429 and b"may take 1,200 besides" in text
+        response, _ = await call("/v1/completions", "b", {"prompt": "x", "max_tokens": 3})
+        assert response.status == 200 and len(pool.requests) == 1
+        assert (await usage(call, "b"))["budget"]["reserved"] == 0
+
+
+async def test_a_comparison_is_reserved_whole_before_any_of_its_answers_begins(tmp_path):
+    keys, gate = keys_of(tmp_path, "bob: b tokens-per-day=2000 over-budget=refuse"), asyncio.Event()
+    pool = FakePool(gate=gate)
+    async with serving(pool, Settings(keys=keys)) as url, client_of(url) as call:
+        body = conversation() | {"max_tokens": 300, "variants": [{}] * 4}
+        both = [asyncio.ensure_future(call("/v1/compare", "b", body)) for _ in range(5)]
+        await pool.until_open(4)
+        assert (await usage(call, "b"))["budget"]["reserved"] == 4 * 307
+        refused = await first_ended(both, 4)
+        assert all(response.status == 429 and response.headers["Retry-After"] == "5" for response, _ in refused)
+        gate.set()
+        statuses = sorted(response.status for response, _ in await asyncio.gather(*both))
+        assert statuses == [200, 429, 429, 429, 429]
+        found = await usage(call, "b")
+        assert found["budget"] == found["budget"] | {"used_today": 4 * 10, "reserved": 0}
+
+
+async def test_prompts_that_do_not_fit_into_what_is_left_are_refused_before_they_cost_anything(tmp_path):
+    keys = keys_of(tmp_path, "bob: b tokens-per-day=12 over-budget=refuse", "alice: a tokens-per-day=12")
+    pool = FakePool()
+    async with serving(pool, Settings(keys=keys)) as url, client_of(url) as call:
+        for stream in (False, True):
+            for key, last in (("b", 429), ("a", 200)):
+                response, _ = await call("/v1/completions", key, {"prompt": "x", "max_tokens": 3, "stream": stream})
+                assert response.status == (last if stream else 200)
+        _, text = await call("/v1/completions", "b", {"prompt": "x", "max_tokens": 3})
+        assert b"has 2 of its 12 tokens of today (UTC) left, and this request may take 7 besides its longest answer" in text
+        assert (await usage(call, "b"))["budget"] | {"renewed_in_s": 0} == {"tokens_per_day": 12, "used_today": 10, "reserved": 0, "over_budget": "refuse", "renewed_in_s": 0}
+        assert (await usage(call, "b"))["total"]["requests"] == 1 and pool.open == 0
+
+
+async def first_ended(tasks, count):
+    while sum(task.done() for task in tasks) < count:
+        await asyncio.wait([task for task in tasks if not task.done()], return_when=asyncio.FIRST_COMPLETED)
+    return [task.result() for task in tasks if task.done()]
+
+
+async def test_without_max_tokens_an_answer_ends_where_the_budget_does(tmp_path):
+    """Of a key that is refused then; one that goes on in the background has all of its answer."""
+    keys = keys_of(tmp_path, "alice: a tokens-per-day=1000", "bob: b tokens-per-day=1000 over-budget=refuse")
+    pool = FakePool(["a"] * 3000)
+    async with serving(pool, Settings(keys=keys)) as url, client_of(url) as call:
+        for key, n, most in (("b", 3, 1000 + 3 * 256), ("a", 1, 3007)):
+            _, body = await call("/v1/completions", key, {"prompt": "x", "n": n})
+            found = json.loads(body)
+            assert {choice["finish_reason"] for choice in found["choices"]} == {"length" if key == "b" else "stop"}
+            spent = found["usage"]["total_tokens"]
+            assert spent == (await usage(call, key))["budget"]["used_today"] and 1000 <= spent <= most
+            assert (await usage(call, key))["budget"]["reserved"] == 0
+        response, _ = await call("/v1/completions", "b", {"prompt": "x"})
+        assert response.status == 429
+
+
+async def test_an_answer_without_max_tokens_reserves_what_it_has_and_the_next_256(tmp_path):
+    room = asyncio.Semaphore(0)
+    pool = FakePool(["a"] * 600, gate=SimpleNamespace(wait=room.acquire))
+    keys = keys_of(tmp_path, "alice: a tokens-per-day=100000")
+    async with serving(pool, Settings(keys=keys)) as url, aiohttp.ClientSession(url) as session, client_of(url) as call:
+        async with session.post("/v1/completions", json={"prompt": "x", "stream": True}, headers={"Authorization": "Bearer a"}) as response:
+            got = 0
+            for total, reserved in ((1, 256), (255, 256), (256, 512), (511, 512), (513, 768)):
+                for _ in range(total - got):
+                    room.release()
+                while got < total:
+                    got += (await response.content.readuntil(b"\n\n")).count(b'"text": "a"')
+                while not room.locked():
+                    await asyncio.sleep(0)
+                assert (await usage(call, "a"))["budget"]["reserved"] == 7 + reserved, total
+
+
+@pytest.mark.parametrize("seed", range(12))
+async def test_the_sum_of_charges_is_what_was_computed_and_a_budget_is_passed_by_one_answer(seed):
+    """Requests of all kinds at once: a budget is passed at most by the tokens of one answer, and the 256 of each without max_tokens."""
+    dice = random.Random(seed)
+    budget = dice.randrange(100, 6000)
+    keys = (ApiKey.hashed("a", "alice", tokens_per_day=budget, refused=True), ApiKey.hashed("b", "bob", tokens_per_day=budget), BOB._replace(name="carol", digest=ApiKey.hashed("c", "").digest))
+    pool = FakePool(["a"] * dice.randrange(1, 900))
+    yielded, answer = Counter(), pool.answer
+
+    async def counted(request):
+        async for event in answer(request):
+            if isinstance(event, Piece):
+                yielded[request.client] += len(event.tokens)
+            await asyncio.sleep(0)
+            yield event
+    pool.answer = counted
+    told_tokens, statuses = Counter(), Counter()
+    async with serving(pool, Settings(keys=keys)) as url, client_of(url) as call:
+        async def one():
+            key, most = dice.choice("aab"), dice.choice((None, len(pool.pieces)))
+            limit = {} if most is None else {"max_tokens": most}
+            kind = dice.randrange(4)
+            if kind == 0:
+                response, body = await call("/v1/compare", key, conversation() | {"variants": [{}] * dice.randrange(2, 5)} | ({"max_tokens": most or 256}))
+                found = [frame["usage"] for frame in frames(body) if isinstance(frame, dict) and frame.get("usage")] if response.status == 200 else []
+            elif kind == 1:
+                response, body = await call("/v1/completions", key, {"prompt": ["x"] * dice.randrange(1, 4), "n": dice.randrange(1, 4)} | limit)
+                found = [told(body)] if response.status == 200 else []
+            else:
+                response, body = await call("/v1/chat/completions", key, conversation() | limit | {"n": dice.randrange(1, 3), "stream": kind == 2, "stream_options": {"include_usage": True}}
+                                            if kind == 2 else conversation() | limit)
+                found = [told(body)] if response.status == 200 else []
+            statuses[response.status] += 1
+            assert response.status in (200, 429), body
+            told_tokens[key, "completion"] += sum(usage["completion_tokens"] for usage in found)
+            told_tokens[key, "prompt"] += sum(usage["prompt_tokens"] for usage in found)
+
+        async def client():
+            for _ in range(6):
+                await one()
+        await asyncio.gather(*(client() for _ in range(4)))
+        for key, name in (("a", "alice"), ("b", "bob")):
+            found = await usage(call, key)
+            total = found["total"]
+            assert (total["prompt_tokens"], total["completion_tokens"]) == (told_tokens[key, "prompt"], told_tokens[key, "completion"])
+            assert total["completion_tokens"] == yielded[name] and found["budget"]["reserved"] == 0
+            if key == "a":      # at most 4 requests of 9 answers run at once
+                assert found["budget"]["used_today"] <= budget + len(pool.pieces) + 256 * 4 * 9
+    assert statuses[200]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_completion_of_several_prompts_that_is_cut_charges_the_prompts_whose_answers_began(stream):
+    room = asyncio.Semaphore(0)
+    pool = FakePool(["a"] * 4, gate=SimpleNamespace(wait=room.acquire))
+    async with serving(pool) as url, aiohttp.ClientSession(url) as session, client_of(url) as call:
+        asking = asyncio.ensure_future(session.post("/v1/completions", json={"prompt": ["x", "y", "z"], "stream": stream}))
+        await pool.until_open(1)
+        for _ in range(6):      # all of the first, half of the second
+            room.release()
+        if stream:
+            response, got = await asking, b""
+            while got.count(b'"text": "a"') < 6:
+                got += await response.content.readany()
+            response.close()
+        else:
+            while not room.locked():
+                await asyncio.sleep(0)
+            asking.cancel()
+        await pool.until_open(0)
+        total = (await usage(call))["total"]
+        assert (total["requests"], total["prompt_tokens"], total["completion_tokens"]) == ((1, 14, 6) if stream else (1, 0, 0))
 
 
 async def test_models_of_a_key_are_all_that_it_sees():
@@ -379,6 +563,30 @@ async def test_workers_that_die_change_nothing_in_the_account(start_pool, tmp_pa
         assert {name: answer["total"][name] for name in total} == total
         assert answer["total"]["compute_s"] > 0 and any(path.name.startswith("kill") for path in tmp_path.iterdir())
         assert len(answer["data"]) >= 3
+
+
+async def test_a_real_answer_that_the_budget_ends_frees_its_rows_and_is_charged_what_it_had(tmp_path, nanochat_fixtures):
+    (tmp_path / "keys").write_text("bob: b tokens-per-day=400 over-budget=refuse\nroot: r role=admin\n")
+    (tmp_path / "keys").chmod(0o600)
+    with server(nanochat_fixtures / "gen5", "--dtype", "float32", "--api-key-file", tmp_path / "keys") as (_, url):
+        async with client_of(url) as call:
+            _, body = await call("/v1/completions", "b", {"prompt": "The sea", "n": 2, "ignore_eos": True, "logprobs": 1})
+            found = json.loads(body)
+            total = found["usage"]["total_tokens"]
+            assert [choice["finish_reason"] for choice in found["choices"]] == ["length"] * 2 and 400 <= total <= 400 + 3 * 256
+            assert sum(len(choice["logprobs"]["tokens"]) for choice in found["choices"]) == found["usage"]["completion_tokens"]
+            budget = (await usage(call, "b"))["budget"]
+            assert (budget["used_today"], budget["reserved"]) == (total, 0)
+            assert (await call("/v1/completions", "b", {"prompt": "x"}))[0].status == 429
+            _, body = await call("/v1/completions", "r", {"prompt": "The sea", "max_tokens": 5, "ignore_eos": True})
+            assert json.loads(body)["usage"]["completion_tokens"] == 5
+            while (await stats_of(call))["busy_workers"]:
+                await asyncio.sleep(0.01)
+            assert (await stats_of(call))["queue_depth"] == 0
+
+
+async def stats_of(call):
+    return json.loads((await call("/stats", "r"))[1])
 
 
 @pytest.mark.slow
