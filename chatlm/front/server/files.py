@@ -19,7 +19,7 @@ from chatlm.front.api.batch_lines import problem_of, read_line, storable
 from chatlm.front.api.kept_fields import LAST_SECONDS
 from chatlm.front.lazy import aiohttp, web
 from chatlm.front.server.bodies import known_of
-from chatlm.front.server.kept import DAY_S, asked, now_s, paged, stored
+from chatlm.front.server.kept import DAY_S, asked, now_s, number_in, paged, stored
 from chatlm.front.server.responses import REQUEST_LOG, json_response
 from chatlm.front.server.routes import AFTER, FILES_LIMIT, ORDER, PURPOSE
 from chatlm.front.server.streams import BODY_BYTES_PER_S, BODY_S
@@ -331,7 +331,7 @@ class Upload:
         if (text := fields.get("expires_after[seconds]")) is not None:
             if fields.get("expires_after[anchor]", "created_at") != "created_at":
                 raise bad_value("expires_after[anchor]", fields["expires_after[anchor]"], '"created_at"')
-            lasts = LAST_SECONDS.read(int(text) if text.isdigit() else text)
+            lasts = LAST_SECONDS.read(number_in(text))
         note = self.first_problem and (
             f"{self.bad:,} of {self.requests:,} lines cannot be run as they are; the first: "
             f"{self.first_problem[:400]}")

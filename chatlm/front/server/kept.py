@@ -42,8 +42,13 @@ def asked(http: web.Request, field: Field, default: Any) -> Any:
     text = http.query.get(field.name)
     if text is None:
         return default
-    whole = field.low > -math.inf and text.isascii() and text.isdigit() and len(text) < 10
-    return field.read(int(text) if whole else text)
+    return field.read(number_in(text) if field.low > -math.inf else text)
+
+
+def number_in(text: str) -> int | str:
+    """The integer that a text says; any other text as it is, for its field to refuse."""
+    # isdigit would include "²", which int refuses
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else text
 
 
 def paged(rows: Seq[dict], limit: int) -> web.Response:
