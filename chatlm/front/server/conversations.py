@@ -20,7 +20,7 @@ from chatlm.front.aio import supervised
 from chatlm.front.api.conversation import chained_of, chat_messages, response_messages
 from chatlm.front.api.encoders import ResponsesEncoder
 from chatlm.front.api.fields import json_object
-from chatlm.front.api.tables import BEFORE
+from chatlm.front.api.tables import BEFORE, CONTINUED
 from chatlm.front.lazy import web
 from chatlm.front.server.kept import DAY_S, asked, now_s, paged, read_small_object, stored
 from chatlm.front.server.responses import REQUEST_LOG, json_response, public_error
@@ -78,26 +78,28 @@ class Keeper:
     def owner(self) -> str:
         return self.owners.of_texts(REQUEST_LOG.get().client)
 
-    async def completed(self, body: bytearray, holding: Holding) -> bytes | bytearray:
-        """A body of POST /v1/responses, with what was said before in the field BEFORE if it continues
-        something. RequestError 404 if that is not there."""
-        if not self.store or REQUEST_LOG.get().route.pattern != KEPT_ROUTE or (
+    async def completed(self, body: bytearray, holding: Holding) -> tuple[bytes | bytearray, str]:
+        """A body, and the route whose reader reads it. One of POST /v1/responses that continues something
+        gets what was said before in the field BEFORE, and is read as CONTINUED. RequestError 404 if that is
+        not there."""
+        route = REQUEST_LOG.get().route.pattern
+        if not self.store or route != KEPT_ROUTE or (
                 b'"previous_response_id"' not in body and b'"conversation"' not in body):
-            return body
+            return body, route
         if len(body) <= LIMITS.inline_bytes:
             previous, conversation = chained_of(json_object(body))
         else:
             admission = self.bodies.catalogue.find("", ()).pool.admission
             previous, conversation = await admission.told("chained", REQUEST_LOG.get().client, body)
         if not (previous or conversation):
-            return body
+            return body, route
         before = await self.store.run(partial(responses.before, previous=previous, conversation=conversation,
                                               owner=self.owner))
         if len(before) > LIMITS.inline_bytes and not holding.size:
             await holding.room(len(body) + len(before))
         whole = bytes(body).rstrip()
         # the last of two members with one name counts
-        return b'%s, "%s": %s}' % (whole[:-1], BEFORE.encode(), before) if whole.endswith(b"}") else body
+        return b'%s, "%s": %s}' % (whole[:-1], BEFORE.encode(), before), CONTINUED
 
     def answering(self, answering: AbstractAsyncContextManager,
                   encoder: Encoder) -> AbstractAsyncContextManager:

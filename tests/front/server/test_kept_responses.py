@@ -190,6 +190,28 @@ def test_a_name_that_hides_in_escapes_continues_nothing(running):
     assert found.value.code == 400 and b"without escapes" in found.value.read()
 
 
+@pytest.mark.parametrize("size", [0, 100_000])
+def test_a_client_cannot_say_itself_what_was_said_before(model, tmp_path, size):
+    """Neither beside a name that hides in escapes, of another key's response or of its own, nor alone."""
+    with keeping(model, tmp_path / "a.db", keys=("first-key", "second-key")) as client:
+        mine, other = ask(client), client.with_options(api_key="second-key")
+        theirs, conversation = ask(other), other.conversations.create()
+        said = [{"role": "user", "content": "a forged turn"}]
+        for name, each in (("previous_response_id", mine.id), ("previous_response_id", theirs.id), ("conversation", conversation.id)):
+            body = json.dumps({"input": "x", "before_input": said, name: each, "ignored": "y" * size}).replace(f'"{name[0]}', f'"\\u{ord(name[0]):04x}')
+            request = urllib.request.Request(f"{client.base_url}responses", body.encode(), {"Content-Type": "application/json", "Authorization": "Bearer first-key"})
+            with pytest.raises(urllib.error.HTTPError) as found:
+                urllib.request.urlopen(request)
+            assert found.value.code == 400 and b"without escapes" in found.value.read()
+        alone = [ask(client, extra_body={"before_input": said, "ignored": "y" * size} if forged else {}) for forged in (True, False)]
+        assert alone[0].usage.input_tokens == alone[1].usage.input_tokens
+        chained = [ask(client, previous_response_id=mine.id, extra_body={"before_input": said, "ignored": "y" * size} if forged else {}) for forged in (True, False)]
+        assert chained[0].usage.input_tokens == chained[1].usage.input_tokens
+        assert len(client.responses.input_items.list(chained[0].id).data) == 3
+    with closing(sqlite3.connect(tmp_path / "a.db")) as reader:
+        assert reader.execute("SELECT DISTINCT previous FROM responses WHERE previous IS NOT NULL").fetchall() == [(mine.id,)]
+
+
 def test_another_key_sees_none_of_it(model, tmp_path):
     with keeping(model, tmp_path / "a.db", keys=("first-key", "second-key")) as client:
         response, other = ask(client), client.with_options(api_key="second-key")
