@@ -184,6 +184,7 @@ class Front:
         self.recordings, self.downloads = Recordings(), DownloadRoutes(catalogue, self.bodies, self.access)
         self.kept = Keeper(store, self.bodies, self.owners, settings.keep_days)
         self.batches = BatchRoutes(store, catalogue, self.bodies, self.owners, self.answering, self.ledger)
+        self.kept.removed = self.batches.wake_up
         self.metrics: Metrics | None = None
         with suppress(ConfigError):  # prometheus_client is missing: /metrics says so
             self.metrics = Metrics(catalogue, self.ledger)
@@ -191,7 +192,7 @@ class Front:
     def taken(self, request_id: str) -> bool:
         return request_id in self.running or request_id in self.recordings or request_id in self.compared
 
-    def identified(self, request: Request, kept: bytes = b"") -> Request:
+    def identified(self, request: Request, kept: bool = False) -> Request:
         """The request with its client and owner, in the background if its key is over its budget; with a new
         id if its own was taken while the body arrived, or its answer is kept."""
         record = REQUEST_LOG.get()
@@ -230,7 +231,8 @@ class Front:
     async def handle_answer(self, http: web.Request) -> web.StreamResponse:
         with self.bodies.holding() as holding:
             served, parsed = await self.bodies.parse(http, holding)
-            pool, parsed = served.pool, replace(parsed, request=self.identified(parsed.request, parsed.kept))
+            pool = served.pool
+            parsed = replace(parsed, request=self.identified(parsed.request, parsed.is_kept))
             # the whole request, with its messages and tools, ends when it is admitted
             answering = self.answering(pool, parsed.request, served.name, not parsed.stream)
             parsed = parsed.lasting()

@@ -27,6 +27,7 @@ from chatlm.front.api.fields import (
 from chatlm.front.api.field_types import OPENAI_ROLES, one_constraint, thinking, thinking_budget
 from chatlm.front.api.ignored import ignored_fields, unread
 from chatlm.front.api.infill import infill_ends
+from chatlm.front.api.kept_items import kept_items
 from chatlm.front.api.retrieval import RETRIEVAL_READERS, check_route
 from chatlm.front.api.tables import (
     BEFORE, BODY_FIELDS, COMPARE_FIELDS, COMPLETION_FIELDS, CONTINUED, COUNTED_FIELDS, DRAWING_FIELDS,
@@ -242,7 +243,7 @@ def read_responses_body(body: dict, known: Known, before: Seq | None = None) -> 
     request = parse_openai_request(values | {"tools": tools}, known.settings, known.tool_format, messages)
     parsed = parsed_body("responses", values, known, request, details, ignored)
     return replace(parsed, repeated=repeated_json(body),
-                   kept=dump(input_items(values)) if details.get("store") else b"")
+                   kept=kept_items(input_items(values)) if details.get("store") else ())
 
 
 def kept_details(values: Mapping, known: Known, continued: bool) -> dict:

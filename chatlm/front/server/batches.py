@@ -14,6 +14,7 @@ from typing import Any, TYPE_CHECKING, TypeVar
 
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import ChatServerError, EngineFailure, Overloaded, RequestError
+from chatlm.common.jsontext import dump
 from chatlm.common.log import log
 from chatlm.common.messages.requests import PromptProgress
 from chatlm.front.aio import end_tasks, supervised
@@ -26,13 +27,14 @@ from chatlm.front.api.picture_parts import with_pixels
 from chatlm.front.lazy import web
 from chatlm.front.server.bodies import Body, known_of, tokenizer_of
 from chatlm.front.server.files import FileRoutes
-from chatlm.front.server.kept import asked, now_s, paged, read_small_object, stored
+from chatlm.front.server.kept import asked, now_s, read_small_object, send_page, stored
 from chatlm.front.server.ledger import Amount, Charge, Ledger, write
 from chatlm.front.server.responses import REQUEST_LOG, json_response, public_error
 from chatlm.front.server.routes import AFTER, LIMIT
 from chatlm.front.server.streams import Holding
-from chatlm.front.store import batches, files, responses
+from chatlm.front.store import batches, files, quota, responses
 from chatlm.front.store.batches import Batch
+from chatlm.front.store.pages import Listed, Page, page_of
 
 if TYPE_CHECKING:
     from chatlm.common.messages.protocol import ParsedBody
@@ -50,6 +52,8 @@ TRIES = 3         # for an answer during which workers died, each time as often 
 SPARE = 8         # lines under way beyond the rows of all workers, so that none of these is empty
 LOOK_S = 0.5      # between looks whether the server stops
 SWEEP_S = 30.0    # between looks for what has expired
+EXPIRY_BYTES = 256 << 10  # that the results of as many lines take as expire at once
+BATCH_BYTES = 4096  # that a batch takes besides its metadata and its files
 EXPIRED = "batch_expired", "This request could not be executed before the completion window expired."
 
 
@@ -87,6 +91,7 @@ class BatchRoutes:
         metadata = json.dumps(values["metadata"]) if "metadata" in values else None
 
         def create(connection) -> dict:
+            quota.check(connection, owner)
             source = files.found(connection, values["input_file_id"], owner, "input_file_id")
             if source.purpose != "batch":
                 raise RequestError(f"the purpose of {source.name} is {source.purpose}, not batch",
@@ -99,17 +104,18 @@ class BatchRoutes:
             return batches.shown_batch(connection, batches.create(
                 connection, owner, source, values["endpoint"], window, now, now + WINDOWS[window], metadata,
                 values.get("output_expires_after", self.files.keep_s)))
-        body = await store.run(create)
+        body = await store.run(create, adds_bytes=BATCH_BYTES + len(metadata or ""))
         self.wake_up()
         return json_response(body)
 
-    async def handle_list(self, http: web.Request) -> web.Response:
+    async def handle_list(self, http: web.Request) -> web.StreamResponse:
         limit, owner, after = asked(http, LIMIT, 20), self.owner, asked(http, AFTER, "")
 
-        def read(connection) -> list[dict]:
-            rows = files.listed(connection, "batches", Batch._fields, owner, after, limit)
-            return [batches.shown_batch(connection, Batch(*row)) for row in rows]
-        return paged(await stored(self.store).run(read), limit)
+        def read(connection) -> Page:
+            rows = files.listed(connection, "batches", Batch._fields, owner, after)
+            bodies = (batches.shown_batch(connection, Batch(*row)) for row in rows)
+            return page_of((Listed(body["id"], dump(body)) for body in bodies), limit)
+        return await send_page(http, self.bodies, await stored(self.store).run(read))
 
     async def handle_batch(self, http: web.Request) -> web.Response:
         name, owner = http.match_info["id"], self.owner
@@ -158,11 +164,11 @@ class BatchWorker:
             await end_tasks(self.tasks.values())
 
     async def _stored(self, function: Callable[[Any], T],
-                      then: Callable[[T], None] = lambda found: None) -> T:
+                      then: Callable[[T], None] = lambda found: None, adds_bytes: int = 0) -> T:
         """What `function` returns, run in the store however long that cannot be used, as on a full disk.
         Once it is done so is `then`, also if this is cancelled meanwhile."""
         async def work() -> T:
-            then(found := await self.store.run(function))
+            then(found := await self.store.run(function, adds_bytes))
             return found
         while True:
             try:
@@ -175,9 +181,11 @@ class BatchWorker:
         now = now_s()
         await self._stored(lambda connection: batches.forget(
             connection, now, self.files.keep_s, self.files.held()))
-        await self._stored(partial(responses.forget, now=now))
-        while await self._stored(files.purge):
+        while await self._stored(partial(responses.forget, now=now)):
             pass
+        for purge in (files.purge, responses.purge):
+            while await self._stored(purge):
+                pass
         while await self._stored(lambda connection: connection.execute(
                 "PRAGMA freelist_count").fetchone()[0] > 1000 and connection.execute(
                 "PRAGMA incremental_vacuum(1000)").fetchall() is not None):
@@ -213,7 +221,8 @@ class BatchWorker:
             await end_tasks([stopped, *([] if lines.done() else [lines])])
         if status == "completed":
             lines.result()
-        while status == "expired" and await self._stored(partial(self._expire_some, batch)):
+        while status == "expired" and await self._stored(partial(self._expire_some, batch),
+                                                         adds_bytes=EXPIRY_BYTES):
             pass
         await self._stored(lambda connection: self._end(connection, batch, status))
 
@@ -257,6 +266,10 @@ class BatchWorker:
 
     async def _answer_one(self, batch: Batch, client: str, number: int, created: int):
         row = await self._stored(partial(batches.line, batch=batch, number=number))
+        if full := await self._stored(partial(quota.refusal, owner=batch.owner)):
+            text = result_of_bad_line(number, full, row.custom_id)
+            await self._record(batch, (number, encoded(text), True), [])
+            return
         charges = list[Charge]()
         problem = row.problem or (row.url != batch.endpoint and batches.wrong_url(
             number, row.url or "", batch.endpoint))
@@ -282,7 +295,7 @@ class BatchWorker:
         def count(recorded: bool):
             for charge, (row, amount) in zip(charges, used):
                 self.ledger.count(charge, row, amount if recorded else Amount())
-        await self._stored(record, count)
+        await self._stored(record, count, adds_bytes=len(result[1]))
 
     async def _answer(self, row: Row, client: str, created: int,
                       charges: list[Charge]) -> tuple[int, dict]:

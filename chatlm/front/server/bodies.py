@@ -163,7 +163,7 @@ class Bodies:
         parsed = replace(parsed, request=with_pixels(served.asked(parsed.request), body.pictures))
         if parsed.kept and body.files:
             parsed = replace(parsed, kept=await asyncio.to_thread(with_files, parsed.kept, body.files))
-            holding.keep(len(parsed.kept))
+            holding.keep(sum(len(item.body) for item in parsed.kept))
         if parsed.request.prompt_ids is not None:
             holding.keep(parsed.size)
         if parsed.ignored_tools:

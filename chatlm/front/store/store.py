@@ -10,11 +10,12 @@ import signal
 import stat
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
+from shutil import disk_usage
 from typing import Any, BinaryIO, NamedTuple, TYPE_CHECKING, TypeVar
 from urllib.parse import quote
 
@@ -36,9 +37,14 @@ REPLACED = "its file was removed or replaced: put it back, or restart the server
 CHECKED_BYTES = 512 << 20    # that are checked before the start, within about a second; more beside the work
 
 
+RESERVE_BYTES = 64 << 20     # of the disk, which what clients keep leaves free, so that something can always be
+                             # deleted and started, and the ledger written
+
+
 class Work(NamedTuple):
     function: Callable[[Any], Any]
     result: Future
+    adds_bytes: int  # of what clients keep
 
 
 class Store:
@@ -46,16 +52,21 @@ class Store:
 
     All work is done in one thread, in the order in which it was asked for. What waits together is committed
     together. Other programs may read the file, and copy it with SQLite's .backup, at any time; only one
-    server at a time has it."""
+    server at a time has it.
+
+    Work that adds what clients keep says how much, and is refused where it would not leave RESERVE_BYTES free.
+    All other work (deletions, the ledger, the state of batches) may use those."""
 
     def __init__(self, path: Path):
         self.path, self.absolute = path, path.absolute()
         self.waiting: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._serve, name="store", daemon=True)
         self.closed = self.damaged = False  # damaged: that was found after the start
+        self.added_bytes = 0                # of what clients keep, in the transaction that runs
 
     def open(self):
-        """Open or create it. ConfigError if it cannot be used; then nothing in it has changed."""
+        """Open or create it. ConfigError if it cannot be used; then nothing in it has changed, but that steps
+        to the current version may have been taken."""
         try:
             import sqlite3
         except ImportError as error:
@@ -126,22 +137,43 @@ class Store:
         connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # of a new one
         connection.execute("PRAGMA secure_delete = ON")         # deleted texts are overwritten
         connection.execute("PRAGMA foreign_keys = ON")
-        connection.execute("BEGIN EXCLUSIVE")
-        try:
-            (version,) = connection.execute("PRAGMA user_version").fetchone()
-            if version < len(STEPS):
-                connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-                for statement in ";".join(STEPS[version:]).split(";"):
-                    connection.execute(statement)
-                connection.execute(f"PRAGMA user_version = {len(STEPS)}")
-            connection.execute("COMMIT")
-        finally:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
+        while self._take_step(connection):
+            pass
         if connection.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
             raise self._unusable("this file system cannot hold a database in WAL mode")
         connection.execute("PRAGMA synchronous = FULL")
         self.place = self._place()
+
+    def _take_step(self, connection: sqlite3.Connection) -> bool:
+        """Take a step to the current version, or a part of one, and commit it. False if there was none."""
+        connection.execute("BEGIN EXCLUSIVE")
+        try:
+            (version,) = connection.execute("PRAGMA user_version").fetchone()
+            if version == len(STEPS):
+                return False
+            step, more = STEPS[version], False
+            if callable(step):
+                more = step(connection)
+            else:
+                connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+                for statement in self._statements(step):
+                    connection.execute(statement)
+            if not more:
+                connection.execute(f"PRAGMA user_version = {version + 1}")
+            connection.execute("COMMIT")
+            return True
+        finally:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+
+    def _statements(self, script: str) -> Iterator[str]:
+        """The statements of a script, one of which may have others in it."""
+        statement = ""
+        for part in script.split(";")[:-1]:
+            statement += part + ";"
+            if self.library.complete_statement(statement):
+                yield statement
+                statement = ""
 
     def _place(self) -> tuple[int, int] | None:
         """Which file has the name now."""
@@ -177,16 +209,18 @@ class Store:
             if self.damaged:
                 os.kill(os.getpid(), signal.SIGTERM)  # running answers may finish
 
-    async def run(self, function: Callable[[sqlite3.Connection], T]) -> T:
+    async def run(self, function: Callable[[sqlite3.Connection], T], adds_bytes: int = 0) -> T:
         """What `function` returns, which runs in the store's thread within a transaction. If it raises,
-        what it has done is rolled back; once this returns, it is on the disk.
+        what it has done is rolled back; once this returns, it is on the disk. adds_bytes: how much it adds of
+        what clients keep.
 
         If this is cancelled, the work may be done or not. Overloaded if the database cannot be written now,
-        as on a full disk; EngineFailure if it is damaged; RequestError for a text that it cannot hold."""
+        as on a full disk, or if what it adds would not leave RESERVE_BYTES of the disk; EngineFailure if it is
+        damaged; RequestError for a text that it cannot hold."""
         if self.closed:
             raise Overloaded("the server is stopping")
         result: Future[T] = Future()
-        self.waiting.put(Work(function, result))
+        self.waiting.put(Work(function, result, adds_bytes))
         try:
             return await asyncio.wrap_future(result)
         except self.library.Error as error:
@@ -221,6 +255,7 @@ class Store:
         """Run and commit all of `works`; if the transaction breaks, each in one of its own. If none can
         begin, as while another program writes, all fail: each would wait for it as long again."""
         settled: list[Callable[[], None]] = []
+        self.added_bytes = 0
         try:
             if self._place() != self.place:  # what is committed now would be lost
                 raise self.library.OperationalError(REPLACED)
@@ -247,6 +282,9 @@ class Store:
     def _run_one(self, work: Work) -> Callable[[], None]:
         """Run a piece of work within the transaction; returns what tells its result after the commit. An
         error that ended the whole transaction is raised."""
+        if work.adds_bytes and not self._leaves_reserve(work.adds_bytes):
+            full = Overloaded("the disk with the server's database is almost full", retry_after_s=60)
+            return partial(work.result.set_exception, full)
         self.connection.execute("SAVEPOINT work")
         try:
             value = work.function(self.connection)
@@ -258,6 +296,14 @@ class Store:
             return partial(work.result.set_exception, error)
         self.connection.execute("RELEASE work")
         return partial(work.result.set_result, value)
+
+    def _leaves_reserve(self, adds_bytes: int) -> bool:
+        """Whether RESERVE_BYTES are left once so much more is written: to the -wal, and then to the file."""
+        added_bytes = self.added_bytes + adds_bytes
+        if disk_usage(self.absolute.parent).free - 2 * added_bytes < RESERVE_BYTES:
+            return False
+        self.added_bytes = added_bytes
+        return True
 
     async def close(self):
         """Finish what was asked for, and close the file."""

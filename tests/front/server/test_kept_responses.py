@@ -88,22 +88,25 @@ def test_a_streamed_response_is_kept_before_its_client_has_its_end(running):
     assert ask(running, "And?", previous_response_id=event.response.id).output_text
 
 
-def test_a_streamed_response_that_cannot_be_kept_does_not_say_that_it_is_complete(running, store):
-    with closing(sqlite3.connect(store, isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")        # for longer than the store waits
-        with running.responses.create(model="default", input="Hello", max_output_tokens=16, stream=True) as stream:
-            types = [event.type for event in stream]
-        assert types[-1] == "response.failed" and "response.completed" not in types and "response.incomplete" not in types
-        other.execute("ROLLBACK")
-    assert ask(running).store is True
-
-
 def begun(client):
     """A streamed response whose text has begun, and its id."""
     stream = client.responses.create(model="default", input="Hello", max_output_tokens=3000, stream=True, temperature=1, extra_body={"ignore_eos": True})
     name = next(event.response.id for event in stream if event.type == "response.created")
     next(event for event in stream if event.type == "response.output_text.delta")
     return stream, name
+
+
+def test_a_streamed_response_that_cannot_be_kept_does_not_say_that_it_is_complete(running, store):
+    with closing(sqlite3.connect(store, isolation_level=None)) as other:
+        stream, _ = begun(running)
+        other.execute("BEGIN IMMEDIATE")        # for longer than the store waits
+        types = [event.type for event in stream]
+        assert types[-1] == "response.failed" and "response.completed" not in types and "response.incomplete" not in types
+        with pytest.raises(openai.InternalServerError, match="database is locked"):     # before anything is computed
+            ask(running)
+        assert ask(running, store=False).output_text
+        other.execute("ROLLBACK")
+    assert ask(running).store is True
 
 
 def status_of(client, name, deadline_s):
