@@ -33,7 +33,9 @@ T = TypeVar("T")
 APPLICATION_ID = 0x63687376  # "chsv", in the header of the file
 MOST_TOGETHER = 256          # pieces of work in one transaction: one fsync is for all of them
 BUSY_S = 5.0                 # how long another program may hold the database
+BESIDE = "-wal", "-shm"      # what SQLite has beside the file while it is open
 REPLACED = "its file was removed or replaced: put it back, or restart the server"
+PRIVATE = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK  # with mode 0600
 CHECKED_BYTES = 512 << 20    # that are checked before the start, within about a second; more beside the work
 
 
@@ -94,13 +96,11 @@ class Store:
         """Lock it against other servers, and see that only this user can read it."""
         if not self.path.parent.is_dir():
             self.path.parent.mkdir(parents=True, mode=0o700)
-        lock = self.path.with_name(f"{self.path.name}-lock")
-        private = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
-        self.lock: BinaryIO = open(os.open(lock, private, 0o600), "r+b")
+        self.lock = self._open_lock()
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # SQLite gives its -wal and -shm the mode of the file
-            with open(os.open(self.path, private, 0o600), "rb") as file:
+            with open(os.open(self.path, PRIVATE, 0o600), "rb") as file:
                 self._check_header(file)
             for ending in ("", "-wal", "-shm"):
                 with suppress(FileNotFoundError):
@@ -111,6 +111,9 @@ class Store:
         except BaseException:
             self.lock.close()
             raise
+
+    def _open_lock(self) -> BinaryIO:
+        return open(os.open(self._beside("-lock"), PRIVATE, 0o600), "r+b")
 
     def _check_header(self, file: BinaryIO):
         """ConfigError unless this is an empty file or one of ours. SQLite itself would already change
@@ -132,17 +135,27 @@ class Store:
                 self._check_version(reader)
                 if not self.unchecked:
                     self._check(reader)
-        self.connection = connection = self.library.connect(
-            self.path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
+        self.connection = self._writer()
+        while self._take_step(self.connection):
+            pass
+        if self.connection.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
+            raise self._unusable("this file system cannot hold a database in WAL mode")
+        self._note_places()
+
+    def _writer(self) -> sqlite3.Connection:
+        connection = self.library.connect(self.absolute, timeout=BUSY_S, isolation_level=None,
+                                          check_same_thread=False)
         connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # of a new one
         connection.execute("PRAGMA secure_delete = ON")         # deleted texts are overwritten
         connection.execute("PRAGMA foreign_keys = ON")
-        while self._take_step(connection):
-            pass
-        if connection.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
-            raise self._unusable("this file system cannot hold a database in WAL mode")
         connection.execute("PRAGMA synchronous = FULL")
-        self.place = self._place()
+        return connection
+
+    def _note_places(self):
+        """Note which files have the names now."""
+        self.connection.execute("BEGIN IMMEDIATE")  # from now on there are those of BESIDE
+        self.connection.execute("COMMIT")
+        self.places = {ending: self._place(ending) for ending in ("", "-lock", *BESIDE)}
 
     def _take_step(self, connection: sqlite3.Connection) -> bool:
         """Take a step to the current version, or a part of one, and commit it. False if there was none."""
@@ -175,12 +188,57 @@ class Store:
                 yield statement
                 statement = ""
 
-    def _place(self) -> tuple[int, int] | None:
-        """Which file has the name now."""
+    def _beside(self, ending: str) -> Path:
+        return self.absolute.with_name(self.absolute.name + ending)
+
+    def _place(self, ending: str) -> tuple[int, int] | None:
+        """Which file has a name now."""
         with suppress(OSError):
-            found = self.absolute.stat()
+            found = self._beside(ending).stat()
             return found.st_dev, found.st_ino
         return None
+
+    def _check_places(self):
+        """See that the files that are open still have their names. OperationalError where what is committed
+        now would be lost; what can be put back is."""
+        if self._place("") != self.places[""]:
+            raise self.library.OperationalError(REPLACED)
+        try:
+            if self._place("-lock") != self.places["-lock"]:
+                self._lock_again()
+            if any(self._place(ending) != self.places[ending] for ending in BESIDE):
+                self._open_again()
+        except OSError as error:
+            raise self.library.OperationalError(f"its files were changed ({error.strerror or error})") from None
+
+    def _lock_again(self):
+        lock = self._open_lock()
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise self.library.OperationalError("its -lock was removed, and another server uses it now") from None
+        self.lock.close()
+        self.lock = lock
+        self.places["-lock"] = self._place("-lock")
+        log.warning("--database %s: its -lock was removed; it is locked again", self.path)
+
+    def _open_again(self):
+        """SQLite goes on with a -wal or -shm that has lost its name, so a crash would lose what was committed
+        since. Move all of it to the file, and begin anew."""
+        with suppress(self.library.ProgrammingError):  # an attempt before has closed it and got no further
+            (busy, _, _) = self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            if busy:
+                raise self.library.OperationalError("its -wal was removed while another program reads it")
+            self.connection.close()
+        # what has their names now is not of this database, and SQLite would replay it
+        for ending in BESIDE:
+            if self._place(ending) not in (None, self.places[ending]):
+                self._beside(ending).unlink(missing_ok=True)
+        self.connection = self._writer()
+        self._note_places()
+        log.warning("--database %s: its -wal or -shm was removed or replaced; nothing that was committed is "
+                    "lost", self.path)
 
     def _reader(self) -> sqlite3.Connection:
         """A connection that leaves everything as it is."""
@@ -257,8 +315,7 @@ class Store:
         settled: list[Callable[[], None]] = []
         self.added_bytes = 0
         try:
-            if self._place() != self.place:  # what is committed now would be lost
-                raise self.library.OperationalError(REPLACED)
+            self._check_places()
             self.connection.execute("BEGIN IMMEDIATE")
         except Exception as error:
             for work in works:
