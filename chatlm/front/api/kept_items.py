@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from chatlm.common.errors import RequestError
-from chatlm.common.jsontext import as_json, dump, is_number, is_text
+from chatlm.common.jsontext import as_json, dump, is_number, is_text, whole_unicode
 from chatlm.common.messages.protocol import KeptItem
 from chatlm.front.api.picture_parts import picture_in
 
@@ -51,8 +51,8 @@ def understood(item: Mapping) -> dict:
         if not is_text(arguments):
             arguments = as_json(arguments)
         return kept | call | {"name": item["name"], "arguments": arguments}
-    output = item.get("output")
-    return kept | call | {"output": parts(output, "") if isinstance(output, list) else output or ""}
+    output = item.get("output") or ""
+    return kept | call | {"output": parts(output, "") if isinstance(output, list) else whole_unicode(output)}
 
 
 def parts(content: Any, text_type: str) -> list[dict]:
@@ -68,4 +68,4 @@ def part_of(part: Mapping) -> dict:
         return {"type": kind, "picture": part["picture"]}
     member = "refusal" if kind == "refusal" else "text"
     annotations = {"annotations": []} if kind == "output_text" else {}
-    return {"type": kind, member: part.get(member) or "", **annotations}
+    return {"type": kind, member: whole_unicode(part.get(member) or ""), **annotations}

@@ -181,8 +181,8 @@ INFILL_FIELDS = (  # as llama-server has them
     *(field for field in CONSTRAINT_FIELDS if field.name in ("grammar", "json_schema")),
 )
 
-# What the front reads a body as that it has completed, in the field BEFORE, with what was said before. It is no
-# route: no body of a client is read like this, so a client cannot say itself what was said before.
+# As this the front reads a body that it has completed, in the field BEFORE, with what was said before. It is
+# no route, so a client cannot say itself what was said before.
 CONTINUED = "/v1/responses, continued"
 BEFORE = "before_input"
 RESPONSES_FIELDS = (

@@ -81,7 +81,7 @@ class Keeper:
         what = {"previous": previous, "conversation": conversation, "owner": self.owner}
         size = await self.store.run(partial(responses.size_before, **what))
         if size > LIMITS.inline_bytes:  # it is read only once there is memory for it
-            await holding.room(len(body) + 2 * size)
+            await take_room(holding, len(body) + 2 * size)
         before = await self.store.run(partial(responses.before, **what))
         whole = bytes(body).rstrip()
         # the last of two members with one name counts

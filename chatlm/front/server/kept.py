@@ -79,9 +79,10 @@ async def send_page(http: web.Request, bodies: Bodies, page: Page) -> web.Stream
 
 
 async def take_room(holding: Holding, size: int):
-    """Take the bytes of what is read or sent whole, if it is large."""
+    """Take the bytes of what is read or sent whole, if it is large; no more than one client may have at all,
+    for which it would wait in vain."""
     if size > LIMITS.inline_bytes:
-        await holding.room(size)
+        await holding.room(min(size, holding.budget.of_one - holding.size))
 
 
 async def send_parts(http: web.Request, parts: Seq[bytes]) -> web.StreamResponse:

@@ -98,8 +98,8 @@ def keep(connection: sqlite3.Connection, new: NewResponse):
 
 
 def found(connection: sqlite3.Connection, name: str, owner: str, param: str = "id") -> Kept:
-    row = connection.execute(f"SELECT {', '.join(Kept._fields)} FROM responses WHERE name = ? AND NOT deleted",
-                             (name,)).fetchone()
+    row = connection.execute(f"SELECT {', '.join(Kept._fields)} FROM responses "
+                             "WHERE name = ? AND NOT deleted", (name,)).fetchone()
     if row is None or not owns(owner, row[2]):
         raise refuse("response", name, param)
     return Kept(*row)
@@ -190,7 +190,7 @@ def size_before(connection: sqlite3.Connection, previous: str, conversation: str
     for length in earlier(connection, "LENGTH(body)", previous, conversation, owner):
         size += length + 2
         if size > LIMITS.body_bytes:
-            raise RequestError(f"what was said before has more than {LIMITS.body_bytes:,} bytes, which are "
+            raise RequestError(f"what was said before is too large: at most {LIMITS.body_bytes:,} bytes are "
                                "allowed", code="context_length_exceeded")
     return size
 
@@ -329,7 +329,8 @@ def purge(connection: sqlite3.Connection) -> bool:
     return left <= 0
 
 
-def _purge_parts(connection: sqlite3.Connection, parts: str, column: str, owner: int, most: int) -> int | None:
+def _purge_parts(connection: sqlite3.Connection, parts: str, column: str, owner: int,
+                 most: int) -> int | None:
     """Remove some of the texts of a row. Returns how many of `most` rows that was worth, where PART_BYTES are
     worth PART_LINES; None if there are none left."""
     last, size, count = None, 0, 0
@@ -337,7 +338,7 @@ def _purge_parts(connection: sqlite3.Connection, parts: str, column: str, owner:
             f"SELECT id, LENGTH(body) FROM {parts} WHERE {column} = ? ORDER BY id LIMIT ?", (owner, most)):
         size += length
         count += 1
-        if size > PART_BYTES:
+        if size > most * PART_BYTES // PART_LINES:
             break
     if last is None:
         return None

@@ -174,4 +174,5 @@ END;
 HOLDINGS = "".join(counted(table, size) for table, size in HELD.items())
 # Statements, or what does a piece of the work and returns whether there is more. Only the end may be changed
 # once a release has had it.
-STEPS: tuple[str | Callable[[Any], bool], ...] = (FILES, BATCHES, RESPONSES, USAGE, ITEMS + HOLDINGS, move_kept)
+STEPS: tuple[str | Callable[[Any], bool], ...] = (
+    FILES, BATCHES, RESPONSES, USAGE, ITEMS + HOLDINGS, move_kept)

@@ -39,8 +39,9 @@ PRIVATE = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK  # with mode 060
 CHECKED_BYTES = 512 << 20    # that are checked before the start, within about a second; more beside the work
 
 
-RESERVE_BYTES = 64 << 20     # of the disk, which what clients keep leaves free, so that something can always be
-                             # deleted and started, and the ledger written
+# Of the disk, which what clients keep leaves free: so something can always be deleted, the ledger be written,
+# and the server be started
+RESERVE_BYTES = 64 << 20
 
 
 class Work(NamedTuple):
@@ -56,8 +57,8 @@ class Store:
     together. Other programs may read the file, and copy it with SQLite's .backup, at any time; only one
     server at a time has it.
 
-    Work that adds what clients keep says how much, and is refused where it would not leave RESERVE_BYTES free.
-    All other work (deletions, the ledger, the state of batches) may use those."""
+    Work that adds what clients keep says how much, and is refused where it would not leave RESERVE_BYTES
+    free. All other work (deletions, the ledger, the state of batches) may use those."""
 
     def __init__(self, path: Path):
         self.path, self.absolute = path, path.absolute()
@@ -209,7 +210,8 @@ class Store:
             if any(self._place(ending) != self.places[ending] for ending in BESIDE):
                 self._open_again()
         except OSError as error:
-            raise self.library.OperationalError(f"its files were changed ({error.strerror or error})") from None
+            reason = f"its files were changed ({error.strerror or error})"
+            raise self.library.OperationalError(reason) from None
 
     def _lock_again(self):
         lock = self._open_lock()
@@ -217,7 +219,8 @@ class Store:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.close()
-            raise self.library.OperationalError("its -lock was removed, and another server uses it now") from None
+            reason = "its -lock was removed, and another server uses it now"
+            raise self.library.OperationalError(reason) from None
         self.lock.close()
         self.lock = lock
         self.places["-lock"] = self._place("-lock")
@@ -273,8 +276,8 @@ class Store:
         what clients keep.
 
         If this is cancelled, the work may be done or not. Overloaded if the database cannot be written now,
-        as on a full disk, or if what it adds would not leave RESERVE_BYTES of the disk; EngineFailure if it is
-        damaged; RequestError for a text that it cannot hold."""
+        as on a full disk, or if what it adds would not leave RESERVE_BYTES of the disk; EngineFailure if it
+        is damaged; RequestError for a text that it cannot hold."""
         if self.closed:
             raise Overloaded("the server is stopping")
         result: Future[T] = Future()

@@ -10,7 +10,9 @@ from contextlib import closing, contextmanager, suppress
 import openai
 import pytest
 
-from real_server import post, server
+from chatlm.front.api.conversation import chat_messages, response_messages
+from chatlm.front.api.kept_items import kept_items
+from real_server import SCRIPT, post, server
 
 
 @contextmanager
@@ -262,3 +264,131 @@ def test_without_the_flag_a_response_continues_nothing_and_the_error_names_the_f
         for call in (lambda: client.responses.retrieve(response.id), lambda: client.conversations.create(), lambda: client.conversations.retrieve("conv_1")):
             with pytest.raises(openai.NotFoundError, match="without --database"):
                 call()
+
+
+def test_items_that_are_too_much_for_a_page_come_in_several(running):
+    conversation = running.conversations.create()
+    for number in range(90):
+        running.conversations.items.create(conversation.id, items=[{"type": "message", "role": "user", "content": f"{number:03}" + "x" * 60_000}])
+    for order in ("asc", "desc"):
+        page = running.conversations.items.list(conversation.id, limit=100, order=order)
+        assert len(page.data) < 90 and page.has_more and (page.first_id, page.last_id) == (page.data[0].id, page.data[-1].id)
+        numbers = [int(item.content[0].text[:3]) for item in page]      # the client asks for the others
+        assert numbers == [*range(90)][::1 if order == "asc" else -1]
+    assert running.conversations.items.retrieve(page.data[3].id, conversation_id=conversation.id) == page.data[3]
+    url = f"{running.base_url}conversations/{conversation.id}/items?limit=100"
+    head = urllib.request.urlopen(urllib.request.Request(url, method="HEAD"))
+    assert int(head.headers["Content-Length"]) > 4_000_000 and head.read() == b""
+    assert running.conversations.delete(conversation.id).deleted
+    with pytest.raises(openai.NotFoundError):
+        running.conversations.items.list(conversation.id)
+
+
+def test_of_equal_items_one_is_deleted(running):
+    same = {"type": "message", "role": "user", "content": "Equal", "id": "msg_equal"}
+    conversation = running.conversations.create(items=[same, same])
+    running.conversations.items.create(conversation.id, items=[same, same | {"id": "not an id"}, same | {"id": 5}])
+    items = running.conversations.items.list(conversation.id, order="asc").data
+    assert len({item.id for item in items}) == 5 and items[0].id == "msg_equal" and {item.content[0].text for item in items} == {"Equal"}
+    for count, item in enumerate(items, 1):
+        assert running.conversations.items.delete(item.id, conversation_id=conversation.id).id == conversation.id
+        assert [each.id for each in running.conversations.items.list(conversation.id, order="asc").data] == [each.id for each in items[count:]]
+    with pytest.raises(openai.NotFoundError, match="there is no item"):
+        running.conversations.items.delete("msg_equal", conversation_id=conversation.id)
+
+
+JUNK = "what nobody reads"
+UNREAD = [
+    {"role": "user", "content": [{"type": "input_text", "text": "a", "junk": JUNK}], "junk": JUNK, "id": JUNK, "status": JUNK, "type": None},
+    {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "b", "annotations": [JUNK], "logprobs": [JUNK]},
+                                                         {"type": "refusal", "refusal": "no", "text": JUNK}], "phase": JUNK},
+    {"type": "reasoning", "summary": [{"type": "summary_text", "text": "c", "junk": JUNK}], "encrypted_content": JUNK}]
+
+
+@pytest.mark.parametrize("size", [1, 8000])       # the second one is read in a sandbox
+def test_only_what_was_understood_of_items_is_kept(running, store, size):
+    text = json.dumps(UNREAD).replace(JUNK, JUNK * size)
+    first = ask(running, json.loads(text), truncation="auto", extra_body={"junk": JUNK * size})
+    shown = running.responses.input_items.list(first.id, order="asc").data
+    assert [item.type for item in shown] == ["message", "message", "reasoning"] and {item.status for item in shown} == {"completed"}
+    assert [item.content[0].text for item in shown[:2]] == ["a", "b"] and shown[1].content[1].refusal == "no" and shown[2].summary[0].text == "c"
+    assert shown[1].content[0].annotations == []
+    whole = ask(running, [*({"role": item["role"], "content": item["content"]} for item in UNREAD[:2]), UNREAD[2], {"role": "assistant", "content": first.output_text},
+                          {"role": "user", "content": "d"}], store=False)
+    assert ask(running, "d", previous_response_id=first.id).usage.input_tokens == whole.usage.input_tokens
+    if size == 1:
+        conversation = running.conversations.create(items=UNREAD)
+        running.conversations.items.create(conversation.id, items=UNREAD)
+        assert [item.type for item in running.conversations.items.list(conversation.id, order="asc").data] == ["message", "message", "reasoning"] * 2
+    for path in store.parent.iterdir():
+        assert JUNK.encode() not in path.read_bytes()
+
+
+def test_calls_and_their_outputs_are_kept_as_they_were_understood():
+    items = [{"type": "function_call", "call_id": 5, "name": "f", "arguments": {"a": 1}, "junk": JUNK}, {"type": "function_call", "call_id": "c", "name": "f", "arguments": '{"b": 2}'},
+             {"type": "function_call_output", "call_id": "c", "output": "x", "name": JUNK}, {"type": "function_call_output", "output": [{"type": "input_text", "text": "y", "z": JUNK}]},
+             {"type": "function_call_output", "call_id": {"a": JUNK}, "output": None}, {"role": "user"}, {"role": "user", "content": "half \ud800"},
+             {"type": "reasoning", "content": "z", "summary": JUNK}, {"type": "reasoning"}]
+    kept = kept_items(items)
+    assert JUNK.encode() not in b"".join(item.body for item in kept) and len({item.name for item in kept}) == len(items)
+    again = [json.loads(item.body) for item in kept]
+    # what is read of them is what was read the first time, and what is kept of that is the same
+    assert chat_messages(response_messages({"input": again}), True) == chat_messages(response_messages({"input": items}), True)
+    assert [item.body for item in kept_items(again)] == [item.body for item in kept]
+
+
+def test_a_conversation_of_another_address_without_keys_grows_too(model, tmp_path):
+    """Whoever knows its id may continue it, so what they say belongs to it."""
+    with keeping(model, tmp_path / "a.db") as client:
+        conversation = client.conversations.create()
+    with closing(sqlite3.connect(tmp_path / "a.db")) as writer:
+        writer.execute("UPDATE conversations SET owner = '@10.0.0.9'")
+        writer.commit()
+    with keeping(model, tmp_path / "a.db") as client:
+        ask(client, "One", conversation=conversation.id)
+        assert len(client.conversations.items.list(conversation.id).data) == 2
+
+
+LITTLE_ROOM = """
+import sys
+sys.path.insert(0, {root!r})
+from chatlm.common.config import LIMITS
+object.__setattr__(LIMITS, "kept_bytes", 100_000)
+import chat_server
+sys.exit(chat_server.main())
+"""
+
+
+def test_a_key_that_keeps_too_much_is_refused_until_it_deletes_some_and_others_are_not(model, tmp_path):
+    script = tmp_path / "little_room.py"
+    script.write_text(LITTLE_ROOM.format(root=str(SCRIPT.parent)))
+    with server(model, f"--database={tmp_path / 'a.db'}", "--api-key", "first-key", "--api-key", "second-key", script=script) as (_, url):
+        client = openai.OpenAI(base_url=url + "/v1", api_key="first-key", max_retries=0)
+        other, kept = client.with_options(api_key="second-key"), []
+        line = json.dumps({"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x", "max_tokens": 3}}).encode()
+        file = client.files.create(file=("in.jsonl", line), purpose="batch")
+        with pytest.raises(openai.PermissionDeniedError, match=r'more than 100,000 bytes together: delete some, or send \"store\": false'):
+            while True:
+                kept.append(ask(client, [{"role": "user", "content": "x" * 60}] * 60, truncation="auto"))
+        assert 2 < len(kept) < 20 and ask(client, "x" * 60, store=False).output_text and ask(other).store is True
+        conversation = None
+        with pytest.raises(openai.PermissionDeniedError, match="100,000 bytes"):
+            while True:     # what is left
+                conversation = client.conversations.create(items=[{"type": "message", "role": "user", "content": "x" * 2000}])
+        full = {"item": lambda: client.conversations.items.create(conversation.id, items=[{"type": "message", "role": "user", "content": "x" * 3000}]),
+                "metadata": lambda: client.conversations.update(conversation.id, metadata={str(index): "m" * 512 for index in range(16)})}
+        for refused in full.values():
+            with pytest.raises(openai.PermissionDeniedError, match="100,000 bytes"):
+                refused()
+        client.conversations.update(conversation.id, metadata={})       # takes no more
+        with pytest.raises(openai.PermissionDeniedError, match="100,000 bytes"):
+            while True:
+                client.files.create(file=("in.jsonl", line * 40), purpose="batch")
+        with pytest.raises(openai.PermissionDeniedError, match="100,000 bytes"):
+            while True:
+                client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h", metadata={str(index): "m" * 512 for index in range(16)})
+        for response in kept:
+            client.responses.delete(response.id)
+        for again in full.values():
+            again()
+        assert ask(client).store is True
