@@ -19,7 +19,8 @@ from chatlm.front.api.batch_lines import problem_of, read_line, storable
 from chatlm.front.api.kept_fields import LAST_SECONDS
 from chatlm.front.lazy import aiohttp, web
 from chatlm.front.server.bodies import known_of
-from chatlm.front.server.kept import DAY_S, asked, now_s, number_in, send_page, send_part, stored
+from chatlm.front.server.kept import (
+    DAY_S, asked, now_s, number_in, send_page, send_part, stored, take_room)
 from chatlm.front.server.responses import REQUEST_LOG, json_response
 from chatlm.front.server.routes import AFTER, FILES_LIMIT, ORDER, PURPOSE
 from chatlm.front.server.streams import BODY_BYTES_PER_S, BODY_S
@@ -123,6 +124,12 @@ class FileRoutes:
 
     async def handle_content(self, http: web.Request) -> web.StreamResponse:
         store, file = stored(self.store), await self.found(http)
+        longest = await store.run(partial(files.longest_line, file=file.id))
+        with self.bodies.holding() as holding:
+            await take_room(holding, 2 * longest + files.PART_BYTES)
+            return await self._send_content(http, store, file)
+
+    async def _send_content(self, http: web.Request, store: Store, file: File) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "application/octet-stream",
                                                "X-Request-Id": REQUEST_LOG.get().id})
         response.content_length = file.bytes
@@ -157,7 +164,7 @@ class Upload:
         def create(connection):
             quota.check(connection, self.owner)
             self.id = files.create(connection, self.owner, "", "batch", now_s()).id
-        await self.store.run(create)
+        await self.store.run(create, adds_bytes=LINE_BYTES)
 
     async def receive(self, http: web.Request) -> dict[str, str]:
         """Read the form; returns its small fields. RequestError if it is broken, too large or too slow."""

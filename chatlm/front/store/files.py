@@ -97,6 +97,12 @@ def add_lines(connection: sqlite3.Connection, file: int, rows: Seq[Row]):
                        (sum(len(row.text) for row in rows), sum(row.asks for row in rows), file))
 
 
+def longest_line(connection: sqlite3.Connection, file: int) -> int:
+    """How many bytes the longest line of a file has."""
+    return connection.execute("SELECT IFNULL(MAX(LENGTH(text)), 0) FROM lines WHERE file = ?",
+                              (file,)).fetchone()[0]
+
+
 def content(connection: sqlite3.Connection, file: int, after: int) -> tuple[bytes, int]:
     """(the next part of its content, the number of the last line of that): those after line `after`."""
     parts, size = list[bytes](), 0

@@ -1,13 +1,17 @@
 """Responses that are kept, continued and deleted, and conversations: with OpenAI's client, unchanged."""
 
 import json
+import os
+import shutil
 import sqlite3
+import subprocess
 import time
 import urllib.error
 import urllib.request
 from contextlib import closing, contextmanager, suppress
 
 import openai
+import psutil
 import pytest
 
 from chatlm.front.api.conversation import chat_messages, response_messages
@@ -109,6 +113,12 @@ def test_a_streamed_response_that_cannot_be_kept_does_not_say_that_it_is_complet
         assert ask(running, store=False).output_text
         other.execute("ROLLBACK")
     assert ask(running).store is True
+
+
+def get(url, key="none"):
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"})
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return json.load(response)
 
 
 def status_of(client, name, deadline_s):
@@ -392,3 +402,74 @@ def test_a_key_that_keeps_too_much_is_refused_until_it_deletes_some_and_others_a
         for again in full.values():
             again()
         assert ask(client).store is True
+
+
+@pytest.mark.slow
+def test_a_large_conversation_costs_what_a_page_of_it_does(model, tmp_path):
+    with keeping(model, tmp_path / "a.db") as client:
+        url, front = str(client.base_url), psutil.Process().children()[-1]
+        conversation = client.conversations.create().id
+        for number in range(1000):      # 60 MB
+            post(f"{url}conversations/{conversation}/items", {"items": [{"role": "user", "content": f"{number:04}" + "x" * 60_000}]})
+        items, before = f"{url}conversations/{conversation}/items", front.memory_info().rss
+        for query in ("limit=1", "limit=100", "limit=1&order=asc"):
+            page = get(f"{items}?{query}")
+            assert page["has_more"] and get(f"{items}/{page['last_id']}") == page["data"][-1]
+        assert client.conversations.delete(conversation).deleted
+        assert front.memory_info().rss - before < 20 << 20      # all of it took 250 MB
+        deadline_s = time.monotonic() + 60
+        while rows_of_items(tmp_path / "a.db"):
+            assert time.monotonic() < deadline_s
+            time.sleep(0.05)
+
+
+def rows_of_items(store):
+    """How many rows of items are there."""
+    with closing(sqlite3.connect(store)) as reader:
+        return reader.execute("SELECT COUNT(*) FROM items").fetchone()[0]
+
+
+@contextmanager
+def small_disk(folder, size):
+    folder.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder], capture_output=True).returncode:
+        pytest.skip("this user cannot mount a tmpfs")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.slow
+def test_a_disk_that_one_key_fills_leaves_room_to_delete_to_count_and_to_start(model, tmp_path):
+    with small_disk(tmp_path / "disk", "100m") as disk:
+        with keeping(model, disk / "a.db", keys=("first-key", "second-key")) as client:
+            other, kept, conversation = client.with_options(api_key="second-key"), ask(client), client.conversations.create()
+            say = {"type": "message", "role": "user", "content": "x" * 60_000}
+            line = json.dumps({"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x", "n": 16, "max_tokens": 64, "logprobs": 5}})
+            lines = "".join(line.replace('"a"', f'"{number}"', 1) + "\n" for number in range(300)).encode()
+            file = client.files.create(file=("in.jsonl", lines), purpose="batch")
+            batch = client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+            with pytest.raises(openai.InternalServerError, match="almost full"):
+                while True:
+                    client.conversations.items.create(conversation.id, items=[say])
+            full = {"a response": lambda: [ask(client, [{"role": "user", "content": "y" * 300}] * 250, truncation="auto") for _ in range(300)],
+                    "a file": lambda: [client.files.create(file=("in.jsonl", b"x" * 900_000), purpose="batch") for _ in range(100)]}
+            for fill in full.values():
+                with pytest.raises(openai.InternalServerError, match="almost full"):
+                    fill()
+            assert shutil.disk_usage(disk).free > 55 << 20
+            assert ask(other, store=False).output_text
+            used = get(f"{client.base_url}usage", "second-key")["total"]["requests"]
+            client.responses.delete(kept.id)
+        assert used >= 1
+        with keeping(model, disk / "a.db", keys=("first-key", "second-key")) as client:         # after a kill
+            assert get(f"{client.base_url}usage", "second-key")["total"]["requests"] == used
+            client.batches.cancel(batch.id)
+            client.conversations.delete(conversation.id)
+            deadline_s = time.monotonic() + 60
+            while True:     # it is purged in the background
+                with suppress(openai.InternalServerError):
+                    assert ask(client.with_options(api_key="second-key")).store is True
+                    break
+                assert time.monotonic() < deadline_s
