@@ -3,12 +3,13 @@
 import json
 import os
 import shutil
+import socket
 import sqlite3
 import subprocess
 import time
 import urllib.error
 import urllib.request
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 
 import openai
 import psutil
@@ -399,6 +400,22 @@ def test_a_key_that_keeps_too_much_is_refused_until_it_deletes_some_and_others_a
                 client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h", metadata={str(index): "m" * 512 for index in range(16)})
         for response in kept:
             client.responses.delete(response.id)
+        for each in client.files.list():
+            with suppress(openai.ConflictError):
+                client.files.delete(each.id)
+        lines = b"".join(json.dumps({"custom_id": str(number), "method": "POST", "url": "/v1/completions", "body": {
+            "prompt": "x", "n": 4, "max_tokens": 8, "logprobs": 5, "ignore_eos": True}}).encode() + b"\n" for number in range(300))
+        batch = client.batches.create(input_file_id=client.files.create(file=("in.jsonl", lines), purpose="batch").id, endpoint="/v1/completions",
+                                      completion_window="24h")
+        deadline_s = time.monotonic() + 60
+        while (batch := client.batches.retrieve(batch.id)).status != "completed":
+            assert time.monotonic() < deadline_s
+            time.sleep(0.02)
+        # what there was room for when it began is kept, each other line says why it is not
+        errors = [json.loads(line)["error"]["code"] for line in client.files.content(batch.error_file_id).text.splitlines()]
+        assert {*errors} == {"storage_full"} and batch.request_counts.completed + len(errors) == 300 and batch.request_counts.completed > 2
+        for name in (batch.input_file_id, batch.output_file_id, batch.error_file_id):
+            client.files.delete(name)
         for again in full.values():
             again()
         assert ask(client).store is True
@@ -438,6 +455,28 @@ def small_disk(folder, size):
         yield folder
     finally:
         subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.slow
+def test_readers_that_are_slow_hold_no_more_memory_than_the_budget_has(model, tmp_path):
+    with server(model, f"--database={tmp_path / 'a.db'}", "--api-key", "first-key", "--api-key", "second-key") as (process, url), ExitStack() as readers:
+        client, front = openai.OpenAI(base_url=url + "/v1", api_key="first-key", max_retries=0), psutil.Process(process.pid)
+        conversation = client.conversations.create()
+        for _ in range(100):
+            client.conversations.items.create(conversation.id, items=[{"type": "message", "role": "user", "content": "x" * 60_000}])
+        line = json.dumps({"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x" * 8_000_000}}).encode()
+        file, before = client.files.create(file=("in.jsonl", line), purpose="batch"), front.memory_info().rss
+        paths = [f"/v1/conversations/{conversation.id}/items?limit=100", f"/v1/files/{file.id}/content"]
+        for number in range(60):
+            reader = readers.enter_context(socket.socket())
+            reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            reader.connect(("127.0.0.1", int(url.rpartition(":")[2])))
+            reader.sendall(f"GET {paths[number % 2]} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer first-key\r\n\r\n".encode())
+            assert number > 5 or reader.recv(100).startswith(b"HTTP/1.1 200")      # the others wait for memory
+        other = client.with_options(api_key="second-key")
+        for _ in range(20):
+            assert ask(other).store is True
+        assert front.memory_info().rss - before < 200 << 20        # it was two gigabytes
 
 
 @pytest.mark.slow
