@@ -52,6 +52,8 @@ TRIES = 3         # for an answer during which workers died, each time as often 
 SPARE = 8         # lines under way beyond the rows of all workers, so that none of these is empty
 LOOK_S = 0.5      # between looks whether the server stops
 SWEEP_S = 30.0    # between looks for what has expired
+SWEEPING_S = 1.0  # of one of them, before others have a turn
+KEPT_PAGES = 1000  # free ones that stay in the file
 EXPIRY_BYTES = 256 << 10  # that the results of as many lines take as expire at once
 BATCH_BYTES = 4096  # that a batch takes besides its metadata and its files
 EXPIRED = "batch_expired", "This request could not be executed before the completion window expired."
@@ -177,19 +179,16 @@ class BatchWorker:
                 await asyncio.sleep(error.retry_after_s)
 
     async def _sweep(self):
-        """Delete what has expired, in small pieces, and give its bytes back."""
-        now = now_s()
+        """Delete what has expired, in small pieces, and give its bytes back; no longer than SWEEPING_S, after
+        which batches may begin."""
+        now, until_s = now_s(), time.monotonic() + SWEEPING_S
         await self._stored(lambda connection: batches.forget(
             connection, now, self.files.keep_s, self.files.held()))
-        while await self._stored(partial(responses.forget, now=now)):
-            pass
-        for purge in (files.purge, responses.purge):
-            while await self._stored(purge):
-                pass
-        while await self._stored(lambda connection: connection.execute(
-                "PRAGMA freelist_count").fetchone()[0] > 1000 and connection.execute(
-                "PRAGMA incremental_vacuum(1000)").fetchall() is not None):
-            pass
+        for piece in (partial(responses.forget, now=now), files.purge, responses.purge, vacuum):
+            while await self._stored(piece):
+                if time.monotonic() > until_s:
+                    self.wake.set()  # the next look goes on
+                    return
 
     def _begin(self, batch: Batch):
         client = self.owners.client_of(batch.owner)
@@ -362,6 +361,14 @@ class BatchWorker:
                 row.number, bytes(seen.raw), client, self.owners.of_pages(client), seen.pictures)
             holding.keep(parsed.size)
         return served, replace(parsed, request=with_pixels(parsed.request, seen.pictures))
+
+
+def vacuum(connection) -> bool:
+    """Give some of the file's free pages back to the disk. True if there may be more."""
+    if connection.execute("PRAGMA freelist_count").fetchone()[0] <= KEPT_PAGES:
+        return False
+    connection.execute(f"PRAGMA incremental_vacuum({KEPT_PAGES})").fetchall()
+    return True
 
 
 def encoded(text: str) -> bytes:

@@ -90,7 +90,7 @@ async def send_parts(http: web.Request, parts: Seq[bytes]) -> web.StreamResponse
     size = sum(map(len, parts))
     if size <= LIMITS.inline_bytes:
         return web.Response(body=b"".join(parts), content_type="application/json")
-    response = web.StreamResponse(headers={"Content-Type": "application/json; charset=utf-8",
+    response = web.StreamResponse(headers={"Content-Type": "application/json",
                                            "X-Request-Id": REQUEST_LOG.get().id})
     response.content_length = size
     await response.prepare(http)
