@@ -138,7 +138,9 @@ class Store:
                     self._check(reader)
         self.connection = self._writer()
         while self._take_step(self.connection):
-            pass
+            if size:
+                log.info("--database %s: it is brought to the form of this version", self.path)
+                size = 0
         if self.connection.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
             raise self._unusable("this file system cannot hold a database in WAL mode")
         self._note_places()

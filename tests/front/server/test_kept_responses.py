@@ -264,6 +264,15 @@ def test_they_outlive_the_server_until_their_days_are_over(model, tmp_path):
             client.conversations.retrieve(conversation.id)
 
 
+def test_what_was_kept_before_and_after_its_wal_was_removed_survives_a_kill(model, tmp_path):
+    with keeping(model, tmp_path / "a.db") as client:
+        before = ask(client, "One")
+        (tmp_path / "a.db-wal").unlink()
+        after = ask(client, "Two", previous_response_id=before.id)
+    with keeping(model, tmp_path / "a.db") as client:
+        assert len(client.responses.input_items.list(after.id).data) == 3 and client.responses.retrieve(before.id).output_text == before.output_text
+
+
 def test_without_the_flag_a_response_continues_nothing_and_the_error_names_the_flag(model):
     with server(model) as (_, url):
         client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
