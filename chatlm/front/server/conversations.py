@@ -97,11 +97,13 @@ class Keeper:
     @asynccontextmanager
     async def _keeping(self, answering: AbstractAsyncContextManager, encoder: ResponsesEncoder,
                        owner: str) -> AsyncIterator[tuple[Accepted, AsyncGenerator[Event, None]]]:
-        size = responses.bytes_of(encoder.parsed.kept)
+        parsed = encoder.parsed
+        copies = 2 if parsed.details.get("conversation") else 1
+        size = copies * responses.bytes_of(parsed.kept) + len(parsed.repeated) + responses.ITEM_BYTES
         await stored(self.store).run(partial(
             quota.check, owner=owner, adds_bytes=size, otherwise=', or send "store": false'), adds_bytes=size)
         # a second encoder has its end before the client has: what a client knows of is kept
-        twin = ResponsesEncoder(encoder.parsed, encoder.model, encoder.tokenizer)
+        twin = ResponsesEncoder(parsed, encoder.model, encoder.tokenizer)
         twin.head = encoder.head
         for each in (encoder, twin):
             each.derive_ids()
@@ -274,7 +276,7 @@ class ConversationRoutes:
             owner=self.owner))
         with self.bodies.holding() as holding:
             text = await self._read(place, holding)
-            return await send_parts(http, [b'{"id": %s, ' % dump(place.name), text[1:]])
+            return await send_parts(http, [b'{"id": %s, ' % dump(place.name), memoryview(text)[1:]])
 
     async def handle_drop(self, http: web.Request) -> web.Response:
         """DELETE of an item; the answer is the conversation."""

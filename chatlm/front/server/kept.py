@@ -18,7 +18,7 @@ from chatlm.front.server.responses import REQUEST_LOG
 from chatlm.front.server.streams import BODY_S, read_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence as Seq
+    from collections.abc import Iterable, Iterator, Sequence as Seq
 
     from chatlm.front.api.fields import Field
     from chatlm.front.server.bodies import Bodies
@@ -85,7 +85,7 @@ async def take_room(holding: Holding, size: int):
         await holding.room(min(size, holding.budget.of_one - holding.size))
 
 
-async def send_parts(http: web.Request, parts: Seq[bytes]) -> web.StreamResponse:
+async def send_parts(http: web.Request, parts: Seq[bytes | memoryview]) -> web.StreamResponse:
     """JSON in parts, of which large ones are sent in pieces, as fast as the client reads them."""
     size = sum(map(len, parts))
     if size <= LIMITS.inline_bytes:
@@ -94,12 +94,27 @@ async def send_parts(http: web.Request, parts: Seq[bytes]) -> web.StreamResponse
                                            "X-Request-Id": REQUEST_LOG.get().id})
     response.content_length = size
     await response.prepare(http)
-    for part in parts if http.method == "GET" else ():
+    for part in joined_small(parts) if http.method == "GET" else ():
         await send_part(http, response, part)
     return response
 
 
-async def send_part(http: web.Request, response: web.StreamResponse, part: bytes):
+def joined_small(parts: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
+    """The parts, of which small ones are joined: to write each would take long."""
+    small, size = list[bytes | memoryview](), 0
+    for part in parts:
+        if size + len(part) > WRITE_BYTES:
+            yield b"".join(small)
+            small, size = [], 0
+        if len(part) > WRITE_BYTES:
+            yield part
+        else:
+            small.append(part)
+            size += len(part)
+    yield b"".join(small)
+
+
+async def send_part(http: web.Request, response: web.StreamResponse, part: bytes | memoryview):
     """ConnectionAbortedError if the client does not read it."""
     for begin in range(0, len(part), WRITE_BYTES):
         try:

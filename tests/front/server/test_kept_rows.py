@@ -14,7 +14,9 @@ import pytest
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError
 from chatlm.common.messages.protocol import KeptItem
-from chatlm.front.store import batches, files, migrate, pages, quota, responses
+from chatlm.front.admission.admission import WRITE_BYTES
+from chatlm.front.server.kept import joined_small
+from chatlm.front.store import batches, files, migrate, quota, responses
 from chatlm.front.store.pages import PAGE_BYTES, texts
 from chatlm.front.store.responses import NewResponse
 from chatlm.front.store.schema import STEPS
@@ -143,6 +145,15 @@ async def test_an_item_whose_id_is_taken_gets_another_and_is_deleted_alone(tmp_p
             assert walked(partial(responses.items, connection, name=name, owner="me"), 10, True) == names[:names.index(gone)]
     await store.run(work)
     await store.close()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_small_parts_are_sent_together_and_all_in_order(seed):
+    chance = random.Random(seed)
+    parts = [b"%d " % number * chance.choice([0, 1, 20, 300_000, 30_000]) for number in range(100)]
+    sent = [*joined_small(parts)]
+    assert b"".join(sent) == b"".join(parts) and len([part for part in sent if len(part) < WRITE_BYTES // 2]) < len(parts) / 2
+    assert [*joined_small([b"x"] * 1000)] == [b"x" * 1000] and b"".join(joined_small([])) == b""
 
 
 RECOUNT = {
