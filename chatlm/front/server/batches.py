@@ -54,6 +54,7 @@ LOOK_S = 0.5      # between looks whether the server stops
 SWEEP_S = 30.0    # between looks for what has expired
 SWEEPING_S = 1.0  # of one of them, before others have a turn
 KEPT_PAGES = 1000  # free ones that stay in the file
+VACUUMED_PAGES = 1000  # that are given back at once
 EXPIRY_BYTES = 256 << 10  # that the results of as many lines take as expire at once
 BATCH_BYTES = 4096  # that a batch takes besides its metadata and its files
 EXPIRED = "batch_expired", "This request could not be executed before the completion window expired."
@@ -365,10 +366,10 @@ class BatchWorker:
 
 def vacuum(connection) -> bool:
     """Give some of the file's free pages back to the disk. True if there may be more."""
-    if connection.execute("PRAGMA freelist_count").fetchone()[0] <= KEPT_PAGES:
-        return False
-    connection.execute(f"PRAGMA incremental_vacuum({KEPT_PAGES})").fetchall()
-    return True
+    free = connection.execute("PRAGMA freelist_count").fetchone()[0]
+    for _ in range(min(free - KEPT_PAGES, VACUUMED_PAGES)):
+        connection.execute("PRAGMA incremental_vacuum(1)")  # sqlite3 takes one step of it, whatever the number
+    return free > KEPT_PAGES + VACUUMED_PAGES
 
 
 def encoded(text: str) -> bytes:

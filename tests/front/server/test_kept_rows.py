@@ -15,6 +15,7 @@ from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError
 from chatlm.common.messages.protocol import KeptItem
 from chatlm.front.admission.admission import WRITE_BYTES
+from chatlm.front.server.batches import vacuum
 from chatlm.front.server.kept import joined_small
 from chatlm.front.store import batches, files, migrate, quota, responses
 from chatlm.front.store.pages import PAGE_BYTES, texts
@@ -268,6 +269,12 @@ async def test_a_deletion_reads_nothing_and_is_purged_in_small_pieces(tmp_path):
     while await store.run(responses.purge):
         pieces.append(await store.run(left))
     assert max(earlier - later for earlier, later in zip([before, *pieces], pieces)) <= 1_300_000
+    free = await store.run(lambda connection: connection.execute("PRAGMA freelist_count").fetchone()[0])
+    calls = 1
+    while await store.run(vacuum):
+        calls += 1
+    assert free > 6000 and calls <= free / 1000 + 1
+    assert await store.run(lambda connection: connection.execute("PRAGMA freelist_count").fetchone()[0]) <= 1000
     assert await store.run(left) == 0 and await store.run(lambda connection: connection.execute("SELECT COUNT(*) FROM responses").fetchone()) == (0,)
     await store.close()
 
