@@ -368,7 +368,8 @@ def vacuum(connection) -> bool:
     """Give some of the file's free pages back to the disk. True if there may be more."""
     free = connection.execute("PRAGMA freelist_count").fetchone()[0]
     for _ in range(min(free - KEPT_PAGES, VACUUMED_PAGES)):
-        connection.execute("PRAGMA incremental_vacuum(1)")  # sqlite3 takes one step of it, whatever the number
+        # Python's sqlite3 takes one step of it, whatever the number
+        connection.execute("PRAGMA incremental_vacuum(1)")
     return free > KEPT_PAGES + VACUUMED_PAGES
 
 

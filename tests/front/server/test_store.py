@@ -37,7 +37,7 @@ def add(name):
 
 
 def names(path):
-    with sqlite3.connect(path) as reader:
+    with closing(sqlite3.connect(path)) as reader:
         return [name for (name,) in reader.execute("SELECT name FROM files ORDER BY id")]
 
 
