@@ -99,9 +99,9 @@ class BatchRoutes:
             if source.purpose != "batch":
                 raise RequestError(f"the purpose of {source.name} is {source.purpose}, not batch",
                                    code="invalid_value", param="input_file_id")
-            mine = [batch for batch in batches.unfinished(connection) if batch.owner == owner]
-            if len(mine) >= LIMITS.unfinished_batches:
-                raise Overloaded(f"{len(mine)} of your batches are not finished", retry_after_s=60,
+            mine = batches.unfinished_of(connection, owner)
+            if mine >= LIMITS.unfinished_batches:
+                raise Overloaded(f"{mine} of your batches are not finished", retry_after_s=60,
                                  status=429)
             now = now_s()
             return batches.shown_batch(connection, batches.create(

@@ -139,6 +139,10 @@ ALTER TABLE conversations ADD COLUMN bytes INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE conversations ADD COLUMN deleted INTEGER NOT NULL DEFAULT 0;
 CREATE INDEX conversations_by_expiry ON conversations (deleted, expires);
 UPDATE conversations SET bytes = LENGTH(CAST(metadata AS BLOB));
+CREATE INDEX files_by_state ON files (state, expires);
+CREATE INDEX batches_by_status ON batches (status, owner);
+CREATE INDEX batches_by_end ON batches (ended);
+CREATE INDEX batches_by_input ON batches (input);
 CREATE TABLE holdings (
     owner TEXT PRIMARY KEY,
     bytes INTEGER NOT NULL          -- that all takes which is not deleted

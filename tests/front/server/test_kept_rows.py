@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import re
 import sqlite3
 from contextlib import closing
 from functools import partial
@@ -245,6 +246,51 @@ async def test_what_each_owner_holds_is_what_its_rows_take_whatever_happens(tmp_
     assert await store.run(check_holdings) == {}
     for table in ("files", "lines", "batches", "responses", "parts", "conversations", "items"):
         assert await store.run(lambda connection, table=table: connection.execute(f"SELECT COUNT(*) FROM {table}").fetchone()) == (0,)
+    await store.close()
+
+
+async def test_no_work_of_a_client_looks_at_all_rows_of_a_table(tmp_path):
+    """Nor does what is looked for again and again: it would take ever longer, for all keys."""
+    store, said = opened(tmp_path / "a.db"), set()
+
+    def work(connection):
+        connection.set_trace_callback(said.add)
+        file = files.create(connection, "me", "x", "batch", 1, 10)
+        files.add_lines(connection, file.id, [files.Row(1, b"y", "a", "/v1/completions")])
+        connection.execute("UPDATE files SET state = 1 WHERE id = ?", (file.id,))
+        file = files.found(connection, file.name, "me")
+        for ascending, more in ((True, ""), (False, " AND state = 1"), (False, " AND state = 1 AND purpose = 'batch'")):
+            for after in ("", file.name):
+                list(files.listed(connection, "files", files.File._fields, "me", after, ascending, more))
+        files.content(connection, file.id, 0), files.longest_line(connection, file.id)
+        batch = batches.create(connection, "me", file, "/v1/completions", "24h", 1, FAR, None, None)
+        list(files.listed(connection, "batches", batches.Batch._fields, "me", batch.name))
+        batches.unfinished(connection), batches.unfinished_of(connection, "me"), batches.reads(connection, file), batches.begin(connection, batch, 1)
+        batches.shown_batch(connection, batch), batches.waiting_lines(connection, batch), batches.line(connection, batch, 1)
+        batches.record(connection, batch, [(1, b"done", False)]), batches.cancel(connection, batch.name, "me", 1), batches.end(connection, batch, "cancelled", 1)
+        name = responses.create_conversation(connection, "me", 1, FAR, "{}", [item(0), item(1)]).name
+        responses.extend(connection, name, "me", [item(2)], FAR), responses.set_metadata(connection, name, "me", "{}")
+        responses.keep(connection, NewResponse("resp_0", "me", 1, FAR, None, None, [item(3)], [item(4)], b'{"a": 1}'))
+        responses.keep(connection, NewResponse("resp_1", "me", 1, FAR, "resp_0", name, [item(3)], [item(5)], b'{"a": 1}'))
+        for ascending in (True, False):
+            for after in ("", "msg_1"):
+                texts(connection, responses.items(connection, name, "me", after, ascending, 5).rows)
+            for after in ("", "msg_4"):
+                texts(connection, responses.inputs(connection, "resp_1", "me", after, ascending, 5).rows)
+        responses.before(connection, "resp_1", "", "me"), responses.before(connection, "", name, "me"), responses.whole_of(connection, "resp_1", "me")
+        responses.drop_item(connection, name, "msg_1", "me"), responses.delete(connection, "resp_1", "me"), responses.delete_conversation(connection, name, "me")
+        files.delete(connection, file), quota.check(connection, "me", 1)
+        responses.forget(connection, FAR + 1), batches.forget(connection, FAR, 5, [7])
+        while files.purge(connection) or responses.purge(connection):
+            pass
+        connection.set_trace_callback(None)
+        found = {}
+        for statement in said:
+            if re.match("SELECT|UPDATE|DELETE|WITH|INSERT", statement):
+                plan = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {statement}")]
+                found[statement] = [step for step in plan if re.match("SCAN (?!chain|CONSTANT)", step)]
+        assert len(found) > 60 and {statement: steps for statement, steps in found.items() if steps} == {}
+    await store.run(work)
     await store.close()
 
 
