@@ -5,6 +5,8 @@ import json
 import random
 import re
 import sqlite3
+import subprocess
+import sys
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -428,3 +430,84 @@ def test_a_real_server_goes_on_with_what_an_earlier_version_has_kept(nanochat_fi
         other = client.with_options(api_key="second-key")
         with pytest.raises(openai.NotFoundError):
             other.responses.retrieve(second)
+
+
+BUSY = """
+import asyncio, random, sys
+from functools import partial
+from pathlib import Path
+from chatlm.common.messages.protocol import KeptItem
+from chatlm.front.server.batches import vacuum
+from chatlm.front.store import files, responses
+from chatlm.front.store.responses import NewResponse
+from chatlm.front.store.store import Store
+
+async def client(store, chance, number):
+    mine = []
+    while True:
+        new = [KeptItem(f"msg_{chance.getrandbits(60)}", b'{"a": "' + b"x" * chance.randrange(60_000) + b'"}') for _ in range(chance.randrange(5))]
+        act = chance.randrange(8)
+        if act < 2 or not mine:
+            row = await store.run(lambda db: responses.create_conversation(db, f"key {number}", 1, 4_000_000_000, "{}", new))
+            mine.append(row.name)
+            print("made", row.name, len(new), flush=True)
+        elif act < 5:
+            await store.run(partial(responses.extend, name=mine[-1], owner=f"key {number}", items=new, expires=4_000_000_000))
+            print("more", mine[-1], len(new), flush=True)
+        elif act < 7:
+            name = f"resp_{chance.getrandbits(60)}"
+            await store.run(partial(responses.keep, new=NewResponse(name, f"key {number}", 1, 4_000_000_000, None, None, new, new[:1], b'{"a": 1}')))
+            print("kept", name, 0, flush=True)
+        else:
+            name = mine.pop(chance.randrange(len(mine)))
+            print("going", name, 0, flush=True)
+            await store.run(partial(responses.delete_conversation, name=name, owner=f"key {number}"))
+            print("gone", name, 0, flush=True)
+
+async def sweep(store):
+    while True:
+        for piece in (responses.purge, vacuum, files.purge):
+            while await store.run(piece):
+                pass
+        await asyncio.sleep(0.01)
+
+async def main():
+    store, chance = Store(Path(sys.argv[1])), random.Random(int(sys.argv[2]))
+    store.open()
+    await asyncio.gather(sweep(store), *(client(store, chance, number) for number in range(4)))
+asyncio.run(main())
+"""
+
+
+@pytest.mark.slow
+def test_what_is_kept_and_deleted_survives_kills_at_any_moment(tmp_path):
+    chance, items, kept, gone, unsure = random.Random(1), {}, set(), set(), set()
+    for seed in range(20):
+        process = subprocess.Popen([sys.executable, "-c", BUSY, str(tmp_path / "a.db"), str(seed)], cwd=OLD.parents[2], stdout=subprocess.PIPE, text=True)
+        said = [process.stdout.readline() for _ in range(chance.randrange(1, 400))]
+        process.kill()
+        said += process.stdout.readlines()
+        process.wait()
+        process.stdout.close()
+        for line in said:
+            if not line.endswith("\n"):
+                continue
+            what, name, count = line.split()
+            if what in ("made", "more"):
+                items[name] = items.get(name, 0) + int(count)
+            {"kept": kept, "gone": gone, "going": unsure}.get(what, set()).add(name)
+
+        async def check():
+            store = opened(tmp_path / "a.db")
+            await store.run(check_holdings)
+
+            def there(connection):
+                assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+                counts = dict(connection.execute("SELECT conversations.name, COUNT(items.id) FROM conversations LEFT JOIN items ON items.conversation = conversations.id "
+                                                 "WHERE NOT deleted GROUP BY conversations.id"))
+                assert not gone & counts.keys() and all(counts[name] >= items[name] for name in items.keys() - gone - unsure)
+                assert kept <= {name for (name,) in connection.execute("SELECT name FROM responses")}
+            await store.run(there)
+            await store.close()
+        asyncio.run(check())
+    assert len(kept) > 50 and len(items) > 50 and gone
