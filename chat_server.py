@@ -186,6 +186,7 @@ class Front:
         self.recordings, self.downloads = Recordings(), DownloadRoutes(catalogue, self.bodies, self.access)
         self.kept = Keeper(store, self.bodies, self.owners, settings.keep_days)
         self.batches = BatchRoutes(store, catalogue, self.bodies, self.owners, self.answering, self.ledger)
+        self.kept.removed = self.batches.wake_up
         self.metrics: Metrics | None = None
         with suppress(ConfigError):  # prometheus_client is missing: /metrics says so
             self.metrics = Metrics(catalogue, self.ledger)
@@ -193,7 +194,7 @@ class Front:
     def taken(self, request_id: str) -> bool:
         return request_id in self.running or request_id in self.recordings or request_id in self.compared
 
-    def identified(self, works: Seq[tuple[WorkerPool, Request]], kept: bytes = b"") -> list[Request]:
+    def identified(self, works: Seq[tuple[WorkerPool, Request]], kept: bool = False) -> list[Request]:
         """Requests to be answered now, with their client and owner, in the background if its key is over its
         budget; with a new id if theirs was taken while the body arrived, or their answer is kept."""
         record = REQUEST_LOG.get()
@@ -248,7 +249,7 @@ class Front:
         with self.bodies.holding() as holding:
             served, parsed = await self.bodies.parse(http, holding)
             pool = served.pool
-            [request] = self.identified([(pool, parsed.request)], parsed.kept)
+            [request] = self.identified([(pool, parsed.request)], parsed.is_kept)
             parsed = replace(parsed, request=request)
             del request
             # the whole request, with its messages and tools, ends when it is admitted

@@ -161,7 +161,7 @@ def test_every_route_is_in_the_page_of_apis_and_its_curls_send_fields_that_exist
     fields = text.split("## Fields")[1].split("## Reasoning")[0]
     named = set(re.findall(r"\w+", fields))
     retrieval = {field.name for field in (*EMBEDDING_FIELDS, *RERANK_FIELDS, *SCORE_FIELDS)} - named
-    of_store = {field.name for fields in STORE_FIELDS.values() for field in fields} | {"store", "before_input"}
+    of_store = {field.name for fields in STORE_FIELDS.values() for field in fields} | {"store"}
     assert {name for path, names in routes.items() if path.startswith(("/chat", "/v1")) for name in names} - named == {
         # refused, or without an effect here
         "best_of", "modalities", "previous_response_id", "conversation", "background",

@@ -249,7 +249,7 @@ async def refusal(response) -> ChatServerError:
         body = await response.json(content_type=None)
     response.close()
     retry = response.headers.get("Retry-After", "")
-    return remote_error(body, response.status, int(retry) if retry.isdigit() else 1)
+    return remote_error(body, response.status, int(retry) if retry.isdecimal() else 1)
 
 
 def remote_error(body, status: int, retry_after_s: int = 1) -> ChatServerError:

@@ -430,6 +430,13 @@ class Known:
     embedder: Embedder | None = None             # None: it gives answers, or is not known yet
 
 
+class KeptItem(NamedTuple):
+    """An item of a response or of a conversation, as it is kept."""
+
+    name: str    # its id
+    body: bytes  # JSON, without its id
+
+
 @dataclass(frozen=True)
 class ParsedBody:
     """The parsed body of a route that answers: the request, and how to write the answer."""
@@ -443,8 +450,13 @@ class ParsedBody:
     details: Mapping = field(default_factory=dict)  # what else its encoder must know
     ignored_tools: tuple[str, ...] = ()  # types of tools that no model here can have
     ignored_fields: tuple[str, ...] = ()  # names of fields that have no effect on this answer
-    kept: bytes = b""                    # of an answer that is kept: the items of its input, as JSON
+    kept: tuple[KeptItem, ...] = ()      # of an answer that is kept: the items of its input
     repeated: bytes = b""                # what the answer repeats of the body: members of a JSON object
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether its answer is kept, as responses are."""
+        return bool(self.details.get("store"))
 
     def lasting(self) -> ParsedBody:
         """What the encoder of the answer needs; only an echo repeats prompts."""
@@ -460,5 +472,5 @@ class ParsedBody:
         texts += self.details.get("documents") or ()
         names = sum(map(len, params.tool_types)) + len(params.tool_names) + len(params.tool_types)
         return (sum(map(len, texts)) + 8 * sum(map(len, request.prompt_ids or ())) + 150 * names
-                + len(self.kept)
+                + sum(len(item.body) for item in self.kept)
                 + 4 * len(self.repeated))  # itself, and three events that the client has not read

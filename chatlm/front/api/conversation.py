@@ -140,12 +140,12 @@ def earlier_reasoning(role: str, fields: Mapping, name: str) -> dict[str, str]:
     return {}
 
 
-def response_messages(values: Mapping) -> Iterator[SentMessage]:
-    """`instructions` and `input` of a response as messages of Chat Completions."""
+def response_messages(values: Mapping, earlier: Seq = ()) -> Iterator[SentMessage]:
+    """`instructions` and `input` of a response as messages of Chat Completions. earlier: the items of what it
+    continues."""
     if "instructions" in values:
         yield SentMessage("instructions", "system", {"content": values["instructions"]})
-    chained = values.get("previous_response_id") or values.get("conversation")
-    items, earlier = values.get("input", ""), values.get("before_input", []) if chained else []
+    items = values.get("input", "")
     new = [{"role": "user", "content": items}] if is_text(items) else items
     for index, item in enumerate([*earlier, *new], -len(earlier)):
         name = "before_input" if index < 0 else "input" if is_text(items) else f"input[{index}]"

@@ -22,6 +22,7 @@ from chatlm.front.api.fields import within_limit
 from chatlm.front.api.tables import BEFORE
 
 if TYPE_CHECKING:
+    from chatlm.common.messages.protocol import KeptItem
     from chatlm.common.messages.requests import Request
 
 FORM = "a data URI such as data:image/png;base64,... or base64 alone"
@@ -106,16 +107,20 @@ def fill_in(body: dict, pictures: Seq[Picture]):
 SIGNATURES = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"RIFF": "webp"}
 
 
-def with_files(items: bytes, files: Mapping[bytes, bytes]) -> bytes:
-    """JSON of a conversation's items with the files of its pictures, by digest, as a client sends them."""
-    found = json.loads(items)
-    for place, index, part, _ in places({"input": found}):
+def with_files(items: Seq[KeptItem], files: Mapping[bytes, bytes]) -> tuple[KeptItem, ...]:
+    """Items that are kept, with the files of their pictures, by digest, as a client sends them."""
+    return tuple(with_own_files(item, files) if b'"picture"' in item.body else item for item in items)
+
+
+def with_own_files(item: KeptItem, files: Mapping[bytes, bytes]) -> KeptItem:
+    found = json.loads(item.body)
+    for place, index, part, _ in places({"input": [found]}):
         if shown_here := picture_in(part):
             data = files[shown_here.digest]
             kind = next((kind for begin, kind in SIGNATURES.items() if data.startswith(begin)), "*")
             place[index] = {"type": "input_image", "detail": "auto",
                             "image_url": f"data:image/{kind};base64,{base64.b64encode(data).decode()}"}
-    return json.dumps(found).encode()
+    return item._replace(body=json.dumps(found).encode())
 
 
 def picture_in(part: Any) -> Picture | None:

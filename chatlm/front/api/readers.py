@@ -27,11 +27,13 @@ from chatlm.front.api.fields import (
 from chatlm.front.api.field_types import OPENAI_ROLES, one_constraint, thinking, thinking_budget
 from chatlm.front.api.ignored import ignored_fields, unread
 from chatlm.front.api.infill import infill_ends
+from chatlm.front.api.kept_items import kept_items
 from chatlm.front.api.retrieval import RETRIEVAL_READERS, check_route
 from chatlm.front.api.tables import (
-    BEFORE, BODY_FIELDS, COMPARE_FIELDS, COMPLETION_FIELDS, COUNTED_FIELDS, DRAWING_FIELDS, INFILL_FIELDS,
-    MANAGED_FIELDS, MESSAGES_FIELDS, NATIVE_FIELDS, OLLAMA_CHAT_FIELDS, OLLAMA_GENERATE_FIELDS,
-    OLLAMA_OPTIONS, OLLAMA_SHOW_FIELDS, OPENAI_FIELDS, RESPONSES_FIELDS, VARIANT_FIELDS)
+    BEFORE, BODY_FIELDS, COMPARE_FIELDS, COMPLETION_FIELDS, CONTINUED, COUNTED_FIELDS, DRAWING_FIELDS,
+    INFILL_FIELDS, MANAGED_FIELDS, MESSAGES_FIELDS, NATIVE_FIELDS, OLLAMA_CHAT_FIELDS,
+    OLLAMA_GENERATE_FIELDS, OLLAMA_OPTIONS, OLLAMA_SHOW_FIELDS, OPENAI_FIELDS, RESPONSES_FIELDS,
+    VARIANT_FIELDS)
 from chatlm.front.api.tokenization import apply_template, detokenize, rendered, tokenize
 
 if TYPE_CHECKING:
@@ -231,20 +233,22 @@ def repeated_json(body: Mapping) -> bytes:
     return b", ".join(b'"%s": %s' % (name.encode(), text) for name, text in texts.items())
 
 
-def read_responses_body(body: dict, known: Known) -> ParsedBody:
+def read_responses_body(body: dict, known: Known, before: Seq | None = None) -> ParsedBody:
+    """before: the items of what the body continues; None: nobody has looked for any."""
     values = parse_answer(body, RESPONSES_FIELDS)
-    details = kept_details(values, known)
+    details = kept_details(values, known, before is not None)
     tools, ignored = known_tools(values.get("tools", ()), ["function", None], "parameters")
-    messages = joined_turns(chat_messages(response_messages(values), known.tool_format is not None))
+    sent = response_messages(values, before or ())
+    messages = joined_turns(chat_messages(sent, known.tool_format is not None))
     request = parse_openai_request(values | {"tools": tools}, known.settings, known.tool_format, messages)
     parsed = parsed_body("responses", values, known, request, details, ignored)
     return replace(parsed, repeated=repeated_json(body),
-                   kept=dump(input_items(values)) if details.get("store") else b"")
+                   kept=kept_items(input_items(values)) if details.get("store") else ())
 
 
-def kept_details(values: Mapping, known: Known) -> dict:
+def kept_details(values: Mapping, known: Known, continued: bool) -> dict:
     """Whether a response is kept, and what it continues: for its encoder. RequestError if it continues what
-    this server cannot have kept."""
+    this server cannot have kept. continued: the front has found what was said before."""
     chained = [name for name in ("previous_response_id", "conversation") if values.get(name)]
     if known.settings.database is None:
         if chained:
@@ -253,7 +257,7 @@ def kept_details(values: Mapping, known: Known) -> dict:
         return {}
     if len(chained) == 2:
         raise invalid("conversation", "previous_response_id and conversation exclude each other")
-    if chained and BEFORE not in values:  # its name was hidden in escapes, so the front did not see it
+    if chained and not continued:  # its name was hidden in escapes, so the front did not see it
         raise invalid(chained[0], f"{chained[0]} must be written without escapes")
     return {"store": values.get("store", True), **{name: values[name] for name in chained}}
 
@@ -431,9 +435,13 @@ TEXT_READERS: dict[str, Callable] = {
 
 
 def read_answer(route: str, body: dict, known: Known) -> ParsedBody:
-    """The result of the route's reader for a body, on routes that answer."""
+    """The result of the route's reader for a body, on routes that answer, or for one that is CONTINUED."""
     check_route(route, known)
-    parsed = ANSWER_READERS[route](body, known)
+    if route == CONTINUED:
+        route, before = "/v1/responses", body.pop(BEFORE)
+        parsed = read_responses_body(body, known, before)
+    else:
+        parsed = ANSWER_READERS[route](body, known)
     return replace(parsed, ignored_fields=ignored_fields(route, body, parsed, known))
 
 

@@ -181,7 +181,10 @@ INFILL_FIELDS = (  # as llama-server has them
     *(field for field in CONSTRAINT_FIELDS if field.name in ("grammar", "json_schema")),
 )
 
-BEFORE = "before_input"  # with which the front completes a body that continues a kept response
+# As this the front reads a body that it has completed, in the field BEFORE, with what was said before. It is
+# no route, so a client cannot say itself what was said before.
+CONTINUED = "/v1/responses, continued"
+BEFORE = "before_input"
 RESPONSES_FIELDS = (
     Field("input", FieldType("a text or a list of items", {"anyOf": [A_TEXT, {"type": "array"}]}),
           "a text, or a list of messages, calls, their outputs and reasoning"),
@@ -209,7 +212,6 @@ RESPONSES_FIELDS = (
     Field("conversation", FieldType("an id, or an object with one", {"anyOf": [
         A_TEXT, object_schema(["id"], id=A_TEXT)]}, lambda value: value if is_text(value) else value["id"]),
           "with --database: the conversation that this response continues, and is added to"),
-    Field(BEFORE, LIST, "of the server's own: what was said before"),
     Field("prompt", refused("the server keeps no prompts"), "refused"),
     Field("background", FieldType("false: answers are not made in the background", {"enum": [False]}),
           "true is refused"),

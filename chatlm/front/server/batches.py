@@ -14,6 +14,7 @@ from typing import Any, TYPE_CHECKING, TypeVar
 
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import ChatServerError, EngineFailure, Overloaded, RequestError
+from chatlm.common.jsontext import dump
 from chatlm.common.log import log
 from chatlm.common.messages.requests import PromptProgress
 from chatlm.front.aio import end_tasks, supervised
@@ -28,13 +29,14 @@ from chatlm.front.pool.worker import batch_of
 from chatlm.front.server.batch_turns import Lane, Turns, WaitingLine
 from chatlm.front.server.bodies import Body, known_of, tokenizer_of
 from chatlm.front.server.files import FileRoutes
-from chatlm.front.server.kept import asked, now_s, paged, read_small_object, stored
+from chatlm.front.server.kept import asked, now_s, read_small_object, send_page, stored
 from chatlm.front.server.ledger import Amount, Charge, Ledger, claim_of, write
 from chatlm.front.server.responses import REQUEST_LOG, json_response, public_error
 from chatlm.front.server.routes import AFTER, LIMIT
 from chatlm.front.server.streams import Holding
-from chatlm.front.store import batches, files, responses
+from chatlm.front.store import batches, files, quota, responses
 from chatlm.front.store.batches import Batch
+from chatlm.front.store.pages import Listed, Page, page_of
 
 if TYPE_CHECKING:
     from chatlm.common.messages.protocol import ParsedBody
@@ -53,6 +55,11 @@ SPARE = 8         # lines under way beyond a model's rows, so that none of these
 PAGE_LINES = 200  # of a batch that wait in memory
 LOOK_S = 0.5      # between looks whether the server stops
 SWEEP_S = 30.0    # between looks for what has expired
+SWEEPING_S = 1.0  # of one of them, before others have a turn
+KEPT_PAGES = 1000  # free ones that stay in the file
+VACUUMED_PAGES = 1000  # that are given back at once
+EXPIRY_BYTES = 256 << 10  # that the results of as many lines take as expire at once
+BATCH_BYTES = 4096  # that a batch takes besides its metadata and its files
 EXPIRED = "batch_expired", "This request could not be executed before the completion window expired."
 
 
@@ -90,29 +97,31 @@ class BatchRoutes:
         metadata = json.dumps(values["metadata"]) if "metadata" in values else None
 
         def create(connection) -> dict:
+            quota.check(connection, owner)
             source = files.found(connection, values["input_file_id"], owner, "input_file_id")
             if source.purpose != "batch":
                 raise RequestError(f"the purpose of {source.name} is {source.purpose}, not batch",
                                    code="invalid_value", param="input_file_id")
-            mine = [batch for batch in batches.unfinished(connection) if batch.owner == owner]
-            if len(mine) >= LIMITS.unfinished_batches:
-                raise Overloaded(f"{len(mine)} of your batches are not finished", retry_after_s=60,
+            mine = batches.unfinished_of(connection, owner)
+            if mine >= LIMITS.unfinished_batches:
+                raise Overloaded(f"{mine} of your batches are not finished", retry_after_s=60,
                                  status=429)
             now = now_s()
             return batches.shown_batch(connection, batches.create(
                 connection, owner, source, values["endpoint"], window, now, now + WINDOWS[window], metadata,
                 values.get("output_expires_after", self.files.keep_s)))
-        body = await store.run(create)
+        body = await store.run(create, adds_bytes=BATCH_BYTES + len(metadata or ""))
         self.wake_up()
         return json_response(body)
 
-    async def handle_list(self, http: web.Request) -> web.Response:
+    async def handle_list(self, http: web.Request) -> web.StreamResponse:
         limit, owner, after = asked(http, LIMIT, 20), self.owner, asked(http, AFTER, "")
 
-        def read(connection) -> list[dict]:
-            rows = files.listed(connection, "batches", Batch._fields, owner, after, limit)
-            return [batches.shown_batch(connection, Batch(*row)) for row in rows]
-        return paged(await stored(self.store).run(read), limit)
+        def read(connection) -> Page:
+            rows = files.listed(connection, "batches", Batch._fields, owner, after)
+            bodies = (batches.shown_batch(connection, Batch(*row)) for row in rows)
+            return page_of((Listed(body["id"], dump(body)) for body in bodies), limit)
+        return await send_page(http, self.bodies, await stored(self.store).run(read))
 
     async def handle_batch(self, http: web.Request) -> web.Response:
         name, owner = http.match_info["id"], self.owner
@@ -177,11 +186,11 @@ class BatchWorker:
                 self.timer.cancel()
 
     async def _stored(self, function: Callable[[Any], T],
-                      then: Callable[[T], None] = lambda found: None) -> T:
+                      then: Callable[[T], None] = lambda found: None, adds_bytes: int = 0) -> T:
         """What `function` returns, run in the store however long that cannot be used, as on a full disk.
         Once it is done so is `then`, also if this is cancelled meanwhile."""
         async def work() -> T:
-            then(found := await self.store.run(function))
+            then(found := await self.store.run(function, adds_bytes))
             return found
         while True:
             try:
@@ -190,17 +199,16 @@ class BatchWorker:
                 await asyncio.sleep(error.retry_after_s)
 
     async def _sweep(self):
-        """Delete what has expired, in small pieces, and give its bytes back."""
-        now = now_s()
+        """Delete what has expired, in small pieces, and give its bytes back; no longer than SWEEPING_S, after
+        which batches may begin."""
+        now, until_s = now_s(), time.monotonic() + SWEEPING_S
         await self._stored(lambda connection: batches.forget(
             connection, now, self.files.keep_s, self.files.held()))
-        await self._stored(partial(responses.forget, now=now))
-        while await self._stored(files.purge):
-            pass
-        while await self._stored(lambda connection: connection.execute(
-                "PRAGMA freelist_count").fetchone()[0] > 1000 and connection.execute(
-                "PRAGMA incremental_vacuum(1000)").fetchall() is not None):
-            pass
+        for piece in (partial(responses.forget, now=now), files.purge, responses.purge, vacuum):
+            while await self._stored(piece):
+                if time.monotonic() > until_s:
+                    self.wake.set()  # the next look goes on
+                    return
 
     def _begin(self, batch: Batch):
         client = self.owners.client_of(batch.owner)
@@ -232,7 +240,8 @@ class BatchWorker:
             await end_tasks([stopped, *([] if lines.done() else [lines])])
         if status == "completed":
             lines.result()
-        while status == "expired" and await self._stored(partial(self._expire_some, batch)):
+        while status == "expired" and await self._stored(partial(self._expire_some, batch),
+                                                         adds_bytes=EXPIRY_BYTES):
             pass
         await self._stored(lambda connection: self._end(connection, batch, status))
 
@@ -350,6 +359,8 @@ class BatchWorker:
 
     async def _result(self, row: Row, mine: UnderWay, charges: list[Charge]) -> tuple[int, bytes, bool]:
         """(number, text, whether it is an error) of a line's result."""
+        if full := await self._stored(partial(quota.refusal, owner=mine.batch.owner)):
+            return row.number, encoded(result_of_bad_line(row.number, full, row.custom_id)), True
         endpoint = mine.batch.endpoint
         problem = row.problem or (row.url != endpoint and batches.wrong_url(
             row.number, row.url or "", endpoint))
@@ -373,7 +384,7 @@ class BatchWorker:
         def count(recorded: bool):
             for charge, (row, amount) in zip(charges, used):
                 self.ledger.count(charge, row, amount if recorded else Amount())
-        await self._stored(record, count)
+        await self._stored(record, count, adds_bytes=len(result[1]))
 
     async def _answer(self, row: Row, mine: UnderWay, charges: list[Charge]) -> tuple[int, dict]:
         """(status, body) of the answer to a line, however often it has to be asked for. Overloaded if there
@@ -447,6 +458,15 @@ class BatchWorker:
                 row.number, bytes(seen.raw), client, self.owners.of_pages(client), seen.pictures)
             holding.keep(parsed.size)
         return served, replace(parsed, request=with_pixels(parsed.request, seen.pictures))
+
+
+def vacuum(connection) -> bool:
+    """Give some of the file's free pages back to the disk. True if there may be more."""
+    free = connection.execute("PRAGMA freelist_count").fetchone()[0]
+    for _ in range(min(free - KEPT_PAGES, VACUUMED_PAGES)):
+        # Python's sqlite3 takes one step of it, whatever the number
+        connection.execute("PRAGMA incremental_vacuum(1)")
+    return free > KEPT_PAGES + VACUUMED_PAGES
 
 
 def encoded(text: str) -> bytes:

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from chatlm.front.server.access import Owners
 
 
-Completing = Callable[[bytearray, Holding], Awaitable[bytes | bytearray]]
+# (a body, the route whose reader reads it) of a body of a client
+Completing = Callable[[bytearray, Holding], Awaitable[tuple[bytes | bytearray, str]]]
 
 
 def known_of(served: Served) -> Known:
@@ -147,23 +148,22 @@ class Bodies:
         """Read a body with one of ANSWER_READERS. `holding` then accounts for what is kept of a large one."""
         record = REQUEST_LOG.get()
         with self.holding() as reading:
-            raw = await self.receive(http, reading)
+            raw, route = await self.receive(http, reading), record.route.pattern
             if self.complete:
-                raw = await self.complete(raw, reading)
+                raw, route = await self.complete(raw, reading)
             body = await self._read(raw, REQUEST_LOG.get().bound, holding)
             body = await self.seen(body, holding, record.client)
             served = body.served
             if body.fields is not None:
-                parsed = read_answer(record.route.pattern, body.fields, known_of(served))
+                parsed = read_answer(route, body.fields, known_of(served))
             else:
                 tokenizer_of(served.pool)
                 parsed = await served.pool.admission.read_large(
-                    record.route.pattern, body.raw, record.client, self.owners.of_pages(record.client),
-                    body.pictures)
+                    route, body.raw, record.client, self.owners.of_pages(record.client), body.pictures)
         parsed = replace(parsed, request=with_pixels(served.asked(parsed.request), body.pictures))
         if parsed.kept and body.files:
             parsed = replace(parsed, kept=await asyncio.to_thread(with_files, parsed.kept, body.files))
-            holding.keep(len(parsed.kept))
+            holding.keep(sum(len(item.body) for item in parsed.kept))
         if parsed.request.prompt_ids is not None:
             holding.keep(parsed.size)
         if parsed.ignored_tools:

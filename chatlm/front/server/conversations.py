@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
-import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence as Seq
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
-from typing import Any, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError, bad_value, shown
-from chatlm.common.jsontext import dump, is_text
+from chatlm.common.jsontext import dump
 from chatlm.common.log import log
+from chatlm.common.messages.protocol import KeptItem
 from chatlm.common.messages.requests import Finished, Piece
 from chatlm.front.aio import supervised
 from chatlm.front.api.conversation import chained_of, chat_messages, response_messages
 from chatlm.front.api.encoders import ResponsesEncoder
 from chatlm.front.api.fields import json_object
-from chatlm.front.api.tables import BEFORE
+from chatlm.front.api.kept_items import kept_items
+from chatlm.front.api.tables import BEFORE, CONTINUED
 from chatlm.front.lazy import web
-from chatlm.front.server.kept import DAY_S, asked, now_s, paged, read_small_object, stored
+from chatlm.front.server.kept import (
+    DAY_S, asked, now_s, read_small_object, send_list, send_parts, shown_item, stored, take_room)
 from chatlm.front.server.responses import REQUEST_LOG, json_response, public_error
 from chatlm.front.server.routes import AFTER, LIMIT, ORDER
-from chatlm.front.store import responses
-from chatlm.front.store.responses import Conversation, Kept
+from chatlm.front.store import quota, responses
+from chatlm.front.store.pages import Listed, texts
+from chatlm.front.store.responses import NewResponse
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import Accepted, Event
@@ -34,30 +36,12 @@ if TYPE_CHECKING:
     from chatlm.front.server.access import Owners
     from chatlm.front.server.bodies import Bodies
     from chatlm.front.server.streams import Holding
+    from chatlm.front.store.pages import Page, Place
+    from chatlm.front.store.responses import Conversation
     from chatlm.front.store.store import Store
 
 
 KEPT_ROUTE = "/v1/responses"
-PREFIXES = {"message": "msg_", "reasoning": "rs_", "function_call": "fc_", "function_call_output": "fco_"}
-
-
-async def plain(text: bytes) -> Any:
-    """What JSON says; of much in a thread."""
-    return await asyncio.to_thread(json.loads, text) if len(text) > LIMITS.inline_bytes else json.loads(text)
-
-
-def with_id(item: dict, origin: str) -> dict:
-    """An item as it is shown: it has an id, a status, and parts of content. Its id follows from `origin`
-    unless it has one."""
-    kind = item.get("type", "message")
-    name = PREFIXES.get(kind, "item_") + hashlib.sha256(origin.encode()).hexdigest()[:24]
-    item = {"id": name, "type": kind, "status": "completed"} | {
-        key: value for key, value in item.items() if value is not None}
-    if kind == "message" and is_text(item.get("content")):
-        part = "output_text" if item.get("role") == "assistant" else "input_text"
-        item["content"] = [{"type": part, "text": item["content"]} | (
-            {"annotations": []} if part == "output_text" else {})]
-    return item
 
 
 class Keeper:
@@ -66,6 +50,7 @@ class Keeper:
     def __init__(self, store: Store | None, bodies: Bodies, owners: Owners, keep_days: int):
         self.store, self.bodies, self.owners, self.keep_s = store, bodies, owners, keep_days * DAY_S
         self.routes = ConversationRoutes(self)
+        self.removed: Callable[[], None] = lambda: None  # is called when something was deleted
         self.saving: set[asyncio.Task[None]] = set()  # answers whose clients have left
         if store:
             bodies.complete = self.completed
@@ -78,39 +63,47 @@ class Keeper:
     def owner(self) -> str:
         return self.owners.of_texts(REQUEST_LOG.get().client)
 
-    async def completed(self, body: bytearray, holding: Holding) -> bytes | bytearray:
-        """A body of POST /v1/responses, with what was said before in the field BEFORE if it continues
-        something. RequestError 404 if that is not there."""
-        if not self.store or REQUEST_LOG.get().route.pattern != KEPT_ROUTE or (
+    async def completed(self, body: bytearray, holding: Holding) -> tuple[bytes | bytearray, str]:
+        """A body, and the route whose reader reads it. One of POST /v1/responses that continues something
+        gets what was said before in the field BEFORE, and is read as CONTINUED. RequestError 404 if that is
+        not there."""
+        route = REQUEST_LOG.get().route.pattern
+        if not self.store or route != KEPT_ROUTE or (
                 b'"previous_response_id"' not in body and b'"conversation"' not in body):
-            return body
+            return body, route
         if len(body) <= LIMITS.inline_bytes:
             previous, conversation = chained_of(json_object(body))
         else:
             admission = self.bodies.catalogue.find("", ()).pool.admission
             previous, conversation = await admission.told("chained", REQUEST_LOG.get().client, body)
         if not (previous or conversation):
-            return body
-        before = await self.store.run(partial(responses.before, previous=previous, conversation=conversation,
-                                              owner=self.owner))
-        if len(before) > LIMITS.inline_bytes and not holding.size:
-            await holding.room(len(body) + len(before))
+            return body, route
+        what = {"previous": previous, "conversation": conversation, "owner": self.owner}
+        size = await self.store.run(partial(responses.size_before, **what))
+        if size > LIMITS.inline_bytes:  # it is read only once there is memory for it
+            await take_room(holding, len(body) + 2 * size)
+        before = await self.store.run(partial(responses.before, **what))
         whole = bytes(body).rstrip()
         # the last of two members with one name counts
-        return b'%s, "%s": %s}' % (whole[:-1], BEFORE.encode(), before) if whole.endswith(b"}") else body
+        return b'%s, "%s": %s}' % (whole[:-1], BEFORE.encode(), before), CONTINUED
 
     def answering(self, answering: AbstractAsyncContextManager,
                   encoder: Encoder) -> AbstractAsyncContextManager:
         """An answer that is kept once it ends, however that is; others stay as they are."""
-        if not self.store or not encoder.parsed.kept or not isinstance(encoder, ResponsesEncoder):
+        if not self.store or not encoder.parsed.is_kept or not isinstance(encoder, ResponsesEncoder):
             return answering
         return self._keeping(answering, encoder, self.owner)
 
     @asynccontextmanager
     async def _keeping(self, answering: AbstractAsyncContextManager, encoder: ResponsesEncoder,
                        owner: str) -> AsyncIterator[tuple[Accepted, AsyncGenerator[Event, None]]]:
+        parsed = encoder.parsed
+        copies = 2 if parsed.details.get("conversation") else 1
+        size = copies * responses.bytes_of(parsed.kept) + len(parsed.repeated) + responses.ITEM_BYTES
+        await stored(self.store).run(partial(
+            quota.check, owner=owner, adds_bytes=size, otherwise=', or send "store": false'), adds_bytes=size)
         # a second encoder has its end before the client has: what a client knows of is kept
-        twin = ResponsesEncoder(encoder.parsed, encoder.model, encoder.tokenizer)
+        twin = ResponsesEncoder(parsed, encoder.model, encoder.tokenizer)
         twin.head = encoder.head
         for each in (encoder, twin):
             each.derive_ids()
@@ -153,16 +146,14 @@ class Keeper:
         task.add_done_callback(self.saving.discard)
 
     async def _keep(self, twin: ResponsesEncoder, owner: str, body: bytes):
-        name, details, now = twin.head["id"], twin.parsed.details, now_s()
-        output = [twin.item(block) for block in twin.blocks]
-        conversation, items = details.get("conversation"), []
-        if conversation:
-            asked_items = await plain(twin.parsed.kept)
-            items = [dump(with_id(item, f"{name}/{index}")) for index, item in
-                     enumerate([*asked_items, *output])]
-        kept = Kept(name, owner, now, now + self.keep_s, details.get("previous_response_id"), conversation,
-                    twin.parsed.kept, dump(output), body)
-        await stored(self.store).run(partial(responses.keep, kept=kept, items=items))
+        details, now, output = twin.parsed.details, now_s(), list[KeptItem]()
+        for block in twin.blocks:
+            item = twin.item(block)
+            output.append(KeptItem(item.pop("id"), dump(item)))
+        new = NewResponse(
+            twin.head["id"], owner, now, now + self.keep_s, details.get("previous_response_id"),
+            details.get("conversation"), twin.parsed.kept, output, body)
+        await stored(self.store).run(partial(responses.keep, new=new), adds_bytes=new.bytes)
 
 
 class ConversationRoutes:
@@ -175,110 +166,120 @@ class ConversationRoutes:
     def owner(self) -> str:
         return self.keeper.owner
 
-    async def _found(self, http: web.Request) -> Kept:
-        name, owner = http.match_info["id"], self.owner
+    # responses
+
+    def _store_of(self, name: str) -> Store:
         if self.store is None:
             raise RequestError(f"there is no response {shown(name)}: this server keeps none, since it was "
                                "started without --database", status=404, code="not_found", param="id")
-        return await self.store.run(partial(responses.found, name=name, owner=owner))
+        return self.store
 
-    async def handle_response(self, http: web.Request) -> web.Response:
+    async def handle_response(self, http: web.Request) -> web.StreamResponse:
+        name, owner = http.match_info["id"], self.owner
+        store = self._store_of(name)
         if http.query.get("stream", "false") != "false":
             raise bad_value("stream", http.query["stream"], "false: a response is kept once it has ended")
-        return web.Response(body=(await self._found(http)).body, content_type="application/json")
+        place = await store.run(partial(responses.whole_of, name=name, owner=owner))
+        with self.bodies.holding() as holding:
+            return await send_parts(http, [await self._read(place, holding)])
 
     async def handle_delete(self, http: web.Request) -> web.Response:
-        kept = await self._found(http)
-        await stored(self.store).run(partial(responses.delete, name=kept.name, owner=self.owner))
-        return json_response({"id": kept.name, "object": "response", "deleted": True})
+        name, owner = http.match_info["id"], self.owner
+        await self._store_of(name).run(partial(responses.delete, name=name, owner=owner))
+        self.keeper.removed()
+        return json_response({"id": name, "object": "response", "deleted": True})
 
-    async def handle_inputs(self, http: web.Request) -> web.Response:
+    async def handle_inputs(self, http: web.Request) -> web.StreamResponse:
         """GET /v1/responses/{id}/input_items: what was asked, also by what it continues."""
-        kept, owner = await self._found(http), self.owner
-        before = await stored(self.store).run(partial(
-            responses.before, previous=kept.previous or "", conversation="", owner=owner))
-        items = [*await plain(before), *await plain(kept.input)]
-        return self._page(http, [with_id(item, f"{kept.name}/{index - len(items)}") for index, item in
-                                 enumerate(items)])
+        self._store_of(http.match_info["id"])
+        return await self._send_items(http, responses.inputs)
 
-    @staticmethod
-    def _page(http: web.Request, items: Seq[dict]) -> web.Response:
-        """A page of items, which are in order."""
+    # lists and their rows
+
+    async def _read(self, place: Place, holding: Holding) -> bytes:
+        """The text that lies there. RequestError 404 if it was deleted meanwhile."""
+        await take_room(holding, place.bytes)
+        [text] = await stored(self.store).run(partial(texts, places=[place]))
+        if text is None:
+            raise responses.refuse("item", place.name)
+        return text
+
+    async def _send_items(self, http: web.Request, find: Callable[..., Page]) -> web.StreamResponse:
+        """A page of the items that `find` finds in the store."""
         limit, after = asked(http, LIMIT, 20), asked(http, AFTER, "")
-        items = items if asked(http, ORDER, "desc") == "asc" else items[::-1]
-        if after:
-            place = next((index for index, item in enumerate(items) if item["id"] == after), None)
-            if place is None:
-                raise bad_value("after", after, "the id of a row of the list")
-            items = items[place + 1:]
-        return paged(items[:limit + 1], limit)
+        ascending = asked(http, ORDER, "desc") == "asc"
+        store = stored(self.store)
+        page = await store.run(partial(find, name=http.match_info["id"], owner=self.owner, after=after,
+                                       ascending=ascending, limit=limit))
+        with self.bodies.holding() as holding:
+            await take_room(holding, 2 * page.bytes)  # as they are stored, and with their ids
+            found = await store.run(partial(texts, places=page.rows))
+            rows = [Listed(place.name, shown_item(place.name, text)) for place, text in
+                    zip(page.rows, found) if text is not None]
+            return await send_list(http, rows, page.more)
+
+    # conversations
 
     @staticmethod
     def _body(row: Conversation) -> dict:
         return {"id": row.name, "object": "conversation", "created_at": row.created,
                 "metadata": json.loads(row.metadata)}
 
-    async def _conversation(self, http: web.Request) -> Conversation:
-        return await stored(self.store).run(partial(
-            responses.conversation_named, name=http.match_info["id"], owner=self.owner))
-
-    def _items(self, values: dict) -> list[dict]:
-        """The items of a body, each with an id; RequestError for those that no response could read."""
+    def _items(self, values: dict) -> tuple[KeptItem, ...]:
+        """The items of a body. RequestError for those that no response could read."""
         items = values.get("items", [])
-        list(chat_messages(response_messages({"input": items}), True))
-        return [with_id(item, secrets.token_hex(16)) for item in items]
+        if any(message.pictures for message in chat_messages(response_messages({"input": items}), True)):
+            raise RequestError("items: a conversation gets its pictures from responses",
+                               code="unsupported_content", param="items")
+        return kept_items(items, own_ids=True)
 
     async def handle_create(self, http: web.Request) -> web.Response:
         store, owner = stored(self.store), self.owner
         values = await read_small_object(http, self.bodies)
-        items, now = [dump(item) for item in self._items(values)], now_s()
-        return json_response(self._body(await store.run(lambda connection: responses.create_conversation(
-            connection, owner, now, now + self.keep_s, json.dumps(values.get("metadata", {})), items))))
+        items, now, metadata = self._items(values), now_s(), json.dumps(values.get("metadata", {}))
+        return json_response(self._body(await store.run(
+            lambda connection: responses.create_conversation(
+                connection, owner, now, now + self.keep_s, metadata, items),
+            adds_bytes=responses.ITEM_BYTES + len(metadata) + responses.bytes_of(items))))
 
     async def handle_conversation(self, http: web.Request) -> web.Response:
-        return json_response(self._body(await self._conversation(http)))
+        return json_response(self._body(await stored(self.store).run(partial(
+            responses.conversation_named, name=http.match_info["id"], owner=self.owner))))
 
     async def handle_update(self, http: web.Request) -> web.Response:
-        row, metadata = await self._conversation(http), (
-            await read_small_object(http, self.bodies))["metadata"]
-        await stored(self.store).run(lambda connection: connection.execute(
-            "UPDATE conversations SET metadata = ? WHERE id = ?", (json.dumps(metadata), row.id)))
-        return json_response(self._body(row._replace(metadata=json.dumps(metadata))))
+        store, name, owner = stored(self.store), http.match_info["id"], self.owner
+        metadata = json.dumps((await read_small_object(http, self.bodies))["metadata"])
+        return json_response(self._body(await store.run(
+            partial(responses.set_metadata, name=name, owner=owner, metadata=metadata),
+            adds_bytes=len(metadata))))
 
     async def handle_forget(self, http: web.Request) -> web.Response:
         name = http.match_info["id"]
         await stored(self.store).run(partial(responses.delete_conversation, name=name, owner=self.owner))
+        self.keeper.removed()
         return json_response({"id": name, "object": "conversation.deleted", "deleted": True})
 
-    async def _all_items(self, http: web.Request) -> tuple[Conversation, list[dict]]:
-        row = await self._conversation(http)
-        bodies = await stored(self.store).run(partial(responses.items_of, conversation=row.id))
-        return row, [await plain(body) for body in bodies]
+    async def handle_items(self, http: web.Request) -> web.StreamResponse:
+        return await self._send_items(http, responses.items)
 
-    async def handle_items(self, http: web.Request) -> web.Response:
-        return self._page(http, (await self._all_items(http))[1])
-
-    async def handle_add(self, http: web.Request) -> web.Response:
-        row = await self._conversation(http)
+    async def handle_add(self, http: web.Request) -> web.StreamResponse:
+        store, name, owner = stored(self.store), http.match_info["id"], self.owner
         items = self._items(await read_small_object(http, self.bodies))
-        await stored(self.store).run(partial(
-            responses.add_items, conversation=row.id, items=[dump(item) for item in items],
-            expires=now_s() + self.keep_s))
-        return paged(items, len(items))
+        added = await store.run(
+            partial(responses.extend, name=name, owner=owner, items=items, expires=now_s() + self.keep_s),
+            adds_bytes=responses.bytes_of(items))
+        return await send_list(http, [Listed(item.name, shown_item(*item)) for item in added], False)
 
-    async def _item(self, http: web.Request) -> tuple[Conversation, dict]:
-        row, items = await self._all_items(http)
-        for item in items:
-            if item["id"] == http.match_info["item"]:
-                return row, item
-        raise responses.refuse("item", http.match_info["item"], "item")
-
-    async def handle_item(self, http: web.Request) -> web.Response:
-        return json_response((await self._item(http))[1])
+    async def handle_item(self, http: web.Request) -> web.StreamResponse:
+        place = await stored(self.store).run(partial(
+            responses.item_named, conversation=http.match_info["id"], name=http.match_info["item"],
+            owner=self.owner))
+        with self.bodies.holding() as holding:
+            text = await self._read(place, holding)
+            return await send_parts(http, [b'{"id": %s, ' % dump(place.name), memoryview(text)[1:]])
 
     async def handle_drop(self, http: web.Request) -> web.Response:
         """DELETE of an item; the answer is the conversation."""
-        row, item = await self._item(http)
-        await stored(self.store).run(lambda connection: connection.execute(
-            "DELETE FROM items WHERE conversation = ? AND body = ?", (row.id, dump(item))))
-        return json_response(self._body(row))
+        return json_response(self._body(await stored(self.store).run(partial(
+            responses.drop_item, conversation=http.match_info["id"], name=http.match_info["item"],
+            owner=self.owner))))

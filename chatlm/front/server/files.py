@@ -10,22 +10,24 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from shutil import disk_usage
 from typing import NamedTuple, TYPE_CHECKING
 
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import ChatServerError, Overloaded, RequestError, bad_value, shown, visible
+from chatlm.common.jsontext import dump
 from chatlm.common.log import log
 from chatlm.front.api.batch_lines import problem_of, read_line, storable
 from chatlm.front.api.kept_fields import LAST_SECONDS
 from chatlm.front.lazy import aiohttp, web
 from chatlm.front.server.bodies import known_of
-from chatlm.front.server.kept import DAY_S, asked, now_s, paged, stored
+from chatlm.front.server.kept import (
+    DAY_S, asked, now_s, number_in, send_page, send_part, stored, take_room)
 from chatlm.front.server.responses import REQUEST_LOG, json_response
 from chatlm.front.server.routes import AFTER, FILES_LIMIT, ORDER, PURPOSE
 from chatlm.front.server.streams import BODY_BYTES_PER_S, BODY_S
-from chatlm.front.store import batches, files
+from chatlm.front.store import batches, files, quota
 from chatlm.front.store.files import File, Row
+from chatlm.front.store.pages import Listed, Page, page_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence as Seq
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
 
 INK = re.compile(rb"\S")
 CheckedLine = tuple[str, str, str, str]  # custom_id, url, model, what is wrong with its body
-RESERVE_BYTES = 64 << 20  # that uploads leave free on the disk, for results, and to delete what was uploaded
+LINE_BYTES = 256  # that a line takes besides its text
 UPLOADS = 16  # that arrive at a time; a client has a quarter
 
 
@@ -89,14 +91,17 @@ class FileRoutes:
         finally:
             self.arriving[client] -= 1
 
-    async def handle_list(self, http: web.Request) -> web.Response:
+    async def handle_list(self, http: web.Request) -> web.StreamResponse:
         store, limit = stored(self.store), asked(http, FILES_LIMIT, 10_000)
         ascending, purpose = asked(http, ORDER, "desc") == "asc", asked(http, PURPOSE, "")
         chosen = f" AND state = {files.THERE}{f' AND purpose = {purpose!r}' if purpose else ''}"
-        rows = await store.run(partial(
-            files.listed, table="files", fields=File._fields, owner=self.owner, after=asked(http, AFTER, ""),
-            limit=limit, ascending=ascending, more=chosen))
-        return paged([File(*row).body for row in rows], limit)
+        owner, after = self.owner, asked(http, AFTER, "")
+
+        def read(connection) -> Page:
+            rows = files.listed(connection, "files", File._fields, owner, after, ascending, chosen)
+            bodies = (File(*row).body for row in rows)
+            return page_of((Listed(body["id"], dump(body)) for body in bodies), limit)
+        return await send_page(http, self.bodies, await store.run(read))
 
     async def found(self, http: web.Request) -> File:
         return await stored(self.store).run(partial(
@@ -121,6 +126,12 @@ class FileRoutes:
 
     async def handle_content(self, http: web.Request) -> web.StreamResponse:
         store, file = stored(self.store), await self.found(http)
+        longest = await store.run(partial(files.longest_line, file=file.id))
+        with self.bodies.holding() as holding:
+            await take_room(holding, 2 * longest + files.PART_BYTES)
+            return await self._send_content(http, store, file)
+
+    async def _send_content(self, http: web.Request, store: Store, file: File) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "application/octet-stream",
                                                "X-Request-Id": REQUEST_LOG.get().id})
         response.content_length = file.bytes
@@ -131,12 +142,7 @@ class FileRoutes:
             if not part:  # it was deleted meanwhile: the client sees that the body is too short
                 raise ConnectionResetError("the file was deleted")
             sent += len(part)
-            try:
-                await asyncio.wait_for(response.write(part), BODY_S)
-            except asyncio.TimeoutError:
-                if http.transport:
-                    http.transport.abort()
-                raise ConnectionAbortedError("the client has stopped reading") from None
+            await send_part(http, response, part)
         return response
 
 
@@ -179,11 +185,9 @@ class Upload:
     async def begin(self):
         """Make its file. RequestError if its owner has no room left."""
         def create(connection):
-            if files.held_bytes(connection, self.owner) >= LIMITS.kept_bytes:
-                raise RequestError(f"your files have more than {LIMITS.kept_bytes:,} bytes together: delete "
-                                   "some", status=403, code="storage_full")
+            quota.check(connection, self.owner)
             self.id = files.create(connection, self.owner, "", "batch", now_s()).id
-        await self.store.run(create)
+        await self.store.run(create, adds_bytes=LINE_BYTES)
 
     async def receive(self, http: web.Request) -> dict[str, str]:
         """Read the form; returns its small fields. RequestError if it is broken, too large or too slow."""
@@ -267,9 +271,8 @@ class Upload:
     async def _store(self):
         rows, self.rows = self.rows, []
         if rows:
-            if disk_usage(self.store.path.parent).free < RESERVE_BYTES:
-                raise Overloaded("the disk with the server's database is almost full", retry_after_s=60)
-            await self.store.run(partial(files.add_lines, file=self.id, rows=rows))
+            await self.store.run(partial(files.add_lines, file=self.id, rows=rows),
+                                 adds_bytes=sum(len(row.text) + LINE_BYTES for row in rows))
 
     def _row(self, line: NumberedLine, read: CheckedLine | RequestError) -> Row:
         """The line with what is wrong with it. What is wrong with the body of a request is only noted: when
@@ -351,7 +354,7 @@ class Upload:
         if (text := fields.get("expires_after[seconds]")) is not None:
             if fields.get("expires_after[anchor]", "created_at") != "created_at":
                 raise bad_value("expires_after[anchor]", fields["expires_after[anchor]"], '"created_at"')
-            lasts = LAST_SECONDS.read(int(text) if text.isdigit() else text)
+            lasts = LAST_SECONDS.read(number_in(text))
         note = self.first_problem and (
             f"{self.bad:,} of {self.requests:,} lines cannot be run as they are; the first: "
             f"{self.first_problem[:400]}")

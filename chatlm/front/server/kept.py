@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from typing import Any, TYPE_CHECKING
 
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError
+from chatlm.common.jsontext import dump
+from chatlm.front.admission.admission import WRITE_BYTES
 from chatlm.front.api.fields import header_words, json_object, parse_fields
 from chatlm.front.api.ignored import unread
 from chatlm.front.lazy import web
-from chatlm.front.server.responses import REQUEST_LOG, json_response
-from chatlm.front.server.streams import read_bytes
+from chatlm.front.server.responses import REQUEST_LOG
+from chatlm.front.server.streams import BODY_S, read_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence as Seq
+    from collections.abc import Iterable, Iterator, Sequence as Seq
 
     from chatlm.front.api.fields import Field
     from chatlm.front.server.bodies import Bodies
+    from chatlm.front.server.streams import Holding
+    from chatlm.front.store.pages import Listed, Page
     from chatlm.front.store.store import Store
 
 
@@ -42,16 +47,82 @@ def asked(http: web.Request, field: Field, default: Any) -> Any:
     text = http.query.get(field.name)
     if text is None:
         return default
-    whole = field.low > -math.inf and text.isascii() and text.isdigit() and len(text) < 10
-    return field.read(int(text) if whole else text)
+    return field.read(number_in(text) if field.low > -math.inf else text)
 
 
-def paged(rows: Seq[dict], limit: int) -> web.Response:
-    """A page of a list, of which one row too many was read if there are more."""
-    data = rows[:limit]
-    return json_response({"object": "list", "data": data, "has_more": len(rows) > limit,
-                          "first_id": data[0]["id"] if data else None,
-                          "last_id": data[-1]["id"] if data else None})
+def number_in(text: str) -> int | str:
+    """The integer that a text says; any other text as it is, for its field to refuse."""
+    # isdigit would include "²", which int refuses
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else text
+
+
+def shown_item(name: str, body: bytes) -> bytes:
+    """A row of the list with its id, from its text without it."""
+    return b'{"id": %s, %s' % (dump(name), body[1:])
+
+
+async def send_list(http: web.Request, rows: Seq[Listed], more: bool) -> web.StreamResponse:
+    """A page of a list. The caller holds the bytes of a large one."""
+    first, last = (dump(rows[place].name if rows else None) for place in (0, -1))
+    parts = [b'{"object": "list", "data": [']
+    for index, row in enumerate(rows):
+        parts += [b", " * (index > 0), row.text]
+    parts.append(b'], "has_more": %s, "first_id": %s, "last_id": %s}' % (dump(more), first, last))
+    return await send_parts(http, parts)
+
+
+async def send_page(http: web.Request, bodies: Bodies, page: Page) -> web.StreamResponse:
+    """A page whose rows are Listed."""
+    with bodies.holding() as holding:
+        await take_room(holding, page.bytes)
+        return await send_list(http, page.rows, page.more)
+
+
+async def take_room(holding: Holding, size: int):
+    """Take the bytes of what is read or sent whole, if it is large; no more than one client may have at all,
+    for which it would wait in vain."""
+    if size > LIMITS.inline_bytes:
+        await holding.room(min(size, holding.budget.of_one - holding.size))
+
+
+async def send_parts(http: web.Request, parts: Seq[bytes | memoryview]) -> web.StreamResponse:
+    """JSON in parts, of which large ones are sent in pieces, as fast as the client reads them."""
+    size = sum(map(len, parts))
+    if size <= LIMITS.inline_bytes:
+        return web.Response(body=b"".join(parts), content_type="application/json")
+    response = web.StreamResponse(headers={"Content-Type": "application/json",
+                                           "X-Request-Id": REQUEST_LOG.get().id})
+    response.content_length = size
+    await response.prepare(http)
+    for part in joined_small(parts) if http.method == "GET" else ():
+        await send_part(http, response, part)
+    return response
+
+
+def joined_small(parts: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
+    """The parts, of which small ones are joined: to write each would take long."""
+    small, size = list[bytes | memoryview](), 0
+    for part in parts:
+        if size + len(part) > WRITE_BYTES:
+            yield b"".join(small)
+            small, size = [], 0
+        if len(part) > WRITE_BYTES:
+            yield part
+        else:
+            small.append(part)
+            size += len(part)
+    yield b"".join(small)
+
+
+async def send_part(http: web.Request, response: web.StreamResponse, part: bytes | memoryview):
+    """ConnectionAbortedError if the client does not read it."""
+    for begin in range(0, len(part), WRITE_BYTES):
+        try:
+            await asyncio.wait_for(response.write(memoryview(part)[begin:begin + WRITE_BYTES]), BODY_S)
+        except asyncio.TimeoutError:
+            if http.transport:
+                http.transport.abort()
+            raise ConnectionAbortedError("the client has stopped reading") from None
 
 
 async def read_small_object(http: web.Request, bodies: Bodies) -> dict:

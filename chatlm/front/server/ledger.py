@@ -13,15 +13,15 @@ from functools import partial
 from typing import NamedTuple, TYPE_CHECKING
 
 from chatlm.common.errors import Overloaded, RequestError, bad_value
+from chatlm.common.jsontext import dump
 from chatlm.common.log import log
 from chatlm.common.messages.requests import Accepted, Embedding, Finished, Piece, PromptScores, Usage
 from chatlm.front.aio import supervised
-from chatlm.front.server.responses import REQUEST_LOG, json_response
+from chatlm.front.lazy import web
+from chatlm.front.server.responses import REQUEST_LOG
 
 if TYPE_CHECKING:
     import sqlite3
-
-    from aiohttp import web
 
     from chatlm.common.config import ApiKey, Settings
     from chatlm.common.messages.requests import Event, Request
@@ -431,16 +431,15 @@ class Ledger:
         key = self.key_of(REQUEST_LOG.get().client)
         own = None if key and key.admin else REQUEST_LOG.get().client if self.settings.keys else ""
         found = await self.between(first, last, own)
-        total = Amount()
-        for _, amount in found:
-            total.add(amount)
+        total, rows = await asyncio.to_thread(shown_rows, found)  # they may be many
         kept = ("in the database" if self.store else
                 "in memory, since the server started (--database keeps it)")
-        return json_response({
+        head = dump({
             "object": "usage", "from": first, "to": last, "key": own, "kept": kept,
             "since": None if self.store else self.since, "cut": len(found) == MOST_ROWS,
             **({"budget": self.budget(key)} if key and key.tokens_per_day is not None else {}),
-            "total": body_of(total), "data": [row._asdict() | body_of(amount) for row, amount in found]})
+            "total": body_of(total)})
+        return web.Response(body=b'%s, "data": [%s]}' % (head[:-1], rows), content_type="application/json")
 
     def budget(self, key: ApiKey) -> dict:
         return {"tokens_per_day": key.tokens_per_day, "used_today": self.used[today(), key.name],
@@ -450,20 +449,34 @@ class Ledger:
 
     async def between(self, first: str, last: str, own: str | None) -> list[tuple[Row, Amount]]:
         """The rows of these days, newest first; own: of this key alone."""
-        found: dict[Row, Amount] = {}
         if self.store:
-            for values in await self.store.run(lambda db: db.execute(
-                    f"SELECT day, key, model, background, {', '.join(AMOUNTS)} FROM usage "
-                    "WHERE day BETWEEN ? AND ? AND key = IFNULL(?, key) "
-                    "ORDER BY day DESC, key, model LIMIT ?",
-                    (first, last, own, MOST_ROWS)).fetchall()):
-                day, name, model, background, *amounts = values
-                found[Row(day, name, model, bool(background))] = Amount(*amounts)
-        for row, amount in self.rows.items() if not self.store else ():
+            return await self.store.run(partial(read, first=first, last=last, own=own))
+        found: dict[Row, Amount] = {}
+        for row, amount in self.rows.items():
             if first <= row.day <= last and own in (None, row.key):
                 found[row] = amount
         order = sorted(found.items(), key=lambda item: item[0][1:])
         return sorted(order, key=lambda item: item[0].day, reverse=True)[:MOST_ROWS]
+
+
+def read(connection: sqlite3.Connection, first: str, last: str,
+         own: str | None) -> list[tuple[Row, Amount]]:
+    """The newest MOST_ROWS of these days; own: of this key alone."""
+    return [(Row(day, name, model, bool(background)), Amount(*amounts))
+            for day, name, model, background, *amounts in connection.execute(
+                f"SELECT day, key, model, background, {', '.join(AMOUNTS)} FROM usage "
+                "WHERE day BETWEEN ? AND ? AND key = IFNULL(?, key) "
+                "ORDER BY day DESC, key, model, background LIMIT ?", (first, last, own, MOST_ROWS))]
+
+
+def shown_rows(found: Iterable[tuple[Row, Amount]]) -> tuple[Amount, bytes]:
+    """The sum of all rows, and the members of a JSON list of them, made one by one: other threads get no turn
+    within one call of C."""
+    total, rows = Amount(), list[bytes]()
+    for row, amount in found:
+        total.add(amount)
+        rows.append(dump(row._asdict() | body_of(amount)))
+    return total, b", ".join(rows)
 
 
 def body_of(amount: Amount) -> dict[str, float]:

@@ -105,6 +105,12 @@ def unfinished(connection: sqlite3.Connection) -> list[Batch]:
         f"SELECT {COLUMNS} FROM batches WHERE status IN (?, ?, ?) ORDER BY id", UNFINISHED)]
 
 
+def unfinished_of(connection: sqlite3.Connection, owner: str) -> int:
+    """How many batches of an owner have something to do."""
+    return connection.execute("SELECT COUNT(*) FROM batches WHERE status IN (?, ?, ?) AND owner = ?",
+                              (*UNFINISHED, owner)).fetchone()[0]
+
+
 def reads(connection: sqlite3.Connection, file: files.File) -> str | None:
     """The name of an unfinished batch that needs a file; None if there is none."""
     row = connection.execute("SELECT name FROM batches WHERE input = ? AND status IN (?, ?, ?)",

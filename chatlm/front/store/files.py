@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence as Seq
+from collections.abc import Iterator, Sequence as Seq
 from typing import NamedTuple, TYPE_CHECKING
 
 from chatlm.common.errors import RequestError, bad_value, shown
@@ -97,6 +97,12 @@ def add_lines(connection: sqlite3.Connection, file: int, rows: Seq[Row]):
                        (sum(len(row.text) for row in rows), sum(row.asks for row in rows), file))
 
 
+def longest_line(connection: sqlite3.Connection, file: int) -> int:
+    """How many bytes the longest line of a file has."""
+    return connection.execute("SELECT IFNULL(MAX(LENGTH(text)), 0) FROM lines WHERE file = ?",
+                              (file,)).fetchone()[0]
+
+
 def content(connection: sqlite3.Connection, file: int, after: int) -> tuple[bytes, int]:
     """(the next part of its content, the number of the last line of that): those after line `after`."""
     parts, size = list[bytes](), 0
@@ -109,10 +115,10 @@ def content(connection: sqlite3.Connection, file: int, after: int) -> tuple[byte
     return b"".join(parts), after
 
 
-def listed(connection: sqlite3.Connection, table: str, fields: Seq[str], owner: str, after: str, limit: int,
-           ascending: bool = False, more: str = "") -> list[tuple]:
-    """The rows of an owner after the one called `after`, one more than `limit` if there are more.
-    RequestError for an unknown `after`. more: a condition on rows."""
+def listed(connection: sqlite3.Connection, table: str, fields: Seq[str], owner: str, after: str,
+           ascending: bool = False, more: str = "") -> Iterator[tuple]:
+    """The rows of an owner after the one called `after`. RequestError for an unknown `after`. more: a
+    condition on rows."""
     condition, values = f"owner = ?{more}", [owner]
     if after:
         place = connection.execute(f"SELECT id, owner FROM {table} WHERE name = ?", (after,)).fetchone()
@@ -122,13 +128,7 @@ def listed(connection: sqlite3.Connection, table: str, fields: Seq[str], owner: 
         values.append(place[0])
     return connection.execute(
         f"SELECT {', '.join(fields)} FROM {table} WHERE {condition} "
-        f"ORDER BY id {'ASC' if ascending else 'DESC'} LIMIT ?", (*values, limit + 1)).fetchall()
-
-
-def held_bytes(connection: sqlite3.Connection, owner: str) -> int:
-    """What the files of an owner take."""
-    return connection.execute("SELECT COALESCE(SUM(bytes), 0) FROM files WHERE owner = ? AND state < ?",
-                              (owner, DELETED)).fetchone()[0]
+        f"ORDER BY id {'ASC' if ascending else 'DESC'}", values)
 
 
 def delete(connection: sqlite3.Connection, file: File):

@@ -1,24 +1,45 @@
-"""Responses and conversations in the store, as the Responses API has them."""
+"""Responses and conversations in the store, as the Responses API has them.
+
+An item is a row, so a page of them is read by index. What is deleted is only marked; `purge` removes it in
+small pieces, so that nobody waits for the bytes of a large conversation to be overwritten."""
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence as Seq
+from collections.abc import Iterable, Iterator, Sequence as Seq
 from typing import NamedTuple, TYPE_CHECKING
 
 from chatlm.common.config import LIMITS
-from chatlm.common.errors import RequestError, shown
-from chatlm.front.store.files import owns
+from chatlm.common.errors import RequestError, bad_value, shown
+from chatlm.common.messages.protocol import KeptItem
+from chatlm.front.store import quota
+from chatlm.front.store.files import PART_BYTES, PART_LINES, owns
+from chatlm.front.store.pages import Page, Place, page_of
 
 if TYPE_CHECKING:
     import sqlite3
 
 
-MOST_TURNS = 10_000  # of a chain of responses
+MOST_TURNS = 10_000           # of a chain of responses
+INPUT, OUTPUT, WHOLE = 0, 1, 2  # what a part of a response is
+ITEM_BYTES = 256              # that a row takes besides its text
+TABLES = (("responses", "parts", "response"), ("conversations", "items", "conversation"))  # and their texts
 
 
 class Kept(NamedTuple):
-    """A row of `responses`. input, output: lists of items, and the whole body, as JSON."""
+    """A row of `responses`."""
+
+    id: int
+    name: str
+    owner: str
+    created: int
+    expires: int
+    previous: str | None
+    conversation: str | None
+
+
+class NewResponse(NamedTuple):
+    """A response that is to be kept. body: all of it, as JSON."""
 
     name: str
     owner: str
@@ -26,9 +47,15 @@ class Kept(NamedTuple):
     expires: int
     previous: str | None
     conversation: str | None
-    input: bytes
-    output: bytes
+    input: Seq[KeptItem]
+    output: Seq[KeptItem]
     body: bytes
+
+    @property
+    def bytes(self) -> int:
+        """That it takes, also of its conversation."""
+        items = bytes_of([*self.input, *self.output])
+        return items * (2 if self.conversation else 1) + len(self.body) + ITEM_BYTES
 
 
 class Conversation(NamedTuple):
@@ -42,96 +69,278 @@ class Conversation(NamedTuple):
     metadata: str
 
 
+def bytes_of(items: Iterable[KeptItem]) -> int:
+    return sum(len(item.body) + ITEM_BYTES for item in items)
+
+
 def refuse(what: str, name: str, param: str = "id") -> RequestError:
     return RequestError(f"there is no {what} {shown(name)}", status=404, code="not_found", param=param)
 
 
-def keep(connection: sqlite3.Connection, kept: Kept, items: Seq[bytes]):
-    """Note a response; items: what it adds to its conversation, if that is still there."""
-    connection.execute(f"INSERT INTO responses ({', '.join(Kept._fields)}) VALUES "
-                       f"({', '.join('?' * len(kept))})", kept)
-    if kept.conversation:
-        row = connection.execute("SELECT id FROM conversations WHERE name = ? AND owner = ?",
-                                 (kept.conversation, kept.owner)).fetchone()
-        if row:
-            add_items(connection, row[0], items, kept.expires)
+# responses
+
+def keep(connection: sqlite3.Connection, new: NewResponse):
+    """Note a response, and add its items to its conversation, if that is still there."""
+    parts = [*((INPUT, *item) for item in new.input), *((OUTPUT, *item) for item in new.output),
+             (WHOLE, new.name, new.body)]
+    size = bytes_of(new.input) + bytes_of(new.output) + len(new.body) + ITEM_BYTES
+    row = connection.execute(
+        "INSERT INTO responses (name, owner, created, expires, previous, conversation, bytes) VALUES "
+        "(?, ?, ?, ?, ?, ?, ?)", (*new[:6], size)).lastrowid
+    connection.executemany("INSERT INTO parts (response, kind, name, body) VALUES (?, ?, ?, ?)",
+                           [(row, *part) for part in parts])
+    if new.conversation:
+        try:
+            conversation = conversation_named(connection, new.conversation, new.owner)
+        except RequestError:
+            return
+        add_items(connection, conversation, [*new.input, *new.output], new.expires)
 
 
 def found(connection: sqlite3.Connection, name: str, owner: str, param: str = "id") -> Kept:
-    row = connection.execute(f"SELECT {', '.join(Kept._fields)} FROM responses WHERE name = ?",
-                             (name,)).fetchone()
-    if row is None or not owns(owner, row[1]):
+    row = connection.execute(f"SELECT {', '.join(Kept._fields)} FROM responses "
+                             "WHERE name = ? AND NOT deleted", (name,)).fetchone()
+    if row is None or not owns(owner, row[2]):
         raise refuse("response", name, param)
     return Kept(*row)
 
 
+def whole_of(connection: sqlite3.Connection, name: str, owner: str) -> Place:
+    """Where all of a response lies."""
+    kept = found(connection, name, owner)
+    row, size = connection.execute("SELECT id, LENGTH(body) FROM parts WHERE response = ? AND kind = ?",
+                                   (kept.id, WHOLE)).fetchone()
+    return Place("parts", row, name, size)
+
+
 def delete(connection: sqlite3.Connection, name: str, owner: str):
-    found(connection, name, owner)
-    connection.execute("DELETE FROM responses WHERE name = ?", (name,))
+    kept = found(connection, name, owner)
+    connection.execute("UPDATE responses SET deleted = 1 WHERE id = ?", (kept.id,))
 
 
-def joined(lists: Seq[bytes]) -> bytes:
-    """One JSON list of all members of these. RequestError if it is larger than a body may be."""
-    if (size := sum(map(len, lists))) > LIMITS.body_bytes:
-        raise RequestError(f"what was said before has {size:,} bytes, at most {LIMITS.body_bytes:,} are "
-                           "allowed", code="context_length_exceeded")
-    return b"[%s]" % b", ".join(filter(None, (each[1:-1] for each in lists)))
+def chain(connection: sqlite3.Connection, name: str, owner: str, param: str = "id") -> list[int]:
+    """The ids of a response and of those that it continues, the newest first. RequestError 404 if one of them
+    is gone."""
+    first = found(connection, name, owner, param)
+    rows = connection.execute(
+        "WITH RECURSIVE chain (id, owner, previous, turn) AS ("
+        "SELECT id, owner, previous, 1 FROM responses WHERE id = ? UNION ALL "
+        "SELECT each.id, each.owner, each.previous, turn + 1 FROM chain JOIN responses AS each "
+        "ON each.name = chain.previous WHERE NOT each.deleted AND turn < ?) "
+        "SELECT id, owner, previous FROM chain ORDER BY turn", (first.id, MOST_TURNS)).fetchall()
+    for (_, _, continues), (_, row_owner, _) in zip(rows, rows[1:]):
+        if not owns(owner, row_owner):
+            raise refuse("response", continues, "previous_response_id")
+    last = rows[-1][2]
+    if last and len(rows) < MOST_TURNS:
+        raise refuse("response", last, "previous_response_id")
+    return [row for row, _, _ in rows]
+
+
+def inputs(connection: sqlite3.Connection, name: str, owner: str, after: str, ascending: bool,
+           limit: int) -> Page:
+    """A page of what a response was asked, also by what it continues."""
+    responses = chain(connection, name, owner)
+    own, order = responses[0], "ASC" if ascending else "DESC"
+    if ascending:
+        responses.reverse()
+    begin = None
+    if after:
+        places = {response: row for response, row, kind in connection.execute(
+            "SELECT response, id, kind FROM parts WHERE name = ?", (after,))
+            if kind == INPUT or kind == OUTPUT and response != own}
+        among = [index for index, each in enumerate(responses) if each in places]
+        if not among:
+            raise bad_value("after", after, "the id of a row of the list")
+        responses, begin = responses[among[0]:], places[responses[among[0]]]
+
+    def rows() -> Iterator[Place]:
+        for response in responses:
+            kinds = (INPUT, INPUT if response == own else OUTPUT)
+            first = begin if response == responses[0] else None
+            for row in connection.execute(
+                    "SELECT id, name, LENGTH(body) FROM parts WHERE response = ? AND kind IN (?, ?) "
+                    f"AND (? IS NULL OR id {'>' if ascending else '<'} ?) ORDER BY id {order}",
+                    (response, *kinds, first, first)):
+                yield Place("parts", *row)
+    return page_of(rows(), limit)
+
+
+# what is continued
+
+def earlier(connection: sqlite3.Connection, column: str, previous: str, conversation: str,
+            owner: str) -> Iterator:
+    """`column` of each item that was said up to a response, or in a conversation, in order."""
+    if conversation:
+        row = conversation_named(connection, conversation, owner, "conversation")
+        for (value,) in connection.execute(
+                f"SELECT {column} FROM items WHERE conversation = ? ORDER BY id", (row.id,)):
+            yield value
+        return
+    for response in reversed(chain(connection, previous, owner, "previous_response_id")):
+        for (value,) in connection.execute(
+                f"SELECT {column} FROM parts WHERE response = ? AND kind <> ? ORDER BY id",
+                (response, WHOLE)):
+            yield value
+
+
+def size_before(connection: sqlite3.Connection, previous: str, conversation: str, owner: str) -> int:
+    """How many bytes `before` has. RequestError if that is more than a body may have."""
+    size = 2
+    for length in earlier(connection, "LENGTH(body)", previous, conversation, owner):
+        size += length + 2
+        if size > LIMITS.body_bytes:
+            raise RequestError(f"what was said before is too large: at most {LIMITS.body_bytes:,} bytes are "
+                               "allowed", code="context_length_exceeded")
+    return size
 
 
 def before(connection: sqlite3.Connection, previous: str, conversation: str, owner: str) -> bytes:
-    """What was said up to a response, or in a conversation, as a JSON list of items."""
-    lists: list[bytes] = []
-    if conversation:
-        row = conversation_named(connection, conversation, owner, "conversation")
-        return joined([b"[%s]" % body for (body,) in connection.execute(
-            "SELECT body FROM items WHERE conversation = ? ORDER BY id", (row.id,))])
-    name, size = previous, 0
-    while name and len(lists) < 2 * MOST_TURNS and size <= LIMITS.body_bytes:
-        kept = found(connection, name, owner, "previous_response_id")
-        lists += [kept.output, kept.input]
-        name, size = kept.previous, size + len(kept.output) + len(kept.input)
-    return joined(lists[::-1])
+    """What was said up to a response, or in a conversation, as a JSON list of items without ids."""
+    size_before(connection, previous, conversation, owner)  # it may have grown
+    return b"[%s]" % b", ".join(earlier(connection, "body", previous, conversation, owner))
 
+
+# conversations
 
 def create_conversation(connection: sqlite3.Connection, owner: str, now: int, expires: int, metadata: str,
-                        items: Seq[bytes]) -> Conversation:
+                        items: Seq[KeptItem]) -> Conversation:
+    quota.check(connection, owner, len(metadata) + bytes_of(items))
     name = f"conv_{secrets.token_hex(24)}"
-    row = connection.execute("INSERT INTO conversations (name, owner, created, expires, metadata) VALUES "
-                             "(?, ?, ?, ?, ?)", (name, owner, now, expires, metadata))
-    assert row.lastrowid
-    add_items(connection, row.lastrowid, items, expires)
-    return conversation_named(connection, name, owner)
+    connection.execute(
+        "INSERT INTO conversations (name, owner, created, expires, metadata, bytes) VALUES "
+        "(?, ?, ?, ?, ?, ?)", (name, owner, now, expires, metadata, len(metadata.encode())))
+    made = conversation_named(connection, name, owner)
+    add_items(connection, made, items, expires)
+    return made
 
 
 def conversation_named(connection: sqlite3.Connection, name: str, owner: str,
                        param: str = "id") -> Conversation:
-    row = connection.execute(f"SELECT {', '.join(Conversation._fields)} FROM conversations WHERE name = ?",
-                             (name,)).fetchone()
+    row = connection.execute(f"SELECT {', '.join(Conversation._fields)} FROM conversations "
+                             "WHERE name = ? AND NOT deleted", (name,)).fetchone()
     if row is None or not owns(owner, row[2]):
         raise refuse("conversation", name, param)
     return Conversation(*row)
 
 
-def add_items(connection: sqlite3.Connection, conversation: int, items: Seq[bytes], expires: int):
-    connection.executemany("INSERT INTO items (conversation, body) VALUES (?, ?)",
-                           [(conversation, item) for item in items])
-    connection.execute("UPDATE conversations SET expires = ? WHERE id = ?", (expires, conversation))
+def set_metadata(connection: sqlite3.Connection, name: str, owner: str, metadata: str) -> Conversation:
+    row = conversation_named(connection, name, owner)
+    more = len(metadata.encode()) - len(row.metadata.encode())
+    if more > 0:
+        quota.check(connection, row.owner, more)
+    connection.execute("UPDATE conversations SET metadata = ?, bytes = bytes + ? WHERE id = ?",
+                       (metadata, more, row.id))
+    return row._replace(metadata=metadata)
 
 
-def items_of(connection: sqlite3.Connection, conversation: int) -> list[bytes]:
-    return [body for (body,) in connection.execute(
-        "SELECT body FROM items WHERE conversation = ? ORDER BY id", (conversation,))]
+def add_items(connection: sqlite3.Connection, conversation: Conversation, items: Seq[KeptItem],
+              expires: int) -> list[KeptItem]:
+    """Returns the items as they are added: one whose name is taken there gets another."""
+    added = []
+    for item in items:
+        taken = connection.execute("SELECT 1 FROM items WHERE conversation = ? AND name = ?",
+                                   (conversation.id, item.name)).fetchone()
+        if taken:
+            item = item._replace(name=f"item_{secrets.token_hex(12)}")
+        connection.execute("INSERT INTO items (conversation, name, body) VALUES (?, ?, ?)",
+                           (conversation.id, *item))
+        added.append(item)
+    connection.execute("UPDATE conversations SET expires = ?, bytes = bytes + ? WHERE id = ?",
+                       (expires, bytes_of(items), conversation.id))
+    return added
+
+
+def extend(connection: sqlite3.Connection, name: str, owner: str, items: Seq[KeptItem],
+           expires: int) -> list[KeptItem]:
+    """Add what a client says is part of a conversation."""
+    row = conversation_named(connection, name, owner)
+    quota.check(connection, row.owner, bytes_of(items))
+    return add_items(connection, row, items, expires)
+
+
+def items(connection: sqlite3.Connection, name: str, owner: str, after: str, ascending: bool,
+          limit: int) -> Page:
+    """A page of a conversation's items."""
+    row, begin = conversation_named(connection, name, owner), None
+    if after:
+        begin = connection.execute("SELECT id FROM items WHERE conversation = ? AND name = ?",
+                                   (row.id, after)).fetchone()
+        if begin is None:
+            raise bad_value("after", after, "the id of a row of the list")
+    condition = "" if begin is None else f"AND id {'>' if ascending else '<'} {begin[0]}"
+    rows = connection.execute(
+        f"SELECT id, name, LENGTH(body) FROM items WHERE conversation = ? {condition} "
+        f"ORDER BY id {'ASC' if ascending else 'DESC'}", (row.id,))
+    return page_of((Place("items", *each) for each in rows), limit)
+
+
+def item_named(connection: sqlite3.Connection, conversation: str, name: str, owner: str) -> Place:
+    """Where an item of a conversation lies."""
+    row = conversation_named(connection, conversation, owner)
+    place = connection.execute("SELECT id, name, LENGTH(body) FROM items WHERE conversation = ? AND name = ?",
+                               (row.id, name)).fetchone()
+    if place is None:
+        raise refuse("item", name, "item")
+    return Place("items", *place)
+
+
+def drop_item(connection: sqlite3.Connection, conversation: str, name: str, owner: str) -> Conversation:
+    place = item_named(connection, conversation, name, owner)
+    row = conversation_named(connection, conversation, owner)
+    connection.execute("DELETE FROM items WHERE id = ?", (place.row,))
+    connection.execute("UPDATE conversations SET bytes = bytes - ? WHERE id = ?",
+                       (place.bytes + ITEM_BYTES, row.id))
+    return row
 
 
 def delete_conversation(connection: sqlite3.Connection, name: str, owner: str):
     row = conversation_named(connection, name, owner)
-    connection.execute("DELETE FROM items WHERE conversation = ?", (row.id,))
-    connection.execute("DELETE FROM conversations WHERE id = ?", (row.id,))
+    connection.execute("UPDATE conversations SET deleted = 1 WHERE id = ?", (row.id,))
 
 
-def forget(connection: sqlite3.Connection, now: int):
-    """Delete what has expired."""
-    connection.execute("DELETE FROM responses WHERE expires < ?", (now,))
-    connection.execute("DELETE FROM items WHERE conversation IN (SELECT id FROM conversations WHERE "
-                       "expires < ?)", (now,))
-    connection.execute("DELETE FROM conversations WHERE expires < ?", (now,))
+# what is over
+
+def forget(connection: sqlite3.Connection, now: int) -> bool:
+    """Mark some of what has expired as deleted. True if there is more."""
+    more = False
+    for table, _, _ in TABLES:
+        marked = connection.execute(
+            f"UPDATE {table} SET deleted = 1 WHERE id IN (SELECT id FROM {table} WHERE deleted = 0 AND "
+            "expires < ? LIMIT ?)", (now, PART_LINES))
+        more = more or marked.rowcount == PART_LINES
+    return more
+
+
+def purge(connection: sqlite3.Connection) -> bool:
+    """Remove some of what was deleted. True if there is more."""
+    left = PART_LINES  # rows
+    for table, parts, column in TABLES:
+        while left > 0:
+            row = connection.execute(f"SELECT id FROM {table} WHERE deleted = 1 LIMIT 1").fetchone()
+            if row is None:
+                break
+            gone = _purge_parts(connection, parts, column, row[0], left)
+            if gone is None:
+                connection.execute(f"DELETE FROM {table} WHERE id = ?", row)
+                left -= 1
+            else:
+                left -= gone
+    return left <= 0
+
+
+def _purge_parts(connection: sqlite3.Connection, parts: str, column: str, owner: int,
+                 most: int) -> int | None:
+    """Remove some of the texts of a row. Returns how many of `most` rows that was worth, where PART_BYTES are
+    worth PART_LINES; None if there are none left."""
+    last, size, count = None, 0, 0
+    for last, length in connection.execute(
+            f"SELECT id, LENGTH(body) FROM {parts} WHERE {column} = ? ORDER BY id LIMIT ?", (owner, most)):
+        size += length
+        count += 1
+        if size > most * PART_BYTES // PART_LINES:
+            break
+    if last is None:
+        return None
+    connection.execute(f"DELETE FROM {parts} WHERE {column} = ? AND id <= ?", (owner, last))
+    return max(count, size * PART_LINES // PART_BYTES)

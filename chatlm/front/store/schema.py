@@ -4,6 +4,11 @@ A semicolon ends a statement, so no comment has one. Times are in seconds since 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+from chatlm.front.store.migrate import move_kept
+
 FILES = """
 CREATE TABLE files (
     id INTEGER PRIMARY KEY,
@@ -96,5 +101,82 @@ CREATE TABLE usage (
     PRIMARY KEY (day, key, model, background)
 ) WITHOUT ROWID;
 """
-# Only the end may be changed once a release has had it
-STEPS: tuple[str, ...] = (FILES, BATCHES, RESPONSES, USAGE)
+ITEMS = """
+ALTER TABLE responses RENAME TO old_responses;
+ALTER TABLE items RENAME TO old_items;
+DROP INDEX responses_by_expiry;
+DROP INDEX items_of_conversation;
+CREATE TABLE responses (
+    id INTEGER PRIMARY KEY,
+    name TEXT NOT NULL UNIQUE,      -- resp_...
+    owner TEXT NOT NULL,
+    created INTEGER NOT NULL,
+    expires INTEGER NOT NULL,
+    previous TEXT,                  -- name of the response that it continues
+    conversation TEXT,              -- name of its conversation
+    bytes INTEGER NOT NULL,         -- that its parts take
+    deleted INTEGER NOT NULL DEFAULT 0  -- 1: nobody sees it, its parts still have to go
+);
+CREATE INDEX responses_by_expiry ON responses (deleted, expires);
+CREATE TABLE parts (                -- of a response, in order
+    id INTEGER PRIMARY KEY,
+    response INTEGER NOT NULL REFERENCES responses (id),
+    kind INTEGER NOT NULL,          -- 0: an item of its input, 1: one of its output, 2: all of it
+    name TEXT NOT NULL,             -- msg_..., or that of the response
+    body BLOB NOT NULL              -- JSON, of an item without its id
+);
+CREATE INDEX parts_of_response ON parts (response);
+CREATE INDEX parts_by_name ON parts (name);
+CREATE TABLE items (                -- of a conversation, in order
+    id INTEGER PRIMARY KEY,
+    conversation INTEGER NOT NULL REFERENCES conversations (id),
+    name TEXT NOT NULL,             -- msg_...
+    body BLOB NOT NULL              -- JSON without its id
+);
+CREATE INDEX items_of_conversation ON items (conversation);
+CREATE UNIQUE INDEX items_by_name ON items (conversation, name);
+ALTER TABLE conversations ADD COLUMN bytes INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE conversations ADD COLUMN deleted INTEGER NOT NULL DEFAULT 0;
+CREATE INDEX conversations_by_expiry ON conversations (deleted, expires);
+UPDATE conversations SET bytes = LENGTH(CAST(metadata AS BLOB));
+CREATE INDEX files_by_state ON files (state, expires);
+CREATE INDEX batches_by_status ON batches (status, owner);
+CREATE INDEX batches_by_end ON batches (ended);
+CREATE INDEX batches_by_input ON batches (input);
+CREATE TABLE holdings (
+    owner TEXT PRIMARY KEY,
+    bytes INTEGER NOT NULL          -- that all takes which is not deleted
+) WITHOUT ROWID;
+"""
+# What a row counts for its owner, besides the rows that belong to it
+HELD = {"files": "({row}.state < 2) * ({row}.bytes + 512)",
+        "batches": "512 + LENGTH(CAST(IFNULL({row}.metadata, '') AS BLOB)) "
+                   "+ LENGTH(CAST(IFNULL({row}.problems, '') AS BLOB))",
+        "responses": "(1 - {row}.deleted) * ({row}.bytes + 512)",
+        "conversations": "(1 - {row}.deleted) * ({row}.bytes + 512)"}
+
+
+def counted(table: str, size: str) -> str:
+    """Count the rows of a table, and what becomes of them."""
+    old, new, there = size.format(row="OLD"), size.format(row="NEW"), size.format(row=table)
+    return f"""
+INSERT INTO holdings (owner, bytes) SELECT owner, SUM({there}) FROM {table} WHERE true GROUP BY owner
+    ON CONFLICT (owner) DO UPDATE SET bytes = bytes + excluded.bytes;
+CREATE TRIGGER {table}_added AFTER INSERT ON {table} BEGIN
+    INSERT INTO holdings (owner, bytes) VALUES (NEW.owner, {new})
+        ON CONFLICT (owner) DO UPDATE SET bytes = bytes + excluded.bytes;
+END;
+CREATE TRIGGER {table}_changed AFTER UPDATE ON {table} BEGIN
+    UPDATE holdings SET bytes = bytes + ({new}) - ({old}) WHERE owner = NEW.owner;
+END;
+CREATE TRIGGER {table}_removed AFTER DELETE ON {table} BEGIN
+    UPDATE holdings SET bytes = bytes - ({old}) WHERE owner = OLD.owner;
+END;
+"""
+
+
+HOLDINGS = "".join(counted(table, size) for table, size in HELD.items())
+# Statements, or what does a piece of the work and returns whether there is more. Only the end may be changed
+# once a release has had it.
+STEPS: tuple[str | Callable[[Any], bool], ...] = (
+    FILES, BATCHES, RESPONSES, USAGE, ITEMS + HOLDINGS, move_kept)

@@ -10,11 +10,12 @@ import signal
 import stat
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
+from shutil import disk_usage
 from typing import Any, BinaryIO, NamedTuple, TYPE_CHECKING, TypeVar
 from urllib.parse import quote
 
@@ -32,13 +33,21 @@ T = TypeVar("T")
 APPLICATION_ID = 0x63687376  # "chsv", in the header of the file
 MOST_TOGETHER = 256          # pieces of work in one transaction: one fsync is for all of them
 BUSY_S = 5.0                 # how long another program may hold the database
+BESIDE = "-wal", "-shm"      # what SQLite has beside the file while it is open
 REPLACED = "its file was removed or replaced: put it back, or restart the server"
+PRIVATE = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK  # with mode 0600
 CHECKED_BYTES = 512 << 20    # that are checked before the start, within about a second; more beside the work
+
+
+# Of the disk, which what clients keep leaves free: so something can always be deleted, the ledger be written,
+# and the server be started
+RESERVE_BYTES = 64 << 20
 
 
 class Work(NamedTuple):
     function: Callable[[Any], Any]
     result: Future
+    adds_bytes: int  # of what clients keep
 
 
 class Store:
@@ -46,16 +55,21 @@ class Store:
 
     All work is done in one thread, in the order in which it was asked for. What waits together is committed
     together. Other programs may read the file, and copy it with SQLite's .backup, at any time; only one
-    server at a time has it."""
+    server at a time has it.
+
+    Work that adds what clients keep says how much, and is refused where it would not leave RESERVE_BYTES
+    free. All other work (deletions, the ledger, the state of batches) may use those."""
 
     def __init__(self, path: Path):
         self.path, self.absolute = path, path.absolute()
         self.waiting: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._serve, name="store", daemon=True)
         self.closed = self.damaged = False  # damaged: that was found after the start
+        self.added_bytes = 0                # of what clients keep, in the transaction that runs
 
     def open(self):
-        """Open or create it. ConfigError if it cannot be used; then nothing in it has changed."""
+        """Open or create it. ConfigError if it cannot be used; then nothing in it has changed, but that steps
+        to the current version may have been taken."""
         try:
             import sqlite3
         except ImportError as error:
@@ -83,13 +97,11 @@ class Store:
         """Lock it against other servers, and see that only this user can read it."""
         if not self.path.parent.is_dir():
             self.path.parent.mkdir(parents=True, mode=0o700)
-        lock = self.path.with_name(f"{self.path.name}-lock")
-        private = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
-        self.lock: BinaryIO = open(os.open(lock, private, 0o600), "r+b")
+        self.lock = self._open_lock()
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # SQLite gives its -wal and -shm the mode of the file
-            with open(os.open(self.path, private, 0o600), "rb") as file:
+            with open(os.open(self.path, PRIVATE, 0o600), "rb") as file:
                 self._check_header(file)
             for ending in ("", "-wal", "-shm"):
                 with suppress(FileNotFoundError):
@@ -100,6 +112,9 @@ class Store:
         except BaseException:
             self.lock.close()
             raise
+
+    def _open_lock(self) -> BinaryIO:
+        return open(os.open(self._beside("-lock"), PRIVATE, 0o600), "r+b")
 
     def _check_header(self, file: BinaryIO):
         """ConfigError unless this is an empty file or one of ours. SQLite itself would already change
@@ -121,34 +136,114 @@ class Store:
                 self._check_version(reader)
                 if not self.unchecked:
                     self._check(reader)
-        self.connection = connection = self.library.connect(
-            self.path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
+        self.connection = self._writer()
+        while self._take_step(self.connection):
+            if size:
+                log.info("--database %s: it is brought to the form of this version", self.path)
+                size = 0
+        if self.connection.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
+            raise self._unusable("this file system cannot hold a database in WAL mode")
+        self._note_places()
+
+    def _writer(self) -> sqlite3.Connection:
+        connection = self.library.connect(self.absolute, timeout=BUSY_S, isolation_level=None,
+                                          check_same_thread=False)
         connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # of a new one
         connection.execute("PRAGMA secure_delete = ON")         # deleted texts are overwritten
         connection.execute("PRAGMA foreign_keys = ON")
+        connection.execute("PRAGMA synchronous = FULL")
+        return connection
+
+    def _note_places(self):
+        """Note which files have the names now."""
+        self.connection.execute("BEGIN IMMEDIATE")  # from now on there are those of BESIDE
+        self.connection.execute("COMMIT")
+        self.places = {ending: self._place(ending) for ending in ("", "-lock", *BESIDE)}
+
+    def _take_step(self, connection: sqlite3.Connection) -> bool:
+        """Take a step to the current version, or a part of one, and commit it. False if there was none."""
         connection.execute("BEGIN EXCLUSIVE")
         try:
             (version,) = connection.execute("PRAGMA user_version").fetchone()
-            if version < len(STEPS):
+            if version == len(STEPS):
+                return False
+            step, more = STEPS[version], False
+            if callable(step):
+                more = step(connection)
+            else:
                 connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-                for statement in ";".join(STEPS[version:]).split(";"):
+                for statement in self._statements(step):
                     connection.execute(statement)
-                connection.execute(f"PRAGMA user_version = {len(STEPS)}")
+            if not more:
+                connection.execute(f"PRAGMA user_version = {version + 1}")
             connection.execute("COMMIT")
+            return True
         finally:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
-        if connection.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
-            raise self._unusable("this file system cannot hold a database in WAL mode")
-        connection.execute("PRAGMA synchronous = FULL")
-        self.place = self._place()
 
-    def _place(self) -> tuple[int, int] | None:
-        """Which file has the name now."""
+    def _statements(self, script: str) -> Iterator[str]:
+        """The statements of a script, one of which may have others in it."""
+        statement = ""
+        for part in script.split(";")[:-1]:
+            statement += part + ";"
+            if self.library.complete_statement(statement):
+                yield statement
+                statement = ""
+
+    def _beside(self, ending: str) -> Path:
+        return self.absolute.with_name(self.absolute.name + ending)
+
+    def _place(self, ending: str) -> tuple[int, int] | None:
+        """Which file has a name now."""
         with suppress(OSError):
-            found = self.absolute.stat()
+            found = self._beside(ending).stat()
             return found.st_dev, found.st_ino
         return None
+
+    def _check_places(self):
+        """See that the files that are open still have their names. OperationalError where what is committed
+        now would be lost; what can be put back is."""
+        if self._place("") != self.places[""]:
+            raise self.library.OperationalError(REPLACED)
+        try:
+            if self._place("-lock") != self.places["-lock"]:
+                self._lock_again()
+            if any(self._place(ending) != self.places[ending] for ending in BESIDE):
+                self._open_again()
+        except OSError as error:
+            reason = f"its files were changed ({error.strerror or error})"
+            raise self.library.OperationalError(reason) from None
+
+    def _lock_again(self):
+        lock = self._open_lock()
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            reason = "its -lock was removed, and another server uses it now"
+            raise self.library.OperationalError(reason) from None
+        self.lock.close()
+        self.lock = lock
+        self.places["-lock"] = self._place("-lock")
+        log.warning("--database %s: its -lock was removed; it is locked again", self.path)
+
+    def _open_again(self):
+        """SQLite goes on with a -wal or -shm that has lost its name, so a crash would lose what was committed
+        since. Move all of it to the file, and begin anew."""
+        with suppress(self.library.ProgrammingError):  # an attempt before has closed it and got no further
+            (busy, _, _) = self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            if busy:
+                raise self.library.OperationalError("its -wal was removed while another program reads it")
+            self.connection.close()
+        # what has their names now is not of this database, and SQLite would replay it
+        for ending in BESIDE:
+            if self._place(ending) not in (None, self.places[ending]):
+                self._beside(ending).unlink(missing_ok=True)
+        self.connection = self._writer()
+        self._note_places()
+        log.warning("--database %s: its -wal or -shm was removed or replaced; nothing that was committed is "
+                    "lost", self.path)
 
     def _reader(self) -> sqlite3.Connection:
         """A connection that leaves everything as it is."""
@@ -177,16 +272,18 @@ class Store:
             if self.damaged:
                 os.kill(os.getpid(), signal.SIGTERM)  # running answers may finish
 
-    async def run(self, function: Callable[[sqlite3.Connection], T]) -> T:
+    async def run(self, function: Callable[[sqlite3.Connection], T], adds_bytes: int = 0) -> T:
         """What `function` returns, which runs in the store's thread within a transaction. If it raises,
-        what it has done is rolled back; once this returns, it is on the disk.
+        what it has done is rolled back; once this returns, it is on the disk. adds_bytes: how much it adds of
+        what clients keep.
 
         If this is cancelled, the work may be done or not. Overloaded if the database cannot be written now,
-        as on a full disk; EngineFailure if it is damaged; RequestError for a text that it cannot hold."""
+        as on a full disk, or if what it adds would not leave RESERVE_BYTES of the disk; EngineFailure if it
+        is damaged; RequestError for a text that it cannot hold."""
         if self.closed:
             raise Overloaded("the server is stopping")
         result: Future[T] = Future()
-        self.waiting.put(Work(function, result))
+        self.waiting.put(Work(function, result, adds_bytes))
         try:
             return await asyncio.wrap_future(result)
         except self.library.Error as error:
@@ -221,9 +318,9 @@ class Store:
         """Run and commit all of `works`; if the transaction breaks, each in one of its own. If none can
         begin, as while another program writes, all fail: each would wait for it as long again."""
         settled: list[Callable[[], None]] = []
+        self.added_bytes = 0
         try:
-            if self._place() != self.place:  # what is committed now would be lost
-                raise self.library.OperationalError(REPLACED)
+            self._check_places()
             self.connection.execute("BEGIN IMMEDIATE")
         except Exception as error:
             for work in works:
@@ -247,6 +344,9 @@ class Store:
     def _run_one(self, work: Work) -> Callable[[], None]:
         """Run a piece of work within the transaction; returns what tells its result after the commit. An
         error that ended the whole transaction is raised."""
+        if work.adds_bytes and not self._leaves_reserve(work.adds_bytes):
+            full = Overloaded("the disk with the server's database is almost full", retry_after_s=60)
+            return partial(work.result.set_exception, full)
         self.connection.execute("SAVEPOINT work")
         try:
             value = work.function(self.connection)
@@ -258,6 +358,14 @@ class Store:
             return partial(work.result.set_exception, error)
         self.connection.execute("RELEASE work")
         return partial(work.result.set_result, value)
+
+    def _leaves_reserve(self, adds_bytes: int) -> bool:
+        """Whether RESERVE_BYTES are left once so much more is written: to the -wal, and then to the file."""
+        added_bytes = self.added_bytes + adds_bytes
+        if disk_usage(self.absolute.parent).free - 2 * added_bytes < RESERVE_BYTES:
+            return False
+        self.added_bytes = added_bytes
+        return True
 
     async def close(self):
         """Finish what was asked for, and close the file."""

@@ -115,7 +115,7 @@ def parsed(route, body):
 
 
 @pytest.mark.parametrize("route, name", [
-    (route, field.name) for route, fields in BODY_FIELDS.items() for field in fields if field.name not in ("model", "store", "before_input")])     # which `Bodies.resolve` and `Keeper` read
+    (route, field.name) for route, fields in BODY_FIELDS.items() for field in fields if field.name not in ("model", "store")])     # which `Bodies.resolve` and `Keeper` read
 def test_a_field_of_the_tables_changes_the_request_or_is_refused(route, name):
     without, body = sent(route, name)
     before, _ = parsed(route, without)

@@ -219,6 +219,9 @@ ODD_FORMS = {
     "a long field": (form((b'name="purpose"', b"batch" * 1000), (b'name="file"; filename="a"', LINE)), "has more than"),
     "no purpose": (form((b'name="file"; filename="a"', LINE)), "purpose must be"),
     "no file": (form(PURPOSE), "file is missing"),
+    **{f"an expiry of {text}": (form(PURPOSE, (b'name="expires_after[seconds]"', text.encode()), (b'name="file"; filename="a"', LINE)),
+                                "expires_after\\[seconds\\] must be an integer from 3600")
+       for text in ("\u00b2", "\u2463", "36\u0660\u0660\u00b2", "9" * 900, "-3600", "3600.0", "", " ", "\0")},
     "a line that is too long": (form(PURPOSE, (b'name="file"; filename="a"', b"x" * (17 << 20))), "line 1 has more than"),
     "too many lines": (form(PURPOSE, (b'name="file"; filename="a"', b"{}\n" * 50_001)), "more than 50,000 lines"),
 }

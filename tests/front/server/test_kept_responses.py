@@ -1,16 +1,23 @@
 """Responses that are kept, continued and deleted, and conversations: with OpenAI's client, unchanged."""
 
 import json
+import os
+import shutil
+import socket
 import sqlite3
+import subprocess
 import time
 import urllib.error
 import urllib.request
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 
 import openai
+import psutil
 import pytest
 
-from real_server import post, server
+from chatlm.front.api.conversation import chat_messages, response_messages
+from chatlm.front.api.kept_items import kept_items
+from real_server import SCRIPT, post, server
 
 
 @contextmanager
@@ -88,22 +95,31 @@ def test_a_streamed_response_is_kept_before_its_client_has_its_end(running):
     assert ask(running, "And?", previous_response_id=event.response.id).output_text
 
 
-def test_a_streamed_response_that_cannot_be_kept_does_not_say_that_it_is_complete(running, store):
-    with closing(sqlite3.connect(store, isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")        # for longer than the store waits
-        with running.responses.create(model="default", input="Hello", max_output_tokens=16, stream=True) as stream:
-            types = [event.type for event in stream]
-        assert types[-1] == "response.failed" and "response.completed" not in types and "response.incomplete" not in types
-        other.execute("ROLLBACK")
-    assert ask(running).store is True
-
-
 def begun(client):
     """A streamed response whose text has begun, and its id."""
     stream = client.responses.create(model="default", input="Hello", max_output_tokens=3000, stream=True, temperature=1, extra_body={"ignore_eos": True})
     name = next(event.response.id for event in stream if event.type == "response.created")
     next(event for event in stream if event.type == "response.output_text.delta")
     return stream, name
+
+
+def test_a_streamed_response_that_cannot_be_kept_does_not_say_that_it_is_complete(running, store):
+    with closing(sqlite3.connect(store, isolation_level=None)) as other:
+        stream, _ = begun(running)
+        other.execute("BEGIN IMMEDIATE")        # for longer than the store waits
+        types = [event.type for event in stream]
+        assert types[-1] == "response.failed" and "response.completed" not in types and "response.incomplete" not in types
+        with pytest.raises(openai.InternalServerError, match="database is locked"):     # before anything is computed
+            ask(running)
+        assert ask(running, store=False).output_text
+        other.execute("ROLLBACK")
+    assert ask(running).store is True
+
+
+def get(url, key="none"):
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"})
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return json.load(response)
 
 
 def status_of(client, name, deadline_s):
@@ -190,6 +206,28 @@ def test_a_name_that_hides_in_escapes_continues_nothing(running):
     assert found.value.code == 400 and b"without escapes" in found.value.read()
 
 
+@pytest.mark.parametrize("size", [0, 100_000])
+def test_a_client_cannot_say_itself_what_was_said_before(model, tmp_path, size):
+    """Neither beside a name that hides in escapes, of another key's response or of its own, nor alone."""
+    with keeping(model, tmp_path / "a.db", keys=("first-key", "second-key")) as client:
+        mine, other = ask(client), client.with_options(api_key="second-key")
+        theirs, conversation = ask(other), other.conversations.create()
+        said = [{"role": "user", "content": "a forged turn"}]
+        for name, each in (("previous_response_id", mine.id), ("previous_response_id", theirs.id), ("conversation", conversation.id)):
+            body = json.dumps({"input": "x", "before_input": said, name: each, "ignored": "y" * size}).replace(f'"{name[0]}', f'"\\u{ord(name[0]):04x}')
+            request = urllib.request.Request(f"{client.base_url}responses", body.encode(), {"Content-Type": "application/json", "Authorization": "Bearer first-key"})
+            with pytest.raises(urllib.error.HTTPError) as found:
+                urllib.request.urlopen(request)
+            assert found.value.code == 400 and b"without escapes" in found.value.read()
+        alone = [ask(client, extra_body={"before_input": said, "ignored": "y" * size} if forged else {}) for forged in (True, False)]
+        assert alone[0].usage.input_tokens == alone[1].usage.input_tokens
+        chained = [ask(client, previous_response_id=mine.id, extra_body={"before_input": said, "ignored": "y" * size} if forged else {}) for forged in (True, False)]
+        assert chained[0].usage.input_tokens == chained[1].usage.input_tokens
+        assert len(client.responses.input_items.list(chained[0].id).data) == 3
+    with closing(sqlite3.connect(tmp_path / "a.db")) as reader:
+        assert reader.execute("SELECT DISTINCT previous FROM responses WHERE previous IS NOT NULL").fetchall() == [(mine.id,)]
+
+
 def test_another_key_sees_none_of_it(model, tmp_path):
     with keeping(model, tmp_path / "a.db", keys=("first-key", "second-key")) as client:
         response, other = ask(client), client.with_options(api_key="second-key")
@@ -226,6 +264,15 @@ def test_they_outlive_the_server_until_their_days_are_over(model, tmp_path):
             client.conversations.retrieve(conversation.id)
 
 
+def test_what_was_kept_before_and_after_its_wal_was_removed_survives_a_kill(model, tmp_path):
+    with keeping(model, tmp_path / "a.db") as client:
+        before = ask(client, "One")
+        (tmp_path / "a.db-wal").unlink()
+        after = ask(client, "Two", previous_response_id=before.id)
+    with keeping(model, tmp_path / "a.db") as client:
+        assert len(client.responses.input_items.list(after.id).data) == 3 and client.responses.retrieve(before.id).output_text == before.output_text
+
+
 def test_without_the_flag_a_response_continues_nothing_and_the_error_names_the_flag(model):
     with server(model) as (_, url):
         client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
@@ -237,3 +284,240 @@ def test_without_the_flag_a_response_continues_nothing_and_the_error_names_the_f
         for call in (lambda: client.responses.retrieve(response.id), lambda: client.conversations.create(), lambda: client.conversations.retrieve("conv_1")):
             with pytest.raises(openai.NotFoundError, match="without --database"):
                 call()
+
+
+def test_items_that_are_too_much_for_a_page_come_in_several(running):
+    conversation = running.conversations.create()
+    for number in range(90):
+        running.conversations.items.create(conversation.id, items=[{"type": "message", "role": "user", "content": f"{number:03}" + "x" * 60_000}])
+    for order in ("asc", "desc"):
+        page = running.conversations.items.list(conversation.id, limit=100, order=order)
+        assert len(page.data) < 90 and page.has_more and (page.first_id, page.last_id) == (page.data[0].id, page.data[-1].id)
+        numbers = [int(item.content[0].text[:3]) for item in page]      # the client asks for the others
+        assert numbers == [*range(90)][::1 if order == "asc" else -1]
+    assert running.conversations.items.retrieve(page.data[3].id, conversation_id=conversation.id) == page.data[3]
+    url = f"{running.base_url}conversations/{conversation.id}/items?limit=100"
+    head = urllib.request.urlopen(urllib.request.Request(url, method="HEAD"))
+    assert int(head.headers["Content-Length"]) > 4_000_000 and head.read() == b""
+    assert running.conversations.delete(conversation.id).deleted
+    with pytest.raises(openai.NotFoundError):
+        running.conversations.items.list(conversation.id)
+
+
+def test_of_equal_items_one_is_deleted(running):
+    same = {"type": "message", "role": "user", "content": "Equal", "id": "msg_equal"}
+    conversation = running.conversations.create(items=[same, same])
+    running.conversations.items.create(conversation.id, items=[same, same | {"id": "not an id"}, same | {"id": 5}])
+    items = running.conversations.items.list(conversation.id, order="asc").data
+    assert len({item.id for item in items}) == 5 and items[0].id == "msg_equal" and {item.content[0].text for item in items} == {"Equal"}
+    for count, item in enumerate(items, 1):
+        assert running.conversations.items.delete(item.id, conversation_id=conversation.id).id == conversation.id
+        assert [each.id for each in running.conversations.items.list(conversation.id, order="asc").data] == [each.id for each in items[count:]]
+    with pytest.raises(openai.NotFoundError, match="there is no item"):
+        running.conversations.items.delete("msg_equal", conversation_id=conversation.id)
+
+
+JUNK = "what nobody reads"
+UNREAD = [
+    {"role": "user", "content": [{"type": "input_text", "text": "a", "junk": JUNK}], "junk": JUNK, "id": JUNK, "status": JUNK, "type": None},
+    {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "b", "annotations": [JUNK], "logprobs": [JUNK]},
+                                                         {"type": "refusal", "refusal": "no", "text": JUNK}], "phase": JUNK},
+    {"type": "reasoning", "summary": [{"type": "summary_text", "text": "c", "junk": JUNK}], "encrypted_content": JUNK}]
+
+
+@pytest.mark.parametrize("size", [1, 8000])       # the second one is read in a sandbox
+def test_only_what_was_understood_of_items_is_kept(running, store, size):
+    text = json.dumps(UNREAD).replace(JUNK, JUNK * size)
+    first = ask(running, json.loads(text), truncation="auto", extra_body={"junk": JUNK * size})
+    shown = running.responses.input_items.list(first.id, order="asc").data
+    assert [item.type for item in shown] == ["message", "message", "reasoning"] and {item.status for item in shown} == {"completed"}
+    assert [item.content[0].text for item in shown[:2]] == ["a", "b"] and shown[1].content[1].refusal == "no" and shown[2].summary[0].text == "c"
+    assert shown[1].content[0].annotations == []
+    whole = ask(running, [*({"role": item["role"], "content": item["content"]} for item in UNREAD[:2]), UNREAD[2], {"role": "assistant", "content": first.output_text},
+                          {"role": "user", "content": "d"}], store=False)
+    assert ask(running, "d", previous_response_id=first.id).usage.input_tokens == whole.usage.input_tokens
+    if size == 1:
+        conversation = running.conversations.create(items=UNREAD)
+        running.conversations.items.create(conversation.id, items=UNREAD)
+        assert [item.type for item in running.conversations.items.list(conversation.id, order="asc").data] == ["message", "message", "reasoning"] * 2
+    for path in store.parent.iterdir():
+        assert JUNK.encode() not in path.read_bytes()
+
+
+def test_calls_and_their_outputs_are_kept_as_they_were_understood():
+    items = [{"type": "function_call", "call_id": 5, "name": "f", "arguments": {"a": 1}, "junk": JUNK}, {"type": "function_call", "call_id": "c", "name": "f", "arguments": '{"b": 2}'},
+             {"type": "function_call_output", "call_id": "c", "output": "x", "name": JUNK}, {"type": "function_call_output", "output": [{"type": "input_text", "text": "y", "z": JUNK}]},
+             {"type": "function_call_output", "call_id": {"a": JUNK}, "output": None}, {"role": "user"}, {"role": "user", "content": "half \ud800"},
+             {"type": "reasoning", "content": "z", "summary": JUNK}, {"type": "reasoning"}]
+    kept = kept_items(items)
+    assert JUNK.encode() not in b"".join(item.body for item in kept) and len({item.name for item in kept}) == len(items)
+    again = [json.loads(item.body) for item in kept]
+    # what is read of them is what was read the first time, and what is kept of that is the same
+    assert chat_messages(response_messages({"input": again}), True) == chat_messages(response_messages({"input": items}), True)
+    assert [item.body for item in kept_items(again)] == [item.body for item in kept]
+
+
+def test_a_conversation_of_another_address_without_keys_grows_too(model, tmp_path):
+    """Whoever knows its id may continue it, so what they say belongs to it."""
+    with keeping(model, tmp_path / "a.db") as client:
+        conversation = client.conversations.create()
+    with closing(sqlite3.connect(tmp_path / "a.db")) as writer:
+        writer.execute("UPDATE conversations SET owner = '@10.0.0.9'")
+        writer.commit()
+    with keeping(model, tmp_path / "a.db") as client:
+        ask(client, "One", conversation=conversation.id)
+        assert len(client.conversations.items.list(conversation.id).data) == 2
+
+
+LITTLE_ROOM = """
+import sys
+sys.path.insert(0, {root!r})
+from chatlm.common.config import LIMITS
+object.__setattr__(LIMITS, "kept_bytes", 100_000)
+import chat_server
+sys.exit(chat_server.main())
+"""
+
+
+def test_a_key_that_keeps_too_much_is_refused_until_it_deletes_some_and_others_are_not(model, tmp_path):
+    script = tmp_path / "little_room.py"
+    script.write_text(LITTLE_ROOM.format(root=str(SCRIPT.parent)))
+    with server(model, f"--database={tmp_path / 'a.db'}", "--api-key", "first-key", "--api-key", "second-key", script=script) as (_, url):
+        client = openai.OpenAI(base_url=url + "/v1", api_key="first-key", max_retries=0)
+        other, kept = client.with_options(api_key="second-key"), []
+        line = json.dumps({"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x", "max_tokens": 3}}).encode()
+        file = client.files.create(file=("in.jsonl", line), purpose="batch")
+        with pytest.raises(openai.PermissionDeniedError, match=r'more than 100,000 bytes together: delete some, or send \"store\": false'):
+            while True:
+                kept.append(ask(client, [{"role": "user", "content": "x" * 60}] * 60, truncation="auto"))
+        assert 2 < len(kept) < 20 and ask(client, "x" * 60, store=False).output_text and ask(other).store is True
+        conversation = None
+        with pytest.raises(openai.PermissionDeniedError, match="100,000 bytes"):
+            while True:     # what is left
+                conversation = client.conversations.create(items=[{"type": "message", "role": "user", "content": "x" * 2000}])
+        full = {"item": lambda: client.conversations.items.create(conversation.id, items=[{"type": "message", "role": "user", "content": "x" * 3000}]),
+                "metadata": lambda: client.conversations.update(conversation.id, metadata={str(index): "m" * 512 for index in range(16)})}
+        for refused in full.values():
+            with pytest.raises(openai.PermissionDeniedError, match="100,000 bytes"):
+                refused()
+        client.conversations.update(conversation.id, metadata={})       # takes no more
+        with pytest.raises(openai.PermissionDeniedError, match="100,000 bytes"):
+            while True:
+                client.files.create(file=("in.jsonl", line * 40), purpose="batch")
+        with pytest.raises(openai.PermissionDeniedError, match="100,000 bytes"):
+            while True:
+                client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h", metadata={str(index): "m" * 512 for index in range(16)})
+        for response in kept:
+            client.responses.delete(response.id)
+        for each in client.files.list():
+            with suppress(openai.ConflictError):
+                client.files.delete(each.id)
+        lines = b"".join(json.dumps({"custom_id": str(number), "method": "POST", "url": "/v1/completions", "body": {
+            "prompt": "x", "n": 4, "max_tokens": 8, "logprobs": 5, "ignore_eos": True}}).encode() + b"\n" for number in range(300))
+        batch = client.batches.create(input_file_id=client.files.create(file=("in.jsonl", lines), purpose="batch").id, endpoint="/v1/completions",
+                                      completion_window="24h")
+        deadline_s = time.monotonic() + 60
+        while (batch := client.batches.retrieve(batch.id)).status != "completed":
+            assert time.monotonic() < deadline_s
+            time.sleep(0.02)
+        # what there was room for when it began is kept, each other line says why it is not
+        errors = [json.loads(line)["error"]["code"] for line in client.files.content(batch.error_file_id).text.splitlines()]
+        assert {*errors} == {"storage_full"} and batch.request_counts.completed + len(errors) == 300 and batch.request_counts.completed > 2
+        for name in (batch.input_file_id, batch.output_file_id, batch.error_file_id):
+            client.files.delete(name)
+        for again in full.values():
+            again()
+        assert ask(client).store is True
+
+
+@pytest.mark.slow
+def test_a_large_conversation_costs_what_a_page_of_it_does(model, tmp_path):
+    with keeping(model, tmp_path / "a.db") as client:
+        url, front = str(client.base_url), psutil.Process().children()[-1]
+        conversation = client.conversations.create().id
+        for number in range(1000):      # 60 MB
+            post(f"{url}conversations/{conversation}/items", {"items": [{"role": "user", "content": f"{number:04}" + "x" * 60_000}]})
+        items, before = f"{url}conversations/{conversation}/items", front.memory_info().rss
+        for query in ("limit=1", "limit=100", "limit=1&order=asc"):
+            page = get(f"{items}?{query}")
+            assert page["has_more"] and get(f"{items}/{page['last_id']}") == page["data"][-1]
+        assert client.conversations.delete(conversation).deleted
+        assert front.memory_info().rss - before < 20 << 20      # all of it took 250 MB
+        deadline_s = time.monotonic() + 60
+        while rows_of_items(tmp_path / "a.db"):
+            assert time.monotonic() < deadline_s
+            time.sleep(0.05)
+
+
+def rows_of_items(store):
+    """How many rows of items are there."""
+    with closing(sqlite3.connect(store)) as reader:
+        return reader.execute("SELECT COUNT(*) FROM items").fetchone()[0]
+
+
+@contextmanager
+def small_disk(folder, size):
+    folder.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder], capture_output=True).returncode:
+        pytest.skip("this user cannot mount a tmpfs")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.slow
+def test_readers_that_are_slow_hold_no_more_memory_than_the_budget_has(model, tmp_path):
+    with server(model, f"--database={tmp_path / 'a.db'}", "--api-key", "first-key", "--api-key", "second-key") as (process, url), ExitStack() as readers:
+        client, front = openai.OpenAI(base_url=url + "/v1", api_key="first-key", max_retries=0), psutil.Process(process.pid)
+        conversation = client.conversations.create()
+        for _ in range(100):
+            client.conversations.items.create(conversation.id, items=[{"type": "message", "role": "user", "content": "x" * 60_000}])
+        line = json.dumps({"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x" * 8_000_000}}).encode()
+        file, before = client.files.create(file=("in.jsonl", line), purpose="batch"), front.memory_info().rss
+        paths = [f"/v1/conversations/{conversation.id}/items?limit=100", f"/v1/files/{file.id}/content"]
+        for number in range(60):
+            reader = readers.enter_context(socket.socket())
+            reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            reader.connect(("127.0.0.1", int(url.rpartition(":")[2])))
+            reader.sendall(f"GET {paths[number % 2]} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer first-key\r\n\r\n".encode())
+            assert number > 5 or reader.recv(100).startswith(b"HTTP/1.1 200")      # the others wait for memory
+        other = client.with_options(api_key="second-key")
+        for _ in range(20):
+            assert ask(other).store is True
+        assert front.memory_info().rss - before < 200 << 20        # it was two gigabytes
+
+
+@pytest.mark.slow
+def test_a_disk_that_one_key_fills_leaves_room_to_delete_to_count_and_to_start(model, tmp_path):
+    with small_disk(tmp_path / "disk", "100m") as disk:
+        with keeping(model, disk / "a.db", keys=("first-key", "second-key")) as client:
+            other, kept, conversation = client.with_options(api_key="second-key"), ask(client), client.conversations.create()
+            say = {"type": "message", "role": "user", "content": "x" * 60_000}
+            line = json.dumps({"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x", "n": 16, "max_tokens": 64, "logprobs": 5}})
+            lines = "".join(line.replace('"a"', f'"{number}"', 1) + "\n" for number in range(300)).encode()
+            file = client.files.create(file=("in.jsonl", lines), purpose="batch")
+            batch = client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+            with pytest.raises(openai.InternalServerError, match="almost full"):
+                while True:
+                    client.conversations.items.create(conversation.id, items=[say])
+            full = {"a response": lambda: [ask(client, [{"role": "user", "content": "y" * 300}] * 250, truncation="auto") for _ in range(300)],
+                    "a file": lambda: [client.files.create(file=("in.jsonl", b"x" * 900_000), purpose="batch") for _ in range(100)]}
+            for fill in full.values():
+                with pytest.raises(openai.InternalServerError, match="almost full"):
+                    fill()
+            assert shutil.disk_usage(disk).free > 55 << 20
+            assert ask(other, store=False).output_text
+            used = get(f"{client.base_url}usage", "second-key")["total"]["requests"]
+            client.responses.delete(kept.id)
+        assert used >= 1
+        with keeping(model, disk / "a.db", keys=("first-key", "second-key")) as client:         # after a kill
+            assert get(f"{client.base_url}usage", "second-key")["total"]["requests"] == used
+            client.batches.cancel(batch.id)
+            client.conversations.delete(conversation.id)
+            deadline_s = time.monotonic() + 60
+            while True:     # it is purged in the background
+                with suppress(openai.InternalServerError):
+                    assert ask(client.with_options(api_key="second-key")).store is True
+                    break
+                assert time.monotonic() < deadline_s

@@ -226,3 +226,17 @@ def test_of_two_models_the_one_that_cannot_see_names_the_other(folder, nanochat_
         compared = [json.loads(line[6:]) for line in post(f"{url}/v1/compare", asked(part(PHOTO), models=[sees, sees])) if line.startswith(b"data: {")]
         assert ["".join(event.get("token", "") for event in compared if event.get("index") == index) for index in (0, 1)] == [text, text]
         assert "cannot see images" in refusal(url, asked(part(PHOTO), models=[sees, blind]), "/v1/compare")[1]["message"]
+
+
+@pytest.mark.slow
+def test_a_response_of_sixty_megabytes_of_pictures_is_kept_shown_and_deleted(url):
+    source = part(file_of((1400, 1100), seed=3))["image_url"]["url"]
+    shown = {"role": "user", "content": [*[{"type": "input_image", "image_url": source}] * 10, {"type": "input_text", "text": QUESTION}]}
+    response = json.load(post(f"{url}/v1/responses", {"input": [shown], "max_output_tokens": 16}))
+    kept = f"{url}/v1/responses/{response['id']}"
+    [item] = get(f"{kept}/input_items")["data"]
+    assert [each.get("image_url") for each in item["content"]] == [source] * 10 + [None] and get(kept)["id"] == response["id"]
+    code, error = refusal(url, {"input": "And now?", "previous_response_id": response["id"]}, "/v1/responses")
+    assert code == 400 and "what was said before is too large" in error["message"]
+    with urllib.request.urlopen(urllib.request.Request(kept, method="DELETE"), timeout=60) as deleted:
+        assert json.load(deleted)["deleted"]

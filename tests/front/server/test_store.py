@@ -9,6 +9,7 @@ import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -36,7 +37,7 @@ def add(name):
 
 
 def names(path):
-    with sqlite3.connect(path) as reader:
+    with closing(sqlite3.connect(path)) as reader:
         return [name for (name,) in reader.execute("SELECT name FROM files ORDER BY id")]
 
 
@@ -122,6 +123,88 @@ async def test_nothing_is_committed_to_a_file_that_was_removed_or_replaced(tmp_p
     assert path.read_bytes() == b"another"
     (tmp_path / "away.db").rename(path)
     assert names(path) == ["one", "two"]
+
+
+@pytest.mark.parametrize("change", ["removed", "replaced by an earlier one", "moved away"])
+@pytest.mark.parametrize("endings", [("-wal",), ("-shm",), ("-wal", "-shm")])
+async def test_nothing_is_lost_when_what_lies_beside_it_is_removed_while_it_runs(tmp_path, monkeypatch, change, endings):
+    """A crash right after the next commit included: what was committed before it was in a file without a name."""
+    store = opened(tmp_path / "a.db")
+    beside = [tmp_path / f"a.db{ending}" for ending in endings]
+    await store.run(add("one"))
+    earlier = [path.read_bytes() for path in beside]
+    await store.run(add("two"))
+    for path, data in zip(beside, earlier):
+        if change == "moved away":
+            path.rename(path.with_name(path.name + ".away"))
+        else:
+            path.unlink()
+        if change.startswith("replaced"):
+            path.write_bytes(data)
+    monkeypatch.chdir("/")
+    await store.run(add("three"))
+    (tmp_path / "copy").mkdir()
+    for ending in ("", "-wal"):      # as a crash would leave it
+        (tmp_path / "copy" / f"a.db{ending}").write_bytes((tmp_path / f"a.db{ending}").read_bytes())
+    assert names(tmp_path / "copy" / "a.db") == names(tmp_path / "a.db") == ["one", "two", "three"]
+    await asyncio.gather(*(store.run(add(f"n{index}")) for index in range(20)))
+    await store.close()
+    assert not [path for path in tmp_path.iterdir() if path.name in ("a.db-wal", "a.db-shm")]
+    assert len(names(tmp_path / "a.db")) == 23
+
+
+async def test_a_store_whose_beside_cannot_be_opened_again_works_once_it_can(tmp_path, monkeypatch):
+    store, refused = opened(tmp_path / "a.db"), []
+    await store.run(add("one"))
+    writer = store._writer
+
+    def broken():
+        refused.append(1)
+        raise sqlite3.OperationalError("database or disk is full")
+    monkeypatch.setattr(store, "_writer", broken)
+    (tmp_path / "a.db-wal").unlink()
+    for _ in range(3):
+        with pytest.raises(Overloaded, match="disk is full"):
+            await store.run(add("lost"))
+    monkeypatch.setattr(store, "_writer", writer)
+    await store.run(add("two"))
+    assert len(refused) == 3 and names(tmp_path / "a.db") == ["one", "two"]
+    await store.close()
+
+
+async def test_a_lock_that_was_removed_is_taken_again_unless_another_server_has_it(tmp_path):
+    store = opened(tmp_path / "a.db")
+    (tmp_path / "a.db-lock").unlink()
+    await store.run(add("one"))
+    assert "another server uses it" in await refusal(tmp_path / "a.db")
+    (tmp_path / "a.db-lock").unlink()
+    other = opened(tmp_path / "a.db")
+    with pytest.raises(Overloaded, match="another server uses it"):
+        await store.run(add("mine"))
+    await other.run(add("theirs"))
+    await other.close()
+    await store.run(add("two"))
+    await store.close()
+    assert names(tmp_path / "a.db") == ["one", "theirs", "two"]
+
+
+async def test_what_clients_add_leaves_a_reserve_that_all_other_work_may_use(tmp_path, monkeypatch):
+    free = {"bytes": stores.RESERVE_BYTES + 10_000}
+    monkeypatch.setattr(stores, "disk_usage", lambda path: SimpleNamespace(free=free["bytes"]))
+    store = opened(tmp_path / "a.db")
+    # what runs in one transaction counts together, twice: in the -wal and in the file; what is refused takes nothing
+    found = await asyncio.gather(*(store.run(add(f"n{index}"), 2000) for index in range(4)), store.run(add("large"), 6000), store.run(add("small"), 500),
+                                 return_exceptions=True)
+    kept = [index for index, each in enumerate(found) if not isinstance(each, Exception)]
+    assert all(isinstance(each, Overloaded) and "almost full" in str(each) and each.retry_after_s == 60 for each in found if isinstance(each, Exception))
+    assert "large" not in names(tmp_path / "a.db") and "small" in names(tmp_path / "a.db") and len(kept) == len(names(tmp_path / "a.db"))
+    free["bytes"] = 0
+    with pytest.raises(Overloaded, match="almost full"):
+        await store.run(add("more"), 1)
+    await store.run(add("the ledger"))
+    free["bytes"] = stores.RESERVE_BYTES + 10_000
+    await store.run(add("more"), 1)
+    await store.close()
 
 
 async def test_only_its_user_can_read_it_and_what_lies_beside_it(tmp_path):

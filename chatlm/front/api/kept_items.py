@@ -1,0 +1,71 @@
+"""What is kept of the items of responses and conversations: what was understood of each, and nothing else."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from chatlm.common.errors import RequestError
+from chatlm.common.jsontext import as_json, dump, is_number, is_text, whole_unicode
+from chatlm.common.messages.protocol import KeptItem
+from chatlm.front.api.picture_parts import picture_in
+
+
+PREFIXES = {"message": "msg_", "reasoning": "rs_", "function_call": "fc_", "function_call_output": "fco_"}
+STATUSES = "completed", "incomplete", "in_progress"
+AN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+def kept_items(items: Iterable[Mapping], own_ids: bool = False) -> tuple[KeptItem, ...]:
+    """Items that response_messages has read, as they are kept. own_ids: those that have an id may keep it."""
+    kept = []
+    for item in items:
+        whole = understood(item)
+        name, sent = PREFIXES[whole["type"]] + secrets.token_hex(12), item.get("id")
+        if own_ids and is_text(sent) and AN_ID.fullmatch(sent):
+            name = sent
+        try:
+            kept.append(KeptItem(name, dump(whole)))
+        except RecursionError:
+            raise RequestError("the body is nested too deeply") from None
+    return tuple(kept)
+
+
+def understood(item: Mapping) -> dict:
+    """The members of an item that response_messages reads, in the form in which items are shown."""
+    kind, status = item.get("type") or "message", item.get("status")
+    kept = {"type": kind, "status": status if status in STATUSES else "completed"}
+    if kind == "message":
+        text_type = "output_text" if item["role"] == "assistant" else "input_text"
+        return kept | {"role": item["role"], "content": parts(item.get("content"), text_type)}
+    if kind == "reasoning":
+        summary, content = item.get("summary"), item.get("content")
+        return kept | {"summary": [] if content else parts(summary, "summary_text"),
+                       "content": parts(content, "reasoning_text")}
+    call_id = item.get("call_id")
+    call = {"call_id": str(call_id)} if is_text(call_id) or is_number(call_id) else {}
+    if kind == "function_call":
+        arguments = item.get("arguments") or {}
+        if not is_text(arguments):
+            arguments = as_json(arguments)
+        return kept | call | {"name": item["name"], "arguments": arguments}
+    output = item.get("output") or ""
+    return kept | call | {"output": parts(output, "") if isinstance(output, list) else whole_unicode(output)}
+
+
+def parts(content: Any, text_type: str) -> list[dict]:
+    """The parts of a content, which may be one text."""
+    if is_text(content):
+        content = [{"type": text_type, "text": content}]
+    return [part_of(part) for part in content or ()]
+
+
+def part_of(part: Mapping) -> dict:
+    kind = part["type"]
+    if picture_in(part):
+        return {"type": kind, "picture": part["picture"]}
+    member = "refusal" if kind == "refusal" else "text"
+    annotations = {"annotations": []} if kind == "output_text" else {}
+    return {"type": kind, member: whole_unicode(part.get(member) or ""), **annotations}
