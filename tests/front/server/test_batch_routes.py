@@ -442,14 +442,14 @@ def test_the_batch_of_a_key_without_budget_waits_and_holds_no_other_up(model, tm
 
 
 def test_long_lines_of_one_key_make_room_for_another_s_and_are_the_same(model, tmp_path):
-    long = [ask_line(str(number), f"Tell me about {number}", max_tokens=300, ignore_eos=True) for number in range(9)]
+    long = [ask_line(str(number), f"Tell me about {number}", max_tokens=300, ignore_eos=True) for number in range(40)]
     with batching(model, tmp_path / "a.db", "--max-batch", "2", keys=("first-key", "second-key")) as (_, client):
         other = client.with_options(api_key="second-key")
         slow = begun(client, long)
         while not answered_lines(tmp_path / "a.db"):
             time.sleep(0.005)
         quick = ended(other, begun(other, [ask_line("a", max_tokens=5, ignore_eos=True)]))
-        assert quick.request_counts.completed == 1 and client.batches.retrieve(slow.id).request_counts.completed < 9
+        assert quick.request_counts.completed == 1 and client.batches.retrieve(slow.id).request_counts.completed < 40
         slow = ended(client, slow)
         assert client.files.content(slow.output_file_id).content == again(client, slow)
 

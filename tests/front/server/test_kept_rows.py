@@ -268,7 +268,7 @@ async def test_no_work_of_a_client_looks_at_all_rows_of_a_table(tmp_path):
         batch = batches.create(connection, "me", file, "/v1/completions", "24h", 1, FAR, None, None)
         list(files.listed(connection, "batches", batches.Batch._fields, "me", batch.name))
         batches.unfinished(connection), batches.unfinished_of(connection, "me"), batches.reads(connection, file), batches.begin(connection, batch, 1)
-        batches.shown_batch(connection, batch), batches.waiting_lines(connection, batch), batches.line(connection, batch, 1)
+        batches.shown_batch(connection, batch), batches.waiting_lines(connection, batch, 0, 200), batches.line(connection, batch, 1)
         batches.record(connection, batch, [(1, b"done", False)]), batches.cancel(connection, batch.name, "me", 1), batches.end(connection, batch, "cancelled", 1)
         name = responses.create_conversation(connection, "me", 1, FAR, "{}", [item(0), item(1)]).name
         responses.extend(connection, name, "me", [item(2)], FAR), responses.set_metadata(connection, name, "me", "{}")
