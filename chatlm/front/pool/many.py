@@ -133,7 +133,6 @@ class ManyModels(Catalogue):
             pool = model.pool
             pool.adapters.taken = partial(names_beside, model, self.registry.models)
             pool.adapters.refuse_names()
-            pool.dispatcher.wake = pool.dispatcher.changed = self.residency.changed.set
             pool.supervisor.gave_up = lambda: self.fail(model, pool.supervisor.failure)
             pool.draining = self.draining
             self.run(f"starting the pool of {model.name}", pool.start)

@@ -113,7 +113,8 @@ class Opener:
     async def _pool(self, model: Model, surveyed: Surveyed) -> WorkerPool:
         settings = replace(model.settings, kv_cache_memory=surveyed.kv_cache_memory, idle_unload=0.0)
         placement = LocalDevices(settings, self.command, model.source, self.workers, self.prefixes)
-        pool = WorkerPool(settings, placement, self.desk, self.dispatchers, self.prefixes)
+        pool = WorkerPool(settings, placement, self.desk, self.dispatchers, self.prefixes,
+                          changed=self.residency.changed.set)
         self.workers += len(pool.workers)
         try:
             await pool.supervisor.begin_unloaded(surveyed.card)

@@ -66,13 +66,15 @@ class WorkerPool:
     sees = False  # does it see pictures?
 
     def __init__(self, settings: Settings, placement: Placement, desk: Desk | None = None,
-                 dispatchers: list[Dispatcher] | None = None, prefixes: Prefixes | None = None):
+                 dispatchers: list[Dispatcher] | None = None, prefixes: Prefixes | None = None,
+                 changed: Callable[[], None] | None = None):
         """desk, dispatchers: shared by the models of a server with several. prefixes: memory that outlives
-        the workers; several models share it, and their catalogue starts and closes it."""
+        the workers; several models share it, and their catalogue starts and closes it. changed: see
+        Dispatcher."""
         self.prefixes, self.alone = prefixes, desk is None
         self.settings, self.placement, self.workers = settings, placement, placement.workers
         self.admission = Admission(self._check_capacity, desk)
-        self.dispatcher = Dispatcher(settings, self.workers, dispatchers)
+        self.dispatcher = Dispatcher(settings, self.workers, dispatchers, changed)
         self.adapters = PoolAdapters(settings, self.workers)
         self.dispatcher.able = lambda worker, job: self.adapters.able(worker, job.request.params.adapter)
         self.adapters.taken = lambda: accepted_names(
