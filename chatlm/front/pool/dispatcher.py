@@ -15,7 +15,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from chatlm.common.config import LIMITS
-from chatlm.common.errors import ChatServerError, EngineFailure, Overloaded, RequestError
+from chatlm.common.errors import (
+    ChatServerError, EngineFailure, Overloaded, RequestError, without_folders)
 from chatlm.common.lanes import Lanes
 from chatlm.common.log import log
 from chatlm.common.messages.protocol import Cancel
@@ -330,7 +331,9 @@ class Dispatcher:
             self.pending.append(job)
         for job in jobs:
             if job.failovers >= self.MAX_FAILOVERS:
-                self.fail(EngineFailure(f"{job.failovers} workers died while computing this answer"), job)
+                reason = f": {without_folders(worker.error)}" if worker.error else ""
+                self.fail(EngineFailure(
+                    f"{job.failovers} workers died while computing this answer{reason}"), job)
         self.dispatch()
         self.changed()
 

@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from chatlm.common.config import with_own_sampling
-from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure, Overloaded
+from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure, Overloaded, without_folders
 from chatlm.common.hub.better import warning_of
 from chatlm.common.memory import available_memory
 from chatlm.common.messages.requests import sampling_defaults
@@ -168,6 +168,8 @@ class WorkerPool:
         opened = self.supervisor.became_ready.is_set() and self.supervisor.prepared
         if self.tokenizer is None or not opened:
             raise Overloaded(f"the model is still loading ({self.supervisor.loading[0]})", retry_after_s=2)
+        if reason := self.supervisor.in_vain:
+            raise Overloaded(f"the model cannot be loaded again: {without_folders(reason)}", retry_after_s=10)
         self.dispatcher.check_capacity(request_id, client, self.admission.preparing, low)
 
     # what the server shows

@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TYPE_CHECKING
 
-from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure
+from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure, without_folders
 from chatlm.common.log import log
 from chatlm.common.memory import available_memory
 from chatlm.common.messages.protocol import (
@@ -97,6 +97,7 @@ class Supervisor:
         while True:
             await self.dispatcher.wanted.wait()
             worker.error = ""
+            ready_s = worker.ready_s
             if self.closing or worker not in self.workers:  # its node is gone
                 return
             if await self.version.may_read(worker):
@@ -110,12 +111,18 @@ class Supervisor:
             how = ending = worker.error or worker.placement.end_in_words(worker)
             if self.stamp != program_stamp():  # its messages may differ from ours
                 how += "; the program has changed since this server started: restart the server"
-            if not worker.ready_s and (ending == before or worker.crashes_in_row >= 3):
-                return self.leave_out(worker, EngineFailure(
-                    f"worker {worker.gpu} cannot start: it ended {worker.crashes_in_row} times, the last "
-                    f"time at {self.loading[0]!r} ({how}; {available_memory() >> 20:,} MiB of memory are "
-                    "free)"))
+            worker.last_end = how
+            if worker.ready_s == ready_s:
+                worker.failed_starts += 1
+            if worker.failed_starts >= (2 if ending == before else 3):
+                worker.cannot_start = worker.cannot_start or how
+                if not worker.ready_s:
+                    return self.leave_out(worker, EngineFailure(
+                        f"worker {worker.gpu} cannot start: it ended {worker.failed_starts} times, the last "
+                        f"time at {self.loading[0]!r} ({how}; {available_memory() >> 20:,} MiB of memory are "
+                        "free)"))
             before = ending
+            self.refuse_in_vain()
             delay_s = min(30.0, 0.25 * 2 ** worker.crashes_in_row)
             log.error("%s died (%s); restarting it in %.1f s", worker.where, how, delay_s)
             await asyncio.sleep(delay_s)
@@ -127,6 +134,7 @@ class Supervisor:
             await worker.listen(self.handle)
         except BadMessage as error:
             log.error("%s: %s", worker.where, error)
+            worker.error = str(error)
         finally:
             worker.become(State.DEAD)
             try:
@@ -141,6 +149,19 @@ class Supervisor:
             self.give_up(error)
         elif self.became_ready.is_set():
             log.error("%s", worker.left_out)
+
+    @property
+    def in_vain(self) -> str:
+        """Why no request will be served for now: no worker can start. "" while one may."""
+        reasons = [worker.cannot_start for worker in self.workers if worker.state is not State.LEFT_OUT]
+        return reasons[0] if all(reasons) and reasons and not self.asleep else ""
+
+    def refuse_in_vain(self):
+        """If no worker can start, end the requests that wait for one. Workers are tried again all the same:
+        their files, or the memory, may come back."""
+        if reason := self.in_vain:
+            self.dispatcher.fail(EngineFailure(f"the model cannot be loaded again: {without_folders(reason)}"),
+                                 *self.dispatcher.jobs.values())
 
     def handle(self, worker: Worker, message):
         """Handle a message from a worker."""
@@ -187,10 +208,11 @@ class Supervisor:
                 self._check_ready()
                 self.dispatcher.dispatch()
             case Unusable(text):
-                if worker.ready_s:
-                    log.error("worker %d: %s", worker.gpu, text)
-                else:
+                worker.error = text
+                if not worker.ready_s:
                     self.leave_out(worker, ConfigError(text))
+                elif worker.state is State.LOADING:  # the next would say the same
+                    worker.cannot_start = text
                 worker.kill()
             case Crashed(error, traceback):
                 worker.error = error
@@ -237,7 +259,9 @@ class Supervisor:
             if self.asleep or self.ready_workers or not self.dispatcher.pending:
                 self.served_s = time.monotonic()
             elif time.monotonic() - self.served_s > patience_s:
-                self.dispatcher.fail(EngineFailure(f"no worker came back within {patience_s:.0f} s"),
+                ended = next((f"; the last one ended: {without_folders(worker.last_end)}"
+                              for worker in self.workers if worker.last_end), "")
+                self.dispatcher.fail(EngineFailure(f"no worker came back within {patience_s:.0f} s{ended}"),
                                      *self.dispatcher.pending)
 
     def unload_when_idle(self):
@@ -255,6 +279,8 @@ class Supervisor:
         self.asleep, self.loading = True, ("unloaded", 0.0)
         self.dispatcher.wanted.clear()
         for worker in self.workers:
+            worker.cannot_start = ""  # the next request has it tried again
+            worker.failed_starts = 0
             if worker.state not in (State.LEFT_OUT, State.UNLOADED):
                 worker.become(State.UNLOADED)
                 worker.kill()

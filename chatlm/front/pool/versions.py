@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from chatlm.common.errors import ConfigError, EngineFailure, Overloaded
+from chatlm.common.errors import ConfigError, EngineFailure, Overloaded, without_folders
 from chatlm.common.hub.stamps import Changed
 from chatlm.common.log import log
 from chatlm.front.pool.worker import State
@@ -94,6 +94,9 @@ class Version:
                 self.renew(source)
                 supervisor.dispatcher.wake()
         if supervisor.became_ready.is_set() and not supervisor.prepared:
+            if reason := supervisor.in_vain:
+                raise Overloaded("the model's files have changed, and the new ones cannot be loaded: "
+                                 f"{without_folders(reason)}", retry_after_s=10)
             try:
                 await asyncio.wait_for(self.opened.wait(), self.PATIENCE_S)
             except asyncio.TimeoutError:
