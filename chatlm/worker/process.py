@@ -36,6 +36,7 @@ from chatlm.common.vision.pictures import picture_of
 from chatlm.worker.arrays.kinds import Device
 from chatlm.worker.build import (
     build_engine, build_transformer, gpu_memory, lack_of_gpu_memory, prepare_device)
+from chatlm.worker.drafting import DraftHelp
 from chatlm.worker.engine.engine import drop_adapter, failure_text
 from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.keeper import Keeper
@@ -120,10 +121,11 @@ def start_engine(channel: Channel, config: WorkerConfig) -> Engine:
         ranks = gather_ranks(config, progress)  # processes that it starts may run where this one still may
     device, bound = prepare_device(config), bind_to_node(config, 0)
     files, fingerprint = fingerprinted_files(config)
+    draft_help = DraftHelp(config.drafts)
     model, engine = build_engine(
         config.source, settings, device, progress, ranks,  # pyright: ignore[reportArgumentType]  run_worker has found it
-        opened=lambda model: channel.send(ModelText(model.text)))
-    channel.send(describe_model(model, engine, config, bound))
+        opened=lambda model: channel.send(ModelText(model.text)), draft_help=draft_help)
+    channel.send(replace(describe_model(model, engine, config, bound), without=tuple(draft_help.without)))
     del model
     if ranks:
         ranks.wait_ready(progress)

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence as Seq
 from contextlib import aclosing, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatlm.common.config import with_own_sampling
@@ -187,6 +188,14 @@ class WorkerPool:
     @property
     def source(self) -> ModelSource | None:
         return self.placement.source or self.supervisor.card.source
+
+    @property
+    def beside(self) -> list[Path]:
+        """What its workers read in addition to the model's files, when they start or later."""
+        settings = self.placement.settings
+        named = [settings.draft_model, settings.mmproj, *settings.draft_text, *settings.lora]
+        adapters = [adapter.files.path for adapter in self.adapters.all.values()]
+        return [*(Path(name).expanduser() for name in named if name), *adapters, *self.adapters.folders]
 
     @property
     def model_name(self) -> str:

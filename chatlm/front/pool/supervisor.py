@@ -189,6 +189,7 @@ class Supervisor:
             case ModelCard():
                 message = replace(message, text=worker.text or message.text)
                 worker.place, worker.text = message.place, None
+                self._note_drafts(worker, message.without)
                 if self.card.kernels and of_other_files(message, self.card):  # on a node of Ray's
                     return self.version.refuse(worker)
                 if not self.card.kernels:  # so far only the headers of the model's files were read
@@ -221,6 +222,13 @@ class Supervisor:
                 worker.kill()
             case _:
                 raise BadMessage(f"unexpected message from a worker: {type(message).__name__}")
+
+    def _note_drafts(self, worker: Worker, without: tuple[str, ...]):
+        """Say once what workers draft without."""
+        if without and all(other.without != without for other in self.workers):
+            log.warning("%s starts without what drafts; its answers are the same, and may take longer: %s",
+                        worker.where, "; ".join(without))
+        worker.without = without
 
     def progress(self, stage: str, fraction: float):
         self.loading = (stage, fraction)

@@ -210,6 +210,7 @@ class Placement(typing.Protocol):
     workers: list[Worker]       # shared with others; only the placement adds and removes
     source: ModelSource | None  # the model's files, once they were found
     renews: bool                # does the pool switch to files that have changed? Else it ends
+    settings: Settings          # of the workers; paths in place of the names of models, once these were found
 
     async def start(self, supervisor: Supervisor):
         """Have the supervisor keep each worker alive as soon as it may start."""
@@ -285,6 +286,7 @@ class Worker:
         self.crashes_in_row = 0              # reset by a finished answer or a minute of life
         self.failed_starts = 0               # processes in a row that ended before they were ready
         self.cannot_start = ""               # why the next will not be either, as far as is known
+        self.without: tuple[str, ...] = ()   # what it drafts without: flags, each with the reason
         self.nice: int | None = None         # its niceness; None: the front's
         self.spawned_s = self.ready_s = self.slowest_step_s = 0.0
         self.awaited_s: float | None = None  # when the wait for its next message began; None: no wait
@@ -441,7 +443,7 @@ class Worker:
                 "pid": self.process and self.process.pid,
                 "state": self.state.value, "place": self.place,
                 "problem": self.problem or without_folders(self.cannot_start),
-                **self.gauges,
+                "without": [*map(without_folders, self.without)], **self.gauges,
                 "running": len(self.jobs), "restarts": self.restarts, "kernel_faults": self.kernel_faults,
                 "crashes_in_row": self.crashes_in_row, "tokens_per_second": round(tokens_per_second, 1),
                 "batch_fill": min(round(len(self.jobs) / batch_of(self), 3), 1.0)}
