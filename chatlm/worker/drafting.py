@@ -12,7 +12,7 @@ from chatlm.common.errors import ConfigError, named, shown
 from chatlm.common.files import read_text_of
 from chatlm.common.hub.find import of_draft_model, resolve_model
 from chatlm.common.hub.local import no_progress
-from chatlm.common.hub.stamps import Changed, refuse_changed
+from chatlm.common.hub.stamps import refuse_changed
 from chatlm.common.log import log
 from chatlm.common.messages.protocol import DraftTerms
 from chatlm.worker.arrays.kinds import item_bytes
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
     from chatlm.common.config import Settings
     from chatlm.common.hub.local import Progress
+    from chatlm.common.hub.stamps import Stamp
     from chatlm.common.messages.requests import ModelSource
     from chatlm.common.text.tokenizer import Tokenizer
     from chatlm.worker.arrays.kinds import Device
@@ -88,6 +89,7 @@ class DraftPlan(NamedTuple):
     max_batch: int
     taken: int       # bytes of its weights and buffers
     page_bytes: int  # of one page of its KV cache
+    settings: Settings  # by which it is read
     source: ModelSource | None = None  # its files, if they are not the model's
 
     @property
@@ -113,7 +115,7 @@ class DraftPlan(NamedTuple):
             max_tokens=self.max_tokens, max_rows=self.max_rows,
             shared={name: target.weights[name] for name in shared})
         if self.source:
-            refuse_changed(self.source)  # while they were read
+            refuse_changed(self.source, self.settings)  # while they were read
         if model.spec.joins:
             return DraftHead(transformer, num_pages=num_pages, max_batch=self.max_batch,
                              prefill_chunk=self.prefill_chunk, stop_tokens=stop_tokens)
@@ -161,8 +163,8 @@ def plan_draft_model(target: LoadedModel, settings: Settings, device: Device,
         raise ConfigError(f"--draft-model {path}: it is no longer there")
     own = of_draft_model(settings)
     source = resolve_model(own, progress)
-    if terms.stamp is not None and source.stamp != terms.stamp:
-        raise Changed(source.path)
+    if terms.stamp is not None:
+        refuse_other_version(source, own, terms.stamp)
     model = open_model(source, own, device)
     if model.spec.max_positions > target.spec.max_positions:  # no longer than needed
         model = open_model(source, replace(own, context_length=target.spec.max_positions), device)
@@ -172,7 +174,15 @@ def plan_draft_model(target: LoadedModel, settings: Settings, device: Device,
         raise ConfigError(f"--draft-model {settings.draft_model}: {error}") from None
     if model.dtype is None and not choose_backend(device, model.spec).as_stored:
         model = open_model(source, replace(own, dtype=Backend(device.type).dtype), device)
-    return planned(model, settings, device, prefill_chunk)._replace(source=source)
+    return planned(model, settings, device, prefill_chunk)._replace(
+        settings=own, source=source)
+
+
+def refuse_other_version(source: ModelSource, own: Settings, stamp: Stamp):
+    """ConfigError unless the files of a draft model are those by which the memory was measured."""
+    if not stamp:
+        raise ConfigError(f"{source.path} has come since the memory was measured, without it")
+    refuse_changed(replace(source, stamp=stamp), own)
 
 
 def plan_draft_head(target: LoadedModel, settings: Settings, device: Device, prefill_chunk: int
@@ -211,7 +221,7 @@ def planned(model: LoadedModel, settings: Settings, device: Device, prefill_chun
     activations = sum(rows * columns * item_bytes(kind) for rows, columns, kind in buffers)
     return DraftPlan(model, kernels, groups, kv, tokens, rows, prefill_chunk, settings.max_batch,
                      weight_bytes(model, settings.quantize, shared) + activations,
-                     page_layout(spec, groups, kv).page_bytes)
+                     page_layout(spec, groups, kv).page_bytes, settings)
 
 
 def refuse_to_draft(model: LoadedModel, target: LoadedModel):

@@ -82,7 +82,7 @@ def run_rank(channel: Channel, config: RankConfig):
         channel.send(Ready({}))
         channel.receive(wait=True, most=1)  # all others have loaded theirs
     _, transformer, _, context, _ = build_transformer(model, source, settings, device, progress, ranks)
-    refuse_changed(source, settings.lora)
+    refuse_changed(source, settings)
     steps = transformer.kernels.backend.make_steps(transformer, settings.max_batch, context)
     give_memory_back()
     channel.send(Ready({}))
@@ -103,7 +103,7 @@ def run_rank(channel: Channel, config: RankConfig):
 
 def run_worker(channel: Channel, config: WorkerConfig):
     source = config.source or resolve_model(config.settings, lambda *at: channel.send(Loading(*at)))
-    refuse_changed(source, config.settings.lora)
+    refuse_changed(source, config.settings)
     threads = min(config.threads, threads_per_worker(ranks_here(config.settings)))
     config = replace(config, source=source, threads=threads)
     engine = start_engine(channel, config)
@@ -130,7 +130,7 @@ def start_engine(channel: Channel, config: WorkerConfig) -> Engine:
     if ranks:
         ranks.wait_ready(progress)
     if config.source:
-        refuse_changed(config.source, settings.lora)  # while they were read
+        refuse_changed(config.source, settings)  # while they were read
     with engine.transformer.arrays.computing():
         if device.type == "cpu" and not ranks:
             warm_up_soon(engine)

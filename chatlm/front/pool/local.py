@@ -80,13 +80,13 @@ class LocalDevices:
         """The source with the current version of its files; None if unchanged, or if they cannot be read."""
         if not (self.source and self.source.stamp):
             return None
-        stamp = model_stamp(self.source.path, self.settings.lora)
+        stamp = model_stamp(self.source.path, self.settings)
         return replace(self.source, stamp=stamp) if stamp not in ((), self.source.stamp) else None
 
     def gone(self) -> bool:
         """Do its files no longer exist?"""
         source = self.source
-        return bool(source and source.stamp and not model_stamp(source.path, self.settings.lora))
+        return bool(source and source.stamp and not model_stamp(source.path, self.settings))
 
     def end_in_words(self, worker: Worker) -> str:
         return exit_in_words(getattr(worker.process, "returncode", None))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatlm.common.errors import ChatServerError, ConfigError
-from chatlm.common.hub.find import resolve_model, with_draft_model
+from chatlm.common.hub.find import of_draft_model, resolve_model, with_draft_model
 from chatlm.common.hub.stamps import model_stamp
 from chatlm.common.memory import available_memory
 from chatlm.common.messages.protocol import DraftTerms, SurveyConfig
@@ -96,12 +96,13 @@ class Opener:
             return None
         pool = None
         try:
-            stamp = await asyncio.to_thread(model_stamp, model.source.path, model.settings.lora)
+            stamp = await asyncio.to_thread(model_stamp, model.source.path, model.settings)
             model.source = replace(model.source, stamp=stamp)
             device = choose_devices(model.settings)[0]
             replicas, process_bytes = self._beside(model.settings, device)
             draft = model.settings.draft_model
-            draft_stamp = await asyncio.to_thread(model_stamp, Path(draft)) if draft else ()
+            draft_stamp = await asyncio.to_thread(
+                model_stamp, Path(draft), of_draft_model(model.settings)) if draft else ()
             surveyed = await self.survey.of(SurveyConfig(
                 model.settings, model.source, device, self.residency.budget or None, replicas, process_bytes,
                 DraftTerms(not self.started(), draft_stamp)))

@@ -160,8 +160,8 @@ class Supervisor:
         """If no worker can start, end the requests that wait for one. Workers are tried again all the same:
         their files, or the memory, may come back."""
         if reason := self.in_vain:
-            self.dispatcher.fail(EngineFailure(f"the model cannot be loaded again: {without_folders(reason)}"),
-                                 *self.dispatcher.jobs.values())
+            failure = EngineFailure(f"the model cannot be loaded again: {without_folders(reason)}")
+            self.dispatcher.fail(failure, *self.dispatcher.jobs.values())
 
     def handle(self, worker: Worker, message):
         """Handle a message from a worker."""
