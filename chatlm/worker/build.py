@@ -185,13 +185,12 @@ def build_engine(source: ModelSource, settings: Settings, device: Device,
 def those_that_fit(drafts: Seq[DraftPlan], model: LoadedModel, settings: Settings, device: Device,
                    ranks: RankAlone | None, draft_help: DraftHelp) -> Seq[DraftPlan]:
     """What drafts, without a draft model for which there is no memory. If it is needed, the plan of the model
-    says so."""
-    if draft_help.terms.needed or not any(draft.source for draft in drafts):
+    says so. Several ranks plan together: there a start that fails is followed by one without drafts."""
+    if draft_help.terms.needed or ranks or not any(draft.source for draft in drafts):
         return drafts
     with draft_help.optional("--draft-model"):
-        ranks = ranks or RankAlone()
-        share = share_of_rank(model, ranks, settings)
-        _, _, _, plan = plan_model(share, model.spec, settings, device, ranks, drafts)
+        share = share_of_rank(model, RankAlone(), settings)
+        _, _, _, plan = plan_model(share, model.spec, settings, device, RankAlone(), drafts)
         plan.line(plan.pages())
         return drafts
     return [draft for draft in drafts if not draft.source]

@@ -37,6 +37,7 @@ class Supervisor:
 
     ORPHAN_S = 300.0     # requests wait this long, plus twice the load time, while no worker is ready;
     CRASHING_S = 60.0    # this long if a worker is in a crash loop
+    AWAITED_S = 1.0      # the rest of a worker that can start, between two lives, while a request waits for it
 
     def __init__(self, settings: Settings, workers: Seq[Worker], dispatcher: Dispatcher,
                  adapters: PoolAdapters, *, prepare: Callable[[ModelCard], Awaitable[None]],
@@ -125,8 +126,15 @@ class Supervisor:
             self.refuse_in_vain()
             delay_s = min(30.0, 0.25 * 2 ** worker.crashes_in_row)
             log.error("%s died (%s); restarting it in %.1f s", worker.where, how, delay_s)
-            await asyncio.sleep(delay_s)
+            await self._rest(worker, delay_s)
             worker.restarts += 1
+
+    async def _rest(self, worker: Worker, delay_s: float):
+        """Wait before a worker is started again; not for long if requests wait for it, and it can start."""
+        end_s = time.monotonic() + delay_s
+        patient_s = end_s if worker.failed_starts else time.monotonic() + self.AWAITED_S
+        while (now := time.monotonic()) < end_s and not (self.dispatcher.jobs and now >= patient_s):
+            await asyncio.sleep(min(end_s - now, 0.25))
 
     async def _live(self, worker: Worker):
         """One life of a worker's process; afterwards it has ended, and its jobs are back in the queue."""

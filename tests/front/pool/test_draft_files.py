@@ -5,6 +5,7 @@ import os
 import shutil
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from random import Random
 
 import pytest
 
@@ -243,3 +244,24 @@ async def test_of_several_models_one_that_is_read_again_without_its_draft_model_
         assert await text_of(client, url, "one", "kill-decode-1") == other
         [worker] = [worker for worker in (await stats_of(client, url))["workers"] if worker["model"] == "one"]
         assert any("tiny-draft has come since the memory was measured" in reason for reason in worker["without"]), worker
+
+
+@pytest.mark.slow
+async def test_whatever_happens_to_the_draft_model_while_workers_die_answers_stay_the_same(start, draft, trained, client, tmp_path):
+    (tmp_path / "draft-always").touch()
+    random, whole = Random(5), shutil.copytree(draft, tmp_path / "whole")
+    pool = await start(num_workers=2)
+    async with served(pool) as url:
+        cold = await text_of(client, url)
+        warm = await text_of(client, url, temperature=1, seed=3, max_tokens=60)
+        for number in range(25):
+            shutil.rmtree(draft, ignore_errors=True)
+            what = random.choice(["removed", "back", "cut", "garbage", "other"])
+            if what != "removed":
+                shutil.copytree(trained[1] if what == "other" else whole, draft)
+            if what == "cut":
+                os.truncate(draft / "model.safetensors", random.randrange(10, 600_000))
+            elif what == "garbage":
+                (draft / random.choice(["config.json", "tokenizer.json", "model.safetensors"])).write_bytes(random.randbytes(900))
+            found = await asyncio.gather(text_of(client, url, struck=f"kill-decode-{number}"), text_of(client, url, temperature=1, seed=3, max_tokens=60))
+            assert found == [cold, warm], (number, what)

@@ -588,6 +588,18 @@ async def test_a_crash_loop_backs_off_and_shows_until_an_answer_is_finished(star
     assert pool.health()[1]["status"] == "ok" and pool.stats()["workers"][0]["crashes_in_row"] == 0
 
 
+async def test_a_request_does_not_wait_for_the_rest_of_a_worker_that_can_start(start_pool):
+    """It has died often, though never while it loaded."""
+    pool = await start_pool()
+    (worker,) = pool.workers
+    worker.crashes_in_row = 20
+    worker.process.kill()
+    async with asyncio.timeout(20):     # it would rest for 30 seconds
+        while worker.state == "ready":
+            await asyncio.sleep(0.01)
+        await collect(pool, greedy("a", max_tokens=3))
+
+
 async def test_an_answer_whose_text_fails_fails_alone(start_pool):
     pool = await start_pool()
     undisturbed = await collect(pool, greedy("undisturbed", max_tokens=100))
