@@ -28,7 +28,7 @@ from chatlm.worker.model.kernels import Backend, choose_backend, load_kernels
 from chatlm.worker.model.spec import KvType, PageLayout, expected_tensors, group_layers
 from chatlm.worker.model.tower import Tower, chunk_work
 from chatlm.worker.model.transformer import Transformer, page_layout
-from chatlm.worker.ranks.ranks import RankAlone
+from chatlm.worker.ranks.ranks import PlannedRank, RankAlone
 from chatlm.worker.weights.adapters import adapter_reader
 from chatlm.worker.weights.load import open_model
 from chatlm.worker.weights.shards import shard_model, stage_model
@@ -163,7 +163,7 @@ def build_engine(source: ModelSource, settings: Settings, device: Device,
     draft_help = draft_help or DraftHelp()
     texts = draft_help.texts(settings.draft_text)
     drafts = plan_drafters(model, settings, device, chunk, progress, draft_help)
-    drafts = those_that_fit(drafts, model, settings, device, ranks, draft_help)
+    drafts = those_that_fit(drafts, model, settings, device, draft_help)
     model, transformer, num_pages, context, max_batch = build_transformer(
         model, source, settings, device, progress, ranks, drafts)
     tower = make_tower(model, transformer, settings, device, chunk)
@@ -183,14 +183,15 @@ def build_engine(source: ModelSource, settings: Settings, device: Device,
 
 
 def those_that_fit(drafts: Seq[DraftPlan], model: LoadedModel, settings: Settings, device: Device,
-                   ranks: RankAlone | None, draft_help: DraftHelp) -> Seq[DraftPlan]:
+                   draft_help: DraftHelp) -> Seq[DraftPlan]:
     """What drafts, without a draft model for which there is no memory. If it is needed, the plan of the model
-    says so. Several ranks plan together: there a start that fails is followed by one without drafts."""
-    if draft_help.terms.needed or ranks or not any(draft.source for draft in drafts):
+    says so. The first of several ranks drafts, and asks no other here."""
+    if draft_help.terms.needed or not any(draft.source for draft in drafts):
         return drafts
     with draft_help.optional("--draft-model"):
-        share = share_of_rank(model, RankAlone(), settings)
-        _, _, _, plan = plan_model(share, model.spec, settings, device, RankAlone(), drafts)
+        rank = PlannedRank(settings, 0)
+        share = share_of_rank(model, rank, settings)
+        _, _, _, plan = plan_model(share, model.spec, settings, device, rank, drafts)
         plan.line(plan.pages())
         return drafts
     return [draft for draft in drafts if not draft.source]

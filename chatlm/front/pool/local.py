@@ -96,11 +96,11 @@ class LocalDevices:
 
 
 def draft_terms(worker: Worker, renews: bool, workers: Seq[Worker], stamp: Stamp | None = None) -> DraftTerms:
-    """Drafts are needed only until the first worker has begun to serve. One that could not begin again tries
-    it without, whatever the reason was. `renews`: has the pool measured no memory before it starts?"""
+    """Drafts are needed only until the first worker has begun to serve. One that could not begin again, and
+    nobody knows why, tries it without. `renews`: has the pool measured no memory before it starts?"""
     needed = renews and not any(other.ready_s for other in workers)
     failed = ""
-    if worker.failed_starts and not needed:
+    if worker.failed_starts and not worker.cannot_start and not needed:
         failed = f"the process before this one could not start ({worker.last_end})"
     return DraftTerms(needed, stamp, failed)
 

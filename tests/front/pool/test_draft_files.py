@@ -174,9 +174,24 @@ async def test_a_worker_that_dies_while_it_reads_what_drafts_starts_without_it(s
                                      for flag in ("--draft-text", "--draft-model")]
 
 
-async def test_a_draft_model_for_which_memory_no_longer_suffices_is_left_out(start, draft, trained, client):
-    """The file was replaced by that of a model that is larger."""
+async def test_a_worker_that_said_why_it_could_not_start_drafts_once_it_can(start, client):
     pool = await start()
+    [worker] = pool.workers
+    settings = pool.placement.settings
+    pool.placement.settings = replace(settings, kv_cache_memory=1)
+    worker.process.kill()
+    while not worker.cannot_start:
+        await asyncio.sleep(0.02)
+    pool.placement.settings = settings
+    while worker.state != "ready":
+        await asyncio.sleep(0.02)
+    assert worker.without == ()
+
+
+@pytest.mark.parametrize("ranks", by_day([1, 2], 1))
+async def test_a_draft_model_for_which_memory_no_longer_suffices_is_left_out(ranks, start, draft, trained, client):
+    """The file was replaced by that of a model that is larger."""
+    pool = await start(tensor_parallel_size=ranks)
     async with served(pool) as url:
         before = await text_of(client, url)
         shutil.rmtree(draft)
