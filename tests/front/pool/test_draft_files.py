@@ -232,6 +232,9 @@ async def test_of_several_models_one_whose_draft_files_change_is_served_without_
         change, several, draft, text, trained, client):
     async with served(several) as url:
         before, other = await text_of(client, url, "one"), await text_of(client, url, "two")
+        assert [worker["without"] for worker in (await stats_of(client, url))["workers"]] == [[], []]
+        assert await text_of(client, url, "one", "kill-decode-0") == before     # the files are the same
+        assert [worker["without"] for worker in (await stats_of(client, url))["workers"]] == [[], []]
         change(draft, text, trained)
         assert await text_of(client, url, "one", "kill-decode-1") == before
         async with client.post(url + "/models/unload", json={"model": "two"}) as response:
