@@ -37,7 +37,7 @@ class Supervisor:
 
     ORPHAN_S = 300.0     # requests wait this long, plus twice the load time, while no worker is ready;
     CRASHING_S = 60.0    # this long if a worker is in a crash loop
-    AWAITED_S = 1.0      # the rest of a worker that can start, between two lives, while a request waits for it
+    AWAITED_S = 1.0      # the rest of a worker that can start, while a request waits for it
 
     def __init__(self, settings: Settings, workers: Seq[Worker], dispatcher: Dispatcher,
                  adapters: PoolAdapters, *, prepare: Callable[[ModelCard], Awaitable[None]],
