@@ -50,6 +50,7 @@ class Supervisor:
         self.prepare, self.report, self.expect, self.stamp = prepare, report, expect, program_stamp()
         self.card, self.prepared, self.closing = NO_CARD, False, False
         self.version = Version(self)
+        self.cannot_open = ""                # why no tokenizer can be made of the files that workers have
         self.asleep = False                  # from unloading until the model is loaded again
         self.loading = ("starting", 0.0)     # stage and share
         self.became_ready = asyncio.Event()  # also set when start-up failed
@@ -244,7 +245,12 @@ class Supervisor:
             self.report(stage, fraction)
 
     async def _prepare(self):
-        await self.prepare(self.card)
+        try:
+            await self.prepare(self.card)
+        except ChatServerError as error:
+            self.cannot_open = str(error)
+            raise
+        self.cannot_open = ""
         self.prepared = True
         self.version.opened.set()
         self._check_ready()

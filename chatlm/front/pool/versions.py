@@ -65,6 +65,7 @@ class Version:
         self.number += 1
         self.opened.clear()
         supervisor.card, supervisor.prepared = replace(supervisor.card, kernels={}), False
+        supervisor.cannot_open = ""
         supervisor.dispatcher.fail(
             EngineFailure("the model's files have changed since this answer began, and no worker has the old "
                           "version: ask again"), *supervisor.dispatcher.jobs.values())
@@ -91,13 +92,14 @@ class Version:
         """Wait until the tokenizer belongs to the version that the workers have or will read. Overloaded if
         that takes too long, or if no worker can read it."""
         supervisor = self.supervisor
-        for worker in supervisor.workers[:1] if supervisor.asleep and supervisor.prepared else ():
+        may_be_old = supervisor.asleep and supervisor.prepared or supervisor.cannot_open
+        for worker in supervisor.workers[:1] if may_be_old else ():
             if worker.placement.renews and (source := await asyncio.to_thread(worker.placement.now)):
                 self.renew(source)
                 supervisor.dispatcher.wake()
         deadline_s = time.monotonic() + self.PATIENCE_S
         while supervisor.became_ready.is_set() and not supervisor.prepared:
-            if reason := supervisor.in_vain:
+            if reason := supervisor.cannot_open or supervisor.in_vain:
                 raise Overloaded("the model's files have changed, and the new ones cannot be loaded: "
                                  f"{without_folders(reason)}", retry_after_s=10)
             if time.monotonic() > deadline_s:

@@ -172,6 +172,22 @@ async def test_a_new_version_that_is_broken_is_refused_with_the_reason_until_it_
         assert await digest_of(client, url) != digest
 
 
+async def test_a_new_template_that_is_broken_is_refused_with_the_reason_until_it_is_whole(start, model, versions, client):
+    """The worker does not need it, and is ready; the front cannot render a prompt."""
+    pool = await start()
+    async with served(pool) as url:
+        (model / "chat_template.jinja").write_text(TEMPLATE[:-6])
+        assert (await ask(client, url, struck="kill-decode-1"))[0] == 500
+        async with asyncio.timeout(20):
+            status, body = await ask(client, url)
+        assert status == 503 and "the new ones cannot be loaded: tiny-llama: the model's chat template does not parse" in body["error"]["message"], body
+        (model / "chat_template.jinja").write_text(TEMPLATE)
+        async with asyncio.timeout(30):
+            while (await ask(client, url))[0] != 200:
+                await asyncio.sleep(0.05)
+        assert await prompt_of(client, url) == "hello !"
+
+
 def adapter(model, folder, seed=0, **config):
     layers, shapes = shapes_of(model)
     return random_adapter(folder, layers, shapes, seed, size=0.3, **config)
