@@ -94,7 +94,7 @@ function showStatus(stats, {samples, looks}) {
     [id, reason ? `${loaded}: ${reason}` : loaded, loaded !== "unloaded" ? TEXT.sizesOf(sizes) : "", ...(scored ? [bits?.toFixed(3) ?? ""] : [])]));
   const several = new Set(workers.map(({model}) => model)).size > 1;
   fillTable("status-workers", [...(several ? ["model"] : []), "worker", "device", "state", "running", "restarts"], workers.map(each => [...(several ? [each.model] : []),
-    each.gpu_id, each.node ? `${each.node} ${each.device}` : each.device, each.state, number(each.running ?? 0), number(each.restarts ?? 0)]));
+    each.gpu_id, each.node ? `${each.node} ${each.device}` : each.device, TEXT.workerState(each), number(each.running ?? 0), number(each.restarts ?? 0)]));
   $("status-runs").replaceChildren(...runsOf().map(run => button(`${TEXT.trainingRun} ${run}`, "chart", () => openRun(run))));
   if (typeof uPlot === "function" && typeof makeChart === "function") drawCharts(samples);
 }
@@ -125,6 +125,7 @@ register({
       pages: "KV pages in use", memory: "Memory", workers: "Workers ready", restarts: "Worker restarts", delayed: "Answers delayed by a worker's end"},
     statusAbout: ({model, uptime_s: seconds = 0, workers = []}) => [model, [...new Set(workers.map(({device}) => TEXT.device(device)))].join(", "),
       seconds ? `up for ${seconds < 5400 ? plural(Math.round(seconds / 60), "minute", "minutes") : plural(Math.round(seconds / 3600), "hour", "hours")}` : ""].filter(Boolean).join(" · "),
+    workerState: ({state, problem, without = []}) => [problem ? `${state}: ${problem}` : state, ...without.map(reason => `without ${reason}`)].filter(Boolean).join("; "),
     columns: {model: "Model", state: "State", bytes: "In memory", bits: "Bits per byte", worker: "Worker", device: "Device", running: "Running", restarts: "Restarts"},
   },
   view: {isOpen: () => Boolean(glanced), close: closeStatus},

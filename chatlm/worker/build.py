@@ -12,13 +12,12 @@ from typing import NamedTuple, TYPE_CHECKING
 
 from chatlm.common.config import PAGE_SIZE, size
 from chatlm.common.errors import ConfigError, require_library
-from chatlm.common.files import read_text_of
 from chatlm.common.hub.adapters import bytes_of_adapters
 from chatlm.common.hub.local import no_progress
 from chatlm.common.log import log
 from chatlm.common.memory import available_memory
 from chatlm.worker.arrays.kinds import FLOATS, Device, item_bytes
-from chatlm.worker.drafting import plan_drafters
+from chatlm.worker.drafting import DraftHelp, plan_drafters
 from chatlm.worker.engine.engine import Engine
 from chatlm.worker.engine.kvcache import PagePool, longest_context
 from chatlm.worker.engine.lookup import TOKEN_BYTES, Lookup
@@ -30,7 +29,7 @@ from chatlm.worker.model.padding import padded_spec
 from chatlm.worker.model.spec import KvType, PageLayout, expected_tensors, group_layers
 from chatlm.worker.model.tower import Tower, chunk_work
 from chatlm.worker.model.transformer import Transformer, page_layout
-from chatlm.worker.ranks.ranks import RankAlone
+from chatlm.worker.ranks.ranks import PlannedRank, RankAlone
 from chatlm.worker.weights.adapters import adapter_reader
 from chatlm.worker.weights.load import open_model
 from chatlm.worker.weights.shards import shard_model, stage_model
@@ -146,8 +145,9 @@ def make_tower(model: LoadedModel, transformer: Transformer, settings: Settings,
 
 def build_engine(source: ModelSource, settings: Settings, device: Device,
                  progress: Progress = no_progress, ranks: RankZero | None = None,
-                 opened: Callable[[LoadedModel], None] = lambda model: None) -> tuple[LoadedModel, Engine]:
-    """opened: called before any weight is read."""
+                 opened: Callable[[LoadedModel], None] = lambda model: None,
+                 draft_help: DraftHelp | None = None) -> tuple[LoadedModel, Engine]:
+    """opened: called before any weight is read. draft_help: which drafts the start may go without."""
     model = open_model(source, settings, device)
     if (vision := model.text.vision) and vision.two_sided:  # a step must hold all rows of a picture
         settings = replace(settings, prefill_chunk=max(prefill_chunk(settings, device), vision.tokens))
@@ -161,12 +161,17 @@ def build_engine(source: ModelSource, settings: Settings, device: Device,
     elif not tokenizer.has_chat_template:
         model.notes += (CANNOT_CHAT,)
     state_bytes, chunk = model.spec.state_bytes, prefill_chunk(settings, device)
-    texts = [read_text_of(path, "--draft-text") for path in settings.draft_text]
-    drafts = plan_drafters(model, settings, device, chunk, progress)
+    draft_help = draft_help or DraftHelp()
+    texts = draft_help.texts(settings.draft_text)
+    drafts = plan_drafters(model, settings, device, chunk, progress, draft_help)
+    drafts = those_that_fit(drafts, model, settings, device, draft_help)
     model, transformer, num_pages, context, max_batch = build_transformer(
         model, source, settings, device, progress, ranks, drafts)
     tower = make_tower(model, transformer, settings, device, chunk)
-    drafters = [draft.load(tokenizer.stop_tokens, transformer, num_pages, progress) for draft in drafts]
+    drafters = []
+    for draft in drafts:
+        with draft_help.optional(draft.flag):
+            drafters.append(draft.load(tokenizer.stop_tokens, transformer, num_pages, progress))
     model.notes += tuple(drafter.line() for drafter in drafters)
     lookup = Lookup(settings.draft_memory // TOKEN_BYTES)
     if settings.drafts != "none":
@@ -176,6 +181,21 @@ def build_engine(source: ModelSource, settings: Settings, device: Device,
                          prefill_chunk=chunk, drafts=settings.drafts, ranks=ranks,
                          state_bytes=state_bytes, ranking=model.ranking, head=model.head, lookup=lookup,
                          draft_models=[*map(ModelDrafts, drafters)], tower=tower)
+
+
+def those_that_fit(drafts: Seq[DraftPlan], model: LoadedModel, settings: Settings, device: Device,
+                   draft_help: DraftHelp) -> Seq[DraftPlan]:
+    """What drafts, without a draft model for which there is no memory. If it is needed, the plan of the model
+    says so. The first of several ranks drafts, and asks no other here."""
+    if draft_help.terms.needed or not any(draft.source for draft in drafts):
+        return drafts
+    with draft_help.optional("--draft-model"):
+        rank = PlannedRank(settings, 0)
+        share = share_of_rank(model, rank, settings)
+        _, _, _, plan = plan_model(share, model.spec, settings, device, rank, drafts)
+        plan.line(plan.pages())
+        return drafts
+    return [draft for draft in drafts if not draft.source]
 
 
 def build_transformer(

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple, TYPE_CHECKING
 
-from chatlm.common.errors import ConfigError, shown
+from chatlm.common.errors import ConfigError, named, shown
+from chatlm.common.files import read_text_of
 from chatlm.common.hub.find import of_draft_model, resolve_model
 from chatlm.common.hub.local import no_progress
+from chatlm.common.hub.stamps import refuse_changed
 from chatlm.common.log import log
+from chatlm.common.messages.protocol import DraftTerms
 from chatlm.worker.arrays.kinds import item_bytes
 from chatlm.worker.engine.draft_head import DraftHead
 from chatlm.worker.engine.draft_model import DraftModel
@@ -24,11 +30,50 @@ if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
     from chatlm.common.config import Settings
     from chatlm.common.hub.local import Progress
+    from chatlm.common.hub.stamps import Stamp
+    from chatlm.common.messages.requests import ModelSource
     from chatlm.common.text.tokenizer import Tokenizer
     from chatlm.worker.arrays.kinds import Device
     from chatlm.worker.model.kernels import Kernels
     from chatlm.worker.model.spec import KvType, LayerGroups
     from chatlm.worker.weights.rules import LoadedModel
+
+
+class DraftHelp:
+    """What drafts for a model is a help: answers are the same without it. So only the first start of a server
+    fails if a flag names what cannot be used, for the operator to correct. A later one, of a server that
+    requests rely on, goes without it and says why, whatever has happened to the files meanwhile."""
+
+    def __init__(self, terms: DraftTerms = DraftTerms()):
+        self.terms = terms
+        self.without: list[str] = []  # what is left out: the flag and the reason
+
+    @contextmanager
+    def optional(self, flag: str) -> Iterator[None]:
+        """Leave out what a flag names if this block fails."""
+        try:
+            yield
+        except (EOFError, ConnectionError):  # the front has gone
+            raise
+        except Exception as error:  # also of a file that is broken in an unexpected way
+            if self.terms.needed:
+                raise
+            reason = str(error) if isinstance(error, ConfigError) else named(error)
+            self.leave_out(flag, reason)
+
+    def leave_out(self, flag: str, reason: str):
+        self.without.append(reason if reason.startswith(flag) else f"{flag}: {reason}")
+
+    def texts(self, paths: Seq[str]) -> list[str]:
+        """The texts of --draft-text."""
+        if paths and self.terms.failed:
+            self.leave_out("--draft-text", self.terms.failed)
+            return []
+        texts = []
+        for path in paths:
+            with self.optional("--draft-text"):
+                texts.append(read_text_of(path, "--draft-text"))
+        return texts
 
 
 class DraftPlan(NamedTuple):
@@ -44,6 +89,13 @@ class DraftPlan(NamedTuple):
     max_batch: int
     taken: int       # bytes of its weights and buffers
     page_bytes: int  # of one page of its KV cache
+    settings: Settings  # by which it is read
+    source: ModelSource | None = None  # its files, if they are not the model's
+
+    @property
+    def flag(self) -> str:
+        """What asked for it."""
+        return "--draft-model" if self.source else "--drafts mtp"
 
     def page_share(self, groups: LayerGroups) -> int:
         """Bytes of its KV cache for each page of a model with these groups."""
@@ -62,6 +114,8 @@ class DraftPlan(NamedTuple):
                 "loading the draft model", fraction),
             max_tokens=self.max_tokens, max_rows=self.max_rows,
             shared={name: target.weights[name] for name in shared})
+        if self.source:
+            refuse_changed(self.source, self.settings)  # while they were read
         if model.spec.joins:
             return DraftHead(transformer, num_pages=num_pages, max_batch=self.max_batch,
                              prefill_chunk=self.prefill_chunk, stop_tokens=stop_tokens)
@@ -71,8 +125,9 @@ class DraftPlan(NamedTuple):
 
 
 def plan_drafters(target: LoadedModel, settings: Settings, device: Device, prefill_chunk: int,
-                  progress: Progress = no_progress) -> list[DraftPlan]:
-    """What drafts for this model besides texts. ConfigError if that cannot be."""
+                  progress: Progress = no_progress, draft_help: DraftHelp | None = None) -> list[DraftPlan]:
+    """What drafts for this model besides texts. ConfigError if that cannot be, and `draft_help` needs it."""
+    draft_help = draft_help or DraftHelp()
     if target.spec.of_texts or target.text.embedder or settings.command in ("score", "embed"):
         return []
     backend = choose_backend(device, target.spec)
@@ -81,15 +136,18 @@ def plan_drafters(target: LoadedModel, settings: Settings, device: Device, prefi
             log.warning("nothing is drafted: %s computes this model, whose rows differ with their number",
                         backend.name)
         return []
-    plans = (plan_draft_head(target, settings, device, prefill_chunk),
-             plan_draft_model(target, settings, device, prefill_chunk, progress))
+    plans = [plan_draft_head(target, settings, device, prefill_chunk)]
+    with draft_help.optional("--draft-model"):
+        plans.append(plan_draft_model(target, settings, device, prefill_chunk, progress, draft_help))
     return [plan for plan in plans if plan]
 
 
 def plan_draft_model(target: LoadedModel, settings: Settings, device: Device,
-                     prefill_chunk: int, progress: Progress = no_progress) -> DraftPlan | None:
+                     prefill_chunk: int, progress: Progress = no_progress,
+                     draft_help: DraftHelp | None = None) -> DraftPlan | None:
     """The plan of --draft-model for this model; None if there is none to load. ConfigError if it cannot draft
     for it. No weight is read."""
+    terms = draft_help.terms if draft_help else DraftTerms()
     if settings.drafts not in ("model", "auto"):
         return None
     if settings.draft_model is None:
@@ -98,8 +156,15 @@ def plan_draft_model(target: LoadedModel, settings: Settings, device: Device,
         return None
     if settings.pipeline_parallel_size > 1:
         raise ConfigError("--draft-model: a model in stages (--pp) cannot have one; --tp can")
+    if terms.failed:
+        raise ConfigError(terms.failed)
+    path = Path(settings.draft_model)
+    if not terms.needed and path.is_absolute() and not path.exists():
+        raise ConfigError(f"--draft-model {path}: it is no longer there")
     own = of_draft_model(settings)
     source = resolve_model(own, progress)
+    if terms.stamp is not None:
+        refuse_other_version(source, own, terms.stamp)
     model = open_model(source, own, device)
     if model.spec.max_positions > target.spec.max_positions:  # no longer than needed
         model = open_model(source, replace(own, context_length=target.spec.max_positions), device)
@@ -109,7 +174,15 @@ def plan_draft_model(target: LoadedModel, settings: Settings, device: Device,
         raise ConfigError(f"--draft-model {settings.draft_model}: {error}") from None
     if model.dtype is None and not choose_backend(device, model.spec).as_stored:
         model = open_model(source, replace(own, dtype=Backend(device.type).dtype), device)
-    return planned(model, settings, device, prefill_chunk)
+    return planned(model, settings, device, prefill_chunk)._replace(
+        settings=own, source=source)
+
+
+def refuse_other_version(source: ModelSource, own: Settings, stamp: Stamp):
+    """ConfigError unless the files of a draft model are those by which the memory was measured."""
+    if not stamp:
+        raise ConfigError(f"{source.path} has come since the memory was measured, without it")
+    refuse_changed(replace(source, stamp=stamp), own)
 
 
 def plan_draft_head(target: LoadedModel, settings: Settings, device: Device, prefill_chunk: int
@@ -148,7 +221,7 @@ def planned(model: LoadedModel, settings: Settings, device: Device, prefill_chun
     activations = sum(rows * columns * item_bytes(kind) for rows, columns, kind in buffers)
     return DraftPlan(model, kernels, groups, kv, tokens, rows, prefill_chunk, settings.max_batch,
                      weight_bytes(model, settings.quantize, shared) + activations,
-                     page_layout(spec, groups, kv).page_bytes)
+                     page_layout(spec, groups, kv).page_bytes, settings)
 
 
 def refuse_to_draft(model: LoadedModel, target: LoadedModel):

@@ -36,6 +36,7 @@ from chatlm.common.vision.pictures import picture_of
 from chatlm.worker.arrays.kinds import Device
 from chatlm.worker.build import (
     build_engine, build_transformer, gpu_memory, lack_of_gpu_memory, prepare_device)
+from chatlm.worker.drafting import DraftHelp
 from chatlm.worker.engine.engine import drop_adapter, failure_text
 from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.keeper import Keeper
@@ -81,7 +82,7 @@ def run_rank(channel: Channel, config: RankConfig):
         channel.send(Ready({}))
         channel.receive(wait=True, most=1)  # all others have loaded theirs
     _, transformer, _, context, _ = build_transformer(model, source, settings, device, progress, ranks)
-    refuse_changed(source, settings.lora)
+    refuse_changed(source, settings)
     steps = transformer.kernels.backend.make_steps(transformer, settings.max_batch, context)
     give_memory_back()
     channel.send(Ready({}))
@@ -102,7 +103,7 @@ def run_rank(channel: Channel, config: RankConfig):
 
 def run_worker(channel: Channel, config: WorkerConfig):
     source = config.source or resolve_model(config.settings, lambda *at: channel.send(Loading(*at)))
-    refuse_changed(source, config.settings.lora)
+    refuse_changed(source, config.settings)
     threads = min(config.threads, threads_per_worker(ranks_here(config.settings)))
     config = replace(config, source=source, threads=threads)
     engine = start_engine(channel, config)
@@ -120,15 +121,16 @@ def start_engine(channel: Channel, config: WorkerConfig) -> Engine:
         ranks = gather_ranks(config, progress)  # processes that it starts may run where this one still may
     device, bound = prepare_device(config), bind_to_node(config, 0)
     files, fingerprint = fingerprinted_files(config)
+    draft_help = DraftHelp(config.drafts)
     model, engine = build_engine(
         config.source, settings, device, progress, ranks,  # pyright: ignore[reportArgumentType]  run_worker has found it
-        opened=lambda model: channel.send(ModelText(model.text)))
-    channel.send(describe_model(model, engine, config, bound))
+        opened=lambda model: channel.send(ModelText(model.text)), draft_help=draft_help)
+    channel.send(replace(describe_model(model, engine, config, bound), without=tuple(draft_help.without)))
     del model
     if ranks:
         ranks.wait_ready(progress)
     if config.source:
-        refuse_changed(config.source, settings.lora)  # while they were read
+        refuse_changed(config.source, settings)  # while they were read
     with engine.transformer.arrays.computing():
         if device.type == "cpu" and not ranks:
             warm_up_soon(engine)

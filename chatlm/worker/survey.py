@@ -10,7 +10,7 @@ from chatlm.common.errors import ConfigError, lack_of_memory, named
 from chatlm.common.messages.protocol import Crashed, ModelCard, Surveyed, Unusable
 from chatlm.worker.arrays.kinds import Device
 from chatlm.worker.build import check_gpu, plan_model, prefill_chunk, share_of_rank
-from chatlm.worker.drafting import plan_drafters
+from chatlm.worker.drafting import DraftHelp, plan_drafters
 from chatlm.worker.process import model_facts
 from chatlm.worker.ranks.ranks import PlannedRank
 from chatlm.worker.weights.load import open_model
@@ -44,7 +44,8 @@ def surveyed(config: SurveyConfig) -> Surveyed:
         check_gpu(device)
     source, settings = config.source, config.settings
     model = open_model(source, settings, device)
-    drafts = plan_drafters(model, settings, device, prefill_chunk(settings, device))
+    draft_help = DraftHelp(config.drafts)
+    drafts = plan_drafters(model, settings, device, prefill_chunk(settings, device), draft_help=draft_help)
     plans = [plan_of_stage(model, stage, settings, device, drafts)
              for stage in range(settings.pipeline_parallel_size)]
     plan, groups = max(plans, key=lambda planned: planned[0].weights)
@@ -55,7 +56,8 @@ def surveyed(config: SurveyConfig) -> Surveyed:
     scored = plan.context(pages, groups)
     card = ModelCard(model.text, model.name, min(model.context_length, scored), (), {}, False, kernels_line(),
                      dict(model.sampling), model.sampling_origin, source=source,
-                     facts=model_facts(model, config, "", plan.weights), scored_length=scored)
+                     facts=model_facts(model, config, "", plan.weights), scored_length=scored,
+                     without=tuple(draft_help.without))
     return Surveyed(card, plan.weights + plan.draft_model, plan.activations, plan.cache_bytes(pages),
                     plan.settings.kv_cache_memory or 0, budget)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from chatlm.common.config import Settings
-from chatlm.common.messages.protocol import (RAY_PIPE, SANDBOX_PIPE, WORKER_PIPE, ActorAddress, ActorEnded, AdapterLoaded, Begun, Body, CacheEmptied, Cancel, Crashed, DropAdapter, EmptyCache, EndActor, EndOfRequest, EndThinking,
+from chatlm.common.messages.protocol import (RAY_PIPE, SANDBOX_PIPE, WORKER_PIPE, ActorAddress, ActorEnded, AdapterLoaded, Begun, Body, CacheEmptied, Cancel, Crashed, DraftTerms, DropAdapter, EmptyCache, EndActor, EndOfRequest, EndThinking,
                                              Known, LoadAdapter, Loading, ModelCard, ModelText, NewAnswer, NewPicture, NewPrompt, NewRequest, Node, Nodes, ParsedBody, Ping, RayConfig, Ready,
                                              Refused, Result, SandboxConfig, StartActor, Stepped, Task, Unusable, WorkerConfig)
 from chatlm.common.messages.requests import (AnswerParams, Delta, DraftCounts, Embedding, Ended, Failed, Message, ModelSource, Piece, PromptProgress, PromptScores,
@@ -26,7 +26,8 @@ from answers import asked
 SCORES = (TokenLogprob(5, None), TokenLogprob(7, -1.5, ((7, -1.5), (2**31, -float("inf")))))
 TEXT = TextSpec("hf", bytes(range(256)), "{{ messages }}", frozenset({2, 1, 999}), 1, None, True)
 EXAMPLES = [
-    WorkerConfig(Settings(model="a.gguf", served_model_name=("a", "b")), ModelSource("gguf", Path("/m/a.gguf"), "a", "GGUF"), "cpu", 2),
+    WorkerConfig(Settings(model="a.gguf", served_model_name=("a", "b")), ModelSource("gguf", Path("/m/a.gguf"), "a", "GGUF"), "cpu", 2,
+                 drafts=DraftTerms(False, (("/m/b.gguf", 5, 7),), "killed")),
     NewRequest("r", AnswerParams(sampling=SamplingParams(0.1, 5, seed=2**64 - 1, logit_bias=((3, -100.0), (9, 0.5))), logprobs=0,
                                  stop=("\n", "ü\u2028"), stop_token_ids=(1,), grammar="start: x", client="alice")),
     NewRequest("s", AnswerParams()), NewPrompt("r", 127, tuple(range(3000))), NewPrompt("r", 0, (), 1), NewPicture(b"\x00\xff" * 40),

@@ -288,6 +288,16 @@ def test_a_library_that_does_not_load_leaves_plain_code_and_a_status_without_cha
     expect(page.locator("#status-charts canvas")).to_have_count(0)
 
 
+def test_the_status_says_what_a_worker_drafts_without_and_why_one_cannot_start(page, stand_in):
+    stand_in.worker = {"state": "ready", "problem": "", "without": ["--draft-model: <b>small.gguf</b> is no longer there"]}
+    open_page(page, stand_in.url)
+    page.evaluate("openStatus()")
+    expect(page.locator("#status-workers")).to_contain_text("ready; without --draft-model: <b>small.gguf</b> is no longer there")
+    stand_in.worker = {"state": "dead", "problem": "exit status 3", "without": []}
+    page.evaluate("void lookAtServer()")
+    expect(page.locator("#status-workers")).to_contain_text("dead: exit status 3")
+
+
 def test_a_server_that_cannot_do_it_offers_none_of_it(page, stand_in):
     open_page(page, stand_in.url)
     ask(page, "one")

@@ -5,7 +5,8 @@ A request's id says what happens to its worker, and when: `kill-call-1` kills th
 a tool call open, `hang-decode-1` stops it. $STRUCK is a folder with a file for each request that has struck,
 so that each strikes once; `poison` always kills. Of many answers to one request only the first two strike,
 because the third death without a token in between rightly fails a request. A step with more than three
-requests `crowd-...` runs out of memory. If $STRUCK has a file `hang-load`, a process that loads stops. After
+requests `crowd-...` runs out of memory. If $STRUCK has a file `hang-load`, a process that loads stops; if it has
+`kill-draft`, one is killed when it opens the model `tiny-draft`. After
 every step the whole KV cache is checked; a wrong page table fails the step. However busy the machine is, kept
 pages are always looked and waited for, and with a file `draft-always` in $STRUCK models always draft.
 """
@@ -92,6 +93,8 @@ def push(answer, *arguments, original=Answer.push):
 
 
 def open_model(*arguments, original=load.open_model):
+    if arguments[0].path.name == "tiny-draft" and (Path(os.environ.get("STRUCK", "/none")) / "kill-draft").exists():
+        os.kill(os.getpid(), signal.SIGKILL)
     try:
         (Path(os.environ.get("STRUCK", "/none")) / "hang-load").unlink()
     except FileNotFoundError:

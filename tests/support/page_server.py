@@ -155,7 +155,8 @@ class StandIn:
     def __init__(self, prefix: str = "", port: int = 0):
         self.prefix, self.bodies, self.loading, self.refusals = prefix, [], None, 0
         self.several = []           # what /v1/models lists instead
-        self.restarts = 0           # of its worker
+        self.restarts = 0           # of its worker,
+        self.worker = {}            # and what /stats has of it besides
         self.status = "loading"     # what it is doing while `loading` is set
         self.admits = False         # pages of other origins
         self.busy = False           # every question is refused
@@ -255,7 +256,7 @@ class StandIn:
         return web.json_response({"prompt": f"<|system|>Be a stand-in.{said}"})
 
     async def _stats(self, request):
-        return web.json_response({"workers": [{"device": "cpu", "restarts": self.restarts}], "model": "stand-in-135m"})
+        return web.json_response({"workers": [{"device": "cpu", "restarts": self.restarts} | self.worker], "model": "stand-in-135m"})
 
     async def _answer(self, request):
         if "v1" in request.path and self.model is None:

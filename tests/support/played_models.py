@@ -27,9 +27,8 @@ class Models:
         self.clock, self.residency = clock, Residency(budget)
         self.by_name = {}
         for name, size in sizes.items():
-            pool = played_pool()
+            pool = played_pool(changed=self.residency.changed.set)
             pool.supervisor.unload()
-            pool.dispatcher.wake = pool.dispatcher.changed = self.residency.changed.set
             self.by_name[name] = Place(name, pool, size, **options.get(name, {}))
             self.residency.places.append(self.by_name[name])
 

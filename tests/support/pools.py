@@ -9,8 +9,11 @@ import pytest
 from chatlm.common.config import Settings
 from chatlm.common.messages.protocol import ModelCard
 from chatlm.common.messages.requests import Finished, Message, Piece, SamplingParams
+from chatlm.common.processes.start import PROCESS_COMMAND
 from chatlm.front.admission.prompts import PromptMaker
-from chatlm.front.pool.pool import pool_of
+from chatlm.front.pool.local import LocalDevices
+from chatlm.front.pool.pool import WorkerPool, pool_of
+from chatlm.front.pool.prefixes import Prefixes
 from chatlm.front.pool.worker import State, Worker
 from answers import asked
 from fake_pool import Letters
@@ -66,9 +69,11 @@ class PlayedWorker(Worker):
         self.sent.append(message)
 
 
-def played_pool(worker_class=PlayedWorker, **settings):
-    """A WorkerPool with one played worker and a context of 64 letters."""
-    pool = pool_of(Settings(**settings))
+def played_pool(worker_class=PlayedWorker, changed=None, **settings):
+    """A WorkerPool with one played worker and a context of 64 letters. changed: see Dispatcher."""
+    settings = Settings(**settings)
+    prefixes = Prefixes(settings)
+    pool = WorkerPool(settings, LocalDevices(settings, PROCESS_COMMAND, prefixes=prefixes), prefixes=prefixes, changed=changed)
     pool.workers[:] = [worker_class(pool)]
     pool.supervisor.card = ModelCard(None, "fake", 64, (), {}, False)
     pool.admission.prompts = PromptMaker(Letters(), 64)

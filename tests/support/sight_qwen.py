@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
 from image_conversations import BYTES, SPECIALS, byte_tokenizer
 from sight_families import pillow_resized, pixels_of, token
@@ -41,6 +42,18 @@ def save_qwen(folder, model):
     write(folder / "tokenizer_config.json", {"eos_token": "<end_of_utterance>"})
     (folder / "chat_template.jinja").write_text(TEMPLATE.replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>"))
     write(folder / "preprocessor_config.json", dict(size=SIZES, patch_size=8, temporal_patch_size=2, merge_size=2, resample=3, image_mean=[0.5] * 3, image_std=[0.5] * 3, rescale_factor=1 / 255))
+
+
+def save_qwen_with_head(folder, model):
+    """A folder of Qwen3.5 with a draft head: a copy of its second layer behind random norms and a random matrix."""
+    save_qwen(folder, model)
+    path, random = folder / "model.safetensors", torch.Generator().manual_seed(7)
+    tensors, C = load_file(path), model.config.text_config.hidden_size
+    layer = "model.language_model.layers.1."
+    tensors |= {f"mtp.layers.0.{name.removeprefix(layer)}": tensor.clone() for name, tensor in tensors.items() if name.startswith(layer)}
+    tensors |= {f"mtp.{name}.weight": torch.randn(C, generator=random) * 0.2 for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")}
+    save_file(tensors | {"mtp.fc.weight": torch.randn(C, 2 * C, generator=random) * 0.12}, path, metadata={"format": "pt"})
+    return folder
 
 
 def film(picture, layout):

@@ -43,7 +43,7 @@ def resolve_model(settings: Settings, progress: Progress = no_progress) -> Model
     try:
         source = (find_default(settings, progress) if settings.model is None else
                   find_model(settings.model, settings, progress))
-        return replace(source, stamp=model_stamp(source.path, settings.lora))
+        return replace(source, stamp=model_stamp(source.path, settings))
     except (OSError, RuntimeError, ValueError) as error:  # no permission; ~nobody or a symlink loop; a NUL
         raise cannot_read(getattr(error, "filename", None) or settings.model or "the model", error) from None
 

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError
+from chatlm.common.hub.huggingface import mmproj_for
 
 if TYPE_CHECKING:
+    from chatlm.common.config import Settings
     from chatlm.common.messages.requests import ModelSource
 
 
@@ -83,11 +85,29 @@ def nanochat_tokenizers(checkpoint: Path) -> list[Path]:
             folder.parent.parent / "tokenizer" / "tokenizer.pkl"]
 
 
-def model_stamp(path: Path, merged: Iterable[str] = ()) -> Stamp:
-    """The stamp of a model's files and of the files of adapters that are `merged` into it (--lora)."""
-    adapters = [Path(folder).expanduser() / name for folder in merged for name in ADAPTER_FILES]
+def mmproj_of(path: Path, settings: Settings) -> Path | None:
+    """The file with which a GGUF model sees pictures: that of --mmproj, else the one beside it. OSError if
+    its folder cannot be listed."""
+    if settings.mmproj:
+        return Path(settings.mmproj).expanduser()
+    if path.suffix.lower() != ".gguf":
+        return None
+    found = mmproj_for(path.name, (file.name for file in path.parent.iterdir()))
+    return path.with_name(found[0]) if found else None
+
+
+def files_with(path: Path, settings: Settings) -> list[Path]:
+    """The files that decide what a model answers: its own, those of adapters that are merged into it (--lora)
+    and of what it sees with."""
+    adapters = [Path(folder).expanduser() / name for folder in settings.lora for name in ADAPTER_FILES]
+    mmproj = mmproj_of(path, settings)
+    return [*files_of(path), *adapters, *([mmproj] if mmproj else [])]
+
+
+def model_stamp(path: Path, settings: Settings) -> Stamp:
+    """The stamp of all files that decide what a model answers."""
     try:
-        return stamp_of([*files_of(path), *adapters])
+        return stamp_of(files_with(path, settings))
     except OSError:  # no permission to list its folder
         return ()
 
@@ -108,8 +128,13 @@ class Changed(ConfigError):
         super().__init__(f"{path} was changed or removed since it was found")
 
 
-def refuse_changed(source: ModelSource, merged: Iterable[str] = ()):
+def refuse_changed(source: ModelSource, settings: Settings):
     """ConfigError if a model's files no longer match its stamp: an answer that has begun must not continue
     with other weights."""
-    if source.stamp and model_stamp(source.path, merged) != source.stamp:
-        raise Changed(source.path)
+    if source.stamp and model_stamp(source.path, settings) != source.stamp:
+        raise Changed(which_changed(source))
+
+
+def which_changed(source: ModelSource) -> Path:
+    """The first file that no longer matches the stamp of a model; the model, if one has come to its files."""
+    return next((Path(each[0]) for each in source.stamp if stamp_of([Path(each[0])]) != (each,)), source.path)

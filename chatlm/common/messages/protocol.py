@@ -14,6 +14,15 @@ from chatlm.common.messages.requests import (
 from chatlm.common.messages.wire import Pipe, wire_message
 
 
+class DraftTerms(NamedTuple):
+    """What a worker does if it cannot have what drafts for its model."""
+
+    needed: bool = True  # does its start fail then? Else it goes without, since answers stay the same
+    stamp: tuple[tuple[str, int, int], ...] | None = None  # of the only version of --draft-model that has
+                         # room; (): none has, None: any may have
+    failed: str = ""     # why it goes without from the start: with them its last process could not begin
+
+
 @wire_message(1 << 20)
 class WorkerConfig:
     """Front to worker, first: load this model."""
@@ -26,6 +35,7 @@ class WorkerConfig:
     prefix_bytes: int = 0  # that these may take
     place: tuple[int, int] = (0, 1)  # which of how many workers on this machine
     answering: str = ""  # path of the server's word, see chatlm/common/answering.py; "": it has none
+    drafts: DraftTerms = DraftTerms()
 
 
 @wire_message(8 << 20)
@@ -80,6 +90,7 @@ class SurveyConfig:
     budget: int | None  # bytes for all models; None: what the device has free
     replicas: int = 1       # that share the device's memory
     process_bytes: int = 0  # what the processes of a replica take there beside the model
+    drafts: DraftTerms = DraftTerms()
 
 
 @wire_message(256 << 20)
@@ -193,6 +204,7 @@ class ModelCard:
     source: ModelSource | None = None
     facts: ModelFacts = ModelFacts()
     scored_length: int = 0     # most tokens of a prompt that is only scored; 0: context_length
+    without: tuple[str, ...] = ()  # flags of what it drafts without, each with the reason
 
     @property
     def longest(self) -> int:

@@ -72,10 +72,20 @@ class Catalogue:
 
     def leave_out(self, repository: str, file: str):
         """Stop serving what was downloaded of a repository, or one file of it. RequestError 409 for a model
-        that the command line names."""
+        that the command line names, and for files that workers of another model read when they start."""
         if models := self._of_hub(repository, file):
             raise RequestError(f"the server was started with {models[0].name}: it can be deleted once it is "
                                "served no longer", status=409, code="model_in_use", param="model")
+        self.keep_read_beside(repository, file)
+
+    def keep_read_beside(self, repository: str, file: str, leaving: Seq[Model] = ()):
+        """RequestError 409 if a model, other than those that leave, reads files of a repository: to draft, to
+        see, or as adapters."""
+        for model in self.registry.models:
+            if model.pool and model not in leaving and any(
+                    is_of_hub(path, repository, file) for path in model.pool.beside):
+                raise RequestError(f"{model.name} is served with files of it: it can be deleted once that is "
+                                   "served no longer", status=409, code="model_in_use", param="model")
 
     def served_of_hub(self, repository: str, file: str) -> str:
         """The name of the model that is served of a repository, or of this file of it; "" if none is."""

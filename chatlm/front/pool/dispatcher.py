@@ -15,7 +15,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from chatlm.common.config import LIMITS
-from chatlm.common.errors import ChatServerError, EngineFailure, Overloaded, RequestError
+from chatlm.common.errors import (
+    ChatServerError, EngineFailure, Overloaded, RequestError, without_folders)
 from chatlm.common.lanes import Lanes
 from chatlm.common.log import log
 from chatlm.common.messages.protocol import Cancel
@@ -111,9 +112,11 @@ class Dispatcher:
     PREFIXES = 10_000   # remembered for each worker
     STAY_S = 1.0        # that a job in the background stays at least with a worker that others use
 
-    def __init__(self, settings: Settings, workers: Seq[Worker], all_models: list[Dispatcher] | None = None):
+    def __init__(self, settings: Settings, workers: Seq[Worker], all_models: list[Dispatcher] | None = None,
+                 changed: Callable[[], None] | None = None):
         """all_models: the dispatchers of a server's models, to which this one is added; they share limits
-        and turns."""
+        and turns. changed: called when a job arrives, ends or is moved. Whoever gives it decides when the
+        model is loaded; without it, a job that arrives loads the model at once."""
         self.settings, self.workers = settings, workers
         self.all_models = [] if all_models is None else all_models
         self.all_models.append(self)
@@ -125,8 +128,8 @@ class Dispatcher:
         self.held = False               # do jobs wait even if workers are ready?
         self.used_s = time.monotonic()  # when a request last arrived or was running
         self.asked_s = -math.inf        # when a request last arrived, other than with low priority
-        self.changed: Callable[[], None] = lambda: None  # called when a job arrives, ends or is moved
-        self.wake = self._load_again    # called when a job arrives and the model is unloaded
+        self.changed = changed or (lambda: None)
+        self.wake = changed or self._load_again  # called when a job arrives and the model is unloaded
         self.loading: Callable[[], float | None] = lambda: None  # share of the model loaded; None: all
         self.able: Callable[[Worker, Job], bool] = lambda worker, job: True  # may a worker run a job?
 
@@ -331,7 +334,9 @@ class Dispatcher:
             self.pending.append(job)
         for job in jobs:
             if job.failovers >= self.MAX_FAILOVERS:
-                self.fail(EngineFailure(f"{job.failovers} workers died while computing this answer"), job)
+                reason = f": {without_folders(worker.error)}" if worker.error else ""
+                self.fail(EngineFailure(
+                    f"{job.failovers} workers died while computing this answer{reason}"), job)
         self.dispatch()
         self.changed()
 

@@ -17,13 +17,14 @@ from chatlm.common.core import device_files, torch_installed
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.find import resolve_model, with_draft_model
 from chatlm.common.hub.stamps import model_stamp
-from chatlm.common.messages.protocol import WorkerConfig
+from chatlm.common.messages.protocol import DraftTerms, WorkerConfig
 from chatlm.common.processes.start import exit_in_words, process_environment, start_child, threads_per_worker
 from chatlm.common.processes.torchrun import ranks_here
 from chatlm.front.pool.worker import State, Worker
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
+    from chatlm.common.hub.stamps import Stamp
     from chatlm.common.messages.requests import ModelSource
     from chatlm.front.pool.prefixes import Prefixes
     from chatlm.front.pool.supervisor import Supervisor
@@ -33,11 +34,12 @@ class LocalDevices:
     """The placement on this machine: a worker for each device, connected by a socket pair."""
 
     def __init__(self, settings: Settings, command: Seq[str], source: ModelSource | None = None,
-                 first: int = 0, prefixes: Prefixes | None = None):
+                 first: int = 0, prefixes: Prefixes | None = None, draft_stamp: Stamp | None = None):
         """source: the model's files, if known; first: the number of the first worker; prefixes: memory for
-        prefixes that outlive workers."""
+        prefixes that outlive workers; draft_stamp: see DraftTerms."""
         self.settings, self.command, self.source, self.prefixes = settings, command, source, prefixes
         self.renews = source is None  # else changed files get a new pool
+        self.draft_stamp = draft_stamp
         self.workers = [Worker(settings, self, gpu, device)
                         for gpu, device in enumerate(choose_devices(settings), first)]
 
@@ -50,8 +52,9 @@ class LocalDevices:
                 raise InterruptedError
             loop.call_soon_threadsafe(supervisor.progress, stage, fraction)
 
-        self.source = self.source or await asyncio.to_thread(resolve_model, self.settings, report)
-        self.settings = await asyncio.to_thread(with_draft_model, self.settings, report)
+        if self.renews:  # else both were found before the memory was measured, and may be gone by now
+            self.source = await asyncio.to_thread(resolve_model, self.settings, report)
+            self.settings = await asyncio.to_thread(with_draft_model, self.settings, report)
         for worker in self.workers:
             supervisor.run(f"running worker {worker.gpu}", partial(supervisor.keep_alive, worker))
 
@@ -70,25 +73,36 @@ class LocalDevices:
             more = self.prefixes.bytes - self.prefixes.used
         secretless = replace(self.settings, keys=(), api_key=(), prefix_memory=more)
         return reader, WorkerConfig(secretless, self.source, worker.device, threads, shared, size,
-                                    (self.workers.index(worker), len(self.workers)), path_of_word())
+                                    (self.workers.index(worker), len(self.workers)), path_of_word(),
+                                    draft_terms(worker, self.renews, self.workers, self.draft_stamp))
 
     def now(self) -> ModelSource | None:
         """The source with the current version of its files; None if unchanged, or if they cannot be read."""
         if not (self.source and self.source.stamp):
             return None
-        stamp = model_stamp(self.source.path, self.settings.lora)
+        stamp = model_stamp(self.source.path, self.settings)
         return replace(self.source, stamp=stamp) if stamp not in ((), self.source.stamp) else None
 
     def gone(self) -> bool:
         """Do its files no longer exist?"""
         source = self.source
-        return bool(source and source.stamp and not model_stamp(source.path, self.settings.lora))
+        return bool(source and source.stamp and not model_stamp(source.path, self.settings))
 
     def end_in_words(self, worker: Worker) -> str:
         return exit_in_words(getattr(worker.process, "returncode", None))
 
     def stats(self) -> dict:
         return {}
+
+
+def draft_terms(worker: Worker, renews: bool, workers: Seq[Worker], stamp: Stamp | None = None) -> DraftTerms:
+    """Drafts are needed only until the first worker has begun to serve. One that could not begin again, and
+    nobody knows why, tries it without. `renews`: has the pool measured no memory before it starts?"""
+    needed = renews and not any(other.ready_s for other in workers)
+    failed = ""
+    if worker.failed_starts and not worker.cannot_start and not needed:
+        failed = f"the process before this one could not start ({worker.last_end})"
+    return DraftTerms(needed, stamp, failed)
 
 
 def choose_devices(settings: Settings) -> list[str]:

@@ -53,8 +53,8 @@ class ManyModels(Catalogue):
                               "[[models]]")
         super().__init__(settings)
         self.residency = Residency(0)
-        self.opener = Opener(settings, command, self.residency)
         self.became_ready, self.failure = asyncio.Event(), None
+        self.opener = Opener(settings, command, self.residency, self.became_ready.is_set)
         self.stage = ("finding the models", 0.0)
         self.closing = False
         self.leaving: list[WorkerPool] = []  # of models that requests can no longer find
@@ -133,7 +133,6 @@ class ManyModels(Catalogue):
             pool = model.pool
             pool.adapters.taken = partial(names_beside, model, self.registry.models)
             pool.adapters.refuse_names()
-            pool.dispatcher.wake = pool.dispatcher.changed = self.residency.changed.set
             pool.supervisor.gave_up = lambda: self.fail(model, pool.supervisor.failure)
             pool.draining = self.draining
             self.run(f"starting the pool of {model.name}", pool.start)
@@ -193,6 +192,7 @@ class ManyModels(Catalogue):
         models = self._of_hub(repository, file)
         if not self.taken_in.issuperset(models):
             return super().leave_out(repository, file)
+        self.keep_read_beside(repository, file, leaving=models)
         for model in models:
             self.taken_in.remove(model)
             self.dismiss(model)

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatlm.common.errors import ChatServerError, ConfigError
-from chatlm.common.hub.find import resolve_model, with_draft_model
+from chatlm.common.hub.find import of_draft_model, resolve_model, with_draft_model
 from chatlm.common.hub.stamps import model_stamp
 from chatlm.common.memory import available_memory
-from chatlm.common.messages.protocol import SurveyConfig
+from chatlm.common.messages.protocol import DraftTerms, SurveyConfig
 from chatlm.common.processes.torchrun import ranks_here
 from chatlm.front.admission.admission import Desk
 from chatlm.front.pool.local import LocalDevices, choose_devices, cuda_device_count
@@ -26,6 +26,7 @@ from chatlm.front.pool.survey import Survey
 
 if TYPE_CHECKING:
     from chatlm.common.config import ModelChoice, Settings
+    from chatlm.common.hub.stamps import Stamp
     from chatlm.common.messages.protocol import Surveyed
     from chatlm.front.pool.dispatcher import Dispatcher
     from chatlm.front.pool.residency import Residency
@@ -42,8 +43,11 @@ class Opener:
     # part that is not private is the libraries' files, which processes share and the system can drop.
     PROCESS_BYTES, GPU_PROCESS_BYTES = 200 << 20, 600 << 20
 
-    def __init__(self, settings: Settings, command: Seq[str], residency: Residency):
+    def __init__(self, settings: Settings, command: Seq[str], residency: Residency,
+                 started: Callable[[], bool] = lambda: False):
+        """started: does the server run? From then on a model is served without drafts that it cannot have."""
         self.settings, self.command, self.residency = settings, command, residency
+        self.started = started
         self.desk, self.survey, self.workers = Desk(), Survey(command), 0
         self.dispatchers: list[Dispatcher] = []
         self.prefixes = Prefixes(settings)
@@ -69,7 +73,11 @@ class Opener:
                            served_model_name=choice.aliases, **changes)
         try:
             source = await asyncio.to_thread(resolve_model, settings, report)
-            settings = await asyncio.to_thread(with_draft_model, settings, report)
+            try:
+                settings = await asyncio.to_thread(with_draft_model, settings, report)
+            except ConfigError:
+                if not self.started():
+                    raise
         except ConfigError as error:
             path = Path(choice.path).expanduser()
             if not path.exists():
@@ -88,16 +96,22 @@ class Opener:
             return None
         pool = None
         try:
-            stamp = await asyncio.to_thread(model_stamp, model.source.path, model.settings.lora)
+            stamp = await asyncio.to_thread(model_stamp, model.source.path, model.settings)
             model.source = replace(model.source, stamp=stamp)
             device = choose_devices(model.settings)[0]
             replicas, process_bytes = self._beside(model.settings, device)
+            draft = model.settings.draft_model
+            draft_stamp = await asyncio.to_thread(
+                model_stamp, Path(draft), of_draft_model(model.settings)) if draft else ()
             surveyed = await self.survey.of(SurveyConfig(
-                model.settings, model.source, device, self.residency.budget or None, replicas, process_bytes))
+                model.settings, model.source, device, self.residency.budget or None, replicas, process_bytes,
+                DraftTerms(not self.started(), draft_stamp)))
+            if surveyed.card.without:
+                draft_stamp = ()  # without it the memory was measured
             self.residency.budget = self.residency.budget or surveyed.budget
             cache = replicas * surveyed.cache
             size = cache + replicas * (surveyed.weights + surveyed.activations + process_bytes)
-            pool = await self._pool(model, surveyed)
+            pool = await self._pool(model, surveyed, draft_stamp)
             place = Place(model.name, pool, size, cache=cache, pinned=model.choice.pin,
                           idle_s=0.0 if model.choice.pin else model.settings.idle_unload)
             self.residency.admit(place)
@@ -110,10 +124,12 @@ class Opener:
         model.pool, model.place, model.reason = pool, place, ""
         return None
 
-    async def _pool(self, model: Model, surveyed: Surveyed) -> WorkerPool:
+    async def _pool(self, model: Model, surveyed: Surveyed, draft_stamp: Stamp) -> WorkerPool:
         settings = replace(model.settings, kv_cache_memory=surveyed.kv_cache_memory, idle_unload=0.0)
-        placement = LocalDevices(settings, self.command, model.source, self.workers, self.prefixes)
-        pool = WorkerPool(settings, placement, self.desk, self.dispatchers, self.prefixes)
+        placement = LocalDevices(settings, self.command, model.source, self.workers, self.prefixes,
+                                 draft_stamp)
+        pool = WorkerPool(settings, placement, self.desk, self.dispatchers, self.prefixes,
+                          changed=self.residency.changed.set)
         self.workers += len(pool.workers)
         try:
             await pool.supervisor.begin_unloaded(surveyed.card)

@@ -7,10 +7,11 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence as Seq
 from contextlib import aclosing, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatlm.common.config import with_own_sampling
-from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure, Overloaded
+from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure, Overloaded, without_folders
 from chatlm.common.hub.better import warning_of
 from chatlm.common.memory import available_memory
 from chatlm.common.messages.requests import sampling_defaults
@@ -66,13 +67,15 @@ class WorkerPool:
     sees = False  # does it see pictures?
 
     def __init__(self, settings: Settings, placement: Placement, desk: Desk | None = None,
-                 dispatchers: list[Dispatcher] | None = None, prefixes: Prefixes | None = None):
+                 dispatchers: list[Dispatcher] | None = None, prefixes: Prefixes | None = None,
+                 changed: Callable[[], None] | None = None):
         """desk, dispatchers: shared by the models of a server with several. prefixes: memory that outlives
-        the workers; several models share it, and their catalogue starts and closes it."""
+        the workers; several models share it, and their catalogue starts and closes it. changed: see
+        Dispatcher."""
         self.prefixes, self.alone = prefixes, desk is None
         self.settings, self.placement, self.workers = settings, placement, placement.workers
         self.admission = Admission(self._check_capacity, desk)
-        self.dispatcher = Dispatcher(settings, self.workers, dispatchers)
+        self.dispatcher = Dispatcher(settings, self.workers, dispatchers, changed)
         self.adapters = PoolAdapters(settings, self.workers)
         self.dispatcher.able = lambda worker, job: self.adapters.able(worker, job.request.params.adapter)
         self.adapters.taken = lambda: accepted_names(
@@ -170,6 +173,8 @@ class WorkerPool:
         opened = self.supervisor.became_ready.is_set() and self.supervisor.prepared
         if self.tokenizer is None or not opened:
             raise Overloaded(f"the model is still loading ({self.supervisor.loading[0]})", retry_after_s=2)
+        if reason := self.supervisor.in_vain:
+            raise Overloaded(f"the model cannot be loaded again: {without_folders(reason)}", retry_after_s=10)
         self.dispatcher.check_capacity(request_id, client, self.admission.preparing, low)
 
     # what the server shows
@@ -187,6 +192,14 @@ class WorkerPool:
     @property
     def source(self) -> ModelSource | None:
         return self.placement.source or self.supervisor.card.source
+
+    @property
+    def beside(self) -> list[Path]:
+        """What its workers read in addition to the model's files, when they start or later."""
+        settings = self.placement.settings
+        named = [settings.draft_model, settings.mmproj, *settings.draft_text, *settings.lora]
+        adapters = [adapter.files.path for adapter in self.adapters.all.values()]
+        return [*(Path(name).expanduser() for name in named if name), *adapters, *self.adapters.folders]
 
     @property
     def model_name(self) -> str:

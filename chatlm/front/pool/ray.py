@@ -25,6 +25,7 @@ from chatlm.common.messages.wire import BadMessage
 from chatlm.common.processes.connect import TRANSIT_BYTES, proof, tls_context
 from chatlm.common.processes.start import start_child
 from chatlm.front.admission.admission import next_message
+from chatlm.front.pool.local import draft_terms
 from chatlm.front.pool.worker import State, Worker
 
 if TYPE_CHECKING:
@@ -142,7 +143,8 @@ class RayNodes:
             raise ConnectionError(actor.reason) from None
         worker.writer = actor.writer
         settings = replace(self.settings, keys=(), api_key=(), num_workers=1)
-        return reader, WorkerConfig(settings, None, worker.device, share.threads)
+        return reader, WorkerConfig(settings, None, worker.device, share.threads,
+                                    drafts=draft_terms(worker, self.renews, self.workers))
 
     def now(self) -> None:
         """None: the nodes have the files (see `Supervisor.handle`)."""

@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TYPE_CHECKING
 
-from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure
+from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure, without_folders
 from chatlm.common.log import log
 from chatlm.common.memory import available_memory
 from chatlm.common.messages.protocol import (
@@ -37,6 +37,7 @@ class Supervisor:
 
     ORPHAN_S = 300.0     # requests wait this long, plus twice the load time, while no worker is ready;
     CRASHING_S = 60.0    # this long if a worker is in a crash loop
+    AWAITED_S = 1.0      # the rest of a worker that can start, while a request waits for it
 
     def __init__(self, settings: Settings, workers: Seq[Worker], dispatcher: Dispatcher,
                  adapters: PoolAdapters, *, prepare: Callable[[ModelCard], Awaitable[None]],
@@ -49,6 +50,7 @@ class Supervisor:
         self.prepare, self.report, self.expect, self.stamp = prepare, report, expect, program_stamp()
         self.card, self.prepared, self.closing = NO_CARD, False, False
         self.version = Version(self)
+        self.cannot_open = ""                # why no tokenizer can be made of the files that workers have
         self.asleep = False                  # from unloading until the model is loaded again
         self.loading = ("starting", 0.0)     # stage and share
         self.became_ready = asyncio.Event()  # also set when start-up failed
@@ -97,6 +99,7 @@ class Supervisor:
         while True:
             await self.dispatcher.wanted.wait()
             worker.error = ""
+            ready_s = worker.ready_s
             if self.closing or worker not in self.workers:  # its node is gone
                 return
             if await self.version.may_read(worker):
@@ -110,16 +113,29 @@ class Supervisor:
             how = ending = worker.error or worker.placement.end_in_words(worker)
             if self.stamp != program_stamp():  # its messages may differ from ours
                 how += "; the program has changed since this server started: restart the server"
-            if not worker.ready_s and (ending == before or worker.crashes_in_row >= 3):
-                return self.leave_out(worker, EngineFailure(
-                    f"worker {worker.gpu} cannot start: it ended {worker.crashes_in_row} times, the last "
-                    f"time at {self.loading[0]!r} ({how}; {available_memory() >> 20:,} MiB of memory are "
-                    "free)"))
+            worker.last_end = how
+            if worker.ready_s == ready_s:
+                worker.failed_starts += 1
+            if worker.failed_starts >= (2 if ending == before else 3):
+                worker.cannot_start = worker.cannot_start or how
+                if not worker.ready_s:
+                    return self.leave_out(worker, EngineFailure(
+                        f"worker {worker.gpu} cannot start: it ended {worker.failed_starts} times, the last "
+                        f"time at {self.loading[0]!r} ({how}; {available_memory() >> 20:,} MiB of memory are "
+                        "free)"))
             before = ending
+            self.refuse_in_vain()
             delay_s = min(30.0, 0.25 * 2 ** worker.crashes_in_row)
             log.error("%s died (%s); restarting it in %.1f s", worker.where, how, delay_s)
-            await asyncio.sleep(delay_s)
+            await self._rest(worker, delay_s)
             worker.restarts += 1
+
+    async def _rest(self, worker: Worker, delay_s: float):
+        """Wait before a worker is started again; not for long if requests wait for it, and it can start."""
+        end_s = time.monotonic() + delay_s
+        patient_s = end_s if worker.failed_starts else time.monotonic() + self.AWAITED_S
+        while (now := time.monotonic()) < end_s and not (self.dispatcher.jobs and now >= patient_s):
+            await asyncio.sleep(min(end_s - now, 0.25))
 
     async def _live(self, worker: Worker):
         """One life of a worker's process; afterwards it has ended, and its jobs are back in the queue."""
@@ -127,6 +143,7 @@ class Supervisor:
             await worker.listen(self.handle)
         except BadMessage as error:
             log.error("%s: %s", worker.where, error)
+            worker.error = str(error)
         finally:
             worker.become(State.DEAD)
             try:
@@ -141,6 +158,19 @@ class Supervisor:
             self.give_up(error)
         elif self.became_ready.is_set():
             log.error("%s", worker.left_out)
+
+    @property
+    def in_vain(self) -> str:
+        """Why no request will be served for now: no worker can start. "" while one may."""
+        reasons = [worker.cannot_start for worker in self.workers if worker.state is not State.LEFT_OUT]
+        return reasons[0] if all(reasons) and reasons and not self.asleep else ""
+
+    def refuse_in_vain(self):
+        """If no worker can start, end the requests that wait for one. Workers are tried again all the same:
+        their files, or the memory, may come back."""
+        if reason := self.in_vain:
+            failure = EngineFailure(f"the model cannot be loaded again: {without_folders(reason)}")
+            self.dispatcher.fail(failure, *self.dispatcher.jobs.values())
 
     def handle(self, worker: Worker, message):
         """Handle a message from a worker."""
@@ -168,6 +198,7 @@ class Supervisor:
             case ModelCard():
                 message = replace(message, text=worker.text or message.text)
                 worker.place, worker.text = message.place, None
+                self._note_drafts(worker, message.without)
                 if self.card.kernels and of_other_files(message, self.card):  # on a node of Ray's
                     return self.version.refuse(worker)
                 if not self.card.kernels:  # so far only the headers of the model's files were read
@@ -187,10 +218,11 @@ class Supervisor:
                 self._check_ready()
                 self.dispatcher.dispatch()
             case Unusable(text):
-                if worker.ready_s:
-                    log.error("worker %d: %s", worker.gpu, text)
-                else:
+                worker.error = text
+                if not worker.ready_s:
                     self.leave_out(worker, ConfigError(text))
+                elif worker.state is State.LOADING:  # the next would say the same
+                    worker.cannot_start = text
                 worker.kill()
             case Crashed(error, traceback):
                 worker.error = error
@@ -200,13 +232,25 @@ class Supervisor:
             case _:
                 raise BadMessage(f"unexpected message from a worker: {type(message).__name__}")
 
+    def _note_drafts(self, worker: Worker, without: tuple[str, ...]):
+        """Say once what workers draft without."""
+        if without and all(other.without != without for other in self.workers):
+            log.warning("%s starts without what drafts; its answers are the same, and may take longer: %s",
+                        worker.where, "; ".join(without))
+        worker.without = without
+
     def progress(self, stage: str, fraction: float):
         self.loading = (stage, fraction)
         if not self.ready:
             self.report(stage, fraction)
 
     async def _prepare(self):
-        await self.prepare(self.card)
+        try:
+            await self.prepare(self.card)
+        except ChatServerError as error:
+            self.cannot_open = str(error)
+            raise
+        self.cannot_open = ""
         self.prepared = True
         self.version.opened.set()
         self._check_ready()
@@ -237,7 +281,9 @@ class Supervisor:
             if self.asleep or self.ready_workers or not self.dispatcher.pending:
                 self.served_s = time.monotonic()
             elif time.monotonic() - self.served_s > patience_s:
-                self.dispatcher.fail(EngineFailure(f"no worker came back within {patience_s:.0f} s"),
+                ended = next((f"; the last one ended: {without_folders(worker.last_end)}"
+                              for worker in self.workers if worker.last_end), "")
+                self.dispatcher.fail(EngineFailure(f"no worker came back within {patience_s:.0f} s{ended}"),
                                      *self.dispatcher.pending)
 
     def unload_when_idle(self):
@@ -255,6 +301,8 @@ class Supervisor:
         self.asleep, self.loading = True, ("unloaded", 0.0)
         self.dispatcher.wanted.clear()
         for worker in self.workers:
+            worker.cannot_start = ""  # the next request has it tried again
+            worker.failed_starts = 0
             if worker.state not in (State.LEFT_OUT, State.UNLOADED):
                 worker.become(State.UNLOADED)
                 worker.kill()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from chatlm.common.errors import ConfigError, EngineFailure, Overloaded
-from chatlm.common.hub.stamps import Changed
+from chatlm.common.errors import ConfigError, EngineFailure, Overloaded, without_folders
+from chatlm.common.hub.stamps import Changed, which_changed
 from chatlm.common.log import log
 from chatlm.front.pool.worker import State
 
@@ -38,13 +40,13 @@ class Version:
         """Wait until a worker may read the current files. False if this pool may not serve them."""
         supervisor, waits, placement = self.supervisor, False, worker.placement
         if not placement.renews and placement.source and await asyncio.to_thread(placement.gone):
-            supervisor.leave_out(worker, Changed(placement.source.path))
+            supervisor.leave_out(worker, Changed(which_changed(placement.source)))
             return False
         while not supervisor.closing and (source := await asyncio.to_thread(placement.now)):
             holders = [other for other in supervisor.workers if other is not worker
                        and other.state in (State.LOADING, State.READY)]
             if not placement.renews:
-                supervisor.leave_out(worker, Changed(source.path))
+                supervisor.leave_out(worker, Changed(which_changed(placement.source or source)))
                 return False
             if not (holders and supervisor.dispatcher.jobs):
                 self.renew(source)
@@ -63,6 +65,7 @@ class Version:
         self.number += 1
         self.opened.clear()
         supervisor.card, supervisor.prepared = replace(supervisor.card, kernels={}), False
+        supervisor.cannot_open = ""
         supervisor.dispatcher.fail(
             EngineFailure("the model's files have changed since this answer began, and no worker has the old "
                           "version: ask again"), *supervisor.dispatcher.jobs.values())
@@ -76,7 +79,7 @@ class Version:
         """A worker has read another version: the files changed meanwhile, or a Ray node has other files."""
         placement = worker.placement
         if not placement.renews and placement.source:
-            self.supervisor.leave_out(worker, Changed(placement.source.path))
+            self.supervisor.leave_out(worker, Changed(which_changed(placement.source)))
             worker.kill()
         elif self.supervisor.ready_workers:
             self.supervisor.leave_out(worker, ConfigError("its model files differ from those of the other "
@@ -87,18 +90,23 @@ class Version:
 
     async def current(self):
         """Wait until the tokenizer belongs to the version that the workers have or will read. Overloaded if
-        that takes too long."""
+        that takes too long, or if no worker can read it."""
         supervisor = self.supervisor
-        for worker in supervisor.workers[:1] if supervisor.asleep and supervisor.prepared else ():
+        may_be_old = supervisor.asleep and supervisor.prepared or supervisor.cannot_open
+        for worker in supervisor.workers[:1] if may_be_old else ():
             if worker.placement.renews and (source := await asyncio.to_thread(worker.placement.now)):
                 self.renew(source)
                 supervisor.dispatcher.wake()
-        if supervisor.became_ready.is_set() and not supervisor.prepared:
-            try:
-                await asyncio.wait_for(self.opened.wait(), self.PATIENCE_S)
-            except asyncio.TimeoutError:
+        deadline_s = time.monotonic() + self.PATIENCE_S
+        while supervisor.became_ready.is_set() and not supervisor.prepared:
+            if reason := supervisor.cannot_open or supervisor.in_vain:
+                raise Overloaded("the model's files have changed, and the new ones cannot be loaded: "
+                                 f"{without_folders(reason)}", retry_after_s=10)
+            if time.monotonic() > deadline_s:
                 raise Overloaded("the model's files have changed, and it is still loading "
-                                 f"({supervisor.loading[0]})", retry_after_s=10) from None
+                                 f"({supervisor.loading[0]})", retry_after_s=10)
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self.opened.wait(), min(self.LOOK_S, self.PATIENCE_S))
 
 
 def of_other_files(card: ModelCard, known: ModelCard) -> bool:

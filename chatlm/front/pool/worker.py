@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TYPE_CHECKING
 
-from chatlm.common.errors import EngineFailure, RequestError
+from chatlm.common.errors import EngineFailure, RequestError, without_folders
 from chatlm.common.log import log
 from chatlm.common.messages.protocol import (
     NO_GAUGES, WORKER_PIPE, Cancel, EmptyCache, EndOfRequest, EndThinking, NewAnswer, NewPrompt, NewRequest,
@@ -216,6 +216,7 @@ class Placement(typing.Protocol):
     workers: list[Worker]       # shared with others; only the placement adds and removes
     source: ModelSource | None  # the model's files, once they were found
     renews: bool                # does the pool switch to files that have changed? Else it ends
+    settings: Settings          # of the workers; paths in place of the names of models, once these were found
 
     async def start(self, supervisor: Supervisor):
         """Have the supervisor keep each worker alive as soon as it may start."""
@@ -286,8 +287,12 @@ class Worker:
         self.gauges: Mapping[str, float | None] = NO_GAUGES
         self.kernel_faults: dict[str, str] = {}
         self.restarts = 0
-        self.error = ""                      # the exception that ended it, if it reported one
+        self.error = ""                      # why its process ended, if it or the front says so
+        self.last_end = ""                   # how the process before this one ended
         self.crashes_in_row = 0              # reset by a finished answer or a minute of life
+        self.failed_starts = 0               # processes in a row that ended before they were ready
+        self.cannot_start = ""               # why the next will not be either, as far as is known
+        self.without: tuple[str, ...] = ()   # what it drafts without: flags, each with the reason
         self.nice: int | None = None         # its niceness; None: the front's
         self.spawned_s = self.ready_s = self.slowest_step_s = 0.0
         self.awaited_s: float | None = None  # when the wait for its next message began; None: no wait
@@ -310,6 +315,8 @@ class Worker:
             self.spawned_s = self.awaited_s = now
         elif state is State.READY:
             self.ready_s = now
+            self.failed_starts = 0
+            self.cannot_start = ""
 
     async def listen(self, handle: Callable[[Worker, Any], None]):
         """One life of its process: start it and pass on its messages until its pipe breaks."""
@@ -425,8 +432,9 @@ class Worker:
     def check_health(self):
         """Once a second: kill it if it hangs, ping it if it is idle, forget old crashes."""
         if self.hung:
-            log.error("worker %d has made no progress while %s; killing it", self.gpu,
-                      "loading" if self.state is State.LOADING else "answering" if self.jobs else "idle")
+            doing = "loading" if self.state is State.LOADING else "answering" if self.jobs else "idle"
+            log.error("worker %d has made no progress while %s; killing it", self.gpu, doing)
+            self.error = f"it made no progress while {doing}, and was killed for that"
             self.kill()
         elif self.state is State.READY:
             if self.awaited_s is None:
@@ -439,7 +447,9 @@ class Worker:
         tokens_per_second = sum(tokens for at, tokens in self.recent if at > since) / RECENT_S
         return {"gpu_id": self.gpu, "device": self.device, "node": self.node,
                 "pid": self.process and self.process.pid,
-                "state": self.state.value, "place": self.place, "problem": self.problem, **self.gauges,
+                "state": self.state.value, "place": self.place,
+                "problem": self.problem or without_folders(self.cannot_start),
+                "without": [*map(without_folders, self.without)], **self.gauges,
                 "running": len(self.jobs), "restarts": self.restarts, "kernel_faults": self.kernel_faults,
                 "crashes_in_row": self.crashes_in_row, "tokens_per_second": round(tokens_per_second, 1),
                 "batch_fill": min(round(len(self.jobs) / batch_of(self), 3), 1.0)}

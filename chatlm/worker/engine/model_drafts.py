@@ -157,11 +157,12 @@ def mark_shown(plan: Seq[Chunk], models: Seq[ModelDrafts]):
         chunk.sequence.shown = chunk.sequence.drafts and any(model.sees(chunk.sequence) for model in models)
 
 
-def shown_by(plan: Seq[Chunk], on_host: bool) -> list[ShownRows]:
-    """Whose hidden states a step of this plan shows; on the host it leaves out sequences that have ended."""
+def shown_by(plan: Seq[Chunk], alone: bool) -> list[ShownRows]:
+    """Whose hidden states a step of this plan shows. One that runs `alone` starts after those before it have
+    been finished, and leaves out sequences that ended in these."""
     found, row = [], 0
     for chunk in plan:
-        if on_host and chunk.sequence.finished:
+        if alone and chunk.sequence.finished:
             continue
         end = row + chunk.count + len(chunk.draft)
         if chunk.sequence.shown:

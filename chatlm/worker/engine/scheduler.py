@@ -86,8 +86,10 @@ class Scheduler:
         share = -(-sum(s.pending == 1 for s in answers) // self.stages)
         able = [s for s in answers if s.decodes and len(s.tokens) < s.limit and self._may_run(s)]
         grown = [s for s in able[:share] if self._grow(s)]
-        decoding = [s for s in grown if s.pages]  # without those that a later one has preempted
-        prefilling, plan = [s for s in answers if s.prefilling], list[Chunk]()
+        answers = [s for s in answers if s.pages]  # without those that were preempted for others' pages
+        decoding = [s for s in grown if s.pages]
+        prefilling = [s for s in answers if s.prefilling]
+        plan = list[Chunk]()
         room = 0 if prefilling and not self.exact_rows else self.draft_rows - len(answers)
         for sequence in decoding:
             draft = self._draft(sequence, room) if sequence.draft.tokens else ()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatlm.common.core import decode_core, seam
+from chatlm.common.hub.stamps import mmproj_of
 from chatlm.common.program import program_sources
 from chatlm.worker.weights.files import files_of_adapters, files_of_weights
 
@@ -27,7 +28,8 @@ KNOWN_DIGESTS = "weights.json"  # in a store: fingerprint of files -> their dige
 
 def files_of(source: ModelSource, settings: Settings) -> list[Path]:
     """All files that decide what a model computes. OSError or ConfigError if one is missing."""
-    files = [*files_of_weights(source.path), *files_of_adapters(settings.lora)]
+    mmproj = mmproj_of(source.path, settings)
+    files = [*files_of_weights(source.path), *files_of_adapters(settings.lora), *([mmproj] if mmproj else [])]
     for folder in (source.path, *(Path(folder).expanduser() for folder in settings.lora)):
         # finds nothing if it is a file
         files += [*folder.glob("*.json"), *folder.glob("*.bin")]

@@ -12,7 +12,7 @@ from typing import Any, NoReturn, TYPE_CHECKING
 import numpy
 
 from chatlm.common.errors import ConfigError, shown
-from chatlm.common.hub.huggingface import mmproj_for
+from chatlm.common.hub.stamps import mmproj_of
 from chatlm.worker.arrays.packed import dequantized
 from chatlm.worker.model.kernels import choose_backend
 from chatlm.worker.weights import qwen_towers
@@ -30,14 +30,9 @@ if TYPE_CHECKING:
     from chatlm.worker.weights.towers import TowerFamily
 
 
-def file_beside(model: Path) -> Path | None:
-    found = mmproj_for(model.name, (path.name for path in model.parent.iterdir()))
-    return model.with_name(found[0]) if found else None
-
-
 def gguf_eyes(model: Path, settings: Settings, loaded: LoadedModel, device: str) -> Eyes | None:
     """None if there is no such file."""
-    path = Path(settings.mmproj).expanduser() if settings.mmproj else file_beside(model)
+    path = mmproj_of(model, settings)
     if path is None:
         return None
     if not path.is_file():

@@ -14,7 +14,6 @@ from chatlm.common.messages.protocol import AdapterLoaded
 from chatlm.front.pool.adapters import AdapterWatch
 from chatlm.front.pool.many import ManyModels
 from chatlm.front.pool.pool import pool_of
-from chatlm.front.pool.versions import Version
 from fake_pool import serving
 from families import make_model, save
 from forked import DYING
@@ -158,20 +157,35 @@ async def test_files_that_change_while_the_model_is_unloaded_are_read_for_the_ne
         assert await text_of(client, url) != before and await prompt_of(client, url) == "hello !"
 
 
-async def test_a_new_version_that_is_broken_is_waited_for(start, model, versions, client, monkeypatch):
+async def test_a_new_version_that_is_broken_is_refused_with_the_reason_until_it_is_whole(start, model, versions, client):
     pool = await start()
-    monkeypatch.setattr(Version, "PATIENCE_S", 0.2)
     async with served(pool) as url:
         digest = await digest_of(client, url)
         whole = (versions[1] / "model.safetensors").read_bytes()
         (model / "model.safetensors").write_bytes(whole[:-100])
         assert (await ask(client, url, struck="kill-decode-1"))[0] == 500
         status, body = await ask(client, url)
-        assert status == 503 and "still loading" in body["error"]["message"], body
+        assert status == 503 and "the new ones cannot be loaded: model.safetensors is truncated" in body["error"]["message"], body
         (model / "model.safetensors").write_bytes(whole)
         while (await ask(client, url))[0] != 200:
             await asyncio.sleep(0.05)
         assert await digest_of(client, url) != digest
+
+
+async def test_a_new_template_that_is_broken_is_refused_with_the_reason_until_it_is_whole(start, model, versions, client):
+    """The worker does not need it, and is ready; the front cannot render a prompt."""
+    pool = await start()
+    async with served(pool) as url:
+        (model / "chat_template.jinja").write_text(TEMPLATE[:-6])
+        assert (await ask(client, url, struck="kill-decode-1"))[0] == 500
+        async with asyncio.timeout(20):
+            status, body = await ask(client, url)
+        assert status == 503 and "the new ones cannot be loaded: tiny-llama: the model's chat template does not parse" in body["error"]["message"], body
+        (model / "chat_template.jinja").write_text(TEMPLATE)
+        async with asyncio.timeout(30):
+            while (await ask(client, url))[0] != 200:
+                await asyncio.sleep(0.05)
+        assert await prompt_of(client, url) == "hello !"
 
 
 def adapter(model, folder, seed=0, **config):

@@ -17,7 +17,7 @@ import pytest
 
 from chatlm.common import program
 from chatlm.common.config import Settings
-from chatlm.common.errors import EngineFailure, RequestError
+from chatlm.common.errors import EngineFailure, Overloaded, RequestError
 from chatlm.common.messages.protocol import Loading
 from chatlm.common.messages.requests import DraftCounts, Embedding, Finished, Message, Piece, PromptScores, SamplingParams
 from chatlm.common.messages.wire import BadMessage
@@ -588,6 +588,18 @@ async def test_a_crash_loop_backs_off_and_shows_until_an_answer_is_finished(star
     assert pool.health()[1]["status"] == "ok" and pool.stats()["workers"][0]["crashes_in_row"] == 0
 
 
+async def test_a_request_does_not_wait_for_the_rest_of_a_worker_that_can_start(start_pool):
+    """It has died often, though never while it loaded."""
+    pool = await start_pool()
+    (worker,) = pool.workers
+    worker.crashes_in_row = 20
+    worker.process.kill()
+    async with asyncio.timeout(20):     # it would rest for 30 seconds
+        while worker.state == "ready":
+            await asyncio.sleep(0.01)
+        await collect(pool, greedy("a", max_tokens=3))
+
+
 async def test_an_answer_whose_text_fails_fails_alone(start_pool):
     pool = await start_pool()
     undisturbed = await collect(pool, greedy("undisturbed", max_tokens=100))
@@ -613,15 +625,61 @@ async def test_a_step_that_fails_fails_only_the_request_that_is_its_cause(start_
     await idle(pool)
 
 
-async def test_requests_that_no_worker_comes_back_for_get_an_honest_error(start_pool):
-    pool = await start_pool()
-    pool.supervisor.CRASHING_S = pool.supervisor.load_s = 0.0
+async def stopped_in_an_answer(pool):
+    """An answer under way whose worker is stopped: otherwise it could finish before a busy machine kills it."""
     stream = pool.answer(greedy("hang-decode", max_tokens=400))
     await anext(stream), await anext(stream)
-    await stopped_worker(pool)                  # otherwise it could finish before a busy machine kills it
-    pool.placement.command = (sys.executable, "-c", "raise SystemExit(3)")
+    await stopped_worker(pool)
+    return stream
+
+
+async def test_requests_that_no_worker_comes_back_for_get_an_honest_error(start_pool, tmp_path):
+    """It hangs in its load, and nothing is known of why."""
+    pool = await start_pool()
+    pool.supervisor.CRASHING_S = pool.supervisor.ORPHAN_S = pool.supervisor.load_s = 0.0
+    stream = await stopped_in_an_answer(pool)
+    (tmp_path / "hang-load").touch()
     pool.workers[0].process.kill()
-    with pytest.raises(EngineFailure, match="no worker came back within"):
+    with pytest.raises(EngineFailure, match="no worker came back within 0 s; the last one ended: killed by SIGKILL"):
         async for event in stream:
             assert isinstance(event, Piece)
-    assert pool.workers[0].crashes_in_row > 1 and not pool.dispatcher.jobs and pool.health()[1]["status"] == "unavailable"
+    assert not pool.dispatcher.jobs and pool.health()[1]["status"] == "unavailable"
+
+
+@pytest.mark.parametrize("cause", ["it dies", "it says why"])
+async def test_where_no_worker_can_start_again_requests_end_with_the_reason_and_are_served_once_one_can(start_pool, caplog, cause):
+    pool = await start_pool()
+    (worker,), placement = pool.workers, pool.placement
+    undisturbed = await collect(pool, greedy("undisturbed"))
+    command, settings = placement.command, placement.settings
+    stream = await stopped_in_an_answer(pool)
+    if cause == "it dies":
+        placement.command, reason = (sys.executable, "-c", "raise SystemExit(3)"), "exit status 3"
+    else:
+        placement.settings, reason = replace(settings, kv_cache_memory=1), "1 bytes for the KV cache hold 0 pages of 16 tokens"
+    worker.process.kill()
+    with pytest.raises(EngineFailure, match=f"the model cannot be loaded again: {reason}"):
+        async for event in stream:
+            assert isinstance(event, Piece)
+    assert worker.failed_starts == (2 if cause == "it dies" else 1) and not pool.dispatcher.jobs
+    with pytest.raises(Overloaded, match=f"the model cannot be loaded again: {reason}"):
+        await collect(pool, greedy("at once"))
+    assert reason in pool.stats()["workers"][0]["problem"]
+    ends = [record.getMessage() for record in caplog.records if "restarting it" in record.getMessage()]
+    assert "killed by SIGKILL" in ends[0] and all(f"worker 0 (cpu) died ({reason}" in end for end in ends[1:])
+    placement.command, placement.settings = command, settings
+    while worker.state != "ready":
+        await asyncio.sleep(0.02)
+    assert (await collect(pool, greedy("after")))[:2] == undisturbed[:2] and pool.stats()["workers"][0]["problem"] == ""
+    await idle(pool)
+
+
+async def test_a_worker_that_is_killed_since_it_hangs_is_not_said_to_lack_memory(start_pool, tmp_path, caplog):
+    pool = await start_pool()
+    (worker,) = pool.workers
+    stream = await stopped_in_an_answer(pool)
+    worker.awaited_s -= max(patient(worker.HANG_S), 20 * worker.slowest_step_s)
+    async for _ in stream:
+        pass
+    [end] = [record.getMessage() for record in caplog.records if "restarting it" in record.getMessage()]
+    assert "died (it made no progress while answering, and was killed for that)" in end and "memory" not in end

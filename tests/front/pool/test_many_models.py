@@ -12,6 +12,7 @@ import chat_server
 from chatlm.common.config import ApiKey, ModelChoice, Settings
 from chatlm.common.errors import ConfigError
 from chatlm.front.pool import many
+from chatlm.front.pool.local import LocalDevices
 from chatlm.front.pool.many import FolderWatch, ManyModels
 from chatlm.front.pool.pool import pool_of
 from chatlm.front.pool.residency import Residency
@@ -206,6 +207,41 @@ async def test_while_headers_are_still_read_a_request_is_told_to_come_again(nano
         assert content(await ask(client, url, "gen1"))
     shown = [*caplog.messages, *models.describe()]
     assert len([line for line in shown if "garb" in line]) == 1 and "  bad: cannot be served (see above)" in shown
+
+
+async def test_requests_that_come_before_all_headers_are_read_load_no_more_than_the_memory_holds(nanochat_fixtures, started, client, monkeypatch):
+    """The third model is opened late. Two others have been opened, and are asked for: they take turns as later."""
+    monkeypatch.setattr(Residency, "KEEP_S", 0.0)
+    names = "gen1", "gen5", "gen3"
+    several = choices(nanochat_fixtures, *names)
+    models = ManyModels(Settings(several=several, models_memory=230 * MIB, prefix_memory=0, **TINY), DYING)
+    read, beside = asyncio.Event(), []
+
+    async def open_later(model, original=models.opener.open):
+        if model.name == "gen3":
+            await read.wait()
+        return await original(model)
+
+    async def start_worker(placement, worker, original=LocalDevices.open):
+        beside.append([model.name for model in models.registry.models
+                       if model.pool and model.pool.placement is not placement and not model.pool.supervisor.gone])
+        return await original(placement, worker)
+
+    monkeypatch.setattr(models.opener, "open", open_later)
+    monkeypatch.setattr(LocalDevices, "open", start_worker)
+    await started(models, wait=False)
+    async with serving(models, models.settings) as url:
+        while len(models.registry.models) < 3 or not all(model.pool for model in models.registry.models[:2]):
+            await asyncio.sleep(0.01)
+        asked = [asyncio.create_task(ask(client, url, name)) for name in names[:2]]
+        while not all(models.find(name).pool.dispatcher.jobs for name in names[:2]):
+            await asyncio.sleep(0.01)
+        read.set()
+        await models.wait_ready()
+        for answer in [*await asyncio.gather(*asked), await ask(client, url, "gen3")]:
+            assert content(answer)
+    assert beside == [[], [], []]
+    assert models.residency.used <= models.residency.budget
 
 
 async def outcome(**settings):

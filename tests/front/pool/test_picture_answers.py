@@ -6,7 +6,7 @@ import functools
 import pytest
 
 from chatlm.common.config import Settings
-from chatlm.common.errors import RequestError
+from chatlm.common.errors import EngineFailure, RequestError
 from chatlm.common.messages.requests import Message, SamplingParams
 from chatlm.front.pool.pool import pool_of
 from answers import asked
@@ -14,7 +14,7 @@ from forked import DYING
 from image_conversations import picture_of_size
 from pools import all_ready, collect, idle
 from sight_families import FAMILIES, save_family
-from sight_qwen import make_qwen, save_qwen
+from sight_qwen import make_qwen, save_qwen, write_qwen
 from tiny_sight import make_smolvlm, save_sight
 
 pytestmark = pytest.mark.timeout(120)
@@ -133,3 +133,23 @@ async def test_after_a_restart_a_stored_picture_needs_no_tower(seeing_pool, tmp_
     assert cached >= 40
     other = await collect(pool, about("other", picture_of_size(90, 60, seed=5)))
     assert other[1] != tokens and other[2].usage.cached_tokens < 40
+
+
+async def test_an_answer_about_a_picture_does_not_go_on_with_another_mmproj(seeing_pool, tmp_path):
+    """It belongs to the model's files, named or not. What comes then is of the new one, as in a new server."""
+    model = write_qwen(tmp_path, make_qwen("qwen3_vl"))
+    (tmp_path / "other").mkdir()
+    write_qwen(tmp_path / "other", make_qwen("qwen3_vl", seed=1))
+    [mmproj] = tmp_path.glob("mmproj*")
+    warm = functools.partial(about, sampling=SamplingParams(temperature=3.0, top_k=0, seed=1))      # greedy ones are alike
+    pool = await seeing_pool(model=str(model), mmproj=str(mmproj))
+    before = (await collect(pool, warm("before", PHOTO)))[1]
+    (tmp_path / "other" / mmproj.name).rename(mmproj)
+    assert (await collect(pool, warm("old", PHOTO)))[1] == before
+    with pytest.raises(EngineFailure, match="the model's files have changed since this answer began"):
+        await collect(pool, warm("kill-decode-1", PHOTO))
+    await pool.version.current()
+    await all_ready(pool)
+    after = (await collect(pool, warm("after", PHOTO)))[1]
+    again = await seeing_pool(model=str(model))
+    assert after != before and after == (await collect(again, warm("again", PHOTO)))[1]

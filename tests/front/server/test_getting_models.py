@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 
@@ -13,6 +14,7 @@ from chatlm.common.hub.offers import hub_cache
 from chatlm.front.pool import many
 from chatlm.front.pool.downloads import Download
 from chatlm.front.pool.many import ManyModels
+from chatlm.front.pool.pool import pool_of
 from fake_hub import fake_hub
 from fake_pool import FakePool, frames, serving
 from forked import DYING
@@ -197,6 +199,34 @@ async def test_a_model_that_the_command_line_names_is_not_deleted(client, hub, s
             status, body = await call(client, "POST", url + "/models/delete", {"model": name})
             assert status == 409 and body["error"]["code"] == "model_in_use"
         assert (snapshot / "small.gguf").exists()
+
+
+def in_the_cache(repository, **files):
+    snapshot = hub_cache() / f"models--{repository.replace('/', '--')}" / "snapshots" / "1"
+    snapshot.mkdir(parents=True)
+    for name, data in files.items():
+        (snapshot / name.replace("__", ".")).write_bytes(data)
+    return snapshot
+
+
+@pytest.mark.parametrize("several", [True, False])
+async def test_what_a_model_is_served_with_is_not_deleted(several, client, hub, started, nanochat_fixtures):
+    """Its draft model, and the texts that it drafts from: its workers read them whenever they start."""
+    drafts = in_the_cache("org/drafts", small__gguf=SMALL)
+    texts = in_the_cache("org/texts", manual__txt=b"hello hello")
+    in_the_cache("org/other", small__gguf=SMALL)
+    target = in_the_cache("org/mine", small__gguf=SMALL) / "small.gguf"
+    settings = Settings(draft_model=str(drafts / "small.gguf"), draft_text=(str(texts / "manual.txt"),), kv_cache_memory=8 << 20, max_batch=8)
+    if several:
+        models = await started(ManyModels(replace(settings, several=(ModelChoice(str(target), "mine"),)), DYING))
+    else:
+        models = await started(pool_of(replace(settings, model=str(target)), DYING))
+    async with serving(models, models.settings) as url:
+        for name in "org/drafts", "org/drafts:small.gguf", "org/texts":
+            status, body = await call(client, "DELETE", url + "/api/delete", {"model": name})
+            assert status == 409 and "is served with files of it" in str(body), body
+        assert (await call(client, "DELETE", url + "/api/delete", {"model": "org/other"}))[0] == 200
+    assert (drafts / "small.gguf").exists() and (texts / "manual.txt").exists() and not (hub_cache() / "models--org--other").exists()
 
 
 async def test_a_model_that_can_never_be_loaded_is_kept_and_says_why(client, hub, models):

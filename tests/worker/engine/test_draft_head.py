@@ -1,5 +1,6 @@
 """A model's own draft head: its logits are those of its formulas, its drafts are right where it is, and no answer changes."""
 
+import itertools
 from dataclasses import replace
 
 import numpy
@@ -11,18 +12,21 @@ from chatlm.common import core
 from chatlm.common.core import decode_core
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.find import resolve_model
-from chatlm.common.messages.requests import SamplingParams
+from chatlm.common.messages.requests import Piece, SamplingParams
 from chatlm.worker.build import build_engine
 from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.states import StatePool
 from chatlm.worker.model import kernels
 from draft_heads import Head, gguf_with_head, save_with_head
+from image_conversations import picture_of_size
 from engines import pieces
 from families import make_model, save
 from lora import random_adapter
 from models_that_draft import draft_always, works_of
 from patching import patch
 from ranked import group
+from seeing_engine import answer, asking, collect, open_engine
+from sight_qwen import make_qwen, save_qwen_with_head
 from works import assignment
 
 CPU = torch.device("cpu")
@@ -214,6 +218,43 @@ def test_a_head_that_is_right_makes_fewer_steps_as_the_engine_chooses(tmp_path, 
     assert tokens_of(engine, [work]) == expected
     counts = engine.drafting
     assert counts.drafted.total > 0 and counts.accepted.total > 0
+
+
+@compiled
+def test_a_head_is_shown_the_rows_of_its_text_where_an_answer_ends_before_a_step_with_pictures(tmp_path, one_thread, monkeypatch):
+    """The step is planned while the one under way draws the last token of the answer before it in the batch: its row is left out."""
+    draft_always(monkeypatch, 2)
+    folder, picture = save_qwen_with_head(tmp_path, make_qwen("qwen3_5")), picture_of_size(60, 40)
+    engine = open_engine(folder, prefill_chunk=256, drafts="mtp")
+    assert engine.steps.ahead
+    seen = {}
+
+    def see(sequence, first, count, rows, original=engine.draft_models[0].drafter.see):
+        seen.setdefault(sequence.work.id, {}).update({first + i: row.copy() for i, row in enumerate(rows[:count])})
+        original(sequence, first, count, rows)
+
+    monkeypatch.setattr(engine.draft_models[0].drafter, "see", see)
+    about, text, short = asking(engine, picture), asking(engine, text="And you, what do you say?"), asking(engine, text="Why?")
+    alone = answer(engine, text, [], "alone")
+    answer(engine, asking(engine, picture, text="Who?"), [picture], "encoded before")
+    engine.drafts = False
+    drawn = answer(engine, short, [], "short", tokens=12)
+    last = next(i for i in range(4, 12) if drawn[i] not in drawn[:i])
+    engine.pool.forget_cached()
+    engine.add(assignment("ends", short, SamplingParams(temperature=0.0), 40, stop_token_ids=(drawn[last],)))
+    [ends] = engine.scheduler.waiting
+    while ends.generated <= last:
+        engine.step()
+    assert engine.under_way and ends.tokens[-1] < 0
+    engine.drafts = True
+    for name, ids, pictures in (("about", about, (picture,)), ("beside", text, ())):
+        engine.add(assignment(name, ids, SamplingParams(temperature=0.0), 8, ignore_eos=True, pictures=pictures))
+    first = [event.tokens for name, event in engine.step() if name == "beside" and isinstance(event, Piece)]
+    assert ends.finished and all(sequence.computed for sequence in engine.scheduler.running)
+    assert [*itertools.chain(*first), *collect(engine)["beside"]] == alone
+    assert seen["beside"].keys() == seen["alone"].keys()
+    for position, row in seen["beside"].items():
+        assert numpy.array_equal(row, seen["alone"][position]), position
 
 
 def test_a_head_that_cannot_be_used_is_refused_or_left_out(with_random_head, tmp_path):

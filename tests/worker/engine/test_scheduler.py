@@ -227,6 +227,23 @@ def test_a_sequence_that_a_later_one_preempts_gets_no_pages_for_its_draft():
     assert ran == {"poor": 1} and names(s.waiting) == ["rich"] and not rich.pages
 
 
+def test_the_oldest_prompt_keeps_its_half_of_a_step_in_which_an_answer_is_preempted():
+    """The answer is older, and has to be computed again; but not in this step, in which it has no pages and no row."""
+    s = scheduler(prefill_chunk=32)
+    s.add(answer := sequence("answer", [1] * 300, "rich"))
+    while answer.pending != 1:
+        step(s)
+    s.add(sequence("decodes", [2] * 15, "poor"))
+    step(s)
+    for name, length in (("oldest", 100), ("short", 40), ("other", 40)):
+        s.add(sequence(name, [ord(name[0])] * length, "poor"))
+    assert step(s) == {"answer": 1, "decodes": 1, "oldest": 16, "short": 16}
+    s.pool.allocate(s.pool.available)       # another takes the last pages
+    plan = {chunk.sequence.work.id: chunk.count for chunk in s.schedule()}
+    assert s.preemptions == 1 and not answer.pages
+    assert plan == {"decodes": 1, "oldest": 16, "short": 16}
+
+
 @pytest.mark.parametrize("drafts", [False, True])
 @pytest.mark.parametrize("clients", [1, 3])
 def test_random_traffic_loses_no_page_and_starves_nobody(clients, drafts):
