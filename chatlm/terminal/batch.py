@@ -232,7 +232,7 @@ class Remote:
         if response.status in (429, 503):
             after = response.headers.get("Retry-After", "1")
             raise Overloaded(text.decode("utf-8", "replace")[:500], status=response.status,
-                             retry_after_s=min(int(after), 60) if after.isdigit() else 1)
+                             retry_after_s=min(int(after), 60) if after.isdecimal() else 1)
         found = strict_object(text)
         if found is not None:
             return response.status, found

@@ -340,10 +340,10 @@ class Admission:
         [parsed] = await self._read(client, owner, body, "read_body", reader, listed(pictures))
         return parsed
 
-    async def read_line(self, number: int, line: bytes, client: str, owner: str,
+    async def read_line(self, number: int, identity: str, line: bytes, client: str, owner: str,
                         pictures: Seq[Picture] = ()) -> ParsedBody:
-        """Read the body in a large line of a batch."""
-        [parsed] = await self._read(client, owner, line, "read_line", number, listed(pictures))
+        """Read the body in a large line of a batch; identity: as in batch_lines.read_line."""
+        [parsed] = await self._read(client, owner, line, "read_line", number, identity, listed(pictures))
         return parsed
 
     async def read_variants(self, body: bytes | bytearray, client: str, owner: str, indices: Seq[int],

@@ -49,8 +49,9 @@ class Line(NamedTuple):
         return int(self.id[:12], 16)
 
 
-def read_line(number: int, text: bytes) -> Line:
-    """RequestError that says what is wrong with the line, and what is allowed."""
+def read_line(number: int, text: bytes, identity: str = "") -> Line:
+    """RequestError that says what is wrong with the line, and what is allowed. identity: the `line_id` of the
+    line as it was sent, if its pictures have been taken out of `text`."""
     def refuse(what: str) -> RequestError:
         return RequestError(f"line {number:,}: {what}", code="invalid_line")
     if len(text) > LONGEST_LINE:
@@ -72,7 +73,7 @@ def read_line(number: int, text: bytes) -> Line:
         raise refuse("body must be an object")
     if body.get("stream"):
         raise refuse(str(bad_value("stream", True, "false in a batch")))
-    return Line(number, custom_id, url, body, line_id(number, text))
+    return Line(number, custom_id, url, body, identity or line_id(number, text))
 
 
 def storable(text: str) -> str:

@@ -451,11 +451,12 @@ class BatchWorker:
         if line:
             parsed = read_body_of(line, known_of(served))
         elif seen.fields is not None:  # it was large because of its pictures
-            line = read_line(row.number, json.dumps(seen.fields).encode())
+            line = read_line(row.number, json.dumps(seen.fields).encode(), line_id(row.number, text))
             parsed = read_body_of(line, known_of(served))
         else:
             parsed = await served.pool.admission.read_line(
-                row.number, bytes(seen.raw), client, self.owners.of_pages(client), seen.pictures)
+                row.number, line_id(row.number, text), bytes(seen.raw), client, self.owners.of_pages(client),
+                seen.pictures)
             holding.keep(parsed.size)
         return served, replace(parsed, request=with_pixels(parsed.request, seen.pictures))
 
