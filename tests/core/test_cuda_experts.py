@@ -27,7 +27,7 @@ from works import assignment, changed
 
 backends = pytest.importorskip("cuda_backends", exc_type=ImportError, reason="no compiled core is installed")
 gguf = pytest.importorskip("gguf")
-from decode_core import cuda, cuda_experts, cuda_steps, proof  # noqa: E402
+from decode_core import cuda, cuda_experts, cuda_steps, proof, random_blocks  # noqa: E402
 from decode_core.cuda_weights import PackedMatrix  # noqa: E402
 
 ORDERS, gpu = backends.ORDERS, backends.gpu
@@ -59,7 +59,7 @@ def weights_of(gpu, kind, rows, columns, seed=0):
     if kind in cuda.FLOATS:
         w = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).to(getattr(torch, kind))
         return w.view(torch.uint8).to(gpu.device), w.double().numpy()
-    blocks = proof.random_blocks(kind, rows, columns, seed)
+    blocks = random_blocks.random_blocks(kind, rows, columns, seed)
     values = dequantize(SimpleNamespace(name=kind.upper()), blocks).reshape(rows, -1) if kind in cuda.OWN else gguf.dequantize(
         blocks, gguf.GGMLQuantizationType[kind.upper()])
     return on(gpu, blocks), values.astype(np.float64)

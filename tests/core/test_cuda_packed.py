@@ -31,7 +31,7 @@ backends = pytest.importorskip("cuda_backends", exc_type=ImportError, reason="no
 gguf = pytest.importorskip("gguf")
 decode_core = backends.decode_core
 import tiny_gguf  # noqa: E402
-from decode_core import cuda, cuda_steps, cuda_weights, proof  # noqa: E402
+from decode_core import cuda, cuda_steps, cuda_weights, proof, random_blocks  # noqa: E402
 from decode_core.cuda_weights import PackedMatrix  # noqa: E402
 
 KINDS = list(cuda.BLOCKS)
@@ -45,15 +45,15 @@ def fitting(kind, columns):
 
 def wild_blocks(kind, rows, columns, seed=0):
     """Random bytes with scales of any sign and size, and exponents of any value."""
-    blocks = proof.random_blocks(kind, rows, columns, seed)
+    blocks = random_blocks.random_blocks(kind, rows, columns, seed)
     generator = np.random.default_rng(seed)
     cut = blocks.reshape(rows, -1, cuda.BLOCKS[kind][1])
     if kind == "mxfp4":
         cut[:, :, 0] = generator.integers(0, 240, cut.shape[:2])
         cut[0, 0, 0], cut[-1, -1, 0] = 0, 1             # with these the values are denormal
     else:
-        at = proof.SCALES.get(kind, (0, 0))[0]
-        for place in (at, at + 2) if proof.SCALES.get(kind, (0, 0))[1] else (at,):
+        at = random_blocks.SCALES.get(kind, (0, 0))[0]
+        for place in (at, at + 2) if random_blocks.SCALES.get(kind, (0, 0))[1] else (at,):
             scales = generator.standard_normal((*cut.shape[:2], 1)) * 10.0 ** generator.integers(-6, 3, (*cut.shape[:2], 1))
             cut[:, :, place:place + 2] = scales.astype(np.float16).view(np.uint8)
     return cut.reshape(rows, -1)
@@ -107,7 +107,7 @@ def test_some_rows_of_a_table_are_looked_up_as_the_whole_and_other_ids_change_no
 @pytest.mark.parametrize("N, K", by_day([(16, 32), (49, 576), (33, 1536)], (49, 576)))
 def test_a_product_is_that_of_the_dequantized_weights_in_float64(gpu, kind, N, K):
     K = fitting(kind, K)
-    blocks, generator = proof.random_blocks(kind, N, K, seed=N), np.random.default_rng(K)
+    blocks, generator = random_blocks.random_blocks(kind, N, K, seed=N), np.random.default_rng(K)
     w = values(kind, blocks).astype(np.float64)
     for rows in (1, 2, 3, 5, 8):
         x = (generator.standard_normal((rows, K)) * 3).astype(np.float32)
@@ -123,7 +123,7 @@ def test_a_product_is_that_of_the_dequantized_weights_in_float64(gpu, kind, N, K
 @pytest.mark.parametrize("kind", ["q8_0", "q4_k", "q6_k", "mxfp4"])
 def test_a_rows_bits_depend_on_it_alone(gpu, kind):
     K = fitting(kind, 320)
-    blocks = proof.random_blocks(kind, 19, K)
+    blocks = random_blocks.random_blocks(kind, 19, K)
     x = np.random.default_rng(1).standard_normal((8, K)).astype(np.float32)
     together = product(gpu, kind, blocks, x)
     for rows in ([5], [7, 0], [1, 2, 3], [6, 5, 4, 3, 2]):
@@ -179,13 +179,13 @@ def test_what_surrounds_a_product_is_computed_with_it_and_a_rows_bits_depend_on_
 
 
 def test_no_rows_are_no_work(gpu):
-    blocks = proof.random_blocks("q4_0", 16, 64)
+    blocks = random_blocks.random_blocks("q4_0", 16, 64)
     assert product(gpu, "q4_0", blocks, np.empty((0, 64), np.float32)).shape == (0, 16)
     assert dequantized(gpu, "q4_0", blocks[:0], 64, torch.float32).shape == (0, 64)
 
 
 def test_a_wrong_argument_is_a_value_error_that_names_it(gpu):
-    blocks = torch.from_numpy(proof.random_blocks("q4_0", 16, 64)).to(gpu.device)
+    blocks = torch.from_numpy(random_blocks.random_blocks("q4_0", 16, 64)).to(gpu.device)
     x, out = torch.zeros(2, 64, device=gpu.device), torch.zeros(2, 16, device=gpu.device)
     good = {"x": x, "blocks": blocks, "out": out, "kind": "q4_0"}
     gpu.ops.multiply(**good, stream=gpu.stream())
@@ -258,7 +258,7 @@ def mixed_file(tmp_path_factory):
         stored[name] = tensor
         for part, (kind, scale) in MIX.items():
             if part in name and tensor.ndim == 2:
-                rows = proof.random_blocks(kind.lower(), *tensor.shape, seed=i, scale=scale)
+                rows = random_blocks.random_blocks(kind.lower(), *tensor.shape, seed=i, scale=scale)
                 stored[name] = rows, gguf.GGMLQuantizationType[kind]
     path = tiny_gguf.write_gguf(tmp_path_factory.mktemp("packed") / "mixed.gguf", stored, numbers)
     return path, sum(tensor[0].nbytes for tensor in stored.values() if isinstance(tensor, tuple))
@@ -373,7 +373,7 @@ def test_packed_safetensors_stay_packed_too(emulated, tmp_path, monkeypatch, nam
 def test_large_matrices_are_dequantized_in_panels(emulated, monkeypatch, kind):
     """Of an odd number of rows, so that panels of MXFP4 begin at odd addresses."""
     monkeypatch.setattr(cuda_weights, "PANEL", 256 * 7)
-    blocks = proof.random_blocks(kind.lower(), 33, 256)
+    blocks = random_blocks.random_blocks(kind.lower(), 33, 256)
     matrix = PackedMatrix([(kind.lower(), torch.from_numpy(blocks[:20])), (kind.lower(), torch.from_numpy(blocks[20:]))], 256)
     x = torch.randn(9, 256, generator=torch.Generator().manual_seed(1))
     want, out = x @ torch.from_numpy(values(kind.lower(), blocks)).T, torch.empty(9, 33)
