@@ -239,11 +239,14 @@ class Dispatcher:
 
     def _may_exceed_queue(self, client: str, preparing: Mapping[str, str], low: bool) -> bool:
         """May a client's request wait although the queue is full? Yes, while the client itself has less than
-        a quarter of the limit waiting, so that another client's backlog cannot keep it out. The queue never
-        exceeds twice its limit."""
-        waiting, limit = waiting_of(self.all_models, low), self.settings.max_queue
-        mine = waiting[client] + list(preparing.values()).count(client)
-        return mine < limit // 4 and sum(waiting.values()) + len(preparing) < 2 * limit
+        a quarter of the limit waiting, so that another client's backlog cannot keep it out. Never more than
+        twice as many requests as the limit wait; here one with a hundred answers counts once, or a few of
+        these would keep all other clients out."""
+        limit = self.settings.max_queue
+        mine = waiting_of(self.all_models, low)[client] + list(preparing.values()).count(client)
+        requests = {job.request.id for model in self.all_models for job in model.pending
+                    if low or not job.request.low_priority}
+        return mine < limit // 4 and len(requests) + len(preparing) < 2 * limit
 
     def dispatch(self):
         """Assign waiting jobs to workers with a free row, or with one that another client can spare."""

@@ -214,6 +214,28 @@ async def test_the_pile_of_one_client_does_not_use_up_the_queue_for_others():
     assert not len(pool.dispatcher.pending)
 
 
+async def test_the_many_answers_of_one_request_do_not_use_up_the_queue_for_others():
+    pool = played_pool(max_batch=1, max_queue=8)
+    pool.workers[0].become(State.DEAD)
+
+    async def asking(name, prompts=1):
+        ids = ((1,),) * prompts
+        async for _ in pool.answer(asked(name, prompts=ids, prompt_ids=ids, client=name[0], max_tokens=8)):
+            pass
+
+    tasks = [asyncio.ensure_future(asking("a1", 40))]
+    await asyncio.sleep(0)
+    assert len(pool.dispatcher.pending) == 40       # more than twice --max-queue
+    tasks.append(asyncio.ensure_future(asking("b1")))
+    await asyncio.sleep(0)
+    assert len(pool.dispatcher.pending) == 41
+    with pytest.raises(Overloaded, match="already waiting"):
+        await asking("a2")
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
 async def test_a_client_with_all_rows_gives_up_its_youngest_for_another_until_they_have_as_many():
     pool = played_pool(max_batch=4)
     [worker] = pool.workers
