@@ -69,7 +69,8 @@ class BodyTasks:
 
     def read_line(self, number: int, identity: str, pictures: Seq, line: bytes) -> Result:
         line = json.dumps(fields_of(line, pictures)).encode() if pictures else line
-        return Result([self.admitted(read_body_of(read_line(number, line, identity), self.config.server), {})])
+        read = read_body_of(read_line(number, line, identity), self.config.server)
+        return Result([self.admitted(read, {})])
 
     def read_body(self, reader: str, pictures: Seq, body: bytes) -> Result:
         return Result([self.admitted(read_answer(reader, fields_of(body, pictures), self.config.server), {})])
