@@ -183,9 +183,10 @@ def read_events(response, when=lambda count: None):
 def server(arguments):
     import psutil
     import real_server
-    count = 60 if arguments.device == "cpu" else 400
+    count = 200 if arguments.device == "cpu" else 400
     replicas = ("--num-workers", "2") if arguments.device == "cpu" else ("--num-gpus", "auto")
-    with real_server.server(*replicas, *flags_of(arguments)) as (process, url):
+    # each step's piece by itself, so that the kill meets the middle of an answer
+    with real_server.server(*replicas, "--stream-interval", "0", *flags_of(arguments)) as (process, url):
         workers = real_server.get(url + "/stats")["workers"]
         note(f"{len(workers)} replicas")
         expected = text_of(read_events(asked(url, LONG, count)))
@@ -193,10 +194,11 @@ def server(arguments):
         killed = []
 
         def kill_the_busy_one(events):
-            if events == 10 and not killed:
-                busy = next(worker for worker in real_server.get(url + "/stats")["workers"] if worker["running"])
-                killed.append(busy["pid"])
-                os.kill(busy["pid"], signal.SIGKILL)
+            if events >= 2 and not killed:
+                busy = [worker for worker in real_server.get(url + "/stats")["workers"] if worker["running"]]
+                killed.extend(worker["pid"] for worker in busy[:1])
+                for pid in killed:
+                    os.kill(pid, signal.SIGKILL)
 
         got = text_of(read_events(asked(url, LONG, count), kill_the_busy_one))
         assert killed, "no worker was busy"
