@@ -262,16 +262,18 @@ def extend(connection: sqlite3.Connection, name: str, owner: str, items: Seq[Kep
 def items(connection: sqlite3.Connection, name: str, owner: str, after: str, ascending: bool,
           limit: int) -> Page:
     """A page of a conversation's items."""
-    row, begin = conversation_named(connection, name, owner), None
+    row = conversation_named(connection, name, owner)
+    condition, begin = "", ()
     if after:
         begin = connection.execute("SELECT id FROM items WHERE conversation = ? AND name = ?",
                                    (row.id, after)).fetchone()
         if begin is None:
             raise bad_value("after", after, "the id of a row of the list")
-    condition = "" if begin is None else f"AND id {'>' if ascending else '<'} {begin[0]}"
+        condition = "AND id > ?" if ascending else "AND id < ?"
+    order = "ASC" if ascending else "DESC"
     rows = connection.execute(
-        f"SELECT id, name, LENGTH(body) FROM items WHERE conversation = ? {condition} "
-        f"ORDER BY id {'ASC' if ascending else 'DESC'}", (row.id,))
+        f"SELECT id, name, LENGTH(body) FROM items WHERE conversation = ? {condition} ORDER BY id {order}",
+        (row.id, *begin))
     return page_of((Place("items", *each) for each in rows), limit)
 
 
