@@ -432,7 +432,9 @@ class Worker:
     def check_health(self):
         """Once a second: kill it if it hangs, ping it if it is idle, forget old crashes."""
         if self.hung:
-            doing = "loading" if self.state is State.LOADING else "answering" if self.jobs else "idle"
+            doing = "answering" if self.jobs else "idle"
+            if self.state is State.LOADING:
+                doing = "loading"
             log.error("worker %d has made no progress while %s; killing it", self.gpu, doing)
             self.error = f"it made no progress while {doing}, and was killed for that"
             self.kill()

@@ -4,7 +4,6 @@ import asyncio
 import json
 import os
 import shutil
-from contextlib import asynccontextmanager
 
 import pytest
 
@@ -14,7 +13,7 @@ from chatlm.common.messages.protocol import AdapterLoaded
 from chatlm.front.pool.adapters import AdapterWatch
 from chatlm.front.pool.many import ManyModels
 from chatlm.front.pool.pool import pool_of
-from fake_pool import serving
+from asking import ask, served, text_of
 from families import make_model, save
 from forked import DYING
 from lora import random_adapter, shapes_of
@@ -47,24 +46,6 @@ def start(model, started, tmp_path, monkeypatch):
         return await started(pool_of(Settings(**{"model": str(model)} | TINY | changes), DYING))
 
     return start
-
-
-@asynccontextmanager
-async def served(pool):
-    async with serving(pool, pool.settings) as url:
-        yield url
-
-
-async def ask(client, url, name="", struck="", **changes):
-    body = {"model": name, "messages": [{"role": "user", "content": "hello"}], "temperature": 0, "max_tokens": 40, "ignore_eos": True, **changes}
-    async with client.post(url + "/v1/chat/completions", json=body, headers={"X-Request-Id": struck} if struck else {}) as response:
-        return response.status, await response.json()
-
-
-async def text_of(*asked, **changes):
-    status, body = await ask(*asked, **changes)
-    assert status == 200, body
-    return body["choices"][0]["message"]["content"]
 
 
 async def prompt_of(client, url):

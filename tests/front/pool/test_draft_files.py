@@ -3,7 +3,6 @@
 import asyncio
 import os
 import shutil
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from random import Random
 
@@ -13,7 +12,7 @@ from chatlm.common.config import ModelChoice, Settings
 from chatlm.common.errors import ConfigError
 from chatlm.front.pool.many import ManyModels
 from chatlm.front.pool.pool import pool_of
-from fake_pool import serving
+from asking import ask, served, text_of
 from families import make_model, save
 from forked import DYING
 from nightly import by_day
@@ -56,24 +55,6 @@ def start(model, draft, text, started, tmp_path, monkeypatch):
         return await started(pool_of(settings, DYING))
 
     return start
-
-
-@asynccontextmanager
-async def served(pool):
-    async with serving(pool, pool.settings) as url:
-        yield url
-
-
-async def ask(client, url, name="", struck="", **changes):
-    body = {"model": name, "messages": [{"role": "user", "content": "hello"}], "temperature": 0, "max_tokens": 40, "ignore_eos": True, **changes}
-    async with client.post(url + "/v1/chat/completions", json=body, headers={"X-Request-Id": struck} if struck else {}) as response:
-        return response.status, await response.json()
-
-
-async def text_of(*asked, **changes):
-    status, body = await ask(*asked, **changes)
-    assert status == 200, body
-    return body["choices"][0]["message"]["content"]
 
 
 async def stats_of(client, url):

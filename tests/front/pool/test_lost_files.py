@@ -3,7 +3,6 @@
 import asyncio
 import os
 import shutil
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 from chatlm.common.config import ModelChoice, Settings
 from chatlm.front.pool.many import ManyModels
 from chatlm.front.pool.pool import pool_of
-from fake_pool import serving
+from asking import served
 from families import make_model, save
 from forked import DYING
 from lora import random_adapter, shapes_of
@@ -104,12 +103,6 @@ async def answer(client, url, struck="", model=""):
         async with client.post(url + "/v1/chat/completions", json=body, headers={"X-Request-Id": struck} if struck else {}) as response:
             found = await response.json()
             return response.status, found["choices"][0]["message"]["content"] if response.status == 200 else found["error"]["message"]
-
-
-@asynccontextmanager
-async def served(models):
-    async with serving(models, models.settings) as url:
-        yield url
 
 
 @pytest.mark.parametrize("kind, change, several", by_day(
