@@ -55,12 +55,7 @@ def dequantized(kind: str, rows: torch.Tensor, script: SimpleNamespace) -> torch
 
     ImportError without the gguf package, for most types.
     """
-    name: Any = SimpleNamespace(name=kind.upper())
-    if kind not in ("q8_0", "q4_0", "q4_1", *cuda.OWN):
-        import gguf
-        name = gguf.GGMLQuantizationType[name.name]
-    values = script.dequantize(name, rows.numpy())
-    return script.tensor_of(values).view(len(rows), -1)
+    return script.tensor_of(weights.file_values(kind, rows.numpy(), script))
 
 
 def parts_of(matrix: PackedMatrix | torch.Tensor) -> list[tuple[str, torch.Tensor]]:

@@ -11,11 +11,12 @@ import numpy
 
 from .random_blocks import random_blocks
 from .tiles import COLUMNS, SOURCES, Arena, Matrix, multiply
+from .weights import file_values
 
-N, K, T = 80, 768, 32           # rows and columns of the weights, rows of x
+N, K = 80, 768                  # rows and columns of the weights
+T = 32                          # rows of x
 PACKED_TOLERANCE = 3e-2         # of the largest value: x is int8 there; 1e-2 is the usual error
 FLOAT_TOLERANCE = 1e-3
-ALONE = ("q8_0", "q4_0", "q4_1", "mxfp4")      # types that need no gguf package
 
 
 class Unproved(str):
@@ -58,8 +59,4 @@ def random_weights(kind: str, script: SimpleNamespace) -> tuple[numpy.ndarray, n
         rounded = script.as_kind(rows, SOURCES[kind][0])
         return rounded, script.as_kind(rounded, "float32")
     blocks = random_blocks(kind, N, K, seed=N)
-    gguf_type = SimpleNamespace(name=kind.upper())
-    if kind not in ALONE and not kind.startswith("u4"):
-        import gguf
-        gguf_type = gguf.GGMLQuantizationType[gguf_type.name]
-    return blocks, script.dequantize(gguf_type, blocks).reshape(N, K)
+    return blocks, file_values(kind, blocks, script)

@@ -165,7 +165,9 @@ def time_product(kind: str, rows: int, columns: int, script: SimpleNamespace) ->
     matrices = [first, *(Matrix(arena, kind, rows, columns) for _ in range(COLD // first.nbytes))]
     for other in matrices[1:]:
         ctypes.memmove(other.tiles.address, first.tiles.address, first.nbytes)
-    program, x, out = Program(1, 1), zeros(1, columns), zeros(1, rows)
+    program = Program(1, 1)
+    x = zeros(1, columns)
+    out = zeros(1, rows)
     program.embed(normal(9, 1, columns), program.token_ids, x)
     for matrix in matrices:
         program.linear(x, matrix, out)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy
 
-from . import _core
+from . import _core, cuda
 from .arrays import kind_of
 from .tiles import COLUMNS, FROM_FILES, KINDS as KIND_CODES, TILE_ROWS, Arena, Matrix
 
@@ -39,6 +39,17 @@ class QuantizedMatrix:
     @property
     def shape(self) -> tuple[int, int]:
         return sum(len(rows) for _, rows in self.parts), self.columns
+
+
+def file_values(kind: str, rows: numpy.ndarray, script: SimpleNamespace) -> numpy.ndarray:
+    """What chat_server's reference makes of blocks (n, bytes of a row), (n, columns) float32.
+
+    ImportError without the gguf package, for most types."""
+    name: Any = SimpleNamespace(name=kind.upper())
+    if kind not in ("q8_0", "q4_0", "q4_1", *cuda.OWN):
+        import gguf
+        name = gguf.GGMLQuantizationType[name.name]
+    return script.dequantize(name, rows).reshape(len(rows), -1)
 
 
 def becomes(tensors: Sequence[Any], rows: Sequence[int], kept_types: Sequence[str] = KEPT_TYPES) -> list[str]:
