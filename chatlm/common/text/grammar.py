@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 import json
@@ -14,25 +13,30 @@ from chatlm.common.errors import RequestError
 from chatlm.common.memory import heap_bytes
 from chatlm.common.text.formats import A_MARK, with_markers
 from chatlm.common.text.notations import JSON, Notation
+from chatlm.common.text.patterns import GRAMMAR_LIMITS, byte_vocabulary, check_patterns
 from chatlm.common.text.schema_rules import JSON_TERMINALS, SchemaRules
+from chatlm.common.text.schemas import schema_object
 
 
-def json_grammar(schema: dict, param: str, start: str = "start: object") -> str:
+def json_grammar(schema: dict | bool, param: str, start: str = "start: object") -> str:
     """A grammar for llguidance: `start`, in which `object` follows this JSON schema. RequestError, about the
     field `param`, if it is too large; check_grammar decides whether it is valid."""
     return schema_grammar({"object": schema}, param, start)
 
 
-def schema_grammar(schemas: Mapping[str, dict], param: str, start: str,
+def schema_grammar(schemas: Mapping[str, dict | bool], param: str, start: str,
                    notation: Notation | None = None) -> str:
     """A grammar for llguidance: `start`, and a rule for each of these JSON schemas; with a notation they are
     of functions' parameters."""
+    require_llguidance(param)
     lines = [start, JSON_TERMINALS]
     try:
         for index, (name, schema) in enumerate(schemas.items()):
+            schema = schema_object(schema)
             rules = SchemaRules(f"s{index}", schema, notation or JSON)
             if (rule := rules.arguments(schema) if notation else rules.rule(schema)) is None:
                 raise ValueError("no value satisfies it")
+            check_patterns(rules.patterns)
             lines += [f"{name}: {rule}", *rules.lines]
     except RecursionError:
         raise unusable_schema("it is nested too deeply", param) from None
@@ -43,10 +47,7 @@ def schema_grammar(schemas: Mapping[str, dict], param: str, start: str,
 
 def lark_grammar(grammar: str, param: str) -> str:
     """The grammar; RequestError if it is too large, not valid Unicode, or impossible to enforce."""
-    if importlib.util.find_spec("llguidance") is None:
-        raise RequestError(
-            "this server cannot constrain answers: the Python package llguidance is not installed there",
-            code="unsupported_response_format", param=param)
+    require_llguidance(param)
     if len(grammar) > LIMITS.grammar_characters:
         raise unusable_schema(
             f"as a grammar it must have at most {LIMITS.grammar_characters} characters", param)
@@ -56,13 +57,16 @@ def lark_grammar(grammar: str, param: str) -> str:
     return grammar
 
 
+def require_llguidance(param: str):
+    """RequestError, about the field `param`, if this server cannot constrain answers."""
+    if importlib.util.find_spec("llguidance") is None:
+        raise RequestError(
+            "this server cannot constrain answers: the Python package llguidance is not installed there",
+            code="unsupported_response_format", param=param)
+
+
 def unusable_schema(reason: str, param: str) -> RequestError:
     return RequestError(f"{param} cannot be enforced: {reason}", code="invalid_json_schema", param=param)
-
-
-@functools.cache
-def byte_vocabulary():
-    return importlib.import_module("llguidance").LLTokenizer("byte")
 
 
 def check_grammar(source: str, param: str):
@@ -87,4 +91,3 @@ def check_grammar(source: str, param: str):
 
 
 INTERSECTION = re.compile(r"^([A-Z][A-Z0-9_]*): (\(.* & .*\) & ~.*)$", re.MULTILINE)  # of several conditions
-GRAMMAR_LIMITS = {"max_lexer_states": 30_000, "verbose_errors": False}  # 1-2 KB a state; masks up to 25 ms

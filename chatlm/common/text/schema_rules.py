@@ -15,15 +15,14 @@ from chatlm.common.config import LIMITS
 from chatlm.common.errors import shown
 from chatlm.common.jsontext import as_json, is_number, is_text
 from chatlm.common.text.notations import BARE, JSON, Notation, bare
+from chatlm.common.text.number_ranges import (
+    bounds_of, decimal_places, is_multiple, multiples_of, number_pattern)
+from chatlm.common.text.patterns import (
+    in_slashes, is_found, matches_something, text_with)
 from chatlm.common.text.schemas import (
     ALL_KEYWORDS, KEYWORDS, NUMBER_KEYWORDS, PART_KEYWORDS, TEXT_KEYWORDS, Form, SchemaForms, between,
-    finite_json, has_other_keys, keys_among, keyword, members_of, schema_object, schemas_of_key, types_among,
-    values_among)
-
-
-def in_slashes(pattern: str) -> str:
-    """A regular expression as it is written between slashes, on one line."""
-    return re.sub(r"(?<!\\)((?:\\\\)*)/", r"\1\/", pattern).replace("\n", "\\n")
+    finite_json, fits_nothing, has_other_keys, key_patterns, keys_among, keyword, members_of, name_schemas,
+    schema_object, schemas_of_declared, schemas_of_key, types_among, values_among)
 
 
 def literal(text: str) -> str:
@@ -31,16 +30,6 @@ def literal(text: str) -> str:
     return as_json(text).replace("<[", "\\u003c[")
 
 
-def text_with(pattern: str) -> str:
-    """A regular expression for a whole text in which this one is found anywhere."""
-    if not (end := re.search(r"(?<!\\)(?:\\\\)*(\$?)\Z", pattern)):
-        raise ValueError(f"the pattern {shown(pattern)} ends within an escape")
-    first, last = "^" if pattern.startswith("^") else "", end[1]
-    inside = pattern.removeprefix(first).removesuffix(last) if "|" not in pattern else pattern
-    return f"{'' if first else '(?s:.*)'}(?:{inside}){'' if last else '(?s:.*)'}"
-
-
-LARGEST = 9_999_999_999_999_998  # of 16 digits; one more is no number of IEEE's
 MOST_ITEMS = 64     # of an array, and keys of an object that are not declared, where a schema has no limit
 MOST_DEPTH = 16     # of arrays and objects of which the schema says nothing
 FREE_COMMA = '"," JSON_SPACE'  # before what a schema leaves open
@@ -75,23 +64,19 @@ STRING_FORMATS = {  # those that JSON grammars know
     "uri": r"[A-Za-z][0-9A-Za-z+.-]*:[0-9A-Za-z:/?#\[\]@!$&'()*+,;=%._~-]*"}
 
 
-def text_terminal(form: Form) -> str:
-    """What a string of this form may be where no quotes enclose it; "" if it can be no string."""
-    if "string" not in types_among(form):
-        return ""
-    allowed = []
-    if (values := values_among(form)) is not None:
-        allowed.append(" | ".join(literal(value) for value in values if is_text(value)))
-    shortest, most = between(form, "minLength", "maxLength")
-    for members in members_of(form, ("format", "pattern")):
-        if (name := keyword(members, "format")) in STRING_FORMATS:
-            allowed.append(f"/{in_slashes(STRING_FORMATS[name])}/")
-            most = max(shortest, FORMAT_LENGTHS[name]) if most is None and name in FORMAT_LENGTHS else most
-        if pattern := in_slashes(keyword(members, "pattern") or ""):
-            allowed.append(f"/{text_with(pattern)}/")
-    if shortest or most is not None:
-        allowed.append("/(?s:.{%d,%s})/" % (shortest, "" if most is None else most))
-    return " & ".join(f"({choice})" for choice in allowed) or "/(?s:.*)/" if all(allowed) else ""
+ANY_TEXT = "/(?s:.*)/"
+
+
+def is_text_of(form: Form, text: str) -> bool:
+    """Is this text a string of the form?"""
+    values, (shortest, longest) = values_among(form), between(form, "minLength", "maxLength")
+    if ("string" not in types_among(form) or values is not None and text not in values
+            or len(text) < shortest or longest is not None and len(text) > longest):
+        return False
+    patterns = [f"^(?:{STRING_FORMATS[name]})$" for members in members_of(form, ["format"])
+                if (name := keyword(members, "format")) in STRING_FORMATS]
+    patterns += [keyword(members, "pattern") for members in members_of(form, ["pattern"])]
+    return all(is_found(pattern, text) for pattern in filter(None, patterns))
 
 
 def text_rule(rule: str, text: str, sign: str, ends: Iterable[str]) -> tuple[str, str]:
@@ -132,6 +117,8 @@ class SchemaRules:
         self.raw = notation.quote != JSON.quote  # are strings written without escapes?
         self.comma, self.colon = (" ".join(map(as_json, text)) for text in (notation.comma, notation.colon))
         self.lines: list[str] = []
+        self.patterns: dict[str, None] = {}  # of strings and keys, for check_patterns
+        self.terminals: dict[str, str] = {}  # the names of terminals, and their text
         self.known: dict = {}  # the names of rules, by the ids of their schemas or by their text
         self.made: list[tuple] = []
         self.characters = 0
@@ -182,6 +169,8 @@ class SchemaRules:
         if text not in self.known:
             name = self.new_name()
             self.known[text] = self.define(name.upper() if terminal else name, text)
+            if terminal:
+                self.terminals[name.upper()] = text
         return self.known[text]
 
     def choices(self, form: Form) -> Iterator[str]:
@@ -206,7 +195,7 @@ class SchemaRules:
 
     def anything(self, depth: int) -> str:
         """The rule for any value, with arrays and objects inside each other up to a depth."""
-        text = self.raw_text("/(?s:.*)/") if self.raw else "JSON_STRING"
+        text = self.raw_text(ANY_TEXT) if self.raw else "JSON_STRING"
         choices = [" | ".join((*map(as_json, self.notation.words), "JSON_NUMBER", text))]
         if depth:
             value = self.anything(depth - 1)
@@ -226,9 +215,13 @@ class SchemaRules:
         self.schemas.spend(1 + len(values) // 100)
         if members_of(form, PART_KEYWORDS):
             values = [value for value in values if not isinstance(value, (dict, list))]
+        if said := members_of(form, NUMBER_KEYWORDS):
+            bounds, multiples = bounds_of(said, False), multiples_of(said)
+            values = [value for value in values if not is_number(value) or bounds.allow(value) and all(
+                is_multiple(value, multiple) for multiple in multiples)]
         texts = [self.string(form)] if self.raw and any(map(is_text, values)) else []
         values = [value for value in values if not (self.raw and is_text(value))]
-        if values and (said := members_of(form, (*TEXT_KEYWORDS, *NUMBER_KEYWORDS))):
+        if values and (said := members_of(form, TEXT_KEYWORDS)):
             texts.append(self.leaf({"enum": values, "allOf": [known_format(members) for members in said]}))
         elif values:
             exactly = [written(value, self.notation) for value in values]
@@ -245,11 +238,34 @@ class SchemaRules:
             self.characters += sum(map(len, lines))
         return self.known[key]
 
+    def text_terminal(self, form: Form) -> str:
+        """What a string of this form may be where no quotes enclose it; "" if it can be no string."""
+        if "string" not in types_among(form):
+            return ""
+        allowed = []
+        if (values := values_among(form)) is not None:
+            allowed.append(" | ".join(literal(value) for value in values if is_text(value)))
+        shortest, most = between(form, "minLength", "maxLength")
+        for members in members_of(form, ("format", "pattern")):
+            if (name := keyword(members, "format")) in STRING_FORMATS:
+                allowed.append(f"/{in_slashes(STRING_FORMATS[name])}/")
+                if most is None and name in FORMAT_LENGTHS:
+                    most = max(shortest, FORMAT_LENGTHS[name])
+            if pattern := keyword(members, "pattern"):
+                self.patterns[pattern] = None
+                allowed.append(f"/{in_slashes(text_with(pattern))}/")
+        if shortest or most is not None:
+            allowed.append("/(?s:.{%d,%s})/" % (shortest, "" if most is None else most))
+        return " & ".join(f"({choice})" for choice in allowed) or ANY_TEXT if all(allowed) else ""
+
     def string(self, form: Form) -> str:
         if self.raw:
-            return self.raw_text(text) if (text := text_terminal(form)) else ""
+            return self.raw_text(text) if (text := self.text_terminal(form)) else ""
         shortest, longest = between(form, "minLength", "maxLength")
         said = [members for members in map(known_format, members_of(form, TEXT_KEYWORDS)) if members]
+        for members in said:
+            if pattern := members.get("pattern"):
+                self.patterns[pattern] = None
         if longest is not None and shortest > longest or not said:
             return "" if said else "JSON_STRING"
         lengths = [FORMAT_LENGTHS[members["format"]] for members in said
@@ -259,20 +275,18 @@ class SchemaRules:
         return self.leaf({"type": "string", "allOf": said})
 
     def number(self, name: str, form: Form) -> str:
-        """Numbers or integers; between bounds they have no exponents, and fractions of 8 digits."""
-        if not (said := members_of(form, NUMBER_KEYWORDS)):
+        """Numbers or integers; between bounds they have no exponents, and fractions of 8 digits or more."""
+        said = members_of(form, NUMBER_KEYWORDS)
+        bounds, multiples = bounds_of(said, name == "integer"), multiples_of(said)
+        if bounds.allow_all() and not multiples:
             return f"JSON_{name.upper()}"
-        lows, highs = (
-            [members[bound] for members in said for bound in bounds if is_number(members.get(bound))]
-            for bounds in (("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")))
-        if lows and highs and max(lows) > min(highs):
-            return ""
-        most = max([LARGEST, *(10 * abs(bound) for bound in lows + highs if abs(bound) >= LARGEST)])
-        bounds = {} if lows else {"minimum": -most}
-        bounds |= {} if highs else {"maximum": most}
-        if name == "number" and not any("multipleOf" in members for members in said):
-            bounds["multipleOf"] = 1e-8  # llguidance counts digits in 32 bits
-        return self.leaf({"type": name, "allOf": [bounds, *said]})
+        places = [count for multiple in multiples if (count := decimal_places(multiple)) is not None]
+        if len(places) == len(multiples):
+            pattern = number_pattern(bounds, 0 if name == "integer" else min(places, default=None))
+            return self.shared(f"/{pattern}/", True) if pattern else ""
+        low, high = bounds.nearer()
+        return self.leaf({"type": name, "minimum": low, "maximum": high, "allOf": [
+            {"multipleOf": multiple} for multiple in multiples]}) if low <= high else ""
 
     def array(self, form: Form) -> str:
         heads, tails = [], []
@@ -283,6 +297,9 @@ class SchemaRules:
         low, most = between(form, "minItems", "maxItems")
         length = max(map(len, heads), default=0)
         most = max(MOST_ITEMS, low, length) if most is None else most
+        if all(tail is None for tail in tails) and any(
+                fits_nothing(schema.get("unevaluatedItems")) for schema in form):
+            most = min(most, length)
         places = []
         for index in range(min(length, most)):
             item = self.rule(*(schema for head, tail in zip(heads, tails) if (
@@ -311,40 +328,77 @@ class SchemaRules:
     def members(self, form: Form, is_bare: bool, colon: str) -> str | None:
         """What is in objects of the declared keys, and of others only if a schema says so or none declares
         any; None if nothing fits. Have the keys no quotes?"""
-        names, patterns = keys_among(form), [
-            pattern for schema in form for pattern in keyword(schema, "patternProperties") or {}]
+        names, patterns = self.possible_keys(form), key_patterns(form)
+        if names is None:
+            return None
         self.schemas.spend(1 + len(names) // 8 + sum(map(len, patterns)) // 1000)
-        any_key, quote = ANY_KEY[is_bare], "" if is_bare else '"'
-        keys = {pattern: self.shared(f"{any_key} & /{quote}{in_slashes(text_with(pattern))}{quote}/", True)
-                for pattern in patterns}
+        self.schemas.spend(1 + len(patterns) * (50 * bool(names) + len(names) // 2))
+        quote, any_key = "" if is_bare else '"', self.any_key(form, is_bare)
+        keys = {}
+        for pattern in patterns if any_key else ():
+            self.patterns[pattern] = None
+            keys[pattern] = self.shared(f"/{quote}{in_slashes(text_with(pattern))}{quote}/", True)
         texts = {name: literal(bare(name) if is_bare else finite_json(name)) for name in names}
-        members, every = [], (None, *keys)
+        members = []
         for name, required in names.items():
-            pairs = [f"{self.key(texts[name], pattern, keys)} {colon} {value}" for pattern in every
-                     if (value := self.rule(*schemas_of_key(form, name, pattern)))]
-            if pairs:  # an optional one is in several rules
-                member = pairs[0] if required and len(pairs) == 1 else self.shared(" | ".join(pairs))
-                members.append((member, required))
+            if value := self.rule(*schemas_of_declared(form, name)):
+                member = f"{texts[name]} {colon} {value}"
+                members.append((member if required else self.shared(member), required))
             elif required:
                 return None
-        extra = [f"{self.other_key(any_key, pattern, texts.values(), keys)} {colon} {value}"
-                 for pattern in every if (pattern is not None or has_other_keys(form))
-                 and (value := self.rule(*schemas_of_key(form, None, pattern)))]
+        extra = []
+        for pattern in (None, *keys) if any_key and has_other_keys(form) else keys:
+            value = self.rule(*schemas_of_key(form, None, [] if pattern is None else [pattern]))
+            if value and (key := self.other_key(any_key, pattern, texts.values(), keys)):
+                extra.append(f"{key} {colon} {value}")
         return self.pairs(members, " | ".join(extra), *between(form, "minProperties", "maxProperties"))
 
-    def key(self, text: str, pattern: str | None, keys: Mapping[str, str]) -> str:
-        """A declared key of which this pattern alone is true; if it is not, the terminal matches nothing."""
-        if not keys:
-            return text
-        return self.shared(" & ".join([text, *(
-            ("" if other == pattern else "~") + terminal for other, terminal in keys.items())]), True)
+    def possible_keys(self, form: Form) -> dict[str, bool] | None:
+        """The keys that the schemas declare, or list as the only ones, and whether they are required. Those
+        that no object may have are left out; None if one of them is required."""
+        names = keys_among(form)
+        if not (about_names := name_schemas(form)):
+            return names
+        forms = self.schemas.forms(about_names)
+        if all(values_among(choice) is not None for choice in forms):
+            listed = [name for choice in forms for name in values_among(choice) or () if is_text(name)]
+            names = {name: False for name in listed} | names
+        self.schemas.spend(1 + (50 + len(names)) * len(forms))
+        possible = {name: required for name, required in names.items()
+                    if any(is_text_of(choice, name) for choice in forms)}
+        return possible if all(name in possible for name, required in names.items() if required) else None
+
+    def any_key(self, form: Form, is_bare: bool) -> str:
+        """The terminal of a key that no schema declares; "" if there can be none."""
+        terminal, quote = ANY_KEY[is_bare], "" if is_bare else as_json('"')
+        text = self.other_names(form)
+        return text and (terminal if text == ANY_TEXT else self.shared(
+            f"{terminal} & ({quote} ({text}) {quote})", True))
+
+    def other_names(self, form: Form) -> str:
+        """What a key may be that no schema declares, without quotes; "" if there can be none."""
+        if not (about_names := name_schemas(form)):
+            return ANY_TEXT
+        forms = self.schemas.forms(about_names)
+        if all(values_among(choice) is not None for choice in forms):
+            return ""
+        texts = [text for choice in forms if (text := self.text_terminal(choice))]
+        return ANY_TEXT if ANY_TEXT in texts else " | ".join(f"({text})" for text in texts)
 
     def other_key(self, any_key: str, pattern: str | None, texts: Iterable[str],
                   keys: Mapping[str, str]) -> str:
-        """A key that is not declared, and of which this pattern alone is true."""
+        """A key that is not declared, and of which this pattern alone is true; "" if there is none."""
         taken = [f"~({' | '.join(texts)})"] if texts else []
-        return self.shared(" & ".join([keys[pattern] if pattern is not None else any_key, *taken, *(
+        own = [] if pattern is None else [keys[pattern]]
+        key = self.shared(" & ".join([any_key, *own, *taken, *(
             f"~{terminal}" for other, terminal in keys.items() if other != pattern)]), True)
+        if any_key in ANY_KEY and len(keys) < 2 and not (keys and taken):
+            return key  # a pattern by itself may be true of something
+        self.schemas.spend(40)
+        names = [name for name in dict.fromkeys((key, any_key, *keys.values())) if name not in ANY_KEY]
+        is_possible = matches_something(key, [JSON_TERMINALS, *(
+            f"{name}: {self.terminals[name]}" for name in names)])
+        return key if is_possible else ""
 
     def pairs(self, members: list[tuple[str, bool]], extra: str, low: int, most: int | None) -> str | None:
         """What is in an object of these members in this order, some required, and then of `extra` ones."""

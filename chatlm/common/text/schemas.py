@@ -7,10 +7,11 @@ import itertools
 import json
 import operator
 import urllib.parse
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from chatlm.common.errors import shown
 from chatlm.common.jsontext import JSON_TYPES, is_text
+from chatlm.common.text.patterns import is_found
 
 
 def is_count(value) -> bool:
@@ -28,7 +29,9 @@ KEYWORDS = {  # of JSON Schema, those that are read here: what each must be, and
     "required": ("a list of strings", lambda value: isinstance(value, list) and all(map(is_text, value))),
     **dict.fromkeys(("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"), (
         "an integer of at least 0", is_count)),
-    **dict.fromkeys(("$ref", "pattern", "format"), ("a string", is_text))}
+    **dict.fromkeys(("$ref", "pattern", "format"), ("a string", is_text)),
+    **dict.fromkeys(("dependencies", "dependentRequired", "dependentSchemas"), (
+        "an object", JSON_TYPES["object"]))}
 
 
 def keyword(schema: Mapping, name: str):
@@ -79,14 +82,59 @@ TEXT_KEYWORDS = ("minLength", "maxLength", "pattern", "format")
 NUMBER_KEYWORDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 PART_KEYWORDS = (    # of arrays and objects
     "items", "prefixItems", "additionalItems", "minItems", "maxItems", "properties", "patternProperties",
-    "additionalProperties", "required", "minProperties", "maxProperties")
+    "additionalProperties", "required", "minProperties", "maxProperties", "propertyNames",
+    "unevaluatedItems", "unevaluatedProperties")
 CHOICES = ("allOf", "anyOf", "oneOf")
-OTHER_KEYWORDS = (   # those that no grammar here can enforce
-    "not", "if", "then", "else", "dependencies", "dependentRequired", "dependentSchemas", "propertyNames",
-    "contains", "minContains", "maxContains", "uniqueItems", "unevaluatedItems", "unevaluatedProperties",
-    "$dynamicRef", "$recursiveRef")
+OTHER_KEYWORDS = (   # those that no grammar here can enforce, unless they say nothing
+    "not", "if", "then", "else", "dependencies", "dependentRequired", "dependentSchemas", "contains",
+    "minContains", "maxContains", "uniqueItems", "$dynamicRef", "$recursiveRef")
 ALL_KEYWORDS = {"type", "enum", "const", "$ref", *CHOICES, *TEXT_KEYWORDS, *NUMBER_KEYWORDS, *PART_KEYWORDS,
                 *OTHER_KEYWORDS}
+KEYWORD_TYPES = {  # the JSON types of which these say anything
+    **dict.fromkeys(("contains", "minContains", "maxContains", "uniqueItems"), "array"),
+    **dict.fromkeys(("dependencies", "dependentRequired", "dependentSchemas"), "object")}
+
+def fits_anything(schema) -> bool:
+    """Is it certain that every value fits? Schemas may be true, or have no keyword that says anything."""
+    return schema is True or isinstance(schema, dict) and not ALL_KEYWORDS & schema.keys()
+
+
+def fits_nothing(schema) -> bool:
+    """Is it certain that no value fits?"""
+    return schema is False or isinstance(schema, dict) and fits_anything(schema.get("not"))
+
+
+def says_nothing(name: str, schema: Mapping) -> bool:
+    """Does this one of OTHER_KEYWORDS leave the values as they are that fit the rest of the schema?"""
+    value = schema[name]
+    if value is None or name in KEYWORD_TYPES and KEYWORD_TYPES[name] not in named_types(schema):
+        return True
+    if name == "not":
+        return fits_nothing(value)
+    if name == "if":
+        return all(fits_anything(schema.get(branch, True)) for branch in ("then", "else"))
+    if name in ("then", "else"):
+        return schema.get("if") is None or fits_anything(value)
+    if name in ("dependencies", "dependentRequired", "dependentSchemas"):
+        required = {*(keyword(schema, "required") or ())}
+        return all(required.issuperset(needed) if isinstance(needed, list) and all(map(is_text, needed))
+                   else fits_anything(needed) for needed in (keyword(schema, name) or {}).values())
+    if name == "contains":
+        return schema.get("minContains") == 0 and schema.get("maxContains") is None
+    if name in ("minContains", "maxContains"):
+        return schema.get("contains") is None or says_nothing("contains", schema)
+    if name == "uniqueItems":
+        return value is False or has_one_item_at_most(schema)
+    return False
+
+
+def has_one_item_at_most(schema: Mapping) -> bool:
+    most = keyword(schema, "maxItems")
+    first, items = schema.get("prefixItems"), schema.get("items")
+    if isinstance(items, list):
+        first, items = items, schema.get("additionalItems")
+    return most is not None and most <= 1 or fits_nothing(items) and len(first or ()) <= 1
+
 
 Form = tuple[Mapping, ...]  # schemas that a value must fit all, but for their $ref, allOf, anyOf and oneOf
 
@@ -115,20 +163,38 @@ def keys_among(form: Form) -> dict[str, bool]:
 def has_other_keys(form: Form) -> bool:
     """May an object have keys that no schema declares? Where none declares any, it may."""
     others = [schema.get("additionalProperties") for schema in form]
+    if all(other is None for other in others) and any(
+            fits_nothing(schema.get("unevaluatedProperties")) for schema in form):
+        return False
     return False not in others and (any(other is not None for other in others) or not members_of(
         form, ("properties", "patternProperties", "required")))
 
 
-def schemas_of_key(form: Form, name: str | None, pattern: str | None = None) -> list:
-    """The schemas of the value of a declared key, or with None of another one; of the patterns of keys this
-    one alone is true of it."""
+def schemas_of_key(form: Form, name: str | None, patterns: Collection[str] = ()) -> list:
+    """The schemas of the value of a declared key, or with None of another one, of which these patterns of
+    keys are true."""
     schemas = []
     for schema in form:
-        places = ((keyword(schema, "properties"), name), (keyword(schema, "patternProperties"), pattern))
-        said = [place[key] for place, key in places if place and key in place]
+        declared, by_pattern = keyword(schema, "properties") or {}, keyword(schema, "patternProperties") or {}
+        said = [declared[name]] if name in declared else []
+        said += [by_pattern[pattern] for pattern in patterns if pattern in by_pattern]
         other = schema.get("additionalProperties")
         schemas += said or ([] if other is None else [other])
     return schemas
+
+
+def schemas_of_declared(form: Form, name: str) -> list:
+    """The schemas of the value of a declared key, also of the patterns of keys that are found in it."""
+    return schemas_of_key(form, name, {pattern for pattern in key_patterns(form) if is_found(pattern, name)})
+
+
+def key_patterns(form: Form) -> list[str]:
+    return [pattern for schema in form for pattern in keyword(schema, "patternProperties") or {}]
+
+
+def name_schemas(form: Form) -> list:
+    """The schemas of the keys themselves."""
+    return [schema["propertyNames"] for schema in form if schema.get("propertyNames") is not None]
 
 
 def types_among(form: Form) -> set[str]:
@@ -220,8 +286,10 @@ class SchemaForms:
         """The forms of one schema, in which its keys have the order in which it speaks of them."""
         schema = schema_object(self.target(schema))
         self.spend(1 + len(schema) // 8)
+        if "not" in schema and fits_nothing(schema):
+            return []
         for name in OTHER_KEYWORDS:
-            if schema.get(name) not in (None, False):
+            if name in schema and not says_nothing(name, schema):
                 raise ValueError(f"{name} is not supported")
         forms: list[Form] = [()]
         own = bool(ALL_KEYWORDS.difference(CHOICES, ["$ref"]) & schema.keys())

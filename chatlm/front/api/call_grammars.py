@@ -13,10 +13,12 @@ from chatlm.common.errors import named, shown
 from chatlm.common.jsontext import JSON_TYPES, as_json, is_text
 from chatlm.common.text.formats import A_MARKER, CALL_FORMATS, MARKS, CallFormat
 from chatlm.common.text.grammar import lark_grammar, schema_grammar, unusable_schema
+from chatlm.common.text.patterns import check_patterns, in_slashes
 from chatlm.common.text.schema_rules import (
-    JSON_TERMINALS, MOST_ITEMS, SchemaRules, in_slashes, literal, text_rule, text_terminal)
+    JSON_TERMINALS, MOST_ITEMS, SchemaRules, literal, text_rule)
 from chatlm.common.text.schemas import (
-    SchemaForms, has_other_keys, keys_among, members_of, schemas_of_key, types_among, types_of)
+    SchemaForms, has_other_keys, keys_among, members_of, schemas_of_declared, schemas_of_key,
+    types_among, types_of)
 
 
 A_PART = re.compile(rf"{A_MARKER.pattern}|(\{{\w+\}})")
@@ -64,7 +66,7 @@ def value_rules(rule: str, values: Seq, rules: SchemaRules, sign: str,
     forms = rules.schemas.forms(values)
     types = types_of(forms)
     types = types if len(types) < len(JSON_TYPES) else {"string"}
-    if texts := [f"({text})" for form in forms if (text := text_terminal(form))]:
+    if texts := [f"({text})" for form in forms if (text := rules.text_terminal(form))]:
         yield (f"{rule}t", *text_rule(f"{rule}t", " | ".join(texts), sign, ends))
     others = sorted(types - {"string"})
     if others and (value := rules.rule({"type": others}, *values)):
@@ -84,13 +86,16 @@ def tag_rules(rule: str, root: Mapping, call_format: CallFormat) -> Iterator[str
     for form in rules.schemas.forms_of(root):
         if "object" not in types_among(form):
             continue
-        wanted, known = [], keys_among(form)
-        for name in [*known, *([None] if has_other_keys(form) else [])]:
+        if (known := rules.possible_keys(form)) is None:
+            continue
+        wanted, other_names = [], rules.other_names(form)
+        for name in [*known, *([None] if other_names and has_other_keys(form) else [])]:
             parameter = f"{rule}_{len(choices)}_{len(wanted)}"
             if name is None:
                 others = "|".join(in_slashes(re.escape(name)) for name in known)
                 most = LIMITS.parameter_characters - 2
-                yield rf"{parameter.upper()}_NAME: /[^<>\s]([^<>\n]{{0,{most}}}[^<>\s])?/ & ~/({others})/"
+                yield (rf"{parameter.upper()}_NAME: /[^<>\s]([^<>\n]{{0,{most}}}[^<>\s])?/ & ~/({others})/"
+                       f" & ({other_names})")
             elif not re.fullmatch(allowed_name, name):
                 raise unusable_schema(
                     f"this model's calls cannot have a parameter {shown(name)}; a name has 1 to "
@@ -100,7 +105,9 @@ def tag_rules(rule: str, root: Mapping, call_format: CallFormat) -> Iterator[str
                 as_json(name), "" if known[name] else "?")
             wanted.append(parameter + often)
             values = []
-            for value, *lines in value_rules(f"{parameter}v", schemas_of_key(form, name), rules, sign, ends):
+            for value, *lines in value_rules(
+                    f"{parameter}v", schemas_of_key(form, None) if name is None else schemas_of_declared(
+                        form, name), rules, sign, ends):
                 values.append(value)
                 yield from lines
             if not values:
@@ -109,6 +116,7 @@ def tag_rules(rule: str, root: Mapping, call_format: CallFormat) -> Iterator[str
         choices.append(" ".join(wanted) or json.dumps(""))
     if not choices:
         raise ValueError("no object fits them")
+    check_patterns(rules.patterns)
     yield f"{rule}: {' | '.join(choices)}"
     yield from rules.lines
 

@@ -5,17 +5,21 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from functools import partial
 
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError, bad_value, invalid, named, printable
 from chatlm.common.jsontext import is_number, is_text, whole_unicode
-from chatlm.common.text.grammar import json_grammar, lark_grammar
-from chatlm.common.text.schema_rules import in_slashes
+from chatlm.common.text.grammar import json_grammar, lark_grammar, require_llguidance
+from chatlm.common.text.patterns import check_regex, in_slashes
 from chatlm.front.api.fields import (
     A_FUNCTION, A_TEXT, A_TOKEN, TEXT_OR_NULL, TEXT_OR_TOKEN, Field, FieldType, as_count, list_schema,
     listed, matches, member_of, object_schema, prompt_list, read_choice, refused)
+
+
+RESPONSE_FORMATS = ("text", "json_object", "json_schema", "json", "regex")
 
 
 def response_grammar(value: dict, param: str = "response_format") -> tuple[str, str]:
@@ -23,17 +27,39 @@ def response_grammar(value: dict, param: str = "response_format") -> tuple[str, 
     format_type = value.get("type")
     if format_type == "text":
         return "", param
-    if format_type not in ("json_object", "json_schema"):
-        raise bad_value(param, format_type, "an object of type text, json_object or json_schema")
-    # llama-server takes {"type", "schema"} for both types.
-    holder = value.get("json_schema") if format_type == "json_schema" else value
-    schema = holder.get("schema", value.get("schema")) if isinstance(holder, dict) else value.get("schema")
-    if schema is None and format_type == "json_object":
+    if format_type not in RESPONSE_FORMATS:
+        raise bad_value(param, format_type, "an object of type text, json_object, json_schema or regex")
+    if format_type == "regex":
+        if not is_text(regex := value.get("value", value.get("regex"))):
+            raise bad_value(param, value, "an object of type regex whose value is a regular expression")
+        return other_grammar(regex, "regex", param)
+    schema = format_schema(value, param)
+    if schema is None and format_type == "json_object" and value.get("json_schema") is None:
         schema = {"type": "object"}
-    if not isinstance(schema, dict):
-        raise RequestError(f"{param} needs a schema that is an object",
+    if not isinstance(schema, (dict, bool)):
+        raise RequestError(f"{param} needs a schema that is an object, true or false",
                            code="invalid_json_schema", param=param)
     return json_grammar(schema, param), param
+
+
+def format_schema(value: dict, param: str):
+    """The schema in a response format; None if there is none, RequestError where two differ. OpenAI's is in
+    json_schema and llama-server's in schema. TGI's is in value; huggingface_hub turns OpenAI's into it."""
+    found = {}
+    if isinstance(holder := value.get("json_schema"), dict):
+        found["json_schema.schema"] = holder.get("schema")
+    found["schema"] = value.get("schema")
+    holder = value.get("value")
+    if isinstance(holder, dict) and "schema" in holder and "type" not in holder:
+        found["value.schema"] = holder["schema"]
+    else:
+        found["value"] = holder
+    schemas = {name: schema for name, schema in found.items() if schema is not None}
+    (first, schema), *others = schemas.items() or [("", None)]
+    for name, other in others:
+        if other != schema:
+            raise invalid(param, f"the schemas {first} and {name} of {param} exclude each other")
+    return schema
 
 
 def nested_grammar(value: dict, param: str) -> tuple[str, str]:
@@ -45,20 +71,25 @@ def nested_grammar(value: dict, param: str) -> tuple[str, str]:
 
 
 GBNF_CHARACTERS = 16_384  # converted here, in 2 us a character
+GBNF_RULE = re.compile(r"^\s*[A-Za-z0-9_-]+\s*::=", re.MULTILINE)  # a rule of Lark begins `name:`
 
 
 def other_grammar(value, language: str, param: str) -> tuple[str, str]:
     """The grammar for a constraint of vLLM's or llama-server's, and the field that asks for it."""
     grammar = ""
+    require_llguidance(param)
     try:
         if language == "json":
-            return json_grammar({**(json.loads(value) if is_text(value) else value)}, param), param
+            return json_grammar(json.loads(value) if is_text(value) else value, param), param
         if language == "choice":
             grammar = "start: " + " | ".join(json.dumps(whole_unicode(choice)) for choice in value)
         elif language == "regex":
+            check_regex(whole_unicode(value))
             grammar = f"start: /{in_slashes(whole_unicode(value))}/"
+        elif not GBNF_RULE.search(value):
+            grammar = whole_unicode(value)
         elif len(value) <= GBNF_CHARACTERS:
-            convert = importlib.import_module("llguidance.gbnf_to_lark").any_to_lark
+            convert = importlib.import_module("llguidance.gbnf_to_lark").gbnf_to_lark
             grammar = convert(whole_unicode(value)).removeprefix("%llguidance {}")
         else:
             raise ValueError(f"{len(value):,} characters, at most {GBNF_CHARACTERS:,} are allowed")
@@ -85,13 +116,15 @@ def structured_outputs(value: dict) -> tuple[str, str]:
 
 
 def one_constraint(values: Mapping) -> tuple[str, str]:
-    """The grammar that a request asks for, and the field that does; RequestError if several do."""
-    grammars = [values[name] for name in ("response_format", *(field.name for field in CONSTRAINT_FIELDS))
-                if name in values and values[name][0]]
-    if len(grammars) > 1:
-        (_, first), (_, second), *_ = grammars
-        raise invalid(second, f"{first} and {second} exclude each other")
-    return grammars[0] if grammars else ("", "")
+    """The grammar that a request asks for, and the field that does; RequestError if several ask for different
+    ones. guidance's client says the same in two fields."""
+    asked = [values[name] for name in ("response_format", *(field.name for field in CONSTRAINT_FIELDS))
+             if name in values and values[name][0]]
+    (grammar, first), *others = asked or [("", "")]
+    for other, second in others:
+        if other != grammar:
+            raise invalid(second, f"{first} and {second} exclude each other: they ask for different answers")
+    return grammar, first
 
 
 TEXT_PARTS = ["text", "input_text", "output_text", "refusal", "reasoning_text", "summary_text"]

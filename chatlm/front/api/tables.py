@@ -26,8 +26,9 @@ MODEL = Field("model", TEXT, "one of the served models; absent, empty or `defaul
 PARALLEL = Field("parallel_tool_calls", SWITCH,
                  "false: at most one call; true: several also where tool_choice requires calls")
 RESPONSE_FORMAT = Field(
-    "response_format", object_of("type", "json_schema", "schema")._replace(convert=response_grammar),
-    "format of the answer, in which it ends within max_tokens: text, json_object or json_schema")
+    "response_format", object_of("type", "json_schema", "schema", "value")._replace(
+        convert=response_grammar),
+    "format of the answer, in which it ends within max_tokens: text, json_object, json_schema or regex")
 
 EFFORT_OR_NULL = {"anyOf": [*EFFORT.schema["anyOf"], {"type": "null"}]}
 WHETHER_TO_THINK = {"enum": ["enabled", "adaptive", "disabled"]}

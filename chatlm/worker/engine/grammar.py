@@ -18,7 +18,7 @@ import numpy
 from chatlm.common.errors import require_library
 from chatlm.common.lanes import Lanes
 from chatlm.common.text.formats import A_MARK, MARKS
-from chatlm.common.text.grammar import GRAMMAR_LIMITS
+from chatlm.common.text.patterns import GRAMMAR_LIMITS
 
 if TYPE_CHECKING:
     from chatlm.common.text.tokenizer import Tokenizer

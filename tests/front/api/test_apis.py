@@ -503,7 +503,7 @@ ALLOWED = {"type": "allowed_tools", "mode": "auto", "tools": []}
     (CHAT, {"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": ["x"]}}}, "tool_choice"),
     (CHAT, {"functions": [{"name": "x"}], "function_call": {"name": "y", "type": {"any": 1}}}, "tool_choice names \"y\""),
     (CHAT, {"functions": [{"name": "x"}], "function_call": {"name": "y", "type": "allowed_tools"}}, "tool_choice names \"y\""),
-    (CHAT, {"response_format": {"type": "json_object", "schema": {"minimum": float("inf")}}}, "response_format cannot be enforced: it has a number that is not finite")])
+    (CHAT, {"response_format": {"type": "json_object", "schema": {"minimum": float("inf")}}}, "response_format cannot be enforced: minimum must be a finite number, not Infinity")])
 async def test_what_cannot_be_is_400_and_named(client, path, body, named):
     pool = FakePool()
     pool.tokenizer = Letters()
@@ -1047,7 +1047,18 @@ async def test_a_last_message_of_the_assistant_is_continued(client, url, exact):
     ({"guided_regex": "[0-9]{3}/[a-c]"}, None), ({"structured_outputs": {"regex": "[0-9]{3}/[a-c]"}}, None),
     ({"grammar": 'root ::= "Kyoto" | "Osaka"'}, ["Kyoto", "Osaka"]), ({"guided_grammar": 'start: "Kyoto" | "Osaka"'}, ["Kyoto", "Osaka"]),
     ({"guided_json": '{"enum": ["Kyoto"]}'}, ['"Kyoto"']), ({"json_schema": {"enum": ["Kyoto"]}}, ['"Kyoto"']),
-    ({"structured_outputs": {"json": {"enum": ["Kyoto"]}}}, ['"Kyoto"'])])
+    ({"structured_outputs": {"json": {"enum": ["Kyoto"]}}}, ['"Kyoto"']),
+    # Lark begins a rule without ::=, also one that is to be inlined
+    ({"guided_grammar": '?start: "Kyoto" | "Osaka"'}, ["Kyoto", "Osaka"]), ({"grammar": '// a city, not ::=\n!start: CITY\nCITY: "Kyoto"'}, ["Kyoto"]),
+    ({"grammar": 'start: "Kyoto ::= x"'}, ["Kyoto ::= x"]), ({"grammar": '  root ::= "a" | city\ncity ::= "Kyoto"'}, ["a", "Kyoto"]),
+    # guidance says the same in two fields
+    ({"guided_grammar": 'start: "Kyoto"', "structured_outputs": {"grammar": 'start: "Kyoto"'}}, ["Kyoto"]),
+    ({"guided_json": {"enum": ["Kyoto"]}, "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["Kyoto"]}}}}, ['"Kyoto"']),
+    # TGI's formats, to which huggingface_hub turns OpenAI's
+    *(({"response_format": value}, ['"Kyoto"']) for value in (
+        {"type": "json_object", "value": {"enum": ["Kyoto"]}}, {"type": "json", "value": {"enum": ["Kyoto"]}}, {"type": "json_schema", "value": {"name": "x", "schema": {"enum": ["Kyoto"]}}},
+        {"type": "json_object", "json_schema": {"schema": {"enum": ["Kyoto"]}}}, {"type": "json_object", "schema": {"enum": ["Kyoto"]}, "value": {"enum": ["Kyoto"]}})),
+    ({"response_format": {"type": "regex", "value": "[0-9]{3}/[a-c]"}}, None)])
 async def test_a_constraint_is_kept_in_whatever_words(client, url, constraint, fits):
     for path in (CHAT, "/v1/completions"):
         text = whole_text(json.loads((await ask(client, url, path, **constraint, temperature=1, seed=1, max_tokens=20))[2]))
@@ -1059,6 +1070,11 @@ async def test_a_constraint_is_kept_in_whatever_words(client, url, constraint, f
     ({"guided_json": "no json"}, "guided_json"), ({"guided_json": "[]"}, "guided_json"), ({"structured_outputs": {"x": 1}}, "structured_outputs"),
     ({"structured_outputs": {}}, "structured_outputs"), ({"structured_outputs": {"json": {}, "regex": "x"}}, "structured_outputs"),
     ({"guided_choice": ["x"], "guided_regex": "x"}, "guided_choice"), ({"json_schema": {}, "response_format": {"type": "json_object"}}, "json_schema"),
+    *(({"response_format": value}, "response_format") for value in (
+        {"type": "json_object", "value": 5}, {"type": "json_object", "json_schema": {"name": "x"}}, {"type": "regex", "value": {}}, {"type": "regex"}, {"type": "regex", "value": "("}, {"type": "json"},
+        {"type": "json_object", "value": {"enum": [1]}, "schema": {"enum": [2]}}, {"type": "json_schema", "json_schema": {"schema": {"enum": [1]}}, "value": {"enum": [2]}}, {"type": "grammar", "value": "x"})),
+    ({"guided_grammar": 'start: "a"', "structured_outputs": {"grammar": 'start: "b"'}}, "structured_outputs"), ({"guided_regex": "(ab"}, "the pattern \"(ab\" cannot be read: unclosed group"),
+    ({"grammar": "root ::= " + "x " * 20_000}, "grammar"),
     ({"guided_grammar": "x" * 20_000}, "guided_grammar"), ({"guided_whitespace_pattern": " "}, "guided_whitespace_pattern"),
     ({"regex": "[0-9]"}, "regex"), ({"ebnf": "root ::= 1"}, "ebnf"), ({"structural_tag": {}}, "structural_tag")])
 async def test_a_constraint_that_cannot_be_kept_is_400(client, constraint, named):
