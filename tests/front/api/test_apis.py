@@ -38,7 +38,7 @@ from chatlm.front.api.kept_fields import STORE_FIELDS
 from chatlm.front.api.tables import HUB_FIELDS
 from chatlm.front.api.readers import (ANSWER_READERS, REPEATED, TEXT_READERS, read_answer, read_chat_body, read_messages_body, read_ollama_chat,
                                       read_responses_body)
-from chatlm.front.server.describe import bare_id
+from chatlm.front.server.describe import OLLAMA_VERSION, bare_id
 from chatlm.worker.engine.grammar import Grammar
 from answers import said, thought
 from fake_pool import FakePool, Letters, finished, serving
@@ -935,7 +935,7 @@ async def test_what_ollama_tells_of_the_model(client):
             [model] = (await response.json())["models"]
             assert model["name"] == model["model"] == "fake-model:latest" and model["size"] == 98_000_000
         async with client.get(url + "/api/version") as response:
-            assert await response.json() == {"version": __version__}
+            assert await response.json() == {"version": OLLAMA_VERSION, "chat_server": __version__}
         async with client.get(url + "/api/ps") as response:
             assert await response.json() == {"models": []}          # it has no worker
         for body in ({"model": "fake-model"}, {"name": model["name"]}):
@@ -943,7 +943,7 @@ async def test_what_ollama_tells_of_the_model(client):
                 shown = await response.json()
                 assert shown["details"] == model["details"] == {
                     "parent_model": "", "format": "gguf", "family": "llama", "families": ["llama"], "parameter_size": "134.52M", "quantization_level": "Q4_1"}
-                assert shown["model_info"] == {"general.architecture": "llama", "general.parameter_count": 134_515_008,
+                assert shown["model_info"] == {"general.architecture": "llama", "general.basename": "fake-model", "general.parameter_count": 134_515_008,
                                                "llama.context_length": 4096, "llama.embedding_length": 576, "llama.block_count": 30}
                 assert shown["capabilities"] == ["completion", "insert"] and re.search("^temperature +0.8$", shown["parameters"], re.MULTILINE)
         async with client.post(url + "/api/show", json={"model": "llama3"}) as response:
