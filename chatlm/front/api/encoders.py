@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING
 
 from chatlm.common.jsontext import dump
 from chatlm.common.log import utc
-from chatlm.common.messages.requests import Usage
+from chatlm.common.messages.requests import Finished, Piece, Usage
 from chatlm.front.api.encode import BlockEncoder, Encoder, NativeEncoder, arguments_of, frame, timings_body
 from chatlm.front.api.encode_openai import ChatEncoder, CompletionEncoder, FunctionEncoder
 from chatlm.front.api.encode_retrieval import RETRIEVAL_ENCODERS
 from chatlm.front.api.infill import InfillEncoder
+from chatlm.front.api.logprobs import entries
 
 if TYPE_CHECKING:
     from chatlm.common.errors import ChatServerError
-    from chatlm.common.messages.requests import Accepted, Finished
+    from chatlm.common.messages.requests import Accepted, TokenLogprob
     from chatlm.front.api.encode import Block
 
 
@@ -197,6 +198,11 @@ class OllamaEncoder(BlockEncoder):
 
     ping, content_type = b"", "application/x-ndjson"  # each line must be an object, so none is a ping
 
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.held: list[bytes] = []      # log-probabilities of tokens that no line has had, in JSON
+        self.logprobs: list[bytes] = []  # of an answer that is sent whole
+
     def members(self, text: str = "", reasoning: str = "", calls: Seq[dict] = ()) -> dict:
         more = {"thinking": reasoning} if reasoning else {}
         if self.parsed.api != "ollama chat":
@@ -204,8 +210,30 @@ class OllamaEncoder(BlockEncoder):
         more |= {"tool_calls": calls} if calls else {}
         return {"message": {"role": "assistant", "content": text, **more}}
 
-    def line(self, members: dict, **more) -> bytes:
-        return dump({"model": self.model, "created_at": utc(), **members, "done": False} | more) + b"\n"
+    def line(self, members: dict, logprobs: Seq[bytes] = (), **more) -> bytes:
+        body = dump({"model": self.model, "created_at": utc(), **members, "done": False} | more)
+        if logprobs:
+            body = b'%s, "logprobs": [%s]}' % (body[:-1], b", ".join(logprobs))
+        return body + b"\n"
+
+    def encode(self, event: Piece | Finished) -> bytes:
+        if isinstance(event, Piece):
+            self.held += map(dump, self.entries(event.logprobs))
+        elif event.stop_reason in self.request.params.stop:
+            self.held = []  # those of the stop string, which is not part of the answer
+        return super().encode(event)
+
+    def entries(self, logprobs: Seq[TokenLogprob]) -> list[dict]:
+        """Without the likeliest tokens, Ollama's have no list of them."""
+        found = entries(logprobs, self.request.params, self.tokenizer)
+        return [{name: value for name, value in entry.items() if value != []} for entry in found]
+
+    def taken(self) -> list[bytes]:
+        """The log-probabilities that the next line has."""
+        held, self.held = self.held, []
+        if not self.parsed.stream:
+            self.logprobs += held
+        return held
 
     @staticmethod
     def call_body(block: Block) -> dict:
@@ -217,28 +245,37 @@ class OllamaEncoder(BlockEncoder):
     def grown(self, block: Block, text: str) -> bytes:
         if block.kind == "call":
             return b""
-        return self.line(self.members(text) if block.kind == "text" else self.members(reasoning=text))
+        members = self.members(text) if block.kind == "text" else self.members(reasoning=text)
+        return self.line(members, self.taken())
 
     def closed(self, block: Block) -> bytes:
-        return self.line(self.members(calls=[self.call_body(block)])) if block.kind == "call" else b""
+        if block.kind != "call":
+            return b""
+        return self.line(self.members(calls=[self.call_body(block)]), self.taken())
 
     def ended(self) -> dict:
         done, usage = self.choices[0].done, self.usage()
         decoding_s = (usage.completion_tokens - 1) / done.tokens_per_second if done.tokens_per_second else 0.0
-        return {"done": True, "done_reason": done.reason,
+        dropped = {"dropped_messages": done.dropped_messages} if done.dropped_messages else {}
+        return {"done": True, "done_reason": done.reason, **dropped,
                 "total_duration": int(done.ttft_ms * 1e6 + decoding_s * 1e9),
                 "load_duration": 0, "prompt_eval_count": usage.prompt_tokens,
                 "prompt_eval_duration": int((done.ttft_ms - done.queue_ms) * 1e6),
                 "eval_count": usage.completion_tokens, "eval_duration": int(decoding_s * 1e9)}
 
     def end(self) -> bytes:
-        return self.line(self.members(), **self.ended())
+        return self.line(self.members(), self.taken(), **self.ended())
+
+    def collect(self, event: Piece | Finished) -> int:
+        before = len(self.logprobs)
+        size = super().collect(event)
+        return size + sum(map(len, self.logprobs[before:]))
 
     def completion(self) -> Iterator[bytes]:
         choice = self.choices[0]
         members = self.members(choice.text("text"), choice.text("reasoning"),
                                [self.call_body(block) for block in choice.calls])
-        yield self.line(members, **self.ended())
+        yield self.line(members, self.logprobs, **self.ended())
 
     @staticmethod
     def lone_failure(error: ChatServerError) -> bytes:

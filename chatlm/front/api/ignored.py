@@ -62,6 +62,8 @@ IDLE = (
     Idle(("store",), lambda parsed, known: parsed.api == "responses" and known.settings.database is None),
     Idle(("input_type",),  # the model has no prompt for these
          lambda parsed, known: parsed.request.retrieval and not parsed.request.retrieval.prompt),
+    # Chat Completions refuses it
+    Idle(("top_logprobs",), lambda parsed, known: parsed.request.params.logprobs is None),
     Idle(("system", "think"),  # a text to continue has no conversation around it
          lambda parsed, known: parsed.api == "ollama generate" and parsed.request.prompts),
 )

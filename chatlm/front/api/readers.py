@@ -302,7 +302,7 @@ def parsed_body(api: str, values: Mapping, known: Known, request: Request, detai
 
 
 def read_ollama_chat(body: dict, known: Known) -> ParsedBody:
-    values = parse_answer(body, OLLAMA_CHAT_FIELDS)
+    values = {"truncate": True} | parse_answer(body, OLLAMA_CHAT_FIELDS)
     sent = sent_messages(values["messages"], [*OPENAI_ROLES, "tool"]) if values.get("messages") else ()
     messages = chat_messages(map(ollama_message, sent), known.tool_format is not None)
     return ollama_body("ollama chat", values, known, messages=messages)
@@ -338,9 +338,12 @@ def read_ollama_generate(body: dict, known: Known) -> ParsedBody:
 
 def ollama_body(api: str, values: dict, known: Known, **source) -> ParsedBody:
     values = {"stream": True} | values | parse_fields(values.get("options", {}), OLLAMA_OPTIONS)
+    logprobs = values.get("top_logprobs", 0) if values.get("logprobs") else None
+    if logprobs is None:  # as in Ollama, top_logprobs alone asks for nothing
+        values.pop("top_logprobs", None)
     if "prompts" in source:
         grammar, param = values.get("response_format", ("", ""))
-        params = AnswerParams(grammar=grammar, grammar_param=param)
+        params = AnswerParams(grammar=grammar, grammar_param=param, logprobs=logprobs)
         request = openai_request(values, known.settings, params, **source)
     else:
         messages = source["messages"] or (Message("user", ""),)

@@ -257,12 +257,16 @@ OLLAMA_FIELDS = (  # for both of Ollama's routes
                              lambda value: thinking(value)),
           "whether, or how much, the model thinks, if its template knows that; a number: most tokens that it "
           "thinks", means="template_options"),
+    Field("logprobs", SWITCH, "log-probabilities of the answer's tokens"),
+    Field("top_logprobs", INTEGER, "with `logprobs`: alternatives listed for each token", 0, 20),
     Field("options", OBJECT._replace(details={"properties": {
         field.name: field.described for field in OLLAMA_OPTIONS}}), "how to draw tokens, and when to stop"),
 )
 OLLAMA_CHAT_FIELDS = (
     Field("messages", OPENAI_MESSAGES._replace(details={}), "the conversation; without any, an empty answer"),
-    Field("tools", TOOLS, "functions the model may call"), *OLLAMA_FIELDS)
+    Field("tools", TOOLS, "functions the model may call"),
+    Field("truncate", SWITCH, "drop the oldest turns if not all fit (default); false: refused"),
+    *OLLAMA_FIELDS)
 OLLAMA_GENERATE_FIELDS = (
     Field("prompt", TEXT, "a question; without any, an empty answer"),
     Field("system", TEXT, "the system message"), Field("raw", SWITCH, "the prompt is a text to continue"),

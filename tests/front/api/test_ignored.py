@@ -74,7 +74,7 @@ OTHERS = {      # where a field has another type in one of the routes
     ("/v1/responses", "tools"): [FLAT_TOOL], ("/v1/messages", "tools"): [{"name": "add", "input_schema": SCHEMA}],
     ("/v1/messages/count_tokens", "tools"): [{"name": "add", "input_schema": SCHEMA}],
     ("/v1/messages", "tool_choice"): {"type": "none"}, ("/v1/messages/count_tokens", "tool_choice"): {"type": "none"},
-    ("/embed", "truncate"): False, **{(route, "truncate"): False for route in RERANKS},
+    ("/embed", "truncate"): False, ("/api/chat", "truncate"): False, **{(route, "truncate"): False for route in RERANKS},
     ("/v1/completions", "logprobs"): 2, ("/api/embed", "truncate"): False, ("/api/chat", "stream"): False, ("/api/generate", "stream"): False}
 OPTIONS = {"repeat_penalty": 1.5, "num_predict": 7}
 
@@ -173,8 +173,8 @@ UNREAD = {
     "/v1/messages": {"metadata": {"user_id": "x"}, "service_tier": "auto", "container": "x", "context_management": {}, "mcp_servers": [],
                      "inference_geo": "x", "cache_control": {"type": "ephemeral"}, "speed": "fast", "n": 2, **SAMPLERS},
     "/v1/messages/count_tokens": {"thinking": {"type": "enabled"}, "max_tokens": 5, "output_config": {}},
-    "/api/chat": {"keep_alive": "5m", "logprobs": True, "top_logprobs": 2, "temperature": 0.5},
-    "/api/generate": {"keep_alive": "5m", "template": "{{ .Prompt }}", "context": [1, 2], "logprobs": True, "width": 5},
+    "/api/chat": {"keep_alive": "5m", "shift": True, "temperature": 0.5},
+    "/api/generate": {"keep_alive": "5m", "template": "{{ .Prompt }}", "context": [1, 2], "truncate": True, "width": 5},
     "/api/embed": {"keep_alive": "5m", "options": {}, "encoding_format": "float"},
     "/api/embeddings": {"keep_alive": "5m", "options": {}, "input": "x", "truncate": True},
     "/embed": {"encoding_format": "float", "pooling": "mean"}, "/v1/rerank": {"max_chunks_per_doc": 2, "rank_fields": ["text"], "user": "me"},
@@ -211,6 +211,7 @@ BESIDE_OTHERS = [       # (route, body, the fields that have no effect in it)
     ("/v1/rerank", {"raw_scores": True, "return_text": True, "truncate": True}, ["raw_scores", "return_text", "truncate"]),
     ("/rerank", {"documents": None, "texts": ["a"], "return_documents": True}, ["return_documents"]),
     ("/v1/embeddings", {"input_type": "document"}, ["input_type"]), ("/v1/embeddings", {"input_type": "query"}, []),
+    ("/api/chat", {"top_logprobs": 3}, ["top_logprobs"]), ("/api/generate", {"top_logprobs": 3, "logprobs": False}, ["top_logprobs"]),
     ("/api/generate", {"raw": True, "system": "Be brief.", "think": True}, ["system", "think"])]
 THINKING = [
     ("/v1/chat/completions", {"reasoning_effort": "low"}, "reasoning_effort"),
