@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence as Seq
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence as Seq
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -140,6 +140,37 @@ def earlier_reasoning(role: str, fields: Mapping, name: str) -> dict[str, str]:
     return {}
 
 
+# Calls of tools that no model has here, their results, and what goes with them: a conversation that another
+# server had may have some, and goes on without them.
+OTHER_ITEMS = frozenset((
+    "additional_tools", "apply_patch_call", "apply_patch_call_output", "code_interpreter_call",
+    "computer_call", "computer_call_output", "custom_tool_call", "custom_tool_call_output",
+    "file_search_call", "image_generation_call", "local_shell_call", "local_shell_call_output",
+    "mcp_approval_request", "mcp_approval_response", "mcp_call", "mcp_list_tools", "program",
+    "program_output", "shell_call", "shell_call_output", "tool_search_call", "tool_search_output",
+    "web_search_call"))
+OTHER_BLOCKS = frozenset((
+    "bash_code_execution_tool_result", "code_execution_tool_result", "mcp_tool_result", "mcp_tool_use",
+    "server_tool_use", "text_editor_code_execution_tool_result", "tool_search_tool_result",
+    "web_fetch_tool_result", "web_search_tool_result"))
+
+
+def type_of(item) -> str:
+    """The type of an item or a block; "" if it has none."""
+    named = item.get("type") if isinstance(item, dict) else None
+    return named if is_text(named) else ""
+
+
+def other_types(items, others: Collection[str]) -> tuple[str, ...]:
+    """Those of `others` that are among a list of items or blocks, each once."""
+    found = filter(others.__contains__, map(type_of, items if isinstance(items, list) else ()))
+    return tuple(dict.fromkeys(found))
+
+
+def without_others(items: Iterable, others: Collection[str]) -> Iterator:
+    return (item for item in items if type_of(item) not in others)
+
+
 def response_messages(values: Mapping, earlier: Seq = ()) -> Iterator[SentMessage]:
     """`instructions` and `input` of a response as messages of Chat Completions. earlier: the items of what it
     continues."""
@@ -166,7 +197,7 @@ def response_messages(values: Mapping, earlier: Seq = ()) -> Iterator[SentMessag
         elif item_type == "reasoning":
             thought = content_text(item.get("content") or item.get("summary"), f"{name}.content")
             yield SentMessage(name, "assistant", {"reasoning_content": thought})
-        else:
+        elif not is_text(item_type) or item_type not in OTHER_ITEMS:
             raise RequestError(
                 f"{name} is of type {shown(item_type)}; this server reads items of type "
                 "message, function_call, function_call_output and reasoning",
@@ -220,7 +251,7 @@ def anthropic_messages(values: Mapping) -> Iterator[SentMessage]:
             "text": [], "thinking": [], "tool_use": [], "tool_result": []}
         for index, block in enumerate(fields["content"]):
             block_type = block.get("type") if isinstance(block, dict) else None
-            if block_type == "redacted_thinking":
+            if block_type == "redacted_thinking" or type_of(block) in OTHER_BLOCKS:
                 continue
             # anything else is refused as text parts are
             block_type = block_type if is_text(block_type) and block_type in blocks else "text"

@@ -126,6 +126,8 @@ METADATA = FieldType(  # OpenAI's limits
     "an object of at most 16 names of up to 64 characters, each with a string of at most 512", {
         "type": "object", "maxProperties": 16, "propertyNames": {"pattern": r"^[\s\S]{0,64}$"},
         "additionalProperties": {"type": "string", "maxLength": 512}})
+LOGPROBS_OF_TEXT = "message.output_text.logprobs"  # of what `include` may ask for, the one that is here
+INCLUDE = FieldType("a list of strings", list_schema(A_TEXT), lambda value: LOGPROBS_OF_TEXT in value)
 TOKENS = FieldType(f"a list of at most {LIMITS.tokenized_characters:,} token ids",
                    list_schema(A_TOKEN, maxItems=LIMITS.tokenized_characters), tuple)
 STOP_TOKENS = FieldType(f"a list of at most {LIMITS.stop_tokens:,} token ids",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence as Seq
 from typing import NamedTuple, TYPE_CHECKING
 
 from chatlm.common.text.formats import thoughts_of
-from chatlm.front.api.field_types import BUDGETS, EFFORT_BUDGETS
+from chatlm.front.api.field_types import BUDGETS, EFFORT_BUDGETS, LOGPROBS_OF_TEXT
 from chatlm.front.api.fields import header_words, member_of
 from chatlm.front.api.tables import BODY_FIELDS
 
@@ -75,6 +75,8 @@ def idle(body: Mapping, parsed: ParsedBody, known: Known) -> Iterator[str]:
     for names, when in IDLE:
         sent = [name for name in names if (value := member_of(body, name)) and value not in OFF]
         yield from sent if sent and when(parsed, known) else ()
+    if parsed.api == "responses":
+        yield from (f"include.{name}" for name in body.get("include") or () if name != LOGPROBS_OF_TEXT)
     options = parsed.request.template_options.get("chat_template_kwargs", {})
     if "chat_template_kwargs" in body:
         yield from (f"chat_template_kwargs.{name}" for name in options if name != "thinking_budget"

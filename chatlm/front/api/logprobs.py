@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence as Seq
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from chatlm.common.messages.requests import AnswerParams, Delta, TokenLogprob
+    from chatlm.common.messages.requests import AnswerParams, TokenLogprob
     from chatlm.common.text.tokenizer import Tokenizer
 
 
@@ -53,12 +53,12 @@ class TokensOfText:
     def add(self, logprobs: Seq[TokenLogprob]):
         self.waiting += tuple(logprobs)
 
-    def take(self, delta: Delta) -> tuple[TokenLogprob, ...]:
+    def take(self, added: str) -> tuple[TokenLogprob, ...]:
         """Those behind the answer's next text, reasoning or call. Those before it are behind none."""
         specials = self.tokenizer.special_names
         spelled = [b"" if one.token in specials else self.tokenizer.token_bytes(one.token)
                    for one in self.waiting]
-        whole, text = b"".join(spelled), delta.text.encode("utf-8", "replace")
+        whole, text = b"".join(spelled), added.encode("utf-8", "replace")
         begin = whole.find(text)
         if begin < 0:  # a call that was rewritten, or bytes that are no characters: all that there is
             begin, text = 0, whole

@@ -19,8 +19,9 @@ from chatlm.common.text.formats import CALL_FORMATS
 from chatlm.common.text.grammar import unusable_schema
 from chatlm.front.api.call_grammars import call_grammar, parameter_types, tool_grammar
 from chatlm.front.api.conversation import (
-    SentMessage, anthropic_messages, chat_messages, joined_turns, message_of, native_messages,
-    openai_messages, response_messages, sent_messages, template_options)
+    OTHER_BLOCKS, OTHER_ITEMS, SentMessage, anthropic_messages, chat_messages, joined_turns, message_of,
+    native_messages, openai_messages, other_types, response_messages, sent_messages, template_options,
+    without_others)
 from chatlm.front.api.fields import (
     ToolChoice, allowed_tools, functions_among, header_words, known_tools, no_tools, parse_fields,
     within_limit)
@@ -135,6 +136,12 @@ def parse_openai_request(values: Mapping, settings: Settings, tool_format: str |
     return openai_request(values, settings, params, messages=messages, template_options=options, tools=tools)
 
 
+def without_lone_top(values: Mapping) -> dict:
+    """As in Ollama and Responses, where `top_logprobs` alone asks for nothing."""
+    alone = not values.get("logprobs")
+    return {name: value for name, value in values.items() if not (alone and name == "top_logprobs")}
+
+
 def read_native_body(body: dict, known: Known) -> ParsedBody:
     """nanochat's body; one that names a model comes from a client of OpenAI whose base URL lacks /v1."""
     if body.get("model") is not None:
@@ -233,11 +240,18 @@ def repeated_json(body: Mapping) -> bytes:
     return b", ".join(b'"%s": %s' % (name.encode(), text) for name, text in texts.items())
 
 
+CHAINED = ("previous_response_id", "conversation")
+
+
 def read_responses_body(body: dict, known: Known, before: Seq | None = None) -> ParsedBody:
     """before: the items of what the body continues; None: nobody has looked for any."""
-    values = parse_answer(body, RESPONSES_FIELDS)
+    values = without_lone_top(parse_answer(body, RESPONSES_FIELDS))
+    if "input" not in values and not any(values.get(name) for name in CHAINED):
+        raise RequestError('One of "input", "prompt", "previous_response_id" or "conversation" must be provided.',
+                           code="missing_required_parameter", param="input")
     details = kept_details(values, known, before is not None)
     tools, ignored = known_tools(values.get("tools", ()), ["function", None], "parameters")
+    ignored += other_types(values.get("input"), OTHER_ITEMS)
     sent = response_messages(values, before or ())
     messages = joined_turns(chat_messages(sent, known.tool_format is not None))
     request = parse_openai_request(values | {"tools": tools}, known.settings, known.tool_format, messages)
@@ -249,7 +263,7 @@ def read_responses_body(body: dict, known: Known, before: Seq | None = None) -> 
 def kept_details(values: Mapping, known: Known, continued: bool) -> dict:
     """Whether a response is kept, and what it continues: for its encoder. RequestError if it continues what
     this server cannot have kept. continued: the front has found what was said before."""
-    chained = [name for name in ("previous_response_id", "conversation") if values.get(name)]
+    chained = [name for name in CHAINED if values.get(name)]
     if known.settings.database is None:
         if chained:
             raise bad_value(chained[0], values[chained[0]], "left out: the server keeps no answers, since it "
@@ -264,7 +278,7 @@ def kept_details(values: Mapping, known: Known, continued: bool) -> dict:
 
 def input_items(values: Mapping) -> list:
     items = values.get("input", "")
-    return items if not is_text(items) else [
+    return [*without_others(items, OTHER_ITEMS)] if not is_text(items) else [
         {"type": "message", "role": "user", "content": [{"type": "input_text", "text": items}]}]
 
 
@@ -283,7 +297,10 @@ def anthropic_prompt(values: Mapping, tool_format: str | None) -> tuple[
         tuple[Message, ...], tuple[dict, ...], tuple[str, ...]]:
     """The messages, the functions, and the types of the tools that are ignored."""
     messages = chat_messages(anthropic_messages(values), tool_format is not None)
-    return messages, *known_tools(values.get("tools", ()), [None, "custom"], "input_schema")
+    tools, ignored = known_tools(values.get("tools", ()), [None, "custom"], "input_schema")
+    for message in values["messages"]:
+        ignored += other_types(message.get("content"), OTHER_BLOCKS)
+    return messages, tools, tuple(dict.fromkeys(ignored))
 
 
 def anthropic_options(messages: Seq[Message]) -> dict:
@@ -338,11 +355,10 @@ def read_ollama_generate(body: dict, known: Known) -> ParsedBody:
 
 def ollama_body(api: str, values: dict, known: Known, **source) -> ParsedBody:
     values = {"stream": True} | values | parse_fields(values.get("options", {}), OLLAMA_OPTIONS)
-    logprobs = values.get("top_logprobs", 0) if values.get("logprobs") else None
-    if logprobs is None:  # as in Ollama, top_logprobs alone asks for nothing
-        values.pop("top_logprobs", None)
+    values = without_lone_top(values)
     if "prompts" in source:
         grammar, param = values.get("response_format", ("", ""))
+        logprobs = values.get("top_logprobs", 0) if values.get("logprobs") else None
         params = AnswerParams(grammar=grammar, grammar_param=param, logprobs=logprobs)
         request = openai_request(values, known.settings, params, **source)
     else:

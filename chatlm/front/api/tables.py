@@ -12,8 +12,8 @@ from chatlm.front.api.fields import (
     A_TEXT, A_TOKEN, TEXT_OR_NULL, Field, FieldType, as_count, list_schema, listed, object_schema,
     prompt_list, refused)
 from chatlm.front.api.field_types import (
-    CAP, CONSTRAINT_FIELDS, EFFORT, FLAT_CHOICE, FUNCTION_CALL, FUNCTIONS, INPUTS, INTEGER, LIST,
-    LOGIT_BIAS, MESSAGES_CHOICE, METADATA, MIXED, NATIVE_MESSAGES, NUMBER, OBJECT, OLLAMA_FORMAT,
+    CAP, CONSTRAINT_FIELDS, EFFORT, FLAT_CHOICE, FUNCTION_CALL, FUNCTIONS, INCLUDE, INPUTS, INTEGER,
+    LIST, LOGIT_BIAS, LOGPROBS_OF_TEXT, MESSAGES_CHOICE, METADATA, MIXED, NATIVE_MESSAGES, NUMBER, OBJECT, OLLAMA_FORMAT,
     OPENAI_MESSAGES, PRIORITY, PROMPTS, SEED, STOP, STOP_TOKENS, SWITCH, SYSTEM, TEXT, TOKENS, TOOL_CHOICE,
     TOOLS, TOP_K, nested_grammar, object_of, response_grammar, thinking)
 
@@ -204,6 +204,9 @@ RESPONSES_FIELDS = (
           "`format`: text, json_object or json_schema", means="response_format"),
     Field("truncation", FieldType('"auto" or "disabled"', {"enum": ["auto", "disabled"]}, "auto".__eq__),
           "`auto` means `truncate: oldest`", means="truncate"),
+    Field("include", INCLUDE, f"`{LOGPROBS_OF_TEXT}`: log-probabilities of the text's tokens",
+          means="logprobs"),
+    Field("top_logprobs", INTEGER, "with these: alternatives listed for each token", 0, 20),
     Field("metadata", METADATA, "comes back in the answer"),
     Field("user", FieldType("a string of at most 512 characters", {"type": "string", "maxLength": 512}),
           "comes back in the answer"),

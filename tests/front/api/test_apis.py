@@ -469,7 +469,7 @@ def test_formats_and_parameters_are_the_same_in_all_three():
     assert read_responses_body({"input": "x", "truncation": "auto"}, KNOWN).request.truncate
 
 
-@pytest.mark.parametrize("given", [{}, {"input": ""}, {"input": []}, {"input": None, "instructions": "Be brief."}])
+@pytest.mark.parametrize("given", [{"input": ""}, {"input": []}, {"input": [], "instructions": "Be brief."}])
 def test_an_empty_input_is_answered(given):
     messages = read_responses_body(given, KNOWN).request.messages
     assert (messages[-1].role, messages[-1].content) == ("user", "")

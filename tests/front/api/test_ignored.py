@@ -42,7 +42,7 @@ BASE = {        # the least that each route reads, from which a field may then b
     "/models/load": {}, "/models/unload": {}, "/v1/compare": {"messages": HI, "models": ["a", "b"], "seed": 7}}
 FLAT_TOOL = {"type": "function", "name": "add", "parameters": SCHEMA}
 BESIDE = {      # what a field needs beside it to mean something
-    "top_logprobs": {"logprobs": True}, "tool_choice": {"tools": [TOOL]}, "parallel_tool_calls": {"tools": [TOOL]},
+    "top_logprobs": {"logprobs": True, "include": ["message.output_text.logprobs"]}, "tool_choice": {"tools": [TOOL]}, "parallel_tool_calls": {"tools": [TOOL]},
     "function_call": {"functions": [TOOL["function"]]}, "stream_options": {"stream": True}, "resumable": {"stream": True},
     "progress": {"stream": True}, "best_of": {"n": 2}, "prompt_logprobs_start": {"prompt_logprobs": 1},
     **dict.fromkeys(("raw_scores", "return_text"), {"documents": None, "texts": ["a", "b"]}),
@@ -61,7 +61,7 @@ VALUES = {      # a value of each field that differs from what holds without it
     "grammar": 'root ::= "a"', "json_schema": SCHEMA, "structured_outputs": {"regex": "a+"}, "guided_whitespace_pattern": " ",
     "structural_tag": {}, "regex": "a", "ebnf": "a", "echo": True, "best_of": 1, "suffix": "x", "encoding_format": "base64", "pooling": "last",
     "dimensions": 4, "instructions": "Be brief.", "max_output_tokens": 7, "reasoning": {"effort": "low"}, "text": {"format": {"type": "json_object"}},
-    "truncation": "auto", "metadata": {"a": "b"}, "user": "me", "previous_response_id": "x", "conversation": "x", "background": True,
+    "truncation": "auto", "include": ["message.output_text.logprobs"], "metadata": {"a": "b"}, "user": "me", "previous_response_id": "x", "conversation": "x", "background": True,
     "system": "Be brief.", "stop_sequences": ["x"], "thinking": {"type": "enabled"}, "output_config": {"format": FORM | {"schema": SCHEMA}},
     "format": "json", "think": True, "options": {"temperature": 0.5}, "raw": True, "images": ["x"], "add_special": True, "parse_special": False,
     "with_pieces": True, "prefix_token_ids": [72], "return_token_ids": True, "input_prefix": "Other", "input_suffix": ["a", 5], "input_extra": [{"text": "x"}],
@@ -167,7 +167,7 @@ UNREAD = {
     "/v1/completions": {"user": "me", "truncate": "oldest", "reasoning_effort": "low", "tools": [TOOL], **VLLM, **LLAMA, **SAMPLERS},
     "/v1/embeddings": {"user": "me", "truncate_prompt_tokens": 5, "temperature": 1},
     "/v1/responses": {
-        "n": 2, "include": ["message.output_text.logprobs"], "top_logprobs": 2, "max_tool_calls": 1, "service_tier": "flex",
+        "n": 2, "max_tool_calls": 1, "service_tier": "flex",
         "safety_identifier": "x", "prompt_cache_key": "x", "prompt_cache_retention": "24h", "stream_options": {}, "context_management": [],
         "reasoning_effort": "low", **SAMPLERS},
     "/v1/messages": {"metadata": {"user_id": "x"}, "service_tier": "auto", "container": "x", "context_management": {}, "mcp_servers": [],
@@ -206,6 +206,7 @@ BESIDE_OTHERS = [       # (route, body, the fields that have no effect in it)
     ("/v1/chat/completions", {"tools": [TOOL], "functions": [TOOL["function"]]}, ["tools"]),
     ("/v1/responses", {"truncate": "oldest", "truncation": "disabled"}, ["truncate"]),
     ("/v1/messages", {"stop": "x", "stop_sequences": ["y"]}, ["stop"]),
+    ("/v1/responses", {"include": ["reasoning.encrypted_content", "x y"], "top_logprobs": 2}, ["top_logprobs", "include.reasoning.encrypted_content", "include.xy"]),
     ("/v1/responses", {"store": True}, ["store"]), ("/v1/responses", {"store": False}, []),     # without --database
     ("/chat/completions", {"model": "fake-model", "n": 2, "mirostat": 1}, ["mirostat"]),    # a body of Chat Completions
     ("/v1/rerank", {"raw_scores": True, "return_text": True, "truncate": True}, ["raw_scores", "return_text", "truncate"]),
