@@ -15,9 +15,10 @@ from chatlm.common.jsontext import is_text, whole_unicode
 from chatlm.common.messages.requests import Message
 from chatlm.front.admission.prompts import turn_starts
 from chatlm.front.api.fields import A_FUNCTION, Field, list_schema, matches, no_tools, within_limit
+from chatlm.front.api.passages import passage_parts
 from chatlm.front.api.picture_parts import picture_in
-from chatlm.front.api.field_types import NATIVE_ROLES, OPENAI_ROLES, SWITCH, TEXT, TEXT_PARTS
-from chatlm.front.api.tables import TEMPLATE_OPTIONS
+from chatlm.front.api.field_types import NATIVE_ROLES, OPENAI_ROLES, SWITCH, TEXT, TEXT_PARTS, thinking
+from chatlm.front.api.tables import SWITCHES, TEMPLATE_OPTIONS
 
 
 class SentMessage(NamedTuple):
@@ -52,7 +53,9 @@ def template_options(values: Mapping) -> dict:
             param = f"messages[{index}].prefix"
             raise invalid(param, f"{param}: only the last message can be continued")
     chosen = {option.name: values[option.name] for option in TEMPLATE_OPTIONS
-              if values.get(option.name, "") != ""}
+              if option not in SWITCHES and values.get(option.name, "") != ""}
+    if switched := whether_to_think(values):
+        chosen["chat_template_kwargs"] = {**switched, **chosen.get("chat_template_kwargs", {})}
     param = "continue_final_message"
     if last.get("prefix") is not None:
         param = f"messages[{len(earlier)}].prefix"
@@ -67,6 +70,22 @@ def template_options(values: Mapping) -> dict:
     if reason:
         raise invalid(param, f"{param}: {reason}")
     return chosen
+
+
+def whether_to_think(values: Mapping) -> dict[str, bool]:
+    """The variables of the template that the SWITCHES of a body mean. RequestError if it says otherwise
+    elsewhere."""
+    asked = {switch.name: values[switch.name] for switch in SWITCHES if values.get(switch.name) is not None}
+    if not asked:
+        return {}
+    (first, thinks), *_ = asked.items()
+    inside = values.get("chat_template_kwargs", {})
+    asked |= {f"chat_template_kwargs.{name}": inside[name] for name in ("enable_thinking", "thinking")
+              if isinstance(inside.get(name), bool)}
+    for name, other in asked.items():
+        if other != thinks:
+            raise invalid(name, f"{first} and {name} say whether the model thinks, and they differ")
+    return thinking(thinks)["chat_template_kwargs"]
 
 
 def native_messages(messages: list, truncate: bool = False) -> tuple[tuple[Message, ...], int]:
@@ -109,7 +128,25 @@ def newest_turns(sent: list[SentMessage]) -> list[SentMessage]:
 
 def openai_messages(messages: list, with_tools: bool = False) -> tuple[Message, ...]:
     roles = [*OPENAI_ROLES, "tool", "function"] if with_tools else OPENAI_ROLES
-    return chat_messages(sent_messages(messages, roles), with_tools)
+    return chat_messages(without_custom_calls(sent_messages(messages, roles)), with_tools)
+
+
+def custom_calls(message) -> list[dict]:
+    """The calls in a message of Chat Completions that are of no function."""
+    calls = message.get("tool_calls") if isinstance(message, dict) else None
+    return [call for call in calls if type_of(call) == "custom" and "function" not in call] \
+        if isinstance(calls, list) else []
+
+
+def without_custom_calls(sent: Iterable[SentMessage]) -> Iterator[SentMessage]:
+    """The messages without such calls and their results."""
+    skipped = set()
+    for name, role, fields in sent:
+        if others := custom_calls(fields):
+            skipped |= {call["id"] for call in others if is_text(call.get("id"))}
+            fields = {**fields, "tool_calls": [call for call in fields["tool_calls"] if call not in others]}
+        if role != "tool" or fields.get("tool_call_id") not in skipped:
+            yield SentMessage(name, role, fields)
 
 
 def chat_messages(sent: Iterable[SentMessage], with_tools: bool) -> tuple[Message, ...]:
@@ -233,6 +270,18 @@ def joined_turns(messages: Iterable[Message]) -> tuple[Message, ...]:
     return tuple(turns)
 
 
+def as_parts(block, name: str) -> list:
+    """A block of Anthropic's as parts of Chat Completions: one, unless it is a document or search result."""
+    return passage_parts(block, name) if type_of(block) in ("document", "search_result") else [block]
+
+
+def result_content(content, name: str):
+    """What a tool returned, as a content of Chat Completions."""
+    if not isinstance(content, list):
+        return content
+    return [part for index, block in enumerate(content) for part in as_parts(block, f"{name}[{index}]")]
+
+
 BILLING = "x-anthropic-billing-header:"  # a block that changes each time: no prefix would be cached
 
 
@@ -258,13 +307,14 @@ def anthropic_messages(values: Mapping) -> Iterator[SentMessage]:
             blocks[block_type].append((f"{name}.content[{index}]", block))
         for block_name, block in blocks["tool_result"]:
             yield SentMessage(block_name, "tool", {
-                "tool_call_id": block.get("tool_use_id"), "content": block.get("content")})
+                "tool_call_id": block.get("tool_use_id"),
+                "content": result_content(block.get("content"), f"{block_name}.content")})
         calls = [{"id": block.get("id"), "function": {**block, "arguments": block.get("input")}}
                  for _, block in blocks["tool_use"]]
         thoughts = "".join(content_text(block.get("thinking"), block_name)
                            for block_name, block in blocks["thinking"])
-        texts = [block if picture_in(block) else {"type": "text", "text": part_text(block, block_name)}
-                 for block_name, block in blocks["text"]]
+        texts = [part if picture_in(part) else {"type": "text", "text": part_text(part, block_name)}
+                 for block_name, block in blocks["text"] for part in as_parts(block, block_name)]
         if texts or calls or thoughts or not blocks["tool_result"]:
             yield SentMessage(name, role, {"content": texts, **({"tool_calls": calls} if calls else {}),
                                            **({"reasoning_content": thoughts} if thoughts else {})})

@@ -183,6 +183,13 @@ class MessagesEncoder(BlockEncoder):
               "call": ("tool_use", "input", "input_json_delta", "partial_json")}
     REASONS = {"max_tokens": "max_tokens", "context_length": "model_context_window_exceeded"}
 
+    def encode(self, event: Piece | Finished) -> bytes:
+        """Without the thoughts, unless the request asks for thinking: who does not takes the first block
+        of an answer for its text."""
+        if isinstance(event, Piece) and not self.parsed.details.get("thinking"):
+            event = event._replace(deltas=tuple(delta for delta in event.deltas if delta.kind != "reasoning"))
+        return super().encode(event)
+
     def message(self, content: list[dict], usage: dict, stop: Mapping) -> dict:
         return {"id": "msg_" + self.request.id, "type": "message", "role": "assistant", "model": self.model,
                 "content": content, "stop_reason": None, "stop_sequence": None, **stop, "usage": usage,

@@ -162,8 +162,7 @@ A_NAME = object_schema(["name"], name=A_TEXT)
 OTHER_TOOLS = ["custom", "mcp", "web_search", "web_search_preview", "file_search", "computer_use_preview",
                "image_generation", "code_interpreter", "shell", "apply_patch", "namespace"]
 TOOLS = FieldType('a list of {"type": "function", "function": {"name", "description", "parameters"}}',
-                  list_schema({"anyOf": [A_FUNCTION, object_schema(["type"], type={"enum": OTHER_TOOLS})]}),
-                  tuple)
+                  list_schema({"anyOf": [A_FUNCTION, object_schema(["type"], type=A_TEXT)]}), tuple)
 FUNCTIONS = FieldType('a list of {"name", "description", "parameters"}',
                       list_schema(A_FUNCTION["properties"]["function"]),
                       lambda value: tuple({"type": "function", "function": function} for function in value))
@@ -179,7 +178,8 @@ TOOL_CHOICE = FieldType(
     '{"type": "allowed_tools", "allowed_tools": {"mode", "tools"}}', {"anyOf": [
         MODES, object_schema(["function"], type={"enum": ["function"]}, function=A_NAME),
         object_schema(["type", "allowed_tools"], type={"enum": ["allowed_tools"]},
-                      allowed_tools=ALLOWED_TOOLS)]}, partial(read_choice, inside="allowed_tools"))
+                      allowed_tools=ALLOWED_TOOLS),
+        object_schema(["type"], type={"enum": OTHER_TOOLS})]}, partial(read_choice, inside="allowed_tools"))
 FLAT_CHOICE = FieldType(
     '"auto", "none", "required", {"type": "function", "name"} or {"type": "allowed_tools", "mode", "tools"}',
     {"anyOf": [MODES, object_schema(["type", "name"], type={"enum": ["function"]}, name=A_TEXT),
@@ -224,6 +224,22 @@ CONSTRAINT_FIELDS = (  # as vLLM and llama-server have them; a request may have 
 )
 
 
+# `thinking` of Messages, and of those servers of Chat Completions whose models have it
+WHETHER_TO_THINK = {"enum": ["enabled", "adaptive", "disabled"]}
+A_BUDGET = {"type": ["integer", "null"], "minimum": 0}
+THINKING = FieldType(
+    "an object of type enabled, adaptive or disabled", object_schema(["type"], type=WHETHER_TO_THINK),
+    lambda value: thinking(value["type"] != "disabled"),
+    object_schema(["type"], type=WHETHER_TO_THINK, budget_tokens=A_BUDGET))
+# the same at the top level of Chat Completions, as whether the model thinks; None: as it likes
+TOP_LEVEL_THINKING = FieldType(
+    "an object of type enabled, adaptive, auto or disabled, or true or false",
+    {"anyOf": [{"enum": [True, False]},
+               object_schema(["type"], type={"enum": [*WHETHER_TO_THINK["enum"], "auto"]})]},
+    lambda value: value if isinstance(value, bool) else {"auto": None, "disabled": False}.get(value["type"], True),
+    {"properties": {"type": {}, "budget_tokens": A_BUDGET}})
+
+
 def thinking(effort) -> dict:
     """The template options for an effort or an on/off switch; None leaves it to the template."""
     if isinstance(effort, bool):
@@ -250,3 +266,18 @@ def thinking_budget(body: Mapping, fields: Iterable[Field]) -> dict[str, int]:
         if other != budget:
             raise invalid(name, f"{first} is {budget:,} and {name} is {other:,}: a request has one budget")
     return {first: budget} if first else {}
+
+
+# where a body may turn thinking off, and with which values
+SWITCHED_OFF = {
+    "enable_thinking": [False, "false", "False"], "thinking": [False], "thinking.type": ["disabled"],
+    "think": [False], "reasoning_effort": ["none"], "reasoning.effort": ["none"]}
+
+
+def turned_off(body: Mapping, fields: Iterable[Field]) -> str:
+    """The field with which a body turns thinking off; "" if it does not."""
+    known = {field.name for field in fields}
+    for path, values in SWITCHED_OFF.items():
+        if path.partition(".")[0] in known and matches({"enum": values}, member_of(body, path)):
+            return path
+    return ""

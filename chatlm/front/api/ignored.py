@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence as Seq
 from typing import NamedTuple, TYPE_CHECKING
 
-from chatlm.common.text.formats import thoughts_of
+from chatlm.common.text.formats import knows_of_thinking, thoughts_of
 from chatlm.front.api.field_types import BUDGETS, EFFORT_BUDGETS, LOGPROBS_OF_TEXT
 from chatlm.front.api.fields import header_words, member_of
 from chatlm.front.api.tables import BODY_FIELDS
@@ -38,10 +38,6 @@ class Idle(NamedTuple):
     when: Callable[[ParsedBody, Known], object]
 
 
-def knows_of_thinking(template: str) -> bool:
-    return re.search(r"\b(reasoning_effort|enable_thinking|thinking)\b", template) is not None
-
-
 IDLE = (
     # the grammar alone decides where the answer ends
     Idle(("ignore_eos", "min_tokens"), lambda parsed, known: parsed.request.params.grammar),
@@ -52,7 +48,7 @@ IDLE = (
          parsed.request.params.grammar and parsed.request.params.grammar_param == "tools"),
     Idle(("resumable", "progress", "stream_options"), lambda parsed, known: not parsed.stream),
     Idle(BUDGETS, lambda parsed, known: not thoughts_of(known.template)),
-    Idle((*EFFORT_BUDGETS, "thinking.type"), lambda parsed, known: not (
+    Idle((*EFFORT_BUDGETS, "thinking.type", "enable_thinking"), lambda parsed, known: not (
         thoughts_of(known.template) if parsed.request.params.thinking_budget is not None
         else knows_of_thinking(known.template))),
     Idle(("raw_scores", "return_text", "truncate"),  # TEI's
@@ -77,9 +73,9 @@ def idle(body: Mapping, parsed: ParsedBody, known: Known) -> Iterator[str]:
         yield from sent if sent and when(parsed, known) else ()
     if parsed.api == "responses":
         yield from (f"include.{name}" for name in body.get("include") or () if name != LOGPROBS_OF_TEXT)
-    options = parsed.request.template_options.get("chat_template_kwargs", {})
-    if "chat_template_kwargs" in body:
-        yield from (f"chat_template_kwargs.{name}" for name in options if name != "thinking_budget"
+    if parsed.api in ("native", "chat", "functions"):
+        variables = body.get("chat_template_kwargs") or {}
+        yield from (f"chat_template_kwargs.{name}" for name in variables if name != "thinking_budget"
                     and not re.search(rf"\b{re.escape(name)}\b", known.template))
 
 

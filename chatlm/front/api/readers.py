@@ -15,17 +15,17 @@ from chatlm.common.messages.protocol import ParsedBody
 from chatlm.common.messages.requests import (
     SAMPLING_NAMES, AnswerParams, Infill, Message, Request, SamplingParams, sampling_defaults)
 from chatlm.common.messages.wire import as_plain_json
-from chatlm.common.text.formats import CALL_FORMATS
+from chatlm.common.text.formats import CALL_FORMATS, knows_of_thinking, thoughts_of
 from chatlm.common.text.grammar import unusable_schema
 from chatlm.front.api.call_grammars import call_grammar, parameter_types, tool_grammar
 from chatlm.front.api.conversation import (
-    OTHER_BLOCKS, OTHER_ITEMS, SentMessage, anthropic_messages, chat_messages, joined_turns, message_of,
-    native_messages, openai_messages, other_types, response_messages, sent_messages, template_options,
+    OTHER_BLOCKS, OTHER_ITEMS, SentMessage, anthropic_messages, chat_messages, custom_calls, joined_turns,
+    message_of, native_messages, openai_messages, other_types, response_messages, sent_messages, template_options,
     without_others)
 from chatlm.front.api.fields import (
-    ToolChoice, allowed_tools, functions_among, header_words, known_tools, no_tools, parse_fields,
-    within_limit)
-from chatlm.front.api.field_types import OPENAI_ROLES, one_constraint, thinking, thinking_budget
+    ToolChoice, allowed_tools, functions_among, header_words, known_tools, member_of, no_tools,
+    parse_fields, within_limit)
+from chatlm.front.api.field_types import OPENAI_ROLES, one_constraint, thinking, thinking_budget, turned_off
 from chatlm.front.api.ignored import ignored_fields, unread
 from chatlm.front.api.infill import infill_ends
 from chatlm.front.api.kept_items import kept_items
@@ -44,9 +44,14 @@ if TYPE_CHECKING:
     from chatlm.front.api.fields import Field
 
 
-def parse_answer(body: dict, fields: Seq[Field]) -> dict:
-    """The checked fields of a body with a conversation to answer."""
-    return parse_fields(body, fields) | {"budget": thinking_budget(body, fields)}
+def parse_answer(body: dict, fields: Seq[Field], known: Known) -> dict:
+    """The checked fields of a body with a conversation to answer. Where thinking is turned off and the
+    template cannot be told, it ends as soon as it begins."""
+    values, budget = parse_fields(body, fields), thinking_budget(body, fields)
+    off = not budget and turned_off(body, fields)
+    if off and thoughts_of(known.template) and not knows_of_thinking(known.template):
+        budget = {off: 0}
+    return values | {"budget": budget}
 
 
 def sampling_params(values: Mapping, settings: Settings) -> SamplingParams:
@@ -96,12 +101,12 @@ def openai_request(values: Mapping, settings: Settings, params: AnswerParams, **
 
 def parse_openai_request(values: Mapping, settings: Settings, tool_format: str | None = None,
                          messages: tuple[Message, ...] | None = None) -> Request:
-    """The checked OPENAI_FIELDS as a Request; `tool_format` is how the model writes calls, if it can. Other
-    APIs have parsed their `messages` and template options."""
+    """The checked OPENAI_FIELDS as a Request, whose tools are functions; `tool_format` is how the model writes
+    calls, if it can. Other APIs have parsed their `messages` and template options."""
     logprobs, top = values.get("logprobs", False), values.get("top_logprobs", 0)
     if top and not logprobs:
         raise invalid("top_logprobs", "top_logprobs needs logprobs: true")
-    choice, tools = values.get("tool_choice", ToolChoice()), functions_among(values)
+    choice, tools = values.get("tool_choice", ToolChoice()), values.get("tools", ())
     required = choice.mode == "required"
     if choice.mode != "none" and (tools or required) and tool_format is None:
         raise no_tools("tools" if tools else "tool_choice")
@@ -146,7 +151,7 @@ def read_native_body(body: dict, known: Known) -> ParsedBody:
     """nanochat's body; one that names a model comes from a client of OpenAI whose base URL lacks /v1."""
     if body.get("model") is not None:
         return read_chat_body(body, known)
-    values, settings = parse_answer(body, NATIVE_FIELDS), known.settings
+    values, settings = parse_answer(body, NATIVE_FIELDS, known), known.settings
     messages, dropped = native_messages(values["messages"], values.get("truncate", False))
     return ParsedBody(make_request(
         values, settings, messages=messages, dropped_messages=dropped,
@@ -155,11 +160,15 @@ def read_native_body(body: dict, known: Known) -> ParsedBody:
 
 
 def read_chat_body(body: dict, known: Known) -> ParsedBody:
-    values = parse_answer(body, OPENAI_FIELDS)
+    values = parse_answer(body, OPENAI_FIELDS, known)
     if body.get("functions") and known.tool_format is None:
         raise no_tools("functions")
+    values["tools"], ignored = functions_among(values.get("tools", ()))
     request = parse_openai_request(values, known.settings, known.tool_format)
-    return scored_body("functions" if body.get("functions") else "chat", values, known, request)
+    if any(map(custom_calls, values["messages"])):
+        ignored = tuple(dict.fromkeys((*ignored, "custom")))
+    parsed = scored_body("functions" if body.get("functions") else "chat", values, known, request)
+    return replace(parsed, ignored_tools=ignored)
 
 
 def read_completion_body(body: dict, known: Known) -> ParsedBody:
@@ -245,7 +254,7 @@ CHAINED = ("previous_response_id", "conversation")
 
 def read_responses_body(body: dict, known: Known, before: Seq | None = None) -> ParsedBody:
     """before: the items of what the body continues; None: nobody has looked for any."""
-    values = without_lone_top(parse_answer(body, RESPONSES_FIELDS))
+    values = without_lone_top(parse_answer(body, RESPONSES_FIELDS, known))
     if "input" not in values and not any(values.get(name) for name in CHAINED):
         raise RequestError('One of "input", "prompt", "previous_response_id" or "conversation" must be provided.',
                            code="missing_required_parameter", param="input")
@@ -284,13 +293,22 @@ def input_items(values: Mapping) -> list:
 
 def read_messages_body(body: dict, known: Known) -> ParsedBody:
     """Anthropic's Messages API."""
-    values = parse_answer(body, MESSAGES_FIELDS)
+    values = parse_answer(body, MESSAGES_FIELDS, known)
     messages, tools, ignored = anthropic_prompt(values, known.tool_format)
     options = (anthropic_options(messages) | thinking((body.get("output_config") or {}).get("effort"))
                | values.get("template_options", {}))
-    request = parse_openai_request(values | {"tools": tools, "template_options": options}, known.settings,
-                                   known.tool_format, messages)
-    return parsed_body("messages", values, known, request, ignored_tools=ignored)
+    values |= {"tools": tools, "template_options": options, "response_format": one_format(values)}
+    request = parse_openai_request(values, known.settings, known.tool_format, messages)
+    thinks = member_of(body, "thinking.type") in ("enabled", "adaptive")
+    return parsed_body("messages", values, known, request, {"thinking": thinks}, ignored)
+
+
+def one_format(values: Mapping) -> tuple[str, str]:
+    """The grammar of a body's format under its newer or its older name. RequestError if they differ."""
+    newer, older = (values.get(name, ("", "")) for name in ("response_format", "output_format"))
+    if newer[0] and older[0] and newer[0] != older[0]:
+        raise invalid("output_format", "output_format and output_config.format differ: an answer has one format")
+    return newer if newer[0] else older
 
 
 def anthropic_prompt(values: Mapping, tool_format: str | None) -> tuple[
@@ -319,7 +337,7 @@ def parsed_body(api: str, values: Mapping, known: Known, request: Request, detai
 
 
 def read_ollama_chat(body: dict, known: Known) -> ParsedBody:
-    values = {"truncate": True} | parse_answer(body, OLLAMA_CHAT_FIELDS)
+    values = {"truncate": True} | parse_answer(body, OLLAMA_CHAT_FIELDS, known)
     sent = sent_messages(values["messages"], [*OPENAI_ROLES, "tool"]) if values.get("messages") else ()
     messages = chat_messages(map(ollama_message, sent), known.tool_format is not None)
     return ollama_body("ollama chat", values, known, messages=messages)
@@ -340,7 +358,7 @@ def with_images(content, images):
 
 
 def read_ollama_generate(body: dict, known: Known) -> ParsedBody:
-    values = parse_answer(body, OLLAMA_GENERATE_FIELDS)
+    values = parse_answer(body, OLLAMA_GENERATE_FIELDS, known)
     prompt = values.get("prompt", "")
     if suffix := values.get("suffix"):
         return ollama_body("ollama generate", values | infill_ends(values, known, "suffix"), known,
@@ -356,6 +374,7 @@ def read_ollama_generate(body: dict, known: Known) -> ParsedBody:
 def ollama_body(api: str, values: dict, known: Known, **source) -> ParsedBody:
     values = {"stream": True} | values | parse_fields(values.get("options", {}), OLLAMA_OPTIONS)
     values = without_lone_top(values)
+    values["tools"], ignored = functions_among(values.get("tools", ()))
     if "prompts" in source:
         grammar, param = values.get("response_format", ("", ""))
         logprobs = values.get("top_logprobs", 0) if values.get("logprobs") else None
@@ -365,7 +384,7 @@ def ollama_body(api: str, values: dict, known: Known, **source) -> ParsedBody:
         messages = source["messages"] or (Message("user", ""),)
         request = parse_openai_request(values, known.settings, known.tool_format, messages)
     nothing = {"done_reason": "load"} if source.get("messages") == () else None
-    return parsed_body(api, values, known, request, nothing)
+    return parsed_body(api, values, known, request, nothing, ignored)
 
 
 async def read_ollama_show(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
@@ -387,7 +406,8 @@ async def read_compare(body: dict, prompts: PromptMaker | None = None, client: s
     """The models that answer a body of /v1/compare, as JSON: `variants` has an object for each answer, whose
     `step`, or `model` and `adapter`, choose the model; `seed` is for those without their own. The questions
     are read by `read_variants`, for each model."""
-    values = parse_answer(body, COMPARE_FIELDS)
+    values = parse_fields(body, COMPARE_FIELDS)
+    thinking_budget(body, COMPARE_FIELDS)
     chosen = [name for name in WHO_ANSWERS if name in values]
     if len(chosen) != 1:
         raise invalid(chosen[1] if chosen else "models", "one of models, steps and variants must say who "
@@ -407,7 +427,7 @@ async def read_compare(body: dict, prompts: PromptMaker | None = None, client: s
 def read_variants(body: dict, indices: Seq[int], seed: int, known: Known) -> list[ParsedBody]:
     """The questions of some answers of a body of /v1/compare, all by one model. They share the messages that
     are read here. Log-probabilities are requested to show how likely a differing token was."""
-    values: dict[str, Any] = {"seed": seed, **parse_answer(body, COMPARE_FIELDS)}
+    values: dict[str, Any] = {"seed": seed, **parse_answer(body, COMPARE_FIELDS, known)}
     messages = openai_messages(values["messages"], known.tool_format is not None)
     values["template_options"] = template_options(values)
     variants, read = values.get("variants", ()), []

@@ -12,10 +12,10 @@ from chatlm.front.api.fields import (
     A_TEXT, A_TOKEN, TEXT_OR_NULL, Field, FieldType, as_count, list_schema, listed, object_schema,
     prompt_list, refused)
 from chatlm.front.api.field_types import (
-    CAP, CONSTRAINT_FIELDS, EFFORT, FLAT_CHOICE, FUNCTION_CALL, FUNCTIONS, INCLUDE, INPUTS, INTEGER,
+    A_BUDGET, CAP, CONSTRAINT_FIELDS, EFFORT, FLAT_CHOICE, FUNCTION_CALL, FUNCTIONS, INCLUDE, INPUTS, INTEGER,
     LIST, LOGIT_BIAS, LOGPROBS_OF_TEXT, MESSAGES_CHOICE, METADATA, MIXED, NATIVE_MESSAGES, NUMBER, OBJECT, OLLAMA_FORMAT,
-    OPENAI_MESSAGES, PRIORITY, PROMPTS, SEED, STOP, STOP_TOKENS, SWITCH, SYSTEM, TEXT, TOKENS, TOOL_CHOICE,
-    TOOLS, TOP_K, nested_grammar, object_of, response_grammar, thinking)
+    OPENAI_MESSAGES, PRIORITY, PROMPTS, SEED, STOP, STOP_TOKENS, SWITCH, SYSTEM, TEXT, THINKING, TOKENS,
+    TOOL_CHOICE, TOOLS, TOP_K, TOP_LEVEL_THINKING, nested_grammar, object_of, response_grammar, thinking)
 
 
 SOME_TOOLS = Field(
@@ -30,8 +30,6 @@ RESPONSE_FORMAT = Field(
     "format of the answer, in which it ends within max_tokens: text, json_object or json_schema")
 
 EFFORT_OR_NULL = {"anyOf": [*EFFORT.schema["anyOf"], {"type": "null"}]}
-WHETHER_TO_THINK = {"enum": ["enabled", "adaptive", "disabled"]}
-A_BUDGET = {"type": ["integer", "null"], "minimum": 0}
 
 COMMON_FIELDS = (  # for every route that generates
     Field("stop", STOP, "strings that end the answer; searched for in its content, not in calls"),
@@ -46,6 +44,10 @@ COMMON_FIELDS = (  # for every route that generates
                               "of the prompt, and how many are computed"),
 )
 
+SWITCHES = (  # further names of `chat_template_kwargs.enable_thinking`
+    Field("enable_thinking", SWITCH, "whether the model thinks, if its template knows that"),
+    Field("thinking", TOP_LEVEL_THINKING, "the same; `budget_tokens` means thinking_budget"),
+)
 TEMPLATE_OPTIONS = (  # how a conversation becomes a prompt
     Field("continue_final_message", SWITCH, "true: continue the last message, an assistant's, instead of "
           "answering; `prefix: true` in that message means the same"),
@@ -56,6 +58,7 @@ TEMPLATE_OPTIONS = (  # how a conversation becomes a prompt
                                           "`thinking_budget` in it means the field"),
     Field("thinking_budget", INTEGER, "most tokens that the model thinks, at most max_tokens; 0: it does not",
           0, math.inf),
+    *SWITCHES,
 )
 
 PREFIX = Field("prefix_token_ids", TOKENS, "token ids with which the answer begins, as if they had been "
@@ -232,15 +235,13 @@ MESSAGES_FIELDS = (
     *(field for field in SAMPLING_FIELDS if field.name != "model"),
     Field("max_tokens", CAP, "most tokens of the answer; absent or -1 = up to the context"),
     Field("stop_sequences", STOP, "strings that end the answer", means="stop"),
-    Field("thinking", FieldType(
-        "an object of type enabled, adaptive or disabled",
-        object_schema(["type"], type=WHETHER_TO_THINK), lambda value: thinking(value["type"] != "disabled"),
-        object_schema(["type"], type=WHETHER_TO_THINK, budget_tokens=A_BUDGET)),
-        "whether the model thinks, if its template knows that; `budget_tokens`: most tokens that it thinks",
-        means="template_options"),
+    Field("thinking", THINKING, "whether the model thinks, if its template knows that; `budget_tokens`: most "
+          "tokens that it thinks", means="template_options"),
     Field("output_config",
           object_of("format", "effort")._replace(convert=partial(nested_grammar, param="output_config")),
           "`format`: json_schema; `effort`: how much the model thinks", means="response_format"),
+    Field("output_format", object_of("type", "schema")._replace(
+        convert=partial(response_grammar, param="output_format")), "the older name of `output_config.format`"),
 )
 
 OLLAMA_NAMES = {"repetition_penalty": "repeat_penalty"}

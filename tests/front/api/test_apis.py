@@ -700,8 +700,8 @@ async def test_a_response_streams_the_documented_sequence(client):
 
 async def test_a_message_streams_the_documented_sequence(client):
     async with serving(FakePool(THOUGHT)) as url:
-        events = await streamed(client, url, MESSAGES)
-        whole = json.loads((await ask(client, url, MESSAGES))[2])
+        events = await streamed(client, url, MESSAGES, thinking={"type": "enabled"})
+        whole = json.loads((await ask(client, url, MESSAGES, thinking={"type": "enabled"}))[2])
     start, delta, stop = "content_block_start", "content_block_delta", "content_block_stop"
     assert [event["type"] for event in events] == ["message_start", *[start, delta, delta, stop] * 3, start, delta, stop, "message_delta", "message_stop"]
     assert [event["content_block"]["type"] for event in events if event["type"] == start] == ["thinking", "text", "tool_use", "tool_use"]
@@ -849,12 +849,6 @@ async def test_older_clients_functions_are_tools(client):
     assert "tool_calls" not in json.dumps(events) + json.dumps(choice)
     assert [(m.role, m.more) for m in pool.requests[-1].messages[1:]] == [
         ("assistant", {"tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]}), ("tool", {"name": "add"})]
-
-
-async def test_custom_tools_are_refused_by_name(client):
-    async with serving(FakePool()) as url:
-        status, _, text = await ask(client, url, CHAT, tools=[{"type": "custom", "custom": {"name": "patch"}}])
-        assert status == 400 and "custom" in message_of(text, CHAT)
 
 
 def test_a_template_without_tools_is_told_of_them_by_a_system_prompt(default_model_path):
