@@ -13,6 +13,7 @@ from typing import Any, TYPE_CHECKING
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError, invalid
 from chatlm.common.memory import trim_heap
+from chatlm.common.messages.requests import NEW_DOCUMENT
 from chatlm.common.text.pictures import pictures_of
 from chatlm.common.text.reader import answer_reader
 from chatlm.common.text.tokenizer import NO_OPTIONS, fill_template
@@ -98,8 +99,9 @@ class PromptMaker:
             return self.retrievals.prompts(request, request.retrieval)
         most = self.context_length if request.truncate else None
         longest = self._longest(request)
-        starts = [self._start_of(prompt, request.source, request.truncate, longest)
-                  for prompt in request.prompts]
+        prompts = [self.tokenizer.document_start if prompt == NEW_DOCUMENT else prompt
+                   for prompt in request.prompts]
+        starts = [self._start_of(prompt, request.source, request.truncate, longest) for prompt in prompts]
         return tuple(tuple(self.tokenizer.encode_prompt(start) if isinstance(start, str) else start)[:most]
                      for start in starts)
 

@@ -145,8 +145,10 @@ PROMPTS, INPUTS = (
     FieldType(f"a string, a list of at most {LIMITS.prompt_tokens:,} token ids, "
               f"or a list of at most {most:,} of these", {"anyOf": [
                   A_TEXT, SOME_TOKENS | {"minItems": 1},
-                  list_schema({"anyOf": [A_TEXT, SOME_TOKENS]}, minItems=1, maxItems=most)]}, prompt_list)
-    for most in (LIMITS.choices, LIMITS.embeddings))
+                  list_schema({"anyOf": [A_TEXT, SOME_TOKENS | {"minItems": fewest}]},
+                              minItems=1, maxItems=most)]}, prompt_list)
+    # a list of no token ids stands for a new document, which no client asks for so
+    for fewest, most in ((1, LIMITS.choices), (0, LIMITS.embeddings)))
 EFFORTS = ["none", "minimal", "low", "medium", "high", "xhigh"]
 EFFORT = FieldType(", ".join(EFFORTS) + " or a number of tokens, at least 0",
                    {"anyOf": [{"enum": EFFORTS}, {"type": "integer", "minimum": 0}]},

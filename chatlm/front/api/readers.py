@@ -13,7 +13,7 @@ from chatlm.common.errors import RequestError, bad_value, invalid, shown
 from chatlm.common.jsontext import dump, is_text
 from chatlm.common.messages.protocol import ParsedBody
 from chatlm.common.messages.requests import (
-    SAMPLING_NAMES, AnswerParams, Infill, Message, Request, SamplingParams, sampling_defaults)
+    NEW_DOCUMENT, SAMPLING_NAMES, AnswerParams, Infill, Message, Request, SamplingParams, sampling_defaults)
 from chatlm.common.messages.wire import as_plain_json
 from chatlm.common.text.formats import CALL_FORMATS, knows_of_thinking, thoughts_of
 from chatlm.common.text.grammar import unusable_schema
@@ -173,7 +173,8 @@ def read_chat_body(body: dict, known: Known) -> ParsedBody:
 
 def read_completion_body(body: dict, known: Known) -> ParsedBody:
     values = parse_fields(body, COMPLETION_FIELDS)
-    prompts, n, logprobs = values["prompt"], values.get("n", 1), values.get("logprobs")
+    n, logprobs, suffix = values.get("n", 1), values.get("logprobs"), values.get("suffix")
+    prompts = values.get("prompt", ("",) if suffix else (NEW_DOCUMENT,))
     if values.get("best_of", n) != n:
         raise RequestError("best_of must equal n", code="unsupported_best_of", param="best_of")
     within_limit("answers (prompts times n)", len(prompts) * n, LIMITS.choices, "prompt")
@@ -181,7 +182,7 @@ def read_completion_body(body: dict, known: Known) -> ParsedBody:
     params = AnswerParams(grammar=grammar, grammar_param=param, logprobs=logprobs,
                           prompt_logprobs=logprobs if values.get("echo") else None)
     infill = None
-    if suffix := values.get("suffix"):
+    if suffix:
         if params.prompt_logprobs is not None:
             raise invalid("echo", "echo and logprobs exclude each other where there is a suffix, since the "
                                   "model reads the suffix before the answer")

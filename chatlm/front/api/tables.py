@@ -145,7 +145,7 @@ OPENAI_FIELDS = (
 )
 
 COMPLETION_FIELDS = (
-    Field("prompt", PROMPTS, "text, token ids, or a list of these", required=True),
+    Field("prompt", PROMPTS, "text, token ids, or a list of these; absent: a new document"),
     *(field for field in SHARED_FIELDS if field.name != "truncate"),  # a text has no turns
     Field("max_tokens", INTEGER, "most tokens of the answer; -1 = up to the context, 0 = echo only",
           -1, math.inf),

@@ -664,7 +664,7 @@ THOUGHT = [said(thought("Hm"), tokens=(1,)), said(thought("m"), tokens=(2,)), sa
 def test_what_one_piece_adds_comes_in_its_order():
     deltas = Delta("text", "a"), Delta("call", "{}", "add"), thought("b"), Delta("text", "c")
     for api in ("responses", "messages", "ollama chat"):
-        encoder = ENCODERS[api](ParsedBody(Request("x", messages=()), api=api), "fake")
+        encoder = ENCODERS[api](ParsedBody(Request("x", messages=()), api=api, details={"thinking": True}), "fake")
         encoder.encode(said(*deltas))
         assert [(block.kind, block.text, block.name) for block in encoder.blocks] == [*deltas]
     native = ENCODERS["native"](ParsedBody(Request("x", messages=())), "fake").encode(said(*deltas)).decode()
