@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence as Seq
@@ -131,11 +132,14 @@ def openai_messages(messages: list, with_tools: bool = False) -> tuple[Message, 
     return chat_messages(without_custom_calls(sent_messages(messages, roles)), with_tools)
 
 
+def is_custom(call) -> bool:
+    """Is this call, in a message of Chat Completions, of no function?"""
+    return type_of(call) == "custom" and "function" not in call
+
+
 def custom_calls(message) -> list[dict]:
-    """The calls in a message of Chat Completions that are of no function."""
     calls = message.get("tool_calls") if isinstance(message, dict) else None
-    return [call for call in calls if type_of(call) == "custom" and "function" not in call] \
-        if isinstance(calls, list) else []
+    return [*filter(is_custom, calls)] if isinstance(calls, list) else []
 
 
 def without_custom_calls(sent: Iterable[SentMessage]) -> Iterator[SentMessage]:
@@ -144,8 +148,9 @@ def without_custom_calls(sent: Iterable[SentMessage]) -> Iterator[SentMessage]:
     for name, role, fields in sent:
         if others := custom_calls(fields):
             skipped |= {call["id"] for call in others if is_text(call.get("id"))}
-            fields = {**fields, "tool_calls": [call for call in fields["tool_calls"] if call not in others]}
-        if role != "tool" or fields.get("tool_call_id") not in skipped:
+            fields = {**fields, "tool_calls": [*itertools.filterfalse(is_custom, fields["tool_calls"])]}
+        asked = fields.get("tool_call_id")
+        if role != "tool" or not is_text(asked) or asked not in skipped:
             yield SentMessage(name, role, fields)
 
 

@@ -234,11 +234,12 @@ THINKING = FieldType(
     lambda value: thinking(value["type"] != "disabled"),
     object_schema(["type"], type=WHETHER_TO_THINK, budget_tokens=A_BUDGET))
 # the same at the top level of Chat Completions, as whether the model thinks; None: as it likes
+THINKS = {"enabled": True, "adaptive": True, "auto": None, "disabled": False}
 TOP_LEVEL_THINKING = FieldType(
     "an object of type enabled, adaptive, auto or disabled, or true or false",
     {"anyOf": [{"enum": [True, False]},
-               object_schema(["type"], type={"enum": [*WHETHER_TO_THINK["enum"], "auto"]})]},
-    lambda value: value if isinstance(value, bool) else {"auto": None, "disabled": False}.get(value["type"], True),
+               object_schema(["type"], type={"enum": [*THINKS]})]},
+    lambda value: value if isinstance(value, bool) else THINKS[value["type"]],
     {"properties": {"type": {}, "budget_tokens": A_BUDGET}})
 
 

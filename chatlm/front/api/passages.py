@@ -33,8 +33,8 @@ def content_of(source, name: str) -> tuple[object, str]:
     if kind == "content":
         return source.get("content"), f"{name}.content"
     if kind in ("base64", "url", "file"):
-        raise RequestError(f"{name} is of type {kind}, which is not read here: {SOURCES}. POST /extract makes "
-                           "text of PDFs and other files", code="unsupported_content", param=name)
+        raise RequestError(f"{name} is of type {kind}, which is not read here: {SOURCES}. POST /extract "
+                           "makes text of PDFs and other files", code="unsupported_content", param=name)
     raise bad_value(name, source, SOURCES.removeprefix("source must be "))
 
 
@@ -50,6 +50,6 @@ def parts_of(content, name: str) -> Iterator[dict]:
             continue
         place, kind = f"{name}[{index}]", part.get("type") if isinstance(part, dict) else None
         if kind != "text":
-            raise RequestError(f"{place} must be a text or, in a document, an image, not {shown(kind or part)}",
-                               code="unsupported_content", param=place)
+            raise RequestError(f"{place} must be a text or, in a document, an image, not "
+                               f"{shown(kind or part)}", code="unsupported_content", param=place)
         yield {"type": "text", "text": Field(f"{place}.text", TEXT, "").read(part.get("text"))}

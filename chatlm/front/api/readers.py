@@ -20,8 +20,8 @@ from chatlm.common.text.grammar import unusable_schema
 from chatlm.front.api.call_grammars import call_grammar, parameter_types, tool_grammar
 from chatlm.front.api.conversation import (
     OTHER_BLOCKS, OTHER_ITEMS, SentMessage, anthropic_messages, chat_messages, custom_calls, joined_turns,
-    message_of, native_messages, openai_messages, other_types, response_messages, sent_messages, template_options,
-    without_others)
+    message_of, native_messages, openai_messages, other_types, response_messages, sent_messages,
+    template_options, without_others)
 from chatlm.front.api.fields import (
     ToolChoice, allowed_tools, functions_among, header_words, known_tools, member_of, no_tools,
     parse_fields, within_limit)
@@ -101,7 +101,7 @@ def openai_request(values: Mapping, settings: Settings, params: AnswerParams, **
 
 def parse_openai_request(values: Mapping, settings: Settings, tool_format: str | None = None,
                          messages: tuple[Message, ...] | None = None) -> Request:
-    """The checked OPENAI_FIELDS as a Request, whose tools are functions; `tool_format` is how the model writes
+    """The checked OPENAI_FIELDS as a Request; its tools are functions. `tool_format` is how the model writes
     calls, if it can. Other APIs have parsed their `messages` and template options."""
     logprobs, top = values.get("logprobs", False), values.get("top_logprobs", 0)
     if top and not logprobs:
@@ -257,8 +257,8 @@ def read_responses_body(body: dict, known: Known, before: Seq | None = None) -> 
     """before: the items of what the body continues; None: nobody has looked for any."""
     values = without_lone_top(parse_answer(body, RESPONSES_FIELDS, known))
     if "input" not in values and not any(values.get(name) for name in CHAINED):
-        raise RequestError('One of "input", "prompt", "previous_response_id" or "conversation" must be provided.',
-                           code="missing_required_parameter", param="input")
+        raise RequestError('One of "input", "prompt", "previous_response_id" or "conversation" must be '
+                           "provided.", code="missing_required_parameter", param="input")
     details = kept_details(values, known, before is not None)
     tools, ignored = known_tools(values.get("tools", ()), ["function", None], "parameters")
     ignored += other_types(values.get("input"), OTHER_ITEMS)
@@ -296,8 +296,7 @@ def read_messages_body(body: dict, known: Known) -> ParsedBody:
     """Anthropic's Messages API."""
     values = parse_answer(body, MESSAGES_FIELDS, known)
     messages, tools, ignored = anthropic_prompt(values, known.tool_format)
-    options = (anthropic_options(messages) | thinking((body.get("output_config") or {}).get("effort"))
-               | values.get("template_options", {}))
+    options = anthropic_options(messages, body, values)
     values |= {"tools": tools, "template_options": options, "response_format": one_format(values)}
     request = parse_openai_request(values, known.settings, known.tool_format, messages)
     thinks = member_of(body, "thinking.type") in ("enabled", "adaptive")
@@ -308,7 +307,8 @@ def one_format(values: Mapping) -> tuple[str, str]:
     """The grammar of a body's format under its newer or its older name. RequestError if they differ."""
     newer, older = (values.get(name, ("", "")) for name in ("response_format", "output_format"))
     if newer[0] and older[0] and newer[0] != older[0]:
-        raise invalid("output_format", "output_format and output_config.format differ: an answer has one format")
+        raise invalid("output_format", "output_format and output_config.format differ: an answer has one "
+                                       "format")
     return newer if newer[0] else older
 
 
@@ -322,11 +322,13 @@ def anthropic_prompt(values: Mapping, tool_format: str | None) -> tuple[
     return messages, tools, tuple(dict.fromkeys(ignored))
 
 
-def anthropic_options(messages: Seq[Message]) -> dict:
+def anthropic_options(messages: Seq[Message], body: Mapping, values: Mapping) -> dict:
     """The template options: in this API, a last message of the assistant is one to continue."""
     last = messages[-1]
     is_open = last.role == "assistant" and last.content and "tool_calls" not in (last.more or {})
-    return {"continue_final_message": True} if is_open else {}
+    effort = thinking(member_of(body, "output_config.effort"))
+    return {**({"continue_final_message": True} if is_open else {}), **effort,
+            **values.get("template_options", {})}
 
 
 def parsed_body(api: str, values: Mapping, known: Known, request: Request, details: Mapping | None = None,
@@ -338,7 +340,8 @@ def parsed_body(api: str, values: Mapping, known: Known, request: Request, detai
 
 
 def read_ollama_chat(body: dict, known: Known) -> ParsedBody:
-    values = {"truncate": True} | parse_answer(body, OLLAMA_CHAT_FIELDS, known)
+    values = parse_answer(body, OLLAMA_CHAT_FIELDS, known)
+    values.setdefault("truncate", True)
     sent = sent_messages(values["messages"], [*OPENAI_ROLES, "tool"]) if values.get("messages") else ()
     messages = chat_messages(map(ollama_message, sent), known.tool_format is not None)
     return ollama_body("ollama chat", values, known, messages=messages)
@@ -446,7 +449,10 @@ async def count_tokens(body: dict, prompts: PromptMaker, client: str = "") -> by
         tools = ()
     if tools and not tool_format:
         raise no_tools("tools")
-    ids = await rendered(prompts, messages, tools, client, anthropic_options(messages))
+    options = anthropic_options(messages, body, values)
+    if budget := thinking_budget(body, COUNTED_FIELDS):
+        options["thinking_budget"] = max(budget.values())
+    ids = await rendered(prompts, messages, tools, client, options)
     return dump({"input_tokens": len(ids)})
 
 

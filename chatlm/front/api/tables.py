@@ -13,9 +13,10 @@ from chatlm.front.api.fields import (
     prompt_list, refused)
 from chatlm.front.api.field_types import (
     A_BUDGET, CAP, CONSTRAINT_FIELDS, EFFORT, FLAT_CHOICE, FUNCTION_CALL, FUNCTIONS, INCLUDE, INPUTS, INTEGER,
-    LIST, LOGIT_BIAS, LOGPROBS_OF_TEXT, MESSAGES_CHOICE, METADATA, MIXED, NATIVE_MESSAGES, NUMBER, OBJECT, OLLAMA_FORMAT,
-    OPENAI_MESSAGES, PRIORITY, PROMPTS, SEED, STOP, STOP_TOKENS, SWITCH, SYSTEM, TEXT, THINKING, TOKENS,
-    TOOL_CHOICE, TOOLS, TOP_K, TOP_LEVEL_THINKING, nested_grammar, object_of, response_grammar, thinking)
+    LIST, LOGIT_BIAS, LOGPROBS_OF_TEXT, MESSAGES_CHOICE, METADATA, MIXED, NATIVE_MESSAGES, NUMBER, OBJECT,
+    OLLAMA_FORMAT, OPENAI_MESSAGES, PRIORITY, PROMPTS, SEED, STOP, STOP_TOKENS, SWITCH, SYSTEM, TEXT,
+    THINKING, TOKENS, TOOL_CHOICE, TOOLS, TOP_K, TOP_LEVEL_THINKING, nested_grammar, object_of,
+    response_grammar, thinking)
 
 
 SOME_TOOLS = Field(
@@ -229,19 +230,21 @@ COUNTED_FIELDS = (
     Field("system", SYSTEM, "the system message, as a text or text blocks"),
     MODEL, SOME_TOOLS,
     Field("tool_choice", MESSAGES_CHOICE, "auto, any, none, or one of the tools"),
+    Field("thinking", THINKING, "whether the model thinks, if its template knows that; `budget_tokens`: most "
+          "tokens that it thinks", means="template_options"),
+    Field("output_config", object_of("effort"), "`effort`: how much the model thinks"),
 )
 MESSAGES_FIELDS = (
-    *COUNTED_FIELDS,
+    *(field for field in COUNTED_FIELDS if field.name != "output_config"),
     *(field for field in SAMPLING_FIELDS if field.name != "model"),
     Field("max_tokens", CAP, "most tokens of the answer; absent or -1 = up to the context"),
     Field("stop_sequences", STOP, "strings that end the answer", means="stop"),
-    Field("thinking", THINKING, "whether the model thinks, if its template knows that; `budget_tokens`: most "
-          "tokens that it thinks", means="template_options"),
     Field("output_config",
           object_of("format", "effort")._replace(convert=partial(nested_grammar, param="output_config")),
           "`format`: json_schema; `effort`: how much the model thinks", means="response_format"),
     Field("output_format", object_of("type", "schema")._replace(
-        convert=partial(response_grammar, param="output_format")), "the older name of `output_config.format`"),
+        convert=partial(response_grammar, param="output_format")),
+        "the older name of `output_config.format`"),
 )
 
 OLLAMA_NAMES = {"repetition_penalty": "repeat_penalty"}

@@ -100,8 +100,8 @@ async def refuse_early(application: Callable, table: ConnectionTable, is_polled:
 
 def with_single_slashes(make_request: Callable[..., web.BaseRequest]) -> Callable[..., web.BaseRequest]:
     """Makes requests whose paths have one slash where clients sent several, because their base URL ends in
-    one. This comes before all else: what finds the route, checks the key and writes the log see one path. Dots
-    and percent signs stay as they are, so no part of a path becomes another."""
+    one. This comes before all else: what finds the route, checks the key and writes the log see one path.
+    Dots and percent signs stay as they are, so no part of a path becomes another."""
     def made(message: Any, *more: Any) -> web.BaseRequest:
         path = message.url.raw_path
         if "//" in path:

@@ -25,8 +25,8 @@ def encoding_of(http: web.Request) -> str:
     if not encodings:
         return ""
     if encodings not in (["gzip"], ["deflate"]):
-        raise RequestError(f"a body with Content-Encoding {shown(', '.join(encodings))} cannot be read: send it "
-                           "with gzip or deflate, or as it is", status=415, code="unsupported_encoding")
+        raise RequestError(f"a body with Content-Encoding {shown(', '.join(encodings))} cannot be read: send "
+                           "it with gzip or deflate, or as it is", status=415, code="unsupported_encoding")
     return encodings[0]
 
 

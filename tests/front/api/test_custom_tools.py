@@ -98,3 +98,10 @@ def test_calls_of_them_in_the_history_are_skipped_with_their_results_and_named(u
     for call_ in ({"type": "custom"}, {"type": "strange", "id": "x"}, 5):
         status, _, body = asked(url, messages=[HI, {"role": "assistant", "tool_calls": [call_]}, HI])
         assert status == (200 if call_ == {"type": "custom"} else 400), body
+
+
+def test_many_of_them_take_no_longer_than_as_many_functions():
+    """A body of 64 KB is read on the event loop: nothing compares each call with each other."""
+    calls = [{"type": "custom", "id": str(number)} for number in range(200_000)]
+    messages = [HI, {"role": "assistant", "tool_calls": calls}, *({"role": "tool", "tool_call_id": str(number), "content": "x"} for number in range(1000)), HI]
+    assert len(read_answer(CHAT, {"messages": messages}, KNOWN).request.messages) == 3

@@ -73,6 +73,7 @@ VALUES = {      # a value of each field that differs from what holds without it
 OTHERS = {      # where a field has another type in one of the routes
     ("/v1/responses", "tools"): [FLAT_TOOL], ("/v1/messages", "tools"): [{"name": "add", "input_schema": SCHEMA}],
     ("/v1/messages/count_tokens", "tools"): [{"name": "add", "input_schema": SCHEMA}],
+    ("/v1/messages/count_tokens", "output_config"): {"effort": "low"},
     ("/v1/messages", "tool_choice"): {"type": "none"}, ("/v1/messages/count_tokens", "tool_choice"): {"type": "none"},
     ("/embed", "truncate"): False, ("/api/chat", "truncate"): False, **{(route, "truncate"): False for route in RERANKS},
     ("/v1/completions", "logprobs"): 2, ("/api/embed", "truncate"): False, ("/api/chat", "stream"): False, ("/api/generate", "stream"): False}
@@ -172,7 +173,7 @@ UNREAD = {
         "reasoning_effort": "low", **SAMPLERS},
     "/v1/messages": {"metadata": {"user_id": "x"}, "service_tier": "auto", "container": "x", "context_management": {}, "mcp_servers": [],
                      "inference_geo": "x", "cache_control": {"type": "ephemeral"}, "speed": "fast", "n": 2, **SAMPLERS},
-    "/v1/messages/count_tokens": {"thinking": {"type": "enabled"}, "max_tokens": 5, "output_config": {}},
+    "/v1/messages/count_tokens": {"max_tokens": 5, "temperature": 1, "output_format": FORM},
     "/api/chat": {"keep_alive": "5m", "shift": True, "temperature": 0.5},
     "/api/generate": {"keep_alive": "5m", "template": "{{ .Prompt }}", "context": [1, 2], "truncate": True, "width": 5},
     "/api/embed": {"keep_alive": "5m", "options": {}, "encoding_format": "float"},

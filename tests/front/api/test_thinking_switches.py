@@ -121,6 +121,17 @@ def test_without_thinking_in_the_request_the_first_block_is_the_text(url):
     assert message(url, thinking={"type": "disabled"})[0] == [("text", chat(url, enable_thinking=False)[1])]
 
 
+def test_tokens_are_counted_as_the_prompt_has_them_whether_it_thinks_or_not(url):
+    counts = []
+    for more in ({}, {"thinking": {"type": "disabled"}}, {"thinking": {"type": "enabled", "budget_tokens": 4}}):
+        _, body = message(url, **more)
+        status, headers, counted = call(url, MESSAGES + "/count_tokens", {"messages": HI, **more})
+        assert status == 200 and "X-Ignored-Fields" not in headers
+        assert counted["input_tokens"] == body["usage"]["input_tokens"] + body["usage"]["cache_read_input_tokens"]
+        counts.append(counted["input_tokens"])
+    assert counts[0] == counts[2] != counts[1]
+
+
 def test_an_answer_that_is_cut_while_it_thinks_has_an_empty_text(url):
     blocks, body = message(url, max_tokens=2)
     assert blocks == [("text", "")] and body["stop_reason"] == "max_tokens" and body["usage"]["output_tokens"] == 2
