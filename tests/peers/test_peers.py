@@ -165,6 +165,7 @@ def test_the_other_apis_packages_get_the_same_text_calls_and_objects(url):
     assert {each["tokens"] for each in found.values()} == {8} and responses["call"] == messages["call"] == ["add", ["a"]]
     assert responses["with_system"] and responses["later"] and messages["later"] and messages["counted"] > 10
     assert responses["shaped"] == "bool" and "big" in ollama["shaped"] and ollama["capabilities"] == ["completion", "tools"]
+    assert responses["logprobs"] == [7, 7, 7] and ollama["logprobs"] == [7, 2, 7] and responses["skipped"] == "web_search_call" and messages["read"]
     assert (responses["missing"], messages["missing"], ollama["missing"]) == (404, "not_found_error", 404)
 
 
