@@ -61,6 +61,23 @@ def test_they_are_those_of_chat_completions_whole_and_in_every_event(url):
     assert by_type["response.content_part.added"]["part"]["logprobs"] == []
 
 
+@pytest.mark.parametrize("more", [{}, {"stop": ["e", "日"]}])
+def test_every_token_of_a_text_of_odd_characters_has_its_own(url, more):
+    """As in Chat Completions, but for those of a character that the answer did not finish: they are no text. Drafts, stop strings and characters of
+    several tokens change nothing."""
+    need_exact(url)
+    for seed in range(8):
+        question, drawn = "Write emojis and Chinese: 日本 😀", {"temperature": 2, "seed": seed, **more}
+        chat = ask(url, messages=[{"role": "user", "content": question}], max_tokens=40, logprobs=True, **drawn)["choices"][0]
+        wanted = [entry["id"] for entry in chat["logprobs"]["content"]]
+        body = asked(url, input=question, max_output_tokens=40, include=[LOGPROBS], **drawn)[2]
+        found = [entry["id"] for entry in of_text(body)]
+        assert body["output"][0]["content"][0]["text"] == chat["message"]["content"]
+        assert found == wanted[:len(found)] and len(wanted) - len(found) < 4, (found, wanted)
+        events = streamed(url, input=question, max_output_tokens=40, include=[LOGPROBS], **drawn)
+        assert [entry["id"] for event in events if event["type"] == "response.output_text.delta" for entry in event["logprobs"]] == found
+
+
 def test_without_include_there_are_none(url):
     for more, ignored in (({}, None), ({"include": []}, None), ({"top_logprobs": 2}, "top_logprobs"),
                           ({"include": ["reasoning.encrypted_content"]}, "include.reasoning.encrypted_content")):
