@@ -1,6 +1,7 @@
 """What Ollama's clients send and read beyond a question and its answer: log-probabilities, and conversations that do not fit."""
 
 import json
+import urllib.error
 
 import pytest
 
@@ -144,6 +145,28 @@ def test_results_of_tools_stay_with_their_calls(url):
     tools = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
     [whole] = lines(url, CHAT, messages=[*agent, *agent, *agent, LAST], tools=tools, stream=False, options={"num_predict": 4})
     assert whole["dropped_messages"] % 4 == 0 and whole["dropped_messages"]
+
+
+def test_a_turn_of_many_calls_loses_its_oldest_ones_and_keeps_its_question(url):
+    """As an agent has it, which calls tools for a long time: each call goes with its result, and the last one stays."""
+    need_exact(url)
+    def steps(numbers):
+        return [message for number in numbers for message in (
+            {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {"a": number}}}]},
+            {"role": "tool", "tool_name": "add", "content": f"{number}. " + "sea " * 40})]
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}}]
+    agent = {"tools": tools, "stream": False, "options": {"num_predict": 8}}
+    [whole] = lines(url, CHAT, messages=[SYSTEM, *turns(1)[1:], *steps(range(12))], **agent)
+    dropped = whole["dropped_messages"]
+    assert dropped > 2 and dropped % 2 == 0
+    left = 12 - (dropped - 2) // 2          # the first turn has two messages
+    [again] = lines(url, CHAT, messages=[SYSTEM, LAST, *steps(range(12 - left, 12))], **agent)
+    assert left >= 1 and "dropped_messages" not in again
+    assert (whole["prompt_eval_count"], text_of([whole])) == (again["prompt_eval_count"], text_of([again]))
+    with pytest.raises(urllib.error.HTTPError):
+        lines(url, CHAT, messages=[SYSTEM, LAST, *steps(range(12))], truncate=False, **agent)
+    [prefilled] = lines(url, CHAT, messages=[SYSTEM, LAST, *steps(range(12)), {"role": "assistant", "content": "Well,"}], **agent)
+    assert prefilled["dropped_messages"] and prefilled["done"]
 
 
 def test_the_model_says_the_name_that_clients_show(url):
