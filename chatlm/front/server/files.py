@@ -71,7 +71,7 @@ class FileRoutes:
                                status=415, code="unsupported_type")
         if encoding_of(http):
             raise RequestError("the form with a file must not be compressed", status=415,
-                               code="unsupported_encoding")
+                               code="unsupported_type")
         with self._arrival(client):
             upload = Upload(store, self.bodies, client, self.owner, REQUEST_LOG.get().bound)
             self.uploads.add(upload)

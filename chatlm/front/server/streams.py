@@ -84,6 +84,12 @@ class Holding:
             except asyncio.TimeoutError:
                 raise Overloaded("too many large bodies are being read", retry_after_s=10) from None
 
+    def give_back_beyond(self, size: int):
+        """Release what is held above `size` bytes."""
+        if (surplus := self.size - size) > 0:
+            self.size -= surplus
+            self.budget.give_back(self.client, surplus)
+
     def keep(self, size: int, whose: str = "requests with large bodies"):
         """Take `size` bytes for as long as the request lasts; raises Overloaded if there is no room."""
         if not self._take(size):
@@ -143,6 +149,7 @@ async def read_bytes(http: web.Request, holding: Holding, most: int = 0) -> byte
             check_size(len(body), most)
             if len(body) > LIMITS.inline_bytes and not holding.size:
                 await holding.room(expected)
+    holding.give_back_beyond(len(body))
     return body
 
 

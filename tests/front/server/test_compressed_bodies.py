@@ -158,6 +158,29 @@ async def test_an_inflated_body_counts_as_what_it_is_and_not_as_what_was_sent(cl
         assert (await ask(client, url + OPENAI, gzip.compress(BODY), "gzip"))[0] == 200      # a small one holds nothing
 
 
+async def test_once_it_is_read_a_body_holds_no_more_than_it_has(client, monkeypatch):
+    """Room for all that a compressed body may become is taken while it arrives; others of its client go on while it is parsed."""
+    patch(monkeypatch, config, "LIMITS", replace(LIMITS, held_bytes=4 * LIMITS.body_bytes + 4_000_000))      # a client's share: one body and a million bytes
+    patch(monkeypatch, streams, "BODY_S", 0.5)
+    parsing, go_on = asyncio.Event(), asyncio.Event()
+
+    class Parsing(FakePool):
+        async def read_large(self, *arguments, **more):
+            parsing.set()
+            await go_on.wait()
+            return await super().read_large(*arguments, **more)
+
+    body = gzip.compress(json.dumps(conversation("x" * 100_000)).encode())
+    async with serving(Parsing()) as url:
+        first = asyncio.create_task(ask(client, url + OPENAI, body, "gzip"))
+        await asyncio.wait_for(parsing.wait(), 20)
+        second = asyncio.create_task(ask(client, url + OPENAI, body, "gzip"))
+        parsing.clear()
+        await asyncio.wait_for(parsing.wait(), 20)
+        go_on.set()
+        assert (await first)[0] == (await second)[0] == 200
+
+
 async def test_a_form_with_a_file_is_not_read_compressed(client, tmp_path):
     settings = Settings(database=tmp_path / "kept.db", keys=(ApiKey.hashed("k", "ann"),))
     store = await open_store(settings)
