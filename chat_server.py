@@ -122,7 +122,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TYPE_CHECKING
 
-from chatlm import __version__
 from chatlm.bundling import bundle_lines, with_kept_words
 from chatlm.cli import asks_for_json, hide_api_keys, parse_command_line, parse_store_words
 from chatlm.common.config import Settings
@@ -153,7 +152,7 @@ from chatlm.front.server.connections import room_for_connections, serving
 from chatlm.front.server.conversations import Keeper
 from chatlm.front.server.describe import (
     A_MODEL, A_NAME, A_RUN, MODELS, ModelRoutes, alive_body, bare_id, listed_body, ollama_models,
-    ollama_running, openapi_document, readiness_body, stats_body)
+    ollama_running, ollama_version, openapi_document, readiness_body, stats_body)
 from chatlm.front.server.downloading import DownloadRoutes
 from chatlm.front.server.ledger import Charge, Ledger, claim_of
 from chatlm.front.server.metrics import Metrics, metrics_response
@@ -425,8 +424,8 @@ ROUTES = (
           lambda front, bound: ollama_running(front.seen(bound)),
           "the models in memory, and how much they take"),
     Route("POST", "/api/show", Api.OLLAMA, "models.handle_ollama_show", "more of it"),
-    Route("GET", "/api/version", Api.OLLAMA, lambda front, bound: {"version": __version__},
-          "this server's version in Ollama's format"),
+    Route("GET", "/api/version", Api.OLLAMA, lambda front, bound: ollama_version(),
+          "the version of Ollama whose routes this server has, and its own"),
     Route("POST", "/v1/compare", Api.OPENAI, "handle_compare",
           "answers of several models to one question, streamed, and where each diverges from the first"),
     Route("POST", "/tokenize", Api.OPENAI, "handle_text", "text to token ids"),

@@ -34,6 +34,7 @@ import sys
 import tempfile
 import time
 import urllib.parse
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -496,6 +497,22 @@ async def pieces(attacker):
     await attacker.post(TOKENIZE, {"content": text, "with_pieces": True})
 
 
+def compressed(size):
+    """So many bytes of a body that are spaces, in a thousandth of them."""
+    stream, block = zlib.compressobj(9, wbits=31), b" " * MIB
+    parts = [stream.compress(json.dumps(HI).encode()), *(stream.compress(block) for _ in range(size // MIB)), stream.flush()]
+    return b"".join(parts)
+
+
+async def bombs(attacker):
+    """Gigabytes in megabytes, and bodies that inflate to just what one may have."""
+    large, allowed = compressed(int((1 << 30) * attacker.scale)), compressed(15 * MIB)
+    for path in (OPENAI, SHOW):
+        await attacker.posts(8, path, large, Content_Encoding="gzip")
+        await attacker.posts(8, path, allowed, Content_Encoding="gzip")
+    await attacker.posts(attacker.many(200), OPENAI, large, leave_after_s=0.2, Content_Encoding="gzip")
+
+
 async def comparisons(attacker):
     """Each answer's request could be read from the body anew, and by clients that leave."""
     body = {"messages": HI["messages"] * attacker.many(200_000), "variants": [{"seed": seed} for seed in range(8)]}
@@ -691,6 +708,7 @@ ATTACKS = {
     f"4 x 15 MB to {SHOW}": shows,
     **{f"streams that hold {name}": functools.partial(staying, body) for name, body in STAYING.items()},
     "500,000 characters to /tokenize, with pieces": pieces,
+    "compressed bodies of 1 GiB": bombs,
     "200,000 messages to /v1/compare, 8 variants": comparisons,
     "245,000 spellings in logit_bias, n: 128": biases,
     "3,000 idle connections": idle,

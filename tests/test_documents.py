@@ -164,7 +164,7 @@ def test_every_route_is_in_the_page_of_apis_and_its_curls_send_fields_that_exist
     of_store = {field.name for fields in STORE_FIELDS.values() for field in fields} | {"store"}
     assert {name for path, names in routes.items() if path.startswith(("/chat", "/v1")) for name in names} - named == {
         # refused, or without an effect here
-        "best_of", "modalities", "previous_response_id", "conversation", "background",
+        "best_of", "modalities", "background",
         # in sections of their own
         *retrieval, *(field.name for field in CONSTRAINT_FIELDS), *(of_store - named)}
     assert of_store <= {*re.findall(r"\w+", text.split("\n### Batches")[1].split("\n### Getting models")[0])}

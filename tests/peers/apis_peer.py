@@ -34,7 +34,14 @@ def responses():
         client.responses.retrieve("resp_1")
     except openai.NotFoundError as error:
         missing = error.status_code
-    return {"text": plain.output_text, "with_system": bool(whole.output_text), "streamed": final.output_text, "tokens": plain.usage.output_tokens,
+    scored = client.responses.create(input=QUESTION, include=["message.output_text.logprobs"], top_logprobs=2, **wanted)
+    with client.responses.stream(input=QUESTION, include=["message.output_text.logprobs"], top_logprobs=2, **wanted) as stream:
+        deltas = [entry for event in stream if event.type == "response.output_text.delta" for entry in event.logprobs]
+        repeated = stream.get_final_response().output[0].content[0].logprobs
+    searched = client.responses.with_raw_response.create(**wanted, input=[
+        {"role": "user", "content": QUESTION}, {"type": "web_search_call", "id": "ws_1", "status": "completed", "action": {"type": "search", "query": "x"}}])
+    return {"logprobs": [len(scored.output[0].content[0].logprobs), len(deltas), len(repeated)], "skipped": searched.headers.get("X-Ignored-Tools"),
+            "text": plain.output_text, "with_system": bool(whole.output_text), "streamed": final.output_text, "tokens": plain.usage.output_tokens,
             "deltas": "".join(event.delta for event in events if event.type == "response.output_text.delta"), "last": events[-1].type,
             "shaped": type(shaped.output_parsed.big).__name__, "call": [call.name, sorted(json.loads(call.arguments))],
             "later": later.status in ("completed", "incomplete"), "missing": missing}
@@ -60,7 +67,10 @@ def messages():
         client.messages.create(messages=question, **wanted | {"model": "claude-none"})
     except anthropic.NotFoundError as error:
         missing = error.body["error"]["type"]
-    return {"text": whole.content[0].text, "streamed": streamed, "final": final.content[0].text, "tokens": final.usage.output_tokens,
+    read = client.messages.create(**wanted, messages=[{"role": "user", "content": [
+        {"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "Tokyo is big."}, "title": "Cities"},
+        {"type": "search_result", "source": "x", "title": "y", "content": [{"type": "text", "text": "z"}]}, {"type": "text", "text": QUESTION}]}])
+    return {"read": bool(read.content[0].text), "text": whole.content[0].text, "streamed": streamed, "final": final.content[0].text, "tokens": final.usage.output_tokens,
             "stop": [whole.stop_reason, called.stop_reason], "call": [call.name, sorted(call.input)], "later": bool(later.stop_reason),
             "counted": counted.input_tokens, "missing": missing}
 
@@ -76,7 +86,10 @@ def ollamas():
         client.show("llama3")
     except ollama.ResponseError as error:
         missing = error.status_code
-    return {"text": whole.message.content, "streamed": streamed, "generated": client.generate(prompt=QUESTION, **wanted).response,
+    scored = client.chat(messages=question, logprobs=True, top_logprobs=2, **wanted).logprobs
+    lines = client.generate(prompt=QUESTION, stream=True, logprobs=True, **wanted)
+    return {"logprobs": [len(scored), len(scored[0].top_logprobs), sum(len(line.logprobs or ()) for line in lines)],
+            "text": whole.message.content, "streamed": streamed, "generated": client.generate(prompt=QUESTION, **wanted).response,
             "tokens": whole.eval_count, "shaped": sorted(json.loads(shaped.message.content)), "models": len(client.list().models),
             "capabilities": client.show("default").capabilities, "missing": missing}
 

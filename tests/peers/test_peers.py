@@ -20,8 +20,8 @@ import gguf
 import pytest
 
 from browsing import fake_front
-from chatlm import __version__
 from chatlm.common.core import decode_core
+from chatlm.front.server.describe import OLLAMA_VERSION
 from engines import load
 from fake_hub import fake_hub
 from peer_packages import HOME, INSTALL_S, NPM, made, made_venv
@@ -165,6 +165,7 @@ def test_the_other_apis_packages_get_the_same_text_calls_and_objects(url):
     assert {each["tokens"] for each in found.values()} == {8} and responses["call"] == messages["call"] == ["add", ["a"]]
     assert responses["with_system"] and responses["later"] and messages["later"] and messages["counted"] > 10
     assert responses["shaped"] == "bool" and "big" in ollama["shaped"] and ollama["capabilities"] == ["completion", "tools"]
+    assert responses["logprobs"] == [7, 7, 7] and ollama["logprobs"] == [7, 2, 7] and responses["skipped"] == "web_search_call" and messages["read"]
     assert (responses["missing"], messages["missing"], ollama["missing"]) == (404, "not_found_error", 404)
 
 
@@ -270,7 +271,7 @@ def test_open_webui_answers_through_ollama_s_routes(url, tmp_path):
     """It finds the model by its tag, and asks for /api/ps, /api/show and both routes of embeddings."""
     found = outcome([made_venv("open_webui", "open_webui.txt"), HERE / "open_webui_peer.py"], url, tmp_path / "data", limit_s=500)
     name = "SmolLM2-135M-Instruct.Q4_1:latest"
-    assert found == {"models": [name], "text": ANSWER, "streamed": ANSWER, "loaded": [name], "version": __version__, "family": "llama",
+    assert found == {"models": [name], "text": ANSWER, "streamed": ANSWER, "loaded": [name], "version": OLLAMA_VERSION, "family": "llama",
                      "vector": 576, "older_vector": 576}
 
 

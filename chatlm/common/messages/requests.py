@@ -235,13 +235,16 @@ class Retrieval:
     cut: bool = False              # shorten what does not fit, instead of refusing it
 
 
+NEW_DOCUMENT: tuple[int, ...] = ()  # a prompt of which nothing is given: see Tokenizer.document_start
+
+
 @dataclass(frozen=True)
 class Request:
     """A client's request, parsed and checked: either `messages` or `prompts` is set."""
 
     id: str = ""
     messages: tuple[Message, ...] | None = None
-    prompts: tuple[str | tuple[int, ...], ...] = ()  # raw completions: text or token ids
+    prompts: tuple[str | tuple[int, ...], ...] = ()  # raw completions: text, token ids or NEW_DOCUMENT
     prompt_ids: tuple[tuple[int, ...], ...] | None = None  # of each prompt; set at admission
     params: AnswerParams = AnswerParams()
     max_tokens: int | None = None  # None: up to the context

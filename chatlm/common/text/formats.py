@@ -192,6 +192,11 @@ def thoughts_of(template: str) -> tuple[str, str] | None:
     return next((thoughts for thoughts in THOUGHTS if thoughts[1] in template), None)
 
 
+def knows_of_thinking(template: str) -> bool:
+    """Can a chat template be told whether, or how much, the model thinks?"""
+    return re.search(r"\b(reasoning_effort|enable_thinking|thinking)\b", template) is not None
+
+
 def template_of(default: str | None, with_tools: str | None) -> str | None:
     """One template from two, if a model has a second one, `with_tools`, for chats with tools."""
     if not isinstance(default, str) or not isinstance(with_tools, str):

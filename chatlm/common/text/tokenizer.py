@@ -99,6 +99,15 @@ class Tokenizer:
         wanted = [self.spec.bos_token] if self.spec.add_bos and self.spec.bos_token is not None else []
         return tokens if tokens[:1] == wanted else wanted + tokens
 
+    @property
+    def document_start(self) -> tuple[int, ...]:
+        """What the model has seen before documents, from which it writes a new one; () if nothing is known
+        of that. With OpenAI it is <|endoftext|>."""
+        spec = self.spec
+        known = [spec.bos_token if spec.add_bos else None, self.named_tokens.get("<|endoftext|>"),
+                 spec.bos_token, spec.eos_token]
+        return next(((token,) for token in known if token is not None), ())
+
     def decode(self, tokens: Iterable[int]) -> str:
         return b"".join(map(self.token_bytes, tokens)).decode("utf-8", "replace")
 

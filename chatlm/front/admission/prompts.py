@@ -13,6 +13,7 @@ from typing import Any, TYPE_CHECKING
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError, invalid
 from chatlm.common.memory import trim_heap
+from chatlm.common.messages.requests import NEW_DOCUMENT
 from chatlm.common.text.pictures import pictures_of
 from chatlm.common.text.reader import answer_reader
 from chatlm.common.text.tokenizer import NO_OPTIONS, fill_template
@@ -98,8 +99,9 @@ class PromptMaker:
             return self.retrievals.prompts(request, request.retrieval)
         most = self.context_length if request.truncate else None
         longest = self._longest(request)
-        starts = [self._start_of(prompt, request.source, request.truncate, longest)
-                  for prompt in request.prompts]
+        prompts = [self.tokenizer.document_start if prompt == NEW_DOCUMENT else prompt
+                   for prompt in request.prompts]
+        starts = [self._start_of(prompt, request.source, request.truncate, longest) for prompt in prompts]
         return tuple(tuple(self.tokenizer.encode_prompt(start) if isinstance(start, str) else start)[:most]
                      for start in starts)
 
@@ -123,25 +125,27 @@ class PromptMaker:
     async def _cut_to_fit(self, request: Request, messages: Seq[Message],
                           rendered: dict) -> tuple[tuple[tuple[int, ...]], int, tuple[Picture, ...]]:
         """The prompt of a conversation, how many messages `truncate` dropped to make it fit (as few of the
-        oldest turns as possible, never a system message or the last turn), and the pictures of the others.
-        rendered: turns dropped -> the prompt without them, how many messages these are, the pictures."""
+        oldest turns as possible, then of the oldest calls in the last one, never a system message or the last
+        question), and the pictures of the others. rendered: the number of the cut -> the prompt after it, how
+        many messages it drops, the pictures."""
         if len(messages) > self.context_length:  # refused unrendered: each is at least one token
             raise RequestError(f"the conversation has {len(messages):,} messages, but the context holds "
                                f"{self.context_length:,} tokens",
                                code="context_length_exceeded", param="messages")
-        starts = turn_starts([message.role for message in messages])
+        roles = [message.role for message in messages]
+        question, cuts = last_question(roles), cut_points(roles)
 
-        async def without(turns: int) -> tuple[tuple[int, ...], int, tuple[Picture, ...]]:
-            if turns not in rendered:
+        async def without(cut: int) -> tuple[tuple[int, ...], int, tuple[Picture, ...]]:
+            if cut not in rendered:
                 kept = [message for index, message in enumerate(messages)
-                        if message.role == "system" or index >= starts[turns]]
+                        if message.role == "system" or index >= cuts[cut] or index == question]
                 ids = await self.render(kept, request.tools, request.client, request.template_options)
-                rendered[turns] = ids, len(messages) - len(kept), pictures_of(kept)
-            return rendered[turns]
+                rendered[cut] = ids, len(messages) - len(kept), pictures_of(kept)
+            return rendered[cut]
 
-        async def fits(turns: int) -> bool:  # with room for max_tokens, or for a quarter of the context
+        async def fits(cut: int) -> bool:  # with room for max_tokens, or for a quarter of the context
             try:
-                length = len((await without(turns))[0])
+                length = len((await without(cut))[0])
             except RequestError as error:
                 if error.code != "context_length_exceeded":
                     raise
@@ -150,8 +154,8 @@ class PromptMaker:
             return length + min(request.max_tokens or math.inf, room) <= self.context_length
 
         low = high = 0
-        if request.truncate and len(starts) > 1 and not await fits(0):
-            low, high = 1, len(starts) - 1
+        if request.truncate and len(cuts) > 1 and not await fits(0):
+            low, high = 1, len(cuts) - 1
         while low < high:
             middle = (low + high) // 2
             low, high = (low, middle) if await fits(middle) else (middle + 1, high)
@@ -216,6 +220,19 @@ def check_pictures(vision: Vision | None, count: int):
 def turn_starts(roles: Seq[str]) -> list[int]:
     """The index where each turn begins: a turn is a user message and what follows it."""
     return [0, *[index for index, role in enumerate(roles) if role == "user"][1:]]
+
+
+def last_question(roles: Seq[str]) -> int:
+    """The index of the last user message; -1 if there is none."""
+    return max((index for index, role in enumerate(roles) if role == "user"), default=-1)
+
+
+def cut_points(roles: Seq[str]) -> list[int]:
+    """The indexes where what is kept of a conversation may begin: those of turns and, in the last one, those
+    of the assistant's messages, whose calls have their results after them. The last question is kept too."""
+    question = last_question(roles)
+    steps = [index for index, role in enumerate(roles) if role == "assistant" and index > question + 1]
+    return [*turn_starts(roles), *steps]
 
 
 LONG_TEXTS = ThreadPoolExecutor(1, "tokenizer")  # one at a time: each takes a lot of memory

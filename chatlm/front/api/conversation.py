@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence as Seq
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence as Seq
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -15,9 +16,10 @@ from chatlm.common.jsontext import is_text, whole_unicode
 from chatlm.common.messages.requests import Message
 from chatlm.front.admission.prompts import turn_starts
 from chatlm.front.api.fields import A_FUNCTION, Field, list_schema, matches, no_tools, within_limit
+from chatlm.front.api.passages import passage_parts
 from chatlm.front.api.picture_parts import picture_in
-from chatlm.front.api.field_types import NATIVE_ROLES, OPENAI_ROLES, SWITCH, TEXT, TEXT_PARTS
-from chatlm.front.api.tables import TEMPLATE_OPTIONS
+from chatlm.front.api.field_types import NATIVE_ROLES, OPENAI_ROLES, SWITCH, TEXT, TEXT_PARTS, thinking
+from chatlm.front.api.tables import SWITCHES, TEMPLATE_OPTIONS
 
 
 class SentMessage(NamedTuple):
@@ -52,7 +54,9 @@ def template_options(values: Mapping) -> dict:
             param = f"messages[{index}].prefix"
             raise invalid(param, f"{param}: only the last message can be continued")
     chosen = {option.name: values[option.name] for option in TEMPLATE_OPTIONS
-              if values.get(option.name, "") != ""}
+              if option not in SWITCHES and values.get(option.name, "") != ""}
+    if switched := whether_to_think(values):
+        chosen["chat_template_kwargs"] = {**switched, **chosen.get("chat_template_kwargs", {})}
     param = "continue_final_message"
     if last.get("prefix") is not None:
         param = f"messages[{len(earlier)}].prefix"
@@ -67,6 +71,22 @@ def template_options(values: Mapping) -> dict:
     if reason:
         raise invalid(param, f"{param}: {reason}")
     return chosen
+
+
+def whether_to_think(values: Mapping) -> dict[str, bool]:
+    """The variables of the template that the SWITCHES of a body mean. RequestError if it says otherwise
+    elsewhere."""
+    asked = {switch.name: values[switch.name] for switch in SWITCHES if values.get(switch.name) is not None}
+    if not asked:
+        return {}
+    (first, thinks), *_ = asked.items()
+    inside = values.get("chat_template_kwargs", {})
+    asked |= {f"chat_template_kwargs.{name}": inside[name] for name in ("enable_thinking", "thinking")
+              if isinstance(inside.get(name), bool)}
+    for name, other in asked.items():
+        if other != thinks:
+            raise invalid(name, f"{first} and {name} say whether the model thinks, and they differ")
+    return thinking(thinks)["chat_template_kwargs"]
 
 
 def native_messages(messages: list, truncate: bool = False) -> tuple[tuple[Message, ...], int]:
@@ -109,7 +129,29 @@ def newest_turns(sent: list[SentMessage]) -> list[SentMessage]:
 
 def openai_messages(messages: list, with_tools: bool = False) -> tuple[Message, ...]:
     roles = [*OPENAI_ROLES, "tool", "function"] if with_tools else OPENAI_ROLES
-    return chat_messages(sent_messages(messages, roles), with_tools)
+    return chat_messages(without_custom_calls(sent_messages(messages, roles)), with_tools)
+
+
+def is_custom(call) -> bool:
+    """Is this call, in a message of Chat Completions, of no function?"""
+    return type_of(call) == "custom" and "function" not in call
+
+
+def custom_calls(message) -> list[dict]:
+    calls = message.get("tool_calls") if isinstance(message, dict) else None
+    return [*filter(is_custom, calls)] if isinstance(calls, list) else []
+
+
+def without_custom_calls(sent: Iterable[SentMessage]) -> Iterator[SentMessage]:
+    """The messages without such calls and their results."""
+    skipped = set()
+    for name, role, fields in sent:
+        if others := custom_calls(fields):
+            skipped |= {call["id"] for call in others if is_text(call.get("id"))}
+            fields = {**fields, "tool_calls": [*itertools.filterfalse(is_custom, fields["tool_calls"])]}
+        asked = fields.get("tool_call_id")
+        if role != "tool" or not is_text(asked) or asked not in skipped:
+            yield SentMessage(name, role, fields)
 
 
 def chat_messages(sent: Iterable[SentMessage], with_tools: bool) -> tuple[Message, ...]:
@@ -140,6 +182,37 @@ def earlier_reasoning(role: str, fields: Mapping, name: str) -> dict[str, str]:
     return {}
 
 
+# Calls of tools that no model has here, their results, and what goes with them: a conversation that another
+# server had may have some, and goes on without them.
+OTHER_ITEMS = frozenset((
+    "additional_tools", "apply_patch_call", "apply_patch_call_output", "code_interpreter_call",
+    "computer_call", "computer_call_output", "custom_tool_call", "custom_tool_call_output",
+    "file_search_call", "image_generation_call", "local_shell_call", "local_shell_call_output",
+    "mcp_approval_request", "mcp_approval_response", "mcp_call", "mcp_list_tools", "program",
+    "program_output", "shell_call", "shell_call_output", "tool_search_call", "tool_search_output",
+    "web_search_call"))
+OTHER_BLOCKS = frozenset((
+    "bash_code_execution_tool_result", "code_execution_tool_result", "mcp_tool_result", "mcp_tool_use",
+    "server_tool_use", "text_editor_code_execution_tool_result", "tool_search_tool_result",
+    "web_fetch_tool_result", "web_search_tool_result"))
+
+
+def type_of(item) -> str:
+    """The type of an item or a block; "" if it has none."""
+    named = item.get("type") if isinstance(item, dict) else None
+    return named if is_text(named) else ""
+
+
+def other_types(items, others: Collection[str]) -> tuple[str, ...]:
+    """Those of `others` that are among a list of items or blocks, each once."""
+    found = filter(others.__contains__, map(type_of, items if isinstance(items, list) else ()))
+    return tuple(dict.fromkeys(found))
+
+
+def without_others(items: Iterable, others: Collection[str]) -> Iterator:
+    return (item for item in items if type_of(item) not in others)
+
+
 def response_messages(values: Mapping, earlier: Seq = ()) -> Iterator[SentMessage]:
     """`instructions` and `input` of a response as messages of Chat Completions. earlier: the items of what it
     continues."""
@@ -166,7 +239,7 @@ def response_messages(values: Mapping, earlier: Seq = ()) -> Iterator[SentMessag
         elif item_type == "reasoning":
             thought = content_text(item.get("content") or item.get("summary"), f"{name}.content")
             yield SentMessage(name, "assistant", {"reasoning_content": thought})
-        else:
+        elif not is_text(item_type) or item_type not in OTHER_ITEMS:
             raise RequestError(
                 f"{name} is of type {shown(item_type)}; this server reads items of type "
                 "message, function_call, function_call_output and reasoning",
@@ -202,6 +275,18 @@ def joined_turns(messages: Iterable[Message]) -> tuple[Message, ...]:
     return tuple(turns)
 
 
+def as_parts(block, name: str) -> list:
+    """A block of Anthropic's as parts of Chat Completions: one, unless it is a document or search result."""
+    return passage_parts(block, name) if type_of(block) in ("document", "search_result") else [block]
+
+
+def result_content(content, name: str):
+    """What a tool returned, as a content of Chat Completions."""
+    if not isinstance(content, list):
+        return content
+    return [part for index, block in enumerate(content) for part in as_parts(block, f"{name}[{index}]")]
+
+
 BILLING = "x-anthropic-billing-header:"  # a block that changes each time: no prefix would be cached
 
 
@@ -220,20 +305,21 @@ def anthropic_messages(values: Mapping) -> Iterator[SentMessage]:
             "text": [], "thinking": [], "tool_use": [], "tool_result": []}
         for index, block in enumerate(fields["content"]):
             block_type = block.get("type") if isinstance(block, dict) else None
-            if block_type == "redacted_thinking":
+            if block_type == "redacted_thinking" or type_of(block) in OTHER_BLOCKS:
                 continue
             # anything else is refused as text parts are
             block_type = block_type if is_text(block_type) and block_type in blocks else "text"
             blocks[block_type].append((f"{name}.content[{index}]", block))
         for block_name, block in blocks["tool_result"]:
             yield SentMessage(block_name, "tool", {
-                "tool_call_id": block.get("tool_use_id"), "content": block.get("content")})
+                "tool_call_id": block.get("tool_use_id"),
+                "content": result_content(block.get("content"), f"{block_name}.content")})
         calls = [{"id": block.get("id"), "function": {**block, "arguments": block.get("input")}}
                  for _, block in blocks["tool_use"]]
         thoughts = "".join(content_text(block.get("thinking"), block_name)
                            for block_name, block in blocks["thinking"])
-        texts = [block if picture_in(block) else {"type": "text", "text": part_text(block, block_name)}
-                 for block_name, block in blocks["text"]]
+        texts = [part if picture_in(part) else {"type": "text", "text": part_text(part, block_name)}
+                 for block_name, block in blocks["text"] for part in as_parts(block, block_name)]
         if texts or calls or thoughts or not blocks["tool_result"]:
             yield SentMessage(name, role, {"content": texts, **({"tool_calls": calls} if calls else {}),
                                            **({"reasoning_content": thoughts} if thoughts else {})})

@@ -9,26 +9,11 @@ from typing import TYPE_CHECKING
 from chatlm.common.jsontext import dump, is_text
 from chatlm.common.messages.requests import Delta, Finished, Piece, PromptScores
 from chatlm.front.api.encode import SYSTEM_FINGERPRINT, Encoder, timings_body
+from chatlm.front.api.logprobs import entries, listed, logprob_number, token_text
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import Accepted, TokenLogprob
-    from chatlm.common.text.tokenizer import Tokenizer
     from chatlm.front.api.encode import Block, Choice
-
-
-def logprob_number(logprob: float | None) -> float | None:
-    """JSON has no infinity, so use OpenAI's floor of -9999."""
-    return None if logprob is None else max(logprob, -9999.0)
-
-
-def token_text(tokenizer: Tokenizer, token: int) -> tuple[str, list[int] | None]:
-    """A token as log-probabilities show it, and its bytes.
-
-    Special tokens show their name; a piece of a character is escaped as OpenAI does."""
-    text, spelled = tokenizer.whole_text(token), tokenizer.token_bytes(token)
-    if text is None:
-        text = "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
-    return text, None if token in tokenizer.special_names else list(spelled)
 
 
 NOTHING = Piece()
@@ -81,20 +66,8 @@ class OpenAIEncoder(Encoder):
         choice.held, choice.held_ids = held, ids
         return NOTHING
 
-    def listed(self, logprobs: Seq[TokenLogprob]) -> Iterator[TokenLogprob]:
-        """With as many of the likeliest tokens as `logprobs` asks for, since `prompt_logprobs` may want more,
-        and those that are named."""
-        params = self.request.params
-        return (scored._replace(top=tuple(
-            one for place, one in enumerate(scored.top)
-            if place < (params.logprobs or 0) or one[0] in params.logprob_ids)) for scored in logprobs)
-
     def entries(self, logprobs: Seq[TokenLogprob]) -> list[dict]:
-        def entry(token: int, logprob: float | None) -> dict:
-            text, spelled = token_text(self.tokenizer, token)
-            return {"id": token, "token": text, "logprob": logprob_number(logprob), "bytes": spelled}
-        return [{**entry(one.token, one.logprob), "top_logprobs": [entry(*likely) for likely in one.top],
-                 **({"drafted": True} if one.drafted else {})} for one in self.listed(logprobs)]
+        return entries(logprobs, self.request.params, self.tokenizer)
 
     def prompt_entries(self, logprobs: Seq[TokenLogprob], top: int) -> list[dict | None]:
         """vLLM's `prompt_logprobs`: by their ids the token itself and the `top` likeliest ones; None for the
@@ -278,7 +251,7 @@ class CompletionEncoder(OpenAIEncoder):
         # Special tokens appear as text only in an echoed prompt.
         written = prompt if self.parsed.echo and isinstance(prompt, str) else ""
         texts, offsets, tops = [], [], []
-        for token, logprob, top, *_ in self.listed(logprobs):
+        for token, logprob, top, *_ in listed(logprobs, self.request.params):
             texts.append(token_text(self.tokenizer, token)[0])
             offsets.append(choice.offset)
             name = self.tokenizer.special_names.get(token)

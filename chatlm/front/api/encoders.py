@@ -7,17 +7,19 @@ import time
 from collections.abc import Iterator, Mapping, Sequence as Seq
 from typing import TYPE_CHECKING
 
+from chatlm.common.config import LIMITS
 from chatlm.common.jsontext import dump
 from chatlm.common.log import utc
-from chatlm.common.messages.requests import Usage
+from chatlm.common.messages.requests import Finished, Piece, Usage
 from chatlm.front.api.encode import BlockEncoder, Encoder, NativeEncoder, arguments_of, frame, timings_body
 from chatlm.front.api.encode_openai import ChatEncoder, CompletionEncoder, FunctionEncoder
 from chatlm.front.api.encode_retrieval import RETRIEVAL_ENCODERS
 from chatlm.front.api.infill import InfillEncoder
+from chatlm.front.api.logprobs import TokensOfText, entries
 
 if TYPE_CHECKING:
     from chatlm.common.errors import ChatServerError
-    from chatlm.common.messages.requests import Accepted, Finished
+    from chatlm.common.messages.requests import Accepted, TokenLogprob
     from chatlm.front.api.encode import Block
 
 
@@ -33,20 +35,60 @@ class ResponsesEncoder(BlockEncoder):
         super().__init__(*arguments)
         sampling, kept = self.request.params.sampling, self.parsed.details
         self.numbers = itertools.count()
+        self.scored = self.request.params.logprobs is not None
+        self.tokens = TokensOfText(self.tokenizer)
+        self.logprobs: dict[str, list[bytes]] = {}  # of the blocks with these ids, in JSON
+        self.logprob_bytes = 0
         self.head = {"id": "resp_" + self.request.id, "object": "response", "created_at": int(time.time()),
                      "model": self.model, "error": None, "incomplete_details": None,
                      "temperature": sampling.temperature, "top_p": sampling.top_p, "seed": sampling.seed,
-                     "background": False, "previous_response_id": kept.get("previous_response_id"),
+                     "top_logprobs": self.request.params.logprobs or 0, "background": False,
+                     "previous_response_id": kept.get("previous_response_id"),
                      "store": kept.get("store", False), "usage": None}
         if "conversation" in kept:
             self.head["conversation"] = {"id": kept["conversation"]}
 
     def event(self, event_type: str, **fields) -> bytes:
-        return super().event(event_type, sequence_number=next(self.numbers), **fields)
+        return self.filled(super().event(event_type, sequence_number=next(self.numbers), **fields))
+
+    def filled(self, data: bytes) -> bytes:
+        """JSON with the log-probabilities, which are JSON already, where `place_of_logprobs` is. No text can
+        spell that: its quotes are escaped."""
+        for name, encoded in self.logprobs.items():
+            data = data.replace(b'"logprobs": ["%s"]' % name.encode(),
+                                b'"logprobs": [%s]' % b", ".join(encoded))
+        return data
+
+    def place_of_logprobs(self, block: Block) -> list[str]:
+        return [block.id] if block.id in self.logprobs else []
+
+    def scores(self, block: Block, text: str) -> bytes:
+        """The log-probabilities of the tokens behind the next text of a block, kept for a whole answer and
+        for the last events of a stream. Four of these repeat them before the client has read any, so where
+        there are many, only the events that brought them have them."""
+        tokens = self.tokens.take(text) if self.scored else ()
+        if not tokens or block.kind != "text":
+            return b""
+        encoded = [*map(dump, entries(tokens, self.request.params, self.tokenizer))]
+        self.logprob_bytes += sum(map(len, encoded))
+        if self.parsed.stream and self.logprob_bytes > LIMITS.repeated_bytes:
+            self.logprobs.clear()
+        else:
+            self.logprobs.setdefault(block.id, []).extend(encoded)
+        return b", ".join(encoded)
+
+    def encode(self, event: Piece | Finished) -> bytes:
+        if self.scored and isinstance(event, Piece):
+            self.tokens.add(event.logprobs)
+        return super().encode(event)
+
+    def collect(self, event: Piece | Finished) -> int:
+        before = self.logprob_bytes
+        return super().collect(event) + self.logprob_bytes - before
 
     def response(self, status: str, **fields) -> bytes:
         body = self.head | {"status": status, "output": [self.item(block) for block in self.blocks]} | fields
-        return b"%s, %s}" % (dump(body)[:-1], self.parsed.repeated)
+        return b"%s, %s}" % (self.filled(dump(body))[:-1], self.parsed.repeated)
 
     def response_event(self, moment: str, response: bytes) -> bytes:
         event = dump({"type": f"response.{moment}", "sequence_number": next(self.numbers)})[:-1]
@@ -67,7 +109,8 @@ class ResponsesEncoder(BlockEncoder):
         return item | more | {"content": [] if begins else [self.part(block, block.text)]}
 
     def part(self, block: Block, text: str) -> dict:
-        more = {"annotations": [], "logprobs": []} if block.kind == "text" else {}
+        more = ({"annotations": [], "logprobs": self.place_of_logprobs(block)} if block.kind == "text" else
+                {})
         return {"type": self.ITEMS[block.kind][2], "text": text, **more}
 
     def place(self, block: Block) -> dict:
@@ -84,17 +127,19 @@ class ResponsesEncoder(BlockEncoder):
     def grown(self, block: Block, text: str) -> bytes:
         if not block.frame:  # to dump each whole event takes 13 us, its text alone 3
             event = self.ITEMS[block.kind][3] + ".delta"
-            logprobs = {"logprobs": []} if block.kind == "text" else {}
-            fields = dump({"type": event, **self.place(block), **logprobs})[:-1]
+            fields = dump({"type": event, **self.place(block)})[:-1]
             block.frame = b"event: %s\ndata: %s, " % (event.encode(), fields)
-        return b'%s"sequence_number": %d, "delta": %s}\n\n' % (block.frame, next(self.numbers), dump(text))
+        scores = self.scores(block, text)
+        logprobs = b'"logprobs": [%s], ' % scores if block.kind == "text" else b""
+        return b'%s"sequence_number": %d, %s"delta": %s}\n\n' % (
+            block.frame, next(self.numbers), logprobs, dump(text))
 
     def closed(self, block: Block) -> bytes:
         event, place, text = self.ITEMS[block.kind][3] + ".done", self.place(block), block.text
         if block.kind == "call":
             done = self.event(event, **place, name=block.name, arguments=text)
         else:
-            logprobs = {"logprobs": []} if block.kind == "text" else {}
+            logprobs = {"logprobs": self.place_of_logprobs(block)} if block.kind == "text" else {}
             done = self.event(event, **place, text=text, **logprobs) + self.event(
                 "response.content_part.done", **place, part=self.part(block, text))
         return done + self.event("response.output_item.done", output_index=block.index, item=self.item(block))
@@ -137,6 +182,13 @@ class MessagesEncoder(BlockEncoder):
               "reasoning": ("thinking", "thinking", "thinking_delta", "thinking"),
               "call": ("tool_use", "input", "input_json_delta", "partial_json")}
     REASONS = {"max_tokens": "max_tokens", "context_length": "model_context_window_exceeded"}
+
+    def encode(self, event: Piece | Finished) -> bytes:
+        """Without the thoughts, unless the request asks for thinking: who does not takes the first block
+        of an answer for its text."""
+        if isinstance(event, Piece) and not self.parsed.details.get("thinking"):
+            event = event._replace(deltas=tuple(delta for delta in event.deltas if delta.kind != "reasoning"))
+        return super().encode(event)
 
     def message(self, content: list[dict], usage: dict, stop: Mapping) -> dict:
         return {"id": "msg_" + self.request.id, "type": "message", "role": "assistant", "model": self.model,
@@ -197,6 +249,11 @@ class OllamaEncoder(BlockEncoder):
 
     ping, content_type = b"", "application/x-ndjson"  # each line must be an object, so none is a ping
 
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.held: list[bytes] = []      # log-probabilities of tokens that no line has had, in JSON
+        self.logprobs: list[bytes] = []  # of an answer that is sent whole
+
     def members(self, text: str = "", reasoning: str = "", calls: Seq[dict] = ()) -> dict:
         more = {"thinking": reasoning} if reasoning else {}
         if self.parsed.api != "ollama chat":
@@ -204,8 +261,30 @@ class OllamaEncoder(BlockEncoder):
         more |= {"tool_calls": calls} if calls else {}
         return {"message": {"role": "assistant", "content": text, **more}}
 
-    def line(self, members: dict, **more) -> bytes:
-        return dump({"model": self.model, "created_at": utc(), **members, "done": False} | more) + b"\n"
+    def line(self, members: dict, logprobs: Seq[bytes] = (), **more) -> bytes:
+        body = dump({"model": self.model, "created_at": utc(), **members, "done": False} | more)
+        if logprobs:
+            body = b'%s, "logprobs": [%s]}' % (body[:-1], b", ".join(logprobs))
+        return body + b"\n"
+
+    def encode(self, event: Piece | Finished) -> bytes:
+        if isinstance(event, Piece):
+            self.held += map(dump, self.entries(event.logprobs))
+        elif event.stop_reason in self.request.params.stop:
+            self.held = []  # those of the stop string, which is not part of the answer
+        return super().encode(event)
+
+    def entries(self, logprobs: Seq[TokenLogprob]) -> list[dict]:
+        """Without the likeliest tokens, Ollama's have no list of them."""
+        found = entries(logprobs, self.request.params, self.tokenizer)
+        return [{name: value for name, value in entry.items() if value != []} for entry in found]
+
+    def taken(self) -> list[bytes]:
+        """The log-probabilities that the next line has."""
+        held, self.held = self.held, []
+        if not self.parsed.stream:
+            self.logprobs += held
+        return held
 
     @staticmethod
     def call_body(block: Block) -> dict:
@@ -217,28 +296,37 @@ class OllamaEncoder(BlockEncoder):
     def grown(self, block: Block, text: str) -> bytes:
         if block.kind == "call":
             return b""
-        return self.line(self.members(text) if block.kind == "text" else self.members(reasoning=text))
+        members = self.members(text) if block.kind == "text" else self.members(reasoning=text)
+        return self.line(members, self.taken())
 
     def closed(self, block: Block) -> bytes:
-        return self.line(self.members(calls=[self.call_body(block)])) if block.kind == "call" else b""
+        if block.kind != "call":
+            return b""
+        return self.line(self.members(calls=[self.call_body(block)]), self.taken())
 
     def ended(self) -> dict:
         done, usage = self.choices[0].done, self.usage()
         decoding_s = (usage.completion_tokens - 1) / done.tokens_per_second if done.tokens_per_second else 0.0
-        return {"done": True, "done_reason": done.reason,
+        dropped = {"dropped_messages": done.dropped_messages} if done.dropped_messages else {}
+        return {"done": True, "done_reason": done.reason, **dropped,
                 "total_duration": int(done.ttft_ms * 1e6 + decoding_s * 1e9),
                 "load_duration": 0, "prompt_eval_count": usage.prompt_tokens,
                 "prompt_eval_duration": int((done.ttft_ms - done.queue_ms) * 1e6),
                 "eval_count": usage.completion_tokens, "eval_duration": int(decoding_s * 1e9)}
 
     def end(self) -> bytes:
-        return self.line(self.members(), **self.ended())
+        return self.line(self.members(), self.taken(), **self.ended())
+
+    def collect(self, event: Piece | Finished) -> int:
+        before = len(self.logprobs)
+        size = super().collect(event)
+        return size + sum(map(len, self.logprobs[before:]))
 
     def completion(self) -> Iterator[bytes]:
         choice = self.choices[0]
         members = self.members(choice.text("text"), choice.text("reasoning"),
                                [self.call_body(block) for block in choice.calls])
-        yield self.line(members, **self.ended())
+        yield self.line(members, self.logprobs, **self.ended())
 
     @staticmethod
     def lone_failure(error: ChatServerError) -> bytes:

@@ -159,6 +159,8 @@ METADATA = FieldType(  # OpenAI's limits
     "an object of at most 16 names of up to 64 characters, each with a string of at most 512", {
         "type": "object", "maxProperties": 16, "propertyNames": {"pattern": r"^[\s\S]{0,64}$"},
         "additionalProperties": {"type": "string", "maxLength": 512}})
+LOGPROBS_OF_TEXT = "message.output_text.logprobs"  # of what `include` may ask for, the one that is here
+INCLUDE = FieldType("a list of strings", list_schema(A_TEXT), lambda value: LOGPROBS_OF_TEXT in value)
 TOKENS = FieldType(f"a list of at most {LIMITS.tokenized_characters:,} token ids",
                    list_schema(A_TOKEN, maxItems=LIMITS.tokenized_characters), tuple)
 STOP_TOKENS = FieldType(f"a list of at most {LIMITS.stop_tokens:,} token ids",
@@ -176,8 +178,10 @@ PROMPTS, INPUTS = (
     FieldType(f"a string, a list of at most {LIMITS.prompt_tokens:,} token ids, "
               f"or a list of at most {most:,} of these", {"anyOf": [
                   A_TEXT, SOME_TOKENS | {"minItems": 1},
-                  list_schema({"anyOf": [A_TEXT, SOME_TOKENS]}, minItems=1, maxItems=most)]}, prompt_list)
-    for most in (LIMITS.choices, LIMITS.embeddings))
+                  list_schema({"anyOf": [A_TEXT, SOME_TOKENS | {"minItems": fewest}]},
+                              minItems=1, maxItems=most)]}, prompt_list)
+    # a list of no token ids stands for a new document, which no client asks for so
+    for fewest, most in ((1, LIMITS.choices), (0, LIMITS.embeddings)))
 EFFORTS = ["none", "minimal", "low", "medium", "high", "xhigh"]
 EFFORT = FieldType(", ".join(EFFORTS) + " or a number of tokens, at least 0",
                    {"anyOf": [{"enum": EFFORTS}, {"type": "integer", "minimum": 0}]},
@@ -193,8 +197,7 @@ A_NAME = object_schema(["name"], name=A_TEXT)
 OTHER_TOOLS = ["custom", "mcp", "web_search", "web_search_preview", "file_search", "computer_use_preview",
                "image_generation", "code_interpreter", "shell", "apply_patch", "namespace"]
 TOOLS = FieldType('a list of {"type": "function", "function": {"name", "description", "parameters"}}',
-                  list_schema({"anyOf": [A_FUNCTION, object_schema(["type"], type={"enum": OTHER_TOOLS})]}),
-                  tuple)
+                  list_schema({"anyOf": [A_FUNCTION, object_schema(["type"], type=A_TEXT)]}), tuple)
 FUNCTIONS = FieldType('a list of {"name", "description", "parameters"}',
                       list_schema(A_FUNCTION["properties"]["function"]),
                       lambda value: tuple({"type": "function", "function": function} for function in value))
@@ -210,7 +213,8 @@ TOOL_CHOICE = FieldType(
     '{"type": "allowed_tools", "allowed_tools": {"mode", "tools"}}', {"anyOf": [
         MODES, object_schema(["function"], type={"enum": ["function"]}, function=A_NAME),
         object_schema(["type", "allowed_tools"], type={"enum": ["allowed_tools"]},
-                      allowed_tools=ALLOWED_TOOLS)]}, partial(read_choice, inside="allowed_tools"))
+                      allowed_tools=ALLOWED_TOOLS),
+        object_schema(["type"], type={"enum": OTHER_TOOLS})]}, partial(read_choice, inside="allowed_tools"))
 FLAT_CHOICE = FieldType(
     '"auto", "none", "required", {"type": "function", "name"} or {"type": "allowed_tools", "mode", "tools"}',
     {"anyOf": [MODES, object_schema(["type", "name"], type={"enum": ["function"]}, name=A_TEXT),
@@ -255,6 +259,23 @@ CONSTRAINT_FIELDS = (  # as vLLM and llama-server have them; a request may have 
 )
 
 
+# `thinking` of Messages, and of those servers of Chat Completions whose models have it
+WHETHER_TO_THINK = {"enum": ["enabled", "adaptive", "disabled"]}
+A_BUDGET = {"type": ["integer", "null"], "minimum": 0}
+THINKING = FieldType(
+    "an object of type enabled, adaptive or disabled", object_schema(["type"], type=WHETHER_TO_THINK),
+    lambda value: thinking(value["type"] != "disabled"),
+    object_schema(["type"], type=WHETHER_TO_THINK, budget_tokens=A_BUDGET))
+# the same at the top level of Chat Completions, as whether the model thinks; None: as it likes
+THINKS = {"enabled": True, "adaptive": True, "auto": None, "disabled": False}
+TOP_LEVEL_THINKING = FieldType(
+    "an object of type enabled, adaptive, auto or disabled, or true or false",
+    {"anyOf": [{"enum": [True, False]},
+               object_schema(["type"], type={"enum": [*THINKS]})]},
+    lambda value: value if isinstance(value, bool) else THINKS[value["type"]],
+    {"properties": {"type": {}, "budget_tokens": A_BUDGET}})
+
+
 def thinking(effort) -> dict:
     """The template options for an effort or an on/off switch; None leaves it to the template."""
     if isinstance(effort, bool):
@@ -281,3 +302,18 @@ def thinking_budget(body: Mapping, fields: Iterable[Field]) -> dict[str, int]:
         if other != budget:
             raise invalid(name, f"{first} is {budget:,} and {name} is {other:,}: a request has one budget")
     return {first: budget} if first else {}
+
+
+# where a body may turn thinking off, and with which values
+SWITCHED_OFF = {
+    "enable_thinking": [False, "false", "False"], "thinking": [False], "thinking.type": ["disabled"],
+    "think": [False], "reasoning_effort": ["none"], "reasoning.effort": ["none"]}
+
+
+def turned_off(body: Mapping, fields: Iterable[Field]) -> str:
+    """The field with which a body turns thinking off; "" if it does not."""
+    known = {field.name for field in fields}
+    for path, values in SWITCHED_OFF.items():
+        if path.partition(".")[0] in known and matches({"enum": values}, member_of(body, path)):
+            return path
+    return ""

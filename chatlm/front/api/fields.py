@@ -141,7 +141,8 @@ def read_choice(value: str | dict, inside: str = "") -> ToolChoice:
     choice_type = value.get("type", "function")
     if choice_type == "allowed_tools":
         allowed = value[inside] if inside else value
-        return ToolChoice(allowed["mode"], tuple(filter(None, map(tool_name, allowed["tools"]))))
+        functions = [tool for tool in allowed["tools"] if tool.get("type") in ("function", None)]
+        return ToolChoice(allowed["mode"], tuple(filter(None, map(tool_name, functions))))
     if choice_type in ("function", "tool"):
         return ToolChoice("required", (tool_name(value),), parallel=False)
     mode = {"any": "required", "none": "none"}.get(choice_type, "auto")
@@ -223,14 +224,18 @@ def within_limit(what: str, count: int, limit: int, param: str):
                            code="limit_exceeded", param=param)
 
 
-def functions_among(values: Mapping) -> tuple[dict, ...]:
-    """The tools of a body, which must be functions. The schema lets other types pass, so that this error can
-    name them."""
-    tools = values.get("tools", ())
-    if strange := [tool["type"] for tool in tools if not matches(A_FUNCTION, tool)]:
-        raise RequestError(f"tools of type {shown(strange[0])} are not supported here, only functions",
-                           code="unsupported_tool", param="tools")
-    return tools
+def functions_among(tools: Seq[dict]) -> tuple[tuple[dict, ...], tuple[str, ...]]:
+    """The functions among tools of Chat Completions, and the types of the others."""
+    functions, others = [], []
+    for index, tool in enumerate(tools):
+        if matches(A_FUNCTION, tool):
+            functions.append(tool)
+        elif tool["type"] == "function":
+            raise bad_value(f"tools[{index}]", tool,
+                            'an object with a function: {"name", "description", "parameters"}')
+        else:
+            others.append(tool["type"])
+    return tuple(functions), header_words(others)
 
 
 def no_tools(param: str) -> RequestError:

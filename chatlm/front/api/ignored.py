@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence as Seq
 from typing import NamedTuple, TYPE_CHECKING
 
-from chatlm.common.text.formats import thoughts_of
-from chatlm.front.api.field_types import BUDGETS, EFFORT_BUDGETS
+from chatlm.common.text.formats import knows_of_thinking, thoughts_of
+from chatlm.front.api.field_types import BUDGETS, EFFORT_BUDGETS, LOGPROBS_OF_TEXT
 from chatlm.front.api.fields import header_words, member_of
 from chatlm.front.api.tables import BODY_FIELDS
 
@@ -38,10 +38,6 @@ class Idle(NamedTuple):
     when: Callable[[ParsedBody, Known], object]
 
 
-def knows_of_thinking(template: str) -> bool:
-    return re.search(r"\b(reasoning_effort|enable_thinking|thinking)\b", template) is not None
-
-
 IDLE = (
     # the grammar alone decides where the answer ends
     Idle(("ignore_eos", "min_tokens"), lambda parsed, known: parsed.request.params.grammar),
@@ -52,7 +48,7 @@ IDLE = (
          parsed.request.params.grammar and parsed.request.params.grammar_param == "tools"),
     Idle(("resumable", "progress", "stream_options"), lambda parsed, known: not parsed.stream),
     Idle(BUDGETS, lambda parsed, known: not thoughts_of(known.template)),
-    Idle((*EFFORT_BUDGETS, "thinking.type"), lambda parsed, known: not (
+    Idle((*EFFORT_BUDGETS, "thinking.type", "enable_thinking"), lambda parsed, known: not (
         thoughts_of(known.template) if parsed.request.params.thinking_budget is not None
         else knows_of_thinking(known.template))),
     Idle(("raw_scores", "return_text", "truncate"),  # TEI's
@@ -62,6 +58,8 @@ IDLE = (
     Idle(("store",), lambda parsed, known: parsed.api == "responses" and known.settings.database is None),
     Idle(("input_type",),  # the model has no prompt for these
          lambda parsed, known: parsed.request.retrieval and not parsed.request.retrieval.prompt),
+    # Chat Completions refuses it
+    Idle(("top_logprobs",), lambda parsed, known: parsed.request.params.logprobs is None),
     Idle(("system", "think"),  # a text to continue has no conversation around it
          lambda parsed, known: parsed.api == "ollama generate" and parsed.request.prompts),
 )
@@ -73,9 +71,11 @@ def idle(body: Mapping, parsed: ParsedBody, known: Known) -> Iterator[str]:
     for names, when in IDLE:
         sent = [name for name in names if (value := member_of(body, name)) and value not in OFF]
         yield from sent if sent and when(parsed, known) else ()
-    options = parsed.request.template_options.get("chat_template_kwargs", {})
-    if "chat_template_kwargs" in body:
-        yield from (f"chat_template_kwargs.{name}" for name in options if name != "thinking_budget"
+    if parsed.api == "responses":
+        yield from (f"include.{name}" for name in body.get("include") or () if name != LOGPROBS_OF_TEXT)
+    if parsed.api in ("native", "chat", "functions"):
+        variables = body.get("chat_template_kwargs") or {}
+        yield from (f"chat_template_kwargs.{name}" for name in variables if name != "thinking_budget"
                     and not re.search(rf"\b{re.escape(name)}\b", known.template))
 
 

@@ -176,8 +176,11 @@ def parts_of(content: Any, name: str) -> Iterator[tuple[list, int, Any, str]]:
     for index, part in enumerate(content if isinstance(content, list) else ()):
         if isinstance(part, dict):
             yield content, index, part, f"{name}[{index}]"
+            inner, source = f"{name}[{index}]", part.get("source")
             if part.get("type") == "tool_result":
-                yield from parts_of(part.get("content"), f"{name}[{index}].content")
+                yield from parts_of(part.get("content"), f"{inner}.content")
+            if part.get("type") == "document" and isinstance(source, dict):
+                yield from parts_of(source.get("content"), f"{inner}.source.content")
 
 
 SIZE = struct.Struct("<I")

@@ -13,18 +13,19 @@ from chatlm.common.errors import RequestError, bad_value, invalid, shown
 from chatlm.common.jsontext import dump, is_text
 from chatlm.common.messages.protocol import ParsedBody
 from chatlm.common.messages.requests import (
-    SAMPLING_NAMES, AnswerParams, Infill, Message, Request, SamplingParams, sampling_defaults)
+    NEW_DOCUMENT, SAMPLING_NAMES, AnswerParams, Infill, Message, Request, SamplingParams, sampling_defaults)
 from chatlm.common.messages.wire import as_plain_json
-from chatlm.common.text.formats import CALL_FORMATS
+from chatlm.common.text.formats import CALL_FORMATS, knows_of_thinking, thoughts_of
 from chatlm.common.text.grammar import unusable_schema
 from chatlm.front.api.call_grammars import call_grammar, parameter_types, tool_grammar
 from chatlm.front.api.conversation import (
-    SentMessage, anthropic_messages, chat_messages, joined_turns, message_of, native_messages,
-    openai_messages, response_messages, sent_messages, template_options)
+    OTHER_BLOCKS, OTHER_ITEMS, SentMessage, anthropic_messages, chat_messages, custom_calls, joined_turns,
+    message_of, native_messages, openai_messages, other_types, response_messages, sent_messages,
+    template_options, without_others)
 from chatlm.front.api.fields import (
-    ToolChoice, allowed_tools, functions_among, header_words, known_tools, no_tools, parse_fields,
-    within_limit)
-from chatlm.front.api.field_types import OPENAI_ROLES, one_constraint, thinking, thinking_budget
+    ToolChoice, allowed_tools, functions_among, header_words, known_tools, member_of, no_tools,
+    parse_fields, within_limit)
+from chatlm.front.api.field_types import OPENAI_ROLES, one_constraint, thinking, thinking_budget, turned_off
 from chatlm.front.api.ignored import ignored_fields, unread
 from chatlm.front.api.infill import infill_ends
 from chatlm.front.api.kept_items import kept_items
@@ -43,9 +44,14 @@ if TYPE_CHECKING:
     from chatlm.front.api.fields import Field
 
 
-def parse_answer(body: dict, fields: Seq[Field]) -> dict:
-    """The checked fields of a body with a conversation to answer."""
-    return parse_fields(body, fields) | {"budget": thinking_budget(body, fields)}
+def parse_answer(body: dict, fields: Seq[Field], known: Known) -> dict:
+    """The checked fields of a body with a conversation to answer. Where thinking is turned off and the
+    template cannot be told, it ends as soon as it begins."""
+    values, budget = parse_fields(body, fields), thinking_budget(body, fields)
+    off = not budget and turned_off(body, fields)
+    if off and thoughts_of(known.template) and not knows_of_thinking(known.template):
+        budget = {off: 0}
+    return values | {"budget": budget}
 
 
 def sampling_params(values: Mapping, settings: Settings) -> SamplingParams:
@@ -95,12 +101,12 @@ def openai_request(values: Mapping, settings: Settings, params: AnswerParams, **
 
 def parse_openai_request(values: Mapping, settings: Settings, tool_format: str | None = None,
                          messages: tuple[Message, ...] | None = None) -> Request:
-    """The checked OPENAI_FIELDS as a Request; `tool_format` is how the model writes calls, if it can. Other
-    APIs have parsed their `messages` and template options."""
+    """The checked OPENAI_FIELDS as a Request; its tools are functions. `tool_format` is how the model writes
+    calls, if it can. Other APIs have parsed their `messages` and template options."""
     logprobs, top = values.get("logprobs", False), values.get("top_logprobs", 0)
     if top and not logprobs:
         raise invalid("top_logprobs", "top_logprobs needs logprobs: true")
-    choice, tools = values.get("tool_choice", ToolChoice()), functions_among(values)
+    choice, tools = values.get("tool_choice", ToolChoice()), values.get("tools", ())
     required = choice.mode == "required"
     if choice.mode != "none" and (tools or required) and tool_format is None:
         raise no_tools("tools" if tools else "tool_choice")
@@ -135,11 +141,17 @@ def parse_openai_request(values: Mapping, settings: Settings, tool_format: str |
     return openai_request(values, settings, params, messages=messages, template_options=options, tools=tools)
 
 
+def without_lone_top(values: Mapping) -> dict:
+    """As in Ollama and Responses, where `top_logprobs` alone asks for nothing."""
+    alone = not values.get("logprobs")
+    return {name: value for name, value in values.items() if not (alone and name == "top_logprobs")}
+
+
 def read_native_body(body: dict, known: Known) -> ParsedBody:
     """nanochat's body; one that names a model comes from a client of OpenAI whose base URL lacks /v1."""
     if body.get("model") is not None:
         return read_chat_body(body, known)
-    values, settings = parse_answer(body, NATIVE_FIELDS), known.settings
+    values, settings = parse_answer(body, NATIVE_FIELDS, known), known.settings
     messages, dropped = native_messages(values["messages"], values.get("truncate", False))
     return ParsedBody(make_request(
         values, settings, messages=messages, dropped_messages=dropped,
@@ -148,16 +160,21 @@ def read_native_body(body: dict, known: Known) -> ParsedBody:
 
 
 def read_chat_body(body: dict, known: Known) -> ParsedBody:
-    values = parse_answer(body, OPENAI_FIELDS)
+    values = parse_answer(body, OPENAI_FIELDS, known)
     if body.get("functions") and known.tool_format is None:
         raise no_tools("functions")
+    values["tools"], ignored = functions_among(values.get("tools", ()))
     request = parse_openai_request(values, known.settings, known.tool_format)
-    return scored_body("functions" if body.get("functions") else "chat", values, known, request)
+    if any(map(custom_calls, values["messages"])):
+        ignored = tuple(dict.fromkeys((*ignored, "custom")))
+    parsed = scored_body("functions" if body.get("functions") else "chat", values, known, request)
+    return replace(parsed, ignored_tools=ignored)
 
 
 def read_completion_body(body: dict, known: Known) -> ParsedBody:
     values = parse_fields(body, COMPLETION_FIELDS)
-    prompts, n, logprobs = values["prompt"], values.get("n", 1), values.get("logprobs")
+    n, logprobs, suffix = values.get("n", 1), values.get("logprobs"), values.get("suffix")
+    prompts = values.get("prompt", ("",) if suffix else (NEW_DOCUMENT,))
     if values.get("best_of", n) != n:
         raise RequestError("best_of must equal n", code="unsupported_best_of", param="best_of")
     within_limit("answers (prompts times n)", len(prompts) * n, LIMITS.choices, "prompt")
@@ -165,7 +182,7 @@ def read_completion_body(body: dict, known: Known) -> ParsedBody:
     params = AnswerParams(grammar=grammar, grammar_param=param, logprobs=logprobs,
                           prompt_logprobs=logprobs if values.get("echo") else None)
     infill = None
-    if suffix := values.get("suffix"):
+    if suffix:
         if params.prompt_logprobs is not None:
             raise invalid("echo", "echo and logprobs exclude each other where there is a suffix, since the "
                                   "model reads the suffix before the answer")
@@ -233,11 +250,18 @@ def repeated_json(body: Mapping) -> bytes:
     return b", ".join(b'"%s": %s' % (name.encode(), text) for name, text in texts.items())
 
 
+CHAINED = ("previous_response_id", "conversation")
+
+
 def read_responses_body(body: dict, known: Known, before: Seq | None = None) -> ParsedBody:
     """before: the items of what the body continues; None: nobody has looked for any."""
-    values = parse_answer(body, RESPONSES_FIELDS)
+    values = without_lone_top(parse_answer(body, RESPONSES_FIELDS, known))
+    if "input" not in values and not any(values.get(name) for name in CHAINED):
+        raise RequestError('One of "input", "prompt", "previous_response_id" or "conversation" must be '
+                           "provided.", code="missing_required_parameter", param="input")
     details = kept_details(values, known, before is not None)
     tools, ignored = known_tools(values.get("tools", ()), ["function", None], "parameters")
+    ignored += other_types(values.get("input"), OTHER_ITEMS)
     sent = response_messages(values, before or ())
     messages = joined_turns(chat_messages(sent, known.tool_format is not None))
     request = parse_openai_request(values | {"tools": tools}, known.settings, known.tool_format, messages)
@@ -249,7 +273,7 @@ def read_responses_body(body: dict, known: Known, before: Seq | None = None) -> 
 def kept_details(values: Mapping, known: Known, continued: bool) -> dict:
     """Whether a response is kept, and what it continues: for its encoder. RequestError if it continues what
     this server cannot have kept. continued: the front has found what was said before."""
-    chained = [name for name in ("previous_response_id", "conversation") if values.get(name)]
+    chained = [name for name in CHAINED if values.get(name)]
     if known.settings.database is None:
         if chained:
             raise bad_value(chained[0], values[chained[0]], "left out: the server keeps no answers, since it "
@@ -264,33 +288,47 @@ def kept_details(values: Mapping, known: Known, continued: bool) -> dict:
 
 def input_items(values: Mapping) -> list:
     items = values.get("input", "")
-    return items if not is_text(items) else [
+    return [*without_others(items, OTHER_ITEMS)] if not is_text(items) else [
         {"type": "message", "role": "user", "content": [{"type": "input_text", "text": items}]}]
 
 
 def read_messages_body(body: dict, known: Known) -> ParsedBody:
     """Anthropic's Messages API."""
-    values = parse_answer(body, MESSAGES_FIELDS)
+    values = parse_answer(body, MESSAGES_FIELDS, known)
     messages, tools, ignored = anthropic_prompt(values, known.tool_format)
-    options = (anthropic_options(messages) | thinking((body.get("output_config") or {}).get("effort"))
-               | values.get("template_options", {}))
-    request = parse_openai_request(values | {"tools": tools, "template_options": options}, known.settings,
-                                   known.tool_format, messages)
-    return parsed_body("messages", values, known, request, ignored_tools=ignored)
+    options = anthropic_options(messages, body, values)
+    values |= {"tools": tools, "template_options": options, "response_format": one_format(values)}
+    request = parse_openai_request(values, known.settings, known.tool_format, messages)
+    thinks = member_of(body, "thinking.type") in ("enabled", "adaptive")
+    return parsed_body("messages", values, known, request, {"thinking": thinks}, ignored)
+
+
+def one_format(values: Mapping) -> tuple[str, str]:
+    """The grammar of a body's format under its newer or its older name. RequestError if they differ."""
+    newer, older = (values.get(name, ("", "")) for name in ("response_format", "output_format"))
+    if newer[0] and older[0] and newer[0] != older[0]:
+        raise invalid("output_format", "output_format and output_config.format differ: an answer has one "
+                                       "format")
+    return newer if newer[0] else older
 
 
 def anthropic_prompt(values: Mapping, tool_format: str | None) -> tuple[
         tuple[Message, ...], tuple[dict, ...], tuple[str, ...]]:
     """The messages, the functions, and the types of the tools that are ignored."""
     messages = chat_messages(anthropic_messages(values), tool_format is not None)
-    return messages, *known_tools(values.get("tools", ()), [None, "custom"], "input_schema")
+    tools, ignored = known_tools(values.get("tools", ()), [None, "custom"], "input_schema")
+    for message in values["messages"]:
+        ignored += other_types(message.get("content"), OTHER_BLOCKS)
+    return messages, tools, tuple(dict.fromkeys(ignored))
 
 
-def anthropic_options(messages: Seq[Message]) -> dict:
+def anthropic_options(messages: Seq[Message], body: Mapping, values: Mapping) -> dict:
     """The template options: in this API, a last message of the assistant is one to continue."""
     last = messages[-1]
     is_open = last.role == "assistant" and last.content and "tool_calls" not in (last.more or {})
-    return {"continue_final_message": True} if is_open else {}
+    effort = thinking(member_of(body, "output_config.effort"))
+    return {**({"continue_final_message": True} if is_open else {}), **effort,
+            **values.get("template_options", {})}
 
 
 def parsed_body(api: str, values: Mapping, known: Known, request: Request, details: Mapping | None = None,
@@ -302,7 +340,8 @@ def parsed_body(api: str, values: Mapping, known: Known, request: Request, detai
 
 
 def read_ollama_chat(body: dict, known: Known) -> ParsedBody:
-    values = parse_answer(body, OLLAMA_CHAT_FIELDS)
+    values = parse_answer(body, OLLAMA_CHAT_FIELDS, known)
+    values.setdefault("truncate", True)
     sent = sent_messages(values["messages"], [*OPENAI_ROLES, "tool"]) if values.get("messages") else ()
     messages = chat_messages(map(ollama_message, sent), known.tool_format is not None)
     return ollama_body("ollama chat", values, known, messages=messages)
@@ -323,7 +362,7 @@ def with_images(content, images):
 
 
 def read_ollama_generate(body: dict, known: Known) -> ParsedBody:
-    values = parse_answer(body, OLLAMA_GENERATE_FIELDS)
+    values = parse_answer(body, OLLAMA_GENERATE_FIELDS, known)
     prompt = values.get("prompt", "")
     if suffix := values.get("suffix"):
         return ollama_body("ollama generate", values | infill_ends(values, known, "suffix"), known,
@@ -338,15 +377,18 @@ def read_ollama_generate(body: dict, known: Known) -> ParsedBody:
 
 def ollama_body(api: str, values: dict, known: Known, **source) -> ParsedBody:
     values = {"stream": True} | values | parse_fields(values.get("options", {}), OLLAMA_OPTIONS)
+    values = without_lone_top(values)
+    values["tools"], ignored = functions_among(values.get("tools", ()))
     if "prompts" in source:
         grammar, param = values.get("response_format", ("", ""))
-        params = AnswerParams(grammar=grammar, grammar_param=param)
+        logprobs = values.get("top_logprobs", 0) if values.get("logprobs") else None
+        params = AnswerParams(grammar=grammar, grammar_param=param, logprobs=logprobs)
         request = openai_request(values, known.settings, params, **source)
     else:
         messages = source["messages"] or (Message("user", ""),)
         request = parse_openai_request(values, known.settings, known.tool_format, messages)
     nothing = {"done_reason": "load"} if source.get("messages") == () else None
-    return parsed_body(api, values, known, request, nothing)
+    return parsed_body(api, values, known, request, nothing, ignored)
 
 
 async def read_ollama_show(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
@@ -368,7 +410,8 @@ async def read_compare(body: dict, prompts: PromptMaker | None = None, client: s
     """The models that answer a body of /v1/compare, as JSON: `variants` has an object for each answer, whose
     `step`, or `model` and `adapter`, choose the model; `seed` is for those without their own. The questions
     are read by `read_variants`, for each model."""
-    values = parse_answer(body, COMPARE_FIELDS)
+    values = parse_fields(body, COMPARE_FIELDS)
+    thinking_budget(body, COMPARE_FIELDS)
     chosen = [name for name in WHO_ANSWERS if name in values]
     if len(chosen) != 1:
         raise invalid(chosen[1] if chosen else "models", "one of models, steps and variants must say who "
@@ -388,7 +431,7 @@ async def read_compare(body: dict, prompts: PromptMaker | None = None, client: s
 def read_variants(body: dict, indices: Seq[int], seed: int, known: Known) -> list[ParsedBody]:
     """The questions of some answers of a body of /v1/compare, all by one model. They share the messages that
     are read here. Log-probabilities are requested to show how likely a differing token was."""
-    values: dict[str, Any] = {"seed": seed, **parse_answer(body, COMPARE_FIELDS)}
+    values: dict[str, Any] = {"seed": seed, **parse_answer(body, COMPARE_FIELDS, known)}
     messages = openai_messages(values["messages"], known.tool_format is not None)
     values["template_options"] = template_options(values)
     variants, read = values.get("variants", ()), []
@@ -406,7 +449,10 @@ async def count_tokens(body: dict, prompts: PromptMaker, client: str = "") -> by
         tools = ()
     if tools and not tool_format:
         raise no_tools("tools")
-    ids = await rendered(prompts, messages, tools, client, anthropic_options(messages))
+    options = anthropic_options(messages, body, values)
+    if budget := thinking_budget(body, COUNTED_FIELDS):
+        options["thinking_budget"] = max(budget.values())
+    ids = await rendered(prompts, messages, tools, client, options)
     return dump({"input_tokens": len(ids)})
 
 

@@ -12,10 +12,11 @@ from chatlm.front.api.fields import (
     A_TEXT, A_TOKEN, TEXT_OR_NULL, Field, FieldType, as_count, list_schema, listed, object_schema,
     prompt_list, refused)
 from chatlm.front.api.field_types import (
-    CAP, CONSTRAINT_FIELDS, EFFORT, FLAT_CHOICE, FUNCTION_CALL, FUNCTIONS, INPUTS, INTEGER, LIST,
-    LOGIT_BIAS, MESSAGES_CHOICE, METADATA, MIXED, NATIVE_MESSAGES, NUMBER, OBJECT, OLLAMA_FORMAT,
-    OPENAI_MESSAGES, PRIORITY, PROMPTS, SEED, STOP, STOP_TOKENS, SWITCH, SYSTEM, TEXT, TOKENS, TOOL_CHOICE,
-    TOOLS, TOP_K, nested_grammar, object_of, response_grammar, thinking)
+    A_BUDGET, CAP, CONSTRAINT_FIELDS, EFFORT, FLAT_CHOICE, FUNCTION_CALL, FUNCTIONS, INCLUDE, INPUTS, INTEGER,
+    LIST, LOGIT_BIAS, LOGPROBS_OF_TEXT, MESSAGES_CHOICE, METADATA, MIXED, NATIVE_MESSAGES, NUMBER, OBJECT,
+    OLLAMA_FORMAT, OPENAI_MESSAGES, PRIORITY, PROMPTS, SEED, STOP, STOP_TOKENS, SWITCH, SYSTEM, TEXT,
+    THINKING, TOKENS, TOOL_CHOICE, TOOLS, TOP_K, TOP_LEVEL_THINKING, nested_grammar, object_of,
+    response_grammar, thinking)
 
 
 SOME_TOOLS = Field(
@@ -31,8 +32,6 @@ RESPONSE_FORMAT = Field(
     "format of the answer, in which it ends within max_tokens: text, json_object, json_schema or regex")
 
 EFFORT_OR_NULL = {"anyOf": [*EFFORT.schema["anyOf"], {"type": "null"}]}
-WHETHER_TO_THINK = {"enum": ["enabled", "adaptive", "disabled"]}
-A_BUDGET = {"type": ["integer", "null"], "minimum": 0}
 
 COMMON_FIELDS = (  # for every route that generates
     Field("stop", STOP, "strings that end the answer; searched for in its content, not in calls"),
@@ -47,6 +46,10 @@ COMMON_FIELDS = (  # for every route that generates
                               "of the prompt, and how many are computed"),
 )
 
+SWITCHES = (  # further names of `chat_template_kwargs.enable_thinking`
+    Field("enable_thinking", SWITCH, "whether the model thinks, if its template knows that"),
+    Field("thinking", TOP_LEVEL_THINKING, "the same; `budget_tokens` means thinking_budget"),
+)
 TEMPLATE_OPTIONS = (  # how a conversation becomes a prompt
     Field("continue_final_message", SWITCH, "true: continue the last message, an assistant's, instead of "
           "answering; `prefix: true` in that message means the same"),
@@ -57,6 +60,7 @@ TEMPLATE_OPTIONS = (  # how a conversation becomes a prompt
                                           "`thinking_budget` in it means the field"),
     Field("thinking_budget", INTEGER, "most tokens that the model thinks, at most max_tokens; 0: it does not",
           0, math.inf),
+    *SWITCHES,
 )
 
 PREFIX = Field("prefix_token_ids", TOKENS, "token ids with which the answer begins, as if they had been "
@@ -143,7 +147,7 @@ OPENAI_FIELDS = (
 )
 
 COMPLETION_FIELDS = (
-    Field("prompt", PROMPTS, "text, token ids, or a list of these", required=True),
+    Field("prompt", PROMPTS, "text, token ids, or a list of these; absent: a new document"),
     *(field for field in SHARED_FIELDS if field.name != "truncate"),  # a text has no turns
     Field("max_tokens", INTEGER, "most tokens of the answer; -1 = up to the context, 0 = echo only",
           -1, math.inf),
@@ -205,6 +209,9 @@ RESPONSES_FIELDS = (
           "`format`: text, json_object or json_schema", means="response_format"),
     Field("truncation", FieldType('"auto" or "disabled"', {"enum": ["auto", "disabled"]}, "auto".__eq__),
           "`auto` means `truncate: oldest`", means="truncate"),
+    Field("include", INCLUDE, f"`{LOGPROBS_OF_TEXT}`: log-probabilities of the text's tokens",
+          means="logprobs"),
+    Field("top_logprobs", INTEGER, "with these: alternatives listed for each token", 0, 20),
     Field("metadata", METADATA, "comes back in the answer"),
     Field("user", FieldType("a string of at most 512 characters", {"type": "string", "maxLength": 512}),
           "comes back in the answer"),
@@ -224,21 +231,21 @@ COUNTED_FIELDS = (
     Field("system", SYSTEM, "the system message, as a text or text blocks"),
     MODEL, SOME_TOOLS,
     Field("tool_choice", MESSAGES_CHOICE, "auto, any, none, or one of the tools"),
+    Field("thinking", THINKING, "whether the model thinks, if its template knows that; `budget_tokens`: most "
+          "tokens that it thinks", means="template_options"),
+    Field("output_config", object_of("effort"), "`effort`: how much the model thinks"),
 )
 MESSAGES_FIELDS = (
-    *COUNTED_FIELDS,
+    *(field for field in COUNTED_FIELDS if field.name != "output_config"),
     *(field for field in SAMPLING_FIELDS if field.name != "model"),
     Field("max_tokens", CAP, "most tokens of the answer; absent or -1 = up to the context"),
     Field("stop_sequences", STOP, "strings that end the answer", means="stop"),
-    Field("thinking", FieldType(
-        "an object of type enabled, adaptive or disabled",
-        object_schema(["type"], type=WHETHER_TO_THINK), lambda value: thinking(value["type"] != "disabled"),
-        object_schema(["type"], type=WHETHER_TO_THINK, budget_tokens=A_BUDGET)),
-        "whether the model thinks, if its template knows that; `budget_tokens`: most tokens that it thinks",
-        means="template_options"),
     Field("output_config",
           object_of("format", "effort")._replace(convert=partial(nested_grammar, param="output_config")),
           "`format`: json_schema; `effort`: how much the model thinks", means="response_format"),
+    Field("output_format", object_of("type", "schema")._replace(
+        convert=partial(response_grammar, param="output_format")),
+        "the older name of `output_config.format`"),
 )
 
 OLLAMA_NAMES = {"repetition_penalty": "repeat_penalty"}
@@ -258,12 +265,16 @@ OLLAMA_FIELDS = (  # for both of Ollama's routes
                              lambda value: thinking(value)),
           "whether, or how much, the model thinks, if its template knows that; a number: most tokens that it "
           "thinks", means="template_options"),
+    Field("logprobs", SWITCH, "log-probabilities of the answer's tokens"),
+    Field("top_logprobs", INTEGER, "with `logprobs`: alternatives listed for each token", 0, 20),
     Field("options", OBJECT._replace(details={"properties": {
         field.name: field.described for field in OLLAMA_OPTIONS}}), "how to draw tokens, and when to stop"),
 )
 OLLAMA_CHAT_FIELDS = (
     Field("messages", OPENAI_MESSAGES._replace(details={}), "the conversation; without any, an empty answer"),
-    Field("tools", TOOLS, "functions the model may call"), *OLLAMA_FIELDS)
+    Field("tools", TOOLS, "functions the model may call"),
+    Field("truncate", SWITCH, "drop the oldest turns if not all fit (default); false: refused"),
+    *OLLAMA_FIELDS)
 OLLAMA_GENERATE_FIELDS = (
     Field("prompt", TEXT, "a question; without any, an empty answer"),
     Field("system", TEXT, "the system message"), Field("raw", SWITCH, "the prompt is a text to continue"),

@@ -103,7 +103,8 @@ async def apply_template(body: dict, prompts: PromptMaker, client: str = "") -> 
 async def conversation_ids(values: Mapping, prompts: PromptMaker, client: str) -> tuple[int, ...]:
     """The tokens of the `messages` and `tools` of a body."""
     tool_format = prompts.tokenizer.tool_format
-    messages, tools = openai_messages(values["messages"], tool_format is not None), functions_among(values)
+    messages = openai_messages(values["messages"], tool_format is not None)
+    tools, _ = functions_among(values.get("tools", ()))
     if tools and not tool_format:
         raise no_tools("tools")
     return await rendered(prompts, messages, tools, client, template_options(values))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import re
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -95,6 +96,20 @@ async def refuse_early(application: Callable, table: ConnectionTable, is_polled:
     if http.protocol in table.surplus:
         response.force_close()
     return response
+
+
+def with_single_slashes(make_request: Callable[..., web.BaseRequest]) -> Callable[..., web.BaseRequest]:
+    """Makes requests whose paths have one slash where clients sent several, because their base URL ends in
+    one. This comes before all else: what finds the route, checks the key and writes the log see one path.
+    Dots and percent signs stay as they are, so no part of a path becomes another."""
+    def made(message: Any, *more: Any) -> web.BaseRequest:
+        path = message.url.raw_path
+        if "//" in path:
+            url = message.url.with_path(re.sub("//+", "/", path), encoded=True, keep_query=True)
+            message = message._replace(url=url)
+        return make_request(message, *more)
+
+    return made
 
 
 @functools.cache
@@ -202,6 +217,7 @@ async def serving(app: web.Application, listener: socket.socket, connections: in
     await runner.setup()
     table, server = ConnectionTable(connections), runner.server
     assert server
+    server.request_factory = with_single_slashes(server.request_factory)
     early = partial(refuse_early, server.request_handler, table, is_polled)
     server.request_handler = early  # pyright: ignore[reportAttributeAccessIssue]  called with one argument
     connect = partial(connection_class(), table, server, loop=loop, logger=log, access_log=None,

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,8 @@ from chatlm.common.log import log
 from chatlm.common.messages.protocol import KeptItem
 from chatlm.common.messages.requests import Finished, Piece
 from chatlm.front.aio import supervised
-from chatlm.front.api.conversation import chained_of, chat_messages, response_messages
+from chatlm.front.api.conversation import (
+    OTHER_ITEMS, chained_of, chat_messages, other_types, response_messages, without_others)
 from chatlm.front.api.encoders import ResponsesEncoder
 from chatlm.front.api.fields import json_object
 from chatlm.front.api.kept_items import kept_items
@@ -102,8 +104,11 @@ class Keeper:
         size = copies * responses.bytes_of(parsed.kept) + len(parsed.repeated) + responses.ITEM_BYTES
         await stored(self.store).run(partial(
             quota.check, owner=owner, adds_bytes=size, otherwise=', or send "store": false'), adds_bytes=size)
-        # a second encoder has its end before the client has: what a client knows of is kept
-        twin = ResponsesEncoder(parsed, encoder.model, encoder.tokenizer)
+        # a second encoder has its end before the client has: what a client knows of is kept, but for
+        # log-probabilities
+        params = replace(parsed.request.params, logprobs=None)
+        twin = ResponsesEncoder(replace(parsed, request=replace(parsed.request, params=params)),
+                                encoder.model, encoder.tokenizer)
         twin.head = encoder.head
         for each in (encoder, twin):
             each.derive_ids()
@@ -231,7 +236,9 @@ class ConversationRoutes:
         if any(message.pictures for message in chat_messages(response_messages({"input": items}), True)):
             raise RequestError("items: a conversation gets its pictures from responses",
                                code="unsupported_content", param="items")
-        return kept_items(items, own_ids=True)
+        if others := other_types(items, OTHER_ITEMS):
+            REQUEST_LOG.get().headers["X-Ignored-Tools"] = ", ".join(others)
+        return kept_items(without_others(items, OTHER_ITEMS), own_ids=True)
 
     async def handle_create(self, http: web.Request) -> web.Response:
         store, owner = stored(self.store), self.owner

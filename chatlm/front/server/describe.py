@@ -239,7 +239,15 @@ def ollama_model(served: Served) -> dict:
                         "quantization_level": facts.weights.upper()}}
 
 
+# What /api/version says, since clients refuse servers that are older than what they use of Ollama: VS Code
+# those before 0.6.4, Codex those before 0.13.4. The first version with all that this server has of it.
+OLLAMA_VERSION = "0.14.0"
 CENTURY_S = 3e9
+
+
+def ollama_version() -> dict:
+    """The response of /api/version."""
+    return {"version": OLLAMA_VERSION, "chat_server": __version__}
 
 
 def ollama_models(seen: Iterable[Served]) -> dict:
@@ -341,6 +349,7 @@ class ModelRoutes:
             "parameters": "\n".join(f"{OLLAMA_NAMES.get(name, name):30} {value:g}"
                                     for name, (value, _) in sampling.items()),
             "model_info": {"general.architecture": facts.family,
+                           "general.basename": served.name,  # what VS Code shows its users
                            "general.parameter_count": facts.parameters,
                            f"{facts.family}.context_length": pool.context_length,
                            f"{facts.family}.embedding_length": facts.width,

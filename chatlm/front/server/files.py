@@ -20,6 +20,7 @@ from chatlm.front.api.batch_lines import problem_of, read_line, storable
 from chatlm.front.api.kept_fields import LAST_SECONDS
 from chatlm.front.lazy import aiohttp, web
 from chatlm.front.server.bodies import known_of
+from chatlm.front.server.inflate import encoding_of
 from chatlm.front.server.kept import (
     DAY_S, asked, now_s, number_in, send_page, send_part, stored, take_room)
 from chatlm.front.server.responses import REQUEST_LOG, json_response
@@ -68,6 +69,9 @@ class FileRoutes:
         if http.content_type != "multipart/form-data":
             raise RequestError("the body must be a form (multipart/form-data) with purpose and file",
                                status=415, code="unsupported_type")
+        if encoding_of(http):
+            raise RequestError("the form with a file must not be compressed", status=415,
+                               code="unsupported_type")
         with self._arrival(client):
             upload = Upload(store, self.bodies, client, self.owner, REQUEST_LOG.get().bound)
             self.uploads.add(upload)

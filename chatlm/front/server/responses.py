@@ -17,6 +17,7 @@ from chatlm.front.admission.admission import WRITE_BYTES
 from chatlm.front.api.encode import error_body
 from chatlm.front.api.encoders import anthropic_error
 from chatlm.front.lazy import web
+from chatlm.front.server.inflate import READ
 from chatlm.front.server.page import POLICY, missing_page
 from chatlm.front.server.routes import Api
 
@@ -120,7 +121,8 @@ async def errors_to_responses(http: web.Request, handler: Callable, home: str = 
 
 def error_response(failure: ChatServerError, headers: Mapping[str, str] | None = None) -> web.Response:
     challenge = {"WWW-Authenticate": "Bearer"} if failure.status == 401 else {}
-    headers = {**(headers or {}), **challenge, **retry_header(failure)}
+    readable = {"Accept-Encoding": READ} if failure.code == "unsupported_encoding" else {}
+    headers = {**(headers or {}), **challenge, **readable, **retry_header(failure)}
     return json_response(error_shape(failure), failure.status, headers)
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from contextlib import ExitStack, suppress
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, ExitStack, aclosing, suppress
 
 from chatlm.common.config import LIMITS, PING_S
 from chatlm.common.errors import Overloaded, RequestError
 from chatlm.front.aio import supervised
 from chatlm.front.api.encode import Encoder
 from chatlm.front.lazy import web
+from chatlm.front.server.inflate import encoding_of, inflated
 
 
 BODY_S = 30.0              # seconds a body may pause, or wait for memory
@@ -82,6 +84,12 @@ class Holding:
             except asyncio.TimeoutError:
                 raise Overloaded("too many large bodies are being read", retry_after_s=10) from None
 
+    def give_back_beyond(self, size: int):
+        """Release what is held above `size` bytes."""
+        if (surplus := self.size - size) > 0:
+            self.size -= surplus
+            self.budget.give_back(self.client, surplus)
+
     def keep(self, size: int, whose: str = "requests with large bodies"):
         """Take `size` bytes for as long as the request lasts; raises Overloaded if there is no room."""
         if not self._take(size):
@@ -95,30 +103,54 @@ class Holding:
                              "stream them, or ask for less at a time")
 
 
-async def read_bytes(http: web.Request, holding: Holding, most: int = 0) -> bytearray:
-    """The body; RequestError 413 above `most` bytes (0: LIMITS.body_bytes), 408 if it pauses for BODY_S or is
-    too slow, 400 if its chunks are broken."""
-    if http.headers.get("Content-Encoding", "identity").lower() != "identity":
-        raise RequestError("compressed bodies are not supported", status=415, code="unsupported_encoding")
-    body, began_s, most = bytearray(), time.monotonic(), most or LIMITS.body_bytes
-    while max(len(body), length := http.content_length or 0) <= most:
-        if max(len(body), length) > LIMITS.inline_bytes and not holding.size:
-            await holding.room(length or most)
+async def arriving(http: web.Request) -> AsyncGenerator[bytes, None]:
+    """The parts of a body. RequestError 408 if it pauses for BODY_S or is too slow, 400 if its chunks are
+    broken."""
+    began_s, size = time.monotonic(), 0
+    while True:
         try:
-            chunk = await asyncio.wait_for(http.content.readany(), BODY_S)
+            part = await asyncio.wait_for(http.content.readany(), BODY_S)
         except asyncio.TimeoutError:
             raise RequestError(f"no part of the body arrived for {BODY_S:g} s",
                                status=408, code="body_timeout") from None
         except web.RequestPayloadError as error:
             raise RequestError(f"the body cannot be read: {error}") from None
-        if not chunk:
-            return body
-        body += chunk
-        if time.monotonic() - began_s > BODY_S + len(body) / BODY_BYTES_PER_S:
+        if not part:
+            return
+        yield part
+        size += len(part)
+        if time.monotonic() - began_s > BODY_S + size / BODY_BYTES_PER_S:
             raise RequestError(f"the body arrives at less than {BODY_BYTES_PER_S:,} bytes per second",
                                status=408, code="body_timeout")
-    raise RequestError(f"the body has more than {most:,} bytes",
-                       status=413, code="request_entity_too_large")
+
+
+def check_size(size: int, most: int):
+    if size > most:
+        raise RequestError(f"the body has more than {most:,} bytes",
+                           status=413, code="request_entity_too_large")
+
+
+async def read_bytes(http: web.Request, holding: Holding, most: int = 0) -> bytearray:
+    """The body, inflated if it is compressed. RequestError 413 above `most` bytes (0: LIMITS.body_bytes), 415
+    if it is compressed otherwise than with gzip or deflate, and as `arriving` and `inflated` say."""
+    encoding, most = encoding_of(http), most or LIMITS.body_bytes
+    body, length = bytearray(), http.content_length or 0
+    check_size(length, most)
+    # how large a compressed body becomes is not known before
+    expected = length if length and not encoding else most
+    if length > LIMITS.inline_bytes:
+        await holding.room(expected)
+    async with AsyncExitStack() as reading:
+        parts = await reading.enter_async_context(aclosing(arriving(http)))
+        if encoding:
+            parts = await reading.enter_async_context(aclosing(inflated(parts, encoding)))
+        async for part in parts:
+            body += part
+            check_size(len(body), most)
+            if len(body) > LIMITS.inline_bytes and not holding.size:
+                await holding.room(expected)
+    holding.give_back_beyond(len(body))
+    return body
 
 
 STREAM_HEADERS = {"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no"}

@@ -42,7 +42,7 @@ BASE = {        # the least that each route reads, from which a field may then b
     "/models/load": {}, "/models/unload": {}, "/v1/compare": {"messages": HI, "models": ["a", "b"], "seed": 7}}
 FLAT_TOOL = {"type": "function", "name": "add", "parameters": SCHEMA}
 BESIDE = {      # what a field needs beside it to mean something
-    "top_logprobs": {"logprobs": True}, "tool_choice": {"tools": [TOOL]}, "parallel_tool_calls": {"tools": [TOOL]},
+    "top_logprobs": {"logprobs": True, "include": ["message.output_text.logprobs"]}, "tool_choice": {"tools": [TOOL]}, "parallel_tool_calls": {"tools": [TOOL]},
     "function_call": {"functions": [TOOL["function"]]}, "stream_options": {"stream": True}, "resumable": {"stream": True},
     "progress": {"stream": True}, "best_of": {"n": 2}, "prompt_logprobs_start": {"prompt_logprobs": 1},
     **dict.fromkeys(("raw_scores", "return_text"), {"documents": None, "texts": ["a", "b"]}),
@@ -61,9 +61,9 @@ VALUES = {      # a value of each field that differs from what holds without it
     "grammar": 'root ::= "a"', "json_schema": SCHEMA, "structured_outputs": {"regex": "a+"}, "guided_whitespace_pattern": " ",
     "structural_tag": {}, "regex": "a", "ebnf": "a", "echo": True, "best_of": 1, "suffix": "x", "encoding_format": "base64", "pooling": "last",
     "dimensions": 4, "instructions": "Be brief.", "max_output_tokens": 7, "reasoning": {"effort": "low"}, "text": {"format": {"type": "json_object"}},
-    "truncation": "auto", "metadata": {"a": "b"}, "user": "me", "previous_response_id": "x", "conversation": "x", "background": True,
-    "system": "Be brief.", "stop_sequences": ["x"], "thinking": {"type": "enabled"}, "output_config": {"format": FORM | {"schema": SCHEMA}},
-    "format": "json", "think": True, "options": {"temperature": 0.5}, "raw": True, "images": ["x"], "add_special": True, "parse_special": False,
+    "truncation": "auto", "include": ["message.output_text.logprobs"], "metadata": {"a": "b"}, "user": "me", "previous_response_id": "x", "conversation": "x", "background": True,
+    "system": "Be brief.", "stop_sequences": ["x"], "thinking": {"type": "enabled"}, "enable_thinking": False, "output_config": {"format": FORM | {"schema": SCHEMA}},
+    "output_format": {"type": "json_schema", "schema": SCHEMA}, "format": "json", "think": True, "options": {"temperature": 0.5}, "raw": True, "images": ["x"], "add_special": True, "parse_special": False,
     "with_pieces": True, "prefix_token_ids": [72], "return_token_ids": True, "input_prefix": "Other", "input_suffix": ["a", 5], "input_extra": [{"text": "x"}],
     "query": "Other", "documents": ["Other"], "texts": ["Other"], "inputs": "Other", "text_1": "Other", "text_2": ["Other", "b"], "queries": "Other",
     "top_n": 1, "return_documents": True, "max_tokens_per_doc": 3, "use_activation": False, "instruction": "Other", "raw_scores": True, "return_text": True,
@@ -73,8 +73,9 @@ VALUES = {      # a value of each field that differs from what holds without it
 OTHERS = {      # where a field has another type in one of the routes
     ("/v1/responses", "tools"): [FLAT_TOOL], ("/v1/messages", "tools"): [{"name": "add", "input_schema": SCHEMA}],
     ("/v1/messages/count_tokens", "tools"): [{"name": "add", "input_schema": SCHEMA}],
+    ("/v1/messages/count_tokens", "output_config"): {"effort": "low"},
     ("/v1/messages", "tool_choice"): {"type": "none"}, ("/v1/messages/count_tokens", "tool_choice"): {"type": "none"},
-    ("/embed", "truncate"): False, **{(route, "truncate"): False for route in RERANKS},
+    ("/embed", "truncate"): False, ("/api/chat", "truncate"): False, **{(route, "truncate"): False for route in RERANKS},
     ("/v1/completions", "logprobs"): 2, ("/api/embed", "truncate"): False, ("/api/chat", "stream"): False, ("/api/generate", "stream"): False}
 OPTIONS = {"repeat_penalty": 1.5, "num_predict": 7}
 
@@ -167,14 +168,14 @@ UNREAD = {
     "/v1/completions": {"user": "me", "truncate": "oldest", "reasoning_effort": "low", "tools": [TOOL], **VLLM, **LLAMA, **SAMPLERS},
     "/v1/embeddings": {"user": "me", "truncate_prompt_tokens": 5, "temperature": 1},
     "/v1/responses": {
-        "n": 2, "include": ["message.output_text.logprobs"], "top_logprobs": 2, "max_tool_calls": 1, "service_tier": "flex",
+        "n": 2, "max_tool_calls": 1, "service_tier": "flex",
         "safety_identifier": "x", "prompt_cache_key": "x", "prompt_cache_retention": "24h", "stream_options": {}, "context_management": [],
         "reasoning_effort": "low", **SAMPLERS},
     "/v1/messages": {"metadata": {"user_id": "x"}, "service_tier": "auto", "container": "x", "context_management": {}, "mcp_servers": [],
                      "inference_geo": "x", "cache_control": {"type": "ephemeral"}, "speed": "fast", "n": 2, **SAMPLERS},
-    "/v1/messages/count_tokens": {"thinking": {"type": "enabled"}, "max_tokens": 5, "output_config": {}},
-    "/api/chat": {"keep_alive": "5m", "logprobs": True, "top_logprobs": 2, "temperature": 0.5},
-    "/api/generate": {"keep_alive": "5m", "template": "{{ .Prompt }}", "context": [1, 2], "logprobs": True, "width": 5},
+    "/v1/messages/count_tokens": {"max_tokens": 5, "temperature": 1, "output_format": FORM},
+    "/api/chat": {"keep_alive": "5m", "shift": True, "temperature": 0.5},
+    "/api/generate": {"keep_alive": "5m", "template": "{{ .Prompt }}", "context": [1, 2], "truncate": True, "width": 5},
     "/api/embed": {"keep_alive": "5m", "options": {}, "encoding_format": "float"},
     "/api/embeddings": {"keep_alive": "5m", "options": {}, "input": "x", "truncate": True},
     "/embed": {"encoding_format": "float", "pooling": "mean"}, "/v1/rerank": {"max_chunks_per_doc": 2, "rank_fields": ["text"], "user": "me"},
@@ -206,16 +207,19 @@ BESIDE_OTHERS = [       # (route, body, the fields that have no effect in it)
     ("/v1/chat/completions", {"tools": [TOOL], "functions": [TOOL["function"]]}, ["tools"]),
     ("/v1/responses", {"truncate": "oldest", "truncation": "disabled"}, ["truncate"]),
     ("/v1/messages", {"stop": "x", "stop_sequences": ["y"]}, ["stop"]),
+    ("/v1/responses", {"include": ["reasoning.encrypted_content", "x y"], "top_logprobs": 2}, ["top_logprobs", "include.reasoning.encrypted_content", "include.xy"]),
     ("/v1/responses", {"store": True}, ["store"]), ("/v1/responses", {"store": False}, []),     # without --database
     ("/chat/completions", {"model": "fake-model", "n": 2, "mirostat": 1}, ["mirostat"]),    # a body of Chat Completions
     ("/v1/rerank", {"raw_scores": True, "return_text": True, "truncate": True}, ["raw_scores", "return_text", "truncate"]),
     ("/rerank", {"documents": None, "texts": ["a"], "return_documents": True}, ["return_documents"]),
     ("/v1/embeddings", {"input_type": "document"}, ["input_type"]), ("/v1/embeddings", {"input_type": "query"}, []),
+    ("/api/chat", {"top_logprobs": 3}, ["top_logprobs"]), ("/api/generate", {"top_logprobs": 3, "logprobs": False}, ["top_logprobs"]),
     ("/api/generate", {"raw": True, "system": "Be brief.", "think": True}, ["system", "think"])]
 THINKING = [
     ("/v1/chat/completions", {"reasoning_effort": "low"}, "reasoning_effort"),
     ("/v1/responses", {"reasoning": {"effort": "low"}}, "reasoning.effort"),
-    ("/v1/messages", {"thinking": {"type": "adaptive"}}, "thinking.type"),
+    ("/v1/messages", {"thinking": {"type": "adaptive"}}, "thinking.type"), ("/v1/chat/completions", {"enable_thinking": True}, "enable_thinking"),
+    ("/chat/completions", {"thinking": {"type": "enabled"}}, "thinking.type"),
     ("/v1/messages", {"output_config": {"effort": "low"}}, "output_config.effort"), ("/api/chat", {"think": "high"}, "think"),
     ("/chat/completions", {"thinking_budget": 5}, "thinking_budget"), ("/v1/chat/completions", {"reasoning_effort": 5}, "reasoning_effort"),
     ("/v1/chat/completions", {"chat_template_kwargs": {"thinking_budget": 5}}, "chat_template_kwargs.thinking_budget"),

@@ -9,7 +9,7 @@ import urllib.request
 
 import pytest
 
-from chatlm.front.api.encode_openai import token_text
+from chatlm.front.api.logprobs import token_text
 from chatlm.front.api.tokenization import piece_body
 from fake_pool import Letters
 from openai_routes import CHAT, COMPLETIONS, HI, ask, call, need_exact, refused
@@ -390,7 +390,7 @@ def test_a_likelier_text_scores_higher_and_batches_score_as_singles(url):
 
 
 @pytest.mark.parametrize("change, code", [
-    ({"suffix": "end"}, "infill_not_supported"), ({"best_of": 3}, "unsupported_best_of"), ({"prompt": None}, "missing_required_parameter"),
+    ({"suffix": "end"}, "infill_not_supported"), ({"best_of": 3}, "unsupported_best_of"), ({"prompt": [[]]}, "invalid_value"),
     ({"prompt": [1, "a"]}, "invalid_value"), ({"prompt": [10**8]}, "invalid_value"), ({"prompt": []}, "invalid_value"), ({"prompt": 5}, "invalid_value"),
     ({"prompt": ["x"] * 129}, "invalid_value"), ({"prompt": ["x"] * 65, "n": 2}, "limit_exceeded"), ({"logprobs": 21}, "invalid_value"), ({"max_tokens": -2}, "invalid_value")])
 def test_completions_that_cannot_be_are_400(url, change, code):

@@ -26,7 +26,7 @@ from fake_pool import FakePool, serving
 from pools import PlayedWorker
 
 METHODS = ["GET", "POST", "PUT", "DELETE", "OPTIONS", "HEAD", "PATCH", "TRACE", "BREW"]
-GRAMMARS = {"response_format", *(field.name for field in CONSTRAINT_FIELDS)}      # more is checked than a schema says
+GRAMMARS = {"response_format", "output_format", *(field.name for field in CONSTRAINT_FIELDS)}      # more is checked than a schema says
 METHOD_OF = {route.path: route.method for route in chat_server.ROUTES if route.fields}
 BODY_ROUTES = {route.path: route.fields for route in chat_server.ROUTES if route.fields}
 

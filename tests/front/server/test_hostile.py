@@ -15,7 +15,7 @@ ATTACKS = [
     "a slow schema", "16 schemas", "7 M token ids with", "prompts of a token id", "500,000 parts",
     "an earlier call", "lists within", "spellings", "idle connections", "come and go", "nobody reads",
     "slow headers", "slow bodies", "do not speak HTTP", "but a byte", "whole answers", "echoed", "left",
-    "other origins", "another key", "cannot take", "line ends", "unknown members", "/api/show", "quotation marks", "/v1/compare"]
+    "other origins", "another key", "cannot take", "line ends", "unknown members", "/api/show", "quotation marks", "/v1/compare", "compressed bodies"]
 FEW = ["nobody reads", "other origins", "8 variants"]
 
 

@@ -194,13 +194,6 @@ async def test_odd_but_usable_bodies_are_accepted(client):
     assert {request.messages[0].content for request in pool.requests} == {"😀 \ufffd!"}
 
 
-async def test_a_compressed_body_is_refused_and_the_connection_goes_on(client):
-    async with serving(FakePool()) as url:
-        for body in (gzip.compress(json.dumps(conversation()).encode()), b"this is not gzip"):
-            assert (await ask(client, url + NATIVE, body, headers={"Content-Encoding": "gzip"}))[0] == 415
-        assert (await ask(client, url + NATIVE, conversation()))[0] == 200
-
-
 @pytest.mark.parametrize("path", [NATIVE, OPENAI])
 async def test_a_body_above_the_limit_is_413(client, path, monkeypatch):
     patch(monkeypatch, config, "LIMITS", replace(LIMITS, body_bytes=1000))

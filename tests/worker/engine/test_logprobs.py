@@ -9,7 +9,7 @@ import torch
 
 from chatlm.common.config import PAGE_SIZE
 from chatlm.common.messages.requests import Piece, PromptScores, SamplingParams, TokenLogprob
-from chatlm.front.api.encode_openai import logprob_number
+from chatlm.front.api.logprobs import logprob_number
 from chatlm.worker.engine.host import logprob_of
 from chatlm.worker.model.spec import Batch
 from chatlm.worker.ops.rows import SampleRow

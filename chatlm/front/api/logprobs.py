@@ -1,0 +1,73 @@
+"""Log-probabilities of an answer's tokens, as several APIs write them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence as Seq
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from chatlm.common.messages.requests import AnswerParams, TokenLogprob
+    from chatlm.common.text.tokenizer import Tokenizer
+
+
+def logprob_number(logprob: float | None) -> float | None:
+    """JSON has no infinity, so use OpenAI's floor of -9999."""
+    return None if logprob is None else max(logprob, -9999.0)
+
+
+def token_text(tokenizer: Tokenizer, token: int) -> tuple[str, list[int] | None]:
+    """A token as log-probabilities show it, and its bytes.
+
+    Special tokens show their name; a piece of a character is escaped as OpenAI does."""
+    text, spelled = tokenizer.whole_text(token), tokenizer.token_bytes(token)
+    if text is None:
+        text = "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
+    return text, None if token in tokenizer.special_names else list(spelled)
+
+
+def listed(logprobs: Seq[TokenLogprob], params: AnswerParams) -> Iterator[TokenLogprob]:
+    """With as many of the likeliest tokens as `logprobs` asks for, since `prompt_logprobs` may want more, and
+    those that are named."""
+    return (scored._replace(top=tuple(
+        one for place, one in enumerate(scored.top)
+        if place < (params.logprobs or 0) or one[0] in params.logprob_ids)) for scored in logprobs)
+
+
+def entries(logprobs: Seq[TokenLogprob], params: AnswerParams, tokenizer: Tokenizer) -> list[dict]:
+    """An object for each token."""
+    def entry(token: int, logprob: float | None) -> dict:
+        text, spelled = token_text(tokenizer, token)
+        return {"id": token, "token": text, "logprob": logprob_number(logprob), "bytes": spelled}
+    return [{**entry(one.token, one.logprob), "top_logprobs": [entry(*likely) for likely in one.top],
+             **({"drafted": True} if one.drafted else {})} for one in listed(logprobs, params)]
+
+
+class TokensOfText:
+    """Tells which tokens of an answer are behind its text, and not behind reasoning, calls or what separates
+    these. A step may bring tokens of several of them, and tokens whose text comes with a later step."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.waiting: tuple[TokenLogprob, ...] = ()  # behind no text so far
+
+    def add(self, logprobs: Seq[TokenLogprob]):
+        self.waiting += tuple(logprobs)
+
+    def take(self, added: str) -> tuple[TokenLogprob, ...]:
+        """Those behind the answer's next text, reasoning or call. Those before it are behind none."""
+        specials = self.tokenizer.special_names
+        spelled = [b"" if one.token in specials else self.tokenizer.token_bytes(one.token)
+                   for one in self.waiting]
+        whole, text = b"".join(spelled), added.encode("utf-8", "replace")
+        begin = whole.find(text)
+        if begin < 0:  # a call that was rewritten, or bytes that are no characters: all that there is
+            begin, text = 0, whole
+        found, first, after = [], 0, 0
+        for index, (one, piece) in enumerate(zip(self.waiting, spelled), 1):
+            last = first + len(piece)
+            if piece and first < begin + len(text) and last > begin:
+                found.append(one)
+                after = index
+            first = last
+        self.waiting = self.waiting[after:]
+        return tuple(found)
