@@ -188,6 +188,7 @@ class AnswerParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    stop_on_repetition: bool = False    # end it where it only repeats itself
     min_tokens: int = 0
     logprobs: int | None = None         # likeliest tokens to list beside each; None: no logprobs
     prompt_logprobs: int | None = None  # the same for the prompt's tokens; then a token that ends the answer

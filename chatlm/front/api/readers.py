@@ -70,7 +70,8 @@ def make_request(values: Mapping, settings: Settings, params: AnswerParams = Ans
                                                source.get("max_tokens"))
         source["template_options"] = {**source.get("template_options", {}), **options}
     params = replace(params, sampling=sampling_params(values, settings), chat="messages" in source,
-                     **among(values, "stop", "stop_token_ids", "ignore_eos", "min_tokens", "progress"))
+                     **among(values, "stop", "stop_token_ids", "ignore_eos", "min_tokens", "progress",
+                             "stop_on_repetition"))
     return Request(params=params, low_priority=values.get("priority", False),
                    **among(values, "n", "truncate", "resumable", "prefix_token_ids"), **source)
 

@@ -37,6 +37,8 @@ COMMON_FIELDS = (  # for every route that generates
     Field("stop", STOP, "strings that end the answer; searched for in its content, not in calls"),
     Field("ignore_eos", SWITCH, "do not let the model end the answer before max_tokens; ignored if a "
                                 "format or a required call decides where it ends"),
+    Field("stop_on_repetition", SWITCH, "end the answer where it is four times the same 24 tokens or more; its "
+                                        "finish_reason then is `stop`, and its stop_reason `repetition`"),
     Field("priority", PRIORITY, "`low`: wait until no other request does"),
     Field("truncate", FieldType('"oldest" or "none"', {"enum": ["oldest", "none"]}, "oldest".__eq__),
           "`oldest`: drop the oldest turns if not all fit; the timings say how many messages that were"),

@@ -11,6 +11,7 @@ from chatlm.common.messages.requests import Delta
 from chatlm.common.text.formats import with_markers
 from chatlm.common.text.reader import StopFinder, StreamDecoder, answer_reader
 from chatlm.worker.engine.calculator import CalculatorTool
+from chatlm.worker.engine.repetition import RepetitionFinder
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import AnswerParams
@@ -209,6 +210,8 @@ class Answer:
         self.thinking_ends = work.thinking_ends  # its reasoning ends after this many tokens; None: no limit
         self.thinking_ended = False    # did `_end_of_thinking` end it?
         self.tool = CalculatorTool(tokenizer, tokenizer.tool_tokens) if tokenizer.tool_tokens else None
+        self.repetition = RepetitionFinder() if work.params.stop_on_repetition else None
+        self.repeats_itself = False
         self.eos_tokens = frozenset() if work.params.ignore_eos else tokenizer.stop_tokens
         self.stop_tokens = self.eos_tokens | frozenset(work.params.stop_token_ids)
         self.reason: str | None = None  # finish_reason; stop_reason is its cause
@@ -250,6 +253,8 @@ class Answer:
             self._read(token)
             if (cause := self.text.cut_by) or self.grammar and self.grammar.complete:
                 self._end("stop", cause or "grammar")
+            elif self.repeats_itself and not self.grammar and generated >= self.work.params.min_tokens:
+                self._end("stop", "repetition")
         if self.reason is not None:
             return [token]
         forced = ((self.tool.feed(token) if self.tool else []) or self._end_of_thinking())[:room]
@@ -274,7 +279,7 @@ class Answer:
 
     def _end(self, reason: str, cause: str):
         self.reason, self.stop_reason = reason, cause
-        self.text.finish(cut=reason == "length")
+        self.text.finish(cut=reason == "length" or cause == "repetition")
         if reason == "length" and self.text.stops.stopped_by is not None:
             self.reason, self.stop_reason = "stop", self.text.stops.stopped_by
 
@@ -285,6 +290,8 @@ class Answer:
 
     def _read(self, token: int):
         self.text.push(token)
+        if self.repetition:
+            self.repeats_itself = self.repetition.push(token)
         constraint = self.constraint
         if constraint.of_calls and constraint.grammar and self.text.reader:
             self.text.reader.deltas.begun_call = None  # that call is within this grammar
