@@ -523,13 +523,14 @@ function untaggedNews(run, news) {
 }
 
 // Records the server's facts about an answer, most of them in its last events.
-function noteFacts({node, dropped}, {gpu, model, seed, timings, usage, reason}, ended) {
+function noteFacts({node, dropped}, {gpu, model, seed, timings, usage, reason, cause}, ended) {
   if (model) node.model = model;
   if (Number.isSafeInteger(seed)) node.seed = seed;
   if (!ended) return;
   const {prompt_tokens, completion_tokens, prompt_tokens_details, completion_tokens_details} = usage ?? {};
   const cached = usage?.cached_tokens ?? prompt_tokens_details?.cached_tokens;
-  const facts = {...timings, prompt_tokens, completion_tokens, cached_tokens: cached, reasoning_tokens: completion_tokens_details?.reasoning_tokens ?? usage?.reasoning_tokens, gpu, finish_reason: reason};
+  const facts = {...timings, prompt_tokens, completion_tokens, cached_tokens: cached, reasoning_tokens: completion_tokens_details?.reasoning_tokens ?? usage?.reasoning_tokens, gpu, finish_reason: reason,
+    ...(reason ? {stop_reason: cause === "repetition" ? cause : ""} : {})};
   const known = Object.entries(facts).filter(([, value]) => value !== undefined && value !== null);
   node.timings = {...node.timings, ...Object.fromEntries(known)};
   if (dropped) node.timings.dropped_messages = dropped + (timings?.dropped_messages ?? 0);

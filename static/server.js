@@ -274,7 +274,7 @@ const modelNamed = name => state.model.ours || !state.model.name ? modelOfSevera
 // Asks for an answer and returns its response once the server has accepted. Throws Refused, Lost, or what
 // fetch throws.
 async function postAnswer({messages, parameters, id, signal, model, goOn = false}) {
-  const body = {messages, resumable: true, truncate: "oldest", progress: true, ...(state.model.can.token_ids && state.model.api !== "native" ? {return_token_ids: true} : {}),
+  const body = {messages, resumable: true, ...(state.model.ours ? {stop_on_repetition: true} : {}), truncate: "oldest", progress: true, ...(state.model.can.token_ids && state.model.api !== "native" ? {return_token_ids: true} : {}),
     ...parameters};
   const headers = {Accept: "text/event-stream", "X-Request-Id": id};
   const streamed = {stream: true, stream_options: {include_usage: true, continuous_usage_stats: true}, ...modelNamed(model)};
@@ -360,7 +360,8 @@ function readEvent(event) {
   return {text: event.token ?? delta.content ?? choice?.text ?? "", reasoning: event.reasoning ?? delta.reasoning_content ?? delta.reasoning ?? "",
     progress: readProgress(event), prompt: event.usage?.prompt_tokens ?? event.progress?.prompt_tokens, gpu: event.gpu ?? event.timings?.gpu, model: event.model, seed: event.seed,
     calls: delta.tool_calls ?? [], ids: choice?.token_ids ?? [], logprobs: choice?.logprobs?.content ?? [],
-    usage: event.usage ?? null, timings: event.timings ?? null, reason: event.finish_reason ?? choice?.finish_reason ?? (event.done ? "stop" : null)};
+    usage: event.usage ?? null, timings: event.timings ?? null, reason: event.finish_reason ?? choice?.finish_reason ?? (event.done ? "stop" : null),
+    cause: event.stop_reason ?? choice?.stop_reason};
 }
 
 // {queued: position}, {read: 0..1 of the prompt} or {loading: {model, fraction}}; null if the event has none. Also reads

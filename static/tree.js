@@ -375,7 +375,7 @@ function checkedNode(node) {
     at >= 0 && length > 0 && at + length <= node.content.length;
   if (attachments?.every(each => isObject(each) && good(each))) fields.attachments = attachments.map(({name, at, length}) => ({name, at, length}));
   if (timings) fields.timings = Object.fromEntries(Object.entries(timings).filter(([name, value]) =>
-    Number.isFinite(value) || name === "finish_reason" && isText(value)));
+    Number.isFinite(value) || ["finish_reason", "stop_reason"].includes(name) && isText(value)));
   if (parameters) fields.parameters = checkedParameters(parameters);
   return fields.role === "assistant" ? {...fields, ...untagged(fields)} : fields;
 }

@@ -226,7 +226,7 @@ function updateAnswer(view) {
   view.inside.hidden = !looksOf(view).length;
   view.inside.classList.toggle("on", lenses.has(node.id));
   view.goOn.hidden = growing || !canGoOn(node) || node !== lastNode() || !(view.plain || node.error || node.edited ||
-    ["stopped", "interrupted"].includes(node.note) || node.timings?.finish_reason === "length");
+    ["stopped", "interrupted"].includes(node.note) || node.timings?.finish_reason === "length" || node.timings?.stop_reason === "repetition");
   setText(view.nothing, nothingText(node));
   view.nothing.hidden = !view.nothing.textContent;
   showSpeed(view.speed, growing ? {words: [], figures: []} : speedOf(node));
@@ -302,6 +302,7 @@ function speedOf({timings, note, edited, error}) {
   if (speed > 0) words.push(TEXT.speed(speed));
   else if (facts.measured) words.push(TEXT.aboutSpeed(facts.measured));
   if (facts.finish_reason === "length" && !note && !error) words.push(TEXT.cut);
+  if (facts.stop_reason === "repetition" && !note && !error) words.push(TEXT.repeats);
   if (facts.dropped_messages) words.push(TEXT.dropped(facts.dropped_messages));
   if (first !== undefined) figures.push(TEXT.firstToken(first));
   if (count) figures.push(TEXT.tokens(count));
@@ -438,7 +439,7 @@ register({
     nothing: "The model gave no answer.", thoughtNothing: "The model thought about it but gave no answer.",
     onlyThoughts: "The model was still thinking when it reached the length limit.",
     nothingBefore: note => `The answer was ${note} before its first word.`,
-    cut: "cut at the length limit", dropped: count => `without the ${plural(count, "oldest message", "oldest messages")}, which no longer fit`,
+    cut: "cut at the length limit", repeats: "it repeats itself", dropped: count => `without the ${plural(count, "oldest message", "oldest messages")}, which no longer fit`,
     notes: {stopped: "stopped", interrupted: "interrupted"},
     details: ({prompt_tokens: prompt, cached_tokens: cached, queue_ms: queued, ttft_ms: first}) => [
       `Prompt of ${plural(prompt, "token", "tokens")}${cached === undefined ? "" : `, ${plural(cached, "token", "tokens")} cached`}`,

@@ -53,6 +53,8 @@ def summary(done: Finished, seconds: float) -> str:
     parts.append(f"first token after {duration(done.ttft_ms / 1e3)}")
     if done.reason == "length":
         parts.append("cut at the length limit")
+    elif done.stop_reason == "repetition":
+        parts.append("ended because it repeats itself")
     if done.dropped_messages:
         parts.append(f"without the {done.dropped_messages} oldest messages, which no longer fit")
     return ", ".join(parts)
@@ -71,7 +73,8 @@ def new_request(settings: Settings, parameters: Mapping | None = None, progress:
                   if name not in parameters and getattr(settings, name, None) is None)
     length = settings.max_tokens or (DEFAULT_MAX_TOKENS if "prompts" in source else None)
     params = AnswerParams(sampling=sampling_params(parameters, settings), progress=progress,
-                          stop=tuple(parameters.get("stop", ())), chat="messages" in source)
+                          stop=tuple(parameters.get("stop", ())), chat="messages" in source,
+                          stop_on_repetition="messages" in source)
     params, options = with_thinking_budget(params, {}, settings)
     source["template_options"] = {**source.get("template_options", {}), **options}
     return Request(id=secrets.token_hex(16), params=params, unset=unset, truncate="messages" in source,
@@ -207,7 +210,8 @@ class Chat:
             if reply.text or reply.reasoning or reply.done:
                 self.keep(last, request, reply, note)
         line = summary(reply.done, reply.seconds) if reply.done else "[stopped]"
-        hint = "; /continue continues it" if reply.done and reply.done.reason == "length" else ""
+        is_cut = reply.done and (reply.done.reason == "length" or reply.done.stop_reason == "repetition")
+        hint = "; /continue continues it" if is_cut else ""
         self.note(line + hint + ("\n" if self.terminal.interactive else ""))
         if self.settings.json and reply.done:
             print(reply.as_json(request, reply.done), flush=True)

@@ -190,7 +190,8 @@ def native_body(request: Request) -> dict:
     messages = request.messages or (Message("user", str(request.prompts[0])),)
     return {"messages": [{"role": message.role, "content": content_of(message)} for message in messages],
             "truncate": "oldest", "resumable": True, "stop": list(params.stop),
-            "ignore_eos": params.ignore_eos, "stop_on_repetition": params.stop_on_repetition, "progress": params.progress, **request.template_options,
+            "ignore_eos": params.ignore_eos, "stop_on_repetition": params.stop_on_repetition,
+            "progress": params.progress, **request.template_options,
             **({} if request.max_tokens is None else {"max_tokens": request.max_tokens}),
             **{name: getattr(sampling, name) for name in SAMPLING_FLAGS if name not in request.unset}}
 

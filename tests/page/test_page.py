@@ -677,3 +677,15 @@ def test_the_real_server_says_how_much_of_a_long_prompt_it_has_read(page, server
     ask(page, "Count: " + " ".join(str(number) for number in range(500)))
     expect(answers(page).last).to_contain_text("cut at the length limit", timeout=SLOW_MS)        # 4 tokens of one step have no speed
     assert page.evaluate("[...said].filter(Boolean).length") > 1
+
+
+def test_the_real_server_ends_an_answer_that_repeats_itself_and_it_can_go_on(page, server_url):
+    open_page(page, server_url)
+    command(page, "/temperature 0")
+    ask(page, "Write a poem about the sea.")
+    expect(answers(page)).to_contain_text("it repeats itself", timeout=SLOW_MS)
+    before = said(answers(page)).inner_text()
+    page.get_by_role("button", name="Continue").click()
+    expect(answers(page)).to_contain_text("it repeats itself", timeout=SLOW_MS)
+    expect(said(answers(page))).to_contain_text(before.splitlines()[0])
+    page.wait_for_function("before => document.querySelector('#log').textContent.length > before", arg=len(before) + 200)

@@ -304,6 +304,13 @@ def test_a_block_is_one_message_also_in_a_pipe(monkeypatch):
     assert [messages[-1][1] for messages in turns(pool)] == ["/one\ntwo", "three", "open\nat the end"]
 
 
+def test_an_answer_that_repeats_itself_says_so_and_can_go_on(monkeypatch, capsys):
+    pool = FakePool(reason="stop", stop_reason="repetition")
+    chat_with(pool, monkeypatch, ["One"])
+    assert "ended because it repeats itself; /continue continues it" in capsys.readouterr().err
+    assert pool.requests[0].params.stop_on_repetition
+
+
 def test_json_is_one_object_a_line_and_errors_are_too(monkeypatch, capsys):
     pool = FakePool(reason="length", stop_reason="max_tokens")
     assert chat_with(pool, monkeypatch, ["One", "/nothing"], json=True) == 1

@@ -40,7 +40,8 @@ class Idle(NamedTuple):
 
 IDLE = (
     # the grammar alone decides where the answer ends
-    Idle(("ignore_eos", "min_tokens"), lambda parsed, known: parsed.request.params.grammar),
+    Idle(("ignore_eos", "min_tokens", "stop_on_repetition"),
+         lambda parsed, known: parsed.request.params.grammar),
     Idle(("stop_token_ids",), lambda parsed, known: parsed.request.params.grammar
          and known.never_written.issuperset(parsed.request.params.stop_token_ids)),
     # required calls have no content beside them, in which alone stop strings are looked for

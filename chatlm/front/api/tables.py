@@ -33,12 +33,14 @@ RESPONSE_FORMAT = Field(
 
 EFFORT_OR_NULL = {"anyOf": [*EFFORT.schema["anyOf"], {"type": "null"}]}
 
+REPETITION = Field(
+    "stop_on_repetition", SWITCH,
+    "end the answer where it only repeats itself; its stop_reason then is `repetition`")
 COMMON_FIELDS = (  # for every route that generates
     Field("stop", STOP, "strings that end the answer; searched for in its content, not in calls"),
     Field("ignore_eos", SWITCH, "do not let the model end the answer before max_tokens; ignored if a "
                                 "format or a required call decides where it ends"),
-    Field("stop_on_repetition", SWITCH, "end the answer where it is four times the same 24 tokens or more; its "
-                                        "finish_reason then is `stop`, and its stop_reason `repetition`"),
+    REPETITION,
     Field("priority", PRIORITY, "`low`: wait until no other request does"),
     Field("truncate", FieldType('"oldest" or "none"', {"enum": ["oldest", "none"]}, "oldest".__eq__),
           "`oldest`: drop the oldest turns if not all fit; the timings say how many messages that were"),
@@ -254,7 +256,7 @@ OLLAMA_NAMES = {"repetition_penalty": "repeat_penalty"}
 OLLAMA_OPTIONS = (
     *(field._replace(name=OLLAMA_NAMES[name], means=name) if name in OLLAMA_NAMES else field
       for name, field in SAMPLED.items()),
-    COMMON_FIELDS[0],
+    COMMON_FIELDS[0], REPETITION,
     Field("num_predict", INTEGER._replace(convert=lambda value: int(value) if value > 0 else -1),
           "most tokens of the answer; -1 and -2 = up to the context", -2, math.inf, means="max_tokens"),
 )

@@ -253,7 +253,7 @@ class Answer:
             self._read(token)
             if (cause := self.text.cut_by) or self.grammar and self.grammar.complete:
                 self._end("stop", cause or "grammar")
-            elif self.repeats_itself and not self.grammar and generated >= self.work.params.min_tokens:
+            elif self._may_end_as_repetition and generated >= self.work.params.min_tokens:
                 self._end("stop", "repetition")
         if self.reason is not None:
             return [token]
@@ -262,6 +262,11 @@ class Answer:
         if len(forced) >= room:
             self._end("length", limit)
         return [token, *forced]
+
+    @property
+    def _may_end_as_repetition(self) -> bool:
+        """Formats have as many equal parts as they want, and half a call should not be made."""
+        return self.repeats_itself and not self.grammar and not self.text.calls
 
     def _constrained(self, token: int, room: int, limit: str) -> list[int] | None:
         """Feed the constraint a token. If that ends the answer, the tokens added instead of it."""
@@ -279,7 +284,7 @@ class Answer:
 
     def _end(self, reason: str, cause: str):
         self.reason, self.stop_reason = reason, cause
-        self.text.finish(cut=reason == "length" or cause == "repetition")
+        self.text.finish(cut=reason == "length")
         if reason == "length" and self.text.stops.stopped_by is not None:
             self.reason, self.stop_reason = "stop", self.text.stops.stopped_by
 

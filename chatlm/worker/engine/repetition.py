@@ -7,7 +7,7 @@ from array import array
 
 ROUNDS = 4
 LEAST = 192          # tokens that are a repetition at least: a table may have ten equal rows
-SHORT_RUN = 8        # runs of fewer tokens are one when they fill twice as many: code may have a hundred zeros
+SHORT_RUN = 8        # fewer tokens must repeat twice as long: code may have a hundred zeros
 LONGEST_RUN = 512    # tokens; longer runs are not looked for
 SEEN = 24            # a run is found by when the last so many tokens occurred before
 

@@ -103,7 +103,7 @@ async def ask(client, url, path, headers=None, **changes):
     """(status, headers, answer as text) of a request; Ollama has its own names for what `changes`."""
     if path in ("/api/chat", "/api/generate"):
         changes |= {"options": {"num_predict": changes.get("max_tokens"), **{
-            name: changes[name] for name in ("temperature", "seed", "stop") if name in changes}}}
+            name: changes[name] for name in ("temperature", "seed", "stop", "stop_on_repetition") if name in changes}}}
     async with client.post(url + path, json=(ASKED | WHOLE)[path] | changes, headers=headers) as response:
         return response.status, response.headers, await response.text()
 
@@ -1031,6 +1031,27 @@ async def test_a_last_message_of_the_assistant_is_continued(client, url, exact):
     async with client.post(url + MESSAGES + "/count_tokens", json={"messages": messages}) as response:
         usage = json.loads(counted[2])["usage"]
         assert (await response.json())["input_tokens"] == usage["input_tokens"] + usage["cache_read_input_tokens"]
+
+
+# answers that repeat themselves
+
+
+SEA = "Write a poem about the sea."
+
+
+@pytest.mark.parametrize("path, body, ends", [
+    (CHAT, {"max_tokens": 300}, lambda reply: (reply["choices"][0]["finish_reason"], reply["choices"][0]["stop_reason"], reply["usage"]["completion_tokens"])),
+    (RESPONSES, {"max_output_tokens": 300, "input": SEA}, lambda reply: (reply["status"], "repetition", reply["usage"]["output_tokens"])),
+    (MESSAGES, {"max_tokens": 300}, lambda reply: (reply["stop_reason"], "repetition", reply["usage"]["output_tokens"])),
+    ("/api/chat", {"max_tokens": 300, "stream": False}, lambda reply: (reply["done_reason"], "repetition", reply["eval_count"]))])
+async def test_an_answer_ends_where_it_repeats_itself_in_every_api(client, url, path, body, ends):
+    """What the default model writes at temperature 0 about the sea goes round in circles after 220 tokens."""
+    asked = ({} if "input" in body else {"messages": [{"role": "user", "content": SEA}]}) | {"temperature": 0} | body
+    status, _, text = await ask(client, url, path, **asked, stop_on_repetition=True)
+    reason, cause, count = ends(json.loads(text))
+    assert reason in ("stop", "completed", "end_turn") and cause == "repetition" and 192 < count < 300, text
+    status, _, text = await ask(client, url, path, **asked)
+    assert ends(json.loads(text))[2] == 300, text
 
 
 # constraints in the words of vLLM and llama-server
