@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence as Seq
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TYPE_CHECKING
 
+from chatlm.common.jsontext import as_json
 from chatlm.common.text.history import (
     arguments_as_text, as_gemma, as_harmony, calls_as_content, counted_ids, marked_for_gemma,
     marked_for_harmony)
@@ -32,6 +33,10 @@ class Tags(NamedTuple):
     parameter: str             # before its value
     value_end: str             # after it
     loose_lines: bool = False  # models may omit line breaks; GLM-4.7 writes none
+
+    def written(self, name: str, value) -> str:
+        text = value if isinstance(value, str) else as_json(value)
+        return self.parameter.replace("{name}", name) + text + self.value_end
 
 
 def described(function: Mapping) -> Mapping:
@@ -86,6 +91,20 @@ class CallFormat:
         """The text between the marker that begins a call and its name."""
         text = self.calls.replace("{calls}", self.call).partition(self.marks[0] or "{calls}")[2]
         return re.split(r'"|\{(?:name|quoted)\}', text)[0].strip()
+
+    def written(self, calls: Seq[Mapping]) -> str:
+        """Earlier calls, whose arguments are objects, as the family writes them."""
+        return self.calls.replace("{calls}", (self.between or "\n").join(map(self._written, calls)))
+
+    def _written(self, call: Mapping) -> str:
+        name, arguments = call["function"]["name"], call["function"]["arguments"]
+        number = call.get("id", "").rpartition(":")[2]
+        parts = {"name": name, "quoted": as_json(name), "digit": number, "arguments": as_json(arguments)}
+        if self.notation:
+            parts["arguments"] = self.notation.arguments(arguments)
+        elif self.tags:
+            parts["arguments"] = "".join(self.tags.written(*pair) for pair in arguments.items())
+        return re.sub(r"\{(name|quoted|digit|arguments)\}", lambda place: parts[place[1]], self.call)
 
     @property
     def around_arguments(self) -> list[str]:

@@ -22,6 +22,7 @@ To call a function, write
 {{"name": "the function", "arguments": {{...}}}}
 </tool_call>
 You then get what it returns in <tool_response>. Where no function helps, answer in words."""
+RESULT_BEGIN, RESULT_END = "<tool_response>\n", "\n</tool_response>"
 
 
 def with_generic_tools(messages: Seq[Message], tools: Seq[dict], has_system: bool = True) -> list[Message]:
@@ -33,9 +34,10 @@ def with_generic_tools(messages: Seq[Message], tools: Seq[dict], has_system: boo
         for call in more.pop("tool_calls", ()):
             call = json.dumps(call["function"], ensure_ascii=False)
             content += ("\n" if content else "") + f"<tool_call>\n{call}\n</tool_call>"
-        if role == "tool":
-            role, content, more = "user", f"<tool_response>\n{content}\n</tool_response>", {}
-        if role == "user" and turns and turns[-1].role == "user" and turns[-1].content.endswith("response>"):
+        if is_result := role == "tool":
+            role, content, more = "user", f"{RESULT_BEGIN}{content}{RESULT_END}", {}
+        if role == "user" and turns and turns[-1].role == "user" and (
+                is_result or turns[-1].content.endswith(RESULT_END)):
             content = turns.pop().content + "\n" + content  # many templates want roles to alternate
         turns.append(Message(role, content, more or None))
     if tools:
@@ -50,10 +52,51 @@ def with_generic_tools(messages: Seq[Message], tools: Seq[dict], has_system: boo
     return turns
 
 
+# The functions from here on get conversations as templates do, as lists of objects.
+
+
+def calls_in(dialogue: list[dict]) -> itertools.chain[dict]:
+    return itertools.chain.from_iterable(message.get("tool_calls", ()) for message in dialogue)
+
+
+def with_ids(dialogue: list[dict]):
+    """Give an id to each call without one, and to each result without one that of its call: of the function
+    that it names, or else of the first that has no result yet. Ollama's clients send none, and templates
+    refuse that."""
+    taken = {call.get("id") for call in calls_in(dialogue)}
+    free = (name for number in itertools.count() if (name := f"call{number:05}") not in taken)
+    unanswered: list[dict] = []
+    for message in dialogue:
+        for call in message.get("tool_calls", ()):
+            if not call.get("id"):
+                call["id"] = next(free)
+            unanswered.append(call)
+        if message["role"] != "tool":
+            continue
+        if not message.get("tool_call_id") and unanswered:
+            call = next((call for call in unanswered if call["function"]["name"] == message.get("name")),
+                        unanswered[0])
+            message["tool_call_id"] = call["id"]
+        answered = next((call for call in unanswered if call["id"] == message.get("tool_call_id")), None)
+        if answered is not None:
+            unanswered.remove(answered)
+
+
+def nine_character_ids(dialogue: list[dict]):
+    """Ids of calls as Mistral's templates accept them."""
+    for holder, key in (*((message, "tool_call_id") for message in dialogue),
+                        *((call, "id") for call in calls_in(dialogue))):
+        holder[key] = re.sub("[^A-Za-z0-9]", "", holder.get(key) or "")[-9:].rjust(9, "0")
+
+
 def single_calls(dialogue: list[dict]) -> list[dict]:
     """The conversation with one call in each assistant message, followed by its result."""
-    results = {message["tool_call_id"]: message for message in dialogue if message.get("tool_call_id")}
-    split, placed = [], set()
+    results: dict[str, list[dict]] = {}
+    for message in dialogue:
+        if message["role"] == "tool" and message.get("tool_call_id"):
+            results.setdefault(message["tool_call_id"], []).append(message)
+    split: list[dict] = []
+    placed: set[int] = set()
     for message in dialogue:
         calls = message.get("tool_calls", ())
         if len(calls) < 2 and id(message) not in placed:
@@ -61,16 +104,16 @@ def single_calls(dialogue: list[dict]) -> list[dict]:
         for call in calls if len(calls) > 1 else ():
             split.append({**(message if call is calls[0] else {"role": "assistant", "content": ""}),
                           "tool_calls": [call]})
-            if result := results.get(call.get("id")):
-                split.append(result)
-                placed.add(id(result))
+            # some clients give all calls one id
+            if waiting := results.get(call.get("id", "")):
+                placed.add(id(waiting[0]))
+                split.append(waiting.pop(0))
     return split
 
 
-def with_tool_responses(dialogue: list[dict], mark: str) -> list[dict]:
+def with_tool_responses(dialogue: list[dict]) -> list[dict]:
     """The conversation for Gemma 4's first templates: a message with calls also has their results and the
     text after them."""
-    marked_for_gemma(dialogue, mark)
     turns: list[dict] = []
     for message in dialogue:
         last = turns[-1] if turns else {}
@@ -88,23 +131,56 @@ def with_tool_responses(dialogue: list[dict], mark: str) -> list[dict]:
     return turns
 
 
+def orphans_of(dialogue: list[dict]) -> list[dict]:
+    """The results that do not follow their call: between these are only other results."""
+    orphans: list[dict] = []
+    unanswered: list[dict] = []
+    for message in dialogue:
+        if message["role"] != "tool":
+            unanswered = [*message.get("tool_calls", ())]
+            continue
+        call_id = message.get("tool_call_id")
+        call = next((call for call in unanswered if not call_id or call.get("id", call_id) == call_id), None)
+        if call is None:
+            orphans.append(message)
+        else:
+            unanswered.remove(call)
+    return orphans
+
+
+def results_as_turns(dialogue: list[dict], results: list[dict]) -> list[dict]:
+    """The conversation with those of its messages that are results as text of the user."""
+    moved = {id(message) for message in results if message["role"] == "tool"}
+    turns: list[dict] = []
+    for message in dialogue:
+        is_result = id(message) in moved
+        if is_result:
+            message = {"role": "user", "content": f"{RESULT_BEGIN}{message['content']}{RESULT_END}"}
+        last = turns[-1] if turns else {"role": ""}
+        if message["role"] == last["role"] == "user" and (
+                is_result or last["content"].endswith(RESULT_END)):
+            last["content"] += "\n" + message["content"]  # many templates want roles to alternate
+        else:
+            turns.append(message)
+    return turns
+
+
+def with_answers(dialogue: list[dict]) -> list[dict]:
+    """The conversation with an empty answer between results of calls and a user's message after them."""
+    turns: list[dict] = []
+    for message in dialogue:
+        if message["role"] == "user" and turns and turns[-1]["role"] == "tool":
+            turns.append({"role": "assistant", "content": ""})
+        turns.append(message)
+    return turns
+
+
 def object_or_text(text: str):
     """The text parsed as a JSON object, or else the text."""
     with suppress(ValueError, RecursionError):
         if isinstance(value := json.loads(text), dict):
             return value
     return text
-
-
-def calls_in(dialogue: list[dict]) -> itertools.chain[dict]:
-    return itertools.chain.from_iterable(message.get("tool_calls", ()) for message in dialogue)
-
-
-def nine_character_ids(dialogue: list[dict]):
-    """Ids of calls as Mistral's templates accept them."""
-    for holder, key in (*((message, "tool_call_id") for message in dialogue),
-                        *((call, "id") for call in calls_in(dialogue))):
-        holder[key] = re.sub("[^A-Za-z0-9]", "", holder.get(key) or "")[-9:].rjust(9, "0")
 
 
 # The functions of CALL_FORMATS below change a conversation in place. `mark` is text that no client can type,
@@ -121,7 +197,7 @@ def result_of_call(mark: str) -> str:
     return mark + "\ue003"
 
 
-def counted_ids(dialogue: list[dict], mark: str):
+def counted_ids(dialogue: list[dict], mark: str = ""):
     """Kimi's ids of calls name the function and count the calls."""
     ids, numbers = {}, itertools.count()
     for call in calls_in(dialogue):
@@ -146,7 +222,7 @@ def marked_for_gemma(dialogue: list[dict], mark: str):
     """Gemma 4's templates put the text of a message behind its calls, even behind their results: where it
     came before them, the first call's name says it, for as_gemma to put it there."""
     for message in dialogue:
-        if message.get("tool_calls") and message["content"] and "tool_responses" not in message:
+        if message.get("tool_calls") and message["content"]:
             function = message["tool_calls"][0]["function"]
             text, sign = message["content"].strip(), before_call(mark)
             function["name"], message["content"] = sign + text + sign + function["name"], ""
