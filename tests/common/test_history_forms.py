@@ -229,7 +229,8 @@ def test_a_call_in_the_text_is_written_as_the_family_writes_it(text):
     assert "<parameter=arguments>\nBo\n</parameter>" in shown
     counted = BEGIN.replace("<tool_call> begins a call", "<|tool_call_begin|>") + SHOWN + "{{ m.tool_call_id if m.role == 'tool' }}<|im_end|>\n" + END
     shown = prompt(open_tokenizer(replace(text, chat_template=counted)), [asked(), called('{"city": "Rome"}', "{}"), result("R1R"), result("R2R", 1)], [TOOL])
-    assert '<|tool_call_begin|>functions.weather:0<|tool_call_argument_begin|>{"city": "Rome"}<|tool_call_end|>' in shown
+    assert ('<|tool_calls_section_begin|><|tool_call_begin|>functions.weather:0<|tool_call_argument_begin|>{"city": "Rome"}<|tool_call_end|>'
+            '<|tool_call_begin|>functions.weather:1<|tool_call_argument_begin|>{}<|tool_call_end|><|tool_calls_section_end|>') in shown
     assert "R2Rfunctions.weather:1" in shown
 
 

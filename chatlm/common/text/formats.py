@@ -94,7 +94,8 @@ class CallFormat:
 
     def written(self, calls: Seq[Mapping]) -> str:
         """Earlier calls, whose arguments are objects, as the family writes them."""
-        return self.calls.replace("{calls}", (self.between or "\n").join(map(self._written, calls)))
+        between = "\n" if self.between is None else self.between
+        return self.calls.replace("{calls}", between.join(map(self._written, calls)))
 
     def _written(self, call: Mapping) -> str:
         name, arguments = call["function"]["name"], call["function"]["arguments"]
