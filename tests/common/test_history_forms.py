@@ -234,6 +234,22 @@ def test_a_call_in_the_text_is_written_as_the_family_writes_it(text):
     assert "R2Rfunctions.weather:1" in shown
 
 
+def test_a_result_without_an_id_is_that_of_the_call_it_names_or_else_of_the_first_without_one(opened):
+    calls = [{"id": sent, "function": {"name": name, "arguments": "{}"}} for sent, name in ((None, "time"), ("call00000", "weather"), (None, "weather"))]
+    results = [{"role": "tool", "name": "weather", "content": "R1R"}, {"role": "tool", "content": "R2R"}, {"role": "tool", "tool_name": "weather", "content": "R3R"}]
+    shown = prompt(opened["wants ids"], [asked(), called(tool_calls=calls), *results], [TOOL])
+    assert re.findall(r"call\d{5}", shown) == ["call00001", "call00000", "call00002", "call00000", "call00001", "call00002"]
+
+
+def test_thousands_of_calls_and_results_of_one_turn_are_all_in_the_prompt(opened):
+    for name in ("wants ids", "refuses several calls", "results need their call", "neither", "names tool responses"):
+        calls = [{"id": f"i{number}", "function": {"name": "weather", "arguments": "{}"}} for number in range(3000)]
+        backwards = [{"role": "tool", "tool_call_id": f"i{number}", "content": "R1R"} for number in reversed(range(3000))]
+        without = [{"role": "tool", "content": "R1R"}] * 3000
+        for results in (backwards, without):
+            assert prompt(opened[name], [asked(), called(tool_calls=calls), *results], [TOOL]).count("R1R") == 3000
+
+
 def test_the_words_of_a_trial_are_in_no_prompt(opened):
     for name in TEMPLATES:
         assert "zq" not in prompt(opened[name], RESULTS["several rounds"][0], [TOOL]), RESULT

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from collections import defaultdict, deque
 from collections.abc import Sequence as Seq
 from contextlib import suppress
 from dataclasses import replace
@@ -59,27 +60,47 @@ def calls_in(dialogue: list[dict]) -> itertools.chain[dict]:
     return itertools.chain.from_iterable(message.get("tool_calls", ()) for message in dialogue)
 
 
+class Unanswered:
+    """The calls that have no result yet, in order."""
+
+    def __init__(self):
+        self.calls: dict[int, dict] = {}  # those, by the object's id
+        self.queues: defaultdict[tuple, deque[dict]] = defaultdict(deque)  # these and answered ones before them
+
+    def add(self, call: dict):
+        self.calls[id(call)] = call
+        for key in ((), ("id", call.get("id")), ("name", call["function"]["name"])):
+            self.queues[key].append(call)
+
+    def take(self, *keys: tuple) -> dict | None:
+        """The first call that any of these keys finds: ("id", ID), ("name", NAME), or () for every call."""
+        for key in keys:
+            queue = self.queues[key]
+            while queue and id(queue[0]) not in self.calls:
+                queue.popleft()
+            if queue:
+                return self.calls.pop(id(queue[0]))
+        return None
+
+
 def with_ids(dialogue: list[dict]):
     """Give an id to each call without one, and to each result without one that of its call: of the function
     that it names, or else of the first that has no result yet. Ollama's clients send none, and templates
     refuse that."""
     taken = {call.get("id") for call in calls_in(dialogue)}
     free = (name for number in itertools.count() if (name := f"call{number:05}") not in taken)
-    unanswered: list[dict] = []
+    unanswered = Unanswered()
     for message in dialogue:
         for call in message.get("tool_calls", ()):
             if not call.get("id"):
                 call["id"] = next(free)
-            unanswered.append(call)
+            unanswered.add(call)
         if message["role"] != "tool":
             continue
-        if not message.get("tool_call_id") and unanswered:
-            call = next((call for call in unanswered if call["function"]["name"] == message.get("name")),
-                        unanswered[0])
+        if call_id := message.get("tool_call_id"):
+            unanswered.take(("id", call_id))
+        elif call := unanswered.take(("name", message.get("name")), ()):
             message["tool_call_id"] = call["id"]
-        answered = next((call for call in unanswered if call["id"] == message.get("tool_call_id")), None)
-        if answered is not None:
-            unanswered.remove(answered)
 
 
 def nine_character_ids(dialogue: list[dict]):
@@ -91,10 +112,10 @@ def nine_character_ids(dialogue: list[dict]):
 
 def single_calls(dialogue: list[dict]) -> list[dict]:
     """The conversation with one call in each assistant message, followed by its result."""
-    results: dict[str, list[dict]] = {}
+    results: defaultdict[str, deque[dict]] = defaultdict(deque)
     for message in dialogue:
         if message["role"] == "tool" and message.get("tool_call_id"):
-            results.setdefault(message["tool_call_id"], []).append(message)
+            results[message["tool_call_id"]].append(message)
     split: list[dict] = []
     placed: set[int] = set()
     for message in dialogue:
@@ -106,8 +127,8 @@ def single_calls(dialogue: list[dict]) -> list[dict]:
                           "tool_calls": [call]})
             # some clients give all calls one id
             if waiting := results.get(call.get("id", "")):
-                placed.add(id(waiting[0]))
-                split.append(waiting.pop(0))
+                split.append(waiting.popleft())
+                placed.add(id(split[-1]))
     return split
 
 
@@ -115,11 +136,11 @@ def with_tool_responses(dialogue: list[dict]) -> list[dict]:
     """The conversation for Gemma 4's first templates: a message with calls also has their results and the
     text after them."""
     turns: list[dict] = []
+    calls: dict[str | None, str] = {}  # of the last turn: id -> name,
+    names: list[str] = []              # and these alone
     for message in dialogue:
         last = turns[-1] if turns else {}
-        calls = {call.get("id"): call["function"]["name"] for call in last.get("tool_calls", ())}
         if message["role"] == "tool" and calls:
-            names = [*calls.values()]
             responses = last.setdefault("tool_responses", [])
             name = calls.get(message.get("tool_call_id")) or names[min(len(responses), len(names) - 1)]
             responses.append({"name": name, "response": object_or_text(message["content"])})
@@ -128,23 +149,24 @@ def with_tool_responses(dialogue: list[dict]) -> list[dict]:
             last["content"] = message["content"]
         else:
             turns.append(message)
+            calls = {call.get("id"): call["function"]["name"] for call in message.get("tool_calls", ())}
+            names = [*calls.values()]
     return turns
 
 
 def orphans_of(dialogue: list[dict]) -> list[dict]:
     """The results that do not follow their call: between these are only other results."""
     orphans: list[dict] = []
-    unanswered: list[dict] = []
+    unanswered = Unanswered()
     for message in dialogue:
-        if message["role"] != "tool":
-            unanswered = [*message.get("tool_calls", ())]
+        if message["role"] == "tool":
+            call_id = message.get("tool_call_id")
+            if unanswered.take(*([("id", call_id), ("id", None)] if call_id else [()])) is None:
+                orphans.append(message)
             continue
-        call_id = message.get("tool_call_id")
-        call = next((call for call in unanswered if not call_id or call.get("id", call_id) == call_id), None)
-        if call is None:
-            orphans.append(message)
-        else:
-            unanswered.remove(call)
+        unanswered = Unanswered()
+        for call in message.get("tool_calls", ()):
+            unanswered.add(call)
     return orphans
 
 
@@ -152,16 +174,20 @@ def results_as_turns(dialogue: list[dict], results: list[dict]) -> list[dict]:
     """The conversation with those of its messages that are results as text of the user."""
     moved = {id(message) for message in results if message["role"] == "tool"}
     turns: list[dict] = []
+    texts: list[str] = []  # of the last turn
     for message in dialogue:
         is_result = id(message) in moved
         if is_result:
             message = {"role": "user", "content": f"{RESULT_BEGIN}{message['content']}{RESULT_END}"}
-        last = turns[-1] if turns else {"role": ""}
-        if message["role"] == last["role"] == "user" and (
-                is_result or last["content"].endswith(RESULT_END)):
-            last["content"] += "\n" + message["content"]  # many templates want roles to alternate
-        else:
-            turns.append(message)
+        if message["role"] == "user" and texts and (is_result or texts[-1].endswith(RESULT_END)):
+            texts.append(message["content"])  # many templates want roles to alternate
+            continue
+        if len(texts) > 1:
+            turns[-1]["content"] = "\n".join(texts)
+        turns.append(message)
+        texts = [message["content"]] if message["role"] == "user" else []
+    if len(texts) > 1:
+        turns[-1]["content"] = "\n".join(texts)
     return turns
 
 
