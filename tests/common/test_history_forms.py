@@ -53,6 +53,8 @@ TEMPLATES = {
     "calls only with tools": BEGIN + SHOWN + "{% if tools %}" + CALLS + AS_JSON + "{% endfor %}{% endif %}<|im_end|>\n" + END,
     "results need their call": template(AS_JSON, "{% if m.role == 'tool' and not (loop.previtem.tool_calls or loop.previtem.role == 'tool') %}{% continue %}{% endif %}"),
     "no calls beside text": BEGIN + SHOWN + "{% if not m.content %}" + CALLS + AS_JSON + "{% endfor %}{% endif %}<|im_end|>\n" + END,
+    "wants nine characters": template("{{ c.id + ' ' + c.function.arguments | tojson }}",
+                                      "{% for c in m.tool_calls or [] %}{% if c.id | length < 9 or '_' in c.id[-9:] %}{{ raise_exception('bad id') }}{% endif %}{% endfor %}"),
     "no place for tools": "{% for m in messages %}" + SHOWN + "<|im_end|>\n" + END}
 WORDS = {"object": ('{"city": "Rome"}', "Rome"), "an object itself": ({"city": "Rome"}, "Rome"), "null": (None, ""), "null as text": ("null", ""),
          "nothing": ("", ""), "spaces": (" \n", ""), "text": ("Rome please", "Rome please"), "JSON text": ('"Rome"', "Rome"), "a number": (31337, "31337"),
@@ -174,9 +176,9 @@ def test_how_a_template_shows_calls_is_found_by_filling_it_in(opened):
         "no results": replace(usual, results="text"), "neither": TEXT_ALONE, "results twice": replace(usual, results="text"),
         "refuses results": replace(usual, results="text"), "refuses several calls": replace(usual, single=True),
         "shows the first call": replace(usual, single=True), "names tool responses": replace(usual, wraps_text=True),
-        "wants ids": replace(usual, gives_ids=True), "roles alternate": replace(usual, answers_results=True),
+        "wants ids": replace(usual, gives_ids=True), "wants nine characters": replace(usual, nine_character_ids=True), "roles alternate": replace(usual, answers_results=True),
         "changes a list": replace(usual, calls="text"), "calls only with tools": usual,
-        "results need their call": replace(usual, moves_orphans=True), "no calls beside text": replace(usual, calls="text")}
+        "results need their call": replace(usual, moves_orphans=True), "no calls beside text": replace(usual, text_apart=True)}
     assert not opened["no place for tools"].forms       # a system prompt describes them, and everything is text
 
 
@@ -234,11 +236,24 @@ def test_a_call_in_the_text_is_written_as_the_family_writes_it(text):
     assert "R2Rfunctions.weather:1" in shown
 
 
+@pytest.mark.parametrize("arguments", ["{{ c.function.arguments | tojson }}", "{{ '' + c.function.arguments }}"])
+def test_deepseek_s_arguments_are_an_object_however_its_template_wants_them(text, arguments):
+    """vLLM's template for V3.1 writes them as JSON, and the model's own adds them to a text."""
+    source = template("<｜tool▁sep｜>" + arguments)
+    assert open_tokenizer(replace(text, chat_template=source)).tool_format == "deepseek"
+    assert '<｜tool▁sep｜>{"city": "Rome"}' in prompt(open_tokenizer(replace(text, chat_template=source)), RESULTS["one result"][0], [TOOL])
+
+
 def test_a_result_without_an_id_is_that_of_the_call_it_names_or_else_of_the_first_without_one(opened):
     calls = [{"id": sent, "function": {"name": name, "arguments": "{}"}} for sent, name in ((None, "time"), ("call00000", "weather"), (None, "weather"))]
     results = [{"role": "tool", "name": "weather", "content": "R1R"}, {"role": "tool", "content": "R2R"}, {"role": "tool", "tool_name": "weather", "content": "R3R"}]
     shown = prompt(opened["wants ids"], [asked(), called(tool_calls=calls), *results], [TOOL])
     assert re.findall(r"call\d{5}", shown) == ["call00001", "call00000", "call00002", "call00000", "call00001", "call00002"]
+
+
+def test_an_answer_and_its_call_in_two_messages_are_one_where_calls_are_text(opened):
+    shown = prompt(opened["no place for tools"], [asked(), {"role": "assistant", "content": "Let me see."}, called('{"city": "Rome"}'), result("R1R")], [TOOL])
+    assert shown.count("<|im_start|>assistant") == 2 and "Let me see.\n<tool_call>" in shown
 
 
 def test_thousands_of_calls_and_results_of_one_turn_are_all_in_the_prompt(opened):

@@ -38,12 +38,14 @@ class HistoryForm:
 
     results: Literal["messages", "members", "text"] = "messages"
     calls: Literal["members", "text"] = "members"
-    single: bool = False             # one call in each message, followed by its result
-    arguments_as_text: bool = False  # are arguments JSON in a string?
-    wraps_text: bool = False         # is what is no object given as {"arguments": text}?
-    gives_ids: bool = False          # do calls and results get ids that have none?
-    moves_orphans: bool = False      # are results that follow no call of theirs text of the user?
-    answers_results: bool = False    # does an empty answer precede a user's message after a result?
+    single: bool = False              # one call in each message, followed by its result
+    arguments_as_text: bool = False   # are arguments JSON in a string?
+    text_apart: bool = False          # is text before a call a message of its own?
+    wraps_text: bool = False          # is what is no object given as {"arguments": text}?
+    nine_character_ids: bool = False  # are ids of calls cut to nine letters and digits?
+    gives_ids: bool = False           # do calls and results get ids that have none?
+    moves_orphans: bool = False       # are results that follow no call of theirs text of the user?
+    answers_results: bool = False     # does an empty answer precede a user's message after a result?
 
 
 Forms = tuple[HistoryForm, ...]  # for requests without functions, and for those with; (): not found yet

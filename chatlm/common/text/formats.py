@@ -11,8 +11,8 @@ from typing import NamedTuple, TYPE_CHECKING
 
 from chatlm.common.jsontext import as_json
 from chatlm.common.text.history import (
-    arguments_as_text, as_gemma, as_harmony, calls_as_content, counted_ids, marked_for_gemma,
-    marked_for_harmony)
+    as_gemma, as_harmony, calls_as_content, counted_ids, marked_for_gemma, marked_for_harmony,
+    no_empty_content)
 from chatlm.common.text.notations import GEMMA, PYTHON, Notation
 from chatlm.common.text.schemas import SchemaForms, plain_schema
 
@@ -118,7 +118,7 @@ DEEPSEEK = CallFormat(
     call="<｜tool▁call▁begin｜>{name}<｜tool▁sep｜>{arguments}<｜tool▁call▁end｜>",
     calls="<｜tool▁calls▁begin｜>{calls}<｜tool▁calls▁end｜>", between="",
     marks=("<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),
-    inside=("<｜tool▁sep｜>",), name_end="<｜tool▁sep｜>", history=arguments_as_text)
+    inside=("<｜tool▁sep｜>",), name_end="<｜tool▁sep｜>", history=no_empty_content)
 MISTRAL = CallFormat(
     template_has=("[TOOL_CALLS]",), call='{"name": {quoted}, "arguments": {arguments}}',
     calls="[TOOL_CALLS][{calls}]", between=", ", marks=("[TOOL_CALLS]", ""), inside=("[CALL_ID]", "[ARGS]"))

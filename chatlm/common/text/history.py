@@ -23,6 +23,7 @@ To call a function, write
 {{"name": "the function", "arguments": {{...}}}}
 </tool_call>
 You then get what it returns in <tool_response>. Where no function helps, answer in words."""
+CALL_BEGIN, CALL_END = "<tool_call>\n", "\n</tool_call>"
 RESULT_BEGIN, RESULT_END = "<tool_response>\n", "\n</tool_response>"
 
 
@@ -32,14 +33,17 @@ def with_generic_tools(messages: Seq[Message], tools: Seq[dict], has_system: boo
     turns: list[Message] = []
     for message in messages:
         role, content, more = message.role, message.content, {**(message.more or {})}
-        for call in more.pop("tool_calls", ()):
-            call = json.dumps(call["function"], ensure_ascii=False)
-            content += ("\n" if content else "") + f"<tool_call>\n{call}\n</tool_call>"
+        calls = more.pop("tool_calls", ())
+        texts = [content, *(f"{CALL_BEGIN}{json.dumps(call['function'], ensure_ascii=False)}{CALL_END}"
+                            for call in calls)]
+        content = "\n".join(filter(None, texts))
         if is_result := role == "tool":
             role, content, more = "user", f"{RESULT_BEGIN}{content}{RESULT_END}", {}
-        if role == "user" and turns and turns[-1].role == "user" and (
-                is_result or turns[-1].content.endswith(RESULT_END)):
-            content = turns.pop().content + "\n" + content  # many templates want roles to alternate
+        if turns and turns[-1].role == role and (
+                is_result or calls or turns[-1].content.endswith((CALL_END, RESULT_END))):
+            last = turns.pop()  # many templates want roles to alternate
+            content = f"{last.content}\n{content}" if last.content else content
+            more = {**(last.more or {}), **more}
         turns.append(Message(role, content, more or None))
     if tools:
         prompt = GENERIC_TOOLS.format("\n".join(
@@ -130,6 +134,17 @@ def single_calls(dialogue: list[dict]) -> list[dict]:
                 split.append(waiting.popleft())
                 placed.add(id(split[-1]))
     return split
+
+
+def with_text_apart(dialogue: list[dict]) -> list[dict]:
+    """The conversation with text before calls in a message of its own."""
+    apart: list[dict] = []
+    for message in dialogue:
+        if message.get("tool_calls") and message["content"]:
+            apart.append({name: value for name, value in message.items() if name != "tool_calls"})
+            message = {"role": "assistant", "content": "", "tool_calls": message["tool_calls"]}
+        apart.append(message)
+    return apart
 
 
 def with_tool_responses(dialogue: list[dict]) -> list[dict]:
@@ -234,14 +249,11 @@ def counted_ids(dialogue: list[dict], mark: str = ""):
             message["tool_call_id"] = ids[old]
 
 
-def arguments_as_text(dialogue: list[dict], mark: str):
-    """DeepSeek's templates add the arguments of a call to text, and ask whether there is any content."""
+def no_empty_content(dialogue: list[dict], mark: str):
+    """DeepSeek's templates ask of a message with calls whether there is any content."""
     for message in dialogue:
         if message.get("tool_calls"):
             message["content"] = message["content"] or None
-    for call in calls_in(dialogue):
-        if not isinstance(call["function"]["arguments"], str):
-            call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
 
 
 def marked_for_gemma(dialogue: list[dict], mark: str):

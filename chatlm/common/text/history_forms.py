@@ -66,18 +66,19 @@ TEXT_ALONE = HistoryForm("text", "text")  # what a template shows that shows any
 def usual_form(template: str) -> HistoryForm:
     """The form that a template's source suggests."""
     members = "tool_responses" in template and "tool_call_id" not in template
-    return HistoryForm("members" if members else "messages", single="tool_calls[0]" in template)
+    return HistoryForm("members" if members else "messages", single="tool_calls[0]" in template,
+                       arguments_as_text="<｜tool▁sep｜>" in template,
+                       nine_character_ids="length != 9" in template)
 
 
 def forms_of(template: str) -> list[HistoryForm]:
     """The forms in which a template may show calls and results, the best first."""
     results = ("members", "messages") if usual_form(template).results == "members" else ("messages",)
-    tried = [HistoryForm(kind, single=single, arguments_as_text=as_text)
-             for kind in results for single in (False, True) for as_text in (False, True)]
-    tried += [HistoryForm(calls="text"), HistoryForm(calls="text", single=True)]
-    tried += [HistoryForm("text", single=single, arguments_as_text=as_text)
-              for single in (False, True) for as_text in (False, True)]
-    return [*tried, TEXT_ALONE]
+    ways = [HistoryForm(single=single, arguments_as_text=as_text, text_apart=apart)
+            for single in (False, True) for as_text in (False, True) for apart in (False, True)]
+    return [*(replace(way, results=kind) for kind in results for way in ways),
+            HistoryForm(calls="text"), HistoryForm(calls="text", single=True),
+            *(replace(way, results="text") for way in ways), TEXT_ALONE]
 
 
 # Words that no template has
@@ -117,21 +118,33 @@ def result_of(number: int, text: str) -> Message:
     return Message("tool", text, {"tool_call_id": f"zqcall{number}qz"})
 
 
-def without_ids(message: Message) -> Message:
-    calls = [{name: value for name, value in call.items() if name != "id"}
-             for call in (message.more or {}).get("tool_calls", ())]
-    return replace(message, more={"tool_calls": calls} if calls else None)
+def with_other_ids(message: Message, changed: Callable[[str], dict]) -> Message:
+    """The message with its calls' ids, and the id that it answers, as `changed` makes them of these."""
+    more = dict(message.more or {})
+    if "tool_call_id" in more:
+        ids = changed(more.pop("tool_call_id"))
+        more |= {"tool_call_id": ids["id"]} if ids else {}
+    if calls := more.get("tool_calls"):
+        more["tool_calls"] = [{"type": "function", "function": call["function"], **changed(call["id"])}
+                              for call in calls]
+    return replace(message, more=more or None)
+
+
+def usual_with_ids(changed: Callable[[str], dict]) -> Trial:
+    return USUAL._replace(messages=tuple(with_other_ids(message, changed) for message in USUAL.messages))
 
 
 ONE, *BOTH = ({ARGUMENT: value} for value in VALUES)
-USUAL = Trial((  # text before a call, two calls at once, results that are alike
-    asked(ASKED), called(SAID, ONE), result_of(0, RESULT), answered(ANSWER),
+USUAL = Trial((  # a call, two calls at once, results that are alike
+    asked(ASKED), called("", ONE), result_of(0, RESULT), answered(ANSWER),
     asked(MORE), called("", *BOTH, first=1), result_of(1, TWICE), result_of(2, TWICE)),
     {RESULT: 1, TWICE: 2}, VALUES)
+BESIDE_TEXT = Trial((asked(ASKED), called(SAID, ONE), result_of(0, RESULT)), {RESULT: 1}, VALUES[:1])
 UNUSUAL = {  # what a form is changed for, if a template does not show this
     "wraps_text": Trial((asked(ASKED), called("", f'{{"{ARGUMENT}": "{CUT}'), result_of(0, RESULT)),
                         {RESULT: 1}, (CUT,)),
-    "gives_ids": USUAL._replace(messages=tuple(map(without_ids, USUAL.messages))),
+    "nine_character_ids": usual_with_ids(lambda given: {"id": "call_" + given[-3:]}),
+    "gives_ids": usual_with_ids(lambda given: {}),
     "moves_orphans": Trial((asked(ASKED), result_of(8, TWICE), called("", ONE), result_of(0, RESULT),
                             answered(ANSWER), asked(MORE), result_of(9, TWICE)),
                            {RESULT: 1, TWICE: 2}, VALUES[:1]),
@@ -149,6 +162,7 @@ class FormFinder:
         self.template, self.mark, self.mend, self.arguments = template, mark, mend, arguments
 
     def find(self) -> Filling[Forms]:
+        """The forms for requests without functions, and for those with."""
         forms = list[HistoryForm]()
         for tools in ((), (A_FUNCTION,)):
             try:
@@ -166,7 +180,8 @@ class FormFinder:
 
     def _find(self, tools: Seq[dict]) -> Filling[HistoryForm]:
         for form in forms_of(self.template):
-            if (yield from self._shows(USUAL, tools, form)):
+            if (yield from self._shows(BESIDE_TEXT, tools, form)) and (
+                    yield from self._shows(USUAL, tools, form)):
                 break
         else:
             return usual_form(self.template)

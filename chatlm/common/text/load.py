@@ -20,7 +20,7 @@ from chatlm.common.messages.requests import Message
 from chatlm.common.text.formats import calls_of, thoughts_of
 from chatlm.common.text.history import (
     nine_character_ids, orphans_of, results_as_turns, single_calls, with_answers, with_generic_tools,
-    with_ids, with_tool_responses)
+    with_ids, with_text_apart, with_tool_responses)
 from chatlm.common.text.history_forms import (
     Filling, FormFinder, rendering, usual_form, write_calls)
 from chatlm.common.text.pictures import ShownPictures, pictures_of
@@ -286,10 +286,12 @@ class HuggingFaceTokenizer(Tokenizer):
         the ids and in the form that it accepts."""
         if form.gives_ids:
             with_ids(dialogue)
-        if "length != 9" in (self.spec.chat_template or ""):
+        if form.nine_character_ids:
             nine_character_ids(dialogue)
         if form.moves_orphans:
             dialogue = results_as_turns(dialogue, orphans_of(dialogue))
+        if form.text_apart:
+            dialogue = with_text_apart(dialogue)
         if form.answers_results:
             dialogue = with_answers(dialogue)
         write_calls(dialogue, form, self.call_format)
