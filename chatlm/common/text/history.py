@@ -68,8 +68,9 @@ class Unanswered:
     """The calls that have no result yet, in order."""
 
     def __init__(self):
-        self.calls: dict[int, dict] = {}  # those, by the object's id
-        self.queues: defaultdict[tuple, deque[dict]] = defaultdict(deque)  # these and answered ones before them
+        self.calls: dict[int, dict] = {}  # by the object's id
+        # by what finds them; answered ones leave when they come first
+        self.queues: defaultdict[tuple, deque[dict]] = defaultdict(deque)
 
     def add(self, call: dict):
         self.calls[id(call)] = call

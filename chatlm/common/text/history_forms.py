@@ -1,8 +1,8 @@
 """How a chat template shows earlier calls and their results: found by filling it in, and looking.
 
 Templates differ in what they want: arguments as an object or as text, one call in a message or several,
-results as messages or beside their calls. Some lose results, or show no calls. What a template's source says is
-no proof, so short conversations, whose words are in no template, are tried in one form after the other."""
+results as messages or beside their calls. Some lose results, or show no calls. What a template's source says
+is no proof, so short conversations, whose words are in no template, are tried in one form after the other."""
 
 from __future__ import annotations
 
@@ -83,7 +83,8 @@ def forms_of(template: str) -> list[HistoryForm]:
 
 # Words that no template has
 ASKED, SAID, NAME, ARGUMENT, RESULT, ANSWER, MORE, TWICE, CUT = (
-    f"zq{word}qz" for word in ("asked", "said", "name", "argument", "result", "answer", "more", "twice", "cut"))
+    f"zq{word}qz" for word in (
+        "asked", "said", "name", "argument", "result", "answer", "more", "twice", "cut"))
 VALUES = tuple(f"zqvalue{letter}qz" for letter in "abc")
 A_FUNCTION = {"type": "function", "function": {
     "name": NAME, "description": "a function", "parameters": {
