@@ -5,7 +5,6 @@ The converter is in the source package of llama-cpp-python, which the test downl
 import json
 import subprocess
 import sys
-import tarfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch
 
 from engines import tensors_of
 from families import CONVERTED, MODELS, answers, check, clear_cases, kernels_of, load, make_model, save, transformer
-from peer_packages import made
+from peer_packages import llama_cpp
 
 
 pytestmark = pytest.mark.slow
@@ -52,13 +51,7 @@ def write_case(folder, name, changes):
 def converted(tmp_path_factory):
     """name -> a folder that also has a model.gguf."""
     home = tmp_path_factory.mktemp("converter")
-    download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "llama-cpp-python", "-r", "template.txt"]
-    (package,) = made("harmony-template", "template.txt", download).glob("*.tar.gz")
-    with tarfile.open(package) as files:
-        wanted = [member for member in files.getmembers() if any(
-            part in member.name for part in ("/llama.cpp/convert_hf_to_gguf.py", "/llama.cpp/conversion/", "/llama.cpp/gguf-py/"))]
-        files.extractall(home, wanted, filter="data")
-    (script,) = home.rglob("convert_hf_to_gguf.py")
+    script = llama_cpp(home, "convert_hf_to_gguf.py", "conversion/", "gguf-py/") / "convert_hf_to_gguf.py"
     folders = {name: home / f"{index}" for index, name in enumerate(CASES)}
     for name, folder in folders.items():
         write_case(folder, *CASES[name])

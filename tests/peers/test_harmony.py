@@ -10,7 +10,6 @@ import os
 import random
 import subprocess
 import sys
-import tarfile
 import time
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from chatlm.common.text.load import open_tokenizer
 from chatlm.front.api.conversation import openai_messages
 from chatlm.worker.engine.answer import Answer
 from answers import together
-from peer_packages import INSTALL_S, NPM, made, made_venv
+from peer_packages import INSTALL_S, NPM, llama_cpp, made, made_venv
 from works import assignment
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * INSTALL_S + 300)]
@@ -56,13 +55,9 @@ def ask(ranks):
 
 
 @pytest.fixture(scope="module")
-def tokenizer(ranks):
+def tokenizer(ranks, tmp_path_factory):
     from transformers.convert_slow_tokenizer import TikTokenConverter
-    download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "llama-cpp-python", "-r", "template.txt"]
-    (package,) = made("harmony-template", "template.txt", download).glob("*.tar.gz")
-    with tarfile.open(package) as files:
-        (path,) = (name for name in files.getnames() if name.endswith(TEMPLATE))
-        template = files.extractfile(path).read().decode()
+    template = (llama_cpp(tmp_path_factory.mktemp("llama.cpp"), TEMPLATE) / TEMPLATE).read_text()
     specials = [f"<|{SPECIALS.get(token, f'reserved_{token}')}|>" for token in range(199998, 201088)]
     pipeline = TikTokenConverter(str(ranks / "o200k_base.tiktoken"), PATTERN, extra_special_tokens=specials).converted()
     return open_tokenizer(TextSpec("hf", pipeline.to_str().encode(), template))

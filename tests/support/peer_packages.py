@@ -4,6 +4,7 @@ import hashlib
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,17 @@ def made_venv(name, source):
     pip = [sys.executable, "-m", "pip", "--python", "venv/bin/python", "install", "--quiet", "--no-deps", "--no-compile",
            "--disable-pip-version-check", "--retries", "1", "-r", source]
     return made(name, source, venv, pip) / "venv/bin/python"
+
+
+def llama_cpp(folder, *parts):
+    """The folder of llama.cpp's sources, of which the files whose paths have one of `parts` are unpacked into `folder`: from the source
+    package of llama-cpp-python, which is downloaded once."""
+    download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "llama-cpp-python", "-r", "template.txt"]
+    (package,) = made("harmony-template", "template.txt", download).glob("*.tar.gz")
+    with tarfile.open(package) as files:
+        files.extractall(folder, [member for member in files.getmembers() if any(f"/llama.cpp/{part}" in member.name for part in parts)], filter="data")
+    (home,) = folder.glob("*/vendor/llama.cpp")
+    return home
 
 
 NPM = ["npm", "install", "--no-audit", "--no-fund", "--no-package-lock", "--loglevel=error"]

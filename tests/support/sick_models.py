@@ -189,6 +189,10 @@ OF_TEXT = (
                    "template"),
     metadata_fault("a template that shows the last message twice", template_of(CHATML.replace(
         "{% endfor %}", "{% endfor %}{{ messages[-1]['content'] }}")), "template"),
+    metadata_fault("a template that loses results of calls", template_of("{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML.replace(
+        "%}{{ '<|im", "%}{% if message.role == 'tool' %}{% continue %}{% endif %}{{ '<|im", 1).replace(
+        "+ '<|im_end|>", "+ (message.tool_calls | tojson if message.tool_calls else '') + '<|im_end|>", 1)), "template"),
+    metadata_fault("a template that shows no calls", template_of("{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML), "template"),
     metadata_fault("another model's template", template_of(INST), "template"),
     metadata_fault("a template whose end token does not end answers", template_of(CHATML.replace("<|im_end|>", "<file_sep>")), "template"),
     Fault("nanochat's ranks in another order", nanochat, ranks_in_another_order, ("merges",)),

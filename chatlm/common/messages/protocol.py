@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from chatlm.common.config import Settings
 from chatlm.common.messages.requests import (
-    DRAFT_SOURCES, AnswerParams, Embedder, InfillTokens, ModelFacts, ModelSource, Request, TextSpec,
-    WorkerEvent)
+    DRAFT_SOURCES, AnswerParams, Embedder, Forms, InfillTokens, ModelFacts, ModelSource, Request,
+    TextSpec, WorkerEvent)
 from chatlm.common.messages.wire import Pipe, wire_message
 
 
@@ -368,6 +368,7 @@ class SandboxConfig:
     nice: int = 0  # its niceness: how far it yields when the processors are busy
     number: int = 0  # of the model
     scored_length: int = 0  # as in ModelCard
+    forms: Forms = ()       # how the chat template shows earlier calls, for what reads bodies
 
 
 @wire_message(64 << 20)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from chatlm.common.config import CHAT_TEMPERATURE, FLAGS, Settings
 
@@ -27,6 +27,28 @@ class Message:
     pictures: tuple[Picture, ...] = ()
     parts: tuple[str | int, ...] = ()  # where they stand: texts, together the content, and indexes of
                                        # pictures, each once, in order; (): there are none
+
+
+@dataclass(frozen=True)
+class HistoryForm:
+    """How earlier calls and their results are given to a chat template (see common/text/history_forms.py).
+
+    Results are messages of role tool, members of the message with their calls, or text in messages of the
+    user. Calls are members of their message, or text in it."""
+
+    results: Literal["messages", "members", "text"] = "messages"
+    calls: Literal["members", "text"] = "members"
+    single: bool = False              # one call in each message, followed by its result
+    arguments_as_text: bool = False   # are arguments JSON in a string?
+    text_apart: bool = False          # is text before a call a message of its own?
+    wraps_text: bool = False          # is what is no object given as {"arguments": text}?
+    nine_character_ids: bool = False  # are ids of calls cut to nine letters and digits?
+    gives_ids: bool = False           # do calls and results get ids that have none?
+    moves_orphans: bool = False       # are results that follow no call of theirs text of the user?
+    answers_results: bool = False     # does an empty answer precede a user's message after a result?
+
+
+Forms = tuple[HistoryForm, ...]  # for requests without functions, and for those with; (): not found yet
 
 
 class Vision(NamedTuple):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence as Seq
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TYPE_CHECKING
 
+from chatlm.common.jsontext import as_json
 from chatlm.common.text.history import (
-    arguments_as_text, as_gemma, as_harmony, calls_as_content, counted_ids, marked_for_gemma,
-    marked_for_harmony)
+    as_gemma, as_harmony, calls_as_content, counted_ids, marked_for_gemma, marked_for_harmony,
+    no_empty_content)
 from chatlm.common.text.notations import GEMMA, PYTHON, Notation
 from chatlm.common.text.schemas import SchemaForms, plain_schema
 
@@ -32,6 +33,10 @@ class Tags(NamedTuple):
     parameter: str             # before its value
     value_end: str             # after it
     loose_lines: bool = False  # models may omit line breaks; GLM-4.7 writes none
+
+    def written(self, name: str, value) -> str:
+        text = value if isinstance(value, str) else as_json(value)
+        return self.parameter.replace("{name}", name) + text + self.value_end
 
 
 def described(function: Mapping) -> Mapping:
@@ -87,6 +92,21 @@ class CallFormat:
         text = self.calls.replace("{calls}", self.call).partition(self.marks[0] or "{calls}")[2]
         return re.split(r'"|\{(?:name|quoted)\}', text)[0].strip()
 
+    def written(self, calls: Seq[Mapping]) -> str:
+        """Earlier calls, whose arguments are objects, as the family writes them."""
+        between = "\n" if self.between is None else self.between
+        return self.calls.replace("{calls}", between.join(map(self._written, calls)))
+
+    def _written(self, call: Mapping) -> str:
+        name, arguments = call["function"]["name"], call["function"]["arguments"]
+        number = call.get("id", "").rpartition(":")[2]
+        parts = {"name": name, "quoted": as_json(name), "digit": number, "arguments": as_json(arguments)}
+        if self.notation:
+            parts["arguments"] = self.notation.arguments(arguments)
+        elif self.tags:
+            parts["arguments"] = "".join(self.tags.written(*pair) for pair in arguments.items())
+        return re.sub(r"\{(name|quoted|digit|arguments)\}", lambda place: parts[place[1]], self.call)
+
     @property
     def around_arguments(self) -> list[str]:
         """What is between the marker that begins a call and its arguments, and after them."""
@@ -98,7 +118,7 @@ DEEPSEEK = CallFormat(
     call="<｜tool▁call▁begin｜>{name}<｜tool▁sep｜>{arguments}<｜tool▁call▁end｜>",
     calls="<｜tool▁calls▁begin｜>{calls}<｜tool▁calls▁end｜>", between="",
     marks=("<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),
-    inside=("<｜tool▁sep｜>",), name_end="<｜tool▁sep｜>", history=arguments_as_text)
+    inside=("<｜tool▁sep｜>",), name_end="<｜tool▁sep｜>", history=no_empty_content)
 MISTRAL = CallFormat(
     template_has=("[TOOL_CALLS]",), call='{"name": {quoted}, "arguments": {arguments}}',
     calls="[TOOL_CALLS][{calls}]", between=", ", marks=("[TOOL_CALLS]", ""), inside=("[CALL_ID]", "[ARGS]"))

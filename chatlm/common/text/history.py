@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from collections import defaultdict, deque
 from collections.abc import Sequence as Seq
 from contextlib import suppress
 from dataclasses import replace
@@ -22,6 +23,8 @@ To call a function, write
 {{"name": "the function", "arguments": {{...}}}}
 </tool_call>
 You then get what it returns in <tool_response>. Where no function helps, answer in words."""
+CALL_BEGIN, CALL_END = "<tool_call>\n", "\n</tool_call>"
+RESULT_BEGIN, RESULT_END = "<tool_response>\n", "\n</tool_response>"
 
 
 def with_generic_tools(messages: Seq[Message], tools: Seq[dict], has_system: bool = True) -> list[Message]:
@@ -30,13 +33,17 @@ def with_generic_tools(messages: Seq[Message], tools: Seq[dict], has_system: boo
     turns: list[Message] = []
     for message in messages:
         role, content, more = message.role, message.content, {**(message.more or {})}
-        for call in more.pop("tool_calls", ()):
-            call = json.dumps(call["function"], ensure_ascii=False)
-            content += ("\n" if content else "") + f"<tool_call>\n{call}\n</tool_call>"
-        if role == "tool":
-            role, content, more = "user", f"<tool_response>\n{content}\n</tool_response>", {}
-        if role == "user" and turns and turns[-1].role == "user" and turns[-1].content.endswith("response>"):
-            content = turns.pop().content + "\n" + content  # many templates want roles to alternate
+        calls = more.pop("tool_calls", ())
+        texts = [content, *(f"{CALL_BEGIN}{json.dumps(call['function'], ensure_ascii=False)}{CALL_END}"
+                            for call in calls)]
+        content = "\n".join(filter(None, texts))
+        if is_result := role == "tool":
+            role, content, more = "user", f"{RESULT_BEGIN}{content}{RESULT_END}", {}
+        if turns and turns[-1].role == role and (
+                is_result or calls or turns[-1].content.endswith((CALL_END, RESULT_END))):
+            last = turns.pop()  # many templates want roles to alternate
+            content = f"{last.content}\n{content}" if last.content else content
+            more = {**(last.more or {}), **more}
         turns.append(Message(role, content, more or None))
     if tools:
         prompt = GENERIC_TOOLS.format("\n".join(
@@ -50,10 +57,72 @@ def with_generic_tools(messages: Seq[Message], tools: Seq[dict], has_system: boo
     return turns
 
 
+# The functions from here on get conversations as templates do, as lists of objects.
+
+
+def calls_in(dialogue: list[dict]) -> itertools.chain[dict]:
+    return itertools.chain.from_iterable(message.get("tool_calls", ()) for message in dialogue)
+
+
+class Unanswered:
+    """The calls that have no result yet, in order."""
+
+    def __init__(self):
+        self.calls: dict[int, dict] = {}  # by the object's id
+        # by what finds them; answered ones leave when they come first
+        self.queues: defaultdict[tuple, deque[dict]] = defaultdict(deque)
+
+    def add(self, call: dict):
+        self.calls[id(call)] = call
+        for key in ((), ("id", call.get("id")), ("name", call["function"]["name"])):
+            self.queues[key].append(call)
+
+    def take(self, *keys: tuple) -> dict | None:
+        """The first call that any of these keys finds: ("id", ID), ("name", NAME), or () for every call."""
+        for key in keys:
+            queue = self.queues[key]
+            while queue and id(queue[0]) not in self.calls:
+                queue.popleft()
+            if queue:
+                return self.calls.pop(id(queue[0]))
+        return None
+
+
+def with_ids(dialogue: list[dict]):
+    """Give an id to each call without one, and to each result without one that of its call: of the function
+    that it names, or else of the first that has no result yet. Ollama's clients send none, and templates
+    refuse that."""
+    taken = {call.get("id") for call in calls_in(dialogue)}
+    free = (name for number in itertools.count() if (name := f"call{number:05}") not in taken)
+    unanswered = Unanswered()
+    for message in dialogue:
+        for call in message.get("tool_calls", ()):
+            if not call.get("id"):
+                call["id"] = next(free)
+            unanswered.add(call)
+        if message["role"] != "tool":
+            continue
+        if call_id := message.get("tool_call_id"):
+            unanswered.take(("id", call_id))
+        elif call := unanswered.take(("name", message.get("name")), ()):
+            message["tool_call_id"] = call["id"]
+
+
+def nine_character_ids(dialogue: list[dict]):
+    """Ids of calls as Mistral's templates accept them."""
+    for holder, key in (*((message, "tool_call_id") for message in dialogue),
+                        *((call, "id") for call in calls_in(dialogue))):
+        holder[key] = re.sub("[^A-Za-z0-9]", "", holder.get(key) or "")[-9:].rjust(9, "0")
+
+
 def single_calls(dialogue: list[dict]) -> list[dict]:
     """The conversation with one call in each assistant message, followed by its result."""
-    results = {message["tool_call_id"]: message for message in dialogue if message.get("tool_call_id")}
-    split, placed = [], set()
+    results: defaultdict[str, deque[dict]] = defaultdict(deque)
+    for message in dialogue:
+        if message["role"] == "tool" and message.get("tool_call_id"):
+            results[message["tool_call_id"]].append(message)
+    split: list[dict] = []
+    placed: set[int] = set()
     for message in dialogue:
         calls = message.get("tool_calls", ())
         if len(calls) < 2 and id(message) not in placed:
@@ -61,22 +130,33 @@ def single_calls(dialogue: list[dict]) -> list[dict]:
         for call in calls if len(calls) > 1 else ():
             split.append({**(message if call is calls[0] else {"role": "assistant", "content": ""}),
                           "tool_calls": [call]})
-            if result := results.get(call.get("id")):
-                split.append(result)
-                placed.add(id(result))
+            # some clients give all calls one id
+            if waiting := results.get(call.get("id", "")):
+                split.append(waiting.popleft())
+                placed.add(id(split[-1]))
     return split
 
 
-def with_tool_responses(dialogue: list[dict], mark: str) -> list[dict]:
+def with_text_apart(dialogue: list[dict]) -> list[dict]:
+    """The conversation with text before calls in a message of its own."""
+    apart: list[dict] = []
+    for message in dialogue:
+        if message.get("tool_calls") and message["content"]:
+            apart.append({name: value for name, value in message.items() if name != "tool_calls"})
+            message = {"role": "assistant", "content": "", "tool_calls": message["tool_calls"]}
+        apart.append(message)
+    return apart
+
+
+def with_tool_responses(dialogue: list[dict]) -> list[dict]:
     """The conversation for Gemma 4's first templates: a message with calls also has their results and the
     text after them."""
-    marked_for_gemma(dialogue, mark)
     turns: list[dict] = []
+    calls: dict[str | None, str] = {}  # of the last turn: id -> name,
+    names: list[str] = []              # and these alone
     for message in dialogue:
         last = turns[-1] if turns else {}
-        calls = {call.get("id"): call["function"]["name"] for call in last.get("tool_calls", ())}
         if message["role"] == "tool" and calls:
-            names = [*calls.values()]
             responses = last.setdefault("tool_responses", [])
             name = calls.get(message.get("tool_call_id")) or names[min(len(responses), len(names) - 1)]
             responses.append({"name": name, "response": object_or_text(message["content"])})
@@ -85,6 +165,55 @@ def with_tool_responses(dialogue: list[dict], mark: str) -> list[dict]:
             last["content"] = message["content"]
         else:
             turns.append(message)
+            calls = {call.get("id"): call["function"]["name"] for call in message.get("tool_calls", ())}
+            names = [*calls.values()]
+    return turns
+
+
+def orphans_of(dialogue: list[dict]) -> list[dict]:
+    """The results that do not follow their call: between these are only other results."""
+    orphans: list[dict] = []
+    unanswered = Unanswered()
+    for message in dialogue:
+        if message["role"] == "tool":
+            call_id = message.get("tool_call_id")
+            if unanswered.take(*([("id", call_id), ("id", None)] if call_id else [()])) is None:
+                orphans.append(message)
+            continue
+        unanswered = Unanswered()
+        for call in message.get("tool_calls", ()):
+            unanswered.add(call)
+    return orphans
+
+
+def results_as_turns(dialogue: list[dict], results: list[dict]) -> list[dict]:
+    """The conversation with those of its messages that are results as text of the user."""
+    moved = {id(message) for message in results if message["role"] == "tool"}
+    turns: list[dict] = []
+    texts: list[str] = []  # of the last turn
+    for message in dialogue:
+        is_result = id(message) in moved
+        if is_result:
+            message = {"role": "user", "content": f"{RESULT_BEGIN}{message['content']}{RESULT_END}"}
+        if message["role"] == "user" and texts and (is_result or texts[-1].endswith(RESULT_END)):
+            texts.append(message["content"])  # many templates want roles to alternate
+            continue
+        if len(texts) > 1:
+            turns[-1]["content"] = "\n".join(texts)
+        turns.append(message)
+        texts = [message["content"]] if message["role"] == "user" else []
+    if len(texts) > 1:
+        turns[-1]["content"] = "\n".join(texts)
+    return turns
+
+
+def with_answers(dialogue: list[dict]) -> list[dict]:
+    """The conversation with an empty answer between results of calls and a user's message after them."""
+    turns: list[dict] = []
+    for message in dialogue:
+        if message["role"] == "user" and turns and turns[-1]["role"] == "tool":
+            turns.append({"role": "assistant", "content": ""})
+        turns.append(message)
     return turns
 
 
@@ -94,17 +223,6 @@ def object_or_text(text: str):
         if isinstance(value := json.loads(text), dict):
             return value
     return text
-
-
-def calls_in(dialogue: list[dict]) -> itertools.chain[dict]:
-    return itertools.chain.from_iterable(message.get("tool_calls", ()) for message in dialogue)
-
-
-def nine_character_ids(dialogue: list[dict]):
-    """Ids of calls as Mistral's templates accept them."""
-    for holder, key in (*((message, "tool_call_id") for message in dialogue),
-                        *((call, "id") for call in calls_in(dialogue))):
-        holder[key] = re.sub("[^A-Za-z0-9]", "", holder.get(key) or "")[-9:].rjust(9, "0")
 
 
 # The functions of CALL_FORMATS below change a conversation in place. `mark` is text that no client can type,
@@ -121,7 +239,7 @@ def result_of_call(mark: str) -> str:
     return mark + "\ue003"
 
 
-def counted_ids(dialogue: list[dict], mark: str):
+def counted_ids(dialogue: list[dict], mark: str = ""):
     """Kimi's ids of calls name the function and count the calls."""
     ids, numbers = {}, itertools.count()
     for call in calls_in(dialogue):
@@ -132,21 +250,18 @@ def counted_ids(dialogue: list[dict], mark: str):
             message["tool_call_id"] = ids[old]
 
 
-def arguments_as_text(dialogue: list[dict], mark: str):
-    """DeepSeek's templates add the arguments of a call to text, and ask whether there is any content."""
+def no_empty_content(dialogue: list[dict], mark: str):
+    """DeepSeek's templates ask of a message with calls whether there is any content."""
     for message in dialogue:
         if message.get("tool_calls"):
             message["content"] = message["content"] or None
-    for call in calls_in(dialogue):
-        if not isinstance(call["function"]["arguments"], str):
-            call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
 
 
 def marked_for_gemma(dialogue: list[dict], mark: str):
     """Gemma 4's templates put the text of a message behind its calls, even behind their results: where it
     came before them, the first call's name says it, for as_gemma to put it there."""
     for message in dialogue:
-        if message.get("tool_calls") and message["content"] and "tool_responses" not in message:
+        if message.get("tool_calls") and message["content"]:
             function = message["tool_calls"][0]["function"]
             text, sign = message["content"].strip(), before_call(mark)
             function["name"], message["content"] = sign + text + sign + function["name"], ""

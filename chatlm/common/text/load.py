@@ -10,22 +10,28 @@ import secrets
 from collections.abc import Iterable, Mapping, Sequence as Seq
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, TYPE_CHECKING
+from typing import Any, TYPE_CHECKING, TypeVar
 
-from chatlm.common.errors import ConfigError, RequestError, lack_of_memory, named, require_library
+from chatlm.common.errors import (
+    ConfigError, RequestError, lack_of_memory, named, printable, require_library)
 from chatlm.common.jsontext import whole_unicode
+from chatlm.common.log import log
 from chatlm.common.messages.requests import Message
 from chatlm.common.text.formats import calls_of, thoughts_of
 from chatlm.common.text.history import (
-    nine_character_ids, single_calls, with_generic_tools, with_tool_responses)
+    nine_character_ids, orphans_of, results_as_turns, single_calls, with_answers, with_generic_tools,
+    with_ids, with_text_apart, with_tool_responses)
+from chatlm.common.text.history_forms import (
+    Filling, FormFinder, rendering, usual_form, write_calls)
 from chatlm.common.text.pictures import ShownPictures, pictures_of
 from chatlm.common.text.tokenizer import (
     NO_OPTIONS, Tokenizer, ToolTokens, compile_chat_template, fill_template)
 
 if TYPE_CHECKING:
-    from chatlm.common.messages.requests import Picture, TextSpec
+    from chatlm.common.messages.requests import Forms, HistoryForm, Picture, TextSpec
 
 
+T = TypeVar("T")
 NANOCHAT_CHAT_TOKENS = (
     "<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>")
 
@@ -195,6 +201,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.has_chat_template = self.templated = bool(self.spec.chat_template)
         self.tool_format, self.native_tools = calls_of(self.spec)
         self.thoughts = thoughts_of(self.spec.chat_template or "")
+        self.told_of_refusal = False
         tokens = self.named_tokens
         if ends := frozenset(tokens[name] for name in self.call_format.stops if name in tokens):
             self.stop_tokens = ends
@@ -236,7 +243,8 @@ class HuggingFaceTokenizer(Tokenizer):
         return "" if token is None else self.name_of(token) or ""
 
     def template_arguments(self, messages: Seq[Message], tools: Seq[dict],
-                           options: Mapping = NO_OPTIONS) -> dict:
+                           options: Mapping = NO_OPTIONS, form: HistoryForm | None = None) -> dict:
+        """What to fill in the template with. form: of earlier calls, if the template shows any."""
         if not self.has_chat_template:
             raise RequestError(NO_TEMPLATE, code="no_chat_template")
         try:
@@ -251,7 +259,8 @@ class HuggingFaceTokenizer(Tokenizer):
                 last = dialogue[-1]  # cut in its text, or already in its reasoning
                 in_thoughts = not last["content"] and last.get("reasoning_content")
                 last["reasoning_content" if in_thoughts else "content"] += 2 * self.mark
-            dialogue = self.shown_pictures.as_parts(self.history(dialogue))
+            dialogue = self.shown_pictures.as_parts(
+                self.history(dialogue, form or usual_form(self.spec.chat_template or "")))
             tools = [{**tool, "function": self.call_format.function(tool["function"])} for tool in tools]
             return {**self._mark_specials(self.thinking_options(options)), "messages": dialogue,
                     "tools": self._mark_specials(tools) or None, "documents": None,
@@ -272,21 +281,48 @@ class HuggingFaceTokenizer(Tokenizer):
                                                                         "thinking": False})
         return thinks | dict(options.get("chat_template_kwargs", {}))
 
-    def history(self, dialogue: list[dict]) -> list[dict]:
-        """Messages as this template expects them: reasoning under its name, and calls in the number and with
-        the ids that it accepts."""
-        template = self.spec.chat_template or ""
-        if "length != 9" in template:
+    def history(self, dialogue: list[dict], form: HistoryForm) -> list[dict]:
+        """Messages as this template expects them: reasoning under its name, and calls in the number, with
+        the ids and in the form that it accepts."""
+        if form.gives_ids:
+            with_ids(dialogue)
+        if form.nine_character_ids:
             nine_character_ids(dialogue)
-        if "tool_calls[0]" in template:
+        if form.moves_orphans:
+            dialogue = results_as_turns(dialogue, orphans_of(dialogue))
+        if form.text_apart:
+            dialogue = with_text_apart(dialogue)
+        if form.answers_results:
+            dialogue = with_answers(dialogue)
+        write_calls(dialogue, form, self.call_format)
+        if form.single:
             dialogue = single_calls(dialogue)
-        if "tool_responses" in template and "tool_call_id" not in template:
-            dialogue = with_tool_responses(dialogue, self.mark)
         for message in dialogue:
             if thought := message.get("reasoning_content"):
                 message["reasoning"] = message["thinking"] = thought
         self.call_format.history(dialogue, self.mark)
-        return dialogue
+        if form.results == "members":
+            return with_tool_responses(dialogue)
+        return results_as_turns(dialogue, dialogue) if form.results == "text" else dialogue
+
+    def find_forms(self) -> Filling[Forms]:
+        """How the template shows earlier calls and their results, for `forms`."""
+        return FormFinder(
+            self.spec.chat_template or "", self.mark, lambda text: self.call_format.mend(text, self.mark),
+            lambda messages, tools, form: self.template_arguments(messages, tools, form=form)).find()
+
+    def rendering(self, messages: Seq[Message], tools: Seq[dict] = (),
+                  options: Mapping = NO_OPTIONS) -> Filling[str]:
+        """A conversation as the template writes it, for `encode_rendered`."""
+        return rendering(messages, self.forms, tools, lambda form: self.template_arguments(
+            messages, tools, options, form), self.tell_of_refusal)
+
+    def tell_of_refusal(self, refusal: str):
+        """Log once that conversations with calls are refused."""
+        if not self.told_of_refusal:
+            self.told_of_refusal = True
+            log.warning("calls and their results are shown as text in a conversation, since %s",
+                        printable(refusal))
 
     def encode_rendered(self, text: str, options: Mapping = NO_OPTIONS,
                         pictures: Seq[Picture] = ()) -> list[int]:
@@ -309,8 +345,24 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def render(self, messages: Seq[Message], tools: Seq[dict] = (),
                options: Mapping = NO_OPTIONS) -> list[int]:
-        arguments = self.template_arguments(messages, tools, options)
-        return self.encode_rendered(fill_template(self.template, arguments), options, pictures_of(messages))
+        if not self.forms and self.native_tools:
+            self.forms = self.filled(self.find_forms())
+        text = self.filled(self.rendering(messages, tools, options))
+        return self.encode_rendered(text, options, pictures_of(messages))
+
+    def filled(self, filling: Filling[T]) -> T:
+        """What `filling` returns, with the template filled in here. It is a program that may never end."""
+        arguments = next(filling)
+        while True:
+            try:
+                try:
+                    text = fill_template(self.template, arguments)
+                except RequestError as error:
+                    arguments = filling.throw(error)
+                else:
+                    arguments = filling.send(text)
+            except StopIteration as ended:
+                return ended.value
 
     def name_of(self, token: int) -> str | None:
         """The token as it is written in the file."""

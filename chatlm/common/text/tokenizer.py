@@ -16,10 +16,12 @@ from chatlm.common.text.formats import CALL_FORMATS, MARKS, NO_CALLS, CallFormat
 from chatlm.common.text.infill import infill_tokens_of
 
 if TYPE_CHECKING:
-    from chatlm.common.messages.requests import Message, TextSpec
+    from chatlm.common.messages.requests import Forms, Message, TextSpec
+    from chatlm.common.text.history_forms import Filling
 
 
 NO_OPTIONS: Mapping = types.MappingProxyType({})
+REFUSED = "template_refused"  # the code of a template's own errors
 
 
 class ToolTokens(NamedTuple):
@@ -45,9 +47,11 @@ class Tokenizer:
     vocab_size: int
     has_chat_template = True
     templated = False               # does render run the model's template, a program that may never end?
-    template: Any                   # if so: the compiled one, what to fill in, and how to encode the text
-    template_arguments: Callable[..., dict]
+    template: Any                   # if so: the compiled one, how to fill it in, and to encode the text
+    rendering: Callable[..., Filling[str]]
     encode_rendered: Callable[..., list[int]]
+    forms: Forms = ()               # how it shows earlier calls,
+    find_forms: Callable[[], Filling[Forms]]  # which this finds out
     tool_tokens: ToolTokens | None = None
     tool_format: str | None = None  # how it calls the client's functions, or None (see tool_format_of)
     native_tools = False            # does its template tell it of them? else a system prompt does
@@ -224,7 +228,7 @@ def fill_template(template, arguments: dict) -> str:
         raise
     except Exception as error:  # from jinja, raise_exception or the template's code; nested too deeply
         raise RequestError(f"the model's chat template refused the messages: {error}",
-                           param="messages") from None
+                           code=REFUSED, param="messages") from None
 
 
 def tools_of(tokenizer: Tokenizer) -> str | None:

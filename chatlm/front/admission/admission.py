@@ -33,13 +33,14 @@ from chatlm.common.messages.requests import Message, TextSpec
 from chatlm.common.messages.wire import HEADER, BadMessage, object_restorer, unpacked
 from chatlm.common.processes.start import PROCESS_COMMAND, exit_in_words, patient, start_child
 from chatlm.common.text.formats import calls_of
+from chatlm.common.text.history_forms import differences
 from chatlm.common.text.load import open_tokenizer
 from chatlm.common.vision.pictures import picture_of
 from chatlm.front.admission.prompts import PromptMaker, run_in_thread_if_long
 
 if TYPE_CHECKING:
     from chatlm.common.messages.protocol import ModelCard
-    from chatlm.common.messages.requests import AnswerParams, Picture, Request
+    from chatlm.common.messages.requests import AnswerParams, Forms, Picture, Request
     from chatlm.common.messages.wire import Pipe
     from chatlm.common.text.tokenizer import Tokenizer
 
@@ -267,7 +268,8 @@ class Admission:
             replace(settings, keys=(), api_key=()), calls_of(card.text)[0],
             template=card.text.chat_template or "", chats=tokenizer.has_chat_template,
             never_written=tokenizer.never_written, infill=tokenizer.infill_tokens,
-            embedder=card.text.embedder), card.text, card.context_length, card.scored_length)
+            embedder=card.text.embedder), card.text, card.context_length, card.scored_length,
+            tokenizer.forms)
         self.prompts = self._prompts_of(tokenizer, card.context_length, card.scored_length)
 
     async def _open_text(self, text: TextSpec, settings: Settings) -> Tokenizer:
@@ -281,21 +283,26 @@ class Admission:
         tokenizer = await asyncio.to_thread(open_tokenizer, text)
         await asyncio.to_thread(trim_heap)  # of what it was built from
         if tokenizer.templated:
+            prompts = self._prompts_of(tokenizer)
             try:
-                await self._prompts_of(tokenizer).render([Message("user", "hello")], (), "")
+                await prompts.render([Message("user", "hello")], (), "")
             except RequestError as error:  # the template may accept other chats
                 log.warning("chats may be refused, as the message \"hello\" was: %s", printable(str(error)))
+            if tokenizer.native_tools:
+                tokenizer.forms = await prompts.filled(tokenizer.find_forms(), "")
+                for difference in differences(tokenizer.forms):
+                    log.warning("the model's chat template: %s", difference)
         return tokenizer
 
     def _configure(self, name: str, known: Known, text: TextSpec, context_length: int = 0,
-                   scored_length: int = 0):
+                   scored_length: int = 0, forms: Forms = ()):
         cpu_s, memory, nice = {"templates": (self.TEMPLATE_S, 256 << 20, 0),
                                "schemas": (self.SCHEMA_S, 256 << 20, 10),
                                "bodies": (self.BODY_S, 1 << 30, 5),
                                "documents": (self.DOCUMENT_S, 1 << 30, 10),
                                "pictures": (self.PICTURE_S, 1 << 30, 5)}[name]
         self.sandboxes[name].config = SandboxConfig(known, text, context_length, cpu_s, memory, nice,
-                                                    self.number, scored_length)
+                                                    self.number, scored_length, forms)
 
     def _prompts_of(self, tokenizer: Tokenizer, context_length: int = 0,
                     scored_length: int = 0) -> PromptMaker:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import Any, TYPE_CHECKING
+from typing import Any, TYPE_CHECKING, TypeVar
 
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError, invalid
@@ -22,7 +22,11 @@ from chatlm.front.admission.retrieval import RetrievalMaker, check_count, check_
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import Message, Picture, Request, Vision
+    from chatlm.common.text.history_forms import Filling
     from chatlm.common.text.tokenizer import Tokenizer
+
+
+T = TypeVar("T")
 
 
 async def run_here(work: Callable[[], Any], size: float):
@@ -46,6 +50,20 @@ class PromptMaker:
 
     async def _fill_here(self, arguments: dict, client: str) -> str:
         return fill_template(self.tokenizer.template, arguments)
+
+    async def filled(self, filling: Filling[T], client: str) -> T:
+        """What `filling` returns, with the template filled in as this maker does it."""
+        arguments = next(filling)
+        while True:
+            try:
+                try:
+                    text = await self.fill(arguments, client)
+                except RequestError as error:
+                    arguments = filling.throw(error)
+                else:
+                    arguments = filling.send(text)
+            except StopIteration as ended:
+                return ended.value
 
     async def admit(self, request: Request, rendered: dict | None = None) -> Request:
         """rendered: shared by requests of the same conversation, what was already rendered of it."""
@@ -114,7 +132,7 @@ class PromptMaker:
         if not tokenizer.templated:
             render = partial(tokenizer.render, messages, tools=tools, options=options)
             return tuple(await self.run(render, size))
-        text = await self.fill(tokenizer.template_arguments(messages, tools, options), client)
+        text = await self.filled(tokenizer.rendering(messages, tools, options), client)
 
         def encode() -> list[int]:
             self._start_of(text, "messages")

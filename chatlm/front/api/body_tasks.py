@@ -39,7 +39,9 @@ class BodyTasks:
 
     @cached_property
     def prompts(self) -> PromptMaker:
-        return PromptMaker(open_tokenizer(self.config.text), self.config.context_length,
+        tokenizer = open_tokenizer(self.config.text)
+        tokenizer.forms = self.config.forms
+        return PromptMaker(tokenizer, self.config.context_length,
                            scored_length=self.config.scored_length)
 
     def named_model(self, body: bytes) -> Result:

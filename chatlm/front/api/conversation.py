@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError, bad_value, invalid, shown
-from chatlm.common.jsontext import is_text, whole_unicode
+from chatlm.common.jsontext import as_json, is_text, whole_unicode
 from chatlm.common.messages.requests import Message
 from chatlm.front.admission.prompts import turn_starts
 from chatlm.front.api.fields import A_FUNCTION, Field, list_schema, matches, no_tools, within_limit
@@ -166,6 +166,8 @@ def chat_messages(sent: Iterable[SentMessage], with_tools: bool) -> tuple[Messag
             raise no_tools(f"{name}.tool_calls")
         if with_tools:
             more = {key: fields[key] for key in ("name", "tool_call_id") if is_text(fields.get(key))}
+            if role == "tool" and is_text(fields.get("tool_name")):  # Ollama's, where calls have no ids
+                more.setdefault("name", fields["tool_name"])
         if calls:
             more["tool_calls"] = earlier_calls(calls, f"{name}.tool_calls")
         more |= earlier_reasoning(role, fields, name)
@@ -326,19 +328,30 @@ def anthropic_messages(values: Mapping) -> Iterator[SentMessage]:
 
 
 def earlier_calls(calls, name: str) -> list[dict]:
-    """The assistant's earlier calls as templates expect them: arguments as an object."""
+    """The assistant's earlier calls, whose arguments are an object, or text where they are none."""
     if not matches(list_schema(A_FUNCTION), calls):
         raise bad_value(name, calls, "a list of calls, each with a function")
     read = []
     for call in calls:
-        arguments: Any = call["function"].get("arguments") or {}
-        if isinstance(arguments, str):
-            with suppress(ValueError, RecursionError):
-                arguments = json.loads(arguments)
+        function = {"name": call["function"]["name"],
+                    "arguments": earlier_arguments(call["function"].get("arguments"))}
         call_id = {"id": str(call["id"])} if call.get("id") else {}
-        read.append({**call_id, "type": "function",
-                     "function": {"name": call["function"]["name"], "arguments": arguments}})
+        read.append({**call_id, "type": "function", "function": function})
     return read
+
+
+def earlier_arguments(sent: Any) -> dict | str:
+    """Arguments of an earlier call. Nothing is an object without members. What is no object, such as the
+    arguments of a call that a token limit cut, stays the text that it is."""
+    text = sent if is_text(sent) else ""
+    if text.strip():
+        with suppress(ValueError, RecursionError):
+            sent = json.loads(text)
+    if sent is None or is_text(sent) and not text.strip():
+        return {}
+    if isinstance(sent, dict):
+        return sent
+    return whole_unicode(text) or as_json(sent)
 
 
 def message_of(role: str, content, more: Mapping, name: str) -> Message:

@@ -47,9 +47,9 @@ def understood(item: Mapping) -> dict:
     call_id = item.get("call_id")
     call = {"call_id": str(call_id)} if is_text(call_id) or is_number(call_id) else {}
     if kind == "function_call":
-        arguments = item.get("arguments") or {}
+        arguments = item.get("arguments")
         if not is_text(arguments):
-            arguments = as_json(arguments)
+            arguments = as_json({} if arguments is None else arguments)
         return kept | call | {"name": item["name"], "arguments": arguments}
     output = item.get("output") or ""
     return kept | call | {"output": parts(output, "") if isinstance(output, list) else whole_unicode(output)}

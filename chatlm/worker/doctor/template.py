@@ -10,6 +10,7 @@ from typing import NamedTuple, TYPE_CHECKING
 
 from chatlm.common.errors import ChatServerError, RequestError
 from chatlm.common.messages.requests import Message
+from chatlm.common.text.history_forms import differences
 from chatlm.common.text.tokenizer import tools_of
 from chatlm.worker.doctor.findings import Findings, error, examples, note, quoted, warning
 
@@ -277,6 +278,8 @@ def unused(patient: Patient, chats: Chats) -> Findings:
 
 def features(patient: Patient, chats: Chats) -> Iterator:
     tokenizer, thinks = chats.tokenizer, chats.tokenizer.thoughts
+    for difference in differences(tokenizer.forms):
+        yield warning(difference, WHERE, "the model may know another form from its training")
     switched = chats.thoughtless.text not in ("", chats.one.text)
     kind = {"native": f"in the template's own form ({tokenizer.tool_format})",
             "generic": "described by this server, as the template has no place for them"}

@@ -21,11 +21,12 @@ from chatlm.common.config import Settings
 from chatlm.common.errors import EngineFailure, Overloaded, RequestError
 from chatlm.common.messages import wire
 from chatlm.common.messages.protocol import SANDBOX_PIPE, Known, ModelCard, NewAnswer, NewPrompt, ParsedBody, Result, SandboxConfig
-from chatlm.common.messages.requests import Message, Piece, Request
+from chatlm.common.messages.requests import HistoryForm, Message, Piece, Request
 from chatlm.common.messages.wire import HEADER
 from chatlm.common.processes import start as processes_start
 from chatlm.common.processes.start import PROCESS_COMMAND
 from chatlm.common.text.grammar import json_grammar
+from chatlm.common.text.history_forms import TEXT_ALONE
 from chatlm.common.text.tokenizer import compile_chat_template
 from chatlm.front.admission.admission import Sandbox, Turns, next_message, packed_body, unpacked_body
 from chatlm.front.pool.pool import pool_of
@@ -224,6 +225,47 @@ async def test_a_body_is_answered_alike_wherever_it_is_read(open_pool, route, bo
                                                    not line.startswith('"": 1')]))
     assert answers[0] == answers[1] and answers[0][0] in (200, 400, 404)
     assert pool.admission.sandboxes["bodies"].process
+
+
+CALLED = [{"role": "user", "content": "Weather?"},
+          {"role": "assistant", "content": None, "tool_calls": [{"id": "a", "function": {"name": "weather", "arguments": '{"city": "Ro'}}]},
+          {"role": "tool", "tool_call_id": "a", "content": "Rain"}]
+TOLD = ("{% if tools %}{{ tools | tojson }}<tool_call>{% endif %}{% for m in messages %}{% if m.role != 'tool' %}{{ '<|im_start|>' + m.role + ': ' + (m.content or '') }}"
+        "{% for c in m.tool_calls or [] %}{% for name, value in c.function.arguments | items %}{{ name + '=' + value }}{% endfor %}{% endfor %}{% endif %}{% endfor %}")
+
+
+async def test_results_that_a_template_loses_are_in_the_prompt_wherever_a_body_is_read_and_the_log_says_so(open_pool, monkeypatch, caplog):
+    pool = await open_pool(chat_template=TOLD)
+    assert caplog.text.count("the model's chat template: it loses results of calls, which are shown as messages of the user") == 1
+    async with serving(pool, pool.settings) as url, aiohttp.ClientSession() as client:
+        for inline in (1 << 16, 0):
+            patch(monkeypatch, config, "LIMITS", replace(config.LIMITS, inline_bytes=inline))
+            async with client.post(url + "/apply-template", json={"messages": CALLED}) as response:
+                assert (await response.json())["prompt"].endswith('assistant: arguments={"city": "Ro<|im_start|>user: <tool_response>\nRain\n</tool_response>')
+            async with client.post(url + "/v1/chat/completions", json={"messages": CALLED}) as response:
+                assert response.status == 200
+    one, other = pool.workers[0].prompts
+    assert one == other and "Rain" in pool.tokenizer.decode(one)
+    assert caplog.text.count("loses results") == 1
+
+
+@pytest.mark.parametrize("forever", by_day([SLOW_TEMPLATE, "{{ 'ab ' * 2000000 }}", "{{ 'a' * 10000000000 }}"], "{{ 'ab ' * 2000000 }}"))
+async def test_a_template_that_never_ends_with_calls_is_shown_them_as_text(open_pool, forever):
+    pool = await open_pool(chat_template=TOLD.replace("{% if m.role", f"{{% if m.tool_calls %}}{forever}{{% endif %}}{{% if m.role"))
+    assert pool.ready and pool.tokenizer.forms == (TEXT_ALONE, TEXT_ALONE)
+    async with serving(pool, pool.settings) as url, aiohttp.ClientSession() as client:
+        async with client.post(url + "/v1/chat/completions", json={"messages": CALLED}) as response:
+            assert response.status == 200 and "Rain" in pool.tokenizer.decode(pool.workers[0].prompts[-1])
+
+
+@pytest.mark.parametrize("forever", by_day([SLOW_TEMPLATE, "{{ 'ab ' * 2000000 }}"], "{{ 'ab ' * 2000000 }}"))
+async def test_a_conversation_with_calls_that_no_form_ends_is_refused_and_others_go_on(open_pool, forever):
+    pool = await open_pool(chat_template=f"{{% if messages | length > 1 %}}{forever}{{% endif %}}" + TOLD)
+    assert pool.ready and pool.tokenizer.forms == (HistoryForm(), HistoryForm())
+    async with serving(pool, pool.settings) as url, aiohttp.ClientSession() as client:
+        for messages, status in ((CALLED, 400), (CALLED[:1], 200)):
+            async with client.post(url + "/v1/chat/completions", json={"messages": messages}) as response:
+                assert response.status == status, await response.text()
 
 
 async def test_a_text_route_with_a_body_of_millions_of_items_is_refused(open_pool):

@@ -1,0 +1,232 @@
+"""How a chat template shows earlier calls and their results: found by filling it in, and looking.
+
+Templates differ in what they want: arguments as an object or as text, one call in a message or several,
+results as messages or beside their calls. Some lose results, or show no calls. What a template's source says
+is no proof, so short conversations, whose words are in no template, are tried in one form after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence as Seq
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeVar
+
+from chatlm.common.errors import RequestError
+from chatlm.common.jsontext import as_json
+from chatlm.common.messages.requests import Forms, HistoryForm, Message
+from chatlm.common.text.formats import CALL_FORMATS, GENERIC_FORMAT, CallFormat
+from chatlm.common.text.history import before_call, calls_in, counted_ids, result_of_call
+from chatlm.common.text.tokenizer import REFUSED
+
+
+T = TypeVar("T")
+# It yields what to fill in the template with, and is sent what that makes, or gets the RequestError.
+Filling = Generator[dict, str, T]
+
+
+def write_calls(dialogue: list[dict], form: HistoryForm, call_format: CallFormat):
+    """Change a conversation's calls to a form."""
+    for call in calls_in(dialogue):
+        function = call["function"]
+        arguments = function["arguments"]
+        if isinstance(arguments, str) and (form.wraps_text or form.calls == "text"):
+            arguments = {"arguments": arguments}
+        if form.arguments_as_text and not isinstance(arguments, str):
+            arguments = as_json(arguments)
+        function["arguments"] = arguments
+    if form.calls == "members":
+        return
+    if call_format.thoughts:  # calls are messages of their own, which a message cannot contain
+        call_format = CALL_FORMATS[GENERIC_FORMAT]
+    if "{digit}" in call_format.call:
+        counted_ids(dialogue)
+    for message in dialogue:
+        if calls := message.pop("tool_calls", ()):
+            texts = [message["content"], call_format.written(calls)]
+            message["content"] = "\n".join(filter(None, texts))
+
+
+def differences(forms: Forms) -> list[str]:
+    """What an operator should know of a template's forms."""
+    where = (" where a request has no functions", " where a request has functions")
+    told: dict[str, list[int]] = {}
+    for has_tools, form in enumerate(forms):
+        if form.calls == "text":
+            told.setdefault(CALLS_LOST, []).append(has_tools)
+        if form.results == "text":
+            told.setdefault(RESULTS_LOST, []).append(has_tools)
+    return [text + ("" if len(cases) == len(forms) else where[cases[0]]) for text, cases in told.items()]
+
+
+CALLS_LOST = "it loses earlier calls, which are shown as text of their messages"
+RESULTS_LOST = "it loses results of calls, which are shown as messages of the user"
+TEXT_ALONE = HistoryForm("text", "text")  # what a template shows that shows any message
+
+
+def usual_form(template: str) -> HistoryForm:
+    """The form that a template's source suggests."""
+    members = "tool_responses" in template and "tool_call_id" not in template
+    return HistoryForm("members" if members else "messages", single="tool_calls[0]" in template,
+                       arguments_as_text="<｜tool▁sep｜>" in template,
+                       nine_character_ids="length != 9" in template)
+
+
+def forms_of(template: str) -> list[HistoryForm]:
+    """The forms in which a template may show calls and results, the best first."""
+    results = ("members", "messages") if usual_form(template).results == "members" else ("messages",)
+    ways = [HistoryForm(single=single, arguments_as_text=as_text, text_apart=apart)
+            for single in (False, True) for as_text in (False, True) for apart in (False, True)]
+    return [*(replace(way, results=kind) for kind in results for way in ways),
+            HistoryForm(calls="text"), HistoryForm(calls="text", single=True),
+            *(replace(way, results="text") for way in ways), TEXT_ALONE]
+
+
+# Words that no template has
+ASKED, SAID, NAME, ARGUMENT, RESULT, ANSWER, MORE, TWICE, CUT = (
+    f"zq{word}qz" for word in (
+        "asked", "said", "name", "argument", "result", "answer", "more", "twice", "cut"))
+VALUES = tuple(f"zqvalue{letter}qz" for letter in "abc")
+A_FUNCTION = {"type": "function", "function": {
+    "name": NAME, "description": "a function", "parameters": {
+        "type": "object", "properties": {ARGUMENT: {"type": "string", "description": "a word"}},
+        "required": [ARGUMENT]}}}
+
+
+class Trial(NamedTuple):
+    """A conversation, and what must be seen of it."""
+
+    messages: Seq[Message]
+    counts: Mapping[str, int]       # results, which must be there so often
+    arguments: Seq[str] = ()        # what must be there
+
+
+def asked(text: str) -> Message:
+    return Message("user", text)
+
+
+def answered(text: str) -> Message:
+    return Message("assistant", text)
+
+
+def called(text: str, *arguments: dict | str, first: int = 0) -> Message:
+    """An assistant's message with calls, whose numbers begin with `first`."""
+    calls = [{"id": f"zqcall{number}qz", "type": "function", "function": {"name": NAME, "arguments": given}}
+             for number, given in enumerate(arguments, first)]
+    return Message("assistant", text, {"tool_calls": calls})
+
+
+def result_of(number: int, text: str) -> Message:
+    return Message("tool", text, {"tool_call_id": f"zqcall{number}qz"})
+
+
+def with_other_ids(message: Message, changed: Callable[[str], dict]) -> Message:
+    """The message with its calls' ids, and the id that it answers, as `changed` makes them of these."""
+    more = dict(message.more or {})
+    if "tool_call_id" in more:
+        ids = changed(more.pop("tool_call_id"))
+        more |= {"tool_call_id": ids["id"]} if ids else {}
+    if calls := more.get("tool_calls"):
+        more["tool_calls"] = [{"type": "function", "function": call["function"], **changed(call["id"])}
+                              for call in calls]
+    return replace(message, more=more or None)
+
+
+def usual_with_ids(changed: Callable[[str], dict]) -> Trial:
+    return USUAL._replace(messages=tuple(with_other_ids(message, changed) for message in USUAL.messages))
+
+
+ONE, *BOTH = ({ARGUMENT: value} for value in VALUES)
+USUAL = Trial((  # a call, two calls at once, results that are alike
+    asked(ASKED), called("", ONE), result_of(0, RESULT), answered(ANSWER),
+    asked(MORE), called("", *BOTH, first=1), result_of(1, TWICE), result_of(2, TWICE)),
+    {RESULT: 1, TWICE: 2}, VALUES)
+BESIDE_TEXT = Trial((asked(ASKED), called(SAID, ONE), result_of(0, RESULT)), {RESULT: 1}, VALUES[:1])
+UNUSUAL = {  # what a form is changed for, if a template does not show this
+    "wraps_text": Trial((asked(ASKED), called("", f'{{"{ARGUMENT}": "{CUT}'), result_of(0, RESULT)),
+                        {RESULT: 1}, (CUT,)),
+    "nine_character_ids": usual_with_ids(lambda given: {"id": "call_" + given[-3:]}),
+    "gives_ids": usual_with_ids(lambda given: {}),
+    "moves_orphans": Trial((asked(ASKED), result_of(8, TWICE), called("", ONE), result_of(0, RESULT),
+                            answered(ANSWER), asked(MORE), result_of(9, TWICE)),
+                           {RESULT: 1, TWICE: 2}, VALUES[:1]),
+    "answers_results": Trial((asked(ASKED), called("", ONE), result_of(0, RESULT), asked(MORE)),
+                             {RESULT: 1, MORE: 1}, VALUES[:1])}
+
+
+class FormFinder:
+    """Finds how a template shows calls and results, with functions in the request and without."""
+
+    def __init__(self, template: str, mark: str, mend: Callable[[str], str],
+                 arguments: Callable[[Seq[Message], Seq[dict], HistoryForm], dict]):
+        """mark: as in history.py. mend: corrects what the template writes. arguments: what to fill it in
+        with."""
+        self.template, self.mark, self.mend, self.arguments = template, mark, mend, arguments
+
+    def find(self) -> Filling[Forms]:
+        """The forms for requests without functions, and for those with."""
+        forms = list[HistoryForm]()
+        for tools in ((), (A_FUNCTION,)):
+            try:
+                form = yield from self._find(tools)
+            except RequestError:  # it takes too long
+                form = yield from self._find_in_short(tools)
+            forms.append(form)
+        return tuple(forms)
+
+    def _find_in_short(self, tools: Seq[dict]) -> Filling[HistoryForm]:
+        with suppress(RequestError):
+            if (yield from self._shows(USUAL, tools, TEXT_ALONE)):
+                return TEXT_ALONE
+        return usual_form(self.template)
+
+    def _find(self, tools: Seq[dict]) -> Filling[HistoryForm]:
+        for form in forms_of(self.template):
+            if (yield from self._shows(BESIDE_TEXT, tools, form)) and (
+                    yield from self._shows(USUAL, tools, form)):
+                break
+        else:
+            return usual_form(self.template)
+        for change, trial in UNUSUAL.items():
+            if not (yield from self._shows(trial, tools, form)):
+                changed = replace(form, **{change: True})
+                if (yield from self._shows(trial, tools, changed)):
+                    form = changed
+        return form
+
+    def _shows(self, trial: Trial, tools: Seq[dict], form: HistoryForm) -> Filling[bool]:
+        """Whether the template shows each result once, every call with arguments that are no Python object,
+        and no text inside of a call."""
+        try:
+            text = self.mend((yield self.arguments(trial.messages, tools, form)))
+        except RequestError as error:
+            if error.code != REFUSED:
+                raise
+            return False
+        if before_call(self.mark) in text or result_of_call(self.mark) in text:
+            return False  # mended in part
+        text = text.replace(self.mark, "")
+        return (all(text.count(result) == count for result, count in trial.counts.items())
+                and all(value in text and f"'{ARGUMENT}': '{value}'" not in text for value in trial.arguments)
+                and SAID + NAME not in text and NAME + SAID not in text)
+
+
+def rendering(messages: Seq[Message], forms: Forms, tools: Seq[dict],
+              arguments: Callable[[HistoryForm | None], dict], tell: Callable[[str], Any]) -> Filling[str]:
+    """A rendered conversation. If the template refuses it in its own form, calls and results are text.
+
+    tell: learns of that."""
+    form = forms[bool(tools)] if forms else None
+    try:
+        return (yield arguments(form))
+    except RequestError as error:
+        has_calls = any(message.role == "tool" or "tool_calls" in (message.more or {})
+                        for message in messages)
+        if error.code != REFUSED or not has_calls or form in (None, TEXT_ALONE):
+            raise
+        refusal = error
+    try:
+        text = yield arguments(TEXT_ALONE)
+    except RequestError:
+        raise refusal from None
+    tell(str(refusal))
+    return text
