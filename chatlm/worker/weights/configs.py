@@ -54,6 +54,7 @@ HF_KEYS = {key: rule for row in reversed(FAMILIES.values()) for key, rule in row
 LLAMA_SIZES = {  # what a text_config may leave out
     "vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32,
     "num_attention_heads": 32, "max_position_embeddings": 2048}
+TIED = "tie_word_embeddings"
 BESIDE_TEXT = set("""image_token_id video_token_id vision_config vision_end_token_id vision_start_token_id
     vision_token_id perceiver_config pixel_shuffle_factor""".split())
 HF_INERT = set("""architectures attention_dropout auto_map bos_token_id cache_implementation dtype embd_pdrop
@@ -185,7 +186,7 @@ def text_part(path: Path, family: str, raw: Mapping) -> tuple[str, Mapping]:
         raise ConfigError(f"{path}: text_config is {shown(text)}; it must be an object")
     kind: str = checked(path, "text_config.model_type", text.get("model_type", VISION[family]), Rule(str))
     kind = VISION[family] if kind == family else TEXT_TYPES.get(kind, kind)
-    outer = {key: raw[key] for key in ("tie_word_embeddings", "vocab_size") if key in raw}
+    outer = {key: raw[key] for key in (TIED, "vocab_size") if key in raw}
     if family == "llava" and kind == "llama":
         outer = LLAMA_SIZES | outer
     inner = {key: value for key, value in text.items() if key not in BESIDE_TEXT}
@@ -193,6 +194,8 @@ def text_part(path: Path, family: str, raw: Mapping) -> tuple[str, Mapping]:
         if isinstance(rope := inner.get(name), dict):  # image positions have three axes, text positions one
             rope = {key: value for key, value in rope.items() if not key.startswith("mrope_")}
             inner[name] = rope | {key: "default" for key in ("type", "rope_type") if rope.get(key) == "mrope"}
+    if raw.get(TIED) is True and inner.get(TIED) is False:
+        inner[TIED] = True  # both say it for the same two matrices; a head in the files still counts
     return kind, outer | inner
 
 

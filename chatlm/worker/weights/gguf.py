@@ -54,6 +54,7 @@ from chatlm.worker.weights.rules import (
     LAYER_TYPES, LoadedModel, Rule, check_divides, checked, float_type, own_sampling,
     suppressed_in, warn_of_templates)
 from chatlm.worker.weights.splits import PRE_TOKENIZERS
+from chatlm.worker.weights.tied_heads import Pair, divided_by, with_own_head
 from chatlm.worker.weights.vocabulary import vocabulary_from
 
 if TYPE_CHECKING:
@@ -119,9 +120,16 @@ def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
         as_stored = None if settings.dtype else backend.as_stored
         dtype = None if as_stored else float_type(settings, backend)
         called = source.name, str(metadata.get("general.name") or "")
-        slices = partial(gguf_slices, spec, family, names, sources)
-        added, adapted = read_adapters(settings, file_shapes(sources) | unread_keys(spec),
-                                       slices() if settings.lora else {}, called)
+        slices, pair = partial(gguf_slices, spec, family, names, sources), Pair.of(names)
+        tied, shapes = pair if spec.tied_head else (), file_shapes(sources) | unread_keys(spec)
+        if tied:
+            shapes[pair.head] = shapes[pair.embed]
+        added, adapted = read_adapters(settings, shapes, slices() if settings.lora else {}, called,
+                                       Pair.of(row.all_tensors) if tied else ())
+        if tied and divided_by(added, pair):
+            spec, tied = with_own_head(spec, pair, stored, given), ()
+            sources = tensor_sources(spec, names, spec.vocab_size)
+            slices = partial(gguf_slices, spec, family, names, sources)
         tensors = gguf_tensors(source.path, settings, spec, sources, stored, dtype, backend,
                                row.gguf.permuted, row.interleaved, added)
         text, vocabulary = gguf_texts(source.path, metadata)
@@ -156,7 +164,8 @@ def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
     pairs = RopePairs(spec.head_size, spec.rope_size or spec.head_size)
     own_pairs = pairs if row.interleaved else None
     adaptable = Adaptable((*settings.served_model_name, *called), sources, slices, lambda name, rows: (
-        unpermute_rope(rows, own_pairs if re.search(r"attn_[qk]\.", name) else None)), unread_keys(spec))
+        unpermute_rope(rows, own_pairs if re.search(r"attn_[qk]\.", name) else None)), unread_keys(spec),
+        tied=tied)
     return LoadedModel(spec, tensors, text, source.name, description, dtype, block=max(block, TILE_ROWS),
                        family=architecture, adaptable=adaptable, head=head, ranking=ranking,
                        vocabulary=vocabulary, draft_head=drafter,
@@ -314,6 +323,8 @@ def gguf_slices(spec: ModelSpec, family: str, names: Mapping[str, tuple],
                     if ordered and at in shapes}
             slices |= {name: [FileSlice(at, rows.get(at, slice(None)))] for name, at in zip(theirs, own)
                        if len(shapes.get(at, ())) == 2}
+    if spec.tied_head:
+        slices[Pair.of(table).head] = [FileSlice(Pair.of(names).head)]
     return fused_slices(slices, shapes, FAMILIES[family].fused, spec.layers)
 
 

@@ -38,6 +38,7 @@ from chatlm.worker.weights.quantization import origin_of, without_zero_biases
 from chatlm.worker.weights.rules import (
     LAYER_TYPES, LoadedModel, Rule, check_divides, checked, float_type, own_sampling, read_json,
     suppressed_in, warn_of_templates)
+from chatlm.worker.weights.tied_heads import Pair, divided_by, head_of_folder, with_own_head
 from chatlm.worker.weights.trial import refuse_endless
 
 if TYPE_CHECKING:
@@ -97,11 +98,11 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
     embeds = spec.of_texts or (source.path / "modules.json").exists()
     if not spec.of_texts and (score is not None or embeds and row.all_tensors["head"][0] not in state):
         spec = replace(spec, tied_head=True)  # it has no head, and needs none
-    if spec.tied_head:
-        state.pop(row.all_tensors["head"][0], None)  # some files have it twice
-    sources, whole = tensor_sources(spec, row.all_tensors, spec.vocab_size), state
-    given = state, scales
-    state, scales = (without_shared(spec, tensors) for tensors in (row.repack(state), scales))
+    whole, pair = state, Pair.of(row.all_tensors)
+    spec, state, scales = head_of_folder(config, spec, row, row.repack(state), scales)
+    given = whole | {name: state[name] for name in pair if name in state}, scales
+    sources = tensor_sources(spec, row.all_tensors, spec.vocab_size)
+    state, scales = (without_shared(spec, tensors) for tensors in (state, scales))
     if lost := sorted(set(scales) - set(state)):
         raise ConfigError(f"{source.path}: {lost[0]} is in FP8, which is not supported for this tensor of "
                           f"a {family} model: use the unquantized model or a GGUF file of it")
@@ -115,8 +116,14 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
     mapped = sources.get("layer_embed", ((), ()))[1]
     matrices = {name: shape for name, shape in file_shapes(sources).items()
                 if len(shape) == 2 and name not in mapped} | unread_keys(spec)
+    tied = pair if spec.tied_head else ()
+    if tied:
+        matrices[pair.head] = matrices[pair.embed]
     slices = fused_slices({name: [FileSlice(name)] for name in matrices}, matrices, row.fused, spec.layers)
-    added, adapted = read_adapters(settings, matrices, slices, names)
+    added, adapted = read_adapters(settings, matrices, slices, names, tied)
+    if tied and divided_by(added, pair):
+        spec, tied = with_own_head(spec, pair, state, scales, given[0]), ()
+        sources = tensor_sources(spec, row.all_tensors, spec.vocab_size)
     scale_block = fp8_block(config, read_json(config)) if scales else []
 
     def turned(name: str, rows: numpy.ndarray) -> numpy.ndarray:
@@ -152,7 +159,7 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
     block = max((32 if isinstance(tensor, Mxfp4) else 128 for tensor in state.values()
                  if isinstance(tensor, (Mxfp4, PackedWeight))), default=TILE_ROWS)
     adaptable = Adaptable((*settings.served_model_name, *names), sources, lambda: slices, turned,
-                          unread_keys(spec))
+                          unread_keys(spec), tied=tied)
 
     def draft_head() -> LoadedModel | None:
         if (found := folder_head(spec, row, *given)) is None:

@@ -92,14 +92,14 @@ def fused_slices(slices: Mapping[str, list[FileSlice]], shapes: Mapping[str, tup
 
 
 def read_adapters(settings: Settings, shapes: Mapping[str, tuple], slices: Mapping[str, list[FileSlice]],
-                  names: Iterable[str] = ()) -> tuple[dict[str, list[Change | Copy]], str]:
+                  names: Iterable[str] = (), tied: Seq[str] = ()) -> tuple[dict[str, list[Change | Copy]], str]:
     """What the --lora folders change in each matrix of a file, copies first, and a description.
 
     `shapes` are by the file's names, `slices` by Hugging Face's; `names` are the model's own, as far as
-    known."""
+    known. `tied`: Hugging Face's names of an embedding and of the head that it is."""
     whole = {theirs: (sum(shapes[file_slice.name][0] for file_slice in at), *shapes[at[0].name][1:])
              for theirs, at in slices.items()}
-    added, described = add_adapters(settings, whole, names)
+    added, described = add_adapters(settings, whole, names, tied)
     placed: dict[str, list[Change | Copy]] = {}
     for theirs, changes in added.items():
         for file_slice in slices[theirs]:
@@ -107,13 +107,13 @@ def read_adapters(settings: Settings, shapes: Mapping[str, tuple], slices: Mappi
     return placed, described
 
 
-def add_adapters(settings: Settings, shapes: Mapping[str, tuple],
-                 names: Iterable[str]) -> tuple[dict[str, list[Change | Copy]], str]:
+def add_adapters(settings: Settings, shapes: Mapping[str, tuple], names: Iterable[str],
+                 tied: Seq[str] = ()) -> tuple[dict[str, list[Change | Copy]], str]:
     """Like read_adapters, by Hugging Face's names."""
     added: dict[str, list[Change | Copy]] = {}
     folders = [Path(folder).expanduser() for folder in settings.lora]
     for folder in folders:
-        for name, changes in read_adapter(folder, shapes, names).items():
+        for name, changes in read_adapter(folder, shapes, names, tied).items():
             copies = [change for change in (*added.get(name, ()), *changes) if isinstance(change, Copy)]
             if any(not same(copy.weight, copies[0].weight) for copy in copies):
                 raise ConfigError(f"--lora {folder} has its own {name}, and so does an earlier adapter; "
@@ -132,15 +132,15 @@ def other_base(base, names: Iterable[str]) -> str:
             f"{printable(names[0])}")
 
 
-def read_adapter(folder: Path, shapes: Mapping[str, tuple],
-                 names: Iterable[str] = ()) -> dict[str, list[Change | Copy]]:
+def read_adapter(folder: Path, shapes: Mapping[str, tuple], names: Iterable[str] = (),
+                 tied: Seq[str] = ()) -> dict[str, list[Change | Copy]]:
     """What one adapter changes in each matrix. One made for a model with another name is refused if it does
     not fit; if it does, a warning says so, since the name may be a folder on another machine."""
     path = folder / "adapter_config.json"
     config = lora_config(path)
     other = other_base(config.get("base_model_name_or_path"), names)
     try:
-        changes = fitting_changes(folder, config, shapes)
+        changes = fitting_changes(folder, config, shapes, tied)
     except ConfigError as error:
         if not other:
             raise
@@ -150,8 +150,8 @@ def read_adapter(folder: Path, shapes: Mapping[str, tuple],
     return changes
 
 
-def fitting_changes(folder: Path, config: dict,
-                    shapes: Mapping[str, tuple]) -> dict[str, list[Change | Copy]]:
+def fitting_changes(folder: Path, config: dict, shapes: Mapping[str, tuple],
+                    tied: Seq[str] = ()) -> dict[str, list[Change | Copy]]:
     """What an adapter with this config changes in matrices of these shapes. See peft's tuners/lora: scaling
     is alpha / rank, or alpha / sqrt(rank) with rslora."""
     path, tensors = folder / "adapter_config.json", folder / "adapter_model.safetensors"
@@ -159,16 +159,20 @@ def fitting_changes(folder: Path, config: dict,
     config |= {key: fitted_values(path, config[key], modules) for key in ("rank_pattern", "alpha_pattern")}
     targets = config.get("target_modules")
     rule = Rule(str, many=True, optional=True)
-    for name in checked(path, "modules_to_save", config.get("modules_to_save"), rule) or ():
+    saved = checked(path, "modules_to_save", config.get("modules_to_save"), rule) or ()
+    for name in saved:
         if not any(f".{copy}".endswith(f".{name}") for copy in copies):
             raise ConfigError(f"{tensors}: {shown(name)} of modules_to_save is missing")
     targeted, changes = targeted_modules(path, targets, modules), fitting_copies(tensors, copies, shapes)
+    share_copies(changes, tied, saved)
+    # peft adds the head to an embedding that it shall stay tied to, and does not name it
+    ties = config.get("ensure_weight_tying") and any("Aembedding_" in modules[module] for module in targeted)
     for module, pair in modules.items():
         name = f"{module}.weight"
         if name not in shapes:
             known = ", ".join(name.removesuffix(".weight") for name in list(shapes)[:12])
             raise ConfigError(f"{tensors}: {module} is not a weight matrix of this model; it has {known} ..")
-        if module not in targeted:
+        if module not in targeted and not ties:
             words = targets if isinstance(targets, str) else ", ".join(targets or ())
             raise ConfigError(f"{tensors}: {module} is not among the target_modules of {path.name}, which "
                               f"are {printable(words)}")
@@ -178,20 +182,25 @@ def fitting_changes(folder: Path, config: dict,
 
 def fitting_copies(path: Path, copies: Mapping[str, numpy.ndarray],
                    shapes: Mapping[str, tuple]) -> dict[str, list[Change | Copy]]:
-    """Whole matrices of an adapter's file, checked; a tied head counts as the embedding."""
+    """Whole matrices of an adapter's file, checked."""
     fitting: dict[str, list[Change | Copy]] = {}
-    for module, tensor in sorted(copies.items()):  # lm_head first
+    for module, tensor in copies.items():
         name = f"{module}.weight"
-        if name == "lm_head.weight" and name not in shapes:
-            name = "model.embed_tokens.weight"
         if shapes.get(name) != tuple(tensor.shape):
             has = f"is {shapes[name]}" if name in shapes else "does not exist"
             raise ConfigError(f"{path} contains a whole matrix {module} {tuple(tensor.shape)}, which in this "
                               f"model {has}: it was made for another")
-        if name in fitting and not same(tensor, copies["lm_head"]):
-            raise ConfigError(f"{path}: lm_head differs from embed_tokens, but this model ties them")
         fitting[name] = [Copy(tensor)]
     return fitting
+
+
+def share_copies(changes: dict[str, list[Change | Copy]], tied: Seq[str], saved: Iterable[str]):
+    """A whole embedding or head of a model that ties them is both, unless modules_to_save names it: such a
+    matrix was trained alone."""
+    for name, other in (tied, reversed(tied)) if tied else ():
+        trained = any(f".{name}".endswith(f".{module}.weight") for module in saved)
+        if name in changes and other not in changes and not trained:
+            changes[other] = list(changes[name])
 
 
 def lora_pairs(path: Path) -> tuple[dict[str, dict[str, numpy.ndarray]], dict[str, numpy.ndarray]]:

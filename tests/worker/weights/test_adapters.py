@@ -126,9 +126,8 @@ def test_whole_matrices_that_do_not_fit_are_refused(tmp_path):
     tensors = load_file(weights)
     for change, loaded, words in (
             ({embed: tensors[embed][:-3].clone()}, adapters[1:], r"whole matrix model.embed_tokens \(285, 64\), which in this model is \(288, 64\)"),
-            ({embed: tensors[embed] + 1}, adapters[1:], "lm_head differs from embed_tokens, but this model ties them"),
             ({embed: tensors[embed] + 1, "base_model.model.lm_head.weight": tensors[embed] + 1}, adapters,
-             "has its own model.embed_tokens.weight, and so does an earlier adapter")):
+             "has its own lm_head.weight, and so does an earlier adapter")):
         save_file(tensors | change, weights)
         with pytest.raises(ConfigError, match=words):
             load(folder, lora=tuple(map(str, loaded)))
