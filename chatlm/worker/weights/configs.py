@@ -308,16 +308,23 @@ def growing_queries(fields: Mapping, beta: float | None, original: int, context:
 
 
 ROPE_TYPES = {  # rope_type -> its parameters
-    "default": "", "linear": "factor", "dynamic": "factor",
+    "default": "", **dict.fromkeys(("linear", "dynamic"), "factor original_max_position_embeddings finetuned"),
     "llama3": "factor low_freq_factor high_freq_factor original_max_position_embeddings",
     "yarn": "factor original_max_position_embeddings beta_fast beta_slow attention_factor mscale "
-            "mscale_all_dim truncate",
+            "mscale_all_dim truncate attn_factor extrapolation_factor finetuned",
     "longrope": "short_factor long_factor original_max_position_embeddings factor attention_factor "
                 "short_mscale long_mscale"}
 ROPE_KEYS = {  # all others are positive numbers
-    "original_max_position_embeddings": HF_KEYS["original_max_position_embeddings"], "truncate": Rule(bool),
+    "original_max_position_embeddings": HF_KEYS["original_max_position_embeddings"],
+    **dict.fromkeys(("truncate", "finetuned"), Rule(bool)), "extrapolation_factor": Rule(float, 1, 1),
     **dict.fromkeys(("short_factor", "long_factor"), Rule(float, 0.01, 10**6, many=True)),
     **dict.fromkeys(("attention_factor", "mscale", "mscale_all_dim"), Rule(float, 0, 10**3, optional=True))}
+
+
+UNUSED_IN_ROPE = {"finetuned": False, "extrapolation_factor": 1.0}
+# of DeepSeek-R1-0528-Qwen3-8B; what vLLM multiplies the usual factor by
+ATTN_FACTOR = ("%s: %s has attn_factor %.3f, which is not used, as in transformers and llama.cpp: yarn multiplies "
+               "queries and keys by %.3f")
 
 
 def scaled_rope(path: Path, name: str, rope: Mapping, base: float, size: int, positions: int,
@@ -341,6 +348,8 @@ def scaled_rope(path: Path, name: str, rope: Mapping, base: float, size: int, po
     fields = {"max_positions": positions, "rope_base": base, "rope_size": size}
     if rope_type == "default":
         return fields
+    for key, usual in UNUSED_IN_ROPE.items():  # checked alone
+        value(key, usual)
     if rope_type == "dynamic":
         factor = value("factor")
         length = min(max(context or 0, positions), int(max(factor, 1) * positions))
@@ -372,6 +381,8 @@ def scaled_rope(path: Path, name: str, rope: Mapping, base: float, size: int, po
             over, under = (over, under) if over and under else (1, 0)
             fields["rope_scale"] = value("attention_factor") or (
                 (0.1 * over * growth + 1) / (0.1 * under * growth + 1))
+            if (unused := value("attn_factor", 1.0)) != 1:
+                log.info(ATTN_FACTOR, path, name, unused, fields["rope_scale"])
             fields["max_positions"] = max(positions, int(factor * original))
         kept = numpy.clip(kept, 0, 1)
         factors = 1 / (kept + (1 - kept) / factor)

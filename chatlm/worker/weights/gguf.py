@@ -292,12 +292,12 @@ def gguf_scaling(header: Header, row: Family, config: Mapping, lists: Mapping[st
     if scaling == "linear":
         return {"rope_type": scaling, "factor": factor}
     rope |= {"rope_type": scaling, "factor": factor,  # the metadata cannot say whether to round
-             "truncate": (config["rope_parameters"] or {}).get("truncate")}
+             "truncate": (config["rope_parameters"] or {}).get("truncate"),
+             "attn_factor": value("rope.scaling.yarn_attn_factor")}
+    value("rope.scaling.yarn_ext_factor", 1.0)
     rope |= {beta: value(f"rope.scaling.yarn_{beta}") for beta in ("beta_fast", "beta_slow")}
     if over := value("rope.scaling.yarn_log_multiplier"):
         rope |= {"mscale": 1.0, "mscale_all_dim": over}
-    elif attention_factor := value("rope.scaling.yarn_attn_factor"):
-        rope["attention_factor"] = attention_factor
     elif row.gguf.mscale_unknown:
         log.info(MSCALE_UNKNOWN, header.path, 0.1 * math.log(max(factor, 1)) + 1)
     return rope
