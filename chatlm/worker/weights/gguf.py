@@ -48,8 +48,9 @@ from chatlm.worker.weights.gguf_header import Texts
 from chatlm.worker.weights.encoder_text import text_of_encoder
 from chatlm.worker.weights.adapters import Adaptable
 from chatlm.worker.weights.lora import FileSlice, fused_slices, read_adapters
+from chatlm.worker.weights.control_tokens import CONTROL, END_TOKENS, USER_DEFINED, misnamed
 from chatlm.worker.weights.pipelines import (
-    CONTROL, USER_DEFINED, byte_level_pipeline, merges_of_scores, sentencepiece_pipeline)
+    byte_level_pipeline, merges_of_scores, sentencepiece_pipeline)
 from chatlm.worker.weights.rules import (
     LAYER_TYPES, LoadedModel, Rule, check_divides, checked, float_type, own_sampling,
     suppressed_in, warn_of_templates)
@@ -171,10 +172,6 @@ def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
                        vocabulary=vocabulary, draft_head=drafter,
                        grows=growth(tensors, held, dtype is None),
                        **own_sampling(source.path, metadata, "general.sampling."))
-
-
-END_TOKENS = {"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>",
-              "<end_of_turn>", "<turn|>", "<|tool_response>"}
 
 
 def gguf_spec(path: Path, metadata: Mapping, stored: Mapping, context: int | None) -> tuple[str, ModelSpec]:
@@ -429,6 +426,10 @@ def growth(tensors: Mapping[str, Unread | MappedRows], stored: Mapping, packed: 
             f"{reason}{smaller if small < 0.9 * held else ''}")
 
 
+MOST_NAMED = 8
+MISNAMED = "%s: its tokenizer.ggml.token_type says that these are no control tokens, but they count as such: %s%s"
+
+
 def gguf_text(path: Path, metadata: Mapping) -> TextSpec:
     return gguf_texts(path, metadata)[0]
 
@@ -443,9 +444,15 @@ def gguf_texts(path: Path, metadata: Mapping) -> tuple[TextSpec, Vocabulary | No
     model, tokens = value("ggml.model"), value("ggml.tokens")
     if model in ("bert", "t5"):
         return text_of_encoder(value), None
-    token_types = value("ggml.token_type", [1] * len(tokens), len(tokens))
+    token_types = list(value("ggml.token_type", [1] * len(tokens), len(tokens)))
     last = len(tokens) - 1
     bos, eos, *ends = (value(f"ggml.{name}_token_id", high=last) for name in ("bos", "eos", "eot", "eom"))
+    template = template_of(value("chat_template"), metadata.get("tokenizer.chat_template.tool_use"))
+    if control := misnamed(tokens, token_types, (bos, eos, *ends), template):
+        names = ", ".join(shown(tokens[token]) for token in control[:MOST_NAMED])
+        log.warning(MISNAMED, path, names, " .." * (len(control) > MOST_NAMED))
+        for token in control:
+            token_types[token] = CONTROL
     pre = PRE_TOKENIZERS[value("ggml.pre", "default")] if model == "gpt2" else None
     of_gemma = model == "gemma4"  # sentencepiece's alphabet with explicit merges
     if pre:
@@ -467,7 +474,6 @@ def gguf_texts(path: Path, metadata: Mapping) -> tuple[TextSpec, Vocabulary | No
     ends = {eos, *ends} - {None}
     ends |= {entry["id"] for entry in pipeline["added_tokens"] if entry["content"] in END_TOKENS}
     add_bos = of_gemma or value("ggml.add_bos_token", pre is None or pre.add_bos)  # as in llama.cpp
-    template = template_of(value("chat_template"), metadata.get("tokenizer.chat_template.tool_use"))
     if not template:
         warn_of_templates(path, [key.removeprefix("tokenizer.chat_template.") for key in metadata
                                  if key.startswith("tokenizer.chat_template.")])
