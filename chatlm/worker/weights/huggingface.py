@@ -94,9 +94,12 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
     family, spec = hf_spec(config, settings.context_length)
     names = source.name, str(source.path), str(read_json(config).get("_name_or_path") or "")
     state, scales = with_prefix(*read_safetensors(source.path))
-    row, score = FAMILIES[family], state.pop(rerankers.SCORE, None)
+    row, has_head = FAMILIES[family], spec.of_texts or FAMILIES[family].all_tensors["head"][0] in state
+    called = source.name, source.path.name, names[2]
+    score = rerankers.score_of(source.path, read_json(config), family, called,
+                               state.pop(rerankers.SCORE, None), has_head)
     embeds = spec.of_texts or (source.path / "modules.json").exists()
-    if not spec.of_texts and (score is not None or embeds and row.all_tensors["head"][0] not in state):
+    if not has_head and (score is not None or embeds):
         spec = replace(spec, tied_head=True)  # it has no head, and needs none
     whole, pair = state, Pair.of(row.all_tensors)
     spec, state, scales = head_of_folder(config, spec, row, row.repack(state), scales)
@@ -149,7 +152,7 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
     tensors = assembled(source.path, settings, sources, state, dtype, partial(changed, scales, added),
                         as_stored, kept)
     text = hf_text(source.path, spec.vocab_size)
-    called, head = (source.name, source.path.name, names[2]), Head()
+    head = Head()
     text, ranking = rerankers.of_folder(
         source.path, read_json(config), family, called, spec, text, state, score)
     if embeds and ranking is None:
@@ -209,9 +212,13 @@ def with_prefix(state: dict, scales: dict) -> tuple[dict, dict]:
 
 def hf_spec(path: Path, context: int | None) -> tuple[str, ModelSpec]:
     """The family and the spec of a config.json, for contexts of `context` tokens (None: the model's own)."""
-    family, config = family_config(path, read_json(path))
+    raw = read_json(path)
+    family, config = family_config(path, raw)
     complete_heads(path, config)
-    return family, family_spec(path, family, config, hf_rope(path, family, config, context))
+    spec = family_spec(path, family, config, hf_rope(path, family, config, context))
+    if not spec.of_texts:
+        rerankers.refuse_classifier(path, raw, family)
+    return family, spec
 
 
 def hf_template(folder: Path, options: Mapping) -> str | None:
