@@ -197,7 +197,8 @@ def as_embedder(config: Path, family: str, spec: ModelSpec, called: Seq[str], te
     if cross_encoders.classifies(state, spec):
         head = cross_encoders.folder_head(config, read_json(config), spec, state)
         sigmoid = cross_encoders.makes_probabilities(config, read_json(config))
-        embedder = embedder._replace(pooling="rank", size=1, least=0, sigmoid=sigmoid)
+        embedder = embedder._replace(pooling="rank", size=1, least=0, sigmoid=sigmoid, dimensions=0,
+                                     pools_prompt=True)
     return replace(text, embedder=embedder, chat_template=None), head
 
 
