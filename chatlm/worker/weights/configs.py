@@ -77,7 +77,8 @@ OTHERS_AFFAIR = set("""attention_probs_dropout_prob attention_softmax_in_fp32 at
     classifier_from_token cls_token_id dropout embedding_dropout experts_implementation
     exponential_decay_length_penalty ffn_dropout flash_attn fuse_cross_entropy fused_cross_entropy
     gradient_checkpointing hidden_dropout hidden_dropout_prob ignore_index init_std initializer_factor
-    is_decoder is_matryoshka is_original_qwen3_reranker keys_to_ignore_at_inference label_smoothing
+    is_decoder is_matryoshka is_original_qwen3_reranker keys_to_ignore_at_inference kv_cache_dtype
+    kv_cache_quant_algo kv_cache_scheme label_smoothing
     language layerdrop license loss_type mask_token_id matryoshka_dimensions max_seq_len
     max_sequence_length mlp_dropout model_max_length n_ctx name_or_path num_labels num_logits_to_keep
     output_past output_scores padding_side pad_token pruned_heads remove_invalid_values
