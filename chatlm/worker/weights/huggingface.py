@@ -33,6 +33,7 @@ from chatlm.worker.weights.configs import (
     HF_KEYS, complete_heads, family_config, family_spec, growing_queries, scaled_rope)
 from chatlm.worker.weights.families import FAMILIES
 from chatlm.worker.weights.lora import FileSlice, fused_slices, read_adapters
+from chatlm.worker.weights.named_tokens import tokenizer_options, with_named_tokens
 from chatlm.worker.weights.packed_layouts import NotExact, PackedWeight
 from chatlm.worker.weights.quantization import origin_of, without_zero_biases
 from chatlm.worker.weights.rules import (
@@ -250,8 +251,8 @@ def hf_text(folder: Path, vocab_size: int) -> TextSpec:
         raise ConfigError(f"{folder} has no tokenizer.json"
                           + other_tokenizers(file.name for file in folder.iterdir()))
     payload = read_small(path)
-    options, *others = (read_json(folder / f"{name}.json", needed=False)
-                        for name in ("tokenizer_config", "generation_config", "config"))
+    options = tokenizer_options(folder)
+    others = [read_json(folder / f"{name}.json", needed=False) for name in ("generation_config", "config")]
     refuse_endless(path, TextSpec("hf", payload))
     try:
         if (tokenizer := open_tokenizer(TextSpec("hf", payload))).vocab_size > vocab_size:
@@ -264,6 +265,10 @@ def hf_text(folder: Path, vocab_size: int) -> TextSpec:
         refuse_cut_json(path, payload)
         raise ConfigError(f"{path}: {error}") from None
     pipeline = getattr(tokenizer, "pipeline")  # of a HuggingFaceTokenizer
+    named = with_named_tokens(folder, payload, pipeline, options, vocab_size)
+    if named is not payload:
+        tokenizer, payload = open_tokenizer(TextSpec("hf", named)), named
+        pipeline = getattr(tokenizer, "pipeline")
     if tokenizer.vocab_size > vocab_size:
         raise ConfigError(f"{folder}: tokenizer.json has {tokenizer.vocab_size:,} tokens, the model "
                           f"{vocab_size:,}")
