@@ -40,7 +40,7 @@ from chatlm.worker.weights.configs import (
     HF_DEFAULTS, complete_heads, family_spec, growing_queries, scaled_rope, unsupported)
 from chatlm.worker.weights.families import FAMILIES, GGUF_FAMILIES
 from chatlm.worker.weights.factors import with_factors
-from chatlm.worker.weights.family import Family, Header
+from chatlm.worker.weights.family import Family, Header, is_one_more
 from chatlm.worker.weights.finite import refuse_faults
 from chatlm.worker.weights.gguf_file import (
     GGUF_OWN, GGUF_SIZES, ROPE_TENSORS, check_gguf_types, gguf_value, read_gguf, refuse_unknown)
@@ -320,9 +320,16 @@ def gguf_slices(spec: ModelSpec, family: str, names: Mapping[str, tuple],
                     if ordered and at in shapes}
             slices |= {name: [FileSlice(at, rows.get(at, slice(None)))] for name, at in zip(theirs, own)
                        if len(shapes.get(at, ())) == 2}
+            slices |= {name: [FileSlice(at, plus=float(is_one_more(FAMILIES[family], name)))]
+                       for name, at in zip(theirs, own) if is_norm(part, shapes.get(at, ()))}
     if spec.tied_head:
         slices[Pair.of(table).head] = [FileSlice(Pair.of(names).head)]
     return fused_slices(slices, shapes, FAMILIES[family].fused, spec.layers)
+
+
+def is_norm(part: str, shape: tuple[int, ...]) -> bool:
+    """Is our tensor a norm's weight or bias, which a GGUF file has in the folder's order?"""
+    return len(shape) == 1 and part.removesuffix("_bias").endswith("norm")
 
 
 def linear_slices(mixer: DeltaRule, theirs: Seq[str], own: Seq[str]) -> dict[str, list[FileSlice]]:
@@ -388,9 +395,8 @@ def mapped_table(tensor) -> MappedRows:
 def merged(tensor, pairs: RopePairs | None, changes: Iterable[Change | Copy], own_pairs: RopePairs | None,
            packed: bool) -> tuple[Any, None]:
     """Part of a matrix with its adapters' changes, whose rows have `own_pairs`; a `packed` one becomes
-    Q8_0."""
-    rows, columns = reversed(tensor.shape.tolist())
-    values = dequantized((rows, columns), [(tensor, pairs)], "float32")
+    Q8_0. A vector stays one of floats."""
+    values = dequantized(tuple(reversed(tensor.shape.tolist())), [(tensor, pairs)], "float32")
     for change in changes:
         values = change.on(values, partial(unpermute_rope, pairs=own_pairs))
     gguf_type = merged_type(tensor, packed)

@@ -32,6 +32,7 @@ from chatlm.worker.weights.embedders import folder_embedder
 from chatlm.worker.weights.configs import (
     HF_KEYS, complete_heads, family_config, family_spec, growing_queries, scaled_rope)
 from chatlm.worker.weights.families import FAMILIES
+from chatlm.worker.weights.family import is_one_more
 from chatlm.worker.weights.lora import FileSlice, fused_slices, read_adapters
 from chatlm.worker.weights.named_tokens import tokenizer_options, with_named_tokens
 from chatlm.worker.weights.packed_layouts import NotExact, PackedWeight
@@ -119,7 +120,7 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
         dtype = max(kinds_in(state), key=item_bytes, default=dtype)
     mapped = sources.get("layer_embed", ((), ()))[1]
     matrices = {name: shape for name, shape in file_shapes(sources).items()
-                if len(shape) == 2 and name not in mapped} | unread_keys(spec)
+                if len(shape) < 3 and name not in mapped} | unread_keys(spec)
     tied = pair if spec.tied_head else ()
     if tied:
         matrices[pair.head] = matrices[pair.embed]
@@ -142,8 +143,7 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
         for change in added.get(name, ()):
             tensor = change.on(tensor)
         tensor = turned(name, tensor)
-        one_more = row.one_more and re.search(r"(?<!linear_attn\.)norm\.weight$", name)
-        return floats(tensor) + 1 if one_more else tensor
+        return floats(tensor) + 1 if is_one_more(row, name) else tensor
 
     def kept(name: str, blocks: numpy.ndarray) -> numpy.ndarray:
         if name in added:

@@ -33,6 +33,7 @@ class FileSlice(NamedTuple):
     name: str
     rows: Any = slice(None)     # or indices
     columns: Any = slice(None)
+    plus: float = 0.0           # what the file has added to each value: 1 to a norm that multiplies by 1 + w
 
 
 class Change(NamedTuple):
@@ -57,13 +58,16 @@ class Change(NamedTuple):
 
 
 class Copy(NamedTuple):
-    """A whole matrix (N, K) that replaces the model's. peft saves the embedding and the head if it
+    """A whole matrix (N, K) or vector (N,) that replaces the model's. peft saves the embedding and the head if it
     cannot tell whether they are still the base's, and what modules_to_save names."""
 
     weight: Any
 
     def at(self, part: FileSlice) -> Copy:
-        return Copy(self.weight[part.rows][:, part.columns])
+        rows = self.weight[part.rows]
+        if rows.ndim == 1:
+            return Copy(floats(rows) + numpy.float32(part.plus)) if part.plus else Copy(rows)
+        return Copy(rows[:, part.columns])
 
     def on(self, weight: numpy.ndarray, turned: Callable = lambda rows: rows) -> numpy.ndarray:
         return turned(floats(self.weight))
@@ -161,7 +165,7 @@ def fitting_changes(folder: Path, config: dict, shapes: Mapping[str, tuple],
     rule = Rule(str, many=True, optional=True)
     saved = checked(path, "modules_to_save", config.get("modules_to_save"), rule) or ()
     for name in saved:
-        if not any(f".{copy}".endswith(f".{name}") for copy in copies):
+        if not any(f".{copy.rpartition('.')[0]}".endswith(f".{name}") for copy in copies):
             raise ConfigError(f"{tensors}: {shown(name)} of modules_to_save is missing")
     targeted, changes = targeted_modules(path, targets, modules), fitting_copies(tensors, copies, shapes)
     share_copies(changes, tied, saved)
@@ -169,8 +173,9 @@ def fitting_changes(folder: Path, config: dict, shapes: Mapping[str, tuple],
     ties = config.get("ensure_weight_tying") and any("Aembedding_" in modules[module] for module in targeted)
     for module, pair in modules.items():
         name = f"{module}.weight"
-        if name not in shapes:
-            known = ", ".join(name.removesuffix(".weight") for name in list(shapes)[:12])
+        if len(shapes.get(name, ())) != 2:
+            matrices = [name for name, shape in shapes.items() if len(shape) == 2]
+            known = ", ".join(name.removesuffix(".weight") for name in matrices[:12])
             raise ConfigError(f"{tensors}: {module} is not a weight matrix of this model; it has {known} ..")
         if module not in targeted and not ties:
             words = targets if isinstance(targets, str) else ", ".join(targets or ())
@@ -182,13 +187,13 @@ def fitting_changes(folder: Path, config: dict, shapes: Mapping[str, tuple],
 
 def fitting_copies(path: Path, copies: Mapping[str, numpy.ndarray],
                    shapes: Mapping[str, tuple]) -> dict[str, list[Change | Copy]]:
-    """Whole matrices of an adapter's file, checked."""
+    """Whole matrices and vectors of an adapter's file, checked."""
     fitting: dict[str, list[Change | Copy]] = {}
-    for module, tensor in copies.items():
-        name = f"{module}.weight"
+    for name, tensor in copies.items():
         if shapes.get(name) != tuple(tensor.shape):
             has = f"is {shapes[name]}" if name in shapes else "does not exist"
-            raise ConfigError(f"{path} contains a whole matrix {module} {tuple(tensor.shape)}, which in this "
+            kind, named = "matrix" if tensor.ndim > 1 else "vector", printable(name.removesuffix(".weight"))
+            raise ConfigError(f"{path} contains a whole {kind} {named} {tuple(tensor.shape)}, which in this "
                               f"model {has}: it was made for another")
         fitting[name] = [Copy(tensor)]
     return fitting
@@ -204,23 +209,26 @@ def share_copies(changes: dict[str, list[Change | Copy]], tied: Seq[str], saved:
 
 
 def lora_pairs(path: Path) -> tuple[dict[str, dict[str, numpy.ndarray]], dict[str, numpy.ndarray]]:
-    """From an adapter's file: module -> its matrices A and B; and module -> its whole matrix."""
+    """From an adapter's file: module -> its matrices A and B; and name -> a whole matrix or vector."""
     modules: dict[str, dict[str, numpy.ndarray]] = {}
     copies: dict[str, numpy.ndarray] = {}
     for name, tensor in read_safetensors_file(path).items():
-        if name.endswith(".original_module.weight"):  # the base's, next to that of modules_to_save
+        if re.search(r"\.original_module\.\w+$", name):  # the base's, next to that of modules_to_save
             continue
         match = re.fullmatch(r"base_model\.model\.(.+)\.lora_(embedding_)?([AB])(?:\.weight)?", name)
-        whole = re.fullmatch(r"base_model\.model\.(.+?)(?:\.base_layer|\.modules_to_save)?\.weight", name)
-        if not (match or whole and "float" in kind_of(tensor)) or tensor.ndim != 2:
-            raise ConfigError(f"{path}: {shown(name)} is neither lora_A nor lora_B nor a model's matrix")
+        whole = re.fullmatch(
+            r"base_model\.model\.(.+?)(?:\.base_layer|\.modules_to_save)?(\.weight|\.bias)", name)
+        is_copy = whole and ".lora_" not in name and "float" in kind_of(tensor) and tensor.ndim in (1, 2)
+        if not (tensor.ndim == 2 if match else is_copy):
+            raise ConfigError(f"{path}: {shown(name)} is neither lora_A nor lora_B nor a model's matrix or "
+                              "vector")
         if tensor.size and not all_below(tensor):
             raise ConfigError(f"{path}: {printable(name)} has a value that is NaN or infinite")
         if match:
             module = match[1].replace("language_model.", "", 1)
             modules.setdefault(module, {})[match[3] + (match[2] or "")] = tensor
         elif whole:
-            copies[whole[1].replace("language_model.", "", 1)] = tensor
+            copies[whole[1].replace("language_model.", "", 1) + whole[2]] = tensor
     if not modules and not copies:
         raise ConfigError(f"{path} has no tensors")
     return modules, copies

@@ -58,7 +58,7 @@ def open_nanogpt(source: ModelSource, settings: Settings, device) -> LoadedModel
                            sources)
     dtype = float_type(settings, choose_backend(device, spec))
     matrices = {name: shape for name, shape in file_shapes(sources).items()
-                if len(shape) == 2 and ".wpe." not in name}
+                if ".wpe." not in name}
     tied = pair if spec.tied_head else ()
     if tied:
         matrices[pair.head] = matrices[pair.embed]
