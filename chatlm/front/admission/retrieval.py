@@ -98,8 +98,9 @@ class RetrievalMaker:
         return [*begins, *ids[:room], *ends]
 
     def unpooled(self, texts: Seq[str | Seq[int]], retrieval: Retrieval) -> int:
-        """How many tokens at the beginning of each text are not pooled: those of its prompt, if the model leaves
-        them out. As sentence-transformers counts them: with what is around a text, but for its last token."""
+        """How many tokens at the beginning of each text are not pooled: those of its prompt, if the model
+        leaves them out. As sentence-transformers counts them: with what is around a text, but for its last
+        token."""
         own = self.embedder
         if own.pools_prompt or not retrieval.prompt or not all(isinstance(text, str) for text in texts):
             return 0

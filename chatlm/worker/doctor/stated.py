@@ -102,8 +102,8 @@ def check_head(patient: Patient) -> Findings:
     model = patient.floats
     if patient.kind == "hf" and not model.spec.tied_head and not model.spec.of_texts and says_tied(patient):
         name = FAMILIES[model.family].all_tensors["head"][0]
-        yield error("config.json says that the head is the embedding (tie_word_embeddings), but the files have "
-                    f"another {name}, which is used", where=name,
+        yield error("config.json says that the head is the embedding (tie_word_embeddings), but the files "
+                    f"have another {name}, which is used", where=name,
                     advice="set tie_word_embeddings to false if the model was trained so; if not, remove it")
     if "head" not in model.tensors or "embed" not in model.tensors or model.spec.own_rows:
         return

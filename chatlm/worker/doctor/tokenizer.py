@@ -111,10 +111,10 @@ def misnamed_tokens(patient: Patient) -> Findings:
     names = [name for name, token in patient.tokenizer.specials.items()
              if patient.text.kind == "hf" and token < len(types) and types[token] in (NORMAL, USER_DEFINED)]
     if names:
-        yield warning(f"the types of {quoted_texts(names)}, which mark turns, are those of ordinary tokens; they "
-                      "count as control tokens here", "tokenizer.ggml.token_type",
-                      "convert the model again: other programs may split them, and templates then write something "
-                      "else")
+        yield warning(f"the types of {quoted_texts(names)}, which mark turns, are those of ordinary tokens; "
+                      "they count as control tokens here", "tokenizer.ggml.token_type",
+                      "convert the model again: other programs may split them, and templates then write "
+                      "something else")
 
 
 def key_of_eos(patient: Patient) -> str:

@@ -41,7 +41,7 @@ class Adaptable:
     turned: Callable[[str, numpy.ndarray], numpy.ndarray]  # a file's rows in our order
     ignored: dict[str, tuple[int, ...]]  # matrices that no layer reads: see unread_keys
     first_layer: int = 0    # of a stage
-    tied: Sequence[str] = ()  # the file's names of an embedding and of the head that it is
+    tied: Sequence[str] = ()  # Hugging Face's names of an embedding and of the head that it is
 
 
 class Part(NamedTuple):
@@ -68,10 +68,10 @@ class AdapterReader:
         only be merged."""
         slices, unread = self.adaptable.slices(), self.adaptable.ignored
         shapes = file_shapes(self.adaptable.sources) | unread
-        for embed, head in [self.adaptable.tied] if self.adaptable.tied else ():
-            shapes[head] = shapes[embed]
         whole = {theirs: (sum(shapes[file_slice.name][0] for file_slice in at), *shapes[at[0].name][1:])
                  for theirs, at in slices.items()}
+        for embed, head in [self.adaptable.tied] if self.adaptable.tied else ():
+            whole[head] = whole[embed]
         parts: dict[str, list[Part]] = {}  # by the whole model's names
         rows = {theirs: (ours, before) for ours, (_, all_of) in self.adaptable.sources.items()
                 for theirs, before in zip(all_of, rows_before(all_of.values()))}
@@ -81,9 +81,9 @@ class AdapterReader:
                 if not isinstance(change, Change):
                     raise ConfigError(f"{folder} contains a whole matrix {theirs.removesuffix('.weight')} "
                                       f"(modules_to_save), which cannot be served without merging; {MERGE}")
+                if theirs in self.adaptable.tied:
+                    self._refuse(folder, theirs)
                 for file_slice in slices[theirs]:
-                    if file_slice.name in self.adaptable.tied:
-                        self._refuse(folder, theirs)
                     ours, before = rows[file_slice.name]
                     self._refuse_part(folder, theirs, ours, change)
                     moved = change.at(file_slice)

@@ -309,7 +309,8 @@ def growing_queries(fields: Mapping, beta: float | None, original: int, context:
 
 
 ROPE_TYPES = {  # rope_type -> its parameters
-    "default": "", **dict.fromkeys(("linear", "dynamic"), "factor original_max_position_embeddings finetuned"),
+    "default": "",
+    **dict.fromkeys(("linear", "dynamic"), "factor original_max_position_embeddings finetuned"),
     "llama3": "factor low_freq_factor high_freq_factor original_max_position_embeddings",
     "yarn": "factor original_max_position_embeddings beta_fast beta_slow attention_factor mscale "
             "mscale_all_dim truncate attn_factor extrapolation_factor finetuned",
@@ -324,8 +325,8 @@ ROPE_KEYS = {  # all others are positive numbers
 
 UNUSED_IN_ROPE = {"finetuned": False, "extrapolation_factor": 1.0}
 # of DeepSeek-R1-0528-Qwen3-8B; what vLLM multiplies the usual factor by
-ATTN_FACTOR = ("%s: %s has attn_factor %.3f, which is not used, as in transformers and llama.cpp: yarn multiplies "
-               "queries and keys by %.3f")
+ATTN_FACTOR = ("%s: %s has attn_factor %.3f, which is not used, as in transformers and llama.cpp: yarn "
+               "multiplies queries and keys by %.3f")
 
 
 def scaled_rope(path: Path, name: str, rope: Mapping, base: float, size: int, positions: int,

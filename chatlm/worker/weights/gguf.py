@@ -47,7 +47,7 @@ from chatlm.worker.weights.gguf_file import (
 from chatlm.worker.weights.gguf_header import Texts
 from chatlm.worker.weights.encoder_text import text_of_encoder
 from chatlm.worker.weights.adapters import Adaptable
-from chatlm.worker.weights.lora import FileSlice, fused_slices, read_adapters
+from chatlm.worker.weights.lora import FileSlice, fused_slices
 from chatlm.worker.weights.control_tokens import CONTROL, END_TOKENS, USER_DEFINED, misnamed
 from chatlm.worker.weights.pipelines import (
     byte_level_pipeline, merges_of_scores, sentencepiece_pipeline)
@@ -55,7 +55,7 @@ from chatlm.worker.weights.rules import (
     LAYER_TYPES, LoadedModel, Rule, check_divides, checked, float_type, own_sampling,
     suppressed_in, warn_of_templates)
 from chatlm.worker.weights.splits import PRE_TOKENIZERS
-from chatlm.worker.weights.tied_heads import Pair, divided_by, with_own_head
+from chatlm.worker.weights.tied_heads import Pair, merge_adapters
 from chatlm.worker.weights.vocabulary import vocabulary_from
 
 if TYPE_CHECKING:
@@ -122,15 +122,10 @@ def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
         dtype = None if as_stored else float_type(settings, backend)
         called = source.name, str(metadata.get("general.name") or "")
         slices, pair = partial(gguf_slices, spec, family, names, sources), Pair.of(names)
-        tied, shapes = pair if spec.tied_head else (), file_shapes(sources) | unread_keys(spec)
-        if tied:
-            shapes[pair.head] = shapes[pair.embed]
-        added, adapted = read_adapters(settings, shapes, slices() if settings.lora else {}, called,
-                                       Pair.of(row.all_tensors) if tied else ())
-        if tied and divided_by(added, pair):
-            spec, tied = with_own_head(spec, pair, stored, given), ()
-            sources = tensor_sources(spec, names, spec.vocab_size)
-            slices = partial(gguf_slices, spec, family, names, sources)
+        spec, sources, added, adapted, tied = merge_adapters(
+            settings, spec, sources, file_shapes(sources) | unread_keys(spec),
+            slices() if settings.lora else {}, called, pair, Pair.of(row.all_tensors), (stored, given))
+        slices = partial(gguf_slices, spec, family, names, sources)
         tensors = gguf_tensors(source.path, settings, spec, sources, stored, dtype, backend,
                                row.gguf.permuted, row.interleaved, added)
         text, vocabulary = gguf_texts(source.path, metadata)
@@ -322,8 +317,6 @@ def gguf_slices(spec: ModelSpec, family: str, names: Mapping[str, tuple],
                        if len(shapes.get(at, ())) == 2}
             slices |= {name: [FileSlice(at, plus=float(is_one_more(FAMILIES[family], name)))]
                        for name, at in zip(theirs, own) if is_norm(part, shapes.get(at, ()))}
-    if spec.tied_head:
-        slices[Pair.of(table).head] = [FileSlice(Pair.of(names).head)]
     return fused_slices(slices, shapes, FAMILIES[family].fused, spec.layers)
 
 
@@ -433,7 +426,8 @@ def growth(tensors: Mapping[str, Unread | MappedRows], stored: Mapping, packed: 
 
 
 MOST_NAMED = 8
-MISNAMED = "%s: its tokenizer.ggml.token_type says that these are no control tokens, but they count as such: %s%s"
+MISNAMED = ("%s: its tokenizer.ggml.token_type says that these are no control tokens, but they count as "
+            "such: %s%s")
 
 
 def gguf_text(path: Path, metadata: Mapping) -> TextSpec:

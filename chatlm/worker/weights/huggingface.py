@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence as Seq
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError, shown
 from chatlm.common.files import read_small, read_text, refuse_cut_json
@@ -33,14 +33,14 @@ from chatlm.worker.weights.configs import (
     HF_KEYS, complete_heads, family_config, family_spec, growing_queries, scaled_rope)
 from chatlm.worker.weights.families import FAMILIES
 from chatlm.worker.weights.family import is_one_more
-from chatlm.worker.weights.lora import FileSlice, fused_slices, read_adapters
+from chatlm.worker.weights.lora import FileSlice, fused_slices
 from chatlm.worker.weights.named_tokens import tokenizer_options, with_named_tokens
 from chatlm.worker.weights.packed_layouts import NotExact, PackedWeight
 from chatlm.worker.weights.quantization import origin_of, without_zero_biases
 from chatlm.worker.weights.rules import (
     LAYER_TYPES, LoadedModel, Rule, check_divides, checked, float_type, own_sampling, read_json,
     suppressed_in, warn_of_templates)
-from chatlm.worker.weights.tied_heads import Pair, divided_by, head_of_folder, with_own_head
+from chatlm.worker.weights.tied_heads import Pair, head_of_folder, merge_adapters
 from chatlm.worker.weights.trial import refuse_endless
 
 if TYPE_CHECKING:
@@ -96,13 +96,9 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
     family, spec = hf_spec(config, settings.context_length)
     names = source.name, str(source.path), str(read_json(config).get("_name_or_path") or "")
     state, scales = with_prefix(*read_safetensors(source.path))
-    row, has_head = FAMILIES[family], spec.of_texts or FAMILIES[family].all_tensors["head"][0] in state
     called = source.name, source.path.name, names[2]
-    score = rerankers.score_of(source.path, read_json(config), family, called,
-                               state.pop(rerankers.SCORE, None), has_head)
-    embeds = spec.of_texts or (source.path / "modules.json").exists()
-    if not has_head and (score is not None or embeds):
-        spec = replace(spec, tied_head=True)  # it has no head, and needs none
+    spec, embeds, score = purpose_of_folder(source.path, family, spec, called, state)
+    row = FAMILIES[family]
     whole, pair = state, Pair.of(row.all_tensors)
     spec, state, scales = head_of_folder(config, spec, row, row.repack(state), scales)
     given = whole | {name: state[name] for name in pair if name in state}, scales
@@ -121,14 +117,9 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
     mapped = sources.get("layer_embed", ((), ()))[1]
     matrices = {name: shape for name, shape in file_shapes(sources).items()
                 if len(shape) < 3 and name not in mapped} | unread_keys(spec)
-    tied = pair if spec.tied_head else ()
-    if tied:
-        matrices[pair.head] = matrices[pair.embed]
     slices = fused_slices({name: [FileSlice(name)] for name in matrices}, matrices, row.fused, spec.layers)
-    added, adapted = read_adapters(settings, matrices, slices, names, tied)
-    if tied and divided_by(added, pair):
-        spec, tied = with_own_head(spec, pair, state, scales, given[0]), ()
-        sources = tensor_sources(spec, row.all_tensors, spec.vocab_size)
+    spec, sources, added, adapted, tied = merge_adapters(
+        settings, spec, sources, matrices, slices, names, pair, pair, (state, scales, given[0]))
     scale_block = fp8_block(config, read_json(config)) if scales else []
 
     def turned(name: str, rows: numpy.ndarray) -> numpy.ndarray:
@@ -152,8 +143,7 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
 
     tensors = assembled(source.path, settings, sources, state, dtype, partial(changed, scales, added),
                         as_stored, kept)
-    text = hf_text(source.path, spec.vocab_size)
-    head = Head()
+    text, head = hf_text(source.path, spec.vocab_size), Head()
     text, ranking = rerankers.of_folder(
         source.path, read_json(config), family, called, spec, text, state, score)
     if embeds and ranking is None:
@@ -179,6 +169,19 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
                        adaptable=adaptable, head=head, ranking=ranking,
                        draft_head=draft_head_of(settings, source.path, draft_head),
                        **sampling_of_folder(source.path / "generation_config.json"))
+
+
+def purpose_of_folder(path: Path, family: str, spec: ModelSpec, called: Seq[str],
+                      state: dict) -> tuple[ModelSpec, bool, Any]:
+    """The spec of a folder, whether it embeds texts, and the row that it ranks by, taken out of its
+    tensors."""
+    has_head = spec.of_texts or FAMILIES[family].all_tensors["head"][0] in state
+    score = rerankers.score_of(path, read_json(path / "config.json"), family, called,
+                               state.pop(rerankers.SCORE, None), has_head)
+    embeds = spec.of_texts or (path / "modules.json").exists()
+    if not has_head and (score is not None or embeds):
+        spec = replace(spec, tied_head=True)  # it has no head, and needs none
+    return spec, embeds, score
 
 
 def sampling_of_folder(path: Path) -> dict:

@@ -58,8 +58,8 @@ class Change(NamedTuple):
 
 
 class Copy(NamedTuple):
-    """A whole matrix (N, K) or vector (N,) that replaces the model's. peft saves the embedding and the head if it
-    cannot tell whether they are still the base's, and what modules_to_save names."""
+    """A whole matrix (N, K) or vector (N,) that replaces the model's. peft saves the embedding and the head
+    if it cannot tell whether they are still the base's, and what modules_to_save names."""
 
     weight: Any
 
@@ -96,7 +96,8 @@ def fused_slices(slices: Mapping[str, list[FileSlice]], shapes: Mapping[str, tup
 
 
 def read_adapters(settings: Settings, shapes: Mapping[str, tuple], slices: Mapping[str, list[FileSlice]],
-                  names: Iterable[str] = (), tied: Seq[str] = ()) -> tuple[dict[str, list[Change | Copy]], str]:
+                  names: Iterable[str] = (),
+                  tied: Seq[str] = ()) -> tuple[dict[str, list[Change | Copy]], str]:
     """What the --lora folders change in each matrix of a file, copies first, and a description.
 
     `shapes` are by the file's names, `slices` by Hugging Face's; `names` are the model's own, as far as

@@ -72,7 +72,8 @@ class Table:
         self.other_ids: list[str] = []  # texts whose ids the files state differently
 
     def put(self, token: dict, stated_id: int | None = None):
-        """Add a token, or give one that is there other flags. Its id is that of its text, or else the next."""
+        """Add a token, or give one that is there other flags. Its id is that of its text, or else the
+        next."""
         text = token["content"]
         known = self.added[text]["id"] if text in self.added else self.pipeline.token_to_id(text)
         token_id = self.next_id if known is None else known
@@ -128,8 +129,8 @@ def special_tokens(folder: Path, options: Mapping) -> Iterator[dict]:
 
 
 def token_of(path: Path, key: str, value: Any, special: bool = False) -> dict | None:
-    """A token that a file writes as a text, or as an object with flags; None of one without a text. ConfigError
-    for anything else."""
+    """A token that a file writes as a text, or as an object with flags; None of one without a text.
+    ConfigError for anything else."""
     stated = {"content": value} if isinstance(value, str) else value
     if not isinstance(stated, dict) or not isinstance(stated.get("content", ""), str) or any(
             not isinstance(stated.get(flag, False), bool) for flag in FLAGS):
@@ -137,6 +138,6 @@ def token_of(path: Path, key: str, value: Any, special: bool = False) -> dict | 
                           "object with its content")
     if not (content := whole_unicode(stated.get("content", ""))):
         return None
-    special = special or stated.get("special", False)
+    is_special = special or bool(stated.get("special", False))
     return {"content": content, **{flag: stated.get(flag, False) for flag in FLAGS},
-            "normalized": stated.get("normalized", not special), "special": special}
+            "normalized": stated.get("normalized", not is_special), "special": is_special}

@@ -23,13 +23,13 @@ from chatlm.worker.weights.assemble import (
     UNREAD, assembled, check_names_and_shapes, file_shapes, tensor_sources)
 from chatlm.worker.weights.huggingface import hf_text
 from chatlm.worker.weights.layernorms import GPT2_TENSORS
-from chatlm.worker.weights.lora import FileSlice, read_adapters
+from chatlm.worker.weights.lora import FileSlice
 from chatlm.worker.weights.nanochat import (
     PLAIN_TENSORS, plain_state, tensor_words)
 from chatlm.worker.weights.rules import (
     MOST_CHANNELS, MOST_HEADS, MOST_LAYERS, MOST_POSITIONS, MOST_TOKENS, LoadedModel, Rule, check_divides,
     checked, float_type, read_json)
-from chatlm.worker.weights.tied_heads import Pair, divided_by, with_own_head
+from chatlm.worker.weights.tied_heads import Pair, merge_adapters
 from chatlm.worker.weights.torch_file import PlainUnpickler, load_checkpoint
 from chatlm.worker.weights.trial import refuse_endless
 
@@ -59,14 +59,9 @@ def open_nanogpt(source: ModelSource, settings: Settings, device) -> LoadedModel
     dtype = float_type(settings, choose_backend(device, spec))
     matrices = {name: shape for name, shape in file_shapes(sources).items()
                 if ".wpe." not in name}
-    tied = pair if spec.tied_head else ()
-    if tied:
-        matrices[pair.head] = matrices[pair.embed]
     slices, names = {name: [FileSlice(name)] for name in matrices}, (source.name, str(source.path))
-    added, adapted = read_adapters(settings, matrices, slices, names, tied)
-    if tied and divided_by(added, pair):
-        spec, tied = with_own_head(spec, pair, state), ()
-        sources = tensor_sources(spec, table, args["vocab_size"])
+    spec, sources, added, adapted, tied = merge_adapters(
+        settings, spec, sources, matrices, slices, names, pair, pair, (state,))
 
     def changed(name: str, tensor: numpy.ndarray) -> numpy.ndarray:
         for change in added.get(name, ()):

@@ -43,10 +43,11 @@ CANNOT = ("such a model scores or labels texts and writes none; of causal models
 
 
 def refuse_classifier(path: Path, config: Mapping, family: str):
-    """ConfigError for a config.json of a causal model that classifies, or gives rewards: without its head it would
-    chat in words that mean nothing."""
+    """ConfigError for a config.json of a causal model that classifies, or gives rewards: it has no matrix
+    that makes tokens."""
     for name in architectures_of(config):
-        if CLASSIFIERS.search(name) and not (family in FAMILIES and name.endswith("ForSequenceClassification")):
+        may_rank = family in FAMILIES and name.endswith("ForSequenceClassification")
+        if CLASSIFIERS.search(name) and not may_rank:
             raise ConfigError(f"{path}: architectures is {shown(name)}; {CANNOT}")
 
 
@@ -56,7 +57,8 @@ def architectures_of(config: Mapping) -> list[str]:
 
 
 def score_of(folder: Path, config: Mapping, family: str, names: Seq[str], score: Any, has_head: bool) -> Any:
-    """A folder's tensor SCORE if it is what the model ranks by; None of one that chats. ConfigError of any other.
+    """A folder's tensor SCORE if it is what the model ranks by; None of one that chats. ConfigError of any
+    other.
 
     `has_head`: is there a matrix that makes tokens?"""
     said = architectures_of(config)
@@ -105,8 +107,8 @@ def of_gguf(path: Path, metadata: Mapping, family: str, spec: ModelSpec, text: T
     named = NAMED.search(f"{metadata.get('general.name')} {path.name}")
     if pooling != "rank" and not (pooling == "none" and named and family in FAMILIES):
         if classes is not None and spec.tied_head:
-            raise ConfigError(f"{path} has {CLASSES}, but no output.weight and not the {own}pooling_type 4 (rank); "
-                              f"{CANNOT}")
+            raise ConfigError(f"{path} has {CLASSES}, but no output.weight and not the {own}pooling_type 4 "
+                              f"(rank); {CANNOT}")
         return text, None
     if family not in FAMILIES:
         raise ConfigError(f"{path}: {own}pooling_type is 4 (rank); of causal models this server ranks with "
