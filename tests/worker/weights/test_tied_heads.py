@@ -190,3 +190,17 @@ def test_an_adapter_of_a_tied_head_is_refused_where_it_is_not_merged(tmp_path):
             ours = load(path)
             with pytest.raises(ConfigError, match="lm_head.*cannot be .* without merging; --lora merges it"):
                 load_adapter(transformer(ours, kernels_of("reference", ours.spec)), 1, tmp_path / name)
+
+
+@pytest.mark.parametrize("flags", [(), ("--tensor-parallel-size", "2")], ids=["alone", "two ranks"])
+def test_an_adapter_of_the_default_models_head_leaves_its_embedding_as_it_is(flags, tmp_path, default_model_path):
+    """One that adds nothing changes no answer, although the head is now a matrix of its own."""
+    from real_server import ask, post, server
+    random, answers = torch.Generator().manual_seed(0), []
+    save_file({"base_model.model.lm_head.lora_A.weight": torch.randn(2, 576, generator=random),
+               "base_model.model.lm_head.lora_B.weight": torch.zeros(49_152, 2)}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["lm_head"]}))
+    for more in ((), ("--lora", tmp_path)):
+        with server(default_model_path, *flags, *more) as (_, url):
+            answers.append(json.load(post(url + "/v1/chat/completions", ask("What is the capital of Japan?", max_tokens=16)))["choices"][0]["message"]["content"])
+    assert answers[0] == answers[1] and "Tokyo" in answers[0]
