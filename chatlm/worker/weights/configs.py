@@ -383,7 +383,8 @@ def scaled_rope(path: Path, name: str, rope: Mapping, base: float, size: int, po
             over, under = (over, under) if over and under else (1, 0)
             fields["rope_scale"] = value("attention_factor") or (
                 (0.1 * over * growth + 1) / (0.1 * under * growth + 1))
-            if (unused := value("attn_factor", 1.0)) != 1:
+            unused = value("attn_factor", 1.0)
+            if unused != 1 and not math.isclose(unused, fields["rope_scale"], rel_tol=1e-4):
                 log.info(ATTN_FACTOR, path, name, unused, fields["rope_scale"])
             fields["max_positions"] = max(positions, int(factor * original))
         kept = numpy.clip(kept, 0, 1)
