@@ -124,6 +124,22 @@ def test_a_folder_of_safetensors_comes_with_its_shards_and_its_makers_sampling(t
         assert "does not have all files of that model" in refused("org/folder", env | {"HF_HUB_OFFLINE": "1"})
 
 
+def test_a_cached_index_of_absent_shards_does_not_hide_the_whole_file_beside_it(tmp_path):
+    """As caches have it that were filled before: today the index is left out where there is a whole file."""
+    folder = families.save(families.make_model("qwen3"), tmp_path / "made")
+    index = json.dumps({"weight_map": {"lm_head.weight": SHARDS[0]}}).encode()
+    files = {path.name: path.read_bytes() for path in folder.iterdir()} | {"model.safetensors.index.json": index}
+    with fake_hub(org__both=files) as hub:
+        env = environment(tmp_path, hub)
+        with real_server.server("org/both", "--dtype", "float32", *FLAGS, env=env) as (_, url):
+            assert answer(url, "org/both")["model"] == "org/both"
+        assert "model.safetensors" in hub.fetched() and "model.safetensors.index.json" not in hub.fetched()
+        snapshot = tmp_path / "hf" / "hub" / "models--org--both" / "snapshots" / hub.revision("org/both")
+        (snapshot / "model.safetensors.index.json").write_bytes(index)
+        with real_server.server("org/both", "--dtype", "float32", *FLAGS, env=env | {"HF_HUB_OFFLINE": "1"}) as (_, url):
+            assert answer(url, "org/both")["model"] == "org/both"
+
+
 WEIGHTS = b"x" * (2 << 20)
 SMALL = {"tokenizer.json": b"{}", "config.json": json.dumps({"model_type": "mamba2"}).encode()}
 
@@ -181,6 +197,8 @@ PARTS = ["q8/a-Q8_0-00001-of-00002.gguf", "q8/a-Q8_0-00002-of-00002.gguf"]
           "consolidated.safetensors", "original/params.json"], ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"]),
     ("", ["config.json", *SHARDS, "model.safetensors.index.json", "generation_config.json", "chat_template.jinja", "x.gguf"],
      ["chat_template.jinja", "config.json", "generation_config.json", "model.safetensors.index.json", *SHARDS]),
+    ("", ["config.json", *SHARDS, "model.safetensors.index.json", "model.safetensors", "special_tokens_map.json", "added_tokens.json"],
+     ["added_tokens.json", "config.json", "special_tokens_map.json", "model.safetensors"]),
     ("x", ["config.json", "model.safetensors", "x.gguf"], ["x.gguf"]), ("", ["config.json", "only.gguf"], ["only.gguf"]),
     ("", ["a-Q8_0.gguf", "a-Q4_K_M.gguf"], ["a-Q4_K_M.gguf"]), ("q8_0", ["a-Q4_0.gguf", *PARTS], PARTS),
     ("q8_0", ["a-Q8_0.gguf", "mmproj-a-Q8_0.gguf"], ["a-Q8_0.gguf"]), ("", ["a.gguf", "a-mmproj-f16.gguf", "x/imatrix_x.gguf"], ["a.gguf"]),

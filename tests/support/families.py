@@ -614,6 +614,9 @@ def as_gguf(path, model, quantized=False, metadata=None, beside=None):
             numbers[key] = getattr(config, key)
     if rope["rope_type"] in ("linear", "yarn"):
         numbers |= {"rope.scaling.type": rope["rope_type"], "rope.scaling.factor": float(rope["factor"])}
+    for key in ("attn_factor", "attention_factor"):         # the latter of both
+        if rope["rope_type"] == "yarn" and rope.get(key) is not None:
+            numbers["rope.scaling.yarn_attn_factor"] = rope[key]
     if rope["rope_type"] in ("yarn", "longrope"):
         numbers["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
     if rope["rope_type"] == "llama3":

@@ -181,7 +181,7 @@ OF_TEXT = (
     metadata_fault("BOS twice", template_of("{{ bos_token }}" + INST), "template", make=pieces_gguf),
     metadata_fault("eos is the token that begins turns", {"tokenizer.ggml.eos_token_id": 1}, "template"),
     metadata_fault("eos is an ordinary token", {"tokenizer.ggml.eos_token_id": 260}, "ends"),
-    metadata_fault("the end token is typed as ordinary", of_type("<|im_end|>", 1), "template"),
+    metadata_fault("the end token is typed as ordinary", of_type("<|im_end|>", 1), "ends"),
     metadata_fault("an ordinary word is typed as control", of_type("Ġthe", 3), "added tokens"),
     metadata_fault("a token twice", token_twice, "vocabulary"),
     metadata_fault("an old template without a prompt for answers", template_of(CHATML.partition("{% if")[0]), "template"),

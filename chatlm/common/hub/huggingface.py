@@ -30,8 +30,10 @@ if TYPE_CHECKING:
 
 SPLIT_GGUF = r"-\d{5}-of-\d{5}(?=\.gguf$)"  # of one part of a model in several files
 BESIDE_MODEL = r"(?i).*(?<![a-z])(mmproj|imatrix)(?![a-z])[^/]*"  # encoders of images, and of quantizers
-FOLDER_FILES = {"config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json",
-                "tokenizer_config.json", "chat_template.jinja", "chat_template.json",
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # in one file; of several
+FOLDER_FILES = {"config.json", "generation_config.json", INDEX, "tokenizer.json", "added_tokens.json",
+                "tokenizer_config.json", "special_tokens_map.json",
+                "chat_template.jinja", "chat_template.json",
                 "additional_chat_templates/tool_use.jinja", "modules.json", "1_Pooling/config.json",
                 "config_sentence_transformers.json", "sentence_bert_config.json",
                 "preprocessor_config.json", "processor_config.json",
@@ -284,10 +286,11 @@ def hub_files(repository: str, file: str, names: Iterable[str]) -> list[str]:
     ggufs = models_among(parts)  # without the numbers of parts
     if not file and "config.json" in names:
         weights = {name for name in names if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)}
-        weights = {"model.safetensors"} & names or weights
-        if weights:
-            weights |= {name for name in names if re.fullmatch(DENSE_FILES, name)}
-            return sorted(FOLDER_FILES & names) + sorted(weights)
+        whole = {WHOLE} & names
+        if whole or weights:
+            more = {name for name in names if re.fullmatch(DENSE_FILES, name)}
+            described = (FOLDER_FILES - {INDEX} if whole else FOLDER_FILES) & names
+            return sorted(described) + sorted((whole or weights) | more)
     end = (file or "q4_k_m").lower().removesuffix(".gguf")
     chosen = [name for name, files in parts.items() if file in (name, *files)] or \
              [name for name in ggufs if name.lower().removesuffix(".gguf").endswith(end)] or \
@@ -410,9 +413,9 @@ def cached_from_hub(hub, repository: str, file: str, why: str) -> Path:
         if not names:
             raise lacks
         path = hub_path(hub, repository, hub_files(repository, file, names), revision)
-        index = path / "model.safetensors.index.json"
+        index = path / INDEX
         shards = json.loads(index.read_bytes())["weight_map"].values() if index.exists() else ()
-        if not {*shards} <= {*names}:
+        if WHOLE not in names and not {*shards} <= {*names}:
             raise lacks
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         raise lacks from None

@@ -20,8 +20,8 @@ from pathlib import Path
 from chatlm.common.errors import ChatServerError, ConfigError, bad_value, printable, shown
 from chatlm.common.files import Truncated
 from chatlm.common.hub.huggingface import (
-    BESIDE_MODEL, FOLDER_FILES, HEADER_BYTES, SPLIT_GGUF, Bounds, CannotRun, Unreachable, fetch,
-    folder_bytes, hub_errors, hub_files, hub_listing, hub_model, is_plain_path, load_hub,
+    BESIDE_MODEL, FOLDER_FILES, HEADER_BYTES, INDEX, SPLIT_GGUF, WHOLE, Bounds, CannotRun, Unreachable,
+    fetch, folder_bytes, hub_errors, hub_files, hub_listing, hub_model, is_plain_path, load_hub,
     other_tokenizers, refuse_early)
 from chatlm.common.hub.local import download_lock
 from chatlm.common.hub.short_names import SHORT_NAMES
@@ -255,9 +255,9 @@ def is_whole(folder: Path, names: dict[str, int], files: Seq[str]) -> bool:
     if split := re.search(r"-of-(\d{5})\.(gguf|safetensors)$", files[-1]):
         if len([name for name in files if name.endswith(split[0])]) != int(split[1]):
             return False
-    if "model.safetensors.index.json" in files:
+    if INDEX in files and WHOLE not in names:
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
-            index = (snapshot_of(folder) or folder) / "model.safetensors.index.json"
+            index = (snapshot_of(folder) or folder) / INDEX
             return {*json.loads(index.read_bytes())["weight_map"].values()} <= {*names}
         return False
     return True

@@ -104,6 +104,8 @@ class Embedder(NamedTuple):
     sigmoid: bool = True           # of scores: after a sigmoid they are probabilities
     form: str = ""                 # a pair as one text, with {instruction}, {query} and {document}
     instruction: str = ""          # the usual one
+    dimensions: int = 0            # numbers of a vector unless a request asks for others; 0: all
+    pools_prompt: bool = True      # are the tokens of a prompt pooled too? It is read in either case
 
 
 @dataclass(frozen=True)
@@ -230,6 +232,7 @@ class AnswerParams:
     pooling: str = ""                   # mean, cls, last or rank: no answer, but an embedding of the prompt
     dimensions: int = 0                 # numbers of it to keep; 0: all
     normalized: bool = True             # scale it to length 1; a score is never scaled
+    unpooled: int = 0                   # tokens at its beginning that are read, but not pooled
     client: str = ""                    # who takes turns: a key's name or an address
     owner: str = ""                     # who shares KV pages
     adapter: str = ""                   # the id of the adapter that computes it; "": the model alone

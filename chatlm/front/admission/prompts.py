@@ -96,7 +96,10 @@ class PromptMaker:
                 raise invalid(name, f"{name} is {first:,}, but the prompt has {len(ids):,} tokens")
         checked_ids([token for token, _ in request.params.sampling.logit_bias], self.tokenizer, "logit_bias")
         self._check_prefix(request)
-        return replace(request.lasting(), prompt_ids=prompts, pictures=pictures,
+        params = request.params
+        if self.retrievals and request.retrieval:
+            params = replace(params, unpooled=self.retrievals.unpooled(request.prompts, request.retrieval))
+        return replace(request.lasting(), params=params, prompt_ids=prompts, pictures=pictures,
                        dropped_messages=request.dropped_messages + dropped)
 
     def _check_prefix(self, request: Request):

@@ -97,6 +97,16 @@ class RetrievalMaker:
             raise self.too_long(f"{param}[{index}]", len(ids) + len(begins) + len(ends), param)
         return [*begins, *ids[:room], *ends]
 
+    def unpooled(self, texts: Seq[str | Seq[int]], retrieval: Retrieval) -> int:
+        """How many tokens at the beginning of each text are not pooled: those of its prompt, if the model
+        leaves them out. As sentence-transformers counts them: with what is around a text, but for its last
+        token."""
+        own = self.embedder
+        if own.pools_prompt or not retrieval.prompt or not all(isinstance(text, str) for text in texts):
+            return 0
+        after = max(len(own.ends) - 1, 0)
+        return len(own.begins) + len(self.tokenizer.encode(retrieval.prompt)) + after
+
     def head(self, query: str, retrieval: Retrieval) -> Head:
         """What is read of a query, before each of its documents. RequestError if it leaves no room for
         one."""

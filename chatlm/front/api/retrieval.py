@@ -69,7 +69,7 @@ def dimensions_of(values: Mapping, embedder: Embedder | None) -> int:
     """How many numbers a vector keeps; 0: all. RequestError for what the model was not trained for."""
     asked = values.get("dimensions")
     if asked is None:
-        return 0
+        return embedder.dimensions if embedder else 0
     if embedder is None:
         raise bad_value("dimensions", asked, "left out: a chat model's vectors have the width of its hidden "
                                              "states")
@@ -141,7 +141,8 @@ def read_score_body(body: dict, known: Known) -> ParsedBody:
         return ParsedBody(request, stream=False, api="score", details=details)
     within_limit("texts in text_1 and text_2", len(first) + len(second), LIMITS.embeddings, "text_2")
     retrieval = Retrieval(prompt_of({}, embedder))
-    request = asked_of(values, (*first, *second), AnswerParams(pooling=pooling), retrieval)
+    params = AnswerParams(pooling=pooling, dimensions=embedder.dimensions if embedder else 0)
+    request = asked_of(values, (*first, *second), params, retrieval)
     return ParsedBody(request, stream=False, api="cosines", details={"pairs": len(second)})
 
 

@@ -126,7 +126,7 @@ def embedder_body(embedder: Embedder, context_length: int) -> dict:
     """How a model embeds or ranks texts, as /v1/models describes it."""
     ranks = embedder.pooling == "rank"
     return {"max_tokens": min(embedder.longest, context_length), **({} if ranks else {
-        "pooling": embedder.pooling, "dimensions": embedder.size,
+        "pooling": embedder.pooling, "dimensions": embedder.dimensions or embedder.size,
         "least_dimensions": embedder.least or embedder.size, "similarity": embedder.similarity,
         "prompts": dict(embedder.prompts), "default_prompt": embedder.default_prompt or None})}
 

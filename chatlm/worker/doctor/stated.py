@@ -9,12 +9,10 @@ from typing import Any, TYPE_CHECKING
 import numpy
 
 from chatlm.worker.arrays.gguf_types import block_of
-from chatlm.worker.arrays.kinds import floats
 from chatlm.worker.doctor.findings import Findings, error, examples, note, warning
 from chatlm.worker.doctor.portraits import rows_of
-from chatlm.worker.weights.assemble import read_safetensors
+from chatlm.worker.weights.configs import TIED
 from chatlm.worker.weights.families import FAMILIES
-from chatlm.worker.weights.packed_layouts import PackedWeight
 
 if TYPE_CHECKING:
     from chatlm.worker.doctor.patient import Patient
@@ -102,8 +100,11 @@ SAME, OTHER = 0.9, 0.5
 def check_head(patient: Patient) -> Findings:
     """A head that is not the embedding although it should be, or the embedding in another order."""
     model = patient.floats
-    if patient.kind == "hf" and model.spec.tied_head and not model.spec.of_texts:
-        yield from unused_head(patient)
+    if patient.kind == "hf" and not model.spec.tied_head and not model.spec.of_texts and says_tied(patient):
+        name = FAMILIES[model.family].all_tensors["head"][0]
+        yield error("config.json says that the head is the embedding (tie_word_embeddings), but the files "
+                    f"have another {name}, which is used", where=name,
+                    advice="set tie_word_embeddings to false if the model was trained so; if not, remove it")
     if "head" not in model.tensors or "embed" not in model.tensors or model.spec.own_rows:
         return
     V = model.spec.vocab_size
@@ -136,18 +137,10 @@ def unit(rows: numpy.ndarray) -> numpy.ndarray:
     return rows / numpy.maximum(lengths, 1e-20)
 
 
-def unused_head(patient: Patient) -> Findings:
-    """A lm_head in the files of a model whose config says that it is the embedding."""
-    state, _ = read_safetensors(patient.path)
-    table = FAMILIES[patient.model.family].all_tensors
-    head, embed = state.get(table["head"][0]), state.get(table["embed"][0])
-    embed = state.get(table["embed"][0].removeprefix("model.")) if embed is None else embed
-    if head is None or embed is None or any(isinstance(one, PackedWeight) for one in (head, embed)):
-        return
-    rows = numpy.unique(numpy.linspace(0, min(len(head), len(embed)) - 1, SAMPLED).astype(int))
-    alike = (unit(floats(head[rows])) * unit(floats(embed[rows]))).sum(1)
-    if head.shape != embed.shape or float(numpy.median(alike)) < 0.99:
-        yield error("config.json says that the head is the embedding (tie_word_embeddings), but the files "
-                    f"have another {table['head'][0]}, which is not read", where=table["head"][0],
-                    advice="set tie_word_embeddings to false if the model was trained so")
-
+def says_tied(patient: Patient) -> bool:
+    """Does config.json, or its part on the text model, say that the head is the embedding?"""
+    config = patient.json("config.json")
+    parts = [part for part in (config, config.get("text_config")) if isinstance(part, Mapping)]
+    stated = [part[TIED] for part in parts if TIED in part]
+    default = FAMILIES[patient.model.family].config.get(TIED, False)
+    return any(stated) if stated else default

@@ -16,6 +16,7 @@ from chatlm.common.text.load import HuggingFaceTokenizer, open_tokenizer
 from chatlm.worker.doctor.findings import Findings, error, examples, note, quoted, warning
 from chatlm.worker.doctor.fingerprints import fingerprint, likeness
 from chatlm.worker.doctor.hard_texts import HARD_TEXTS
+from chatlm.worker.weights.control_tokens import LIKE_A_NAME, NORMAL, USER_DEFINED
 from chatlm.worker.weights.gguf_header import Texts
 from chatlm.worker.weights.splits import NANOCHAT_SPLITS
 
@@ -82,6 +83,7 @@ def check_ends(patient: Patient) -> Findings:
     if not ends and text.kind != "characters" and not text.embedder:
         yield error("no token ends an answer, so answers end only where they are cut off",
                     key_of_eos(patient), "name the token with which the model ends its turn")
+    yield from misnamed_tokens(patient)
     names = {token: tokenizer.show([token]) for token in ends}
     plain = [names[token] for token in ends if tokenizer.token_bytes(token) and token not in tokenizer.added]
     if named := [*filter(LIKE_A_NAME.fullmatch, plain)]:
@@ -101,6 +103,18 @@ def check_ends(patient: Patient) -> Findings:
                           "it has no effect here; it may be another model's")
     if text.add_bos and text.bos_token is None:
         yield warning("a first token is asked for (add_bos), but none is named", "bos_token_id")
+
+
+def misnamed_tokens(patient: Patient) -> Findings:
+    """Control tokens to which a GGUF file gives another type."""
+    types = patient.metadata.get("tokenizer.ggml.token_type", ())
+    names = [name for name, token in patient.tokenizer.specials.items()
+             if patient.text.kind == "hf" and token < len(types) and types[token] in (NORMAL, USER_DEFINED)]
+    if names:
+        yield warning(f"the types of {quoted_texts(names)}, which mark turns, are those of ordinary tokens; "
+                      "they count as control tokens here", "tokenizer.ggml.token_type",
+                      "convert the model again: other programs may split them, and templates then write "
+                      "something else")
 
 
 def key_of_eos(patient: Patient) -> str:
@@ -209,7 +223,6 @@ def accepted_forms(patient: Patient, text: str) -> set[str]:
     return forms
 
 
-LIKE_A_NAME = re.compile(r"[<\[][^<>\s]*[>\]]")  # as <unused7>
 SAMPLED = 30_000       # tokens
 FEW, MANY = 0.03, 0.2  # shares of tokens that no text becomes: of Qwen 2 1.3 %, of other published ones less
 LEAST = 8

@@ -103,13 +103,17 @@ def pool(transformer: Transformer, chunk: Chunk, first: int, last: int, of_pairs
     are pooled. They are added one by one, so that the sum has the same bits however the prompt was split."""
     output, pooling = chunk.sequence.output, chunk.sequence.pooling
     pooling = of_pairs if pooling == "rank" else pooling
-    rows = {"mean": (first, last), "cls": (first, first + 1), "last": (last - 1, last)}[pooling]
-    if pooling != "mean" or chunk.sequence.computed == 0:  # a sequence that was preempted starts over
+    size, computed = len(chunk.sequence.tokens), chunk.sequence.computed
+    unpooled = min(chunk.sequence.work.params.unpooled, size - 1)
+    start = min(first + max(unpooled - computed, 0), last)  # of the rows that count
+    rows = {"mean": (start, last), "cls": (start, start + 1), "last": (last - 1, last)}[pooling]
+    if pooling != "mean" or computed == 0:  # a sequence that was preempted starts over
         output.pooled = 0.0
-    for row in transformer.hidden_states(*rows):
-        output.pooled = output.pooled + row
+    if rows[0] < last:
+        for row in transformer.hidden_states(*rows):
+            output.pooled = output.pooled + row
     if pooling == "mean" and chunk.count == chunk.sequence.pending:
-        output.pooled = output.pooled / len(chunk.sequence.tokens)
+        output.pooled = output.pooled / (size - unpooled)
 
 
 def embedding_events(pooled: numpy.ndarray, params: AnswerParams, output: Output) -> list[WorkerEvent]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TYPE_CHECKING
+from typing import NamedTuple, NoReturn, TYPE_CHECKING
 
 import numpy
 
@@ -41,6 +41,7 @@ class Adaptable:
     turned: Callable[[str, numpy.ndarray], numpy.ndarray]  # a file's rows in our order
     ignored: dict[str, tuple[int, ...]]  # matrices that no layer reads: see unread_keys
     first_layer: int = 0    # of a stage
+    tied: Sequence[str] = ()  # Hugging Face's names of an embedding and of the head that it is
 
 
 class Part(NamedTuple):
@@ -69,6 +70,8 @@ class AdapterReader:
         shapes = file_shapes(self.adaptable.sources) | unread
         whole = {theirs: (sum(shapes[file_slice.name][0] for file_slice in at), *shapes[at[0].name][1:])
                  for theirs, at in slices.items()}
+        for embed, head in [self.adaptable.tied] if self.adaptable.tied else ():
+            whole[head] = whole[embed]
         parts: dict[str, list[Part]] = {}  # by the whole model's names
         rows = {theirs: (ours, before) for ours, (_, all_of) in self.adaptable.sources.items()
                 for theirs, before in zip(all_of, rows_before(all_of.values()))}
@@ -78,6 +81,8 @@ class AdapterReader:
                 if not isinstance(change, Change):
                     raise ConfigError(f"{folder} contains a whole matrix {theirs.removesuffix('.weight')} "
                                       f"(modules_to_save), which cannot be served without merging; {MERGE}")
+                if theirs in self.adaptable.tied:
+                    self._refuse(folder, theirs)
                 for file_slice in slices[theirs]:
                     ours, before = rows[file_slice.name]
                     self._refuse_part(folder, theirs, ours, change)
@@ -89,8 +94,11 @@ class AdapterReader:
     def _refuse_part(self, folder: Path, theirs: str, ours: str, change: Change):
         part = ours.rpartition(".")[2]
         if change.embedding or part not in ADAPTED:
-            module = printable(theirs.removesuffix(".weight"))
-            raise ConfigError(f"{folder} changes {module}, which cannot be done without merging; {MERGE}")
+            self._refuse(folder, theirs)
+
+    def _refuse(self, folder: Path, theirs: str) -> NoReturn:
+        module = printable(theirs.removesuffix(".weight"))
+        raise ConfigError(f"{folder} changes {module}, which cannot be done without merging; {MERGE}")
 
 
 def rows_before(shapes: Iterable[tuple[int, ...]]) -> list[int]:

@@ -115,6 +115,11 @@ def unread_keys(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
             for part, size in (("k", attn.head_size), ("v", attn.value_size))}
 
 
+# scales for keys and values that others keep in FP8; here pages have types of their own
+KV_SCALES = (r".*\.(([qkv]|kv|prob)(_cache)?(_global)?_(scale|zero_point)(_inv)?"
+             r"|[kv]_proj\.output_(scale|zero_point))$")
+
+
 class Mxfp4:
     """A safetensors file's experts (experts, rows, columns) presented as a GGUF tensor of type MXFP4.
 
@@ -150,7 +155,7 @@ def read_safetensors(folder: Path) -> tuple[dict[str, numpy.ndarray], dict[str, 
     state = join_packed(folder, state)
     # image models prefix the text model's names
     state = {re.sub(r"(language|text)_model\.", "", name, count=1): tensor for name, tensor in state.items()
-             if not re.match(rf"(model\.)?({IMAGES})\b|{UNREAD}", name)}
+             if not re.match(rf"(model\.)?({IMAGES})\b|{UNREAD}|{KV_SCALES}", name)}
     scales = {name: state.pop(of) for name in list(state) for of in (f"{name}_scale_inv", f"{name}_scale")
               if name in state and kind_of(state[name]) in FP8 and of in state}  # scales may be FP8 too
     for name, tensor in list(state.items()):

@@ -54,6 +54,7 @@ HF_KEYS = {key: rule for row in reversed(FAMILIES.values()) for key, rule in row
 LLAMA_SIZES = {  # what a text_config may leave out
     "vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32,
     "num_attention_heads": 32, "max_position_embeddings": 2048}
+TIED = "tie_word_embeddings"
 BESIDE_TEXT = set("""image_token_id video_token_id vision_config vision_end_token_id vision_start_token_id
     vision_token_id perceiver_config pixel_shuffle_factor""".split())
 HF_INERT = set("""architectures attention_dropout auto_map bos_token_id cache_implementation dtype embd_pdrop
@@ -76,7 +77,8 @@ OTHERS_AFFAIR = set("""attention_probs_dropout_prob attention_softmax_in_fp32 at
     classifier_from_token cls_token_id dropout embedding_dropout experts_implementation
     exponential_decay_length_penalty ffn_dropout flash_attn fuse_cross_entropy fused_cross_entropy
     gradient_checkpointing hidden_dropout hidden_dropout_prob ignore_index init_std initializer_factor
-    is_decoder is_matryoshka is_original_qwen3_reranker keys_to_ignore_at_inference label_smoothing
+    is_decoder is_matryoshka is_original_qwen3_reranker keys_to_ignore_at_inference kv_cache_dtype
+    kv_cache_quant_algo kv_cache_scheme label_smoothing
     language layerdrop license loss_type mask_token_id matryoshka_dimensions max_seq_len
     max_sequence_length mlp_dropout model_max_length n_ctx name_or_path num_labels num_logits_to_keep
     output_past output_scores padding_side pad_token pruned_heads remove_invalid_values
@@ -185,7 +187,7 @@ def text_part(path: Path, family: str, raw: Mapping) -> tuple[str, Mapping]:
         raise ConfigError(f"{path}: text_config is {shown(text)}; it must be an object")
     kind: str = checked(path, "text_config.model_type", text.get("model_type", VISION[family]), Rule(str))
     kind = VISION[family] if kind == family else TEXT_TYPES.get(kind, kind)
-    outer = {key: raw[key] for key in ("tie_word_embeddings", "vocab_size") if key in raw}
+    outer = {key: raw[key] for key in (TIED, "vocab_size") if key in raw}
     if family == "llava" and kind == "llama":
         outer = LLAMA_SIZES | outer
     inner = {key: value for key, value in text.items() if key not in BESIDE_TEXT}
@@ -193,6 +195,8 @@ def text_part(path: Path, family: str, raw: Mapping) -> tuple[str, Mapping]:
         if isinstance(rope := inner.get(name), dict):  # image positions have three axes, text positions one
             rope = {key: value for key, value in rope.items() if not key.startswith("mrope_")}
             inner[name] = rope | {key: "default" for key in ("type", "rope_type") if rope.get(key) == "mrope"}
+    if raw.get(TIED) is True and inner.get(TIED) is False:
+        inner[TIED] = True  # both say it for the same two matrices; a head in the files still counts
     return kind, outer | inner
 
 
@@ -305,16 +309,24 @@ def growing_queries(fields: Mapping, beta: float | None, original: int, context:
 
 
 ROPE_TYPES = {  # rope_type -> its parameters
-    "default": "", "linear": "factor", "dynamic": "factor",
+    "default": "",
+    **dict.fromkeys(("linear", "dynamic"), "factor original_max_position_embeddings finetuned"),
     "llama3": "factor low_freq_factor high_freq_factor original_max_position_embeddings",
     "yarn": "factor original_max_position_embeddings beta_fast beta_slow attention_factor mscale "
-            "mscale_all_dim truncate",
+            "mscale_all_dim truncate attn_factor extrapolation_factor finetuned",
     "longrope": "short_factor long_factor original_max_position_embeddings factor attention_factor "
                 "short_mscale long_mscale"}
 ROPE_KEYS = {  # all others are positive numbers
-    "original_max_position_embeddings": HF_KEYS["original_max_position_embeddings"], "truncate": Rule(bool),
+    "original_max_position_embeddings": HF_KEYS["original_max_position_embeddings"],
+    **dict.fromkeys(("truncate", "finetuned"), Rule(bool)), "extrapolation_factor": Rule(float, 1, 1),
     **dict.fromkeys(("short_factor", "long_factor"), Rule(float, 0.01, 10**6, many=True)),
     **dict.fromkeys(("attention_factor", "mscale", "mscale_all_dim"), Rule(float, 0, 10**3, optional=True))}
+
+
+UNUSED_IN_ROPE = {"finetuned": False, "extrapolation_factor": 1.0}
+# of DeepSeek-R1-0528-Qwen3-8B; what vLLM multiplies the usual factor by
+ATTN_FACTOR = ("%s: %s has attn_factor %.3f, which is not used, as in transformers and llama.cpp: yarn "
+               "multiplies queries and keys by %.3f")
 
 
 def scaled_rope(path: Path, name: str, rope: Mapping, base: float, size: int, positions: int,
@@ -338,6 +350,8 @@ def scaled_rope(path: Path, name: str, rope: Mapping, base: float, size: int, po
     fields = {"max_positions": positions, "rope_base": base, "rope_size": size}
     if rope_type == "default":
         return fields
+    for key, usual in UNUSED_IN_ROPE.items():  # checked alone
+        value(key, usual)
     if rope_type == "dynamic":
         factor = value("factor")
         length = min(max(context or 0, positions), int(max(factor, 1) * positions))
@@ -369,6 +383,9 @@ def scaled_rope(path: Path, name: str, rope: Mapping, base: float, size: int, po
             over, under = (over, under) if over and under else (1, 0)
             fields["rope_scale"] = value("attention_factor") or (
                 (0.1 * over * growth + 1) / (0.1 * under * growth + 1))
+            unused = value("attn_factor", 1.0)
+            if unused != 1 and not math.isclose(unused, fields["rope_scale"], rel_tol=1e-4):
+                log.info(ATTN_FACTOR, path, name, unused, fields["rope_scale"])
             fields["max_positions"] = max(positions, int(factor * original))
         kept = numpy.clip(kept, 0, 1)
         factors = 1 / (kept + (1 - kept) / factor)

@@ -15,7 +15,7 @@ from chatlm.worker.arrays.kinds import floats
 from chatlm.worker.arrays.packed import dequantize
 from chatlm.worker.model.head import Dense, Head
 from chatlm.worker.model.spec import ModelSpec
-from chatlm.worker.weights.rules import Rule, checked
+from chatlm.worker.weights.rules import Rule, checked, read_json
 
 SCORES = "classifier.weight", "classifier.out_proj.weight"  # with one row for each label
 
@@ -58,10 +58,15 @@ def folder_head(path: Path, config: Mapping, spec: ModelSpec, state: Mapping[str
 
 
 def makes_probabilities(path: Path, config: Mapping) -> bool:
-    """Are the scores of a folder's cross-encoder followed by a sigmoid? Its config may say that none is."""
-    key = "sbert_ce_default_activation_function"
+    """Are the scores of a folder's cross-encoder followed by a sigmoid? Its files may say that none is:
+    sentence-transformers has written it into three places, of which the latest counts first."""
+    key, latest = "sbert_ce_default_activation_function", path.with_name("config_sentence_transformers.json")
     more = config.get("sentence_transformers")
-    name = more.get("activation_fn") if isinstance(more, dict) else None
+    name = read_json(latest, needed=False).get("activation_fn")
+    if name is not None:
+        path = latest
+    elif isinstance(more, dict):
+        name = more.get("activation_fn")
     name = name or config.get(key) or "torch.nn.modules.activation.Sigmoid"
     kind = str(name).rpartition(".")[2]
     if kind not in ("Sigmoid", "Identity"):

@@ -102,7 +102,7 @@ def folder_embedder(folder: Path, pipeline, family: str, spec: ModelSpec,
     Without a modules.json it takes the mean. `pipeline` is its tokenizer of the library `tokenizers`, `names`
     what the model is called. ConfigError for a module, or a pooling, that this server does not have."""
     path = folder / "modules.json"
-    pooling, dense, normalized = "mean", [], False
+    pooling, dense, normalized, pools_prompt = "mean", [], False, True
     for index, module in enumerate(modules_of(path) if path.exists() else []):
         kind, place = str(module.get("type")).rpartition(".")[2], module.get("path", "")
         if not isinstance(place, str) or not re.fullmatch(r"[\w-][\w .-]*|", place, re.ASCII):
@@ -110,6 +110,7 @@ def folder_embedder(folder: Path, pipeline, family: str, spec: ModelSpec,
                               "there")
         if kind == "Pooling":
             pooling = folder_pooling(folder / place / "config.json", spec.of_texts)
+            pools_prompt = pools_prompts(folder / place / "config.json")
         elif kind == "Dense" and not normalized:
             dense.append(folder_dense(folder / place, dense[-1].weight.shape[0] if dense else spec.width))
         elif kind == "Normalize":
@@ -132,8 +133,12 @@ def folder_embedder(folder: Path, pipeline, family: str, spec: ModelSpec,
     rule = Rule(int, 1, size, many=True)
     least = LEAST.get(family, 0) if cuts is None else min(
         checked(folder / "config.json", "matryoshka_dimensions", cuts, rule), default=0)
+    cut = checked(path, "truncate_dim", more.get("truncate_dim"), Rule(int, 1, size, optional=True)) or 0
+    if cut:
+        least = min(least or cut, cut)
     return Embedder(pooling, size, longest_of(folder, spec.max_positions), least, begins, ends, between,
-                    tuple(prompts.items()), default or "", similarity), Head(tuple(dense))
+                    tuple(prompts.items()), default or "", similarity, dimensions=cut,
+                    pools_prompt=pools_prompt), Head(tuple(dense))
 
 
 def folder_dense(folder: Path, width: int) -> Dense:
@@ -180,9 +185,13 @@ def folder_pooling(path: Path, of_texts: bool = False) -> str:
             "causal attention it must be mean")
         raise ConfigError(f"{path}: pooling_mode is {shown(modes[0] if len(modes) == 1 else modes)}; of a "
                           f"model with {kind} or lasttoken")
-    if config.get("include_prompt") is False:
-        raise ConfigError(f"{path}: include_prompt is false; this server pools the prompt's tokens too")
     return pooling
+
+
+def pools_prompts(path: Path) -> bool:
+    """Does a Pooling module count the tokens of a prompt? They are read by the model in either case."""
+    pools = checked(path, "include_prompt", read_json(path).get("include_prompt"), Rule(bool, optional=True))
+    return pools is not False
 
 
 def prompts_of(path: Path, prompts: Any) -> dict[str, str]:

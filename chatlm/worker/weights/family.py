@@ -113,6 +113,11 @@ class Family(NamedTuple):
         return {ours: names for ours, names in table.items() if names} | self.gguf.names
 
 
+def is_one_more(row: Family, name: str) -> bool:
+    """Does a norm of a folder multiply by 1 + w? A GGUF file has the sum."""
+    return row.one_more and re.search(r"(?<!linear_attn\.)norm\.weight$", name) is not None
+
+
 HF_TENSORS = {  # our tensor (of layer {}) -> the folder's tensors whose rows it is made of
     "embed": ("model.embed_tokens.weight",), "head": ("lm_head.weight",),
     "final_norm": ("model.norm.weight",),

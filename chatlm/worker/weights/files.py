@@ -13,15 +13,20 @@ from pathlib import Path
 
 from chatlm.common.errors import ConfigError, cannot_read
 from chatlm.common.files import refuse_pointer, truncated
+from chatlm.common.log import log
 from chatlm.worker.weights.rules import read_json
+
+
+WHOLE = "model.safetensors"
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The files that the index names, or model.safetensors, or without either a numbered set. ConfigError
-    if one is missing."""
+    if one is missing. Beside a whole model.safetensors, an index of files that are not there counts for
+    nothing."""
     index, there = folder / "model.safetensors.index.json", sorted(
         path.name for path in folder.glob("*.safetensors"))
-    names, origin = ["model.safetensors"], "it must have"
+    names, origin = [WHOLE], "it must have"
     sets = [match for name in there if (match := re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.safetensors", name))]
     numbered = next((match for match in sets if match[1] == "model"), sets[0] if sets else None)
     if index.exists():
@@ -29,7 +34,10 @@ def weight_files(folder: Path) -> list[Path]:
         if not isinstance(files, dict) or not files or not all(
                 isinstance(name, str) and Path(name).name == name for name in files.values()):
             raise ConfigError(f"{index}: weight_map must map each tensor to a file name in this folder")
-        names = sorted(set(files.values()))
+        if WHOLE in there and not set(files.values()) <= {*there}:
+            log.warning("%s names files that are not all there: %s is used", index, WHOLE)
+        else:
+            names = sorted(set(files.values()))
     elif names[0] not in there and numbered:
         stem, count = numbered.groups()
         names = [f"{stem}-{number:05}-of-{count}.safetensors" for number in range(1, int(count) + 1)]

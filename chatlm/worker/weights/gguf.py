@@ -40,20 +40,22 @@ from chatlm.worker.weights.configs import (
     HF_DEFAULTS, complete_heads, family_spec, growing_queries, scaled_rope, unsupported)
 from chatlm.worker.weights.families import FAMILIES, GGUF_FAMILIES
 from chatlm.worker.weights.factors import with_factors
-from chatlm.worker.weights.family import Family, Header
+from chatlm.worker.weights.family import Family, Header, is_one_more
 from chatlm.worker.weights.finite import refuse_faults
 from chatlm.worker.weights.gguf_file import (
     GGUF_OWN, GGUF_SIZES, ROPE_TENSORS, check_gguf_types, gguf_value, read_gguf, refuse_unknown)
 from chatlm.worker.weights.gguf_header import Texts
 from chatlm.worker.weights.encoder_text import text_of_encoder
 from chatlm.worker.weights.adapters import Adaptable
-from chatlm.worker.weights.lora import FileSlice, fused_slices, read_adapters
+from chatlm.worker.weights.lora import FileSlice, fused_slices
+from chatlm.worker.weights.control_tokens import CONTROL, END_TOKENS, USER_DEFINED, misnamed
 from chatlm.worker.weights.pipelines import (
-    CONTROL, USER_DEFINED, byte_level_pipeline, merges_of_scores, sentencepiece_pipeline)
+    byte_level_pipeline, merges_of_scores, sentencepiece_pipeline)
 from chatlm.worker.weights.rules import (
     LAYER_TYPES, LoadedModel, Rule, check_divides, checked, float_type, own_sampling,
     suppressed_in, warn_of_templates)
 from chatlm.worker.weights.splits import PRE_TOKENIZERS
+from chatlm.worker.weights.tied_heads import Pair, merge_adapters
 from chatlm.worker.weights.vocabulary import vocabulary_from
 
 if TYPE_CHECKING:
@@ -119,9 +121,11 @@ def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
         as_stored = None if settings.dtype else backend.as_stored
         dtype = None if as_stored else float_type(settings, backend)
         called = source.name, str(metadata.get("general.name") or "")
+        slices, pair = partial(gguf_slices, spec, family, names, sources), Pair.of(names)
+        spec, sources, added, adapted, tied = merge_adapters(
+            settings, spec, sources, file_shapes(sources) | unread_keys(spec),
+            slices() if settings.lora else {}, called, pair, Pair.of(row.all_tensors), (stored, given))
         slices = partial(gguf_slices, spec, family, names, sources)
-        added, adapted = read_adapters(settings, file_shapes(sources) | unread_keys(spec),
-                                       slices() if settings.lora else {}, called)
         tensors = gguf_tensors(source.path, settings, spec, sources, stored, dtype, backend,
                                row.gguf.permuted, row.interleaved, added)
         text, vocabulary = gguf_texts(source.path, metadata)
@@ -156,16 +160,13 @@ def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
     pairs = RopePairs(spec.head_size, spec.rope_size or spec.head_size)
     own_pairs = pairs if row.interleaved else None
     adaptable = Adaptable((*settings.served_model_name, *called), sources, slices, lambda name, rows: (
-        unpermute_rope(rows, own_pairs if re.search(r"attn_[qk]\.", name) else None)), unread_keys(spec))
+        unpermute_rope(rows, own_pairs if re.search(r"attn_[qk]\.", name) else None)), unread_keys(spec),
+        tied=tied)
     return LoadedModel(spec, tensors, text, source.name, description, dtype, block=max(block, TILE_ROWS),
                        family=architecture, adaptable=adaptable, head=head, ranking=ranking,
                        vocabulary=vocabulary, draft_head=drafter,
                        grows=growth(tensors, held, dtype is None),
                        **own_sampling(source.path, metadata, "general.sampling."))
-
-
-END_TOKENS = {"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>",
-              "<end_of_turn>", "<turn|>", "<|tool_response>"}
 
 
 def gguf_spec(path: Path, metadata: Mapping, stored: Mapping, context: int | None) -> tuple[str, ModelSpec]:
@@ -283,12 +284,12 @@ def gguf_scaling(header: Header, row: Family, config: Mapping, lists: Mapping[st
     if scaling == "linear":
         return {"rope_type": scaling, "factor": factor}
     rope |= {"rope_type": scaling, "factor": factor,  # the metadata cannot say whether to round
-             "truncate": (config["rope_parameters"] or {}).get("truncate")}
+             "truncate": (config["rope_parameters"] or {}).get("truncate"),
+             "attn_factor": value("rope.scaling.yarn_attn_factor")}
+    value("rope.scaling.yarn_ext_factor", 1.0)
     rope |= {beta: value(f"rope.scaling.yarn_{beta}") for beta in ("beta_fast", "beta_slow")}
     if over := value("rope.scaling.yarn_log_multiplier"):
         rope |= {"mscale": 1.0, "mscale_all_dim": over}
-    elif attention_factor := value("rope.scaling.yarn_attn_factor"):
-        rope["attention_factor"] = attention_factor
     elif row.gguf.mscale_unknown:
         log.info(MSCALE_UNKNOWN, header.path, 0.1 * math.log(max(factor, 1)) + 1)
     return rope
@@ -314,7 +315,14 @@ def gguf_slices(spec: ModelSpec, family: str, names: Mapping[str, tuple],
                     if ordered and at in shapes}
             slices |= {name: [FileSlice(at, rows.get(at, slice(None)))] for name, at in zip(theirs, own)
                        if len(shapes.get(at, ())) == 2}
+            slices |= {name: [FileSlice(at, plus=float(is_one_more(FAMILIES[family], name)))]
+                       for name, at in zip(theirs, own) if is_norm(part, shapes.get(at, ()))}
     return fused_slices(slices, shapes, FAMILIES[family].fused, spec.layers)
+
+
+def is_norm(part: str, shape: tuple[int, ...]) -> bool:
+    """Is our tensor a norm's weight or bias, which a GGUF file has in the folder's order?"""
+    return len(shape) == 1 and part.removesuffix("_bias").endswith("norm")
 
 
 def linear_slices(mixer: DeltaRule, theirs: Seq[str], own: Seq[str]) -> dict[str, list[FileSlice]]:
@@ -380,9 +388,8 @@ def mapped_table(tensor) -> MappedRows:
 def merged(tensor, pairs: RopePairs | None, changes: Iterable[Change | Copy], own_pairs: RopePairs | None,
            packed: bool) -> tuple[Any, None]:
     """Part of a matrix with its adapters' changes, whose rows have `own_pairs`; a `packed` one becomes
-    Q8_0."""
-    rows, columns = reversed(tensor.shape.tolist())
-    values = dequantized((rows, columns), [(tensor, pairs)], "float32")
+    Q8_0. A vector stays one of floats."""
+    values = dequantized(tuple(reversed(tensor.shape.tolist())), [(tensor, pairs)], "float32")
     for change in changes:
         values = change.on(values, partial(unpermute_rope, pairs=own_pairs))
     gguf_type = merged_type(tensor, packed)
@@ -418,6 +425,11 @@ def growth(tensors: Mapping[str, Unread | MappedRows], stored: Mapping, packed: 
             f"{reason}{smaller if small < 0.9 * held else ''}")
 
 
+MOST_NAMED = 8
+MISNAMED = ("%s: its tokenizer.ggml.token_type says that these are no control tokens, but they count as "
+            "such: %s%s")
+
+
 def gguf_text(path: Path, metadata: Mapping) -> TextSpec:
     return gguf_texts(path, metadata)[0]
 
@@ -432,9 +444,15 @@ def gguf_texts(path: Path, metadata: Mapping) -> tuple[TextSpec, Vocabulary | No
     model, tokens = value("ggml.model"), value("ggml.tokens")
     if model in ("bert", "t5"):
         return text_of_encoder(value), None
-    token_types = value("ggml.token_type", [1] * len(tokens), len(tokens))
+    token_types = list(value("ggml.token_type", [1] * len(tokens), len(tokens)))
     last = len(tokens) - 1
     bos, eos, *ends = (value(f"ggml.{name}_token_id", high=last) for name in ("bos", "eos", "eot", "eom"))
+    template = template_of(value("chat_template"), metadata.get("tokenizer.chat_template.tool_use"))
+    if control := misnamed(tokens, token_types, (bos, eos, *ends), template):
+        names = ", ".join(shown(tokens[token]) for token in control[:MOST_NAMED])
+        log.warning(MISNAMED, path, names, " .." * (len(control) > MOST_NAMED))
+        for token in control:
+            token_types[token] = CONTROL
     pre = PRE_TOKENIZERS[value("ggml.pre", "default")] if model == "gpt2" else None
     of_gemma = model == "gemma4"  # sentencepiece's alphabet with explicit merges
     if pre:
@@ -456,7 +474,6 @@ def gguf_texts(path: Path, metadata: Mapping) -> tuple[TextSpec, Vocabulary | No
     ends = {eos, *ends} - {None}
     ends |= {entry["id"] for entry in pipeline["added_tokens"] if entry["content"] in END_TOKENS}
     add_bos = of_gemma or value("ggml.add_bos_token", pre is None or pre.add_bos)  # as in llama.cpp
-    template = template_of(value("chat_template"), metadata.get("tokenizer.chat_template.tool_use"))
     if not template:
         warn_of_templates(path, [key.removeprefix("tokenizer.chat_template.") for key in metadata
                                  if key.startswith("tokenizer.chat_template.")])

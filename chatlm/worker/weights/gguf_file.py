@@ -94,6 +94,7 @@ GGUF_KEYS = {  # * stands for the architecture
     "*.rope.scaling.yarn_log_multiplier": Rule(float, 0, 10**3, optional=True),
     **dict.fromkeys(("*.rope.scaling.attn_factor", "*.rope.scaling.yarn_attn_factor"),
                     Rule(float, 0.01, 10**3, optional=True)),
+    "*.rope.scaling.yarn_ext_factor": Rule(float, 1, 1, optional=True),
     "*.rope.scaling.original_context_length": Rule(int, 2, MOST_POSITIONS, optional=True),
     **dict.fromkeys(ROPE_TENSORS, Rule(float, 0.01, 10**6, many=True)),
     "tokenizer.chat_template": Rule(str, optional=True),

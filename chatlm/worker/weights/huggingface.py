@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence as Seq
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError, shown
 from chatlm.common.files import read_small, read_text, refuse_cut_json
@@ -32,12 +32,15 @@ from chatlm.worker.weights.embedders import folder_embedder
 from chatlm.worker.weights.configs import (
     HF_KEYS, complete_heads, family_config, family_spec, growing_queries, scaled_rope)
 from chatlm.worker.weights.families import FAMILIES
-from chatlm.worker.weights.lora import FileSlice, fused_slices, read_adapters
+from chatlm.worker.weights.family import is_one_more
+from chatlm.worker.weights.lora import FileSlice, fused_slices
+from chatlm.worker.weights.named_tokens import tokenizer_options, with_named_tokens
 from chatlm.worker.weights.packed_layouts import NotExact, PackedWeight
 from chatlm.worker.weights.quantization import origin_of, without_zero_biases
 from chatlm.worker.weights.rules import (
     LAYER_TYPES, LoadedModel, Rule, check_divides, checked, float_type, own_sampling, read_json,
     suppressed_in, warn_of_templates)
+from chatlm.worker.weights.tied_heads import Pair, head_of_folder, merge_adapters
 from chatlm.worker.weights.trial import refuse_endless
 
 if TYPE_CHECKING:
@@ -93,15 +96,14 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
     family, spec = hf_spec(config, settings.context_length)
     names = source.name, str(source.path), str(read_json(config).get("_name_or_path") or "")
     state, scales = with_prefix(*read_safetensors(source.path))
-    row, score = FAMILIES[family], state.pop(rerankers.SCORE, None)
-    embeds = spec.of_texts or (source.path / "modules.json").exists()
-    if not spec.of_texts and (score is not None or embeds and row.all_tensors["head"][0] not in state):
-        spec = replace(spec, tied_head=True)  # it has no head, and needs none
-    if spec.tied_head:
-        state.pop(row.all_tensors["head"][0], None)  # some files have it twice
-    sources, whole = tensor_sources(spec, row.all_tensors, spec.vocab_size), state
-    given = state, scales
-    state, scales = (without_shared(spec, tensors) for tensors in (row.repack(state), scales))
+    called = source.name, source.path.name, names[2]
+    spec, embeds, score = purpose_of_folder(source.path, family, spec, called, state)
+    row = FAMILIES[family]
+    whole, pair = state, Pair.of(row.all_tensors)
+    spec, state, scales = head_of_folder(config, spec, row, row.repack(state), scales)
+    given = whole | {name: state[name] for name in pair if name in state}, scales
+    sources = tensor_sources(spec, row.all_tensors, spec.vocab_size)
+    state, scales = (without_shared(spec, tensors) for tensors in (state, scales))
     if lost := sorted(set(scales) - set(state)):
         raise ConfigError(f"{source.path}: {lost[0]} is in FP8, which is not supported for this tensor of "
                           f"a {family} model: use the unquantized model or a GGUF file of it")
@@ -114,9 +116,10 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
         dtype = max(kinds_in(state), key=item_bytes, default=dtype)
     mapped = sources.get("layer_embed", ((), ()))[1]
     matrices = {name: shape for name, shape in file_shapes(sources).items()
-                if len(shape) == 2 and name not in mapped} | unread_keys(spec)
+                if len(shape) < 3 and name not in mapped} | unread_keys(spec)
     slices = fused_slices({name: [FileSlice(name)] for name in matrices}, matrices, row.fused, spec.layers)
-    added, adapted = read_adapters(settings, matrices, slices, names)
+    spec, sources, added, adapted, tied = merge_adapters(
+        settings, spec, sources, matrices, slices, names, pair, pair, (state, scales, given[0]))
     scale_block = fp8_block(config, read_json(config)) if scales else []
 
     def turned(name: str, rows: numpy.ndarray) -> numpy.ndarray:
@@ -131,8 +134,7 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
         for change in added.get(name, ()):
             tensor = change.on(tensor)
         tensor = turned(name, tensor)
-        one_more = row.one_more and re.search(r"(?<!linear_attn\.)norm\.weight$", name)
-        return floats(tensor) + 1 if one_more else tensor
+        return floats(tensor) + 1 if is_one_more(row, name) else tensor
 
     def kept(name: str, blocks: numpy.ndarray) -> numpy.ndarray:
         if name in added:
@@ -141,8 +143,7 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
 
     tensors = assembled(source.path, settings, sources, state, dtype, partial(changed, scales, added),
                         as_stored, kept)
-    text = hf_text(source.path, spec.vocab_size)
-    called, head = (source.name, source.path.name, names[2]), Head()
+    text, head = hf_text(source.path, spec.vocab_size), Head()
     text, ranking = rerankers.of_folder(
         source.path, read_json(config), family, called, spec, text, state, score)
     if embeds and ranking is None:
@@ -152,7 +153,7 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
     block = max((32 if isinstance(tensor, Mxfp4) else 128 for tensor in state.values()
                  if isinstance(tensor, (Mxfp4, PackedWeight))), default=TILE_ROWS)
     adaptable = Adaptable((*settings.served_model_name, *names), sources, lambda: slices, turned,
-                          unread_keys(spec))
+                          unread_keys(spec), tied=tied)
 
     def draft_head() -> LoadedModel | None:
         if (found := folder_head(spec, row, *given)) is None:
@@ -168,6 +169,19 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
                        adaptable=adaptable, head=head, ranking=ranking,
                        draft_head=draft_head_of(settings, source.path, draft_head),
                        **sampling_of_folder(source.path / "generation_config.json"))
+
+
+def purpose_of_folder(path: Path, family: str, spec: ModelSpec, called: Seq[str],
+                      state: dict) -> tuple[ModelSpec, bool, Any]:
+    """The spec of a folder, whether it embeds texts, and the row that it ranks by, taken out of its
+    tensors."""
+    has_head = spec.of_texts or FAMILIES[family].all_tensors["head"][0] in state
+    score = rerankers.score_of(path, read_json(path / "config.json"), family, called,
+                               state.pop(rerankers.SCORE, None), has_head)
+    embeds = spec.of_texts or (path / "modules.json").exists()
+    if not has_head and (score is not None or embeds):
+        spec = replace(spec, tied_head=True)  # it has no head, and needs none
+    return spec, embeds, score
 
 
 def sampling_of_folder(path: Path) -> dict:
@@ -187,7 +201,8 @@ def as_embedder(config: Path, family: str, spec: ModelSpec, called: Seq[str], te
     if cross_encoders.classifies(state, spec):
         head = cross_encoders.folder_head(config, read_json(config), spec, state)
         sigmoid = cross_encoders.makes_probabilities(config, read_json(config))
-        embedder = embedder._replace(pooling="rank", size=1, least=0, sigmoid=sigmoid)
+        embedder = embedder._replace(pooling="rank", size=1, least=0, sigmoid=sigmoid, dimensions=0,
+                                     pools_prompt=True)
     return replace(text, embedder=embedder, chat_template=None), head
 
 
@@ -202,9 +217,13 @@ def with_prefix(state: dict, scales: dict) -> tuple[dict, dict]:
 
 def hf_spec(path: Path, context: int | None) -> tuple[str, ModelSpec]:
     """The family and the spec of a config.json, for contexts of `context` tokens (None: the model's own)."""
-    family, config = family_config(path, read_json(path))
+    raw = read_json(path)
+    family, config = family_config(path, raw)
     complete_heads(path, config)
-    return family, family_spec(path, family, config, hf_rope(path, family, config, context))
+    spec = family_spec(path, family, config, hf_rope(path, family, config, context))
+    if not spec.of_texts:
+        rerankers.refuse_classifier(path, raw, family)
+    return family, spec
 
 
 def hf_template(folder: Path, options: Mapping) -> str | None:
@@ -235,8 +254,8 @@ def hf_text(folder: Path, vocab_size: int) -> TextSpec:
         raise ConfigError(f"{folder} has no tokenizer.json"
                           + other_tokenizers(file.name for file in folder.iterdir()))
     payload = read_small(path)
-    options, *others = (read_json(folder / f"{name}.json", needed=False)
-                        for name in ("tokenizer_config", "generation_config", "config"))
+    options = tokenizer_options(folder)
+    others = [read_json(folder / f"{name}.json", needed=False) for name in ("generation_config", "config")]
     refuse_endless(path, TextSpec("hf", payload))
     try:
         if (tokenizer := open_tokenizer(TextSpec("hf", payload))).vocab_size > vocab_size:
@@ -249,6 +268,10 @@ def hf_text(folder: Path, vocab_size: int) -> TextSpec:
         refuse_cut_json(path, payload)
         raise ConfigError(f"{path}: {error}") from None
     pipeline = getattr(tokenizer, "pipeline")  # of a HuggingFaceTokenizer
+    named = with_named_tokens(folder, payload, pipeline, options, vocab_size)
+    if named is not payload:
+        tokenizer, payload = open_tokenizer(TextSpec("hf", named)), named
+        pipeline = getattr(tokenizer, "pipeline")
     if tokenizer.vocab_size > vocab_size:
         raise ConfigError(f"{folder}: tokenizer.json has {tokenizer.vocab_size:,} tokens, the model "
                           f"{vocab_size:,}")

@@ -33,6 +33,7 @@ class FileSlice(NamedTuple):
     name: str
     rows: Any = slice(None)     # or indices
     columns: Any = slice(None)
+    plus: float = 0.0           # what the file has added to each value: 1 to a norm that multiplies by 1 + w
 
 
 class Change(NamedTuple):
@@ -57,13 +58,16 @@ class Change(NamedTuple):
 
 
 class Copy(NamedTuple):
-    """A whole matrix (N, K) that replaces the model's. peft saves the embedding and the head if it
-    cannot tell whether they are still the base's, and what modules_to_save names."""
+    """A whole matrix (N, K) or vector (N,) that replaces the model's. peft saves the embedding and the head
+    if it cannot tell whether they are still the base's, and what modules_to_save names."""
 
     weight: Any
 
     def at(self, part: FileSlice) -> Copy:
-        return Copy(self.weight[part.rows][:, part.columns])
+        rows = self.weight[part.rows]
+        if rows.ndim == 1:
+            return Copy(floats(rows) + numpy.float32(part.plus)) if part.plus else Copy(rows)
+        return Copy(rows[:, part.columns])
 
     def on(self, weight: numpy.ndarray, turned: Callable = lambda rows: rows) -> numpy.ndarray:
         return turned(floats(self.weight))
@@ -92,14 +96,15 @@ def fused_slices(slices: Mapping[str, list[FileSlice]], shapes: Mapping[str, tup
 
 
 def read_adapters(settings: Settings, shapes: Mapping[str, tuple], slices: Mapping[str, list[FileSlice]],
-                  names: Iterable[str] = ()) -> tuple[dict[str, list[Change | Copy]], str]:
+                  names: Iterable[str] = (),
+                  tied: Seq[str] = ()) -> tuple[dict[str, list[Change | Copy]], str]:
     """What the --lora folders change in each matrix of a file, copies first, and a description.
 
     `shapes` are by the file's names, `slices` by Hugging Face's; `names` are the model's own, as far as
-    known."""
+    known. `tied`: Hugging Face's names of an embedding and of the head that it is."""
     whole = {theirs: (sum(shapes[file_slice.name][0] for file_slice in at), *shapes[at[0].name][1:])
              for theirs, at in slices.items()}
-    added, described = add_adapters(settings, whole, names)
+    added, described = add_adapters(settings, whole, names, tied)
     placed: dict[str, list[Change | Copy]] = {}
     for theirs, changes in added.items():
         for file_slice in slices[theirs]:
@@ -107,13 +112,13 @@ def read_adapters(settings: Settings, shapes: Mapping[str, tuple], slices: Mappi
     return placed, described
 
 
-def add_adapters(settings: Settings, shapes: Mapping[str, tuple],
-                 names: Iterable[str]) -> tuple[dict[str, list[Change | Copy]], str]:
+def add_adapters(settings: Settings, shapes: Mapping[str, tuple], names: Iterable[str],
+                 tied: Seq[str] = ()) -> tuple[dict[str, list[Change | Copy]], str]:
     """Like read_adapters, by Hugging Face's names."""
     added: dict[str, list[Change | Copy]] = {}
     folders = [Path(folder).expanduser() for folder in settings.lora]
     for folder in folders:
-        for name, changes in read_adapter(folder, shapes, names).items():
+        for name, changes in read_adapter(folder, shapes, names, tied).items():
             copies = [change for change in (*added.get(name, ()), *changes) if isinstance(change, Copy)]
             if any(not same(copy.weight, copies[0].weight) for copy in copies):
                 raise ConfigError(f"--lora {folder} has its own {name}, and so does an earlier adapter; "
@@ -132,15 +137,15 @@ def other_base(base, names: Iterable[str]) -> str:
             f"{printable(names[0])}")
 
 
-def read_adapter(folder: Path, shapes: Mapping[str, tuple],
-                 names: Iterable[str] = ()) -> dict[str, list[Change | Copy]]:
+def read_adapter(folder: Path, shapes: Mapping[str, tuple], names: Iterable[str] = (),
+                 tied: Seq[str] = ()) -> dict[str, list[Change | Copy]]:
     """What one adapter changes in each matrix. One made for a model with another name is refused if it does
     not fit; if it does, a warning says so, since the name may be a folder on another machine."""
     path = folder / "adapter_config.json"
     config = lora_config(path)
     other = other_base(config.get("base_model_name_or_path"), names)
     try:
-        changes = fitting_changes(folder, config, shapes)
+        changes = fitting_changes(folder, config, shapes, tied)
     except ConfigError as error:
         if not other:
             raise
@@ -150,8 +155,8 @@ def read_adapter(folder: Path, shapes: Mapping[str, tuple],
     return changes
 
 
-def fitting_changes(folder: Path, config: dict,
-                    shapes: Mapping[str, tuple]) -> dict[str, list[Change | Copy]]:
+def fitting_changes(folder: Path, config: dict, shapes: Mapping[str, tuple],
+                    tied: Seq[str] = ()) -> dict[str, list[Change | Copy]]:
     """What an adapter with this config changes in matrices of these shapes. See peft's tuners/lora: scaling
     is alpha / rank, or alpha / sqrt(rank) with rslora."""
     path, tensors = folder / "adapter_config.json", folder / "adapter_model.safetensors"
@@ -159,16 +164,21 @@ def fitting_changes(folder: Path, config: dict,
     config |= {key: fitted_values(path, config[key], modules) for key in ("rank_pattern", "alpha_pattern")}
     targets = config.get("target_modules")
     rule = Rule(str, many=True, optional=True)
-    for name in checked(path, "modules_to_save", config.get("modules_to_save"), rule) or ():
-        if not any(f".{copy}".endswith(f".{name}") for copy in copies):
+    saved = checked(path, "modules_to_save", config.get("modules_to_save"), rule) or ()
+    for name in saved:
+        if not any(f".{copy.rpartition('.')[0]}".endswith(f".{name}") for copy in copies):
             raise ConfigError(f"{tensors}: {shown(name)} of modules_to_save is missing")
     targeted, changes = targeted_modules(path, targets, modules), fitting_copies(tensors, copies, shapes)
+    share_copies(changes, tied, saved)
+    # peft adds the head to an embedding that it shall stay tied to, and does not name it
+    ties = config.get("ensure_weight_tying") and any("Aembedding_" in modules[module] for module in targeted)
     for module, pair in modules.items():
         name = f"{module}.weight"
-        if name not in shapes:
-            known = ", ".join(name.removesuffix(".weight") for name in list(shapes)[:12])
+        if len(shapes.get(name, ())) != 2:
+            matrices = [name for name, shape in shapes.items() if len(shape) == 2]
+            known = ", ".join(name.removesuffix(".weight") for name in matrices[:12])
             raise ConfigError(f"{tensors}: {module} is not a weight matrix of this model; it has {known} ..")
-        if module not in targeted:
+        if module not in targeted and not ties:
             words = targets if isinstance(targets, str) else ", ".join(targets or ())
             raise ConfigError(f"{tensors}: {module} is not among the target_modules of {path.name}, which "
                               f"are {printable(words)}")
@@ -178,40 +188,48 @@ def fitting_changes(folder: Path, config: dict,
 
 def fitting_copies(path: Path, copies: Mapping[str, numpy.ndarray],
                    shapes: Mapping[str, tuple]) -> dict[str, list[Change | Copy]]:
-    """Whole matrices of an adapter's file, checked; a tied head counts as the embedding."""
+    """Whole matrices and vectors of an adapter's file, checked."""
     fitting: dict[str, list[Change | Copy]] = {}
-    for module, tensor in sorted(copies.items()):  # lm_head first
-        name = f"{module}.weight"
-        if name == "lm_head.weight" and name not in shapes:
-            name = "model.embed_tokens.weight"
+    for name, tensor in copies.items():
         if shapes.get(name) != tuple(tensor.shape):
             has = f"is {shapes[name]}" if name in shapes else "does not exist"
-            raise ConfigError(f"{path} contains a whole matrix {module} {tuple(tensor.shape)}, which in this "
+            kind, named = "matrix" if tensor.ndim > 1 else "vector", printable(name.removesuffix(".weight"))
+            raise ConfigError(f"{path} contains a whole {kind} {named} {tuple(tensor.shape)}, which in this "
                               f"model {has}: it was made for another")
-        if name in fitting and not same(tensor, copies["lm_head"]):
-            raise ConfigError(f"{path}: lm_head differs from embed_tokens, but this model ties them")
         fitting[name] = [Copy(tensor)]
     return fitting
 
 
+def share_copies(changes: dict[str, list[Change | Copy]], tied: Seq[str], saved: Iterable[str]):
+    """A whole embedding or head of a model that ties them is both, unless modules_to_save names it: such a
+    matrix was trained alone."""
+    for name, other in (tied, reversed(tied)) if tied else ():
+        trained = any(f".{name}".endswith(f".{module}.weight") for module in saved)
+        if name in changes and other not in changes and not trained:
+            changes[other] = list(changes[name])
+
+
 def lora_pairs(path: Path) -> tuple[dict[str, dict[str, numpy.ndarray]], dict[str, numpy.ndarray]]:
-    """From an adapter's file: module -> its matrices A and B; and module -> its whole matrix."""
+    """From an adapter's file: module -> its matrices A and B; and name -> a whole matrix or vector."""
     modules: dict[str, dict[str, numpy.ndarray]] = {}
     copies: dict[str, numpy.ndarray] = {}
     for name, tensor in read_safetensors_file(path).items():
-        if name.endswith(".original_module.weight"):  # the base's, next to that of modules_to_save
+        if re.search(r"\.original_module\.\w+$", name):  # the base's, next to that of modules_to_save
             continue
         match = re.fullmatch(r"base_model\.model\.(.+)\.lora_(embedding_)?([AB])(?:\.weight)?", name)
-        whole = re.fullmatch(r"base_model\.model\.(.+?)(?:\.base_layer|\.modules_to_save)?\.weight", name)
-        if not (match or whole and "float" in kind_of(tensor)) or tensor.ndim != 2:
-            raise ConfigError(f"{path}: {shown(name)} is neither lora_A nor lora_B nor a model's matrix")
+        whole = re.fullmatch(
+            r"base_model\.model\.(.+?)(?:\.base_layer|\.modules_to_save)?(\.weight|\.bias)", name)
+        is_copy = whole and ".lora_" not in name and "float" in kind_of(tensor) and tensor.ndim in (1, 2)
+        if not (tensor.ndim == 2 if match else is_copy):
+            raise ConfigError(f"{path}: {shown(name)} is neither lora_A nor lora_B nor a model's matrix or "
+                              "vector")
         if tensor.size and not all_below(tensor):
             raise ConfigError(f"{path}: {printable(name)} has a value that is NaN or infinite")
         if match:
             module = match[1].replace("language_model.", "", 1)
             modules.setdefault(module, {})[match[3] + (match[2] or "")] = tensor
         elif whole:
-            copies[whole[1].replace("language_model.", "", 1)] = tensor
+            copies[whole[1].replace("language_model.", "", 1) + whole[2]] = tensor
     if not modules and not copies:
         raise ConfigError(f"{path} has no tensors")
     return modules, copies

@@ -23,12 +23,13 @@ from chatlm.worker.weights.assemble import (
     UNREAD, assembled, check_names_and_shapes, file_shapes, tensor_sources)
 from chatlm.worker.weights.huggingface import hf_text
 from chatlm.worker.weights.layernorms import GPT2_TENSORS
-from chatlm.worker.weights.lora import FileSlice, read_adapters
+from chatlm.worker.weights.lora import FileSlice
 from chatlm.worker.weights.nanochat import (
     PLAIN_TENSORS, plain_state, tensor_words)
 from chatlm.worker.weights.rules import (
     MOST_CHANNELS, MOST_HEADS, MOST_LAYERS, MOST_POSITIONS, MOST_TOKENS, LoadedModel, Rule, check_divides,
     checked, float_type, read_json)
+from chatlm.worker.weights.tied_heads import Pair, merge_adapters
 from chatlm.worker.weights.torch_file import PlainUnpickler, load_checkpoint
 from chatlm.worker.weights.trial import refuse_endless
 
@@ -50,14 +51,17 @@ def open_nanogpt(source: ModelSource, settings: Settings, device) -> LoadedModel
     state = own_tensors(source.path, checkpoint.get("model"))
     text = nanogpt_text(source.path, checkpoint.get("config"), args["vocab_size"])
     spec = nanogpt_spec(args, open_tokenizer(text).vocab_size, "lm_head.weight" not in state)
-    sources = tensor_sources(spec, GPT2_TENSORS | {"head": ("lm_head.weight",)}, args["vocab_size"])
+    table = GPT2_TENSORS | {"head": ("lm_head.weight",)}
+    pair = Pair.of(table)
+    sources = tensor_sources(spec, table, args["vocab_size"])
     check_names_and_shapes(source.path, {name: tuple(tensor.shape) for name, tensor in state.items()},
                            sources)
     dtype = float_type(settings, choose_backend(device, spec))
     matrices = {name: shape for name, shape in file_shapes(sources).items()
-                if len(shape) == 2 and ".wpe." not in name}
+                if ".wpe." not in name}
     slices, names = {name: [FileSlice(name)] for name in matrices}, (source.name, str(source.path))
-    added, adapted = read_adapters(settings, matrices, slices, names)
+    spec, sources, added, adapted, tied = merge_adapters(
+        settings, spec, sources, matrices, slices, names, pair, pair, (state,))
 
     def changed(name: str, tensor: numpy.ndarray) -> numpy.ndarray:
         for change in added.get(name, ()):
@@ -66,7 +70,7 @@ def open_nanogpt(source: ModelSource, settings: Settings, device) -> LoadedModel
 
     tensors = assembled(source.path, settings, sources, state, dtype, changed)
     adaptable = Adaptable((*settings.served_model_name, *names), sources, lambda: slices,
-                          lambda name, rows: rows, {})
+                          lambda name, rows: rows, {}, tied=tied)
     description = f"nanoGPT, {spec.layers} layers, width {spec.width}{adapted}"
     return LoadedModel(spec, tensors, text, source.name, description, dtype, family="nanogpt",
                        adaptable=adaptable)

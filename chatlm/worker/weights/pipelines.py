@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from chatlm.worker.weights.splits import PreTokenizer
 
 
-UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # tokenizer.ggml.token_type
+UNKNOWN, CONTROL, BYTE = 2, 3, 6  # tokenizer.ggml.token_type
 
 
 def bpe_pipeline(tokens: Seq[str], merges: list, normalizer, pre_tokenizer, decoder, **options) -> dict:

@@ -414,6 +414,8 @@ def quantization_of(path: Path, config: Mapping) -> Quantization | None:
     for key, holder in (("", config), ("text_config.", text if isinstance(text, dict) else {})):
         if (stated := holder.get("quantization_config")) is not None:
             stated = stated if isinstance(stated, dict) else {}
+            if only_of_cache(stated):
+                continue
             return Quantization(path, f"{key}quantization_config", with_method(stated))
     for name, method in (("hf_quant_config", "modelopt"), ("quantize_config", "gptq"),
                          ("quant_config", "awq")):
@@ -423,6 +425,12 @@ def quantization_of(path: Path, config: Mapping) -> Quantization | None:
             stated = stated if isinstance(stated, dict) else {}
             return Quantization(other, name, {"quant_method": method, **stated})
     return None
+
+
+def only_of_cache(stated: Mapping) -> bool:
+    """Does it only say how others keep keys and values?"""
+    own = [key for key, value in stated.items() if value not in (None, "", [], {})]
+    return bool(own) and all(key.startswith("kv_cache") for key in own)
 
 
 def with_method(stated: Mapping) -> Mapping:

@@ -14,6 +14,7 @@ from typing import Any, TYPE_CHECKING
 import numpy
 
 from chatlm.common.errors import ConfigError, shown
+from chatlm.common.log import log
 from chatlm.common.messages.requests import Embedder
 from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.arrays.kinds import floats
@@ -34,6 +35,43 @@ PROMPT = (
     '<|im_start|>assistant\n<think>\n\n</think>\n\n')
 CLASSES = "cls.output.weight"  # a GGUF file's rows for yes and no
 SCORE = "score.weight"         # a folder's single row
+# architectures of a config.json whose models score or label texts, and write none
+CLASSIFIERS = re.compile(r"For(Sequence|Token)Classification|ForQuestionAnswering|ForMultipleChoice|Reward")
+REWARDS = re.compile("reward", re.IGNORECASE)
+CANNOT = ("such a model scores or labels texts and writes none; of causal models this server ranks with "
+          "Qwen3-Reranker alone")
+
+
+def refuse_classifier(path: Path, config: Mapping, family: str):
+    """ConfigError for a config.json of a causal model that classifies, or gives rewards: it has no matrix
+    that makes tokens."""
+    for name in architectures_of(config):
+        may_rank = family in FAMILIES and name.endswith("ForSequenceClassification")
+        if CLASSIFIERS.search(name) and not may_rank:
+            raise ConfigError(f"{path}: architectures is {shown(name)}; {CANNOT}")
+
+
+def architectures_of(config: Mapping) -> list[str]:
+    names = config.get("architectures")
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+
+
+def score_of(folder: Path, config: Mapping, family: str, names: Seq[str], score: Any, has_head: bool) -> Any:
+    """A folder's tensor SCORE if it is what the model ranks by; None of one that chats. ConfigError of any
+    other.
+
+    `has_head`: is there a matrix that makes tokens?"""
+    said = architectures_of(config)
+    scores = any(map(CLASSIFIERS.search, said))
+    if score is None or not scores and (has_head or said):
+        if score is not None:
+            log.warning("%s: %s is not used: the model writes texts", folder, SCORE)
+        return None
+    if family not in FAMILIES:
+        raise ConfigError(f"{folder} has {SCORE}, but no matrix that makes tokens; {CANNOT}")
+    if any(map(REWARDS.search, names)) and not any(map(NAMED.search, names)):
+        raise ConfigError(f"{folder} is named as a reward model; {CANNOT}")
+    return score
 
 
 def of_folder(folder: Path, config: Mapping, family: str, names: Seq[str], spec: ModelSpec, text: TextSpec,
@@ -68,6 +106,9 @@ def of_gguf(path: Path, metadata: Mapping, family: str, spec: ModelSpec, text: T
     pooling, key = pooling_of_gguf(path, own, metadata), f"{own}classifier.output_labels"
     named = NAMED.search(f"{metadata.get('general.name')} {path.name}")
     if pooling != "rank" and not (pooling == "none" and named and family in FAMILIES):
+        if classes is not None and spec.tied_head:
+            raise ConfigError(f"{path} has {CLASSES}, but no output.weight and not the {own}pooling_type 4 "
+                              f"(rank); {CANNOT}")
         return text, None
     if family not in FAMILIES:
         raise ConfigError(f"{path}: {own}pooling_type is 4 (rank); of causal models this server ranks with "

@@ -9,6 +9,7 @@ from urllib.error import HTTPError
 import numpy as np
 import pytest
 import tokenizers
+import torch
 
 from chatlm.common.core import decode_core
 from chatlm.common.errors import ConfigError
@@ -192,7 +193,7 @@ def test_whether_a_score_is_a_probability_is_what_the_config_says(made, tmp_path
     config = json.loads((tmp_path / "config.json").read_text())
     for more, words in (({"sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"}}, ""),
                         ({"sbert_ce_default_activation_function": "torch.nn.modules.linear.Identity"}, ""),
-                        ({"sbert_ce_default_activation_function": "torch.nn.modules.activation.Softmax"}, "it must be Sigmoid or Identity")):
+                        ({"sbert_ce_default_activation_function": "torch.nn.modules.activation.Softmax"}, "config.json: .* must be Sigmoid or Identity")):
         write_json(tmp_path, config=config | more)
         if words:
             with pytest.raises(ConfigError, match=words):
@@ -346,6 +347,101 @@ def test_a_nomic_bert_of_another_form_is_refused(change, words, tmp_path):
     write_json(tmp_path, config=PUBLISHED["nomic-v1.5"][0] | change)
     with pytest.raises(ConfigError, match=words):
         hf_spec(tmp_path / "config.json", None)
+
+
+# --- as sentence-transformers 6 writes them: its vectors and scores were compared with ours (6.2.0, 2026-11-26, within 7e-7) -----------
+
+SIX = {"modules": [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"},
+                   {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.sentence_transformer.modules.pooling.Pooling"}],
+       "sentence_bert_config": {"transformer_task": "feature-extraction", "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
+                                "module_output_name": "token_embeddings"}}
+
+
+def six(folder, name, model, pooling="mean", **more):
+    """An embedder with `more` in its config, whose prompt is read but not pooled."""
+    model.save_pretrained(folder)
+    pipeline = write_tokenizer(folder, name)
+    write_json(folder, **SIX, **{"1_Pooling__config": {"embedding_dimension": 64, "pooling_mode": pooling, "include_prompt": False}}, config_sentence_transformers={
+        "model_type": "SentenceTransformer", "prompts": {"query": "query: the ", "document": ""}, "default_prompt_name": None, "similarity_fn_name": "cosine", **more})
+    return pipeline
+
+
+@torch.no_grad()
+def without_prompt(model, pipeline, prompt, text, pooling="mean"):
+    """sentence-transformers' vector: of the tokens after those of [CLS] and the prompt."""
+    ids = pipeline.encode(prompt + text).ids
+    first = len(pipeline.encode(prompt).ids) - 1 if prompt else 0
+    states = model(input_ids=torch.tensor([ids])).last_hidden_state[0].double()
+    pooled = {"mean": states[first:].mean(0), "cls": states[first], "lasttoken": states[-1]}[pooling].numpy()
+    return pooled / np.linalg.norm(pooled)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "lasttoken"])
+@pytest.mark.parametrize("name", ["bert", "modernbert", "xlm-roberta"])
+def test_the_tokens_of_a_prompt_are_read_but_not_pooled_where_a_folder_says_so(made, name, pooling, tmp_path):
+    pipeline = six(tmp_path, name, made(name), pooling)
+    with server(tmp_path, "--dtype", "float32") as (_, url):
+        for prompt_name, prompt in (("query", "query: the "), ("document", ""), (None, "")):
+            body = {"input": TEXTS} | ({"prompt_name": prompt_name} if prompt_name else {})
+            for text, item in zip(TEXTS, json.load(post(f"{url}/v1/embeddings", body))["data"], strict=True):
+                assert cosine(item["embedding"], without_prompt(made(name), pipeline, prompt, text, pooling)) > CLOSE - 1e-9
+        ids = pipeline.encode("query: the cats").ids        # these have no prompt
+        [item] = json.load(post(f"{url}/v1/embeddings", {"input": [ids], "prompt_name": "query"}))["data"]
+        assert cosine(item["embedding"], expected(made(name), ids, {"lasttoken": "last"}.get(pooling, pooling))) > CLOSE - 1e-9
+
+
+def test_a_prompt_that_fills_the_longest_text_leaves_its_last_token(made, tmp_path):
+    six(tmp_path, "bert", made("bert"), prompts={"query": "cat " * 40})
+    write_json(tmp_path, sentence_bert_config=SIX["sentence_bert_config"] | {"max_seq_length": 12})
+    with server(tmp_path, "--dtype", "float32") as (_, url):
+        [item] = json.load(post(f"{url}/embed", {"inputs": "dog", "prompt_name": "query", "truncate": True}))
+        assert abs(np.linalg.norm(item) - 1) < 1e-5
+
+
+def test_the_prompt_of_a_causal_model_is_left_out_of_the_mean_however_it_is_chunked(tmp_path):
+    from engines import make_engine
+    from families import make_model, save
+    from works import assignment
+    model = make_model("llama2")
+    text = list(range(3, 103))
+    engine = make_engine(save(model, tmp_path), num_pages=60, max_batch=4, prefill_chunk=16)
+    with torch.no_grad():
+        states = model.model(torch.tensor([text])).last_hidden_state[0].double()
+    for unpooled, wanted in ((0, states.mean(0)), (37, states[37:].mean(0)), (99, states[99]), (500, states[99])):
+        [vector] = vectors(engine, [text], pooling="mean", unpooled=unpooled)
+        assert cosine(vector, wanted) > 0.999999
+
+
+def test_the_length_of_vectors_that_a_folder_says_is_the_usual_one(made, tmp_path):
+    pipeline = six(tmp_path, "bert", made("bert"), truncate_dim=24)
+    whole = without_prompt(made("bert"), pipeline, "", "the cats")
+    with server(tmp_path, "--dtype", "float32") as (_, url):
+        for asked, size in (({}, 24), ({"dimensions": 64}, 64), ({"dimensions": 32}, 32)):
+            [item] = json.load(post(f"{url}/v1/embeddings", {"input": "the cats"} | asked))["data"]
+            assert len(item["embedding"]) == size and cosine(item["embedding"], whole[:size]) > CLOSE - 1e-9
+        with pytest.raises(HTTPError) as caught:
+            post(f"{url}/v1/embeddings", {"input": "the cats", "dimensions": 23})
+        assert caught.value.code == 400 and "from 24 to 64" in caught.value.read().decode()
+        [model] = get(f"{url}/v1/models")["data"]
+        assert (model["embedder"]["dimensions"], model["embedder"]["least_dimensions"]) == (24, 24)
+        found = json.load(post(f"{url}/v1/score", {"text_1": "the cats", "text_2": ["the cats, the dog"]}))["data"][0]["score"]
+        other = without_prompt(made("bert"), pipeline, "", "the cats, the dog")
+        assert found == pytest.approx(cosine(whole[:24], other[:24]), abs=1e-5)
+
+
+def test_what_makes_scores_probabilities_is_read_from_the_latest_place(made, tmp_path):
+    made("bert", True).save_pretrained(tmp_path)
+    write_tokenizer(tmp_path, "bert")
+    write_json(tmp_path, modules=SIX["modules"][:1], config_sentence_transformers={"model_type": "CrossEncoder", "activation_fn": "torch.nn.modules.linear.Identity"})
+    assert not engine_of(tmp_path)[0].text.embedder.sigmoid
+    config = json.loads((tmp_path / "config.json").read_text())
+    write_json(tmp_path, config=config | {"sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"}},
+               config_sentence_transformers={"activation_fn": "torch.nn.modules.activation.Sigmoid"})
+    assert engine_of(tmp_path)[0].text.embedder.sigmoid
+    for named in ("torch.nn.modules.activation.Softmax", 7):
+        write_json(tmp_path, config_sentence_transformers={"activation_fn": named})
+        with pytest.raises(ConfigError, match="config_sentence_transformers.json: the activation of its scores is .*; it must be Sigmoid or Identity"):
+            engine_of(tmp_path)
 
 
 def test_gtes_ntk_is_a_larger_base_and_slower_rotation(tmp_path):

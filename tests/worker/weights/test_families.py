@@ -258,6 +258,9 @@ def test_matrices_that_stay_quantized_compute_what_their_values_say(made, name, 
     ("llama2", "llama.rope.scaling.type", "longrope", ""), ("qwen3", "qwen3.rope.dimension_count", 8, "is 8; it must be 32"),
     ("qwen2.5", "qwen2.attention.sliding_window", 16, ""),      # which layers have it is not said: none, as llama.cpp has it
     ("qwen3", "qwen3.rope.scaling.attn_factor", 2.0, "attn_factor is 2.0; it must be 1"),
+    ("qwen3", "qwen3.rope.scaling.yarn_attn_factor", 0.878, ""), ("qwen3", "qwen3.rope.scaling.yarn_ext_factor", 1.0, ""),
+    ("qwen3", "qwen3.rope.scaling.yarn_ext_factor", 0.5, "yarn_ext_factor is 0.5; it must be 1"),
+    ("qwen3", "qwen3.rope.scaling.yarn_attn_factor", -1.0, "yarn_attn_factor is -1.0; it must be a finite number"),
     ("qwen3", "qwen3.rope.scaling.factor", "4", 'factor is "4"; it must be a finite number'),
     ("gemma2", "gemma2.attention.sliding_window_pattern", [True, False], "pattern is a list of 2; it must be a list of 4 entries, each true or false"),
     ("gemma2", "gemma2.attention.sliding_window_pattern", 2, ""), ("gemma2", "gemma2.attention.sliding_window_pattern", 0, "is 0; it must be"),
@@ -277,6 +280,23 @@ def test_metadata_that_would_change_the_arithmetic_is_named(name, key, value, wo
     with pytest.raises(ConfigError) as caught:
         gguf_spec(tmp_path / "tiny.gguf", metadata | {key: value}, stored, None)
     assert words in str(caught.value) and key in str(caught.value)
+
+
+DEEPSEEK = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 128, "attn_factor": 0.8782488562869419}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rope", [DEEPSEEK, DEEPSEEK | {"attn_factor": 1.0, "attention_factor": 1.1386294361119891}], ids=["attn", "attention"])
+def test_the_folder_and_the_gguf_file_of_deepseeks_qwen3_are_one_model(rope, backend, tmp_path, caplog):
+    """attn_factor, of which today's converter makes yarn_attn_factor: neither transformers nor llama.cpp uses it."""
+    model = make_model("qwen3", rope_parameters=rope)
+    cases = clear_cases(model, lengths=(9, 300), count=16)
+    with caplog.at_level("INFO", logger="chat_server"):
+        both = load(save(model, tmp_path)), load(as_gguf(tmp_path / "tiny.gguf", model))
+    assert caplog.text.count("has attn_factor 0.878, which is not used") == (0 if "attention_factor" in rope else 2)
+    assert caplog.text.count("which is not used") == (0 if "attention_factor" in rope else 2)
+    for ours in both:
+        check(answers(transformer(ours, kernels_of(backend, ours.spec)), cases, count=16), cases, count=16)
 
 
 # --- memory ------------------------------------------------------------------------------------------------------
@@ -473,7 +493,8 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 
 @pytest.mark.parametrize("rope", [
     YARN, YARN | {"truncate": False}, YARN | {"beta_fast": 16, "beta_slow": 2}, YARN | {"attention_factor": 1.5},
-    YARN | {"mscale": 0.7, "mscale_all_dim": 1.0}, {"rope_type": "linear", "factor": 3, "rope_theta": 1e4},
+    YARN | {"mscale": 0.7, "mscale_all_dim": 1.0}, YARN | {"attn_factor": 0.8782488562869419, "extrapolation_factor": 1, "finetuned": True},
+    {"rope_type": "linear", "factor": 3, "rope_theta": 1e4, "original_max_position_embeddings": 2048, "finetuned": False}, {"rope_type": "linear", "factor": 3, "rope_theta": 1e4},
     {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 1e6,
      "original_max_position_embeddings": 8192}])
 def test_every_option_of_a_rope_type_is_transformers(rope, tmp_path):
@@ -509,6 +530,9 @@ def test_every_option_of_a_rope_type_is_transformers(rope, tmp_path):
     ("Llama-3.2-1B", "rope_scaling", {"rope_type": "proportional"}, 'rope_scaling.rope_type is "proportional"; it must be one of default, linear'),
     ("Llama-3.2-1B", "rope_scaling", {"type": "linear"}, "rope_scaling.factor is missing; it must be a finite number from 0.01"),
     ("Llama-3.2-1B", "rope_scaling", {"type": "linear", "factor": 2, "beta_fast": 3}, 'has the key "beta_fast"; known for the type linear are factor'),
+    ("Qwen3-0.6B", "rope_scaling", YARN | {"attn_factor": "a"}, 'rope_scaling.attn_factor is "a"; it must be a finite number'),
+    ("Qwen3-0.6B", "rope_scaling", YARN | {"extrapolation_factor": 0.5}, "rope_scaling.extrapolation_factor is 0.5; it must be 1"),
+    ("Qwen3-0.6B", "rope_scaling", YARN | {"finetuned": "yes"}, 'rope_scaling.finetuned is "yes"; it must be true or false'),
     ("Llama-3.2-1B", "rope_theta", 0, "rope_theta is 0; it must be a finite number from 2"),
     ("Mistral-Nemo", "attention_bias", True, "attention_bias is true; in a mistral model it must be false"),
     ("Mistral-Nemo", "layer_types", ["full_attention"] * 40, "layer_types is a list of 40; this key is not supported in a mistral"),

@@ -412,6 +412,21 @@ def test_shards_are_one_model_with_and_without_an_index_and_each_may_be_cut(shar
     assert cut(folder / names[1], -7) + f"its tensors end at byte {whole:,}" in refusal(folder)
 
 
+def test_a_whole_file_beside_an_index_of_absent_shards_is_the_model(shards, good, caplog):
+    folder, names = shards
+    expected = read(good)
+    shutil.copy(good / "model.safetensors", folder)
+    for name in names:      # one after another
+        (folder / name).unlink()
+        found = read(folder)
+        assert found.keys() == expected.keys()
+        torch.testing.assert_close(found["embed"], expected["embed"], rtol=0, atol=0)
+        assert "model.safetensors.index.json names files that are not all there: model.safetensors is used" in caplog.text
+        caplog.clear()
+    (folder / "model.safetensors").write_bytes(b"")
+    assert "model.safetensors is truncated: it has 0 bytes" in refusal(folder)
+
+
 def test_a_shard_that_is_missing_is_named_once(shards):
     folder, names = shards
     (folder / names[1]).unlink()

@@ -1,0 +1,41 @@
+"""Tokens of GGUF files that mark turns, whatever type the file gives them.
+
+Some files, Google's own among them, say that such a token is an ordinary one. Then no text becomes it: the
+template's `<end_of_turn>` would be seven tokens that the model has never seen there. llama.cpp overrides
+these types too."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Sequence as Seq
+
+from chatlm.common.text.infill import NAMES
+
+NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
+END_TOKENS = {"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>",
+              "<end_of_turn>", "<turn|>", "<|tool_response>", "<end_of_utterance>", "<EOT>", "_<EOT>",
+              "\u2581<EOT>", "[EOT]", "<\uff5cend\u2581of\u2581sentence\uff5c>"}
+INFILL = frozenset(itertools.chain(*NAMES.values()))
+LIKE_A_NAME = re.compile(r"[<\[][^<>\s]*[>\]]")  # as <unused7>
+# what a template writes around turns: <|im_start|>, <｜User｜>, <start_of_turn>, <|turn>, [INST]
+LIKE_A_MARK = re.compile(
+    r"<\|[^<>|\s]+\|?>|<\uff5c[^<>\s]+\uff5c>|<(?:start|begin|end)_of_\w+>|\[/?[A-Z_]+\]")
+
+
+def misnamed(tokens: Seq[str], types: Seq[int], ids: Iterable[int | None], template: str | None) -> list[int]:
+    """The ids of tokens that are control tokens although the file says otherwise: those that end a turn or
+    fill gaps, those that the metadata name (`ids`), and what the template writes around turns."""
+    named = {token for token in ids if token is not None and LIKE_A_NAME.fullmatch(tokens[token])}
+    found = []
+    for token, (text, kind) in enumerate(zip(tokens, types)):
+        if kind not in (NORMAL, USER_DEFINED):
+            continue
+        if text in END_TOKENS or token in named or kind == NORMAL and (
+                text in INFILL or text[:1] in ("<", "[") and written_as_mark(text, template)):
+            found.append(token)
+    return found
+
+
+def written_as_mark(text: str, template: str | None) -> bool:
+    return template is not None and LIKE_A_MARK.fullmatch(text) is not None and text in template
