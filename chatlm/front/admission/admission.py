@@ -32,7 +32,6 @@ from chatlm.common.messages.protocol import (
 from chatlm.common.messages.requests import Message, TextSpec
 from chatlm.common.messages.wire import HEADER, BadMessage, object_restorer, unpacked
 from chatlm.common.processes.start import PROCESS_COMMAND, exit_in_words, patient, start_child
-from chatlm.common.text.formats import calls_of
 from chatlm.common.text.load import open_tokenizer
 from chatlm.common.vision.pictures import picture_of
 from chatlm.front.admission.prompts import PromptMaker, run_in_thread_if_long
@@ -229,6 +228,16 @@ class Desk:
         await asyncio.gather(*(sandbox.close() for sandbox in self.sandboxes.values()))
 
 
+def known_with(settings: Settings, tokenizer: Tokenizer | None) -> Known:
+    """What is known of a model with this tokenizer; None: it is still loading. settings: with the sampling of
+    the model's own files."""
+    if tokenizer is None:
+        return Known(settings, None)
+    return Known(settings, tokenizer.tool_format, template=tokenizer.spec.chat_template or "",
+                 chats=tokenizer.has_chat_template, never_written=tokenizer.never_written,
+                 infill=tokenizer.infill_tokens, embedder=tokenizer.spec.embedder)
+
+
 class Admission:
     """Prepares requests for the queue: reads large bodies, checks schemas, makes prompts.
 
@@ -263,11 +272,8 @@ class Admission:
         text, opening = self.expected or (None, None)
         self.expected = None
         tokenizer = await (opening if opening and text == card.text else self._open_text(card.text, settings))
-        self._configure("bodies", Known(
-            replace(settings, keys=(), api_key=()), calls_of(card.text)[0],
-            template=card.text.chat_template or "", chats=tokenizer.has_chat_template,
-            never_written=tokenizer.never_written, infill=tokenizer.infill_tokens,
-            embedder=card.text.embedder), card.text, card.context_length, card.scored_length)
+        known = known_with(replace(settings, keys=(), api_key=()), tokenizer)
+        self._configure("bodies", known, card.text, card.context_length, card.scored_length)
         self.prompts = self._prompts_of(tokenizer, card.context_length, card.scored_length)
 
     async def _open_text(self, text: TextSpec, settings: Settings) -> Tokenizer:

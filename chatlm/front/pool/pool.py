@@ -17,7 +17,7 @@ from chatlm.common.memory import available_memory
 from chatlm.common.messages.requests import sampling_defaults
 from chatlm.common.processes.start import PROCESS_COMMAND
 from chatlm.common.text.tokenizer import tools_of
-from chatlm.front.admission.admission import Admission
+from chatlm.front.admission.admission import Admission, known_with
 from chatlm.front.pool.adapters import PoolAdapters
 from chatlm.front.pool.dispatcher import Dispatcher
 from chatlm.front.pool.local import LocalDevices, cuda_device_count
@@ -28,7 +28,7 @@ from chatlm.front.pool.supervisor import NO_CARD, Supervisor
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.common.messages.protocol import ModelCard
+    from chatlm.common.messages.protocol import Known, ModelCard
     from chatlm.common.messages.requests import Event, ModelSource, Request, TextSpec
     from chatlm.common.text.tokenizer import Tokenizer
     from chatlm.front.admission.admission import Desk
@@ -37,6 +37,12 @@ if TYPE_CHECKING:
 
 def sampling_of(pool, settings: Settings) -> dict[str, tuple[float, str]]:
     return sampling_defaults(with_own_sampling(settings, pool))
+
+
+def known_of(pool, settings: Settings) -> Known:
+    """All that readers of bodies need to know of a pool's model. Every command and route has it from here, so
+    that one body has one text."""
+    return known_with(with_own_sampling(settings, pool), pool.tokenizer)
 
 
 def free_memory(pool: WorkerPool) -> float:

@@ -19,7 +19,6 @@ from chatlm.common.log import log
 from chatlm.front.api.batch_lines import problem_of, read_line, storable
 from chatlm.front.api.kept_fields import LAST_SECONDS
 from chatlm.front.lazy import aiohttp, web
-from chatlm.front.server.bodies import known_of
 from chatlm.front.server.kept import (
     DAY_S, asked, now_s, number_in, send_page, send_part, stored, take_room)
 from chatlm.front.server.responses import REQUEST_LOG, json_response
@@ -334,7 +333,7 @@ class Upload:
         try:
             served = self.bodies.catalogue.find(read.model, self.bound)
             return read.custom_id, read.url, read.model, problem_of(
-                read, known_of(served), self.bodies.blind(served.pool))
+                read, served.known, self.bodies.blind(served.pool))
         except ChatServerError as error:
             return read.custom_id, read.url, read.model, str(error)
 
