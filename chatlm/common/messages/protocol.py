@@ -407,6 +407,7 @@ class Refused:
     status: int
     code: str | None
     param: str | None
+    words: dict[str, str] = field(default_factory=dict)  # see ChatServerError
 
 
 SANDBOX_MODELS = 4

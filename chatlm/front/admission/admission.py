@@ -159,10 +159,10 @@ class Sandbox:
                 return value
             case Body(data):
                 return data
-            case Refused(message, _, ConfigError.type, _):
+            case Refused(message, _, ConfigError.type):
                 raise ConfigError(message)
-            case Refused(message, status, code, param):
-                raise RequestError(message, status=status, code=code, param=param)
+            case Refused(message, status, code, param, words):
+                raise RequestError(message, status=status, code=code, param=param, words=words)
         raise BadMessage(f"unexpected message from a sandbox: {type(reply).__name__}")
 
     async def _ask(self, config: SandboxConfig, messages: Seq[Any]):

@@ -238,8 +238,9 @@ class ChatEncoder(OpenAIEncoder):
             if entries and entries[-1]["index"] == call.index:
                 entries[-1]["function"]["arguments"] += delta.text
             else:
-                body = self.call_body(call, delta.text) if delta.name else {"function": {"arguments": delta.text}}
-                entries.append({"index": call.index, **body})
+                more = {"function": {"arguments": delta.text}}
+                begun = self.call_body(call, delta.text) if delta.name else more
+                entries.append({"index": call.index, **begun})
         return entries
 
     def logprobs_body(self, choice: Choice, logprobs: Seq[TokenLogprob]) -> dict:

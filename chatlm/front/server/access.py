@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from chatlm.common.client_words import key_needed, key_unknown
 from chatlm.common.config import ApiKey
 from chatlm.common.errors import ConfigError, RequestError, shown
 from chatlm.common.log import log
@@ -47,8 +48,7 @@ class Access:
         keys = [known for known in self.settings.keys if hmac.compare_digest(known.digest, digest)]
         record = REQUEST_LOG.get()
         if self.settings.keys and not keys and not record.route.open:
-            raise RequestError("this server needs an API key: Authorization: Bearer KEY" if not key else
-                               "this server does not know the API key", status=401, code="invalid_api_key")
+            raise key_unknown() if key else key_needed()
         record.bound, record.role = (keys[0].models, keys[0].role) if keys else ((), "")
         return keys[0].name if keys else client_at(http.remote)
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TYPE_CHECKING, TypeVar
 
+from chatlm.common.client_words import rate_limited
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import ChatServerError, EngineFailure, Overloaded, RequestError
 from chatlm.common.jsontext import dump
@@ -104,8 +105,7 @@ class BatchRoutes:
                                    code="invalid_value", param="input_file_id")
             mine = batches.unfinished_of(connection, owner)
             if mine >= LIMITS.unfinished_batches:
-                raise Overloaded(f"{mine} of your batches are not finished", retry_after_s=60,
-                                 status=429)
+                raise rate_limited(f"{mine} of your batches are not finished", 60)
             now = now_s()
             return batches.shown_batch(connection, batches.create(
                 connection, owner, source, values["endpoint"], window, now, now + WINDOWS[window], metadata,

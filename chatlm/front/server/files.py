@@ -12,8 +12,9 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import NamedTuple, TYPE_CHECKING
 
+from chatlm.common.client_words import overloaded, too_large
 from chatlm.common.config import LIMITS
-from chatlm.common.errors import ChatServerError, Overloaded, RequestError, bad_value, shown, visible
+from chatlm.common.errors import ChatServerError, RequestError, bad_value, shown, visible
 from chatlm.common.jsontext import dump
 from chatlm.common.log import log
 from chatlm.front.api.batch_lines import problem_of, read_line, storable
@@ -83,7 +84,7 @@ class FileRoutes:
     @contextmanager
     def _arrival(self, client: str):
         if self.arriving.total() >= UPLOADS or self.arriving[client] >= UPLOADS // 4:
-            raise Overloaded("too many files are being uploaded", retry_after_s=10)
+            raise overloaded("too many files are being uploaded", 10)
         self.arriving[client] += 1
         try:
             yield
@@ -246,8 +247,7 @@ class Upload:
         while chunk := await self._timed(part.read_chunk(files.PART_BYTES // 8)):
             self.size += len(chunk)
             if self.size > LIMITS.batch_bytes:
-                raise RequestError(f"the file has more than {LIMITS.batch_bytes:,} bytes",
-                                   status=413, code="file_too_large", param="file")
+                raise too_large(LIMITS.batch_bytes, "the file", "file_too_large", "file")
             yield chunk
 
     async def _take(self, data: bytes):

@@ -7,8 +7,9 @@ import time
 from collections import Counter
 from contextlib import ExitStack, suppress
 
+from chatlm.common.client_words import overloaded, too_large
 from chatlm.common.config import LIMITS, PING_S
-from chatlm.common.errors import Overloaded, RequestError
+from chatlm.common.errors import RequestError
 from chatlm.front.aio import supervised
 from chatlm.front.api.encode import Encoder
 from chatlm.front.lazy import web
@@ -80,18 +81,18 @@ class Holding:
             try:
                 await asyncio.wait_for(self.budget.freed.wait(), deadline_s - time.monotonic())
             except asyncio.TimeoutError:
-                raise Overloaded("too many large bodies are being read", retry_after_s=10) from None
+                raise overloaded("too many large bodies are being read", 10) from None
 
     def keep(self, size: int, whose: str = "requests with large bodies"):
         """Take `size` bytes for as long as the request lasts; raises Overloaded if there is no room."""
         if not self._take(size):
-            raise Overloaded(f"{whose} hold too much memory until they are answered", retry_after_s=10)
+            raise overloaded(f"{whose} hold too much memory until they are answered", 10)
 
     def grow(self, size: int):
         """Take `size` more bytes; raises Overloaded if there is no room."""
         self.free -= size
         if self.free <= 0 and not self._take(size):
-            raise Overloaded("answers waiting to be sent whole have become too large: "
+            raise overloaded("answers waiting to be sent whole have become too large: "
                              "stream them, or ask for less at a time")
 
 
@@ -117,8 +118,7 @@ async def read_bytes(http: web.Request, holding: Holding, most: int = 0) -> byte
         if time.monotonic() - began_s > BODY_S + len(body) / BODY_BYTES_PER_S:
             raise RequestError(f"the body arrives at less than {BODY_BYTES_PER_S:,} bytes per second",
                                status=408, code="body_timeout")
-    raise RequestError(f"the body has more than {most:,} bytes",
-                       status=413, code="request_entity_too_large")
+    raise too_large(most)
 
 
 STREAM_HEADERS = {"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no"}

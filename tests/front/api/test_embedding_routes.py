@@ -111,7 +111,7 @@ def test_a_large_body_goes_through_a_sandbox(url):
     ({}, "input", "missing"), ({"input": ""}, "input", "empty"), ({"input": []}, "input", "2,048"), ({"input": [[]]}, "input", "empty"),
     ({"input": ["a", ""]}, "input", "input[1] is empty"), ({"input": ["a"] * 2049}, "input", "at most 2,048"),
     ({"input": [1, "a"]}, "input", "token ids"), ({"input": [[300]]}, "input", "0 to 256"), ({"input": {"text": "a"}}, "input", "a string"),
-    ({"input": "a" * 4097}, "input", "4,096"), ({"input": ["a", [97] * 5000]}, "input", "4,096"),
+    ({"input": "a" * 4097}, "input", "4096"), ({"input": ["a", [97] * 5000]}, "input", "4096"),
     ({"input": "a", "dimensions": 256}, "dimensions", "left out"), ({"input": "a", "pooling": "max"}, "pooling", '"mean" or "last"'),
     ({"input": "a", "encoding_format": "int8"}, "encoding_format", '"base64"'), ({"input": "a", "model": "gpt-4"}, "model", "fake-model"),
 ])
@@ -143,7 +143,7 @@ async def test_ollama_s_truncate_cuts_the_end_of_an_input_that_is_too_long(clien
         for path, changes, status in (("/api/embed", {}, 200), ("/api/embed", {"truncate": True}, 200), ("/api/embed", {"truncate": False}, 400),
                                       ("/v1/embeddings", {"truncate": True}, 400)):
             async with client.post(url + path, json={"input": [text, "short"], **changes}) as response:
-                assert response.status == status and (status == 200 or "4,096" in await response.text())
+                assert response.status == status and (status == 200 or "4096" in await response.text())
         async with client.post(url + "/api/embed", json={"input": "a", "truncate": "oldest"}) as response:
             assert response.status == 400 and "truncate" in await response.text()
     assert len(admitted) == 2 and all(each.prompt_ids[0] == start and len(each.prompt_ids[1]) < 10 for each in admitted)

@@ -148,7 +148,7 @@ async def test_closing_the_pool_ends_streams_with_an_error_and_not_a_fake_finish
 
 async def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(start_pool):
     pool = await start_pool(context_length=64)
-    with pytest.raises(RequestError, match=r"has [\d,]+ tokens, but the context holds 64") as refused:
+    with pytest.raises(RequestError, match=r"maximum context length is 64 tokens. However, your prompt resulted in \d+ tokens") as refused:
         await collect(pool, asked("a", prompts=(tuple([5] * 64),)))
     assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "prompt")
     _, tokens, last = await collect(pool, asked("b", prompts=(tuple([5] * 60),), ignore_eos=True))
