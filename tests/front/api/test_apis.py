@@ -256,6 +256,42 @@ async def test_a_failure_in_a_stream_is_its_last_event(client, path):
     assert path != MESSAGES or (last["type"], error["type"]) == ("error", "api_error")
 
 
+OPENAIS = {CHAT, "/v1/completions", RESPONSES}
+
+
+@every_api
+async def test_only_openais_routes_take_at_most_four_stop_strings(client, path):
+    """Continue sends up to 14 to /api/generate and /infill."""
+    pool = FakePool()
+    four, many, one = list("abcd"), [f"<{number}>" for number in range(256)], ["y" * 4096]
+    async with serving(pool) as url:
+        for stops, allowed in ((four, True), (one, True), (many[:5], path not in OPENAIS), (many, path not in OPENAIS), ([*many, "more"], False),
+                               (["y" * 4097], False), (["y" * 4000, "z" * 97], False)):
+            status, _, text = await ask(client, url, path, stop=stops)
+            assert (status == 200) == allowed, (len(stops), text)
+            if allowed:
+                assert pool.requests[-1].params.stop == tuple(stops)
+            else:
+                assert status == 400 and "4,096" in text and "stop" in text
+
+
+async def test_messages_own_name_for_them_has_the_same_limit(client):
+    pool = FakePool()
+    async with serving(pool) as url:
+        assert (await ask(client, url, MESSAGES, stop_sequences=[f"<{number}>" for number in range(64)]))[0] == 200
+        assert len(pool.requests[-1].params.stop) == 64
+        assert (await ask(client, url, MESSAGES, stop_sequences=["x"] * 257))[0] == 400
+
+
+async def test_one_of_many_stop_strings_ends_a_real_answer(client, url):
+    stops = [f"<|{number}|>" for number in range(13)]
+    for path in (MESSAGES, "/api/chat", "/api/generate"):
+        async with client.post(url + path, json=BODIES[path] | {"stream": False, "stop_sequences": [*stops, "Tok"], "max_tokens": 20,
+                                                                "options": {"stop": [*stops, "Tok"], "temperature": 0}, "temperature": 0}) as response:
+            text = whole_text(await response.json())
+        assert text and "Tok" not in text and "The capital of Japan is Tok".startswith(text.rstrip()), text
+
+
 @every_route
 async def test_a_slash_at_the_end_of_the_path_changes_nothing(client, path):
     async with serving(FakePool()) as url:

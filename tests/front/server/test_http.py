@@ -141,7 +141,7 @@ async def test_max_tokens_is_clamped_to_1_to_4096(client, given, used):
     ("temperature", '"0.5"'), ("temperature", "true"), ("temperature", "NaN"), ("temperature", "1e999"),
     ("temperature", "-Infinity"), ("temperature", "[1]"), ("max_tokens", "1.5"), ("max_tokens", "NaN"),
     ("max_tokens", "false"), ("top_k", "Infinity"), ("top_k", "{}"), ("seed", '"x"'), ("seed", "0.5"), ("stop", "5"),
-    ("stop", '["a", null]'), ("stop", '["a", "b", "c", "d", "e"]'), ("ignore_eos", "1"), ("messages", '"hi"'),
+    ("stop", '["a", null]'), ("stop", json.dumps(["a"] * 257)), ("stop", json.dumps(["a" * 4000, "b" * 97])), ("ignore_eos", "1"), ("messages", '"hi"'),
     ("messages", "{}"), ("messages", "[]"), ("messages", "null"), ("messages", "[5]"),
     ("messages", '[{"role": "alien", "content": "x"}]'), ("messages", '[{"role": ["user"], "content": "x"}]'),
     ("messages", '[{"role": "user", "content": 5}]'), ("messages", '[{"content": "x"}]')])
@@ -302,7 +302,7 @@ async def test_content_may_be_text_null_or_text_parts_and_developer_is_system(cl
     ({"max_tokens": -2}, "invalid_value"), ({"presence_penalty": 3}, "invalid_value"),
     ({"logit_bias": {"x": 1}}, "invalid_value"), ({"logit_bias": {"1": 101}}, "invalid_value"),
     ({"stop_token_ids": [-1]}, "invalid_value"), ({"seed": 2**64}, "invalid_value"),
-    ({"stop": ["x", "x" * 1001]}, "invalid_value"), ({"stop_token_ids": [1] * 1001}, "invalid_value"),
+    ({"stop": ["x" * 4097]}, "invalid_value"), ({"stop": ["x" * 4000, "y" * 97]}, "invalid_value"), ({"stop": ["a", "b", "c", "d", "e"]}, "invalid_value"), ({"stop_token_ids": [1] * 1001}, "invalid_value"),
     ({"logit_bias": {str(token): 1 for token in range(2**18 + 1)}}, "invalid_value")])
 async def test_what_is_not_supported_or_out_of_range_is_400_with_a_code_and_names_the_parameter(client, body, code):
     for stream in (False, True):        # before the first byte, so that a stream has a status too
