@@ -441,6 +441,7 @@ class Known:
     never_written: frozenset[int] = frozenset()  # tokens that no grammar allows
     infill: InfillTokens | None = None           # None: not known yet
     embedder: Embedder | None = None             # None: it gives answers, or is not known yet
+    width: int = 0           # numbers in one of its hidden states; 0: not known yet
 
 
 class KeptItem(NamedTuple):

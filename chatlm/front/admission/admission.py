@@ -38,7 +38,7 @@ from chatlm.front.admission.prompts import PromptMaker, run_in_thread_if_long
 
 if TYPE_CHECKING:
     from chatlm.common.messages.protocol import ModelCard
-    from chatlm.common.messages.requests import AnswerParams, Picture, Request
+    from chatlm.common.messages.requests import AnswerParams, ModelFacts, Picture, Request
     from chatlm.common.messages.wire import Pipe
     from chatlm.common.text.tokenizer import Tokenizer
 
@@ -228,14 +228,14 @@ class Desk:
         await asyncio.gather(*(sandbox.close() for sandbox in self.sandboxes.values()))
 
 
-def known_with(settings: Settings, tokenizer: Tokenizer | None) -> Known:
+def known_with(settings: Settings, tokenizer: Tokenizer | None, facts: ModelFacts) -> Known:
     """What is known of a model with this tokenizer; None: it is still loading. settings: with the sampling of
     the model's own files."""
     if tokenizer is None:
         return Known(settings, None)
     return Known(settings, tokenizer.tool_format, template=tokenizer.spec.chat_template or "",
                  chats=tokenizer.has_chat_template, never_written=tokenizer.never_written,
-                 infill=tokenizer.infill_tokens, embedder=tokenizer.spec.embedder)
+                 infill=tokenizer.infill_tokens, embedder=tokenizer.spec.embedder, width=facts.width)
 
 
 class Admission:
@@ -272,7 +272,7 @@ class Admission:
         text, opening = self.expected or (None, None)
         self.expected = None
         tokenizer = await (opening if opening and text == card.text else self._open_text(card.text, settings))
-        known = known_with(replace(settings, keys=(), api_key=()), tokenizer)
+        known = known_with(replace(settings, keys=(), api_key=()), tokenizer, card.facts)
         self._configure("bodies", known, card.text, card.context_length, card.scored_length)
         self.prompts = self._prompts_of(tokenizer, card.context_length, card.scored_length)
 

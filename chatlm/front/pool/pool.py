@@ -42,7 +42,7 @@ def sampling_of(pool, settings: Settings) -> dict[str, tuple[float, str]]:
 def known_of(pool, settings: Settings) -> Known:
     """All that readers of bodies need to know of a pool's model. Every command and route has it from here, so
     that one body has one text."""
-    return known_with(with_own_sampling(settings, pool), pool.tokenizer)
+    return known_with(with_own_sampling(settings, pool), pool.tokenizer, pool.supervisor.card.facts)
 
 
 def free_memory(pool: WorkerPool) -> float:
