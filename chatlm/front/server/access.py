@@ -20,8 +20,10 @@ from chatlm.common.config import ApiKey
 from chatlm.common.errors import ConfigError, RequestError, shown
 from chatlm.common.log import log
 from chatlm.front.lazy import web
+from chatlm.front.server.anthropic_models import OF_TWO_APIS, asks_as_anthropic
 from chatlm.front.server.page import POLICY
 from chatlm.front.server.responses import REQUEST_LOG, SECURITY_HEADERS, RequestLog
+from chatlm.front.server.routes import Api
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -186,7 +188,8 @@ class AccessLog:
         wanted = re.sub(r"[^A-Za-z0-9._-]", "", http.headers.get("X-Request-Id", ""))[:64]
         request_id = wanted if wanted and not self.taken(wanted) else secrets.token_hex(16)
         route = self.routes.row_of(http)
-        REQUEST_LOG.set(record := RequestLog(request_id, client_at(http.remote), route, route.api))
+        api = Api.ANTHROPIC if route.pattern in OF_TWO_APIS and asks_as_anthropic(http) else route.api
+        REQUEST_LOG.set(record := RequestLog(request_id, client_at(http.remote), route, api))
         try:
             response = await handler(http)
             status = response.status
