@@ -79,6 +79,11 @@ def overloaded(reason: str, retry_after_s: int = 1) -> Overloaded:
                       words={ANTHROPIC: f"Overloaded: {reason}. Please try again in {retry_after_s}s."})
 
 
+def shutting_down() -> Overloaded:
+    """The server stops; another one, or this one once it runs again, can answer."""
+    return Overloaded("the server is shutting down", retry_after_s=10)
+
+
 def no_such_model(name: str, what: str, remedy: str) -> RequestError:
     """what: why it is not here, such as "does not exist"; remedy: what else there is."""
     plain = shown(name)[1:].removesuffix('"')

@@ -20,8 +20,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, TYPE_CHECKING
 
+from chatlm.common.client_words import shutting_down
 from chatlm.common.config import Settings
-from chatlm.common.errors import ConfigError, EngineFailure, Overloaded, RequestError, printable
+from chatlm.common.errors import ConfigError, EngineFailure, RequestError, printable
 from chatlm.common.jsontext import is_text
 from chatlm.common.lanes import Lanes
 from chatlm.common.log import log
@@ -135,13 +136,15 @@ class Sandbox:
     async def _exchange(self, config: SandboxConfig, messages: Seq[Any]):
         for process in range(1, self.PROCESSES + 1):
             if self.closed:
-                raise Overloaded("the server is shutting down", retry_after_s=10)
+                raise shutting_down()
             await self.start()
             try:
                 reply = await asyncio.wait_for(self._ask(config, messages), patient(self.PATIENCE_S))
                 break
             except (asyncio.IncompleteReadError, ConnectionError, asyncio.TimeoutError, BadMessage) as error:
                 code = await self.stop(0.0 if isinstance(error, asyncio.TimeoutError) else self.EXIT_S)
+                if self.closed:  # which ended the process
+                    raise shutting_down() from None
                 if code == SANDBOX_OUT_OF_MEMORY or self.begun and code in self.EXCESS:
                     raise RequestError(
                         f"too complex: this takes more than {config.cpu_s:g} s of processor time "

@@ -138,7 +138,7 @@ class Dispatcher:
         """Accepted, then pieces, then Finished of each answer to an admitted request; closing the iterator at
         any point cancels it. lengths: the most tokens for an answer to each of its prompts.
 
-        Raises EngineFailure (workers died too often, shutdown) and RequestError (cancelled)."""
+        Raises EngineFailure (workers died too often), Overloaded (shutdown) and RequestError (cancelled)."""
         events, prompts = asyncio.Queue(), request.prompt_ids or ()
         jobs = [Job(request, ids, length, events, arrived_s, choice, [*request.prefix_token_ids])
                 for choice, (ids, length) in
