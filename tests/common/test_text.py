@@ -325,7 +325,7 @@ def test_decoding_work_grows_linearly_with_the_answer_and_not_with_the_stop_stri
 def test_the_answers_to_a_request_share_the_automaton_which_has_one_state_for_each_beginning():
     text = "ab" * 2000
     stops = text, text[1:], text[:7] + "c"
-    assert StopFinder(stops).table is StopFinder(stops).table
+    assert StopFinder(stops, "ann").table is StopFinder(stops, "ann").table is not StopFinder(stops, "bob").table
     assert len(StopTable(stops).length) == 1 + 4000 + 3999 + 1
 
 

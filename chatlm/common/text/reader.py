@@ -59,15 +59,18 @@ class StopTable:
         return found or 0
 
 
-stop_table = functools.lru_cache(8)(StopTable)  # the answers to a request share one
+@functools.lru_cache(8)
+def stop_table(stops: tuple[str, ...], owner: str) -> StopTable:
+    """The answers to a request share one; owners do not, or its time would tell what others asked."""
+    return StopTable(stops)
 
 
 class StopFinder:
     """Searches for stop strings in text that arrives in pieces; holds back at most the beginning of one.
     After a match, `stopped_by` is the string; the string and all text after it are dropped."""
 
-    def __init__(self, stop: Seq[str] = ()):
-        self.table = stop_table(tuple(stop)) if any(stop) else None
+    def __init__(self, stop: Seq[str] = (), owner: str = ""):
+        self.table = stop_table(tuple(stop), owner) if any(stop) else None
         self.state = 0
         self.held = ""  # possibly the beginning of a stop string
         self.stopped_by: str | None = None
