@@ -145,14 +145,15 @@ from chatlm.front.pool.local import check_nice, niceness
 from chatlm.front.pool.catalogue import Catalogue
 from chatlm.front.pool.pool import pool_of
 from chatlm.front.server.access import Access, AccessLog, Owners, is_loopback, listen_on, server_urls
+from chatlm.front.server.anthropic_models import PAGE_QUERY
 from chatlm.front.server.batches import BatchRoutes
 from chatlm.front.server.bodies import Bodies, tokenizer_of
 from chatlm.front.server.compare import Comparison, read_asked, with_ids
 from chatlm.front.server.connections import room_for_connections, serving
 from chatlm.front.server.conversations import Keeper
 from chatlm.front.server.describe import (
-    A_MODEL, A_NAME, A_RUN, MODELS, ModelRoutes, alive_body, bare_id, listed_body, ollama_models,
-    ollama_running, ollama_version, openapi_document, readiness_body, stats_body)
+    A_MODEL, A_NAME, A_RUN, MODELS, MODELS_OF_BOTH, ModelRoutes, alive_body, bare_id, listed_body,
+    ollama_models, ollama_running, ollama_version, openapi_document, readiness_body, stats_body)
 from chatlm.front.server.downloading import DownloadRoutes
 from chatlm.front.server.ledger import Charge, Ledger, claim_of
 from chatlm.front.server.metrics import Metrics, metrics_response
@@ -433,10 +434,11 @@ ROUTES = (
     Route("POST", "/detokenize", Api.OPENAI, "handle_text", "token ids to text"),
     Route("POST", "/apply-template", Api.OPENAI, "handle_text",
           "a conversation to the text of its prompt"),
-    *(Route("GET", path, Api.OPENAI,
-            lambda front, bound: listed_body(front.seen(bound)),
-            "the served models, what each can do and its state",
-            returns=MODELS) for path in ("/v1/models", "/models")),
+    Route("GET", "/v1/models", Api.OPENAI, "models.handle_list",
+          "the served models, what each can do and its state; as in Anthropic's API for its clients",
+          query=PAGE_QUERY, returns=MODELS_OF_BOTH),
+    Route("GET", "/models", Api.OPENAI, lambda front, bound: listed_body(front.seen(bound)),
+          "the same, as in OpenAI's API", returns=MODELS),
     Route("GET", "/v1/models/{name:.+}", Api.OPENAI, "models.handle_model",
           "a served model, by one of its names", returns=A_MODEL),
     Route("GET", "/v1/runs/{tag:.+}", Api.OPENAI, "models.handle_run", "a run's steps", returns=A_RUN),

@@ -51,6 +51,7 @@ from chatlm.common.processes.child import die_with_parent    # noqa: E402
 from chatlm.common.program import page_files    # noqa: E402
 
 CHAT, OPENAI, COMPLETIONS = "/chat/completions", "/v1/chat/completions", "/v1/completions"
+MESSAGES = "/v1/messages"
 TOKENIZE, DETOKENIZE, APPLY_TEMPLATE = "/tokenize", "/detokenize", "/apply-template"
 RESPONSES, SHOW, COMPARE = "/v1/responses", "/api/show", "/v1/compare"
 MIB = 1 << 20
@@ -527,6 +528,14 @@ async def biases(attacker):
     await attacker.post(OPENAI, HI | {"logit_bias": dict.fromkeys(names, 1), "n": 128, "max_tokens": 20})
 
 
+async def stop_strings(attacker):
+    """As many and as long as allowed, others each time, because the search for them may be kept."""
+    for number in range(attacker.many(400)):
+        letters = [f"{chr(0x4e00 + number)}{chr(0x100 + i)}{'a' * (LIMITS.stop_characters // LIMITS.more_stop_strings - 2)}"
+                   for i in range(LIMITS.more_stop_strings)]
+        await attacker.posts(8, MESSAGES, HI | {"stop_sequences": letters, "max_tokens": 200, "ignore_eos": True})
+
+
 async def idle(attacker):
     for _ in range(attacker.many(3000)):
         await attacker.connect()
@@ -711,6 +720,7 @@ ATTACKS = {
     "compressed bodies of 1 GiB": bombs,
     "200,000 messages to /v1/compare, 8 variants": comparisons,
     "245,000 spellings in logit_bias, n: 128": biases,
+    "256 stop strings of 16 characters, others each time": stop_strings,
     "3,000 idle connections": idle,
     "5,000 connections that come and go": come_and_go,
     "200 responses that nobody reads": unread,

@@ -46,8 +46,9 @@ class Limits:
     temperature: tuple[float, float] = (0.0, 2.0)
     top_k: tuple[int, int] = (0, 200)
     max_tokens: tuple[int, int] = (1, 4096)
-    stop_strings: int = 4
-    stop_characters: int = 1_000    # per stop string: each answer prepares its own search for them
+    stop_strings: int = 4           # on OpenAI's routes,
+    more_stop_strings: int = 256    # and on others, whose clients send more;
+    stop_characters: int = 4_096    # of all of them: a worker prepares its search for them in 2 ms
     stop_tokens: int = 1_000
     biases: int = 4_096             # entries of logit_bias: each row applies them in each step
     prompt_tokens: int = 1 << 20    # in a prompt of token ids: no context is larger

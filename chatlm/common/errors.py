@@ -9,7 +9,7 @@ import importlib.util
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from chatlm.common.memory import available_memory
@@ -22,6 +22,11 @@ class ChatServerError(Exception):
     type = "server_error"
     code: str | None = None
     param: str | None = None
+    words: Mapping[str, str] = {}  # API -> its text as clients of that API look for it
+
+    def said_to(self, api: str) -> str:
+        """The text for clients of an API, see chatlm/common/client_words.py."""
+        return self.words.get(api, str(self))
 
 
 class RequestError(ChatServerError):
@@ -29,9 +34,11 @@ class RequestError(ChatServerError):
 
     type = "invalid_request_error"
 
-    def __init__(self, message: str, *, status: int = 400, code: str | None = None, param: str | None = None):
+    def __init__(self, message: str, *, status: int = 400, code: str | None = None, param: str | None = None,
+                 words: Mapping[str, str] | None = None):
         super().__init__(message)
         self.status, self.code, self.param = status, code, param
+        self.words = words or {}
 
 
 # Characters that move a terminal's cursor, change its colours, the text direction or the line breaks, and
@@ -64,15 +71,19 @@ class ConfigError(ChatServerError):
 
 
 class Overloaded(ChatServerError):
-    """No capacity now: 503 (or 429) with Retry-After."""
+    """No capacity now: 503, or 429 for one client's own limits, with Retry-After."""
 
     status = 503
     type = "overloaded_error"
     code = "overloaded"
 
-    def __init__(self, message: str, *, retry_after_s: int = 1, status: int = 503):
+    def __init__(self, message: str, *, retry_after_s: int = 1, status: int = 503,
+                 words: Mapping[str, str] | None = None):
         super().__init__(message)
         self.retry_after_s, self.status = retry_after_s, status
+        self.words = words or {}
+        if status == 429:
+            self.type, self.code = "rate_limit_error", "rate_limit_exceeded"
 
 
 class EngineFailure(ChatServerError):

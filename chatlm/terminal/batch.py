@@ -17,7 +17,6 @@ from urllib.parse import quote
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import ChatServerError, ConfigError, Overloaded, RequestError, visible
 from chatlm.common.log import ProgressDisplay, tell
-from chatlm.common.messages.protocol import Known
 from chatlm.common.messages.requests import Accepted, PromptProgress
 from chatlm.front.aio import end_tasks
 from chatlm.front.api.batch_lines import (
@@ -26,6 +25,7 @@ from chatlm.front.api.encode import error_body
 from chatlm.front.api.encoders import ENCODERS
 from chatlm.front.api.picture_parts import fill_in, lift_pictures, with_pixels
 from chatlm.front.lazy import aiohttp
+from chatlm.front.pool.pool import known_of, sampling_of
 from chatlm.terminal.batch_files import Output, Result, Source
 from chatlm.terminal.chat import duration
 from chatlm.terminal.remote import RemotePool, open_pool
@@ -98,6 +98,8 @@ async def made_by(pool: Pool, settings: Settings, source: Source) -> dict[str, A
         found["weights"] = pool.supervisor.card.facts.digest
         template = pool.tokenizer and pool.tokenizer.spec.chat_template or ""
         found["template"] = hashlib.sha256(template.encode("utf-8", "replace")).hexdigest()
+        for name, (value, _) in sampling_of(pool, settings).items():
+            found[f"default {name}"] = value
         for name in FLAGS_OF_ANSWERS:
             found[name] = getattr(settings, name)
     return json.loads(json.dumps(found))
@@ -174,9 +176,7 @@ class Local:
         self.tokenizer = tokenizer
         self.refusal = "" if tokenizer.spec.vision else "this model cannot see images"
         self.pixels = Room(LIMITS.held_pixel_bytes)
-        self.known = Known(settings, tokenizer.tool_format, tokenizer.spec.chat_template or "",
-                           tokenizer.has_chat_template, tokenizer.never_written, tokenizer.infill_tokens,
-                           tokenizer.spec.embedder)
+        self.known = known_of(pool, settings)
 
     async def answer(self, line: Line) -> tuple[int, dict]:
         try:

@@ -18,10 +18,10 @@ from typing import BinaryIO, NamedTuple, TYPE_CHECKING
 from chatlm.common.errors import ConfigError, RequestError, shown, visible
 from chatlm.common.jsontext import is_text
 from chatlm.common.log import ProgressDisplay
-from chatlm.common.messages.protocol import Known
 from chatlm.common.messages.requests import Embedding
 from chatlm.front.api.encode_retrieval import numbers_of
 from chatlm.front.api.retrieval import check_route, read_embedding_body
+from chatlm.front.pool.pool import known_of
 from chatlm.terminal.chat import duration
 from chatlm.terminal.output_path import named_errors, output_path, shown_path
 from chatlm.terminal.remote import RemotePool, open_pool
@@ -89,8 +89,7 @@ async def embedded(pool: WorkerPool, settings: Settings,
 
 
 async def vectors_of(pool: WorkerPool, settings: Settings, batch: Batch) -> list[list[float]]:
-    assert pool.tokenizer
-    known = Known(settings, None, infill=pool.tokenizer.infill_tokens, embedder=pool.tokenizer.spec.embedder)
+    known = known_of(pool, settings)
     body = {"inputs": batch.texts, "truncate": settings.truncate, "dimensions": settings.dimensions,
             "prompt_name": settings.prompt_name}
     found: list[list[float]] = [[]] * len(batch.texts)

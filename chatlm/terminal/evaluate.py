@@ -14,7 +14,7 @@ from chatlm.common.config import LIMITS, ModelChoice
 from chatlm.common.errors import ConfigError, EngineFailure, named, shown, visible
 from chatlm.common.jsontext import is_number, is_text
 from chatlm.common.log import ProgressDisplay
-from chatlm.common.messages.requests import TokenLogprob
+from chatlm.common.messages.requests import SAMPLING_DEFAULTS, SamplingParams, TokenLogprob
 from chatlm.front.evals.bpb import BpbResult, Texts, read_texts, run_bpb
 from chatlm.front.evals.bundle import Suite, read_suite
 from chatlm.front.evals.chat import chat_suite
@@ -22,7 +22,7 @@ from chatlm.front.evals.items import NEAR_TIE
 from chatlm.front.evals.kept import Kept, kept_name, results_folder
 from chatlm.front.evals.run import TaskResult, as_json, mean_of, run_task
 from chatlm.front.evals.samples import FREE_SAMPLES, FREE_TOKENS, PROMPTS, SAMPLE_TOKENS
-from chatlm.front.evals.scores import FREE, NO_CHAT, PoolScorer, cut_as_upstream
+from chatlm.front.evals.scores import FREE, GREEDY, NO_CHAT, PoolScorer, cut_as_upstream
 from chatlm.front.lazy import aiohttp
 from chatlm.terminal.chat import duration
 from chatlm.terminal.programs import Programs
@@ -103,10 +103,10 @@ class RemoteScorer:
                 for ids, start, choice in zip(prompts, starts, body["choices"], strict=True)]
 
     @asynccontextmanager
-    async def _complete(self, prompt: str | Seq[int], max_tokens: int, n: int = 1,
-                        **more) -> AsyncIterator[list[dict]]:
-        """The choices of a completion, the likeliest one unless `more` says otherwise."""
-        body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "n": n, **more}
+    async def _complete(self, prompt: str | Seq[int], max_tokens: int, sampling: SamplingParams = GREEDY,
+                        n: int = 1, **more) -> AsyncIterator[list[dict]]:
+        """The choices of a completion."""
+        body = {"prompt": prompt, "max_tokens": max_tokens, "n": n, **drawing(sampling), **more}
         async with self._post("v1/completions", body) as found:
             choices = found["choices"]
             if len(choices) != n:
@@ -120,8 +120,7 @@ class RemoteScorer:
     async def samples(self, count: int, max_tokens: int) -> list[str]:
         if not self.begin:
             return []
-        async with self._complete(self.begin, max_tokens, n=count, temperature=FREE.temperature,
-                                  top_k=FREE.top_k, seed=FREE.seed) as choices:
+        async with self._complete(self.begin, max_tokens, FREE, n=count) as choices:
             return [a_text(choice["text"]) for choice in choices]
 
     async def chat(self, text: str) -> list[int]:
@@ -152,6 +151,12 @@ class RemoteScorer:
             if len(sizes) != len(ids):
                 raise ValueError(f"{len(sizes)} tokens, not {len(ids)}")
             return sizes
+
+
+def drawing(sampling: SamplingParams) -> dict[str, float]:
+    """The fields of a body whose answer is drawn so, whatever the served model's files and the server's flags
+    say."""
+    return {name: getattr(sampling, name) for name in ("seed", *SAMPLING_DEFAULTS)}
 
 
 def whole_number(value) -> int:

@@ -19,7 +19,6 @@ from chatlm.common.log import ProgressDisplay
 from chatlm.front.api.readers import read_compare, read_variants
 from chatlm.front.pool.many import ManyModels
 from chatlm.front.pool.score import score_text
-from chatlm.front.server.bodies import known_of
 from chatlm.front.server.compare import Comparison, asked_of, with_ids
 from chatlm.terminal.chat import duration, prompt_text
 from chatlm.terminal.conversation import PARAMETERS
@@ -136,7 +135,7 @@ async def answers_of(settings: Settings, body: dict) -> AsyncGenerator[dict, Non
 
 
 async def read_here(body: dict, served: Served, indices: Seq[int], seed: int) -> list[ParsedBody]:
-    return read_variants(body, indices, seed, known_of(served))
+    return read_variants(body, indices, seed, served.known)
 
 
 async def score(settings: Settings) -> int:

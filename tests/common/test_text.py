@@ -10,7 +10,7 @@ import pytest
 from chatlm.common.errors import ConfigError, RequestError
 from chatlm.common.messages.requests import Message, SamplingParams, TextSpec
 from chatlm.common.text.load import open_tokenizer
-from chatlm.common.text.reader import StopFinder, StopMatcher, StreamDecoder
+from chatlm.common.text.reader import StopFinder, StopTable, StreamDecoder
 from chatlm.common.text.tokenizer import compile_chat_template
 from chatlm.worker.engine.answer import Answer
 from chatlm.worker.engine.calculator import calculate
@@ -301,23 +301,43 @@ def test_stop_strings_cut_where_the_first_one_ends_and_prefer_the_longest_there(
                 assert held == next(s for s in suffixes if any(stop != s and stop.startswith(s) for stop in stops))
 
 
-def test_decoding_work_grows_linearly_with_the_answer():
-    class Counting(str):
-        compared = 0
+class Counting(dict):
+    """Counts how often something is looked up."""
 
-        def __getitem__(self, index):
-            Counting.compared += 1
-            return super().__getitem__(index)
+    asked = 0
 
-    def work(count):
-        decoder, stops = StreamDecoder(ByteTokens()), StopFinder()
-        matcher = StopMatcher("a" * 50 + "b")
-        matcher.stop, Counting.compared = Counting(matcher.stop), 0
-        stops.matchers = [matcher]
-        for _ in range(count):
-            stops.push(decoder.push(97))
-        return Counting.compared
-    assert work(4000) < 2.2 * work(2000)
+    def get(self, key):
+        self.asked += 1
+        return super().get(key)
+
+
+@pytest.mark.parametrize("stops", [["a" * 50 + "b"], ["a" * length + "b" for length in range(1, 257)], ["a" * 8191 + "b"],
+                                   [f"{'a' * 30}{number}" for number in range(250)]])
+def test_decoding_work_grows_linearly_with_the_answer_and_not_with_the_stop_strings(stops):
+    decoder, finder = StreamDecoder(ByteTokens()), StopFinder()
+    finder.table = StopTable(stops)
+    finder.table.next = found = Counting(finder.table.next)
+    for _ in range(4000):
+        finder.push(decoder.push(97))
+    assert found.asked <= 2 * 4000
+
+
+def test_the_answers_to_a_request_share_the_automaton_which_has_one_state_for_each_beginning():
+    text = "ab" * 2000
+    stops = text, text[1:], text[:7] + "c"
+    assert StopFinder(stops, "ann").table is StopFinder(stops, "ann").table is not StopFinder(stops, "bob").table
+    assert len(StopTable(stops).length) == 1 + 4000 + 3999 + 1
+
+
+def test_any_number_of_stop_strings_is_found_as_a_plain_search_finds_them():
+    dice = random.Random(8)
+    for _ in range(200):
+        stops = list({"".join(dice.choice("abc日") for _ in range(dice.randrange(1, 12))) for _ in range(dice.randrange(1, 256))})
+        text = "".join(dice.choice("abcd日") for _ in range(60))
+        pieces, finder = stream(text.encode(), stops)
+        ends = [(text.index(stop) + len(stop), -len(stop), stop) for stop in stops if stop in text]
+        end, length, stop = min(ends, default=(len(text), 0, None))
+        assert ("".join(pieces), finder.stopped_by) == (text[:end + length], stop)
 
 
 # --- the calculator ------------------------------------------------------------------------------------------------

@@ -109,7 +109,7 @@ def test_the_real_server_refuses_an_attachment_that_the_page_said_is_too_long(pa
     pick(page, "long.txt", b"one two three four " * 2400)
     expect(page.locator("#warning")).to_contain_text(re.compile(r"This message has 9,6\d\d tokens, but the model's limit is 8,192 .* Shorten it or remove a file\."))
     button(page, "Send").click()
-    expect(page.get_by_role("alert")).to_have_text(re.compile(r"The prompt has 9,6\d\d tokens, but the context holds 8,192 .*\(HTTP 400\)\."))
+    expect(page.get_by_role("alert")).to_have_text(re.compile(r"This model's maximum context length is 8192 tokens\. However, your messages resulted in 9[67]\d\d tokens\. .*\(HTTP 400\)\."))
     expect(button(page, "Remove long.txt")).to_be_visible()
 
 

@@ -665,7 +665,7 @@ def test_image_sends_a_picture_which_stays_with_the_chat_and_moves_to_the_page(t
     (node, *_) = json.loads((tmp_path / "it.json").read_text())["conversations"][0]["nodes"]
     assert node["pictures"][0]["name"] == "a red.png" and node["pictures"][0]["picture"].startswith("data:image/png;base64,iVBOR")
     err = capsys.readouterr().err
-    assert "the image is of another format: allowed are PNG, JPEG, WebP, GIF" in err and "the file name is missing" in err
+    assert "does not represent a valid image: it is of another format, allowed are PNG, JPEG, WebP, GIF" in err and "the file name is missing" in err
 
 
 def test_image_says_when_the_model_cannot_see_and_a_server_gets_parts(tmp_path, monkeypatch, capsys):

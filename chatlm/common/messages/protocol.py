@@ -408,6 +408,7 @@ class Refused:
     status: int
     code: str | None
     param: str | None
+    words: dict[str, str] = field(default_factory=dict)  # see ChatServerError
 
 
 SANDBOX_MODELS = 4
@@ -441,6 +442,7 @@ class Known:
     never_written: frozenset[int] = frozenset()  # tokens that no grammar allows
     infill: InfillTokens | None = None           # None: not known yet
     embedder: Embedder | None = None             # None: it gives answers, or is not known yet
+    width: int = 0           # numbers in one of its hidden states; 0: not known yet
 
 
 class KeptItem(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import functools
 import json
 import re
 from collections.abc import Generator, Iterator, Mapping, Sequence as Seq
@@ -18,58 +19,83 @@ if TYPE_CHECKING:
     from chatlm.common.text.tokenizer import Tokenizer
 
 
-class StopMatcher:
-    """Finds one stop string in text that arrives in pieces (Knuth-Morris-Pratt), in linear time."""
+CHARACTERS = 0x110000  # more than any code point
 
-    def __init__(self, stop: str):
-        self.stop, self.matched = stop, 0  # the last `matched` characters are a prefix of `stop`
-        self.fallback = [0] * len(stop)    # fallback[i]: longest proper border of stop[:i + 1]
-        for i in range(1, len(stop)):
-            border = self.fallback[i - 1]
-            while border and stop[i] != stop[border]:
-                border = self.fallback[border - 1]
-            self.fallback[i] = border + (stop[i] == stop[border])
 
-    def feed(self, character: str) -> bool:
-        """True when the stop string ends here."""
-        while self.matched and character != self.stop[self.matched]:
-            self.matched = self.fallback[self.matched - 1]
-        self.matched += character == self.stop[self.matched]
-        return self.matched == len(self.stop)
+class StopTable:
+    """Stop strings as one automaton (Aho and Corasick, 1975): a character takes the same time however many
+    there are. A state is the longest beginning of a stop string that the text ends with; 0 is none."""
+
+    def __init__(self, stops: Seq[str]):
+        self.next: dict[int, int] = {}  # state * CHARACTERS + code point -> the state that is one longer
+        self.length = [0]               # of each state: its characters,
+        self.fallback = [0]             # the longest state that it ends with,
+        self.ended = [""]               # and the longest stop string that it ends with
+        for stop in filter(None, stops):
+            self._add(stop)
+        # the shortest first: what a state ends with is shorter than itself
+        arrows = sorted(self.next.items(), key=lambda arrow: self.length[arrow[1]])
+        for key, state in arrows:
+            before, character = divmod(key, CHARACTERS)
+            self.fallback[state] = self.after(self.fallback[before], character) if before else 0
+            self.ended[state] = self.ended[state] or self.ended[self.fallback[state]]
+
+    def _add(self, stop: str):
+        state = 0
+        for character in map(ord, stop):
+            key = state * CHARACTERS + character
+            if key not in self.next:
+                self.next[key] = len(self.length)
+                self.length.append(self.length[state] + 1)
+                self.fallback.append(0)
+                self.ended.append("")
+            state = self.next[key]
+        self.ended[state] = stop
+
+    def after(self, state: int, character: int) -> int:
+        """The state after one more character."""
+        while (found := self.next.get(state * CHARACTERS + character)) is None and state:
+            state = self.fallback[state]
+        return found or 0
+
+
+@functools.lru_cache(8)
+def stop_table(stops: tuple[str, ...], owner: str) -> StopTable:
+    """The answers to a request share one; owners do not, or its time would tell what others asked."""
+    return StopTable(stops)
 
 
 class StopFinder:
     """Searches for stop strings in text that arrives in pieces; holds back at most the beginning of one.
     After a match, `stopped_by` is the string; the string and all text after it are dropped."""
 
-    def __init__(self, stop: Seq[str] = ()):
-        self.matchers = [StopMatcher(text) for text in sorted(set(stop), key=len, reverse=True) if text]
+    def __init__(self, stop: Seq[str] = (), owner: str = ""):
+        self.table = stop_table(tuple(stop), owner) if any(stop) else None
+        self.state = 0
         self.held = ""  # possibly the beginning of a stop string
         self.stopped_by: str | None = None
 
     def push(self, text: str) -> str:
+        table = self.table
         if self.stopped_by is not None:
             return ""
-        if not self.matchers:
+        if table is None:
             return text
         for i, character in enumerate(text):
-            # every matcher sees every character; if several end here, the longest, which began first, wins
-            ended = [matcher for matcher in self.matchers if matcher.feed(character)]
-            if ended:
-                self.stopped_by = ended[0].stop
-                text = (self.held + text[:i + 1])[:-len(self.stopped_by)]
+            self.state = table.after(self.state, ord(character))
+            if stop := table.ended[self.state]:  # if several end here, the longest, which began first
+                self.stopped_by = stop
+                text = (self.held + text[:i + 1])[:-len(stop)]
                 self.held = ""
                 return text
         text = self.held + text
-        keep = len(text) - max(matcher.matched for matcher in self.matchers)
+        keep = len(text) - table.length[self.state]
         self.held = text[keep:]
         return text[:keep]
 
     def finish(self) -> str:
         """Release the text held back, since no stop string continues here."""
-        text, self.held = self.held, ""
-        for matcher in self.matchers:
-            matcher.matched = 0
+        text, self.held, self.state = self.held, "", 0
         return text
 
 

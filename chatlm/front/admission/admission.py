@@ -20,8 +20,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, TYPE_CHECKING
 
+from chatlm.common.client_words import shutting_down
 from chatlm.common.config import Settings
-from chatlm.common.errors import ConfigError, EngineFailure, Overloaded, RequestError, printable
+from chatlm.common.errors import ConfigError, EngineFailure, RequestError, printable
 from chatlm.common.jsontext import is_text
 from chatlm.common.lanes import Lanes
 from chatlm.common.log import log
@@ -32,7 +33,6 @@ from chatlm.common.messages.protocol import (
 from chatlm.common.messages.requests import Message, TextSpec
 from chatlm.common.messages.wire import HEADER, BadMessage, object_restorer, unpacked
 from chatlm.common.processes.start import PROCESS_COMMAND, exit_in_words, patient, start_child
-from chatlm.common.text.formats import calls_of
 from chatlm.common.text.history_forms import differences
 from chatlm.common.text.load import open_tokenizer
 from chatlm.common.vision.pictures import picture_of
@@ -40,7 +40,7 @@ from chatlm.front.admission.prompts import PromptMaker, run_in_thread_if_long
 
 if TYPE_CHECKING:
     from chatlm.common.messages.protocol import ModelCard
-    from chatlm.common.messages.requests import AnswerParams, Forms, Picture, Request
+    from chatlm.common.messages.requests import AnswerParams, Forms, ModelFacts, Picture, Request
     from chatlm.common.messages.wire import Pipe
     from chatlm.common.text.tokenizer import Tokenizer
 
@@ -137,13 +137,15 @@ class Sandbox:
     async def _exchange(self, config: SandboxConfig, messages: Seq[Any]):
         for process in range(1, self.PROCESSES + 1):
             if self.closed:
-                raise Overloaded("the server is shutting down", retry_after_s=10)
+                raise shutting_down()
             await self.start()
             try:
                 reply = await asyncio.wait_for(self._ask(config, messages), patient(self.PATIENCE_S))
                 break
             except (asyncio.IncompleteReadError, ConnectionError, asyncio.TimeoutError, BadMessage) as error:
                 code = await self.stop(0.0 if isinstance(error, asyncio.TimeoutError) else self.EXIT_S)
+                if self.closed:  # which ended the process
+                    raise shutting_down() from None
                 if code == SANDBOX_OUT_OF_MEMORY or self.begun and code in self.EXCESS:
                     raise RequestError(
                         f"too complex: this takes more than {config.cpu_s:g} s of processor time "
@@ -161,10 +163,10 @@ class Sandbox:
                 return value
             case Body(data):
                 return data
-            case Refused(message, _, ConfigError.type, _):
+            case Refused(message, _, ConfigError.type):
                 raise ConfigError(message)
-            case Refused(message, status, code, param):
-                raise RequestError(message, status=status, code=code, param=param)
+            case Refused(message, status, code, param, words):
+                raise RequestError(message, status=status, code=code, param=param, words=words)
         raise BadMessage(f"unexpected message from a sandbox: {type(reply).__name__}")
 
     async def _ask(self, config: SandboxConfig, messages: Seq[Any]):
@@ -230,6 +232,16 @@ class Desk:
         await asyncio.gather(*(sandbox.close() for sandbox in self.sandboxes.values()))
 
 
+def known_with(settings: Settings, tokenizer: Tokenizer | None, facts: ModelFacts) -> Known:
+    """What is known of a model with this tokenizer; None: it is still loading. settings: with the sampling of
+    the model's own files."""
+    if tokenizer is None:
+        return Known(settings, None)
+    return Known(settings, tokenizer.tool_format, template=tokenizer.spec.chat_template or "",
+                 chats=tokenizer.has_chat_template, never_written=tokenizer.never_written,
+                 infill=tokenizer.infill_tokens, embedder=tokenizer.spec.embedder, width=facts.width)
+
+
 class Admission:
     """Prepares requests for the queue: reads large bodies, checks schemas, makes prompts.
 
@@ -264,12 +276,8 @@ class Admission:
         text, opening = self.expected or (None, None)
         self.expected = None
         tokenizer = await (opening if opening and text == card.text else self._open_text(card.text, settings))
-        self._configure("bodies", Known(
-            replace(settings, keys=(), api_key=()), calls_of(card.text)[0],
-            template=card.text.chat_template or "", chats=tokenizer.has_chat_template,
-            never_written=tokenizer.never_written, infill=tokenizer.infill_tokens,
-            embedder=card.text.embedder), card.text, card.context_length, card.scored_length,
-            tokenizer.forms)
+        known = known_with(replace(settings, keys=(), api_key=()), tokenizer, card.facts)
+        self._configure("bodies", known, card.text, card.context_length, card.scored_length, tokenizer.forms)
         self.prompts = self._prompts_of(tokenizer, card.context_length, card.scored_length)
 
     async def _open_text(self, text: TextSpec, settings: Settings) -> Tokenizer:

@@ -14,7 +14,8 @@ from collections.abc import Iterator, Sequence as Seq
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from chatlm.common.errors import RequestError, invalid
+from chatlm.common.client_words import too_long
+from chatlm.common.errors import invalid
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import Infill, Request
@@ -64,9 +65,7 @@ class InfillMaker:
         right, right_cut = self.nearest(self.checked(infill.suffix, names[1]), room)
         cut = left_cut or right_cut or len(left) + len(right) > room
         if cut and not infill.cut:
-            raise RequestError(
-                f"the prompt and the suffix have more than {room:,} tokens, but the context holds "
-                f"{self.context_length:,}", code="context_length_exceeded", param=names[0])
+            raise too_long(most, self.context_length, "prompt and suffix", names[0], "more than ")
         kept = min(len(left), max(int(room * BEFORE_SHARE), room - len(right)))
         left, right = left[len(left) - kept:], right[:room - kept]
         files, files_cut = self.files(infill.files, room - len(left) - len(right))

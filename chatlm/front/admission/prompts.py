@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TYPE_CHECKING, TypeVar
 
+from chatlm.common.client_words import TOO_LONG, too_long
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError, invalid
 from chatlm.common.memory import trim_heap
@@ -150,9 +151,7 @@ class PromptMaker:
         question), and the pictures of the others. rendered: the number of the cut -> the prompt after it, how
         many messages it drops, the pictures."""
         if len(messages) > self.context_length:  # refused unrendered: each is at least one token
-            raise RequestError(f"the conversation has {len(messages):,} messages, but the context holds "
-                               f"{self.context_length:,} tokens",
-                               code="context_length_exceeded", param="messages")
+            raise too_long(len(messages), self.context_length, "messages", "messages", "at least ")
         roles = [message.role for message in messages]
         question, cuts = last_question(roles), cut_points(roles)
 
@@ -168,7 +167,7 @@ class PromptMaker:
             try:
                 length = len((await without(cut))[0])
             except RequestError as error:
-                if error.code != "context_length_exceeded":
+                if error.code != TOO_LONG:
                     raise
                 return False
             room = max(self.context_length // 4, len(request.prefix_token_ids) + 1)
@@ -200,16 +199,12 @@ class PromptMaker:
             if count > 2 * (longest or self.context_length):
                 if cut:
                     return text[:start + self.SLICE_CHARACTERS]
-                raise self._too_long(f"more than {count - count % 1000:,}", param, longest=longest)
+                raise too_long(count - count % 1000, longest or self.context_length, param, param,
+                               "more than ")
         return text
 
     def _text_of(self, text: str, param: str, cut: bool = False) -> str:
         return str(self._start_of(text, param, cut))
-
-    def _too_long(self, count: str, param: str, whose: str = "", longest: int = 0) -> RequestError:
-        return RequestError(
-            f"the prompt has {count} tokens, but the context holds {longest or self.context_length:,}{whose}",
-            code="context_length_exceeded", param=param)
 
     def answer_length(self, request: Request, prompt_ids: tuple[int, ...]) -> int:
         """Most tokens the answer may have. RequestError 400 if the prompt is empty or leaves no room."""
@@ -218,8 +213,7 @@ class PromptMaker:
         if not prompt_ids:
             raise RequestError(f"the {request.source} is empty", param=request.source)
         if room < 1 - alone:
-            raise self._too_long(f"{len(prompt_ids):,}", request.source,
-                                 "" if alone else " (prompt and answer together)", self._longest(request))
+            raise too_long(len(prompt_ids), self._longest(request), request.source, request.source)
         if pooling:
             return 0
         most = room if request.max_tokens is None else max(1, min(request.max_tokens, room))

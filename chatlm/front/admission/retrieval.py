@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Sequence as Seq
 from typing import NamedTuple, TYPE_CHECKING
 
+from chatlm.common.client_words import too_long
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import Overloaded, RequestError
 
@@ -117,7 +118,7 @@ class RetrievalMaker:
         ids = self.tokenizer.encode(text, begins=not own.begins) if place else self.tokenizer.encode(query)
         around = len(own.begins) + len(own.ends)
         if around + len(ids) + len(own.between) >= self.longest:
-            raise self.too_long("the query", around + len(ids) + len(own.between), "query")
+            raise self.too_long("query", around + len(ids) + len(own.between), "query")
         return Head(text, [*ids, *own.between], after)
 
     def pair(self, head: Head, document: str, retrieval: Retrieval) -> Seq[int]:
@@ -131,9 +132,9 @@ class RetrievalMaker:
         room = self.longest - len(own.begins) - len(own.ends)
         most = len(ids) if retrieval.most is None else len(head.ids) + retrieval.most
         if min(len(ids), most) > room and not retrieval.cut:
-            raise self.too_long("a document with its query", len(ids) + self.longest - room, "documents")
+            raise self.too_long("document with its query", len(ids) + self.longest - room, "documents")
         return [*own.begins, *ids[:min(room, most)], *own.ends]
 
     def too_long(self, what: str, count: int, param: str) -> RequestError:
-        return RequestError(f"{what} has {count:,} tokens, those around it included, but the model reads at "
-                            f"most {self.longest:,}", code="context_length_exceeded", param=param)
+        """An error; count: with the special tokens around it."""
+        return too_long(count, self.longest, what, param)

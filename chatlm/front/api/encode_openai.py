@@ -186,7 +186,7 @@ class ChatEncoder(OpenAIEncoder):
             calls = [self.call_body(call, call.text) for call in choice.calls]
             message = {"role": "assistant", "content": None if calls and not text else text, "refusal": None}
         else:
-            calls = [self.call_delta(choice, delta) for delta in part.deltas if delta.kind == "call"]
+            calls = self.call_deltas(choice, part)
             if text or part.logprobs and not reasoning:
                 message = {"content": text}
         if reasoning:  # clients read one or the other
@@ -200,10 +200,21 @@ class ChatEncoder(OpenAIEncoder):
         return {"id": "call_" + call.id, "type": "function",
                 "function": {"name": call.name, "arguments": arguments}}
 
-    def call_delta(self, choice: Choice, delta: Delta) -> dict:
-        """A call in a chunk: the whole call when it begins, then only more arguments."""
-        call, more = choice.block(delta), {"function": {"arguments": delta.text}}
-        return {"index": call.index} | (self.call_body(call, delta.text) if delta.name else more)
+    def call_deltas(self, choice: Choice, part: Piece) -> list[dict]:
+        """The calls in a chunk: the whole call when it begins, then only more arguments. Each has one entry,
+        since clients that merge chunks do not merge the entries of one chunk."""
+        entries: list[dict] = []
+        for delta in part.deltas:
+            if delta.kind != "call":
+                continue
+            call = choice.block(delta)
+            if entries and entries[-1]["index"] == call.index:
+                entries[-1]["function"]["arguments"] += delta.text
+            else:
+                more = {"function": {"arguments": delta.text}}
+                begun = self.call_body(call, delta.text) if delta.name else more
+                entries.append({"index": call.index, **begun})
+        return entries
 
     def logprobs_body(self, choice: Choice, logprobs: Seq[TokenLogprob]) -> dict:
         return {"content": self.entries(logprobs)}

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence as Seq
 from typing import TYPE_CHECKING
 
+from chatlm.common.client_words import ANTHROPIC, OLLAMA
 from chatlm.common.config import LIMITS
 from chatlm.common.jsontext import dump
 from chatlm.common.log import utc
@@ -330,7 +331,7 @@ class OllamaEncoder(BlockEncoder):
 
     @staticmethod
     def lone_failure(error: ChatServerError) -> bytes:
-        return dump({"error": str(error)}) + b"\n"
+        return dump({"error": error.said_to(OLLAMA)}) + b"\n"
 
     def without_work(self) -> bytes:
         """Without a question, Ollama only loads the model."""
@@ -345,7 +346,7 @@ ANTHROPIC_ERRORS = {400: "invalid_request_error", 401: "authentication_error", 4
 
 def anthropic_error(error: ChatServerError) -> dict:
     kind = ANTHROPIC_ERRORS.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
-    return {"type": "error", "error": {"type": kind, "message": str(error)}}
+    return {"type": "error", "error": {"type": kind, "message": error.said_to(ANTHROPIC)}}
 
 
 ENCODERS = {"native": NativeEncoder, "chat": ChatEncoder, "functions": FunctionEncoder,

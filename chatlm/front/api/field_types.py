@@ -166,10 +166,12 @@ TOKENS = FieldType(f"a list of at most {LIMITS.tokenized_characters:,} token ids
 STOP_TOKENS = FieldType(f"a list of at most {LIMITS.stop_tokens:,} token ids",
                         list_schema(A_TOKEN, maxItems=LIMITS.stop_tokens), tuple)
 STOP_TEXT = {"type": "string", "maxLength": LIMITS.stop_characters}
-STOP = FieldType(f"a string or a list of at most {LIMITS.stop_strings} strings, "
-                 f"none above {LIMITS.stop_characters:,} characters",
-                 {"anyOf": [STOP_TEXT, list_schema(STOP_TEXT, maxItems=LIMITS.stop_strings)]},
-                 lambda value: tuple(stop for stop in listed(value) if stop))
+STOP, FOUR_STOPS = (  # the latter on OpenAI's routes
+    FieldType(f"a string or a list of at most {most} strings, with at most {LIMITS.stop_characters:,} "
+              "characters together",
+              {"anyOf": [STOP_TEXT, list_schema(STOP_TEXT, maxItems=most)]},
+              lambda value: tuple(stop for stop in listed(value) if stop))
+    for most in (LIMITS.more_stop_strings, LIMITS.stop_strings))
 MIXED = FieldType(f"a string, or a list of at most {LIMITS.tokenized_characters:,} strings and token ids",
                   {"anyOf": [A_TEXT, list_schema(TEXT_OR_TOKEN, maxItems=LIMITS.tokenized_characters)]},
                   listed)

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence as Seq
 from dataclasses import replace
 from typing import Any, NamedTuple, TYPE_CHECKING
 
+from chatlm.common.client_words import too_large
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError, bad_value, shown
 from chatlm.common.jsontext import is_text
@@ -41,8 +42,7 @@ def file_of(value: Any, name: str) -> bytes:
         raise RequestError(f"{name} is {shown(value[:100])}: this server {kind}; send the image itself, as "
                            f"{FORM}", code="unsupported_image_url", param=name)
     if len(data) > LIMITS.picture_bytes * 4 // 3 + 1024:
-        raise RequestError(f"{name} has more than {LIMITS.picture_bytes >> 20} MiB", status=413,
-                           code="image_too_large", param=name)
+        raise too_large(LIMITS.picture_bytes, name, "image_too_large", name)
     data = re.sub(r"\s+", "", data).translate({ord("-"): "+", ord("_"): "/"}).rstrip("=")
     try:
         return base64.b64decode(data + "=" * (-len(data) % 4), validate=True)

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from chatlm.common.client_words import DAMAGED_IMAGE
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import ConfigError, RequestError, named, require_library
 from chatlm.common.messages.protocol import Body
@@ -38,7 +39,7 @@ def format_of(data: bytes) -> str:
                  "of another format")
     if data[4:8] == b"ftyp":
         other = "a HEIC, AVIF or video"
-    raise refusal(f"the image is {other}: allowed are {', '.join(PLUGINS)}", "unknown_format")
+    raise refusal(f"{DAMAGED_IMAGE}: it is {other}, allowed are {', '.join(PLUGINS)}", "unknown_format")
 
 
 def opened(data: bytes) -> tuple[Any, str]:
@@ -58,7 +59,7 @@ def opened(data: bytes) -> tuple[Any, str]:
 
 
 def damaged(name: str, error: Exception) -> RequestError:
-    return refusal(f"the image, a {name}, is damaged: {named(error)[:200]}")
+    return refusal(f"{DAMAGED_IMAGE}: it is a damaged {name}: {named(error)[:200]}")
 
 
 def check_size(width: int, height: int):

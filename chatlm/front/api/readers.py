@@ -69,11 +69,19 @@ def make_request(values: Mapping, settings: Settings, params: AnswerParams = Ans
         params, options = with_thinking_budget(params, values.get("budget", {}), settings,
                                                source.get("max_tokens"))
         source["template_options"] = {**source.get("template_options", {}), **options}
+    check_stops(values.get("stop", ()))
     params = replace(params, sampling=sampling_params(values, settings), chat="messages" in source,
                      **among(values, "stop", "stop_token_ids", "ignore_eos", "min_tokens", "progress",
                              "stop_on_repetition"))
     return Request(params=params, low_priority=values.get("priority", False),
                    **among(values, "n", "truncate", "resumable", "prefix_token_ids"), **source)
+
+
+def check_stops(stops: Seq[str]):
+    """RequestError for stop strings that are too long together."""
+    if (size := sum(map(len, stops))) > LIMITS.stop_characters:
+        raise invalid("stop", f"the stop strings have {size:,} characters together; at most "
+                              f"{LIMITS.stop_characters:,} are allowed")
 
 
 def with_thinking_budget(params: AnswerParams, chosen: Mapping[str, int], settings: Settings,

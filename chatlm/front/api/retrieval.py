@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, TYPE_CHECKING
 
 from chatlm.common.config import LIMITS
-from chatlm.common.errors import RequestError, bad_value, invalid, shown
+from chatlm.common.errors import Overloaded, RequestError, bad_value, invalid, shown
 from chatlm.common.messages.protocol import ParsedBody
 from chatlm.common.messages.requests import AnswerParams, Request, Retrieval
 from chatlm.front.admission.retrieval import check_task, task_of
@@ -41,7 +41,7 @@ def asked_of(values: Mapping, texts: Seq[Any], params: AnswerParams, retrieval: 
 def read_embedding_body(body: dict, known: Known, api: str = "embeddings") -> ParsedBody:
     """OpenAI's Embeddings API, or with another `api` one of Ollama's or TEI's."""
     values, embedder = parse_fields(body, EMBEDDING_BODIES[api]), known.embedder
-    params = AnswerParams(pooling=pooling_of(values, embedder), dimensions=dimensions_of(values, embedder),
+    params = AnswerParams(pooling=pooling_of(values, embedder), dimensions=dimensions_of(values, known),
                           normalized=values.get("normalize", api != "ollama embeddings"))
     retrieval = Retrieval(prompt_of(values, embedder), cut=values.get("cut", api != "embeddings"))
     name, inputs = EMBEDDING_BODIES[api][0].name, values["input"]
@@ -65,18 +65,22 @@ def pooling_of(values: Mapping, embedder: Embedder | None) -> str:
     return embedder.pooling
 
 
-def dimensions_of(values: Mapping, embedder: Embedder | None) -> int:
-    """How many numbers a vector keeps; 0: all. RequestError for what the model was not trained for."""
-    asked = values.get("dimensions")
+def dimensions_of(values: Mapping, known: Known) -> int:
+    """How many numbers a vector keeps; 0: all. RequestError for what the model was not trained for, with the
+    width that its vectors have."""
+    asked, embedder = values.get("dimensions"), known.embedder
     if asked is None:
         return embedder.dimensions if embedder else 0
     if embedder is None:
-        raise bad_value("dimensions", asked, "left out: a chat model's vectors have the width of its hidden "
-                                             "states")
-    least = embedder.least or embedder.size
-    if not least <= asked <= embedder.size:
-        raise bad_value("dimensions", asked, f"from {least:,} to {embedder.size:,}" if embedder.least else
-                        f"left out or {embedder.size:,}: this model's vectors cannot be cut")
+        width, why = known.width, "a chat model's vectors have the width of its hidden states"
+    else:
+        width, why = embedder.size, "this model's vectors cannot be cut"
+    if not width:
+        raise Overloaded("the model is still loading", retry_after_s=2)
+    least = embedder.least if embedder and embedder.least else width
+    if not least <= asked <= width:
+        allowed = f"from {least} to {width}" if least < width else f"left out or {width}: {why}"
+        raise bad_value("dimensions", asked, allowed)
     return asked
 
 

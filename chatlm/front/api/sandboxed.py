@@ -9,6 +9,7 @@ from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
+from chatlm.common.client_words import too_large_to_count
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import ConfigError, RequestError
 from chatlm.common.memory import give_memory_back, limit_memory
@@ -64,9 +65,8 @@ class Tasks:
     def fill_template(self, arguments: dict) -> Result:
         text = fill_template(self.template, arguments)
         if len(text) > LIMITS.rendered_characters:  # checked here because the front's event loop reads it
-            raise RequestError(f"the chat template turns the messages into {len(text):,} characters; "
-                               f"at most {LIMITS.rendered_characters:,} are allowed",
-                               code="context_length_exceeded", param="messages")
+            raise too_large_to_count(f"the chat template turns the messages into {len(text)} characters, "
+                                     f"at most {LIMITS.rendered_characters} are allowed", "messages")
         return Result(text)
 
     def check_grammar(self, source: str, param: str) -> Result:
@@ -112,7 +112,7 @@ def run_task(task: Callable[..., Any], *arguments):
     try:
         return task(*arguments)
     except RequestError as error:
-        return Refused(str(error)[:1000], error.status, error.code, error.param)
+        return Refused(str(error)[:1000], error.status, error.code, error.param, {**error.words})
     except ConfigError as error:
         return Refused(str(error)[:1000], 500, error.type, None)
     except MemoryError:

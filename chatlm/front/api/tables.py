@@ -12,9 +12,9 @@ from chatlm.front.api.fields import (
     A_TEXT, A_TOKEN, TEXT_OR_NULL, Field, FieldType, as_count, list_schema, listed, object_schema,
     prompt_list, refused)
 from chatlm.front.api.field_types import (
-    A_BUDGET, CAP, CONSTRAINT_FIELDS, EFFORT, FLAT_CHOICE, FUNCTION_CALL, FUNCTIONS, INCLUDE, INPUTS, INTEGER,
-    LIST, LOGIT_BIAS, LOGPROBS_OF_TEXT, MESSAGES_CHOICE, METADATA, MIXED, NATIVE_MESSAGES, NUMBER, OBJECT,
-    OLLAMA_FORMAT, OPENAI_MESSAGES, PRIORITY, PROMPTS, SEED, STOP, STOP_TOKENS, SWITCH, SYSTEM, TEXT,
+    A_BUDGET, CAP, CONSTRAINT_FIELDS, EFFORT, FLAT_CHOICE, FOUR_STOPS, FUNCTION_CALL, FUNCTIONS, INCLUDE, INPUTS,
+    INTEGER, LIST, LOGIT_BIAS, LOGPROBS_OF_TEXT, MESSAGES_CHOICE, METADATA, MIXED, NATIVE_MESSAGES, NUMBER,
+    OBJECT, OLLAMA_FORMAT, OPENAI_MESSAGES, PRIORITY, PROMPTS, SEED, STOP, STOP_TOKENS, SWITCH, SYSTEM, TEXT,
     THINKING, TOKENS, TOOL_CHOICE, TOOLS, TOP_K, TOP_LEVEL_THINKING, nested_grammar, object_of,
     response_grammar, thinking)
 
@@ -114,6 +114,8 @@ SAMPLING_FIELDS = (  # for all but nanochat's route, which has those that are fl
     *COMMON_FIELDS,
 )
 SAMPLED = {field.name: field for field in SAMPLING_FIELDS if field.name in SAMPLING_NAMES}
+OPENAI_SAMPLING_FIELDS = tuple(  # as OpenAI's API limits them
+    field._replace(type=FOUR_STOPS) if field.name == "stop" else field for field in SAMPLING_FIELDS)
 
 NATIVE_FIELDS = (
     Field("messages", NATIVE_MESSAGES, "the conversation", required=True),
@@ -125,7 +127,7 @@ NATIVE_FIELDS = (
 )
 
 SHARED_FIELDS = (  # for Completions and Chat Completions
-    *SAMPLING_FIELDS,
+    *OPENAI_SAMPLING_FIELDS,
     Field("stream_options", object_of("include_usage"), "include_usage: end with a chunk that has the usage"),
     Field("n", INTEGER, "choices", 1, LIMITS.choices),
     PREFIX, TOKEN_IDS,
@@ -198,7 +200,7 @@ RESPONSES_FIELDS = (
     Field("input", FieldType("a text or a list of items", {"anyOf": [A_TEXT, {"type": "array"}]}),
           "a text, or a list of messages, calls, their outputs and reasoning"),
     Field("instructions", TEXT, "a system message before the input"),
-    *SAMPLING_FIELDS,
+    *OPENAI_SAMPLING_FIELDS,
     Field("max_output_tokens", CAP, "most tokens of the answer; -1 = up to the context", means="max_tokens"),
     SOME_TOOLS,
     Field("tool_choice", FLAT_CHOICE, "auto, none, required, or which of the functions"),
@@ -374,8 +376,10 @@ MANAGED_FIELDS = (MODEL,)
 STEP = Field("step", FieldType('a number of a step, or "latest"',
                                {"anyOf": [{"type": "integer", "minimum": 0}, {"enum": ["latest"]}]}),
              "one of the checkpoints of the run of `model`")
-DRAWING_FIELDS = tuple(field for field in OPENAI_FIELDS if field.name in (  # what draws tokens, ends answers
-    *SAMPLED, "stop", "stop_token_ids", "max_tokens", "max_completion_tokens", "min_tokens", "ignore_eos"))
+DRAWING_FIELDS = (  # what draws tokens, and ends answers
+    *(field for field in SAMPLING_FIELDS
+      if field.name in (*SAMPLED, "stop", "stop_token_ids", "min_tokens", "ignore_eos")),
+    *(field for field in OPENAI_FIELDS if field.name in ("max_tokens", "max_completion_tokens")))
 VARIANT_FIELDS = (
     Field("model", TEXT, "one of the served models; absent: the default one"),
     Field("adapter", TEXT, "one of the model's adapters"),

@@ -14,9 +14,9 @@ from collections.abc import (
 from functools import partial
 from typing import TYPE_CHECKING
 
+from chatlm.common.client_words import rate_limited
 from chatlm.common.config import LIMITS
-from chatlm.common.errors import (
-    ChatServerError, EngineFailure, Overloaded, RequestError, without_folders)
+from chatlm.common.errors import ChatServerError, EngineFailure, RequestError, without_folders
 from chatlm.common.lanes import Lanes
 from chatlm.common.log import log
 from chatlm.common.messages.protocol import Cancel
@@ -138,7 +138,7 @@ class Dispatcher:
         """Accepted, then pieces, then Finished of each answer to an admitted request; closing the iterator at
         any point cancels it. lengths: the most tokens for an answer to each of its prompts.
 
-        Raises EngineFailure (workers died too often, shutdown) and RequestError (cancelled)."""
+        Raises EngineFailure (workers died too often), Overloaded (shutdown) and RequestError (cancelled)."""
         events, prompts = asyncio.Queue(), request.prompt_ids or ()
         jobs = [Job(request, ids, length, events, arrived_s, choice, [*request.prefix_token_ids])
                 for choice, (ids, length) in
@@ -225,14 +225,13 @@ class Dispatcher:
                         for worker in self.workers if worker.takes_jobs)
         if waiting >= self.settings.max_queue + free_rows and not self._may_exceed_queue(
                 client, preparing, low):
-            raise Overloaded(f"{waiting} requests are already waiting (--max-queue)",
-                             retry_after_s=5, status=429)
+            raise rate_limited(f"{waiting} requests are already waiting (--max-queue)", 5)
         if (limit := self.settings.max_concurrent_per_key) and limit <= len(
                 {job.request.id for model in self.all_models for job in model.jobs.values()
                  if job.request.client == client}
                 | {other for other, owner in preparing.items() if owner == client}):
-            raise Overloaded(f"at most {limit} of your requests may run at a time (--max-concurrent-per-key)",
-                             status=429)
+            raise rate_limited(f"at most {limit} of your requests may run at a time "
+                               "(--max-concurrent-per-key)")
         if request_id in preparing or any(request_id in model.jobs for model in self.all_models):
             raise RequestError(f"a request with the id {request_id!r} is already running",
                                status=409, code="duplicate_id")

@@ -12,10 +12,12 @@ from typing import NamedTuple, TYPE_CHECKING
 from chatlm.common.config import ModelChoice
 from chatlm.common.errors import ConfigError, Overloaded, RequestError, without_folders
 from chatlm.front.pool.names import accepted_names, bound_among, is_among, named_among
+from chatlm.front.pool.pool import known_of
 from chatlm.front.pool.supervisor import NO_CARD
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
+    from chatlm.common.messages.protocol import Known
     from chatlm.common.messages.requests import ModelSource, Request
     from chatlm.front.evals.flips import Verdicts
     from chatlm.front.pool.adapters import Adapter
@@ -194,6 +196,11 @@ class Served(NamedTuple):
             return self.model.fits(name)
         return is_among(name, [self.name, *(
             f"{base}@{self.adapter.name}" for base in self.model.accepted_names)])
+
+    @property
+    def known(self) -> Known:
+        """What readers of bodies need to know of it."""
+        return known_of(self.pool, self.model.settings)
 
     @property
     def state(self) -> str:

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable, Sequence as Seq
 from typing import TYPE_CHECKING
 
+from chatlm.common.client_words import no_such_model
 from chatlm.common.errors import RequestError, shown
 
 if TYPE_CHECKING:
@@ -54,15 +55,13 @@ def gone_adapter(name: str, models: Iterable[Model]) -> str:
 
 
 def unknown_model(name: str, served: Seq[Served]) -> RequestError:
-    def refusal(problem: str, remedy: str) -> RequestError:
-        return RequestError(f"{problem}; {remedy}", status=404, code="model_not_found", param="model")
-
     names = {other.lower(): other for one in served for other in one.names}
     near = [other for other in names if name and name.lower() in other][:3]
     near = near or difflib.get_close_matches(name.lower(), names, 3)
     others = ", ".join(shown(one.name) for one in served[:8]) + ", ..." * (len(served) > 8)
     has = f"this server has {others}" if served else "this server has no model for you"
     if adapter := gone_adapter(name, [one.model for one in served if not one.adapter]):
-        return refusal(f"the adapter {shown(adapter)} is no longer served: its files were removed", has)
-    return refusal(f"the model {shown(name)} does not exist",
-                   f"did you mean {' or '.join(shown(names[other]) for other in near)}?" if near else has)
+        gone = f"is not here: the adapter {shown(adapter)} is no longer served: its files were removed"
+        return no_such_model(name, gone, has)
+    suggestion = f"did you mean {' or '.join(shown(names[other]) for other in near)}?"
+    return no_such_model(name, "does not exist", suggestion if near else has)

@@ -10,14 +10,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from chatlm.common.client_words import shutting_down
 from chatlm.common.config import with_own_sampling
-from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure, Overloaded, without_folders
+from chatlm.common.errors import ChatServerError, ConfigError, Overloaded, without_folders
 from chatlm.common.hub.better import warning_of
 from chatlm.common.memory import available_memory
 from chatlm.common.messages.requests import sampling_defaults
 from chatlm.common.processes.start import PROCESS_COMMAND
 from chatlm.common.text.tokenizer import tools_of
-from chatlm.front.admission.admission import Admission
+from chatlm.front.admission.admission import Admission, known_with
 from chatlm.front.pool.adapters import PoolAdapters
 from chatlm.front.pool.dispatcher import Dispatcher
 from chatlm.front.pool.local import LocalDevices, cuda_device_count
@@ -28,7 +29,7 @@ from chatlm.front.pool.supervisor import NO_CARD, Supervisor
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.common.messages.protocol import ModelCard
+    from chatlm.common.messages.protocol import Known, ModelCard
     from chatlm.common.messages.requests import Event, ModelSource, Request, TextSpec
     from chatlm.common.text.tokenizer import Tokenizer
     from chatlm.front.admission.admission import Desk
@@ -37,6 +38,12 @@ if TYPE_CHECKING:
 
 def sampling_of(pool, settings: Settings) -> dict[str, tuple[float, str]]:
     return sampling_defaults(with_own_sampling(settings, pool))
+
+
+def known_of(pool, settings: Settings) -> Known:
+    """All that readers of bodies need to know of a pool's model. Every command and route has it from here, so
+    that one body has one text."""
+    return known_with(with_own_sampling(settings, pool), pool.tokenizer, pool.supervisor.card.facts)
 
 
 def free_memory(pool: WorkerPool) -> float:
@@ -128,9 +135,10 @@ class WorkerPool:
         return not self.dispatcher.jobs
 
     async def close(self):
-        """End every request with an error, and make sure every worker has ended."""
+        """End every request with an error, after which it may be sent again, and make sure every worker has
+        ended."""
         self.draining = True
-        self.dispatcher.fail(EngineFailure("the server is shutting down"), *self.dispatcher.jobs.values())
+        self.dispatcher.fail(shutting_down(), *self.dispatcher.jobs.values())
         await asyncio.gather(self.supervisor.close(), self.admission.close())
         if self.prefixes and self.alone:
             await self.prefixes.close()
@@ -138,8 +146,8 @@ class WorkerPool:
     async def answer(self, request: Request) -> AsyncGenerator[Event, None]:
         """Accepted, then pieces, then Finished; closing the iterator at any point cancels the request.
 
-        Raises RequestError (the prompt does not fit, ...), Overloaded (not ready, draining, queue full) and
-        EngineFailure (workers died too often, shutdown)."""
+        Raises RequestError (the prompt does not fit, ...), Overloaded (not ready, draining, queue full,
+        shutdown) and EngineFailure (workers died too often)."""
         arrived_s = time.monotonic()
         version = self.version.number if request.version is None else request.version
         with self.adapters.holding(request.params.adapter):
@@ -169,7 +177,7 @@ class WorkerPool:
 
     def _check_capacity(self, request_id: str, client: str, low: bool = False):
         if self.draining:
-            raise Overloaded("the server is shutting down", retry_after_s=10)
+            raise shutting_down()
         opened = self.supervisor.became_ready.is_set() and self.supervisor.prepared
         if self.tokenizer is None or not opened:
             raise Overloaded(f"the model is still loading ({self.supervisor.loading[0]})", retry_after_s=2)

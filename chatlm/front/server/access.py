@@ -15,12 +15,15 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from chatlm.common.client_words import key_needed, key_unknown
 from chatlm.common.config import ApiKey
 from chatlm.common.errors import ConfigError, RequestError, shown
 from chatlm.common.log import log
 from chatlm.front.lazy import web
+from chatlm.front.server.anthropic_models import OF_TWO_APIS, asks_as_anthropic
 from chatlm.front.server.page import POLICY
 from chatlm.front.server.responses import REQUEST_LOG, SECURITY_HEADERS, RequestLog
+from chatlm.front.server.routes import Api
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -47,8 +50,7 @@ class Access:
         keys = [known for known in self.settings.keys if hmac.compare_digest(known.digest, digest)]
         record = REQUEST_LOG.get()
         if self.settings.keys and not keys and not record.route.open:
-            raise RequestError("this server needs an API key: Authorization: Bearer KEY" if not key else
-                               "this server does not know the API key", status=401, code="invalid_api_key")
+            raise key_unknown() if key else key_needed()
         record.bound, record.role = (keys[0].models, keys[0].role) if keys else ((), "")
         return keys[0].name if keys else client_at(http.remote)
 
@@ -186,7 +188,8 @@ class AccessLog:
         wanted = re.sub(r"[^A-Za-z0-9._-]", "", http.headers.get("X-Request-Id", ""))[:64]
         request_id = wanted if wanted and not self.taken(wanted) else secrets.token_hex(16)
         route = self.routes.row_of(http)
-        REQUEST_LOG.set(record := RequestLog(request_id, client_at(http.remote), route, route.api))
+        api = Api.ANTHROPIC if route.pattern in OF_TWO_APIS and asks_as_anthropic(http) else route.api
+        REQUEST_LOG.set(record := RequestLog(request_id, client_at(http.remote), route, api))
         try:
             response = await handler(http)
             status = response.status

@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TYPE_CHECKING, TypeVar
 
+from chatlm.common.client_words import rate_limited
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import ChatServerError, EngineFailure, Overloaded, RequestError
 from chatlm.common.jsontext import dump
@@ -27,7 +28,7 @@ from chatlm.front.api.picture_parts import with_pixels
 from chatlm.front.lazy import web
 from chatlm.front.pool.worker import batch_of
 from chatlm.front.server.batch_turns import Lane, Turns, WaitingLine
-from chatlm.front.server.bodies import Body, known_of, tokenizer_of
+from chatlm.front.server.bodies import Body, tokenizer_of
 from chatlm.front.server.files import FileRoutes
 from chatlm.front.server.kept import asked, now_s, read_small_object, send_page, stored
 from chatlm.front.server.ledger import Amount, Charge, Ledger, claim_of, write
@@ -104,8 +105,7 @@ class BatchRoutes:
                                    code="invalid_value", param="input_file_id")
             mine = batches.unfinished_of(connection, owner)
             if mine >= LIMITS.unfinished_batches:
-                raise Overloaded(f"{mine} of your batches are not finished", retry_after_s=60,
-                                 status=429)
+                raise rate_limited(f"{mine} of your batches are not finished", 60)
             now = now_s()
             return batches.shown_batch(connection, batches.create(
                 connection, owner, source, values["endpoint"], window, now, now + WINDOWS[window], metadata,
@@ -449,10 +449,10 @@ class BatchWorker:
         line = read_line(row.number, text) if len(text) <= LIMITS.inline_bytes else None
         seen = await self.bodies.seen(Body(served, text, line and line.body), holding, client)
         if line:
-            parsed = read_body_of(line, known_of(served))
+            parsed = read_body_of(line, served.known)
         elif seen.fields is not None:  # it was large because of its pictures
             line = read_line(row.number, json.dumps(seen.fields).encode(), line_id(row.number, text))
-            parsed = read_body_of(line, known_of(served))
+            parsed = read_body_of(line, served.known)
         else:
             parsed = await served.pool.admission.read_line(
                 row.number, line_id(row.number, text), bytes(seen.raw), client, self.owners.of_pages(client),

@@ -8,10 +8,9 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import NamedTuple, TYPE_CHECKING
 
-from chatlm.common.config import LIMITS, with_own_sampling
+from chatlm.common.config import LIMITS
 from chatlm.common.errors import Overloaded, RequestError, shown
 from chatlm.common.log import log
-from chatlm.common.messages.protocol import Known
 from chatlm.front.api.fields import json_object
 from chatlm.front.api.picture_parts import (
     Lifted, fill_in, lift_pictures, unpacked_lift, with_files, with_pixels)
@@ -33,16 +32,6 @@ if TYPE_CHECKING:
 
 # (a body, the route whose reader reads it) of a body of a client
 Completing = Callable[[bytearray, Holding], Awaitable[tuple[bytes | bytearray, str]]]
-
-
-def known_of(served: Served) -> Known:
-    pool, tokenizer = served.pool, served.pool.tokenizer
-    tool_format, template = (tokenizer.tool_format, tokenizer.spec.chat_template) if tokenizer else (None, "")
-    return Known(with_own_sampling(served.model.settings, pool), tool_format, template or "",
-                 tokenizer is None or tokenizer.has_chat_template,
-                 tokenizer.never_written if tokenizer else frozenset(),
-                 tokenizer.infill_tokens if tokenizer else None,
-                 tokenizer.spec.embedder if tokenizer else None)
 
 
 def tokenizer_of(pool: WorkerPool) -> Tokenizer:
@@ -155,7 +144,7 @@ class Bodies:
             body = await self.seen(body, holding, record.client)
             served = body.served
             if body.fields is not None:
-                parsed = read_answer(route, body.fields, known_of(served))
+                parsed = read_answer(route, body.fields, served.known)
             else:
                 tokenizer_of(served.pool)
                 parsed = await served.pool.admission.read_large(
@@ -213,7 +202,7 @@ class Bodies:
         client, found = REQUEST_LOG.get().client, Body(served, body, None)
         if len(body) * LIMITS.compared <= LIMITS.inline_bytes:  # it is read once for each of its models
             found = await self.seen(found._replace(fields=json_object(body)), holding, client)
-            read = read_variants(found.fields or {}, indices, seed, known_of(served))
+            read = read_variants(found.fields or {}, indices, seed, served.known)
         else:
             found = await self.seen(found, holding, client)
             read = await served.pool.admission.read_variants(

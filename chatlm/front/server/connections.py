@@ -11,8 +11,9 @@ from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any, TYPE_CHECKING
 
+from chatlm.common.client_words import overloaded
 from chatlm.common.config import LIMITS
-from chatlm.common.errors import Overloaded, RequestError
+from chatlm.common.errors import RequestError
 from chatlm.common.log import log
 from chatlm.front.lazy import web
 from chatlm.front.pool.prefixes import segments_in_memory
@@ -88,7 +89,7 @@ async def refuse_early(application: Callable, table: ConnectionTable, is_polled:
     """Runs before the application: refuses unknown Expect headers, and on surplus connections requests for
     paths that are not polled. aiohttp fails on an Expect that is not ASCII."""
     if http.protocol in table.surplus and not is_polled(http.path):
-        return early_response(Overloaded("the server has as many connections as it can serve"))
+        return early_response(overloaded("it has as many connections as it can serve"))
     if http.headers.get("Expect", "").lower() not in ("", "100-continue"):
         failure = RequestError("Expect must be 100-continue", status=417, code="expectation_failed")
         return early_response(failure)

@@ -20,6 +20,8 @@ from chatlm.front.api.fields import A_TEXT, Field
 from chatlm.front.api.tables import OLLAMA_NAMES
 from chatlm.front.pool.names import default_among
 from chatlm.front.pool.pool import free_memory, sampling_of
+from chatlm.front.server.anthropic_models import (
+    A_PAGE, anthropic_model, anthropic_page, asks_as_anthropic)
 from chatlm.front.server.bodies import tokenizer_of
 from chatlm.front.server.responses import REQUEST_LOG, json_response
 
@@ -95,6 +97,7 @@ A_MODEL = {"type": "object", "properties": {
     "embedder": {"type": "object", "description":
                  "of a model that only embeds or ranks texts: its prompts, dimensions and so on"}}}
 MODELS = {"type": "object", "properties": {"data": {"type": "array", "items": A_MODEL}}}
+MODELS_OF_BOTH = {"anyOf": [MODELS, A_PAGE]}
 
 
 def listed_body(seen: Seq[Served]) -> dict:
@@ -293,11 +296,18 @@ class ModelRoutes:
     def __init__(self, catalogue: Catalogue, bodies: Bodies, access: Access):
         self.catalogue, self.bodies, self.access = catalogue, bodies, access
 
+    async def handle_list(self, http: web.Request) -> web.Response:
+        body = listed_body(self.catalogue.registry.listed(REQUEST_LOG.get().bound))
+        if asks_as_anthropic(http):
+            body = anthropic_page(http, body["data"])
+        return json_response(body)
+
     async def handle_model(self, http: web.Request) -> web.Response:
         bound = REQUEST_LOG.get().bound
         served = self.catalogue.find(http.match_info["name"], bound)
         default = default_among(self.catalogue.registry.listed(bound))
-        return json_response(model_body(served, served == default))
+        body = model_body(served, served == default)
+        return json_response(anthropic_model(body) if asks_as_anthropic(http) else body)
 
     async def handle_run(self, http: web.Request) -> web.Response:
         """With `before` and `after`, steps that --watch-suite has judged, also the items that differ."""

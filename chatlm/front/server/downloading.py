@@ -8,6 +8,7 @@ import re
 import shutil
 from typing import TYPE_CHECKING
 
+from chatlm.common.client_words import too_large
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import ConfigError, RequestError, shown, without_folders
 from chatlm.common.hub.offers import cached_models, hub_cache, joined_name, named_model, short_offers
@@ -51,8 +52,7 @@ class DownloadRoutes:
         with self.bodies.holding() as holding:
             raw = await read_bytes(http, holding)
         if len(raw) > LIMITS.inline_bytes:
-            raise RequestError(f"the body has more than {LIMITS.inline_bytes:,} bytes", status=413,
-                               code="request_entity_too_large")
+            raise too_large(LIMITS.inline_bytes)
         body = json_object(raw)
         values = parse_fields(body, record.route.fields)
         if ignored := header_words(unread(body, record.route.fields)):

@@ -12,14 +12,14 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import NamedTuple, TYPE_CHECKING
 
+from chatlm.common.client_words import overloaded, too_large
 from chatlm.common.config import LIMITS
-from chatlm.common.errors import ChatServerError, Overloaded, RequestError, bad_value, shown, visible
+from chatlm.common.errors import ChatServerError, RequestError, bad_value, shown, visible
 from chatlm.common.jsontext import dump
 from chatlm.common.log import log
 from chatlm.front.api.batch_lines import problem_of, read_line, storable
 from chatlm.front.api.kept_fields import LAST_SECONDS
 from chatlm.front.lazy import aiohttp, web
-from chatlm.front.server.bodies import known_of
 from chatlm.front.server.inflate import encoding_of
 from chatlm.front.server.kept import (
     DAY_S, asked, now_s, number_in, send_page, send_part, stored, take_room)
@@ -88,7 +88,7 @@ class FileRoutes:
     @contextmanager
     def _arrival(self, client: str):
         if self.arriving.total() >= UPLOADS or self.arriving[client] >= UPLOADS // 4:
-            raise Overloaded("too many files are being uploaded", retry_after_s=10)
+            raise overloaded("too many files are being uploaded", 10)
         self.arriving[client] += 1
         try:
             yield
@@ -251,8 +251,7 @@ class Upload:
         while chunk := await self._timed(part.read_chunk(files.PART_BYTES // 8)):
             self.size += len(chunk)
             if self.size > LIMITS.batch_bytes:
-                raise RequestError(f"the file has more than {LIMITS.batch_bytes:,} bytes",
-                                   status=413, code="file_too_large", param="file")
+                raise too_large(LIMITS.batch_bytes, "the file", "file_too_large", "file")
             yield chunk
 
     async def _take(self, data: bytes):
@@ -338,7 +337,7 @@ class Upload:
         try:
             served = self.bodies.catalogue.find(read.model, self.bound)
             return read.custom_id, read.url, read.model, problem_of(
-                read, known_of(served), self.bodies.blind(served.pool))
+                read, served.known, self.bodies.blind(served.pool))
         except ChatServerError as error:
             return read.custom_id, read.url, read.model, str(error)
 

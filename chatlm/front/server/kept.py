@@ -7,6 +7,7 @@ import math
 import time
 from typing import Any, TYPE_CHECKING
 
+from chatlm.common.client_words import too_large
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError
 from chatlm.common.jsontext import dump
@@ -131,8 +132,7 @@ async def read_small_object(http: web.Request, bodies: Bodies) -> dict:
     with bodies.holding() as holding:
         raw = await read_bytes(http, holding)
     if len(raw) > LIMITS.inline_bytes:
-        raise RequestError(f"the body has more than {LIMITS.inline_bytes:,} bytes", status=413,
-                           code="request_entity_too_large")
+        raise too_large(LIMITS.inline_bytes)
     body = json_object(raw or b"{}")
     values = parse_fields(body, record.route.fields)
     if ignored := header_words(unread(body, record.route.fields)):

@@ -12,6 +12,7 @@ from datetime import date, datetime, timedelta, timezone
 from functools import partial
 from typing import NamedTuple, TYPE_CHECKING
 
+from chatlm.common.client_words import quota_used, rate_limited
 from chatlm.common.errors import Overloaded, RequestError, bad_value
 from chatlm.common.jsontext import dump
 from chatlm.common.log import log
@@ -402,16 +403,14 @@ class Ledger:
         until, budget = seconds_to_midnight(), key.tokens_per_day or 0
         left = budget - self.used[today(), key.name]
         if self._fits(key, 0, needed):
-            return Overloaded("the requests of this API key that run may use all that is left of its "
-                              f"{budget:,} tokens of today (UTC): wait until some have ended",
-                              retry_after_s=min(until, 5), status=429)
+            return rate_limited("the requests of this API key that run may use all that is left of its "
+                                f"{budget:,} tokens of today (UTC)", min(until, 5))
         if left > 0:
-            return Overloaded(f"this API key has {left:,} of its {budget:,} tokens of today (UTC) left, and "
+            return quota_used(f"this API key has {left:,} of its {budget:,} tokens of today (UTC) left, and "
                               f"this request may take {needed:,} besides its longest answer: ask for less, "
-                              f"or wait until midnight UTC, in {until:,} seconds",
-                              retry_after_s=until, status=429)
-        return Overloaded(f"this API key has used its {budget:,} tokens of today (UTC); it has "
-                          f"new ones at midnight UTC, in {until:,} seconds", retry_after_s=until, status=429)
+                              "or wait until midnight UTC", until)
+        return quota_used(f"this API key has used its {budget:,} tokens of today (UTC); it has new ones at "
+                          "midnight UTC", until)
 
     def reserved(self, key: ApiKey, before: Charge | None = None) -> int:
         """How many tokens the running requests of a key take of its budget: else many that begin at once

@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from chatlm.common.client_words import OLLAMA, SERVER_ERROR
 from chatlm.common.errors import ChatServerError, EngineFailure, Overloaded, RequestError
 from chatlm.common.jsontext import dump
 from chatlm.common.log import log
@@ -96,7 +97,7 @@ def public_error(error: BaseException | None) -> ChatServerError:
     if isinstance(error, ChatServerError):
         return error
     log.error("unexpected error", exc_info=error)
-    return EngineFailure("internal error; the server's log has the details")
+    return EngineFailure(f"{SERVER_ERROR} Its log has the details")
 
 
 async def errors_to_responses(http: web.Request, handler: Callable, home: str = "/") -> web.StreamResponse:
@@ -131,7 +132,7 @@ def error_shape(failure: ChatServerError) -> dict:
     record = REQUEST_LOG.get()
     match record.api:
         case Api.OLLAMA:
-            return {"error": str(failure)}
+            return {"error": failure.said_to(OLLAMA)}
         case Api.ANTHROPIC:
             return anthropic_error(failure) | {"request_id": record.id}
         case Api.OPENAI:

@@ -8,8 +8,9 @@ from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, ExitStack, aclosing, suppress
 
+from chatlm.common.client_words import overloaded, too_large
 from chatlm.common.config import LIMITS, PING_S
-from chatlm.common.errors import Overloaded, RequestError
+from chatlm.common.errors import RequestError
 from chatlm.front.aio import supervised
 from chatlm.front.api.encode import Encoder
 from chatlm.front.lazy import web
@@ -82,7 +83,7 @@ class Holding:
             try:
                 await asyncio.wait_for(self.budget.freed.wait(), deadline_s - time.monotonic())
             except asyncio.TimeoutError:
-                raise Overloaded("too many large bodies are being read", retry_after_s=10) from None
+                raise overloaded("too many large bodies are being read", 10) from None
 
     def give_back_beyond(self, size: int):
         """Release what is held above `size` bytes."""
@@ -93,13 +94,13 @@ class Holding:
     def keep(self, size: int, whose: str = "requests with large bodies"):
         """Take `size` bytes for as long as the request lasts; raises Overloaded if there is no room."""
         if not self._take(size):
-            raise Overloaded(f"{whose} hold too much memory until they are answered", retry_after_s=10)
+            raise overloaded(f"{whose} hold too much memory until they are answered", 10)
 
     def grow(self, size: int):
         """Take `size` more bytes; raises Overloaded if there is no room."""
         self.free -= size
         if self.free <= 0 and not self._take(size):
-            raise Overloaded("answers waiting to be sent whole have become too large: "
+            raise overloaded("answers waiting to be sent whole have become too large: "
                              "stream them, or ask for less at a time")
 
 
@@ -126,8 +127,7 @@ async def arriving(http: web.Request) -> AsyncGenerator[bytes, None]:
 
 def check_size(size: int, most: int):
     if size > most:
-        raise RequestError(f"the body has more than {most:,} bytes",
-                           status=413, code="request_entity_too_large")
+        raise too_large(most)
 
 
 async def read_bytes(http: web.Request, holding: Holding, most: int = 0) -> bytearray:

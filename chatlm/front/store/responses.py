@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Iterable, Iterator, Sequence as Seq
 from typing import NamedTuple, TYPE_CHECKING
 
+from chatlm.common.client_words import too_large_to_count
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError, bad_value, shown
 from chatlm.common.messages.protocol import KeptItem
@@ -190,8 +191,8 @@ def size_before(connection: sqlite3.Connection, previous: str, conversation: str
     for length in earlier(connection, "LENGTH(body)", previous, conversation, owner):
         size += length + 2
         if size > LIMITS.body_bytes:
-            raise RequestError(f"what was said before is too large: at most {LIMITS.body_bytes:,} bytes are "
-                               "allowed", code="context_length_exceeded")
+            raise too_large_to_count(f"what was said before is too large: at most {LIMITS.body_bytes} bytes "
+                                     "are allowed")
     return size
 
 

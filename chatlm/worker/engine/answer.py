@@ -52,7 +52,7 @@ class AnswerText:
         self.params = params = work.params
         self.reader = answer_reader(tokenizer, params, work.prompt_ids)
         marks = tokenizer.marks(bool(self.reader.names)) if self.reader else {}
-        self.decoder, self.stops = StreamDecoder(tokenizer, marks), StopFinder(params.stop)
+        self.decoder, self.stops = StreamDecoder(tokenizer, marks), StopFinder(params.stop, params.owner)
         self.unsent: list[Delta] = []
         self.count = self.calls = 0  # tokens and calls so far
         self.reasoning_tokens = self.thoughts = 0  # tokens of reasoning, with its markers and without

@@ -256,6 +256,42 @@ async def test_a_failure_in_a_stream_is_its_last_event(client, path):
     assert path != MESSAGES or (last["type"], error["type"]) == ("error", "api_error")
 
 
+OPENAIS = {CHAT, "/v1/completions", RESPONSES}
+
+
+@every_api
+async def test_only_openais_routes_take_at_most_four_stop_strings(client, path):
+    """Continue sends up to 14 to /api/generate and /infill."""
+    pool = FakePool()
+    four, many, one = list("abcd"), [f"<{number}>" for number in range(256)], ["y" * 4096]
+    async with serving(pool) as url:
+        for stops, allowed in ((four, True), (one, True), (many[:5], path not in OPENAIS), (many, path not in OPENAIS), ([*many, "more"], False),
+                               (["y" * 4097], False), (["y" * 4000, "z" * 97], False)):
+            status, _, text = await ask(client, url, path, stop=stops)
+            assert (status == 200) == allowed, (len(stops), text)
+            if allowed:
+                assert pool.requests[-1].params.stop == tuple(stops)
+            else:
+                assert status == 400 and "4,096" in text and "stop" in text
+
+
+async def test_messages_own_name_for_them_has_the_same_limit(client):
+    pool = FakePool()
+    async with serving(pool) as url:
+        assert (await ask(client, url, MESSAGES, stop_sequences=[f"<{number}>" for number in range(64)]))[0] == 200
+        assert len(pool.requests[-1].params.stop) == 64
+        assert (await ask(client, url, MESSAGES, stop_sequences=["x"] * 257))[0] == 400
+
+
+async def test_one_of_many_stop_strings_ends_a_real_answer(client, url):
+    stops = [f"<|{number}|>" for number in range(13)]
+    for path in (MESSAGES, "/api/chat", "/api/generate"):
+        async with client.post(url + path, json=BODIES[path] | {"stream": False, "stop_sequences": [*stops, "Tok"], "max_tokens": 20,
+                                                                "options": {"stop": [*stops, "Tok"], "temperature": 0}, "temperature": 0}) as response:
+            text = whole_text(await response.json())
+        assert text and "Tok" not in text and "The capital of Japan is Tok".startswith(text.rstrip()), text
+
+
 @every_route
 async def test_a_slash_at_the_end_of_the_path_changes_nothing(client, path):
     async with serving(FakePool()) as url:
@@ -674,6 +710,46 @@ def test_what_one_piece_adds_comes_in_its_order():
     assert (delta["content"], delta["reasoning"], delta["tool_calls"][0]["function"]["name"]) == ("ac", "b", "add")
 
 
+def calls_in(chunks):
+    """(name, arguments) of the calls in a stream, put together as clients do that take one entry of a chunk for each index."""
+    calls = {}
+    for chunk in chunks:
+        (choice,) = chunk["choices"]
+        entries = choice["delta"].get("tool_calls") or []
+        indices = [entry["index"] for entry in entries]
+        assert len(set(indices)) == len(indices), entries
+        for entry in entries:
+            if entry["index"] in calls:
+                assert entry.keys() == {"index", "function"} and entry["function"].keys() == {"arguments"}, entry
+            else:
+                assert entry["id"] and entry["type"] == "function"
+            name, arguments = calls.get(entry["index"]) or (entry["function"]["name"], "")
+            calls[entry["index"]] = name, arguments + entry["function"]["arguments"]
+    return list(calls.values())
+
+
+@pytest.mark.parametrize("parts", [
+    ['{"city"', ': "Oslo"}'], ["", '{"city": "Oslo"}'], ["", "{", '"city"', ": ", '"Oslo"', "}"], ['{"city": "Oslo"}', ""]])
+@pytest.mark.parametrize("cut", range(5))
+def test_a_chunk_has_one_entry_for_each_call(parts, cut):
+    """However a step cuts a call: drafts and grammars add several tokens in one."""
+    first, *rest = [Delta("call", part, "" if number else "look") for number, part in enumerate(parts)]
+    second = Delta("call", "", "now"), Delta("call", "{", ""), Delta("call", "}", "")
+    deltas = "Hm", first, *rest, *second, "Done"
+    pieces = [piece for piece in (said(*deltas[:cut + 1]), said(*deltas[cut + 1:])) if piece.deltas]
+    for api in ("chat", "functions"):
+        encoder = ENCODERS[api](ParsedBody(Request("x", messages=()), api=api), "fake")
+        stream = b"".join(map(encoder.encode, pieces))
+        chunks = [json.loads(line.removeprefix("data: ")) for line in stream.decode().split("\n\n") if line]
+        assert "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks) == "HmDone"
+        if api == "chat":
+            assert calls_in(chunks) == [("look", '{"city": "Oslo"}'), ("now", "{}")]
+        else:       # which knows one call
+            told = [chunk["choices"][0]["delta"]["function_call"] for chunk in chunks if "function_call" in chunk["choices"][0]["delta"]]
+            assert "".join(each.get("name", "") for each in told) == "look"
+            assert "".join(each["arguments"] for each in told) == '{"city": "Oslo"}'
+
+
 async def test_a_response_streams_the_documented_sequence(client):
     async with serving(FakePool(THOUGHT)) as url:
         events = await streamed(client, url, RESPONSES)
@@ -886,6 +962,12 @@ async def test_a_model_whose_template_knows_no_tools_calls_them(client, url):
     result = {"role": "tool", "tool_call_id": call["id"], "content": "2"}
     later = await ask(client, url, CHAT, messages=[*BODIES[CHAT]["messages"], choice["message"], result], tools=tools, max_tokens=5)
     assert later[0] == 200
+    function = strict | {"parameters": {"type": "object", "properties": {"city": {"enum": ["Oslo"]}}, "required": ["city"]}}
+    called = wanted | {"tools": [{"type": "function", "function": function}]}
+    assert calls_in(await streamed(client, url, CHAT, **called)) == [("add", '{"city": "Oslo"}')]
+    older = {"functions": [function], "function_call": {"name": "add"}, "temperature": 0}
+    told = [event["choices"][0]["delta"].get("function_call") or {} for event in await streamed(client, url, CHAT, **older)]
+    assert "".join(each.get("arguments", "") for each in told) == '{"city": "Oslo"}'
     flat = [{"type": "function", **strict}]
     response = json.loads((await ask(client, url, RESPONSES, tools=flat, tool_choice="required", parallel_tool_calls=False, temperature=0))[2])
     assert [item["type"] for item in response["output"]][0] == "function_call" and json.loads(response["output"][0]["arguments"]) is not None

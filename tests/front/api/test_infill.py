@@ -186,17 +186,17 @@ def test_a_long_text_is_cut_as_if_all_of_it_had_been_encoded(tmp_path, monkeypat
 @pytest.mark.parametrize("prompt, suffix", [("x" * 600, ""), ("", "y" * 600), ("x" * 300, "y" * 300), ("x" * 200_000, "")])
 async def test_where_nothing_may_be_cut_too_much_is_refused(tokenizer, prompt, suffix):
     request = Request(prompts=(prompt,), infill=Infill((suffix,)))
-    with pytest.raises(RequestError, match="holds 512") as refused:
+    with pytest.raises(RequestError, match="context length is 512 tokens") as refused:
         await PromptMaker(tokenizer, 512).admit(request)
     assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "prompt")
-    with pytest.raises(RequestError, match="prompt and answer together"):
+    with pytest.raises(RequestError, match="no room for an answer"):
         await PromptMaker(tokenizer, 512).admit(Request(prompts=("x" * 509,), infill=Infill(("",))))
     admitted = await PromptMaker(tokenizer, 512).admit(Request(prompts=("x" * 508,), infill=Infill(("",))))
     assert len(admitted.prompt_ids[0]) == 511 and admitted.dropped_messages == 0
 
 
 async def test_a_context_without_room_for_a_gap_is_an_error_of_the_request(tokenizer):
-    with pytest.raises(RequestError, match="context holds 3"):
+    with pytest.raises(RequestError, match="context length is 3 tokens"):
         await PromptMaker(tokenizer, 3).admit(Request(prompts=("x",), infill=Infill(("y",), cut=True)))
 
 

@@ -243,9 +243,9 @@ async def test_all_five_tasks_make_chatcore_and_programs_are_run(scorer, base, t
 async def test_a_text_beyond_the_context_is_only_scored(start_pool):
     scorer = PoolScorer(await start_pool())
     [ids] = await scorer.encode([LONG_TEXT])
-    with pytest.raises(RequestError, match="the context holds 512 "):
+    with pytest.raises(RequestError, match="context length is 512 tokens"):
         await scorer.answer(ids, 1)
-    with pytest.raises(RequestError, match="the context holds 5,120"):
+    with pytest.raises(RequestError, match="context length is 5120 tokens"):
         await scorer.score([ids * 3], [1], 0)
     small = PoolScorer(await start_pool(context_length=64))
     assert (small.room, small.longest) == (64, 64)

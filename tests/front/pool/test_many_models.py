@@ -140,7 +140,7 @@ async def test_names_aliases_defaults_keys_and_who_may_load(start_models, nanoch
         for name in ("first", "chief", str(nanochat_fixtures / "gen1")):
             for more in {}, {"ignored": large}:
                 status, body = await ask(client, url, name, headers=some, **more)
-                assert status == 404 and "first" not in body["error"]["message"].replace(f'"{name}"', "")
+                assert status == 404 and "first" not in body["error"]["message"].replace(f"`{name}`", "")
         assert (await ask(client, url, "", headers=none))[0] == 404
         assert [*await listed(client, url, **some)] == ["gen3"] and len(await listed(client, url, **whole)) == 3 and not await listed(client, url, **none)
         async with client.get(url + "/stats", headers=some) as response:

@@ -35,7 +35,7 @@ async def test_a_conversation_that_is_too_long_is_refused_with_both_numbers_or_l
     pool = await start_pool(context_length=128)
     messages = talk("q" * 40, "a" * 30, "r" * 40, "b" * 20, "last?", system="Rule!")
     greedy = SamplingParams(temperature=0.0)
-    with pytest.raises(RequestError, match=f"has {tokens_of(pool, messages)} tokens, but the context holds 128") as refused:
+    with pytest.raises(RequestError, match=f"is 128 tokens. However, your messages resulted in {tokens_of(pool, messages)} tokens") as refused:
         await collect(pool, asked("a", messages, sampling=greedy))
     assert refused.value.code == "context_length_exceeded"
     _, tokens, done = await collect(pool, asked("b", messages, sampling=greedy, max_tokens=8, truncate=True))
@@ -67,9 +67,9 @@ async def test_whole_turns_go_and_no_more_than_needed(start_pool):
 async def test_a_last_message_that_is_too_long_alone_is_refused_even_so(start_pool):
     pool = await start_pool(context_length=128)
     messages = talk("q" * 30, "a" * 30, "l" * 200)
-    with pytest.raises(RequestError, match=f"has {tokens_of(pool, messages[2:])} tokens, but the context holds 128"):
+    with pytest.raises(RequestError, match=f"is 128 tokens. However, your messages resulted in {tokens_of(pool, messages[2:])} tokens"):
         await collect(pool, asked("a", messages, truncate=True))
-    with pytest.raises(RequestError, match="context holds 128"):
+    with pytest.raises(RequestError, match="context length is 128 tokens"):
         await collect(pool, asked("b", prompts=("x" * 200,), truncate=True))       # there are no turns
 
 
@@ -77,7 +77,7 @@ async def test_a_last_message_that_is_too_long_alone_is_refused_even_so(start_po
 async def test_more_messages_than_the_context_has_tokens_never_reach_the_template(start_pool, monkeypatch, truncate):
     pool = await start_pool(context_length=128)
     monkeypatch.setattr(pool.tokenizer, "render", None)
-    with pytest.raises(RequestError, match="has 129 messages, but the context holds 128 tokens") as refused:
+    with pytest.raises(RequestError, match="is 128 tokens. However, your messages resulted in at least 129 tokens") as refused:
         await collect(pool, asked("a", talk(*[""] * 129), truncate=truncate))
     assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "messages")
 
@@ -190,7 +190,7 @@ async def test_with_hardly_any_kv_memory_every_answer_under_load_is_as_alone(sta
     together = await asyncio.gather(*(collect(pool, request) for request in requests))
     await asyncio.gather(*vanishing)
     assert [each[:2] for each in together] == [each[:2] for each in alone]
-    with pytest.raises(RequestError, match="has 288 tokens, but the context holds 288"):
+    with pytest.raises(RequestError, match="is 288 tokens. However, your prompt resulted in 288 tokens, which leaves no room"):
         await collect(pool, asked("too long", prompts=(tuple([5] * 288),)))
     await idle(pool)
     assert pool.workers[0].gauges["preemptions"] > 0 and pool.workers[0].restarts == 0
@@ -220,7 +220,7 @@ async def test_a_text_far_beyond_the_context_is_refused_before_all_of_it_is_toke
     monkeypatch.setattr(pool.tokenizer, "encode", lambda text: taken.append(len(text)) or encode(text))
     long = "why? " * 1_000_000
     for request in (asked("a", talk(long)), asked("b", talk("q", "a", long), truncate=True), asked("c", None, (long,))):
-        with pytest.raises(RequestError, match="more than .* tokens, but the context holds 128") as refused:
+        with pytest.raises(RequestError, match="is 128 tokens. However, your .* resulted in more than .* tokens") as refused:
             await collect(pool, request)
         assert refused.value.code == "context_length_exceeded" and refused.value.param == ("prompt" if request.prompts else "messages")
     _, _, done = await collect(pool, asked("d", talk(long, "a", "last?"), max_tokens=8, truncate=True))

@@ -96,7 +96,7 @@ async def test_more_pictures_than_are_allowed_or_fit_are_refused_before_they_wai
     pool = await seeing_pool(num_workers=1, context_length=512)
     with pytest.raises(RequestError, match="17 images; 16 are the most"):
         await collect(pool, about("many", *[PHOTO] * 17))
-    with pytest.raises(RequestError, match="the context holds 512"):
+    with pytest.raises(RequestError, match="context length is 512 tokens"):
         await collect(pool, about("long", *[PHOTO] * 12))
     with pytest.raises(RequestError, match="images"):
         await collect(pool, about("scored", PHOTO, prompt_logprobs=1))

@@ -194,7 +194,7 @@ async def test_what_compiling_a_template_takes_counts_against_no_request(open_po
 
 async def test_what_a_template_makes_too_long_does_not_cross_the_pipe(open_pool, monkeypatch):
     pool = await open_pool(chat_template="{{ 'ab ' * 2000000 }}", context_length=10**7)
-    with pytest.raises(RequestError, match="6,000,000 characters.*4,194,304") as refused:
+    with pytest.raises(RequestError, match="6000000 characters.*4194304") as refused:
         await said(pool, ask("a"))
     assert refused.value.code == "context_length_exceeded"
 

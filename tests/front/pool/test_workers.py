@@ -141,14 +141,15 @@ async def test_closing_the_pool_ends_streams_with_an_error_and_not_a_fake_finish
     stream = pool.answer(greedy("a", max_tokens=400, ignore_eos=True))
     await anext(stream), await anext(stream)
     await pool.close()
-    with pytest.raises(EngineFailure, match="shutting down"):
+    with pytest.raises(Overloaded, match="shutting down") as ended:
         async for event in stream:
             assert isinstance(event, Piece)
+    assert (ended.value.status, ended.value.retry_after_s) == (503, 10)
 
 
 async def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(start_pool):
     pool = await start_pool(context_length=64)
-    with pytest.raises(RequestError, match=r"has [\d,]+ tokens, but the context holds 64") as refused:
+    with pytest.raises(RequestError, match=r"maximum context length is 64 tokens. However, your prompt resulted in \d+ tokens") as refused:
         await collect(pool, asked("a", prompts=(tuple([5] * 64),)))
     assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "prompt")
     _, tokens, last = await collect(pool, asked("b", prompts=(tuple([5] * 60),), ignore_eos=True))

@@ -57,7 +57,7 @@ def test_refusals_say_what_is_wrong_and_what_is_allowed(url):
     for data, name, words, code in (
             (b"", "", "the body is empty", 400), (b"text", "a\x1b[31m.txt", '"a\\u001b[31m.txt" is of none of the formats that can be read: PDF, DOCX', 400),
             (documents.ENCRYPTED_PDF, "", "encrypted: save it without its password", 400), (documents.pdf([""]), "", "has no text", 400),
-            (b"x" * ((32 << 20) + 1), "", "more than 33,554,432 bytes", 413)):
+            (b"x" * ((32 << 20) + 1), "", "exceeds the maximum size of 33554432 bytes", 413)):
         status, body = extract(url, data, name)
         assert status == code and words in body["detail"], body
     assert extract(url, b"--B--", kind="multipart/form-data; boundary=B")[1]["detail"].startswith("the form has no file")

@@ -323,7 +323,7 @@ async def test_over_its_budget_a_key_waits_in_the_background_or_is_refused_until
             response, _ = await call(path, "a", body)
             assert response.status == 200 and response.headers["X-Over-Budget"] == "background; renewed in 6400 s" and pool.requests[-1].low_priority
             response, text = await call(path, "b", body)
-            assert response.status == 429 and response.headers["Retry-After"] == "6400" and b"midnight UTC, in 6,400 seconds" in text
+            assert response.status == 429 and response.headers["Retry-After"] == "6400" and b"midnight UTC. Please try again in 6400s." in text
             response, _ = await call(path, "c", body)
             assert response.status == 200 and not pool.requests[-1].low_priority
         clock.time = lambda: 1_700_006_400.0

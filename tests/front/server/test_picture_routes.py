@@ -138,7 +138,7 @@ def test_a_body_of_megabytes_is_read_as_a_small_one(url):
     assert both[1]["prompt_tokens"] > usage["prompt_tokens"]
     huge = part(bytes(10 << 20))
     assert refusal(url, asked(*[huge] * 5))[0] == 413           # more than 64 MiB
-    assert refusal(url, asked(huge))[1]["message"] == "messages[0].content[0].image_url.url: the image is of another format: allowed are PNG, JPEG, WebP, GIF"
+    assert refusal(url, asked(huge))[1]["message"] == "messages[0].content[0].image_url.url: The image data you provided does not represent a valid image: it is of another format, allowed are PNG, JPEG, WebP, GIF"
 
 
 def bomb(width, height):
