@@ -1,6 +1,6 @@
 """How many everyday answers end by themselves: the default model's sampling, measured.
 
-    python bench/endings.py [--url http://127.0.0.1:8000] [--seeds 3] [--tokens 600] [--set NAME=VALUE ...]
+    python bench/endings.py [--url http://127.0.0.1:8000] [--seeds 3] [--tokens 600] [--set NAME=VALUE ...] [--facts]
 
 Asks 40 everyday questions with each of the seeds, without a system prompt, and counts how the answers end: by
 themselves ("ended"), because the server noticed that they repeat themselves ("repetition"), or at the limit of
@@ -69,6 +69,7 @@ async def main():
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=600)
     parser.add_argument("--set", action="append", type=parsed, default=[], metavar="NAME=VALUE,...")
+    parser.add_argument("--facts", action="store_true", help="ask only the five questions about facts")
     parser.add_argument("--show", action="store_true", help="print answers that do not end by themselves")
     arguments = parser.parse_args()
     gate = asyncio.Semaphore(8)
@@ -76,7 +77,7 @@ async def main():
         for settings in arguments.set or [{}]:
             answers = await asyncio.gather(*(
                 ask(session, arguments.url, question, seed, settings, arguments.tokens, gate)
-                for question in QUESTIONS for seed in range(arguments.seeds)))
+                for question in (FACTS if arguments.facts else QUESTIONS) for seed in range(arguments.seeds)))
             report(json.dumps(settings) if settings else "the server's defaults", answers)
             for question, seed, end, count, text in answers if arguments.show else ():
                 if end != "ended":

@@ -35,7 +35,9 @@ unless its row names its commands.
 
 SAMPLING = """
 Without a sampling flag the model's authors decide, if they specify values: in the `general.sampling` keys of a GGUF file, or in the
-`generation_config.json` of a folder (`do_sample: false` is temperature 0). For the default model these are temperature 0.2 and top-p 0.9.
+`generation_config.json` of a folder (`do_sample: false` is temperature 0). For the default model these are temperature 0.3, min-p 0.1,
+and a frequency and a presence penalty of 0.2, with which its answers end by themselves. Such penalties are for drawn answers: at temperature 0
+a model's own are left out.
 The log and `/stats` say which values apply and where each comes from.
 """
 ALL_COMMANDS = "serve chat generate compare score eval"

@@ -54,11 +54,17 @@ def parse_answer(body: dict, fields: Seq[Field], known: Known) -> dict:
     return values | {"budget": budget}
 
 
+FOR_DRAWN_ANSWERS = ("frequency_penalty", "presence_penalty")  # as defaults: greedy answers stay the model's own
+
+
 def sampling_params(values: Mapping, settings: Settings) -> SamplingParams:
     """The request's values, else the defaults; the seed is random if none is set."""
     seed = settings.seed if settings.seed is not None else secrets.randbits(53)  # exact in JavaScript
     chosen: dict[str, Any] = {"seed": seed} | {
         name: value for name, (value, _) in sampling_defaults(settings).items()}
+    if values.get("temperature", chosen["temperature"]) == 0:
+        for name in FOR_DRAWN_ANSWERS:
+            chosen.pop(name, None)
     return SamplingParams(**chosen | among(values, *SAMPLING_NAMES))
 
 

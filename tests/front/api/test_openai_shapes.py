@@ -88,10 +88,11 @@ def test_seeds_repeat_and_are_reported_also_when_they_were_drawn(url, exact):
 
 
 def test_a_seed_gives_the_same_text_whoever_else_is_there(url, exact):
-    wanted = dict(temperature=1, seed=7, max_tokens=16)
+    drawn = dict(temperature=1, min_p=0, max_tokens=16)
+    wanted = dict(drawn, seed=7)
     alone = content(ask(url, **wanted))
     with concurrent.futures.ThreadPoolExecutor(6) as threads:
-        others = [threads.submit(ask, url, temperature=1, seed=seed, max_tokens=16) for seed in range(5)]
+        others = [threads.submit(ask, url, seed=seed, **drawn) for seed in range(5)]
         assert content(threads.submit(ask, url, **wanted).result()) == alone
         assert len({content(other.result()) for other in others}) > 1
 
@@ -157,7 +158,8 @@ def test_a_context_overflow_is_an_error_with_both_numbers_and_never_cut_silently
 def test_the_model_answers_to_its_own_name_and_those_it_is_served_under(url):
     (model,) = call(url, "/v1/models")[2]["data"]
     assert model["context_length"] == 512
-    assert model["defaults"] == {"temperature": 0.2, "top_k": 50, "top_p": 0.9, "min_p": 0.0, "repetition_penalty": 1.0, "max_tokens": None}
+    assert model["defaults"] == {"temperature": 0.3, "top_k": 50, "top_p": 1.0, "min_p": 0.1, "repetition_penalty": 1.0,
+                                 "frequency_penalty": 0.2, "presence_penalty": 0.2, "max_tokens": None}
     assert model["capabilities"] == {"chat": True, "completion": True, "completions": True, "infill": False, "embedding": True, "rerank": False, "logprobs": True, "tools": True, "json_schema": True,
                                      "continue_final_message": True, "token_ids": True, "compare": True, "vision": False, "reasoning": False, "reasoning_history": False, "reasoning_budget": False}
     described = call(url, "/openapi.json")[2]["paths"]["/v1/models"]["get"]["responses"]["200"]["content"]["application/json"]["schema"]
@@ -197,7 +199,8 @@ def test_logprobs_of_parts_of_characters_keep_their_bytes(url):
 
 
 def test_an_answer_goes_on_from_tokens_that_its_client_has_chosen(url, exact):
-    wanted = dict(return_token_ids=True, temperature=1, seed=5, max_tokens=12)
+    drawn = dict(temperature=1, min_p=0, presence_penalty=0, frequency_penalty=0, seed=5, max_tokens=12)
+    wanted = dict(drawn, return_token_ids=True)
     whole = ask(url, logprobs=True, top_logprobs=2, **wanted)["choices"][0]
     ids, entries = whole["token_ids"], whole["logprobs"]["content"]
     assert [entry["id"] for entry in entries] == ids[:-1]       # the last one ended it
@@ -213,7 +216,7 @@ def test_an_answer_goes_on_from_tokens_that_its_client_has_chosen(url, exact):
     text = ask(url, COMPLETIONS, **raw)["choices"][0]
     assert [entry["id"] for entry in text["logprobs"]["content"]] == text["token_ids"][:len(text["logprobs"]["tokens"])]
     assert ask(url, COMPLETIONS, prefix_token_ids=text["token_ids"][:4], **raw)["choices"][0]["text"] == text["text"]
-    native = call(url, "/chat/completions", {"messages": HI, "prefix_token_ids": ids[:5], "temperature": 1, "seed": 5, "max_tokens": 12})[2]
+    native = call(url, "/chat/completions", {"messages": HI, "prefix_token_ids": ids[:5], **drawn})[2]
     assert "".join(json.loads(line[6:]).get("token", "") for line in native.split("\n") if line) == content(same)
 
 

@@ -83,8 +83,17 @@ def test_generation_config_says_its_makers_values(tmp_path, found, sampling):
     assert told == {"sampling": sampling, "sampling_origin": "generation_config.json" if sampling else "", "notes": ()}
 
 
-def test_the_default_model_has_its_makers_values(default_model_path):
-    assert opened(default_model_path).sampling == {"temperature": 0.2, "top_p": 0.9}
+def test_the_default_model_has_values_with_which_its_answers_end(default_model_path):
+    assert opened(default_model_path).sampling == {"temperature": 0.3, "min_p": 0.1, "frequency_penalty": 0.2, "presence_penalty": 0.2}
+
+
+def test_penalties_of_a_model_are_for_drawn_answers_and_a_request_s_own_for_all():
+    settings = Settings(own_sampling={"temperature": 0.3, "frequency_penalty": 0.2, "presence_penalty": 0.2, "repetition_penalty": 1.1}, own_origin="its file")
+    drawn, greedy, asked = (sampling_params(values, settings) for values in ({}, {"temperature": 0}, {"temperature": 0, "frequency_penalty": 0.5}))
+    assert (drawn.frequency_penalty, drawn.presence_penalty) == (0.2, 0.2) and (greedy.frequency_penalty, greedy.presence_penalty) == (0, 0)
+    assert asked.frequency_penalty == 0.5 and greedy.repetition_penalty == 1.1          # as a file's own has always been
+    by_flag = sampling_params({}, dataclasses.replace(settings, temperature=0.0))
+    assert by_flag.frequency_penalty == 0
 
 
 def test_the_log_stats_and_models_of_a_server_say_which_values_hold_and_where_they_come_from(tmp_path):
