@@ -327,7 +327,7 @@ def test_settings_and_slash_commands_reach_the_server(page, stand_in):
     ask(page, "one")
     expect_answered(page, 1)
     # nothing but the command
-    assert set(stand_in.bodies[0]) == {"messages", "resumable", "truncate", "progress", "stream", "stream_options"}
+    assert set(stand_in.bodies[0]) == {"messages", "resumable", "truncate", "progress", "stream", "stream_options", "stop_on_repetition"}
     command(page, "/topk 7")
     expect(page.get_by_role("log").get_by_text("Top-k is now 7.")).to_be_visible()
     button(page, "Settings").click()

@@ -128,7 +128,7 @@ async def test_what_was_said_before_is_measured_before_it_is_read(tmp_path, monk
         assert len(found) <= responses.size_before(connection, "", small, "me") <= len(found) + 2
         read = []
         connection.set_trace_callback(read.append)
-        with pytest.raises(RequestError, match="at most 16,777,216 bytes are allowed"):
+        with pytest.raises(RequestError, match="too large: at most 16777216 bytes are allowed"):
             responses.size_before(connection, "", large, "me")
         assert read and not [each for each in read if " body " in each.replace("LENGTH(body)", "")]
         connection.set_trace_callback(None)

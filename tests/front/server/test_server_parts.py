@@ -18,6 +18,7 @@ from chatlm.front.server.responses import REQUEST_LOG, RequestLog, error_shape
 from chatlm.front.server.routes import Api, Route, RouteTable
 from chatlm.front.server.streams import Holding
 from fake_pool import FakePool, conversation
+from multidict import CIMultiDict
 
 KEYS = (ApiKey.hashed("key", "alice"),)
 TABLE = RouteTable(chat_server.ROUTES, "/chat")
@@ -31,7 +32,7 @@ class Arriving(dict):
 
     def __init__(self, path="/", resource=None, body=b"", **headers):
         super().__init__()
-        self.path, self.headers, self.parts = path, headers, [body, b""]
+        self.path, self.headers, self.parts = path, CIMultiDict(headers), [body, b""]
         self.rel_url, self.content = SimpleNamespace(raw_path=path), self
         self.match_info = SimpleNamespace(route=SimpleNamespace(resource=resource and SimpleNamespace(canonical=resource)))
 
