@@ -3,7 +3,7 @@
 
 {
 
-const FONT = "11px system-ui, sans-serif";
+const FONT = `11px ${getComputedStyle(document.documentElement).fontFamily}`;
 
 // A chart in a `figure` with a caption and a box of the class "chart". `lines`: how many; `steps`: its points lie on steps of a training run,
 // not in time, and are drawn. `onDraw` is called when it has been drawn. Returns uPlot's object, whose `setData` takes [places, values of a line ...].
