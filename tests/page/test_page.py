@@ -123,7 +123,8 @@ def test_the_real_server_counts_a_draft_and_an_answer_that_was_cut_can_go_on(pag
     before = said(answers(page)).inner_text()
     button(page, "Continue").click()
     expect(said(answers(page))).to_have_text(re.compile(f"{re.escape(before)}.+", re.DOTALL), timeout=SLOW_MS)
-    expect(answers(page)).to_contain_text("4 tokens", timeout=SLOW_MS)
+    expect_answered(page)
+    expect(figures(answers(page))).to_contain_text("4 tokens")
     cut = page.evaluate("() => state.path.at(-1)")
     # together they are what the same seed gives in one go
     whole = page.evaluate("""seed => post("v1/chat/completions", {messages: [{role: "user", content: "Tell me about Japan."}], seed,
@@ -149,7 +150,7 @@ def test_live_figures_count_tokens_where_events_bring_several(page, stand_in):
     run = page.evaluate("(run => ({tokens: run.tokens, first: run.first, speed: liveSpeed(run), s: (run.lastAt - run.firstAt) / 1000}))([...state.runs.values()][0])")
     assert run["speed"] == pytest.approx((15 - 3) / run["s"])           # those of the first event took no time that is known
     stand_in.release()
-    expect(answers(page)).to_contain_text("15 tokens")
+    expect(figures(answers(page))).to_contain_text("15 tokens")
 
 
 def test_an_answer_goes_on_in_its_chat_while_another_chat_is_shown(page, held_front):

@@ -499,7 +499,7 @@ def test_the_keyboard_opens_what_the_mouse_opens(page, stand_in):
     expect(page.get_by_role("dialog")).to_have_count(0)
     page.keyboard.press("Enter")
     expect(button(page, "Export")).to_be_focused()
-    for key, name in (("ArrowDown", "Import"), ("End", "Keyboard shortcuts"), ("ArrowDown", "Export"), ("ArrowUp", "Keyboard shortcuts")):
+    for key, name in (("ArrowDown", "Import"), ("End", "Delete all chats"), ("ArrowDown", "Export"), ("ArrowUp", "Delete all chats"), ("ArrowUp", "Keyboard shortcuts")):
         page.keyboard.press(key)
         expect(button(page, name)).to_be_focused()
     page.keyboard.press("Escape")
