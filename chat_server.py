@@ -458,7 +458,7 @@ ROUTES = (
           "models, workers, KV pages, speed, kernels, queue", polled=True),
     Route("GET", "/stats/history", Api.NANOCHAT,
           lambda front, bound: front.history.body(front.seen(bound)),
-          "samples of these since the server started", polled=True),
+          "samples of these since the server started"),
     Route("GET", "/metrics", Api.NANOCHAT, "handle_metrics", "Prometheus metrics", polled=True),
     Route("GET", "/openapi.json", Api.NANOCHAT, lambda front, bound: openapi_document(ROUTES, front.settings),
           "this description"),

@@ -95,7 +95,7 @@ function percentiles(metrics, before, name) {
 
 function showStatus(stats, {samples, looks}) {
   const {workers = [], models = []} = stats, last = samples.at(-1), ready = workers.filter(({state}) => state === "ready").length;
-  const since = name => percentiles(looks.at(-1), looks[0], name).map(value => value === null ? "–" : TEXT.milliseconds(value)).join(" / ");
+  const since = name => percentiles(looks.at(-1), new Map(), name).map(value => value === null ? "–" : TEXT.milliseconds(value)).join(" / ");
   const facts = [["throughput", TEXT.speed(last.speed)], ["firstToken", since("time_to_first_token")], ["interToken", since("inter_token_latency")],
     ["requests", `${number(last.running)} / ${number(last.queued)}`], ["pages", `${number(last.pages)} / ${number(sum(workers, each => each.kv_pages_total))}`],
     ["memory", TEXT.bytes(last.memory)], ["workers", `${ready} / ${workers.length}`], ["restarts", number(sum(workers, each => each.restarts))],

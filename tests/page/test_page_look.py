@@ -300,6 +300,15 @@ def test_the_charts_begin_when_the_server_did(page, stand_in):
                                                              "firstToken": [60, 70], "interToken": [None, None]}]
 
 
+def test_a_lonely_value_of_a_chart_is_a_point(page, stand_in):
+    rows = [[1.7e9 + 2 * i, 0, 0, 0, 0, 0, first, None, None, None] for i, first in enumerate([None, 50, None, 60, 70, None])]
+    page.route("**/stats/history", lambda route: route.fulfill(json={"fields": FIELDS, "samples": rows}))
+    open_page(page, stand_in.url, "#server")
+    expect(page.locator("#status-charts canvas")).to_have_count(6)
+    drawn = page.evaluate("(plot => plot.series[1].points.filter(plot, 1))(glanced.charts.find(({name}) => name === 'firstToken').plot)")
+    assert drawn == [1]
+
+
 @pytest.mark.parametrize("answer", [{"status": 403, "body": "{}"}, {"body": "[]"}, {"body": '{"fields": 7, "samples": [7]}'}, {"body": "odd"}])
 def test_without_a_history_the_charts_begin_now(page, stand_in, answer):
     page.route("**/stats/history", lambda route: route.fulfill(**answer))

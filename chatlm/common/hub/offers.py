@@ -134,12 +134,14 @@ BITS = {"F64": 64, "F32": 32, "I32": 32, "F16": 16, "BF16": 16, "I8": 8, "U8": 8
 def estimated_bytes(name: str, model: dict, kind: str) -> int:
     """About how large a model that a search found is: by what the hub counted, else by its name. Of GGUF
     files, one of about 4.9 bits for a weight, as Q4_K_M."""
-    counted = model.get(kind) if isinstance(model.get(kind), dict) else {}
-    total = counted.get("total") if isinstance(counted.get("total"), int) else 0
-    if kind == "safetensors" and isinstance(counted.get("parameters"), dict):
+    counted = model.get(kind)
+    counted = counted if isinstance(counted, dict) else {}
+    parameters, total = counted.get("parameters"), counted.get("total")
+    if kind == "safetensors" and isinstance(parameters, dict):
         return int(sum(count * BITS.get(str(of_type).upper(), 16) // 8
-                       for of_type, count in counted["parameters"].items() if isinstance(count, int)))
-    return int((total or parameters_of(name)) * (0.61 if kind == "gguf" else 2))
+                       for of_type, count in parameters.items() if isinstance(count, int)))
+    known = total if isinstance(total, int) else 0
+    return int((known or parameters_of(name)) * (0.61 if kind == "gguf" else 2))
 
 
 def look(hub, text: str) -> list[Offer]:
