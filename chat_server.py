@@ -155,6 +155,7 @@ from chatlm.front.server.describe import (
     A_MODEL, A_NAME, A_RUN, MODELS, MODELS_OF_BOTH, ModelRoutes, alive_body, bare_id, listed_body,
     ollama_models, ollama_running, ollama_version, openapi_document, readiness_body, stats_body)
 from chatlm.front.server.downloading import DownloadRoutes
+from chatlm.front.server.history import History
 from chatlm.front.server.ledger import Charge, Ledger, claim_of
 from chatlm.front.server.metrics import Metrics, metrics_response
 from chatlm.front.server.page import Page
@@ -190,6 +191,7 @@ class Front:
         self.metrics: Metrics | None = None
         with suppress(ConfigError):  # prometheus_client is missing: /metrics says so
             self.metrics = Metrics(catalogue, self.ledger)
+        self.history = History(catalogue, self.metrics)
 
     def taken(self, request_id: str) -> bool:
         return request_id in self.running or request_id in self.recordings or request_id in self.compared
@@ -454,6 +456,9 @@ ROUTES = (
           "200 when a request would be served now, else 503 with the reason", open=True, polled=True),
     Route("GET", "/stats", Api.NANOCHAT, lambda front, bound: stats_body(front.catalogue, front.seen(bound)),
           "models, workers, KV pages, speed, kernels, queue", polled=True),
+    Route("GET", "/stats/history", Api.NANOCHAT,
+          lambda front, bound: front.history.body(front.seen(bound)),
+          "samples of these since the server started"),
     Route("GET", "/metrics", Api.NANOCHAT, "handle_metrics", "Prometheus metrics", polled=True),
     Route("GET", "/openapi.json", Api.NANOCHAT, lambda front, bound: openapi_document(ROUTES, front.settings),
           "this description"),
@@ -467,9 +472,9 @@ def create_app(catalogue: Catalogue, settings: Settings, store: Store | None = N
     middlewares: list[Any] = [partial(access_log.log), errors, partial(front.access.guard)]
     app = web.Application(middlewares=list(map(web.middleware, middlewares)))
     app.on_response_prepare.append(front.access.set_headers)
-    app.on_startup.extend((front.ledger.open, front.batches.start))
-    for part in filter(None, (front.batches, front.recordings, front.downloads, front.kept, front.ledger,
-                              store)):
+    app.on_startup.extend((front.ledger.open, front.batches.start, front.history.open))
+    for part in filter(None, (front.history, front.batches, front.recordings, front.downloads, front.kept,
+                              front.ledger, store)):
         app.on_cleanup.append(lambda app, part=part: part.close())
     for route in ROUTES:
         handler = (partial(front.show, route.handler) if callable(route.handler) else

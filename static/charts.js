@@ -3,13 +3,13 @@
 
 {
 
-const FONT = "11px system-ui, sans-serif";
+const FONT = `11px ${getComputedStyle(document.documentElement).fontFamily}`;
 
 // A chart in a `figure` with a caption and a box of the class "chart". `lines`: how many; `steps`: its points lie on steps of a training run,
 // not in time, and are drawn. `onDraw` is called when it has been drawn. Returns uPlot's object, whose `setData` takes [places, values of a line ...].
 function makeChart(box, {write, lines = 1, steps = false, onDraw = () => {}}) {
   const grid = {stroke: () => resolved("--line"), width: 1}, axis = {stroke: () => resolved("--soft"), font: FONT, grid, ticks: {show: false}};
-  const line = stroke => ({stroke: () => resolved(stroke), width: 1.5, spanGaps: steps, points: {show: steps, size: 7, fill: () => resolved(stroke)}});
+  const line = stroke => ({stroke: () => resolved(stroke), width: 1.5, spanGaps: steps, points: {show: true, size: steps ? 7 : 4, fill: () => resolved(stroke), filter: (plot, i) => steps ? null : lonely(plot.data[i])}});
   const shownAt = at => steps ? number(at) : new Date(1000 * at).toLocaleTimeString();
   const range = (_, low, high) => steps ? [low - (high - low) / 8 - 1e-6, high + (high - low) / 8 + 1e-6] : [0, high > 0 ? high * 1.1 : 1];
   const room = (_, texts) => 12 + 6.5 * Math.max(8, ...(texts ?? []).map(text => text.length));
@@ -19,6 +19,9 @@ function makeChart(box, {write, lines = 1, steps = false, onDraw = () => {}}) {
       {...axis, size: room, space: 34, values: (_, ticks) => ticks.map(write)}],
     series: [{}, line("--accent"), line("--amber")].slice(0, 1 + lines)}, [[], [], []].slice(0, 1 + lines), box);
 }
+
+// The places of values without a neighbour, through which no line goes.
+const lonely = values => [...values.keys()].filter(i => values[i] !== null && (values[i - 1] ?? null) === null && (values[i + 1] ?? null) === null);
 
 const WHOLE = Array.from({length: 10}, (_, i) => 10 ** i).flatMap(one => [one, 2 * one, 5 * one]);      // between two labels of steps
 

@@ -192,7 +192,7 @@ register({
     deletedChats: count => `Deleted ${plural(count, "chat", "chats")}.`, deleted: title => `Deleted “${title}”.`, deletedMessages: count => `Deleted ${plural(count, "message", "messages")}.`,
   },
   bind() {
-    $("new").onclick = startNewChat;
+    $("new").onclick = $("new-here").onclick = startNewChat;
     $("chats-toggle").onclick = toggleSidebar;
     $("shade").onclick = () => showSidebar(false);
     $("search").oninput = ({target}) => search(target.value);
@@ -380,8 +380,8 @@ register({
   bind() {
     $("import-file").onchange = async ({target}) => { if (target.files[0]) await importFile(target.files[0]); target.value = ""; };
   },
-  menu: () => [...(exportMenu().length ? [[TEXT.export, "export", () => openMenu($("menu"), exportMenu())]] : []), [TEXT.import, "import", () => $("import-file").click()],
-    ...(state.chats.size ? [[TEXT.deleteAll, "delete", deleteAll]] : [])],
+  menu: () => [...(exportMenu().length ? [[TEXT.export, "export", () => openMenu($("menu"), exportMenu())]] : []), [TEXT.import, "import", () => $("import-file").click()]],
+  menuEnd: () => state.chats.size ? [[TEXT.deleteAll, "delete", deleteAll, "", true]] : [],
 });
 
 share({withChats, showSidebar, startNewChat, download, importAll, takeOverOldChat});

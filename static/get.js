@@ -1,7 +1,7 @@
 // Models to download, at /#get: those with short names, what the hub finds, the files of each, what is in the cache, downloads under way.
 "use strict";
 
-let getting = null;               // {info: the last answer of models/hub, words: what was searched, looked: name -> its files, downloads: name -> state, following} while the view is open
+let getting = null;               // {info: the last answer of models/hub, words: what was searched, foundFor: what `info` answers, asking: how many questions run, looked: name -> its files, downloads: name -> state, following, dismissed} while the view is open
 
 {
 
@@ -11,7 +11,7 @@ const RETRY_MS = 3000;            // after the connection that follows downloads
 function openGet() {
   if (location.hash !== "#get") history.pushState(null, "", `${location.pathname}${location.search}#get`);
   if (getting) return;
-  getting = {info: null, words: "", looked: new Map(), downloads: new Map(), isNews: inOrder(), following: null, problem: "", drawn: ""};
+  getting = {info: null, words: "", foundFor: "", asking: 0, looked: new Map(), downloads: new Map(), dismissed: new Set(), isNews: inOrder(), following: null, problem: "", drawn: ""};
   render();
   $("get").focus({preventScroll: true});
   lookAtHub();
@@ -32,7 +32,7 @@ async function answerOf(response) {
     return await found.json();
   } catch (error) {
     if (error.name !== "AbortError" && mine && mine === getting) {
-      mine.problem = error.message;
+      mine.problem = error.message.replace(/ \(HTTP \d+\)/, "");
       render();
     }
     return null;
@@ -41,9 +41,13 @@ async function answerOf(response) {
 
 async function lookAtHub() {
   const mine = getting, isNews = mine.isNews(), {words} = mine;
+  mine.asking++;
+  render();
   const found = await answerOf(request(`models/hub${words ? `?search=${encodeURIComponent(words)}` : ""}`));
-  if (!found || mine !== getting || !isNews()) return;
-  mine.info = found;
+  mine.asking--;
+  if (mine !== getting) return;
+  if (!found || !isNews()) return render();
+  Object.assign(mine, {info: found, foundFor: words});
   mine.downloads = new Map(found.downloads.map(each => [each.model, each]));
   render();
   follow();
@@ -67,7 +71,7 @@ async function follow() {
     }
   } catch (error) {
     if (mine !== getting) return;
-    mine.problem = error.message;
+    mine.problem = error.message.replace(/ \(HTTP \d+\)/, "");
     render();
     await wait(RETRY_MS);
   }
@@ -84,6 +88,7 @@ async function get(name) {
   const found = await answerOf(post("models/download", {model: name}));
   if (!found || !getting) return;
   getting.downloads.set(found.model, found);
+  getting.dismissed.delete(found.model);
   render();
   $("get").querySelector(`[data-act="${CSS.escape(`close ${found.model}`)}"]`)?.focus();
   if (isRunning(found)) follow();
@@ -119,17 +124,35 @@ async function look(name) {
 
 // what is drawn ---------------------------------------------------------------------------------------------------------
 
-const sizeOf = ({bytes, kind}) => !bytes ? "" : kind ? TEXT.bytes(bytes) : TEXT.aboutBytes(TEXT.bytes(bytes));
+// Only the files of a model say its size; what a search finds and a short name stands for is estimated.
+const sizeOf = ({bytes, model, kind, problem}, exact) => !bytes ? problem && !kind ? "–" : TEXT.seeFiles : exact || model.includes(":") ? TEXT.bytes(bytes) : TEXT.aboutBytes(TEXT.bytes(bytes));
+
+const isQuantized = ({model, kind}) => kind === "gguf" && !/(?:^|[-._:])(?:bf16|f16|f32|fp16|fp32)(?=[-._]|$)/i.test(model.split(":").at(-1));
+
+const QUICK_BYTES = 2e9;          // up to this size a more exact file is still quick
+const USUAL = /Q4_K_M|Q4_K_S|Q4_0|MXFP4/i;
+
+// Of a model's files the one to get: the largest quantized one that is still quick, else one of about four bits.
+function bestOf(files) {
+  const fitting = files.filter(each => each.fits && !each.problem && isQuantized(each)).sort((a, b) => b.bytes - a.bytes);
+  return fitting.find(({bytes}) => bytes <= QUICK_BYTES) ?? fitting.find(({model}) => USUAL.test(model)) ?? fitting.at(-1);
+}
+
+// A model's files: the best, other quantized ones, the rest, what does not fit, what cannot run.
+function sortedFiles(files) {
+  const best = bestOf(files), rank = each => each === best ? 0 : each.problem ? 4 : each.fits === false ? 3 : isQuantized(each) ? 1 : 2;
+  return files.map(each => ({...each, best: each === best})).sort((a, b) => a.best !== b.best ? b.best - a.best : rank(a) - rank(b));
+}
 
 // What speaks for or against a model, and whether that is bad.
-function verdictOf({problem, fits, bytes, here, gated, served, complete}, info) {
+function verdictOf({problem, fits, best, bytes, here, gated, served, complete, tokens_per_second: speed}, info) {
   if (served) return [TEXT.servedAs, false];
   if (problem) return [problem.replace(/; it runs: .*/s, ""), true];      // not all families
   if (complete) return [TEXT.inCache, false];
   if (fits === false) return [TEXT.tooLarge, true];
   const free = info.models_disk === null ? info.disk : Math.min(info.disk, info.models_disk);
   if (bytes - here > free) return [TEXT.noDisk, true];
-  return [[gated ? TEXT.isGated : "", fits ? TEXT.fits : "", here ? TEXT.partHere(TEXT.bytes(here)) : ""].filter(Boolean).join(" · "), false];
+  return [[gated ? TEXT.isGated : "", best ? TEXT.fitsBest : fits ? TEXT.fits : "", fits && speed ? TEXT.expected(speed) : "", here ? TEXT.partHere(TEXT.bytes(here)) : ""].filter(Boolean).join(" · "), false];
 }
 
 function act(name, icon, label, onclick, disabled = false) {
@@ -141,15 +164,15 @@ function act(name, icon, label, onclick, disabled = false) {
 
 function rowsOf(offer, info) {
   const {model, problem, kind} = offer, looked = getting.looked.get(model), running = getting.downloads.get(model);
-  const row = (each, acts, className = "") => {
+  const row = (each, acts, className = "", exact = false) => {
     const [text, wrong] = verdictOf(each, info);
-    return element("tr", {className}, element("td", {textContent: each.model}), element("td", {textContent: sizeOf(each)}),
+    return element("tr", {className}, element("td", {textContent: each.model}), element("td", {textContent: sizeOf(each, exact)}),
       element("td", {textContent: text, className: wrong ? "wrong" : ""}), element("td", {className: "acts"}, ...acts));
   };
   const getIt = each => act(each.model, "export", TEXT.getNamed(each.model), () => get(each.model), Boolean(each.problem || each.served || isRunning(getting.downloads.get(each.model) ?? {state: "done"})));
   const listIt = act(model, "list", TEXT.filesOf(model), () => look(model));
   listIt.setAttribute("aria-expanded", Boolean(looked));
-  const files = !looked ? [] : looked.models ? looked.models.map(each => row(each, [getIt(each)], "of-model")) :
+  const files = !looked ? [] : looked.models ? sortedFiles(looked.models).map(each => row(each, [getIt(each)], "of-model", true)) :
     [element("tr", {className: "of-model"}, element("td", {textContent: TEXT.lookingNow, colSpan: 4}))];
   return [row(offer, problem && !kind ? [listIt] : [listIt, getIt(offer)], running && isRunning(running) ? "running" : ""), ...files];
 }
@@ -167,7 +190,8 @@ function downloadRow({model, state: how, done, bytes, error, note}) {
     bar.setAttribute("aria-label", TEXT.progressOf(model));
     row.append(bar, element("span", {textContent: bytes ? TEXT.bytesOf(TEXT.bytes(done), TEXT.bytes(bytes)) : ""}), act(model, "close", TEXT.cancelNamed(model), () => cancel(model)));
   } else if (how !== "done") {
-    row.append(act(model, "again", how === "failed" ? TEXT.tryDownload(model) : TEXT.resumeNamed(model), () => get(model)));
+    row.append(act(model, "again", how === "failed" ? TEXT.tryDownload(model) : TEXT.resumeNamed(model), () => get(model)),
+      act(model, "close", TEXT.dismissNamed(model), () => { getting.dismissed.add(model); render(); }));
   } else if (!note) {
     row.append(act(model, "new", TEXT.chatWithModel(model), () => chatWithModel(model)));
   }
@@ -193,27 +217,34 @@ function hereRow(each, info) {
 function renderGet() {
   $("get").hidden = !getting;
   if (!getting) return;
-  const {info, words, looked, downloads, problem} = getting;
-  setText($("get-problem"), problem);
-  const key = JSON.stringify([info, words, [...looked], [...downloads], state.models.map(({id}) => id)]);
+  const {info, words, foundFor, asking, looked, downloads, dismissed, problem} = getting;
+  const isSearching = asking > 0 && words !== foundFor, isFound = words && words === foundFor;
+  setText($("get-problem").firstElementChild, problem);
+  const isNew = $("get-problem").hidden && problem;
+  $("get-problem").hidden = !problem;
+  if (isNew) $("get-problem").scrollIntoView({block: "nearest"});
+  $("get-now").hidden = !(isSearching || asking && !info);
+  const key = JSON.stringify([info, words, isSearching, isFound, [...looked], [...downloads], [...dismissed], state.models.map(({id}) => id)]);
   if (getting.drawn === key) return;
   getting.drawn = key;
   const focused = document.activeElement?.dataset?.act;
-  setText($("get-about"), info ? TEXT.getAbout(info) : problem ? "" : TEXT.lookingNow);
+  setText($("get-about"), info ? TEXT.getAbout(info) : "");
   $("get-search").hidden = !info;
-  $("get-downloads").replaceChildren(...[...downloads.values()].map(downloadRow));
+  $("get-downloads").replaceChildren(...[...downloads.values()].filter(({model}) => !dismissed.has(model)).map(downloadRow));
   if (info) {
     const here = info.cached;
     $("get-here").replaceChildren(...(here.length ? tableOf(TEXT.onThisMachine, here.map(each => hereRow(each, info))) : []));
-    const offers = words ? info.found : info.short_names;
-    $("get-found").replaceChildren(...(offers.length ? tableOf(words ? TEXT.foundFor(words) : TEXT.shortNames, offers.slice(0, MOST_SHOWN).flatMap(each => rowsOf(each, info))) : words ? [element("p", {textContent: TEXT.hubHasNothing(words)})] : []));
+    const best = info.best ?? [], offers = isFound ? info.found : isSearching ? [] : info.short_names;
+    $("get-best").replaceChildren(...(best.length ? tableOf(TEXT.fitBestHere, best.flatMap((each, i) => rowsOf({...each, best: i === 0}, info))) : []));
+    $("get-found").replaceChildren(...(offers.length ? tableOf(isFound ? TEXT.foundFor(words) : TEXT.shortNames, offers.slice(0, MOST_SHOWN).flatMap(each => rowsOf(each, info))) : isFound ? [element("p", {textContent: TEXT.hubHasNothing(words)})] : []));
   }
   if (focused) $("get").querySelector(`[data-act="${CSS.escape(focused)}"]`)?.focus();
 }
 
 register({
   strings: {
-    lookingNow: "Looking…", aboutBytes: size => `about ${size}`, servedAs: "served", inCache: "here, not served", tooLarge: "does not fit in memory", noDisk: "does not fit on the disk", fits: "fits",
+    lookingNow: "Looking…", aboutBytes: size => `about ${size}`, seeFiles: "see its files", fitsBest: "fits best here", fitBestHere: "Fits best here", expected: speed => `about ${speed < 10 ? speed.toFixed(1) : number(Math.round(speed))} tok/s`,
+    dismissNamed: name => `Dismiss ${name}`, servedAs: "served", inCache: "here, not served", tooLarge: "does not fit in memory", noDisk: "does not fit on the disk", fits: "fits",
     isGated: "its makers ask for an agreement", partHere: size => `${size} of it are here`, partOnly: "a part of it is here",
     getAbout: ({memory, disk, models_disk: most}) => [`A model may take ${TEXT.bytes(memory)} of memory`, `${TEXT.bytes(disk)} are free on the disk`, most === null ? "" : `downloaded models may take ${TEXT.bytes(most)} (--models-disk)`].filter(Boolean).join(" · "),
     getColumns: {model: "Model", size: "Size", state: "State", acts: "Actions"}, onThisMachine: "On this machine", shortNames: "Models with short names", foundFor: words => `The hub has for “${words}”`,
@@ -224,11 +255,16 @@ register({
     bytesOf: (done, all) => `${done} of ${all}`, deleteModel: name => `Delete ${name}?`, deleteModelHint: size => `${size} are removed from the cache of huggingface_hub, which other programs may use too.`, keepModel: "Keep it",
   },
   bind() {
+    $("get-problem").lastElementChild.onclick = () => {
+      if (getting) getting.problem = "";
+      render();
+      $("get-words").focus();
+    };
     $("get-search").onsubmit = event => {
       event.preventDefault();
       if (!getting) return;
       getting.words = $("get-words").value.trim();
-      getting.info.found = [];
+      getting.problem = "";
       lookAtHub();
     };
   },

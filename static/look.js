@@ -63,21 +63,32 @@ register({
 
 // what made an answer ---------------------------------------------------------------------------------------------------
 
-// The model of an answer, with the step of a training run or the base of an adapter, and what its chat had changed.
-function makerOf(node) {
+// The model of an answer, with the step of a training run or the base of an adapter, and, on the whole, what its chat had changed.
+function makerOf(node, whole = true) {
   const listed = state.models.find(({id, now}) => !now && id === node.model), {defaults} = listed ?? {};
-  const changed = changesOf({parameters: node.parameters, system: systemOf(node)}, defaults);
+  const changed = !whole ? [] : changesOf({parameters: node.parameters, system: systemOf(node)}, defaults);
   return node.model ? [TEXT.modelBy(node.model, listed, baseOf(listed)?.id), ...changed].join(" · ") : "";
 }
 
-// A line under the answer. Where answers can be compared, it opens the comparison.
+const several = {key: "", are: false};
+
+// Do this chat's answers, or the server, have more than one model? Else nobody asks which one wrote an answer.
+function severalModels() {
+  const {path, models} = state, key = [path.length, path[0]?.id, lastNode()?.id, lastNode()?.model, ...models.map(({id}) => id)].join("\n");
+  if (several.key === key) return several.are;
+  const names = [...models.filter(({now}) => !now).map(({id}) => id), ...path.map(({model}) => model)].filter(Boolean);
+  return Object.assign(several, {key, are: new Set(names).size > 1}).are;
+}
+
+// The name of an answer's model before its figures. Where answers can be compared, it opens the comparison.
 function updateMaker(view) {
-  const {node} = view, text = makerOf(node), compares = canCompare(node), key = `${compares} ${text}`;
-  view.maker ??= element("p", {className: "maker"});
-  if (!view.maker.parentNode) view.actions.after(view.maker);
+  const {node} = view, text = severalModels() && !isGrowing(node) ? makerOf(node, false) : "", compares = canCompare(node), key = `${compares} ${text}`;
+  view.maker ??= element("span", {className: "maker"});
+  if (!view.maker.parentNode) view.speed.prepend(view.maker);
+  if (text) view.speed.hidden = false;
   if (view.made === key) return;
   view.made = key;
-  view.maker.replaceChildren(compares ? element("button", {type: "button", title: TEXT.compareHint, textContent: text, onclick: () => openCompare(view.node)}) : text);
+  view.maker.replaceChildren(compares && text ? element("button", {type: "button", title: TEXT.compareHint, textContent: text, onclick: () => openCompare(view.node)}) : text);
 }
 
 register({
@@ -86,5 +97,5 @@ register({
   },
 });
 
-share({lenses, weightsOf, systemOf, madeBy, baseOf, stepsOfRun});
+share({makerOf, lenses, weightsOf, systemOf, madeBy, baseOf, stepsOfRun});
 }

@@ -43,11 +43,11 @@ function emptyPage() {
   const {model, phase, loading} = state;
   const key = JSON.stringify([model.name, model.api, model.better, model.devices, model.context, phase, serverText(), canAsk(), ownPrompts()]);
   if (empty.key === key) return empty.node;
-  const page = element("section", {className: "empty"}, element("h2", {textContent: model.api === "text" ? TEXT.welcomeText : TEXT.welcome}));
+  const page = element("section", {className: "empty"}, element("h2", {textContent: model.api === "text" ? TEXT.welcomeText : TEXT.welcome(new Date().getHours())}));
   page.append(element("p", {textContent: serverText() || TEXT.running(model.devices.map(TEXT.device), model.context)}));
   if (model.api === "text") page.append(noticeOf(TEXT.completes));
   if (model.api === "none" && model.can.embedding && model.ours) need("vectors").then(() => { if (typeof showVectors === "function") showVectors(page, model); });
-  if (model.better !== undefined) page.append(element("p", {className: "notice"}, ...TEXT.demonstration(text => element("code", {textContent: text}), model.better)));
+  if (model.better !== undefined) page.append(betterModel(model.better));
   if (phase === "loading" && !loading.waits) {
     const bar = element("progress", loading.fraction ? {max: 1, value: loading.fraction} : {});
     bar.setAttribute("aria-label", TEXT.loadingLabel);
@@ -59,6 +59,13 @@ function emptyPage() {
     element("button", {type: "button", textContent: text, disabled: !canAsk(), onclick: () => { ask(text); focusAfterClick(); }}))));
   Object.assign(empty, {key, node: page});
   return page;
+}
+
+// What stands below a model that only demonstrates: a way to one that fits this machine.
+function betterModel(name) {
+  const label = name ? TEXT.getBetter(name.split("/").at(-1).replace(/(-GGUF)?:.*/i, "")) : TEXT.getAnother;
+  return element("div", {className: "notice better"}, element("span", {textContent: TEXT.demonstration}),
+    element("button", {type: "button", className: "icon plain i-export", textContent: label, onclick: () => openGet()}));
 }
 
 function renderToasts() {
@@ -104,15 +111,16 @@ const closeViews = () => parts.forEach(({view}) => view?.close?.());
 
 // menus ---------------------------------------------------------------------------------------------------------------
 
-// Opens a menu of [label, icon, act, value] below a button, with optional text at its end. Arrow keys move in it; Escape or a click
+// Opens a menu of [label, icon, act, value, apart] below a button; a line is above what stands apart. Arrow keys move in it; Escape or a click
 // elsewhere closes it.
-function openMenu(anchor, items, text = "") {
-  const buttons = items.map(([label, icon, act, value]) => {
+function openMenu(anchor, items) {
+  const buttons = items.map(([label, icon, act, value, apart = false]) => {
     const made = button(label, icon, () => { menu.hidePopover(); act(anchor); });
     if (value) made.append(element("small", {textContent: value, ariaHidden: "true"}));
+    made.classList.toggle("apart", apart);
     return made;
   });
-  const menu = element("div", {className: "menu", popover: "auto"}, ...buttons, ...(text ? [element("p", {className: "hint", textContent: text})] : []));
+  const menu = element("div", {className: "menu", popover: "auto"}, ...buttons);
   menu.setAttribute("role", "group");
   menu.setAttribute("aria-label", anchor.getAttribute("aria-label") ?? anchor.textContent);
   menu.onkeydown = event => moveInMenu(event, buttons);
@@ -160,7 +168,7 @@ function askInDialog(title, body, no, yes, deletes = false) {
 
 // menu and theme ------------------------------------------------------------------------------------------------------
 
-const mainMenu = () => parts.flatMap(({menu}) => menu?.() ?? []);
+const mainMenu = () => [...parts.flatMap(({menu}) => menu?.() ?? []), ...parts.flatMap(({menuEnd}) => menuEnd?.() ?? [])];
 
 const THEMES = ["", "light", "dark"];
 
@@ -542,7 +550,7 @@ register({
 const typing = target => target.closest?.("input, textarea, select, [contenteditable]");
 
 function onKey(event) {
-  const control = event.ctrlKey || event.metaKey, dialog = document.querySelector("dialog:modal, [popover]:popover-open");
+  const control = event.ctrlKey || event.metaKey, dialog = document.querySelector("dialog:modal, [popover=auto]:popover-open");
   if (composing(event)) return;
   if (event.key === "Escape" && !dialog) return onEscape();
   if (dialog) return;
@@ -602,16 +610,14 @@ async function start() {
 
 register({
   strings: {
-    welcome: "What would you like to know?", welcomeText: "How should the text begin?",
+    welcome: hour => `${hour < 5 || hour >= 18 ? "Good evening." : hour < 12 ? "Good morning." : "Good afternoon."} What would you like to know?`, welcomeText: "How should the text begin?",
     device: name => name === "cpu" ? "the CPU" : name === "cuda" || name === "mps" ? "the GPU" : name.replace(/^cuda:/, "GPU "),
     running: (devices, context) => `Running${devices.length ? ` on ${devices.join(", ")}` : ""}${context ? ` with ${number(context)} tokens of context` : ""}.`,
     completes: "This is not a chat model: it continues the text that you type, in place.",
     onlyEmbeds: name => `${name} is an embedding model; it cannot chat.`, onlyRanks: name => `${name} ranks documents; it cannot chat.`,
     statuses: {draining: "the server is stopping", unavailable: "the server has no running worker"}, loadingLabel: "Loading", starting: "starting",
     loading: (stage, fraction) => `The model is not ready: ${TEXT.statuses[stage] ?? stage}${fraction ? ` ${Math.round(fraction * 100)}\u00a0%` : ""}.`,
-    demonstration: (code, better) => ["This is a very small demonstration model, which is often wrong. ", ...better
-      ? ["A better one that fits this machine: ", code(`python chat_server.py ${better}`)] : ["To serve another: ", code("python chat_server.py MODEL")],
-      " (or your own .gguf file, Hugging Face folder or nanochat checkpoint)."],
+    demonstration: "This is a very small demonstration model, which is often wrong.", getBetter: name => `Get a better one: ${name}`, getAnother: "Get another model",
     examples: ["What is the capital of Japan?", "Explain why the sky is blue to a ten-year-old",
       "Give three tips for a good night's sleep", "Show me a Python function that reverses a string"],
     themes: {"": "System", light: "Light", dark: "Dark"}, themeIs: theme => `Theme: ${theme}`, shortcuts: "Keyboard shortcuts",
@@ -631,7 +637,7 @@ register({
     [TEXT.shortcuts, "keys", () => $("keys-dialog").showModal()]],
 });
 
-share({render, announce, followEnd, openView, viewAt, closeViews, openMenu, confirmed, onEnter, fitHeight, setDraft,
+share({render, announce, followEnd, openView, viewAt, closeViews, openMenu, placeMenu, confirmed, onEnter, fitHeight, setDraft,
   focusAfterClick, renderState, fillStrings, start});
 }
 

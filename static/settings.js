@@ -262,7 +262,8 @@ function chooseModel(name) {
 
 register({
   strings: {
-    settingsChat: "This chat", settingsPage: "This page", settingsHint: "An empty field leaves the choice to the server.",
+    settingsInstructions: "Instructions", settingsPresets: "Presets", settingsParameters: "Parameters", settingsChat: "Keep or reset", settingsPage: "This page",
+    settingsHint: "For this chat, from the next question on. An empty field leaves the choice to the server.",
     defaultsHint: "Defaults empties the system prompt and all parameters of this chat.",
     newChatsHint: "Use for new chats: they begin with what is set here; other chats keep theirs.",
     resetParameter: name => `${name}: back to the default`, badField: ({min, max, step, choices}) => choices ? choices.join(", ") : `This must be a ${step === 1 ? "whole number" : "number"} from ${number(min)} to ${number(max)}.`,
@@ -401,7 +402,7 @@ function showTools() {
   $("schema").value = schemaText(parameters.response_format);
   setText($("functions-problem"), "");
   setText($("schema-problem"), "");
-  $("tools-settings").hidden = api !== "v1" || !can.tools && !can.json_schema;
+  $("tools-section").hidden = api !== "v1" || !can.tools && !can.json_schema;
   $("functions").closest("label").hidden = $("add-calculator").hidden = !can.tools;
   $("schema").closest("label").hidden = !can.json_schema;
   $("tools-settings").open = Boolean(parameters.tools || parameters.response_format);

@@ -1,4 +1,4 @@
-// The server at a glance, at /#server: /stats and /metrics, drawn since the view was opened.
+// The server at a glance, at /#server: /stats and /metrics, drawn since the server started.
 "use strict";
 
 let glanced = null;                // {samples, looks: histograms of the first and the latest polls, charts, timer} while the view is open
@@ -25,7 +25,19 @@ function openStatus() {
   glanced = {isNews: inOrder(), samples: [], looks: [], charts: null, timer: setInterval(lookAtServer, STATUS_MS)};
   render();
   $("status").focus({preventScroll: true});
-  Promise.all([need("charts"), need("uplot")]).then(lookAtServer);
+  Promise.all([need("charts"), need("uplot"), lookBack(glanced)]).then(lookAtServer);
+}
+
+// What the server sampled before the view was opened. One that keeps no history, or does not show it to this key, is drawn from now on.
+async function lookBack(mine) {
+  const past = await jsonOf(request("stats/history", {signal: AbortSignal.timeout(HEALTH_MS)}));
+  if (mine !== glanced || !Array.isArray(past?.samples) || !Array.isArray(past.fields)) return;
+  const at = Object.fromEntries(past.fields.map((name, i) => [name, i]));
+  mine.samples.unshift(...past.samples.filter(Array.isArray).map(values => {
+    const of = name => values[at[name]] ?? null;
+    return {at: of("at"), queued: of("queued"), running: of("running"), speed: of("tokens_per_second"), pages: of("kv_pages_used"), memory: of("memory_used"),
+      firstToken: [of("ttft_ms"), of("ttft_ms_p95")], interToken: [of("itl_ms"), of("itl_ms_p95")]};
+  }));
 }
 
 function closeStatus() {
@@ -83,7 +95,7 @@ function percentiles(metrics, before, name) {
 
 function showStatus(stats, {samples, looks}) {
   const {workers = [], models = []} = stats, last = samples.at(-1), ready = workers.filter(({state}) => state === "ready").length;
-  const since = name => percentiles(looks.at(-1), looks[0], name).map(value => value === null ? "–" : TEXT.milliseconds(value)).join(" / ");
+  const since = name => percentiles(looks.at(-1), new Map(), name).map(value => value === null ? "–" : TEXT.milliseconds(value)).join(" / ");
   const facts = [["throughput", TEXT.speed(last.speed)], ["firstToken", since("time_to_first_token")], ["interToken", since("inter_token_latency")],
     ["requests", `${number(last.running)} / ${number(last.queued)}`], ["pages", `${number(last.pages)} / ${number(sum(workers, each => each.kv_pages_total))}`],
     ["memory", TEXT.bytes(last.memory)], ["workers", `${ready} / ${workers.length}`], ["restarts", number(sum(workers, each => each.restarts))],

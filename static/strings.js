@@ -23,7 +23,7 @@ const TEXT = {
 const share = names => Object.assign(globalThis, names);
 
 // `strings`: texts added to TEXT. `bind`: runs once, when the page starts. `menu`: returns entries for the header's
-// menu, [label, icon, act, value]. `render`: draws its part of `state`. `answer`: {buttons(view), update(view,
+// menu, [label, icon, act, value, apart]; `menuEnd`: such as stand at its end. `render`: draws its part of `state`. `answer`: {buttons(view), update(view,
 // growing), looks(view)}, additions to each answer; `looks`, like `menu`, are what "Look inside" offers now. `view`: {hash, open, isOpen, close}, shown instead of the chat, with an address of
 // its own: `hash`, or below it; `open` gets the whole. `run`: {nodes(steps)}, what else the view of a training run shows. `recoloured`: called when the page's
 // colours have changed. All are optional; scripts register in the order of their tags, those of the template when they are loaded.

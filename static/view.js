@@ -196,12 +196,12 @@ function completeAnswer(view) {
   view.retry = iconButton(TEXT.regenerate, "again", () => { regenerate(view.node); focusAfterClick(); });
   view.goOn = button(TEXT.goOn, "forward", () => { goOn(view.node); focusAfterClick(); });
   view.nothing = element("p", {className: "nothing"});
-  view.speed = element("span", {className: "speed"});
+  figuresLine(view);
   view.copy = iconButton(TEXT.copy, "copy", clicked => copyRich(view, clicked));
   const brought = parts.flatMap(({answer}) => answer?.buttons?.(view) ?? []);
   view.inside = button(TEXT.lookInside, "lens", clicked => openMenu(clicked, looksOf(view)));
   view.actions = element("div", {className: "actions"}, siblingsBar(view), view.copy, view.retry, view.inside, ...brought, view.goOn,
-    iconButton(TEXT.more, "more", clicked => openMenu(clicked, answerMenu(view), factsText(view.node))), view.speed);
+    iconButton(TEXT.more, "more", clicked => openMenu(clicked, answerMenu(view))), view.speed);
   view.article.prepend(view.thinking);
   view.article.append(view.nothing, view.status, view.alert, view.actions);
   view.body.onclick = event => clickToAct(event, () => regenerate(view.node));
@@ -229,8 +229,7 @@ function updateAnswer(view) {
     ["stopped", "interrupted"].includes(node.note) || node.timings?.finish_reason === "length" || node.timings?.stop_reason === "repetition");
   setText(view.nothing, nothingText(node));
   view.nothing.hidden = !view.nothing.textContent;
-  showSpeed(view.speed, growing ? {words: [], figures: []} : speedOf(node));
-  view.speed.title = detailText(node.timings);
+  updateFigures(view, growing);
 }
 
 function drawAnswer(view, growing) {
@@ -295,7 +294,7 @@ function nothingText(node) {
     : timings?.finish_reason === "length" ? TEXT.onlyThoughts : TEXT.thoughtNothing;
 }
 
-// {words, figures} about an answer that has ended. A narrow window shows only the words, and the figures in the menu.
+// {words, figures, whether a speed is among the words} about an answer that has ended. The line below it shows the words; pointing at it or pressing it also shows the figures.
 function speedOf({timings, note, edited, error}) {
   const words = note ? [TEXT.notes[note] ?? note] : edited ? [TEXT.edited] : [], figures = [], facts = timings ?? {};
   const {tokens_per_second: speed = facts.predicted_per_second, ttft_ms: first, completion_tokens: count} = facts;
@@ -308,21 +307,69 @@ function speedOf({timings, note, edited, error}) {
   if (count) figures.push(TEXT.tokens(count));
   if (count > 1 && speed > 0) figures.push(TEXT.seconds((first ?? 0) / 1000 + (count - 1) / speed));
   if (state.model.workers > 1 && facts.gpu !== undefined) figures.push(TEXT.worker(facts.gpu));
-  return {words, figures};
+  return {words, figures, timed: speed > 0 || Boolean(facts.measured)};
 }
 
-function showSpeed(shown, {words, figures}) {
-  const more = words.length && figures.length ? element("span", {className: "figures", textContent: ` · ${figures.join(" · ")}`}) : "";
-  const text = (words.length ? words : figures).join(" · ");
-  if (shown.textContent !== text + (more.textContent ?? "")) shown.replaceChildren(text, more);
+// the line of figures ------------------------------------------------------------------------------------------------
+
+const shownFigures = {view: null, panel: null, pinned: false};        // the answer whose figures are shown; pinned: until they are closed
+
+// One quiet line beside the buttons. Scripts may put more before the figures.
+function figuresLine(view) {
+  view.short = element("button", {type: "button", className: "short", onclick: () => pinFigures(view)});
+  view.short.setAttribute("aria-expanded", "false");
+  view.short.onpointerenter = event => { if (event.pointerType === "mouse" && !shownFigures.pinned) showFigures(view); };
+  view.short.onpointerleave = event => { if (event.pointerType === "mouse" && !shownFigures.pinned) hideFigures(); };
+  view.speed = element("div", {className: "speed"}, view.short);
 }
 
-function factsText(node) {
+function updateFigures(view, growing) {
+  const {words, figures, timed} = growing ? {words: [], figures: []} : speedOf(view.node);
+  setText(view.short, (timed ? words : [...words, ...figures.slice(0, 1)]).join(" · "));
+  view.speed.hidden = !view.short.textContent;
+  view.short.disabled = !figureLines(view.node).length;
+  if (shownFigures.view === view && (growing || !view.short.isConnected)) hideFigures();
+}
+
+// All that is known of an answer, line by line.
+function figureLines(node) {
   const {words, figures} = speedOf(node);
-  return [[...words, ...figures].join(" · "), detailText(node.timings)].filter(Boolean).join("\n");
+  return [makerOf(node), [...words, ...figures].join(" · "), node.timings?.prompt_tokens ? TEXT.details(node.timings) : ""].filter(Boolean);
 }
 
-const detailText = facts => facts?.prompt_tokens ? TEXT.details(facts) : "";
+function showFigures(view) {
+  hideFigures();
+  const panel = element("div", {className: "figures", popover: "manual"}, ...figureLines(view.node).map(line => element("p", {textContent: line})));
+  panel.setAttribute("role", "group");
+  panel.setAttribute("aria-label", TEXT.figures);
+  view.short.after(panel);
+  panel.showPopover();
+  placeMenu(panel, view.short.getBoundingClientRect());
+  view.short.setAttribute("aria-expanded", "true");
+  Object.assign(shownFigures, {view, panel});
+}
+
+function hideFigures() {
+  shownFigures.view?.short.setAttribute("aria-expanded", "false");
+  shownFigures.panel?.remove();
+  Object.assign(shownFigures, {view: null, panel: null, pinned: false});
+}
+
+// The panel stays beside its line while the chat scrolls, and goes with it.
+function keepFiguresBeside() {
+  const {view, panel} = shownFigures;
+  if (!view) return;
+  const line = view.short.getBoundingClientRect(), log = $("log").getBoundingClientRect();
+  if (line.bottom < log.top || line.top > log.bottom) hideFigures();
+  else placeMenu(panel, line);
+}
+
+function pinFigures(view) {
+  const again = shownFigures.view === view && shownFigures.pinned;
+  if (again) return hideFigures();
+  showFigures(view);
+  shownFigures.pinned = true;
+}
 
 // One frame of a growing answer.
 function paint(node) {
@@ -441,13 +488,20 @@ register({
     nothingBefore: note => `The answer was ${note} before its first word.`,
     cut: "cut at the length limit", repeats: "it repeats itself", dropped: count => `without the ${plural(count, "oldest message", "oldest messages")}, which no longer fit`,
     notes: {stopped: "stopped", interrupted: "interrupted"},
-    details: ({prompt_tokens: prompt, cached_tokens: cached, queue_ms: queued, ttft_ms: first}) => [
+    figures: "Figures",
+    details: ({prompt_tokens: prompt, cached_tokens: cached, queue_ms: queued}) => [
       `Prompt of ${plural(prompt, "token", "tokens")}${cached === undefined ? "" : `, ${plural(cached, "token", "tokens")} cached`}`,
-      ...(queued === undefined ? [] : [`queued for ${Math.round(queued)} ms`]),
-      ...(first === undefined ? [] : [`first token after ${Math.round(first)} ms`])].join("; ") + ".",
+      ...(queued === undefined ? [] : [`queued for ${Math.round(queued)} ms`])].join("; ") + ".",
   },
   bind() {
     addEventListener("beforeprint", () => views.forEach(complete));
+    document.addEventListener("pointerdown", ({target}) => { if (shownFigures.view && !shownFigures.view.speed.contains(target)) hideFigures(); });
+    document.addEventListener("keydown", event => {
+      if (event.key !== "Escape" || !shownFigures.view) return;
+      event.stopPropagation();
+      hideFigures();
+    }, {capture: true});
+    $("log").addEventListener("scroll", keepFiguresBeside, {passive: true});
   },
 });
 

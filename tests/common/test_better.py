@@ -10,23 +10,25 @@ from chatlm.common.hub.huggingface import hub_model
 
 
 def test_the_largest_that_fits_into_a_share_of_free_memory_is_named():
-    for needed, model in BETTER:
+    for needed, _, model in BETTER:
         assert better_model(needed / SHARE + 1) == model
         assert better_model(needed / SHARE - 1) != model
-    assert better_model(0) == "" and better_model(1e15) == BETTER[0][1]
-    assert all(more > less for (more, _), (less, _) in itertools.pairwise(BETTER))
+    assert better_model(0) == "" and better_model(1e15) == BETTER[0][2]
+    assert all(more > less for (more, *_), (less, *_) in itertools.pairwise(BETTER))
 
 
-@pytest.mark.parametrize("model", [model for _, model in BETTER])
+@pytest.mark.parametrize("model", [model for *_, model in BETTER])
 def test_each_is_a_file_of_a_repository_whose_size_fits_its_row(model):
     repository, file = hub_model(model)
     assert file.startswith(repository.split("/")[1].removesuffix("-GGUF")) and re.search(r"-(Q8_0|Q4_K_M)\.gguf$", file)
     billions = float(re.search(r"-(\d+(?:\.\d+)?)B", file)[1])
     weights = billions * 1e9 * (8.5 if "Q8_0" in file else 4.9) / 8
-    assert weights < dict(map(reversed, BETTER))[model] < weights + 2.5e9
+    needed, size = next((needed, size) for needed, size, each in BETTER if each == model)
+    assert weights < needed < weights + 2.5e9
+    assert 0.9 * weights < size < 1.15 * weights + 2e8
 
 
 def test_only_the_demonstration_is_said_to_be_one():
     assert warning_of("my-model", 1e12) == "" == warning_of("SmolLM2-1.7B-Instruct", 1e12)
-    assert warning_of("SmolLM2-135M-Instruct", 1e12).endswith(f"python chat_server.py {BETTER[0][1]}")
+    assert warning_of("SmolLM2-135M-Instruct", 1e12).endswith(f"python chat_server.py {BETTER[0][2]}")
     assert "chat_server.py" not in warning_of("SmolLM2-135M-Instruct", 1e6)

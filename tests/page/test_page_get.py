@@ -1,5 +1,6 @@
 """The page's view of models to download: what there is, how large, whether it fits; getting, cancelling, continuing, deleting."""
 
+import contextlib
 import os
 import re
 
@@ -100,6 +101,74 @@ def test_the_view_fits_a_phone(browser, hub, nanochat_fixtures):
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         search(page, "nothing at all")
         expect(region(page)).to_contain_text("The hub has nothing for “nothing at all”.", timeout=SLOW_MS)
+        search(page, "large")
+        button(region(page), "Files of org/large").tap()
+        for name in ("Get org/large", "Get org/large:large-Q4_0.gguf"):
+            button(region(page), name).scroll_into_view_if_needed()
+            expect(button(region(page), name)).to_be_in_viewport(ratio=1)
+        assert page.locator("#get .table").evaluate_all("tables => tables.every(each => each.scrollWidth <= each.clientWidth)")
+        expect_accessible(page)
+
+
+@contextlib.contextmanager
+def open_hub(nanochat_fixtures):
+    with started_server("--models", str(nanochat_fixtures / "gen5"), "--kv-cache-memory", "4M") as url:
+        yield url
+
+
+def test_without_a_network_one_line_says_what_is_wrong_and_can_be_dismissed(page, hub, nanochat_fixtures, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with open_hub(nanochat_fixtures) as url:
+        open_page(page, url, "#get")
+        expect(row(page, "smollm2-135m")).to_be_visible(timeout=SLOW_MS)
+        search(page, "qwen")
+        expect(region(page).get_by_role("status")).to_have_text("Looking…")
+        expect(region(page).get_by_role("alert")).to_have_text(re.compile(r"^No connection to the hub: http://127.0.0.1:9 cannot be reached \(.*\)\.$"), timeout=SLOW_MS)
+        expect(region(page).get_by_role("status")).to_be_hidden()
+        expect(region(page)).not_to_contain_text("The hub has nothing")
+        expect(row(page, "smollm2-135m")).to_be_visible()       # what is known without the hub is still there
+        expect_accessible(page)
+        button(region(page), "Dismiss").click()
+        expect(region(page).get_by_role("alert")).to_be_hidden()
+        expect(region(page).get_by_role("textbox")).to_be_focused()
+        button(region(page), "Get smollm2-135m").click()
+        expect(region(page).get_by_role("listitem")).to_contain_text("cannot be reached", timeout=SLOW_MS)
+        button(region(page), "Dismiss HuggingFaceTB/SmolLM2-135M-Instruct").click()
+        expect(region(page).get_by_role("listitem")).to_have_count(0)
+
+
+def test_a_search_that_the_hub_leaves_waiting_shows_that_it_looks_and_names_no_result(page, stand_in):
+    open_page(page, stand_in.url)
+    known = {"memory": 9e9, "disk": 9e9, "models_disk": None, "cached": [], "downloads": [], "short_names": [], "found": [], "best": []}
+    held = []
+    page.route("**/models/hub*", lambda route: held.append(route) if "search" in route.request.url else route.fulfill(json=known))
+    page.evaluate("void openGet()")
+    search(page, "a")
+    expect(region(page).get_by_role("status")).to_have_text("Looking…")
+    expect(region(page)).not_to_contain_text("The hub has nothing")
+    search(page, "b")
+    for route in reversed(held):                                # the answer for a comes last, and is old news
+        route.fulfill(json=known | {"found": [{"model": "org/" + route.request.url[-1], "bytes": 0, "kind": "gguf", "here": 0}]})
+    expect(row(page, "org/b")).to_contain_text("see its files")
+    expect(row(page, "org/a")).to_have_count(0)
+    expect(region(page).get_by_role("status")).to_be_hidden()
+
+
+def test_what_fits_best_stands_first_with_its_size_and_speed(page, hub, nanochat_fixtures):
+    hub.repositories["org/large"]["large-F16.gguf"] = SMALL
+    with open_hub(nanochat_fixtures) as url:
+        open_page(page, url, "#get")
+        expect(row(page, "smollm2-135m")).to_contain_text(re.compile(r"fits · about [\d.,]+ tok/s"), timeout=SLOW_MS)
+        best = page.locator("#get-best").get_by_role("row").filter(has_text="fits best here")
+        best.or_(page.locator("#get-best:empty")).first.wait_for(state="attached")
+        if best.count():                                        # of a machine with less memory nothing
+            expect(best).to_contain_text(re.compile(r"Qwen/Qwen3-.*Q(4_K_M|8_0)\.gguf.*GB.*about [\d.,]+ tok/s"))
+        assert page.locator("#get tbody tr td:nth-child(2)").evaluate_all("all => all.length > 50 && all.every(each => each.textContent)")
+        search(page, "org")
+        button(region(page), "Files of org/large").click()
+        files = region(page).locator(".of-model td:first-child")
+        expect(files).to_have_text([re.compile("Q8_0"), re.compile("Q4_0"), re.compile("F16")], timeout=SLOW_MS)
+        expect(row(page, "org/large:large-Q8_0.gguf")).to_contain_text("fits best here")
 
 
 def test_a_stream_of_progress_that_breaks_is_followed_again(page, hub, nanochat_fixtures):

@@ -102,6 +102,7 @@ def test_the_server_is_drawn_at_a_glance(asked, server_url):
     expect(region.get_by_role("img")).to_have_count(6, timeout=SLOW_MS)
     expect(region.locator("canvas")).to_have_count(6)
     expect(region).to_contain_text("Workers ready1 / 1")
+    assert page.evaluate("glanced.samples.length > 0 && glanced.samples[0].at < performance.timeOrigin / 1000")       # since the server started
     expect(message_box(page)).to_be_hidden()
     expect_accessible(page)
     reload(page)
@@ -213,7 +214,7 @@ def test_the_labels_beside_a_chart_are_whole(opened_page, speed):
         showStatus({workers}, glanced);
         await new Promise(requestAnimationFrame);
         const canvas = document.createElement("canvas").getContext("2d");
-        canvas.font = "11px system-ui, sans-serif";
+        canvas.font = `11px ${getComputedStyle(document.documentElement).fontFamily}`;
         return glanced.charts.map(({plot: {axes: [, axis]}}) => axis._size - Math.max(...axis._values.map(text => canvas.measureText(text).width)));
     }""", speed)
     assert len(rooms) > 4 and min(rooms) >= 5, rooms      # uPlot leaves 5 pixels between labels and chart
@@ -286,6 +287,34 @@ def test_a_library_that_does_not_load_leaves_plain_code_and_a_status_without_cha
     page.evaluate("openStatus()")
     expect(page.locator("#status-workers")).to_contain_text("cpu")
     expect(page.locator("#status-charts canvas")).to_have_count(0)
+
+
+FIELDS = ["at", "running", "queued", "tokens_per_second", "kv_pages_used", "memory_used", "ttft_ms", "ttft_ms_p95", "itl_ms", "itl_ms_p95"]
+
+
+def test_the_charts_begin_when_the_server_did(page, stand_in):
+    page.route("**/stats/history", lambda route: route.fulfill(json={"fields": FIELDS, "samples": [[1.7e9, 1, 2, 30, 4, 5e9, 60, 70, None, None]]}))
+    open_page(page, stand_in.url, "#server")
+    expect(page.locator("#status-charts canvas")).to_have_count(6)
+    assert page.evaluate("glanced.samples.slice(0, 1)") == [{"at": 1.7e9, "running": 1, "queued": 2, "speed": 30, "pages": 4, "memory": 5e9,
+                                                             "firstToken": [60, 70], "interToken": [None, None]}]
+
+
+def test_a_lonely_value_of_a_chart_is_a_point(page, stand_in):
+    rows = [[1.7e9 + 2 * i, 0, 0, 0, 0, 0, first, None, None, None] for i, first in enumerate([None, 50, None, 60, 70, None])]
+    page.route("**/stats/history", lambda route: route.fulfill(json={"fields": FIELDS, "samples": rows}))
+    open_page(page, stand_in.url, "#server")
+    expect(page.locator("#status-charts canvas")).to_have_count(6)
+    drawn = page.evaluate("(plot => plot.series[1].points.filter(plot, 1))(glanced.charts.find(({name}) => name === 'firstToken').plot)")
+    assert drawn == [1]
+
+
+@pytest.mark.parametrize("answer", [{"status": 403, "body": "{}"}, {"body": "[]"}, {"body": '{"fields": 7, "samples": [7]}'}, {"body": "odd"}])
+def test_without_a_history_the_charts_begin_now(page, stand_in, answer):
+    page.route("**/stats/history", lambda route: route.fulfill(**answer))
+    open_page(page, stand_in.url, "#server")
+    expect(page.locator("#status-charts canvas")).to_have_count(6)
+    assert page.evaluate("glanced.samples[0].at > performance.timeOrigin / 1000 - 5")
 
 
 def test_the_status_says_what_a_worker_drafts_without_and_why_one_cannot_start(page, stand_in):

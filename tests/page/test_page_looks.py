@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from browsing import button, expect, message_box, needs_browser, open_page, settled, visitor
+from browsing import (answers, ask, button, expect, expect_accessible, expect_answered, figures, message_box, needs_browser,
+                      open_page, settled, visitor)
 
 pytestmark = needs_browser
 
@@ -210,3 +211,115 @@ def test_what_is_cut_off_has_a_shadow_and_what_can_be_pressed_an_edge(page, stan
     assert fields.evaluate("node => node.scrollHeight > node.clientHeight")
     assert form.evaluate("node => node.scrollHeight <= node.clientHeight")
     expect(button(page, "Done")).to_be_in_viewport(ratio=1)
+
+
+# quiet ----------------------------------------------------------------------------------------------------------------
+
+def test_one_quiet_line_stands_below_an_answer_and_more_comes_to_the_mouse_and_to_a_press(page, stand_in):
+    open_page(page, stand_in.url)
+    ask(page, "one")
+    expect_answered(page)
+    answer, line = answers(page), answers(page).locator(".speed")
+    more = answer.get_by_role("group", name="Figures")
+    expect(line).to_have_text("212.3 tok/s")                    # and not the only model's name
+    line.locator(".short").hover()
+    expect(more).to_contain_text("stand-in-135m")
+    expect(more).to_contain_text("first token after 81 ms")
+    expect(more).to_be_in_viewport(ratio=1)
+    page.mouse.move(0, 0)
+    expect(more).to_have_count(0)
+    expect(figures(answer)).to_be_visible()
+    page.mouse.move(0, 0)
+    expect(more).to_be_visible()                                # it was asked for
+    expect(line.locator(".short")).to_have_attribute("aria-expanded", "true")
+    expect_accessible(page)
+    page.keyboard.press("Escape")
+    expect(more).to_have_count(0)
+    figures(answer)
+    message_box(page).click()
+    expect(more).to_have_count(0)
+    page.evaluate("lastNode().model = 'another'; render()")
+    expect(line).to_have_text("another212.3 tok/s")             # the server has one, the chat another
+
+
+def test_the_figures_of_an_answer_without_a_speed_are_not_lost(page, stand_in):
+    open_page(page, stand_in.url)
+    ask(page, "story")
+    expect(answers(page)).to_contain_text("and then")
+    button(page, "Stop").click()
+    line = answers(page).locator(".short")
+    expect(line).to_contain_text("stopped")
+    page.evaluate("lastNode().timings = {ttft_ms: 81, completion_tokens: 3, finish_reason: 'stop'}; render()")
+    expect(line).to_have_text("stopped · first token after 81 ms")
+
+
+def test_a_tap_on_a_phone_shows_the_figures_beside_their_line_while_the_chat_scrolls(browser, stand_in):
+    with visitor(browser, viewport={"width": 390, "height": 780}, has_touch=True, is_mobile=True) as page:
+        open_page(page, stand_in.url)
+        show_chat(page, 3)
+        ask(page, "markdown")
+        expect(answers(page).last.locator(".short")).to_have_text("212.3 tok/s")
+        answers(page).last.locator(".short").tap()
+        panel = page.get_by_role("group", name="Figures")
+        expect(panel).to_be_in_viewport(ratio=1)
+        page.get_by_role("log").evaluate("log => log.scrollTo(0, log.scrollTop - 15)")
+        expect(panel).to_be_in_viewport(ratio=1)
+        page.get_by_role("log").evaluate("log => log.scrollTo(0, 0)")
+        expect(panel).to_have_count(0)                          # its line is out of sight
+
+
+def test_new_chat_stays_where_the_list_of_chats_is_hidden(browser, stand_in):
+    for options in ({}, {"viewport": {"width": 390, "height": 780}, "has_touch": True, "is_mobile": True}):
+        with visitor(browser, **options) as page:
+            open_page(page, stand_in.url)
+            ask(page, "one")
+            expect_answered(page)
+            if not options:
+                button(page, "Show or hide chats").click()
+            expect(page.get_by_role("navigation", name="Chats")).to_be_hidden()
+            button(page, "New chat").click()
+            expect(page.get_by_role("article")).to_have_count(0)
+            expect(message_box(page)).to_be_focused() if not options else None
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+            button(page, "Show or hide chats").click()
+            expect(button(page, "New chat")).to_have_count(1)   # that of the list
+
+
+def test_deleting_all_chats_stands_apart_at_the_end(page, stand_in):
+    open_page(page, stand_in.url)
+    ask(page, "one")
+    expect_answered(page)
+    button(page, "Menu").click()
+    entries = page.get_by_role("group", name="Menu").get_by_role("button")
+    expect(entries.last).to_have_text("Delete all chats")
+    above, last = [entries.nth(entries.count() - back).bounding_box() for back in (2, 1)]
+    assert last["y"] - above["y"] - above["height"] > 8
+    expect_accessible(page)
+
+
+def test_the_empty_page_greets_and_offers_a_better_model_as_a_button(page, stand_in):
+    stand_in.model |= {"better": "Qwen/Qwen3-4B-GGUF:Qwen3-4B-Q4_K_M.gguf"}
+    open_page(page, stand_in.url)
+    log = page.get_by_role("log")
+    expect(log.get_by_role("heading")).to_have_text(re.compile("^Good (morning|afternoon|evening). What would you like to know?"))
+    assert page.evaluate("[0, 5, 12, 18].map(hour => TEXT.welcome(hour).split(' ')[1])") == ["evening.", "morning.", "afternoon.", "evening."]
+    expect(log).not_to_contain_text("python")
+    expect_accessible(page)
+    button(log, "Get a better one: Qwen3-4B").click()
+    expect(page.get_by_role("region", name="Get a model")).to_be_visible()
+    stand_in.model["better"] = ""                               # none fits
+    page.goto("about:blank")
+    open_page(page, stand_in.url)
+    expect(button(log, "Get another model")).to_be_visible()
+
+
+def test_the_settings_have_sections_with_their_buttons_beside_them(page, stand_in):
+    open_page(page, stand_in.url)
+    button(page, "Settings").click()
+    dialog = page.get_by_role("dialog", name="Settings")
+    owners = dialog.get_by_role("button").evaluate_all("""all => Object.fromEntries(all.map(each => [each.textContent,
+        each.closest("section")?.querySelector("h3, summary").textContent ?? ""]).filter(([name]) => name))""")
+    assert owners == {"Save as preset": "Presets", "Use for new chats": "Keep or reset", "Defaults": "Keep or reset", "Done": ""}
+    for name, hint in (("Use for new chats", "they begin with what is set here"), ("Defaults", "Defaults empties")):
+        act, text = button(dialog, name).bounding_box(), dialog.get_by_text(hint).bounding_box()
+        assert text["y"] <= act["y"] + act["height"] / 2 <= text["y"] + text["height"] + 20 and text["x"] < act["x"]

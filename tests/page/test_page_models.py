@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 import tiny_training
-from browsing import (SLOW_MS, answers, ask, button, chats, command, expect, expect_accessible, expect_answered, inside, needs_browser,
+from browsing import (SLOW_MS, answers, ask, button, chats, command, expect, expect_accessible, expect_answered, figures, inside, needs_browser,
                       open_page, said, started_server, visitor)
 from families import make_model, save
 from lora import random_adapter
@@ -133,18 +133,20 @@ def test_each_answer_says_what_made_it_and_leads_to_a_comparison(page, stand_in)
     ask(page, "one")
     expect_answered(page)
     maker = answers(page).locator(".maker")
-    expect(maker).to_have_text("stand-in-135m · temperature 0.7 · top-k 3 · system prompt")     # not listed: nothing is known of its defaults
-    page.evaluate("lastNode().model = 'd2@60'; render()")
-    expect(maker).to_have_text("d2, step 60 · top-k 3 · system prompt")
-    page.evaluate("lastNode().model = 'law'; render()")
-    expect(maker).to_have_text("law, adapter of d2@60 · top-k 3 · system prompt")
+    for model, name, changes in (("stand-in-135m", "stand-in-135m", "temperature 0.7 · top-k 3 · system prompt"),        # not listed: nothing is known of its defaults
+                                 ("d2@60", "d2, step 60", "top-k 3 · system prompt"), ("law", "law, adapter of d2@60", "top-k 3 · system prompt")):
+        page.evaluate("model => { lastNode().model = model; render(); }", model)
+        expect(maker).to_have_text(name)
+        expect(figures(answers(page)).locator("p").first).to_have_text(f"{name} · {changes}")
+        page.keyboard.press("Escape")
     command(page, "/topk")                                      # of the next answer
     expect(chip).to_have_text("system prompt", use_inner_text=True)
     page.set_viewport_size({"width": 360, "height": 640})
     expect(chip).to_have_text("1 change", use_inner_text=True)
     page.set_viewport_size({"width": 1280, "height": 800})
-    expect(maker).to_contain_text("top-k 3")
+    expect(figures(answers(page))).to_contain_text("law, adapter of d2@60 · top-k 3")
     expect_accessible(page)
+    page.keyboard.press("Escape")
     maker.get_by_role("button").focus()
     page.keyboard.press("Enter")
     expect(page.get_by_role("dialog", name="Compare")).to_be_visible()

@@ -243,6 +243,12 @@ def inside(turn, name):
     button(turn.page.get_by_role("group", name="Look inside"), name).click()
 
 
+def figures(answer):
+    """All that is known of an answer: the panel that the line of figures below it opens."""
+    answer.locator(".short").click()
+    return answer.get_by_role("group", name="Figures")
+
+
 def expect_answered(page, count=1):
     expect(answers(page)).to_have_count(count, timeout=SLOW_MS)
     # a few tokens that were drafted come too fast for a speed

@@ -25,6 +25,7 @@ class FakeHub:
         self.breaks, self.held, self.on_bytes, self.tags = {}, {}, lambda file, start: None, ["gguf"]
         self.held_now, self.released = threading.Event(), threading.Event()
         self.url, self.digests = "", {}
+        self.knows_fields = True    # those that a search may ask for
 
     def digest(self, algorithm, data):
         """In hexadecimal; computed once, since the library gives up after ten seconds without an answer."""
@@ -53,6 +54,8 @@ class FakeHub:
         if path.startswith("files/"):
             _, org, name, file = path.split("/", 3)
             return await self.send(http, f"{org}/{name}", file)
+        if path == "api/models" and not self.knows_fields and "expand[]" in http.query:
+            return self.refuse(400, "Invalid")
         if path == "api/models":
             return web.json_response([
                 {"id": name, "modelId": name, "tags": self.tags, "gated": "manual" if name in self.gated else False, "downloads": 7, "private": False}

@@ -84,6 +84,13 @@ class Unreachable(Exception):
     """No connection to the hub, or it fails; `args[0]` is the library's error."""
 
 
+def why_unreachable(hub, error: BaseException) -> str:
+    """One line about a hub that cannot be asked."""
+    if hub.constants.is_offline_mode():
+        return "HF_HUB_OFFLINE is set"
+    return f"{hub.constants.ENDPOINT} cannot be reached ({named(error)})"
+
+
 def load_hub(purpose: str):
     hub = require_library("huggingface_hub", purpose)
     for part in ("constants", "errors", "file_download"):
@@ -139,9 +146,7 @@ def fetch(repository: str, file: str, report: Report, bounds: Bounds) -> Path:
         try:
             plan = hub_plan(hub, repository, file, bounds.images)
         except Unreachable as error:
-            why = "HF_HUB_OFFLINE is set" if hub.constants.is_offline_mode() else \
-                f"{hub.constants.ENDPOINT} cannot be reached ({named(error.args[0])})"
-            return cached_from_hub(hub, repository, file, why)
+            return cached_from_hub(hub, repository, file, why_unreachable(hub, error.args[0]))
         disk = DiskCheck(hub, repository, plan, report, bounds)
         disk.check(0)
         looked, done = "config.json" not in plan.names, 0

@@ -19,17 +19,20 @@ from pathlib import Path
 
 from chatlm.common.errors import ChatServerError, ConfigError, bad_value, printable, shown
 from chatlm.common.files import Truncated
+from chatlm.common.hub.better import BETTER, SHARE
 from chatlm.common.hub.huggingface import (
     BESIDE_MODEL, FOLDER_FILES, HEADER_BYTES, INDEX, SPLIT_GGUF, WHOLE, Bounds, CannotRun, Unreachable,
     fetch, folder_bytes, hub_errors, hub_files, hub_listing, hub_model, is_plain_path, load_hub,
-    other_tokenizers, refuse_early)
+    other_tokenizers, refuse_early, why_unreachable)
 from chatlm.common.hub.local import download_lock
-from chatlm.common.hub.short_names import SHORT_NAMES
+from chatlm.common.hub.short_names import PARAMETERS, SHORT_NAMES
 from chatlm.common.messages.protocol import (
     HUB_PIPE, Crashed, HubFetch, HubFetched, HubOffers, HubProgress, HubQuestion, Offer, Unusable)
 from chatlm.common.processes.child import join_parent
 
 MOST_FOUND = 30          # results of a search
+SEARCH_S = 10.0          # that a search may take
+MOST_BEST = 3            # models that are offered as those that fit best
 MOST_HEADER = 64 << 20   # of a GGUF file: beyond that the download itself looks
 CONFIG_BYTES = 1 << 20   # of a config.json
 SPEAK_S, SPEAK_BYTES = 0.1, 4 << 20  # between two reports of progress; whichever comes first
@@ -67,33 +70,78 @@ def parameters_of(name: str) -> int:
     return int(int(match[1] or 1) * float(match[2]) * {"b": 1e9, "m": 1e6}[match[3]])
 
 
+def active_share(name: str) -> float:
+    """About which share of its weights a model reads for a token, by its name: 30B-A3B reads a tenth."""
+    active = re.search(r"(?<![A-Za-z\d])[Aa](\d+(?:\.\d+)?)[Bb](?![A-Za-z\d])", name)
+    whole = parameters_of(name)
+    return min(1.0, float(active[1]) * 1e9 / whole) if active and whole else 1.0
+
+
 def short_offers() -> list[Offer]:
     """One for each model with a short name; `bytes` is estimated from its name, as 16-bit weights."""
     first = {repository: name for name, repository in reversed(SHORT_NAMES.items())}
-    return [Offer(name, 2 * parameters_of(repository)) for repository, name in reversed(first.items())]
+    return [Offer(name, 2 * (PARAMETERS.get(name) or parameters_of(repository)))
+            for repository, name in reversed(first.items())]
+
+
+def best_offers(memory: float) -> list[Offer]:
+    """What fits best into this much memory: quantized files, the largest first."""
+    return [Offer(model, size, kind="gguf") for needed, size, model in BETTER
+            if needed <= SHARE * memory][:MOST_BEST]
 
 
 # what the hub has ---------------------------------------------------------------------------------
 
 
 def search(hub, text: str) -> list[Offer]:
-    """The models whose names match, the most downloaded first."""
+    """The models whose names match, the most downloaded first; sizes are estimates."""
     with hub_errors(hub, shown(text)):
         try:
-            found = [*hub.HfApi().list_models(search=text, sort="downloads", limit=MOST_FOUND)]
+            found = [each for each in models_found(hub, text) if isinstance(each, dict)]
         except Exception as error:
             if isinstance(error, hub.errors.HfHubHTTPError):
                 raise
-            raise ConfigError(f"{hub.constants.ENDPOINT} cannot be searched: {error}") from None
+            raise ConfigError(f"no connection to the hub: {why_unreachable(hub, error)}") from None
     offers = []
     for each in found[:MOST_FOUND]:
-        if hub_model(each.id) is None or not is_plain_path(each.id):
+        name = str(each.get("id"))
+        if hub_model(name) is None or not is_plain_path(name):
             continue
-        tags = {*(each.tags or ())}
-        kind = next((kind for kind in ("gguf", "safetensors") if kind in tags), "")
-        offers.append(Offer(each.id, kind=kind, gated=bool(each.gated), downloads=each.downloads or 0,
+        kind = next((kind for kind in ("gguf", "safetensors") if kind in (each.get("tags") or ())), "")
+        offers.append(Offer(name, estimated_bytes(name, each, kind), kind=kind, gated=bool(each.get("gated")),
+                            downloads=each.get("downloads") or 0,
                             problem="" if kind else "it has neither safetensors nor GGUF files"))
     return offers
+
+
+def models_found(hub, text: str) -> list:
+    """What the hub's search answers. HfApi.list_models is not used: without a network it tries for 23 s."""
+    words = [("search", text), ("sort", "downloads"), ("direction", "-1"), ("limit", str(MOST_FOUND))]
+    fields = [("expand[]", name) for name in ("tags", "gated", "downloads", "gguf", "safetensors")]
+    session, url = hub.utils.get_session(), f"{hub.constants.ENDPOINT}/api/models"
+    for query in (words + fields, words + [("full", "true")]):  # a mirror may not know the fields
+        answer = session.get(url, params=query, headers=hub.utils.build_hf_headers(), timeout=SEARCH_S)
+        if answer.status_code != 400:
+            break
+    hub.utils.hf_raise_for_status(answer)
+    found = answer.json()
+    return found if isinstance(found, list) else []
+
+
+BITS = {"F64": 64, "F32": 32, "I32": 32, "F16": 16, "BF16": 16, "I8": 8, "U8": 8, "F8_E4M3": 8}
+
+
+def estimated_bytes(name: str, model: dict, kind: str) -> int:
+    """About how large a model that a search found is: by what the hub counted, else by its name. Of GGUF
+    files, one of about 4.9 bits for a weight, as Q4_K_M."""
+    counted = model.get(kind)
+    counted = counted if isinstance(counted, dict) else {}
+    parameters, total = counted.get("parameters"), counted.get("total")
+    if kind == "safetensors" and isinstance(parameters, dict):
+        return int(sum(count * BITS.get(str(of_type).upper(), 16) // 8
+                       for of_type, count in parameters.items() if isinstance(count, int)))
+    known = total if isinstance(total, int) else 0
+    return int((known or parameters_of(name)) * (0.61 if kind == "gguf" else 2))
 
 
 def look(hub, text: str) -> list[Offer]:
@@ -104,7 +152,7 @@ def look(hub, text: str) -> list[Offer]:
         try:
             sizes, revision, _ = hub_listing(hub, repository)
         except Unreachable as error:
-            raise ConfigError(f"{hub.constants.ENDPOINT} cannot be reached ({error.args[0]})") from None
+            raise ConfigError(f"no connection to the hub: {why_unreachable(hub, error.args[0])}") from None
         wanted = hub_files(repository, file, sizes) if file or not several_ggufs(repository, sizes) else []
         problem = problem_of(hub, repository, revision, wanted, sizes) if wanted else ""
         offers = []

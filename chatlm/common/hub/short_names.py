@@ -61,3 +61,17 @@ SHORT_NAMES = {  # of each row, the first size needs no name; a GGUF file's afte
         ("snowflake-arctic-embed2", "Snowflake/snowflake-arctic-embed-l-v2.0", ""))
     for index, size in enumerate(sizes.split() or [""])
     for name in (short, f"{short}-{size.lower()}")[index > 0:1 + (size > "")]}
+
+PARAMETERS = {  # of those whose names do not say it
+    "granite4": 3_400_000_000, "granite4-h": 6_900_000_000, "granite4-h-micro": 3_200_000_000,
+    "granite4-h-small": 32_200_000_000, "gemma4": 8_000_000_000, "gemma4-e2b": 5_100_000_000,
+    "mistral-nemo": 12_200_000_000, "command-r": 32_300_000_000, "command-r7b": 8_000_000_000,
+    "command-a": 111_000_000_000, "gpt2": 124_000_000, "gpt2-xl": 1_560_000_000,
+    "phi3.5": 3_800_000_000, "phi3.5-moe": 41_900_000_000, "phi4": 14_700_000_000, "phi4-mini": 3_800_000_000,
+    "all-minilm": 22_700_000, "all-minilm-l12": 33_400_000, "all-mpnet-base": 109_000_000,
+    "bge": 109_000_000, "bge-small": 33_400_000, "bge-large": 335_000_000, "bge-m3": 568_000_000,
+    "bge-reranker-v2-m3": 568_000_000, "multilingual-e5": 560_000_000, "multilingual-e5-small": 118_000_000,
+    "multilingual-e5-base": 278_000_000, "mxbai-embed-large": 335_000_000, "nomic-embed-text": 137_000_000,
+    "nomic-embed-text-v2-moe": 475_000_000, "snowflake-arctic-embed": 334_000_000,
+    "snowflake-arctic-embed-xs": 22_600_000, "snowflake-arctic-embed-s": 33_200_000,
+    "snowflake-arctic-embed-m": 109_000_000, "snowflake-arctic-embed2": 568_000_000}

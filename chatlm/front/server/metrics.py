@@ -50,6 +50,12 @@ class Metrics:
         for reason in self.REASONS:
             self.requests.labels(reason)
 
+    def buckets(self, name: str) -> list[tuple[float, float]]:
+        """(upper bound, count up to it) of a histogram without labels: `ttft` or `itl`."""
+        histogram = {"ttft": self.ttft, "itl": self.itl}[name]
+        return [(float(sample.labels["le"]), sample.value) for family in histogram.collect()
+                for sample in family.samples if sample.name.endswith("_bucket")]
+
     def collect(self) -> Iterator[Any]:
         """prometheus_client calls this on each scrape; it returns what the pool counts."""
         stats = self.catalogue.stats(self.catalogue.registry.listed())
