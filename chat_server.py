@@ -92,15 +92,24 @@ not in steps of up to 8 tokens that all draw, so drafts are checked there.
 
 from __future__ import annotations
 
-import importlib.util
+import signal
 import sys
 
-if sys.version_info < (3, 10):  # before the imports, which would fail with tracebacks
-    print(f"chat_server needs Python 3.10 or newer, and this is {sys.version.split()[0]}", file=sys.stderr)
-    sys.exit(2)
+# Until `main`, Ctrl-C ends the program at once: nothing has to be cleaned up
+STARTED = __name__ == "__main__" or sys.argv[0].endswith("chat-server")
+if STARTED and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import importlib.util
+
 if importlib.util.find_spec("chatlm") is None:
     print("chat_server: the package chatlm is not beside this file. In the checkout, `python chat_server.py "
           "bundle` makes chat_server.pyz, the one file to copy", file=sys.stderr)
+    sys.exit(2)
+if sys.version_info < (3, 10):  # before the imports, which would fail with tracebacks
+    from chatlm.common.invocation import advice_for_old_python
+    print(f"chat_server needs Python 3.10 or newer, and this is {sys.version.split()[0]}"
+          f"{advice_for_old_python()}", file=sys.stderr)
     sys.exit(2)
 if __name__ == "__main__":
     from chatlm.common.streams import repair_streams
@@ -126,8 +135,9 @@ from chatlm.bundling import bundle_lines, with_kept_words
 from chatlm.cli import asks_for_json, hide_api_keys, parse_command_line, parse_store_words
 from chatlm.common.config import Settings
 from chatlm.common.errors import (
-    ChatServerError, ConfigError, Overloaded, RequestError, bad_value, lack_of_memory, require_library,
-    visible)
+    ChatServerError, ConfigError, Overloaded, RequestError, bad_value, check_library, lack_of_memory,
+    require_library, visible)
+from chatlm.common.interrupts import raised_interrupts
 from chatlm.common.log import ProgressDisplay, json_handler, log, output_as_log, start_logging, tell
 from chatlm.common.memory import tune_gc
 from chatlm.common.messages.requests import PromptProgress
@@ -281,7 +291,8 @@ class Front:
         """POST /v1/compare: several models answer the same question, in one stream."""
         with self.bodies.holding() as holding:
             asked = with_ids(await read_asked(self.bodies, http, holding), self.identified)
-            self.compared[request_id := REQUEST_LOG.get().id] = [one.request.id for one in asked]
+            request_id = REQUEST_LOG.get().id
+            self.compared[request_id] = [one.request.id for one in asked]
             try:
                 with self.ledger.pledged([one.work for one in asked]):
                     async with (Comparison(asked, self.answering) as comparison,
@@ -541,6 +552,9 @@ async def serve_forever(settings: Settings, catalogue: Catalogue | None = None) 
 
 def run_command(settings: Settings) -> int:
     """serve, chat or generate; in a process of torchrun's that is not rank 0, that rank."""
+    check_library("aiohttp", "chat_server")
+    if not settings.url:  # a model is loaded here
+        check_library("numpy", "chat_server")
     start, status = torchrun(settings), 1
     if start and settings.serves_many:
         raise ConfigError("several models under torchrun: its ranks compute one model")
@@ -564,6 +578,7 @@ def run_command(settings: Settings) -> int:
                 RankStore().put("over", [time.time(), status])
 
 
+@raised_interrupts()
 def main(argv: Seq[str] | None = None) -> int:
     """Run a command. Returns the exit status: 0, 1 (no answer), 2 (ConfigError), 130 (Ctrl-C)."""
     argv = with_kept_words(sys.argv[1:] if argv is None else argv)

@@ -15,6 +15,7 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.hub.default_model import fetch_default_model
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.hub.huggingface import SPLIT_GGUF
+from chatlm.common.invocation import program_command
 
 OTHER_COMMANDS = "bundle", "store"
 ABOUT = ("Pack the program into one file, with the page and the compiled core of this platform: `python "
@@ -24,7 +25,7 @@ ABOUT = ("Pack the program into one file, with the page and the compiled core of
 
 def parse_bundle_words(words: Seq[str]) -> argparse.Namespace:
     """Parse `bundle`, which has no Settings. ConfigError for what does not go together."""
-    parser = CommandLine(prog="chat_server.py bundle", allow_abbrev=False, description=ABOUT)
+    parser = CommandLine(prog=f"{program_command()} bundle", allow_abbrev=False, description=ABOUT)
     parser.add_argument("file", metavar="FILE", nargs="?", default=None, type=file_name,
                         help="a new file, or a bundle to replace (default: chat_server.pyz)")
     parser.add_argument("--without-core", action="store_true",

@@ -20,6 +20,8 @@ from chatlm.common.core import kernels_line
 from chatlm.common.errors import ConfigError, did_you_mean, require_library
 from chatlm.common.files import read_operators
 from chatlm.common.hub.find import SUPPORTED_MODELS
+from chatlm.common.hub.huggingface import hub_model
+from chatlm.common.invocation import program_command
 from chatlm.common.messages.requests import SAMPLING_FLAGS
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ class Help(NamedTuple):
     examples: str = ""
 
 
+PROGRAM = "python chat_server.py"  # in HELP; --help shows the command that started the program
 HELP = {
     "serve": Help("""\
 python chat_server.py [serve|chat|generate|compare|score|eval|embed|batch|check] [MODEL] [flags]
@@ -82,7 +85,9 @@ python chat_server.py [serve|chat|generate|compare|score|eval|embed|batch|check]
   python chat_server.py eval d20@12000 d20@14000 --suite core --url http://127.0.0.1:8000
   python chat_server.py eval model.gguf --suite questions.jsonl --json"""),
     "embed": Help("python chat_server.py embed MODEL FILE.jsonl -o FILE [flags]",
-        "Make a vector of each text of a file, whose lines are JSON: a text, or an object with a `text`.", """
+        "Make a vector of each text of a file, whose lines are JSON: a text, or an object with a `text`. "
+        "FILE may be `-`, stdin. MODEL is one that was made for it, such as qwen3-embedding or all-minilm; "
+        "others make vectors too, which are worse for a search.", """
   python chat_server.py embed qwen3-embedding texts.jsonl -o vectors.npy
   python chat_server.py embed model.gguf queries.jsonl -o vectors.jsonl --prompt-name query"""),
     "batch": Help("python chat_server.py batch [MODEL] FILE.jsonl -o FILE [flags]",
@@ -100,6 +105,16 @@ python chat_server.py [serve|chat|generate|compare|score|eval|embed|batch|check]
   python chat_server.py check model.gguf                    a verdict of a few lines
   python chat_server.py check model-Q4_K_M.gguf --against model-BF16.gguf --json"""),
 }
+ANSWERS = "Answers, unless a request says otherwise"  # a heading of the table of flags
+HEADINGS = {"embed": "Texts and vectors", "batch": "Requests and answers", "score": "The text",
+            "eval": "Tasks"}  # instead of it, in commands without any of the flags that it is about
+FLAG_HELP = {  # what --help says of a flag that is not the same in all commands
+    ("embed", "texts"): "FILE may also be given so",
+    ("embed", "output"): "file for the vectors: one a line, or numpy's format if it is called .npy; `-` is "
+                         "stdout",
+    ("batch", "texts"): "FILE may also be given so",
+    ("batch", "output"): "file for the answers",
+    ("check", "json"): "one JSON object with all findings"}
 SEVERAL = "serve", "compare", "score", "eval"  # the commands that take several MODELs
 ABOUT_MODELS = f"MODEL may be: {SUPPORTED_MODELS}."
 ABOUT_FLAGS = ("Each flag has an environment variable: --max-tokens is CHAT_SERVER_MAX_TOKENS. "
@@ -117,6 +132,8 @@ class CommandLine(argparse.ArgumentParser):
             commands = [row.commands.split() for row in FLAGS if flag.removeprefix("--") in row.names]
             message += (f"; {flag} is a flag of {' and '.join(commands[0])}, and the command comes first"
                         if commands else did_you_mean(flag, self._option_string_actions))
+        if found := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            message += did_you_mean(found[1], re.findall(r"[^\s,']+", found[2]))
         raise ConfigError(f"{self.origin}{message} (--help lists the flags)")
 
 
@@ -312,9 +329,11 @@ def with_bare_values(words: Seq[str]) -> list[str]:
     for place, word in enumerate(words):
         name, equals, value = word.partition("=")
         flag = flags.get(name)
-        if flag and not equals and words[place + 1:place + 2] and words[place + 1].lower() in (
-                *flag.choices, *SWITCH_WORDS):
+        following = words[place + 1] if words[place + 1:] else ""
+        if flag and not equals and following.lower() in (*flag.choices, *SWITCH_WORDS):
             found.append(name)
+        elif flag and not equals and flag.choices and following and not may_be_model(following):
+            found.append(name)  # the parser says what it may be
         elif flag and not equals:
             found.append(f"{name}={flag.bare}")
         else:
@@ -322,13 +341,21 @@ def with_bare_values(words: Seq[str]) -> list[str]:
     return found
 
 
+def may_be_model(word: str) -> bool:
+    """Whether a word after a flag that needs no value is another flag, a prompt, or has the form of a
+    MODEL."""
+    return bool(re.search(r"^-|\s|[/@.]", word) or hub_model(word) or os.path.exists(word))
+
+
 def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settings:
     """Settings from words and environment. ConfigError if invalid; SystemExit for --help and --version."""
     words, command = with_bare_values(argv), "serve"
     if words and words[0] in PROGRAM_COMMANDS:
         command = words.pop(0).replace("server", "serve")
-    usage, opening, examples = HELP[command]
-    models = re.sub(r"nothing \(.*?\), ", "", ABOUT_MODELS) if command == "check" else ABOUT_MODELS
+    usage, opening, examples = (text.replace(PROGRAM, program_command()) for text in HELP[command])
+    models = ABOUT_MODELS
+    if command in ("check", "compare", "embed"):  # there MODEL may not be left out, or means another thing
+        models = re.sub(r"nothing \(.*?\), ", "", ABOUT_MODELS)
     about = [opening, models, ABOUT_FLAGS]
     width = max(24, min(96, shutil.get_terminal_size((98, 24)).columns - 2))
     parser = CommandLine(prog="chat_server.py", usage=usage, allow_abbrev=False, formatter_class=help_lines,
@@ -342,9 +369,10 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
     group: argparse._ActionsContainer = parser
     for flag in FLAGS:
         if flag.heading:
-            group = parser.add_argument_group(flag.heading)
+            heading = HEADINGS.get(command, ANSWERS) if flag.heading == ANSWERS else flag.heading
+            group = parser.add_argument_group(heading)
         if flag.field in flags:
-            add_flag(group, flag)
+            add_flag(group, flag._replace(help=FLAG_HELP.get((command, flag.field), flag.help)))
     # intermixed: MODEL --port 8080 MODEL
     values = vars((parser.parse_intermixed_args if several_words else parser.parse_args)(words))
     if values.pop("version"):
@@ -403,7 +431,8 @@ def with_prompt(parser: CommandLine, words: Seq[str], prompt: str | None) -> tup
     if len(asked) + (prompt is not None) > 1:
         parser.error(f"only one prompt is allowed; this is another: {asked[-1]!r}")
     if models[1:]:
-        parser.error(f"unrecognized arguments: {' '.join(models[1:])}")
+        parser.error(f"unrecognized arguments: {' '.join(models[1:])}; {models[0]} was taken as MODEL, and a "
+                     "prompt of several words needs quotes, or of one -p")
     return models, asked[0] if asked else prompt
 
 
@@ -415,7 +444,7 @@ def asks_for_json(words: Seq[str], environment: Mapping[str, str]) -> bool:
 
 def parse_store_words(words: Seq[str]) -> tuple[Path, int | None]:
     """Parse `store`, which has no Settings: (FOLDER, the bytes of --prune or None)."""
-    parser = CommandLine(prog="chat_server.py store", allow_abbrev=False, description=(
+    parser = CommandLine(prog=f"{program_command()} store", allow_abbrev=False, description=(
         "List the contents of a --prefix-store folder: the tokens stored for each model, as KV pages."))
     parser.add_argument("folder", metavar="FOLDER", type=file_name)
     parser.add_argument("--prune", metavar="SIZE", type=size,

@@ -16,7 +16,7 @@ from families import CONVERTED, GENERATIONS, GGUF_MODELS, MODELS        # noqa: 
 HEADING = """\
 ## Families
 
-`python docs/families.py` makes this table from the program's rows and those of the tests, and a test compares them. "transformers, 4": four tiny
+`.venv/bin/python docs/families.py` makes this table from the program's rows and those of the tests, and a test compares them. "transformers, 4": four tiny
 random models give transformers' logits and tokens. "converter, 3": of three, llama.cpp's converter makes files that are the same models as their
 folders. [What has been tested](#what-has-been-tested) says more.
 

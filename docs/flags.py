@@ -14,8 +14,8 @@ from chatlm.common.config import FLAGS      # noqa: E402
 INTRODUCTION = """\
 # Flags
 
-`python docs/flags.py` makes this file from `Settings` in `chatlm/common/config.py`, and a test compares the two. `python chat_server.py
---help` shows the same, and `chat --help`, `generate --help` and so on show the flags of these commands.
+`.venv/bin/python docs/flags.py` makes this file from `Settings` in `chatlm/common/config.py`, and a test compares the two. `.venv/bin/python
+chat_server.py --help` shows the same, and `chat --help`, `generate --help` and so on show the flags of these commands.
 `bundle --help` shows those of `bundle`, and `store` has `--prune SIZE`.
 
 A value comes from the first of these that sets it:

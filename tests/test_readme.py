@@ -2,7 +2,12 @@
 
 import contextlib
 import importlib.metadata
+import os
 import re
+import subprocess
+import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -10,6 +15,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import chat_server
+from chatlm.common.config import FLAGS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -39,8 +45,7 @@ def test_there_are_exactly_two_set_up_and_go_commands_and_ci_runs_the_second():
     assert len(commands) == 2
     assert commands[0].endswith("chat_server.py") and commands[1].endswith("-m pytest -n 2 --dist loadfile")
     assert "## Test" in (ROOT / ".ci/run").read_text()
-    fenced = re.findall(r"^```\n(.*?)^```", README.split("\n## Test\n")[1].split("\n## ")[0], re.MULTILINE | re.DOTALL)
-    assert fenced == [f"{commands[1]}\n"]       # all that CI takes from this section
+    assert fenced("## Test") == [[commands[1]]]       # all that CI takes from this section
 
 
 def test_its_table_of_apis_names_routes_that_exist():
@@ -49,10 +54,64 @@ def test_its_table_of_apis_names_routes_that_exist():
     assert len(named) > 20 and set(named) <= {route.pattern for route in chat_server.ROUTES}
 
 
-def test_the_second_example_makes_a_bundle_and_runs_it_elsewhere():
-    examples = README.split("## Use")[1].split("```")[1].strip().split("\n")
-    assert examples[1].startswith("python chat_server.py bundle && scp chat_server.pyz gpu-box: ")
-    assert examples[2].startswith("python chat_server.pyz --num-gpus 8 ")
+def test_examples_make_a_bundle_and_run_it_elsewhere():
+    examples = fenced("## Use")[0]
+    (place,) = [number for number, line in enumerate(examples) if " bundle && scp chat_server.pyz gpu-box: " in line]
+    assert examples[place + 1].startswith("python3 chat_server.pyz --num-gpus 8 ")
+
+
+def fenced(heading):
+    """The blocks of lines to paste in a section."""
+    section = README.split(f"\n{heading}\n")[1].split("\n## ")[0]
+    return [block.splitlines() for block in re.findall(r"^```\w*\n(.*?)^```", section, re.MULTILINE | re.DOTALL)]
+
+
+def test_what_is_pasted_into_a_fresh_clone_names_the_python_of_its_environment():
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *ROOT.glob("docs/*.md")):
+        bare = re.findall(r"(?<![\w/])python (?:chat_server\.py|bench/|docs/|setup\.py).*", path.read_text(encoding="utf-8"))
+        assert bare == [], path
+
+
+def test_it_shows_the_page_first_then_how_to_run_and_use_it_then_models_then_figures():
+    order = ["docs/moving.png", "## Run", "## Use", "### With other programs", "## Models", "## API", "## How it compares", "## Test"]
+    places = [README.index(f"\n{part}\n" if part.startswith("#") else part) for part in order]
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize("program", ["Ollama", "LM Studio", "llama-server", "open-webui", "nanochat", "torchchat", "vllm"])
+def test_who_comes_from_another_program_finds_a_row(program):
+    table = README.split("| coming from | ")[1].split("\n\n")[0]
+    assert re.search(rf"^\| [^|]*{program}", table, re.MULTILINE)
+
+
+def test_flags_of_the_table_for_who_comes_from_elsewhere_exist():
+    table = README.split("| coming from | ")[1].split("\n\n")[0]
+    words = " ".join(line.split(" | ", 1)[1] for line in table.splitlines()[2:])
+    assert {*re.findall(r"--([a-z-]+)", words)} <= {name for flag in FLAGS for name in flag.names}
+
+
+@pytest.mark.parametrize("program", ["open-webui serve", " claude\n", "\ncodex ", "\nOPENAI_API_BASE=", "Continue", "Cursor"])
+def test_the_settings_of_other_programs_are_there_to_copy(program):
+    assert program in README.split("### With other programs")[1].split("\n## ")[0]
+
+
+def test_the_key_for_the_network_is_made_and_asked_for(tmp_path, default_model_path):
+    (lines,) = [block for block in fenced("## Use") if block[0].startswith("[ -s ~/chat-key.txt ]")]
+    script = "\n".join(lines).replace(".venv/bin/python chat_server.py", f"exec {sys.executable} {ROOT}/chat_server.py {default_model_path} --port 0 --host 127.0.0.1")
+    for _ in range(2):      # pasted again, it is the same key
+        process = subprocess.Popen(["bash", "-c", script], stdout=subprocess.PIPE, text=True, env=os.environ | {"HOME": str(tmp_path)})
+        try:
+            key = process.stdout.readline().strip()
+            url = next(line.strip() for line in process.stdout if "http://" in line)
+            assert key == (tmp_path / "chat-key.txt").read_text().strip() and (tmp_path / "chat-key.txt").stat().st_mode & 0o077 == 0
+            with pytest.raises(urllib.error.HTTPError, match="401"):
+                urllib.request.urlopen(f"{url}/v1/models", timeout=60)
+            with urllib.request.urlopen(urllib.request.Request(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"}), timeout=60) as answer:
+                assert b"SmolLM2" in answer.read()
+        finally:
+            process.terminate()
+            process.wait(60)
+            process.stdout.close()
 
 
 def test_no_sentence_says_that_the_program_is_one_file():

@@ -21,6 +21,7 @@ from chatlm.common.contents import Contents, Model, contents_of
 from chatlm.common.core import find_core, seam
 from chatlm.common.errors import ConfigError
 from chatlm.common.gather import Gathered, gather
+from chatlm.common.invocation import pip_command
 from chatlm.common.libraries import Libraries, packed_libraries, use_libraries
 from chatlm.common.program import SCRIPT, archive, in_program, page_files, program_root, program_sources
 from chatlm.common.unpack import ABOUT, FOLDER, PLATFORM, AboutCore, about_core
@@ -32,7 +33,11 @@ FIRST_LINES = b"#!/usr/bin/env python3\n# coding: damaged-bundle--copy-chat_serv
 # The first code of a bundle, in syntax that every Python knows: an old Python could not parse the script, and
 # a damaged script could not report it. Libraries are checked when they are unpacked.
 MAIN = b'''\
+import signal
 import sys
+
+if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def stop(reason):
@@ -148,7 +153,7 @@ def core_files() -> tuple[dict[str, bytes], str]:
     use_libraries()
     core, problem = find_core()
     if core is None:
-        return {}, problem or "which is not installed (`pip install .` in a checkout builds it)"
+        return {}, problem or f"which is not installed (`{pip_command('.')}` in a checkout builds it)"
     if core.SEAM != seam():
         return {}, f"because the installed one has another version (seam {core.SEAM} instead of {seam()})"
     library = Path(core._core.__file__)

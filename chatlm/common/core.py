@@ -8,11 +8,11 @@ import importlib.util
 import os
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 from chatlm.common.errors import named
+from chatlm.common.invocation import pip_command
 from chatlm.common.program import in_program, program_root
 from chatlm.common.seam import seam_digest
 from chatlm.common.unpack import UnfitCore, load_bundled_core
@@ -95,8 +95,8 @@ def kernels_line() -> str:
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     first = "" if compiler else "install a C++ compiler (Debian: apt install g++), then "
     instead = ("so slower reference ops run" if torch_installed() else
-               f"and there is no torch to compute instead ({sys.executable} -m pip install torch)")
-    build = f"{instead}; {first}`pip install .` in the checkout builds it"
+               f"and there is no torch to compute instead ({pip_command('torch')})")
+    build = f"{instead}; {first}`{pip_command('.')}` in the checkout builds it"
     if os.environ.get("CHAT_SERVER_KERNELS") == "reference":
         return f"CHAT_SERVER_KERNELS=reference, {instead}"
     problem = find_core()[1]

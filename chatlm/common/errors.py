@@ -8,10 +8,10 @@ import importlib
 import importlib.util
 import json
 import re
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from chatlm.common.invocation import install_advice
 from chatlm.common.memory import available_memory
 
 
@@ -132,15 +132,24 @@ def require_library(name: str, purpose: str):
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        missing = [name.split(".")[0]]
-        if missing[0] in (*PACKAGES, "tiktoken") and not purpose.startswith("--"):
-            missing += [package for package in PACKAGES
-                        if package not in missing and importlib.util.find_spec(package) is None]
-        noun = "package" if len(missing) == 1 else "packages"
         reason = str(error).rpartition("Original error was:")[2].strip()  # after numpy's page of advice
-        raise lack_of_memory(error) or ConfigError(
-            f"{purpose} needs the Python {noun} {', '.join(missing)} ({reason}); "
-            f"install with: {sys.executable} -m pip install {' '.join(missing)}") from None
+        raise lack_of_memory(error) or lack_of_library(name.split(".")[0], purpose, reason) from None
+
+
+def check_library(name: str, purpose: str):
+    """As `require_library`, without importing it: what takes long must not come before this error."""
+    if importlib.util.find_spec(name) is None:
+        raise lack_of_library(name, purpose, f"No module named {name!r}")
+
+
+def lack_of_library(name: str, purpose: str, reason: str) -> ConfigError:
+    missing = [name]
+    if name in (*PACKAGES, "tiktoken") and not purpose.startswith("--"):
+        missing += [package for package in PACKAGES
+                    if package not in missing and importlib.util.find_spec(package) is None]
+    noun = "package" if len(missing) == 1 else "packages"
+    return ConfigError(f"{purpose} needs the Python {noun} {', '.join(missing)} ({reason}); "
+                       f"{install_advice(*missing)}")
 
 
 def cannot_read(path: Path | str, error: Exception) -> ConfigError:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from chatlm.common.core import find_core, seam
 from chatlm.common.elf import glibc_of
 from chatlm.common.errors import ConfigError, require_library
+from chatlm.common.invocation import pip_command, python_command
 from chatlm.common.libraries import OPTIONAL, THIS_PYTHON
 from chatlm.common.program import files_below, program_root
 from chatlm.common.seam import seam_digest
@@ -108,7 +109,7 @@ def installed(requirements: Seq[str]) -> list[importlib.metadata.Distribution]:
             found[name] = distribution = importlib.metadata.distribution(asked_for.name)
         except importlib.metadata.PackageNotFoundError:
             raise ConfigError(f"a bundle with libraries needs {asked_for.name}, which is not installed: "
-                              f"{sys.executable} -m pip install {asked_for.name}") from None
+                              f"{pip_command(asked_for.name)}") from None
         todo += map(Requirement, distribution.requires or ())
     return [found[name] for name in sorted(found)]
 
@@ -117,15 +118,16 @@ def core_installed(python: str) -> dict[str, bytes]:
     """The compiled core that runs here. ConfigError without one, since nothing else computes in a bundle."""
     if python != THIS_PYTHON:
         raise ConfigError(f"--pythons {python}: only this Python's compiled core is here; --wheels FOLDER "
-                          "names a folder with a wheel of chat_server for each (`python setup.py release` "
-                          "makes them)")
+                          "names a folder with a wheel of chat_server for each "
+                          f"(`{python_command()} setup.py release` makes them)")
     core, problem = find_core()
     if core is None:
         raise ConfigError("a bundle with libraries needs decode_core, "
-                          + (problem or "which is not installed (`pip install .` in a checkout builds it)"))
+                          + (problem or f"which is not installed (`{pip_command('.')}` in a checkout "
+                                        "builds it)"))
     if core.SEAM != seam():
         raise ConfigError("a bundle with libraries needs decode_core, and the installed one has another "
-                          "version; run `pip install .` again")
+                          f"version; run `{pip_command('.')}` again")
     folder, library = Path(core.__file__).parent, Path(core._core.__file__)
     return {f"decode_core/{path.name}": path.read_bytes() for path in (library, *folder.glob("*.py"))}
 

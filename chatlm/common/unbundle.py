@@ -14,6 +14,7 @@ from pathlib import Path
 from chatlm.common.bundle import current_umask
 from chatlm.common.contents import Model, contents_of
 from chatlm.common.errors import ConfigError
+from chatlm.common.invocation import python_command
 from chatlm.common.libraries import (
     THIS_PYTHON, DamagedBundle, fitting, opened_bundle, other_files, packed_files, packed_libraries,
     trees_folder)
@@ -24,7 +25,8 @@ from chatlm.common.unpack import FOLDER, PLATFORM, about_core
 def own_bundle(action: str) -> Path:
     """The running bundle. ConfigError in a checkout or an installation."""
     if not program_root().is_file():
-        raise ConfigError(f"`{action}` is for a bundle that runs: python chat_server.pyz {action}")
+        raise ConfigError(f"`{action}` is for a bundle that runs: "
+                          f"{python_command()} chat_server.pyz {action}")
     return program_root()
 
 

@@ -16,6 +16,7 @@ from urllib.parse import quote
 
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import ChatServerError, ConfigError, Overloaded, RequestError, visible
+from chatlm.common.invocation import program_command
 from chatlm.common.log import ProgressDisplay, tell
 from chatlm.common.messages.requests import Accepted, PromptProgress
 from chatlm.front.aio import end_tasks
@@ -49,7 +50,7 @@ async def batch(settings: Settings) -> int:
     """The `batch` command. Exit status 1 if lines failed. ConfigError for files that cannot be used."""
     if settings.texts is None or settings.output is None or settings.output == "-":
         raise ConfigError("batch takes a FILE of JSON lines and -o FILE: for example "
-                          "`batch MODEL requests.jsonl -o answers.jsonl`")
+                          f"`{program_command()} batch MODEL requests.jsonl -o answers.jsonl`")
     began_s, progress = time.monotonic(), ProgressDisplay()
     source = Source(Path(settings.texts).expanduser())
     with Output(settings.output, source) as output:

@@ -9,6 +9,7 @@ import itertools
 import os
 import re
 import secrets
+import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence as Seq
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING
 from chatlm.common.config import DEFAULT_MAX_TOKENS, with_own_sampling
 from chatlm.common.core import decode_core, kernels_line
 from chatlm.common.errors import ChatServerError, ConfigError, did_you_mean, shown
+from chatlm.common.invocation import program_command
 from chatlm.common.jsontext import as_json, whole_unicode
 from chatlm.common.messages.requests import (
     SAMPLING_DEFAULTS, AnswerParams, Finished, Message, Piece, PromptProgress, Request)
@@ -432,11 +434,21 @@ async def chat(settings: Settings) -> int:
 def prompt_text(settings: Settings) -> str:
     """--prompt, or stdin for `-` and for a pipe. ConfigError if there is no text."""
     if settings.prompt is None and sys.stdin.isatty():
-        raise ConfigError("nothing to answer: give --prompt TEXT, or pipe text to stdin")
+        raise ConfigError(f"nothing to answer: {taken_as_model(settings)}give --prompt TEXT, or pipe text to "
+                          "stdin")
     text = settings.prompt if settings.prompt not in (None, "-") else sys.stdin.read().removesuffix("\n")
     if not text.strip():
-        raise ConfigError("nothing to answer: the prompt is empty")
+        taken = taken_as_model(settings) if settings.prompt is None else ""
+        raise ConfigError(f"nothing to answer: {taken}the prompt is empty")
     return whole_unicode(text)
+
+
+def taken_as_model(settings: Settings) -> str:
+    """What to say first where there is no prompt: a word that may have been meant as one."""
+    if settings.model is None:
+        return ""
+    example = f"{program_command()} {settings.command} -p {shlex.quote(settings.model)}"
+    return f"{settings.model} was taken as MODEL (a prompt of one word needs -p: `{example}`); "
 
 
 async def generate(settings: Settings) -> int:

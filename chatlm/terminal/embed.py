@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError, RequestError, shown, visible
+from chatlm.common.invocation import program_command
 from chatlm.common.jsontext import is_text
 from chatlm.common.log import ProgressDisplay
 from chatlm.common.messages.requests import Embedding
@@ -49,8 +50,9 @@ async def embed(settings: Settings) -> int:
     """The `embed` command. ConfigError for files that cannot be read or written, RequestError for texts that
     the model cannot embed."""
     if settings.texts is None or settings.output is None:
+        taken = f"; {settings.model} was taken as MODEL" if settings.model and settings.texts is None else ""
         raise ConfigError("embed takes a MODEL, a FILE of JSON lines and -o FILE: for example "
-                          "`embed MODEL texts.jsonl -o vectors.jsonl`")
+                          f"`{program_command()} embed MODEL texts.jsonl -o vectors.jsonl`{taken}")
     began_s, count, progress = time.monotonic(), 0, ProgressDisplay()
     with open_texts(settings.texts) as source, Vectors(settings.output, source) as vectors:
         async with open_pool(settings) as pool:

@@ -63,7 +63,8 @@ async def compare(settings: Settings) -> int:
     """The `compare` command: prints the answers one below the other; returns 1 if one failed."""
     names = [choice.path for choice in settings.several]
     if not 2 <= len(names) <= LIMITS.compared:
-        raise ConfigError(f"compare takes 2 to {LIMITS.compared} MODELs, not {len(names)}")
+        raise ConfigError(f"compare takes 2 to {LIMITS.compared} MODELs, not {len(names)}; the "
+                          "question comes after -p")
     if len({*names}) < len(names):
         raise ConfigError("compare: each MODEL must be different; /v1/compare takes `variants` of one")
     text, columns, turn = prompt_text(settings), [Column() for _ in names], 0

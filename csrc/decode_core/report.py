@@ -10,6 +10,7 @@ The references need torch. Without it numpy proves the products, and the other o
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -36,7 +37,8 @@ class Report:
             self.on_gpus()
         self.say(f"\n{self.wrong} ops are wrong" if self.wrong else "\nno op is wrong")
         if not with_torch:
-            self.say("pip install torch, and `check` compares the other ops with their references too")
+            self.say(f"{sys.executable} -m pip install torch, and `check` compares the other ops with their "
+                     "references too")
         return not self.wrong
 
     def on_cpu(self, prove: Callable[[SimpleNamespace], dict[str, str]]) -> None:

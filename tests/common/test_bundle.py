@@ -198,13 +198,13 @@ def test_a_python_without_libraries_is_told_which_to_install_in_one_line(models)
 def test_an_old_python_reads_the_first_code_of_a_bundle():
     tree = ast.parse(bundle.MAIN, feature_version=(3, 4))
     assert not any(isinstance(node, (ast.JoinedStr, ast.NamedExpr, ast.AnnAssign)) for node in ast.walk(tree))
-    test, stop = tree.body[2].test, tree.body[2].body[0]
+    test, stop = tree.body[4].test, tree.body[4].body[0]
     assert ast.unparse(test) == "sys.version_info < (3, 10)" and "needs Python 3.10" in ast.unparse(stop)
     script = ast.parse((CHECKOUT / "chat_server.py").read_text())
     imports = [number for number, node in enumerate(script.body) if isinstance(node, (ast.Import, ast.ImportFrom))]
-    guards = [number for number, node in enumerate(script.body) if isinstance(node, ast.If)][:2]
-    assert [ast.unparse(script.body[number]) for number in imports[1:3]] == ["import importlib.util", "import sys"]
-    assert imports[2] < guards[0] < guards[1] < imports[3]
+    guards = [number for number, node in enumerate(script.body) if isinstance(node, ast.If)][:3]
+    assert [ast.unparse(script.body[number]) for number in imports[1:4]] == ["import signal", "import sys", "import importlib.util"]
+    assert imports[2] < guards[0] < imports[3] < guards[1] < guards[2] < imports[4]
 
 
 @pytest.mark.parametrize("part", ["end", "half", "module", "bytecode", "page", "directory"])

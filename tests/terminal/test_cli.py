@@ -23,6 +23,8 @@ from chatlm.common import core
 from chatlm.common.config import FLAGS, Settings
 from chatlm.common.core import kernels_line
 from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure, Overloaded, RequestError, require_library
+from chatlm.common.hub.guesses import near_model
+from chatlm.common.invocation import pip_command, program_command
 from chatlm.common.messages.requests import Finished, Message
 from chatlm.front.lazy import web
 from chatlm.front.pool import pool as pool_module
@@ -180,7 +182,7 @@ def test_the_help_has_every_flag_in_its_group(capsys):
         title = flag.heading or title
         if "serve" in flag.commands:
             assert f"--{flag.names[0]}" in parts[title], flag
-    assert "usage: python chat_server.py [serve|chat|generate|compare|score|eval|embed|batch|check] [MODEL] [flags]\n" in text and text.count("MODEL may be") == 1
+    assert f"usage: {program_command()} [serve|chat|generate|compare|score|eval|embed|batch|check] [MODEL] [flags]\n" in text and text.count("MODEL may be") == 1
 
 
 def test_the_help_of_each_command_is_its_own_and_shows_examples_that_are_right(capsys, tmp_path):
@@ -191,7 +193,7 @@ def test_the_help_of_each_command_is_its_own_and_shows_examples_that_are_right(c
             parsed(f"{command} --help")
         text = capsys.readouterr().out
         openings.add(text.split("\n\n")[1])
-        examples = re.findall(r"^  python chat_server.py(.*?)(?: {3,}.*)?$", text.partition("Examples:")[2], re.MULTILINE)
+        examples = re.findall(rf"^  {re.escape(program_command())}(.*?)(?: {{3,}}.*)?$", text.partition("Examples:")[2], re.MULTILINE)
         assert len(examples) == 3
         for example in examples:
             words = shlex.split(example.partition(" < ")[0].replace("keys.txt", str(tmp_path / "keys.txt")))
@@ -225,8 +227,8 @@ def test_a_library_s_page_of_advice_is_left_out(monkeypatch, tmp_path):
         require_library("page_of_advice", "x")
 
 
-@pytest.mark.parametrize("compilers, words", [((), "install a C++ compiler (Debian: apt install g++), then `pip install .`"),
-                                              (("g++",), "reference ops run; `pip install .`")])
+@pytest.mark.parametrize("compilers, words", [((), "install a C++ compiler (Debian: apt install g++), then `"),
+                                              (("g++",), "reference ops run; `")])
 def test_without_kernels_the_missing_compiler_is_named(monkeypatch, local_pool, capsys, compilers, words):
     monkeypatch.delenv("CXX", raising=False)
     patch(monkeypatch, core, "decode_core", lambda: None)
@@ -234,7 +236,7 @@ def test_without_kernels_the_missing_compiler_is_named(monkeypatch, local_pool, 
     monkeypatch.setattr(shutil, "which", lambda name: name if name in compilers else None)
     patch(monkeypatch, core, "torch_installed", lambda: True)
     assert run_main("generate", "--prompt", "Hi") == 0
-    assert words in capsys.readouterr().err
+    assert f"{words}{pip_command('.')}` in the checkout" in capsys.readouterr().err
 
 
 # generate
@@ -634,3 +636,81 @@ def test_every_switch_does_what_its_name_says():
             assert not flag.field.startswith("no_"), "argparse makes --no-x of a switch called x, and False of one called no-x"
             for word, value in ((f"--{flag.names[0]}", True), (f"--no-{flag.names[0]}", False)):
                 assert getattr(parsed(f"{flag.commands.split()[0]} {word}"), flag.field) is value
+
+
+# Words that were meant as something else
+
+
+def refusal(line, **environment):
+    with pytest.raises(ConfigError) as raised:
+        parse_command_line(shlex.split(line), environment)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("line, words", [
+    ("--drafts magic", "invalid choice: 'magic'"), ("generate --drafts magic", "invalid choice: 'magic'"),
+    ("--drafts lokup", "did you mean lookup?"), ("--quantize q4k", "did you mean q4_k?"), ("-i sfft", "did you mean sft?")])
+def test_a_value_that_a_flag_does_not_have_names_those_that_it_has(line, words):
+    said = refusal(line)
+    assert words in said and all(kind in said for kind in ("lookup", "mtp", "model", "auto") if "drafts" in line)
+
+
+def test_a_model_may_follow_the_flag_of_drafts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    for model in ("folder", "qwen3:0.6b", "org/name", "model.gguf", "d20@100"):
+        assert parsed(f"--drafts {model}") == dataclasses.replace(Settings(), drafts="auto", model=model)
+
+
+@pytest.mark.parametrize("line, words", [
+    ("generate Why is it", "unrecognized arguments: is it; Why was taken as MODEL, and a prompt of several words needs quotes"),
+    ("generate a.gguf Hello", "a.gguf was taken as MODEL")])
+def test_generate_says_which_word_it_took_as_the_model(line, words):
+    assert words in refusal(line)
+
+
+@pytest.mark.parametrize("command, asked, words", [
+    ("generate", "", "Hello was taken as MODEL (a prompt of one word needs -p: `"), ("generate", "some text", "no model at 'Hello', and a prompt needs -p: `"),
+    ("chat", "", "no model at 'Hello', and a prompt needs -p: `")])
+def test_one_word_that_is_no_model_may_have_been_the_prompt(command, asked, words):
+    done = subprocess.run([sys.executable, chat_server.__file__, command, "Hello"], input=asked, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and words in done.stderr and f"chat_server.py {command} -p Hello`" in done.stderr
+
+
+def test_embed_says_which_word_it_took_as_the_model(tmp_path):
+    done = subprocess.run([sys.executable, chat_server.__file__, "embed", "texts.jsonl", "-o", tmp_path / "x"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "; texts.jsonl was taken as MODEL" in done.stderr
+
+
+@pytest.mark.parametrize("model, guess", [
+    ("qwen3:0.6", "qwen3-0.6b"), ("smolm2", "smollm2"), ("Qwen/Qwen3-0.6", "Qwen/Qwen3-0.6B"), ("meta-lama/llama-3.2-1b-instruct", "meta-llama/Llama-3.2-1B-Instruct"),
+    ("genrate", "the command generate"), ("{}/modle.gguf", "{}/model.gguf"), ("{}/foldr", "{}/folder")])
+def test_a_mistyped_model_gets_a_guess(model, guess, tmp_path):
+    (tmp_path / "model.gguf").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/config.json").touch()
+    assert near_model(model.format(tmp_path)) == f"; did you mean {guess.format(tmp_path)}?"
+
+
+@pytest.mark.parametrize("model", ["Qwen/Qwen3-0.6B", "xyzzy", "/nowhere/x.gguf"])
+def test_what_is_right_or_like_nothing_gets_no_guess(model):
+    assert near_model(model) == ""
+
+
+def test_the_guess_is_in_what_the_program_says(tmp_path):
+    (tmp_path / "model.gguf").touch()
+    for model, words in ((tmp_path / "modle.gguf", f"did you mean {tmp_path}/model.gguf?"), ("smolm2", "did you mean smollm2? --help says"),
+                         ("Qwen/Qwen3-0.6", "did you mean Qwen/Qwen3-0.6B?")):
+        done = subprocess.run([sys.executable, chat_server.__file__, model], capture_output=True, text=True, timeout=60,
+                              env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)})
+        assert done.returncode == 2 and words in done.stderr.splitlines()[-1], done.stderr
+
+
+@pytest.mark.parametrize("command", ["embed", "batch"])
+def test_the_help_of_a_command_is_about_that_command(command, capsys):
+    with pytest.raises(SystemExit):
+        parsed(f"{command} --help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert {"embed": "Texts and vectors:", "batch": "Requests and answers:"}[command] in text
+    assert "Answers, unless a request says otherwise" not in text and "batch: " not in text
+    assert ("file for the vectors" in text) == (command == "embed")

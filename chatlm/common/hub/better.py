@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from chatlm.common.invocation import program_command
+
 # The bytes that weights, 4,096 tokens of keys and values, and both processes take; those of the file; MODEL
 BETTER = (
     (20_500_000_000, 18_560_000_000, "Qwen/Qwen3-30B-A3B-GGUF:Qwen3-30B-A3B-Q4_K_M.gguf"),
@@ -24,6 +26,6 @@ def better_model(free: float) -> str:
 def warning_of(model: str, free: float) -> str:
     """The line of the start-up log about a model that only demonstrates; "" about others."""
     better = better_model(free)
-    advice = f"; a better one that fits here: python chat_server.py {better}" if better else ""
+    advice = f"; a better one that fits here: {program_command()} {better}" if better else ""
     return only_demonstrates(model) * (
         f"This is a demonstration model of 135 million parameters, which is often wrong{advice}")

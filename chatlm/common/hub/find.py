@@ -6,21 +6,23 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chatlm.common.config import DEFAULT_MODEL_NAME, PROGRAM_COMMANDS
+from chatlm.common.config import DEFAULT_MODEL_NAME
 from chatlm.common.contents import own_model
-from chatlm.common.errors import ConfigError, cannot_read, did_you_mean
+from chatlm.common.errors import ConfigError, cannot_read
 from chatlm.common.files import check_regular, refuse_pointer, truncated
 from chatlm.common.hub.default_model import fetch_default_model
+from chatlm.common.hub.guesses import near_model, near_path
 from chatlm.common.hub.huggingface import (
     SPLIT_GGUF, Bounds, fetch_from_hub, hub_model, models_among, other_weights)
 from chatlm.common.hub.local import (
     choose_checkpoint, explicit_choice, find_checkpoints, home_folder, no_progress)
-from chatlm.common.hub.short_names import SHORT_NAMES
 from chatlm.common.hub.stamps import NANOGPT_FILE, model_stamp
+from chatlm.common.invocation import program_command
 from chatlm.common.log import log
 from chatlm.common.messages.requests import ModelSource
 
@@ -106,10 +108,19 @@ def find_model(model: str, settings: Settings, progress: Progress = no_progress)
         return ModelSource("nanogpt", named_path, named_path.parent.name, f"nanoGPT checkpoint {named_path}")
     if named_path.suffix.lower() == ".gguf" or path.exists():
         refuse_choice(settings, f"{path} is a GGUF file")
+        if not os.path.lexists(named_path) and (near := near_path(model)):
+            raise ConfigError(f"cannot read {path}: No such file or directory{near}")
         return resolve_gguf(named_path)
-    near = did_you_mean(model, (*PROGRAM_COMMANDS, "bundle"), "the command ") \
-        or did_you_mean(model, SHORT_NAMES)
-    raise ConfigError(f"no model at {model!r}{near or '.'} MODEL may be: {SUPPORTED_MODELS}")
+    if near := near_model(model):
+        raise ConfigError(f"no model at {model!r}{near} --help says what MODEL may be")
+    raise ConfigError(f"no model at {model!r}{as_prompt(model, settings)}. MODEL may be: {SUPPORTED_MODELS}")
+
+
+def as_prompt(word: str, settings: Settings) -> str:
+    """What to say of a word that may have been meant as the question; "" if there is one."""
+    if settings.command not in ("chat", "generate") or settings.prompt not in (None, "-"):
+        return ""
+    return f", and a prompt needs -p: `{program_command()} {settings.command} -p {shlex.quote(word)}`"
 
 
 def no_model_in(path: Path) -> str:

@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import NamedTuple, TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError, named, require_library, shown
+from chatlm.common.hub.guesses import near_model
 from chatlm.common.hub.local import FULL, download_lock, has_room, sha256_of
 from chatlm.common.hub.short_names import SHORT_NAMES
+from chatlm.common.invocation import tool_command
 from chatlm.common.log import log
 from chatlm.common.processes.start import PROCESS_COMMAND
 
@@ -112,13 +114,14 @@ def hub_errors(hub, repository: str) -> Iterator[None]:
         raise
     except errors.GatedRepoError:
         reason = (f"it is gated: accept its licence at {endpoint}/{repository}, "
-                  "then run `hf auth login` or set HF_TOKEN")
+                  f"then run `{tool_command('hf')} auth login` or set HF_TOKEN")
     except errors.RepositoryNotFoundError:
-        reason = (f"no file or folder of that name is here, and {endpoint} has no such model (if it is "
-                  "private: run `hf auth login` or set HF_TOKEN)")
+        reason = (f"no file or folder of that name is here, and {endpoint} has no such model"
+                  f"{near_model(repository)} (if it is private: run `{tool_command('hf')} auth login` or set "
+                  "HF_TOKEN)")
     except errors.HfHubHTTPError as error:
         status = status_of(error)
-        remedy = "; check HF_TOKEN, or run `hf auth login`" if status in (401, 403) else ""
+        remedy = f"; check HF_TOKEN, or run `{tool_command('hf')} auth login`" if status in (401, 403) else ""
         reason = f"{endpoint} answers with HTTP status {status}{remedy}"
     except Exception as error:
         if getattr(error, "errno", None) in FULL:
@@ -410,7 +413,7 @@ def cached_from_hub(hub, repository: str, file: str, why: str) -> Path:
     """What the cache has of a model, if nothing can be downloaded; ConfigError if that is not all of it."""
     cache = hub_folder(hub, repository)
     lacks = ConfigError(f"no file or folder {repository} is here, {why}, and the cache {cache.parent} does "
-                        "not have all files of that model")
+                        f"not have all files of that model{near_model(repository)}")
     try:
         revision = (cache / "refs" / "main").read_text().strip()
         folder = cache / "snapshots" / revision

@@ -59,9 +59,10 @@ def process_environment(threads: int, nice: int | None = None) -> dict[str, str]
 # The command of our processes: `python -c PROCESS_CODE ROOT ROLE ARGUMENTS`, with a role of ROLES. The root
 # of the program, a folder or a bundle, replaces the current folder in sys.path, so that modules there
 # cannot shadow anything. The root of an installation keeps its position: other packages there must not
-# shadow Python's own.
+# shadow Python's own. Ctrl-C ends a process that the terminal signals too, without a traceback.
 PROCESS_CODE = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 root = sys.argv.pop(1)
 sys.path[:] = filter(None, sys.path)
 

@@ -19,6 +19,7 @@ from xml.etree import ElementTree
 
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import ConfigError, RequestError, named, require_library, shown
+from chatlm.common.invocation import pip_command
 from chatlm.common.messages.protocol import Result
 
 UNPACKED_BYTES, MEMBERS = 256 << 20, 10_000  # most that an archive may hold
@@ -45,7 +46,7 @@ def library(name: str, kind: str) -> Any:
     try:
         return require_library(name, f"reading {kind} files")
     except ConfigError as error:
-        advice = f"install all that documents need with: python -m pip install {' '.join(PACKAGES)}"
+        advice = f"install all that documents need with: {pip_command(*PACKAGES)}"
         raise RequestError(f"{str(error).partition(';')[0]}; {advice}", status=501,
                            code="not_installed") from None
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from chatlm.common.config import ModelChoice
 from chatlm.common.errors import RequestError
 from chatlm.common.hub.offers import is_of_hub
+from chatlm.common.invocation import program_command
 from chatlm.front.pool.models import Model, Registry
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class Catalogue:
         repository, _, file = name.partition(":")
         if self._of_hub(repository, file):
             return ""
-        return f"this server has one model; to serve this one: python chat_server.py {name}"
+        return f"this server has one model; to serve this one: {program_command()} {name}"
 
     def leave_out(self, repository: str, file: str):
         """Stop serving what was downloaded of a repository, or one file of it. RequestError 409 for a model

@@ -17,6 +17,7 @@ from chatlm.common.core import device_files, torch_installed
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.find import resolve_model, with_draft_model
 from chatlm.common.hub.stamps import model_stamp
+from chatlm.common.invocation import pip_command
 from chatlm.common.messages.protocol import DraftTerms, WorkerConfig
 from chatlm.common.processes.start import exit_in_words, process_environment, start_child, threads_per_worker
 from chatlm.common.processes.torchrun import ranks_here
@@ -154,7 +155,7 @@ def shown_gpus(count: int) -> str:
     """How many GPUs there are, for errors, and whether CUDA_VISIBLE_DEVICES hides others."""
     visible, files = os.environ.get("CUDA_VISIBLE_DEVICES"), device_files()
     if not torch_installed():
-        return f"GPUs need the Python package torch; install with: {sys.executable} -m pip install torch"
+        return f"GPUs need the Python package torch; install with: {pip_command('torch')}"
     if visible is not None and files > count:
         return f"CUDA_VISIBLE_DEVICES={visible} shows {count} of {files} GPU(s)"
     return f"this machine has {count} CUDA device(s)" if count else "no CUDA device was found (nvidia-smi -L)"

@@ -1,0 +1,47 @@
+"""What a mistyped MODEL may have meant."""
+
+from __future__ import annotations
+
+import difflib
+from contextlib import suppress
+from pathlib import Path
+
+from chatlm.common.config import PROGRAM_COMMANDS
+from chatlm.common.errors import did_you_mean
+from chatlm.common.hub.short_names import SHORT_NAMES
+
+MOST_FILES = 10_000  # of a folder, whose names are compared
+
+
+def near_model(model: str) -> str:
+    """The words "; did you mean X?", or nothing: a command, a file or folder, a short name, or an id of the
+    hub."""
+    if "/" in model:
+        return near_path(model) or near_id(model)
+    return (did_you_mean(model, (*PROGRAM_COMMANDS, "bundle"), "the command ")
+            or near_path(model)
+            or did_you_mean(model.lower().replace(":", "-"), SHORT_NAMES)
+            or near_id(model))
+
+
+def near_path(model: str) -> str:
+    """A model that is in the folder in which this one is not."""
+    path, names = Path(model).expanduser(), list[str]()
+    with suppress(OSError, RuntimeError):
+        for entry in path.parent.iterdir():
+            if entry.suffix.lower() == ".gguf" or (entry / "config.json").exists():
+                names.append(entry.name)
+            if len(names) == MOST_FILES:
+                break
+    near = difflib.get_close_matches(path.name, names, 1)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
+
+
+def near_id(model: str) -> str:
+    """An id that has a short name; upper and lower case are alike, and so is one without its organization."""
+    ids = {part: name for name in SHORT_NAMES.values()
+           for part in (name.lower(), name.lower().partition("/")[2])}
+    if model in ids.values():
+        return ""
+    near = difflib.get_close_matches(model.lower(), ids, 1)
+    return f"; did you mean {ids[near[0]]}?" if near else ""

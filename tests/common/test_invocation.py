@@ -1,0 +1,171 @@
+"""What messages tell the user to type: the command and the Python that work here, pasted as they stand."""
+
+import os
+import shlex
+import shutil
+import signal
+import site
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import psutil
+import pytest
+
+from chatlm.common import invocation
+from chatlm.common.errors import PACKAGES
+from packed import CHECKOUT
+from patching import patch
+from real_server import copy_program
+
+SAY = "from chatlm.common.invocation import program_command, pip_command, tool_command; " \
+      "print(program_command(), pip_command('x'), tool_command('hf'), sep='\\n')"
+
+
+def made_venv(folder, *packages):
+    """A virtual environment with these packages of ours; returns its Python."""
+    venv.create(folder, with_pip=False, symlinks=True)
+    (packages_folder,) = folder.glob("lib/python*/site-packages")
+    for package in packages:
+        (ours,) = [found for where in site.getsitepackages() if (found := Path(where, package)).exists()]
+        (packages_folder / package).symlink_to(ours)
+    return folder / "bin/python"
+
+
+def said(python, root, cwd, path="/usr/bin"):
+    """The three commands that messages of a program at `root` name."""
+    done = subprocess.run([python, "-c", SAY], cwd=cwd, capture_output=True, text=True, check=True, timeout=60,
+                          env={"PATH": str(path), "PYTHONPATH": str(root)})
+    return done.stdout.splitlines()
+
+
+@pytest.fixture
+def program(tmp_path):
+    """A copy of the program whose virtual environment has nothing."""
+    folder = tmp_path / "a clone"
+    folder.mkdir()
+    copy_program(folder)
+    made_venv(folder / ".venv")
+    return folder
+
+
+def test_a_checkout_is_started_by_the_python_that_runs(program, tmp_path):
+    python = program / ".venv/bin/python"
+    (program / ".venv/bin/hf").touch(0o755)
+    assert said(python, program, program) == [".venv/bin/python chat_server.py", ".venv/bin/python -m pip install x", ".venv/bin/hf"]
+    whole = shlex.quote(str(python))
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    assert said(python, program, elsewhere) == [f"{whole} {shlex.quote(str(program / 'chat_server.py'))}", f"{whole} -m pip install x",
+                                                     shlex.quote(str(program / ".venv/bin/hf"))]
+    assert said(python, program, python.parent)[1:] == ["./python -m pip install x", "./hf"]
+    activated = f"{program}/.venv/bin:/usr/bin"
+    assert said(python, program, program, activated) == ["python chat_server.py", "python -m pip install x", "hf"]
+
+
+def test_an_installation_is_started_by_its_command(program, tmp_path):
+    python = made_venv(tmp_path / "other")
+    (packages,) = (tmp_path / "other").glob("lib/python*/site-packages")
+    copy_program(packages)
+    (python.parent / "chat-server").touch(0o755)
+    assert said(python, packages, tmp_path)[0] == "other/bin/chat-server"
+    assert said(python, packages, tmp_path, python.parent)[0] == "chat-server"
+
+
+def test_a_bundle_is_started_by_its_file(program):
+    subprocess.run([sys.executable, program / "chat_server.py", "bundle", program / "chat_server.pyz", "--without-core"], check=True,
+                   capture_output=True, timeout=120)
+    done = subprocess.run([program / ".venv/bin/python", "chat_server.pyz", "chat", "--help"], cwd=program, capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("usage: .venv/bin/python chat_server.pyz chat [MODEL] [flags]") and \
+        "\n  .venv/bin/python chat_server.pyz chat --continue" in done.stdout
+
+
+def test_a_python_that_lacks_libraries_names_the_environment_beside_the_script(program, tmp_path):
+    wrong = made_venv(tmp_path / "wrong")
+    for words in (["--port", "0"], ["chat"], ["check"], ["generate", "-p", "Hello"]):
+        done = subprocess.run([wrong, "chat_server.py", *words], cwd=program, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL,
+                              env={"PATH": "/usr/bin", "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"})
+        last = done.stderr.splitlines()[-1]
+        assert done.returncode == 2 and "Traceback" not in done.stderr and f"{wrong} -m pip install" in last, done.stderr
+    shutil.rmtree(program / ".venv")
+    made_venv(program / ".venv", *PACKAGES)
+    for words in (["--port", "0"], ["chat"], ["check"], ["generate", "-p", "Hello"]):
+        done = subprocess.run([wrong, "chat_server.py", *words], cwd=program, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL,
+                              env={"PATH": "/usr/bin", "HOME": str(tmp_path)})
+        last = done.stderr.splitlines()[-1]
+        assert done.returncode == 2 and "Traceback" not in done.stderr and "`.venv/bin/python chat_server.py`" in last, done.stderr
+        assert "pip install" not in last
+
+
+def test_a_system_s_python_that_takes_no_packages_gets_an_environment(monkeypatch, tmp_path):
+    patch(monkeypatch, invocation, "root_of_program", lambda: tmp_path)
+    patch(monkeypatch, invocation, "is_managed", lambda: True)
+    (tmp_path / "requirements.txt").touch()
+    assert "`python3 -m venv .venv && .venv/bin/pip install --no-compile -c requirements.txt .`" in invocation.install_advice("aiohttp")
+    (tmp_path / "requirements.txt").unlink()
+    assert ".venv/bin/pip install aiohttp numpy`" in invocation.install_advice("aiohttp", "numpy")
+
+
+def old_python():
+    """A Python 3.9 of this machine, or None."""
+    beside = Path(sys.base_prefix).parent.glob("3.9.*/bin/python3.9")     # where pyenv has several
+    for python in filter(None, (*map(str, beside), shutil.which("python3.9"))):
+        if subprocess.run([python, "--version"], capture_output=True).returncode == 0:
+            return python
+    return None
+
+
+@pytest.mark.skipif(old_python() is None, reason="there is no Python 3.9")
+def test_an_old_python_names_the_environment_beside_the_script(program):
+    done = subprocess.run([old_python(), "chat_server.py"], cwd=program, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.startswith("chat_server needs Python 3.10 or newer, and this is 3.9.")
+    assert done.stderr.endswith("; run `.venv/bin/python chat_server.py` instead\n")
+
+
+# Ctrl-C
+
+
+ENTRY = "import sys; sys.argv[0] = '/x/bin/chat-server'; from chat_server import main; sys.exit(main())"
+STARTS = {"script": [CHECKOUT / "chat_server.py"], "command": ["-c", ENTRY]}
+
+
+def interrupted(start, words, module, ignored=False):
+    """(exit status, rest of stderr) of a program that gets Ctrl-C as soon as it has imported a module, and that nothing of it is left."""
+    mark = f"{os.getpid()} {start} {module}"
+    process = subprocess.Popen([sys.executable, "-X", "importtime", *map(str, STARTS[start]), *words], stdin=subprocess.DEVNULL,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=os.environ | {"TEST_MARK": mark},
+                               preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if ignored else None)
+    for line in process.stderr:
+        if line.rpartition("|")[2].strip() == module:
+            break
+    os.killpg(process.pid, signal.SIGINT)
+    rest = process.communicate(timeout=60)[1]
+    left = [each for each in psutil.process_iter() if mark in marks_of(each)]
+    assert psutil.wait_procs(left, timeout=30)[1] == []
+    return process.returncode, "".join(line for line in rest.splitlines(True) if not line.startswith("import time:"))
+
+
+def marks_of(process):
+    try:
+        return process.environ().get("TEST_MARK", "")
+    except psutil.Error:
+        return ""
+
+
+@pytest.mark.parametrize("start, words, module", [
+    ("script", [], "chatlm.common.errors"), ("script", ["chat"], "asyncio"), ("script", ["generate", "-p", "Hello"], "chatlm.cli"),
+    ("script", ["check"], "chatlm.front.server.access"), ("command", ["chat"], "chatlm.cli")])
+def test_ctrl_c_while_the_program_starts_ends_it_without_a_word(start, words, module):
+    assert interrupted(start, words, module) == (-signal.SIGINT, "")
+
+
+def test_where_ctrl_c_is_ignored_it_stays_so():
+    assert interrupted("script", ["--version"], "chatlm.cli", ignored=True) == (0, "")
+
+
+def test_ctrl_c_ends_what_checks_the_kernels_without_a_traceback():
+    process = subprocess.Popen([sys.executable, CHECKOUT / "chat_server.py", "check"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)
+    assert process.stdout.readline().startswith("chat_server ")
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == "" and process.returncode in (130, -signal.SIGINT)
