@@ -54,7 +54,8 @@ def parse_answer(body: dict, fields: Seq[Field], known: Known) -> dict:
     return values | {"budget": budget}
 
 
-FOR_DRAWN_ANSWERS = ("frequency_penalty", "presence_penalty")  # as defaults: greedy answers stay the model's own
+# of a model's own defaults: greedy answers stay as they are without
+FOR_DRAWN_ANSWERS = ("frequency_penalty", "presence_penalty")
 
 
 def sampling_params(values: Mapping, settings: Settings) -> SamplingParams:
