@@ -539,9 +539,10 @@ function keepPrompts(prompts) {
   render();
 }
 
-function usePrompt({text, starter}) {
+// `more`: what the reader has written behind the name of a starter.
+function usePrompt({text, starter}, more = "") {
   $("prompts-dialog").close();
-  if (starter) setDraft(text);
+  if (starter) setDraft(more ? `${text.replace(/\s*$/, "")} ${more}` : text);
   else { changeChat(state.chat, {system: text}); say(TEXT.systemIs(text)); }
   focusAfterClick();
 }
