@@ -26,7 +26,7 @@ const state = {
   toasts: [],                     // {text, label, act, undo, chat} above the composer: the last deletion, answers of other chats
   ended: 0,                       // answers that ended while this tab was hidden
   editing: null,                  // id of the node being edited
-  found: null,                    // ids of the chats that match the search; null without a search
+  found: null,                    // id of each chat that matches the search -> the text around a word found; null without a search
   phase: "connecting",            // connecting, loading, ready, unreachable, refusing (this page), locked (without a key)
   reached: "",                    // the last server that was ready
   loading: {stage: "", fraction: null},

@@ -327,7 +327,7 @@ def test_settings_and_slash_commands_reach_the_server(page, stand_in):
     ask(page, "one")
     expect_answered(page, 1)
     # nothing but the command
-    assert set(stand_in.bodies[0]) == {"messages", "resumable", "truncate", "progress", "stream", "stream_options"}
+    assert set(stand_in.bodies[0]) == {"messages", "resumable", "stop_on_repetition", "truncate", "progress", "stream", "stream_options"}
     command(page, "/topk 7")
     expect(page.get_by_role("log").get_by_text("Top-k is now 7.")).to_be_visible()
     button(page, "Settings").click()
@@ -341,7 +341,10 @@ def test_settings_and_slash_commands_reach_the_server(page, stand_in):
     page.get_by_role("textbox", name="Stop strings").fill("END\nSTOP")
     page.get_by_role("textbox", name="System prompt").fill("Be brief.")
     page.get_by_text("How the model's template").click()
-    expect(page.locator("#template")).to_contain_text("<|system|>Be a stand-in.<|user|>…")
+    expect(page.locator("#template")).to_have_text("<|system|>Be a stand-in.<|system|>Be brief.<|user|>…")
+    page.get_by_role("textbox", name="System prompt").fill("")
+    expect(page.locator("#template")).to_have_text("<|system|>Be a stand-in.<|user|>…")
+    page.get_by_role("textbox", name="System prompt").fill("Be brief.")
     button(page, "Done").click()
     ask(page, "two")
     expect_answered(page, 2)
