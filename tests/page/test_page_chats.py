@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import chat_server
-from browsing import (answers, ask, button, chats, command, expect, expect_answered, menu, message_box, more, needs_browser,
-                      open_page, questions, reload, said, settled)
+from browsing import (answers, ask, button, chats, command, expect, expect_accessible, expect_answered, menu, message_box, more,
+                      needs_browser, open_page, questions, reload, said, settled)
 
 pytestmark = needs_browser
 
