@@ -126,7 +126,7 @@ function findSnippets(nodes) {
     if (first && !(known?.count > has.length || known?.count === has.length && known.created <= created)) best.set(conversation, {count: has.length, created, content, at: text.indexOf(first)});
   }
   for (const [id, {content, at}] of best) {
-    const start = Math.max(0, at - BEFORE), end = at + AFTER, part = content.slice(start, end).replace(/\s+/g, " ");
+    const start = Math.max(0, at - BEFORE), end = at + AFTER, part = content.slice(start, end).replace(/[*`]+|<\/?(?:details|summary)>/g, "").replace(/\s+/g, " ");
     state.found.set(id, `${start ? "…" : ""}${part}${end < content.length ? "…" : ""}`);
   }
 }
