@@ -21,7 +21,7 @@ const state = {
   draft: {text: "", files: []},   // what is in the composer
   counted: {text: "", tokens: 0, around: 0},          // tokens of the draft as counted by the server, and of the template around it
   refusal: "",                    // why the server refused the message
-  queued: null,                   // id of the chat whose draft is sent when its answer has ended
+  queued: new Set(),              // ids of the chats whose drafts are sent when their answers have ended
   notice: "",                     // the page's own notice below the turns
   toasts: [],                     // {text, label, act, undo, chat} above the composer: the last deletion, answers of other chats
   ended: 0,                       // answers that ended while this tab was hidden
@@ -312,7 +312,8 @@ function removeNodes(ids, leaf) {
 
 // Puts the text back into the composer, before anything typed since.
 function giveBack(text, files, reason) {
-  Object.assign(state, {refusal: reason, queued: null});         // the draft is another one now
+  state.refusal = reason;
+  state.queued.delete(state.chat.id);                   // the draft is another one now
   setDraft([text, state.draft.text].filter(each => each.trim()).join("\n\n"), [...files, ...state.draft.files]);
 }
 

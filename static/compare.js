@@ -134,6 +134,10 @@ function drawCompared(column, first) {
     box.markdown.update(text, ended);
   }
   if (marks) markDifferences(column.body, first.body);
+  if (marks && typeof hljs === "undefined" && !column.plainCode && column.body.querySelector("pre")) {
+    column.plainCode = true;                             // to be highlighted draws it anew, without marks
+    need("highlight").then(() => { column.drawn = undefined; if (compared) updateCompare(); });
+  }
 }
 
 // The text nodes of drawn Markdown, but not buttons and the sources of formulas; null where a block ends.

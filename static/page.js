@@ -376,7 +376,7 @@ function submitDraft() {
     return;
   }
   const growing = isGrowing(lastNode());
-  if (!command && growing) state.queued = state.chat.id;
+  if (!command && growing) state.queued.add(state.chat.id);
   else if (!command) state.refusal = TEXT.notReady;
   renderComposer(growing);
 }
@@ -384,8 +384,8 @@ function submitDraft() {
 // Sends the draft that waits for its chat's answer to end.
 function sendQueued() {
   const {text, files} = state.draft;                    // empty while it is still being read
-  if (state.queued !== state.chat.id || !canAsk() || !text.trim() && !files.length) return;
-  state.queued = null;
+  if (!state.queued.has(state.chat.id) || !canAsk() || !text.trim() && !files.length) return;
+  state.queued.delete(state.chat.id);
   submitDraft();
 }
 
@@ -467,11 +467,11 @@ function runCommand(text) {
 function renderComposer(growing) {
   const sent = document.activeElement === $("send") || document.activeElement === $("stop");
   const written = Boolean(state.draft.text.trim() || state.draft.files.length);
-  $("send").hidden = growing && (!written || state.queued === state.chat.id);      // it queues: a phone's Enter is a new line
+  $("send").hidden = growing && (!written || state.queued.has(state.chat.id));      // it queues: a phone's Enter is a new line
   $("stop").hidden = !growing;
   if (sent) focusAfterClick();
   $("send").disabled = !written || !canAsk() && !growing;
-  const queued = state.queued === state.chat.id;
+  const queued = state.queued.has(state.chat.id);
   setText($("queued"), queued ? TEXT.queuedQuestion : "");
   $("queued").hidden = !queued;
   if (queued && canAsk()) queueMicrotask(sendQueued);
@@ -560,7 +560,7 @@ register({
     $("stop").onclick = stopAnswer;
     $("attach").onclick = () => $("files-picker").click();
     $("files-picker").onchange = async ({target}) => { await addFiles(target.files); target.value = ""; };
-    message.oninput = ({target}) => { recalled = 0; state.refusal = ""; state.queued = null; setDraft(target.value); };
+    message.oninput = ({target}) => { recalled = 0; state.refusal = ""; state.queued.delete(state.chat.id); setDraft(target.value); };
     message.onpaste = onPaste;
     message.addEventListener("keydown", onCommandKey);
     $("commands").onmousedown = event => event.preventDefault();           // the focus stays in the message

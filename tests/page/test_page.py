@@ -275,6 +275,26 @@ def test_enter_queues_the_next_question_while_an_answer_is_written(page, held_fr
     expect(message_box(page)).to_have_value("")
 
 
+def test_a_queued_question_follows_an_answer_that_is_stopped_and_waits_while_another_chat_is_shown(page, stand_in):
+    open_page(page, stand_in.url)
+    ask(page, "story")
+    expect(said(answers(page))).to_contain_text("and then")
+    message_box(page).fill("the next one")
+    message_box(page).press("Enter")
+    button(page, "New chat").click()
+    expect(message_box(page)).to_have_value("")
+    expect(page.get_by_text("Your question is queued")).to_be_hidden()
+    ask(page, "elsewhere")
+    expect_answered(page)
+    page.get_by_role("navigation", name="Chats").get_by_role("link", name="story").click()
+    expect(page.get_by_text("Your question is queued")).to_be_visible()
+    expect(message_box(page)).to_have_value("the next one")
+    button(page, "Stop").click()
+    expect(said(questions(page))).to_have_text(["story", "the next one"])
+    expect(said(answers(page)).last).to_contain_text("You said: the next one")
+    assert [body["messages"][-1]["content"] for body in stand_in.bodies] == ["story", "elsewhere", "the next one"]
+
+
 def test_a_queued_question_is_not_sent_with_one_that_was_refused(page, stand_in):
     open_page(page, stand_in.url)
     held = []

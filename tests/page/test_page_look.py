@@ -329,6 +329,19 @@ def test_only_the_characters_that_differ_are_marked(opened_page):
     page.evaluate("newChat()")
 
 
+def test_differences_in_code_stay_marked_when_its_colours_come_late(page, stand_in):
+    stand_in.model["capabilities"] |= {"token_ids": True, "compare": True}
+    open_page(page, stand_in.url)
+    ask(page, "one")
+    expect_answered(page)
+    inside(answers(page), "Compare")
+    expect(page.get_by_role("dialog", name="Compare")).to_be_visible()
+    assert page.evaluate("typeof hljs") == "undefined"
+    page.evaluate("""() => { compared.columns.forEach((column, i) => Object.assign(column, {text: "```py\\nx = " + i + "\\n```", end: {model: "m"}, differs: i ? {position: 6} : null}));
+        render(); }""")
+    expect(page.locator("#compare-columns pre .hljs-number mark")).to_have_text("1")
+
+
 def test_answers_side_by_side_are_markdown_and_done_closes_with_a_wrong_seed(opened_page):
     page = opened_page
     page.evaluate("""() => { state.model.can = {token_ids: true, compare: true}; addNode(null, "user", "q");
