@@ -21,12 +21,12 @@ const state = {
   draft: {text: "", files: []},   // what is in the composer
   counted: {text: "", tokens: 0, around: 0},          // tokens of the draft as counted by the server, and of the template around it
   refusal: "",                    // why the server refused the message
-  queued: null,                   // id of the chat whose draft is sent when its answer has ended
+  queued: new Set(),              // ids of the chats whose drafts are sent when their answers have ended
   notice: "",                     // the page's own notice below the turns
   toasts: [],                     // {text, label, act, undo, chat} above the composer: the last deletion, answers of other chats
   ended: 0,                       // answers that ended while this tab was hidden
   editing: null,                  // id of the node being edited
-  found: null,                    // ids of the chats that match the search; null without a search
+  found: null,                    // id of each chat that matches the search -> the text around a word found; null without a search
   phase: "connecting",            // connecting, loading, ready, unreachable, refusing (this page), locked (without a key)
   reached: "",                    // the last server that was ready
   loading: {stage: "", fraction: null},
@@ -313,6 +313,7 @@ function removeNodes(ids, leaf) {
 // Puts the text back into the composer, before anything typed since.
 function giveBack(text, files, reason) {
   state.refusal = reason;
+  state.queued.delete(state.chat.id);                   // the draft is another one now
   setDraft([text, state.draft.text].filter(each => each.trim()).join("\n\n"), [...files, ...state.draft.files]);
 }
 
@@ -392,19 +393,30 @@ async function onceReady(run, post) {
 
 const canGoOn = node => Boolean(node.content || node.reasoning && !node.error && state.model.can.reasoning_history && state.model.can.continue_final_message);
 
+const LEAST_ROOM = 16;            // tokens of the context without which it is not worth while to read it all again
+
 // Continues an answer that was cut off: in the same node if the server can, otherwise by asking for more.
-function goOn(node) {
+async function goOn(node) {
   if (!canAsk()) return;
   if (!state.model.can.continue_final_message) return ask(TEXT.pleaseContinue);
+  if (await isFull()) return say(TEXT.noRoom(state.model.context));
+  if (!canAsk() || node !== lastNode()) return;
   const before = {note: node.note, error: node.error, timings: node.timings, parameters: node.parameters};
-  Object.assign(node, {stream: {id: newId(), next: 0}, note: null, error: null, timings: null, continued: true, parameters: state.chat.parameters});
+  Object.assign(node, {stream: {id: newId(), next: 0}, note: null, error: null, timings: null, earlier: node.timings, continued: true, parameters: state.chat.parameters});
   const messages = messagesToSend(pathTo(state.nodes, node.id), state.chat.system);
   if (!node.content) messages.push({role: "assistant", content: "", reasoning_content: node.reasoning});      // cut off while thinking
   runAnswer(node, state.chat, run => connect(run, messages, () => {}, true), error => {
-    Object.assign(node, before);
+    Object.assign(node, before, {earlier: null});
     state.refusal = error.message;
     return true;
   });
+}
+
+// Whether the last question and its answer alone fill the context: then the server has no older message to leave out.
+async function isFull() {
+  const {context} = state.model, {used, guessed} = usedTokens();
+  if (!context || used + guessed <= context - LEAST_ROOM) return false;
+  return await tokensAlone(state.path) > context - LEAST_ROOM;
 }
 
 // The title of a chat follows its first question, unless it has got another one, and goes back with a refused question.
@@ -429,7 +441,8 @@ function editAnswer(node, text) {
 // next events, or null if there are no more.
 async function runAnswer(node, chat, connecting, onRefusal = () => false) {
   const run = {node, chat, controller: new AbortController(), progress: null, chunks: 0, prompt: 0, tokens: 0, firstAt: 0, lastAt: 0,
-    tags: node.content ? null : new ThoughtTags(), resumable: true, waiting: false, lost: false, resumed: false, saving: 0, frame: 0, dropped: 0};
+    tags: node.content ? null : new ThoughtTags(), resumable: true, waiting: false, lost: false, resumed: false, saving: 0, frame: 0, dropped: 0,
+    thought: node.earlier && !node.content ? node.thought ?? 0 : 0};
   state.runs.set(node.id, run);
   changeChat(chat, {running: node.id});
   saveGrown(run);
@@ -456,6 +469,7 @@ function endRun(run, failure, onRefusal) {
   if (run.stopped || failure?.code === "cancelled") node.note = "stopped";
   else if (failure) Object.assign(node, {error: failure.message, remedy: failure.status === 401 ? "key" : "again"});
   if (!node.timings) node.timings = {...countsOf(run), ...(run.chunks > 1 ? {measured: liveSpeed(run)} : {})};
+  if (node.earlier) Object.assign(node, {timings: wholeOf(node.earlier, node.timings), earlier: null});
   if (!state.nodes.has(node.id) && state.chat.id === chat.id) return render();       // deleted in the meantime
   if (!failure || state.chat.id !== chat.id || !onRefusal(failure, node)) saveGrown(run);
   if (state.chat.id === chat.id) refresh();
@@ -544,7 +558,7 @@ function grow(run, {text, reasoning, moved = false}) {
   }
   if (!run.chunks++) { Object.assign(run, {firstAt: now, first: run.tokens || 1}); announce(TEXT.answering); }
   run.lastAt = now;
-  if (reasoning) Object.assign(node, {reasoning: (node.reasoning ?? "") + reasoning, thought: Math.round(now - run.firstAt)});
+  if (reasoning) Object.assign(node, {reasoning: (node.reasoning ?? "") + reasoning, thought: run.thought + Math.round(now - run.firstAt)});
   node.content += text;
   run.saving ||= setTimeout(saveGrown, SAVE_MS, run);
 }
@@ -553,12 +567,30 @@ function paintSoon(run) {
   run.frame ||= requestAnimationFrame(() => { run.frame = 0; paint(run.node); });
 }
 
+// The facts about an answer that went on: what was said of its parts, together. The later prompt has the earlier part in it.
+function wholeOf(earlier, later) {
+  const {completion_tokens: before = 0} = earlier, {prompt_tokens: prompt, completion_tokens: count = 0} = later, whole = {...earlier, ...later};
+  for (const name of ["ttft_ms", "queue_ms", "cached_tokens"]) whole[name] = earlier[name];
+  for (const name of ["drafted_tokens", "accepted_tokens", "reasoning_tokens"]) if (name in whole) whole[name] = (earlier[name] ?? 0) + (later[name] ?? 0);
+  whole.completion_tokens = before + count;
+  if (prompt) whole.prompt_tokens = Math.max(1, prompt - before);
+  whole.waited_ms = (earlier.waited_ms ?? 0) + (later.ttft_ms ?? 0);         // before the first tokens of the later parts
+  const [first, second] = [earlier, later].map(speedIn), speed = first && second ? (before + count) / (before / first + count / second) : first || second;
+  for (const name of ["tokens_per_second", "predicted_per_second", "measured"]) delete whole[name];
+  if (whole.ttft_ms === undefined) whole.waited_ms = undefined;              // nobody measured the first part
+  if (speed) whole[isMeasured(earlier) || isMeasured(later) ? "measured" : "tokens_per_second"] = speed;
+  return Object.fromEntries(Object.entries(whole).filter(([, value]) => value !== undefined));
+}
+
+const speedIn = facts => facts.tokens_per_second ?? facts.predicted_per_second ?? facts.measured ?? 0;
+const isMeasured = ({measured, tokens_per_second: exact, predicted_per_second: theirs}) => measured !== undefined && (exact ?? theirs) === undefined;
+
 // Stores only the growing fields, so that the rest of the node is not rewritten.
 function saveGrown(run) {
-  const {content, reasoning, thought, stream, ended, note, error, remedy, timings, model, seed, ids, continued, calls} = run.node;
+  const {content, reasoning, thought, stream, ended, note, error, remedy, timings, earlier, model, seed, ids, continued, calls} = run.node;
   clearTimeout(run.saving);
   run.saving = 0;
-  store.change("nodes", run.node.id, {content, reasoning, thought, stream, ended, note, error, remedy, timings, model, seed, ids, continued, calls});
+  store.change("nodes", run.node.id, {content, reasoning, thought, stream, ended, note, error, remedy, timings, earlier, model, seed, ids, continued, calls});
 }
 
 // The token counts so far of a growing answer and its prompt; null if the prompt's is unknown.
@@ -698,5 +730,5 @@ register({
 share({NO_MODEL, state, STORE, store, lastNode, canAsk, loadPreferences, changePreferences, changeChat, showLeaf, opening,
   openChat, newChat, lastPlace, deleteChats, removeChats, bringBack, addChat, deleteNode, offerUndo, branchFrom,
   draftKey, saveDraft, loadDraft, addToDraft, addNode, ask, removeNodes, regenerate, answerAgain, answer,
-  messagesToSend, canGoOn, goOn, editQuestion, editAnswer, countsOf, liveSpeed, stopAnswer, answerNow, adoptAll, say});
+  messagesToSend, canGoOn, goOn, wholeOf, editQuestion, editAnswer, countsOf, liveSpeed, stopAnswer, answerNow, adoptAll, say});
 }

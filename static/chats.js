@@ -10,7 +10,7 @@ function renderChats() {
   const chats = [...state.chats.values()].filter(({id}) => !state.found || state.found.has(id))
     .sort((a, b) => b.pinned - a.pinned || b.updated - a.updated);
   const today = new Date().setHours(0, 0, 0, 0);
-  const key = JSON.stringify([today, state.chat.id, state.found !== null, chats.map(chat => [chat.id, chat.title, chat.pinned, chat.running, dayOf(chat, today)])]);
+  const key = JSON.stringify([today, state.chat.id, state.found !== null, chats.map(chat => [chat.id, chat.title, chat.pinned, chat.running, dayOf(chat, today), state.found?.get(chat.id)])]);
   if (key === listed) return;
   listed = key;
   for (const id of rows.keys()) if (!state.chats.has(id)) rows.delete(id);
@@ -49,6 +49,9 @@ function rowOf(chat) {
   if (chat.id === state.chat.id) row.link.setAttribute("aria-current", "page");
   else row.link.removeAttribute("aria-current");
   row.pin.setAttribute("aria-pressed", chat.pinned);
+  const snippet = state.found?.get(chat.id) ?? "";
+  setText(row.snippet, snippet);
+  row.snippet.hidden = !snippet;
   return row.item;
 }
 
@@ -63,8 +66,9 @@ function newRow(id) {
   };
   row.pin = iconButton(TEXT.pin, "pin", () => { changeChat(chat(), {pinned: !chat().pinned}); render(); });
   row.rename = iconButton(TEXT.rename, "edit", () => renameChat(row, chat()));
+  row.snippet = element("small", {className: "snippet", dir: "auto", hidden: true, onclick: () => row.link.click()});
   row.item = element("li", {}, row.link, element("div", {className: "row-actions"}, row.pin, row.rename,
-    iconButton(TEXT.delete, "delete", () => { deleteChats([chat()], TEXT.deleted(chat().title)); $("search").focus(); })));
+    iconButton(TEXT.delete, "delete", () => { deleteChats([chat()], TEXT.deleted(chat().title)); $("search").focus(); })), row.snippet);
   return row;
 }
 
@@ -97,15 +101,34 @@ const searching = newest();
 async function search(query) {
   const isMine = searching();
   words = query.toLowerCase().split(/\s+/).filter(Boolean);
+  $("search-clear").hidden = !query;
   if (!words.length) { state.found = null; return render(); }
-  const texts = new Map([...state.chats.values()].map(({id, title}) => [id, title.toLowerCase()]));
-  for (const {conversation, content} of await store.read("nodes")) {
+  const texts = new Map([...state.chats.values()].map(({id, title}) => [id, title.toLowerCase()])), nodes = await store.read("nodes");
+  for (const {conversation, content} of nodes) {
     if (texts.has(conversation)) texts.set(conversation, `${texts.get(conversation)}\n${content.toLowerCase()}`);
   }
   if (!isMine()) return;
-  state.found = new Set([...texts].filter(([, text]) => words.every(word => text.includes(word))).map(([id]) => id));
+  state.found = new Map([...texts].filter(([, text]) => words.every(word => text.includes(word))).map(([id]) => [id, ""]));
+  findSnippets(nodes);
   render();
   announce(TEXT.found(state.found.size));
+}
+
+const BEFORE = 30, AFTER = 90;    // characters of a snippet around the first word found
+
+// Where the title of a chat that was found lacks a word: the text around it, from the first message that has the most of the words.
+function findSnippets(nodes) {
+  const best = new Map();
+  for (const {conversation, content, created} of nodes) {
+    const title = state.found.has(conversation) ? state.chats.get(conversation).title.toLowerCase() : "";
+    const missing = title ? words.filter(word => !title.includes(word)) : [], text = missing.length ? content.toLowerCase() : "";
+    const has = words.filter(word => text.includes(word)), first = missing.find(word => has.includes(word)), known = best.get(conversation);
+    if (first && !(known?.count > has.length || known?.count === has.length && known.created <= created)) best.set(conversation, {count: has.length, created, content, at: text.indexOf(first)});
+  }
+  for (const [id, {content, at}] of best) {
+    const start = Math.max(0, at - BEFORE), end = at + AFTER, part = content.slice(start, end).replace(/[*`]+|<\/?(?:details|summary)>/g, "").replace(/\s+/g, " ");
+    state.found.set(id, `${start ? "…" : ""}${part}${end < content.length ? "…" : ""}`);
+  }
 }
 
 const withChats = () => document.documentElement.classList.contains("with-chats");
@@ -136,7 +159,7 @@ function markWords() {
   if (typeof Highlight !== "function" || !words.length && !CSS.highlights.size) return;
   cancelAnimationFrame(marking);
   marking = requestAnimationFrame(() => {
-    const ranges = words.length ? [...$("chats").querySelectorAll("a"), ...$("log").querySelectorAll(".turn > .body")].flatMap(rangesOf) : [];
+    const ranges = words.length ? [...$("chats").querySelectorAll("a, .snippet"), ...$("log").querySelectorAll(".turn > .body")].flatMap(rangesOf) : [];
     CSS.highlights.set("found", new Highlight(...ranges));
   });
 }
@@ -185,7 +208,7 @@ register({
   strings: {
     chat: "Chat", menu: "Menu", showChats: "Show or hide chats", untitled: "Untitled chat", title: "Title", pin: "Pin", more: "More",
     pinned: "Pinned", today: "Today", yesterday: "Yesterday", lastWeek: "Previous 7 days", lastMonth: "Previous 30 days",
-    noChats: "Your chats will appear here.", nothingFound: "No chat contains all of these words.",
+    clearSearch: "Clear the search", noChats: "Your chats will appear here.", nothingFound: "No chat contains all of these words.",
     found: count => plural(count, "chat found", "chats found"),
     deleteAll: "Delete all chats", deleteAllTitle: count => `Delete ${count === 1 ? "the only chat" : `all ${number(count)} chats`}?`,
     deleteAllHint: "They exist only in this browser. Export them to keep a copy.",
@@ -195,6 +218,7 @@ register({
     $("new").onclick = $("new-here").onclick = startNewChat;
     $("chats-toggle").onclick = toggleSidebar;
     $("shade").onclick = () => showSidebar(false);
+    $("search-clear").onclick = () => { $("search").value = ""; search(""); $("search").focus(); };
     $("search").oninput = ({target}) => search(target.value);
     $("search").onkeydown = event => {
       const first = $("chats").querySelector("a");

@@ -39,7 +39,8 @@ function addColumn(model = compared.node.model, ownSeed = compared.node.seed + c
   const {node: {parameters = {}, seed}} = compared, values = {...parameters, seed: ownSeed};
   const column = {text: "", reasoning: "", end: null, differs: null}, controls = VARIED.map(name => {
     const {min, max, step} = PARAMETERS.find(each => each.name === name), usual = state.model.defaults[name];
-    const field = element("input", {type: "number", min, max, step, value: values[name] ?? "", placeholder: usual ?? TEXT.default});
+    const field = element("input", {type: "number", min, max, step, value: values[name] ?? "", placeholder: usual ?? TEXT.default,
+      onkeydown: event => { if (event.key === "Enter" && !composing(event)) { event.preventDefault(); if (!compared.controller) startCompare(); } }});       // not Done
     return [name, field, element("label", {}, element("span", {textContent: TEXT.parameters[name]}), field)];
   });
   column.fields = Object.fromEntries(controls);
@@ -47,7 +48,9 @@ function addColumn(model = compared.node.model, ownSeed = compared.node.seed + c
   column.model = element("select", {}, ...bases.map(optionOf));
   column.model.value = baseOf(chosen)?.id;
   column.adapter = element("select");
-  column.body = element("div", {className: "compared", dir: "auto"});
+  column.thoughts = element("div", {className: "markdown thoughts"});
+  column.answer = element("div", {className: "markdown"});
+  column.body = element("div", {className: "compared"}, column.thoughts, column.answer);
   column.about = element("p", {className: "hint"});
   column.choose = element("button", {type: "button", className: "plain", textContent: TEXT.goOnWithThis, onclick: () => goOnWith(column)});
   column.remove = iconButton(TEXT.removeColumn, "close", () => { compared.columns = compared.columns.filter(each => each !== column); column.node.remove(); updateCompare(); });
@@ -120,12 +123,59 @@ function aboutColumn(column, first) {
   return [end?.error?.message, end?.model, differs ? TEXT.differsFrom(differs) : same].filter(Boolean).join(" · ");
 }
 
-// Draws a column's text; when it and the first column have ended, the characters in which they differ are marked.
+// Draws a column's text as it grows. When it and the first column have ended, the characters in which they differ are marked.
 function drawCompared(column, first) {
-  const text = wholeText(column), marks = column.differs && hasEnded(column) && hasEnded(first), key = `${Boolean(marks)} ${text}`;
+  const ended = hasEnded(column) || !compared.controller, marks = Boolean(column.differs && hasEnded(column) && hasEnded(first)), key = `${marks} ${ended} ${wholeText(column)}`;
   if (column.drawn === key) return;
   column.drawn = key;
-  column.body.replaceChildren(...(marks ? differing(text, wholeText(first)) : [[text, false]]).map(([part, differs]) => differs ? element("mark", {textContent: part}) : part));
+  for (const [box, text] of [[column.thoughts, column.reasoning], [column.answer, column.text]]) {
+    if (state.model.api === "text") { box.textContent = text; box.style.whiteSpace = "pre-wrap"; continue; }
+    if (!box.markdown || marks) box.markdown = new MarkdownView(box);
+    box.markdown.update(text, ended);
+  }
+  if (marks) markDifferences(column.body, first.body);
+  if (marks && typeof hljs === "undefined" && !column.plainCode && column.body.querySelector("pre")) {
+    column.plainCode = true;                             // to be highlighted draws it anew, without marks
+    need("highlight").then(() => { column.drawn = undefined; if (compared) updateCompare(); });
+  }
+}
+
+// The text nodes of drawn Markdown, but not buttons and the sources of formulas; null where a block ends.
+function drawnText(root) {
+  const walker = document.createTreeWalker(root, NodeFilter.SHOW_TEXT), found = [], block = node => node.parentElement.closest("p, li, td, th, h1, h2, h3, h4, h5, h6, pre, summary, div");
+  for (let node, last = null; (node = walker.nextNode());) {
+    if (node.parentElement.closest(".code-bar, annotation")) continue;
+    if (last && block(last) !== block(node)) found.push(null);
+    found.push(last = node);
+  }
+  return found;
+}
+
+const textOfNodes = nodes => nodes.map(node => node?.data ?? "\n").join("");
+
+function markDifferences(own, other) {
+  const nodes = drawnText(own), marked = [];
+  let start = 0;
+  for (const [part, differs] of differing(textOfNodes(nodes), textOfNodes(drawnText(other)))) {
+    if (differs) marked.push([start, start + part.length]);
+    start += part.length;
+  }
+  start = 0;
+  for (const node of nodes) {
+    const begin = start, length = node?.data.length ?? 1;
+    start += length;
+    if (!node) continue;
+    for (const [from, to] of marked.filter(([from, to]) => from < begin + length && to > begin).reverse()) mark(node, Math.max(0, from - begin), Math.min(length, to - begin));
+  }
+}
+
+// Marks characters of a text node; of a formula, all of it.
+function mark(node, from, to) {
+  const formula = node.parentElement.closest("math"), range = document.createRange();
+  if (formula?.closest("mark")) return;
+  if (formula) range.selectNode(formula);
+  else { range.setStart(node, from); range.setEnd(node, to); }
+  range.surroundContents(element("mark"));
 }
 
 const MOST_CELLS = 4e6;           // of the table that compares two texts word by word
@@ -166,8 +216,10 @@ function changedPart(mine, lost) {
 
 async function startCompare() {
   if (compared.controller) return compared.controller.abort();
+  const wrong = compared.columns.map(wrongField).find(Boolean);
+  if (wrong) { setText($("compare-problem"), wrong); return undefined; }
   const mine = compared, {node, columns} = mine, controller = mine.controller = new AbortController();
-  for (const column of columns) Object.assign(column, {text: "", reasoning: "", end: null, differs: null});
+  for (const column of columns) Object.assign(column, {text: "", reasoning: "", end: null, differs: null, drawn: undefined});
   setText($("compare-problem"), "");
   updateCompare();
   const {tools, response_format, seed, ...parameters} = node.parameters ?? {}, watch = setInterval(lookAtModels, 1000);       // for steps that load
@@ -188,6 +240,17 @@ async function startCompare() {
   mine.controller = null;
   if (mine === compared) updateCompare();
   return undefined;
+}
+
+// What is wrong with a field of a column; "" if nothing is. The dialog closes in any case.
+function wrongField({fields}, i) {
+  for (const name of VARIED) {
+    const parameter = PARAMETERS.find(each => each.name === name), {value, validity} = fields[name];
+    const wrong = validity.badInput || value !== "" && parameterValue(parameter, value) === undefined;
+    fields[name].setAttribute("aria-invalid", wrong);
+    if (wrong) return `${TEXT.column(i + 1)}, ${TEXT.parameters[name]}: ${TEXT.badField(parameter)}`;
+  }
+  return "";
 }
 
 function hearCompared(columns, {index, differs, token = "", reasoning = "", finish_reason: reason, ...end}) {

@@ -32,6 +32,11 @@ const DRAWN_STYLE = `
 .hljs-title, .hljs-section, .hljs-built_in, .hljs-variable.language_ { color: var(--title); }
 .hljs-deletion { color: var(--danger); }
 .part { display: block; }
+.code, math, :not(pre) > code { direction: ltr; unicode-bidi: isolate; }
+:is(ul, ol):has(> li:first-child > p:first-child:dir(rtl)), blockquote:has(> :first-child:dir(rtl)), table:has(th:first-child:dir(rtl)) { direction: rtl; }
+summary > p { display: inline; }
+.footnote { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 0 .5em; margin: .3em 0; font-size: .9em; }
+.footnote > :not(:first-child) { grid-column: 2; margin-block: 0; }
 :is(th, td).right { text-align: right; }
 :is(th, td).center { text-align: center; }
 mtd.left { text-align: -webkit-left; }
@@ -65,16 +70,29 @@ function element(tag, properties = {}, ...children) {
 
 // text within lines ---------------------------------------------------------------------------------------------------
 
-// TeX in $$..$$, \[..\], \(..\) and $..$ (no space inside, no digit after it, so that prices stay prices).
-const MATH = /^(?:\$\$([^]+?)\$\$|\\\[([^]+?)\\\]|\\\(([^]+?)\\\)|\$(?![\s$])((?:\\.|[^$\\\n])*?[^\s$\\])\$(?!\d))/;
+// TeX in $$..$$, \[..\], \(..\) and $..$ (no space inside, no digit after it, so that prices stay prices), and environments on their own.
+const ENVIRONMENT = "(?:align(?:ed|at|edat)?|equation|gather(?:ed)?|split|[dr]?cases|array|(?:[pbBvV]|small)?matrix)\\*?";
+const MATH = new RegExp(String.raw`^(?:\$\$([^]+?)\$\$|\\\[([^]+?)\\\]|\\\(([^]+?)\\\)|\$(?![\s$])((?:\\.|[^$\\\n])*?[^\s$\\])\$(?!\d)|(\\begin\{(${ENVIRONMENT})\}[^]+?\\end\{\6\}))`);
+const ENVIRONMENT_BEGINS = new RegExp(String.raw`^ {0,3}\\begin\{(${ENVIRONMENT})\}`);
 const mathToken = {name: "math", level: "inline",
-  start: source => { const at = source.search(/\$|\\[[(]/); return at < 0 ? undefined : at; },
+  start: source => { const at = source.search(/\$|\\(?:[[(]|begin\{)/); return at < 0 ? undefined : at; },
   tokenizer: source => {
     const found = MATH.exec(source);
     return found ? {type: "math", raw: found[0], tex: found.slice(1).find(Boolean), display: !found[3] && !found[4]} : undefined;
   }};
 
-const markdown = new marked.Marked({gfm: true, breaks: true, extensions: [mathToken]});
+// [^1] refers to a footnote. A number looks like one even before, or without, its definition.
+const noteToken = {name: "note", level: "inline",
+  start: source => { const at = source.indexOf("[^"); return at < 0 ? undefined : at; },
+  tokenizer(source) {
+    const found = /^\[\^([^\][\s^]{1,40})\]/.exec(source);
+    if (!found || !/^\d+$/.test(found[1]) && !this.lexer.tokens.links[noteKey(found[1])]) return undefined;
+    return {type: "note", raw: found[0], label: found[1]};
+  }};
+
+const noteKey = label => `^${label.toLowerCase()}`;
+
+const markdown = new marked.Marked({gfm: true, breaks: true, extensions: [mathToken, noteToken]});
 
 function inlineTokens(text, links) {
   markdownWork.characters += text.length;
@@ -103,7 +121,17 @@ const DRAWN = {
   // nothing is fetched without a click
   image: token => [linkNode(token.href, [token.text || token.href])],
   math: token => [mathNode(token.tex, token.display)],
+  note: token => [noteMark(token.label)],
 };
+
+// A footnote's mark, which leads to the footnote of the same answer.
+function noteMark(label) {
+  const mark = element("a", {textContent: label, tabIndex: 0}), key = noteKey(label);
+  mark.setAttribute("role", "link");
+  mark.onclick = () => [...mark.closest(".markdown")?.querySelectorAll(".footnote") ?? []].find(each => each.dataset.note === key)?.scrollIntoView({block: "center"});
+  mark.onkeydown = event => { if (event.key === "Enter") mark.onclick(); };
+  return element("sup", {className: "note"}, mark);
+}
 
 function linkNode(href, children) {
   const link = element("a", {}, ...children);
@@ -192,8 +220,9 @@ const spaced = html => html.replace(BEFORE_NAME, "$&<mspace width='0.17em'></msp
 function mathOf(tex, displayMode) {
   markdownWork.characters += tex.length;
   try {
-    return spaced(katex.renderToString(tagged(tex), {displayMode, output: "mathml", throwOnError: false, trust: false, strict: false,
-      maxExpand: 200, maxSize: 20}));
+    const html = katex.renderToString(tagged(tex), {displayMode, output: "mathml", throwOnError: false, trust: false, strict: false,
+      maxExpand: 200, maxSize: 20});
+    return html.includes('class="katex-error"') ? "" : spaced(html);          // it has a style, which the page's policy forbids: the source is shown
   } catch (error) {
     return "";                    // nested too deeply for KaTeX itself
   }
@@ -251,7 +280,7 @@ class Paragraph extends Leaf {
   constructor(view) {
     super(view);
     this.begins = this.parent.localName === "li" && !this.parent.firstElementChild;      // may be a task: "[x] done"
-    Object.assign(this, {element: this.add(element("p")), lines: "", line: "", settled: 0, rest: [], forced: false});
+    Object.assign(this, {element: this.add(element("p", {dir: "auto"})), lines: "", line: "", settled: 0, rest: [], forced: false});
   }
 
   get text() {
@@ -307,14 +336,14 @@ class Paragraph extends Leaf {
 
   become(tag) {
     this.end();
-    const heading = element(tag, {}, ...this.element.childNodes);
+    const heading = element(tag, {dir: "auto"}, ...this.element.childNodes);
     this.element.replaceWith(heading);
   }
 }
 
 // Removes the definitions `[name]: address "title"` from the head of a paragraph.
 function takeDefinitions(text, view) {
-  for (let found; (found = /^\[([^\]\n]+)\]:[ \t]*\n?[ \t]*<?([^\s<>]+)>?(?:[ \t]*\n?[ \t]+["'(](.*)["')])?[ \t]*(?:\n|$)/.exec(text));) {
+  for (let found; (found = /^\[(?!\^)([^\]\n]+)\]:[ \t]*\n?[ \t]*<?([^\s<>]+)>?(?:[ \t]*\n?[ \t]+["'(](.*)["')])?[ \t]*(?:\n|$)/.exec(text));) {
     const name = found[1].trim().replace(/\s+/g, " ").toLowerCase();
     view.links[name] ??= {href: found[2], title: found[3] ?? null};
     view.defined = true;
@@ -326,7 +355,7 @@ function takeDefinitions(text, view) {
 class Heading extends Leaf {
   constructor(view, level) {
     super(view);
-    Object.assign(this, {element: this.add(element(`h${level}`)), text: ""});
+    Object.assign(this, {element: this.add(element(`h${level}`, {dir: "auto"})), text: ""});
   }
   set(content) { this.text = content; }
   draw(final = false) {
@@ -377,7 +406,7 @@ class Table extends Leaf {
   newRow(line, tag) {
     const cells = tableCells(line);
     return element("tr", {}, ...this.aligns.map((align, i) => {
-      const cell = element(tag, {}, ...inlineNodes(inlineTokens(cells[i] ?? "", this.view.links)));
+      const cell = element(tag, {dir: "auto"}, ...inlineNodes(inlineTokens(cells[i] ?? "", this.view.links)));
       if (align) cell.className = align;
       markdownWork.nodes++;
       return cell;
@@ -414,14 +443,14 @@ class MathBlock extends Leaf {
     if (!whole) return;
     this.lines = this.text + "\n";
     this.line = "";
-    const text = this.lines.trim(), found = /^(?:\$\$([^]+?)\$\$|\\\[([^]+?)\\\])$/.exec(text);
-    if (found) {
-      this.element.replaceWith(mathNode(found[1] ?? found[2], true));
+    const text = this.lines.trim(), found = MATH.exec(text), tex = found?.[0].length === text.length && (found[1] ?? found[2] ?? found[5]);
+    if (tex) {
+      this.element.replaceWith(mathNode(tex, true));
       markdownWork.nodes++;
       this.done = true;
       this.view.leaf = null;
     // text follows the formula, so it is inline
-    } else if (/\$\$|\\\]/.test(text.slice(2))) this.end();
+    } else if (found || !text.startsWith("\\begin") && /\$\$|\\\]/.test(text.slice(2))) this.end();
   }
   draw() { if (!this.done) this.element.textContent = this.text; }
   end() {
@@ -562,10 +591,21 @@ const DELIMITER = /^ {0,3}\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?[ \t]
 const UNDECIDED = /^[\s>*+\-_=#|~`:$\\.\d)([]*$/;
 const OPENS_FENCE = /^[\s>]*(?:(?:[-*+]|\d{1,9}[.)])\s+)*(?:`{3,}[^`]*|~{3,}.*)$/;
 
+// So it does if it may become the begin of an environment, of a footnote, or a tag of <details>, which is taken as a whole line.
+const OPENS_OTHER = new RegExp(String.raw`^[\s>]*(?:(?:[-*+]|\d{1,9}[.)])\s+)*(?:${[
+  String.raw`\\(?:b|be|beg|begi|begin(?:\{[a-z]*\*?)?)`,
+  String.raw`\[(?:\^(?:[^\][\s^]{0,40}\]?)?)`,
+  String.raw`<\/?(?:[a-z]{0,7}|(?:details|summary)\b.*)`].join("|")})$`, "i");
+
+const DETAILS = /^ {0,3}<(details|summary)(\s[^<>]*)?>[ \t]*/i;
+const DETAILS_END = /^ {0,3}<\/(details|summary)\s*>[ \t]*/i;
+const SUMMARY_LINE = /^([^]*?)<\/summary\s*>[ \t]*/i;
+const NOTE = /^ {0,3}\[\^([^\][\s^]{1,40})\]:[ \t]*/;
+
 class MarkdownView {
   constructor(root) { this.root = root; this.restart(); }
 
-  restart(links = {}) {
+  restart(links = Object.create(null)) {
     Object.assign(this, {at: 0, length: 0, begun: false, contentAt: 0, leaf: null, finished: false, links, defined: false,
       stack: [{kind: "root", element: this.root}]});
     this.root.replaceChildren();
@@ -585,7 +625,7 @@ class MarkdownView {
     this.closeTo(1);
     this.finished = true;
     if (!this.defined || !/\]:/.test(text)) return;
-    this.restart({...this.links});            // a definition can follow its use
+    this.restart(Object.assign(Object.create(null), this.links));            // a definition can follow its use
     this.defined = false;
     this.again = true;
     for (const line of text.split("\n")) this.takeLine(line, true);
@@ -598,11 +638,30 @@ class MarkdownView {
     const inFence = this.leaf instanceof Code && this.leaf.fence;
     if (!inFence) line = line.replace(/^[ \t]+/, space => expandTabs(space));
     if (!this.begun) {
-      if (!whole && (UNDECIDED.test(line) || OPENS_FENCE.test(line))) return;
+      if (!whole && (UNDECIDED.test(line) || OPENS_FENCE.test(line) || OPENS_OTHER.test(line))) return;
       this.contentAt = this.beginLine(line);
     }
     this.begun = !whole;
+    const ending = this.contentAt !== null && this.leaf instanceof Paragraph ? this.endingTag(line.slice(this.contentAt), whole) : null;
+    if (ending) line = line.slice(0, this.contentAt + ending.index);
     if (this.contentAt !== null) this.leaf?.set(line.slice(this.contentAt), whole);
+    if (ending && whole) this.closeDetails(ending[1]);
+  }
+
+  // "</details>" behind the last words of a paragraph, or its beginning if the line is not whole.
+  endingTag(text, whole) {
+    if (!this.stack.some(({kind}) => kind === "details")) return null;
+    return (whole ? /<\/(details|summary)\s*>\s*$/i : /<(?:\/[a-z]*>?)?$/i).exec(text);
+  }
+
+  // Closes the innermost open <details> or <summary>; false if there is none.
+  closeDetails(name) {
+    const at = this.stack.findLastIndex(({kind}) => kind === name.toLowerCase());
+    if (at < 0) return false;
+    const {element: closed, shown} = this.stack[at];
+    this.closeTo(at);
+    if (closed.localName === "details") closed.open = shown;
+    return true;
   }
 
   // Classifies a line, and opens and closes blocks. Returns where the leaf's text begins; null if it has
@@ -637,6 +696,11 @@ class MarkdownView {
         const found = /^ {0,3}> ?/.exec(rest);
         if (!found) break;
         at += found[0].length;
+      } else if (container.kind === "note") {
+        if (!rest.trim()) continue;
+        const indent = indentOf(rest);
+        if (indent < 2) break;
+        at += Math.min(indent, 4);
       } else if (container.kind === "item") {
         if (!rest.trim()) continue;
         // its list continues only with another item
@@ -668,7 +732,8 @@ class MarkdownView {
   // Opens a quote or an item that begins here, closing whatever it ends. Returns its length, or 0.
   openContainer(rest, depth) {
     if (depth > MOST_NESTED) return 0;          // the rest is text
-    const indented = indentOf(rest) >= 4;
+    const indented = indentOf(rest) >= 4, other = indented ? 0 : this.openDetails(rest, depth) || this.openNote(rest, depth);
+    if (other) return other;
     const quote = indented ? null : /^ {0,3}> ?/.exec(rest);
     if (quote) {
       this.closeTo(depth);
@@ -684,6 +749,40 @@ class MarkdownView {
     const wide = gap.length > 4 || empty ? 1 : gap.length;
     this.stack.at(-1).indent = space.length + mark.length + wide;
     return Math.min(rest.length, space.length + mark.length + wide);
+  }
+
+  // Tags of <details> at the begin of a line; their attributes are dropped, but for `open`. It is open while it grows, and stays so if it never ends.
+  openDetails(rest, depth) {
+    const end = DETAILS_END.exec(rest), begin = DETAILS.exec(rest), parent = this.stack[depth - 1];
+    if (end) return this.closeDetails(end[1]) ? end[0].length : 0;
+    if (!begin) return 0;
+    if (/details/i.test(begin[1])) {
+      this.closeTo(depth);
+      const shown = /(?:^|\s)open(?:\s|=|$)/i.test(begin[2] ?? "");
+      this.push("details", element("details", {open: true})).shown = shown;
+      return begin[0].length;
+    }
+    if (parent.kind !== "details" || parent.element.querySelector(":scope > summary")) return 0;
+    this.closeTo(depth);
+    const line = SUMMARY_LINE.exec(rest.slice(begin[0].length)), summary = element("summary", {dir: "auto"});
+    if (line) summary.append(...inlineNodes(inlineTokens(line[1].trim(), this.links)));
+    this.push("summary", summary);
+    if (line) this.closeTo(depth);
+    return begin[0].length + (line ? line[0].length : 0);
+  }
+
+  // A footnote, "[^1]: text"; lines that follow belong to it if they are indented.
+  openNote(rest, depth) {
+    const found = NOTE.exec(rest);
+    if (!found) return 0;
+    this.closeTo(depth);
+    const key = noteKey(found[1]);
+    this.links[key] ??= {href: "", title: null};
+    this.defined = true;
+    const node = element("div", {className: "footnote"}, element("sup", {textContent: found[1]}));
+    node.dataset.note = key;
+    this.push("note", node);
+    return found[0].length;
   }
 
   openItem(depth, mark) {
@@ -718,7 +817,7 @@ class MarkdownView {
     if (paragraph && DELIMITER.test(rest) && this.openTable(rest, paragraph)) return null;
     if (setext && takeDefinitions(paragraph.text, this).trim()) return this.underline(paragraph, setext[1][0] === "=" ? "h1" : "h2");
     if (RULE.test(rest)) return this.open(depth, () => new Rule(this), null);
-    if (/^ {0,3}(?:\$\$|\\\[)/.test(rest)) return this.open(depth, () => new MathBlock(this), 0);
+    if (/^ {0,3}(?:\$\$|\\\[)/.test(rest) || ENVIRONMENT_BEGINS.test(rest)) return this.open(depth, () => new MathBlock(this), 0);
     return undefined;
   }
 

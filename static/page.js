@@ -187,6 +187,7 @@ const recolour = () => parts.forEach(({recoloured}) => recoloured?.());
 const LONG_PASTE = 4000;          // characters from which a paste becomes a file
 const SEEN = ["image/png", "image/jpeg", "image/webp", "image/gif"];       // what the server reads; the browser turns others into these
 const MOST_PIXELS = 4e6, KEPT_BYTES = 3 << 20;                              // larger pictures are sent smaller
+const MOST_PROBLEMS = 6;          // of files that could not be read are named
 const MOST_FILE = 1 << 20, MOST_DOCUMENT = 32 << 20;        // bytes
 const TOKEN_CHARACTERS = 4;       // estimate, where tokens are not counted
 
@@ -290,17 +291,17 @@ async function readFile(file) {
 
 // Attaches text files and documents to the message; other files are refused with the reason.
 async function addFiles(list) {
-  const files = [], {chat} = state;
-  state.refusal = "";
+  const files = [], problems = [], {chat} = state;
+  const told = more => [...problems.slice(0, MOST_PROBLEMS), ...problems.length > MOST_PROBLEMS ? [TEXT.moreFiles(problems.length - MOST_PROBLEMS)] : [], ...more].join("\n");
   for (const file of list) {
-    const reading = setTimeout(() => { state.refusal = TEXT.readingFile(file.name); render(); }, 300);
+    const reading = setTimeout(() => { state.refusal = told([TEXT.readingFile(file.name)]); render(); }, 300);
     try {
       files.push({name: file.name, ...await readFile(file)});
     } catch (error) {
-      state.refusal = error.message;
+      problems.push(error.message);
     }
     clearTimeout(reading);
-    if (state.refusal === TEXT.readingFile(file.name)) state.refusal = "";
+    state.refusal = told([]);
   }
   if (draftKey(chat) !== draftKey()) return addToDraft(draftKey(chat), files);    // another chat is shown now
   setDraft(state.draft.text, [...state.draft.files, ...files]);
@@ -315,11 +316,11 @@ function onPaste(event) {
   event.preventDefault();
 }
 
-// The commands that match the draft, listed above it.
+// The commands and prompts that match the draft, listed above it.
 const offered = {names: [], at: 0, closed: ""};       // `closed`: the text for which Escape has closed the list
 
 function offerCommands() {
-  const {text, files} = state.draft, begun = /^\/(\w*)$/.exec(text)?.[1];
+  const {text, files} = state.draft, begun = /^\/([^\s/]*)$/.exec(text)?.[1].toLowerCase();
   const names = begun === undefined || files.length || text === offered.closed ? [] : commandNames().filter(name => name.startsWith(begun));
   if (names.join() !== offered.names.join()) Object.assign(offered, {names, at: 0});
   if (text !== offered.closed) offered.closed = "";
@@ -338,8 +339,10 @@ function offerCommands() {
 }
 
 function completeCommand(name) {
-  setDraft(valueOf(name) ? `/${name} ` : `/${name}`);
-  $("message").focus();
+  const prompt = promptCommands().get(name);
+  setDraft(prompt ? "" : valueOf(name) ? `/${name} ` : `/${name}`);
+  if (prompt) usePrompt(prompt);
+  else $("message").focus();
 }
 
 // Keys while commands are offered. Enter sends a command that is complete.
@@ -380,17 +383,17 @@ function submitDraft() {
     if (state.draft.text === text) setDraft("", []);
     return;
   }
-  const last = lastNode();
-  if (!command && state.runs.get(last?.id)?.lost) state.queued = state.chat.id;
-  else if (!command) state.refusal = isGrowing(last) ? TEXT.stopFirst : TEXT.notReady;
-  renderComposer(isGrowing(last));
+  const growing = isGrowing(lastNode());
+  if (!command && growing) state.queued.add(state.chat.id);
+  else if (!command) state.refusal = TEXT.notReady;
+  renderComposer(growing);
 }
 
 // Sends the draft that waits for its chat's answer to end.
 function sendQueued() {
   const {text, files} = state.draft;                    // empty while it is still being read
-  if (state.queued !== state.chat.id || !canAsk() || !text.trim() && !files.length) return;
-  state.queued = null;
+  if (!state.queued.has(state.chat.id) || !canAsk() || !text.trim() && !files.length) return;
+  state.queued.delete(state.chat.id);
   submitDraft();
 }
 
@@ -400,22 +403,54 @@ function focusAfterClick() { $(touch.matches ? "log" : "message").focus({prevent
 // commands ------------------------------------------------------------------------------------------------------------
 
 const COMMANDS = {
-  ...Object.fromEntries(PARAMETERS.map(parameter => [parameter.command, value => setParameter(parameter, value)])),
   system: value => { changeChat(state.chat, {system: value}); say(value ? TEXT.systemIs(value) : TEXT.systemIsEmpty); },
   clear: () => newChat(),
   help: () => say(TEXT.help(commandNames().map(name => [`/${name}`, valueOf(name)].join(" ").trim()))),
+  set: value => setNamed(value),
 };
 
-// Those of thinking only where the model thinks.
-const commandNames = () => Object.keys(COMMANDS).filter(name => name !== "effort" && name !== "budget" || state.model.can.reasoning !== false);
+// Map: the word after the slash -> a saved prompt. Commands of the same name come first.
+function promptCommands() {
+  const found = new Map();
+  for (const prompt of ownPrompts()) {
+    const word = prompt.name.toLowerCase().match(/[\p{L}\p{M}\p{N}]+/gu)?.join("-") ?? "prompt";
+    let free = word;
+    for (let count = 2; Object.hasOwn(COMMANDS, free) || parameterOf(free) || found.has(free); count++) free = `${word}-${count}`;
+    found.set(free, prompt);
+  }
+  return found;
+}
 
-const parameterOf = name => PARAMETERS.find(({command}) => command === name);
+// The samplers last; those of thinking only where the model thinks.
+const commandNames = () => [...Object.keys(COMMANDS), ...promptCommands().keys(),
+  ...PARAMETERS.map(({command}) => command).filter(name => name !== "effort" && name !== "budget" || state.model.can.reasoning !== false)];
+
+// The parameter of a command, or of its name in the API, however it is spelled: topp, top_p, Top-P.
+function parameterOf(text) {
+  const word = text.toLowerCase().replace(/[-_]/g, "");
+  return PARAMETERS.find(({name, command}) => [command, name.replaceAll("_", "")].includes(word));
+}
 
 // A command's argument, in words; "" if it takes none.
-const valueOf = name => name === "system" ? TEXT.aText : parameterOf(name)?.choices?.join(" | ") ?? (parameterOf(name) ? TEXT.aNumber : "");
+const valueOf = name => name === "set" ? TEXT.aParameter : name === "system" ? TEXT.aText : Object.hasOwn(COMMANDS, name) || promptCommands().has(name) ? ""
+  : parameterOf(name)?.choices?.join(" | ") ?? (parameterOf(name) ? TEXT.aNumber : "");
 
 // What a command is for.
-const hintOf = name => TEXT.commands[name] ?? TEXT.parameterHints[parameterOf(name)?.name];
+function hintOf(name) {
+  const prompt = promptCommands().get(name);
+  return TEXT.commands[name] ?? (prompt ? `${prompt.starter ? TEXT.starter : TEXT.systemPrompt} · ${prompt.text.slice(0, 80)}` : TEXT.parameterHints[parameterOf(name)?.name]);
+}
+
+// "/set temperature 0.7", as in the terminal; also "/set parameter temperature 0.7" and "/set system TEXT", as in ollama.
+function setNamed(text) {
+  const [, name, value] = /^(?:parameter\s+)?(\S*)\s*([^]*)$/.exec(text), parameter = parameterOf(name);
+  if (name === "system") return COMMANDS.system(value);
+  if (parameter) return setParameter(parameter, value);
+  if (name !== "stop") return TEXT.badName(name, [...PARAMETERS.map(each => each.name), "stop", "system"]);
+  const {stop, ...others} = state.chat.parameters;
+  changeChat(state.chat, {parameters: value ? {...others, stop: [value]} : others});
+  return say(TEXT.parameterIs(TEXT.stopString, value ? `“${value}”` : undefined));
+}
 
 // Sets a parameter; without a value, back to the server's default. Returns a message if the value is invalid.
 function setParameter(parameter, text) {
@@ -428,8 +463,9 @@ function setParameter(parameter, text) {
 
 // Runs "/name value". Returns false, with the reason in state.refusal, if it fails.
 function runCommand(text) {
-  const [, name, value] = /^\/(\S*)\s*([^]*)$/.exec(text.trim());
-  const problem = Object.hasOwn(COMMANDS, name) ? COMMANDS[name](value.trim()) : TEXT.noCommand(name);
+  const [, word, argument] = /^\/(\S*)\s*([^]*)$/.exec(text.trim()), name = word.toLowerCase(), value = argument.trim();
+  const prompt = promptCommands().get(name), parameter = parameterOf(name);
+  const problem = Object.hasOwn(COMMANDS, name) ? COMMANDS[name](value) : prompt ? usePrompt(prompt, value) : parameter ? setParameter(parameter, value) : TEXT.noCommand(word);
   if (problem) state.refusal = problem;
   return !problem;
 }
@@ -438,12 +474,12 @@ function runCommand(text) {
 
 function renderComposer(growing) {
   const sent = document.activeElement === $("send") || document.activeElement === $("stop");
-  $("send").hidden = growing;
+  const written = Boolean(state.draft.text.trim() || state.draft.files.length);
+  $("send").hidden = growing && (!written || state.queued.has(state.chat.id));      // it queues: a phone's Enter is a new line
   $("stop").hidden = !growing;
   if (sent) focusAfterClick();
-  $("send").disabled = !canAsk() || !state.draft.text.trim() && !state.draft.files.length;
-  if (state.refusal === TEXT.stopFirst && !growing) state.refusal = "";
-  const queued = state.queued === state.chat.id;
+  $("send").disabled = !written || !canAsk() && !growing;
+  const queued = state.queued.has(state.chat.id);
   setText($("queued"), queued ? TEXT.queuedQuestion : "");
   $("queued").hidden = !queued;
   if (queued && canAsk()) queueMicrotask(sendQueued);
@@ -464,11 +500,19 @@ function renderState() {
   renderGauge();
 }
 
+// What question and answer take up of the context, as the server counts; 0 if it cannot.
+async function tokensAlone(path) {
+  const {used, guessed} = usedTokens(), question = path.findLastIndex(({role}) => role === "user");
+  if (used && !guessed && (question === 0 || state.model.api === "text" || !state.model.ours)) return used;       // these leave nothing out
+  const text = await templateText(messagesOf(path.slice(Math.max(0, question)), state.chat.system));
+  return text === null ? 0 : await countTokens(text) ?? 0;
+}
+
 // {used, guessed}: the path's tokens when the server last counted them, and an estimate of those added since.
 function usedTokens() {
   let guessed = 0;
   for (const node of state.path.toReversed()) {
-    const {prompt_tokens: prompt, completion_tokens: count = 0} = countsOf(state.runs.get(node.id)) ?? node.timings ?? {};
+    const {prompt_tokens: prompt, completion_tokens: count = 0} = countsOf(state.runs.get(node.id)) ?? node.timings ?? node.earlier ?? {};
     if (prompt) return {used: prompt + count, guessed};
     guessed += Math.ceil((node.content.length + (node.reasoning?.length ?? 0)) / TOKEN_CHARACTERS);
   }
@@ -500,8 +544,8 @@ register({
     picture: "Picture", blind: name => `${name || "This model"} cannot see images. Choose a model that can.`,
     badPicture: name => `${name} is no image that this browser can read.`,
     notText: name => `${name} is neither a text file nor a document (PDF, DOCX, PPTX, XLSX, EPUB, HTML).`,
-    unread: (name, reason) => `${name}: ${reason}`, readingFile: name => `Reading ${name} ...`, pages: count => `, ${plural(count, "page", "pages")}`, isCut: what => `Incomplete: ${what}.`,
-    stopFirst: "An answer is being written: stop it first.", queuedQuestion: "Your question is queued: it is sent when this answer has ended.", notReady: "The model is not ready yet.",
+    moreFiles: count => `${plural(count, "more file", "more files")} could not be read.`, unread: (name, reason) => `${name}: ${reason}`, readingFile: name => `Reading ${name} ...`, pages: count => `, ${plural(count, "page", "pages")}`, isCut: what => `Incomplete: ${what}.`,
+    queuedQuestion: "Your question is queued: it is sent when this answer has ended.", notReady: "The model is not ready yet.",
     encodings: {"windows-1252": ", read as Latin-1", "utf-16le": ", read as UTF-16", "utf-16be": ", read as UTF-16"},
     used: (used, draft, context, about) => `${about ? "about " : ""}${number(used)}${draft ? ` + ${number(draft)}` : ""} of ${number(context)} tokens`,
     tooLong: (tokens, context, files) => `This message has ${number(tokens)} tokens, but the model's limit is ${number(context)} for question and answer together. Shorten it${files ? " or remove a file" : ""}.`,
@@ -510,8 +554,8 @@ register({
     trouble: {missing: "This browser stores nothing for this page: chats last until it is closed. Export them to keep them.",
       full: "This browser's storage is full: new chats last until the page is closed. Export them, or delete chats to free space."},
     help: commands => `${commands.join(" · ")}. Without a value: the server's default. //… sends text that begins with a slash.`,
-    aNumber: "N", aText: "TEXT", commandList: "Commands",
-    commands: {system: "instructions for the model", clear: "begin a new chat", help: "list the commands"},
+    aNumber: "N", aText: "TEXT", aParameter: "NAME N", stopString: "The stop string", badName: (name, known) => `/set takes one of ${known.join(", ")}${name ? `, not “${name}”` : ""}.`, commandList: "Commands",
+    commands: {system: "instructions for the model", clear: "begin a new chat", help: "list the commands", set: "set a parameter by its name in the API"},
     badChoice: (name, text, choices) => `/${name} takes ${choices.slice(0, -1).join(", ")} or ${choices.at(-1)}, not “${text}”.`,
     noCommand: name => `There is no command /${name}. /help lists them; // sends text that begins with a slash.`,
     badParameter: (name, text, min, max) => `/${name} takes a number from ${min} to ${max}, not “${text}”.`,
@@ -524,7 +568,7 @@ register({
     $("stop").onclick = stopAnswer;
     $("attach").onclick = () => $("files-picker").click();
     $("files-picker").onchange = async ({target}) => { await addFiles(target.files); target.value = ""; };
-    message.oninput = ({target}) => { recalled = 0; state.refusal = ""; state.queued = null; setDraft(target.value); };
+    message.oninput = ({target}) => { recalled = 0; state.refusal = ""; state.queued.delete(state.chat.id); setDraft(target.value); };
     message.onpaste = onPaste;
     message.addEventListener("keydown", onCommandKey);
     $("commands").onmousedown = event => event.preventDefault();           // the focus stays in the message
@@ -637,7 +681,7 @@ register({
     [TEXT.shortcuts, "keys", () => $("keys-dialog").showModal()]],
 });
 
-share({render, announce, followEnd, openView, viewAt, closeViews, openMenu, placeMenu, confirmed, onEnter, fitHeight, setDraft,
+share({render, announce, usedTokens, tokensAlone, followEnd, openView, viewAt, closeViews, openMenu, placeMenu, confirmed, onEnter, fitHeight, setDraft,
   focusAfterClick, renderState, fillStrings, start});
 }
 

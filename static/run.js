@@ -19,9 +19,10 @@ const nameOf = metric => TEXT.metrics[metric] ?? metric;
 // The run's entries in the list of models, the earliest first.
 const entriesOf = run => stepsOfRun(run).map(name => state.models.find(({id}) => id === name));
 
-function openRun(name) {
-  const hash = `#run/${encodeURIComponent(name)}`, isOpen = Boolean(shownRun);
-  if (location.hash !== hash) history.pushState(null, "", location.pathname + location.search + hash);
+// Without a name: the run of the chat's model, else the first one, once the server has listed its models.
+function openRun(given) {
+  const name = given || runsOf()[0] || "", hash = name ? `#run/${encodeURIComponent(name)}` : "#run", isOpen = Boolean(shownRun), unnamed = /^#run\/?$/.test(location.hash);
+  if (location.hash !== hash) history[unnamed ? "replaceState" : "pushState"](null, "", location.pathname + location.search + hash);
   closeRun();
   shownRun = {name, at: null, metric: BITS, chosen: false, known: new Map(), found: [], isNews: inOrder(), chart: null, drawn: "", timer: setInterval(look, LOOK_MS)};
   $("run-question").value ||= lastQuestion();
@@ -34,6 +35,7 @@ function openRun(name) {
 async function look() {
   const mine = shownRun, isNews = mine.isNews();
   lookAtModels();
+  if (!mine.name) return;
   const found = await jsonOf(request(`v1/runs/${encodeURIComponent(mine.name)}`, {signal: AbortSignal.timeout(HEALTH_MS)}));
   if (!found?.steps || mine !== shownRun || !isNews()) return;
   mine.known = new Map(found.steps.map(({model, metrics}) => [model, metrics ?? {}]));
@@ -67,6 +69,7 @@ const lastQuestion = () => state.path.findLast(({role}) => role === "user")?.con
 function renderRun() {
   $("run").hidden = !shownRun;
   if (!shownRun) return;
+  if (!shownRun.name && runsOf().length) { openRun(); return; }
   const {name} = shownRun, steps = entriesOf(name), key = JSON.stringify([steps, shownRun.at, shownRun.metric, [...shownRun.known], shownRun.found, typeof makeChart, typeof uPlot, state.phase]);
   if (shownRun.drawn === key) return;
   shownRun.drawn = key;
@@ -74,7 +77,7 @@ function renderRun() {
   const runs = runsOf(), metrics = metricsOf(steps);
   $("run-metric").parentElement.hidden = metrics.length < 2;
   $("run-metric").replaceChildren(...metrics.map(metric => element("option", {value: metric, textContent: nameOf(metric), selected: metric === shownRun.metric})));
-  setText($("run-title"), TEXT.runTitle(name));
+  setText($("run-title"), name ? TEXT.runTitle(name) : TEXT.trainingRun);
   $("runs").hidden = runs.length < 2;
   $("runs").replaceChildren(...[...runs].sort().map(run => element("option", {value: run, textContent: run, selected: run === name})));
   setText($("run-about"), steps.length ? TEXT.runAbout(steps) : state.phase === "ready" ? TEXT.noRun(name) : serverText());
@@ -205,7 +208,7 @@ function listSteps(steps) {
 
 register({
   strings: {
-    runTitle: name => `Training run ${name}`, noRun: name => `The server has no training run ${name}.`,
+    runTitle: name => `Training run ${name}`, noRun: name => name ? `The server has no training run ${name}.` : "The server serves no training run: --watch serves one.",
     runAbout: steps => `${plural(steps.length, "step", "steps")}${steps.length > 1 ? `, ${number(steps[0].step)} to ${number(steps.at(-1).step)}` : ""} · the latest is ${steps.at(-1).id}`,
     curve: (name, less) => `${name} over the steps${less ? " (less is better)" : ""}. A click on a point begins a chat with that step.`, metric: "Metric",
     metrics: {bits_per_byte: "Bits per byte", val_bpb: "Validation bits per byte", min_val_bpb: "Least validation bits per byte", total_training_time: "Training time in seconds", tokens: "Tokens trained on"},

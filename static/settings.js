@@ -9,18 +9,24 @@ const templateAsked = newest();
 const roomy = matchMedia("(min-width: 1000px)");      // then the settings are a panel beside the chat, else a dialog over it
 
 function openSettings() {
-  const isMine = templateAsked(), dialog = $("settings-dialog");
+  const dialog = $("settings-dialog");
   showSettings();
   $("template").textContent = "";
   $("more-parameters").open = PARAMETERS.some(({name, folded}) => folded && state.chat.parameters[name] !== undefined);
   document.documentElement.classList.toggle("with-settings", roomy.matches);
   roomy.matches ? dialog.show() : dialog.showModal();
   $("settings").setAttribute("aria-expanded", "true");
-  templateText([{role: "user", content: "…"}]).then(text => {
-    if (!isMine()) return;
-    $("template").parentElement.hidden = text === null;
-    $("template").textContent = text ?? "";
-  });
+  showTemplate(0);
+}
+
+// Shows how the model's template renders a message with this chat's system prompt, a moment after that was typed.
+async function showTemplate(pause = 300) {
+  const isMine = templateAsked();
+  await wait(pause);
+  const text = isMine() ? await templateText(messagesOf([{role: "user", content: "…"}], state.chat.system)) : null;
+  if (!isMine()) return;
+  $("template").parentElement.hidden = text === null;
+  $("template").textContent = text ?? "";
 }
 
 function closeSettings() {
@@ -36,6 +42,7 @@ let lastShown = "";
 function showSettings() {
   const {chat: {system, parameters}, model: {defaults}, preferences} = state;
   lastShown = settingsShown();
+  if ($("settings-dialog").open && $("system").value !== system) showTemplate();        // a command or a prompt has changed it
   $("system").value = system;
   $("stop-strings").value = (parameters.stop ?? []).join("\n");
   for (const field of settingsFields()) {
@@ -305,6 +312,7 @@ register({
     dialog.addEventListener("input", ({target}) => {
       if (SWITCHES.includes(target.id)) changeSwitch(target);
       else if (!["preset", "preset-name"].includes(target.id)) takeSettings();
+      if (target === $("system")) showTemplate();
     });
     dialog.addEventListener("close", closeSettings);
     $("notify").parentElement.hidden = typeof Notification === "undefined" || !isSecureContext;
@@ -518,9 +526,21 @@ register({
 const isPrompt = value => isObject(value) && isText(value.name) && isText(value.text) && Boolean(value.name.trim() && value.text.trim());
 const ownPrompts = () => state.preferences.prompts.filter(isPrompt);
 
+let editedPrompt = null;          // the name of the saved prompt that the fields below the list change
+
 function openPrompts() {
+  editPrompt(null);
   showPrompts();
   $("prompts-dialog").showModal();
+}
+
+// Fills the fields with a saved prompt, which Save then replaces; null: with nothing, for a new one.
+function editPrompt(prompt) {
+  editedPrompt = prompt?.name ?? null;
+  $("prompt-name").value = prompt?.name ?? "";
+  $("prompt-words").value = prompt?.text ?? "";
+  if (prompt) $("prompt-use").value = prompt.starter ? "starter" : "system";
+  setText($("prompt-problem"), "");
 }
 
 function showPrompts() {
@@ -530,7 +550,12 @@ function showPrompts() {
     use.setAttribute("aria-label", `${TEXT.usePrompt}: ${prompt.name}`);
     return element("li", {}, element("b", {textContent: prompt.name}), element("span", {textContent: prompt.text}),
       element("small", {textContent: prompt.starter ? TEXT.starter : TEXT.systemPrompt}), use,
-      iconButton(`${TEXT.delete}: ${prompt.name}`, "delete", () => { keepPrompts(ownPrompts().filter(({name}) => name !== prompt.name)); $("prompt-name").focus(); }));
+      iconButton(`${TEXT.edit}: ${prompt.name}`, "edit", () => { editPrompt(prompt); $("prompt-words").focus(); }),
+      iconButton(`${TEXT.delete}: ${prompt.name}`, "delete", () => {
+        keepPrompts(ownPrompts().filter(({name}) => name !== prompt.name));
+        if (editedPrompt === prompt.name) editedPrompt = null;
+        $("prompt-name").focus();
+      }));
   }), ...(prompts.length ? [] : [element("li", {className: "hint", textContent: TEXT.noPrompts})]));
 }
 
@@ -540,9 +565,10 @@ function keepPrompts(prompts) {
   render();
 }
 
-function usePrompt({text, starter}) {
+// `more`: what the reader has written behind the name of a starter.
+function usePrompt({text, starter}, more = "") {
   $("prompts-dialog").close();
-  if (starter) setDraft(text);
+  if (starter) setDraft(more ? `${text.replace(/\s*$/, "")} ${more}` : text);
   else { changeChat(state.chat, {system: text}); say(TEXT.systemIs(text)); }
   focusAfterClick();
 }
@@ -550,8 +576,15 @@ function usePrompt({text, starter}) {
 function savePrompt() {
   const prompt = {name: $("prompt-name").value.trim(), text: $("prompt-words").value, starter: $("prompt-use").value === "starter"};
   if (!isPrompt(prompt)) return $(prompt.name ? "prompt-words" : "prompt-name").focus();
-  keepPrompts([...ownPrompts().filter(({name}) => name !== prompt.name), prompt]);
-  $("prompt-name").value = $("prompt-words").value = "";
+  const prompts = ownPrompts(), place = name => prompts.findIndex(each => each.name === name), at = place(editedPrompt ?? prompt.name);
+  if (editedPrompt !== null && prompt.name !== editedPrompt && place(prompt.name) >= 0) {
+    setText($("prompt-problem"), TEXT.promptTaken(prompt.name));
+    return $("prompt-name").focus();
+  }
+  if (at < 0) prompts.push(prompt);
+  else prompts[at] = prompt;
+  keepPrompts(prompts);
+  editPrompt(null);
   return announce(TEXT.presetSaved(prompt.name));
 }
 
@@ -570,7 +603,7 @@ function takePrompts(text) {
 register({
   strings: {
     prompts: "Prompts", promptName: "Name of the prompt", promptUse: "What it is", promptText: "Text of the prompt", starter: "Starter", usePrompt: "Use",
-    savePrompt: "Save prompt", noPrompts: "None yet.", promptsHint: "A system prompt is sent to the model first. A starter begins a message and is offered on the empty page.",
+    savePrompt: "Save prompt", promptTaken: name => `Another prompt is called “${name}”.`, noPrompts: "None yet.", promptsHint: "A system prompt is sent to the model first. A starter begins a message and is offered on the empty page. A slash and its name in the message box use either.",
   },
   bind() {
     $("save-prompt").onclick = savePrompt;

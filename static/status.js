@@ -141,7 +141,10 @@ register({
     columns: {model: "Model", state: "State", bytes: "In memory", bits: "Bits per byte", worker: "Worker", device: "Device", running: "Running", restarts: "Restarts"},
   },
   view: {isOpen: () => Boolean(glanced), close: closeStatus},
-  render() { $("status").hidden = !glanced; },
+  render() {
+    $("status").hidden = !glanced;
+    $("status-usage").firstChild.href = `${serverHome()}usage`;
+  },
   recoloured() { glanced?.charts?.forEach(({plot}) => plot.redraw()); },
 });
 

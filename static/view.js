@@ -284,7 +284,7 @@ function growingText(node, run) {
 }
 
 const liveSpeedText = run => run.chunks > 1 && !run.lost
-  ? ` · ${TEXT.speed(liveSpeed(run))} · ${TEXT.tokens(run.tokens || run.chunks)}` : "";
+  ? ` · ${TEXT.speed(liveSpeed(run))} · ${TEXT.tokens((run.node.earlier?.completion_tokens ?? 0) + (run.tokens || run.chunks))}` : "";
 
 // The note shown for an answer without text.
 function nothingText(node) {
@@ -305,7 +305,7 @@ function speedOf({timings, note, edited, error}) {
   if (facts.dropped_messages) words.push(TEXT.dropped(facts.dropped_messages));
   if (first !== undefined) figures.push(TEXT.firstToken(first));
   if (count) figures.push(TEXT.tokens(count));
-  if (count > 1 && speed > 0) figures.push(TEXT.seconds((first ?? 0) / 1000 + (count - 1) / speed));
+  if (count > 1 && speed > 0) figures.push(TEXT.seconds(((first ?? 0) + (facts.waited_ms ?? 0)) / 1000 + (count - 1) / speed));
   if (state.model.workers > 1 && facts.gpu !== undefined) figures.push(TEXT.worker(facts.gpu));
   return {words, figures, timed: speed > 0 || Boolean(facts.measured)};
 }
@@ -472,7 +472,7 @@ register({
     lookInside: "Look inside", copied: "Copied", copyMarkdown: "Copy as Markdown", branch: "Branch into a new chat", deleteMessage: "Delete from here on",
     editedText: "Edited text", cancel: "Cancel", update: "Update", save: "Save", edited: "edited",
     wrap: "Wrap lines", preview: "Preview", downloadCode: "Download code", codeIn: language => `Code${language ? ` in ${language}` : ""}`, enterKey: "Enter the key", tryAgain: "Try again",
-    pleaseContinue: "Please continue.",
+    pleaseContinue: "Please continue.", noRoom: context => `The question and this answer fill the context of ${number(context)} tokens, so the answer cannot go on. Ask for the rest in a new chat.`,
     sentThen: "Your message will then be sent.", lost: "The connection is lost; trying again… Enter queues your next question.",
     endedIn: title => `The answer in “${title}” is finished.`, endedBadly: title => `The answer in “${title}” failed.`, show: "Show", endedMark: "✓ ",
     waiting: "Waiting for the answer", answering: "Answering", answerFinished: "Answer finished", answerStopped: "Answer stopped",

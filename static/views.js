@@ -9,19 +9,24 @@ function runsOf() {
   return [...runs].sort((a, b) => (b === own) - (a === own));
 }
 
+// Part of an address; one that somebody has mistyped stays as it is.
+function decoded(text) {
+  try { return decodeURIComponent(text); } catch (error) { return text; }
+}
+
 shareLate("status", "openStatus");
 shareLate("run", "openRun");
 shareLate("get", "openGet");
 
 register({
   strings: {
-    serverStatus: "Server status", backToChat: "Back to the chat", trainingRun: "Training run", getModel: "Get a model", searchModels: "Search the hub, or a name such as owner/name", searchHub: "Search",
+    serverStatus: "Server status", usageOfServer: "Usage by day, key and model", backToChat: "Back to the chat", trainingRun: "Training run", getModel: "Get a model", searchModels: "Search the hub, or a name such as owner/name", searchHub: "Search",
   },
   bind() {
     for (const leave of document.querySelectorAll("button.leave")) leave.onclick = () => openChat(state.chat.id).then(focusAfterClick);
   },
   menu: () => runsOf().slice(0, 1).map(run => [TEXT.trainingRun, "chart", () => openRun(run), run]),
-  view: {hash: "#run", open: hash => openRun(decodeURIComponent(hash.slice("#run/".length)))},
+  view: {hash: "#run", open: hash => openRun(decoded(hash.slice("#run/".length)))},
 });
 
 register({

@@ -122,6 +122,11 @@ async def receive(pool: Pool, request: Request, reply: Reply, writer):
         writer.close()
 
 
+def settable(word: str) -> str | None:
+    """The parameter that a word names, however it is spelled: top_p, top-p, TopP; None for others."""
+    return {name.replace("_", ""): name for name in SETTABLE}.get(re.sub("[-_]", "", word.lower()))
+
+
 class Chat:
     """The `chat` command. The user types messages or COMMANDS; each command is a method here."""
 
@@ -165,8 +170,10 @@ class Chat:
         elif text.startswith("//"):
             await self.ask(text[1:])
         elif text.startswith("/") or text.lower() in ("clear", "quit", "exit"):
-            if (command := COMMANDS.get(name.lower())) is None:
-                near = did_you_mean(name, COMMANDS, "/")
+            if (command := COMMANDS.get(name.lower())) is None and settable(name):
+                return self.slash_set(f"{name} {value}")
+            if command is None:
+                near = did_you_mean(name, (*COMMANDS, *SETTABLE), "/")
                 raise ValueError(f"there is no command /{name}{near}; /help lists them, "
                                  "and // sends text that begins with a slash")
             if asyncio.iscoroutine(work := command(self, value.strip())):
@@ -262,10 +269,12 @@ class Chat:
         self.note(f"The system message is now {shown(value) if value else 'empty'}.")
 
     def slash_set(self, value: str):
-        """/set NAME VALUE: set a parameter (/show lists them); no VALUE: the default"""
-        name, _, text = value.partition(" ")
-        spelled = {known.replace("_", ""): known for known in SETTABLE}
-        if (known := spelled.get(re.sub("[-_]", "", name.lower()))) is None:
+        """/set NAME VALUE: like /NAME VALUE; /show lists them; no VALUE: the default"""
+        name, _, text = re.sub(r"^parameter\s+", "", value).partition(" ")  # as ollama's terminal has it
+        if name.lower() == "system":
+            return self.slash_system(text.strip())
+        text = text.strip()
+        if (known := settable(name)) is None:
             raise ValueError(f"/set takes one of {', '.join(SETTABLE)}{did_you_mean(name, SETTABLE)}")
         try:
             chosen = {known: PARAMETERS[known](text) if known in PARAMETERS else [text]} if text else {}

@@ -120,11 +120,14 @@ def test_the_real_server_counts_a_draft_and_an_answer_that_was_cut_can_go_on(pag
     ask(page, "Tell me about Japan.")
     expect(answers(page)).to_contain_text("cut at the length limit", timeout=SLOW_MS)
     command(page, "/maxtokens 4")
+    prompt = page.evaluate("state.path.at(-1).timings.prompt_tokens")
     before = said(answers(page)).inner_text()
     button(page, "Continue").click()
     expect(said(answers(page))).to_have_text(re.compile(f"{re.escape(before)}.+", re.DOTALL), timeout=SLOW_MS)
     expect_answered(page)
-    expect(figures(answers(page))).to_contain_text("4 tokens")
+    expect(figures(answers(page))).to_contain_text("9 tokens")          # of both parts
+    expect(page.locator("#context")).to_have_text(f"{page.evaluate('state.path.at(-1).timings.prompt_tokens') + 9} of 8,192 tokens")
+    assert page.evaluate("state.path.at(-1).timings.prompt_tokens") == prompt
     cut = page.evaluate("() => state.path.at(-1)")
     # together they are what the same seed gives in one go
     whole = page.evaluate("""seed => post("v1/chat/completions", {messages: [{role: "user", content: "Tell me about Japan."}], seed,
@@ -255,12 +258,65 @@ def test_while_the_network_is_away_the_page_says_so_and_goes_on_when_it_is_back(
     expect_all_words(page)
 
 
-def test_enter_says_stop_it_first_and_while_the_server_is_away_queues_the_question(page, held_front):
+def test_enter_queues_the_next_question_while_an_answer_is_written(page, held_front):
     ask_for_two_words(page, held_front)
     message_box(page).fill("and then?")
+    expect(button(page, "Send")).to_be_visible()                    # for a phone, whose Enter is a new line
     message_box(page).press("Enter")
-    expect(page.get_by_role("alert")).to_have_text("An answer is being written: stop it first.")
+    queued = page.get_by_text("Your question is queued: it is sent when this answer has ended.")
+    expect(queued).to_be_visible()
+    expect(button(page, "Send")).to_be_hidden()
+    expect(page.get_by_role("alert")).to_have_count(0)
     expect_accessible(page)
+    message_box(page).press("!")                                    # changed: it is not sent as it is
+    expect(queued).to_be_hidden()
+    button(page, "Send").click()
+    expect(queued).to_be_visible()
+    held_front.admit(8)
+    expect(questions(page)).to_have_count(2)
+    expect(said(questions(page)).last).to_have_text("and then?!")
+    expect(said(answers(page)).last).to_have_text("one two three four five")
+    expect(message_box(page)).to_have_value("")
+
+
+def test_a_queued_question_follows_an_answer_that_is_stopped_and_waits_while_another_chat_is_shown(page, stand_in):
+    open_page(page, stand_in.url)
+    ask(page, "story")
+    expect(said(answers(page))).to_contain_text("and then")
+    message_box(page).fill("the next one")
+    message_box(page).press("Enter")
+    button(page, "New chat").click()
+    expect(message_box(page)).to_have_value("")
+    expect(page.get_by_text("Your question is queued")).to_be_hidden()
+    ask(page, "elsewhere")
+    expect_answered(page)
+    page.get_by_role("navigation", name="Chats").get_by_role("link", name="story").click()
+    expect(page.get_by_text("Your question is queued")).to_be_visible()
+    expect(message_box(page)).to_have_value("the next one")
+    button(page, "Stop").click()
+    expect(said(questions(page))).to_have_text(["story", "the next one"])
+    expect(said(answers(page)).last).to_contain_text("You said: the next one")
+    assert [body["messages"][-1]["content"] for body in stand_in.bodies] == ["story", "elsewhere", "the next one"]
+
+
+def test_a_queued_question_is_not_sent_with_one_that_was_refused(page, stand_in):
+    open_page(page, stand_in.url)
+    held = []
+    page.route("**/chat/completions", lambda route: held.append(route))
+    ask(page, "refuse this")
+    message_box(page).fill("the next one")
+    message_box(page).press("Enter")
+    expect(page.get_by_text("Your question is queued")).to_be_visible()
+    held[0].continue_()
+    expect(page.get_by_role("alert")).to_contain_text("the limit is 8,000")
+    expect(message_box(page)).to_have_value("refuse this\n\nthe next one")
+    expect(questions(page)).to_have_count(0)
+    assert len(stand_in.bodies) == 1
+
+
+def test_while_the_server_is_away_enter_queues_the_question(page, held_front):
+    ask_for_two_words(page, held_front)
+    message_box(page).fill("and then?")
     page.context.set_offline(True)
     held_front.drop()
     expect(page.locator("#state")).to_contain_text("Enter queues your next question")

@@ -101,6 +101,76 @@ def test_files_of_several_encodings_are_read_and_the_gauge_goes_on_after_stop_an
         "latin.txt:\n```txt\nGrüße, café\n```\n\nmarked.txt:\n```txt\n日本 hi\n```\n\nbare.csv:\n```csv\na;b\n1;2\n```"
 
 
+def test_files_that_cannot_be_read_are_all_named(page, stand_in):
+    open_page(page, stand_in.url)
+    drop = """names => { const data = new DataTransfer();
+        for (const name of names) data.items.add(new File([name.endsWith("txt") ? "good" : new Uint8Array([31, 139, 8, 0, 97])], name));
+        document.dispatchEvent(new DragEvent("drop", {dataTransfer: data, bubbles: true})); }"""
+    page.evaluate(drop, ["a.gz", "fine.txt", "b.gz"])
+    reason = "is neither a text file nor a document (PDF, DOCX, PPTX, XLSX, EPUB, HTML)."
+    expect(page.get_by_role("alert")).to_have_text(f"a.gz {reason}\nb.gz {reason}")
+    expect(page.locator("#files")).to_contain_text("fine.txt")
+    page.evaluate(drop, [f"{count}.gz" for count in range(50)])
+    expect(page.get_by_role("alert")).to_have_text("\n".join([*(f"{count}.gz {reason}" for count in range(6)), "44 more files could not be read."]))
+    message_box(page).fill("never mind")
+    expect(page.get_by_role("alert")).to_have_count(0)
+
+
+def test_the_gauge_counts_what_the_real_server_says_from_the_first_token_on(page, server_url):
+    open_page(page, server_url)
+    page.evaluate("""() => { window.gauges = []; const look = () => { const node = lastNode();
+        if (isGrowing(node) && node.content) gauges.push($("context").textContent); requestAnimationFrame(look); }; look(); }""")
+    ask(page, "Write a very long story about a river, with many chapters.")
+    page.wait_for_function("() => gauges.length > 20", timeout=SLOW_MS)
+    button(page, "Stop").click()
+    expect(answers(page)).to_contain_text("stopped")
+    expect(page.locator("#context")).to_have_text(re.compile(r"^\d+ of 8,192 tokens$"))          # though it never came to its end
+    assert [text for text in page.evaluate("gauges") if "about" in text][2:] == []       # until it is painted
+
+
+def full_answer(context=100, tokens=88):
+    return {"prompt_tokens": context - tokens, "completion_tokens": tokens, "finish_reason": "length"}
+
+
+def test_continue_on_a_full_context_says_so_before_anything_is_read(page, stand_in):
+    stand_in.model |= {"context_length": 100}
+    stand_in.model["capabilities"] |= {"continue_final_message": True}
+    open_page(page, stand_in.url)
+    ask(page, "half")                                                         # 12 + 4 of 100 tokens: there is room
+    expect_answered(page)
+    button(page, "Continue").click()
+    expect(said(answers(page))).to_have_text(re.compile("Once upon a time.+"))
+    posted = len(stand_in.bodies)
+    page.evaluate("facts => { Object.assign(lastNode(), {timings: facts, note: null}); render(); }", full_answer())
+    button(page, "Continue").click()
+    full = page.get_by_role("log").get_by_text("The question and this answer fill the context of 100 tokens, so the answer cannot go on.")
+    expect(full).to_be_visible()
+    assert len(stand_in.bodies) == posted
+    # after another question, which is short: the server can leave out what was before it
+    ask(page, "half")
+    expect(answers(page)).to_have_count(2)
+    expect_answered(page, 2)
+    expect(full).to_have_count(0)
+    page.evaluate("facts => { Object.assign(lastNode(), {timings: facts, note: null}); render(); }", full_answer())
+    button(page, "Continue").click()
+    expect(said(answers(page).last)).to_have_text(re.compile("Once upon a time.+"))
+    assert len(stand_in.bodies) == posted + 2
+
+
+def test_figures_after_continue_are_of_the_whole_answer(opened_page):
+    whole = opened_page.evaluate("""() => {
+        const first = {ttft_ms: 100, queue_ms: 3, prompt_tokens: 50, cached_tokens: 16, completion_tokens: 100, tokens_per_second: 50, finish_reason: "length"};
+        const second = {ttft_ms: 400, queue_ms: 9, prompt_tokens: 150, cached_tokens: 144, completion_tokens: 20, tokens_per_second: 10, finish_reason: "stop"};
+        const both = wholeOf(first, second);
+        return [both, wholeOf(both, {...second, prompt_tokens: 170}), wholeOf({measured: 20, completion_tokens: 40, prompt_tokens: 9}, second), wholeOf(first, {})];
+    }""")
+    assert whole[0] == {"ttft_ms": 100, "queue_ms": 3, "cached_tokens": 16, "prompt_tokens": 50, "completion_tokens": 120, "waited_ms": 400,
+                        "tokens_per_second": 30, "finish_reason": "stop"}
+    assert (whole[1]["prompt_tokens"], whole[1]["completion_tokens"], whole[1]["waited_ms"]) == (50, 140, 800)
+    assert whole[2]["measured"] == 15 and "tokens_per_second" not in whole[2] and "ttft_ms" not in whole[2]
+    assert whole[3]["completion_tokens"] == 100 and whole[3]["tokens_per_second"] == 50
+
+
 @pytest.mark.slow
 def test_the_real_server_refuses_an_attachment_that_the_page_said_is_too_long(page, server_url):
     open_page(page, server_url)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import chat_server
-from browsing import (answers, ask, button, chats, command, expect, expect_answered, menu, message_box, more, needs_browser,
-                      open_page, questions, reload, said, settled)
+from browsing import (answers, ask, button, chats, command, expect, expect_accessible, expect_answered, menu, message_box, more,
+                      needs_browser, open_page, questions, reload, said, settled)
 
 pytestmark = needs_browser
 
@@ -52,6 +52,38 @@ def test_chats_are_listed_opened_renamed_pinned_and_found(page, stand_in):
     expect(chats(page)).to_have_text(["Fruit", "cherries are red too", "bananas are yellow"])
     # at the place where it was left
     expect(said(questions(page))).to_have_text(["bananas are yellow"])
+
+
+def test_a_search_shows_where_the_words_are_and_is_cleared_with_a_cross(page, stand_in):
+    open_page(page, stand_in.url)
+    for text in ("apples\n" + "and so on " * 30 + "the GOLDEN   pear <b>fell</b> far " + "from the tree " * 30, "bananas"):
+        button(page, "New chat").click()
+        ask(page, text)
+        expect_answered(page)
+    search, cross = page.get_by_role("textbox", name="Search chats"), button(page, "Clear the search")
+    expect(cross).to_be_hidden()
+    search.fill("golden fell")
+    expect(chats(page)).to_have_text(["apples"])
+    snippet = page.locator("#chats .snippet:visible")
+    expect(snippet).to_have_text(re.compile(r"^….*the GOLDEN pear <b>fell</b> far .*…$"))
+    assert len(snippet.inner_text()) < 130
+    page.wait_for_function("() => CSS.highlights.get('found')?.size === 2")         # both in the snippet
+    expect_accessible(page)
+    snippet.click()
+    expect(said(questions(page))).to_contain_text("GOLDEN")
+    search.fill("banana")                                     # in the title already
+    expect(chats(page)).to_have_text(["bananas"])
+    expect(snippet).to_have_count(0)
+    cross.click()
+    expect(chats(page)).to_have_text(["bananas", "apples"])
+    expect(search).to_have_value("")
+    expect(search).to_be_focused()
+    expect(cross).to_be_hidden()
+    search.fill("tree")
+    expect(snippet).to_have_count(1)
+    search.press("Escape")
+    expect(cross).to_be_hidden()
+    expect(snippet).to_have_count(0)
 
 
 def test_a_deleted_chat_can_be_brought_back(page, stand_in):

@@ -103,6 +103,7 @@ def test_the_server_is_drawn_at_a_glance(asked, server_url):
     expect(region.locator("canvas")).to_have_count(6)
     expect(region).to_contain_text("Workers ready1 / 1")
     assert page.evaluate("glanced.samples.length > 0 && glanced.samples[0].at < performance.timeOrigin / 1000")       # since the server started
+    expect(region.get_by_role("link", name="Usage by day, key and model")).to_have_attribute("href", f"{server_url}usage")
     expect(message_box(page)).to_be_hidden()
     expect_accessible(page)
     reload(page)
@@ -354,6 +355,48 @@ def test_only_the_characters_that_differ_are_marked(opened_page):
     expect(columns.nth(3)).to_contain_text("m · The same as the first answer, as far as both go.")
     expect(dialog.locator("mark")).to_have_count(2)
     page.keyboard.press("Escape")
+    page.evaluate("newChat()")
+
+
+def test_differences_in_code_stay_marked_when_its_colours_come_late(page, stand_in):
+    stand_in.model["capabilities"] |= {"token_ids": True, "compare": True}
+    open_page(page, stand_in.url)
+    ask(page, "one")
+    expect_answered(page)
+    inside(answers(page), "Compare")
+    expect(page.get_by_role("dialog", name="Compare")).to_be_visible()
+    assert page.evaluate("typeof hljs") == "undefined"
+    page.evaluate("""() => { compared.columns.forEach((column, i) => Object.assign(column, {text: "```py\\nx = " + i + "\\n```", end: {model: "m"}, differs: i ? {position: 6} : null}));
+        render(); }""")
+    expect(page.locator("#compare-columns pre .hljs-number mark")).to_have_text("1")
+
+
+def test_answers_side_by_side_are_markdown_and_done_closes_with_a_wrong_seed(opened_page):
+    page = opened_page
+    page.evaluate("""() => { state.model.can = {token_ids: true, compare: true}; addNode(null, "user", "q");
+        showLeaf(addNode(state.leaf, "assistant", "a", {seed: 3, ids: [1], model: state.model.name}).id); }""")
+    inside(answers(page), "Compare")
+    dialog = page.get_by_role("dialog", name="Compare")
+    page.evaluate("""() => {
+        const texts = ["A **bold** word.\\n\\n- one\\n- two\\n\\n```py\\nx = 1\\n```\\n\\n$x^2$ end", "A **bald** word.\\n\\n- one\\n- three\\n\\n```py\\nx = 2\\n```\\n\\n$x^3$ end <img src=x onerror=alert(1)>"];
+        compared.columns.forEach((column, i) => Object.assign(column, {text: texts[i], reasoning: "So *it* is.", end: {model: "m"}, differs: i ? {position: 6, probabilities: []} : null}));
+        render(); }""")
+    columns = dialog.get_by_role("region")
+    expect(columns.nth(0).locator("strong")).to_have_text("bold")
+    expect(columns.nth(0).locator(".thoughts em")).to_have_text("it")
+    expect(columns.nth(0).locator("mark")).to_have_count(0)
+    expect(columns.nth(1).locator("strong mark")).to_have_text("a")
+    expect(columns.nth(1).locator("li mark")).to_have_text("hree")
+    expect(columns.nth(1).locator("pre mark")).to_have_text("2")
+    expect(columns.nth(1).locator("mark math, mark code.tex")).to_have_count(1)
+    expect(columns.nth(1).locator("img")).to_have_count(0)
+    assert page.evaluate("compared.columns[1].answer.textContent").endswith("end <img src=x onerror=alert(1)>")
+    seed = columns.nth(1).get_by_role("spinbutton", name="Seed")
+    seed.fill("-5")
+    seed.press("Enter")                                       # begins, and does not close the dialog
+    expect(dialog.get_by_role("alert")).to_have_text("Answer 2, Seed: This must be a whole number from 0 to 9,007,199,254,740,991.")
+    button(dialog, "Done").click()
+    expect(dialog).to_be_hidden()
     page.evaluate("newChat()")
 
 

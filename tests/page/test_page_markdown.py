@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from browsing import (SLOW_MS, answers, ask, button, expect, expect_answered, more, needs_browser, open_page, questions,
+from browsing import (SLOW_MS, answers, ask, button, expect, expect_accessible, expect_answered, more, needs_browser, open_page, questions,
                       said)
 from page_server import BLOCKS, HOSTILE, MARKDOWN
 
@@ -100,6 +100,14 @@ TEXTS = {
     "definitions": "See [one] and [two][2].\n\n[one]: https://example.org/1\n[2]: https://example.org/2 'title'\n\nThe end.",
     "formulas": "$$\nx = 1\n\ny = 2\n$$\n\n\\[ a^2 \\]\n\n$$never closed\n\ntext $x$ and $$y$$ end\n- \\(z\\)",
     "quotes": "> quoted\n> - a\n>   - b\nlazy\n\n> > deeper\n> ```\n> code\nno longer\n\nend",
+    "footnotes": "A claim[^1], another[^why] and [^none].\n\nMore[^2] `[^1]` [^a-z].\n\n[^1]: First *note*.\n[^why]: Because\n    of this.\n\n"
+                 "    - second paragraph\n[^2]: [link](https://example.org)\n\nThe end.\n\n- [^3]: in a list\n\n[^4]:",
+    "details": "Before\n<details>\n<summary>The **sum** <b>x</b></summary>\n\nInside *it*\n\n- one\n- two\n\n```html\n</details>\n```\n\n<details open class=x onclick=y><summary>inner"
+               "</summary>short</details>\n\nlast words</details>\nafter `</details>` it\n\n<details>\n<summary>\nlong\nsummary\n</summary>\ntext\n</details>\n\n"
+               "- <details><summary>in a list</summary>\n\n  words\n  </details>\n- next\n\n</details> stray\n<summary>stray</summary>\n\n> <details>\n> quoted\n\nout\n\n<details>\nnever closed",
+    "environments": "So\n\\begin{align}\na &= b \\\\[2pt]\n&= c\n\\end{align}\nand \\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix} in a line.\n\n\\begin{equation*}x\\end{equation*} behind\n\n"
+                    "- \\begin{cases}1\\\\\n  2\\end{cases}\n\n\\begin{itemize}\n\\item x\n\\end{itemize}\n\n\\begin{align}\nnever $$ closed\n\ntext",
+    "arabic": "# English\n\nمرحبا بالعالم `f(x)` hello\n\nEnglish again مرحبا\n\n- واحد\n- two\n\n> اقتباس\n\n| اسم | b |\n|--|--|\n| x | قيمة |",
     "windows": "# Head\r\n\r\ntext  \r\nmore\r\n\r\n```\r\ncode\r\n```\r\n",
 }
 
@@ -125,11 +133,120 @@ def test_text_drawn_piece_by_piece_equals_text_drawn_at_once(opened_page, name):
     ("> " + "quoted words, and more " * 600, 600, 20),
     ("| a | b |\n|---|---|\n" + "".join(f"| {i} | some words |\n" for i in range(800)), 100, 20),
     ("a *never closed emphasis and more " * 500, 5000, 200),
-], ids=["words", "marks", "code", "long string", "plain code", "list", "code in a list", "quote", "table", "unclosed"])
+    ("<details>\n<summary>s</summary>\n\n" + "words in details " * 600, 600, 20),
+    ("[^1]: " + "words of a footnote " * 500, 600, 20),
+], ids=["words", "marks", "code", "long string", "plain code", "list", "code in a list", "quote", "table", "unclosed", "details", "footnote"])
 def test_the_work_of_a_frame_does_not_grow_with_the_answer(opened_page, text, characters, nodes):
     assert len(text) > 8000
     _, _, most = drawn(opened_page, text, 12)
     assert most["characters"] <= characters and most["nodes"] <= nodes, most
+
+
+HOSTILE_BLOCKS = {
+    "attributes": "<details open ontoggle=\"window.hacked=1\" id=message name=state style='position:fixed' class=toast><summary onclick=\"window.hacked=2\" id=send>"
+                  "<img src=x onerror=window.hacked=3> **x**</summary><script>window.hacked=4</script></details>",
+    "broken tags": "<details\n><summary\n<details/onclick=window.hacked=1>\n<details <script>window.hacked=2</script>>\n<details x='>'><summary x=\">\">a</summary\n></details x=1>\n</details/></summary>",
+    "never closed": "<details><details><summary><summary><details>\n<summary>\n<details>\n</summary></summary>x</details></details></details></details></details>\nthe end",
+    "notes": "[^<img src=x onerror=window.hacked=1>] [^\"><script>window.hacked=2</script>] [^__proto__] [^constructor]\n\n[^__proto__]: <img src=x onerror=window.hacked=3>\n"
+             "[^\"onclick=window.hacked=4]: x\n[^constructor]: [a](javascript:window.hacked=5)\n[^]: x\n[^ ]: y\n[^a]b]: z\n[constructor] [__proto__] [x][toString]",
+    "formulas": "\\begin{align}\\href{javascript:window.hacked=1}{x}</math><img src=x onerror=window.hacked=2>\\end{align}\n\n\\begin{matrix}<script>window.hacked=3</script>\\end{matrix} "
+                "\\begin{array}{<img src=x onerror=window.hacked=4>}1\\end{array}\n\\begin{align}\\htmlClass{toast}{x}\\end{align}",
+    "mixed": "<details><summary>[^1] $x$ `</summary>`</summary>\n[^1]: <details>\n    <summary>x</summary>\n    </details>\n> <details>\n</details>\n- [^1]: > <details>\n\n</details>",
+}
+
+WATCHED = """async ([text, step]) => {                // what is not allowed in text that is cut after each `step` characters, and what was run
+    const fine = new Set("P BR EM STRONG DEL CODE SUP SUB KBD A UL OL LI BLOCKQUOTE HR H1 H2 H3 H4 H5 H6 TABLE THEAD TBODY TR TH TD PRE DIV SPAN BUTTON DETAILS SUMMARY".split(" "));
+    const named = new Set("dir class href target rel open role tabindex type title aria-label aria-pressed hidden start data-note data-display".split(" ")), wrong = new Set();
+    const root = document.createElement("div");
+    document.body.append(root);
+    const look = () => root.querySelectorAll("*:not(math, math *)").forEach(node => {
+        if (!fine.has(node.tagName)) wrong.add(node.tagName);
+        for (const {name, value} of node.attributes) if (!named.has(name) || name === "href" && !/^(https?|mailto):/.test(value)) wrong.add(`${node.tagName} ${name}=${value}`);
+        if (node.tagName === "DETAILS" && node.attributes.length > 1) wrong.add(node.cloneNode().outerHTML);
+    });
+    const lookAtFormulas = () => root.querySelectorAll("math *").forEach(node => { for (const {name} of node.attributes) if (/^(on|href|src|style|id|name|xlink)/.test(name)) wrong.add(name); });
+    for (let end = 0; end <= text.length; end += step) {
+        const view = new MarkdownView(root);
+        view.update(text.slice(0, end), true);       // as if the answer ended here
+        look();
+    }
+    const grown = new MarkdownView(root);
+    for (let end = 0; end < text.length; end += step) { grown.update(text.slice(0, end)); look(); }
+    grown.update(text, true);
+    look();
+    lookAtFormulas();
+    root.querySelectorAll("details").forEach(each => { each.open = !each.open; });
+    root.querySelectorAll("summary, .note a").forEach(each => each.click());
+    await new Promise(end => setTimeout(end, 50));
+    const said = root.textContent;
+    root.remove();
+    return [[...wrong], window.hacked ?? null, said];
+}"""
+
+
+@pytest.mark.parametrize("name", HOSTILE_BLOCKS)
+def test_details_footnotes_and_environments_inject_nothing_wherever_they_are_cut(opened_page, name):
+    wrong, hacked, said = opened_page.evaluate(WATCHED, [HOSTILE_BLOCKS[name], 1])
+    assert wrong == [] and hacked is None and said
+    grown, whole, _ = drawn(opened_page, HOSTILE_BLOCKS[name])
+    assert grown == whole
+
+
+def shown(page, text):
+    """The answer with this text, in a chat."""
+    page.evaluate("""text => { newChat(); addNode(null, "user", "q"); showLeaf(addNode(state.leaf, "assistant", text, {}).id); }""", text)
+    return said(answers(page).last)
+
+
+def test_details_are_markdown_that_folds_and_what_is_never_closed_stays_open(opened_page):
+    answer = shown(opened_page, TEXTS["details"])
+    details = answer.locator("details")
+    assert details.evaluate_all("all => all.map(each => each.open)") == [False, True, False, False, True, True]
+    expect(details.first.locator("> summary strong")).to_have_text("sum")
+    expect(details.first.locator("> summary")).to_have_text("The sum <b>x</b>")
+    expect(details.first.get_by_text("two")).to_be_hidden()
+    details.first.locator("> summary").click()
+    expect(details.first.get_by_text("two")).to_be_visible()
+    expect(details.first.locator("details > p")).to_have_text("short")
+    expect(details.nth(2).locator("summary")).to_have_text("longsummary", use_inner_text=False)
+    expect(answer.locator("> p").nth(1)).to_have_text("after </details> it")
+    expect(answer).to_contain_text("</details> stray")
+    expect_accessible(opened_page)
+    opened_page.evaluate("newChat()")
+
+
+def test_footnotes_stand_apart_and_their_marks_lead_there(opened_page):
+    answer = shown(opened_page, TEXTS["footnotes"])
+    marks, notes = answer.locator(".note"), answer.locator(".footnote")
+    expect(marks).to_have_text(["1", "why", "2"])
+    expect(notes).to_have_text([re.compile("^1First note.$"), re.compile("^whyBecause.*second paragraph$", re.S), "2link", "3in a list", "4"])
+    expect(notes.first.locator("em")).to_have_text("note")
+    expect(answer.locator("> p").first).to_contain_text("and [^none].")
+    expect(answer.locator("> p").nth(1)).to_contain_text("[^1] [^a-z]")
+    assert opened_page.evaluate("""() => { let led = null; for (const note of document.querySelectorAll(".footnote")) note.scrollIntoView = () => { led = note.dataset.note; };
+        document.querySelectorAll(".note a")[1].click(); return led; }""") == "^why"
+    expect_accessible(opened_page)
+    opened_page.evaluate("newChat()")
+
+
+def test_environments_without_dollars_are_formulas_and_lists_of_latex_are_not(opened_page):
+    answer = shown(opened_page, TEXTS["environments"])
+    expect(answer.locator("math")).to_have_count(4)
+    expect(answer.locator("math mtable")).to_have_count(4)
+    expect(answer).to_contain_text("\\begin{itemize}")
+    expect(answer).to_contain_text("never $$ closed")
+    opened_page.evaluate("newChat()")
+
+
+def test_each_block_runs_in_the_direction_of_its_words(opened_page):
+    answer = shown(opened_page, TEXTS["arabic"])
+    directions = answer.evaluate("""body => [...body.querySelectorAll("h1, p, ul, blockquote, table, th, td, code")].map(each => [each.localName, getComputedStyle(each).direction])""")
+    assert directions == [["h1", "ltr"], ["p", "rtl"], ["code", "ltr"], ["p", "ltr"], ["ul", "rtl"], ["p", "rtl"], ["p", "ltr"], ["blockquote", "rtl"], ["p", "rtl"],
+                          ["table", "rtl"], ["th", "rtl"], ["th", "ltr"], ["td", "ltr"], ["td", "rtl"]]
+    left, right = answer.locator("p").first.evaluate("""each => { const range = document.createRange(); range.selectNodeContents(each);
+        const words = range.getBoundingClientRect(), box = each.parentElement.getBoundingClientRect(); return [words.left - box.left, box.right - words.right]; }""")
+    assert right < 5 < left
+    opened_page.evaluate("newChat()")
 
 
 def test_a_hostile_answer_is_inert(page, stand_in):

@@ -63,6 +63,31 @@ def test_a_run_has_an_address_a_curve_and_a_row_for_each_step(page, stand_in):
     expect(region).to_be_visible()
 
 
+@pytest.mark.parametrize("path", ["#run", "#run/"])
+def test_the_address_without_a_tag_opens_the_run_and_does_not_trap_the_back_button(page, stand_in, path):
+    stand_in.several = steps("ready", "ready")
+    open_page(page, stand_in.url)
+    page.evaluate("path => { location.hash = path; }", path)
+    expect(page.get_by_role("heading", name="Training run d4")).to_be_visible()
+    page.wait_for_url("**/#run/d4")
+    page.go_back()
+    expect(message_box(page)).to_be_visible()
+    stand_in.loading = {"stage": "weights"}                     # a run that is only known later
+    page.goto("about:blank")
+    page.goto(stand_in.url + path)
+    expect(page.get_by_role("heading", name="Training run", exact=True)).to_be_visible()
+    stand_in.loading = None
+    expect(page.get_by_role("heading", name="Training run d4")).to_be_visible()
+
+
+def test_an_address_of_a_run_that_is_not_there_or_is_mistyped_says_so(page, stand_in):
+    open_page(page, stand_in.url, "#run")
+    expect(page.get_by_text("The server serves no training run")).to_be_visible()
+    page.goto("about:blank")
+    open_page(page, stand_in.url, "#run/%E0%A4%A")
+    expect(page.get_by_text("The server has no training run %E0%A4%A.")).to_be_visible()
+
+
 def test_the_curve_is_drawn_however_late_its_library_comes(page, stand_in):
     held = []
     page.route("**/uplot*.js*", lambda route: held.append(route))

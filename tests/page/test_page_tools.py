@@ -1,6 +1,7 @@
 """Functions, formats, prompts that are kept, and the words of a search."""
 
 import json
+import re
 
 import pytest
 
@@ -108,3 +109,57 @@ def test_prompts_are_kept_and_exported_and_found_words_are_marked(page, stand_in
     page.wait_for_function("() => ownPrompts().length === 3")
     assert page.evaluate("ownPrompts().map(({name}) => name)") == ["Pirate", "Pirate (2)", "Shorter"]
     settled(page)
+
+
+def test_prompts_are_edited_and_stand_in_the_slash_menu(page, stand_in):
+    open_page(page, stand_in.url)
+    page.evaluate("""keepPrompts([{name: "Polite mail", text: "Rewrite politely:", starter: true}, {name: "Pirate", text: "Arr.", starter: false},
+        {name: "Temperature", text: "How warm is it?", starter: true}, {name: "Höflich!", text: "Bitte: ", starter: true}])""")
+    menu(page, "Prompts")
+    dialog = page.get_by_role("dialog", name="Prompts")
+    words, title = (dialog.get_by_role("textbox", name=name) for name in ("Text of the prompt", "Name of the prompt"))
+    button(dialog, "Edit: Pirate").click()
+    expect(words).to_have_value("Arr.")
+    expect(words).to_be_focused()
+    expect(dialog.get_by_role("combobox", name="What it is")).to_have_value("system")
+    words.fill("Talk like a pirate.")
+    title.fill("Polite mail")
+    button(dialog, "Save prompt").click()
+    expect(dialog.get_by_role("alert")).to_have_text("Another prompt is called “Polite mail”.")
+    expect_accessible(page)
+    title.fill("Captain")
+    button(dialog, "Save prompt").click()
+    expect(dialog.get_by_role("alert")).to_have_count(0)
+    assert page.evaluate("ownPrompts().map(({name, text}) => [name, text])")[:2] == [["Polite mail", "Rewrite politely:"], ["Captain", "Talk like a pirate."]]
+    page.keyboard.press("Escape")
+    menu(page, "Prompts")
+    expect(title).to_have_value("")
+    page.keyboard.press("Escape")
+    box, options = message_box(page), page.get_by_role("listbox", name="Commands").get_by_role("option")
+    box.fill("/")
+    names = [text.split("/")[1] for text in page.locator("#commands span").all_inner_texts()]
+    assert names[:9] == ["system", "clear", "help", "set", "polite-mail", "captain", "temperature-2", "höflich", "temperature"]
+    box.fill("/pol")
+    expect(options).to_have_text([re.compile("^/polite-mail.*Starter · Rewrite politely:")])
+    box.press("Enter")
+    expect(box).to_have_value("Rewrite politely:")
+    command(page, "/polite-mail send me the money")
+    expect(box).to_have_value("Rewrite politely: send me the money")
+    assert stand_in.bodies == []
+    box.fill("/cap")
+    options.click()
+    expect(page.get_by_role("log")).to_contain_text("The system prompt is now “Talk like a pirate.”.")
+    expect(box).to_have_value("")
+    for text, said in (("/set temperature 0.5", "Temperature is now 0.5."), ("/Temperature 0.25", "Temperature is now 0.25."), ("/set top-p 0.5", "Top-p is now 0.5."),
+                       ("/max_tokens 7", "Max tokens is now 7."), ("/set parameter seed 3", "Seed is now 3."), ("/set stop END", "The stop string is now “END”."),
+                       ("/set system Be brief.", "The system prompt is now “Be brief.”."), ("/set repetition_penalty 1.1", "Repetition penalty is now 1.1.")):
+        command(page, text)
+        expect(page.get_by_role("log")).to_contain_text(said)
+    for text, said in (("/set colour red", "/set takes one of temperature, top_k,"), ("/set", "/set takes one of temperature"), ("/set temperature 9", "/temperature takes a number from 0 to 2")):
+        command(page, text)
+        expect(page.get_by_role("alert")).to_contain_text(said)
+    ask(page, "one")
+    expect_answered(page)
+    body = stand_in.bodies[0]
+    assert (body["temperature"], body["top_p"], body["max_tokens"], body["seed"], body["stop"], body["repetition_penalty"]) == (0.25, 0.5, 7, 3, ["END"], 1.1)
+    assert body["messages"][0] == {"role": "system", "content": "Be brief."}

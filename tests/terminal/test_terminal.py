@@ -157,6 +157,20 @@ def test_a_chat_that_is_saved_can_be_gone_on_with(tmp_path, monkeypatch, capsys)
     assert nodes[1]["timings"]["completion_tokens"] == 3 and nodes[1]["seed"] == pool.requests[0].params.sampling.seed
 
 
+def test_parameters_are_set_by_their_name_with_and_without_set(monkeypatch, capsys):
+    pool = FakePool()
+    lines = ["/temperature 0.25", "/top_p 0.5", "/TopK 7", "/set parameter max_tokens 9", "/set system Be brief", "/stop END", "One",
+             "/temperature", "/Seed 5", "Two", "/temperature 9", "/temprature 1"]
+    assert chat_with(pool, monkeypatch, lines) == 1
+    first, second = pool.requests
+    sampling = first.params.sampling
+    assert (sampling.temperature, sampling.top_p, sampling.top_k, first.max_tokens, first.params.stop) == (0.25, 0.5, 7, 9, ("END",))
+    assert first.messages[0].content == "Be brief"
+    assert second.params.sampling.temperature != 0.25 and second.params.sampling.seed == 5 and second.params.sampling.top_k == 7
+    err = capsys.readouterr().err
+    assert "/set temperature: '9' is not a number from 0 to 2" in err and "there is no command /temprature; did you mean /temperature?" in err
+
+
 def test_save_replaces_no_file_but_the_chat_s_own(tmp_path, monkeypatch, capsys):
     for name in ("notes.txt", "second.json.part"):
         (tmp_path / name).write_text("mine")

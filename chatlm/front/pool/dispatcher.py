@@ -153,17 +153,23 @@ class Dispatcher:
             yield Accepted(sum(lengths_of_prompts), lengths_of_prompts if len(prompts) > 1 else ())
             others = {job.choice: jobs[job.choice + 1:job.choice + request.n] for job in jobs[::request.n]}
             turn_s, left = time.monotonic(), len(jobs)
+            untold = request.params.progress  # the length of the prompt
             while left:
                 waited = events.empty()
                 if not waited and time.monotonic() - turn_s > self.TURN_S:
                     waited = await asyncio.sleep(0, True)
                 if request.params.progress and jobs[0].worker is None:
                     async for progress in self._positions(jobs[0], events):
+                        untold = False
                         yield progress
                 event = await events.get() if events.empty() else events.get_nowait()
                 turn_s = time.monotonic() if waited else turn_s
                 if isinstance(event, Exception):
                     raise event
+                if untold and not isinstance(event, PromptProgress):  # a short prompt is computed at once
+                    length = len(jobs[0].prompt_ids)
+                    yield PromptProgress(0, length, length)
+                untold = False
                 if follow and not isinstance(event, PromptProgress):
                     follow = False
                     self._submit([heads.popleft() for _ in range(min(len(heads), LIMITS.choices - 1))])

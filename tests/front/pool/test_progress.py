@@ -38,6 +38,18 @@ async def test_who_waits_is_told_the_position_in_the_queue(start_pool):
         assert isinstance(rest[-1], Finished) and all(event.queue_position < 2 for event in rest if isinstance(event, PromptProgress))
 
 
+async def test_the_length_of_a_short_prompt_is_told_before_the_first_token(start_pool, client):
+    pool = await start_pool()
+    async with serving(pool) as url:
+        body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2, "stream": True, "stream_options": {"include_usage": True}}
+        got = frames(await (await client.post(url + "/v1/chat/completions", json=body | {"progress": True})).read())
+        without = frames(await (await client.post(url + "/v1/chat/completions", json=body)).read())
+    told = [event["progress"] for event in got if "progress" in event]
+    length = next(event["usage"]["prompt_tokens"] for event in got if event != "[DONE]" and event.get("usage"))
+    assert told[-1]["prompt_tokens"] == length
+    assert not any("progress" in event for event in without)
+
+
 async def test_both_apis_show_it_and_a_whole_answer_does_not(start_pool, client):
     pool = await start_pool(prefill_chunk=16)
     async with serving(pool) as url:
