@@ -501,7 +501,7 @@ register({
       event.stopPropagation();
       hideFigures();
     }, {capture: true});
-    $("log").addEventListener("scroll", keepFiguresBeside, {passive: true});
+    addEventListener("scroll", keepFiguresBeside, {passive: true, capture: true});
   },
 });
 
