@@ -37,7 +37,8 @@ SAMPLING = """
 Without a sampling flag the model's authors decide, if they specify values: in the `general.sampling` keys of a GGUF file, or in the
 `generation_config.json` of a folder (`do_sample: false` is temperature 0). For the default model these are temperature 0.3, min-p 0.1,
 and a frequency and a presence penalty of 0.2, with which its answers end by themselves. Such penalties are for drawn answers: at temperature 0
-a model's own are left out.
+a model's own are left out. They count the tokens that an answer wrote itself: one that goes on from a text, as with the page's Continue, begins
+to count anew.
 The log and `/stats` say which values apply and where each comes from.
 """
 ALL_COMMANDS = "serve chat generate compare score eval"

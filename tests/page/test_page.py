@@ -110,6 +110,9 @@ def test_the_page_works_with_the_keyboard_alone(page, server_url):
 
 
 def test_the_real_server_counts_a_draft_and_an_answer_that_was_cut_can_go_on(page, server_url):
+    def without_penalties(route):     # which count what an answer wrote itself, not what it goes on from
+        route.continue_(post_data=json.dumps(route.request.post_data_json | {"frequency_penalty": 0, "presence_penalty": 0}))
+    page.route("**/v1/chat/completions", without_penalties)
     open_page(page, server_url)
     message_box(page).fill("word " * 300)
     expect(page.locator("#context")).to_contain_text(re.compile(r"^0 \+ 3\d\d of 8,192 tokens"))
