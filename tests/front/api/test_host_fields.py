@@ -31,7 +31,8 @@ def call(url, path, body):
 
 
 def content(url, **changes):
-    body = {"messages": HI, "seed": 7, "max_tokens": 40, "temperature": 1, "top_k": 0, "top_p": 1, "ignore_eos": True} | changes
+    body = {"messages": HI, "seed": 7, "max_tokens": 40, "temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0,
+            "frequency_penalty": 0, "presence_penalty": 0, "ignore_eos": True} | changes
     status, headers, answer = call(url, CHAT, body)
     assert status == 200 and "X-Ignored-Fields" not in headers, answer
     return answer["choices"][0]["message"]["content"]
