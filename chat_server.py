@@ -483,7 +483,7 @@ def create_app(catalogue: Catalogue, settings: Settings, store: Store | None = N
     middlewares: list[Any] = [partial(access_log.log), errors, partial(front.access.guard)]
     app = web.Application(middlewares=list(map(web.middleware, middlewares)))
     app.on_response_prepare.append(front.access.set_headers)
-    app.on_startup.extend((front.ledger.open, front.batches.start, front.history.open))
+    app.on_startup.extend((front.ledger.open, front.history.open, front.batches.start))
     for part in filter(None, (front.history, front.batches, front.recordings, front.downloads, front.kept,
                               front.ledger, store)):
         app.on_cleanup.append(lambda app, part=part: part.close())

@@ -159,7 +159,7 @@ def ask_what_is_open(ask):
     ask("GET", "/")
     ask("GET", "/static/{name:.+}", name="page.js")
     ask("GET", "/usage")
-    for route in ("/health", "/livez", "/readyz", "/stats", "/metrics", "/openapi.json"):
+    for route in ("/health", "/livez", "/readyz", "/stats", "/stats/history", "/metrics", "/openapi.json"):
         ask("GET", route)
 
 
