@@ -41,10 +41,13 @@ def adapter(folder):
     return folder
 
 
-def answers(url, model):
-    """What this server says to a few questions: texts, and numbers rounded to six places."""
+def answers(url, model, top_p):
+    """What this server says to a few questions: texts, and numbers rounded to six places. Of what a model's files may say about drawing,
+    all is asked for."""
+    drawing = {"top_p": top_p, "min_p": 0, "frequency_penalty": 0, "presence_penalty": 0}
+
     def ask(route, **body):
-        return json.load(post(url + route, {"model": model, "seed": 5, **body}))
+        return json.load(post(url + route, {"model": model, "seed": 5, **(drawing if "temperature" in body else {}), **body}))
 
     greedy = ask("/v1/completions", prompt=PROMPT, max_tokens=24, temperature=0, logprobs=3)["choices"][0]
     drawn = ask("/v1/completions", prompt=PROMPT, max_tokens=24, temperature=1.2, top_k=40, repetition_penalty=1.1, n=2)["choices"]
@@ -66,7 +69,7 @@ def said(case, fixtures, default, folder):
     flags = [flag.replace("ADAPTER", str(adapter(folder / "lora"))) for flag in flags]
     with server(default if model == "default" else fixtures / model, *flags) as (process, url):
         names = [each["id"] for each in get(url + "/v1/models")["data"]]
-        found = answers(url, names[-1])
+        found = answers(url, names[-1], 0.9 if model == "default" else 1)
         mapped = {row.path for child in psutil.Process(process.pid).children(recursive=True) for row in child.memory_maps()}
     return found, mapped
 
