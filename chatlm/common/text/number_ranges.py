@@ -170,10 +170,12 @@ def number_pattern(bounds: Bounds, digits: int | None = None) -> str:
 def whole_digits(bounds: Bounds) -> int:
     """How many digits numbers within the bounds have before the point."""
     low, high = bounds
-    nearest = low if low is not None and low > 0 else high if high is not None and high < 0 else None
-    needed = [bound.adjusted() + 2 for bound in bounds if bound is not None and (
-        bound is nearest or bound.adjusted() < FAR_DIGITS)]
-    return min(MOST_DIGITS, max(WHOLE_DIGITS, *needed, WHOLE_DIGITS))
+    lengths = [WHOLE_DIGITS]
+    if low is not None and (low > 0 or low.adjusted() < FAR_DIGITS):
+        lengths.append(low.adjusted() + 2)
+    if high is not None and (high < 0 or high.adjusted() < FAR_DIGITS):
+        lengths.append(high.adjusted() + 2)
+    return min(MOST_DIGITS, max(lengths))
 
 
 def signed_pattern(first: int, last: int, places: int) -> str:

@@ -16,7 +16,8 @@ from chatlm.common.text.load import HuggingFaceTokenizer, open_tokenizer
 from chatlm.worker.doctor.findings import Findings, error, examples, note, quoted, warning
 from chatlm.worker.doctor.fingerprints import fingerprint, likeness
 from chatlm.worker.doctor.hard_texts import HARD_TEXTS
-from chatlm.worker.weights.control_tokens import LIKE_A_NAME, NORMAL, USER_DEFINED
+from chatlm.worker.weights.control_tokens import LIKE_A_NAME
+from chatlm.worker.weights.pipelines import NORMAL, USER_DEFINED
 from chatlm.worker.weights.gguf_header import Texts
 from chatlm.worker.weights.splits import NANOCHAT_SPLITS
 

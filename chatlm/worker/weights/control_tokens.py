@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterable, Sequence as Seq
 
 from chatlm.common.text.infill import NAMES
+from chatlm.worker.weights.pipelines import NORMAL, USER_DEFINED
 
-NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
 END_TOKENS = {"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>",
               "<end_of_turn>", "<turn|>", "<|tool_response>", "<end_of_utterance>", "<EOT>", "_<EOT>",
               "\u2581<EOT>", "[EOT]", "<\uff5cend\u2581of\u2581sentence\uff5c>"}

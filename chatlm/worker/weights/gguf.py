@@ -48,9 +48,9 @@ from chatlm.worker.weights.gguf_header import Texts
 from chatlm.worker.weights.encoder_text import text_of_encoder
 from chatlm.worker.weights.adapters import Adaptable
 from chatlm.worker.weights.lora import FileSlice, fused_slices
-from chatlm.worker.weights.control_tokens import CONTROL, END_TOKENS, USER_DEFINED, misnamed
+from chatlm.worker.weights.control_tokens import END_TOKENS, misnamed
 from chatlm.worker.weights.pipelines import (
-    byte_level_pipeline, merges_of_scores, sentencepiece_pipeline)
+    CONTROL, USER_DEFINED, byte_level_pipeline, merges_of_scores, sentencepiece_pipeline)
 from chatlm.worker.weights.rules import (
     LAYER_TYPES, LoadedModel, Rule, check_divides, checked, float_type, own_sampling,
     suppressed_in, warn_of_templates)

@@ -9,7 +9,12 @@ if TYPE_CHECKING:
     from chatlm.worker.weights.splits import PreTokenizer
 
 
-UNKNOWN, CONTROL, BYTE = 2, 3, 6  # tokenizer.ggml.token_type
+# tokenizer.ggml.token_type
+NORMAL = 1
+UNKNOWN = 2
+CONTROL = 3
+USER_DEFINED = 4
+BYTE = 6
 
 
 def bpe_pipeline(tokens: Seq[str], merges: list, normalizer, pre_tokenizer, decoder, **options) -> dict:
