@@ -58,7 +58,8 @@ NOTES = {       # by model_type: what a reader wants to know besides the title
 FORMULAS = {"nomic_bert_moe": "its formulas"}   # with which families are compared that transformers lacks
 LIKE_OTHERS = {"xlm-roberta": ("bert",), "granitemoehybrid": ("granite", "granitemoe")}     # files of those without Mamba layers
 CHECKPOINTS = (
-    f"| nanochat, all generations | a checkpoint | upstream's answers, {len(GENERATIONS)} | | |\n"
+    f"| nanochat, generations 1 to {len(GENERATIONS)} ([layouts](#checkpoints-of-nanochat)) | a checkpoint | upstream's answers, 5; "
+    "a second implementation, 1 | | |\n"
     f"| nanoGPT ([its vocabulary]({NEEDS})) | a checkpoint | its formula | | |\n")
 
 

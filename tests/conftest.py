@@ -100,7 +100,8 @@ async def client():
 
 @pytest.fixture(scope="session")
 def nanochat_fixtures():
-    """gen1 .. gen5: a tiny checkpoint of each nanochat generation in upstream's layout, with oracle.json."""
+    """gen1 .. gen6: a tiny checkpoint of each nanochat generation in upstream's layout, with oracle.json. gen6 is not
+    upstream's own: see tests/fixtures/generation_6.py."""
     return TESTS / "fixtures" / "nanochat"
 
 

@@ -271,10 +271,11 @@ class Settings:
     own_sampling: dict[str, float] = field(default_factory=dict)
     own_origin: str = ""
 
-    source: str | None = flag(None, str, "nanochat checkpoint folder", READING, short="i",
-        choices=("sft", "rl", "mid", "base"), heading="Model and where it runs")
+    source: str | None = flag(None, str, "nanochat training stage", READING, short="i",
+        choices=("sft", "rl", "mid", "base", "chat"), heading="Model and where it runs")
     model_tag: str | None = flag(None, file_name,
-        "nanochat model tag, such as d20 (default: the largest)", READING, short="g")
+        "nanochat model tag, such as d20, or with its experiment NAME/d20 (default: the largest)", READING,
+        short="g")
     step: int | None = flag(None, number(int, 0), "nanochat checkpoint step (default: the last)", READING,
         short="s")
     softcap: float | None = flag(None, number(float, 0.1, 1000),

@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from chatlm.common.config import PING_S
 from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure, Overloaded, did_you_mean
-from chatlm.common.hub.local import explicit_choice
+from chatlm.common.hub.nanochat import explicit_choice
 from chatlm.common.log import ProgressDisplay
 from chatlm.common.messages.requests import SAMPLING_DEFAULTS, SAMPLING_FLAGS, Accepted, Message
 from chatlm.front.lazy import aiohttp

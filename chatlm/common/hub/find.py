@@ -19,8 +19,9 @@ from chatlm.common.hub.default_model import fetch_default_model
 from chatlm.common.hub.guesses import near_model, near_path
 from chatlm.common.hub.huggingface import (
     SPLIT_GGUF, Bounds, fetch_from_hub, hub_model, models_among, other_weights)
-from chatlm.common.hub.local import (
-    choose_checkpoint, explicit_choice, find_checkpoints, home_folder, no_progress)
+from chatlm.common.hub.local import home_folder, no_progress
+from chatlm.common.hub.nanochat import (
+    choose_checkpoint, explicit_choice, find_checkpoints, named_experiment, place_among, step_of)
 from chatlm.common.hub.stamps import NANOGPT_FILE, model_stamp
 from chatlm.common.invocation import program_command
 from chatlm.common.log import log
@@ -31,11 +32,11 @@ if TYPE_CHECKING:
     from chatlm.common.hub.local import Progress
 
 
-SUPPORTED_MODELS = ("nothing (a nanochat checkpoint under $NANOCHAT_BASE_DIR or ~/.cache/nanochat, else the "
-                    f"default model {DEFAULT_MODEL_NAME}), a nanochat base folder, <tag> folder or "
-                    "model_*.pt, a nanoGPT folder or its ckpt.pt, a Hugging Face folder, a .gguf file, a "
-                    "Hugging Face id (org/name or org/name:file.gguf), or a short name such as llama3.2-1b "
-                    "or qwen3:0.6b")
+SUPPORTED_MODELS = (
+    "nothing (a nanochat checkpoint under $NANOCHAT_BASE_DIR or ~/.cache/nanochat, else the default model "
+    f"{DEFAULT_MODEL_NAME}), a nanochat base folder or any part of it down to a model_*.pt, a nanoGPT folder "
+    "or its ckpt.pt, a Hugging Face folder, a .gguf file, a Hugging Face id (org/name or org/name:file.gguf), "
+    "or a short name such as llama3.2-1b or qwen3:0.6b")
 
 
 def resolve_model(settings: Settings, progress: Progress = no_progress) -> ModelSource:
@@ -69,19 +70,35 @@ def nanochat_base() -> Path:
 
 
 def find_default(settings: Settings, progress: Progress) -> ModelSource:
-    named_base, base = os.environ.get("NANOCHAT_BASE_DIR"), nanochat_base()
     if (found := own_model()) and not explicit_choice(settings):
         path, name = found
         return ModelSource("gguf", path, name, f"the model {name} in {path}")
-    if named_base and not base.is_dir():
-        raise ConfigError(f"NANOCHAT_BASE_DIR is {base}, which is not a folder")
-    if find_checkpoints(base) or explicit_choice(settings):
-        return choose_checkpoint(base, settings)
-    if named_base:
-        log.warning("NANOCHAT_BASE_DIR: no checkpoint in %s, so the default model is used", base)
+    place = nanochat_place()
+    if explicit_choice(settings) or named_experiment() or find_checkpoints(place):
+        return choose_checkpoint(place, settings)
+    if named_by := next(filter(os.environ.get, PLACES), ""):
+        lack = f"{named_by} is set, and there is no nanochat checkpoint in {place}"
+        if settings.command != "serve":  # an answer of another model would be taken for the own one's
+            raise ConfigError(f"{lack}. Give MODEL, or unset {named_by} to use the default model")
+        log.warning("%s, so the default model is served", lack)
     path = fetch_default_model(progress, settings.downloads)
-    reason = f"the default model {path.name}: no nanochat checkpoint in {base}"
+    reason = f"the default model {path.name}: no nanochat checkpoint in {place}"
     return ModelSource("gguf", path, DEFAULT_MODEL_NAME, reason)
+
+
+PLACES = "NANOCHAT_EXPERIMENTS_DIR", "NANOCHAT_BASE_DIR"  # nanochat's own variables that name a folder
+
+
+def nanochat_place() -> Path:
+    """The folder in which this user's nanochat keeps checkpoints: that of all experiments where one is named
+    and has any, else its base folder."""
+    for variable in PLACES:
+        if (named := os.environ.get(variable)) and not Path(named).is_dir():
+            raise ConfigError(f"{variable} is {named}, which is not a folder")
+    experiments = os.environ.get("NANOCHAT_EXPERIMENTS_DIR")
+    if experiments and find_checkpoints(Path(experiments)):
+        return Path(experiments)
+    return nanochat_base()
 
 
 def find_model(model: str, settings: Settings, progress: Progress = no_progress) -> ModelSource:
@@ -90,13 +107,14 @@ def find_model(model: str, settings: Settings, progress: Progress = no_progress)
     if not path.exists() and (repository_and_file := hub_model(model)):
         refuse_choice(settings, f"{model} is a Hugging Face id")
         return find_on_hub(*repository_and_file, settings, progress)
-    if step := re.fullmatch(r"model_(\d+)\.pt", path.name):
-        if settings.step not in (None, int(step[1])):
-            raise ConfigError(f"-s {settings.step}: MODEL is the checkpoint of step {int(step[1])}")
-        return choose_checkpoint(path.parent, replace(settings, step=int(step[1])))
+    if (step := step_of(named_path.name)) is not None:  # not by `path`: in the hub's cache it is a link
+        if settings.step not in (None, step):
+            raise ConfigError(f"-s {settings.step}: MODEL is the checkpoint of step {step}")
+        place = place_among(named_path.parent, path.parent)
+        return choose_checkpoint(place or named_path.parent, replace(settings, step=step))
     if path.is_dir():
-        if find_checkpoints(path):
-            return choose_checkpoint(path, settings)
+        if place := place_among(named_path, path):
+            return choose_checkpoint(place, settings)
         if (path / "config.json").exists() and any(path.glob("*.safetensors*")):
             refuse_choice(settings, f"{path} is a Hugging Face folder")
             return ModelSource("hf", path, path.name, f"Hugging Face folder {path}")

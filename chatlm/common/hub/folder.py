@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, TypeVar
 from chatlm.common.config import ModelChoice
 from chatlm.common.errors import require_folder
 from chatlm.common.hub.huggingface import SPLIT_GGUF
-from chatlm.common.hub.local import NANOCHAT_FOLDERS
+from chatlm.common.hub.nanochat import checkpoints_in
 from chatlm.common.hub.stamps import NANOGPT_FILE, Sighting, files_of, stamp_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
+
+    from chatlm.common.hub.nanochat import Checkpoint
 
 T = TypeVar("T", bound=Sighting)
 
@@ -29,7 +31,7 @@ class Files(Sighting):
     """A model below a folder."""
 
     name: str = ""
-    step: int | None = None  # of a nanochat checkpoint
+    checkpoint: Checkpoint | None = None  # of nanochat
 
     @property
     def choice(self) -> ModelChoice:
@@ -38,7 +40,7 @@ class Files(Sighting):
     @property
     def run(self) -> Path | None:
         """The folder with the steps of its run."""
-        return None if self.step is None else self.path.parent
+        return self.path.parent if self.checkpoint else None
 
 
 # Links to folders that are followed on one path. With more, many linked folders would make endless paths.
@@ -56,7 +58,8 @@ def find_models(folder: Path, going_on: Callable[[], None] = lambda: None) -> li
 
     require_folder(f"--models {folder}", folder)
     return sorted(seen_below(folder, Files, models_here), key=lambda files: (
-        files.name.lower(), str(files.run or ""), files.step or 0, str(files.path)))
+        files.name.lower(), str(files.run or ""), files.checkpoint.step if files.checkpoint else 0,
+        str(files.path)))
 
 
 def named_models(folder: Path, found: Seq[Files], unable: Container[str] = (),
@@ -69,8 +72,8 @@ def named_models(folder: Path, found: Seq[Files], unable: Container[str] = (),
         if files.run and (files.run not in last or files.choice.path not in unable):
             last[files.run] = files
     steps = Counter(files.run for files in found)
-    choices = [numbered(files, last[files.run] is files, steps[files.run] > 1) if files.run else files.choice
-               for files in found]
+    choices = [numbered(files, files.checkpoint, last[files.path.parent] is files, steps[files.run] > 1)
+               if files.checkpoint else files.choice for files in found]
     names = Counter(choice.name for choice in choices)
     aliases = Counter(alias for choice in choices for alias in choice.aliases)
     used = {*names, *(alias for alias, count in aliases.items() if count > 1)}
@@ -86,11 +89,11 @@ def named_models(folder: Path, found: Seq[Files], unable: Container[str] = (),
     return named
 
 
-def numbered(files: Files, last: bool, several: bool) -> ModelChoice:
+def numbered(files: Files, checkpoint: Checkpoint, last: bool, several: bool) -> ModelChoice:
     """A step of a nanochat run."""
-    name, tag = files.name, shown_name(files.path.parent.name)
-    aliases = [f"{tag}@{files.step}", *[f"{tag}@latest"] * last, *[name] * (last and several)]
-    return replace(files.choice, name=f"{name}@{files.step}" if several else name,
+    name, tag, step = files.name, shown_name(checkpoint.place.tag), checkpoint.step
+    aliases = [f"{tag}@{step}", *[f"{tag}@latest"] * last, *[name] * (last and several)]
+    return replace(files.choice, name=f"{name}@{step}" if several else name,
                    aliases=tuple(aliases))
 
 
@@ -162,10 +165,10 @@ def folder_status(entry: os.DirEntry) -> os.stat_result | None:
 
 
 def models_in(folder: Path, names: Seq[str]) -> Iterator[Files]:
-    def model(path: Path, name: str, files: Seq[Path], step: int | None = None) -> Files:
+    def model(path: Path, name: str, files: Seq[Path], checkpoint: Checkpoint | None = None) -> Files:
         stamp, name = stamp_of(files), shown_name(name)
         trouble = "" if stamp else next(filter(None, map(trouble_with, files)), "")
-        return Files(path, stamp, trouble and f"{name} is not served: {trouble}", name, step)
+        return Files(path, stamp, trouble and f"{name} is not served: {trouble}", name, checkpoint)
 
     if is_hugging_face(names):
         yield model(folder, folder.name, [folder / "config.json", *files_of(folder)])
@@ -178,10 +181,8 @@ def models_in(folder: Path, names: Seq[str]) -> Iterator[Files]:
         yield model(files[0], name, files)
     if NANOGPT_FILE in names:
         yield model(folder / NANOGPT_FILE, folder.name, files_of(folder / NANOGPT_FILE))
-    source = NANOCHAT_FOLDERS.get(folder.parent.name)
-    steps = {int(match[1]): name for name in names if (match := re.fullmatch(r"model_(\d{1,15})\.pt", name))}
-    for step, name in steps.items() if source else ():
-        yield model(folder / name, f"nanochat-{folder.name}-{source}", files_of(folder / name), step)
+    for checkpoint in checkpoints_in(folder, names):
+        yield model(checkpoint.path, checkpoint.place.model_name, files_of(checkpoint.path), checkpoint)
 
 
 def trouble_with(path: Path) -> str:

@@ -21,6 +21,7 @@ from typing import NamedTuple, TYPE_CHECKING
 from chatlm.common.errors import ConfigError, named, require_library, shown
 from chatlm.common.hub.guesses import near_model
 from chatlm.common.hub.local import FULL, download_lock, has_room, sha256_of
+from chatlm.common.hub.nanochat import published
 from chatlm.common.hub.short_names import SHORT_NAMES
 from chatlm.common.invocation import tool_command
 from chatlm.common.log import log
@@ -285,9 +286,10 @@ class DiskCheck:
 
 
 def hub_files(repository: str, file: str, names: Iterable[str]) -> list[str]:
-    """Those of a repository's files that make up the model: a GGUF file, or config.json, weights and so on.
+    """Those of a repository's files that make up the model: a GGUF file, a checkpoint of nanochat's, or
+    config.json, weights and so on.
 
-    `file` is the GGUF file's name, or the end of it before .gguf: `Q8_0`."""
+    `file` is the GGUF file's or the checkpoint's name, or the end of the first before .gguf: `Q8_0`."""
     parts, names = collections.defaultdict(list), set(names)
     for name in sorted(name for name in names if name.lower().endswith(".gguf")):
         parts[re.sub(SPLIT_GGUF, "", name, flags=re.IGNORECASE)].append(name)
@@ -299,6 +301,8 @@ def hub_files(repository: str, file: str, names: Iterable[str]) -> list[str]:
             more = {name for name in names if re.fullmatch(DENSE_FILES, name)}
             described = (FOLDER_FILES - {INDEX} if whole else FOLDER_FILES) & names
             return sorted(described) + sorted((whole or weights) | more)
+    if (checkpoint := published(names, file)) and (file or not ggufs):
+        return checkpoint
     end = (file or "q4_k_m").lower().removesuffix(".gguf")
     chosen = [name for name, files in parts.items() if file in (name, *files)] or \
              [name for name in ggufs if name.lower().removesuffix(".gguf").endswith(end)] or \
@@ -397,11 +401,13 @@ def sees(hub, repository: str, mmproj: str, plan: Plan) -> bool:
 
 
 def hub_path(hub, repository: str, names: Seq[str], revision: str) -> Path:
-    """The GGUF file, or the folder, that these files of the cache make."""
+    """The GGUF file, the folder, or the checkpoint's file that these files of the cache make."""
     paths = [hub.try_to_load_from_cache(repository, name, revision=revision) for name in names]
     if not all(isinstance(path, str) for path in paths):
         raise ConfigError(f"{repository} changed while it was downloaded; start again")
-    return Path(paths[names.index("config.json")]).parent if "config.json" in names else Path(paths[0])
+    if "config.json" in names:
+        return Path(paths[names.index("config.json")]).parent
+    return Path(paths[-1] if names[-1].endswith(".pt") else paths[0])
 
 
 def hub_folder(hub, repository: str) -> Path:

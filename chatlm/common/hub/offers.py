@@ -173,10 +173,11 @@ def several_ggufs(repository: str, sizes: dict[str, int]) -> bool:
 
 
 def models_of(repository: str, names: dict[str, int] | Seq[str]) -> Iterator[tuple[str, list[str]]]:
-    """(MODEL, its files) of the folder of safetensors and of each GGUF file that a repository has."""
+    """(MODEL, its files) of the folder of safetensors or nanochat's checkpoint, and of each GGUF file that a
+    repository has."""
     with contextlib.suppress(ConfigError):
         files = hub_files(repository, "", names)
-        if "config.json" in files:
+        if "config.json" in files or files[-1].endswith(".pt"):
             yield repository, files
     whole = {re.sub(SPLIT_GGUF, "", name, flags=re.IGNORECASE)
              for name in names if name.lower().endswith(".gguf") and ":" not in name
@@ -199,6 +200,8 @@ def problem_of(hub, repository: str, revision: str, names: Seq[str], sizes: dict
                     if refuse_early(joined_name(repository, names[0]), place, sizes[names[0]]):
                         break
                     length *= 2
+                return ""
+            if names[-1].endswith(".pt"):  # of nanochat, whose architectures are all known
                 return ""
             if "tokenizer.json" not in sizes:
                 return "it has no tokenizer.json" + other_tokenizers(sizes)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.huggingface import mmproj_for
+from chatlm.common.hub.nanochat import meta_of, nanochat_tokenizers, step_of
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -69,21 +70,14 @@ def files_of(path: Path) -> list[Path]:
     if path.is_dir():
         named = [path / name for name in HF_FILES if (path / name).exists()]
         return named + [file for pattern in HF_PATTERNS for file in sorted(path.glob(pattern))]
-    if step := re.fullmatch(r"model_(\d+)\.pt", path.name):
+    if step_of(path.name) is not None:
         tokenizers = [file for file in nanochat_tokenizers(path) if file.exists()]
-        return [path, path.with_name(f"meta_{step[1]}.json"), *tokenizers[:1]]
+        return [path, meta_of(path), *tokenizers[:1]]
     if path.name == NANOGPT_FILE:
         return [path, *(file for name in NANOGPT_TOKENIZERS if (file := path.with_name(name)).exists())]
     if split := re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", path.name):
         return sorted(path.parent.glob(f"{glob.escape(split[1])}-*-of-{split[2]}.gguf"))
     return [path]
-
-
-def nanochat_tokenizers(checkpoint: Path) -> list[Path]:
-    """Where the tokenizer of a nanochat checkpoint may be. The first that exists is used."""
-    folder = checkpoint.parent
-    return [folder / "tokenizer.pkl", folder / "tokenizer" / "tokenizer.pkl",
-            folder.parent.parent / "tokenizer" / "tokenizer.pkl"]
 
 
 def mmproj_of(path: Path, settings: Settings) -> Path | None:

@@ -12,10 +12,11 @@ from chatlm.common.errors import ConfigError, require_folder
 from chatlm.common.files import parse_json, read_small
 from chatlm.common.hub.adapters import CONFIG, WEIGHTS
 from chatlm.common.hub.folder import seen_below
-from chatlm.common.hub.local import NANOCHAT_FOLDERS
-from chatlm.common.hub.stamps import HF_FILES, Sighting, nanochat_tokenizers, stamp_of
+from chatlm.common.hub.nanochat import (
+    AS_TRAINED, Place, checkpoints_in, meta_of, nanochat_tokenizers, step_of)
+from chatlm.common.hub.stamps import HF_FILES, Sighting, stamp_of
 
-MOST_DEPTH = 3  # folders below the watched one
+MOST_DEPTH = 4  # folders below the watched one: experiments/<experiment>/<tag>/<stage>
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,17 @@ class Step(Sighting):
     step: int = 0
     missing: str = ""     # the name of a missing file, "" if it is complete
     adapts: bool = False  # is it an adapter, as peft saves it?
+    place: Place | None = None  # of nanochat's
 
     @property
     def run(self) -> Path:
-        """nanochat's <tag> folder, or the folder that contains `checkpoint-N`."""
+        """The folder with the checkpoints of this run."""
         return self.path.parent
+
+    @property
+    def tag(self) -> str:
+        """What people call its run."""
+        return self.place.tag if self.place else self.run.name
 
 
 def find_steps(folder: Path) -> list[Step]:
@@ -37,9 +44,8 @@ def find_steps(folder: Path) -> list[Step]:
     run and step. Links are not followed. ConfigError if it is not a folder."""
     require_folder(f"--watch {folder}", folder)
     steps = seen_below(folder, Step, steps_in, links=0, depth=MOST_DEPTH, into_models=True)
-    order = [*NANOCHAT_FOLDERS][::-1]  # as they are trained: base, mid, rl, sft
     return sorted(steps, key=lambda step: (
-        order.index(step.run.parent.name) if step.run.parent.name in order else -1, str(step.run), step.step))
+        AS_TRAINED.index(step.place.stage) if step.place else -1, str(step.run), step.step))
 
 
 def steps_in(folder: Path, names: Seq[str]) -> Iterator[Step]:
@@ -50,22 +56,22 @@ def steps_in(folder: Path, names: Seq[str]) -> Iterator[Step]:
         needed = (WEIGHTS,) if adapts else ("config.json", *names_of_parts(weights))
         missing = next((name for name in needed if name not in names), "" if weights else "*.safetensors")
         yield from unlinked(folder, int(folder.name[11:]), [folder / name for name in files], missing, adapts)
-    if folder.parent.name in NANOCHAT_FOLDERS:
-        tokenizers = [path for path in nanochat_tokenizers(folder / "model_0.pt") if path.exists()]
-        for name in names:
-            if match := re.fullmatch(r"model_(\d{1,15})\.pt", name):
-                meta = f"meta_{match[1]}.json"
-                missing = "" if meta in names else meta
-                files = [folder / name, *([] if missing else [folder / meta]), *tokenizers[:1]]
-                yield from unlinked(folder / name, int(match[1]), files, missing)
+    checkpoints = checkpoints_in(folder, names)
+    tokenizers = nanochat_tokenizers(checkpoints[0].path) if checkpoints else []
+    tokenizer = [path for path in tokenizers if path.exists()][:1]
+    for checkpoint in checkpoints:
+        meta = meta_of(checkpoint.path)
+        missing = "" if meta.name in names else meta.name
+        files = [checkpoint.path, *([] if missing else [meta]), *tokenizer]
+        yield from unlinked(checkpoint.path, checkpoint.step, files, missing, place=checkpoint.place)
 
 
 def written_metrics(step: Step) -> dict[str, float]:
     """What nanochat's training has written about a checkpoint next to it: the loss on its validation split,
     the tokens and seconds so far. {} for other checkpoints; what is not a number is left out."""
-    if not (number := re.fullmatch(r"model_(\d{1,15})\.pt", step.path.name)):
+    if step_of(step.path.name) is None:
         return {}
-    path = step.path.with_name(f"meta_{number[1]}.json")
+    path = meta_of(step.path)
     try:
         meta = parse_json(path, read_small(path))
     except (ConfigError, OSError, ValueError):
@@ -91,7 +97,8 @@ def names_of_parts(weights: Seq[str]) -> list[str]:
             for stem, count in sorted(sets) for number in range(1, int(count) + 1)]
 
 
-def unlinked(path: Path, step: int, files: Seq[Path], missing: str, adapts: bool = False) -> list[Step]:
+def unlinked(path: Path, step: int, files: Seq[Path], missing: str, adapts: bool = False,
+             place: Place | None = None) -> list[Step]:
     """No step if one of its files is a link."""
     linked = any(map(Path.is_symlink, files))
-    return [] if linked else [Step(path, stamp_of(files), "", step, missing, adapts)]
+    return [] if linked else [Step(path, stamp_of(files), "", step, missing, adapts, place)]

@@ -79,9 +79,9 @@ class RunWatch:
 
     async def _open(self, steps: Iterable[Step]):
         for step in self.sightings.there.values():  # so tags do not depend on which step is complete first
-            self._tag_of(step.run)
+            self._name_run(step)
         for step in steps:
-            name = f"{self._tag_of(step.run)}@{step.step}"
+            name = f"{self.tags[step.run]}@{step.step}"
             if step.missing:
                 self._refuse(step, f"the checkpoint {step.path.name} of {name} is not complete: "
                                    f"{step.missing} is missing")
@@ -106,7 +106,7 @@ class RunWatch:
             return self._refuse(step, f"the checkpoint {name} is not served: {error}")
         if model.pool is None:
             return self._refuse(step, f"the checkpoint {name} is not served: {model.reason}")
-        model.run, model.step = self._tag_of(step.run), step.step
+        model.run, model.step = self.tags[step.run], step.step
         model.written = written_metrics(step)
         self.registry.add(model)
         self.registry.models.sort(key=lambda model: (model.run, model.step))  # models of no run come first
@@ -118,16 +118,16 @@ class RunWatch:
         self.sightings.refuse(step.stamp)
         log.warning("%s", reason)
 
-    def _tag_of(self, run: Path) -> str:
-        """A run is named after its folder; by its path if another run already has that name."""
+    def _name_run(self, step: Step):
+        """A run has its tag as a name; its path if another run already has that name."""
+        run = step.run
         if run not in self.tags:
             inside = run.is_relative_to(self.folder) and run != self.folder
             path = str(run.relative_to(self.folder)) if inside else run.name
-            self.tags[run] = path if run.name in self.tags.values() else run.name
-        return self.tags[run]
+            self.tags[run] = path if step.tag in self.tags.values() else step.tag
 
     def _latest(self, run: Path) -> str:
-        return f"{self._tag_of(run)}@latest"
+        return f"{self.tags[run]}@latest"
 
     @staticmethod
     def _give_names(model: Model, names: tuple[str, ...], is_default: bool = False):

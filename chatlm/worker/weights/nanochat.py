@@ -15,7 +15,7 @@ import numpy
 
 from chatlm.common.errors import ConfigError, lack_of_memory, named, shown
 from chatlm.common.files import parse_json, read_small, truncated
-from chatlm.common.hub.stamps import nanochat_tokenizers
+from chatlm.common.hub.nanochat import meta_of, nanochat_tokenizers
 from chatlm.common.messages.requests import TextSpec
 from chatlm.common.text.load import NANOCHAT_CHAT_TOKENS
 from chatlm.worker.arrays.kinds import kind_of
@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 class Generation(NamedTuple):
     """One version of upstream's gpt.py (git log -p nanochat/gpt.py).
 
-    It has a date, the ModelSpec fields that set it apart, and the size of its short window."""
+    It has a date, the ModelSpec fields that set it apart, and the size of its short window where model_config
+    does not state it."""
 
     since: str
     fields: dict
@@ -56,6 +57,9 @@ GENERATIONS = {
     5: Generation("2026-03-14", dict(rope_base=100_000.0, residual_lambdas=True, ve_gate_channels=12,
                                      ve_gate_scale=3.0, qk_scale=1.2, smear_channels=24),
                   lambda length: -(-length // 4 // 128) * 128),
+    # upstream's branch experiment_refactor (pull request 800); its model_config states the short window
+    6: Generation("2026-09", dict(rope_base=100_000.0, residual_lambdas=True, ve_gate_channels=12,
+                                  ve_gate_scale=3.0, qk_scale=1.2)),
 }
 
 
@@ -93,12 +97,12 @@ NANOCHAT_KEYS = {  # of model_config
     "sequence_len": Rule(int, 16, MOST_POSITIONS), "vocab_size": Rule(int, 1, MOST_TOKENS),
     "n_layer": Rule(int, 1, MOST_LAYERS), "n_head": Rule(int, 1, MOST_HEADS),
     "n_kv_head": Rule(int, 1, MOST_HEADS), "n_embd": Rule(int, 2, MOST_CHANNELS),
-    "window_pattern": Rule(str, optional=True)}
+    "window_pattern": Rule(str, optional=True), "short_seq_len": Rule(int, 1, MOST_POSITIONS, optional=True)}
 
 
 def read_nanochat_config(model_path: Path) -> dict:
     """`model_config` of meta_<step>.json next to the checkpoint."""
-    path = model_path.with_name(model_path.name.replace("model_", "meta_").replace(".pt", ".json"))
+    path = meta_of(model_path)
     try:
         data = read_small(path)
     except ConfigError as error:
@@ -148,8 +152,10 @@ def nanochat_generation(state: Mapping[str, numpy.ndarray]) -> int:
 
     check_names_and_shapes reports keys that do not fit it later, as unknown or missing."""
     gates = {tensor.shape[-1:] for name, tensor in state.items() if name.endswith("ve_gate.weight")}
-    if any(name.startswith(("smear_", "backout_")) for name in state):
+    if any(name.startswith("smear_") for name in state):
         return 5
+    if "backout_lambda" in state:
+        return 6
     if gates or any(name.startswith("value_embeds.") for name in state):
         return 3 if (32,) in gates else 4
     return 2 if "resid_lambdas" in state or "x0_lambdas" in state else 1
@@ -162,7 +168,8 @@ def nanochat_spec(config: Mapping, number: int, softcap: float) -> ModelSpec:
     generation, L = GENERATIONS[number], config["n_layer"]
     # upstream's window of W covers the token itself and the W before it; the last layer has the long one
     length, pattern = config["sequence_len"], config["window_pattern"]
-    short, long = (generation.window_of(length) + 1, length + 1) if number > 1 else (0, 0)
+    stated = config["short_seq_len"] or generation.window_of(length)
+    short, long = (stated + 1, length + 1) if number > 1 else (0, 0)
     windows = tuple(short if pattern[layer % len(pattern)] == "S" and layer < L - 1 else long
                     for layer in range(L))
     spec = ModelSpec(
@@ -228,7 +235,7 @@ def read_encoding(data: bytes) -> tuple[str, dict[bytes, int], dict[str, int]]:
 
 
 def read_nanochat_tokenizer(model_path: Path, vocab_size: int) -> TextSpec:
-    """The TextSpec from tokenizer.pkl, which is next to the checkpoint or in <base>/tokenizer."""
+    """The TextSpec from the checkpoint's tokenizer.pkl."""
     candidates = nanochat_tokenizers(model_path)
     path = next((candidate for candidate in candidates if candidate.exists()), None)
     if path is None:

@@ -205,8 +205,9 @@ async def test_a_worker_refuses_files_that_are_not_those_that_were_seen(run_fold
         assert status == 500 and "changed or removed" in body["error"]["message"]
 
 
-def test_runs_are_found_three_folders_deep_and_links_are_not_followed(tmp_path):
-    for folder, name in (("a/b/checkpoint-5", "model.safetensors"), ("a/b/c/checkpoint-6", "model.safetensors"), ("checkpoint-7", "x.safetensors"),
+def test_runs_are_found_four_folders_deep_and_links_are_not_followed(tmp_path):
+    for folder, name in (("a/b/checkpoint-5", "model.safetensors"), ("a/b/c/d/checkpoint-6", "model.safetensors"),
+                         ("a/b/c/checkpoint-4", "notes"), ("checkpoint-7", "x.safetensors"),
                          ("base_checkpoints/d4", "model_000010.pt"), ("other/d4", "model_000011.pt"), ("checkpoint-8", "notes")):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / name).write_bytes(b"1")
@@ -222,7 +223,7 @@ def test_runs_are_found_three_folders_deep_and_links_are_not_followed(tmp_path):
             (tmp_path / "parts" / folder / name).write_text("{}")
     found = {(str(step.run.relative_to(tmp_path)), step.step): step.missing for step in find_steps(tmp_path)}
     assert [found.pop(("parts", step)) for step in (20, 21, 22, 23)] == ["model-00002-of-00002.safetensors", "adapter_model.safetensors", "", ""]
-    assert found == {("a/b", 5): "", (".", 7): "", (".", 8): "config.json", ("base_checkpoints/d4", 10): "meta_000010.json"}
+    assert found == {("a/b", 5): "", ("a/b/c", 4): "config.json", (".", 7): "", (".", 8): "config.json", ("base_checkpoints/d4", 10): "meta_000010.json"}
     for path, words in ((tmp_path / "none", "no such folder"), (tmp_path / "checkpoint-8" / "notes", "not a folder")):
         with pytest.raises(ConfigError, match=f"--watch .*{words}"):
             find_steps(path)

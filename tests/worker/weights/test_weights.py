@@ -46,10 +46,9 @@ from chatlm.worker.weights.gguf_file import read_gguf, read_gguf_file
 from chatlm.worker.weights.gguf_header import Texts
 from chatlm.worker.weights.load import open_model
 from engines import forward_logits, tensors_of
+from families import GENERATIONS
 from nightly import by_day
 from tiny_gguf import LLAMA_NUMBERS, random_llama, small_gguf_metadata, write_gguf
-
-GENERATIONS = [f"gen{number}" for number in range(1, 6)]
 
 
 def load(path, dtype="float32", **settings):
@@ -457,11 +456,10 @@ def test_paths_that_cannot_be_are_one_line(tmp_path):
 def test_a_user_without_a_home_or_who_may_not_write_there_gets_an_error(tmp_path):
     (tmp_path / "mine").mkdir(mode=0o500)
     (tmp_path / "locked").mkdir(mode=0)
-    nanochat = {"NANOCHAT_BASE_DIR": str(tmp_path)}
     one_line(generate(HOME="here"), "no home folder", "set HOME", "give MODEL")
     mine, locked = tmp_path / "mine", tmp_path / "locked"
-    one_line(generate(HOME="/dev/null", **nanochat), "/dev/null/.cache", "Not a directory", "Set HOME")
-    one_line(generate(HOME=str(mine), **nanochat), str(mine / ".cache"), "Permission denied", "Set HOME")
+    one_line(generate(HOME="/dev/null"), "/dev/null/.cache", "Not a directory", "Set HOME")
+    one_line(generate(HOME=str(mine)), str(mine / ".cache"), "Permission denied", "Set HOME")
     one_line(generate(HOME=str(locked)), str(locked / ".cache/nanochat"), "Permission denied")
     (tmp_path / "locked").chmod(0o700)
 
