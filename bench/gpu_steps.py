@@ -137,7 +137,7 @@ def models(arguments):
     dry, scratch = arguments.device == "cpu", arguments.out / "scratch" / "models"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    paths = {"default": fetch_default_model()} | {name: ROOT / "tests" / "fixtures" / "nanochat" / name for name in ("gen1", "gen2", "gen3", "gen4", "gen5")}
+    paths = {"default": fetch_default_model()} | {name: ROOT / "tests" / "fixtures" / "nanochat" / name for name in ("gen1", "gen2", "gen3", "gen4", "gen5", "gen6")}
     if dry:
         paths = {name: paths[name] for name in ("default", "gen1")}
     else:

@@ -36,6 +36,7 @@ from chatlm.worker.arrays.kinds import AdapterMatrix
 from chatlm.worker.ops.rows import SampleRow
 from chatlm.worker.ops.sampling import sample_reference
 from engines import draft_eagerly, load, make_batch, pieces, run, step_pieces, tensors_of
+from families import GENERATIONS
 from near_tie import assert_same_tokens_or_near_tie
 from nightly import by_day
 from random_rows import random_logits, random_rows
@@ -270,7 +271,7 @@ def test_padding_changes_no_state_and_a_first_token_finds_none(backend, nanochat
 
 @pytest.mark.slow
 def test_every_nanochat_generations_greedy_answers_are_upstreams(backend, nanochat_fixtures, monkeypatch):
-    for generation in ("gen1", "gen2", "gen3", "gen4", "gen5"):
+    for generation in GENERATIONS:
         folder = nanochat_fixtures / generation
         cases = json.loads((folder / "oracle.json").read_text())["cases"][:2]
         engine = cuda_engine(backend, model_of(generation, nanochat_fixtures), monkeypatch, max_batch=2)

@@ -93,7 +93,7 @@ def mutate_gguf(dice, folder):
 
 def mutate_nanochat(dice, folder, good=Path(__file__).parents[1] / "fixtures/nanochat"):
     """A copy of a nanochat checkpoint with a change in the meta file, the pickle or the tensors' table."""
-    base = shutil.copytree(good / f"gen{dice.randrange(1, 6)}", folder / "base")
+    base = shutil.copytree(good / f"gen{dice.randrange(1, 7)}", folder / "base")
     model, meta, pickled = (next(base.rglob(name)) for name in ("model_*.pt", "meta_*.json", "*.pkl"))
     path = dice.choice([None, meta, pickled, model])
     if path is None:

@@ -13,10 +13,10 @@ import psutil
 import pytest
 from safetensors.numpy import save_file
 
+from families import GENERATIONS
 from real_server import get, post, server
 
 NOTED = Path(__file__).parent / "bits.json"
-GENERATIONS = [f"gen{number}" for number in range(1, 6)]
 CASES = {**{name: (name,) for name in GENERATIONS}, "q8_0": ("gen4", "--quantize", "q8_0"),
          "float32": ("gen3", "--dtype", "float32"), "two ranks": ("gen5", "--tp", "2"), "two stages": ("gen5", "--pp", "2"), "GGUF": ("default",),
          "GGUF, q8_0 KV": ("default", "--kv-cache-dtype", "q8_0"), "GGUF, adapter": ("default", "--adapter", "tuned=ADAPTER"),

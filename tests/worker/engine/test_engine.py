@@ -17,6 +17,7 @@ from chatlm.common.config import PAGE_SIZE
 from chatlm.common.messages.requests import Ended, Message, SamplingParams
 from chatlm.worker.engine.integrity import check_integrity
 from engines import TracedSteps, chat_work, draft_eagerly, load, make_engine, run, step_pieces
+from families import GENERATIONS
 from near_tie import assert_same_tokens_or_near_tie
 from nightly import by_day
 from works import assignment, changed
@@ -150,7 +151,7 @@ def test_out_of_pages_answers_are_preempted_and_still_the_same(nanochat_fixtures
         assert len(got.tokens[work.id]) == 60
 
 
-@pytest.mark.parametrize("generation", ["gen1", "gen2", "gen3", "gen4", "gen5"])
+@pytest.mark.parametrize("generation", GENERATIONS)
 def test_every_nanochat_generation_answers_as_upstream_does_alone_and_together(nanochat_fixtures, generation, reference):
     engine = make_engine(nanochat_fixtures / generation, num_pages=200, reference=reference)
     cases = json.loads((nanochat_fixtures / generation / "oracle.json").read_text())["cases"]

@@ -16,8 +16,7 @@ from chatlm.worker.model.spec import ModelSpec, expected_tensors
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.weights.load import open_model
 from engines import forward_logits, make_batch
-
-GENERATIONS = ("gen1", "gen2", "gen3", "gen4", "gen5")
+from families import GENERATIONS
 
 
 def llama_like(seed=0, **changes):

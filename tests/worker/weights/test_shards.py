@@ -20,11 +20,10 @@ from chatlm.worker.weights.load import open_model
 from chatlm.worker.weights.shards import layers_of, shard_model, shard_of, shard_spec, share_of, stage_model
 from attention_kinds import KINDS, kinds_model, loaded
 from engines import forward_logits, make_batch
-from families import MODELS, as_gguf, load, make_model, save
+from families import GENERATIONS, MODELS, as_gguf, load, make_model, save
 from hub_configs import GEMMA4_CONFIGS
 from nightly import by_day
 
-GENERATIONS = ("gen1", "gen2", "gen3", "gen4", "gen5")
 SEED = 3
 
 
