@@ -18,6 +18,7 @@ from chatlm.common.hub.find import resolve_model
 from chatlm.common.hub.folder import find_models, named_models
 from chatlm.common.hub.nanochat import nanochat_tokenizers, stage_of
 from chatlm.common.hub.steps import find_steps
+from chatlm.front.evals.bpb import validation_shard
 from chatlm.worker.weights.load import open_model
 from real_server import get, post, server
 
@@ -298,3 +299,18 @@ def test_a_base_folder_that_is_not_there_is_no_error(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     patching.patch(monkeypatch, default_model, "fetch_default_model", lambda *_: tmp_path / "default.gguf")
     assert "no nanochat checkpoint in" in resolve_model(Settings(command="generate")).chosen
+
+
+def test_the_validation_shard_is_that_of_the_data_set(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    folders = [tmp_path / name for name in ("datasets/mine", "datasets/climbmix", "base_data_climbmix", "base_data")]
+    with pytest.raises(ConfigError, match=f"no shard is in {folders[1]}, {folders[2]}, {folders[3]}; "):
+        validation_shard()
+    monkeypatch.setenv("NANOCHAT_EXPERIMENT", "wide")
+    (tmp_path / "experiments" / "wide").mkdir(parents=True)
+    (tmp_path / "experiments" / "wide" / "meta.json").write_text(json.dumps({"dataset": "mine"}))
+    for folder in folders[::-1]:
+        folder.mkdir(parents=True)
+        for number in (1, 2):
+            (folder / f"shard_{number:05}.parquet").touch()
+        assert validation_shard() == folder / "shard_00002.parquet"

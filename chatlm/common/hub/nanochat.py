@@ -323,7 +323,7 @@ def default_experiment(found: Seq[Checkpoint]) -> str:
     return max(unnamed or found, key=changed).place.experiment
 
 
-# --- tokenizers --------------------------------------------------------------------------------------------
+# --- tokenizers and data sets -------------------------------------------------------------------------------
 
 
 def nanochat_tokenizers(checkpoint: Path) -> list[Path]:
@@ -350,6 +350,13 @@ def datasets_of(experiment: Path) -> list[Path]:
     known = [store / name for store in stores for name in names if name]
     only = [each for each in map(only_dataset, stores) if each]
     return [*dict.fromkeys([*known, *only])]
+
+
+def shard_folders(base: Path) -> list[Path]:
+    """Where a base folder may have the texts that its models are trained on: shards in parquet, of which the
+    last is for validation."""
+    experiment = base / "experiments" / (named_experiment() or UNNAMED)
+    return [*datasets_of(experiment), base / "base_data_climbmix", base / "base_data"]
 
 
 def stated_dataset(experiment: Path) -> str:

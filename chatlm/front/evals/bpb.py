@@ -19,6 +19,7 @@ from chatlm.common.errors import ConfigError, cannot_read, shown
 from chatlm.common.files import check_regular, read_small
 from chatlm.common.hub.find import nanochat_base
 from chatlm.common.hub.local import sha256_of
+from chatlm.common.hub.nanochat import shard_folders
 from chatlm.front.aio import all_of
 from chatlm.front.evals.data import read_parts
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from chatlm.front.evals.scores import Scorer
 
 FETCHES = "python -m nanochat.dataset -n 1"  # what upstream fetches the validation shard with
-SHARDS = "base_data_climbmix", "base_data"   # today's folder, and that before March 2026
 SPLIT_TOKENS = 40 * 524_288                  # that upstream's base_eval scores
 BUFFERED, TOGETHER = 1000, 128               # documents to choose from; encoded at once
 MOST_TARGETS = 2048                          # of a row, for a model that does not say for how many it is made
@@ -89,13 +89,12 @@ def read_texts(path: str | None) -> Texts:
 
 def validation_shard() -> Path:
     """The last shard, which nanochat does not train on."""
-    folders = [folder for name in SHARDS if (folder := nanochat_base() / name).is_dir()]
-    shards = sorted(folders[0].glob("*.parquet")) if folders else []
-    if not shards:
-        folder = folders[0] if folders else nanochat_base() / SHARDS[0]
-        raise ConfigError(f"--suite bpb: no shard is in {folder}; in nanochat's checkout, `{FETCHES}` "
-                          "fetches it, or --text FILE names other texts")
-    return shards[-1]
+    folders = shard_folders(nanochat_base())
+    for folder in folders:
+        if shards := sorted(folder.glob("*.parquet")):
+            return shards[-1]
+    raise ConfigError(f"--suite bpb: no shard is in {', '.join(map(str, folders))}; in nanochat's checkout, "
+                      f"`{FETCHES}` fetches it, or --text FILE names other texts")
 
 
 class Packer:
