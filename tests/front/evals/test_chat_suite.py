@@ -129,7 +129,7 @@ async def test_a_running_text_is_scored_in_rows_that_begin_afresh(scorer, base, 
 
 
 async def test_texts_that_are_not_there_or_not_usable_are_one_line(scorer, base, tmp_path):
-    with pytest.raises(ConfigError, match=r"base_data_climbmix; in nanochat's checkout, `python -m nanochat.dataset -n 1` fetches it, or --text"):
+    with pytest.raises(ConfigError, match=r"base_data_climbmix, .*base_data; in nanochat's checkout, `python -m nanochat.dataset -n 1` fetches it, or --text"):
         read_texts(None)
     for name, data, words in (("a.txt", b"", "no text"), ("b.txt", b"\xff\xfe\0", "not UTF-8"), ("c.jsonl", b"{", "line 1 is not JSON"),
                               ("d.jsonl", b"[1]", "is not a text"), ("e.jsonl", b"", "no texts"), ("f.parquet", b"PAR1", "cannot read|needs the Python package")):
