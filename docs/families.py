@@ -59,7 +59,7 @@ FORMULAS = {"nomic_bert_moe": "its formulas"}   # with which families are compar
 LIKE_OTHERS = {"xlm-roberta": ("bert",), "granitemoehybrid": ("granite", "granitemoe")}     # files of those without Mamba layers
 CHECKPOINTS = (
     f"| nanochat, all generations | a checkpoint | upstream's answers, {len(GENERATIONS)} | | |\n"
-    f"| nanoGPT ([its vocabulary]({NEEDS})) | a checkpoint | its formula | | |\n")
+    f"| nanoGPT, build-nanogpt ([their vocabulary]({NEEDS})) | a checkpoint | its formula | | |\n")
 
 
 def groups() -> list[list[str]]:

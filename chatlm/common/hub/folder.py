@@ -16,7 +16,8 @@ from chatlm.common.config import ModelChoice
 from chatlm.common.errors import require_folder
 from chatlm.common.hub.huggingface import SPLIT_GGUF
 from chatlm.common.hub.local import NANOCHAT_FOLDERS
-from chatlm.common.hub.stamps import NANOGPT_FILE, Sighting, files_of, stamp_of
+from chatlm.common.hub.stamps import Sighting, files_of, stamp_of
+from chatlm.common.hub.trainers import NANOGPT_FILE, foreign, is_build_nanogpt, is_litgpt
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
@@ -46,8 +47,9 @@ MOST_LINKS = 2
 
 
 def find_models(folder: Path, going_on: Callable[[], None] = lambda: None) -> list[Files]:
-    """The GGUF files, Hugging Face folders, nanochat and nanoGPT checkpoints below a folder, by name and
-    step. ConfigError if it is no folder.
+    """The GGUF files, folders of Hugging Face and litgpt, and checkpoints of nanochat, nanoGPT and
+    build-nanogpt below a folder, by name and step; files of other trainers with what is to be done with
+    them. ConfigError if it is no folder.
 
     going_on: called for each folder; it may raise an exception to end the search."""
     def models_here(place: Path, names: Seq[str]) -> Iterator[Files]:
@@ -176,12 +178,21 @@ def models_in(folder: Path, names: Seq[str]) -> Iterator[Files]:
             parts.setdefault(stem, []).append(folder / name)
     for name, files in parts.items():
         yield model(files[0], name, files)
-    if NANOGPT_FILE in names:
+    if is_litgpt(names):
+        yield model(folder, folder.name, files_of(folder))
+    if NANOGPT_FILE in names and not foreign(folder / NANOGPT_FILE):
         yield model(folder / NANOGPT_FILE, folder.name, files_of(folder / NANOGPT_FILE))
     source = NANOCHAT_FOLDERS.get(folder.parent.name)
     steps = {int(match[1]): name for name in names if (match := re.fullmatch(r"model_(\d{1,15})\.pt", name))}
-    for step, name in steps.items() if source else ():
-        yield model(folder / name, f"nanochat-{folder.name}-{source}", files_of(folder / name), step)
+    for step, name in steps.items():
+        if source:
+            yield model(folder / name, f"nanochat-{folder.name}-{source}", files_of(folder / name), step)
+        elif is_build_nanogpt(folder / name):
+            yield model(folder / name, folder.name, files_of(folder / name), step)
+    if not is_hugging_face(names) and not is_litgpt(names):
+        for path in (folder, *(folder / name for name in names)):
+            if error := foreign(path):
+                yield Files(path, trouble=f"not served: {error}")
 
 
 def trouble_with(path: Path) -> str:

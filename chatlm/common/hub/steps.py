@@ -13,9 +13,12 @@ from chatlm.common.files import parse_json, read_small
 from chatlm.common.hub.adapters import CONFIG, WEIGHTS
 from chatlm.common.hub.folder import seen_below
 from chatlm.common.hub.local import NANOCHAT_FOLDERS
-from chatlm.common.hub.stamps import HF_FILES, Sighting, nanochat_tokenizers, stamp_of
+from chatlm.common.hub.stamps import (
+    HF_FILES, LITGPT_FILES, Sighting, files_of, nanochat_tokenizers, stamp_of)
+from chatlm.common.hub.trainers import LITGPT_CONFIG, LITGPT_FILE, foreign, is_build_nanogpt
 
 MOST_DEPTH = 3  # folders below the watched one
+CHECKPOINT = re.compile(r"checkpoint-\d{1,15}")  # a folder of transformers' Trainer
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,9 @@ class Step(Sighting):
 
 
 def find_steps(folder: Path) -> list[Step]:
-    """nanochat's checkpoints and Hugging Face folders `checkpoint-N` at most MOST_DEPTH below a folder, by
-    run and step. Links are not followed. ConfigError if it is not a folder."""
+    """Checkpoints of nanochat and build-nanogpt, Hugging Face folders `checkpoint-N` and litgpt's `step-N` at
+    most MOST_DEPTH below a folder, by run and step; files of other trainers with what is to be done with
+    them. Links are not followed. ConfigError if it is not a folder."""
     require_folder(f"--watch {folder}", folder)
     steps = seen_below(folder, Step, steps_in, links=0, depth=MOST_DEPTH, into_models=True)
     order = [*NANOCHAT_FOLDERS][::-1]  # as they are trained: base, mid, rl, sft
@@ -43,7 +47,7 @@ def find_steps(folder: Path) -> list[Step]:
 
 
 def steps_in(folder: Path, names: Seq[str]) -> Iterator[Step]:
-    if re.fullmatch(r"checkpoint-\d{1,15}", folder.name):
+    if CHECKPOINT.fullmatch(folder.name):
         weights = [name for name in names if name.endswith(".safetensors")]
         adapts = CONFIG in names and "config.json" not in names
         files = sorted(weights + [name for name in names if name in HF_FILES or name == CONFIG])
@@ -58,6 +62,24 @@ def steps_in(folder: Path, names: Seq[str]) -> Iterator[Step]:
                 missing = "" if meta in names else meta
                 files = [folder / name, *([] if missing else [folder / meta]), *tokenizers[:1]]
                 yield from unlinked(folder / name, int(match[1]), files, missing)
+    else:
+        yield from steps_of_other_trainers(folder, names)
+
+
+def steps_of_other_trainers(folder: Path, names: Seq[str]) -> Iterator[Step]:
+    """litgpt's folder `step-N`, build-nanogpt's files, and what is to be done with files of others."""
+    if re.fullmatch(r"step-\d{1,15}", folder.name) and LITGPT_FILE in names:
+        missing = "" if LITGPT_CONFIG in names else LITGPT_CONFIG
+        files = [folder / name for name in sorted(names) if name in (*LITGPT_FILES, *HF_FILES)]
+        yield from unlinked(folder, int(folder.name[5:]), files, missing)
+        return
+    if any(CHECKPOINT.fullmatch(place.name) for place in (folder, folder.parent)):
+        return  # the state of a training, beside the model
+    for path in (folder, *(folder / name for name in names)):
+        if is_build_nanogpt(path):
+            yield from unlinked(path, int(path.stem.removeprefix("model_")), files_of(path), "")
+        elif error := foreign(path):
+            yield Step(path, trouble=f"not served: {error}")
 
 
 def written_metrics(step: Step) -> dict[str, float]:
