@@ -1,9 +1,9 @@
 """litgpt's folders: model_config.yaml and lit_model.pth, in the terms of a Hugging Face folder.
 
 litgpt has one block for all its models (github.com/Lightning-AI/litgpt, litgpt/model.py), which its Config
-describes. A model that computes what a Llama, Mistral, Qwen2 or Qwen3 does becomes a config.json of that
-family and tensors of its names, and `open_folder` does the rest. Any other is refused by the key that
-differs."""
+describes. A model that computes what a Llama, Mistral, Mixtral, Qwen2, Qwen3 or Qwen3-MoE does becomes a
+config.json of that family and tensors of its names, and `open_folder` does the rest. Any other is refused by
+the key that differs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from chatlm.worker.weights.huggingface import open_folder
 from chatlm.worker.weights.nanochat import plain_state
 from chatlm.worker.weights.nanogpt import without_tied_head
 from chatlm.worker.weights.rules import (
-    LAYER_TYPES, MOST_CHANNELS, MOST_HEADS, MOST_LAYERS, MOST_POSITIONS, MOST_TOKENS, ROPE_BASE,
+    LAYER_TYPES, MOST_CHANNELS, MOST_EXPERTS, MOST_HEADS, MOST_LAYERS, MOST_POSITIONS, MOST_TOKENS, ROPE_BASE,
     LoadedModel, Rule, check_divides, checked)
 from chatlm.worker.weights.tied_heads import Pair, equal
 from chatlm.worker.weights.torch_file import load_checkpoint
@@ -41,7 +41,9 @@ KEYS: dict[str, tuple[Any, Rule]] = {  # of model_config.yaml: litgpt's default,
     "padded_vocab_size": (None, Rule(int, 1, MOST_TOKENS, optional=True)),
     "intermediate_size": (None, COUNT), "norm_eps": (1e-5, Rule(float, 0, 1)),
     "norm_class_name": ("LayerNorm", Rule(str, choices=("RMSNorm",))),
-    "mlp_class_name": ("GptNeoxMLP", Rule(str, choices=("LLaMAMLP",))),
+    "mlp_class_name": ("GptNeoxMLP", Rule(str)),
+    "n_expert": (0, Rule(int, 0, MOST_EXPERTS)), "n_expert_per_token": (0, Rule(int, 0, MOST_EXPERTS)),
+    "moe_intermediate_size": (None, COUNT),
     "norm_qk": (False, Rule(bool)), "norm_qk_type": ("default", Rule(str)),
     "bias": (True, Rule(bool)), "attn_bias": (False, Rule(bool)),
     "rope_base": (10_000, ROPE_BASE), "rotary_percentage": (0.25, Rule(float, 0.01, 1)),
@@ -57,11 +59,15 @@ ONLY: dict[str, tuple[Any, Any]] = {
                      "lm_head_bias"), (False, False)),
     **dict.fromkeys(("attention_logit_softcapping", "final_logit_softcapping", "latent_attention",
                      "rope_local_base_freq"), (None, None))}
+# Likewise in models with experts.
+ONLY_OF_EXPERTS: dict[str, tuple[Any, Any]] = {
+    "n_shared_expert": (None, None), "n_expert_groups": (None, None), "first_k_dense_replace": (None, None),
+    "routed_scaling_factor": (1, 1)}
 # Of other kinds of models, without effect in those that are served.
-UNUSED = {"hf_config", "gelu_approximate", "rope_indices", "moe_intermediate_size", "n_expert",
-          "n_shared_expert", "n_expert_groups", "n_topk_groups", "n_topk_scores_per_group",
-          "n_expert_per_token", "first_k_dense_replace", "routed_scaling_factor", "norm_topk_prob"}
-ADVICE = ("litgpt folders of Llama, Mistral, Qwen2.5 and Qwen3 open as they are; for other families "
+UNUSED = {"hf_config", "gelu_approximate", "rope_indices", "n_topk_groups", "n_topk_scores_per_group",
+          "norm_topk_prob", *ONLY_OF_EXPERTS}
+DENSE, EXPERTS = "LLaMAMLP", "LLaMAMoE"
+ADVICE = ("litgpt folders of Llama, Mistral, Mixtral, Qwen2.5 and Qwen3 open as they are; for other families "
           "`litgpt convert_from_litgpt FOLDER OUT` writes OUT/model.pth, and transformers a Hugging Face "
           "folder of it (from_pretrained(ORIGINAL, state_dict=torch.load(\"OUT/model.pth\")), then "
           "save_pretrained)")
@@ -140,7 +146,8 @@ def model_config(path: Path) -> dict[str, Any]:
     for key, value in stated.items():
         if key not in KNOWN and value:
             raise ConfigError(f"{path}: the key {words(key)} is not known, and may change the arithmetic")
-    for key, (only, default) in ONLY.items():
+    experts = stated.get("mlp_class_name") == EXPERTS
+    for key, (only, default) in (ONLY | ONLY_OF_EXPERTS if experts else ONLY).items():
         if (value := stated.get(key, default)) != only:
             raise refused(path, key, value, words(only))
     config = {key: stated.get(key, default) for key, (default, _) in KEYS.items()}
@@ -148,6 +155,8 @@ def model_config(path: Path) -> dict[str, Any]:
         if rule.choices and config[key] not in rule.choices:
             raise refused(path, key, config[key], words(rule.choices[0]))
         checked(path, key, plain(config[key]), rule)
+    if config["mlp_class_name"] not in (DENSE, EXPERTS):
+        raise refused(path, "mlp_class_name", config["mlp_class_name"], f"{DENSE} or {EXPERTS}")
     if "Gemma" in config["name"]:  # then litgpt's norms multiply by 1 + w
         raise refused(path, "name", config["name"], "a name without Gemma")
     return config | {"rope_adjustments": stated.get("rope_adjustments")}
@@ -187,23 +196,30 @@ class LitModel(NamedTuple):
         """The number of key-value heads."""
         return self.config["n_query_groups"] or self.config["n_head"]
 
+    @property
+    def has_experts(self) -> bool:
+        return self.config["mlp_class_name"] == EXPERTS
+
     def family(self) -> str:
         """The model_type that computes the same."""
         config, windows = self.config, self.windows()
+        if self.has_experts:
+            self.only("bias", False, "in a model with experts")
+            self.only("attn_bias", False, "in a model with experts")
         if config["norm_qk"]:
             self.only("norm_qk_type", "default", "in a model with norm_qk")
             self.only("bias", False, "in a model with norm_qk")
             self.only("attn_bias", False, "in a model with norm_qk")
-            return "qwen3"
+            return "qwen3_moe" if self.has_experts else "qwen3"
         if config["attn_bias"] and not config["bias"]:
             return "qwen2"
         if not any(windows):
-            return "llama"
+            return "mixtral" if self.has_experts else "llama"
         self.only("bias", False, "in a model with sliding_window_size")
         if not all(windows):
             raise refused(self.path, "sliding_window_indices", config["sliding_window_indices"],
                           "1 for all layers in a model without norm_qk or attn_bias")
-        return "mistral"
+        return "mixtral" if self.has_experts else "mistral"
 
     def only(self, key: str, value: Any, where: str):
         if self.config[key] != value:
@@ -234,17 +250,27 @@ class LitModel(NamedTuple):
         if family == "llama":
             raw |= {"attention_bias": config["bias"], "mlp_bias": config["bias"],
                     "partial_rotary_factor": config["rotary_percentage"]}
-        elif config["rotary_percentage"] != 1:
-            raise refused(self.path, "rotary_percentage", config["rotary_percentage"],
-                          "1.0 in a model with norm_qk, attn_bias or sliding_window_size")
+        else:
+            self.only("rotary_percentage", 1.0, "in a model with norm_qk, attn_bias, experts or "
+                                              "sliding_window_size")
         if any(windows := self.windows()):
             raw["sliding_window"] = config["sliding_window_size"]
-            if family != "mistral":
+            if family not in ("mistral", "mixtral"):
                 raw["use_sliding_window"] = True
                 raw["layer_types"] = [LAYER_TYPES[window] for window in windows]
-        elif family == "mistral":
-            raw["sliding_window"] = None
-        return raw
+        return raw | (self.expert_keys(family) if self.has_experts else {})
+
+    def expert_keys(self, family: str) -> dict:
+        """Those of a config.json. The shares of the chosen experts sum to one: litgpt takes the softmax of
+        their scores alone."""
+        config = self.config
+        count = checked(self.path, "n_expert", config["n_expert"], Rule(int, 1, MOST_EXPERTS))
+        chosen = checked(self.path, "n_expert_per_token", config["n_expert_per_token"], Rule(int, 1, count))
+        size = config["moe_intermediate_size"] or config["intermediate_size"]
+        if family == "mixtral":
+            return {"num_local_experts": count, "num_experts_per_tok": chosen, "intermediate_size": size}
+        return {"num_experts": count, "num_experts_per_tok": chosen, "moe_intermediate_size": size,
+                "norm_topk_prob": True}
 
     def check_sizes(self):
         config = self.config
@@ -309,7 +335,15 @@ class LitModel(NamedTuple):
             tensors = self.queries_keys_values(tensor, interleaved=part == "attn.attn")
             return {f"model.layers.{number}.self_attn.{which}_proj.{kind}": rows
                     for which, rows in zip("qkv", tensors)}
-        return {f"model.layers.{number}.{PARTS.get(part, part)}.{kind}": tensor}
+        of_expert = self.has_experts and part.startswith("mlp.")
+        theirs = self.expert_part(part) if of_expert else PARTS.get(part, part)
+        return {f"model.layers.{number}.{theirs}.{kind}": tensor}
+
+    def expert_part(self, part: str) -> str:
+        """transformers' name of the router (mlp.gate) or of a matrix of an expert (mlp.experts.3.fc_1)."""
+        block, names = EXPERT_PARTS[self.family()]
+        _, *expert, module = part.split(".")
+        return ".".join((block, *expert, names.get(module, module)))
 
     def queries_keys_values(self, rows: numpy.ndarray, interleaved: bool) -> list[numpy.ndarray]:
         """The rows of q, k and v. Before December 2024 litgpt stored them group by group: the queries of a
@@ -326,6 +360,10 @@ class LitModel(NamedTuple):
 
 WRAPPED = r"_orig_mod\.|_forward_module\."  # by torch.compile and FSDP, anywhere in a name
 ONCE = {"transformer.wte.weight": "model.embed_tokens.weight", "transformer.ln_f.weight": "model.norm.weight"}
-PARTS = {"norm_1": "input_layernorm", "norm_2": "post_attention_layernorm", "attn.proj": "self_attn.o_proj",
-         "attn.norm_q": "self_attn.q_norm", "attn.norm_k": "self_attn.k_norm", "mlp.fc_1": "mlp.gate_proj",
-         "mlp.fc_2": "mlp.up_proj", "mlp.proj": "mlp.down_proj"}
+PARTS = {  # of a layer: litgpt's module -> transformers'
+    "norm_1": "input_layernorm", "norm_2": "post_attention_layernorm", "attn.proj": "self_attn.o_proj",
+    "attn.norm_q": "self_attn.q_norm", "attn.norm_k": "self_attn.k_norm", "mlp.fc_1": "mlp.gate_proj",
+    "mlp.fc_2": "mlp.up_proj", "mlp.proj": "mlp.down_proj"}
+EXPERT_PARTS = {  # of a family's layer: what has router and experts, the matrices of an expert
+    "mixtral": ("block_sparse_moe", {"fc_1": "w1", "fc_2": "w3", "proj": "w2"}),
+    "qwen3_moe": ("mlp", {"fc_1": "gate_proj", "fc_2": "up_proj", "proj": "down_proj"})}

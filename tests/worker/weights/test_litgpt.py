@@ -31,7 +31,8 @@ from real_server import ask, get, post, server
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MADE = Path(__file__).parents[2] / "fixtures" / "litgpt"
-FAMILIES = {"llama3": "llama", "llama-biases": "llama", "tinyllama-of-2024": "llama", "qwen2.5": "qwen2", "qwen3": "qwen3", "mistral": "mistral"}
+FAMILIES = {"llama3": "llama", "llama-biases": "llama", "tinyllama-of-2024": "llama", "qwen2.5": "qwen2", "qwen3": "qwen3", "mistral": "mistral",
+            "mixtral": "mixtral", "qwen3-moe": "qwen3_moe"}
 BACKENDS = ["reference", pytest.param("decode_core", marks=pytest.mark.skipif(decode_core() is None, reason="not built"))]
 
 
@@ -66,17 +67,25 @@ def as_hugging_face(folder, to):
             if part in ("attn.qkv", "attn.attn"):
                 for which, rows in zip("qkv", tensor.split((H * D, G * D, G * D))):
                     made[f"model.layers.{layer}.self_attn.{which}_proj.{kind}"] = rows.clone()
+            elif folder.name == "mixtral" and part.startswith("mlp."):
+                part = part.replace("mlp.", "block_sparse_moe.").replace("fc_1", "w1").replace("fc_2", "w3").replace("proj", "w2")
+                made[f"model.layers.{layer}.{part}.{kind}"] = tensor
+            elif folder.name == "qwen3-moe" and part.startswith("mlp."):
+                part = part.replace("proj", "down_proj").replace("fc_1", "gate_proj").replace("fc_2", "up_proj")
+                made[f"model.layers.{layer}.{part}.{kind}"] = tensor
             else:
                 made[f"model.layers.{layer}.{names[part]}.{kind}"] = tensor
     to.mkdir()
     save_file({name: tensor.contiguous() for name, tensor in made.items()}, to / "model.safetensors")
-    raw = {"model_type": FAMILIES[folder.name], "vocab_size": 272, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": H,
+    raw = {"model_type": FAMILIES[folder.name], "vocab_size": 272, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": config["n_layer"], "num_attention_heads": H,
            "num_key_value_heads": G, "head_dim": D, "max_position_embeddings": 256, "rms_norm_eps": 1e-3, "rope_theta": config["rope_base"],
            "tie_word_embeddings": False}
     own = {"llama3": {"rope_scaling": {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}},
            "llama-biases": {"attention_bias": True, "mlp_bias": True, "partial_rotary_factor": 0.5, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
            "qwen2.5": {"use_sliding_window": True, "sliding_window": 20, "layer_types": ["full_attention", "sliding_attention"]},
-           "qwen3": {"rope_scaling": {"rope_type": "linear", "factor": 3.0}}, "mistral": {"sliding_window": 20}}
+           "qwen3": {"rope_scaling": {"rope_type": "linear", "factor": 3.0}}, "mistral": {"sliding_window": 20},
+           "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+           "qwen3-moe": {"num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "norm_topk_prob": True}}
     (to / "config.json").write_text(json.dumps(raw | own.get(folder.name, {})))
     write_tokenizer(to, None)
     return to
@@ -124,7 +133,10 @@ def test_an_adapter_of_the_hugging_face_model_is_merged(tmp_path):
 
 
 @pytest.mark.parametrize("changes, words", [
-    (dict(norm_class_name="LayerNorm"), 'norm_class_name is "LayerNorm"; it must be "RMSNorm"'), (dict(mlp_class_name="LLaMAMoE", n_expert=4), 'mlp_class_name is "LLaMAMoE"'),
+    (dict(norm_class_name="LayerNorm"), 'norm_class_name is "LayerNorm"; it must be "RMSNorm"'), (dict(mlp_class_name="GemmaMLP"), 'mlp_class_name is "GemmaMLP"; it must be LLaMAMLP or LLaMAMoE'),
+    (dict(mlp_class_name="LLaMAMoE", n_expert=4), "n_expert_per_token is 0; it must be an integer from 1 to 4"), (dict(mlp_class_name="LLaMAMoE"), "n_expert is 0"),
+    (dict(mlp_class_name="LLaMAMoE", n_shared_expert=1), "n_shared_expert is 1; it must be null"), (dict(mlp_class_name="LLaMAMoE", routed_scaling_factor=2.5), "routed_scaling_factor is 2.5"),
+    (dict(mlp_class_name="LLaMAMoE", n_expert=4, n_expert_per_token=2, bias=True), "bias is true; it must be false in a model with experts"),
     (dict(parallel_residual=True), "parallel_residual is true; it must be false"), (dict(post_attention_norm=True), "post_attention_norm is true"),
     (dict(scale_embeddings=True), "scale_embeddings is true"), (dict(final_logit_softcapping=30.0), "final_logit_softcapping is 30.0; it must be null"),
     (dict(latent_attention={"q_lora_rank": 3}), "latent_attention is an object of 1"), (dict(rope_interleave=True), "rope_interleave is true"),
