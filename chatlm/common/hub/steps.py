@@ -15,7 +15,7 @@ from chatlm.common.hub.folder import seen_below
 from chatlm.common.hub.local import NANOCHAT_FOLDERS
 from chatlm.common.hub.stamps import (
     HF_FILES, LITGPT_FILES, Sighting, files_of, nanochat_tokenizers, stamp_of)
-from chatlm.common.hub.trainers import LITGPT_CONFIG, LITGPT_FILE, foreign, is_build_nanogpt
+from chatlm.common.hub.trainers import LITGPT_CONFIG, LITGPT_FILE, foreign, is_build_nanogpt, is_litgpt
 
 MOST_DEPTH = 3  # folders below the watched one
 CHECKPOINT = re.compile(r"checkpoint-\d{1,15}")  # a folder of transformers' Trainer
@@ -73,8 +73,9 @@ def steps_of_other_trainers(folder: Path, names: Seq[str]) -> Iterator[Step]:
         files = [folder / name for name in sorted(names) if name in (*LITGPT_FILES, *HF_FILES)]
         yield from unlinked(folder, int(folder.name[5:]), files, missing)
         return
-    if any(CHECKPOINT.fullmatch(place.name) for place in (folder, folder.parent)):
-        return  # the state of a training, beside the model
+    beside_model = any(CHECKPOINT.fullmatch(place.name) for place in (folder, folder.parent))
+    if beside_model or is_litgpt(names):  # the state of a training; a model that is no step, such as `final`
+        return
     for path in (folder, *(folder / name for name in names)):
         if is_build_nanogpt(path):
             yield from unlinked(path, int(path.stem.removeprefix("model_")), files_of(path), "")

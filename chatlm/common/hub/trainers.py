@@ -267,17 +267,16 @@ def is_litgpt_folder(folder: Path) -> bool:
 
 
 def foreign_in(folder: Path) -> str:
-    """What to say of the first checkpoint of another trainer in a folder or in those below it; "" without
-    any."""
-    if error := foreign(folder):
-        return error
+    """What to say of a checkpoint of another trainer in a folder or in those below it, first of all of one
+    that opens by its own path; "" without any."""
+    first = foreign(folder)
     for path in itertools.islice(entries_below(folder), MOST_ENTRIES):
-        if not path.is_dir() and (path.suffix not in SUFFIXES or BESIDE_MODELS.fullmatch(path.name)):
-            if path.name not in LITGPT_PARTIAL:
-                continue
-        if error := opens_below(path) or foreign(path):
-            return error
-    return ""
+        known = path.suffix in SUFFIXES and not BESIDE_MODELS.fullmatch(path.name)
+        if known or path.name in LITGPT_PARTIAL or path.is_dir():
+            if opens := opens_below(path):
+                return opens
+            first = first or foreign(path)
+    return first
 
 
 LITGPT_PARTIAL = "lit_model.pth.lora", "lit_model.pth.adapter", "lit_model.pth.adapter_v2"
@@ -286,7 +285,11 @@ LITGPT_PARTIAL = "lit_model.pth.lora", "lit_model.pth.adapter", "lit_model.pth.a
 def opens_below(path: Path) -> str:
     """What to say of a checkpoint that would open by its own path; "" if this is none."""
     if path.name == LITGPT_FILE and is_litgpt_folder(path.parent):
-        return f"{path.parent} is a folder of litgpt: give it"
+        beside = itertools.islice(path.parent.parent.iterdir(), MOST_ENTRIES)
+        folders = sorted(str(folder) for folder in beside if is_litgpt_folder(folder))
+        if len(folders) == 1:
+            return f"{path.parent} is a folder of litgpt: give it"
+        return f"{path.parent.parent} has folders of litgpt; give one of them: {', '.join(folders[:20])}"
     if is_build_nanogpt(path):
         return BUILD.sentence(path)
     return ""

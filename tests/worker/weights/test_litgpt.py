@@ -17,6 +17,7 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.hub.folder import find_models
 from chatlm.common.hub.stamps import Changed, files_of, refuse_changed
+from chatlm.common.hub.steps import find_steps
 from chatlm.common.messages.requests import Message
 from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.doctor.patient import Patient
@@ -233,6 +234,20 @@ def test_the_folder_its_file_and_folders_of_folders_find_the_model(tmp_path):
         resolve_model(Settings(model=str(tmp_path)))
     with pytest.raises(ConfigError, match=r"-s 5: only for nanochat checkpoints, and .*qwen3 is a litgpt folder"):
         resolve_model(Settings(model=str(folder), step=5))
+
+
+def test_steps_of_a_run_are_watched_and_its_folder_names_them(tmp_path):
+    run = tmp_path / "out"
+    for name in ("step-000002", "step-000004", "final"):
+        shutil.copytree(copy_of("llama3", tmp_path / "made" / name), run / name)
+    (run / "final" / "lit_model.pth.lora").write_bytes(b"x")
+    (run / "step-000006").mkdir()
+    shutil.copy(run / "final" / "lit_model.pth", run / "step-000006")
+    assert [(step.path.name, step.run, step.step, step.missing, step.trouble) for step in find_steps(run)] == [
+        ("step-000002", run, 2, "", ""), ("step-000004", run, 4, "", ""), ("step-000006", run, 6, "model_config.yaml", "")]
+    assert {Path(each[0]).name for each in find_steps(run)[0].stamp} == {"lit_model.pth", "model_config.yaml", "tokenizer.json", "tokenizer_config.json"}
+    with pytest.raises(ConfigError, match="out has folders of litgpt; give one of them: .*/final, .*/step-000002, .*/step-000004"):
+        resolve_model(Settings(model=str(run)))
 
 
 def test_other_weights_are_noticed(tmp_path):
