@@ -3,9 +3,12 @@
 import io
 import os
 import struct
+import subprocess
 import sys
+import tempfile
 import zipfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +27,7 @@ def write_checkpoint(base, step):
     save_nanochat(Model(CONFIG), base / "base_checkpoints" / "d2", step)
 
 
+ROOT = Path(__file__).parents[2]
 TENSORS = {"embed.weight": torch.zeros(2, 3)}
 
 
@@ -208,6 +212,20 @@ def test_a_file_with_another_protocol_of_pickle_opens_too(tmp_path, monkeypatch)
     state = torch.load(path, weights_only=False)
     torch.save(state, path, pickle_protocol=4)
     assert resolve_model(Settings(model=str(path))).kind == "nanogpt"
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_folders_that_may_not_be_read_are_passed_over():
+    code = ("import os, sys; sys.path.insert(0, sys.argv[1])\nfrom chatlm.common.hub.trainers import foreign_in, foreign\nfrom pathlib import Path\n"
+            "os.setgid(65534); os.setuid(65534); print(foreign_in(Path(sys.argv[2])), '|', foreign(Path(sys.argv[2]) / 'shut' / 'x.pt'))")
+    with tempfile.TemporaryDirectory() as base:     # pytest's folders are closed to others
+        os.chmod(base, 0o755)
+        path = FILES["modded"][0](Path(base) / "run")
+        for name, mode in (("shut", 0o000), ("listed", 0o444)):
+            save(Path(base) / name / "x.pt", TENSORS)
+            (Path(base) / name).chmod(mode)
+        run = subprocess.run([sys.executable, "-c", code, str(ROOT), base], capture_output=True, text=True)
+    assert run.stdout.startswith(f"{path} is a checkpoint of modded-nanogpt") and run.stdout.endswith("| \n"), run.stderr
 
 
 def test_links_to_nowhere_and_pipes_are_passed_over(tmp_path):

@@ -262,8 +262,10 @@ def is_litgpt(names: Collection[str]) -> bool:
 
 
 def is_litgpt_folder(folder: Path) -> bool:
-    """OSError if the folder cannot be listed."""
-    return folder.is_dir() and is_litgpt(os.listdir(folder)) and (folder / LITGPT_FILE).is_file()
+    """Not one that cannot be listed: its reader says why."""
+    with suppress(OSError):
+        return is_litgpt(os.listdir(folder)) and (folder / LITGPT_FILE).is_file()
+    return False
 
 
 def foreign_in(folder: Path) -> str:
@@ -272,7 +274,7 @@ def foreign_in(folder: Path) -> str:
     first = foreign(folder)
     for path in itertools.islice(entries_below(folder), MOST_ENTRIES):
         known = path.suffix in SUFFIXES and not BESIDE_MODELS.fullmatch(path.name)
-        if known or path.name in LITGPT_PARTIAL or path.is_dir():
+        if known or path.name in LITGPT_PARTIAL or os.path.isdir(path):
             if opens := opens_below(path):
                 return opens
             first = first or foreign(path)
