@@ -198,13 +198,19 @@ def test_build_nanogpts_file_its_folder_and_a_step_open(tmp_path, monkeypatch):
     assert files_of(files[5000]) == [files[5000], log / "meta.pkl"]
     for model, changes, words in ((log, {"step": 7}, f"no build-nanogpt checkpoint for -s 7 in {log}; available: 5000, 15000, 19072"),
                                   (files[5000], {"step": 7}, f"for -s 7 in {files[5000]}; available: 5000"),
-                                  (log, {"source": "sft"}, f"-i sft: only for nanochat checkpoints, and {log} is build-nanogpt's"),
+                                  (log, {"step": 0}, "for -s 0"), (log, {"source": "sft"}, f"-i sft: only for nanochat checkpoints, and {log} is build-nanogpt's"),
                                   (tmp_path, {}, f"{files[19072]} is a checkpoint of build-nanogpt: give it, or its folder")):
         with pytest.raises(ConfigError) as caught:
             resolve_model(Settings(model=str(model), **changes))
         assert words in str(caught.value)
     assert [(each.name, each.step, bool(each.stamp)) for each in find_models(tmp_path)] == [("log", step, True) for step in files]
     assert [(each.run, each.step, each.missing) for each in find_steps(tmp_path)] == [(log, step, "") for step in files]
+
+
+def test_step_0_is_a_step(tmp_path, monkeypatch):
+    path = save_build(tmp_path / "model_00000.pt", 0, monkeypatch)
+    assert resolve_model(Settings(model=str(tmp_path), step=0)).path == path == resolve_model(Settings(model=str(tmp_path))).path
+    assert [step.step for step in find_steps(tmp_path)] == [0] == [each.step for each in find_models(tmp_path)]
 
 
 def test_a_file_with_another_protocol_of_pickle_opens_too(tmp_path, monkeypatch):
@@ -223,6 +229,7 @@ def test_folders_that_may_not_be_read_are_passed_over():
         path = FILES["modded"][0](Path(base) / "run")
         for name, mode in (("shut", 0o000), ("listed", 0o444)):
             save(Path(base) / name / "x.pt", TENSORS)
+            (Path(base) / name / "a file").touch()
             (Path(base) / name).chmod(mode)
         run = subprocess.run([sys.executable, "-c", code, str(ROOT), base], capture_output=True, text=True)
     assert run.stdout.startswith(f"{path} is a checkpoint of modded-nanogpt") and run.stdout.endswith("| \n"), run.stderr
@@ -241,6 +248,10 @@ def test_links_to_nowhere_and_pipes_are_passed_over(tmp_path):
 def test_a_nanochat_file_with_the_same_name_stays_nanochats(tmp_path):
     write_checkpoint(tmp_path, 700)
     [step] = find_steps(tmp_path)
+    whole = step.path.read_bytes()
+    step.path.write_bytes(whole[:-100])     # a worker says that it is cut
+    assert find_model(str(step.path), Settings()).kind == "nanochat"
+    step.path.write_bytes(whole)
     assert find_model(str(step.path), Settings()).kind == "nanochat" == find_model(str(step.path.parent), Settings()).kind
 
 

@@ -24,7 +24,7 @@ from chatlm.common.hub.local import (
 from chatlm.common.hub.stamps import model_stamp
 from chatlm.common.hub.trainers import (
     LITGPT_FILE, NANOGPT_FILE, build_nanogpt_steps, foreign, foreign_in, is_build_nanogpt, is_litgpt_folder,
-    unknown_torch_file)
+    step_of, unknown_torch_file)
 from chatlm.common.invocation import program_command
 from chatlm.common.log import log
 from chatlm.common.messages.requests import ModelSource
@@ -136,8 +136,7 @@ def of_other_trainer(path: Path, settings: Settings) -> ModelSource | None:
     if path.is_dir():
         steps = build_nanogpt_steps(path)
         return build_nanogpt_source(steps, path, settings) if steps else None
-    if is_build_nanogpt(path):
-        step = int(path.stem.rpartition("_")[2])
+    if (step := step_of(path)) is not None and is_build_nanogpt(path):
         return build_nanogpt_source({step: path}, path, settings)
     if path.is_file() and (error := foreign(path) or unknown_torch_file(path)):
         raise ConfigError(error)

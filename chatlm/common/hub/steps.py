@@ -15,7 +15,7 @@ from chatlm.common.hub.folder import seen_below
 from chatlm.common.hub.local import NANOCHAT_FOLDERS
 from chatlm.common.hub.stamps import (
     HF_FILES, LITGPT_FILES, Sighting, files_of, nanochat_tokenizers, stamp_of)
-from chatlm.common.hub.trainers import LITGPT_CONFIG, LITGPT_FILE, foreign, is_build_nanogpt, is_litgpt
+from chatlm.common.hub.trainers import LITGPT_CONFIG, LITGPT_FILE, foreign, is_build_nanogpt, is_litgpt, step_of
 
 MOST_DEPTH = 3  # folders below the watched one
 CHECKPOINT = re.compile(r"checkpoint-\d{1,15}")  # a folder of transformers' Trainer
@@ -77,8 +77,8 @@ def steps_of_other_trainers(folder: Path, names: Seq[str]) -> Iterator[Step]:
     if beside_model or is_litgpt(names):  # the state of a training; a model that is no step, such as `final`
         return
     for path in (folder, *(folder / name for name in names)):
-        if is_build_nanogpt(path):
-            yield from unlinked(path, int(path.stem.removeprefix("model_")), files_of(path), "")
+        if (step := step_of(path)) is not None and is_build_nanogpt(path):
+            yield from unlinked(path, step, files_of(path), "")
         elif error := foreign(path):
             yield Step(path, trouble=f"not served: {error}")
 

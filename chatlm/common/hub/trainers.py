@@ -222,6 +222,8 @@ def foreign(path: Path) -> str:
 def unknown_torch_file(path: Path) -> str:
     """What to say of a file of torch.save that nobody is known to write; "" if it is no such file, or
     nanochat's."""
+    if step_of(path) is not None and has_meta(path):
+        return ""
     try:
         with open(path, "rb") as file:
             is_zip = file.read(4) == b"PK\3\4"
@@ -239,18 +241,30 @@ def unknown_torch_file(path: Path) -> str:
 
 def is_build_nanogpt(path: Path) -> bool:
     """Is this file a checkpoint of build-nanogpt? nanochat's have such a name too, and a meta file beside."""
-    step = re.fullmatch(r"model_(\d{1,15})\.pt", path.name)
-    if step is None or path.with_name(f"meta_{step[1]}.json").exists():
+    if step_of(path) is None or has_meta(path):
         return False
     with suppress(OSError):
         return trainer_of(path) is BUILD
     return False
 
 
+def step_of(path: Path) -> int | None:
+    """The step of a file with a name such as nanochat and build-nanogpt give, model_05000.pt."""
+    step = re.fullmatch(r"model_(\d{1,15})\.pt", path.name)
+    return int(step[1]) if step else None
+
+
+def has_meta(path: Path) -> bool:
+    """Is what nanochat knows of a step beside its file?"""
+    return path.with_name(path.name.replace("model_", "meta_").replace(".pt", ".json")).exists()
+
+
 def build_nanogpt_steps(folder: Path) -> dict[int, Path]:
     """The checkpoints of build-nanogpt in a folder, by step."""
-    steps = {int(path.stem.removeprefix("model_")): path for path in folder.glob("model_*.pt")
-             if is_build_nanogpt(path)}
+    steps = dict[int, Path]()
+    for path in folder.glob("model_*.pt"):
+        if (step := step_of(path)) is not None and is_build_nanogpt(path):
+            steps[step] = path
     return dict(sorted(steps.items()))
 
 
