@@ -1,6 +1,7 @@
 """Checkpoints of other trainers: each is named, with what to do, however its path is given; build-nanogpt's open."""
 
 import io
+import json
 import os
 import struct
 import subprocess
@@ -20,6 +21,7 @@ from chatlm.common.hub.folder import find_models
 from chatlm.common.hub.stamps import files_of, refuse_changed
 from chatlm.common.hub.steps import find_steps
 from chatlm.common.hub.trainers import llama2c_bytes, names_in
+from real_server import get, post, server
 from tiny_nanogpt import ARGS, random_state, write, write_meta
 from tiny_training import CONFIG, Model, save as save_nanochat
 
@@ -264,3 +266,15 @@ def test_a_file_that_is_being_written_is_no_model_yet(tmp_path, monkeypatch):
         resolve_model(Settings(model=str(path)))
     path.write_bytes(whole)
     assert [step.step for step in find_steps(tmp_path)] == [100]
+
+
+def test_a_server_of_a_folder_serves_what_opens_and_logs_the_rest_once(tmp_path, monkeypatch):
+    bad = FILES["modded"][0](tmp_path / "models" / "run")
+    save_build(tmp_path / "models/run/log/model_00250.pt", 250, monkeypatch)
+    write_meta(tmp_path / "models/run/log/meta.pkl")
+    lines = []
+    with server("--models", tmp_path / "models", "--dtype", "float32", log=lines) as (_, url):
+        assert [each["id"] for each in get(url + "/v1/models")["data"]] == ["log"]
+        answer = json.loads(post(url + "/v1/completions", {"model": "log@250", "prompt": "To be", "max_tokens": 5, "temperature": 0}).read())
+        assert answer["usage"]["completion_tokens"] == 5
+    assert "".join(lines).count(f"not served: {bad} is a checkpoint of modded-nanogpt: its architecture") == 1
