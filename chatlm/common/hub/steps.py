@@ -15,7 +15,8 @@ from chatlm.common.hub.folder import seen_below
 from chatlm.common.hub.local import NANOCHAT_FOLDERS
 from chatlm.common.hub.stamps import (
     HF_FILES, LITGPT_FILES, Sighting, files_of, nanochat_tokenizers, stamp_of)
-from chatlm.common.hub.trainers import LITGPT_CONFIG, LITGPT_FILE, foreign, is_build_nanogpt, is_litgpt, step_of
+from chatlm.common.hub.trainers import (
+    LITGPT_CONFIG, LITGPT_FILE, foreign, is_build_nanogpt, is_litgpt, step_of)
 
 MOST_DEPTH = 3  # folders below the watched one
 CHECKPOINT = re.compile(r"checkpoint-\d{1,15}")  # a folder of transformers' Trainer
