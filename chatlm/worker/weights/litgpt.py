@@ -88,6 +88,7 @@ TURNS = """{% if messages[0].role == 'system' %}{{ messages[0].content }}{% else
 {% elif message.role == 'assistant' %}{{ message.content }}{{ eos_token }}
 
 {% endif %}{% endfor %}"""
+MOST_YAML_BYTES = 1 << 16  # litgpt's have 1 to 2 KB; a parser takes seconds for a megabyte
 LLAMA3_ROPE = "factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len"
 
 
@@ -131,8 +132,11 @@ def in_prompt_style(path: Path, text: TextSpec) -> TextSpec:
 def read_yaml(path: Path) -> dict:
     """The keys and values of a YAML file."""
     yaml = require_library("yaml", f"reading {path.name}")
+    data = read_small(path)
+    if len(data) > MOST_YAML_BYTES:
+        raise ConfigError(f"{path} has {len(data):,} bytes; the limit for such files is {MOST_YAML_BYTES:,}")
     try:
-        stated = yaml.safe_load(read_small(path))
+        stated = yaml.safe_load(data)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid YAML: {named(error)}") from None
     if not isinstance(stated, dict):
@@ -195,6 +199,14 @@ class LitModel(NamedTuple):
     def groups(self) -> int:
         """The number of key-value heads."""
         return self.config["n_query_groups"] or self.config["n_head"]
+
+    @property
+    def query_rows(self) -> int:
+        return self.config["n_head"] * self.head_size
+
+    @property
+    def key_rows(self) -> int:
+        return self.groups * self.head_size
 
     @property
     def has_experts(self) -> bool:
@@ -323,8 +335,8 @@ class LitModel(NamedTuple):
         return renamed
 
     def renamed(self, name: str, tensor: numpy.ndarray) -> dict[str, numpy.ndarray]:
-        """A tensor under transformers' name; that of queries, keys and values becomes three. A name that is
-        not known stays as it is, and is reported with the shapes."""
+        """A tensor under transformers' name; that of queries, keys and values becomes three. One that is not
+        known, or of another size, stays as it is, which `check_names_and_shapes` reports."""
         if name in ONCE:
             return {ONCE[name]: tensor}
         layer = re.fullmatch(r"transformer\.h\.(\d+)\.([\w.]+)\.(weight|bias)", name)
@@ -332,6 +344,8 @@ class LitModel(NamedTuple):
             return {name: tensor}
         number, part, kind = layer.groups()
         if part in ("attn.qkv", "attn.attn"):
+            if tensor.shape[:1] != (self.query_rows + 2 * self.key_rows,):
+                return {name: tensor}
             tensors = self.queries_keys_values(tensor, interleaved=part == "attn.attn")
             return {f"model.layers.{number}.self_attn.{which}_proj.{kind}": rows
                     for which, rows in zip("qkv", tensors)}
@@ -348,12 +362,10 @@ class LitModel(NamedTuple):
     def queries_keys_values(self, rows: numpy.ndarray, interleaved: bool) -> list[numpy.ndarray]:
         """The rows of q, k and v. Before December 2024 litgpt stored them group by group: the queries of a
         key-value head, its key, its value."""
-        H, G, D = self.config["n_head"], self.groups, self.head_size
-        if len(rows) != (H + 2 * G) * D:  # check_names_and_shapes reports it
-            return [rows, rows[:0], rows[:0]]
         if not interleaved:
-            return numpy.split(rows, [H * D, (H + G) * D])
-        by_group = rows.reshape(G, H // G + 2, D, *rows.shape[1:])
+            return numpy.split(rows, [self.query_rows, self.query_rows + self.key_rows])
+        heads = self.config["n_head"] // self.groups + 2  # of a group
+        by_group = rows.reshape(self.groups, heads, self.head_size, *rows.shape[1:])
         parts = by_group[:, :-2], by_group[:, -2], by_group[:, -1]
         return [part.reshape(-1, *rows.shape[1:]) for part in parts]
 

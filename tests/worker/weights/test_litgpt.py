@@ -153,7 +153,7 @@ def test_an_adapter_of_the_hugging_face_model_is_merged(tmp_path):
     (dict(n_layer="2"), 'n_layer is "2"; it must be an integer'), (dict(n_layer=date(2026, 1, 1)), 'n_layer is "date"'), (dict(intermediate_size=None), "intermediate_size is missing"),
     (dict(n_query_groups=3), "n_head is 4; it must be a multiple of 3"), (dict(head_size=None, n_head=5, n_query_groups=5), "n_embd is 32; it must be a multiple of 5"),
     (dict(rotary_percentage=0.4), "rotary_percentage of head_size is 3; it must be a multiple of 2"), (dict(n_layer=3), "missing model.layers.2.input_layernorm.weight"),
-    (dict(n_query_groups=4), "q_proj.weight is (64, 32) instead of (32, 32)")])
+    (dict(n_query_groups=4), "unknown transformer.h.0.attn.qkv.weight (64, 32)")])
 def test_what_is_not_served_is_refused_by_its_key(changes, words, tmp_path):
     folder = copy_of("llama3", tmp_path)
     change(folder, **changes)
@@ -176,7 +176,8 @@ class Evil:
 
 @pytest.mark.parametrize("content, words", [
     (b"- 1\n", "holds a list of 1; it must hold keys and values"), (b"a: [\n", "is not valid YAML"), (b"", "holds null"), (b"\xff\xfe\x00", "is not valid YAML"),
-    (b"!!python/object/apply:os.system ['touch run']\n", "is not valid YAML"), (b"n_layer: 2\n", "parallel_residual is true"), (b"[" * 100_000, "is not valid YAML"),
+    (b"!!python/object/apply:os.system ['touch run']\n", "is not valid YAML"), (b"n_layer: 2\n", "parallel_residual is true"), (b"[" * 50_000, "is not valid YAML"),
+    (b"a: [" + b"1, " * 100_000 + b"]", "has 300,005 bytes; the limit for such files is 65,536"),
     (b"a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + b"".join(b"%c: &%c [%s]\n" % (c, c, b", ".join([b"*%c" % (c - 1)] * 10)) for c in range(98, 120)), 'the key "a" is not known'),
     (b"sliding_window_indices: &a [*a, *a]\nparallel_residual: false\nnorm_class_name: RMSNorm\nmlp_class_name: LLaMAMLP\n", 'sliding_window_indices[0] is "list"'),
     (b"n_layer: .nan\nmlp_class_name: LLaMAMLP\nnorm_class_name: RMSNorm\nparallel_residual: false\n", "n_layer is NaN")])
@@ -190,7 +191,8 @@ def test_a_hostile_config_is_one_line(content, words, tmp_path):
 
 @pytest.mark.parametrize("state, words", [
     ([1], "holds list instead of a state dict"), ({"model": Evil()}, "model is StandIn"), ({"x": torch.zeros(3)}, "missing model.embed_tokens.weight"),
-    ({"lm_head.weight": torch.zeros(3, dtype=torch.int64)}, "lm_head.weight is int64")])
+    ({"lm_head.weight": torch.zeros(3, dtype=torch.int64)}, "lm_head.weight is int64"), ({"transformer.h.0.attn.qkv.weight": torch.tensor(1.0)}, "missing model.embed_tokens.weight"),
+    ({"transformer.h.0.attn.attn.weight": torch.zeros(64)}, "q_proj.weight is (32,) instead of (32, 32)"), ({"lm_head.weight": torch.tensor(1.0), "transformer.wte.weight": torch.tensor(1.0)}, "missing")])
 def test_a_hostile_file_of_weights_is_one_line_and_runs_nothing(state, words, tmp_path, capfd):
     folder = copy_of("llama3", tmp_path)
     torch.save(state, folder / "lit_model.pth")
