@@ -1,9 +1,9 @@
 """litgpt's folders: model_config.yaml and lit_model.pth, in the terms of a Hugging Face folder.
 
 litgpt has one block for all its models (github.com/Lightning-AI/litgpt, litgpt/model.py), which its Config
-describes. A model that computes what a Llama, Mistral, Mixtral, Qwen2, Qwen3 or Qwen3-MoE does becomes a
-config.json of that family and tensors of its names, and `open_folder` does the rest. Any other is refused by
-the key that differs."""
+describes. A model that computes what a Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE or Pythia does
+becomes a config.json of that family and tensors of its names, and `open_folder` does the rest. Any other is
+refused by the key that differs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from chatlm.common.errors import ConfigError, named, require_library, shown
 from chatlm.common.files import read_small
 from chatlm.common.hub.trainers import LITGPT_CONFIG, LITGPT_FILE
 from chatlm.common.log import log
-from chatlm.worker.weights.family import HF_TENSORS
+from chatlm.worker.weights.families import FAMILIES
 from chatlm.worker.weights.huggingface import open_folder
 from chatlm.worker.weights.nanochat import plain_state
 from chatlm.worker.weights.nanogpt import without_tied_head
@@ -40,8 +40,8 @@ KEYS: dict[str, tuple[Any, Rule]] = {  # of model_config.yaml: litgpt's default,
     "vocab_size": (50_254, Rule(int, 1, MOST_TOKENS)), "padding_multiple": (512, Rule(int, 1, MOST_TOKENS)),
     "padded_vocab_size": (None, Rule(int, 1, MOST_TOKENS, optional=True)),
     "intermediate_size": (None, COUNT), "norm_eps": (1e-5, Rule(float, 0, 1)),
-    "norm_class_name": ("LayerNorm", Rule(str, choices=("RMSNorm",))),
-    "mlp_class_name": ("GptNeoxMLP", Rule(str)),
+    "mlp_class_name": ("GptNeoxMLP", Rule(str)), "parallel_residual": (True, Rule(bool)),
+    "gelu_approximate": ("none", Rule(str, choices=("none", "tanh"))),
     "n_expert": (0, Rule(int, 0, MOST_EXPERTS)), "n_expert_per_token": (0, Rule(int, 0, MOST_EXPERTS)),
     "moe_intermediate_size": (None, COUNT),
     "norm_qk": (False, Rule(bool)), "norm_qk_type": ("default", Rule(str)),
@@ -51,27 +51,31 @@ KEYS: dict[str, tuple[Any, Rule]] = {  # of model_config.yaml: litgpt's default,
     "sliding_window_size": (None, Rule(int, 1, MOST_POSITIONS, optional=True)),
     "sliding_window_indices": (None, Rule(int, 0, 1, many=True, optional=True)),
     "attention_scores_scalar": (None, COUNT)}
-# What these must be, which makes a block a Llama's, and litgpt's default.
+# What these must be in all models, and litgpt's default.
 ONLY: dict[str, tuple[Any, Any]] = {
-    "parallel_residual": (False, True), "norm_1": (True, True), "norm_2": (True, True),
-    "rope_interleave": (False, False),
+    "norm_1": (True, True), "norm_2": (True, True), "rope_interleave": (False, False),
     **dict.fromkeys(("shared_attention_norm", "post_attention_norm", "post_mlp_norm", "scale_embeddings",
                      "lm_head_bias"), (False, False)),
     **dict.fromkeys(("attention_logit_softcapping", "final_logit_softcapping", "latent_attention",
                      "rope_local_base_freq"), (None, None))}
-# Likewise in models with experts.
-ONLY_OF_EXPERTS: dict[str, tuple[Any, Any]] = {
-    "n_shared_expert": (None, None), "n_expert_groups": (None, None), "first_k_dense_replace": (None, None),
-    "routed_scaling_factor": (1, 1)}
+LLAMA, EXPERTS, NEOX = "LLaMAMLP", "LLaMAMoE", "GptNeoxMLP"
+LLAMAS_BLOCK = {"parallel_residual": (False, True), "norm_class_name": ("RMSNorm", "LayerNorm")}
+# Likewise in a block of this mlp_class_name.
+ONLY_WITH: dict[str, dict[str, tuple[Any, Any]]] = {
+    LLAMA: LLAMAS_BLOCK,
+    EXPERTS: LLAMAS_BLOCK | {
+        "n_shared_expert": (None, None), "n_expert_groups": (None, None),
+        "first_k_dense_replace": (None, None), "routed_scaling_factor": (1, 1), "bias": (False, True),
+        "attn_bias": (False, False)},
+    NEOX: {"norm_class_name": ("LayerNorm", "LayerNorm"), "bias": (True, True), "norm_qk": (False, False),
+           "sliding_window_size": (None, None)}}
 # Of other kinds of models, without effect in those that are served.
-UNUSED = {"hf_config", "gelu_approximate", "rope_indices", "n_topk_groups", "n_topk_scores_per_group",
-          "norm_topk_prob", *ONLY_OF_EXPERTS}
-DENSE, EXPERTS = "LLaMAMLP", "LLaMAMoE"
-ADVICE = ("litgpt folders of Llama, Mistral, Mixtral, Qwen2.5 and Qwen3 open as they are; for other families "
+UNUSED = {"hf_config", "rope_indices", "n_topk_groups", "n_topk_scores_per_group", "norm_topk_prob"}
+ADVICE = ("litgpt folders of Llama, Mistral, Mixtral, Qwen2.5, Qwen3 and Pythia open as they are; for others "
           "`litgpt convert_from_litgpt FOLDER OUT` writes OUT/model.pth, and transformers a Hugging Face "
           "folder of it (from_pretrained(ORIGINAL, state_dict=torch.load(\"OUT/model.pth\")), then "
           "save_pretrained)")
-KNOWN = {*KEYS, *ONLY, *UNUSED, "rope_adjustments"}
+KNOWN = {*KEYS, *ONLY, *UNUSED, "rope_adjustments", *(key for rows in ONLY_WITH.values() for key in rows)}
 INSTRUCTIONS = {  # what litgpt/prompts.py writes before a question, by the class of a prompt style
     **dict.fromkeys(("litgpt.prompts.Alpaca", "litgpt.prompts.FLAN"),
                     "Below is an instruction that describes a task. Write a response that appropriately "
@@ -97,7 +101,7 @@ def open_litgpt(source: ModelSource, settings: Settings, device) -> LoadedModel:
     model = LitModel(path, model_config(path))
     raw = model.config_json()
     state = model.tensors(source.path / LITGPT_FILE)
-    pair = Pair.of(HF_TENSORS)
+    pair = Pair.of(FAMILIES[raw["model_type"]].all_tensors)
     if pair.head in state and equal(state[pair.head], state.get(pair.embed)):
         del state[pair.head]  # converted from a model with one matrix for both
     raw["tie_word_embeddings"] = pair.head not in state
@@ -150,17 +154,15 @@ def model_config(path: Path) -> dict[str, Any]:
     for key, value in stated.items():
         if key not in KNOWN and value:
             raise ConfigError(f"{path}: the key {words(key)} is not known, and may change the arithmetic")
-    experts = stated.get("mlp_class_name") == EXPERTS
-    for key, (only, default) in (ONLY | ONLY_OF_EXPERTS if experts else ONLY).items():
+    block = stated.get("mlp_class_name", NEOX)
+    if not isinstance(block, str) or block not in ONLY_WITH:
+        raise refused(path, "mlp_class_name", block, f"one of {', '.join(ONLY_WITH)}")
+    for key, (only, default) in (ONLY | ONLY_WITH[block]).items():
         if (value := stated.get(key, default)) != only:
             raise refused(path, key, value, words(only))
     config = {key: stated.get(key, default) for key, (default, _) in KEYS.items()}
     for key, (_, rule) in KEYS.items():
-        if rule.choices and config[key] not in rule.choices:
-            raise refused(path, key, config[key], words(rule.choices[0]))
         checked(path, key, plain(config[key]), rule)
-    if config["mlp_class_name"] not in (DENSE, EXPERTS):
-        raise refused(path, "mlp_class_name", config["mlp_class_name"], f"{DENSE} or {EXPERTS}")
     if "Gemma" in config["name"]:  # then litgpt's norms multiply by 1 + w
         raise refused(path, "name", config["name"], "a name without Gemma")
     return config | {"rope_adjustments": stated.get("rope_adjustments")}
@@ -201,6 +203,10 @@ class LitModel(NamedTuple):
         return self.config["n_query_groups"] or self.config["n_head"]
 
     @property
+    def feed_forward(self) -> int:
+        return self.config["intermediate_size"] or 4 * self.config["n_embd"]
+
+    @property
     def query_rows(self) -> int:
         return self.config["n_head"] * self.head_size
 
@@ -215,9 +221,10 @@ class LitModel(NamedTuple):
     def family(self) -> str:
         """The model_type that computes the same."""
         config, windows = self.config, self.windows()
-        if self.has_experts:
-            self.only("bias", False, "in a model with experts")
-            self.only("attn_bias", False, "in a model with experts")
+        if config["mlp_class_name"] == NEOX:
+            if self.groups != config["n_head"]:
+                raise refused(self.path, "n_query_groups", self.groups, f"n_head in a model with {NEOX}")
+            return "gpt_neox"
         if config["norm_qk"]:
             self.only("norm_qk_type", "default", "in a model with norm_qk")
             self.only("bias", False, "in a model with norm_qk")
@@ -253,8 +260,10 @@ class LitModel(NamedTuple):
         """The config.json of the same model."""
         config, family = self.config, self.family()
         self.check_sizes()
+        if family == "gpt_neox":
+            return self.neox_config_json()
         raw = {"model_type": family, "vocab_size": self.padded_vocabulary(), "hidden_size": config["n_embd"],
-               "intermediate_size": config["intermediate_size"], "num_hidden_layers": config["n_layer"],
+               "intermediate_size": self.feed_forward, "num_hidden_layers": config["n_layer"],
                "num_attention_heads": config["n_head"], "num_key_value_heads": self.groups,
                "head_dim": self.head_size, "max_position_embeddings": config["block_size"],
                "rms_norm_eps": config["norm_eps"], "hidden_act": "silu",
@@ -272,13 +281,24 @@ class LitModel(NamedTuple):
                 raw["layer_types"] = [LAYER_TYPES[window] for window in windows]
         return raw | (self.expert_keys(family) if self.has_experts else {})
 
+    def neox_config_json(self) -> dict:
+        config = self.config
+        return {"model_type": "gpt_neox", "vocab_size": self.padded_vocabulary(),
+                "hidden_size": config["n_embd"], "intermediate_size": self.feed_forward,
+                "num_hidden_layers": config["n_layer"], "num_attention_heads": config["n_head"],
+                "head_dim": self.head_size, "max_position_embeddings": config["block_size"],
+                "layer_norm_eps": config["norm_eps"], "use_parallel_residual": config["parallel_residual"],
+                "hidden_act": "gelu" if config["gelu_approximate"] == "none" else "gelu_new",
+                "rotary_pct": config["rotary_percentage"], "rotary_emb_base": config["rope_base"],
+                "rope_scaling": self.rope_scaling()}
+
     def expert_keys(self, family: str) -> dict:
         """Those of a config.json. The shares of the chosen experts sum to one: litgpt takes the softmax of
         their scores alone."""
         config = self.config
         count = checked(self.path, "n_expert", config["n_expert"], Rule(int, 1, MOST_EXPERTS))
         chosen = checked(self.path, "n_expert_per_token", config["n_expert_per_token"], Rule(int, 1, count))
-        size = config["moe_intermediate_size"] or config["intermediate_size"]
+        size = config["moe_intermediate_size"] or self.feed_forward
         if family == "mixtral":
             return {"num_local_experts": count, "num_experts_per_tok": chosen, "intermediate_size": size}
         return {"num_experts": count, "num_experts_per_tok": chosen, "moe_intermediate_size": size,
@@ -286,7 +306,9 @@ class LitModel(NamedTuple):
 
     def check_sizes(self):
         config = self.config
-        checked(self.path, "intermediate_size", config["intermediate_size"], COUNT._replace(optional=False))
+        if config["mlp_class_name"] == LLAMA:
+            checked(self.path, "intermediate_size", config["intermediate_size"],
+                    COUNT._replace(optional=False))
         if config["head_size"] is None:
             check_divides(self.path, "n_embd", config["n_embd"], config["n_head"], "n_head")
         check_divides(self.path, "n_head", config["n_head"], self.groups, "n_query_groups")
@@ -337,8 +359,10 @@ class LitModel(NamedTuple):
     def renamed(self, name: str, tensor: numpy.ndarray) -> dict[str, numpy.ndarray]:
         """A tensor under transformers' name; that of queries, keys and values becomes three. One that is not
         known, or of another size, stays as it is, which `check_names_and_shapes` reports."""
-        if name in ONCE:
-            return {ONCE[name]: tensor}
+        is_neox = self.config["mlp_class_name"] == NEOX
+        names = NEOX_NAMES if is_neox else LLAMA_NAMES
+        if name in names.once:
+            return {names.once[name]: tensor}
         layer = re.fullmatch(r"transformer\.h\.(\d+)\.([\w.]+)\.(weight|bias)", name)
         if layer is None:
             return {name: tensor}
@@ -346,18 +370,28 @@ class LitModel(NamedTuple):
         if part in ("attn.qkv", "attn.attn"):
             if tensor.shape[:1] != (self.query_rows + 2 * self.key_rows,):
                 return {name: tensor}
+            if is_neox:
+                whole = f"{names.layers}.{number}.attention.query_key_value.{kind}"
+                return {whole: self.by_head(part, tensor)}
             tensors = self.queries_keys_values(tensor, interleaved=part == "attn.attn")
             return {f"model.layers.{number}.self_attn.{which}_proj.{kind}": rows
                     for which, rows in zip("qkv", tensors)}
         of_expert = self.has_experts and part.startswith("mlp.")
-        theirs = self.expert_part(part) if of_expert else PARTS.get(part, part)
-        return {f"model.layers.{number}.{theirs}.{kind}": tensor}
+        theirs = self.expert_part(part) if of_expert else names.parts.get(part, part)
+        return {f"{names.layers}.{number}.{theirs}.{kind}": tensor}
 
     def expert_part(self, part: str) -> str:
         """transformers' name of the router (mlp.gate) or of a matrix of an expert (mlp.experts.3.fc_1)."""
         block, names = EXPERT_PARTS[self.family()]
         _, *expert, module = part.split(".")
         return ".".join((block, *expert, names.get(module, module)))
+
+    def by_head(self, part: str, rows: numpy.ndarray) -> numpy.ndarray:
+        """The rows of q, k and v of each head in turn, as litgpt stored them before December 2024, too."""
+        if part == "attn.attn":
+            return rows
+        by_kind = rows.reshape(3, self.groups, self.head_size, *rows.shape[1:])
+        return by_kind.swapaxes(0, 1).reshape(rows.shape)
 
     def queries_keys_values(self, rows: numpy.ndarray, interleaved: bool) -> list[numpy.ndarray]:
         """The rows of q, k and v. Before December 2024 litgpt stored them group by group: the queries of a
@@ -371,11 +405,28 @@ class LitModel(NamedTuple):
 
 
 WRAPPED = r"_orig_mod\.|_forward_module\."  # by torch.compile and FSDP, anywhere in a name
-ONCE = {"transformer.wte.weight": "model.embed_tokens.weight", "transformer.ln_f.weight": "model.norm.weight"}
-PARTS = {  # of a layer: litgpt's module -> transformers'
-    "norm_1": "input_layernorm", "norm_2": "post_attention_layernorm", "attn.proj": "self_attn.o_proj",
-    "attn.norm_q": "self_attn.q_norm", "attn.norm_k": "self_attn.k_norm", "mlp.fc_1": "mlp.gate_proj",
-    "mlp.fc_2": "mlp.up_proj", "mlp.proj": "mlp.down_proj"}
+
+
+class Names(NamedTuple):
+    """litgpt's names -> transformers'."""
+
+    once: dict[str, str]
+    layers: str            # what its layers' names begin with
+    parts: dict[str, str]  # of a layer
+
+
+LLAMA_NAMES = Names(
+    {"transformer.wte.weight": "model.embed_tokens.weight", "transformer.ln_f.weight": "model.norm.weight"},
+    "model.layers", {
+        "norm_1": "input_layernorm", "norm_2": "post_attention_layernorm", "attn.proj": "self_attn.o_proj",
+        "attn.norm_q": "self_attn.q_norm", "attn.norm_k": "self_attn.k_norm", "mlp.fc_1": "mlp.gate_proj",
+        "mlp.fc_2": "mlp.up_proj", "mlp.proj": "mlp.down_proj"})
+NEOX_NAMES = Names(
+    {"transformer.wte.weight": "gpt_neox.embed_in.weight", "lm_head.weight": "embed_out.weight",
+     **{f"transformer.ln_f.{kind}": f"gpt_neox.final_layer_norm.{kind}" for kind in ("weight", "bias")}},
+    "gpt_neox.layers", {
+        "norm_1": "input_layernorm", "norm_2": "post_attention_layernorm", "attn.proj": "attention.dense",
+        "mlp.fc": "mlp.dense_h_to_4h", "mlp.proj": "mlp.dense_4h_to_h"})
 EXPERT_PARTS = {  # of a family's layer: what has router and experts, the matrices of an expert
     "mixtral": ("block_sparse_moe", {"fc_1": "w1", "fc_2": "w3", "proj": "w2"}),
     "qwen3_moe": ("mlp", {"fc_1": "gate_proj", "fc_2": "up_proj", "proj": "down_proj"})}

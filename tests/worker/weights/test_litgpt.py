@@ -33,7 +33,7 @@ from real_server import ask, get, post, server
 pytestmark = pytest.mark.usefixtures("one_thread")
 MADE = Path(__file__).parents[2] / "fixtures" / "litgpt"
 FAMILIES = {"llama3": "llama", "llama-biases": "llama", "tinyllama-of-2024": "llama", "qwen2.5": "qwen2", "qwen3": "qwen3", "mistral": "mistral",
-            "mixtral": "mixtral", "qwen3-moe": "qwen3_moe"}
+            "mixtral": "mixtral", "qwen3-moe": "qwen3_moe", "pythia": "gpt_neox", "pythia-of-2024": "gpt_neox"}
 BACKENDS = ["reference", pytest.param("decode_core", marks=pytest.mark.skipif(decode_core() is None, reason="not built"))]
 
 
@@ -55,6 +55,10 @@ def as_hugging_face(folder, to):
     state = torch.load(folder / "lit_model.pth", weights_only=False)
     state = {name.removeprefix("_orig_mod."): tensor for name, tensor in state.get("model", state).items()}
     H, G, D = config["n_head"], config["n_query_groups"], config["head_size"]
+    to.mkdir()
+    write_tokenizer(to, None)
+    if FAMILIES[folder.name] == "gpt_neox":
+        return as_neox(config, state, to)
     names = {"norm_1": "input_layernorm", "norm_2": "post_attention_layernorm", "attn.proj": "self_attn.o_proj", "mlp.fc_1": "mlp.gate_proj",
              "mlp.fc_2": "mlp.up_proj", "mlp.proj": "mlp.down_proj", "attn.norm_q": "self_attn.q_norm", "attn.norm_k": "self_attn.k_norm"}
     made = {"model.embed_tokens.weight": state["transformer.wte.weight"], "lm_head.weight": state["lm_head.weight"], "model.norm.weight": state["transformer.ln_f.weight"]}
@@ -76,7 +80,6 @@ def as_hugging_face(folder, to):
                 made[f"model.layers.{layer}.{part}.{kind}"] = tensor
             else:
                 made[f"model.layers.{layer}.{names[part]}.{kind}"] = tensor
-    to.mkdir()
     save_file({name: tensor.contiguous() for name, tensor in made.items()}, to / "model.safetensors")
     raw = {"model_type": FAMILIES[folder.name], "vocab_size": 272, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": config["n_layer"], "num_attention_heads": H,
            "num_key_value_heads": G, "head_dim": D, "max_position_embeddings": 256, "rms_norm_eps": 1e-3, "rope_theta": config["rope_base"],
@@ -88,7 +91,24 @@ def as_hugging_face(folder, to):
            "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
            "qwen3-moe": {"num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "norm_topk_prob": True}}
     (to / "config.json").write_text(json.dumps(raw | own.get(folder.name, {})))
-    write_tokenizer(to, None)
+    return to
+
+
+def as_neox(config, state, to):
+    H, D, made = config["n_head"], config["head_size"], {}
+    for name, tensor in state.items():
+        if ".attn.qkv." in name:     # q, k and v of all heads become those of each head
+            tensor = tensor.view(3, H, D, *tensor.shape[1:]).transpose(0, 1).reshape(tensor.shape)
+        name = name.replace("transformer.h.", "gpt_neox.layers.").replace("transformer.wte", "gpt_neox.embed_in").replace("transformer.ln_f", "gpt_neox.final_layer_norm")
+        for ours, theirs in {"lm_head": "embed_out", "norm_1": "input_layernorm", "norm_2": "post_attention_layernorm", "attn.qkv": "attention.query_key_value",
+                             "attn.attn": "attention.query_key_value", "attn.proj": "attention.dense", "mlp.fc": "mlp.dense_h_to_4h", "mlp.proj": "mlp.dense_4h_to_h"}.items():
+            name = name.replace(ours, theirs)
+        made[name] = tensor.contiguous()
+    save_file(made, to / "model.safetensors")
+    (to / "config.json").write_text(json.dumps({
+        "model_type": "gpt_neox", "vocab_size": 272, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": H, "layer_norm_eps": 1e-3,
+        "max_position_embeddings": 256, "rotary_pct": 0.25, "rotary_emb_base": 10_000, "use_parallel_residual": config["parallel_residual"],
+        "hidden_act": "gelu_new" if config["gelu_approximate"] == "tanh" else "gelu"}))
     return to
 
 
@@ -134,10 +154,13 @@ def test_an_adapter_of_the_hugging_face_model_is_merged(tmp_path):
 
 
 @pytest.mark.parametrize("changes, words", [
-    (dict(norm_class_name="LayerNorm"), 'norm_class_name is "LayerNorm"; it must be "RMSNorm"'), (dict(mlp_class_name="GemmaMLP"), 'mlp_class_name is "GemmaMLP"; it must be LLaMAMLP or LLaMAMoE'),
+    (dict(norm_class_name="LayerNorm"), 'norm_class_name is "LayerNorm"; it must be "RMSNorm"'), (dict(mlp_class_name="GemmaMLP"), 'mlp_class_name is "GemmaMLP"; it must be one of LLaMAMLP, LLaMAMoE, GptNeoxMLP'),
+    (dict(mlp_class_name="GptNeoxMLP"), 'norm_class_name is "RMSNorm"; it must be "LayerNorm"'), (dict(mlp_class_name=["LLaMAMLP"]), "mlp_class_name is a list of 1"),
+    (dict(mlp_class_name="GptNeoxMLP", norm_class_name="LayerNorm"), "bias is false; it must be true"),
+    (dict(mlp_class_name="GptNeoxMLP", norm_class_name="LayerNorm", bias=True), "n_query_groups is 2; it must be n_head in a model with GptNeoxMLP"),
     (dict(mlp_class_name="LLaMAMoE", n_expert=4), "n_expert_per_token is 0; it must be an integer from 1 to 4"), (dict(mlp_class_name="LLaMAMoE"), "n_expert is 0"),
     (dict(mlp_class_name="LLaMAMoE", n_shared_expert=1), "n_shared_expert is 1; it must be null"), (dict(mlp_class_name="LLaMAMoE", routed_scaling_factor=2.5), "routed_scaling_factor is 2.5"),
-    (dict(mlp_class_name="LLaMAMoE", n_expert=4, n_expert_per_token=2, bias=True), "bias is true; it must be false in a model with experts"),
+    (dict(mlp_class_name="LLaMAMoE", n_expert=4, n_expert_per_token=2, bias=True), "bias is true; it must be false"),
     (dict(parallel_residual=True), "parallel_residual is true; it must be false"), (dict(post_attention_norm=True), "post_attention_norm is true"),
     (dict(scale_embeddings=True), "scale_embeddings is true"), (dict(final_logit_softcapping=30.0), "final_logit_softcapping is 30.0; it must be null"),
     (dict(latent_attention={"q_lora_rank": 3}), "latent_attention is an object of 1"), (dict(rope_interleave=True), "rope_interleave is true"),
@@ -176,7 +199,7 @@ class Evil:
 
 @pytest.mark.parametrize("content, words", [
     (b"- 1\n", "holds a list of 1; it must hold keys and values"), (b"a: [\n", "is not valid YAML"), (b"", "holds null"), (b"\xff\xfe\x00", "is not valid YAML"),
-    (b"!!python/object/apply:os.system ['touch run']\n", "is not valid YAML"), (b"n_layer: 2\n", "parallel_residual is true"), (b"[" * 50_000, "is not valid YAML"),
+    (b"!!python/object/apply:os.system ['touch run']\n", "is not valid YAML"), (b"n_layer: 2\n", "the tensors do not match this model: missing gpt_neox."), (b"[" * 50_000, "is not valid YAML"),
     (b"a: [" + b"1, " * 100_000 + b"]", "has 300,005 bytes; the limit for such files is 65,536"),
     (b"a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + b"".join(b"%c: &%c [%s]\n" % (c, c, b", ".join([b"*%c" % (c - 1)] * 10)) for c in range(98, 120)), 'the key "a" is not known'),
     (b"sliding_window_indices: &a [*a, *a]\nparallel_residual: false\nnorm_class_name: RMSNorm\nmlp_class_name: LLaMAMLP\n", 'sliding_window_indices[0] is "list"'),
