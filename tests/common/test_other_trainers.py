@@ -18,6 +18,7 @@ from chatlm.common.config import Settings
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.find import find_model, resolve_model
 from chatlm.common.hub.folder import find_models
+from chatlm.common.hub.huggingface import hub_files
 from chatlm.common.hub.stamps import files_of, refuse_changed
 from chatlm.common.hub.steps import find_steps
 from chatlm.common.hub.trainers import llama2c_bytes, names_in
@@ -278,3 +279,8 @@ def test_a_server_of_a_folder_serves_what_opens_and_logs_the_rest_once(tmp_path,
         answer = json.loads(post(url + "/v1/completions", {"model": "log@250", "prompt": "To be", "max_tokens": 5, "temperature": 0}).read())
         assert answer["usage"]["completion_tokens"] == 5
     assert "".join(lines).count(f"not served: {bad} is a checkpoint of modded-nanogpt: its architecture") == 1
+
+
+def test_a_repository_of_litgpts_files_says_how_to_get_them():
+    with pytest.raises(ConfigError, match="org/tuned has no model.safetensors; it has no GGUF file; its files are litgpt's: download them into a folder"):
+        hub_files("org/tuned", "", ["config.json", "lit_model.pth", "model_config.yaml", "tokenizer.json"])
