@@ -60,7 +60,7 @@ LIKE_OTHERS = {"xlm-roberta": ("bert",), "granitemoehybrid": ("granite", "granit
 CHECKPOINTS = (
     f"| nanochat, generations 1 to {len(GENERATIONS)} ([layouts](#checkpoints-of-nanochat)) | a checkpoint | upstream's answers, 5; "
     "a second implementation, 1 | | |\n"
-    f"| nanoGPT ([its vocabulary]({NEEDS})) | a checkpoint | its formula | | |\n")
+    f"| nanoGPT, build-nanogpt ([their vocabulary]({NEEDS})) | a checkpoint | its formula | | |\n")
 
 
 def groups() -> list[list[str]]:

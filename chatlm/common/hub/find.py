@@ -22,7 +22,10 @@ from chatlm.common.hub.huggingface import (
 from chatlm.common.hub.local import home_folder, no_progress
 from chatlm.common.hub.nanochat import (
     choose_checkpoint, explicit_choice, find_checkpoints, named_experiment, place_among, step_of)
-from chatlm.common.hub.stamps import NANOGPT_FILE, model_stamp
+from chatlm.common.hub.stamps import model_stamp
+from chatlm.common.hub.trainers import (
+    LITGPT_FILE, NANOGPT_FILE, build_nanogpt_steps, foreign, foreign_in, is_build_nanogpt, is_litgpt_folder,
+    unknown_torch_file)
 from chatlm.common.invocation import program_command
 from chatlm.common.log import log
 from chatlm.common.messages.requests import ModelSource
@@ -35,8 +38,9 @@ if TYPE_CHECKING:
 SUPPORTED_MODELS = (
     "nothing (a nanochat checkpoint under $NANOCHAT_BASE_DIR or ~/.cache/nanochat, else the default model "
     f"{DEFAULT_MODEL_NAME}), a nanochat base folder or any part of it down to a model_*.pt, a nanoGPT folder "
-    "or its ckpt.pt, a Hugging Face folder, a .gguf file, a Hugging Face id (org/name or org/name:file.gguf), "
-    "or a short name such as llama3.2-1b or qwen3:0.6b")
+    "or its ckpt.pt, a build-nanogpt folder or its model_*.pt, a Hugging Face folder, a litgpt folder, a "
+    ".gguf file, a Hugging Face id (org/name or org/name:file.gguf), or a short name such as llama3.2-1b or "
+    "qwen3:0.6b")
 
 
 def resolve_model(settings: Settings, progress: Progress = no_progress) -> ModelSource:
@@ -107,6 +111,9 @@ def find_model(model: str, settings: Settings, progress: Progress = no_progress)
     if not path.exists() and (repository_and_file := hub_model(model)):
         refuse_choice(settings, f"{model} is a Hugging Face id")
         return find_on_hub(*repository_and_file, settings, progress)
+    where = path if path.is_dir() else named_path
+    if named_path.name != NANOGPT_FILE and (source := of_other_trainer(where, settings)):
+        return source
     if (step := step_of(named_path.name)) is not None:  # not by `path`: in the hub's cache it is a link
         if settings.step not in (None, step):
             raise ConfigError(f"-s {settings.step}: MODEL is the checkpoint of step {step}")
@@ -122,6 +129,8 @@ def find_model(model: str, settings: Settings, progress: Progress = no_progress)
         if not named_path.exists():
             raise ConfigError(no_model_in(path))
     if named_path.name == NANOGPT_FILE and named_path.exists():
+        if error := foreign(named_path):
+            raise ConfigError(error)
         refuse_choice(settings, f"{named_path} is nanoGPT's")
         return ModelSource("nanogpt", named_path, named_path.parent.name, f"nanoGPT checkpoint {named_path}")
     if named_path.suffix.lower() == ".gguf" or path.exists():
@@ -132,6 +141,38 @@ def find_model(model: str, settings: Settings, progress: Progress = no_progress)
     if near := near_model(model):
         raise ConfigError(f"no model at {model!r}{near} --help says what MODEL may be")
     raise ConfigError(f"no model at {model!r}{as_prompt(model, settings)}. MODEL may be: {SUPPORTED_MODELS}")
+
+
+def of_other_trainer(path: Path, settings: Settings) -> ModelSource | None:
+    """The model of a litgpt folder, or of a checkpoint of build-nanogpt or a folder of them; None if the path
+    is none of these.
+
+    ConfigError for a file of another trainer, which says how it becomes one that opens."""
+    folder = path.parent if path.name == LITGPT_FILE else path
+    if is_litgpt_folder(folder):
+        refuse_choice(settings, f"{folder} is a litgpt folder")
+        return ModelSource("litgpt", folder, folder.name, f"litgpt folder {folder}")
+    if path.is_dir():
+        steps = build_nanogpt_steps(path)
+        return build_nanogpt_source(steps, path, settings) if steps else None
+    if (step := step_of(path.name)) is not None and is_build_nanogpt(path):
+        return build_nanogpt_source({step: path}, path, settings)
+    if path.is_file() and (error := foreign(path) or unknown_torch_file(path)):
+        raise ConfigError(error)
+    return None
+
+
+def build_nanogpt_source(steps: dict[int, Path], where: Path, settings: Settings) -> ModelSource:
+    """The last of some steps, or that of -s."""
+    refuse_choice(replace(settings, step=None), f"{where} is build-nanogpt's")
+    step = max(steps) if settings.step is None else settings.step
+    if step not in steps:
+        raise ConfigError(f"no build-nanogpt checkpoint for -s {step} in {where}; available: "
+                          f"{', '.join(map(str, steps))}")
+    others = ", ".join(str(other) for other in steps if other != step)
+    path = steps[step]
+    return ModelSource("nanogpt", path, path.parent.name, f"build-nanogpt checkpoint {path}",
+                       others and f"also available (-s): {others}")
 
 
 def as_prompt(word: str, settings: Settings) -> str:
@@ -150,11 +191,13 @@ def no_model_in(path: Path) -> str:
         return f"{path} has GGUF files; give one of them: {', '.join(ggufs[:20])}"
     if "adapter_config.json" in names:
         return f"{path} is an adapter: give the model that it is for, and --lora {path}"
+    other_trainers = foreign_in(path)
     if "config.json" in names:
-        return f"{path} has a config.json, but no *.safetensors" + other_weights(names)
+        more = other_weights(names) or other_trainers and f"; {other_trainers}"
+        return f"{path} has a config.json, but no *.safetensors{more}"
     if weights := [name for name in names if name.endswith(".safetensors")]:
         return f"{path} has {weights[0]}, but no config.json"
-    return f"no nanochat checkpoints in {path}. MODEL may be: {SUPPORTED_MODELS}"
+    return other_trainers or f"no nanochat checkpoints in {path}. MODEL may be: {SUPPORTED_MODELS}"
 
 
 def refuse_choice(settings: Settings, what_it_is: str):

@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, TypeVar
 from chatlm.common.config import ModelChoice
 from chatlm.common.errors import require_folder
 from chatlm.common.hub.huggingface import SPLIT_GGUF
-from chatlm.common.hub.nanochat import checkpoints_in
-from chatlm.common.hub.stamps import NANOGPT_FILE, Sighting, files_of, stamp_of
+from chatlm.common.hub.nanochat import checkpoints_in, step_of
+from chatlm.common.hub.stamps import Sighting, files_of, stamp_of
+from chatlm.common.hub.trainers import NANOGPT_FILE, foreign, is_build_nanogpt, is_litgpt
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
-
-    from chatlm.common.hub.nanochat import Checkpoint
 
 T = TypeVar("T", bound=Sighting)
 
@@ -31,7 +30,8 @@ class Files(Sighting):
     """A model below a folder."""
 
     name: str = ""
-    checkpoint: Checkpoint | None = None  # of nanochat
+    step: int | None = None  # of one of several checkpoints of a run
+    tag: str = ""            # of that run
 
     @property
     def choice(self) -> ModelChoice:
@@ -40,7 +40,7 @@ class Files(Sighting):
     @property
     def run(self) -> Path | None:
         """The folder with the steps of its run."""
-        return self.path.parent if self.checkpoint else None
+        return None if self.step is None else self.path.parent
 
 
 # Links to folders that are followed on one path. With more, many linked folders would make endless paths.
@@ -48,8 +48,9 @@ MOST_LINKS = 2
 
 
 def find_models(folder: Path, going_on: Callable[[], None] = lambda: None) -> list[Files]:
-    """The GGUF files, Hugging Face folders, nanochat and nanoGPT checkpoints below a folder, by name and
-    step. ConfigError if it is no folder.
+    """The GGUF files, folders of Hugging Face and litgpt, and checkpoints of nanochat, nanoGPT and
+    build-nanogpt below a folder, by name and step; files of other trainers with what is to be done with
+    them. ConfigError if it is no folder.
 
     going_on: called for each folder; it may raise an exception to end the search."""
     def models_here(place: Path, names: Seq[str]) -> Iterator[Files]:
@@ -58,8 +59,7 @@ def find_models(folder: Path, going_on: Callable[[], None] = lambda: None) -> li
 
     require_folder(f"--models {folder}", folder)
     return sorted(seen_below(folder, Files, models_here), key=lambda files: (
-        files.name.lower(), str(files.run or ""), files.checkpoint.step if files.checkpoint else 0,
-        str(files.path)))
+        files.name.lower(), str(files.run or ""), files.step or 0, str(files.path)))
 
 
 def named_models(folder: Path, found: Seq[Files], unable: Container[str] = (),
@@ -72,8 +72,8 @@ def named_models(folder: Path, found: Seq[Files], unable: Container[str] = (),
         if files.run and (files.run not in last or files.choice.path not in unable):
             last[files.run] = files
     steps = Counter(files.run for files in found)
-    choices = [numbered(files, files.checkpoint, last[files.path.parent] is files, steps[files.run] > 1)
-               if files.checkpoint else files.choice for files in found]
+    choices = [numbered(files, last[files.run] is files, steps[files.run] > 1) if files.run else files.choice
+               for files in found]
     names = Counter(choice.name for choice in choices)
     aliases = Counter(alias for choice in choices for alias in choice.aliases)
     used = {*names, *(alias for alias, count in aliases.items() if count > 1)}
@@ -89,11 +89,11 @@ def named_models(folder: Path, found: Seq[Files], unable: Container[str] = (),
     return named
 
 
-def numbered(files: Files, checkpoint: Checkpoint, last: bool, several: bool) -> ModelChoice:
-    """A step of a nanochat run."""
-    name, tag, step = files.name, shown_name(checkpoint.place.tag), checkpoint.step
-    aliases = [f"{tag}@{step}", *[f"{tag}@latest"] * last, *[name] * (last and several)]
-    return replace(files.choice, name=f"{name}@{step}" if several else name,
+def numbered(files: Files, last: bool, several: bool) -> ModelChoice:
+    """A step of a run."""
+    name, tag = files.name, shown_name(files.tag)
+    aliases = [f"{tag}@{files.step}", *[f"{tag}@latest"] * last, *[name] * (last and several)]
+    return replace(files.choice, name=f"{name}@{files.step}" if several else name,
                    aliases=tuple(aliases))
 
 
@@ -165,10 +165,10 @@ def folder_status(entry: os.DirEntry) -> os.stat_result | None:
 
 
 def models_in(folder: Path, names: Seq[str]) -> Iterator[Files]:
-    def model(path: Path, name: str, files: Seq[Path], checkpoint: Checkpoint | None = None) -> Files:
+    def model(path: Path, name: str, files: Seq[Path], step: int | None = None, tag: str = "") -> Files:
         stamp, name = stamp_of(files), shown_name(name)
         trouble = "" if stamp else next(filter(None, map(trouble_with, files)), "")
-        return Files(path, stamp, trouble and f"{name} is not served: {trouble}", name, checkpoint)
+        return Files(path, stamp, trouble and f"{name} is not served: {trouble}", name, step, tag)
 
     if is_hugging_face(names):
         yield model(folder, folder.name, [folder / "config.json", *files_of(folder)])
@@ -179,10 +179,20 @@ def models_in(folder: Path, names: Seq[str]) -> Iterator[Files]:
             parts.setdefault(stem, []).append(folder / name)
     for name, files in parts.items():
         yield model(files[0], name, files)
-    if NANOGPT_FILE in names:
+    if is_litgpt(names):
+        yield model(folder, folder.name, files_of(folder))
+    if NANOGPT_FILE in names and not foreign(folder / NANOGPT_FILE):
         yield model(folder / NANOGPT_FILE, folder.name, files_of(folder / NANOGPT_FILE))
-    for checkpoint in checkpoints_in(folder, names):
-        yield model(checkpoint.path, checkpoint.place.model_name, files_of(checkpoint.path), checkpoint)
+    steps = {each.path: (each.step, each.place.tag, each.place.model_name)
+             for each in checkpoints_in(folder, names)}
+    steps = steps or {path: (step, folder.name, folder.name) for name in names
+                      if (step := step_of(name)) is not None and is_build_nanogpt(path := folder / name)}
+    for path, (step, tag, name) in steps.items():
+        yield model(path, name, files_of(path), step, tag)
+    if not is_hugging_face(names) and not is_litgpt(names):
+        for path in (folder, *(folder / name for name in names)):
+            if error := foreign(path):
+                yield Files(path, trouble=f"not served: {error}")
 
 
 def trouble_with(path: Path) -> str:

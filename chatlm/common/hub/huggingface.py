@@ -23,6 +23,7 @@ from chatlm.common.hub.guesses import near_model
 from chatlm.common.hub.local import FULL, download_lock, has_room, sha256_of
 from chatlm.common.hub.nanochat import published
 from chatlm.common.hub.short_names import SHORT_NAMES
+from chatlm.common.hub.trainers import is_litgpt
 from chatlm.common.invocation import tool_command
 from chatlm.common.log import log
 from chatlm.common.processes.start import PROCESS_COMMAND
@@ -343,6 +344,10 @@ def models_among(ggufs: Iterable[str]) -> list[str]:
 
 def other_weights(names: Iterable[str]) -> str:
     """What to say of weights in formats that are not read, as the end of a sentence; "" without any."""
+    names = list(names)
+    if is_litgpt(names):
+        return ("; its files are litgpt's: download them into a folder (`hf download ID --local-dir FOLDER`) "
+                "and give that")
     others = [name for name in sorted(names) if re.fullmatch(
         r"pytorch_model.*\.bin|consolidated.*\.pth|.*\.(h5|msgpack|onnx|ckpt|npz)", name)]
     return f"; {others[0]} is in a format that this server does not read: convert it with transformers " \

@@ -215,7 +215,7 @@ def folders_in(folder: Path, certain: bool) -> list[Path]:
     try:
         with os.scandir(folder) as entries:
             found = sorted(folder / entry.name for entry in entries
-                           if entry.is_dir() and not entry.name.startswith("."))
+                           if not entry.name.startswith(".") and is_folder(entry))
     except (FileNotFoundError, NotADirectoryError):
         return []
     except PermissionError:
@@ -226,6 +226,13 @@ def folders_in(folder: Path, certain: bool) -> list[Path]:
         for path in found:
             refuse_unreadable(path)
     return found
+
+
+def is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def is_readable(folder: Path) -> bool:

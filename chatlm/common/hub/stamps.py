@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.huggingface import mmproj_for
 from chatlm.common.hub.nanochat import meta_of, nanochat_tokenizers, step_of
+from chatlm.common.hub.trainers import (
+    LITGPT_CONFIG, LITGPT_FILE, NANOGPT_FILE, is_build_nanogpt, is_litgpt_folder)
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -30,9 +32,9 @@ HF_FILES = ("config.json", "generation_config.json", "model.safetensors.index.js
             "chat_template.jinja", "chat_template.json",
             "hf_quant_config.json", "quantize_config.json", "quant_config.json", "preprocessor_config.json",
             "processor_config.json")
-NANOGPT_FILE = "ckpt.pt"
 NANOGPT_TOKENIZERS = ("meta.pkl", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
                       "encoder.json", "vocab.bpe")
+LITGPT_FILES = LITGPT_CONFIG, LITGPT_FILE, "prompt_style.yaml"
 HF_PATTERNS = "*.safetensors", "additional_chat_templates/*.jinja"
 
 
@@ -65,15 +67,17 @@ def stamp_of(paths: Iterable[Path]) -> Stamp:
 
 def files_of(path: Path) -> list[Path]:
     """The files of a model: all parts of a GGUF file; the weights, tokenizer, template and configuration of a
-    Hugging Face folder; a nanochat checkpoint with its meta file and tokenizer; nanoGPT's with its tokenizer
-    next to it."""
+    folder of Hugging Face or litgpt; a nanochat checkpoint with its meta file and tokenizer; one of nanoGPT
+    or build-nanogpt with its tokenizer next to it."""
     if path.is_dir():
-        named = [path / name for name in HF_FILES if (path / name).exists()]
+        own = LITGPT_FILES if is_litgpt_folder(path) else ()
+        named = [path / name for name in (*own, *HF_FILES) if (path / name).exists()]
         return named + [file for pattern in HF_PATTERNS for file in sorted(path.glob(pattern))]
-    if step_of(path.name) is not None:
+    is_nanogpt = path.name == NANOGPT_FILE or is_build_nanogpt(path)
+    if step_of(path.name) is not None and not is_nanogpt:
         tokenizers = [file for file in nanochat_tokenizers(path) if file.exists()]
         return [path, meta_of(path), *tokenizers[:1]]
-    if path.name == NANOGPT_FILE:
+    if is_nanogpt:
         return [path, *(file for name in NANOGPT_TOKENIZERS if (file := path.with_name(name)).exists())]
     if split := re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", path.name):
         return sorted(path.parent.glob(f"{glob.escape(split[1])}-*-of-{split[2]}.gguf"))

@@ -14,9 +14,11 @@ from chatlm.common.hub.adapters import CONFIG, WEIGHTS
 from chatlm.common.hub.folder import seen_below
 from chatlm.common.hub.nanochat import (
     AS_TRAINED, Place, checkpoints_in, meta_of, nanochat_tokenizers, step_of)
-from chatlm.common.hub.stamps import HF_FILES, Sighting, stamp_of
+from chatlm.common.hub.stamps import HF_FILES, LITGPT_FILES, Sighting, files_of, stamp_of
+from chatlm.common.hub.trainers import LITGPT_CONFIG, LITGPT_FILE, foreign, is_build_nanogpt, is_litgpt
 
 MOST_DEPTH = 4  # folders below the watched one: experiments/<experiment>/<tag>/<stage>
+CHECKPOINT = re.compile(r"checkpoint-\d{1,15}")  # a folder of transformers' Trainer
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,9 @@ class Step(Sighting):
 
 
 def find_steps(folder: Path) -> list[Step]:
-    """nanochat's checkpoints and Hugging Face folders `checkpoint-N` at most MOST_DEPTH below a folder, by
-    run and step. Links are not followed. ConfigError if it is not a folder."""
+    """Checkpoints of nanochat and build-nanogpt, Hugging Face folders `checkpoint-N` and litgpt's `step-N` at
+    most MOST_DEPTH below a folder, by run and step; files of other trainers with what is to be done with
+    them. Links are not followed. ConfigError if it is not a folder."""
     require_folder(f"--watch {folder}", folder)
     steps = seen_below(folder, Step, steps_in, links=0, depth=MOST_DEPTH, into_models=True)
     return sorted(steps, key=lambda step: (
@@ -49,7 +52,7 @@ def find_steps(folder: Path) -> list[Step]:
 
 
 def steps_in(folder: Path, names: Seq[str]) -> Iterator[Step]:
-    if re.fullmatch(r"checkpoint-\d{1,15}", folder.name):
+    if CHECKPOINT.fullmatch(folder.name):
         weights = [name for name in names if name.endswith(".safetensors")]
         adapts = CONFIG in names and "config.json" not in names
         files = sorted(weights + [name for name in names if name in HF_FILES or name == CONFIG])
@@ -57,13 +60,32 @@ def steps_in(folder: Path, names: Seq[str]) -> Iterator[Step]:
         missing = next((name for name in needed if name not in names), "" if weights else "*.safetensors")
         yield from unlinked(folder, int(folder.name[11:]), [folder / name for name in files], missing, adapts)
     checkpoints = checkpoints_in(folder, names)
-    tokenizers = nanochat_tokenizers(checkpoints[0].path) if checkpoints else []
-    tokenizer = [path for path in tokenizers if path.exists()][:1]
+    if not checkpoints:
+        yield from steps_of_other_trainers(folder, names)
+        return
+    tokenizer = [path for path in nanochat_tokenizers(checkpoints[0].path) if path.exists()][:1]
     for checkpoint in checkpoints:
         meta = meta_of(checkpoint.path)
         missing = "" if meta.name in names else meta.name
         files = [checkpoint.path, *([] if missing else [meta]), *tokenizer]
         yield from unlinked(checkpoint.path, checkpoint.step, files, missing, place=checkpoint.place)
+
+
+def steps_of_other_trainers(folder: Path, names: Seq[str]) -> Iterator[Step]:
+    """litgpt's folder `step-N`, build-nanogpt's files, and what is to be done with files of others."""
+    if re.fullmatch(r"step-\d{1,15}", folder.name) and LITGPT_FILE in names:
+        missing = "" if LITGPT_CONFIG in names else LITGPT_CONFIG
+        files = [folder / name for name in sorted(names) if name in (*LITGPT_FILES, *HF_FILES)]
+        yield from unlinked(folder, int(folder.name[5:]), files, missing)
+        return
+    beside_model = any(CHECKPOINT.fullmatch(place.name) for place in (folder, folder.parent))
+    if beside_model or is_litgpt(names):  # the state of a training; a model that is no step, such as `final`
+        return
+    for path in (folder, *(folder / name for name in names)):
+        if (step := step_of(path.name)) is not None and is_build_nanogpt(path):
+            yield from unlinked(path, step, files_of(path), "")
+        elif error := foreign(path):
+            yield Step(path, trouble=f"not served: {error}")
 
 
 def written_metrics(step: Step) -> dict[str, float]:

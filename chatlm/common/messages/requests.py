@@ -182,7 +182,7 @@ def sampling_defaults(settings: Settings) -> dict[str, tuple[float, str]]:
 class ModelSource:
     """The files of a model, and a description of what was chosen and what else was available."""
 
-    kind: str               # "nanochat" | "nanogpt" | "gguf" | "hf"
+    kind: str               # "nanochat" | "nanogpt" | "gguf" | "hf" | "litgpt"
     path: Path              # model_<step>.pt, .gguf, or a Hugging Face folder
     name: str
     chosen: str             # one line for the start-up log

@@ -11,6 +11,7 @@ from typing import Any, TYPE_CHECKING
 from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.weights.gguf import readable
 from chatlm.worker.weights.gguf_file import read_gguf
+from chatlm.worker.weights.litgpt import config_json
 from chatlm.worker.weights.load import open_model
 from chatlm.worker.weights.rules import read_json
 
@@ -35,7 +36,7 @@ class Patient:
 
     @property
     def kind(self) -> str:
-        """As of ModelSource: "gguf", "hf", "nanochat" or "nanogpt"."""
+        """As of ModelSource: "gguf", "hf", "litgpt", "nanochat" or "nanogpt"."""
         return self.source.kind
 
     @property
@@ -85,5 +86,10 @@ class Patient:
         return self.gguf[0]
 
     def json(self, name: str) -> dict:
-        """A JSON file of a Hugging Face folder; {} without it, or if the model is no folder."""
-        return read_json(self.path / name, needed=False) if self.kind == "hf" else {}
+        """A JSON file of a folder of Hugging Face or litgpt; {} without it, or if the model is no folder."""
+        return read_json(self.path / name, needed=False) if self.kind in ("hf", "litgpt") else {}
+
+    @property
+    def config(self) -> dict:
+        """The config.json of a folder, or what litgpt's says; {} of other models."""
+        return config_json(self.path) if self.kind == "litgpt" else self.json("config.json")

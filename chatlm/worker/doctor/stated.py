@@ -83,7 +83,7 @@ def stated_scaling(patient: Patient) -> dict[str, Any]:
         value = patient.metadata.get
         return {"type": value(f"{own}type"), "factor": value(f"{own}factor"), "where": f"{own}factor",
                 "original": value(f"{own}original_context_length")}
-    config = patient.json("config.json")
+    config = patient.config
     config = config if isinstance(config.get("text_config"), Mapping) is False else config["text_config"]
     name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     rope = config.get(name)

@@ -119,8 +119,9 @@ def misnamed_tokens(patient: Patient) -> Findings:
 
 
 def key_of_eos(patient: Patient) -> str:
-    return {"gguf": "tokenizer.ggml.eos_token_id", "hf": "eos_token of tokenizer_config.json, or "
-            "eos_token_id of generation_config.json"}.get(patient.kind, "tokenizer.pkl")
+    of_folder = "eos_token of tokenizer_config.json, or eos_token_id of generation_config.json"
+    return {"gguf": "tokenizer.ggml.eos_token_id", "hf": of_folder, "litgpt": of_folder}.get(
+        patient.kind, "tokenizer.pkl")
 
 
 def check_pre_tokenizer(patient: Patient) -> Findings:

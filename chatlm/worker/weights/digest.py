@@ -32,7 +32,7 @@ def files_of(source: ModelSource, settings: Settings) -> list[Path]:
     files = [*files_of_weights(source.path), *files_of_adapters(settings.lora), *([mmproj] if mmproj else [])]
     for folder in (source.path, *(Path(folder).expanduser() for folder in settings.lora)):
         # finds nothing if it is a file
-        files += [*folder.glob("*.json"), *folder.glob("*.bin")]
+        files += [*folder.glob("*.json"), *folder.glob("*.bin"), *folder.glob("*.yaml")]
     return sorted(files)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from chatlm.common.errors import ConfigError, cannot_read
 from chatlm.common.files import refuse_pointer, truncated
+from chatlm.common.hub.trainers import LITGPT_FILE, is_litgpt_folder
 from chatlm.common.log import log
 from chatlm.worker.weights.rules import read_json
 
@@ -53,6 +54,8 @@ def weight_files(folder: Path) -> list[Path]:
 
 def files_of_weights(path: Path) -> list[Path]:
     """All files with a model's weights; ConfigError if a folder lacks one."""
+    if is_litgpt_folder(path):
+        return [path / LITGPT_FILE]
     split = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", path.name)
     return weight_files(path) if path.is_dir() else sorted(
         path.parent.glob(f"{glob.escape(split[1])}-*-of-{split[2]}.gguf")) if split else [path]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence as Seq
+from collections.abc import Callable, Iterator, Mapping, Sequence as Seq
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -93,11 +93,19 @@ def hf_rope(path: Path, family: str, config: Mapping, context: int | None) -> di
 
 def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
     config = source.path / "config.json"
-    family, spec = hf_spec(config, settings.context_length)
-    names = source.name, str(source.path), str(read_json(config).get("_name_or_path") or "")
-    state, scales = with_prefix(*read_safetensors(source.path))
+    return open_folder(source, settings, device, config, read_json(config),
+                       lambda: read_safetensors(source.path))
+
+
+def open_folder(source: ModelSource, settings: Settings, device, config: Path, raw: dict,
+                read_tensors: Callable[[], tuple[dict, dict]]) -> LoadedModel:
+    """The model of a folder whose file `config` says what `raw`, a config.json, does; `read_tensors`: its
+    tensors by transformers' names, and the scales of those in FP8."""
+    family, spec = described_spec(config, raw, settings.context_length)
+    names = source.name, str(source.path), str(raw.get("_name_or_path") or "")
+    state, scales = with_prefix(*read_tensors())
     called = source.name, source.path.name, names[2]
-    spec, embeds, score = purpose_of_folder(source.path, family, spec, called, state)
+    spec, embeds, score = purpose_of_folder(source.path, raw, family, spec, called, state)
     row = FAMILIES[family]
     whole, pair = state, Pair.of(row.all_tensors)
     spec, state, scales = head_of_folder(config, spec, row, row.repack(state), scales)
@@ -120,7 +128,7 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
     slices = fused_slices({name: [FileSlice(name)] for name in matrices}, matrices, row.fused, spec.layers)
     spec, sources, added, adapted, tied = merge_adapters(
         settings, spec, sources, matrices, slices, names, pair, pair, (state, scales, given[0]))
-    scale_block = fp8_block(config, read_json(config)) if scales else []
+    scale_block = fp8_block(config, raw) if scales else []
 
     def turned(name: str, rows: numpy.ndarray) -> numpy.ndarray:
         if row.interleaved and re.search(r"\.[qk]_proj\.", name):
@@ -145,9 +153,9 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
                         as_stored, kept)
     text, head = hf_text(source.path, spec.vocab_size), Head()
     text, ranking = rerankers.of_folder(
-        source.path, read_json(config), family, called, spec, text, state, score)
+        source.path, raw, family, called, spec, text, state, score)
     if embeds and ranking is None:
-        text, head = as_embedder(config, family, spec, called, text, whole)
+        text, head = as_embedder(config, raw, family, spec, called, text, whole)
     description = f"{family}, {spec.layers} layers, width {spec.width}" + origin_of(
         state, as_stored is not None) + ", from FP8" * bool(scales) + adapted
     block = max((32 if isinstance(tensor, Mxfp4) else 128 for tensor in state.values()
@@ -171,13 +179,12 @@ def open_hf(source: ModelSource, settings: Settings, device) -> LoadedModel:
                        **sampling_of_folder(source.path / "generation_config.json"))
 
 
-def purpose_of_folder(path: Path, family: str, spec: ModelSpec, called: Seq[str],
+def purpose_of_folder(path: Path, raw: dict, family: str, spec: ModelSpec, called: Seq[str],
                       state: dict) -> tuple[ModelSpec, bool, Any]:
     """The spec of a folder, whether it embeds texts, and the row that it ranks by, taken out of its
     tensors."""
     has_head = spec.of_texts or FAMILIES[family].all_tensors["head"][0] in state
-    score = rerankers.score_of(path, read_json(path / "config.json"), family, called,
-                               state.pop(rerankers.SCORE, None), has_head)
+    score = rerankers.score_of(path, raw, family, called, state.pop(rerankers.SCORE, None), has_head)
     embeds = spec.of_texts or (path / "modules.json").exists()
     if not has_head and (score is not None or embeds):
         spec = replace(spec, tied_head=True)  # it has no head, and needs none
@@ -193,14 +200,14 @@ def kinds_in(state: Mapping) -> Iterator[str]:
     return (kind_of(tensor) for tensor in state.values() if not isinstance(tensor, PackedWeight))
 
 
-def as_embedder(config: Path, family: str, spec: ModelSpec, called: Seq[str], text: TextSpec,
+def as_embedder(config: Path, raw: dict, family: str, spec: ModelSpec, called: Seq[str], text: TextSpec,
                 state: Mapping) -> tuple[TextSpec, Head]:
     """The text and the head of a folder that embeds texts or ranks pairs of them."""
     pipeline = getattr(open_tokenizer(text), "pipeline")
     embedder, head = folder_embedder(config.parent, pipeline, family, spec, called)
     if cross_encoders.classifies(state, spec):
-        head = cross_encoders.folder_head(config, read_json(config), spec, state)
-        sigmoid = cross_encoders.makes_probabilities(config, read_json(config))
+        head = cross_encoders.folder_head(config, raw, spec, state)
+        sigmoid = cross_encoders.makes_probabilities(config, raw)
         embedder = embedder._replace(pooling="rank", size=1, least=0, sigmoid=sigmoid, dimensions=0,
                                      pools_prompt=True)
     return replace(text, embedder=embedder, chat_template=None), head
@@ -217,7 +224,11 @@ def with_prefix(state: dict, scales: dict) -> tuple[dict, dict]:
 
 def hf_spec(path: Path, context: int | None) -> tuple[str, ModelSpec]:
     """The family and the spec of a config.json, for contexts of `context` tokens (None: the model's own)."""
-    raw = read_json(path)
+    return described_spec(path, read_json(path), context)
+
+
+def described_spec(path: Path, raw: dict, context: int | None) -> tuple[str, ModelSpec]:
+    """`hf_spec` of a file that says what `raw`, a config.json, does."""
     family, config = family_config(path, raw)
     complete_heads(path, config)
     spec = family_spec(path, family, config, hf_rope(path, family, config, context))

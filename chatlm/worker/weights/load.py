@@ -9,6 +9,7 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.log import log
 from chatlm.worker.arrays.kinds import Device
 from chatlm.worker.weights.huggingface import open_hf
+from chatlm.worker.weights.litgpt import open_litgpt
 from chatlm.worker.weights.nanochat import open_nanochat
 from chatlm.worker.weights.nanogpt import open_nanogpt
 from chatlm.worker.weights.rules import check_rotary_memory
@@ -29,7 +30,8 @@ def open_model(source: ModelSource, settings: Settings,
     if source.kind == "gguf":
         from chatlm.worker.weights.gguf import open_gguf as opener
     else:
-        opener = {"nanochat": open_nanochat, "nanogpt": open_nanogpt, "hf": open_hf}[source.kind]
+        opener = {"nanochat": open_nanochat, "nanogpt": open_nanogpt, "hf": open_hf,
+                  "litgpt": open_litgpt}[source.kind]
     model = with_eyes(opener(source, settings, device), source, settings, device)
     length = settings.context_length or model.context_length
     if length > model.context_length:

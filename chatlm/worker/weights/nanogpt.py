@@ -1,4 +1,4 @@
-"""nanoGPT's checkpoints: ckpt.pt, with a vocabulary of characters or GPT-2's."""
+"""nanoGPT's checkpoints: ckpt.pt, with a vocabulary of characters or GPT-2's; and those of build-nanogpt."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import io
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 import numpy
 
 from chatlm.common.errors import ConfigError, lack_of_memory, named, shown
 from chatlm.common.files import read_small, read_text
+from chatlm.common.hub.trainers import BUILD_NANOGPT, is_build_nanogpt
 from chatlm.common.messages.requests import TextSpec
 from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.arrays.kinds import address_of
@@ -30,7 +32,7 @@ from chatlm.worker.weights.rules import (
     MOST_CHANNELS, MOST_HEADS, MOST_LAYERS, MOST_POSITIONS, MOST_TOKENS, LoadedModel, Rule, check_divides,
     checked, float_type, read_json)
 from chatlm.worker.weights.tied_heads import Pair, merge_adapters
-from chatlm.worker.weights.torch_file import PlainUnpickler, load_checkpoint
+from chatlm.worker.weights.torch_file import PlainUnpickler, StandIn, load_checkpoint
 from chatlm.worker.weights.trial import refuse_endless
 
 if TYPE_CHECKING:
@@ -46,11 +48,15 @@ BPE_FILES = ("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")  # on th
 
 
 def open_nanogpt(source: ModelSource, settings: Settings, device) -> LoadedModel:
-    checkpoint = load_checkpoint(source.path)
-    args = model_args(source.path, checkpoint.get("model_args"))
+    is_build = is_build_nanogpt(source.path)
+    checkpoint = load_checkpoint(source.path, stand_ins=is_build)
+    args = build_args(source.path, checkpoint) if is_build else model_args(
+        source.path, checkpoint.get("model_args"), "model_args")
     state = own_tensors(source.path, checkpoint.get("model"))
     text = nanogpt_text(source.path, checkpoint.get("config"), args["vocab_size"])
     spec = nanogpt_spec(args, open_tokenizer(text).vocab_size, "lm_head.weight" not in state)
+    if is_build:
+        spec = replace(spec, activation="gelu_tanh")
     table = GPT2_TENSORS | {"head": ("lm_head.weight",)}
     pair = Pair.of(table)
     sources = tensor_sources(spec, table, args["vocab_size"])
@@ -71,20 +77,31 @@ def open_nanogpt(source: ModelSource, settings: Settings, device) -> LoadedModel
     tensors = assembled(source.path, settings, sources, state, dtype, changed)
     adaptable = Adaptable((*settings.served_model_name, *names), sources, lambda: slices,
                           lambda name, rows: rows, {}, tied=tied)
-    description = f"nanoGPT, {spec.layers} layers, width {spec.width}{adapted}"
+    trainer = BUILD_NANOGPT if is_build else "nanoGPT"
+    description = f"{trainer}, {spec.layers} layers, width {spec.width}{adapted}"
     return LoadedModel(spec, tensors, text, source.name, description, dtype, family="nanogpt",
                        adaptable=adaptable)
 
 
-def model_args(path: Path, stated) -> dict:
+def build_args(path: Path, checkpoint: Mapping) -> dict:
+    """build-nanogpt pickles the sizes as an object of its class GPTConfig. All its layers have biases."""
+    config = checkpoint.get("config")
+    stated = config.attributes if isinstance(config, StandIn) else {}
+    plain = {str(name): value if isinstance(value, (int, float, str)) else type(value).__name__
+             for name, value in stated.items()}
+    return model_args(path, plain, "config")
+
+
+def model_args(path: Path, stated, key: str) -> dict:
+    """The sizes of a model, checked; `key` is where the file has them."""
     if not isinstance(stated, dict):
-        raise ConfigError(f"{path} is not nanoGPT's: model_args is {shown(stated)}; it must be a dict")
-    if unknown := [key for key in stated if key not in MODEL_ARGS]:
-        raise ConfigError(f"{path}: model_args has the key {shown(unknown[0])}; known are "
+        raise ConfigError(f"{path} is not nanoGPT's: {key} is {shown(stated)}; it must be a dict")
+    if unknown := [name for name in stated if name not in MODEL_ARGS]:
+        raise ConfigError(f"{path}: {key} has the key {shown(unknown[0])}; known are "
                           f"{', '.join(MODEL_ARGS)}")
     args = {"bias": True, "dropout": 0.0} | stated
-    args = {key: checked(path, f"model_args.{key}", args.get(key), rule) for key, rule in MODEL_ARGS.items()}
-    check_divides(path, "model_args.n_embd", args["n_embd"], 2 * args["n_head"], "2 * n_head")
+    args = {name: checked(path, f"{key}.{name}", args.get(name), rule) for name, rule in MODEL_ARGS.items()}
+    check_divides(path, f"{key}.n_embd", args["n_embd"], 2 * args["n_head"], "2 * n_head")
     return args
 
 
@@ -94,11 +111,16 @@ def own_tensors(path: Path, state) -> dict[str, numpy.ndarray]:
         raise ConfigError(f"{path}: model is {shown(state)}; it must be a state dict")
     own = {str(name).removeprefix("_orig_mod."): tensor for name, tensor in state.items()
            if not re.match(UNREAD, str(name))}
-    both = own.get("lm_head.weight"), own.get("transformer.wte.weight")
+    return plain_state(path, without_tied_head(own))
+
+
+def without_tied_head(state: dict[str, Any]) -> dict[str, Any]:
+    """A state dict without a head that is the embedding, stored once."""
+    both = state.get("lm_head.weight"), state.get("transformer.wte.weight")
     plain = all(tensor_words(tensor) in PLAIN_TENSORS for tensor in both)
-    if plain and len({address_of(tensor) for tensor in both if tensor is not None}) == 1:
-        del own["lm_head.weight"]
-    return plain_state(path, own)
+    if not plain or len({address_of(tensor) for tensor in both if tensor is not None}) != 1:
+        return state
+    return {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}
 
 
 def nanogpt_spec(args: Mapping, vocab_size: int, tied: bool) -> ModelSpec:

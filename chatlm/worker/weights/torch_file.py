@@ -10,7 +10,7 @@ import pickle
 import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,28 +63,50 @@ CALLED = {("collections", "OrderedDict"): OrderedDict, ("torch._utils", "_rebuil
           ("torch._utils", "_rebuild_parameter"): lambda data, requires_grad, hooks: data}
 
 
-def forget_attributes(unpickler: Any):
-    """A state dict has the attribute _metadata, which nothing needs; nothing else has any."""
-    unpickler.stack.pop()
-    if type(unpickler.stack[-1]) is not OrderedDict:
-        raise pickle.UnpicklingError(f"it sets attributes of {type(unpickler.stack[-1]).__name__}")
+class StandIn:
+    """Stands for an object whose class is not loaded. It keeps the attributes that its pickle sets."""
+
+    attributes: Mapping = {}
+
+    def __new__(cls, *arguments, **named_arguments):
+        return super().__new__(cls)
+
+    def __setitem__(self, key, value):
+        """Items are not kept."""
+
+    def append(self, item):
+        """Items are not kept."""
+
+
+def set_attributes(unpickler: Any):
+    """A state dict has the attribute _metadata, which nothing needs. Beside it only stand-ins have any."""
+    state, owner = unpickler.stack.pop(), unpickler.stack[-1]
+    if isinstance(owner, StandIn):
+        owner.attributes = state if isinstance(state, dict) else {}
+    elif type(owner) is not OrderedDict:
+        raise pickle.UnpicklingError(f"it sets attributes of {type(owner).__name__}")
 
 
 class CheckpointUnpickler(PlainUnpickler):
-    """Loads tensors, as arrays, and no other object that is not Python's own."""
+    """Loads tensors, as arrays, and no other object that is not Python's own. With `stand_ins`, these are
+    replaced by StandIns; without, they are errors."""
 
     owner = "checkpoint"
 
-    def __init__(self, data: bytes, storage_of: Callable[[str, str, int], numpy.ndarray]):
+    def __init__(self, data: bytes, storage_of: Callable[[str, str, int], numpy.ndarray],
+                 stand_ins: bool = False):
         super().__init__(io.BytesIO(data))
         self.storage_of = storage_of
+        self.stand_ins = stand_ins
 
-    dispatch = PlainUnpickler.dispatch | {pickle.BUILD[0]: forget_attributes}
+    dispatch = PlainUnpickler.dispatch | {pickle.BUILD[0]: set_attributes}
 
     def find_class(self, module: str, name: str):
         if module == "torch" and name in STORAGES:
             return Storage(STORAGES[name])
-        return CALLED.get((module, name)) or super().find_class(module, name)
+        if known := CALLED.get((module, name)):
+            return known
+        return StandIn if self.stand_ins else super().find_class(module, name)
 
     def persistent_load(self, pid):
         what, storage, key, _, count = pid
@@ -93,13 +115,15 @@ class CheckpointUnpickler(PlainUnpickler):
         return self.storage_of(storage.kind, key, count)
 
 
-def load_checkpoint(path: Path) -> dict:
-    """What a file of torch.save holds, its tensors as arrays mapped from the file; runs no code from it."""
+def load_checkpoint(path: Path, stand_ins: bool = False) -> dict:
+    """What a file of torch.save holds, its tensors as arrays mapped from the file; runs no code from it.
+
+    stand_ins: may it hold objects of a trainer's own classes, such as a config? Nothing of them is loaded."""
     check_regular(path)
     try:
         if not zipfile.is_zipfile(path):
             raise ValueError("it is no zip archive, as torch.save has written since 2020")
-        state = unpickled(path)
+        state = unpickled(path, stand_ins)
     except Exception as error:  # a hostile or truncated file can raise nearly anything
         refuse_cut_checkpoint(path)
         if isinstance(error, OSError):
@@ -111,7 +135,7 @@ def load_checkpoint(path: Path) -> dict:
     return state
 
 
-def unpickled(path: Path) -> Any:
+def unpickled(path: Path, stand_ins: bool) -> Any:
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         members = {member.filename: member for member in archive.infolist()}
         [pickled] = (name for name in members if name.endswith("/data.pkl"))
@@ -140,4 +164,4 @@ def unpickled(path: Path) -> Any:
 
         if f"{root}byteorder" in members and stored(f"{root}byteorder").tobytes() != b"little":
             raise ValueError("its byte order differs from this machine's")
-        return CheckpointUnpickler(stored(pickled).tobytes(), storage_of).load()
+        return CheckpointUnpickler(stored(pickled).tobytes(), storage_of, stand_ins).load()

@@ -2,7 +2,11 @@
 
 import json
 import pickle
+import sys
 import urllib.error
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
 
 import pytest
 import torch
@@ -21,8 +25,8 @@ from tiny_nanogpt import ARGS, CHARACTERS, random_state, write, write_meta
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def by_formula(state, args, ids):
-    """Logits (T, V) of the tokens: GPT.forward without dropout."""
+def by_formula(state, args, ids, gelu=gelu):
+    """Logits (T, V) of the tokens: GPT.forward without dropout. `gelu`: build-nanogpt's differs."""
     T, C, H = len(ids), args["n_embd"], args["n_head"]
     part = lambda name: (state[f"transformer.{name}.weight"], state.get(f"transformer.{name}.bias"))     # noqa: E731
     norm = lambda x, name: layer_norm(x, (C,), *part(name), 1e-5)      # noqa: E731
@@ -38,11 +42,11 @@ def by_formula(state, args, ids):
 class Case:
     """What families.check compares with: greedy answers by the formula."""
 
-    def __init__(self, state, args, length, count=32, limit=None):
+    def __init__(self, state, args, length, count=32, limit=None, gelu=gelu):
         ids, rows = torch.randint(0, limit or args["vocab_size"], (length,), generator=torch.Generator().manual_seed(length)).tolist(), []
         self.prompt = ids[:]
         for _ in range(count):
-            rows.append(by_formula(state, args, ids)[-1, :limit])
+            rows.append(by_formula(state, args, ids, gelu)[-1, :limit])
             ids.append(int(rows[-1].argmax()))
         self.tokens, self.logits = ids[length:], torch.stack(rows)
 
@@ -56,6 +60,55 @@ def test_a_checkpoint_computes_nanogpts_formula(bias, prefix, sizes, backend, tm
     model, cases = load(tmp_path), [Case(state, args, length) for length in (9, 40, 200)]
     assert model.spec.norm_biases == model.spec.ffn_bias == bias and model.spec.tied_head and model.context_length == 512
     check(answers(transformer(model, kernels_of(backend, model.spec)), cases, count=32), cases, count=32)
+
+
+def save_build(path, state, monkeypatch, **changes):
+    """A checkpoint as build-nanogpt's train_gpt2.py saves it, its sizes an object of a class of the script."""
+    @dataclass
+    class GPTConfig:
+        block_size: int = 512
+        vocab_size: int = 60
+        n_layer: int = 3
+        n_head: int = 2
+        n_embd: int = 64
+
+    GPTConfig.__module__, GPTConfig.__qualname__ = "__main__", "GPTConfig"
+    monkeypatch.setattr(sys.modules["__main__"], "GPTConfig", GPTConfig, raising=False)
+    path.parent.mkdir(exist_ok=True)
+    torch.save({"model": state, "config": GPTConfig(**changes), "step": 5000, "val_loss": 3.2}, path)
+    return path
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("decode_core", marks=pytest.mark.skipif(decode_core() is None, reason="not built"))])
+def test_build_nanogpts_checkpoint_computes_its_formula(backend, tmp_path, monkeypatch):
+    state = random_state(ARGS)
+    path = save_build(tmp_path / "log" / "model_05000.pt", state, monkeypatch)
+    with pytest.raises(ConfigError, match="the tokenizer of .*model_05000.pt is missing"):
+        load(path)
+    write_meta(path.with_name("meta.pkl"))
+    model, cases = load(path.parent), [Case(state, ARGS, length, gelu=partial(gelu, approximate="tanh")) for length in (9, 40, 200)]
+    assert model.description == "build-nanogpt, 3 layers, width 64" and model.context_length == 512 and model.spec.tied_head
+    check(answers(transformer(model, kernels_of(backend, model.spec)), cases, count=32), cases, count=32)
+
+
+def test_build_nanogpts_padded_vocabulary_needs_gpt2s_tokenizer(tmp_path, monkeypatch):
+    sizes = {"vocab_size": 50_304, "n_embd": 16, "n_layer": 1, "block_size": 16}
+    path = save_build(tmp_path / "log" / "model_00250.pt", random_state(ARGS | sizes), monkeypatch, **sizes)
+    with pytest.raises(ConfigError, match="log needs GPT-2's tokenizer.json, or its vocab.json and merges.txt"):
+        load(path)
+    write_bpe(path.parent)
+    assert load(path).spec.vocab_size == 50_257
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(n_embd=66), "config.n_embd is 66; it must be a multiple of 4"), (dict(n_layer=[3]), 'config.n_layer is "list"; it must be an integer'),
+    (dict(block_size=Fraction(3)), 'config.block_size is "StandIn"; it must be an integer'), (dict(n_layer=4), "missing transformer.h.3.ln_1.weight")])
+def test_what_is_wrong_with_build_nanogpts_sizes_is_named(changes, words, tmp_path, monkeypatch):
+    path = save_build(tmp_path / "log" / "model_00250.pt", random_state(ARGS), monkeypatch, **changes)
+    write_meta(path.with_name("meta.pkl"))
+    with pytest.raises(ConfigError, match=words) as caught:
+        load(path)
+    assert str(path) in str(caught.value) and str(caught.value).isprintable()
 
 
 def test_a_padded_vocabulary_is_cut_to_the_tokenizers_so_that_its_ids_are_never_drawn(tmp_path):
