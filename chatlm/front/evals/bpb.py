@@ -9,6 +9,7 @@ import asyncio
 import bisect
 import itertools
 import math
+import os
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence as Seq
 from contextlib import aclosing
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     from chatlm.front.evals.scores import Scorer
 
 FETCHES = "python -m nanochat.dataset -n 1"  # what upstream fetches the validation shard with
-SHARDS = "base_data_climbmix", "base_data"   # today's folder, and that before March 2026
+DATASETS, DATASET = "datasets", "climbmix"   # since July 2026; NANOCHAT_DATASET names another one
+SHARDS = "base_data_climbmix", "base_data"   # the folder before that, and that before March 2026
 SPLIT_TOKENS = 40 * 524_288                  # that upstream's base_eval scores
 BUFFERED, TOGETHER = 1000, 128               # documents to choose from; encoded at once
 MOST_TARGETS = 2048                          # of a row, for a model that does not say for how many it is made
@@ -89,12 +91,14 @@ def read_texts(path: str | None) -> Texts:
 
 def validation_shard() -> Path:
     """The last shard, which nanochat does not train on."""
-    folders = [folder for name in SHARDS if (folder := nanochat_base() / name).is_dir()]
-    shards = sorted(folders[0].glob("*.parquet")) if folders else []
-    if not shards:
-        folder = folders[0] if folders else nanochat_base() / SHARDS[0]
-        raise ConfigError(f"--suite bpb: no shard is in {folder}; in nanochat's checkout, `{FETCHES}` "
-                          "fetches it, or --text FILE names other texts")
+    named = os.environ.get("NANOCHAT_DATASET")
+    newest = nanochat_base() / DATASETS / (named or DATASET)
+    older = [] if named else [nanochat_base() / name for name in SHARDS]
+    folder = next(filter(Path.is_dir, (newest, *older)), newest if named else older[0])
+    if not (shards := sorted(folder.glob("*.parquet"))):
+        names_it = "NANOCHAT_DATASET names it; " if named else ""
+        raise ConfigError(f"--suite bpb: no shard is in {folder}; {names_it}in nanochat's checkout, "
+                          f"`{FETCHES}` fetches it, or --text FILE names other texts")
     return shards[-1]
 
 
