@@ -19,6 +19,7 @@ import bundles
 import chat_tasks
 
 LONGEST, SHORTEST = 2000, 200       # characters of a text
+SUFFIXES = ".md", ".rst", ".txt", ".py"
 FEWEST = 200                        # texts
 TASKS = (("go on", "multiple_choice", 2, {}, 25.0), ("which", "multiple_choice", 0, {"continuation_delimiter": "\nAnswer: "}, 25.0),
          ("before", "schema", 1, {}, 50.0), ("next word", "language_modeling", 3, {}, 0.0))
@@ -26,7 +27,7 @@ ITEMS = 40                          # of each of these tasks
 
 
 def documents_of(paths):
-    """The texts of .md, .rst and .txt files, cut at blank lines; each once, in an order that looks random."""
+    """The texts of files, cut at blank lines; each once, in an order that looks random."""
     found = {}
     for path in paths:
         document = ""
@@ -42,7 +43,7 @@ def documents_of(paths):
 
 
 def texts_below(folders):
-    paths = {path for folder in map(Path, folders) for path in folder.rglob("*") if path.suffix in (".md", ".rst", ".txt") and path.is_file()}
+    paths = {path for folder in map(Path, folders) for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file()}
     return documents_of(sorted(paths))
 
 
@@ -122,7 +123,7 @@ def write_data(base, texts, layout):
         task_data(base, f"HuggingFaceTB--smol-smoltalk/default/{split}", rows)
     for split, count, seed in (("train", 240, 2), ("test", 420, 3)):
         task_data(base, f"openai--gsm8k/main/{split}", sum_rows(count, seed))
-    for split, count in (("auxiliary_train", 40), ("test", 5200)):      # chat_sft takes so many of either test split, without looking whether they are there
+    for split, count in (("auxiliary_train", 40), ("test", 5200)):      # chat_sft takes so many of a test split, and does not look if they are there
         task_data(base, f"cais--mmlu/all/{split}", chat_tasks.mmlu_rows(count))
     chat_tasks.write_chat_data(base, parquet=True, labels=("ARC-Easy", "ARC-Challenge"))
     bundles.write_bundle(base / "eval_bundle", TASKS, core_rows(held_out))

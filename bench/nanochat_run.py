@@ -1,6 +1,7 @@
 """A training run of nanochat's own code, served while it trains: does our server say of its checkpoints what nanochat says?
 
-    python3 -m venv NV && NV/bin/pip install torch==2.13.0 rustbpe tiktoken pyarrow filelock pyyaml jinja2 requests psutil
+    python3 -m venv NV && NV/bin/pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
+    NV/bin/pip install rustbpe tiktoken pyarrow filelock numpy pyyaml jinja2 requests
     git clone https://github.com/karpathy/nanochat NANOCHAT
     python bench/nanochat_run.py NANOCHAT --python NV/bin/python [--steps 200] [--text FOLDER ...] [--out BASE]
 
@@ -14,8 +15,8 @@ bench/nanochat_upstream.py asks nanochat's code the same, and a table compares:
 - the likeliest tokens of Engine.generate, those that its calculator forced, and results of its calculator. An answer is compared to the
   first token that leads the runner-up by at most CLOSE, in logits: other arithmetic may choose the other
 
-It ends with 1 if anything differs by more than that, with 2 and one line if it cannot run. It takes 5 minutes on two cores that are busy with other
-things, and never more than --minutes. Everything is seeded. A checkout of the branch experiment_refactor writes its own layout of folders.
+It ends with 1 if anything differs by more than that, with 2 and one line if it cannot run. It takes 4 minutes on two cores that are busy with other
+things, and is ended after --minutes. Everything is seeded. A checkout of the branch experiment_refactor writes its own layout of folders.
 
 --base-only trains a base model into --out and compares nothing: a checkpoint for bench/quality.py that has seen real text, for example
 
@@ -45,16 +46,16 @@ ROWS = 16                               # of the validation shard
 TOKENS = 40                             # of an answer, at most
 REFERENCE_TOKENS = 2**19                # of a batch, for which nanochat's learning rates are made
 LR_SCALE = 0.6                          # of these rates: nanochat's own rule would hardly move a small batch's model in so few steps
-PACKAGES = ("torch", "rustbpe", "tiktoken", "pyarrow", "filelock", "yaml", "jinja2", "requests")
+PACKAGES = ("torch", "rustbpe", "tiktoken", "pyarrow", "filelock", "numpy", "yaml", "jinja2", "requests")
 TEXTS = ("The capital of France is", "The server answers", "If the cache is full, then", "python chat_server.py --watch", "é and 1,024: ",
          "A token is a piece of text. " * 12)      # the last is longer than the window of the short layers
 CHATS = ("What is 12+30?", "What is 7*8?", "What is 50-9?", "What is 41+41?", "How many a are in banana?", "How many r are in strawberry?",
          "What is 3*19?", "Hello", "The server answers requests of")
 TASKS, MOST = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K"), 12       # chat tasks, and items of each
 EXPRESSIONS = ("12+30", "7*8", "50-9", "1,200*3", "12/5", "1/3", "7//2", "2**3", "1/0", "(1+2)*(3-4)", "-5+2", "1.5*4", ".5+.5", "5-", "", "abc", "03",
-               "'banana'.count('a')", "\"a'b\".count(\"'\")", "'a' + 'b'", "'banana'.upper()", "'é'.count('é')", "2 + 3", "(((1)))", "1_000+1", "0x10+1", "()", "1e5",
-               "'file'.count('f')", " 1", "1\n")
-STAGES = {"base": "base", "chatsft": "sft", "sft": "sft", "chatrl": "rl", "rl": "rl"}       # by the names of folders, in the order of training
+               "'banana'.count('a')", "\"a'b\".count(\"'\")", "'a' + 'b'", "'banana'.upper()", "'é'.count('é')", "2 + 3", "(((1)))", "1_000+1", "0x10+1",
+               "()", "1e5", "'file'.count('f')", " 1", "1\n", "31\n## 31")
+STAGES = {"base": "base", "chatsft": "sft", "sft": "sft", "chatrl": "rl", "rl": "rl"}     # by the names of folders, as they are trained
 
 
 class CannotRun(Exception):
@@ -87,36 +88,45 @@ def compared_numbers(what, upstream, ours, limit):
     return Row(what, f"{upstream:.6f}", f"{ours:.6f}", f"{apart:.1e} apart", apart <= limit)
 
 
+def digits_of(items):
+    return "".join(str(int(items[number]["correct"])) for number in sorted(items))
+
+
 def compared_items(what, upstream, ours):
     """upstream: a digit for each item, 1 if it is right. ours: {item: what `eval` keeps of it}"""
-    digits = "".join(str(int(ours[number]["correct"])) for number in sorted(ours))
+    digits, margins = digits_of(ours), [ours[number]["margin"] for number in sorted(ours)]
     differ = [number for number, (one, other) in enumerate(zip(upstream, digits)) if one != other]
-    near = [number for number in differ if ours[number]["margin"] is not None and ours[number]["margin"] <= NEAR_TIE]
+    near = [number for number in differ if margins[number] is not None and margins[number] <= NEAR_TIE]
     count = min(len(upstream), len(digits))
     result = f"{count - len(differ)} of {max(len(upstream), len(digits))} equal" + f", {len(near)} near ties" * bool(near)
     return Row(what, f"{upstream.count('1')} right", f"{digits.count('1')} right", result, len(digits) == len(upstream) > 0 and near == differ)
 
 
+def begin_alike(answer, tokens):
+    """(with how many tokens nanochat's answer and ours begin alike, whether they end so because other arithmetic may choose the next one)"""
+    theirs = answer["tokens"]
+    same = next((place for place, (one, other) in enumerate(zip(theirs, tokens)) if one != other), min(len(theirs), len(tokens)))
+    return same, same < min(len(theirs), len(tokens)) and answer["leads"][same] <= CLOSE and not answer["forced"][same]
+
+
 def compared_answers(what, upstream, ours):
     """upstream: the answers of bench/nanochat_upstream.py. ours: their tokens"""
-    equal, far, close = 0, 0, 0
-    for one, other in zip(upstream, ours, strict=True):
-        tokens = one["tokens"]
-        same = next((place for place, pair in enumerate(zip(tokens, other)) if pair[0] != pair[1]), min(len(tokens), len(other)))
-        equal += same
-        if tokens != other:
-            tie = same < len(tokens) and same < len(other) and one["leads"][same] <= CLOSE and not one["forced"][same]
-            close, far = close + tie, far + (not tie)
-    result = f"{equal} of {sum(len(one['tokens']) for one in upstream)} equal" + f", {close} answers to a near tie" * bool(close)
-    return Row(what, f"{sum(len(one['tokens']) for one in upstream)} tokens", f"{sum(map(len, ours))} tokens", result, bool(equal) and not far)
+    alike = [begin_alike(answer, tokens) for answer, tokens in zip(upstream, ours, strict=True)]
+    equal, ties = sum(same for same, _ in alike), sum(tie for _, tie in alike)
+    result = f"{equal} of {sum(len(answer['tokens']) for answer in upstream)} equal" + f", {ties} answers to a near tie" * bool(ties)
+    whole = all(tie or answer["tokens"] == tokens for answer, tokens, (_, tie) in zip(upstream, ours, alike))
+    return Row(what, f"{sum(len(answer['tokens']) for answer in upstream)} tokens", f"{sum(map(len, ours))} tokens", result, equal > 0 and whole)
 
 
 def compared_forced(what, upstream, ours):
-    """The same of the tokens that the calculator forced; there must be some."""
-    places = [(one["tokens"], other, place) for one, other in zip(upstream, ours, strict=True) for place, forced in enumerate(one["forced"]) if forced]
-    equal = sum(tokens[:place + 1] == other[:place + 1] for tokens, other, place in places)
-    result = f"{equal} of {len(places)} equal" if places else "the model never called it: more --steps"
-    return Row(what, f"{len(places)} tokens", f"{equal} tokens", result, bool(places) and equal == len(places))
+    """The tokens that the calculator forced into these answers; there must be some."""
+    wanted, equal = 0, 0
+    for answer, tokens in zip(upstream, ours, strict=True):
+        same, tie = begin_alike(answer, tokens)
+        forced = [place for place, yes in enumerate(answer["forced"]) if yes and not (tie and place > same)]
+        wanted, equal = wanted + len(forced), equal + sum(place < same for place in forced)
+    result = f"{equal} of {wanted} equal" if wanted else "the model never called it: more --steps"
+    return Row(what, f"{wanted} tokens", f"{equal} tokens", result, 0 < wanted == equal)
 
 
 def compared_lists(what, upstream, ours):
@@ -145,12 +155,18 @@ class Nanochat:
 
     @property
     def env(self):
-        """For nanochat and for our server: the base folder, the CPU alone, and no way to the network."""
+        """For nanochat: the base folder, the CPU alone, and no way to the network."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith("NANOCHAT_")}
         return kept | {"NANOCHAT_BASE_DIR": str(self.base), "NANOCHAT_EXPERIMENT": "bench", "NANOCHAT_DTYPE": "float32", "CUDA_VISIBLE_DEVICES": "",
                        "TORCHDYNAMO_DISABLE": "1", "PYTHONPATH": f"{self.logs}{os.pathsep}{self.checkout}", "PYTHONUNBUFFERED": "1",
                        "GOMP_SPINCOUNT": "1000",                        # otherwise other programs slow it down 20-fold
                        **dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9"), "no_proxy": "127.0.0.1"}
+
+    @property
+    def env_of_ours(self):
+        """The same for our server and its commands."""
+        env = {name: value for name, value in self.env.items() if name != "PYTHONPATH"}
+        return env | ({"PYTHONPATH": os.environ["PYTHONPATH"]} if "PYTHONPATH" in os.environ else {})
 
     @property
     def commit(self):
@@ -322,8 +338,8 @@ class Ours:
         with tempfile.TemporaryDirectory(dir=self.nanochat.logs) as results:
             command = [sys.executable, ROOT / "chat_server.py", "eval", self.names[checkpoint.step], "--url", self.url, "--suite", suite, "--json",
                        "--results", results, *more]
-            env = {name: value for name, value in self.nanochat.env.items() if name != "PYTHONPATH"}
-            done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=max(self.nanochat.ends_s - time.monotonic(), 1))
+            left_s = max(self.nanochat.ends_s - time.monotonic(), 1)
+            done = subprocess.run(command, env=self.nanochat.env_of_ours, capture_output=True, text=True, timeout=left_s)
             if done.returncode:
                 raise CannotRun(f"our eval --suite {suite} of {checkpoint} ended with {done.returncode}: {done.stderr.strip().rpartition(chr(10))[2]}")
             items = {}
@@ -386,17 +402,19 @@ def compared_base(ours, checkpoint, found, path):
     result, items = ours.evaluated(checkpoint, "core")
     for task, digits in found["items"].items():
         yield compared_items(f"CORE's task `{task}`, {checkpoint}", digits, items.get(task, {}))
-    ties = any(item["margin"] is not None and item["margin"] <= NEAR_TIE for task in items.values() for item in task.values())
-    yield compared_numbers(f"CORE, {checkpoint}", found["core"], result["core_metric"], 1.0 if ties else 1e-6)
+    same = all(digits == digits_of(items.get(task, {})) for task, digits in found["items"].items())
+    limit = 1e-6 if same else 1.0       # else its tasks say whether all is well
+    yield compared_numbers(f"CORE, {checkpoint}", found["core"], result["core_metric"], limit)
 
 
 def options_of(words):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkout", type=Path, help="of karpathy/nanochat")
     parser.add_argument("--python", default=sys.executable, help="with nanochat's packages (default: this one)")
-    parser.add_argument("--text", nargs="+", default=[ROOT / "docs", ROOT / "bench"], help="folders whose .md, .rst and .txt files are the texts")
+    parser.add_argument("--text", nargs="+", default=[ROOT / "docs", ROOT / "bench", ROOT / "chatlm"],
+                        help="folders whose .md, .rst, .txt and .py files are the texts (default: our own)")
     parser.add_argument("--out", type=Path, help="a new folder, which becomes nanochat's base folder and stays")
-    parser.add_argument("--base-only", action="store_true")
+    parser.add_argument("--base-only", action="store_true", help="train a base model into --out and compare nothing")
     parser.add_argument("--minutes", type=float, default=20, help="the most that it may take (default: 20)")
     for name, default in (("steps", 200), ("depth", 4), ("width", 128), ("head-dim", 32), ("length", 256), ("vocabulary", 2048), ("batch", 8)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
@@ -442,8 +460,7 @@ def run(options):
         nanochat.prepare()
         if options.base_only:
             return train(nanochat) or []
-        env = {name: value for name, value in nanochat.env.items() if name != "PYTHONPATH"}
-        with server("--watch", base, "--dtype", "float32", "--no-downloads", "--nice", "5", env=env) as (_, url):
+        with server("--watch", base, "--dtype", "float32", "--no-downloads", "--nice", "5", env=nanochat.env_of_ours) as (_, url):
             ours = Ours(url, nanochat)
             train(nanochat, ours)
             return [*compare(nanochat, ours)]
@@ -459,7 +476,7 @@ def main(words=None):
     began_s = time.monotonic()
     try:
         rows = run(options_of(words))
-    except (CannotRun, AssertionError, OSError, subprocess.TimeoutExpired) as error:        # AssertionError: the server did not start
+    except (CannotRun, ImportError, AssertionError, OSError, subprocess.TimeoutExpired) as error:      # AssertionError: no server
         print(f"nanochat_run: {error}", file=sys.stderr)
         return 2
     print("", *table(rows) if rows else (), f"{time.monotonic() - began_s:.0f} s", sep="\n")

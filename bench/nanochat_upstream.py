@@ -2,15 +2,14 @@
 
     NANOCHAT_BASE_DIR=BASE python bench/nanochat_upstream.py CHECKOUT QUESTIONS.json ANSWERS.json
 
-QUESTIONS names a checkpoint, `source`, `tag` and `step`, and what is asked of it; ANSWERS gets an entry for each that is there:
+QUESTIONS names a checkpoint, `source`, `tag` and `step`, and what is asked of it. ANSWERS has
 
-| question | answer |
-|---|---|
-| `texts`: texts to continue; `chats`: messages to answer; `max_tokens` | `answers`: for each the tokens of `Engine.generate` at temperature 0, which of them it forced, and the lead of each over the runner-up |
-| `rows`: so many rows of the validation shard | `bpb`: bits per byte by `evaluate_bpb` |
-| `core`: true | `core`: the metric by `evaluate_core`; `items`: of each task 1 for an item that is right, else 0 |
-| `tasks`: chat tasks; `most`: items of each | `items`, by `run_chat_eval` |
-| `expressions`: for the calculator | `results`: what `use_calculator` makes of each, as text, or null |
+- `answers` to `texts`, which it continues, and `chats`, messages that it answers, in at most `max_tokens`: for each the tokens of
+  `Engine.generate` at temperature 0, which of them it forced, and by how much each leads the runner-up, in logits
+- `bpb`: bits per byte of so many `rows` of the validation shard, by `evaluate_bpb`
+- `core`, if that is asked: the metric, by `evaluate_core`
+- `items`: of each of CORE's tasks, and of the chat tasks in `tasks`, at most `most` of each, 1 for an item that is right, else 0
+- `results`: what `use_calculator` makes of each of `expressions`, as text, or null
 
 It imports nothing of chatlm, and nanochat prints what it likes to stdout.
 """

@@ -40,6 +40,7 @@ def test_items_must_be_equal_unless_our_margin_is_a_near_tie():
     assert not compared_items("task", "0110", kept("0111", margin=None)).fine
     for upstream, ours in (("0110", "011"), ("011", "0110"), ("", ""), ("0", "")):     # as many items, and some
         assert not compared_items("task", upstream, kept(ours, margin=0.0)).fine
+    assert not compared_items("task", "010", {0: kept("0")[0], 2: kept("0")[0]}).fine       # an item that we never judged
 
 
 def test_answers_must_be_equal_to_the_first_token_that_other_arithmetic_may_change():
@@ -58,6 +59,8 @@ def test_forced_tokens_must_be_there_and_equal_with_all_before_them():
     assert compared_forced("forced", [called], [[7, 8, 1, 3]]).result == "1 of 2 equal"
     assert not compared_forced("forced", [called], [[6, 8, 9, 3]]).fine and not compared_forced("forced", [called], [[7]]).fine
     assert not compared_forced("forced", [answer([1])], [[1]]).fine
+    tied = answer([5, 6, 7, 8], [1.0, 1e-4, 1.0, 1.0], forced=[0, 3])       # what follows a near tie is not compared
+    assert compared_forced("forced", [tied], [[5, 9]]) == ("forced", "1 tokens", "1 tokens", "1 of 1 equal", True)
 
 
 def test_the_table_names_what_differs():
