@@ -15,8 +15,8 @@ bench/nanochat_upstream.py asks nanochat's code the same, and a table compares:
 - the likeliest tokens of Engine.generate, those that its calculator forced, and results of its calculator. An answer is compared to the
   first token that leads the runner-up by at most CLOSE, in logits: other arithmetic may choose the other
 
-It ends with 1 if anything differs by more than that, with 2 and one line if it cannot run. It takes 4 minutes on two cores that are busy with other
-things, and is ended after --minutes. Everything is seeded. A checkout of the branch experiment_refactor writes its own layout of folders.
+It ends with 1 if anything differs by more than that, with 2 and one line if it cannot run. It takes 3 to 5 minutes on two cores that do other
+things too, and is ended after --minutes. Everything is seeded. A checkout of the branch experiment_refactor writes its own layout of folders.
 
 --base-only trains a base model into --out and compares nothing: a checkpoint for bench/quality.py that has seen real text, for example
 
@@ -47,10 +47,19 @@ TOKENS = 40                             # of an answer, at most
 REFERENCE_TOKENS = 2**19                # of a batch, for which nanochat's learning rates are made
 LR_SCALE = 0.6                          # of these rates: nanochat's own rule would hardly move a small batch's model in so few steps
 PACKAGES = ("torch", "rustbpe", "tiktoken", "pyarrow", "filelock", "numpy", "yaml", "jinja2", "requests")
+
+
+def talk(*texts, system=None):
+    """The messages of a conversation: a user's, an assistant's, and so on."""
+    said = [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(texts)]
+    return [*[{"role": "system", "content": system}] * bool(system), *said]
+
+
 TEXTS = ("The capital of France is", "The server answers", "If the cache is full, then", "python chat_server.py --watch", "é and 1,024: ",
-         "A token is a piece of text. " * 12)      # the last is longer than the window of the short layers
-CHATS = ("What is 12+30?", "What is 7*8?", "What is 50-9?", "What is 41+41?", "How many a are in banana?", "How many r are in strawberry?",
-         "What is 3*19?", "Hello", "The server answers requests of")
+         "A token is a piece of text. " * 20)      # the last is longer than the window of the short layers
+CHATS = (*map(talk, ("What is 12+30?", "What is 7*8?", "What is 50-9?", "What is 41+41?", "How many a are in banana?", "How many r are in strawberry?",
+                     "What is 3*19?", "Hello", "The server answers requests of")),
+         talk("What is 2+2?", "4", "What is 15+4?"), talk("What is 31-6?", system="Be brief."))
 TASKS, MOST = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K"), 12       # chat tasks, and items of each
 EXPRESSIONS = ("12+30", "7*8", "50-9", "1,200*3", "12/5", "1/3", "7//2", "2**3", "1/0", "(1+2)*(3-4)", "-5+2", "1.5*4", ".5+.5", "5-", "", "abc", "03",
                "'banana'.count('a')", "\"a'b\".count(\"'\")", "'a' + 'b'", "'banana'.upper()", "'é'.count('é')", "2 + 3", "(((1)))", "1_000+1", "0x10+1",
@@ -310,7 +319,7 @@ class Ours:
         common = {"model": self.names[checkpoint.step], "max_tokens": TOKENS, "temperature": 0, "return_token_ids": True}
         bodies = [("/v1/completions", {"prompt": text}) for text in TEXTS]
         if checkpoint.stage != "base":
-            bodies += [("/v1/chat/completions", {"messages": [{"role": "user", "content": text}]}) for text in CHATS]
+            bodies += [("/v1/chat/completions", {"messages": messages}) for messages in CHATS]
         return [self.post(route, {**common, **body})["choices"][0]["token_ids"] for route, body in bodies]
 
     def follow(self, training, name):

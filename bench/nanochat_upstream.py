@@ -4,7 +4,7 @@
 
 QUESTIONS names a checkpoint, `source`, `tag` and `step`, and what is asked of it. ANSWERS has
 
-- `answers` to `texts`, which it continues, and `chats`, messages that it answers, in at most `max_tokens`: for each the tokens of
+- `answers` to `texts`, which it continues, and `chats`, lists of messages that it answers, in at most `max_tokens`: for each the tokens of
   `Engine.generate` at temperature 0, which of them it forced, and by how much each leads the runner-up, in logits
 - `bpb`: bits per byte of so many `rows` of the validation shard, by `evaluate_bpb`
 - `core`, if that is asked: the metric, by `evaluate_core`
@@ -34,8 +34,8 @@ class Judge:
         """The tokens of each prompt."""
         for text in questions.get("texts", ()):
             yield self.tokenizer.encode(text, prepend="<|bos|>")
-        for text in questions.get("chats", ()):
-            yield self.tokenizer.render_for_completion({"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": ""}]})
+        for messages in questions.get("chats", ()):
+            yield self.tokenizer.render_for_completion({"messages": [*messages, {"role": "assistant", "content": ""}]})
 
     def answer(self, prompt, max_tokens):
         """The likeliest answer, to the token that ends it."""
