@@ -357,24 +357,24 @@ def test_flags_of_nanochat_checkpoints_are_refused_for_an_id(flag):
 # --- checkpoints of nanochat's -----------------------------------------------------------------------------------------
 
 
-WEIGHTS, META, TOKENIZER = "model_000650.pt", "meta_000650.json", "tokenizer.pkl"
+CHECKPOINT, META, TOKENIZER = "model_000650.pt", "meta_000650.json", "tokenizer.pkl"
 
 
 @pytest.mark.parametrize("file, names, found", [
-    ("", [WEIGHTS, META, TOKENIZER, "token_bytes.pt", "README.md"], [META, TOKENIZER, WEIGHTS]),
-    ("", ["model_000010.pt", "meta_000010.json", WEIGHTS, META, "tokenizer/tokenizer.pkl"], [META, "tokenizer/tokenizer.pkl", WEIGHTS]),
-    ("model_000010.pt", ["model_000010.pt", "meta_000010.json", WEIGHTS, META, TOKENIZER], ["meta_000010.json", TOKENIZER, "model_000010.pt"]),
-    ("", [f"base_checkpoints/d4/{WEIGHTS}", f"base_checkpoints/d4/{META}", "chatsft_checkpoints/d4/model_000009.pt",
+    ("", [CHECKPOINT, META, TOKENIZER, "token_bytes.pt", "README.md"], [META, TOKENIZER, CHECKPOINT]),
+    ("", ["model_000010.pt", "meta_000010.json", CHECKPOINT, META, "tokenizer/tokenizer.pkl"], [META, "tokenizer/tokenizer.pkl", CHECKPOINT]),
+    ("model_000010.pt", ["model_000010.pt", "meta_000010.json", CHECKPOINT, META, TOKENIZER], ["meta_000010.json", TOKENIZER, "model_000010.pt"]),
+    ("", [f"base_checkpoints/d4/{CHECKPOINT}", f"base_checkpoints/d4/{META}", "chatsft_checkpoints/d4/model_000009.pt",
           "chatsft_checkpoints/d4/meta_000009.json", "tokenizer/tokenizer.pkl"],
      ["chatsft_checkpoints/d4/meta_000009.json", "tokenizer/tokenizer.pkl", "chatsft_checkpoints/d4/model_000009.pt"]),
-    ("", [f"experiments/x/d4/chat/{WEIGHTS}", f"experiments/x/d4/chat/{META}", "datasets/climbmix/tokenizer/tokenizer.pkl"],
-     [f"experiments/x/d4/chat/{META}", "datasets/climbmix/tokenizer/tokenizer.pkl", f"experiments/x/d4/chat/{WEIGHTS}"]),
-    ("", [WEIGHTS, META, TOKENIZER, "only.gguf"], ["only.gguf"]), (WEIGHTS, [WEIGHTS, META, TOKENIZER, "only.gguf"], [META, TOKENIZER, WEIGHTS])])
+    ("", [f"experiments/x/d4/chat/{CHECKPOINT}", f"experiments/x/d4/chat/{META}", "datasets/climbmix/tokenizer/tokenizer.pkl"],
+     [f"experiments/x/d4/chat/{META}", "datasets/climbmix/tokenizer/tokenizer.pkl", f"experiments/x/d4/chat/{CHECKPOINT}"]),
+    ("", [CHECKPOINT, META, TOKENIZER, "only.gguf"], ["only.gguf"]), (CHECKPOINT, [CHECKPOINT, META, TOKENIZER, "only.gguf"], [META, TOKENIZER, CHECKPOINT])])
 def test_the_files_of_a_published_checkpoint_are_fetched(file, names, found):
     assert hub_files("org/name", file, names) == found
 
 
-@pytest.mark.parametrize("names", [[WEIGHTS, META], [WEIGHTS, TOKENIZER], [META, TOKENIZER]])
+@pytest.mark.parametrize("names", [[CHECKPOINT, META], [CHECKPOINT, TOKENIZER], [META, TOKENIZER]])
 def test_a_published_checkpoint_without_one_of_its_files_is_none(names):
     with pytest.raises(ConfigError, match="org/name has no model.safetensors; it has no GGUF file"):
         hub_files("org/name", "", names)
@@ -389,7 +389,7 @@ def test_a_published_checkpoint_is_served_by_its_id_and_again_without_the_hub(tm
         env = environment(tmp_path, hub)
         with real_server.server("org/tiny", "--dtype", "float32", *FLAGS, env=env) as (_, url):
             expected = answer(url, "org/tiny")["choices"][0]["message"]["content"]
-        assert hub.fetched()[-1].endswith(WEIGHTS) and "README.md" not in hub.fetched()
+        assert hub.fetched()[-1].endswith(CHECKPOINT) and "README.md" not in hub.fetched()
     with real_server.server("org/tiny", "--dtype", "float32", "--no-downloads", *FLAGS, env=env) as (_, url):
         assert answer(url, "org/tiny")["choices"][0]["message"]["content"] == expected
     with real_server.server(folder.parent.parent, "--dtype", "float32", *FLAGS) as (_, url):

@@ -361,7 +361,9 @@ def datasets_of(experiment: Path) -> list[Path]:
 
 def shard_folders(base: Path) -> list[Path]:
     """Where a base folder may have the texts that its models are trained on: shards in parquet, of which the
-    last is for validation."""
+    last is for validation. A data set that NANOCHAT_DATASET names is never another one."""
+    if named := os.environ.get("NANOCHAT_DATASET"):
+        return [base / "datasets" / named]
     experiment = base / "experiments" / (named_experiment() or UNNAMED)
     return [*datasets_of(experiment), base / "base_data_climbmix", base / "base_data"]
 

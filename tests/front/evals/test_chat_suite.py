@@ -97,6 +97,18 @@ async def test_bits_per_byte_of_the_validation_shard_are_upstream_s(scorer, base
     assert again._replace(seconds=0) == result._replace(seconds=0)
 
 
+def test_the_validation_shard_is_found_in_todays_folder_and_in_both_older_ones(base, monkeypatch):
+    pytest.importorskip("pyarrow")
+    for folder in ("base_data", "base_data_climbmix", "datasets/climbmix"):     # the newest one counts
+        write_shard(base / folder)
+        assert read_texts(None).path == base / folder / "shard_06542.parquet"
+    monkeypatch.setenv("NANOCHAT_DATASET", "remix")                             # and no other one instead of it
+    with pytest.raises(ConfigError, match=r"no shard is in .*/datasets/remix; .* --text FILE"):
+        read_texts(None)
+    write_shard(base / "datasets/remix")
+    assert read_texts(None).path == base / "datasets/remix/shard_06542.parquet"
+
+
 def test_documents_are_packed_as_upstream_packs_them():
     packer, waiting = Packer(), [[document] * length for document, length in enumerate((5, 9, 3, 5, 2, 9, 30))]
     for document in waiting:
