@@ -119,6 +119,10 @@ class RemotePool:
         return object_in(self.model, "capabilities").get("chat") is not False
 
     @property
+    def continues_texts(self) -> bool:
+        return self.model.get("type") == "text" or not self.chats
+
+    @property
     def sees(self) -> bool:
         """May it see pictures? Servers of others do not say."""
         return object_in(self.model, "capabilities").get("vision") is not False

@@ -27,6 +27,11 @@ NANOCHAT_FOLDERS = {"chatsft_checkpoints": "sft", "chatrl_checkpoints": "rl", "m
                     "base_checkpoints": "base"}  # folder -> source, best first
 
 
+def source_of(path: Path) -> str:
+    """Which source model_<step>.pt is of, by the folder that it lies in; "" if that does not say."""
+    return NANOCHAT_FOLDERS.get(path.parent.parent.name, "")
+
+
 def home_folder() -> Path:
     with suppress(RuntimeError):
         if (home := Path.home()).is_absolute():

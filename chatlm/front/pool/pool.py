@@ -70,7 +70,8 @@ class WorkerPool:
 
     continues = True  # can it continue the last message of a conversation?
     ends_thinking = True
-    chats = True  # does the model have a chat template? Else it continues texts
+    chats = True  # does the model have a chat template?
+    continues_texts = False  # is it for texts, even if it has one? See Tokenizer.continues_texts
     sees = False  # does it see pictures?
 
     def __init__(self, settings: Settings, placement: Placement, desk: Desk | None = None,
@@ -118,6 +119,7 @@ class WorkerPool:
         with naming(self.source):
             await self.admission.open(card, with_own_sampling(self.settings, self))
             self.chats = self.tokenizer is None or self.tokenizer.has_chat_template
+            self.continues_texts = self.tokenizer is not None and self.tokenizer.continues_texts
             self.sees = self.tokenizer is not None and self.tokenizer.spec.vision is not None
 
     async def wait_ready(self):
