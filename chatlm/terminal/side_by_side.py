@@ -25,7 +25,7 @@ from chatlm.front.server.compare import Comparison, asked_of, with_ids
 from chatlm.front.server.describe import kind_of
 from chatlm.terminal.chat import NO_ROLES, duration, prompt_text
 from chatlm.terminal.conversation import PARAMETERS
-from chatlm.terminal.remote import RemotePool, open_pool
+from chatlm.terminal.remote import RemotePool, identified, open_pool
 from chatlm.terminal.streams import compared_at
 
 if TYPE_CHECKING:
@@ -173,9 +173,10 @@ async def score(settings: Settings) -> int:
             name, began_s = choice.path or pool.model_name, time.monotonic()
             scored = await score_text(pool, text)
         if settings.json:
-            print(json.dumps({"model": name, **scored.as_json()}), flush=True)
+            print(json.dumps({"model": name, **pool.checkpoint, **scored.as_json()}), flush=True)
         else:
-            print(f"{scored.bits_per_byte:.4f} bits per byte: {visible(name)}", flush=True)
+            shown = visible(identified(name, pool.checkpoint))
+            print(f"{scored.bits_per_byte:.4f} bits per byte: {shown}", flush=True)
         print(f"{scored.tokens:,} tokens of {scored.bytes:,} bytes in "
               f"{duration(time.monotonic() - began_s)}", file=sys.stderr)
     return 0

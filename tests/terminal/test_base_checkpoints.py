@@ -49,6 +49,7 @@ def test_only_the_source_base_is_for_texts(base_checkpoint, tmp_path, source, is
 
 def test_the_server_says_that_it_is_for_texts_and_its_chat_routes_work(served):
     listed, = get(served + "/v1/models")["data"]
+    assert (listed["tag"], listed["stage"], listed["step"]) == ("d4", "base", 650)
     assert (listed["type"], listed["capabilities"]["chat"], listed["capabilities"]["completion"]) == ("text", True, True)
     text, chat = text_of(served, prompt="Once upon"), chat_of(served, "Once upon")
     assert text and chat and text != chat

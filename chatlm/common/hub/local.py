@@ -26,12 +26,6 @@ no_progress: Progress = lambda stage, fraction: None
 NANOCHAT_FOLDERS = {"chatsft_checkpoints": "sft", "chatrl_checkpoints": "rl", "mid_checkpoints": "mid",
                     "base_checkpoints": "base"}  # folder -> source, best first
 
-
-def source_of(path: Path) -> str:
-    """Which source model_<step>.pt is of, by the folder that it lies in; "" if that does not say."""
-    return NANOCHAT_FOLDERS.get(path.parent.parent.name, "")
-
-
 def home_folder() -> Path:
     with suppress(RuntimeError):
         if (home := Path.home()).is_absolute():
@@ -54,6 +48,14 @@ class Checkpoint(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.source}/{self.tag}/{self.step}"
+
+
+def checkpoint_at(path: Path) -> Checkpoint | None:
+    """What a file is by where it lies; None if that does not say it."""
+    step, source = re.fullmatch(r"model_(\d+)\.pt", path.name), NANOCHAT_FOLDERS.get(path.parent.parent.name)
+    if step is None or source is None:
+        return None
+    return Checkpoint(source, path.parent.name, int(step[1]), path)
 
 
 def find_checkpoints(folder: Path) -> list[Checkpoint]:

@@ -14,6 +14,7 @@ from chatlm.common.client_words import shutting_down
 from chatlm.common.config import with_own_sampling
 from chatlm.common.errors import ChatServerError, ConfigError, Overloaded, without_folders
 from chatlm.common.hub.better import warning_of
+from chatlm.common.hub.local import checkpoint_at
 from chatlm.common.memory import available_memory
 from chatlm.common.messages.requests import sampling_defaults
 from chatlm.common.processes.start import PROCESS_COMMAND
@@ -202,6 +203,12 @@ class WorkerPool:
     @property
     def source(self) -> ModelSource | None:
         return self.placement.source or self.supervisor.card.source
+
+    @property
+    def checkpoint(self) -> dict[str, str | int]:
+        """Its run's tag, its stage (base, mid, sft or rl) and its step; {} unless it is nanochat's."""
+        found = checkpoint_at(self.source.path) if self.source and self.source.kind == "nanochat" else None
+        return {"tag": found.tag, "stage": found.source, "step": found.step} if found else {}
 
     @property
     def beside(self) -> list[Path]:

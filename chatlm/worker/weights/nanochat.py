@@ -16,7 +16,7 @@ import numpy
 
 from chatlm.common.errors import ConfigError, lack_of_memory, named, shown
 from chatlm.common.files import parse_json, read_small, truncated
-from chatlm.common.hub.local import source_of
+from chatlm.common.hub.local import checkpoint_at
 from chatlm.common.hub.stamps import nanochat_tokenizers
 from chatlm.common.messages.requests import TextSpec
 from chatlm.common.text.load import NANOCHAT_CHAT_TOKENS
@@ -64,7 +64,8 @@ GENERATIONS = {
 def open_nanochat(source: ModelSource, settings: Settings, device) -> LoadedModel:
     config = read_nanochat_config(source.path)
     text = read_nanochat_tokenizer(source.path, config["vocab_size"])
-    text = replace(text, base=source_of(source.path) == "base")  # all sources have the tokens of a chat
+    checkpoint = checkpoint_at(source.path)  # all sources have the tokens of a chat
+    text = replace(text, base=checkpoint is not None and checkpoint.source == "base")
     state = read_checkpoint(source.path)
     number = nanochat_generation(state)
     spec = nanochat_spec(config, number, settings.softcap or 15.0)
