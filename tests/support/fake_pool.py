@@ -63,6 +63,7 @@ class FakePool:
     source = None       # where its files are
     beside = ()         # and what it reads with them
     own_sampling, continues, ends_thinking, chats, continues_texts = ({}, ""), True, True, True, False
+    checkpoint = {}
     sees = False
     supervisor = SimpleNamespace(ready_workers=(), card=SimpleNamespace(facts=ModelFacts("llama", "gguf", 134_515_008, "q4_1", 98_000_000, 576, 30), longest=4096))
     adapters = SimpleNamespace(serving={}, gone=set(), nbytes=0)

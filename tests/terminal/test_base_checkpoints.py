@@ -84,6 +84,7 @@ def test_commands_continue_the_text_and_chat_on_demand(base_checkpoint, served, 
     for words in ([base_checkpoint], [base_checkpoint, "-i", "base"], ["--url", served]):
         assert run("generate", *words, "-p", "Once upon")[0].rstrip("\n") == text.rstrip("\n")
         assert run("chat", *words, "-p", "Once upon", "--conversation")[0].rstrip("\n") == chat.rstrip("\n")
+    assert run("generate", base_checkpoint, "Once")[0].rstrip("\n") == text_of(served, prompt="Once").rstrip("\n")      # a prompt of one word
     out, said = run("generate", base_checkpoint, "-p", "Once upon", "--system", "Be brief")
     assert out.rstrip("\n") == text.rstrip("\n") and "--system has no effect" in said
     out, said = run("chat", base_checkpoint, "--json", given="Once upon\n/clear\n/conversation\nOnce upon\n")
