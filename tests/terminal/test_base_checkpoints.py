@@ -97,3 +97,5 @@ def test_commands_continue_the_text_and_chat_on_demand(base_checkpoint, served, 
         assert [json.loads(line)["text"] for line in lines] == [first, first]
     assert [json.loads(line)["text"] for line in run("compare", "nanochat-d4-base", "default", "-p", "Once upon", "--json", "--url", served)[0].splitlines()] == [
         text, text]
+    checked = subprocess.run([sys.executable, str(SCRIPT), "check", base_checkpoint], capture_output=True, text=True, timeout=120)
+    assert checked.returncode == 0 and "note: template: it is a base checkpoint, which was not taught to chat" in checked.stdout
