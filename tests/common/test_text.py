@@ -363,7 +363,7 @@ def upstream_calculator(expression):
         return None
 
 
-CALCULATED = json.loads((Path(__file__).parents[1] / "fixtures" / "nanochat" / "calculator.json").read_text())["answers"]
+CALCULATED = json.loads((Path(__file__).parents[1] / "fixtures" / "nanochat_calculator.json").read_text())["answers"]
 
 
 def test_results_are_those_that_upstream_gave():
