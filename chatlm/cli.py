@@ -60,7 +60,7 @@ python chat_server.py [serve|chat|generate|compare|score|eval|embed|batch|check]
   python chat_server.py chat --url http://127.0.0.1:8000    use a server that is already running"""),
     "generate": Help("python chat_server.py generate [MODEL] [PROMPT] [flags]",
         "Answer one prompt: the answer goes to stdout, everything else to stderr. A one-word PROMPT "
-        "needs --prompt.", """
+        "needs MODEL before it, or --prompt.", """
   python chat_server.py generate "Why is the sky blue?"
   python chat_server.py generate -p - --system "Summarize this letter." < letter.txt
   python chat_server.py generate model.gguf -p "Name a color." --json --seed 1"""),
@@ -383,7 +383,9 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
             parser.error(f"--{flags[given[0]].names[0]} is for checking a model: give MODEL too")
         return Settings(command=command)
     if command == "generate":
-        values["model"], values["prompt"] = with_prompt(parser, values["model"] or [], values["prompt"])
+        at_server = bool(values["url"] or environment.get("CHAT_SERVER_URL"))
+        values["model"], values["prompt"] = with_prompt(
+            parser, values["model"] or [], values["prompt"], at_server)
     if command == "embed" and len(values["model"] or ()) > 1:
         values["model"], values["texts"] = values["model"][:1], one_file(parser, values)
     if command == "batch" and values["model"]:  # the MODEL may be left out
@@ -423,13 +425,39 @@ def one_file(parser: CommandLine, values: Mapping) -> str:
     return file
 
 
-def with_prompt(parser: CommandLine, words: Seq[str], prompt: str | None) -> tuple[Seq[str], str | None]:
-    """The MODEL and the prompt of `generate`: a word with white space is the prompt, unless it is a file."""
-    asked = [word for word in words
-             if re.search(r"\S\s+\S", word) and not os.path.exists(os.path.expanduser(word))]
+def has_words(word: str) -> bool:
+    """Whether it has several words, and is no file."""
+    return bool(re.search(r"\S\s+\S", word)) and not os.path.exists(os.path.expanduser(word))
+
+
+def is_prompt(word: str) -> bool:
+    """Whether one word can be no MODEL: no file, and with characters that no name has, such as a question
+    mark or Chinese ones."""
+    unnamed = re.search(r"[^\x20-\x7e]|[?!\"'()<>]", word.strip())
+    return bool(unnamed) and not os.path.exists(os.path.expanduser(word))
+
+
+def is_model(word: str) -> bool:
+    """Whether it is a file, or has the form of a MODEL that a prompt of one word hardly has."""
+    return word.lower().endswith(".gguf") or bool(hub_model(word)) or os.path.exists(os.path.expanduser(word))
+
+
+def with_prompt(parser: CommandLine, words: Seq[str], prompt: str | None,
+                at_server: bool) -> tuple[Seq[str], str | None]:
+    """The MODEL and the prompt of `generate`, which comes after it or has several words. at_server: MODEL is
+    a name there, of any form. One word alone is MODEL if it can be: a mistyped name must not be answered."""
+    asked = [word for word in words if has_words(word)]
     models = [word for word in words if word not in asked]
     if len(asked) + (prompt is not None) > 1:
         parser.error(f"only one prompt is allowed; this is another: {asked[-1]!r}")
+    if not asked and prompt is None and len(models) == 1 and is_prompt(models[0]):
+        return [], models[0]
+    if not asked and prompt is None and len(models) == 2:
+        first, second = models
+        if at_server or may_be_model(first) and not is_model(second):
+            return [first], second
+        if is_model(second) and not may_be_model(first):
+            return [second], first
     if models[1:]:
         parser.error(f"unrecognized arguments: {' '.join(models[1:])}; {models[0]} was taken as MODEL, and a "
                      "prompt of several words needs quotes, or of one -p")

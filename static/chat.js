@@ -105,7 +105,7 @@ async function openChat(id, known = null) {
 function showChat(chat, leaf) {
   closeViews();
   Object.assign(state, {chat, leaf, notice: "", refusal: "", editing: null, following: true});
-  if (state.models.length > 1) useModel();
+  if (state.models.length > 1 || state.model.base) useModel();
   state.toasts = state.toasts.filter(toast => toast.chat !== chat.id);
   rememberPlace();
   refresh();

@@ -1,7 +1,8 @@
 // Answers side by side: the same question to two to four models, steps of a training run, adapters or sets of parameters.
 "use strict";
 
-let compared = null;              // {node, columns: [{text, reasoning, end, differs, controls}], controller} while the dialog is open
+// While the dialog is open {node, columns: [{text, reasoning, end, differs, controls}], controller, writes}; `writes`: the columns continue a text.
+let compared = null;
 
 {
 
@@ -9,7 +10,7 @@ const MOST_COLUMNS = 4;
 const VARIED = ["temperature", "top_k", "seed"];      // what each column may vary, besides its model
 
 function openCompare(node, models = stepsBeside(node)) {
-  compared = {node, columns: [], controller: null};
+  compared = {node, columns: [], controller: null, writes: false};
   $("compare-columns").replaceChildren();
   setText($("compare-problem"), "");
   setText($("compare-question"), node.question ?? "");
@@ -30,6 +31,12 @@ function compareModels(question, models) {
   const {parameters = {}} = state.preferences.defaults, seed = parameters.seed ?? Math.floor(Math.random() * 2 ** 31);
   openCompare({question, model: models.at(-1), system: "", parameters, seed}, models);
   return startCompare();
+}
+
+// Whether the models are to continue a text: so does the chat of an answer, and of a question without a chat so do they if all are for texts.
+function continuesTexts(node, columns) {
+  if (node.question === undefined) return state.model.api === "text";
+  return columns.every(({model, adapter}) => (state.models.find(({id}) => id === (adapter.value || model.value)) ?? chatModel())?.type === "text");
 }
 
 const pathAbove = node => node.question === undefined ? pathTo(state.nodes, node.parent) : [{role: "user", content: node.question}];
@@ -129,7 +136,7 @@ function drawCompared(column, first) {
   if (column.drawn === key) return;
   column.drawn = key;
   for (const [box, text] of [[column.thoughts, column.reasoning], [column.answer, column.text]]) {
-    if (state.model.api === "text") { box.textContent = text; box.style.whiteSpace = "pre-wrap"; continue; }
+    if (compared.writes) { box.textContent = text; box.style.whiteSpace = "pre-wrap"; continue; }
     if (!box.markdown || marks) box.markdown = new MarkdownView(box);
     box.markdown.update(text, ended);
   }
@@ -221,13 +228,14 @@ async function startCompare() {
   const mine = compared, {node, columns} = mine, controller = mine.controller = new AbortController();
   for (const column of columns) Object.assign(column, {text: "", reasoning: "", end: null, differs: null, drawn: undefined});
   setText($("compare-problem"), "");
+  mine.writes = continuesTexts(node, columns);
   updateCompare();
   const {tools, response_format, seed, ...parameters} = node.parameters ?? {}, watch = setInterval(lookAtModels, 1000);       // for steps that load
   const variants = columns.map(({model, adapter, fields}) => ({...(state.models.length > 1 ? {model: adapter.value || model.value} : {}),
     ...Object.fromEntries(VARIED.filter(name => fields[name].value !== "").map(name => [name, Number(fields[name].value)]))}));
   try {
-    const messages = messagesToSend(pathAbove(node), systemOf(node));
-    const response = await accepted(await post("v1/compare", {messages: [...messages], ...parameters, truncate: "oldest", variants}, {signal: controller.signal}));
+    const asked = mine.writes ? {prompt: textToContinue(pathAbove(node))} : {messages: [...messagesToSend(pathAbove(node), systemOf(node))]};
+    const response = await accepted(await post("v1/compare", {...asked, ...parameters, truncate: "oldest", variants}, {signal: controller.signal}));
     for await (const {event} of serverEvents(response.body, FOREVER_MS)) {
       if (event.error && event.index === undefined) throw new Refused(sentence(errorText(event)), {status: 0});
       hearCompared(columns, event);

@@ -21,7 +21,7 @@ const weightsOf = name => state.models.find(({id}) => id === name)?.weights_dige
 // An answer's system prompt; answers from older versions of the page lack it.
 const systemOf = ({system, ids}) => system ?? (ids ? "" : state.chat.system);
 
-const canCompare = node => canLook(node) && Boolean(state.model.can.compare) && state.model.api === "v1" && Boolean(node.content);
+const canCompare = node => canLook(node) && Boolean(state.model.can.compare) && ["v1", "text"].includes(state.model.api) && Boolean(node.content);
 
 // An adapter's base model, if it is listed; else the model itself.
 const baseOf = model => model?.parent && state.models.find(({id, root, parent}) => !parent && [id, root].includes(model.parent)) || model;

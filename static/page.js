@@ -41,11 +41,12 @@ const empty = {key: "", node: null};
 
 function emptyPage() {
   const {model, phase, loading} = state;
-  const key = JSON.stringify([model.name, model.api, model.better, model.devices, model.context, phase, serverText(), canAsk(), ownPrompts()]);
+  const key = JSON.stringify([model.name, model.api, model.better, model.base, model.devices, model.context, phase, serverText(), canAsk(), ownPrompts()]);
   if (empty.key === key) return empty.node;
   const page = element("section", {className: "empty"}, element("h2", {textContent: model.api === "text" ? TEXT.welcomeText : TEXT.welcome(new Date().getHours())}));
   page.append(element("p", {textContent: serverText() || TEXT.running(model.devices.map(TEXT.device), model.context)}));
-  if (model.api === "text") page.append(noticeOf(TEXT.completes));
+  if (model.base) page.append(baseNotice(model.api !== "text"));
+  else if (model.api === "text") page.append(noticeOf(TEXT.completes));
   if (model.api === "none" && model.can.embedding && model.ours) need("vectors").then(() => { if (typeof showVectors === "function") showVectors(page, model); });
   if (model.better !== undefined) page.append(betterModel(model.better));
   if (phase === "loading" && !loading.waits) {
@@ -59,6 +60,12 @@ function emptyPage() {
     element("button", {type: "button", textContent: text, disabled: !canAsk(), onclick: () => { ask(text); focusAfterClick(); }}))));
   Object.assign(empty, {key, node: page});
   return page;
+}
+
+// What stands below a base checkpoint: that it is for texts, and the way to chat with it, or back.
+function baseNotice(inTurns) {
+  return element("div", {className: "notice better"}, element("span", {textContent: inTurns ? TEXT.baseChats : TEXT.baseWrites}),
+    element("button", {type: "button", className: `icon plain i-${inTurns ? "edit" : "prompt"}`, textContent: inTurns ? TEXT.inTexts : TEXT.inTurns, onclick: () => { talkInTurns(!inTurns); focusAfterClick(); }}));
 }
 
 // What stands below a model that only demonstrates: a way to one that fits this machine.
@@ -658,6 +665,8 @@ register({
     device: name => name === "cpu" ? "the CPU" : name === "cuda" || name === "mps" ? "the GPU" : name.replace(/^cuda:/, "GPU "),
     running: (devices, context) => `Running${devices.length ? ` on ${devices.join(", ")}` : ""}${context ? ` with ${number(context)} tokens of context` : ""}.`,
     completes: "This is not a chat model: it continues the text that you type, in place.",
+    baseWrites: "This is a base checkpoint, which was not taught to chat: it continues the text that you type, in place.",
+    baseChats: "This is a base checkpoint, which was not taught to chat: it will ramble.",
     onlyEmbeds: name => `${name} is an embedding model; it cannot chat.`, onlyRanks: name => `${name} ranks documents; it cannot chat.`,
     statuses: {draining: "the server is stopping", unavailable: "the server has no running worker"}, loadingLabel: "Loading", starting: "starting",
     loading: (stage, fraction) => `The model is not ready: ${TEXT.statuses[stage] ?? stage}${fraction ? ` ${Math.round(fraction * 100)}\u00a0%` : ""}.`,

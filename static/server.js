@@ -206,17 +206,18 @@ const withLatest = model => model.run && model.aliases?.includes(`${model.run}@l
 // The list's entry for the chat's model: the one stored in the chat, else the server's default.
 const chatModel = () => state.models.find(({id}) => id === state.chat.model) ?? state.models.find(each => each.default) ?? state.models[0];
 
-// Makes the chat's model `state.model`.
+// Makes the chat's model `state.model`. `base`: it is for texts and can chat all the same, which the chat may ask for (`inTurns`).
 function useModel(stats = state.stats, lists = true) {
   const listed = state.models, entry = chatModel() ?? {};
   const devices = new Set((stats?.workers ?? []).map(worker => worker.device));
   const can = {continue_final_message: CONTINUING.includes(entry.owned_by), ...entry.capabilities};
-  const api = !lists ? "native" : can.chat !== false ? "v1" : can.completion !== false ? "text" : "none";
+  const base = entry.type === "text" && can.chat !== false, chats = can.chat !== false && (!base || Boolean(state.chat.inTurns));
+  const api = !lists ? "native" : chats ? "v1" : can.completion !== false ? "text" : "none";
   if (api === "text") can.continue_final_message = true;
   state.stats = stats;
   state.model = {name: entry.id ?? stats?.model ?? "", context: entry.context_length ?? stats?.context_length ?? 0,
     devices: [...devices], workers: listed.length > 1 ? 1 : stats?.workers?.length ?? 0, can,
-    defaults: entry.defaults ?? {}, weights: entry.weights_digest ?? "", better: entry.better, ours: entry.owned_by === "chat_server", api};
+    defaults: entry.defaults ?? {}, weights: entry.weights_digest ?? "", better: entry.better, base, ours: entry.owned_by === "chat_server", api};
 }
 
 // Asks the server to load the chosen model, if it allows that; a question would load it too.

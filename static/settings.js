@@ -267,8 +267,16 @@ function chooseModel(name) {
   loadModel();
 }
 
+// Makes what is typed in this chat messages to a base checkpoint, or a text again.
+function talkInTurns(inTurns) {
+  changeChat(state.chat, {inTurns});
+  useModel();
+  render();
+}
+
 register({
   strings: {
+    inTurns: "Chat with it all the same", inTexts: "Write with it",
     settingsInstructions: "Instructions", settingsPresets: "Presets", settingsParameters: "Parameters", settingsChat: "Keep or reset", settingsPage: "This page",
     settingsHint: "For this chat, from the next question on. An empty field leaves the choice to the server.",
     defaultsHint: "Defaults empties the system prompt and all parameters of this chat.",
@@ -333,7 +341,8 @@ register({
     $("models").onchange = () => chooseModel($("models").value);
     for (const event of ["pointerdown", "focus"]) $("models").addEventListener(event, lookAtModels);
   },
-  menu: () => [[TEXT.prompts, "prompt", openPrompts], [TEXT.server, "server", () => openServer()]],
+  menu: () => [...(state.model.base ? [state.chat.inTurns ? [TEXT.inTexts, "edit", () => talkInTurns(false)] : [TEXT.inTurns, "prompt", () => talkInTurns(true)]] : []),
+    [TEXT.prompts, "prompt", openPrompts], [TEXT.server, "server", () => openServer()]],
   render() {
     renderModels();
     renderChanged();
@@ -610,6 +619,6 @@ register({
   },
 });
 
-share({changesOf, openServer, keyText, wantKey, useServer, wantedServer, chooseModel, growCalls, isAnswered, messagesOfCalls, calculated,
+share({changesOf, openServer, keyText, wantKey, useServer, wantedServer, chooseModel, talkInTurns, growCalls, isAnswered, messagesOfCalls, calculated,
   ownPrompts, keepPrompts, usePrompt, takePrompts});
 }

@@ -1,6 +1,6 @@
 // The tree of a conversation: pure functions on plain objects, without page, server or storage.
 //
-// A conversation is {id, title, created, updated, pinned, system, parameters, leaf, model}. A node is one message of
+// A conversation is {id, title, created, updated, pinned, system, parameters, leaf, model, inTurns}. A node is one message of
 // it: {id, conversation, parent, role: "user" | "assistant", content, created} and, where there is one,
 // attachments, pictures, reasoning, model, weights, system, parameters, seed, prefix, ids, continued, calls, timings, note, error, edited, stream. `ids` are
 // an answer's tokens; the reader chose the first ones, `prefix`. `continued`: several requests made it. `calls`: [{id, name, arguments, result}]. `parent` is a node's
@@ -236,7 +236,7 @@ const arePictures = value => Array.isArray(value) && value.every(each => isObjec
   /^data:image\/[a-z+.-]+;base64,[A-Za-z0-9+/=]+$/.test(each.picture));
 const isTime = value => Number.isFinite(value) && value > 0 && value < 8.64e15;
 const CONVERSATION_FIELDS = {title: isText, created: isTime, updated: isTime, pinned: value => typeof value === "boolean",
-  system: isText, parameters: isObject, leaf: isText, model: isText};
+  system: isText, parameters: isObject, leaf: isText, model: isText, inTurns: value => typeof value === "boolean"};
 const NODE_FIELDS = {role: value => value === "user" || value === "assistant", content: isText, created: isTime,
   reasoning: isText, model: isText, seed: Number.isSafeInteger, parameters: isObject, timings: isObject, note: isText,
   error: isText, edited: value => value === true, attachments: Array.isArray, weights: isText, system: isText, prefix: areIds, ids: areIds,

@@ -106,6 +106,15 @@ def nanochat_fixtures():
 
 
 @pytest.fixture(scope="session")
+def base_checkpoint(nanochat_fixtures, tmp_path_factory):
+    """A nanochat base folder whose only checkpoint is of the source `base`: the tiny one of generation 5."""
+    folder = tmp_path_factory.mktemp("base_checkpoint")
+    shutil.copytree(nanochat_fixtures / "gen5" / "tokenizer", folder / "tokenizer")
+    shutil.copytree(nanochat_fixtures / "gen5" / "chatsft_checkpoints", folder / "base_checkpoints")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def emulation_library(tmp_path_factory):
     """The CUDA sources compiled by g++ against csrc/cuda/emulation.h: a library with the functions of
     launch.h."""

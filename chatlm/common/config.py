@@ -407,6 +407,9 @@ class Settings:
     seed: int | None = flag(None, number(int, 0, 2**64 - 1),
         "fixed seed (default: random per answer; compare: one for all)", "chat generate compare")
     system: str | None = flag(None, str, "system message", "chat generate compare")
+    conversation: bool | None = flag(None, None,
+        "chat in turns, or with --no-conversation continue the text (default: what the model was trained "
+        "for; a base checkpoint continues texts)", "chat generate compare")
     prompt: str | None = flag(None, str, "one prompt, one answer; `-` reads stdin",
         "chat generate compare",
         short="p")

@@ -62,8 +62,11 @@ def summary(done: Finished, seconds: float) -> str:
     return ", ".join(parts)
 
 
-CONTINUES_TEXTS = ("This model has no chat template: it continues the text that you type, without earlier "
-                   "messages or a system message")
+CONTINUES = "it continues the text that you type, without earlier messages or a system message"
+CONTINUES_TEXTS = f"This model has no chat template: {CONTINUES}"
+IS_BASE = (f"This is a base checkpoint, which was not taught to chat: {CONTINUES}. /conversation (or "
+           "--conversation) chats with it all the same")
+NO_ROLES = "--system has no effect: the model continues the text, without roles (--conversation: with roles)"
 CONTINUE = {"continue_final_message": True, "add_generation_prompt": False}
 
 
@@ -127,11 +130,21 @@ def settable(word: str) -> str | None:
     return {name.replace("_", ""): name for name in SETTABLE}.get(re.sub("[-_]", "", word.lower()))
 
 
+def chats_in_turns(settings: Settings, pool: Pool) -> bool:
+    """Whether messages are turns of a conversation, not texts to continue. ConfigError if the user wants
+    turns of a model without a chat template."""
+    if settings.conversation and not pool.chats:
+        raise ConfigError("--conversation: this model has no chat template, so it can only continue texts")
+    by_default = pool.chats and not pool.continues_texts
+    return by_default if settings.conversation is None else settings.conversation
+
+
 class Chat:
     """The `chat` command. The user types messages or COMMANDS; each command is a method here."""
 
     def __init__(self, pool: Pool, settings: Settings, conversation: Conversation | None = None):
         self.pool, self.settings = pool, settings
+        self.in_turns = chats_in_turns(settings, pool)
         self.terminal = Terminal(settings, [*(f"/{name} " for name in COMMANDS),
                                             *(f"/set {name} " for name in SETTABLE)])
         self.note = self.terminal.note
@@ -144,7 +157,7 @@ class Chat:
 
     async def run(self) -> int:
         """Run until the user leaves. Returns the exit status: 1 if a message from a pipe failed."""
-        about = [] if self.pool.chats else [CONTINUES_TEXTS]
+        about = [] if self.in_turns else [self._about_texts()]
         about.append("/help lists the commands; Ctrl-C stops the answer")
         self.note("\n".join([*self.pool.describe(), *about, *self.conversation.lines()]))
         while not self.left:
@@ -161,6 +174,12 @@ class Chat:
                 if self.settings.json:
                     print(as_json({"error": {"message": str(error)}}), flush=True)
         return int(self.failed and not self.terminal.interactive)
+
+    def _about_texts(self) -> str:
+        """Why what the user types is continued as a text."""
+        if not self.pool.chats:
+            return CONTINUES_TEXTS
+        return IS_BASE if self.pool.continues_texts else f"Not a conversation: {CONTINUES}"
 
     async def take(self, text: str):
         """Handle a message, a command, or one of the words that need no slash."""
@@ -205,7 +224,7 @@ class Chat:
                 raise ValueError("this model cannot see images; /clear begins a chat without them")
             messages = messages if isinstance(self.pool, RemotePool) else await decoded(messages, self.pool)
         source = {"messages": messages, "template_options": CONTINUE if cut else {}}
-        if not self.pool.chats:
+        if not self.in_turns:
             source = {"prompts": (chat.last_text(),)}
         request = new_request(with_own_sampling(self.settings, self.pool), seed | chat.parameters,
                               progress=self.terminal.interactive, **source)
@@ -327,6 +346,14 @@ class Chat:
         self.files = {Path(name).expanduser().resolve()} if len(chats) == 1 else set()
         self.note("\n".join([*self.conversation.lines(), f"Loaded “{self.conversation.title}”."]))
 
+    def slash_conversation(self, value: str):
+        """/conversation: chat with a base checkpoint in turns, or go back to texts"""
+        if not self.pool.chats:
+            raise ValueError("this model has no chat template, so it can only continue texts")
+        self.in_turns = not self.in_turns
+        self.note("What you type is now a message of a conversation." if self.in_turns else
+                  f"Now {CONTINUES}; /conversation goes back.")
+
     def _question(self) -> dict:
         if (question := self.conversation.last("user")) is None:
             raise ValueError("there is no message yet")
@@ -349,7 +376,7 @@ class Chat:
         """/continue: continue an answer that was cut off"""
         if not (path := self.conversation.path()) or path[-1]["role"] != "assistant":
             raise ValueError("there is no answer to continue")
-        if path[-1]["content"] and (self.pool.continues or not self.pool.chats):
+        if path[-1]["content"] and (self.pool.continues or not self.in_turns):
             await self.answer(path[-1])
         else:
             await self.ask("Please continue.")
@@ -468,7 +495,10 @@ async def generate(settings: Settings) -> int:
         settings = with_own_sampling(settings, pool)
         if not settings.url and decode_core() is None:
             print(kernels_line(), file=sys.stderr)
-        request = (new_request(settings, messages=(*turns, Message("user", text))) if pool.chats else
+        in_turns = chats_in_turns(settings, pool)
+        if turns and not in_turns:
+            print(NO_ROLES, file=sys.stderr)
+        request = (new_request(settings, messages=(*turns, Message("user", text))) if in_turns else
                    new_request(settings, prompts=(text,)))
         await receive(pool, request, reply, writer)
     assert reply.done  # an answer that does not fail ends with Finished

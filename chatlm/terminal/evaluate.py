@@ -26,7 +26,7 @@ from chatlm.front.evals.scores import FREE, GREEDY, NO_CHAT, PoolScorer, cut_as_
 from chatlm.front.lazy import aiohttp
 from chatlm.terminal.chat import duration
 from chatlm.terminal.programs import Programs
-from chatlm.terminal.remote import RemotePool, open_pool
+from chatlm.terminal.remote import RemotePool, identified, open_pool
 from chatlm.terminal.streams import refusal, strict_object, whole_body
 
 if TYPE_CHECKING:
@@ -255,7 +255,7 @@ async def evaluate(settings: Settings) -> int:
         async with open_scorer(one_model) as (scorer, pool):
             name = choice.path or pool.model_name
             if what is None or folder is None:
-                await show_samples(scorer, name, settings.json)
+                await show_samples(scorer, name, pool.checkpoint, settings.json)
                 continue
             kept = Kept(folder, kept_name(one_model, scorer, name, what, settings.max_per_task))
             progress = ProgressDisplay()
@@ -269,23 +269,26 @@ async def evaluate(settings: Settings) -> int:
             finally:
                 progress.close()
                 kept.close()
-        show(name, what, found, settings)
+        show(name, pool.checkpoint, what, found, settings)
     return 0
 
 
-def show(name: str, what: Suite | Texts, found: list[TaskResult] | BpbResult, settings: Settings):
+def show(name: str, checkpoint: Mapping[str, str | int], what: Suite | Texts,
+         found: list[TaskResult] | BpbResult, settings: Settings):
     """Print a model's result: a line of JSON, or a table."""
+    title = identified(name, checkpoint)
     if isinstance(found, BpbResult):
         result = f"{found.bits_per_byte:.6f} bits per byte ({found.texts.metric}): {found.bytes:,} bytes, "
         result += f"{found.rows:,} row(s) of {found.targets:,} tokens, {duration(found.seconds)}"
-        body, lines = found.as_json(), [f"== {name}: {found.texts.name}", result]
+        body, lines = found.as_json(), [f"== {title}: {found.texts.name}", result]
     else:
         assert isinstance(what, Suite)
-        body, lines = as_json(what, found), table(name, what, found)
+        body, lines = as_json(what, found), table(title, what, found)
         if what.left_out:
             body["left_out"] = what.left_out
     if settings.json:
-        print(json.dumps({"model": name, "suite": what.name if isinstance(what, Suite) else "bpb",
+        suite = what.name if isinstance(what, Suite) else "bpb"
+        print(json.dumps({"model": name, **checkpoint, "suite": suite,
                           "max_per_task": settings.max_per_task, **body}), flush=True)
     else:
         print("\n".join(visible(line).replace("\n", " ") for line in lines), flush=True)
@@ -312,16 +315,16 @@ def table(name: str, suite: Suite, results: Seq[TaskResult]) -> list[str]:
     return lines + [f"not run: {reason}" for reason in suite.left_out]
 
 
-async def show_samples(scorer: Scorer, name: str, as_lines: bool):
+async def show_samples(scorer: Scorer, name: str, checkpoint: Mapping[str, str | int], as_lines: bool):
     """How the model continues the seven prompts, and what it writes without one."""
     answers = await asyncio.gather(*(scorer.complete(prompt, SAMPLE_TOKENS) for prompt in PROMPTS))
     free = await scorer.samples(FREE_SAMPLES, FREE_TOKENS)
     if as_lines:
-        print(json.dumps({"model": name, "suite": "sample", "samples": [
+        print(json.dumps({"model": name, **checkpoint, "suite": "sample", "samples": [
             {"prompt": prompt, "text": text} for prompt, text in zip(PROMPTS, answers)],
             "free_samples": free}), flush=True)
         return
-    print(f"== {visible(name)}: sample", flush=True)
+    print(f"== {visible(identified(name, checkpoint))}: sample", flush=True)
     for prompt, text in zip(PROMPTS, answers):
         print(f"{prompt} ->{visible(text)}", flush=True)
     for number, text in enumerate(free, 1):

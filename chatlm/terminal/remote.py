@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any, TYPE_CHECKING
 from urllib.parse import quote
@@ -105,6 +105,12 @@ class RemotePool:
         return str(self.model.get("id", ""))
 
     @property
+    def checkpoint(self) -> dict[str, str | int]:
+        """As of WorkerPool, if the server says it."""
+        kinds = {"tag": str, "stage": str, "step": int}
+        return {name: self.model[name] for name, kind in kinds.items() if type(self.model.get(name)) is kind}
+
+    @property
     def context_length(self) -> int | None:
         return self.model.get("context_length") or self.model.get("max_model_len")
 
@@ -117,6 +123,10 @@ class RemotePool:
     @property
     def chats(self) -> bool:
         return object_in(self.model, "capabilities").get("chat") is not False
+
+    @property
+    def continues_texts(self) -> bool:
+        return self.model.get("type") == "text" or not self.chats
 
     @property
     def sees(self) -> bool:
@@ -197,6 +207,12 @@ def native_body(request: Request) -> dict:
 
 
 Pool = WorkerPool | RemotePool
+
+
+def identified(name: str, checkpoint: Mapping[str, str | int]) -> str:
+    """The name of a model for people, with what checkpoint it is: base (d20, sft, step 650)."""
+    words = [f"step {value}" if key == "step" else str(value) for key, value in checkpoint.items()]
+    return f"{name} ({', '.join(words)})" if words else name
 
 
 @asynccontextmanager

@@ -10,6 +10,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
 from typing import Any, TYPE_CHECKING
+from urllib.parse import quote
 
 from chatlm.common.config import LIMITS, ModelChoice
 from chatlm.common.errors import ConfigError, visible
@@ -19,10 +20,12 @@ from chatlm.common.log import ProgressDisplay
 from chatlm.front.api.readers import read_compare, read_variants
 from chatlm.front.pool.many import ManyModels
 from chatlm.front.pool.score import score_text
+from chatlm.front.server.bodies import tokenizer_of
 from chatlm.front.server.compare import Comparison, asked_of, with_ids
-from chatlm.terminal.chat import duration, prompt_text
+from chatlm.front.server.describe import kind_of
+from chatlm.terminal.chat import NO_ROLES, duration, prompt_text
 from chatlm.terminal.conversation import PARAMETERS
-from chatlm.terminal.remote import RemotePool, open_pool
+from chatlm.terminal.remote import RemotePool, identified, open_pool
 from chatlm.terminal.streams import compared_at
 
 if TYPE_CHECKING:
@@ -103,12 +106,28 @@ def show(column: Column, name: str) -> bool:
     return bool(column.end)
 
 
+def as_wanted(body: dict, settings: Settings, kinds: Seq[str]) -> dict:
+    """The body of /v1/compare: if all of the models are for texts, and --conversation does not say otherwise,
+    the question is a text that they continue."""
+    in_turns = settings.conversation
+    if in_turns is None:
+        in_turns = any(kind != "text" for kind in kinds)
+    if in_turns:
+        return body
+    if settings.system:
+        print(NO_ROLES, file=sys.stderr)
+    return {"prompt": body["messages"][-1]["content"],
+            **{name: value for name, value in body.items() if name != "messages"}}
+
+
 async def answers_of(settings: Settings, body: dict) -> AsyncGenerator[dict, None]:
     """The events of /v1/compare, from the server at --url or from models loaded here."""
     if settings.url:
         remote = RemotePool(replace(settings, model=None))
         try:
             await remote.start()
+            entries = [await remote.get(f"v1/models/{quote(name)}") for name in body["models"]]
+            body = as_wanted(body, settings, [str(entry.get("type")) for entry in entries])
             async with aclosing(compared_at(remote, body)) as events:
                 async for event in events:
                     yield event
@@ -121,6 +140,9 @@ async def answers_of(settings: Settings, body: dict) -> AsyncGenerator[dict, Non
         await models.start()
         await models.wait_ready()
         progress.close()
+
+        kinds = [kind_of(tokenizer_of(models.find(name).pool)) for name in body["models"]]
+        body = as_wanted(body, settings, kinds)
 
         async def find(name: str) -> Served:
             return models.find(name)
@@ -151,9 +173,10 @@ async def score(settings: Settings) -> int:
             name, began_s = choice.path or pool.model_name, time.monotonic()
             scored = await score_text(pool, text)
         if settings.json:
-            print(json.dumps({"model": name, **scored.as_json()}), flush=True)
+            print(json.dumps({"model": name, **pool.checkpoint, **scored.as_json()}), flush=True)
         else:
-            print(f"{scored.bits_per_byte:.4f} bits per byte: {visible(name)}", flush=True)
+            shown = visible(identified(name, pool.checkpoint))
+            print(f"{scored.bits_per_byte:.4f} bits per byte: {shown}", flush=True)
         print(f"{scored.tokens:,} tokens of {scored.bytes:,} bytes in "
               f"{duration(time.monotonic() - began_s)}", file=sys.stderr)
     return 0

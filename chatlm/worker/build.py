@@ -119,6 +119,8 @@ def step_tokens(spec: ModelSpec, settings: Settings, device: Device) -> int:
 
 CANNOT_CHAT = ("It has no chat template, so it cannot chat: it continues texts, for /v1/completions, "
                "/api/generate, and the commands generate and chat")
+IS_BASE = ("It is a base checkpoint, which was not taught to chat: it continues texts. Those who ask for a "
+           "chat get one: /v1/chat/completions, a button of the page, --conversation")
 EMBEDS = ("It makes vectors of texts, for /v1/embeddings, /api/embed, /v1/score and the command embed; it "
           "cannot chat")
 RANKS = "It ranks documents for a query, for /v1/rerank and /v1/score; it cannot chat"
@@ -160,6 +162,8 @@ def build_engine(source: ModelSource, settings: Settings, device: Device,
         model.notes += (RANKS if embedder.pooling == "rank" else EMBEDS,)
     elif not tokenizer.has_chat_template:
         model.notes += (CANNOT_CHAT,)
+    elif tokenizer.continues_texts:
+        model.notes += (IS_BASE,)
     state_bytes, chunk = model.spec.state_bytes, prefill_chunk(settings, device)
     draft_help = draft_help or DraftHelp()
     texts = draft_help.texts(settings.draft_text)

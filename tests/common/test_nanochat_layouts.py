@@ -16,7 +16,7 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.hub import default_model
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.hub.folder import find_models, named_models
-from chatlm.common.hub.nanochat import nanochat_tokenizers, stage_of
+from chatlm.common.hub.nanochat import checkpoint_at, nanochat_tokenizers
 from chatlm.common.hub.steps import find_steps
 from chatlm.front.evals.bpb import validation_shard
 from chatlm.worker.weights.load import open_model
@@ -204,9 +204,10 @@ def test_an_odd_description_of_an_experiment_leads_nowhere(tmp_path, text):
 def test_the_stage_of_published_weights_is_what_their_training_was_told(tmp_path):
     base = write(tmp_path / "d34", 10, user_config={"depth": 34})
     chat = write(tmp_path / "talks", 10, user_config={"run": "dummy"})
-    assert stage_of(base / "model_000010.pt") == "base" and stage_of(chat / "model_000010.pt") == "chat"
+    assert checkpoint_at(base / "model_000010.pt").place.stage == "base"
+    assert checkpoint_at(chat / "model_000010.pt").place.stage == "chat"
     (base / "meta_000010.json").write_text("nonsense")
-    assert stage_of(base / "model_000010.pt") == "chat" and stage_of(tmp_path / "x.gguf") == ""
+    assert checkpoint_at(base / "model_000010.pt").place.stage == "chat" and checkpoint_at(tmp_path / "x.gguf") is None
 
 
 @pytest.mark.parametrize("command", ["generate", "chat", "eval", "score", "compare"])

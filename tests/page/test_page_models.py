@@ -7,8 +7,8 @@ import shutil
 import pytest
 
 import tiny_training
-from browsing import (SLOW_MS, answers, ask, button, chats, command, expect, expect_accessible, expect_answered, figures, inside, needs_browser,
-                      open_page, said, started_server, visitor)
+from browsing import (SLOW_MS, answers, ask, button, chats, command, expect, expect_accessible, expect_answered, figures, inside, menu, needs_browser,
+                      open_page, questions, said, started_server, visitor)
 from families import make_model, save
 from lora import random_adapter
 
@@ -169,3 +169,44 @@ def test_sizes_a_failure_and_the_workers_of_each_model_are_shown(opened_page):
     }""")
     assert rows[0][1] == "threefailed: no such file" and [row[:5] for row in rows[1]] == ["Model", "one0c", "two1c"]
     page.evaluate("closeStatus()")
+
+
+@pytest.mark.slow
+def test_a_base_checkpoint_is_written_with_and_chats_only_on_demand(browser, base_checkpoint):
+    """nanochat's tokenizer has the tokens of a chat from the start, so this one could chat too: it would ramble."""
+    with started_server(str(base_checkpoint), "--kv-cache-memory", "8M", "--temperature", "0", "--max-tokens", "6") as url, visitor(browser) as page:
+        asked = []
+        page.on("request", lambda request: asked.append((request.url.removeprefix(url), request.post_data_json)) if re.search(
+            "completions|compare", request.url) else None)
+        open_page(page, url)
+        empty, writing, wants_chat = page.locator(".empty"), re.compile("completing"), "Chat with it all the same"
+        expect(empty).to_contain_text("This is a base checkpoint, which was not taught to chat: it continues the text that you type")
+        expect(page.locator(".examples button")).to_have_count(0)
+        expect_accessible(page)
+        ask(page, "Once upon")
+        expect(button(page, "Continue")).to_be_visible(timeout=SLOW_MS)
+        assert (asked[-1][0], asked[-1][1]["prompt"]) == ("v1/completions", "Once upon")
+        inside(answers(page), "Compare")
+        dialog = page.get_by_role("dialog", name="Compare")
+        button(dialog, "Compare").click()
+        expect(dialog.locator(".compared").last).to_have_text(re.compile("."), timeout=SLOW_MS)
+        expect(button(dialog, "Continue with this")).to_have_count(2, timeout=SLOW_MS)
+        assert (asked[-1][0], asked[-1][1]["prompt"], "messages" in asked[-1][1]) == ("v1/compare", "Once upon", False)
+        page.keyboard.press("Escape")
+        button(page, "New chat").click()
+        button(empty, wants_chat).click()
+        expect(empty).to_contain_text("it will ramble")
+        expect(page.locator(".examples button").first).to_be_visible()
+        ask(page, "Hello")
+        expect(button(page, "Continue")).to_be_visible(timeout=SLOW_MS)
+        assert (asked[-1][0], asked[-1][1]["messages"]) == ("v1/chat/completions", [{"role": "user", "content": "Hello"}])
+        page.reload()
+        expect(said(questions(page))).to_have_text("Hello")
+        expect(page.locator("body")).not_to_have_class(writing)       # the chat remembers it
+        chats(page).last.click()
+        expect(said(questions(page))).to_have_text("Once upon")
+        expect(page.locator("body")).to_have_class(writing)
+        menu(page, wants_chat)
+        expect(page.locator("body")).not_to_have_class(writing)
+        menu(page, "Write with it")
+        expect(page.locator("body")).to_have_class(writing)

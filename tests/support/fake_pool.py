@@ -62,7 +62,8 @@ class FakePool:
     model_name, created, context_length, tokenizer = "fake-model", 1_700_000_000, 4096, Letters()
     source = None       # where its files are
     beside = ()         # and what it reads with them
-    own_sampling, continues, ends_thinking, chats = ({}, ""), True, True, True
+    own_sampling, continues, ends_thinking, chats, continues_texts = ({}, ""), True, True, True, False
+    checkpoint = {}
     sees = False
     supervisor = SimpleNamespace(ready_workers=(), card=SimpleNamespace(facts=ModelFacts("llama", "gguf", 134_515_008, "q4_1", 98_000_000, 576, 30), longest=4096))
     adapters = SimpleNamespace(serving={}, gone=set(), nbytes=0)

@@ -48,7 +48,9 @@ def parsed(line="", **environment):
 @pytest.mark.parametrize("words, model, prompt", [
     (["Why is the sky blue?"], None, "Why is the sky blue?"), (["m.gguf", "Why is it?"], "m.gguf", "Why is it?"),
     (["Why\nnot?", "-t", "0", "m.gguf"], "m.gguf", "Why\nnot?"), (["m.gguf"], "m.gguf", None), (["m.gguf", "-p", "two words"], "m.gguf", "two words"),
-    (["word "], "word ", None)])
+    (["word "], "word ", None), (["m.gguf", "Hello"], "m.gguf", "Hello"), (["qwen3:0.6b", "Hello"], "qwen3:0.6b", "Hello"), (["m.gguf", "Hello."], "m.gguf", "Hello."),
+    (["Hello", "-t", "0", "m.gguf"], "m.gguf", "Hello"), (["Why?"], None, "Why?"), (["m.gguf", "Why?"], "m.gguf", "Why?"), (["你好"], None, "你好"), (["Hello"], "Hello", None),
+    (["tiny", "Hello", "--url", "here"], "tiny", "Hello"), (["моя", "-p", "Hello"], "моя", "Hello")])
 def test_a_word_with_white_space_is_the_prompt_of_generate(words, model, prompt):
     settings = parse_command_line(["generate", *words], {})
     assert (settings.model, settings.prompt) == (model, prompt)
@@ -664,7 +666,8 @@ def test_a_model_may_follow_the_flag_of_drafts(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("line, words", [
     ("generate Why is it", "unrecognized arguments: is it; Why was taken as MODEL, and a prompt of several words needs quotes"),
-    ("generate a.gguf Hello", "a.gguf was taken as MODEL")])
+    ("generate a.gguf Hello you", "a.gguf was taken as MODEL"), ("generate Why not", "Why was taken as MODEL"), ("generate Hello world!", "Hello was taken as MODEL"),
+    ("generate a.gguf Hello -p Hi", "a.gguf was taken as MODEL")])
 def test_generate_says_which_word_it_took_as_the_model(line, words):
     assert words in refusal(line)
 

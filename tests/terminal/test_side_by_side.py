@@ -79,6 +79,8 @@ async def test_the_score_is_that_of_plain_torch_and_the_same_in_any_batch(nanoch
     assert await score(command(f"score {path} {base} --text {tmp_path / 'text'} --dtype float32 --json")) == 0
     one, other = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert (one["model"], other["model"]) == (str(path), str(base)) and one["bits"] == other["bits"]
+    step = int(path.stem.removeprefix("model_"))
+    assert [[each[key] for key in ("tag", "stage", "step")] for each in (one, other)] == [["d4", "mid", step]] * 2
     model, spec = tiny_training.load(path), read_nanochat_tokenizer(path, 283)
     ids = [spec.bos_token, *open_tokenizer(spec).encode(TEXT)]
     assert len(ids) > 512 + 256 and one["tokens"] == len(ids) - 1 and one["bytes"] == len(TEXT.encode())

@@ -118,13 +118,10 @@ def checkpoints_in(folder: Path, names: Collection[str]) -> list[Checkpoint]:
             if not place.alone or meta_of(Path(name)).name in names]
 
 
-def stage_of(model: Path) -> str:
-    """The stage of one checkpoint: base, mid, sft, rl or chat; "" for a file that is none."""
-    try:
-        found = checkpoints_in(model.parent, [model.name, meta_of(model).name])
-    except OSError:
-        return ""
-    return found[0].place.stage if found else ""
+def checkpoint_at(model: Path) -> Checkpoint | None:
+    """What one file is by where it lies; None if that says nothing."""
+    found = checkpoints_in(model.parent, [model.name, meta_of(model).name])
+    return found[0] if found else None
 
 
 def published(names: Collection[str], file: str = "") -> list[str]:

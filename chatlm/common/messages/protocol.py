@@ -438,7 +438,7 @@ class Known:
     settings: Settings
     tool_format: str | None  # see tool_format_of
     template: str = ""       # its chat template
-    chats: bool = True       # False: it has none, and continues texts
+    chats: bool = True       # False: it continues texts, unless a route is for conversations
     never_written: frozenset[int] = frozenset()  # tokens that no grammar allows
     infill: InfillTokens | None = None           # None: not known yet
     embedder: Embedder | None = None             # None: it gives answers, or is not known yet

@@ -126,6 +126,7 @@ class TextSpec:
     suppressed: frozenset[int] = frozenset()   # ids that are never drawn
     embedder: Embedder | None = None           # None: it gives answers
     vision: Vision | None = None               # None: it cannot see pictures
+    base: bool = False                         # it has a chat format that it was not trained for
 
 
 OWN = {"own": True}  # of a sampling parameter: a model's files may set it

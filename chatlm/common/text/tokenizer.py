@@ -66,6 +66,12 @@ class Tokenizer:
         self.swallows: dict[str, tuple[bool, bool]] = {}  # special -> white space before it, after it
         self.token_bytes: Callable[[int], bytes] = functools.cache(self.piece)
 
+    @property
+    def continues_texts(self) -> bool:
+        """Is the model for texts, which it continues? So it is if it has no chat template, and if it was
+        trained on documents alone: asked to chat, that one rambles."""
+        return not self.has_chat_template or self.spec.base
+
     def encode(self, text: str, begins: bool = True) -> list[int]:
         """Encode ordinary text; nothing in it becomes a special token. Does it begin the whole text?"""
         raise NotImplementedError

@@ -238,7 +238,7 @@ def known_with(settings: Settings, tokenizer: Tokenizer | None, facts: ModelFact
     if tokenizer is None:
         return Known(settings, None)
     return Known(settings, tokenizer.tool_format, template=tokenizer.spec.chat_template or "",
-                 chats=tokenizer.has_chat_template, never_written=tokenizer.never_written,
+                 chats=not tokenizer.continues_texts, never_written=tokenizer.never_written,
                  infill=tokenizer.infill_tokens, embedder=tokenizer.spec.embedder, width=facts.width)
 
 

@@ -428,6 +428,12 @@ async def read_compare(body: dict, prompts: PromptMaker | None = None, client: s
     are read by `read_variants`, for each model."""
     values = parse_fields(body, COMPARE_FIELDS)
     thinking_budget(body, COMPARE_FIELDS)
+    if "prompt" in values and "messages" in values:
+        raise invalid("prompt", "prompt and messages exclude each other: the models continue a text, or "
+                                "answer a conversation")
+    if "prompt" not in values and "messages" not in values:
+        raise RequestError("messages is missing, or prompt, a text to continue",
+                           code="missing_required_parameter", param="messages")
     chosen = [name for name in WHO_ANSWERS if name in values]
     if len(chosen) != 1:
         raise invalid(chosen[1] if chosen else "models", "one of models, steps and variants must say who "
@@ -448,12 +454,17 @@ def read_variants(body: dict, indices: Seq[int], seed: int, known: Known) -> lis
     """The questions of some answers of a body of /v1/compare, all by one model. They share the messages that
     are read here. Log-probabilities are requested to show how likely a differing token was."""
     values: dict[str, Any] = {"seed": seed, **parse_answer(body, COMPARE_FIELDS, known)}
-    messages = openai_messages(values["messages"], known.tool_format is not None)
-    values["template_options"] = template_options(values)
+    text, messages = values.get("prompt"), ()
+    if text is None:
+        messages = openai_messages(values["messages"], known.tool_format is not None)
+        values["template_options"] = template_options(values)
     variants, read = values.get("variants", ()), []
     for index in indices:
-        own = parse_fields(variants[index] if variants else {}, DRAWING_FIELDS)
-        request = parse_openai_request(values | own, known.settings, known.tool_format, messages)
+        answered = values | parse_fields(variants[index] if variants else {}, DRAWING_FIELDS)
+        if text is None:
+            request = parse_openai_request(answered, known.settings, known.tool_format, messages)
+        else:
+            request = openai_request(answered, known.settings, AnswerParams(), prompts=(text,))
         read.append(ParsedBody(replace(request, params=replace(request.params, logprobs=0)), api="chat"))
     return read
 

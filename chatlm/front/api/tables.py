@@ -387,7 +387,8 @@ VARIANT_FIELDS = (
 )
 SOME_ANSWERS = {"minItems": 2, "maxItems": LIMITS.compared}
 COMPARE_FIELDS = (
-    OPENAI_FIELDS[0], MODEL,
+    OPENAI_FIELDS[0]._replace(required=False, doc="the conversation; one of it and prompt"),
+    Field("prompt", TEXT, "a text that the models continue, instead of messages"), MODEL,
     Field("models", FieldType(f"a list of 2 to {LIMITS.compared} names of models",
                               list_schema(A_TEXT, **SOME_ANSWERS)), "the models that answer"),
     Field("steps", FieldType(

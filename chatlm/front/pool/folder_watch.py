@@ -11,6 +11,7 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.hub.adapters import AdapterFiles, adapters_below, base_of, is_other_base
 from chatlm.common.hub.folder import find_models, named_models
 from chatlm.common.log import log
+from chatlm.front.pool.names import accepted_names, is_among
 from chatlm.front.pool.residency import shown_bytes
 from chatlm.front.pool.sightings import Sightings
 
@@ -73,6 +74,14 @@ class FolderWatch:
         self.name_models()
         await self.many.opener.survey.close()
         await self.share_adapters()
+
+    def is_coming(self, name: str) -> bool:
+        """Is it a name of a model whose files are there but still change, so that it is not served yet?"""
+        mine = self._mine
+        new = [files for files in self.sightings.there.values() if files.path not in mine]
+        return bool(new) and any(
+            is_among(name, accepted_names((choice.name, *choice.aliases), choice.path))
+            for files, choice in self._named(new) if files.path not in mine)
 
     def _let_go(self, model: Model, there: bool) -> tuple[WorkerPool | None, Place | None]:
         """Forget what was read of a model whose files changed or, if not `there`, were removed. Returns the

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
 from chatlm.common.config import ModelChoice
-from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure, Overloaded
+from chatlm.common.errors import (
+    ChatServerError, ConfigError, EngineFailure, Overloaded, RequestError, shown)
 from chatlm.common.hub.adapters import named_adapters
 from chatlm.common.hub.stamps import Changed
 from chatlm.common.log import log
@@ -22,7 +23,7 @@ from chatlm.front.aio import end_tasks, supervised
 from chatlm.front.pool.catalogue import Catalogue
 from chatlm.front.pool.folder_watch import FolderWatch, made_for
 from chatlm.front.pool.models import Registry, of_model
-from chatlm.front.pool.names import default_among
+from chatlm.front.pool.names import default_among, is_among
 from chatlm.front.pool.opening import Opener
 from chatlm.front.pool.residency import NoRoom, Residency, shown_bytes
 from chatlm.front.pool.watch import RunWatch
@@ -43,6 +44,7 @@ class ManyModels(Catalogue):
     as requests ask for them. Each model has its own pool, tokenizer, template and prefix cache; all share the
     sandboxes, the limits of the queue and the order in which clients are served."""
 
+    COMING_S = 5       # a request for a model whose files are being written is told to come again after this
     RETRY_S = 30.0   # a request for a model that failed longer ago than this has it tried again
 
     def __init__(self, settings: Settings, command: Seq[str] = PROCESS_COMMAND):
@@ -60,6 +62,7 @@ class ManyModels(Catalogue):
         self.leaving: list[WorkerPool] = []  # of models that requests can no longer find
         self.taken_in: set[Model] = set()    # those that were downloaded for a client
         self.taking = asyncio.Lock()
+        self.watches: list[FolderWatch | RunWatch] = []  # of --models and --watch
         self.started_s = time.monotonic()
         self.tasks: set[asyncio.Task] = set()
 
@@ -98,6 +101,7 @@ class ManyModels(Catalogue):
             self.registry.add(await self.opener.resolve(choice, report))
         watch = FolderWatch(self) if self.settings.models is not None else None
         if watch:
+            self.watches.append(watch)
             await watch.begin()
         if watch and not (self.registry.models or self.settings.watch):
             raise ConfigError(f"--models {self.settings.models} contains no GGUF file, Hugging Face folder "
@@ -122,6 +126,7 @@ class ManyModels(Catalogue):
             self.run("watching --models", watch.run)
         if self.settings.watch is not None:
             runs = RunWatch(self)
+            self.watches.append(runs)
             await runs.begin()
             self.run("watching --watch", runs.run)
             self.run("scoring checkpoints", runs.work.run)
@@ -142,10 +147,14 @@ class ManyModels(Catalogue):
         pool, place = model.pool, model.place
         if pool is None or self.closing:
             return
-        changed = isinstance(error, Changed) and not model.run  # the next request reads the new files
+        changed = isinstance(error, Changed)
         model.reason, model.pool, model.place = str(error), None, None
         model.failed_s = -math.inf if changed else time.monotonic()
-        if changed:
+        if changed and model.run:
+            model.reason = ""  # RunWatch reads them once they no longer change
+            failure = Overloaded(f"the files of the model {model.name!r} have changed",
+                                 retry_after_s=self.COMING_S)
+        elif changed:
             log.info("the files of the model %s have changed; the next request reads them again", model.name)
             failure = Overloaded(f"the files of the model {model.name!r} have changed", retry_after_s=1)
         else:
@@ -209,8 +218,9 @@ class ManyModels(Catalogue):
         await asyncio.sleep(wait_s)  # requests that just found it are still being read
         while jobs := [*pool.dispatcher.jobs.values()]:
             if not pool.supervisor.ready_workers:  # and no worker can start, since the files changed
-                pool.dispatcher.fail(EngineFailure(
-                    f"the model {model.name!r} was changed or removed before it was loaded"), *jobs)
+                pool.dispatcher.fail(Overloaded(
+                    f"the files of the model {model.name!r} have changed, and the old ones are not in memory",
+                    retry_after_s=self.COMING_S), *jobs)
             await asyncio.sleep(0.1)
         self.leaving.remove(pool)
         if model.pool:
@@ -233,7 +243,14 @@ class ManyModels(Catalogue):
         if is_waiting(self.settings, self.registry):
             raise Overloaded("the watched training run has written no complete checkpoint yet",
                              retry_after_s=5)
-        served = self.registry.find(name, bound)
+        try:
+            served = self.registry.find(name, bound)
+        except RequestError:
+            may_use = not bound or any(is_among(name, [one]) for one in bound)
+            if may_use and any(watch.is_coming(name) for watch in self.watches):
+                raise Overloaded(f"the files of the model {shown(name)} are being written or read",
+                                 retry_after_s=self.COMING_S) from None
+            raise
         model = served.model
         failed = not model.pool and model.reason and model.source
         if failed and time.monotonic() - model.failed_s > self.RETRY_S:

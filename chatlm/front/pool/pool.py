@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence as Seq
 from contextlib import aclosing, contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from chatlm.common.client_words import shutting_down
 from chatlm.common.config import with_own_sampling
 from chatlm.common.errors import ChatServerError, ConfigError, Overloaded, without_folders
 from chatlm.common.hub.better import warning_of
+from chatlm.common.hub.nanochat import checkpoint_at
 from chatlm.common.memory import available_memory
 from chatlm.common.messages.requests import sampling_defaults
 from chatlm.common.processes.start import PROCESS_COMMAND
@@ -38,6 +39,15 @@ if TYPE_CHECKING:
 
 def sampling_of(pool, settings: Settings) -> dict[str, tuple[float, str]]:
     return sampling_defaults(with_own_sampling(settings, pool))
+
+
+@lru_cache(maxsize=4096)  # the list of models asks for each
+def checkpoint_facts(source: ModelSource) -> tuple[tuple[str, str | int], ...]:
+    """What the place of nanochat's checkpoint says of it; () for other models."""
+    found = checkpoint_at(source.path) if source.kind == "nanochat" else None
+    if found is None:
+        return ()
+    return ("tag", found.place.tag), ("stage", found.place.stage), ("step", found.step)
 
 
 def known_of(pool, settings: Settings) -> Known:
@@ -70,7 +80,8 @@ class WorkerPool:
 
     continues = True  # can it continue the last message of a conversation?
     ends_thinking = True
-    chats = True  # does the model have a chat template? Else it continues texts
+    chats = True  # does the model have a chat template?
+    continues_texts = False  # is it for texts, even if it has one? See Tokenizer.continues_texts
     sees = False  # does it see pictures?
 
     def __init__(self, settings: Settings, placement: Placement, desk: Desk | None = None,
@@ -118,6 +129,7 @@ class WorkerPool:
         with naming(self.source):
             await self.admission.open(card, with_own_sampling(self.settings, self))
             self.chats = self.tokenizer is None or self.tokenizer.has_chat_template
+            self.continues_texts = self.tokenizer is not None and self.tokenizer.continues_texts
             self.sees = self.tokenizer is not None and self.tokenizer.spec.vision is not None
 
     async def wait_ready(self):
@@ -200,6 +212,11 @@ class WorkerPool:
     @property
     def source(self) -> ModelSource | None:
         return self.placement.source or self.supervisor.card.source
+
+    @property
+    def checkpoint(self) -> dict[str, str | int]:
+        """Its run's tag, its stage (base, mid, sft, rl or chat) and its step; {} unless it is nanochat's."""
+        return dict(checkpoint_facts(self.source)) if self.source else {}
 
     @property
     def beside(self) -> list[Path]:

@@ -25,6 +25,7 @@ class Sightings(Generic[T]):
     fails as a whole, everything stays."""
 
     OLD_S = 5.0  # files older than this are offered at the first scan
+    WRITTEN_S = 60.0  # files that nobody changed for so long are not being written
 
     def __init__(self, find: Callable[[], Iterable[T]], taken: Callable[[], Collection[Stamp]],
                  watch_s: float):
@@ -63,6 +64,10 @@ class Sightings(Generic[T]):
         self.refused = {each.stamp: self.refused[each.stamp] for each in now if each.stamp in self.refused}
         done = {*self.taken(), *(stamp for stamp, for_good in self.refused.items() if for_good)}
         return [each for each in seen if each.stamp in still - done]
+
+    def is_final(self, seen: T) -> bool:
+        """Has a version been refused, and does nobody write its files any more? Who writes may pause."""
+        return seen.stamp in self.refused and time.time() - seen.changed_s > self.WRITTEN_S
 
     def refuse(self, stamp: Stamp, for_good: bool = True) -> bool:
         """Note that a version cannot be served. If that is for good, it is not offered again. Returns whether

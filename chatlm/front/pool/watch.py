@@ -14,6 +14,7 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.hub.adapters import CONFIG, base_of
 from chatlm.common.hub.steps import find_steps, written_metrics
 from chatlm.common.log import log
+from chatlm.front.pool.names import accepted_names, is_among
 from chatlm.front.pool.sightings import Sightings
 from chatlm.front.pool.step_work import StepWork, asked_lately
 
@@ -69,13 +70,27 @@ class RunWatch:
 
     async def update(self, settled: Seq[Step]):
         """Serve checkpoints that have become complete, and stop serving those that changed or went."""
-        for step in [*self.models]:
+        for step, model in [*self.models.items()]:
             now = self.sightings.there.get(step.path)
             if not now or now.stamp != step.stamp:
                 self._dismiss(step, "was replaced" if now and not now.missing else "was removed")
+            elif model.is_read:  # a worker found other files, which have been put back since
+                self._dismiss(step, "is read again")
         await self._open(settled[::-1][:self.AT_ONCE])
         if time.monotonic() - self.opened_s > self.SURVEY_S:
             await self.many.opener.survey.close()
+
+    def is_coming(self, name: str) -> bool:
+        """Is it the name of a checkpoint whose files are there but not served yet? They are being written,
+        replaced or read. So is `latest` of a run that has only such."""
+        for step in self.sightings.there.values():
+            if step in self.models or self.sightings.is_final(step):
+                continue
+            latest = () if step.run in self.last else (self._latest(step.run),)
+            names = (f"{self.tags[step.run]}@{step.step}", *latest)
+            if is_among(name, accepted_names(names, str(step.path))):
+                return True
+        return False
 
     async def _open(self, steps: Iterable[Step]):
         for step in self.sightings.there.values():  # so tags do not depend on which step is complete first

@@ -75,6 +75,9 @@ ABILITIES = {  # as /openapi.json describes them
 A_MODEL = {"type": "object", "properties": {
     "id": A_TEXT, "parent": {"type": ["string", "null"], "description":
                              "of an adapter, its base model; the adapter's alias is MODEL@NAME"},
+    "type": {"enum": ["chat", "text", "embedding", "rerank"], "description":
+             "what it is for; text: it continues texts, and if it can chat, as a base checkpoint of nanochat "
+             "can, it was not taught to"},
     "state": {"enum": ["unloaded", "loading", "ready", "failed"]}, "reason": A_TEXT,
     "loading": {"type": "number", "description": "share that is loaded, from 0 to 1, while it loads"},
     "bytes": {"type": "integer", "description": "in memory; what it will need if it is not loaded"},
@@ -86,6 +89,8 @@ A_MODEL = {"type": "object", "properties": {
     "better": {**A_TEXT, "description": "of a demonstration model: a MODEL that fits here, or nothing"},
     "run": {**A_TEXT, "description": "of a checkpoint: the training run, TAG of TAG@STEP"},
     "step": {"type": "integer", "description": "of a checkpoint"},
+    "tag": {**A_TEXT, "description": "of a checkpoint of nanochat: its run's folder, such as d20"},
+    "stage": {"enum": ["base", "mid", "sft", "rl"], "description": "of a checkpoint of nanochat"},
     "bits_per_byte": {"type": ["number", "null"],
                       "description": "of a checkpoint: how well it predicts --watch-text, once scored"},
     "scoring": {"type": "boolean", "description": "of a checkpoint: whether it is scored now"},
@@ -106,7 +111,11 @@ def listed_body(seen: Seq[Served]) -> dict:
     return {"object": "list", "data": [model_body(served, served == default) for served in seen]}
 
 
-KINDS = ("rerank", "chat", "completion", "embedding")  # what a model is said to be: the first that it can
+def kind_of(tokenizer: Tokenizer) -> str:
+    """What a model is for. A base checkpoint is for texts, although it has a chat template too."""
+    if embedder := tokenizer.spec.embedder:
+        return "rerank" if embedder.pooling == "rank" else "embedding"
+    return "text" if tokenizer.continues_texts else "chat"
 
 
 def abilities(tokenizer: Tokenizer) -> dict[str, bool]:
@@ -119,7 +128,7 @@ def abilities(tokenizer: Tokenizer) -> dict[str, bool]:
             "reasoning": tokenizer.thoughts is not None,
             "reasoning_history": "reasoning_content" in (tokenizer.spec.chat_template or ""),
             "reasoning_budget": tokenizer.thoughts is not None,
-            "continue_final_message": chats, "token_ids": True, "compare": chats,
+            "continue_final_message": chats, "token_ids": True, "compare": True,
             "vision": tokenizer.spec.vision is not None,
             "json_schema": importlib.util.find_spec("llguidance") is not None}
     return {name: can and answers for name, can in able.items()} | {"embedding": not ranks, "rerank": ranks}
@@ -149,11 +158,11 @@ def model_body(served: Served, is_default: bool = True) -> dict:
             **({"loading": pool.supervisor.load_fraction()} if served.state == "loading" else {}),
             "bytes": served.bytes, "weights_bytes": served.bytes if adapter else facts.weights_bytes,
             "aliases": served.aliases,
-            "type": next((name for name in KINDS if able[name]), "completion"),
+            "type": kind_of(tokenizer),
             "family": facts.family, "format": facts.format,
             "default": is_default, "pinned": model.choice.pin,
             "weights_digest": facts.digest + (f"+{adapter.digest}" if adapter else ""),
-            "arithmetic": facts.arithmetic, **model.of_run, "owned_by": "chat_server",
+            "arithmetic": facts.arithmetic, **pool.checkpoint, **model.of_run, "owned_by": "chat_server",
             **({"better": better_model(free_memory(pool))} if only_demonstrates(served.name) else {}),
             "root": pool.model_name,
             "parent": pool.model_name if adapter else None, "tools": tools_of(tokenizer),

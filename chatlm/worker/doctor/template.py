@@ -106,6 +106,9 @@ def check_template(patient: Patient) -> Findings:
     if patient.text.kind == "hf" and not patient.text.chat_template or patient.text.kind == "characters":
         yield note("the model has no chat template, so it cannot chat; it continues texts", WHERE)
         return
+    if tokenizer.continues_texts:
+        yield note("it is a base checkpoint, which was not taught to chat: it continues texts, unless it is "
+                   "asked to chat", WHERE)
     chats, began_s = Chats(tokenizer), time.process_time()
     if patient.text.kind == "hf":
         try:

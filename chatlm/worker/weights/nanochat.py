@@ -7,6 +7,7 @@ import json
 import pickle
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple, TYPE_CHECKING
@@ -15,7 +16,7 @@ import numpy
 
 from chatlm.common.errors import ConfigError, lack_of_memory, named, shown
 from chatlm.common.files import parse_json, read_small, truncated
-from chatlm.common.hub.nanochat import meta_of, nanochat_tokenizers
+from chatlm.common.hub.nanochat import checkpoint_at, meta_of, nanochat_tokenizers
 from chatlm.common.messages.requests import TextSpec
 from chatlm.common.text.load import NANOCHAT_CHAT_TOKENS
 from chatlm.worker.arrays.kinds import kind_of
@@ -66,6 +67,8 @@ GENERATIONS = {
 def open_nanochat(source: ModelSource, settings: Settings, device) -> LoadedModel:
     config = read_nanochat_config(source.path)
     text = read_nanochat_tokenizer(source.path, config["vocab_size"])
+    checkpoint = checkpoint_at(source.path)  # all sources have the tokens of a chat
+    text = replace(text, base=checkpoint is not None and checkpoint.place.stage == "base")
     state = read_checkpoint(source.path)
     number = nanochat_generation(state)
     spec = nanochat_spec(config, number, settings.softcap or 15.0)

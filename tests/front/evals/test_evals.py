@@ -255,7 +255,7 @@ def test_the_command_prints_a_table_or_json_here_and_through_a_server(nanochat_f
     code, table, errors = run_eval(model, "--dtype", "float32", "--suite", bundle, home=tmp_path)
     assert code == 0, errors
     lines = table.splitlines()
-    assert lines[0] == f"== {model}: bundle" and [line.split()[0] for line in lines[2:8]] == ["choose", "answer", "who", "go", "odd", "CORE"]
+    assert lines[0] == f"== {model} (d4, sft, step 650): bundle" and [line.split()[0] for line in lines[2:8]] == ["choose", "answer", "who", "go", "odd", "CORE"]
     kept, = (tmp_path / "chat_server/evals").iterdir()
     assert kept.parent.stat().st_mode & 0o777 == 0o700 and len(kept.read_text().splitlines()) == 59
     code, line, _ = run_eval(model, "--dtype", "float32", "--suite", bundle, "--json", "--results", tmp_path / "other", home=tmp_path)

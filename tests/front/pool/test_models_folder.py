@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from chatlm.common.config import Settings
+from chatlm.common.errors import Overloaded, RequestError
 from chatlm.common.hub.folder import find_models, folders_below
 from chatlm.front.pool.many import FolderWatch, ManyModels
 from fake_pool import serving
@@ -120,6 +121,42 @@ async def test_a_file_that_is_replaced_while_its_model_is_unloaded_is_waited_for
             assert all(after and "being read" in message for status, after, message in seen if status == 503 and "cannot be served" not in message), seen
             assert [model.name for model in models.registry.models] == names and models.find("").name == names[0]
         assert (await ask(client, url, name))[1]["choices"][0]["message"]["content"] == before
+
+
+async def test_a_step_that_is_removed_and_written_anew_is_waited_for_while_it_is_written(start_folder, nanochat_fixtures, client, tmp_path):
+    base = tmp_path / "models" / "base"
+    shutil.copytree(nanochat_fixtures / "gen5", base)
+    paths = [checkpoint(nanochat_fixtures, base, step) for step in (651, 652)]
+    models = await start_folder()
+    async with serving(models, models.settings) as url:
+        whole = paths[1].read_bytes()
+        paths[1].unlink()
+        await until(lambda: len(models.registry.models) == 2)
+        assert (await ask(client, url, "d4@652"))[0] == 404           # a training may write it or not
+        watch, = models.watches
+        with open(paths[1], "wb") as file:
+            for at in range(0, len(whole), len(whole) // 20):
+                file.write(whole[at:at + len(whole) // 20])
+                file.flush()
+                if paths[1] in watch.sightings.there:
+                    for name in ("d4@652", "nanochat-d4-sft@652"):
+                        status, body, headers = await ask(client, url, name)
+                        assert status == 503 and int(headers["Retry-After"]) > 0 and "being written" in body["error"]["message"]
+                await asyncio.sleep(0.05)
+        assert paths[1] in watch.sightings.there
+        await until(lambda: len(models.registry.models) == 3)
+        assert (await ask(client, url, "d4@652"))[0] == 200 and (await ask(client, url, "d4@653"))[0] == 404
+
+
+async def test_a_key_learns_nothing_of_models_that_it_may_not_use_while_they_are_written(start_folder, nanochat_fixtures, tmp_path):
+    base = tmp_path / "models" / "base"
+    shutil.copytree(nanochat_fixtures / "gen5", base)
+    models = await start_folder()
+    watch, = models.watches
+    watch.is_coming = lambda name: True
+    for bound, error in (((), Overloaded), (("d4@652",), Overloaded), (("d4@650",), RequestError)):
+        with pytest.raises(error):
+            models.find("d4@652", bound)
 
 
 def odd_files(folder):

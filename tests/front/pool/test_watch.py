@@ -202,7 +202,7 @@ async def test_a_worker_refuses_files_that_are_not_those_that_were_seen(run_fold
         shutil.copy(file_of(run_folder, 1), file_of(run_folder, 2))
         model.pool.workers[0].kill()
         status, body = await asked
-        assert status == 500 and "changed or removed" in body["error"]["message"]
+        assert status == 503 and "have changed" in body["error"]["message"], body       # to be asked again: the new files are read meanwhile
 
 
 def test_runs_are_found_four_folders_deep_and_links_are_not_followed(tmp_path):
@@ -227,6 +227,86 @@ def test_runs_are_found_four_folders_deep_and_links_are_not_followed(tmp_path):
     for path, words in ((tmp_path / "none", "no such folder"), (tmp_path / "checkpoint-8" / "notes", "not a folder")):
         with pytest.raises(ConfigError, match=f"--watch .*{words}"):
             find_steps(path)
+
+
+async def test_a_step_that_is_overwritten_is_waited_for_and_not_said_to_be_unknown(run_folder, watching, client):
+    """A training that starts again writes over the steps of the one before, for longer than a scan takes."""
+    list(tiny_training.train(run_folder, 4, 1))
+    models = await watching(run_folder)
+    names = lambda: {name for model in models.registry.models for name in model.names}
+    path, parts = file_of(run_folder, 4), []
+
+    async def asked(name):
+        async with client.post(url + "/v1/completions", json={"model": name, "prompt": "a", "max_tokens": 2}) as response:
+            return response.status, response.headers.get("Retry-After"), await response.text()
+
+    async with serving(models, models.settings) as url:
+        await until(lambda: {"d2@1", "d2@2", "d2@3", "d2@4"} <= names())
+        whole = file_of(run_folder, 1).read_bytes()
+        with open(path, "wb") as file:
+            for at in range(0, len(whole), len(whole) // 40):
+                file.write(whole[at:at + len(whole) // 40])
+                file.flush()
+                status, later, text = await asked("d2@4")
+                assert status in (200, 503) and (status == 200 or int(later) > 0), text
+                parts.append(status)
+                await asyncio.sleep(0.05)
+        assert parts[-1] == 503
+        async with client.get(url + "/v1/models/d2@4") as response:
+            assert response.status in (200, 503)
+        assert (await asked("d2@latest"))[0] == 200           # of the step before, while the newest is written
+        assert (await asked("d2@9"))[0] == 404                # nobody writes it
+        await until(lambda: "d2@4" in names())
+        assert (await asked("d2@4"))[0] == 200
+        # the only step of the run, and one that was never there
+        for step in (1, 2, 3):
+            file_of(run_folder, step).unlink()
+        path.write_bytes(whole[:1000])
+        shutil.copy(path, file_of(run_folder, 5))
+        shutil.copy(path.with_name("meta_000004.json"), path.with_name("meta_000005.json"))
+        await until(lambda: not names())
+        for name in ("d2@4", "d2@5", "d2@latest"):
+            status, later, text = await asked(name)
+            assert status == 503 and int(later) > 0, text
+
+
+async def test_a_refused_checkpoint_is_unknown_once_nobody_writes_it(run_folder, watching, client):
+    list(tiny_training.train(run_folder, 2, 1))
+    models = await watching(run_folder)
+    async with serving(models, models.settings) as url:
+        await until(lambda: len(models.registry.models) == 2)
+        whole = file_of(run_folder, 2).read_bytes()
+        file_of(run_folder, 2).write_bytes(whole[:1000])
+        watch, = models.watches
+        await until(lambda: watch.sightings.refused)
+        status, body = await ask(client, url, "d2@2")
+        assert status == 503 and "being written" in body["error"]["message"]     # the trainer may have paused
+        os.utime(file_of(run_folder, 2), (1e9, 1e9))
+        os.utime(file_of(run_folder, 2).with_name("meta_000002.json"), (1e9, 1e9))
+        os.utime(run_folder / "tokenizer" / "tokenizer.pkl", (1e9, 1e9))
+        deadline_s = time.monotonic() + 60
+        while (found := await ask(client, url, "d2@2"))[0] == 503 and time.monotonic() < deadline_s:
+            await asyncio.sleep(0.05)
+        assert found[0] == 404 and "d2@1" in found[1]["error"]["message"]
+
+
+async def test_files_that_are_put_back_are_read_again(run_folder, watching, client):
+    """A worker finds other files than were seen; by the next scan they are the old ones."""
+    list(tiny_training.train(run_folder, 2, 1))
+    models = await watching(run_folder)
+    async with serving(models, models.settings) as url:
+        await until(lambda: len(models.registry.models) == 2)
+        model, aside = models.find("d2@2").model, run_folder / "aside"
+        before = (await ask(client, url, "d2@2"))[1]["choices"][0]["message"]["content"]
+        watch, = models.watches
+        seen = watch.sightings.find()
+        watch.sightings.find = lambda: seen                  # no scan sees that the file is away
+        file_of(run_folder, 2).rename(aside)
+        model.pool.workers[0].kill()
+        await until(lambda: models.find("d2@2").model.pool is None or models.find("d2@2").model is not model)
+        aside.rename(file_of(run_folder, 2))
+        await until(lambda: any(other.name == "d2@2" and other is not model for other in models.registry.models))
+        assert (await ask(client, url, "d2@2"))[1]["choices"][0]["message"]["content"] == before
 
 
 async def test_of_two_runs_with_one_name_the_second_has_its_path_and_the_last_written_is_the_default(run_folder, watching, client):

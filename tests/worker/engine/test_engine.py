@@ -288,7 +288,8 @@ class ScriptedSteps(TracedSteps):
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-@pytest.mark.parametrize("expression, answer", [("12*(3+4)", "84"), ("'strawberry'.count('r')", "3"), ("2**9999", None)])
+@pytest.mark.parametrize("expression, answer", [
+    ("12*(3+4)", "84"), ("'strawberry'.count('r')", "3"), ("2**9999", None), ("()", "()"), ("'file'.count('f')", None), ("1e5", None)])
 def test_nanochats_calculator_is_forced_into_the_answer(gen5, expression, answer, ahead):
     ids = gen5.tokenizer.tool_tokens
     script = [ids.python_start, *gen5.tokenizer.encode(expression), ids.python_end, *gen5.tokenizer.encode("ok")]
