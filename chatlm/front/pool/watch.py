@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Iterable, Sequence as Seq
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 from chatlm.common.config import ModelChoice
 from chatlm.common.errors import ConfigError
@@ -55,6 +56,7 @@ class RunWatch:
 
     async def begin(self):
         """Open the last step of each run; the others follow while requests are served."""
+        await self.work.results.load()
         last = {step.run: step for step in await self.sightings.look()}
         await self._open([*last.values()])
         if not self.models:
@@ -92,6 +94,12 @@ class RunWatch:
                 return True
         return False
 
+    def removed_steps(self) -> list[dict[str, Any]]:
+        """The steps whose files are gone, as GET /v1/runs/ID lists them."""
+        runs = {step.run: os.path.realpath(step.run) for step in self.sightings.there.values()}
+        there = {(runs[step.run], step.step) for step in self.sightings.there.values()}
+        return self.work.results.removed(Path(os.path.realpath(self.folder)), there)
+
     async def _open(self, steps: Iterable[Step]):
         for step in self.sightings.there.values():  # so tags do not depend on which step is complete first
             self._name_run(step)
@@ -128,6 +136,7 @@ class RunWatch:
         self.models[step] = model
         self.many.serve(model)
         log.info("the checkpoint %s is available", model.name)
+        await self.work.opened(step, model)
 
     def _refuse(self, step: Step, reason: str):
         self.sightings.refuse(step.stamp)

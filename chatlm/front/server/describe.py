@@ -183,7 +183,8 @@ A_RUN = {"type": "object", "properties": {"flips": {
     "properties": {"gained": {"type": "integer"}, "lost": {"type": "integer"},
                    "items": {"type": "array", "items": A_FLIP}}}, "steps": {"type": "array", "items": {
     "type": "object", "properties": {
-        "model": A_TEXT, "step": {"type": "integer"}, "state": A_MODEL["properties"]["state"],
+        "model": A_TEXT, "step": {"type": "integer"},
+        "state": {"enum": ["unloaded", "loading", "ready", "failed", "removed"]},
         "weights_digest": A_TEXT, "judged": {"type": "boolean"},
         "metrics": {"type": "object", "additionalProperties": {"type": "number"},
                     "description": "what is known of the step so far"},
@@ -191,19 +192,21 @@ A_RUN = {"type": "object", "properties": {"flips": {
             "prompt": A_TEXT, "text": A_TEXT}}}}}}}}
 
 
-def run_body(tag: str, seen: Seq[Served]) -> dict:
-    """The response of /v1/runs/{tag}: its checkpoints and their metrics. RequestError 404 for no run."""
+def run_body(tag: str, seen: Seq[Served], removed: Seq[dict] = ()) -> dict:
+    """The response of /v1/runs/{tag}: its checkpoints and their metrics. removed: those whose files are gone,
+    of all runs. RequestError 404 for no run."""
     steps = sorted((served for served in seen if served.model.run == tag and not served.adapter),
                    key=lambda served: served.model.step)
-    if not steps:
+    gone = [step for step in removed if step["run"] == tag]
+    if not (steps or gone):
         runs = sorted({served.model.run for served in seen} - {""})
         raise RequestError(f"there is no run {shown(tag)} here; {', '.join(runs[:20]) or 'none is watched'}",
                            status=404, code="not_found", param="tag")
-    return {"object": "run", "id": tag, "steps": [
+    return {"object": "run", "id": tag, "steps": sorted(gone + [
         {"model": served.name, "step": served.model.step, "state": served.state,
          "weights_digest": "" if served.failed else served.pool.supervisor.card.facts.digest,
          "metrics": served.model.metrics, "judged": served.model.verdicts is not None,
-         "samples": served.model.samples} for served in steps]}
+         "samples": served.model.samples} for served in steps], key=lambda step: step["step"])}
 
 
 def verdicts_among(seen: Seq[Served], tag: str, name: str, step: str | None) -> Verdicts:
@@ -321,7 +324,7 @@ class ModelRoutes:
     async def handle_run(self, http: web.Request) -> web.Response:
         """With `before` and `after`, steps that --watch-suite has judged, also the items that differ."""
         seen, tag = self.catalogue.registry.listed(REQUEST_LOG.get().bound), http.match_info["tag"]
-        body = run_body(tag, seen)
+        body = run_body(tag, seen, self.catalogue.removed_steps(REQUEST_LOG.get().bound))
         if "before" in http.query or "after" in http.query:
             from chatlm.front.evals.flips import flips
             before, after = (verdicts_among(seen, tag, name, http.query.get(name)) for name in (
