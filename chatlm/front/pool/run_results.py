@@ -22,9 +22,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING
 
+from chatlm.common.hub.nanochat import AS_TRAINED
 from chatlm.common.hub.steps import is_number
 from chatlm.common.log import log
 from chatlm.front.evals.kept import file_word
+from chatlm.front.pool.run_names import RunName
 from chatlm.front.pool.score import Score
 
 if TYPE_CHECKING:
@@ -103,7 +105,7 @@ class RunResults:
         """folder: --results; None keeps results only in memory."""
         self.folder, self.run_log = folder, run_log
         self.asked: dict[str, str] = {WRITTEN: ""}  # by kind: the key whose results are shown
-        self.steps: dict[tuple[str, int, str], StepResults] = {}  # by folder, step and digest
+        self.folders: dict[str, dict[tuple[int, str], StepResults]] = {}  # by folder; by step and digest
         self.of_weights: dict[str, dict[tuple[str, str, str], Result]] = {}  # by digest
         self.read_to: dict[Path, int] = {}    # bytes of each file that have been read
         self.unwritten: list[tuple[Path, bytes]] = []
@@ -152,7 +154,8 @@ class RunResults:
 
     def _remember(self, step: StepOfRun, result: Result) -> bool:
         """Returns whether it is new."""
-        known = self.steps.setdefault((step.folder, step.step, step.digest), StepResults(step))
+        of_run = self.folders.setdefault(step.folder, {})
+        known = of_run.setdefault((step.step, step.digest), StepResults(step))
         if not known.step.saved_s or 0 < step.saved_s < known.step.saved_s:
             known.step = step
         key = result.kind, result.key, result.made_by
@@ -226,37 +229,44 @@ class RunResults:
         return [result for kind in (WRITTEN, TEXT, PROMPTS, SUITE) for result in known.results.values()
                 if result.kind == kind and self.asked.get(kind) == result.key]
 
-    def removed(self, watched: Path, there: Collection[tuple[str, int]]) -> list[dict[str, Any]]:
-        """The steps of runs below a folder whose files are gone, as GET /v1/runs/ID lists them. there: folder
-        and number of those whose files are there."""
-        return [self._removed(known) for known in self._curves(watched)
-                if (known.step.folder, known.step.step) not in there and self.metrics_of(known)]
+    def removed(self, watched: Path, runs: Mapping[str, RunName],
+                there: Collection[tuple[str, int]]) -> list[dict[str, Any]]:
+        """The steps of runs below a folder whose files are gone, as GET /v1/runs/ID lists them. runs: by folder
+        those that are there or were. there: folder and number of steps whose files are there."""
+        taken = {name.run for name in runs.values()}
+        found: list[dict[str, Any]] = []
+        for folder in [*self.folders]:
+            if not Path(folder).is_relative_to(watched):
+                continue
+            for known in self._curve(folder):
+                name = runs.get(folder)
+                is_other = name is None and known.step.run in taken  # another folder has got its name
+                if not is_other and (folder, known.step.step) not in there and self.metrics_of(known):
+                    found.append(self._removed(known, name))
+        return found
 
-    def _removed(self, known: StepResults) -> dict[str, Any]:
-        step, shown = known.step, self._shown(known)
-        return {"model": f"{step.run}@{step.step}", "run": step.run, "lineage": step.lineage,
-                "stage": step.stage, "step": step.step, "state": "removed", "weights_digest": step.digest,
+    def _removed(self, known: StepResults, name: RunName | None) -> dict[str, Any]:
+        step = known.step
+        name = name or RunName(step.run, step.lineage, step.stage, ())
+        return {"model": name.step(step.step), "run": name.run, "lineage": name.lineage, "stage": name.stage,
+                "step": step.step, "state": "removed", "weights_digest": step.digest,
                 "metrics": self.metrics_of(known), "judged": False,
-                "samples": [sample for result in shown for sample in result.samples]}
+                "samples": [sample for result in self._shown(known) for sample in result.samples]}
 
-    def _curves(self, watched: Path) -> Iterator[StepResults]:
-        """The steps of each run's last training. One that began again at an earlier step has overtaken those
+    def _curve(self, folder: str) -> Iterator[StepResults]:
+        """The steps of a run's last training. One that began again at an earlier step has overtaken those
         steps of the training before that are not earlier."""
-        runs: dict[str, list[StepResults]] = {}
-        for known in [*self.steps.values()]:
-            if Path(known.step.folder).is_relative_to(watched):
-                runs.setdefault(known.step.folder, []).append(known)
-        for of_run in runs.values():
-            least = None
-            for known in sorted(of_run, key=lambda one: (one.step.saved_s, one.step.step), reverse=True):
-                if least is None or known.step.step < least:
-                    least = known.step.step
-                    yield known
+        least = None
+        for known in sorted([*self.folders[folder].values()],
+                            key=lambda one: (one.step.saved_s, one.step.step), reverse=True):
+            if least is None or known.step.step < least:
+                least = known.step.step
+                yield known
 
     def _log(self, step: StepOfRun):
         """Write the metrics of a step into the files of --run-log; those of its whole run if it has none."""
         assert self.run_log
-        steps = [known for known in self._curves(Path(step.folder))
+        steps = [known for known in self._curve(step.folder)
                  if self.run_log.is_new(step.run) or known.step.step == step.step]
         rows = [(known.step.step, known.step.saved_s, self.metrics_of(known))
                 for known in sorted(steps, key=lambda known: known.step.step)]
@@ -294,6 +304,7 @@ def result_in(line: bytes) -> tuple[StepOfRun, Result] | None:
             return None
         names = [found.get(name) for name in ("tag", "lineage", "stage", "folder", "computed_with")]
         run, lineage, stage, folder, made_by = (name if isinstance(name, str) else "" for name in names)
+        stage = stage if stage in AS_TRAINED else ""
         saved_s = found.get("saved_s")
         step = StepOfRun(run, lineage or run, stage, number, folder, saved_s if is_number(saved_s) else 0.0,
                          digest)

@@ -282,9 +282,9 @@ def described(step: Step, model: Model, pool: WorkerPool) -> tuple[StepOfRun, st
     key = json.dumps([files, card.facts.arithmetic, card.context_length, card.longest, settings.dtype,
                       settings.quantize, settings.kv_cache_dtype, settings.softcap])
     made_by = hashlib.sha256(key.encode()).hexdigest()[:24]
-    run, lineage, stage = model.run, model.run, ""
-    return StepOfRun(run, lineage, stage, step.step, os.path.realpath(step.run), max(saved_ns) / 1e9,
-                     card.facts.digest), made_by
+    assert model.run
+    return StepOfRun(model.run.run, model.run.lineage, model.run.stage, step.step, os.path.realpath(step.run),
+                     max(saved_ns) / 1e9, card.facts.digest), made_by
 
 
 def asked_lately(pool: WorkerPool) -> bool:

@@ -7,7 +7,7 @@ import hashlib
 import importlib.util
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence as Seq
+from collections.abc import Callable, Iterable, Mapping, Sequence as Seq
 from typing import TYPE_CHECKING
 
 from chatlm import __version__
@@ -20,6 +20,7 @@ from chatlm.front.api.fields import A_TEXT, Field
 from chatlm.front.api.tables import OLLAMA_NAMES
 from chatlm.front.pool.names import default_among
 from chatlm.front.pool.pool import free_memory, sampling_of
+from chatlm.front.pool.run_names import RunName
 from chatlm.front.server.anthropic_models import (
     A_PAGE, anthropic_model, anthropic_page, asks_as_anthropic)
 from chatlm.front.server.bodies import tokenizer_of
@@ -87,10 +88,11 @@ A_MODEL = {"type": "object", "properties": {
                        "a hash of the sizes of the weight files and of 256 samples of each"},
     "arithmetic": {**A_TEXT, "description": "--arithmetic: fast or fine"},
     "better": {**A_TEXT, "description": "of a demonstration model: a MODEL that fits here, or nothing"},
-    "run": {**A_TEXT, "description": "of a checkpoint: the training run, TAG of TAG@STEP"},
+    "run": {**A_TEXT, "description": "of a checkpoint: the training run, RUN of RUN@STEP"},
+    "lineage": {**A_TEXT, "description": "of a checkpoint: the run together with its other stages"},
     "step": {"type": "integer", "description": "of a checkpoint"},
     "tag": {**A_TEXT, "description": "of a checkpoint of nanochat: its run's folder, such as d20"},
-    "stage": {"enum": ["base", "mid", "sft", "rl"], "description": "of a checkpoint of nanochat"},
+    "stage": {"enum": ["base", "mid", "sft", "rl", "chat", ""], "description": "of a checkpoint of nanochat"},
     "bits_per_byte": {"type": ["number", "null"],
                       "description": "of a checkpoint: how well it predicts --watch-text, once scored"},
     "scoring": {"type": "boolean", "description": "of a checkpoint: whether it is scored now"},
@@ -178,13 +180,20 @@ def model_body(served: Served, is_default: bool = True) -> dict:
 A_FLIP = {"type": "object", "properties": {
     "task": A_TEXT, "item": {"type": "integer"}, "correct": {"type": "boolean", "description": "in `after`"},
     "chat": {"type": "boolean"}, "texts": {"type": "array", "items": A_TEXT}}}
-A_RUN = {"type": "object", "properties": {"flips": {
+A_STAGE = {"type": "object", "properties": {
+    "id": A_TEXT, "stage": A_TEXT, "steps": {"type": "integer"}, "latest": A_TEXT}}
+RUN_PARTS = {"object": A_TEXT, "id": A_TEXT, "runs": {
+    "type": "array", "items": A_STAGE, "description": "its stages as they were trained, each a run"}}
+A_LIST_OF_RUNS = {"type": "object", "properties": {
+    "object": A_TEXT, "data": {"type": "array", "items": {"type": "object", "properties": RUN_PARTS}}}}
+A_RUN = {"type": "object", "properties": {**RUN_PARTS, "flips": {
     "type": "object", "description": "with ?before=STEP&after=STEP: items that only one of them got right",
     "properties": {"gained": {"type": "integer"}, "lost": {"type": "integer"},
                    "items": {"type": "array", "items": A_FLIP}}}, "steps": {"type": "array", "items": {
     "type": "object", "properties": {
-        "model": A_TEXT, "step": {"type": "integer"},
-        "state": {"enum": ["unloaded", "loading", "ready", "failed", "removed"]},
+        "model": A_TEXT, "run": A_TEXT, "stage": A_TEXT, "step": {"type": "integer"},
+        "state": {"enum": ["unloaded", "loading", "ready", "failed", "removed"],
+                  "description": "removed: its files are gone"},
         "weights_digest": A_TEXT, "judged": {"type": "boolean"},
         "metrics": {"type": "object", "additionalProperties": {"type": "number"},
                     "description": "what is known of the step so far"},
@@ -192,31 +201,81 @@ A_RUN = {"type": "object", "properties": {"flips": {
             "prompt": A_TEXT, "text": A_TEXT}}}}}}}}
 
 
-def run_body(tag: str, seen: Seq[Served], removed: Seq[dict] = ()) -> dict:
-    """The response of /v1/runs/{tag}: its checkpoints and their metrics. removed: those whose files are gone,
-    of all runs. RequestError 404 for no run."""
-    steps = sorted((served for served in seen if served.model.run == tag and not served.adapter),
-                   key=lambda served: served.model.step)
-    gone = [step for step in removed if step["run"] == tag]
-    if not (steps or gone):
-        runs = sorted({served.model.run for served in seen} - {""})
-        raise RequestError(f"there is no run {shown(tag)} here; {', '.join(runs[:20]) or 'none is watched'}",
+def steps_of_runs(seen: Seq[Served], removed: Seq[dict] = ()) -> dict[RunName, list[Served]]:
+    """The checkpoints of each run, all in order of training. removed: those whose files are gone, as
+    `Catalogue.removed_steps` has them; a run may have only such."""
+    steps: dict[RunName, list[Served]] = {}
+    for served in seen:
+        if served.model.run and not served.adapter:
+            steps.setdefault(served.model.run, []).append(served)
+    names = {run.run for run in steps}
+    for gone in removed:
+        if gone["run"] not in names:
+            steps.setdefault(RunName(gone["run"], gone["lineage"], gone["stage"], ()), [])
+    return {run: sorted(steps[run], key=lambda served: served.model.step)
+            for run in sorted(steps, key=lambda run: run.order)}
+
+
+def runs_named(name: str, seen: Seq[Served], removed: Seq[dict] = ()) -> dict[RunName, list[Served]]:
+    """The steps of a run, or of all runs of a lineage. RequestError 404 for no such."""
+    steps = steps_of_runs(seen, removed)
+    found = {run: steps[run] for run in steps if name == run.run} or {
+        run: steps[run] for run in steps if name == run.lineage} or {
+        run: steps[run] for run in steps if name in run.older}
+    if not found:
+        names = ", ".join([*dict.fromkeys(each for run in steps for each in (run.lineage, run.run))][:20])
+        raise RequestError(f"there is no run {shown(name)} here; {names or 'none is watched'}",
                            status=404, code="not_found", param="tag")
-    return {"object": "run", "id": tag, "steps": sorted(gone + [
-        {"model": served.name, "step": served.model.step, "state": served.state,
-         "weights_digest": "" if served.failed else served.pool.supervisor.card.facts.digest,
-         "metrics": served.model.metrics, "judged": served.model.verdicts is not None,
-         "samples": served.model.samples} for served in steps], key=lambda step: step["step"])}
+    return found
 
 
-def verdicts_among(seen: Seq[Served], tag: str, name: str, step: str | None) -> Verdicts:
-    """Those of a run's step. RequestError if it has none."""
-    judged = {str(served.model.step): served.model.verdicts for served in seen
-              if served.model.run == tag and served.model.verdicts}
+def run_parts(name: str, steps: Mapping[RunName, Seq[Served]]) -> dict:
+    return {"object": "run", "id": name, "runs": [
+        {"id": run.run, "stage": run.stage, "steps": len(of_run),
+         "latest": of_run[-1].name if of_run else ""}
+        for run, of_run in steps.items()]}
+
+
+def list_of_runs(seen: Seq[Served], removed: Seq[dict] = ()) -> dict:
+    """The response of /v1/runs: each lineage with its runs."""
+    lineages: dict[str, dict[RunName, list[Served]]] = {}
+    for run, steps in steps_of_runs(seen, removed).items():
+        lineages.setdefault(run.lineage, {})[run] = steps
+    return {"object": "list", "data": [run_parts(name, runs) for name, runs in lineages.items()]}
+
+
+def run_body(name: str, seen: Seq[Served], removed: Seq[dict] = ()) -> dict:
+    """The response of /v1/runs/{tag}: checkpoints of a run or a lineage, and their metrics. RequestError 404
+    for no such."""
+    found, steps = runs_named(name, seen, removed), []
+    for run, of_run in found.items():
+        there = [step_body(run, served) for served in of_run]
+        gone = [step for step in removed if step["run"] == run.run]
+        steps += sorted(there + gone, key=lambda step: step["step"])
+    return {**run_parts(name, found), "steps": steps}
+
+
+def step_body(run: RunName, served: Served) -> dict:
+    return {"model": served.name, "run": run.run, "lineage": run.lineage, "stage": run.stage,
+            "step": served.model.step, "state": served.state,
+            "weights_digest": "" if served.failed else served.pool.supervisor.card.facts.digest,
+            "metrics": served.model.metrics, "judged": served.model.verdicts is not None,
+            "samples": served.model.samples}
+
+
+def verdicts_among(seen: Seq[Served], removed: Seq[dict], tag: str, name: str, step: str | None) -> Verdicts:
+    """Those of a run's step, which is given by its number or, in a lineage, by the model's name. RequestError
+    if it has none."""
+    judged: dict[str, Verdicts] = {}
+    for steps in runs_named(tag, seen, removed).values():
+        for served in steps:
+            if served.model.verdicts:
+                judged[served.name] = judged[str(served.model.step)] = served.model.verdicts
     found = judged.get(step or "")
     if found is None:
+        steps = [each for each in judged if each.isdigit()]
         raise invalid(name, f"{name} is {shown(step)}; --watch-suite has judged the steps "
-                            f"{', '.join(sorted(judged, key=int)[-20:]) or 'none'}")
+                            f"{', '.join(sorted(steps, key=int)[-20:]) or 'none'}")
     return found
 
 
@@ -321,14 +380,20 @@ class ModelRoutes:
         body = model_body(served, served == default)
         return json_response(anthropic_model(body) if asks_as_anthropic(http) else body)
 
+    async def handle_runs(self, http: web.Request) -> web.Response:
+        bound = REQUEST_LOG.get().bound
+        seen, removed = self.catalogue.registry.listed(bound), self.catalogue.removed_steps(bound)
+        return json_response(list_of_runs(seen, removed))
+
     async def handle_run(self, http: web.Request) -> web.Response:
         """With `before` and `after`, steps that --watch-suite has judged, also the items that differ."""
-        seen, tag = self.catalogue.registry.listed(REQUEST_LOG.get().bound), http.match_info["tag"]
-        body = run_body(tag, seen, self.catalogue.removed_steps(REQUEST_LOG.get().bound))
+        bound, tag = REQUEST_LOG.get().bound, http.match_info["tag"]
+        seen, removed = self.catalogue.registry.listed(bound), self.catalogue.removed_steps(bound)
+        body = run_body(tag, seen, removed)
         if "before" in http.query or "after" in http.query:
             from chatlm.front.evals.flips import flips
-            before, after = (verdicts_among(seen, tag, name, http.query.get(name)) for name in (
-                "before", "after"))
+            before, after = (verdicts_among(seen, removed, tag, name, http.query.get(name))
+                             for name in ("before", "after"))
             try:
                 body["flips"] = await asyncio.to_thread(flips, before, after)
             except ConfigError as error:

@@ -20,7 +20,7 @@ from chatlm.front.pool.run_results import RunResults, Result, Score, StepOfRun, 
 from fake_pool import serving
 from watched import file_of, run_folder, until, watching  # noqa: F401
 
-RUN = "d2"
+RUN = "d2-base"
 
 
 def all_known(models, count):
@@ -249,11 +249,11 @@ async def test_a_hundred_thousand_results_are_read_beside_the_event_loop(tmp_pat
     results, turns = RunResults(tmp_path), 0
     loading = asyncio.ensure_future(results.load())
     while not loading.done():
-        await asyncio.sleep(0)
+        await asyncio.sleep(0.001)
         turns += 1
     results.asked[TEXT] = "text"
-    assert turns > 100 and results.find(f"{99_999:064}", TEXT, "text", "").score.bytes == 100_000
-    removed = results.removed(tmp_path, set())
+    assert turns > 20 and results.find(f"{99_999:064}", TEXT, "text", "").score.bytes == 100_000
+    removed = results.removed(tmp_path, {}, set())
     assert len(removed) == 100_000 and removed[0]["model"] == "d2@99999"
     size = (tmp_path / "run-d2.jsonl").stat().st_size
     await results.add(step._replace(step=100_000), text_result("text", Score(8.0, 1, 3)))
@@ -282,7 +282,7 @@ async def known_steps(*steps):
     results = RunResults(None)
     for step, saved_s, digest in steps:
         await results.add(StepOfRun("d2", "d2", "", step, "/runs/d2", saved_s, digest), Result(WRITTEN, metrics={"val_bpb": saved_s}))
-    return [(step["step"], step["metrics"]["val_bpb"]) for step in results.removed(Path("/runs"), {("/runs/d2", 900)})]
+    return [(step["step"], step["metrics"]["val_bpb"]) for step in results.removed(Path("/runs"), {}, {("/runs/d2", 900)})]
 
 
 async def test_a_training_that_began_again_has_overtaken_the_later_steps_of_the_one_before():
@@ -298,7 +298,7 @@ async def test_results_of_another_folder_are_no_steps_of_this_one():
     results = RunResults(None)
     for folder in ("/runs/d2", "/runs-of-others/d2", ""):
         await results.add(StepOfRun("d2", "d2", "", 3, folder, 1.0, "a" + folder), Result(WRITTEN, metrics={"val_bpb": 1.0}))
-    assert [step["weights_digest"] for step in results.removed(Path("/runs"), set())] == ["a/runs/d2"]
+    assert [step["weights_digest"] for step in results.removed(Path("/runs"), {}, set())] == ["a/runs/d2"]
 
 
 @pytest.mark.parametrize("name", ["pipe", "folder", "link"])
@@ -318,7 +318,7 @@ async def test_a_key_sees_only_the_removed_steps_that_it_might_use(run_folder, w
     list(tiny_training.train(run_folder, 60, 20))
     for meta in run_folder.rglob("meta_*.json"):
         meta.write_text(json.dumps(json.loads(meta.read_text()) | {"val_bpb": 1.25}))
-    keys = ApiKey.hashed("all-of-them", "a"), ApiKey.hashed("only-two", "b", ("d2@20", "d2@60"))
+    keys = ApiKey.hashed("all-of-them", "a"), ApiKey.hashed("only-two", "b", ("d2-base@20", "d2-base@60"))
     models = await watching(run_folder, keys=keys)
     async with serving(models, models.settings) as url:
         await until(lambda: len(models.registry.models) == 3)
