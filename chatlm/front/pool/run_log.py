@@ -33,11 +33,14 @@ class RunLog:
 
     def __init__(self, folder: str):
         """ConfigError without the package, or if the folder cannot be written."""
+        try:
+            self.folder = Path(folder).expanduser()
+        except RuntimeError as error:
+            raise ConfigError(f"{FLAG} {folder}: {error}") from None
         sys.modules.setdefault(NO_TF, ModuleType(NO_TF))
         self.records = require_library("tensorboard.summary.writer.record_writer", FLAG)
         self.loader = require_library("tensorboard.backend.event_processing.event_file_loader", FLAG)
         self.events = require_library("tensorboard.compat.proto.event_pb2", FLAG)
-        self.folder = Path(folder).expanduser()
         self.written: dict[str, set[Scalar]] = {}   # by run
         self.read_to: dict[Path, int] = {}          # size of each file when it was read
         self.files: dict[str, EventFile] = {}       # by run: its file of this server

@@ -323,7 +323,8 @@ def result_of(found: Mapping[str, Any]) -> Result | None:
             return None
         return text_result(str(found["text_digest"]), Score(bits, size, tokens))
     if "suite_digest" in found:
-        verdicts = {str(label): str(right) for label, right in (found.get("verdicts") or {}).items()}
+        # KeyError for lines of earlier versions: a server makes new ones of the answers to the items
+        verdicts = {str(label): str(right) for label, right in found["verdicts"].items()}
         key = suite_key(str(found["suite_digest"]), found["max_per_task"])
         return Result(SUITE, key, fields, judged_metrics(found), verdicts=verdicts)
     if "samples" in found:

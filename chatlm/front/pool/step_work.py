@@ -69,7 +69,7 @@ class Duty(Protocol):
         ...
 
     def show(self, model: Model, result: Result):
-        """Let the model show a result, be it new or an old one. Nothing if it lacks what is shown."""
+        """Let the model show a result, be it new or an old one."""
         ...
 
     async def find(self, work: Work) -> Result:
@@ -139,9 +139,8 @@ class SuiteDuty:
         return model.judged is not None
 
     def show(self, model: Model, result: Result):
-        if result.verdicts:  # else it is of an earlier version, and the answers to items are still there
-            model.judged = dict(result.metrics)
-            model.verdicts = Verdicts(self.suite, self.most, result.verdicts)
+        model.judged = dict(result.metrics)
+        model.verdicts = Verdicts(self.suite, self.most, result.verdicts)
 
     async def find(self, work: Work) -> Result:
         suite, model = self.suite, work.model
@@ -199,9 +198,8 @@ class StepWork:
         """Show a result that is kept of these weights, and keep it as this step's too."""
         step, made_by = self.steps[model]
         if found := self.results.find(step.digest, duty.kind, duty.key, made_by):
+            await self.results.add(step, found._replace(made_by=made_by))
             duty.show(model, found)
-            if duty.done(model):
-                await self.results.add(step, found._replace(made_by=made_by))
 
     async def run(self):
         try:
@@ -235,8 +233,8 @@ class StepWork:
         pool, was_loaded = Served(model).pool, model.state == "ready"
         try:
             result = await duty.find(Work(model, pool, check_room))
-            duty.show(model, result)
             await self.results.add(of_run, result._replace(made_by=made_by))
+            duty.show(model, result)
         except Postponed:
             return
         except ChatServerError as error:
