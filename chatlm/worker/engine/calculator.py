@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import operator
+from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -56,9 +57,15 @@ class CalculatorTool:
     """nanochat's tool protocol: `<|python_start|>` expression `<|python_end|>` is answered by forced tokens
     `<|output_start|>` result `<|output_end|>` (upstream nanochat/engine.py, Engine.generate)."""
 
-    def __init__(self, tokenizer: Tokenizer, ids: ToolTokens):
+    def __init__(self, tokenizer: Tokenizer, ids: ToolTokens, prompt_ids: Seq[int] = ()):
         self.tokenizer, self.ids = tokenizer, ids
         self.expression: list[int] | None = None  # tokens since python_start
+        latest = prompt_ids[-CALCULATOR_CHARACTERS:]
+        for place in range(len(latest) - 1, -1, -1):
+            if latest[place] in tokenizer.special_names:
+                if latest[place] == ids.python_start:  # the answer continues an expression
+                    self.expression = [*latest[place + 1:]]
+                break
 
     def feed(self, token: int) -> list[int]:
         """Read one token of the answer; returns the tokens to force after it (usually none)."""
