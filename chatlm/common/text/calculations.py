@@ -91,6 +91,20 @@ def call_tokens(tokenizer: Tokenizer, call: Mapping) -> list[int]:
     return tokens[:-1] if call.get("cut") else tokens
 
 
+def with_names(content: str, calls: Seq[Mapping]) -> str:
+    """A text with its calls in it, whose marks are spelled out as in a raw prompt."""
+    text, begin = "", 0
+    for call in calls:
+        text += content[begin:call["start"]]
+        begin = call["start"]
+        marks = [(call.get("expression"), "python"), (call.get("result"), "output")]
+        spelled = "".join(f"<|{name}_start|>{said}<|{name}_end|>" for said, name in marks if said is not None)
+        if call.get("cut"):
+            spelled = spelled[:spelled.rindex("<|")]
+        text += f"<|{call['stray']}|>" if "stray" in call else spelled
+    return text + content[begin:]
+
+
 def named_tokens(tokenizer: Tokenizer, content: str) -> list[int]:
     """The tokens of a text in which the names of the calculator's four mean these. All others are text."""
     ids, tokens = tokenizer.tool_tokens, list[int]()
