@@ -35,7 +35,7 @@ const DRAWN_STYLE = `
 .code, math, :not(pre) > code { direction: ltr; unicode-bidi: isolate; }
 :is(ul, ol):has(> li:first-child > p:first-child:dir(rtl)), blockquote:has(> :first-child:dir(rtl)), table:has(th:first-child:dir(rtl)) { direction: rtl; }
 summary > p { display: inline; }
-.calculation { margin-inline: .3em; padding: .1em .45em; border: 1px solid var(--line); border-radius: .5em; background: var(--sunken); font-size: .9em; overflow-wrap: anywhere; user-select: none; -webkit-box-decoration-break: clone; box-decoration-break: clone; }
+.calculation { margin-inline: .1em .3em; padding: .1em .45em; border: 1px solid var(--line); border-radius: .5em; background: var(--sunken); font-size: .9em; overflow-wrap: anywhere; user-select: none; -webkit-box-decoration-break: clone; box-decoration-break: clone; }
 .calculation code { padding: 0; background: none; font-size: 1em; }
 .footnote { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 0 .5em; margin: .3em 0; font-size: .9em; }
 .footnote > :not(:first-child) { grid-column: 2; margin-block: 0; }
