@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import openai
 import pytest
 
 from chatlm.common.messages.requests import Piece
@@ -407,3 +408,36 @@ async def test_a_call_may_be_the_whole_answer(seen, url, client):
     expected = seen.next_prompt()
     for message in (choice["message"], {"role": "assistant", "content": None, "calculator": choice["message"]["calculator"]}):
         assert await prompt_of(seen, client, url, [USER, message, AGAIN]) == expected
+
+
+async def test_openais_client_sends_the_calls_back_unasked(seen, url):
+    client = openai.AsyncOpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
+    body = {"model": "default", "messages": [USER], "seed": 5, "max_tokens": 40, "temperature": 2, "logit_bias": {str(token): 100 for token in (*ALL_MARKS, *b"12+x")}}
+    whole = (await client.chat.completions.create(**body)).choices[0].message
+    expected = seen.next_prompt()
+    await client.chat.completions.create(model="default", max_tokens=1, messages=[USER, whole, AGAIN])
+    assert seen.prompts[-1] == expected
+    async with client.chat.completions.stream(**body) as stream:
+        async for _ in stream:
+            streamed = stream.current_completion_snapshot.choices[0].message
+    assert streamed.content == whole.content and calls_only(streamed.calculator) == whole.calculator
+    await client.chat.completions.create(model="default", max_tokens=1, messages=[USER, streamed, AGAIN])
+    assert seen.prompts[-1] == expected
+    asked = {"model": "default", "input": [USER], "extra_body": {"seed": 5, "logit_bias": body["logit_bias"], "top_k": 0}, "temperature": 2, "max_output_tokens": 40}
+    response = await client.responses.create(**asked)
+    expected = seen.next_prompt()
+    await client.responses.create(model="default", input=[USER, *response.output, AGAIN], max_output_tokens=16)
+    assert seen.prompts[-1] == expected
+    await client.responses.create(model="default", input=[AGAIN], previous_response_id=response.id, max_output_tokens=16)
+    assert seen.prompts[-1] == expected
+
+
+async def test_conversations_keep_the_calls(seen, url, client):
+    item = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": APPLES_MESSAGE["content"], "calculator": [APPLES_CALL | {"other": 1}]}]}
+    kept = await post(client, url + "/v1/conversations", {"items": [USER | {"type": "message"}, item]})
+    async with client.get(f"{url}/v1/conversations/{kept['id']}/items?order=asc") as response:
+        listed = (await response.json())["data"]
+    assert listed[1]["content"][0]["calculator"] == [APPLES_CALL]
+    await post(client, url + "/v1/responses", {"input": [AGAIN], "conversation": kept["id"], "max_output_tokens": 1})
+    begins = seen.prompts[-1]
+    assert begins == await prompt_of(seen, client, url, answered(**APPLES_MESSAGE))
