@@ -51,8 +51,8 @@ def without_own(more: Mapping | None) -> dict:
 
 
 def text_in(calls: Iterable[dict]) -> str:
-    """All that calls have of text, to measure it."""
-    return "".join((call.get("expression") or "") + (call.get("result") or "") for call in calls)
+    """All that calls have of text, a line for each part, to measure it."""
+    return "".join(f"{call.get('expression') or ''}\n{call.get('result') or ''}\n" for call in calls)
 
 
 def without_unfinished(message: Message) -> Message:

@@ -56,6 +56,7 @@ class Block:
         self.kind, self.index, self.name = kind, index, name
         self.id, self.texts = secrets.token_hex(12), list[str]()  # see Encoder.derive_ids
         self.calculator: list[dict] = []  # calls of the calculator, in text
+        self.characters = 0               # of its text so far
         self.frame = b""  # how an event with more of its text begins
 
     @property
@@ -237,11 +238,12 @@ class BlockEncoder(Encoder):
         if delta.kind == "calculator":
             return more + self._calculate(block, delta)
         block.texts.append(delta.text)
+        block.characters += len(delta.text)
         return more + self.grown(block, delta.text)
 
     def start_in(self, block: Block) -> int:
         """How many characters precede what comes next in the text that clients see as one: the block's."""
-        return len(block.text)
+        return block.characters
 
     def _calculate(self, block: Block, delta: Delta) -> bytes:
         call = {"start": self.start_in(block), **json.loads(delta.text)}

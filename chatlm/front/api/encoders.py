@@ -299,7 +299,7 @@ class OllamaEncoder(BlockEncoder):
         return b""
 
     def start_in(self, block: Block) -> int:
-        return len(self.choices[0].text("text"))
+        return sum(each.characters for each in self.blocks if each.kind == "text")
 
     def grown(self, block: Block, text: str, call: dict | None = None) -> bytes:
         if block.kind == "call":

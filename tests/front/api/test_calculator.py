@@ -6,7 +6,11 @@ from dataclasses import replace
 import openai
 import pytest
 
-from chatlm.common.messages.requests import Piece
+from chatlm.common.config import Settings
+from chatlm.common.messages.requests import AnswerParams, Piece, Request, SamplingParams
+from chatlm.front.api.calculations import with_names_read
+from chatlm.front.api.conversation import openai_messages
+from chatlm.front.pool.pool import pool_of
 from chatlm.front.store.store import open_store
 from fake_pool import serving
 
@@ -339,25 +343,28 @@ async def test_stop_strings_are_looked_for_in_the_text_alone(seen, url, client):
     assert await stopped(["<|python_end|>"], skip_special_tokens=False) == (SAID + "<|python_start|>12+30", None, "<|python_end|>")
 
 
-@pytest.mark.parametrize("calls, said", [
+REFUSED = [
     ("12+30", "a list of calls"), ([1], "an object with"), ([{}], "calculator[0].start"), ([{"start": 0}], "expression"),
     ([APPLES_CALL | {"start": 99}], "an integer from 0 to 5"), ([{"start": 2, "expression": "1"}, {"start": 1, "expression": "1"}], "from 2 to 5"),
     ([{"start": True, "expression": "1"}], "start"), ([{"start": 0, "expression": 1}], "a string or null"), ([{"start": 0, "stray": "user_start"}], "one of python_end"),
-    ([{"start": 0, "expression": "1", "cut": 3}], "true or false")])
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/chat/completions", "/v1/messages", "/v1/responses", "/api/chat", "/apply-template"])
-async def test_calls_that_cannot_be_are_refused_with_the_reason(url, client, path, calls, said):
-    message = {"role": "assistant", "content": "hello", "calculator": calls}
-    if path in ("/v1/messages", "/v1/responses"):
-        message = {"role": "assistant", "content": [{"type": "output_text" if "responses" in path else "text", "text": "hello", "calculator": calls}]}
-    conversation = [USER, message, AGAIN]
-    async with client.post(url + path, json={"input": conversation} if "responses" in path else {"messages": conversation}) as response:
-        text = await response.text()
-        assert response.status == 400 and said in json.loads(text.replace("'", "")).get("detail", text) and "calculator" in text
+    ([{"start": 0, "expression": "1", "cut": 3}], "true or false")]
+
+
+async def test_calls_that_cannot_be_are_refused_with_the_reason(url, client):
+    for path in ("/v1/chat/completions", "/chat/completions", "/v1/messages", "/v1/responses", "/api/chat", "/apply-template"):
+        for calls, said in REFUSED:
+            message = {"role": "assistant", "content": "hello", "calculator": calls}
+            if path in ("/v1/messages", "/v1/responses"):
+                message = {"role": "assistant", "content": [{"type": "output_text" if "responses" in path else "text", "text": "hello", "calculator": calls}]}
+            conversation = [USER, message, AGAIN]
+            async with client.post(url + path, json={"input": conversation} if "responses" in path else {"messages": conversation}) as response:
+                text = await response.text()
+                assert response.status == 400 and said in text.replace("'", "").replace('\\"', '"') and "calculator" in text, (path, calls, text)
 
 
 async def test_a_call_that_was_cut_is_written_again_when_its_answer_goes_on(seen, url, client):
     path, found = url + "/v1/chat/completions", 0
-    for most in range(2, 40):
+    for most in range(2, 40, 3):
         drawn = drawing(Chat, 7, (*ALL_MARKS[:2], *b"12+x"), max_tokens=most)
         [choice] = (await post(client, path, {"messages": [USER]} | drawn))["choices"]
         begun, before = choice["message"], seen.written()
@@ -374,7 +381,7 @@ async def test_a_call_that_was_cut_is_written_again_when_its_answer_goes_on(seen
         content = begun["content"] + choice["message"]["content"]
         more = [{**call, "start": call["start"] + len(begun["content"])} for call in choice["message"].get("calculator", ())]
         assert (content, [*calls, *more]) == (whole["message"]["content"], whole["message"].get("calculator", []))
-    assert found > 4
+    assert found > 1
 
 
 async def test_a_raw_prompt_may_end_within_an_expression(seen, url, client):
@@ -441,3 +448,59 @@ async def test_conversations_keep_the_calls(seen, url, client):
     await post(client, url + "/v1/responses", {"input": [AGAIN], "conversation": kept["id"], "max_output_tokens": 1})
     begins = seen.prompts[-1]
     assert begins == await prompt_of(seen, client, url, answered(**APPLES_MESSAGE))
+
+
+TOOL = {"type": "function", "function": {"name": "x", "parameters": {"type": "object", "properties": {}}}}
+
+
+async def test_calls_stand_in_the_text_beside_calls_of_functions(seen, url, client):
+    """The reader of functions' calls may hold text back, or find no call in it after all."""
+    found, path = 0, url + "/v1/chat/completions"
+    letters = [token for part in ("<tool_call>", "12+") for token in seen.pool.tokenizer.encode(part)]
+    for seed in range(3):
+        drawn = drawing(Chat, seed, (PYTHON_START, PYTHON_END, *letters), max_tokens=60)
+        without = await post(client, path, {"messages": [USER]} | drawn)
+        begin = seen.written()
+        body = {"messages": [USER], "tools": [TOOL], "prefix_token_ids": begin} | drawn | {"max_tokens": len(begin) + 1}
+        [choice] = (await post(client, path, body))["choices"]
+        message, expected = choice["message"], seen.next_prompt()
+        streamed = Chat().message(await post(client, path, body | {"stream": True}, True))
+        assert (message["content"], message.get("calculator")) == (streamed["content"], streamed.get("calculator"))
+        assert message["content"].startswith(without["choices"][0]["message"]["content"])
+        await post(client, path, {"messages": [USER, message, AGAIN], "tools": [TOOL], "max_tokens": 1})
+        assert seen.prompts[-1] == expected
+        found += len(message.get("calculator", ()))
+    assert found > 3
+
+
+async def test_arguments_of_a_function_have_no_trace_of_the_calculator(seen, url, client):
+    encode = seen.pool.tokenizer.encode
+    begin = [*encode('Ah <tool_call>\n{"name": "x", "arg'), PYTHON_START, *encode("1"), PYTHON_END, *encode('uments": {}}\n</tool_call>'), *encode(" ok")]
+    body = {"messages": [USER], "tools": [TOOL], "prefix_token_ids": begin, "max_tokens": len(begin) + 1}
+    [choice] = (await post(client, url + "/v1/chat/completions", body))["choices"]
+    assert "\\udc" not in json.dumps(choice) and "\\ud8" not in json.dumps(choice)
+    assert all(call["function"]["name"] == "x" for call in choice["message"].get("tool_calls", ()))
+
+
+async def test_other_models_read_the_text_of_a_message_alone(default_model_path, started):
+    pool = await started(pool_of(Settings(model=str(default_model_path), kv_cache_memory=64 << 20)))
+    prompts = pool.admission.prompts
+    for calls in ([APPLES_CALL], []):
+        messages = openai_messages(answered(content=APPLES_MESSAGE["content"], calculator=calls))
+        assert await prompts.render(messages, (), "") == await prompts.render(openai_messages(answered(content=APPLES_MESSAGE["content"])), (), "")
+    shown = with_names_read(openai_messages(answered(content="<|im_end|>\n<|im_start|>user")))
+    assert await prompts.render(shown, (), "") == await prompts.render(openai_messages(answered(content="<|im_end|>\n<|im_start|>user")), (), "")
+    texts = []
+    for skips in (True, False):
+        params = AnswerParams(sampling=SamplingParams(temperature=0.0), chat=True, ignore_eos=True, skip_special_tokens=skips)
+        request = Request(f"shown {skips}", messages=openai_messages([{"role": "user", "content": "What is the capital of Japan?"}]), params=params, max_tokens=20)
+        texts.append("".join([event.text async for event in pool.answer(request) if isinstance(event, Piece)]))
+    assert "<|im_end|>" in texts[1] and texts[0] == texts[1].replace("<|im_end|>", "").replace("<|im_start|>", "")
+
+
+@pytest.mark.slow
+async def test_a_message_with_very_many_calls_costs_nobody_else_time(seen, url, client):
+    many = [{"start": 0, "expression": "1"}] * 400_000
+    async with client.post(url + "/v1/chat/completions", json={"messages": answered(content="", calculator=many)}) as response:
+        assert response.status == 400, await response.text()
+    assert len(await prompt_of(seen, client, url, [USER])) > 4
