@@ -169,3 +169,22 @@ def test_a_model_without_a_template_gets_its_marks_back(page, held_front):
     message_box(page).press("Enter")
     expect_answered(page, 2)
     assert "= <|python_start|>12+30<|python_end|><|output_start|>42<|output_end|>42 apples" in held_front.pool.requests[-1].prompts[0]
+
+
+def test_a_reload_while_an_answer_goes_on_loses_no_call_and_moves_none(page, held_front):
+    pool = held_front.pool
+    pool.pieces, pool.reason, pool.stop_reason = [piece("One is ", call("1+0", "1"), "1. ")], "length", "max_tokens"
+    held_front.admit(1)
+    open_page(page, held_front.url)
+    ask(page, "What?")
+    expect_answered(page)
+    pool.pieces, pool.reason, pool.stop_reason = [piece("Two "), piece(call("1+1", "2")), piece("and "), piece(call("1+2", "3"), "3.")], "stop", "eos"
+    button(page, "Continue").click()
+    held_front.admit(2)
+    expect(cards(page)).to_have_text(["1+0 = 1", "1+1 = 2"])
+    page.reload()
+    expect(cards(page)).to_have_text(["1+0 = 1", "1+1 = 2"])
+    held_front.admit(2)
+    expect(said(answers(page).last)).to_have_text("One is 1+0 = 11. Two 1+1 = 2and 1+2 = 33.")
+    expect_answered(page)
+    assert page.evaluate("lastNode().calculator.map(({start}) => start)") == [7, 14, 18]
