@@ -257,12 +257,18 @@ class CompletionEncoder(OpenAIEncoder):
             return part
         choice.echoed, prompt = True, self.prompt(choice)
         said = [Delta("text", prompt)] if is_text(prompt) else self.shown(prompt)
+        said = [delta for delta in said if delta.text]
         return part._replace(deltas=(*said, *part.deltas)) if said else part
 
     def shown(self, tokens: Seq[int]) -> list[Delta]:
         """Token ids as an answer shows them."""
-        decoder = answer_decoder(self.tokenizer, None, self.request.params.skip_special_tokens)
-        return [*parts_of(decoder, "".join(map(decoder.push, tokens)) + decoder.finish())]
+        if not self.request.params.skip_special_tokens:
+            return [Delta("text", self.tokenizer.show(tokens))]
+        if self.tokenizer.tool_tokens is None:
+            return [Delta("text", self.tokenizer.decode(tokens))]
+        decoder = answer_decoder(self.tokenizer)
+        text = "".join(map(decoder.push, tokens)) + decoder.finish()
+        return [*parts_of(decoder, text + decoder.utf8.decode(b"", True))]
 
     def body(self, choice: Choice, part: Piece, whole: bool = False) -> dict:
         calls = choice.calculator if whole else choice.counter.numbered(part.deltas)

@@ -239,8 +239,9 @@ class Answer:
         self.constraint = Constraint(work.params, tokenizer, grammar, compiled)
         self.thinking_ends = work.thinking_ends  # its reasoning ends after this many tokens; None: no limit
         self.thinking_ended = False    # did `_end_of_thinking` end it?
-        ids = tokenizer.tool_tokens
-        self.tool = CalculatorTool(tokenizer, ids, work.prompt_ids) if ids else None
+        self.tool = CalculatorTool(tokenizer, tokenizer.tool_tokens) if tokenizer.tool_tokens else None
+        # to write before anything is drawn: what the calculator says to the prompt, or to a chosen beginning
+        self.owed = self.tool.continue_prompt(work.prompt_ids) if self.tool else []
         self.repetition = RepetitionFinder() if work.params.stop_on_repetition else None
         self.repeats_itself = False
         self.eos_tokens = frozenset() if work.params.ignore_eos else tokenizer.stop_tokens
@@ -249,7 +250,7 @@ class Answer:
         self.stop_reason: str | None = None
         for count, token in enumerate(work.resumed_ids, 1):
             if self.tool:
-                self.tool.feed(token)  # the resumed ids already contain what it forced
+                self.owed = self.tool.feed(token)  # of all but the last the resumed ids contain it
             room = (work.max_tokens if most is None else most) - count
             self.constraint.resume(token, room, not work.resumed_sent)
             self._read(token)
@@ -276,6 +277,12 @@ class Answer:
         """Add the `generated`-th token and its text, with room for `room` more; it may end the answer.
         Returns the tokens added: it and any forced after it; near the limit, those forced in its place."""
         limit = "max_tokens" if generated + room >= self.work.max_tokens else "context_length"
+        if self.owed and not self.constraint.holds:
+            owed, self.owed = self.owed[:room + 1], []
+            self._force(owed, room + 1)
+            if len(owed) > room:
+                self._end("length", limit)
+            return owed
         if self.constraint.holds and (ended := self._constrained(token, room, limit)):
             return ended
         if token in self.stop_tokens and generated >= self.work.params.min_tokens:

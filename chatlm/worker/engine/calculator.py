@@ -57,15 +57,20 @@ class CalculatorTool:
     """nanochat's tool protocol: `<|python_start|>` expression `<|python_end|>` is answered by forced tokens
     `<|output_start|>` result `<|output_end|>` (upstream nanochat/engine.py, Engine.generate)."""
 
-    def __init__(self, tokenizer: Tokenizer, ids: ToolTokens, prompt_ids: Seq[int] = ()):
+    def __init__(self, tokenizer: Tokenizer, ids: ToolTokens):
         self.tokenizer, self.ids = tokenizer, ids
         self.expression: list[int] | None = None  # tokens since python_start
-        latest = prompt_ids[-CALCULATOR_CHARACTERS:]
-        for place in range(len(latest) - 1, -1, -1):
-            if latest[place] in tokenizer.special_names:
-                if latest[place] == ids.python_start:  # the answer continues an expression
-                    self.expression = [*latest[place + 1:]]
+
+    def continue_prompt(self, prompt_ids: Seq[int]) -> list[int]:
+        """Read the call that a prompt ends in, if it does; returns the tokens to force behind the prompt."""
+        latest, forced = prompt_ids[-CALCULATOR_CHARACTERS:], list[int]()
+        end = len(latest) - (latest[-1:] == (self.ids.python_end,))
+        for place in range(end - 1, -1, -1):
+            if latest[place] in self.tokenizer.special_names:
+                for token in latest[place:] if latest[place] == self.ids.python_start else ():
+                    forced = self.feed(token)
                 break
+        return forced
 
     def feed(self, token: int) -> list[int]:
         """Read one token of the answer; returns the tokens to force after it (usually none)."""

@@ -384,10 +384,24 @@ async def test_a_call_that_was_cut_is_written_again_when_its_answer_goes_on(seen
     assert found > 1
 
 
-async def test_a_raw_prompt_may_end_within_an_expression(seen, url, client):
-    body = {"prompt": "Tom has <|python_start|>12+3", "max_tokens": 8, "temperature": 0, "logit_bias": {str(PYTHON_END): 100}, "skip_special_tokens": False}
-    [choice] = (await post(client, url + "/v1/completions", body))["choices"]
-    assert choice["text"].startswith("<|python_end|><|output_start|>15<|output_end|>")
+async def test_a_prompt_or_a_chosen_beginning_may_end_within_a_call(seen, url, client):
+    path, encode = url + "/v1/completions", seen.pool.tokenizer.encode
+    body = {"max_tokens": 8, "temperature": 0, "logit_bias": {str(PYTHON_END): 100}, "skip_special_tokens": False}
+
+    async def continued(prompt, **more):
+        [choice] = (await post(client, path, body | {"prompt": prompt} | more))["choices"]
+        return choice["text"]
+
+    assert (await continued("Tom has <|python_start|>12+3")).startswith("<|python_end|><|output_start|>15<|output_end|><|python_end|>")
+    assert (await continued("Tom has <|python_start|>12+3<|python_end|>")).startswith("<|output_start|>15<|output_end|><|python_end|>")
+    assert await continued("Tom has <|python_start|>12+3<|python_end|>", max_tokens=2) == "<|output_start|>1"
+    assert (await continued("Tom has <|python_start|>12+<|python_end|>")).startswith("<|python_end|>")
+    assert (await continued("12+3<|python_end|>")).startswith("<|python_end|>")
+    assert (await continued("<|python_start|>12<|output_start|>3<|python_end|>")).startswith("<|python_end|>")
+    chosen = [PYTHON_START, *encode("12+3"), PYTHON_END]
+    for length in (len(chosen), len(chosen) - 1):
+        text = await continued("Tom has ", prefix_token_ids=chosen[:length], max_tokens=14)
+        assert text.startswith("<|python_start|>12+3<|python_end|><|output_start|>15<|output_end|>"), text
 
 
 async def test_ollamas_lines_and_comparisons_have_the_calls_too(seen, url, client):
