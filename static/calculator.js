@@ -7,39 +7,35 @@
 
 {
 
-const MARKS = {python_end: "<|python_end|>", output_end: "<|output_end|>"};
-const isTextOrNothing = value => value === null || value === undefined || typeof value === "string";
+const STRAY = {python_end: "<|python_end|>", output_end: "<|output_end|>"};
+const isTextOrNothing = value => value === null || value === undefined || isText(value);
 
-// Code points, and the index in a JavaScript string after so many of them.
+// The code points of a text.
 const charactersIn = text => text.length - (text.match(/[\ud800-\udbff][\udc00-\udfff]/g)?.length ?? 0);
 
-function placeAfter(text, characters) {
-  if (!/[\ud800-\udbff]/.test(text)) return Math.min(characters, text.length);
-  let place = 0;
-  for (const character of text) {
-    if (characters-- <= 0) break;
-    place += character.length;
-  }
-  return place;
+function isCalculation(call) {
+  if (!isObject(call) || !Number.isSafeInteger(call.start) || call.start < 0) return false;
+  if (call.stray !== undefined) return Object.hasOwn(STRAY, call.stray);
+  const {expression, result, cut} = call;
+  return isTextOrNothing(expression) && isTextOrNothing(result) && isText(expression ?? result) && (cut === undefined || cut === true);
 }
 
-const isCalculation = call => typeof call === "object" && call !== null && Number.isSafeInteger(call.start) && call.start >= 0 &&
-  (call.stray === undefined ? isTextOrNothing(call.expression) && isTextOrNothing(call.result) && typeof (call.expression ?? call.result) === "string" : Object.hasOwn(MARKS, call.stray)) &&
-  (call.cut === undefined || call.cut === true);
+// A call without what else an object has.
+const plainCall = ({start, expression = null, result = null, cut, stray}) => stray ? {start, stray} : {start, expression, result, ...(cut ? {cut} : {})};
 
-// The calls that can stand in a text, without what else an object has.
+// The calls of a file's node, as far as they can stand in its text.
 function checkedCalculations(calls, content) {
-  const most = charactersIn(content);
-  let before = 0;
-  return (Array.isArray(calls) ? calls : []).filter(call => isCalculation(call) && call.start <= most && call.start >= before && (before = call.start, true))
-    .map(({start, expression = null, result = null, cut, stray}) => stray ? {start, stray} : {start, expression, result, ...(cut ? {cut} : {})});
+  const most = charactersIn(content), checked = [];
+  for (const call of Array.isArray(calls) ? calls : []) {
+    if (isCalculation(call) && call.start <= most && call.start >= (checked.at(-1)?.start ?? 0)) checked.push(plainCall(call));
+  }
+  return checked;
 }
 
-const moved = (calls, by) => calls.map(call => ({...call, start: call.start + by}));
+const movedCalls = (calls, by) => calls.map(call => ({...call, start: call.start + by}));
 
 // The calls in an event of an answer whose text begins `begin` characters behind the content's beginning.
-const calculationsOf = (calls, begin = 0) => moved(calls.filter(isCalculation), begin)
-  .map(({start, expression = null, result = null, cut, stray}) => stray ? {start, stray} : {start, expression, result, ...(cut ? {cut} : {})});
+const calculationsOf = (calls, begin = 0) => movedCalls(calls.filter(isCalculation).map(plainCall), begin);
 
 // What remains of a node's calls when its answer goes on: one that was cut off at its end is written again.
 function beforeGoingOn({content, calculator = []}) {
@@ -60,20 +56,20 @@ function afterEdit(before, after, calls = []) {
 // A text in pieces, words and calls in turn.
 function splitAtCalls(content, calls = []) {
   const pieces = [];
-  let at = 0;
+  let begin = 0, at = 0, characters = 0;
   for (const call of calls) {
-    const place = Math.max(at, placeAfter(content, call.start));
-    pieces.push(content.slice(at, place), call);
-    at = place;
+    for (; characters < call.start && at < content.length; characters++) at += content.codePointAt(at) > 0xffff ? 2 : 1;
+    pieces.push(content.slice(begin, at), call);
+    begin = at;
   }
-  return [...pieces, content.slice(at)];
+  return [...pieces, content.slice(begin)];
 }
 
-const joinedPieces = (node, write) => splitAtCalls(node.content, node.calculator).map(piece => typeof piece === "string" ? piece : write(piece)).join("");
+const joinedPieces = (node, write) => splitAtCalls(node.content, node.calculator).map(piece => isText(piece) ? piece : write(piece)).join("");
 
 // The text of a message as the prompt of a model without a chat template has it: with the marks by name.
 const withNames = node => joinedPieces(node, ({expression, result, cut, stray}) => {
-  if (stray) return MARKS[stray];
+  if (stray) return STRAY[stray];
   const spelled = (expression === null ? "" : `<|python_start|>${expression}<|python_end|>`) + (result === null ? "" : `<|output_start|>${result}<|output_end|>`);
   return cut ? spelled.slice(0, spelled.lastIndexOf("<|")) : spelled;
 });
@@ -92,16 +88,21 @@ const withCode = node => joinedPieces(node, call => {
 // them: nothing in it looks like a mark of Markdown's.
 const FORGED = /[\ufdd0-\ufdd2]/g;
 const A_CARD = /\ufdd0([0-9a-f]*)\ufdd1([0-9a-f]*|-)\ufdd2/;
-const asHex = text => text === null ? "-" : Array.from({length: text.length}, (_, i) => text.charCodeAt(i).toString(16).padStart(4, "0")).join("");
+const asHex = text => Array.from({length: text.length}, (_, i) => text.charCodeAt(i).toString(16).padStart(4, "0")).join("");
 const fromHex = digits => digits === "-" ? null : String.fromCharCode(...(digits.match(/.{4}/g) ?? []).map(code => parseInt(code, 16)));
 const MOST_SHOWN = 400;           // characters of an expression
 
-function withCards(content, calls = []) {
-  const clean = text => text.replace(FORGED, "\ufffd"), shown = text => text === null ? null : text.length > MOST_SHOWN ? `${text.slice(0, MOST_SHOWN)}…` : text;
-  if (!calls.length) return clean(content);
-  return splitAtCalls(content, calls).map(piece => typeof piece === "string" ? clean(piece)
-    : piece.stray ? "" : `\ufdd0${asHex(shown((piece.expression ?? "") + (piece.cut && piece.result === null ? "…" : "")))}\ufdd1${asHex(shown(piece.result))}\ufdd2`).join("");
+const cleaned = text => text.replace(FORGED, "\ufffd");
+const shortened = text => text.length > MOST_SHOWN ? `${text.slice(0, MOST_SHOWN)}…` : text;
+
+function cardText({expression, result, cut, stray}) {
+  if (stray) return "";
+  const begun = (expression ?? "") + (cut && result === null ? "…" : "");
+  return `\ufdd0${asHex(shortened(begun))}\ufdd1${result === null ? "-" : asHex(shortened(result))}\ufdd2`;
 }
+
+const withCards = (content, calls = []) => calls.length
+  ? splitAtCalls(content, calls).map(piece => isText(piece) ? cleaned(piece) : cardText(piece)).join("") : cleaned(content);
 
 const cardToken = {name: "calculation", level: "inline",
   start: source => { const at = source.indexOf("\ufdd0"); return at < 0 ? undefined : at; },
@@ -123,10 +124,14 @@ function calculationCard({expression, result}) {
 
 // The same for a text that is shown as it is.
 const plainWithCards = node => splitAtCalls(node.content, node.calculator)
-  .flatMap(piece => typeof piece === "string" ? [piece] : piece.stray ? [] : [calculationCard(piece)]);
+  .flatMap(piece => isText(piece) ? [piece] : piece.stray ? [] : [calculationCard(piece)]);
 
-register({strings: {calculated: "Calculator"}});
+register({
+  strings: {
+    calculated: "Calculator",
+  },
+});
 
-share({charactersIn, checkedCalculations, moved, calculationsOf, beforeGoingOn, afterEdit, withNames, withCode, withCards, cardToken,
+share({charactersIn, checkedCalculations, movedCalls, calculationsOf, beforeGoingOn, afterEdit, withNames, withCode, withCards, cardToken,
   plainCards, calculationCard, plainWithCards});
 }

@@ -84,7 +84,7 @@ function saidIn({content, pictures = []}) {
 
 // Another message of the same role.
 function addTo(last, said, calls) {
-  const begin = isText(last.content) ? charactersIn(last.content) + 2 : 0, all = [...last.calculator ?? [], ...moved(calls, begin)];
+  const begin = isText(last.content) ? charactersIn(last.content) + 2 : 0, all = [...last.calculator ?? [], ...movedCalls(calls, begin)];
   last.content = joined(last.content, said);
   if (all.length) last.calculator = all;
 }
