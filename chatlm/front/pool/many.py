@@ -259,8 +259,9 @@ class ManyModels(Catalogue):
         return served
 
     def removed_steps(self, bound: Seq[str] = ()) -> list[dict[str, Any]]:
-        return [step for watch in self.watches if isinstance(watch, RunWatch) for step in watch.removed_steps()
-                if not bound or any(is_among(name, [step["model"]]) for name in bound)]
+        runs = [watch for watch in self.watches if isinstance(watch, RunWatch)]
+        steps = [step for watch in runs for step in watch.removed_steps()]
+        return [step for step in steps if not bound or any(is_among(name, [step["model"]]) for name in bound)]
 
     async def _try_again(self, model: Model):
         before, error = model.reason, await self.opener.open(model)

@@ -28,8 +28,8 @@ Scalar = tuple[str, int, bytes]    # name, step and value, as `packed`
 
 
 class RunLog:
-    """Writes each metric of each step once, also over several starts of the server: it reads what the files of
-    a run have before it adds to them. A folder that cannot be written costs one warning."""
+    """Writes each metric of each step once, also over several starts of the server: it reads what the files
+    of a run have before it adds to them. A folder that cannot be written costs one warning."""
 
     def __init__(self, folder: str):
         """ConfigError without the package, or if the folder cannot be written."""

@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     from chatlm.front.pool.run_log import RunLog
 
 
-WRITTEN, TEXT, PROMPTS, SUITE = "written", "text", "prompts", "suite"  # the kinds of results
-NAMES = "tag", "lineage", "stage", "step", "weights_digest", "folder", "saved_s", "computed_with"  # of a line
+WRITTEN, TEXT, SAMPLES, SUITE = "written", "text", "samples", "suite"  # the kinds of results
+# what each line has, whatever its result
+NAMES = "tag", "lineage", "stage", "step", "weights_digest", "folder", "saved_s", "computed_with"
 MOST_BYTES = 16 << 20  # of a line; longer ones are skipped
 
 
@@ -53,7 +54,7 @@ class StepOfRun(NamedTuple):
 class Result(NamedTuple):
     """What was found of some weights."""
 
-    kind: str           # WRITTEN, TEXT, PROMPTS or SUITE
+    kind: str           # WRITTEN, TEXT, SAMPLES or SUITE
     key: str = ""       # what was asked: see `text_key` and the two after it
     fields: Mapping[str, Any] = {}  # of its line, beside the names of the step
     metrics: Mapping[str, float] = {}
@@ -92,8 +93,8 @@ class StepResults:
 
 
 class RunResults:
-    """The results of all runs. They are read from the folder once, and what other servers add to the file of a
-    run is read before something is computed for it.
+    """The results of all runs. They are read from the folder once, and what other servers add to the file of
+    a run is read before something is computed for it.
 
     A folder that cannot be written costs one warning: results then stay in memory, and are written once that
     is possible again."""
@@ -226,13 +227,13 @@ class RunResults:
         return {name: value for result in self._shown(known) for name, value in result.metrics.items()}
 
     def _shown(self, known: StepResults) -> list[Result]:
-        return [result for kind in (WRITTEN, TEXT, PROMPTS, SUITE) for result in known.results.values()
+        return [result for kind in (WRITTEN, TEXT, SAMPLES, SUITE) for result in known.results.values()
                 if result.kind == kind and self.asked.get(kind) == result.key]
 
     def removed(self, watched: Path, runs: Mapping[str, RunName],
                 there: Collection[tuple[str, int]]) -> list[dict[str, Any]]:
-        """The steps of runs below a folder whose files are gone, as GET /v1/runs/ID lists them. runs: by folder
-        those that are there or were. there: folder and number of steps whose files are there."""
+        """The steps of runs below a folder whose files are gone, as GET /v1/runs/ID lists them. runs: by
+        folder those that are there or were. there: folder and number of steps whose files are there."""
         taken = {name.run for name in runs.values()}
         found: list[dict[str, Any]] = []
         for folder in [*self.folders]:
@@ -330,7 +331,7 @@ def result_of(found: Mapping[str, Any]) -> Result | None:
     if "samples" in found:
         samples = [{"prompt": str(one["prompt"]), "text": str(one["text"])} for one in found["samples"]]
         key = prompts_key([one["prompt"] for one in samples])
-        return Result(PROMPTS, key, {"samples": samples}, samples=tuple(samples))
+        return Result(SAMPLES, key, {"samples": samples}, samples=tuple(samples))
     metrics = {str(name): value for name, value in found["written"].items() if is_number(value)}
     return Result(WRITTEN, "", fields, metrics)
 

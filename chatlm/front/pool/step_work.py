@@ -28,7 +28,7 @@ from chatlm.front.evals.scores import PoolScorer
 from chatlm.front.pool.models import Served
 from chatlm.front.pool.run_log import RunLog
 from chatlm.front.pool.run_results import (
-    PROMPTS, SUITE, TEXT, WRITTEN, Result, RunResults, StepOfRun, judged_metrics, prompts_key, suite_key,
+    SAMPLES, SUITE, TEXT, WRITTEN, Result, RunResults, StepOfRun, judged_metrics, prompts_key, suite_key,
     text_key, text_result)
 from chatlm.front.pool.score import score_text
 
@@ -104,7 +104,7 @@ class TextDuty:
 class PromptsDuty:
     """--watch-prompts."""
 
-    kind = PROMPTS
+    kind = SAMPLES
 
     def __init__(self, prompts: Seq[str]):
         self.prompts, self.key = prompts, prompts_key(prompts)
@@ -119,11 +119,11 @@ class PromptsDuty:
         scorer = PoolScorer(work.pool, work.yields)
         samples = [{"prompt": prompt, "text": await scorer.complete(prompt, SAMPLE_TOKENS)}
                    for prompt in self.prompts]
-        return Result(PROMPTS, self.key, {"samples": samples}, samples=tuple(samples))
+        return Result(SAMPLES, self.key, {"samples": samples}, samples=tuple(samples))
 
 
 class SuiteDuty:
-    """--watch-suite. The answers to its items are kept too, so that an evaluation that ended early goes on."""
+    """--watch-suite. The answers to its items are kept too, so that an evaluation that ended goes on."""
 
     kind = SUITE
 

@@ -14,8 +14,7 @@ import tiny_training
 from chatlm.common.errors import ConfigError
 from chatlm.front.pool.run_log import RunLog
 from fake_pool import serving
-from test_run_results import all_known, asked, mounted, remove, run_of
-from watched import file_of, run_folder, until, watching  # noqa: F401
+from watched import all_known, asked, file_of, mounted, remove, run_folder, run_of, until, watching  # noqa: F401
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 

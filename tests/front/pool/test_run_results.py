@@ -12,35 +12,14 @@ from pathlib import Path
 import pytest
 
 import tiny_training
-from bundles import write_bundle
 from chatlm.common.config import ApiKey
 from chatlm.front.evals.scores import PoolScorer
 from chatlm.front.pool import step_work
 from chatlm.front.pool.run_results import RunResults, Result, Score, StepOfRun, TEXT, WRITTEN, result_in, text_result
 from fake_pool import serving
-from watched import file_of, run_folder, until, watching  # noqa: F401
+from watched import all_known, asked, file_of, mounted, remove, run_folder, run_of, until, watching  # noqa: F401
 
 RUN = "d2-base"
-
-
-def all_known(models, count):
-    known = models.registry.models
-    return len(known) == count and all(model.judged and model.samples and model.score for model in known)
-
-
-def asked(tmp_path, text=tiny_training.TEXT):
-    """Flags that ask everything of each step."""
-    (tmp_path / "text.txt").write_text(text)
-    (tmp_path / "prompts.txt").write_text("the cat\nrain fell\n")
-    bundle = tmp_path / "bundle"
-    bundle = bundle if bundle.exists() else write_bundle(bundle)
-    return dict(watch_text=str(tmp_path / "text.txt"), watch_suite=f"{bundle}:4", watch_prompts=str(tmp_path / "prompts.txt"),
-                results=str(tmp_path / "results"))
-
-
-async def run_of(client, url, name=RUN, **request):
-    async with client.get(f"{url}/v1/runs/{name}", **request) as response:
-        return response.status, await response.json()
 
 
 @contextmanager
@@ -58,11 +37,6 @@ def computing_nothing():
 
 def lines_in(tmp_path, name=f"run-{RUN}.jsonl"):
     return [json.loads(line) for line in (tmp_path / "results" / name).read_text().splitlines()]
-
-
-def remove(base, step):
-    file_of(base, step).unlink()
-    file_of(base, step).with_name(f"meta_{step:06}.json").unlink()
 
 
 async def test_scores_survive_a_restart_and_the_removal_of_a_step_and_nothing_is_computed_twice(run_folder, watching, client, tmp_path):
@@ -160,17 +134,6 @@ async def test_a_later_server_is_not_stopped_by_broken_lines_and_finds_results_o
 
 def lines_in_bytes(data):
     return [json.loads(line) for line in data.splitlines()]
-
-
-@contextmanager
-def mounted(folder, options):
-    folder.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", folder], capture_output=True).returncode:
-        pytest.skip("this user cannot mount a tmpfs")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", folder], check=True)
 
 
 @pytest.mark.parametrize("options", ["ro", "size=16k"])
