@@ -80,3 +80,14 @@ def mounted(folder, options):
         yield
     finally:
         subprocess.run(["umount", "-l", folder], check=True)
+
+
+def scalars_in(folder):
+    """All scalars below a folder as tensorboard reads them: run -> name -> [(step, value, time)]."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    found = {}
+    for run in sorted({path.parent for path in folder.rglob("events.out.tfevents.*")}):
+        events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+        found[str(run.relative_to(folder))] = {name: [(event.step, event.value, event.wall_time) for event in events.Scalars(name)]
+                                               for name in events.Tags()["scalars"]}
+    return found

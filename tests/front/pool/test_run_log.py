@@ -14,20 +14,9 @@ import tiny_training
 from chatlm.common.errors import ConfigError
 from chatlm.front.pool.run_log import RunLog
 from fake_pool import serving
-from watched import all_known, asked, file_of, mounted, remove, run_folder, run_of, until, watching  # noqa: F401
+from watched import all_known, asked, file_of, mounted, remove, run_folder, run_of, scalars_in, until, watching  # noqa: F401
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-
-
-def scalars_in(folder):
-    """All scalars below a folder as tensorboard reads them: run -> name -> [(step, value, time)]."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    found = {}
-    for run in sorted({path.parent for path in folder.rglob("events.out.tfevents.*")}):
-        events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
-        found[str(run.relative_to(folder))] = {name: [(event.step, event.value, event.wall_time) for event in events.Scalars(name)]
-                                               for name in events.Tags()["scalars"]}
-    return found
 
 
 def as_float32(value):

@@ -4,8 +4,10 @@ import asyncio
 import json
 import logging
 import os
+import random
 import shutil
 import subprocess
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,7 +19,8 @@ from chatlm.front.evals.scores import PoolScorer
 from chatlm.front.pool import step_work
 from chatlm.front.pool.run_results import RunResults, Result, Score, StepOfRun, TEXT, WRITTEN, result_in, text_result
 from fake_pool import serving
-from watched import all_known, asked, file_of, mounted, remove, run_folder, run_of, until, watching  # noqa: F401
+from real_server import get, server
+from watched import all_known, asked, file_of, mounted, remove, run_folder, run_of, scalars_in, until, watching  # noqa: F401
 
 RUN = "d2-base"
 
@@ -305,3 +308,35 @@ async def test_without_a_home_a_server_that_scores_starts_and_says_that_results_
     await until(lambda: all_known(models, 1))
     assert len([line for line in caplog.messages if "results stay in memory" in line]) == 1
     caplog.set_level(logging.INFO, logger="chat_server")
+
+
+@pytest.mark.slow
+def test_servers_that_are_killed_at_any_moment_lose_no_line_and_double_none(nanochat_fixtures, tmp_path):
+    """A checkpoint of nanochat's own code, and a command line each; the last server is killed by nobody."""
+    shutil.copytree(nanochat_fixtures / "gen5", tmp_path / "base")
+    flags = asked(tmp_path)
+    words = ["--watch", tmp_path / "base", "--nice", 0, "--run-log", tmp_path / "log", "--results", flags["results"], "--dtype", "float32",
+             "--watch-text", flags["watch_text"], "--watch-suite", flags["watch_suite"], "--watch-prompts", flags["watch_prompts"]]
+    dice = random.Random(3)
+
+    def whole_lines():
+        path, = (tmp_path / "results").glob("run-*.jsonl")
+        return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+
+    for life_s in (*(dice.uniform(0, 1.5) for _ in range(6)), None):
+        with server(*words) as (process, url):
+            if life_s is not None:
+                time.sleep(life_s)      # then `server` kills it
+                continue
+            deadline_s = time.monotonic() + 100
+            while time.monotonic() < deadline_s:
+                lineage, = get(url + "/v1/runs")["data"]
+                step, = get(f"{url}/v1/runs/{lineage['id']}")["steps"]
+                if step["judged"] and step["samples"] and "bits_per_byte" in step["metrics"]:
+                    break
+                time.sleep(0.1)
+            lines = whole_lines()
+        kinds = [kind for line in lines for kind in ("written", "text_digest", "samples", "suite_digest") if kind in line]
+        assert sorted(kinds) == sorted({*kinds}) and {"text_digest", "samples", "suite_digest"} <= {*kinds}
+    scalars = scalars_in(tmp_path / "log")[step["run"]]
+    assert {*scalars} == {*step["metrics"]} and all(len(events) == 1 for events in scalars.values())
