@@ -230,10 +230,12 @@ class RunResults:
         return [result for kind in (WRITTEN, TEXT, SAMPLES, SUITE) for result in known.results.values()
                 if result.kind == kind and self.asked.get(kind) == result.key]
 
-    def removed(self, watched: Path, runs: Mapping[str, RunName],
-                there: Collection[tuple[str, int]]) -> list[dict[str, Any]]:
+    def removed(self, watched: Path, runs: Mapping[str, RunName], there: Collection[tuple[str, int]],
+                served: Collection[str] = ()) -> list[dict[str, Any]]:
         """The steps of runs below a folder whose files are gone, as GET /v1/runs/ID lists them. runs: by
-        folder those that are there or were. there: folder and number of steps whose files are there."""
+        folder those that are there or were. there: folder and number of steps whose files are there. served:
+        digests of weights that are served; what only moved to another folder is not gone."""
+        folders = {folder for folder, _ in there}
         taken = {name.run for name in runs.values()}
         found: list[dict[str, Any]] = []
         for folder in [*self.folders]:
@@ -242,7 +244,8 @@ class RunResults:
             for known in self._curve(folder):
                 name = runs.get(folder)
                 is_other = name is None and known.step.run in taken  # another folder has got its name
-                if not is_other and (folder, known.step.step) not in there and self.metrics_of(known):
+                moved = folder not in folders and known.step.digest in served
+                if not (is_other or moved) and (folder, known.step.step) not in there and self.metrics_of(known):
                     found.append(self._removed(known, name))
         return found
 

@@ -101,7 +101,9 @@ class RunWatch:
         folders = {run: os.path.realpath(run) for run in self.names.known}
         runs = {folders[run]: name for run, name in self.names.known.items()}
         there = {(folders.get(step.run, ""), step.step) for step in self.sightings.there.values()}
-        return self.work.results.removed(Path(os.path.realpath(self.folder)), runs, there)
+        known = self.work.steps
+        served = {known[model][0].digest for model in self.models.values() if model in known}
+        return self.work.results.removed(Path(os.path.realpath(self.folder)), runs, there, served)
 
     async def _open(self, steps: Iterable[Step]):
         self.names.learn(self.sightings.there.values())  # whichever of them is complete first

@@ -101,9 +101,32 @@ async def test_another_text_other_weights_and_another_tokenizer_are_computed_aga
     merges = run_folder / "tokenizer" / "tokenizer.pkl"
     os.utime(merges, (1e9, 1e9))
     assert await scored() == 5
+    merges.write_bytes(merges.read_bytes() + b" ")
+    assert await scored() == 7
     meta = file_of(run_folder, 20).with_name("meta_000020.json")
     meta.write_text(json.dumps(json.loads(meta.read_text()) | {"model_config": tiny_training.CONFIG | {"sequence_len": 64}}))
-    assert await scored() == 6 and scores[-1][0] != scores[0][0]
+    assert await scored() == 8 and scores[-1][0] != scores[0][0]
+
+
+async def test_a_run_that_was_renamed_is_not_computed_again(run_folder, watching, client, tmp_path):
+    list(tiny_training.train(run_folder, 40, 20))
+    flags = asked(tmp_path)
+    models = await watching(run_folder, **flags)
+    await until(lambda: all_known(models, 2))
+    metrics = [model.metrics for model in models.registry.models]
+    await models.close()
+    file_of(run_folder, 20).parent.rename(run_folder / "base_checkpoints" / "d3")
+    path, = (tmp_path / "results").glob(f"run-{RUN}.jsonl")
+    lines = [line for line in lines_in(tmp_path) if "verdicts" not in line]     # as an earlier version left it
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with computing_nothing():
+        models = await watching(run_folder, **flags)
+        async with serving(models, models.settings) as url:
+            await until(lambda: all_known(models, 2))
+            assert [model.metrics for model in models.registry.models] == metrics
+            async with client.get(url + "/v1/runs") as response:
+                assert [lineage["id"] for lineage in (await response.json())["data"]] == ["d3"]
+        await models.close()
 
 
 async def test_a_later_server_is_not_stopped_by_broken_lines_and_finds_results_of_earlier_versions(run_folder, watching, tmp_path):
@@ -224,6 +247,17 @@ async def test_a_hundred_thousand_results_are_read_beside_the_event_loop(tmp_pat
     size = (tmp_path / "run-d2.jsonl").stat().st_size
     await results.add(step._replace(step=100_000), text_result("text", Score(8.0, 1, 3)))
     assert results.read_to[tmp_path / "run-d2.jsonl"] == size       # it was not read again
+
+
+async def test_a_line_after_one_that_was_cut_is_whole(tmp_path):
+    step = StepOfRun("d2", "d2", "", 3, "/runs/d2", 1.0, "a" * 64)
+    (tmp_path / "run-d2.jsonl").write_bytes(b'{"tag": "d2", "st')
+    first, second = RunResults(tmp_path), RunResults(tmp_path)
+    await first.load()
+    await first.add(step, text_result("text", Score(8.0, 1, 3)))
+    await second.load()
+    assert second.find(step.digest, TEXT, "text", "").score == Score(8.0, 1, 3)
+    assert (tmp_path / "run-d2.jsonl").read_bytes().startswith(b'{"tag": "d2", "st\n{')
 
 
 @pytest.mark.parametrize("line", [
