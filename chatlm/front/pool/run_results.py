@@ -245,7 +245,8 @@ class RunResults:
                 name = runs.get(folder)
                 is_other = name is None and known.step.run in taken  # another folder has got its name
                 moved = folder not in folders and known.step.digest in served
-                if not (is_other or moved) and (folder, known.step.step) not in there and self.metrics_of(known):
+                is_there = (folder, known.step.step) in there
+                if not (is_other or moved or is_there) and self.metrics_of(known):
                     found.append(self._removed(known, name))
         return found
 
