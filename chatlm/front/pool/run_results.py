@@ -227,8 +227,10 @@ class RunResults:
         return {name: value for result in self._shown(known) for name, value in result.metrics.items()}
 
     def _shown(self, known: StepResults) -> list[Result]:
-        return [result for kind in (WRITTEN, TEXT, SAMPLES, SUITE) for result in known.results.values()
-                if result.kind == kind and self.asked.get(kind) == result.key]
+        """The last result of each kind by what this server asks."""
+        last = {result.kind: result for result in [*known.results.values()]
+                if self.asked.get(result.kind) == result.key}
+        return [last[kind] for kind in (WRITTEN, TEXT, SAMPLES, SUITE) if kind in last]
 
     def removed(self, watched: Path, runs: Mapping[str, RunName], there: Collection[tuple[str, int]],
                 served: Collection[str] = ()) -> list[dict[str, Any]]:
