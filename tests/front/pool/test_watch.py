@@ -276,7 +276,7 @@ async def test_files_that_are_put_back_are_read_again(run_folder, watching, clie
         watch.sightings.find = lambda: seen                  # no scan sees that the file is away
         file_of(run_folder, 2).rename(aside)
         model.pool.workers[0].kill()
-        await until(lambda: models.find("d2-base@2").model.pool is None or models.find("d2-base@2").model is not model)
+        await until(lambda: model.pool is None or model not in models.registry.models)
         aside.rename(file_of(run_folder, 2))
         await until(lambda: any(other.name == "d2-base@2" and other is not model for other in models.registry.models))
         assert (await ask(client, url, "d2-base@2"))[1]["choices"][0]["message"]["content"] == before
