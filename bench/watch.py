@@ -104,7 +104,7 @@ def main():
         shutil.copytree(ROOT / "tests" / "fixtures" / "nanochat" / "gen1" / "tokenizer", Path(folder) / "tokenizer")
         training, ended, counts = Training(folder, options.every), threading.Event(), []
         try:
-            more = ["--watch-text", options.text] if options.text else []
+            more = ["--watch-text", options.text, "--results", f"{folder}/results"] if options.text else []
             with server("--watch", folder, "--nice", options.nice, *more) as (process, url):
                 while urllib.request.urlopen(url + "/v1/models").read().count(b'"run"') < 1:
                     time.sleep(0.5)

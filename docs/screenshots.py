@@ -123,7 +123,7 @@ def picture_of_a_run(browser):
         (text := Path(folder) / "text.txt").write_text(tiny_training.TEXT)
         for _ in tiny_training.train(base, 60, 5, ids=tokenizer.encode_ordinary(tiny_training.TEXT)):
             pass
-        with started_server("--watch", str(base), "--watch-text", str(text), "--nice", "0") as url:
+        with started_server("--watch", str(base), "--watch-text", str(text), "--results", str(base / "results"), "--nice", "0") as url:
             page = browser.new_page(viewport={"width": 1200, "height": 760})
             open_page(page, url, "#run/d2")
             expect(page.get_by_role("img", name=re.compile("^5: .*, 60: "))).to_be_visible(timeout=10 * SLOW_MS)
