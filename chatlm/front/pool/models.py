@@ -41,6 +41,8 @@ class Model:
         self.score: Score | None = None      # by --watch-text, of a checkpoint
         self.scoring = False                 # is it scored now?
         self.written: dict[str, float] = {}  # metrics that its training has written beside it
+        self.logged: dict[str, float] = {}   # and into the log of its stage
+        self.stale: tuple[str, ...] = ()     # those of `written` that belong to an earlier step
         self.judged: dict[str, float] | None = None  # metrics by --watch-suite, once it has ended
         self.verdicts: Verdicts | None = None  # and of its items
         self.samples: tuple[dict[str, str], ...] = ()  # by --watch-prompts
@@ -137,14 +139,19 @@ class Model:
         """The additional fields of a checkpoint; {} for other models."""
         if not self.run:
             return {}
-        return {"run": self.run, "step": self.step,
+        return {"run": self.run, "step": self.step, **self.remarks,
                 "bits_per_byte": self.score and round(self.score.bits_per_byte, 6), "scoring": self.scoring}
+
+    @property
+    def remarks(self) -> dict:
+        """What to know of a checkpoint before its metrics are believed; {} if there is nothing."""
+        return {**({"stale": [*self.stale]} if self.stale else {})}
 
     @property
     def metrics(self) -> dict[str, float]:
         """All that is known of how good a checkpoint is, by upstream's names where it has some."""
         scored = {"bits_per_byte": round(self.score.bits_per_byte, 6)} if self.score else {}
-        return {**self.written, **scored, **(self.judged or {})}
+        return {**self.logged, **self.written, **scored, **(self.judged or {})}
 
 
 async def unload_after_answers(pool: WorkerPool):

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from chatlm.common.config import ModelChoice
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.adapters import CONFIG, base_of
-from chatlm.common.hub.steps import find_steps, written_metrics
+from chatlm.common.hub.steps import find_steps
+from chatlm.common.hub.written import logged_metrics, written_beside
 from chatlm.common.log import log
 from chatlm.front.pool.names import accepted_names, is_among
 from chatlm.front.pool.sightings import Sightings
@@ -57,6 +58,7 @@ class RunWatch:
         """Open the last step of each run; the others follow while requests are served."""
         last = {step.run: step for step in await self.sightings.look()}
         await self._open([*last.values()])
+        await self._read_logs()
         if not self.models:
             log.info("--watch %s: no complete checkpoint yet", self.folder)
 
@@ -77,6 +79,7 @@ class RunWatch:
             elif model.is_read:  # a worker found other files, which have been put back since
                 self._dismiss(step, "is read again")
         await self._open(settled[::-1][:self.AT_ONCE])
+        await self._read_logs()
         if time.monotonic() - self.opened_s > self.SURVEY_S:
             await self.many.opener.survey.close()
 
@@ -122,12 +125,21 @@ class RunWatch:
         if model.pool is None:
             return self._refuse(step, f"the checkpoint {name} is not served: {model.reason}")
         model.run, model.step = self.tags[step.run], step.step
-        model.written = written_metrics(step)
+        model.written, model.stale = written_beside(step.path)
         self.registry.add(model)
         self.registry.models.sort(key=lambda model: (model.run, model.step))  # models of no run come first
         self.models[step] = model
         self.many.serve(model)
         log.info("the checkpoint %s is available", model.name)
+
+    async def _read_logs(self):
+        """Add what the logs of stages say. A step's line may be written after its checkpoint; what was read
+        once stays when the log goes."""
+        of_runs = {step.run: step.path for step in self.models if step.place}
+        logged = await asyncio.to_thread(
+            lambda: {run: logged_metrics(path) for run, path in of_runs.items()})
+        for step, model in self.models.items():
+            model.logged |= logged.get(step.run, {}).get(step.step, {})
 
     def _refuse(self, step: Step, reason: str):
         self.sightings.refuse(step.stamp)

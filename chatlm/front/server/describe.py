@@ -91,6 +91,8 @@ A_MODEL = {"type": "object", "properties": {
     "step": {"type": "integer", "description": "of a checkpoint"},
     "tag": {**A_TEXT, "description": "of a checkpoint of nanochat: its run's folder, such as d20"},
     "stage": {"enum": ["base", "mid", "sft", "rl"], "description": "of a checkpoint of nanochat"},
+    "stale": {"type": "array", "items": A_TEXT,
+              "description": "of a checkpoint: metrics of its training that belong to an earlier step"},
     "bits_per_byte": {"type": ["number", "null"],
                       "description": "of a checkpoint: how well it predicts --watch-text, once scored"},
     "scoring": {"type": "boolean", "description": "of a checkpoint: whether it is scored now"},
