@@ -11,7 +11,7 @@ import stat
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from chatlm.common.errors import ConfigError
 from chatlm.common.files import parse_json, read_small
@@ -71,9 +71,7 @@ def part_of(meta: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def unbiased(average: Any, step: int) -> float | None:
     """The loss of training as its log says it. The average begins at 0, so after few steps it is too low."""
-    if not is_number(average) or step < 1:
-        return None
-    return average / (1 - SMOOTHING ** step)
+    return average / (1 - SMOOTHING ** step) if is_number(average) and step > 0 else None
 
 
 def is_stale(meta: Mapping[str, Any], step: int) -> bool:
@@ -91,7 +89,7 @@ def is_stale(meta: Mapping[str, Any], step: int) -> bool:
     return not is_last or eval_every <= 0 and "depth" in config  # only base training is told a depth
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     return type(value) in (int, float) and abs(value) < 1e300  # neither NaN nor infinite
 
 

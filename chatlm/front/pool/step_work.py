@@ -19,6 +19,7 @@ from chatlm.front.evals.kept import Kept, file_word, kept_name, note, noted, res
 from chatlm.front.evals.run import as_json, drawn_items, mean_of, run_task
 from chatlm.front.evals.samples import PROMPTS, SAMPLE_TOKENS
 from chatlm.front.evals.scores import PoolScorer
+from chatlm.front.pool.forward_check import ForwardCheck
 from chatlm.front.pool.models import Served
 from chatlm.front.pool.score import score_text
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from chatlm.front.pool.pool import WorkerPool
 
 
+FORWARD = "forward"
 IN_USE_S = 60.0  # a model that people have asked for is in use for so long
 
 
@@ -55,7 +57,8 @@ class StepWork:
     def __init__(self, many: ManyModels, models: Mapping[Step, Model]):
         self.many, self.models, settings = many, models, many.settings
         self.failed: set[tuple[Step, str]] = set()
-        self.duties = list[Duty]()
+        forward = ForwardCheck()
+        self.duties = [Duty(FORWARD, forward.done, forward.do)]
         if settings.watch_text is not None:
             text = read_text_of(settings.watch_text, "--watch-text")
             done = lambda model: model.score is not None
@@ -80,7 +83,8 @@ class StepWork:
                     if model.pool and not duty.done(model) and (step, duty.name) not in self.failed
                     and self._may_load(model)]
             if left:
-                await self._do(*max(left, key=lambda pair: pair[0].changed_s))  # of one step the first duty
+                # the forward first, before evaluations are believed; of one step the first duty
+                await self._do(*max(left, key=lambda pair: (pair[1].name == FORWARD, pair[0].changed_s)))
             else:
                 await asyncio.sleep(0.5)
 

@@ -13,6 +13,7 @@ from chatlm.common.config import ModelChoice
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.adapters import CONFIG, base_of
 from chatlm.common.hub.steps import find_steps
+from chatlm.common.hub.val_bpb import evaluation_of
 from chatlm.common.hub.written import logged_metrics, written_beside
 from chatlm.common.log import log
 from chatlm.front.pool.names import accepted_names, is_among
@@ -126,6 +127,7 @@ class RunWatch:
             return self._refuse(step, f"the checkpoint {name} is not served: {model.reason}")
         model.run, model.step = self.tags[step.run], step.step
         model.written, model.stale = written_beside(step.path)
+        model.saved_s, model.evaluation = step.changed_s, evaluation_of(step.path)
         self.registry.add(model)
         self.registry.models.sort(key=lambda model: (model.run, model.step))  # models of no run come first
         self.models[step] = model

@@ -93,6 +93,7 @@ A_MODEL = {"type": "object", "properties": {
     "stage": {"enum": ["base", "mid", "sft", "rl"], "description": "of a checkpoint of nanochat"},
     "stale": {"type": "array", "items": A_TEXT,
               "description": "of a checkpoint: metrics of its training that belong to an earlier step"},
+    "warning": {**A_TEXT, "description": "of a checkpoint: what to know before it is evaluated"},
     "bits_per_byte": {"type": ["number", "null"],
                       "description": "of a checkpoint: how well it predicts --watch-text, once scored"},
     "scoring": {"type": "boolean", "description": "of a checkpoint: whether it is scored now"},
@@ -189,6 +190,7 @@ A_RUN = {"type": "object", "properties": {"flips": {
         "weights_digest": A_TEXT, "judged": {"type": "boolean"},
         "metrics": {"type": "object", "additionalProperties": {"type": "number"},
                     "description": "what is known of the step so far"},
+        "stale": A_MODEL["properties"]["stale"], "warning": A_MODEL["properties"]["warning"],
         "samples": {"type": "array", "items": {"type": "object", "properties": {
             "prompt": A_TEXT, "text": A_TEXT}}}}}}}}
 
@@ -204,7 +206,7 @@ def run_body(tag: str, seen: Seq[Served]) -> dict:
     return {"object": "run", "id": tag, "steps": [
         {"model": served.name, "step": served.model.step, "state": served.state,
          "weights_digest": "" if served.failed else served.pool.supervisor.card.facts.digest,
-         "metrics": served.model.metrics, "judged": served.model.verdicts is not None,
+         "metrics": served.model.metrics, **served.model.remarks, "judged": served.model.verdicts is not None,
          "samples": served.model.samples} for served in steps]}
 
 
