@@ -3,12 +3,16 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 
+from chatlm.common.hub import shards, val_bpb
 from chatlm.common.hub.val_bpb import (
     BF16, Evaluation, RowScore, chosen_rows, compare, evaluation_of, former_size, ranks_of, validation_shards)
 from chatlm.worker.doctor import forward
+from real_server import SCRIPT
 from sick_models import diagnose
 from trained_base import VAL_BPB, write_base
 
@@ -117,9 +121,8 @@ def test_a_slow_machine_does_not_say_what_few_rows_cannot_tell(base, nanochat_fi
 
 
 def test_the_command_ends_with_1_and_says_both_numbers_as_json(base, nanochat_fixtures):
-    from test_doctor import check
     write_base(base, nanochat_fixtures, val_bpb=9.0)
-    done = check(base, "--json")
+    done = subprocess.run([sys.executable, SCRIPT, "check", base, "--json"], capture_output=True, text=True, timeout=120)
     [finding] = [one for one in json.loads(done.stdout)["findings"] if one["check"] == "forward"]
     assert done.returncode == 1 and finding["severity"] == "error"
     assert finding["facts"]["val_bpb"] == 9.0 and finding["facts"]["own_val_bpb"] == pytest.approx(VAL_BPB, rel=1e-4)
@@ -160,6 +163,21 @@ def test_the_rows_that_are_chosen_are_spread_over_all_and_the_same_each_time(bas
     assert all(len(row) == 9 for row in whole)
     long = chosen_rows(Evaluation(1.0, 1 << 15, 1000, 1, True), shard, encode)
     assert len(long) == 8       # of the first 128
+
+
+def test_a_shard_of_tiny_documents_is_not_packed_for_ever(base, nanochat_fixtures, monkeypatch):
+    monkeypatch.setattr(val_bpb, "PACKING_S", 0.2)
+    model = write_base(base, nanochat_fixtures, device_batch_size=1000, user_config={"eval_tokens": 512_000})
+    [shard] = validation_shards(model)
+    write_table(shard, {"text": ["a"]})
+    assert "packing the documents of" in found(base)[0][1] and found(base)[0][0] == "note"
+    assert Evaluation(1.0, 1, 1 << 30, 1, True).wanted == val_bpb.MOST_ROWS
+
+
+def test_a_row_group_too_large_to_be_read_as_a_whole_is_a_note(base, nanochat_fixtures, monkeypatch):
+    monkeypatch.setattr(shards, "MOST_GROUP_BYTES", 100)
+    write_base(base, nanochat_fixtures)
+    assert found(base)[0][0] == "note" and "bytes in a row group; the limit is 100" in found(base)[0][1]
 
 
 def test_the_gpus_of_a_run_are_counted_by_the_parts_of_its_optimizer(base, nanochat_fixtures):

@@ -1,4 +1,4 @@
-"""The texts that nanochat trains on and is evaluated with: shards in parquet, read and packed as upstream does it.
+"""The texts of nanochat's training and validation: shards in parquet, read and packed as upstream does.
 
 As dataset.py and dataloader.py at 92d63d4 on one GPU."""
 
@@ -15,6 +15,7 @@ from chatlm.common.errors import ConfigError, named, require_library, shown
 from chatlm.common.files import read_small
 
 BUFFERED, TOGETHER = 1000, 128  # documents to choose from; encoded at once
+MOST_GROUP_BYTES = 1 << 30      # a row group, which is read as a whole; upstream's have some megabytes
 
 
 def documents_of(path: Path) -> Iterator[list[str]]:
@@ -46,6 +47,9 @@ def read_parts(path: Path, columns: Seq[str]) -> Iterator[list[dict]]:
             return
         with opened(path) as file:
             for group in range(file.num_row_groups):
+                if (size := file.metadata.row_group(group).total_byte_size) > MOST_GROUP_BYTES:
+                    raise ConfigError(f"{path} has {size:,} bytes in a row group; the limit is "
+                                      f"{MOST_GROUP_BYTES:,}")
                 yield file.read_row_group(group, columns=[*columns]).to_pylist()
     except (OSError, KeyError, pyarrow.ArrowException) as error:
         reason = str(error).partition("\n")[0]

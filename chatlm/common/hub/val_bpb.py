@@ -1,8 +1,8 @@
 """Is the `val_bpb` that base training wrote beside a checkpoint also what our own forward computes?
 
-Forks of nanochat change softcaps, windows and gates without any trace in the files: such a checkpoint loads, and
-answers worse. Only the loss on the same texts tells. `evaluation_of` says how training computed it, `compare`
-whether our own agrees; who computes the rows is the caller's affair."""
+Forks of nanochat change softcaps, windows and gates without any trace in the files: such a checkpoint loads,
+and answers worse. Only the loss on the same texts tells. `evaluation_of` says how training computed it,
+`compare` whether our own agrees; who computes the rows is the caller's affair."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import math
 import os
 import random
 import re
+import time
 from collections.abc import Callable, Sequence as Seq
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from chatlm.common.errors import ConfigError
 from chatlm.common.hub.find import nanochat_base
 from chatlm.common.hub.nanochat import checkpoint_at, datasets_of, shard_folders, stated_dataset
 from chatlm.common.hub.shards import packed_rows
@@ -22,6 +24,8 @@ from chatlm.common.hub.written import part_of, read_meta, written_beside
 
 MOST_TARGETS = 1 << 17    # tokens that are scored for a comparison, unless LEAST_ROWS have more
 LEAST_ROWS = 8            # of fewer rows, which are not all, the spread says nothing
+MOST_ROWS = 1024          # each is a request to a worker
+PACKING_S = 20.0          # upstream's shards take one or two seconds, and a server that ends waits for it
 BF16, FLOAT32 = 1e-3, 1e-4  # how far apart two computations of the same rows may be, relative
 MOST_PACKED = 1 << 22     # tokens of the rows among which some are chosen
 DEVIATIONS = 3.5          # standard errors by which some of the rows may differ from all of them
@@ -40,7 +44,7 @@ class Evaluation(NamedTuple):
     @property
     def wanted(self) -> int:
         """The rows that we compute."""
-        return min(self.rows, max(MOST_TARGETS // self.targets, LEAST_ROWS))
+        return min(self.rows, max(MOST_TARGETS // self.targets, LEAST_ROWS), MOST_ROWS)
 
 
 class RowScore(NamedTuple):
@@ -114,7 +118,7 @@ def ranks_of(folder: Path) -> int:
 
 
 def is_of_known_texts(model: Path) -> bool:
-    """Does a checkpoint lie in a base folder, beside the texts it was trained on? Published weights do not."""
+    """Does a checkpoint lie in a base folder, beside the texts of its training? Published weights do not."""
     checkpoint = checkpoint_at(model)
     return checkpoint is not None and not checkpoint.place.alone
 
@@ -145,7 +149,8 @@ def validation_shards(model: Path) -> list[Path]:
     return found
 
 
-def chosen_rows(evaluation: Evaluation, shard: Path, encode: Callable[[str], list[int]]) -> list[list[int]]:
+def chosen_rows(evaluation: Evaluation, shard: Path,
+                encode: Callable[[str], list[int]]) -> list[list[int]]:
     """The rows of a shard that we compute, in an order of which each beginning is a sample of all.
 
     Rows that follow each other are alike, since the packing sorts documents by their length: of all rows, or
@@ -155,7 +160,12 @@ def chosen_rows(evaluation: Evaluation, shard: Path, encode: Callable[[str], lis
     stride = max(min(evaluation.rows, MOST_PACKED // evaluation.targets) // wanted, 1)
     first = stride // 2
     packed = packed_rows(shard, encode, evaluation.targets)
-    rows = [*islice(packed, first, first + wanted * stride, stride)]
+    rows, ends_s = list[list[int]](), time.monotonic() + PACKING_S
+    for number, row in enumerate(islice(packed, first + wanted * stride)):
+        if number % stride == first and len(rows) < wanted:
+            rows.append(row)
+        if time.monotonic() > ends_s:
+            raise ConfigError(f"packing the documents of {shard} takes more than {PACKING_S:g} s")
     random.Random(0).shuffle(rows)
     return rows
 

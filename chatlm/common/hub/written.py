@@ -1,4 +1,4 @@
-"""What nanochat's training has written about a checkpoint: in the meta file beside it, and in the stage's log.
+"""What nanochat's training has written about a checkpoint: in its meta file, and in the log of its stage.
 
 The names of metrics are upstream's where it has some. As base_train.py, chat_sft.py and chat_rl.py at 92d63d4
 write them; what is missing, broken or no number is left out."""

@@ -104,7 +104,8 @@ def why_not(model: Model, pool: WorkerPool, evaluation: Evaluation) -> str:
     if settings.quantize or settings.kv_cache_dtype.startswith("q"):
         return "it is served in fewer bits than it was trained in"
     if evaluation.targets >= scorer.longest:
-        return f"it was evaluated on rows of {evaluation.targets:,} tokens, and its context is {scorer.room:,}"
+        return (f"it was evaluated on rows of {evaluation.targets:,} tokens, and its context is "
+                f"{scorer.room:,}")
     return "" if scorer.begin else "it has no token that begins a text"
 
 

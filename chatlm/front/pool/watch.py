@@ -73,6 +73,7 @@ class RunWatch:
 
     async def update(self, settled: Seq[Step]):
         """Serve checkpoints that have become complete, and stop serving those that changed or went."""
+        await self._read_logs()  # first: nothing may wait between a dismissal and `follow`
         for step, model in [*self.models.items()]:
             now = self.sightings.there.get(step.path)
             if not now or now.stamp != step.stamp:
@@ -80,7 +81,6 @@ class RunWatch:
             elif model.is_read:  # a worker found other files, which have been put back since
                 self._dismiss(step, "is read again")
         await self._open(settled[::-1][:self.AT_ONCE])
-        await self._read_logs()
         if time.monotonic() - self.opened_s > self.SURVEY_S:
             await self.many.opener.survey.close()
 

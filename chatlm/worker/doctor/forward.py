@@ -127,8 +127,8 @@ def row_scores(patient: Patient, settings: Settings, rows: Iterable[Seq[int]],
                 sizes[token] = len(text), former_size(text)
         nats = nats_of(transformer, row)
         scored = numpy.array([sizes[token][0] > 0 for token in row[1:]])
-        yield RowScore(float(nats[scored].sum(dtype=numpy.float64)), sum(sizes[token][0] for token in row[1:]),
-                       sum(sizes[token][1] for token in row[1:]))
+        yield RowScore(float(nats[scored].sum(dtype=numpy.float64)),
+                       sum(sizes[token][0] for token in row[1:]), sum(sizes[token][1] for token in row[1:]))
 
 
 def nats_of(transformer: Transformer, row: Seq[int]) -> numpy.ndarray:
