@@ -34,7 +34,7 @@ class ForwardCheck:
 
     def done(self, model: Model) -> bool:
         return model.evaluation is None or model.is_compared or (
-            model.saved_s <= self.agreed_s.get(model.run, -1.0))
+            model.saved_s <= self.agreed_s.get(run_of(model), -1.0))
 
     async def do(self, model: Model, pool: WorkerPool, yields: Yields):
         """Compare a checkpoint, if its shard is here and can be read."""
@@ -55,18 +55,19 @@ class ForwardCheck:
         if found:
             self._show(model, min(found, key=lambda one: abs(one.ours - one.theirs)), path)
         elif lack:
-            self._say(model.run, f"the val_bpb of {model.name} is not compared with our own: {lack}")
+            self._say(run_of(model), f"the val_bpb of {model.name} is not compared with our own: {lack}")
 
     def _show(self, model: Model, found: Comparison, path: Path):
         model.own_val_bpb = found.ours if math.isfinite(found.ours) else None
         if found.agrees:
-            self.agreed_s[model.run] = max(model.saved_s, self.agreed_s.get(model.run, -1.0))
+            run = run_of(model)
+            self.agreed_s[run] = max(model.saved_s, self.agreed_s.get(run, -1.0))
             log.info("the checkpoint %s: our forward is the one that trained it, %s", model.name,
                      found.numbers)
             return
         doubt = "" if is_of_known_texts(path) else ", unless training evaluated other texts"
         model.warning = found.sentence + doubt
-        self._say(model.run, f"the checkpoint {model.name}: {model.warning}", about="forward")
+        self._say(run_of(model), f"the checkpoint {model.name}: {model.warning}", about="forward")
 
     def _say(self, run: str, text: str, about: str = ""):
         """Log a warning once for each run."""
@@ -78,7 +79,7 @@ class ForwardCheck:
                        shard: Path) -> Comparison:
         scorer = PoolScorer(pool, yields)
         scores = list[RowScore]()
-        for row in await self._rows(model.run, evaluation, shard, scorer):
+        for row in await self._rows(run_of(model), evaluation, shard, scorer):
             [found] = await scorer.score([row], [1], 0)
             scores.append(row_score(scorer.tokenizer, row, [one.logprob or 0.0 for one in found]))
         return compare(evaluation, scores, shard, model.settings.dtype == "float32")
@@ -96,6 +97,10 @@ class ForwardCheck:
             self.rows = key, await asyncio.to_thread(
                 chosen_rows, evaluation, shard, lambda text: begin + encode(text))
         return self.rows[1]
+
+
+def run_of(model: Model) -> str:
+    return model.run.run if model.run else ""
 
 
 def why_not(model: Model, pool: WorkerPool, evaluation: Evaluation) -> str:

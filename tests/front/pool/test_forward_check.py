@@ -93,7 +93,7 @@ async def test_another_forward_is_said_once_and_with_the_step_before_its_suite_b
     for step in steps:
         assert step["warning"].startswith("this checkpoint was trained with another forward: val_bpb 9.4558 there, ")
         assert step["metrics"]["own_val_bpb"] != pytest.approx(VAL_BPB, rel=1e-4) and listed[step["model"]]["warning"] == step["warning"]
-    assert len(warnings(caplog)) == 1 and "the checkpoint d4@900: this checkpoint was trained with another forward" in warnings(caplog)[0]
+    assert len(warnings(caplog)) == 1 and "the checkpoint d4-base@900: this checkpoint was trained with another forward" in warnings(caplog)[0]
 
 
 async def test_one_that_agrees_speaks_for_older_steps_and_later_ones_are_compared_too(base, nanochat_fixtures, watching, caplog):
