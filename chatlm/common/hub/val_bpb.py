@@ -76,6 +76,11 @@ class Comparison(NamedTuple):
                 f"({rows} rows of {self.shard})")
 
     @property
+    def agreement(self) -> str:
+        apart = self.tolerance / self.theirs
+        return f"our forward agrees with the one that trained it to {apart:.2%}: {self.numbers}"
+
+    @property
     def sentence(self) -> str:
         return f"this checkpoint was trained with another forward: {self.numbers}"
 
@@ -98,7 +103,7 @@ def evaluation_of(model: Path) -> Evaluation | None:
     ranks = ranks_of(model.parent)
     of_a_batch = batch * max(ranks, 1)
     rows = tokens // (of_a_batch * targets) * of_a_batch
-    if not rows:
+    if not rows or ranks != 1 and rows < LEAST_ROWS:
         return None
     return Evaluation(val_bpb, targets, rows, ranks, config.get("device_type") == "cpu")
 

@@ -62,8 +62,7 @@ class ForwardCheck:
         if found.agrees:
             run = run_of(model)
             self.agreed_s[run] = max(model.saved_s, self.agreed_s.get(run, -1.0))
-            log.info("the checkpoint %s: our forward is the one that trained it, %s", model.name,
-                     found.numbers)
+            log.info("the checkpoint %s: %s", model.name, found.agreement)
             return
         doubt = "" if is_of_known_texts(path) else ", unless training evaluated other texts"
         model.warning = found.sentence + doubt

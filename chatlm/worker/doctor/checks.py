@@ -39,7 +39,7 @@ OF_WEIGHTS = (  # weights, their original, and what they need
     Check("head", check_head, 300.0, None),
     Check("memory", check_fit, memory=None),
     Check("speed", check_speed, 300.0, None),
-    Check("forward", check_forward, 1200.0, None, is_trained),
+    Check("forward", check_forward, 3600.0, None, is_trained),
     Check("against", check_against, 1200.0, None, lambda patient: patient.original is not None),
 )
 
