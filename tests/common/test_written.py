@@ -6,7 +6,7 @@ import os
 import pytest
 
 from chatlm.common.hub import written
-from chatlm.common.hub.written import is_stale, logged_metrics, written_beside
+from chatlm.common.hub.written import Logs, is_stale, written_beside
 
 BASE = {"val_bpb": 1.25, "user_config": {"depth": 4, "eval_every": 250, "save_every": 100, "num_iterations": -1}}
 
@@ -104,21 +104,21 @@ def test_the_rewards_of_rl_and_the_losses_of_sft_are_read_from_their_logs(tmp_pa
         (tag / stage).mkdir(parents=True)
     (tag / "rl.log").write_text(RL_LOG)
     (tag / "sft" / "chat_sft.log").write_text(SFT_LOG)
-    assert logged_metrics(tag / "rl" / "model_000061.pt") == {0: {"reward": 0.0625}, 61: {"reward": 0.25}}
-    assert logged_metrics(tag / "sft" / "model_000449.pt") == {448: {"train_loss": 1.3}, 449: {"train_loss": 1.25}}
-    assert logged_metrics(tag / "base" / "model_000449.pt") == {}
+    assert Logs().metrics_of(tag / "rl" / "model_000061.pt") == {0: {"reward": 0.0625}, 61: {"reward": 0.25}}
+    assert Logs().metrics_of(tag / "sft" / "model_000449.pt") == {448: {"train_loss": 1.3}, 449: {"train_loss": 1.25}}
+    assert Logs().metrics_of(tag / "base" / "model_000449.pt") == {}
     folder = tmp_path / "chatrl_checkpoints" / "d4"
     folder.mkdir(parents=True)
     (folder.parent / "chat_rl.log").write_text(RL_LOG)      # another tag may have written it
-    assert logged_metrics(folder / "model_000061.pt") == {}
+    assert Logs().metrics_of(folder / "model_000061.pt") == {}
     (folder / "chat_rl.log").write_text(RL_LOG)
-    assert len(logged_metrics(folder / "model_000061.pt")) == 2
+    assert len(Logs().metrics_of(folder / "model_000061.pt")) == 2
 
 
 def test_of_a_huge_log_only_the_end_is_read_and_only_after_it_has_changed(model, monkeypatch):
     folder = model.parent.parent.parent / "chatrl_checkpoints" / "d4"
     folder.mkdir(parents=True)
-    log, reads = folder / "rl.log", []
+    log, reads, logs = folder / "rl.log", [], Logs()
     with log.open("wb") as file:
         file.write(RL_LOG.encode().replace(b"Step 61", b"Step 7"))
         file.truncate(1 << 40)      # sparse
@@ -133,11 +133,11 @@ def test_of_a_huge_log_only_the_end_is_read_and_only_after_it_has_changed(model,
 
     monkeypatch.setattr(written, "REWARD", Seen())
     for _ in range(3):
-        assert logged_metrics(folder / "model_000090.pt") == {90: {"reward": 0.75}}
+        assert logs.metrics_of(folder / "model_000090.pt") == {90: {"reward": 0.75}}
     assert reads == [written.TAIL_BYTES]
     with log.open("ab") as file:
         file.write(b"Step 91/467 | Average reward: 1 | Average sequence length: 1.00\n")
-    assert logged_metrics(folder / "model_000090.pt")[91] == {"reward": 1.0} and len(reads) == 2
+    assert logs.metrics_of(folder / "model_000090.pt")[91] == {"reward": 1.0} and len(reads) == 2
 
 
 def test_a_log_that_is_a_link_a_pipe_or_a_folder_is_none(tmp_path):
@@ -146,4 +146,4 @@ def test_a_log_that_is_a_link_a_pipe_or_a_folder_is_none(tmp_path):
     (tmp_path / "elsewhere.log").write_text(RL_LOG)
     (folder / "rl.log").symlink_to(tmp_path / "elsewhere.log")
     os.mkfifo(folder / "chat_rl.log")
-    assert logged_metrics(folder / "model_000061.pt") == {}
+    assert Logs().metrics_of(folder / "model_000061.pt") == {}

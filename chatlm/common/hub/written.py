@@ -9,7 +9,6 @@ import os
 import re
 import stat
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
@@ -19,6 +18,7 @@ from chatlm.common.hub.nanochat import checkpoint_at, meta_of, step_of
 
 SMOOTHING = 0.9       # of the average that training keeps of its loss
 TAIL_BYTES = 8 << 20  # of a log that are read: its end
+MOST_LINES = 20_000   # of these that are kept
 LOGS = {"mid": ("mid_train.log", "mid.log"), "sft": ("sft.log", "chat_sft.log"),
         "chat": ("chat.log", "sft.log", "chat_sft.log"), "rl": ("rl.log", "chat_rl.log")}  # by stage, as in
 # upstream's runs/run.sh. base_train's has nothing that the meta file does not have
@@ -96,36 +96,43 @@ def is_number(value: Any) -> TypeGuard[float]:
 # --- logs --------------------------------------------------------------------------------------------------
 
 
-def logged_metrics(model: Path) -> dict[int, dict[str, float]]:
-    """What the log of a checkpoint's stage says of steps, by step: the training loss of chat_sft and the
-    reward of chat_rl, which no meta file has. {} without a log.
+class Logs:
+    """What the logs of stages say of steps: the training loss of chat_sft and the reward of chat_rl, which no
+    meta file has. A log lies in the folder of the checkpoints or, in an experiment, in that of the tag."""
 
-    It lies in the folder of the checkpoints or, in an experiment, in that of the tag. Only its end is read,
-    and only after it has changed."""
-    checkpoint = checkpoint_at(model)
-    if checkpoint is None:
+    def __init__(self):
+        self.read: dict[Path, tuple[tuple, dict[int, dict[str, float]]]] = {}  # by log: version, what it says
+
+    def metrics_of(self, model: Path) -> dict[int, dict[str, float]]:
+        """By step, of the stage that a checkpoint belongs to; {} without a log. Only the end of a log is
+        read, and only after it has changed."""
+        checkpoint = checkpoint_at(model)
+        if checkpoint is None:
+            return {}
+        place = checkpoint.place
+        folders = [model.parent, *([checkpoint.tag_folder] if place.experiment else [])]
+        for path in (folder / name for folder in folders for name in LOGS.get(place.stage, ())):
+            try:
+                status = path.lstat()
+                if not stat.S_ISREG(status.st_mode):
+                    continue
+                version = status.st_ino, status.st_size, status.st_mtime_ns
+                if path not in self.read or self.read[path][0] != version:
+                    self.read[path] = version, read_log(path, place.stage)
+            except OSError:
+                continue
+            return self.read[path][1]
         return {}
-    place = checkpoint.place
-    folders = [model.parent, *([checkpoint.tag_folder] if place.experiment else [])]
-    for path in (folder / name for folder in folders for name in LOGS.get(place.stage, ())):
-        try:
-            status = path.lstat()
-            if stat.S_ISREG(status.st_mode):
-                return read_log(path, place.stage, (status.st_ino, status.st_size, status.st_mtime_ns))
-        except OSError:
-            continue
-    return {}
 
 
-@lru_cache(maxsize=32)
-def read_log(path: Path, stage: str, version: tuple) -> dict[int, dict[str, float]]:
+def read_log(path: Path, stage: str) -> dict[int, dict[str, float]]:
     """Of a step that the log has twice, the later line counts."""
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW), "rb") as file:
         file.seek(max(os.fstat(file.fileno()).st_size - TAIL_BYTES, 0))
         tail = file.read(TAIL_BYTES)
     name, pattern = ("reward", REWARD) if stage == "rl" else ("train_loss", LOSS)
     found = dict[int, dict[str, float]]()
-    for step, text in pattern.findall(tail):
+    for step, text in pattern.findall(tail)[-MOST_LINES:]:
         try:
             value = float(text)
         except ValueError:

@@ -14,7 +14,7 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.hub.adapters import CONFIG, base_of
 from chatlm.common.hub.steps import find_steps
 from chatlm.common.hub.val_bpb import evaluation_of
-from chatlm.common.hub.written import logged_metrics, written_beside
+from chatlm.common.hub.written import Logs, written_beside
 from chatlm.common.log import log
 from chatlm.front.pool.names import accepted_names, is_among
 from chatlm.front.pool.residency import NoRoom, Residency
@@ -54,6 +54,7 @@ class RunWatch:
         self.names = RunNames(self.folder)
         self.last: dict[Path, Model] = {}    # by run: the model that has the name `latest`
         self.opened_s = 0.0                  # when a checkpoint was last opened
+        self.logs = Logs()
         self.work = StepWork(many, self.models)
 
     async def begin(self):
@@ -141,7 +142,7 @@ class RunWatch:
         once stays when the log goes."""
         of_runs = {step.run: step.path for step in self.models if step.place}
         logged = await asyncio.to_thread(
-            lambda: {run: logged_metrics(path) for run, path in of_runs.items()})
+            lambda: {run: self.logs.metrics_of(path) for run, path in of_runs.items()})
         for step, model in self.models.items():
             model.logged |= logged.get(step.run, {}).get(step.step, {})
 
