@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Sequence as Seq
+from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,19 +13,21 @@ from chatlm.common.hub.val_bpb import (
     Comparison, Evaluation, RowScore, chosen_rows, compare, former_size, is_of_known_texts, validation_shards)
 from chatlm.common.log import log
 from chatlm.front.evals.scores import PoolScorer
+from chatlm.front.pool.run_results import FORWARD, Result, forward_result
 
 if TYPE_CHECKING:
     from chatlm.common.text.tokenizer import Tokenizer
     from chatlm.front.pool.models import Model
     from chatlm.front.pool.pool import WorkerPool
-
-Yields = Callable[[], None]
+    from chatlm.front.pool.step_work import Work
 
 
 class ForwardCheck:
     """Compares the val_bpb that base training wrote with our own, of the newest checkpoint of each run and of
     each that comes. One that agrees speaks for the run's earlier ones; if one does not, they are compared
     too. Each has then `own_val_bpb` and, where it does not agree, a `warning`."""
+
+    kind, key = FORWARD, ""
 
     def __init__(self):
         self.agreed_s: dict[str, float] = {}  # by run: when the newest checkpoint that agrees was saved
@@ -36,16 +38,24 @@ class ForwardCheck:
         return model.evaluation is None or model.is_compared or (
             model.saved_s <= self.agreed_s.get(run_of(model), -1.0))
 
-    async def do(self, model: Model, pool: WorkerPool, yields: Yields):
+    def show(self, model: Model, result: Result):
+        """What did not agree is compared again by the next server: the right texts may be here now."""
+        if result.fields and result.fields["forward"]["agrees"]:
+            model.is_compared = True
+            model.own_val_bpb = result.metrics.get("own_val_bpb")
+            run = run_of(model)
+            self.agreed_s[run] = max(model.saved_s, self.agreed_s.get(run, -1.0))
+
+    async def find(self, work: Work) -> Result:
         """Compare a checkpoint, if its shard is here and can be read."""
-        evaluation = model.evaluation
+        model, evaluation = work.model, work.model.evaluation
         assert evaluation is not None and model.source is not None
         path = model.source.path
-        lack = why_not(model, pool, evaluation)
+        lack = why_not(model, work.pool, evaluation)
         found = list[Comparison]()
         for shard in [] if lack else await asyncio.to_thread(validation_shards, path):
             try:
-                found.append(await self._compare(model, pool, yields, evaluation, shard))
+                found.append(await self._compare(work, evaluation, shard))
             except ConfigError as reason:
                 lack = str(reason)
                 continue
@@ -53,20 +63,22 @@ class ForwardCheck:
                 break
         model.is_compared = True
         if found:
-            self._show(model, min(found, key=lambda one: abs(one.ours - one.theirs)), path)
-        elif lack:
+            return self._result(model, min(found, key=lambda one: abs(one.ours - one.theirs)), path)
+        if lack:
             self._say(run_of(model), f"the val_bpb of {model.name} is not compared with our own: {lack}")
+        return Result(FORWARD)
 
-    def _show(self, model: Model, found: Comparison, path: Path):
-        model.own_val_bpb = found.ours if math.isfinite(found.ours) else None
+    def _result(self, model: Model, found: Comparison, path: Path) -> Result:
+        own = round(found.ours, 6) if math.isfinite(found.ours) else None
+        model.own_val_bpb = own
         if found.agrees:
-            run = run_of(model)
-            self.agreed_s[run] = max(model.saved_s, self.agreed_s.get(run, -1.0))
             log.info("the checkpoint %s: %s", model.name, found.agreement)
-            return
-        doubt = "" if is_of_known_texts(path) else ", unless training evaluated other texts"
-        model.warning = found.sentence + doubt
-        self._say(run_of(model), f"the checkpoint {model.name}: {model.warning}", about="forward")
+        else:
+            doubt = "" if is_of_known_texts(path) else ", unless training evaluated other texts"
+            model.warning = found.sentence + doubt
+            self._say(run_of(model), f"the checkpoint {model.name}: {model.warning}", about=FORWARD)
+        return forward_result({"own_val_bpb": own, "agrees": found.agrees, "val_bpb": found.theirs,
+                               "rows": found.rows, "of_rows": found.of_rows, "shard": found.shard})
 
     def _say(self, run: str, text: str, about: str = ""):
         """Log a warning once for each run."""
@@ -74,9 +86,8 @@ class ForwardCheck:
             self.said.add((run, about))
             log.warning("%s", text)
 
-    async def _compare(self, model: Model, pool: WorkerPool, yields: Yields, evaluation: Evaluation,
-                       shard: Path) -> Comparison:
-        scorer = PoolScorer(pool, yields)
+    async def _compare(self, work: Work, evaluation: Evaluation, shard: Path) -> Comparison:
+        model, scorer = work.model, PoolScorer(work.pool, work.yields)
         scores = list[RowScore]()
         for row in await self._rows(run_of(model), evaluation, shard, scorer):
             [found] = await scorer.score([row], [1], 0)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Iterable, Sequence as Seq
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 from chatlm.common.config import ModelChoice
 from chatlm.common.errors import ConfigError
@@ -59,6 +60,7 @@ class RunWatch:
 
     async def begin(self):
         """Open the last step of each run; the others follow while requests are served."""
+        await self.work.results.load()
         last = {step.run: step for step in await self.sightings.look()}
         await self._open([*last.values()])
         await self._read_logs()
@@ -99,6 +101,15 @@ class RunWatch:
                 return True
         return False
 
+    def removed_steps(self) -> list[dict[str, Any]]:
+        """The steps whose files are gone, as GET /v1/runs/ID lists them."""
+        folders = {run: os.path.realpath(run) for run in self.names.known}
+        runs = {folders[run]: name for run, name in self.names.known.items()}
+        there = {(folders.get(step.run, ""), step.step) for step in self.sightings.there.values()}
+        known = self.work.steps
+        served = {known[model][0].digest for model in self.models.values() if model in known}
+        return self.work.results.removed(Path(os.path.realpath(self.folder)), runs, there, served)
+
     async def _open(self, steps: Iterable[Step]):
         self.names.learn(self.sightings.there.values())  # whichever of them is complete first
         for step in steps:
@@ -136,6 +147,7 @@ class RunWatch:
         self.models[step] = model
         self.many.serve(model)
         log.info("the checkpoint %s is available", model.name)
+        await self.work.opened(step, model)
 
     async def _read_logs(self):
         """Add what the logs of stages say. A step's line may be written after its checkpoint; what was read
@@ -143,8 +155,11 @@ class RunWatch:
         of_runs = {step.run: step.path for step in self.models if step.place}
         logged = await asyncio.to_thread(
             lambda: {run: self.logs.metrics_of(path) for run, path in of_runs.items()})
-        for step, model in self.models.items():
-            model.logged |= logged.get(step.run, {}).get(step.step, {})
+        for step, model in [*self.models.items()]:
+            found = model.logged | logged.get(step.run, {}).get(step.step, {})
+            if found != model.logged:
+                model.logged = found
+                await self.work.note_written(model)
 
     def _refuse(self, step: Step, reason: str, is_whole: bool = False):
         self.sightings.refuse(step.stamp, is_whole=is_whole)

@@ -141,3 +141,25 @@ async def test_what_is_served_otherwise_than_trained_is_not_called_another_forwa
     await until(lambda: any(model.is_compared for model in models.registry.models))
     assert not models.registry.models[0].warning
     assert all((words or "context is 256") in line for line in warnings(caplog))
+
+
+@pytest.mark.parametrize("config, times", (({}, 1), ({"window_pattern": "L"}, 2)))
+async def test_the_next_server_compares_again_only_what_did_not_agree(base, nanochat_fixtures, watching, client, tmp_path, monkeypatch, config, times):
+    write_base(base, nanochat_fixtures, config=config)
+    scored, score = [], PoolScorer.score
+
+    async def seen(self, prompts, starts, top):
+        scored.append(len(prompts[0]))
+        return await score(self, prompts, starts, top)
+
+    monkeypatch.setattr(PoolScorer, "score", seen)
+    for _ in range(2):
+        models = await watching(base, results=str(tmp_path / "results"))
+        async with serving(models, models.settings) as url:
+            await until(lambda: any(model.is_compared for model in models.registry.models))
+            [step] = (await get(client, url + "/v1/runs/d4"))["steps"]
+            assert "own_val_bpb" in step["metrics"] and ("warning" in step) == bool(config)
+        await models.close()
+    assert scored == [513] * 3 * times
+    [line] = [line for line in (tmp_path / "results" / "run-d4-base.jsonl").read_text().splitlines() if "own_val_bpb" in line]
+    assert json.loads(line)["forward"]["agrees"] == (not config)
