@@ -228,8 +228,10 @@ class RunResults:
         return {name: value for result in self._shown(known) for name, value in result.metrics.items()}
 
     def _shown(self, known: StepResults) -> list[Result]:
-        return [result for kind in KINDS for result in known.results.values()
-                if result.kind == kind and self.asked.get(kind) == result.key]
+        """The last result of each kind by what this server asks."""
+        last = {result.kind: result for result in [*known.results.values()]
+                if self.asked.get(result.kind) == result.key}
+        return [last[kind] for kind in KINDS if kind in last]
 
     def removed(self, watched: Path, runs: Mapping[str, RunName], there: Collection[tuple[str, int]],
                 served: Collection[str] = ()) -> list[dict[str, Any]]:
@@ -246,7 +248,8 @@ class RunResults:
                 name = runs.get(folder)
                 is_other = name is None and known.step.run in taken  # another folder has got its name
                 moved = folder not in folders and known.step.digest in served
-                if not (is_other or moved) and (folder, known.step.step) not in there and self.metrics_of(known):
+                is_there = (folder, known.step.step) in there
+                if not (is_other or moved or is_there) and self.metrics_of(known):
                     found.append(self._removed(known, name))
         return found
 

@@ -17,7 +17,8 @@ import tiny_training
 from chatlm.common.config import ApiKey
 from chatlm.front.evals.scores import PoolScorer
 from chatlm.front.pool import step_work
-from chatlm.front.pool.run_results import RunResults, Result, Score, StepOfRun, TEXT, WRITTEN, result_in, text_result
+from chatlm.front.pool.run_results import (
+    RunResults, Result, SAMPLES, Score, StepOfRun, TEXT, WRITTEN, result_in, text_result)
 from fake_pool import serving
 from real_server import get, server
 from watched import all_known, asked, file_of, mounted, remove, run_folder, run_of, scalars_in, until, watching  # noqa: F401
@@ -299,6 +300,18 @@ async def test_results_of_another_folder_are_no_steps_of_this_one():
     for folder in ("/runs/d2", "/runs-of-others/d2", ""):
         await results.add(StepOfRun("d2", "d2", "", 3, folder, 1.0, "a" + folder), Result(WRITTEN, metrics={"val_bpb": 1.0}))
     assert [step["weights_digest"] for step in results.removed(Path("/runs"), {}, set())] == ["a/runs/d2"]
+
+
+async def test_of_results_that_other_flags_have_made_the_last_is_shown_and_of_another_text_none():
+    results = RunResults(None)
+    results.asked |= {TEXT: "text", SAMPLES: "prompts"}
+    step = StepOfRun("d2", "d2", "", 3, "/runs/d2", 1.0, "a")
+    for text, made_by, bits in (("text", "float32", 8.0), ("text", "bfloat16", 16.0), ("other", "bfloat16", 24.0)):
+        await results.add(step, text_result(text, Score(bits, 1, 3))._replace(made_by=made_by))
+        await results.add(step, Result(SAMPLES, "prompts" * (text == "text"), samples=({"prompt": "a", "text": made_by},), made_by=made_by))
+    removed, = results.removed(Path("/runs"), {}, set())
+    assert removed["metrics"] == {"bits_per_byte": 16.0} and removed["samples"] == [{"prompt": "a", "text": "bfloat16"}]
+    assert results.find("a", TEXT, "text", "float32").score.bits == 8.0 and results.find("a", TEXT, "text", "float16") is None
 
 
 @pytest.mark.parametrize("name", ["pipe", "folder", "link"])
