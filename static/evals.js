@@ -3,7 +3,11 @@
 
 {
 
+// `before` and `after`: the names of the chosen steps.
 const shownFlips = {run: "", before: null, after: null, found: null, error: "", isNews: inOrder()};
+
+// A step is named by its number, or by its model among several stages.
+const namesOf = found => new Set(found.map(({run}) => run)).size > 1 ? ({model}) => model : ({step}) => number(step);
 
 const lensButton = (label, onclick) => {
   const made = element("button", {type: "button", className: "icon plain i-lens", title: label, onclick});
@@ -14,14 +18,15 @@ const lensButton = (label, onclick) => {
 // samples --------------------------------------------------------------------------------------------------------------
 
 function samplesOf(found) {
-  const sampled = found.filter(({samples}) => samples?.length), prompts = [...new Set(sampled.flatMap(({samples}) => samples.map(({prompt}) => prompt)))];
+  const sampled = found.filter(({samples}) => samples?.length), prompts = [...new Set(sampled.flatMap(({samples}) => samples.map(({prompt}) => prompt)))], nameOf = namesOf(found);
   if (!sampled.length) return [];
   const head = element("tr", {}, ...[TEXT.runColumns.step, ...prompts].map(textContent => element("th", {textContent, scope: "col", dir: "auto"})));
-  const rows = sampled.map(({model, step, samples}) => {
+  const rows = sampled.map(each => {
+    const {model, samples, state: loaded} = each;
     const texts = new Map(samples.map(({prompt, text}) => [prompt, text]));
-    return element("tr", {}, element("td", {textContent: number(step)}), ...prompts.map(prompt => element("td", {}, ...(texts.has(prompt) ? [
+    return element("tr", {}, element("td", {textContent: nameOf(each)}), ...prompts.map(prompt => element("td", {}, ...(texts.has(prompt) ? [
       element("span", {textContent: texts.get(prompt), dir: "auto"}),
-      lensButton(TEXT.lensOf(model, prompt), () => openLens(model, model, {text: prompt, most: SAMPLE_TOKENS}))] : []))));
+      ...(loaded === "removed" ? [] : [lensButton(TEXT.lensOf(model, prompt), () => openLens(model, model, {text: prompt, most: SAMPLE_TOKENS}))])] : []))));
   });
   const table = element("div", {className: "table", tabIndex: 0}, element("table", {id: "run-samples"}, element("thead", {}, head), element("tbody", {}, ...rows.reverse())));
   return [element("h3", {textContent: TEXT.samples}), table];
@@ -31,27 +36,43 @@ const SAMPLE_TOKENS = 16;          // as the server draws
 
 // items ----------------------------------------------------------------------------------------------------------------
 
+// Verdicts are compared within a run: items of another stage's suite would be other items.
 function flipsOf(name, found) {
-  const judged = found.filter(step => step.judged);
-  if (judged.length < 2) return [];
+  const judged = judgedOf(found), nameOf = namesOf(found);
+  if (!judged.length) return [];
   if (shownFlips.run !== name) Object.assign(shownFlips, {run: name, before: null, after: null, found: null, error: ""});
-  const has = step => judged.some(other => other.step === step);
-  if (!has(shownFlips.before)) shownFlips.before = judged.at(-2).step;
-  if (!has(shownFlips.after)) shownFlips.after = judged.at(-1).step;
-  const choice = (which, label) => element("label", {}, element("span", {textContent: label}), " ", element("select", {
-    id: `flips-${which}`, onchange: ({target}) => { Object.assign(shownFlips, {[which]: Number(target.value), found: null, error: ""}); renderFlips(); }},
-    ...judged.map(({step}) => element("option", {value: step, textContent: number(step), selected: step === shownFlips[which]}))));
-  const act = element("button", {type: "button", id: "flips-show", className: "plain", textContent: TEXT.showFlips, onclick: () => findFlips(name)});
+  if (!judged.some(({model}) => model === shownFlips.after)) shownFlips.after = judged.at(-1).model;
+  const beside = besideOf(judged);
+  if (!beside.some(({model}) => model === shownFlips.before)) shownFlips.before = beside.findLast(({model}) => model !== shownFlips.after).model;
+  const choice = (which, label, steps) => element("label", {}, element("span", {textContent: label}), " ", element("select", {
+    id: `flips-${which}`, onchange: ({target}) => { Object.assign(shownFlips, {[which]: target.value, found: null, error: ""}); renderFlips(); }}, ...optionsOf(which, steps, nameOf)));
+  const act = element("button", {type: "button", id: "flips-show", className: "plain", textContent: TEXT.showFlips, onclick: findFlips});
   const list = element("div", {id: "flips"});
-  fillFlips(list, judged);
-  return [element("h3", {textContent: TEXT.flips}), element("div", {className: "line"}, choice("before", TEXT.flipsBefore), choice("after", TEXT.flipsAfter), act), list];
+  fillFlips(list);
+  return [element("h3", {textContent: TEXT.flips}), element("div", {className: "line"}, choice("before", TEXT.flipsBefore, beside), choice("after", TEXT.flipsAfter, judged), act), list];
 }
 
-async function findFlips(name) {
-  const {before, after} = shownFlips, isNews = shownFlips.isNews();
+const optionsOf = (which, steps, nameOf) => steps.map(step => element("option", {value: step.model, textContent: nameOf(step), selected: step.model === shownFlips[which]}));
+const runOf = step => step.run ?? shownFlips.run;
+
+// The judged steps of the runs that have several.
+function judgedOf(found) {
+  const judged = found.filter(step => step.judged), counts = Map.groupBy(judged, runOf);
+  return judged.filter(step => counts.get(runOf(step)).length > 1);
+}
+
+// Those of the run of the second step.
+function besideOf(judged) {
+  const run = runOf(judged.find(({model}) => model === shownFlips.after));
+  return judged.filter(step => runOf(step) === run);
+}
+
+async function findFlips() {
+  const {run: name, before, after} = shownFlips, isNews = shownFlips.isNews(), judged = judgedOf(shownRun.found), named = model => judged.find(each => each.model === model);
+  if (!named(before) || !named(after)) return;
   try {
-    const response = await accepted(await request(`v1/runs/${encodeURIComponent(name)}?before=${before}&after=${after}`));
-    const {flips} = await response.json();
+    const query = `before=${named(before).step}&after=${named(after).step}`;
+    const {flips} = await (await accepted(await request(`v1/runs/${encodeURIComponent(runOf(named(after)))}?${query}`))).json();
     if (!isNews() || shownFlips.run !== name || shownFlips.before !== before || shownFlips.after !== after) return;
     Object.assign(shownFlips, {found: flips, error: ""});
   } catch (error) {
@@ -61,11 +82,15 @@ async function findFlips(name) {
 }
 
 function renderFlips() {
-  if ($("flips") && shownRun) fillFlips($("flips"), shownRun.found.filter(step => step.judged));
+  if (!$("flips") || !shownRun) return;
+  const judged = judgedOf(shownRun.found), beside = besideOf(judged);
+  if (!beside.some(({model}) => model === shownFlips.before)) shownFlips.before = beside.findLast(({model}) => model !== shownFlips.after).model;
+  $("flips-before").replaceChildren(...optionsOf("before", beside, namesOf(shownRun.found)));
+  fillFlips($("flips"));
 }
 
-function fillFlips(list, judged) {
-  const {found, error, after} = shownFlips, model = judged.find(({step}) => step === after)?.model;
+function fillFlips(list) {
+  const {found, error, after: model} = shownFlips;
   if (error || !found) return list.replaceChildren(...(error ? [element("p", {textContent: error})] : []));
   const items = found.items.map(item => {
     const last = item.texts.map(text => item.chat ? text : text.slice(text.lastIndexOf("\n\n") + 1).trim());
@@ -85,6 +110,6 @@ register({
     nowRight: "Now right", nowWrong: "Now wrong", rightOption: "(right)", rightIs: text => `Right: ${text.trim()}`,
     flipCounts: ({gained, lost, items}) => `${number(gained)} now right, ${number(lost)} now wrong${gained + lost > items.length ? `; the first ${number(items.length)}:` : "."}`,
   },
-  run: {nodes: (steps, found) => steps.length ? [...samplesOf(found ?? []), ...flipsOf(steps[0].run, found ?? [])] : []},
+  run: {nodes: (steps, found) => steps.length ? [...samplesOf(found ?? []), ...flipsOf(shownRun.name, found ?? [])] : []},
 });
 }
