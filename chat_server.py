@@ -162,8 +162,8 @@ from chatlm.front.server.compare import Comparison, read_asked, with_ids
 from chatlm.front.server.connections import room_for_connections, serving
 from chatlm.front.server.conversations import Keeper
 from chatlm.front.server.describe import (
-    A_MODEL, A_NAME, A_RUN, MODELS, MODELS_OF_BOTH, ModelRoutes, alive_body, bare_id, listed_body,
-    ollama_models, ollama_running, ollama_version, openapi_document, readiness_body, stats_body)
+    A_LIST_OF_RUNS, A_MODEL, A_NAME, A_RUN, MODELS, MODELS_OF_BOTH, ModelRoutes, alive_body, bare_id,
+    listed_body, ollama_models, ollama_running, ollama_version, openapi_document, readiness_body, stats_body)
 from chatlm.front.server.downloading import DownloadRoutes
 from chatlm.front.server.history import History
 from chatlm.front.server.ledger import Charge, Ledger, claim_of
@@ -454,7 +454,10 @@ ROUTES = (
           "the same, as in OpenAI's API", returns=MODELS),
     Route("GET", "/v1/models/{name:.+}", Api.OPENAI, "models.handle_model",
           "a served model, by one of its names", returns=A_MODEL),
-    Route("GET", "/v1/runs/{tag:.+}", Api.OPENAI, "models.handle_run", "a run's steps", returns=A_RUN),
+    Route("GET", "/v1/runs", Api.OPENAI, "models.handle_runs", "the runs of --watch, by lineage",
+          returns=A_LIST_OF_RUNS),
+    Route("GET", "/v1/runs/{tag:.+}", Api.OPENAI, "models.handle_run", "the steps of a run or a lineage",
+          returns=A_RUN),
     Route("POST", "/v1/cancel/{id}", Api.OPENAI, "handle_cancel",
           "stop an answer by the X-Request-Id of its response", query=(ONLY_THINKING,)),
     Route("GET", "/v1/streams/{id}", Api.OPENAI, "handle_stream",

@@ -203,8 +203,8 @@ const listedModels = models => {
 // The newest step of a training run is listed twice: first by the name that follows the run.
 const withLatest = model => model.run && model.aliases?.includes(`${model.run}@latest`) ? [{...model, id: `${model.run}@latest`, now: model.id}, model] : [model];
 
-// The list's entry for the chat's model: the one stored in the chat, else the server's default.
-const chatModel = () => state.models.find(({id}) => id === state.chat.model) ?? state.models.find(each => each.default) ?? state.models[0];
+// The list's entry for the chat's model: the one stored in the chat, perhaps by an older name, else the server's default.
+const chatModel = () => state.models.find(({id}) => id === state.chat.model) ?? state.models.find(({aliases}) => aliases?.includes(state.chat.model)) ?? state.models.find(each => each.default) ?? state.models[0];
 
 // Makes the chat's model `state.model`. `base`: it is for texts and can chat all the same, which the chat may ask for (`inTurns`).
 function useModel(stats = state.stats, lists = true) {

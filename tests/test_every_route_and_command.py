@@ -137,6 +137,7 @@ def ask_about_models(ask):
     default = ask("GET", "/v1/models")["data"][0]["id"]
     ask("GET", "/models")
     ask("GET", "/v1/models/{name:.+}", name=default)
+    ask("GET", "/v1/runs")
     ask("GET", "/v1/runs/{tag:.+}", tag="d4")
     ask("GET", "/api/tags")
     ask("GET", "/api/ps")

@@ -55,22 +55,22 @@ def test_steps_of_a_training_stand_on_a_slider(browser, nanochat_fixtures, tmp_p
         open_page(page, url)
         choice = page.get_by_role("combobox", name="Model", exact=True)
         expect(choice.locator("option")).to_have_count(2, timeout=4 * SLOW_MS)
-        expect(choice).to_have_value("d2@latest")
+        expect(choice).to_have_value("d2-base@latest")
         for line in ("/temperature 1", "/seed 3", "/maxtokens 12"):
             command(page, line)
         ask(page, "hello")
         expect_answered(page)
         assert [step for step, _ in run] == [40, 60]                      # while the page is open
         choice.focus()
-        expect(choice.locator("option").nth(2)).to_have_text(re.compile("^d2@latest · now d2@60"), timeout=4 * SLOW_MS)
+        expect(choice.locator("option").nth(2)).to_have_text(re.compile("^d2-base@latest · now d2-base@60"), timeout=4 * SLOW_MS)
         ask(page, "hello again")
         expect_answered(page, 2)
-        assert page.evaluate("state.path.filter(({role}) => role === 'assistant').map(({model}) => model)") == ["d2@20", "d2@60"]
+        assert page.evaluate("state.path.filter(({role}) => role === 'assistant').map(({model}) => model)") == ["d2-base@20", "d2-base@60"]
         inside(answers(page).last, "Compare")
         dialog = page.get_by_role("dialog", name="Compare")
         slider, columns = dialog.get_by_role("slider", name="Step"), dialog.get_by_role("region")
-        expect(slider.nth(1)).to_have_attribute("aria-valuetext", "d2@60")
-        for key, step in (("Home", "d2@20"), ("ArrowRight", "d2@40")):
+        expect(slider.nth(1)).to_have_attribute("aria-valuetext", "d2-base@60")
+        for key, step in (("Home", "d2-base@20"), ("ArrowRight", "d2-base@40")):
             slider.nth(1).press(key)
             expect(slider.nth(1)).to_have_attribute("aria-valuetext", step)
         expect(columns.nth(1).get_by_role("spinbutton", name="Seed")).to_have_value("3")        # a fair comparison

@@ -61,11 +61,14 @@ class Place(NamedTuple):
         return f"{self.experiment}/{self.tag}" if self.experiment else self.tag
 
     @property
+    def lineage(self) -> str:
+        """The name of all stages of its tag."""
+        named = self.experiment not in ("", UNNAMED)
+        return f"{self.experiment}-{self.tag}" if named else self.tag
+
+    @property
     def model_name(self) -> str:
-        if self.alone:
-            return self.tag
-        names = "nanochat", self.experiment, self.tag, self.stage
-        return "-".join(name for name in names if name not in ("", UNNAMED))
+        return self.tag if self.alone else f"nanochat-{self.lineage}-{self.stage}"
 
 
 class Checkpoint(NamedTuple):

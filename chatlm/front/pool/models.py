@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from chatlm.front.pool.adapters import Adapter
     from chatlm.front.pool.pool import WorkerPool
     from chatlm.front.pool.residency import Place
+    from chatlm.front.pool.run_names import RunName
     from chatlm.front.pool.score import Score
 
 
@@ -37,7 +38,8 @@ class Model:
         self.reason, self.failed_s = "", 0.0  # why and when it failed, for the operator
         self.source: ModelSource | None = None
         self.stamp: tuple = ()               # of its files, if --models found it
-        self.run, self.step = "", 0          # TAG and STEP of a checkpoint that --watch found
+        self.run: RunName | None = None      # of a checkpoint that --watch found
+        self.step = 0                        # of that run
         self.score: Score | None = None      # by --watch-text, of a checkpoint
         self.scoring = False                 # is it scored now?
         self.written: dict[str, float] = {}  # metrics that its training has written beside it
@@ -57,7 +59,8 @@ class Model:
     @property
     def accepted_names(self) -> list[str]:
         """All names that a request may use."""
-        return accepted_names(self.names, self.settings.model)
+        older = self.run.older_steps(self.step) if self.run else ()
+        return [*accepted_names(self.names, self.settings.model), *older]
 
     def fits(self, name: str) -> bool:
         """May a request use this name?"""
@@ -137,7 +140,7 @@ class Model:
         """The additional fields of a checkpoint; {} for other models."""
         if not self.run:
             return {}
-        return {"run": self.run, "step": self.step,
+        return {"run": self.run.run, "lineage": self.run.lineage, "stage": self.run.stage, "step": self.step,
                 "bits_per_byte": self.score and round(self.score.bits_per_byte, 6), "scoring": self.scoring}
 
     @property

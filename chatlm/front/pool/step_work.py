@@ -131,7 +131,7 @@ class StepWork:
     def _file_of(self, model: Model) -> Path:
         """The results of its run."""
         assert self.folder
-        return self.folder / f"run-{file_word(model.run)}.jsonl"
+        return self.folder / f"run-{file_word(name_of(model))}.jsonl"
 
     async def _judge(self, suite: Suite, most: int | None, model: Model, pool: WorkerPool,
                      yields: Callable[[], None]):
@@ -158,7 +158,7 @@ class StepWork:
 
     def _note(self, model: Model, digest: str, found: Mapping[str, Any]):
         """Add a line to the run's file, unless an earlier server has added the same."""
-        line = {"tag": model.run, "step": model.step, "weights_digest": digest, **found}
+        line = {"tag": name_of(model), "step": model.step, "weights_digest": digest, **found}
         note(self._file_of(model), line)
 
     def _may_load(self, model: Model) -> bool:
@@ -167,6 +167,11 @@ class StepWork:
         return place is not None and (
             place.serves or place.missing <= residency.budget - residency.used
             and not any(other.waits for other in residency.places if other is not place))
+
+
+def name_of(model: Model) -> str:
+    """The name of its run."""
+    return model.run.run if model.run else ""
 
 
 def asked_lately(pool: WorkerPool) -> bool:

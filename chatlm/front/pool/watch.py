@@ -15,6 +15,7 @@ from chatlm.common.hub.adapters import CONFIG, base_of
 from chatlm.common.hub.steps import find_steps, written_metrics
 from chatlm.common.log import log
 from chatlm.front.pool.names import accepted_names, is_among
+from chatlm.front.pool.run_names import RunNames
 from chatlm.front.pool.sightings import Sightings
 from chatlm.front.pool.step_work import StepWork, asked_lately
 
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 class RunWatch:
     """Serves the checkpoints below --watch while they are written.
 
-    Each checkpoint is a separate model, `TAG@STEP`, with its own workers, so weights never change during an
-    answer: `TAG@latest` is a name that moves from one model to the next. While the old model is in use, the
+    Each checkpoint is a separate model, `RUN@STEP`, with its own workers, so weights never change during an
+    answer: `RUN@latest` is a name that moves from one model to the next. While the old model is in use, the
     new one is loaded first if memory holds both; otherwise requests wait for it. The old one leaves memory
     once its answers have ended and it has had no request for a while.
 
@@ -48,7 +49,7 @@ class RunWatch:
         self.sightings = Sightings(  # folders without any file of a checkpoint are ignored
             lambda: [step for step in find_steps(self.folder) if step.stamp or not step.missing],
             lambda: [step.stamp for step in self.models], self.WATCH_S)
-        self.tags: dict[Path, str] = {}      # by run
+        self.names = RunNames(self.folder)
         self.last: dict[Path, Model] = {}    # by run: the model that has the name `latest`
         self.opened_s = 0.0                  # when a checkpoint was last opened
         self.work = StepWork(many, self.models)
@@ -86,17 +87,17 @@ class RunWatch:
         for step in self.sightings.there.values():
             if step in self.models or self.sightings.is_final(step):
                 continue
-            latest = () if step.run in self.last else (self._latest(step.run),)
-            names = (f"{self.tags[step.run]}@{step.step}", *latest)
+            of_run = self.names.of(step.run)
+            latest = () if step.run in self.last else (of_run.latest,)
+            names = of_run.step(step.step), *of_run.older_steps(step.step), *latest
             if is_among(name, accepted_names(names, str(step.path))):
                 return True
         return False
 
     async def _open(self, steps: Iterable[Step]):
-        for step in self.sightings.there.values():  # so tags do not depend on which step is complete first
-            self._name_run(step)
+        self.names.learn(self.sightings.there.values())  # whichever of them is complete first
         for step in steps:
-            name = f"{self.tags[step.run]}@{step.step}"
+            name = self.names.of(step.run).step(step.step)
             if step.missing:
                 self._refuse(step, f"the checkpoint {step.path.name} of {name} is not complete: "
                                    f"{step.missing} is missing")
@@ -121,10 +122,10 @@ class RunWatch:
             return self._refuse(step, f"the checkpoint {name} is not served: {error}")
         if model.pool is None:
             return self._refuse(step, f"the checkpoint {name} is not served: {model.reason}")
-        model.run, model.step = self.tags[step.run], step.step
+        model.run, model.step = self.names.of(step.run), step.step
         model.written = written_metrics(step)
         self.registry.add(model)
-        self.registry.models.sort(key=lambda model: (model.run, model.step))  # models of no run come first
+        self.registry.models.sort(key=order)
         self.models[step] = model
         self.many.serve(model)
         log.info("the checkpoint %s is available", model.name)
@@ -133,20 +134,18 @@ class RunWatch:
         self.sightings.refuse(step.stamp)
         log.warning("%s", reason)
 
-    def _name_run(self, step: Step):
-        """A run has its tag as a name; its path if another run already has that name."""
-        run = step.run
-        if run not in self.tags:
-            inside = run.is_relative_to(self.folder) and run != self.folder
-            path = str(run.relative_to(self.folder)) if inside else run.name
-            self.tags[run] = path if step.tag in self.tags.values() else step.tag
-
-    def _latest(self, run: Path) -> str:
-        return f"{self.tags[run]}@latest"
-
-    @staticmethod
-    def _give_names(model: Model, names: tuple[str, ...], is_default: bool = False):
-        model.choice = replace(model.choice, aliases=names, default=is_default)
+    def _give_latest(self):
+        """Give the last step of each run its names. If only runs are served, the most recently written one
+        answers requests without a model."""
+        only_runs = all(model in self.models.values() for model in self.registry.models)
+        changed_s = {run: max(step.changed_s for step in self.models if step.run == run) for run in self.last}
+        default = max(changed_s, key=changed_s.__getitem__) if only_runs and changed_s else None
+        for run in self.last:
+            self.names.is_furthest(run)
+        for run, model in self.last.items():
+            name = self.names.of(run)
+            names = [name.latest, *[name.latest_of_lineage] * self.names.is_furthest(run)]
+            model.choice = replace(model.choice, aliases=tuple(dict.fromkeys(names)), default=run == default)
 
     def _dismiss(self, step: Step, why: str):
         """Stop accepting requests for a checkpoint; those that it has may end."""
@@ -154,6 +153,7 @@ class RunWatch:
         log.info("the checkpoint %s %s", model.name, why)
         if self.last.get(step.run) is model:
             del self.last[step.run]
+            self._give_latest()
         self.many.dismiss(model, self.WATCH_S)
 
     def follow(self) -> bool:
@@ -172,25 +172,21 @@ class RunWatch:
                     newest.load()
                 continue
             if holder:
-                self._give_names(holder, ())
+                holder.choice = replace(holder.choice, aliases=(), default=False)
                 if holder.place:
                     holder.place.idle_s = holder.place.idle_s or self.LEAVE_S
                 if holder.pool and newest.pool:  # its users now use the new one
                     newest.pool.dispatcher.asked_s = holder.pool.dispatcher.asked_s
             self.last[run] = newest
-            self._give_names(newest, (self._latest(run),))
-            log.info("%s is now %s", self._latest(run), newest.name)
-            self._mark_default()
+            self._give_latest()
+            for alias in newest.choice.aliases:
+                log.info("%s is now %s", alias, newest.name)
         return coming
 
-    def _mark_default(self):
-        """If only runs are served, the most recently written one answers requests without a model."""
-        if any(model not in self.models.values() for model in self.registry.models):
-            return
-        by_time = sorted(self.last, key=lambda run: max(
-            step.changed_s for step in self.models if step.run == run))
-        for run in by_time:
-            self._give_names(self.last[run], (self._latest(run),), is_default=run == by_time[-1])
+
+def order(model: Model) -> tuple:
+    """Models of no run first, then the steps of each run."""
+    return model.run.order if model.run else ("", -1, ""), model.step
 
 
 def in_use(model: Model, residency: Residency) -> bool:

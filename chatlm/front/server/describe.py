@@ -7,7 +7,7 @@ import hashlib
 import importlib.util
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence as Seq
+from collections.abc import Callable, Iterable, Mapping, Sequence as Seq
 from typing import TYPE_CHECKING
 
 from chatlm import __version__
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from chatlm.front.evals.flips import Verdicts
     from chatlm.front.pool.catalogue import Catalogue
     from chatlm.front.pool.models import Model, Served
+    from chatlm.front.pool.run_names import RunName
     from chatlm.front.server.access import Access
     from chatlm.front.server.bodies import Bodies
     from chatlm.front.server.routes import Route
@@ -87,10 +88,11 @@ A_MODEL = {"type": "object", "properties": {
                        "a hash of the sizes of the weight files and of 256 samples of each"},
     "arithmetic": {**A_TEXT, "description": "--arithmetic: fast or fine"},
     "better": {**A_TEXT, "description": "of a demonstration model: a MODEL that fits here, or nothing"},
-    "run": {**A_TEXT, "description": "of a checkpoint: the training run, TAG of TAG@STEP"},
+    "run": {**A_TEXT, "description": "of a checkpoint: the training run, RUN of RUN@STEP"},
+    "lineage": {**A_TEXT, "description": "of a checkpoint: the run together with its other stages"},
     "step": {"type": "integer", "description": "of a checkpoint"},
     "tag": {**A_TEXT, "description": "of a checkpoint of nanochat: its run's folder, such as d20"},
-    "stage": {"enum": ["base", "mid", "sft", "rl"], "description": "of a checkpoint of nanochat"},
+    "stage": {"enum": ["base", "mid", "sft", "rl", "chat", ""], "description": "of a checkpoint of nanochat"},
     "bits_per_byte": {"type": ["number", "null"],
                       "description": "of a checkpoint: how well it predicts --watch-text, once scored"},
     "scoring": {"type": "boolean", "description": "of a checkpoint: whether it is scored now"},
@@ -178,12 +180,19 @@ def model_body(served: Served, is_default: bool = True) -> dict:
 A_FLIP = {"type": "object", "properties": {
     "task": A_TEXT, "item": {"type": "integer"}, "correct": {"type": "boolean", "description": "in `after`"},
     "chat": {"type": "boolean"}, "texts": {"type": "array", "items": A_TEXT}}}
-A_RUN = {"type": "object", "properties": {"flips": {
+A_STAGE = {"type": "object", "properties": {
+    "id": A_TEXT, "stage": A_TEXT, "steps": {"type": "integer"}, "latest": A_TEXT}}
+RUN_PARTS = {"object": A_TEXT, "id": A_TEXT, "runs": {
+    "type": "array", "items": A_STAGE, "description": "its stages as they were trained, each a run"}}
+A_LIST_OF_RUNS = {"type": "object", "properties": {
+    "object": A_TEXT, "data": {"type": "array", "items": {"type": "object", "properties": RUN_PARTS}}}}
+A_RUN = {"type": "object", "properties": {**RUN_PARTS, "flips": {
     "type": "object", "description": "with ?before=STEP&after=STEP: items that only one of them got right",
     "properties": {"gained": {"type": "integer"}, "lost": {"type": "integer"},
                    "items": {"type": "array", "items": A_FLIP}}}, "steps": {"type": "array", "items": {
     "type": "object", "properties": {
-        "model": A_TEXT, "step": {"type": "integer"}, "state": A_MODEL["properties"]["state"],
+        "model": A_TEXT, "run": A_TEXT, "stage": A_TEXT, "step": {"type": "integer"},
+        "state": A_MODEL["properties"]["state"],
         "weights_digest": A_TEXT, "judged": {"type": "boolean"},
         "metrics": {"type": "object", "additionalProperties": {"type": "number"},
                     "description": "what is known of the step so far"},
@@ -191,29 +200,68 @@ A_RUN = {"type": "object", "properties": {"flips": {
             "prompt": A_TEXT, "text": A_TEXT}}}}}}}}
 
 
-def run_body(tag: str, seen: Seq[Served]) -> dict:
-    """The response of /v1/runs/{tag}: its checkpoints and their metrics. RequestError 404 for no run."""
-    steps = sorted((served for served in seen if served.model.run == tag and not served.adapter),
-                   key=lambda served: served.model.step)
-    if not steps:
-        runs = sorted({served.model.run for served in seen} - {""})
-        raise RequestError(f"there is no run {shown(tag)} here; {', '.join(runs[:20]) or 'none is watched'}",
+def steps_of_runs(seen: Seq[Served]) -> dict[RunName, list[Served]]:
+    """The checkpoints of each run, all in order of training."""
+    steps: dict[RunName, list[Served]] = {}
+    for served in seen:
+        if served.model.run and not served.adapter:
+            steps.setdefault(served.model.run, []).append(served)
+    return {run: sorted(steps[run], key=lambda served: served.model.step)
+            for run in sorted(steps, key=lambda run: run.order)}
+
+
+def runs_named(name: str, seen: Seq[Served]) -> dict[RunName, list[Served]]:
+    """The steps of a run, or of all runs of a lineage. RequestError 404 for no such."""
+    steps = steps_of_runs(seen)
+    found = {run: steps[run] for run in steps if name == run.run} or {
+        run: steps[run] for run in steps if name == run.lineage} or {
+        run: steps[run] for run in steps if name in run.older}
+    if not found:
+        names = ", ".join([*dict.fromkeys(each for run in steps for each in (run.lineage, run.run))][:20])
+        raise RequestError(f"there is no run {shown(name)} here; {names or 'none is watched'}",
                            status=404, code="not_found", param="tag")
-    return {"object": "run", "id": tag, "steps": [
-        {"model": served.name, "step": served.model.step, "state": served.state,
+    return found
+
+
+def run_parts(name: str, steps: Mapping[RunName, Seq[Served]]) -> dict:
+    return {"object": "run", "id": name, "runs": [
+        {"id": run.run, "stage": run.stage, "steps": len(of_run), "latest": of_run[-1].name}
+        for run, of_run in steps.items()]}
+
+
+def list_of_runs(seen: Seq[Served]) -> dict:
+    """The response of /v1/runs: each lineage with its runs."""
+    lineages: dict[str, dict[RunName, list[Served]]] = {}
+    for run, steps in steps_of_runs(seen).items():
+        lineages.setdefault(run.lineage, {})[run] = steps
+    return {"object": "list", "data": [run_parts(name, runs) for name, runs in lineages.items()]}
+
+
+def run_body(name: str, seen: Seq[Served]) -> dict:
+    """The response of /v1/runs/{tag}: checkpoints of a run or a lineage, and their metrics. RequestError 404
+    for no such."""
+    found = runs_named(name, seen)
+    return {**run_parts(name, found), "steps": [
+        {"model": served.name, "run": run.run, "stage": run.stage,
+         "step": served.model.step, "state": served.state,
          "weights_digest": "" if served.failed else served.pool.supervisor.card.facts.digest,
          "metrics": served.model.metrics, "judged": served.model.verdicts is not None,
-         "samples": served.model.samples} for served in steps]}
+         "samples": served.model.samples} for run, steps in found.items() for served in steps]}
 
 
 def verdicts_among(seen: Seq[Served], tag: str, name: str, step: str | None) -> Verdicts:
-    """Those of a run's step. RequestError if it has none."""
-    judged = {str(served.model.step): served.model.verdicts for served in seen
-              if served.model.run == tag and served.model.verdicts}
+    """Those of a run's step, which is given by its number or, in a lineage, by the model's name. RequestError
+    if it has none."""
+    judged: dict[str, Verdicts] = {}
+    for steps in runs_named(tag, seen).values():
+        for served in steps:
+            if served.model.verdicts:
+                judged[served.name] = judged[str(served.model.step)] = served.model.verdicts
     found = judged.get(step or "")
     if found is None:
+        steps = [each for each in judged if each.isdigit()]
         raise invalid(name, f"{name} is {shown(step)}; --watch-suite has judged the steps "
-                            f"{', '.join(sorted(judged, key=int)[-20:]) or 'none'}")
+                            f"{', '.join(sorted(steps, key=int)[-20:]) or 'none'}")
     return found
 
 
@@ -317,6 +365,9 @@ class ModelRoutes:
         default = default_among(self.catalogue.registry.listed(bound))
         body = model_body(served, served == default)
         return json_response(anthropic_model(body) if asks_as_anthropic(http) else body)
+
+    async def handle_runs(self, http: web.Request) -> web.Response:
+        return json_response(list_of_runs(self.catalogue.registry.listed(REQUEST_LOG.get().bound)))
 
     async def handle_run(self, http: web.Request) -> web.Response:
         """With `before` and `after`, steps that --watch-suite has judged, also the items that differ."""

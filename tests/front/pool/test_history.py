@@ -167,19 +167,19 @@ async def test_the_history_of_a_watched_run(history, nanochat_fixtures, tmp_path
     model = tiny_training.Model(tiny_training.CONFIG)
 
     async def scene(seen):
-        await seen.step("nothing yet", asked=("", "d2@latest"))
+        await seen.step("nothing yet", asked=("", "d2-base@latest"))
         tiny_training.save(model, base / "base_checkpoints" / "d2", 10)
-        await seen.step("the first step", lambda found: "d2@10" in found, ("d2@latest", "d2@10"), line="d2@latest is")
+        await seen.step("the first step", lambda found: "d2-base@10" in found, ("d2-base@latest", "d2-base@10"), line="d2-base@latest is")
         with_meta = base / "base_checkpoints" / "d2" / "meta_000010.json"
         shutil.copyfile(base / "base_checkpoints" / "d2" / "model_000010.pt", base / "base_checkpoints" / "d2" / "model_000015.pt")
-        await seen.step("a step without its meta", asked=("d2@15",), line="d2@15")
+        await seen.step("a step without its meta", asked=("d2-base@15",), line="d2-base@15")
         shutil.copyfile(with_meta, with_meta.with_name("meta_000015.json"))
-        await seen.step("it gets it", lambda found: "d2@15" in found, ("d2@latest",), line="d2@latest is")
+        await seen.step("it gets it", lambda found: "d2-base@15" in found, ("d2-base@latest",), line="d2-base@latest is")
         (base / "base_checkpoints" / "d2" / "model_000020.pt").write_bytes(b"broken")
         shutil.copyfile(with_meta, with_meta.with_name("meta_000020.json"))
-        await seen.step("a broken step", asked=("d2@20", "d2@latest"), line="d2@20")
+        await seen.step("a broken step", asked=("d2-base@20", "d2-base@latest"), line="d2-base@20")
         (base / "base_checkpoints" / "d2" / "model_000010.pt").unlink()
-        await seen.step("the first step goes", lambda found: "d2@10" not in found, ("d2@10", "d2@latest"), line="d2@10 was removed")
+        await seen.step("the first step goes", lambda found: "d2-base@10" not in found, ("d2-base@10", "d2-base@latest"), line="d2-base@10 was removed")
 
     (base / "base_checkpoints").mkdir()
     await history("watch", scene, watch=str(base))

@@ -72,10 +72,10 @@ async def test_a_new_file_and_a_new_checkpoint_that_do_not_fit_are_refused(start
     shutil.copytree(nanochat_fixtures / "gen5", tmp_path / "models" / "late")
     list(tiny_training.train(tmp_path / "run", 1, 1))
     async with serving(models, models.settings) as url:
-        await until(lambda: len(models.registry.models) == 2 and "d2@1 is not served" in caplog.text)
+        await until(lambda: len(models.registry.models) == 2 and "d2-base@1 is not served" in caplog.text)
         status, body = await ask(client, url, models.registry.models[-1].name)
         assert status == 503 and "the pinned models leave" in body["error"]["message"]
-        assert (await ask(client, url, "d2@1"))[0] == 404
+        assert (await ask(client, url, "d2-base@1"))[0] == 404
         assert (await ask(client, url, "pinned"))[0] == 200
 
 

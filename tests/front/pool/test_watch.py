@@ -91,25 +91,25 @@ async def swaps_under_load(run_folder, watching, client, count, talkers):
     async def talk(url, number):
         while not ended.is_set():
             text = f"hello {number}"
-            status, body = await ask(client, url, "d2@latest", text)
+            status, body = await ask(client, url, "d2-base@latest", text)
             assert status == 200, body
-            answers.append((int(body["model"].removeprefix("d2@")), text, body["choices"][0]["message"]["content"]))
+            answers.append((int(body["model"].removeprefix("d2-base@")), text, body["choices"][0]["message"]["content"]))
 
     async with serving(models, models.settings) as url:
         run = tiny_training.train(run_folder, 2 * count, 2)
         next(run)
-        await until(lambda: "d2@latest" in names())
+        await until(lambda: "d2-base@latest" in names())
         talks = [asyncio.ensure_future(talk(url, number)) for number in range(talkers)]
         for step, _ in run:
-            await until(lambda: models.registry.find("d2@latest").name == f"d2@{step}" or any(talk.done() for talk in talks))
+            await until(lambda: models.registry.find("d2-base@latest").name == f"d2-base@{step}" or any(talk.done() for talk in talks))
             before = len(answers)
             await until(lambda: len(answers) >= before + 2 * talkers or any(talk.done() for talk in talks))
         ended.set()
         await asyncio.gather(*talks)
         async with client.get(url + "/v1/models") as response:
             listed = (await response.json())["data"]
-    assert [model["id"] for model in listed] == [f"d2@{step}" for step in range(2, 2 * count + 1, 2)]
-    assert [model["aliases"] for model in listed if model["step"] == 2 * count] == [["d2@latest"]]
+    assert [model["id"] for model in listed] == [f"d2-base@{step}" for step in range(2, 2 * count + 1, 2)]
+    assert [model["aliases"] for model in listed if model["step"] == 2 * count] == [["d2-base@latest", "d2@latest"]]
     seen = {(step, text): content for step, text, content in answers}
     assert all(seen[step, text] == content for step, text, content in answers)
     assert len({step for step, _ in seen}) == count and len({content for content in seen.values()}) > count
@@ -141,36 +141,36 @@ async def test_half_written_broken_replaced_and_deleted_checkpoints_are_told_onc
     known = lambda: {model.name for model in models.registry.models}
     lines = lambda word: [record.getMessage() for record in caplog.records if word in record.getMessage()]
     async with serving(models, models.settings) as url:
-        await until(lambda: known() == {"d2@1", "d2@2", "d2@3", "d2@4"} and lines("model_000005") and lines("d2@6 is not served"))
-        first, last = [(await ask(client, url, name))[1]["choices"][0]["message"]["content"] for name in ("d2@1", "d2@latest")]
+        await until(lambda: known() == {"d2-base@1", "d2-base@2", "d2-base@3", "d2-base@4"} and lines("model_000005") and lines("d2-base@6 is not served"))
+        first, last = [(await ask(client, url, name))[1]["choices"][0]["message"]["content"] for name in ("d2-base@1", "d2-base@latest")]
         assert first != last
         # one that answers now is replaced by another, in place: the answer ends on the old one
-        old = models.find("d2@4").model
+        old = models.find("d2-base@4").model
         [worker] = old.pool.workers
         os.kill(worker.process.pid, signal.SIGSTOP)      # or the answer might have ended before anybody looked
-        long = asyncio.ensure_future(ask(client, url, "d2@4", max_tokens=100, ignore_eos=True))
+        long = asyncio.ensure_future(ask(client, url, "d2-base@4", max_tokens=100, ignore_eos=True))
         await until(lambda: old.pool.dispatcher.running)
         replaced = torch.load(file_of(run_folder, 1), weights_only=True)
         torch.save(replaced, file_of(run_folder, 4))
         os.kill(worker.process.pid, signal.SIGCONT)
-        await until(lambda: old not in models.registry.models and "d2@4" in known() and models.find("d2@latest").name == "d2@4")
+        await until(lambda: old not in models.registry.models and "d2-base@4" in known() and models.find("d2-base@latest").name == "d2-base@4")
         status, body = await long
         assert status == 200 and body["choices"][0]["message"]["content"].startswith(last[:8])
-        assert (await ask(client, url, "d2@latest"))[1]["choices"][0]["message"]["content"] == first
+        assert (await ask(client, url, "d2-base@latest"))[1]["choices"][0]["message"]["content"] == first
         file_of(run_folder, 4).unlink()
-        await until(lambda: models.registry.find("d2@latest").name == "d2@3")
-        assert (await ask(client, url, "d2@4"))[0] == 404 and (await ask(client, url, "d2@latest"))[1]["model"] == "d2@3"
+        await until(lambda: models.registry.find("d2-base@latest").name == "d2-base@3")
+        assert (await ask(client, url, "d2-base@4"))[0] == 404 and (await ask(client, url, "d2-base@latest"))[1]["model"] == "d2-base@3"
         file_of(run_folder, 5).write_bytes(whole)
         shutil.copy(folder / "meta_000004.json", folder / "meta_000005.json")
-        await until(lambda: "d2@5" in known())
-        assert (await ask(client, url, "d2@5"))[1]["choices"][0]["message"]["content"] == first
+        await until(lambda: "d2-base@5" in known())
+        assert (await ask(client, url, "d2-base@5"))[1]["choices"][0]["message"]["content"] == first
         shutil.rmtree(folder)
         await until(lambda: not known())
-        status, body = await ask(client, url, "d2@5")
+        status, body = await ask(client, url, "d2-base@5")
         assert status == 503 and "no complete checkpoint" in body["error"]["message"]
-    assert len(lines("model_000005")) == len(lines("d2@6 is not served")) == 1
-    assert "meta_000005.json is missing" in lines("model_000005")[0] and not lines("d2@7")
-    assert len(lines("d2@4 was replaced")) == len(lines("d2@4 was removed")) == 1
+    assert len(lines("model_000005")) == len(lines("d2-base@6 is not served")) == 1
+    assert "meta_000005.json is missing" in lines("model_000005")[0] and not lines("d2-base@7")
+    assert len(lines("d2-base@4 was replaced")) == len(lines("d2-base@4 was removed")) == 1
 
 
 async def test_health_says_what_an_empty_watched_folder_waits_for_without_its_path(run_folder, watching, client):
@@ -194,10 +194,10 @@ async def test_a_worker_refuses_files_that_are_not_those_that_were_seen(run_fold
     models = await watching(run_folder)
     async with serving(models, models.settings) as url:
         await until(lambda: len(models.registry.models) == 2)
-        model = models.find("d2@2").model
-        assert (await ask(client, url, "d2@2"))[0] == 200
+        model = models.find("d2-base@2").model
+        assert (await ask(client, url, "d2-base@2"))[0] == 200
         os.kill(model.pool.workers[0].process.pid, signal.SIGSTOP)      # or the answer might have ended before anybody looked
-        asked = asyncio.ensure_future(ask(client, url, "d2@2", max_tokens=100, ignore_eos=True))
+        asked = asyncio.ensure_future(ask(client, url, "d2-base@2", max_tokens=100, ignore_eos=True))
         await until(lambda: model.pool.dispatcher.running)
         shutil.copy(file_of(run_folder, 1), file_of(run_folder, 2))
         model.pool.workers[0].kill()
@@ -241,23 +241,23 @@ async def test_a_step_that_is_overwritten_is_waited_for_and_not_said_to_be_unkno
             return response.status, response.headers.get("Retry-After"), await response.text()
 
     async with serving(models, models.settings) as url:
-        await until(lambda: {"d2@1", "d2@2", "d2@3", "d2@4"} <= names())
+        await until(lambda: {"d2-base@1", "d2-base@2", "d2-base@3", "d2-base@4"} <= names())
         whole = file_of(run_folder, 1).read_bytes()
         with open(path, "wb") as file:
             for at in range(0, len(whole), len(whole) // 40):
                 file.write(whole[at:at + len(whole) // 40])
                 file.flush()
-                status, later, text = await asked("d2@4")
+                status, later, text = await asked("d2-base@4")
                 assert status in (200, 503) and (status == 200 or int(later) > 0), text
                 parts.append(status)
                 await asyncio.sleep(0.05)
         assert parts[-1] == 503
-        async with client.get(url + "/v1/models/d2@4") as response:
+        async with client.get(url + "/v1/models/d2-base@4") as response:
             assert response.status in (200, 503)
-        assert (await asked("d2@latest"))[0] == 200           # of the step before, while the newest is written
-        assert (await asked("d2@9"))[0] == 404                # nobody writes it
-        await until(lambda: "d2@4" in names())
-        assert (await asked("d2@4"))[0] == 200
+        assert (await asked("d2-base@latest"))[0] == 200           # of the step before, while the newest is written
+        assert (await asked("d2-base@9"))[0] == 404                # nobody writes it
+        await until(lambda: "d2-base@4" in names())
+        assert (await asked("d2-base@4"))[0] == 200
         # the only step of the run, and one that was never there
         for step in (1, 2, 3):
             file_of(run_folder, step).unlink()
@@ -265,7 +265,7 @@ async def test_a_step_that_is_overwritten_is_waited_for_and_not_said_to_be_unkno
         shutil.copy(path, file_of(run_folder, 5))
         shutil.copy(path.with_name("meta_000004.json"), path.with_name("meta_000005.json"))
         await until(lambda: not names())
-        for name in ("d2@4", "d2@5", "d2@latest"):
+        for name in ("d2-base@4", "d2-base@5", "d2-base@latest"):
             status, later, text = await asked(name)
             assert status == 503 and int(later) > 0, text
 
@@ -279,15 +279,15 @@ async def test_a_refused_checkpoint_is_unknown_once_nobody_writes_it(run_folder,
         file_of(run_folder, 2).write_bytes(whole[:1000])
         watch, = models.watches
         await until(lambda: watch.sightings.refused)
-        status, body = await ask(client, url, "d2@2")
+        status, body = await ask(client, url, "d2-base@2")
         assert status == 503 and "being written" in body["error"]["message"]     # the trainer may have paused
         os.utime(file_of(run_folder, 2), (1e9, 1e9))
         os.utime(file_of(run_folder, 2).with_name("meta_000002.json"), (1e9, 1e9))
         os.utime(run_folder / "tokenizer" / "tokenizer.pkl", (1e9, 1e9))
         deadline_s = time.monotonic() + 60
-        while (found := await ask(client, url, "d2@2"))[0] == 503 and time.monotonic() < deadline_s:
+        while (found := await ask(client, url, "d2-base@2"))[0] == 503 and time.monotonic() < deadline_s:
             await asyncio.sleep(0.05)
-        assert found[0] == 404 and "d2@1" in found[1]["error"]["message"]
+        assert found[0] == 404 and "d2-base@1" in found[1]["error"]["message"]
 
 
 async def test_files_that_are_put_back_are_read_again(run_folder, watching, client):
@@ -296,20 +296,20 @@ async def test_files_that_are_put_back_are_read_again(run_folder, watching, clie
     models = await watching(run_folder)
     async with serving(models, models.settings) as url:
         await until(lambda: len(models.registry.models) == 2)
-        model, aside = models.find("d2@2").model, run_folder / "aside"
-        before = (await ask(client, url, "d2@2"))[1]["choices"][0]["message"]["content"]
+        model, aside = models.find("d2-base@2").model, run_folder / "aside"
+        before = (await ask(client, url, "d2-base@2"))[1]["choices"][0]["message"]["content"]
         watch, = models.watches
         seen = watch.sightings.find()
         watch.sightings.find = lambda: seen                  # no scan sees that the file is away
         file_of(run_folder, 2).rename(aside)
         model.pool.workers[0].kill()
-        await until(lambda: models.find("d2@2").model.pool is None or models.find("d2@2").model is not model)
+        await until(lambda: models.find("d2-base@2").model.pool is None or models.find("d2-base@2").model is not model)
         aside.rename(file_of(run_folder, 2))
-        await until(lambda: any(other.name == "d2@2" and other is not model for other in models.registry.models))
-        assert (await ask(client, url, "d2@2"))[1]["choices"][0]["message"]["content"] == before
+        await until(lambda: any(other.name == "d2-base@2" and other is not model for other in models.registry.models))
+        assert (await ask(client, url, "d2-base@2"))[1]["choices"][0]["message"]["content"] == before
 
 
-async def test_of_two_runs_with_one_name_the_second_has_its_path_and_the_last_written_is_the_default(run_folder, watching, client):
+async def test_two_stages_of_a_tag_have_names_and_the_last_written_is_the_default(run_folder, watching, client):
     list(tiny_training.train(run_folder, 2, 1))
     shutil.copytree(run_folder / "base_checkpoints", run_folder / "chatsft_checkpoints")
     for file in (run_folder / "chatsft_checkpoints" / "d2").iterdir():
@@ -318,9 +318,45 @@ async def test_of_two_runs_with_one_name_the_second_has_its_path_and_the_last_wr
     async with serving(models, models.settings) as url:
         await until(lambda: len(models.registry.models) == 4)
         assert {model.name for model in models.registry.models} == {
-            "d2@1", "d2@2", "chatsft_checkpoints/d2@1", "chatsft_checkpoints/d2@2"}
-        assert (await ask(client, url, ""))[1]["model"] == "d2@2"
-        assert (await ask(client, url, "chatsft_checkpoints/d2@latest", ignored="x" * 70_000))[1]["model"] == "chatsft_checkpoints/d2@2"
+            "d2-base@1", "d2-base@2", "d2-sft@1", "d2-sft@2"}
+        assert (await ask(client, url, ""))[1]["model"] == "d2-base@2"
+        assert (await ask(client, url, "d2-sft@latest", ignored="x" * 70_000))[1]["model"] == "d2-sft@2"
+
+
+async def test_a_lineage_goes_on_to_its_next_stage_and_never_back_in_silence(run_folder, watching, client):
+    list(tiny_training.train(run_folder, 2, 1))
+    models = await watching(run_folder)
+    async with serving(models, models.settings) as url:
+        await until(lambda: len(models.registry.models) == 2)
+        assert (await ask(client, url, "d2@latest"))[1]["model"] == "d2-base@2" == (await ask(client, url, "d2@2"))[1]["model"]
+        shutil.copytree(run_folder / "base_checkpoints", run_folder / "chatrl_checkpoints")
+        await until(lambda: len(models.registry.models) == 4 and models.find("d2@latest").name == "d2-rl@2")
+        for name in ("d2@2", "d2@3"):       # which of the two stages?
+            status, body = await ask(client, url, name)
+            assert status == 404 and ("d2-base@2" in body["error"]["message"] or name == "d2@3")
+        assert (await ask(client, url, "chatrl_checkpoints/d2@1"))[1]["model"] == "d2-rl@1"      # as an earlier version called it
+        async with client.get(url + "/v1/runs") as response:
+            [lineage] = (await response.json())["data"]
+        assert lineage["id"] == "d2" and lineage["runs"] == [
+            {"id": f"d2-{stage}", "stage": stage, "steps": 2, "latest": f"d2-{stage}@2"} for stage in ("base", "rl")]
+        for name, steps in (("d2", ["d2-base@1", "d2-base@2", "d2-rl@1", "d2-rl@2"]), ("d2-rl", ["d2-rl@1", "d2-rl@2"])):
+            async with client.get(f"{url}/v1/runs/{name}") as response:
+                assert [step["model"] for step in (await response.json())["steps"]] == steps
+        shutil.rmtree(run_folder / "chatrl_checkpoints")
+        await until(lambda: len(models.registry.models) == 2)
+        status, body = await ask(client, url, "d2@latest")
+        assert status == 404 and "d2-base@latest" in body["error"]["message"]
+        assert (await ask(client, url, "d2-base@latest"))[1]["model"] == "d2-base@2"
+
+
+async def test_a_folder_that_has_the_name_of_a_stage_wins(run_folder, watching, client):
+    list(tiny_training.train(run_folder, 1, 1))
+    shutil.copytree(run_folder / "base_checkpoints" / "d2", run_folder / "base_checkpoints" / "d2-base")
+    models = await watching(run_folder)
+    async with serving(models, models.settings) as url:
+        await until(lambda: len(models.registry.models) == 2)
+        assert {model.name for model in models.registry.models} == {"base_checkpoints/d2@1", "d2-base-base@1"}
+        assert (await ask(client, url, "d2-base@1"))[1]["model"] == "d2-base-base@1"
 
 
 @pytest.mark.slow
@@ -330,8 +366,8 @@ async def test_old_steps_take_turns_where_memory_holds_one(run_folder, watching,
     models = await watching(run_folder, models_memory=230 * MIB, prefix_memory=0)
     async with serving(models, models.settings) as url:
         await until(lambda: len(models.registry.models) == 3)
-        answers = await asyncio.gather(*(ask(client, url, f"d2@{step}") for step in (1, 2, 3)))
-        assert [body["model"] for _, body in answers] == ["d2@1", "d2@2", "d2@3"]
+        answers = await asyncio.gather(*(ask(client, url, f"d2-base@{step}") for step in (1, 2, 3)))
+        assert [body["model"] for _, body in answers] == ["d2-base@1", "d2-base@2", "d2-base@3"]
         status, events = await compared(client, url, steps=[1, 2, 3])
         assert status == 200 and [end["finish_reason"] for end in events[-1]["answers"]] == ["length"] * 3
         assert models.residency.used <= 230 * MIB
@@ -354,15 +390,15 @@ async def test_steps_are_compared_with_the_same_noise_and_it_is_said_where_each_
         assert status == 200 and events[-1]["done"] is True
         texts = ["".join(event["token"] for event in events if event.get("index") == index and "token" in event) for index in range(3)]
         for index, step in enumerate((2, 4, 6)):
-            answer = (await ask(client, url, f"d2@{step}", logprobs=True))[1]["choices"][0]
-            assert answer["message"]["content"] == texts[index] and events[-1]["answers"][index]["model"] == f"d2@{step}"
+            answer = (await ask(client, url, f"d2-base@{step}", logprobs=True))[1]["choices"][0]
+            assert answer["message"]["content"] == texts[index] and events[-1]["answers"][index]["model"] == f"d2-base@{step}"
             logprobs = [(token["bytes"], token["logprob"]) for token in answer["logprobs"]["content"]]
             if index == 0:
                 first = logprobs
                 continue
             [differs] = [event["differs"] for event in events if event.get("differs", {}).get("index") == index]
             at = next(at for at, pair in enumerate(zip(first, logprobs)) if pair[0][0] != pair[1][0])
-            assert differs["model"] == f"d2@{step}" and differs["position"] == at
+            assert differs["model"] == f"d2-base@{step}" and differs["position"] == at
             assert differs["probabilities"] == pytest.approx([2.718281828459045 ** line[at][1] for line in (first, logprobs)])
         assert len({end["seed"] for end in events[-1]["answers"]}) == 1
         before = texts
@@ -370,7 +406,7 @@ async def test_steps_are_compared_with_the_same_noise_and_it_is_said_where_each_
         assert status == 200 and len([*(tmp_path / "struck").iterdir()]) == 3       # each answer's worker died once
         texts = ["".join(event["token"] for event in events if event.get("index") == index and "token" in event) for index in range(3)]
         assert texts == before and [end["finish_reason"] for end in events[-1]["answers"]] == ["length"] * 3
-        status, events = await compared(client, url, variants=[{"model": "d2@2"}, {"model": "d2@2"}, {"seed": 6}], model="d2@2")
+        status, events = await compared(client, url, variants=[{"model": "d2-base@2"}, {"model": "d2-base@2"}, {"seed": 6}], model="d2-base@2")
         assert [event["differs"]["index"] for event in events if "differs" in event] == [2]
         body = {"messages": [{"role": "user", "content": "hello"}], "steps": [2, 4], "ignore_eos": True}
         async with client.post(url + "/v1/compare", json=body) as response:
@@ -384,12 +420,12 @@ async def test_what_cannot_be_compared_is_refused_before_the_stream(run_folder, 
     async with serving(models, models.settings) as url:
         await until(lambda: len(models.registry.models) == 2)
         for body, words in (
-                ({}, "one of models, steps and variants"), ({"models": ["d2@1"]}, "models must be a list of 2 to 8"), ({"models": []}, "2 to 8"),
-                ({"variants": []}, "variants must be a list of 2 to 8"), ({"variants": [{}] * 9}, "2 to 8"), ({"steps": [1] * 9}, "2 to 8"), ({"variants": "d2@1"}, "2 to 8"),
-                ({"variants": [{"model": "d2@1"}, {"model": 3}]}, "variants[1].model"), ({"models": ["d2@1", "d2@2"], "variants": [{}, {}]}, "models and variants is here"),
-                ({"variants": [{}, {"max_tokens": 0}]}, "variants[1].max_tokens"), ({"models": ["d2@1"] * 9}, "2 to 8"),
-                ({"models": ["d2@1", "d2@2"], "steps": [1, 2]}, "models and steps is here"), ({"steps": [1, "x"]}, "steps"),
-                ({"models": ["d2@1", "d2@77"]}, "d2@77"), ({"steps": [1, 77]}, "d2@77"), ({"variants": [{}, {"temperature": 9}]}, r"variants[1].temperature"),
+                ({}, "one of models, steps and variants"), ({"models": ["d2-base@1"]}, "models must be a list of 2 to 8"), ({"models": []}, "2 to 8"),
+                ({"variants": []}, "variants must be a list of 2 to 8"), ({"variants": [{}] * 9}, "2 to 8"), ({"steps": [1] * 9}, "2 to 8"), ({"variants": "d2-base@1"}, "2 to 8"),
+                ({"variants": [{"model": "d2-base@1"}, {"model": 3}]}, "variants[1].model"), ({"models": ["d2-base@1", "d2-base@2"], "variants": [{}, {}]}, "models and variants is here"),
+                ({"variants": [{}, {"max_tokens": 0}]}, "variants[1].max_tokens"), ({"models": ["d2-base@1"] * 9}, "2 to 8"),
+                ({"models": ["d2-base@1", "d2-base@2"], "steps": [1, 2]}, "models and steps is here"), ({"steps": [1, "x"]}, "steps"),
+                ({"models": ["d2-base@1", "d2-base@77"]}, "d2-base@77"), ({"steps": [1, 77]}, "d2-base@77"), ({"variants": [{}, {"temperature": 9}]}, r"variants[1].temperature"),
                 ({"variants": [{}, {"adapter": "pirate"}]}, "pirate"), ({"variants": [{}, 3]}, "variants"),
                 ({"steps": [1, 2], "messages": [{"role": "user", "content": "x" * 999}]}, "context")):
             status, answer = await compared(client, url, **body)
@@ -403,7 +439,7 @@ async def test_each_checkpoint_is_scored_and_metrics_and_stats_have_the_number(r
     models = await watching(run_folder, watch_text=str(tmp_path / "text.txt"))
     async with serving(models, models.settings) as url:
         await until(lambda: len(models.registry.models) == 2 and all(model.score for model in models.registry.models))
-        tokenizer = models.find("d2@30").model.pool.tokenizer
+        tokenizer = models.find("d2-base@30").model.pool.tokenizer
         ids = [tokenizer.spec.bos_token, *tokenizer.encode(tiny_training.TEXT * 3)]
         async with client.get(url + "/metrics") as response:
             text = await response.text()
@@ -411,9 +447,9 @@ async def test_each_checkpoint_is_scored_and_metrics_and_stats_have_the_number(r
             stats = {model["id"]: model for model in (await response.json())["models"]}
         for step in (30, 60):
             expected = tiny_training.bits_per_byte(tiny_training.load(file_of(run_folder, step)), ids, len(tiny_training.TEXT * 3))
-            assert stats[f"d2@{step}"]["bits_per_byte"] == pytest.approx(expected, abs=2e-5) and stats[f"d2@{step}"]["run"] == "d2"
-            assert f'chat_server_bits_per_byte{{model="d2@{step}"}} ' in text
-        assert stats["d2@60"]["bits_per_byte"] != stats["d2@30"]["bits_per_byte"]
+            assert stats[f"d2-base@{step}"]["bits_per_byte"] == pytest.approx(expected, abs=2e-5) and stats[f"d2-base@{step}"]["run"] == "d2-base"
+            assert f'chat_server_bits_per_byte{{model="d2-base@{step}"}} ' in text
+        assert stats["d2-base@60"]["bits_per_byte"] != stats["d2-base@30"]["bits_per_byte"]
         await until(lambda: all(model.state == "unloaded" for model in models.registry.models))     # nobody else has asked for them
 
 
@@ -429,11 +465,11 @@ async def test_a_run_has_the_metrics_of_its_steps_also_those_that_the_training_w
         async with client.get(url + "/v1/runs/d2") as response:
             run = await response.json()
         assert [(step["model"], step["step"], step["metrics"]) for step in run["steps"]] == [
-            ("d2@30", 30, {"val_bpb": 1.25, "min_val_bpb": 1.2, "total_training_time": 7, "tokens": 30_000}), ("d2@60", 60, {})]
+            ("d2-base@30", 30, {"val_bpb": 1.25, "min_val_bpb": 1.2, "total_training_time": 7, "tokens": 30_000}), ("d2-base@60", 60, {})]
         assert all(step["weights_digest"] for step in run["steps"]) and run["id"] == "d2"
         async with client.get(url + "/metrics") as response:
-            assert 'chat_server_checkpoint_metric{metric="val_bpb",model="d2@30"} 1.25\n' in await response.text()
-        for name in ("d3", "d2/x", "%00", "d2@30", "x" * 5000):
+            assert 'chat_server_checkpoint_metric{metric="val_bpb",model="d2-base@30"} 1.25\n' in await response.text()
+        for name in ("d3", "d2/x", "%00", "d2-base@30", "x" * 5000):
             async with client.get(f"{url}/v1/runs/{name}") as response:
                 assert response.status == 404 and len(await response.text()) < 500 and "d2" in (await response.json())["error"]["message"]
 
@@ -459,8 +495,8 @@ async def test_suites_and_prompts_are_done_for_each_step_and_not_again_by_the_ne
             for wrong in ("?before=30", "?before=30&after=45", "?after=x", "?before=%00&after=60"):
                 async with client.get(url + "/v1/runs/d2" + wrong) as response:
                     assert response.status == 400 and "30, 60" in (await response.json())["error"]["message"]
-        lines.append((tmp_path / "results/run-d2.jsonl").read_text())
-        for step, model in zip(steps, ("d2@30", "d2@60"), strict=True):
+        lines.append((tmp_path / "results/run-d2-base.jsonl").read_text())
+        for step, model in zip(steps, ("d2-base@30", "d2-base@60"), strict=True):
             assert [sample["prompt"] for sample in step["samples"]] == ["the cat", "rain fell"] and all(sample["text"] for sample in step["samples"])
             assert {"bits_per_byte", "core_metric", "core_standard_error", "centered_results/go on"} <= step["metrics"].keys()
             assert f'{{metric="core_metric",model="{model}"}} {step["metrics"]["core_metric"]}\n' in metrics
@@ -470,7 +506,7 @@ async def test_suites_and_prompts_are_done_for_each_step_and_not_again_by_the_ne
     assert [line["step"] for line in found if "core_metric" in line] == [60, 30] == [line["step"] for line in found if "samples" in line]
     for line in found:
         if "core_metric" in line:
-            assert line["core_metric"] == steps[line["step"] // 30 - 1]["metrics"]["core_metric"] and line["max_per_task"] == 8 and line["tag"] == "d2"
+            assert line["core_metric"] == steps[line["step"] // 30 - 1]["metrics"]["core_metric"] and line["max_per_task"] == 8 and line["tag"] == "d2-base"
             pool = await started_alone(run_folder, line["step"])
             suite = read_suite(str(tmp_path / "bundle"))
             kept = Kept(tmp_path, f"own-{line['step']}")
@@ -522,11 +558,11 @@ async def test_an_evaluation_steps_aside_for_a_question_and_goes_on_after_it(run
         dispatcher, seen = model.pool.dispatcher, []
         deliver = dispatcher.deliver
         dispatcher.deliver = lambda worker, events: (seen.append({job.request.low_priority for job in worker.jobs.values()}), deliver(worker, events))
-        status, answer = await ask(client, url, "d2@30", max_tokens=40, ignore_eos=True)
+        status, answer = await ask(client, url, "d2-base@30", max_tokens=40, ignore_eos=True)
         assert status == 200 and answer["usage"]["completion_tokens"] == 40
         assert seen.count({False}) >= 30        # most steps had only the question
         await until(lambda: model.judged)
-        assert model.judged["core_metric"] is not None and len([*(tmp_path / "results").glob("d2@30-*.jsonl")]) == 1
+        assert model.judged["core_metric"] is not None and len([*(tmp_path / "results").glob("d2-base@30-*.jsonl")]) == 1
 
 
 @pytest.mark.parametrize("flag, value, words", [("watch_suite", "nothing", "--watch-suite nothing"), ("watch_suite", "BUNDLE:2", "needs 2 examples"),
@@ -548,21 +584,21 @@ async def test_scoring_leaves_the_step_loaded_that_people_talk_to(run_folder, wa
     models = await watching(run_folder, watch_text=str(tmp_path / "text.txt"), models_memory=230 * MIB, prefix_memory=0)
     async with serving(models, models.settings) as url:
         await until(lambda: models.registry.models)
-        assert (await ask(client, url, "d2@latest"))[1]["model"] == "d2@1"
-        await until(lambda: models.find("d2@1").model.score)      # by the worker that answers
-        first = models.find("d2@1").model
+        assert (await ask(client, url, "d2-base@latest"))[1]["model"] == "d2-base@1"
+        await until(lambda: models.find("d2-base@1").model.score)      # by the worker that answers
+        first = models.find("d2-base@1").model
         for step in (2, 3):
             shutil.copy(file_of(run_folder, 1), file_of(run_folder, 1).parent / f"model_{step:06d}.pt")
             shutil.copy(file_of(run_folder, 1).parent / "meta_000001.json", file_of(run_folder, 1).parent / f"meta_{step:06d}.json")
         await until(lambda: len(models.registry.models) == 3)
-        assert (await ask(client, url, "d2@latest"))[1]["model"] == "d2@3"
-        last = models.find("d2@3").model
+        assert (await ask(client, url, "d2-base@latest"))[1]["model"] == "d2-base@3"
+        last = models.find("d2-base@3").model
         await until(lambda: last.score)
-        assert last.state == "ready" and not models.find("d2@2").model.score
+        assert last.state == "ready" and not models.find("d2-base@2").model.score
         models.residency.budget *= 2
-        await until(lambda: models.find("d2@2").model.score and models.find("d2@2").state == "unloaded")
+        await until(lambda: models.find("d2-base@2").model.score and models.find("d2-base@2").state == "unloaded")
         assert last.state == "ready" and first.score
-    assert [line.split()[0] for line in caplog.messages if "leaves memory" in line] == ["d2@1", "d2@2"]
+    assert [line.split()[0] for line in caplog.messages if "leaves memory" in line] == ["d2-base@1", "d2-base@2"]
 
 
 def test_a_text_to_score_must_be_there(run_folder, tmp_path):
@@ -589,14 +625,14 @@ async def test_latest_stays_on_a_step_that_answers_while_the_next_one_turns_out_
     models = await watching(run_folder)
     async with serving(models, models.settings) as url:
         await until(lambda: len(models.registry.models) == 2)
-        assert (await ask(client, url, "d2@latest"))[1]["model"] == "d2@2"
+        assert (await ask(client, url, "d2-base@latest"))[1]["model"] == "d2-base@2"
         broken = tiny_training.load(file_of(run_folder, 2))
         broken.w["lm_head.weight"][5, 5] = float("nan")
         tiny_training.save(broken, file_of(run_folder, 3).parent, 3)
         await until(lambda: any(model.state == "failed" for model in models.registry.models))
-        status, body = await ask(client, url, "d2@3")
+        status, body = await ask(client, url, "d2-base@3")
         assert status == 503 and "NaN" in body["error"]["message"]
-        assert (await ask(client, url, "d2@latest"))[1]["model"] == "d2@2" and models.find("").name == "d2@2"
+        assert (await ask(client, url, "d2-base@latest"))[1]["model"] == "d2-base@2" and models.find("").name == "d2-base@2"
 
 
 @pytest.mark.slow

@@ -1,0 +1,85 @@
+"""What people call the runs that --watch finds, and the steps of each.
+
+A run is one stage of a nanochat tag, `d4-base`; all stages of the tag are its lineage, `d4`. Other runs have
+the name of their folder, and each is a lineage of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple, TYPE_CHECKING
+
+from chatlm.common.hub.nanochat import AS_TRAINED
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from chatlm.common.hub.steps import Step
+
+
+class RunName(NamedTuple):
+    run: str
+    lineage: str
+    stage: str               # "" if it is not known
+    older: tuple[str, ...]   # what earlier versions of this server called it; a request may still do so
+
+    def step(self, number: int) -> str:
+        return f"{self.run}@{number}"
+
+    def older_steps(self, number: int) -> tuple[str, ...]:
+        """Other names of a step, of which one may also mean a step of another run."""
+        return tuple(f"{name}@{number}" for name in self.older)
+
+    @property
+    def latest(self) -> str:
+        return f"{self.run}@latest"
+
+    @property
+    def latest_of_lineage(self) -> str:
+        return f"{self.lineage}@latest"
+
+    @property
+    def order(self) -> tuple[str, int, str]:
+        """Lineages by name, and in each the stages as they are trained."""
+        return self.lineage, AS_TRAINED.index(self.stage) if self.stage else -1, self.run
+
+
+class RunNames:
+    """The names of all runs below a folder. A run keeps its name while the server runs."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.known: dict[Path, RunName] = {}
+        self.furthest: dict[str, int] = {}  # by lineage: how far its training has come, of AS_TRAINED
+
+    def learn(self, steps: Iterable[Step]):
+        """Name the runs of these steps, which are all that are there."""
+        steps = [*steps]
+        folders = {step.tag for step in steps}
+        for step in steps:
+            if step.run not in self.known:
+                self.known[step.run] = self._name_of(step, folders)
+
+    def of(self, run: Path) -> RunName:
+        return self.known[run]
+
+    def _name_of(self, step: Step, folders: set[str]) -> RunName:
+        """The names of a step's run, whose path stands in for a name that is taken. A folder that really has
+        the name of a stage, such as `d4-base`, comes first."""
+        place, run = step.place, step.run
+        inside = run.is_relative_to(self.folder) and run != self.folder
+        path = str(run.relative_to(self.folder)) if inside else run.name
+        taken = {name.run for name in self.known.values()} | {name.lineage for name in self.known.values()}
+        if place is None or place.alone:
+            name = path if step.tag in taken else step.tag
+            return RunName(name, name, place.stage if place else "", (step.tag, path))
+        lineage = place.lineage
+        name = f"{lineage}-{place.stage}"
+        name = path if name in taken | folders else name
+        return RunName(name, lineage, place.stage, (step.tag, path))
+
+    def is_furthest(self, run: Path) -> bool:
+        """Is it the stage to which the training of its lineage has come? A stage that was there once stays
+        the furthest if its files are removed, so that no earlier one takes its name in silence."""
+        name = self.known[run]
+        stage = name.order[1]
+        self.furthest[name.lineage] = max(stage, self.furthest.get(name.lineage, stage))
+        return self.furthest[name.lineage] == stage
