@@ -6,7 +6,7 @@
 
 {
 
-const STAGES = ["base", "mid", "sft", "rl"];       // in order of training
+const STAGES = ["base", "mid", "sft", "chat", "rl"];     // in order of training
 const LEAST_SHARE = 0.35;         // of the widest stage's width, for a stage with few steps
 const PAD = 0.07;                 // of a stage's width, before its first step and behind its last
 
@@ -20,7 +20,8 @@ const valueOf = (step, metric) => typeof step.metrics[metric] === "number" ? ste
 // steps of a part know them. If no run has a second stage there is one part, whose places are the steps (or tokens) themselves.
 function layOut(views, axis) {
   const isPlain = views.every(steps => unique(steps.map(({run}) => run)).length < 2);
-  const stages = isPlain ? [null] : unique(views.flatMap(steps => steps.map(({stage}) => stage)).filter(Boolean)).sort((a, b) => placeOfStage(a) - placeOfStage(b));
+  const named = unique(views.flatMap(steps => steps.map(({stage}) => stage)).filter(Boolean)).sort((a, b) => placeOfStage(a) - placeOfStage(b));
+  const stages = isPlain || !named.length ? [""] : named;
   const stageOf = step => stages.includes(step.stage) ? step.stage : stages[0];
   const parts = stages.map(stage => {
     const steps = views.map(each => each.filter(step => stageOf(step) === stage)), all = steps.flat();

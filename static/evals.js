@@ -36,43 +36,28 @@ const SAMPLE_TOKENS = 16;          // as the server draws
 
 // items ----------------------------------------------------------------------------------------------------------------
 
-// Verdicts are compared within a run: items of another stage's suite would be other items.
+// Two steps of a lineage are compared whichever stages they are of: all answered the same suite.
 function flipsOf(name, found) {
-  const judged = judgedOf(found), nameOf = namesOf(found);
-  if (!judged.length) return [];
+  const judged = found.filter(step => step.judged), nameOf = namesOf(found);
+  if (judged.length < 2) return [];
   if (shownFlips.run !== name) Object.assign(shownFlips, {run: name, before: null, after: null, found: null, error: ""});
-  if (!judged.some(({model}) => model === shownFlips.after)) shownFlips.after = judged.at(-1).model;
-  const beside = besideOf(judged);
-  if (!beside.some(({model}) => model === shownFlips.before)) shownFlips.before = beside.findLast(({model}) => model !== shownFlips.after).model;
-  const choice = (which, label, steps) => element("label", {}, element("span", {textContent: label}), " ", element("select", {
-    id: `flips-${which}`, onchange: ({target}) => { Object.assign(shownFlips, {[which]: target.value, found: null, error: ""}); renderFlips(); }}, ...optionsOf(which, steps, nameOf)));
-  const act = element("button", {type: "button", id: "flips-show", className: "plain", textContent: TEXT.showFlips, onclick: findFlips});
+  const has = name => judged.some(({model}) => model === name);
+  if (!has(shownFlips.before)) shownFlips.before = judged.at(-2).model;
+  if (!has(shownFlips.after)) shownFlips.after = judged.at(-1).model;
+  const choice = (which, label) => element("label", {}, element("span", {textContent: label}), " ", element("select", {
+    id: `flips-${which}`, onchange: ({target}) => { Object.assign(shownFlips, {[which]: target.value, found: null, error: ""}); renderFlips(); }},
+    ...judged.map(step => element("option", {value: step.model, textContent: nameOf(step), selected: step.model === shownFlips[which]}))));
+  const act = element("button", {type: "button", id: "flips-show", className: "plain", textContent: TEXT.showFlips, onclick: () => findFlips(name)});
   const list = element("div", {id: "flips"});
   fillFlips(list);
-  return [element("h3", {textContent: TEXT.flips}), element("div", {className: "line"}, choice("before", TEXT.flipsBefore, beside), choice("after", TEXT.flipsAfter, judged), act), list];
+  return [element("h3", {textContent: TEXT.flips}), element("div", {className: "line"}, choice("before", TEXT.flipsBefore), choice("after", TEXT.flipsAfter), act), list];
 }
 
-const optionsOf = (which, steps, nameOf) => steps.map(step => element("option", {value: step.model, textContent: nameOf(step), selected: step.model === shownFlips[which]}));
-const runOf = step => step.run ?? shownFlips.run;
-
-// The judged steps of the runs that have several.
-function judgedOf(found) {
-  const judged = found.filter(step => step.judged), counts = Map.groupBy(judged, runOf);
-  return judged.filter(step => counts.get(runOf(step)).length > 1);
-}
-
-// Those of the run of the second step.
-function besideOf(judged) {
-  const run = runOf(judged.find(({model}) => model === shownFlips.after));
-  return judged.filter(step => runOf(step) === run);
-}
-
-async function findFlips() {
-  const {run: name, before, after} = shownFlips, isNews = shownFlips.isNews(), judged = judgedOf(shownRun.found), named = model => judged.find(each => each.model === model);
-  if (!named(before) || !named(after)) return;
+async function findFlips(name) {
+  const {before, after} = shownFlips, isNews = shownFlips.isNews();
   try {
-    const query = `before=${named(before).step}&after=${named(after).step}`;
-    const {flips} = await (await accepted(await request(`v1/runs/${encodeURIComponent(runOf(named(after)))}?${query}`))).json();
+    const response = await accepted(await request(`v1/runs/${encodeURIComponent(name)}?${new URLSearchParams({before, after})}`));
+    const {flips} = await response.json();
     if (!isNews() || shownFlips.run !== name || shownFlips.before !== before || shownFlips.after !== after) return;
     Object.assign(shownFlips, {found: flips, error: ""});
   } catch (error) {
@@ -82,23 +67,19 @@ async function findFlips() {
 }
 
 function renderFlips() {
-  if (!$("flips") || !shownRun) return;
-  const judged = judgedOf(shownRun.found), beside = besideOf(judged);
-  if (!beside.some(({model}) => model === shownFlips.before)) shownFlips.before = beside.findLast(({model}) => model !== shownFlips.after).model;
-  $("flips-before").replaceChildren(...optionsOf("before", beside, namesOf(shownRun.found)));
-  fillFlips($("flips"));
+  if ($("flips") && shownRun) fillFlips($("flips"));
 }
 
 function fillFlips(list) {
-  const {found, error, after: model} = shownFlips;
+  const {found, error, after: model} = shownFlips, isGone = shownRun.found.find(step => step.model === model)?.state === "removed";
   if (error || !found) return list.replaceChildren(...(error ? [element("p", {textContent: error})] : []));
   const items = found.items.map(item => {
     const last = item.texts.map(text => item.chat ? text : text.slice(text.lastIndexOf("\n\n") + 1).trim());
     return element("li", {className: item.correct ? "gained" : "lost"},
       element("b", {textContent: item.correct ? TEXT.nowRight : TEXT.nowWrong}), " ", element("small", {textContent: `${item.task} · ${number(item.item)}`}),
       ...last.map((text, at) => element("p", {dir: "auto"}, text, ...(item.gold === at ? [" ", element("small", {textContent: TEXT.rightOption})] : []),
-        lensButton(TEXT.lensOf(model, `${item.task} ${item.item}${last.length > 1 ? `, ${at + 1}` : ""}`),
-          () => openLens(model, model, item.chat ? {question: text} : {text: item.texts[at]})))),
+        ...(isGone ? [] : [lensButton(TEXT.lensOf(model, `${item.task} ${item.item}${last.length > 1 ? `, ${at + 1}` : ""}`),
+          () => openLens(model, model, item.chat ? {question: text} : {text: item.texts[at]}))]))),
       ...(typeof item.gold === "string" ? [element("small", {textContent: TEXT.rightIs(item.gold)})] : []));
   });
   return list.replaceChildren(element("p", {role: "status", textContent: TEXT.flipCounts(found)}), element("ul", {className: "flips"}, ...items));

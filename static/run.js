@@ -34,13 +34,14 @@ const stepOf = (id, entry = {}, found = {}) => ({id, run: entry.run ?? found.run
 
 const textOf = warning => typeof warning === "string" ? warning : warning?.message ?? "";
 
-// The steps of a lineage or of a run in order of training. The array is the same one as long as nothing of it has changed.
+// The steps of a run, else of a lineage of this name, in order of training. The array is the same one as long as nothing of it has changed.
 function stepsOf(name) {
   const page = shownRun.pages.get(name) ?? {}, {models} = state;
   if (page.models === models && page.merged === page.steps && page.view) return page.view;
-  const entries = new Map(models.filter(each => !each.now && each.run && (each.run === name || lineageOf(each) === name)).map(each => [each.id, each]));
-  const found = new Map((page.steps ?? []).map(step => [step.model, step]));
-  const view = unique([...found.keys(), ...entries.keys()]).map(id => stepOf(id, entries.get(id), found.get(id)))
+  const listed = models.filter(each => !each.now && each.run), own = listed.filter(({run}) => run === name);
+  const entries = new Map(listed.map(each => [each.id, each])), found = new Map((page.steps ?? []).map(step => [step.model, step]));
+  const ids = (own.length ? own : listed.filter(each => lineageOf(each) === name)).map(({id}) => id);
+  const view = unique([...found.keys(), ...ids]).map(id => stepOf(id, entries.get(id), found.get(id)))
     .sort((a, b) => placeOfStage(a.stage) - placeOfStage(b.stage) || (a.run < b.run ? -1 : a.run > b.run ? 1 : a.step - b.step));
   const key = JSON.stringify(view);
   Object.assign(page, {models, merged: page.steps}, page.key === key ? {} : {key, view});

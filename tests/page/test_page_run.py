@@ -206,7 +206,7 @@ def test_a_run_that_trains_is_seen_step_by_step(browser, nanochat_fixtures, tmp_
     next(run)
     with started_server("--watch", str(base), "--watch-text", str(text), "--nice", "0") as url, visitor(browser) as page:
         open_page(page, url, "#run/d2")
-        expect(page.get_by_text("1 step · the latest is d2@20")).to_be_visible(timeout=4 * SLOW_MS)
+        expect(page.get_by_text("1 step · the latest is d2-base@20")).to_be_visible(timeout=4 * SLOW_MS)
         assert [step for step, _ in run] == [40, 60]                      # while the view is open
         curve = page.get_by_role("img", name=re.compile(r"^20: [\d.]+, 40: [\d.]+, 60: [\d.]+$"))
         expect(curve).to_be_visible(timeout=4 * SLOW_MS)
@@ -219,7 +219,7 @@ def test_a_run_that_trains_is_seen_step_by_step(browser, nanochat_fixtures, tmp_
         dialog = page.get_by_role("dialog", name="Compare")
         columns = dialog.get_by_role("region")
         expect(columns.get_by_role("button", name="Continue with this")).to_have_count(2, timeout=4 * SLOW_MS)
-        assert page.evaluate("compared.columns.map(({end}) => end.model)") == ["d2@40", "d2@60"]
+        assert page.evaluate("compared.columns.map(({end}) => end.model)") == ["d2-base@40", "d2-base@60"]
         assert len(set(page.evaluate("compared.columns.map(({end}) => end.seed)"))) == 1
         expect(dialog.get_by_text("hello", exact=True)).to_be_visible()
         expect_accessible(page)
@@ -227,7 +227,7 @@ def test_a_run_that_trains_is_seen_step_by_step(browser, nanochat_fixtures, tmp_
         columns.nth(0).get_by_role("button", name="Continue with this").click()
         expect(said(questions(page))).to_have_text("hello")
         assert said(answers(page)).inner_text().split() == written.split()
-        expect(page.get_by_role("combobox", name="Model", exact=True)).to_have_value("d2@40")
+        expect(page.get_by_role("combobox", name="Model", exact=True)).to_have_value("d2-base@40")
         ask(page, "and now?")
         expect_answered(page, 2)
-        assert page.evaluate("lastNode().model") == "d2@40"
+        assert page.evaluate("lastNode().model") == "d2-base@40"

@@ -1,10 +1,13 @@
 """The page's view of a lineage: base, SFT and RL of a tag in one view, training loss and reward, a second run beside it, what is stale or gone."""
 
+import json
 import re
+import shutil
+import urllib.request
 
 import pytest
 
-from browsing import button, expect, expect_accessible, needs_browser, open_page, visitor
+from browsing import SLOW_MS, ask, button, expect, expect_accessible, expect_answered, menu, needs_browser, open_page, started_server, visitor
 from page_server import MODEL
 
 pytestmark = needs_browser
@@ -270,3 +273,81 @@ def test_a_thousand_steps_and_twenty_runs_change_only_what_is_new(page, stand_in
         page.wait_for_timeout(50)
     assert page.evaluate("changes.reduce((sum, {addedNodes}) => sum + addedNodes.length, 0)") <= 4       # the new step and its group's heading
     assert page.evaluate("plot === shownRun.charts.get('val_bpb').plot"), "the chart is kept"
+
+
+# a real server --------------------------------------------------------------------------------------------------------
+
+FOLDERS = {"base": "base_checkpoints", "sft": "chatsft_checkpoints", "rl": "chatrl_checkpoints"}
+
+
+def save_step(base, fixture, stage, step, tag="d4", **meta):
+    """A checkpoint as upstream saves it at this stage: the weights of generation 5 with another meta file."""
+    folder = base / FOLDERS[stage] / tag
+    folder.mkdir(parents=True, exist_ok=True)
+    source = fixture / "chatsft_checkpoints" / "d4"
+    shutil.copy(source / "model_000650.pt", folder / f"model_{step:06d}.pt")
+    known = json.loads((source / "meta_000650.json").read_text()) | {"step": step} | meta
+    (folder / f"meta_{step:06d}.json").write_text(json.dumps(known))
+
+
+@pytest.fixture
+def trained(nanochat_fixtures, tmp_path):
+    """A base folder with d4 from base to RL and d6 in base, and a function that saves another step."""
+    base, fixture = tmp_path / "base", nanochat_fixtures / "gen5"
+    shutil.copytree(fixture / "tokenizer", base / "tokenizer")
+    for step in (400, 800):
+        for tag in ("d4", "d6"):
+            save_step(base, fixture, "base", step, tag, val_bpb=1.2 - step / (4000 if tag == "d4" else 3000), total_batch_size=1000,
+                      loop_state={"min_val_bpb": 0.9, "smooth_train_loss": 4 - step / 1000, "total_training_time": step})
+    save_step(base, fixture, "sft", 449, val_bpb=0.5, loop_state={"smooth_train_loss": 1.5})
+    save_step(base, fixture, "rl", 60)
+    return base, lambda stage, step, **meta: save_step(base, fixture, stage, step, **meta)
+
+
+@pytest.mark.slow
+def test_a_real_run_from_base_to_rl_is_seen_while_it_trains(browser, trained):
+    base, save = trained
+    with started_server("--watch", str(base), "--nice", "0") as url, visitor(browser) as page:
+        open_page(page, url, "#run/d4?with=d6")
+        rows = page.locator("#run-steps tbody tr:not(.group)")
+        expect(rows).to_have_count(6, timeout=SLOW_MS)
+        expect(page.locator("#run-steps").get_by_role("rowheader")).to_have_text(["d4-rl · 1 step", "d4-sft · 1 step", "d4-base · 2 steps", "d6-base · 2 steps"])
+        expect(curve(page)).to_have_attribute("aria-label", "d4-base@400: 1.100, d4-base@800: 1.000, d4-sft@449: 0.500, d6-base@400: 1.067, d6-base@800: 0.933")
+        save("rl", 120)
+        expect(page.locator("#run-about")).to_contain_text("the latest is d4-rl@120", timeout=SLOW_MS)
+        for file in (base / "base_checkpoints" / "d4").glob("*_000400.*"):
+            file.unlink()
+        expect(button(page, "Chat with d4-base@400")).to_have_count(0, timeout=SLOW_MS)
+        with urllib.request.urlopen(url + "v1/runs/d4") as response:
+            steps = json.load(response)["steps"]
+        for step in steps:                                          # the table has what the server knows
+            for metric in ("val_bpb", "train_loss", "reward"):
+                if metric in step["metrics"]:
+                    expect(row(page, step["model"])).to_contain_text(f"{step['metrics'][metric]:.3f}")
+        expect_accessible(page)
+        page.get_by_role("combobox", name="Axis").select_option("tokens")
+        button(page, "Chat with d4-rl@120").click()
+        ask(page, "hello")
+        expect_answered(page)
+        assert page.evaluate("lastNode().model") == "d4-rl@120"
+        shutil.rmtree(base / "chatrl_checkpoints")
+        menu(page, "Training run")                                  # the lineage of the chat's model
+        expect(page.get_by_role("heading", name="Training run d4")).to_be_visible()
+        expect(button(page, "Chat with d4-rl@120")).to_have_count(0, timeout=SLOW_MS)
+        expect(page.locator("#run-about")).to_contain_text("the latest is d4-sft@449")
+
+
+@pytest.mark.slow
+def test_items_of_two_stages_of_a_real_run_are_compared(browser, trained, tmp_path):
+    base, _ = trained
+    shutil.rmtree(base / "base_checkpoints" / "d6")
+    words = "The cat sat on the mat. The dog ran after the cat.".split()
+    (suite := tmp_path / "words.jsonl").write_text("\n".join(json.dumps({"context": " ".join(words[at:at + 3]), "continuation": words[at + 3]}) for at in range(6)))
+    with started_server("--watch", str(base), "--watch-suite", str(suite), "--results", str(tmp_path / "results"), "--nice", "0") as url, visitor(browser) as page:
+        open_page(page, url, "#run/d4")
+        expect(page.locator("#flips-after option")).to_have_text(["d4-base@400", "d4-base@800", "d4-sft@449", "d4-rl@60"], timeout=4 * SLOW_MS)
+        page.locator("#flips-before").select_option("d4-base@800")
+        button(page, "Show items").click()
+        expect(page.locator("#flips")).to_contain_text("0 now right, 0 now wrong")             # they have the same weights
+        page.get_by_role("combobox", name="Training run").select_option("d4-base")
+        expect(page.locator("#flips-after option")).to_have_text(["400", "800"])
