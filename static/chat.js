@@ -356,7 +356,7 @@ function answer(question, onRefusal, onAccepted = () => {}, more = {}) {
 }
 
 function messagesToSend(path, system) {
-  if (state.model.api === "text") return Object.assign(path.filter(({content}) => content).map(({role, content}) => ({role, content})), {dropped: 0});
+  if (state.model.api === "text") return Object.assign(path.map(node => ({role: node.role, content: withNames(node)})).filter(({content}) => content), {dropped: 0});
   const {messages, dropped} = newestMessages(messagesOf(path, system, Boolean(state.model.can.reasoning_history)), state.model.context);
   return Object.assign(messages, {dropped});
 }
@@ -391,7 +391,7 @@ async function onceReady(run, post) {
   }
 }
 
-const canGoOn = node => Boolean(node.content || node.reasoning && !node.error && state.model.can.reasoning_history && state.model.can.continue_final_message);
+const canGoOn = node => Boolean(node.content || node.calculator?.length || node.reasoning && !node.error && state.model.can.reasoning_history && state.model.can.continue_final_message);
 
 const LEAST_ROOM = 16;            // tokens of the context without which it is not worth while to read it all again
 
@@ -401,10 +401,10 @@ async function goOn(node) {
   if (!state.model.can.continue_final_message) return ask(TEXT.pleaseContinue);
   if (await isFull()) return say(TEXT.noRoom(state.model.context));
   if (!canAsk() || node !== lastNode()) return;
-  const before = {note: node.note, error: node.error, timings: node.timings, parameters: node.parameters};
-  Object.assign(node, {stream: {id: newId(), next: 0}, note: null, error: null, timings: null, earlier: node.timings, continued: true, parameters: state.chat.parameters});
+  const before = {note: node.note, error: node.error, timings: node.timings, parameters: node.parameters, calculator: node.calculator};
+  Object.assign(node, {stream: {id: newId(), next: 0, begin: charactersIn(node.content)}, calculator: beforeGoingOn(node), note: null, error: null, timings: null, earlier: node.timings, continued: true, parameters: state.chat.parameters});
   const messages = messagesToSend(pathTo(state.nodes, node.id), state.chat.system);
-  if (!node.content) messages.push({role: "assistant", content: "", reasoning_content: node.reasoning});      // cut off while thinking
+  if (!node.content && !node.calculator.length) messages.push({role: "assistant", content: "", ...(node.reasoning ? {reasoning_content: node.reasoning} : {})});      // cut off while thinking
   runAnswer(node, state.chat, run => connect(run, messages, () => {}, true), error => {
     Object.assign(node, before, {earlier: null});
     state.refusal = error.message;
@@ -429,8 +429,8 @@ function editQuestion(node, text) {
 
 // The edited answer becomes a sibling of the old one.
 function editAnswer(node, text) {
-  const {reasoning, model, parameters} = node;
-  addNode(node.parent, "assistant", text, {reasoning, model, parameters, edited: true});
+  const {reasoning, model, parameters} = node, calculator = afterEdit(node.content, text, node.calculator);
+  addNode(node.parent, "assistant", text, {reasoning, model, parameters, edited: true, ...(calculator.length ? {calculator} : {})});
   state.editing = null;
   refresh();
 }
@@ -521,7 +521,7 @@ async function readEvents(run, response) {
     if (news.ids.length) (node.ids ??= []).push(...news.ids);
     run.tokens = news.usage?.completion_tokens || run.tokens + news.ids.length;
     growCalls(node, news.calls);
-    const grown = news.text || news.reasoning || news.moved || news.calls.length;
+    const grown = news.text || news.reasoning || news.moved || news.calls.length || news.calculator.length;
     if (grown) grow(run, news);
     if (grown || news.progress) paintSoon(run);
     ended ||= news.reason !== null;
@@ -550,8 +550,9 @@ function noteFacts({node, dropped}, {gpu, model, seed, timings, usage, reason, c
   if (dropped) node.timings.dropped_messages = dropped + (timings?.dropped_messages ?? 0);
 }
 
-function grow(run, {text, reasoning, moved = false}) {
+function grow(run, {text, reasoning, moved = false, calculator = []}) {
   const {node} = run, now = performance.now();
+  if (calculator.length) node.calculator = [...node.calculator ?? [], ...calculationsOf(calculator, node.stream.begin)];
   if (moved) {
     Object.assign(node, {reasoning: node.content, content: ""});
     paint(node);                                         // once with no text: a view only ever grows
@@ -587,10 +588,10 @@ const isMeasured = ({measured, tokens_per_second: exact, predicted_per_second: t
 
 // Stores only the growing fields, so that the rest of the node is not rewritten.
 function saveGrown(run) {
-  const {content, reasoning, thought, stream, ended, note, error, remedy, timings, earlier, model, seed, ids, continued, calls} = run.node;
+  const {content, reasoning, thought, stream, ended, note, error, remedy, timings, earlier, model, seed, ids, continued, calls, calculator} = run.node;
   clearTimeout(run.saving);
   run.saving = 0;
-  store.change("nodes", run.node.id, {content, reasoning, thought, stream, ended, note, error, remedy, timings, earlier, model, seed, ids, continued, calls});
+  store.change("nodes", run.node.id, {content, reasoning, thought, stream, ended, note, error, remedy, timings, earlier, model, seed, ids, continued, calls, calculator});
 }
 
 // The token counts so far of a growing answer and its prompt; null if the prompt's is unknown.

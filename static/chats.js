@@ -280,8 +280,8 @@ function download(text, name, type) {
 
 function markdownOf({title, system}, path) {
   const parts = [`# ${title || TEXT.chat}`, ...(system.trim() ? [`> ${system.trim().replace(/\n/g, "\n> ")}`] : [])];
-  for (const {role, content, model, pictures = []} of path) {
-    parts.push(`## ${role === "user" ? TEXT.you : model || TEXT.assistant}`, ...pictures.map(({name, picture}) => `![${name.replace(/[[\]]/g, "")}](${picture})`), content);
+  for (const {role, content, model, pictures = [], calculator} of path) {
+    parts.push(`## ${role === "user" ? TEXT.you : model || TEXT.assistant}`, ...pictures.map(({name, picture}) => `![${name.replace(/[[\]]/g, "")}](${picture})`), withCode({content, calculator}));
   }
   return parts.join("\n\n") + "\n";
 }
@@ -304,11 +304,11 @@ blockquote{margin-inline:0;padding-left:1em;border-left:3px solid var(--line);co
 // A self-contained page without scripts.
 function pageOf({title}, path) {
   const body = element("body", {}, element("h1", {textContent: title || TEXT.chat}));
-  for (const {role, content, model, pictures = []} of path) {
+  for (const {role, content, model, pictures = [], calculator} of path) {
     const said = element("div", {className: role === "user" ? "said question" : "said"});
     said.append(...pictures.map(({name, picture}) => element("img", {src: picture, alt: name})));
     if (role === "user") said.append(...questionNodes(content));
-    else new MarkdownView(said).update(content, true);
+    else new MarkdownView(said).update(content, true, calculator);
     said.querySelectorAll("button").forEach(button => button.remove());
     body.append(element("h2", {className: "speaker", textContent: role === "user" ? TEXT.you : model || TEXT.assistant}), said);
   }

@@ -44,7 +44,7 @@ const pathAbove = node => node.question === undefined ? pathTo(state.nodes, node
 // Adds a column with the answer's own parameters and the next seed.
 function addColumn(model = compared.node.model, ownSeed = compared.node.seed + compared.columns.length) {
   const {node: {parameters = {}, seed}} = compared, values = {...parameters, seed: ownSeed};
-  const column = {text: "", reasoning: "", end: null, differs: null}, controls = VARIED.map(name => {
+  const column = {text: "", reasoning: "", calculator: [], end: null, differs: null}, controls = VARIED.map(name => {
     const {min, max, step} = PARAMETERS.find(each => each.name === name), usual = state.model.defaults[name];
     const field = element("input", {type: "number", min, max, step, value: values[name] ?? "", placeholder: usual ?? TEXT.default,
       onkeydown: event => { if (event.key === "Enter" && !composing(event)) { event.preventDefault(); if (!compared.controller) startCompare(); } }});       // not Done
@@ -132,13 +132,13 @@ function aboutColumn(column, first) {
 
 // Draws a column's text as it grows. When it and the first column have ended, the characters in which they differ are marked.
 function drawCompared(column, first) {
-  const ended = hasEnded(column) || !compared.controller, marks = Boolean(column.differs && hasEnded(column) && hasEnded(first)), key = `${marks} ${ended} ${wholeText(column)}`;
+  const ended = hasEnded(column) || !compared.controller, marks = Boolean(column.differs && hasEnded(column) && hasEnded(first)), key = `${marks} ${ended} ${column.calculator.length} ${wholeText(column)}`;
   if (column.drawn === key) return;
   column.drawn = key;
-  for (const [box, text] of [[column.thoughts, column.reasoning], [column.answer, column.text]]) {
-    if (compared.writes) { box.textContent = text; box.style.whiteSpace = "pre-wrap"; continue; }
+  for (const [box, content, calculator] of [[column.thoughts, column.reasoning], [column.answer, column.text, column.calculator]]) {
+    if (compared.writes) { box.replaceChildren(...plainWithCards({content, calculator})); box.style.whiteSpace = "pre-wrap"; continue; }
     if (!box.markdown || marks) box.markdown = new MarkdownView(box);
-    box.markdown.update(text, ended);
+    box.markdown.update(content, ended, calculator);
   }
   if (marks) markDifferences(column.body, first.body);
   if (marks && typeof hljs === "undefined" && !column.plainCode && column.body.querySelector("pre")) {
@@ -226,7 +226,7 @@ async function startCompare() {
   const wrong = compared.columns.map(wrongField).find(Boolean);
   if (wrong) { setText($("compare-problem"), wrong); return undefined; }
   const mine = compared, {node, columns} = mine, controller = mine.controller = new AbortController();
-  for (const column of columns) Object.assign(column, {text: "", reasoning: "", end: null, differs: null, drawn: undefined});
+  for (const column of columns) Object.assign(column, {text: "", reasoning: "", calculator: [], end: null, differs: null, drawn: undefined});
   setText($("compare-problem"), "");
   mine.writes = continuesTexts(node, columns);
   updateCompare();
@@ -261,17 +261,18 @@ function wrongField({fields}, i) {
   return "";
 }
 
-function hearCompared(columns, {index, differs, token = "", reasoning = "", finish_reason: reason, ...end}) {
+function hearCompared(columns, {index, differs, token = "", reasoning = "", calculator = [], finish_reason: reason, ...end}) {
   if (differs) columns[differs.index].differs = differs;
   const column = columns[index];
   if (!column) return;
   column.text += token;
   column.reasoning += reasoning;
+  column.calculator.push(...calculationsOf([calculator].flat()));
   if (reason) column.end = {...end, reason};
 }
 
 // Turns a column into an answer of the chat, a sibling of the one compared, or into a chat with it.
-function goOnWith({text, reasoning, end, fields}) {
+function goOnWith({text, reasoning, calculator, end, fields}) {
   const {node} = compared, parameters = {...node.parameters};
   if (node.question !== undefined) {
     newChat();
@@ -281,7 +282,7 @@ function goOnWith({text, reasoning, end, fields}) {
   }
   for (const name of VARIED) if (name !== "seed" && fields[name].value !== "") parameters[name] = Number(fields[name].value);
   const made = addNode(node.parent, "assistant", text, {...madeBy({system: systemOf(node)}, {model: end.model, weights: weightsOf(end.model), system: systemOf(node)}), parameters, seed: end.seed,
-    ...(reasoning ? {reasoning} : {}), timings: {...end.timings, ...end.usage, finish_reason: end.reason}});
+    ...(reasoning ? {reasoning} : {}), ...(calculator.length ? {calculator} : {}), timings: {...end.timings, ...end.usage, finish_reason: end.reason}});
   $("compare-dialog").close();
   showLeaf(made.id);
 }

@@ -14,12 +14,13 @@ const SHADES = [0.8, 0.5, 0.2, 0.05];         // class p1 .. p4: how many of the
 async function replay(node, {more = {}, signal, onToken = () => {}}) {
   const {parameters = {}, continued, prefix, seed, model, note, ids: before} = node, {max_tokens: most, ...others} = parameters;
   const messages = messagesToSend(pathTo(state.nodes, node.parent), systemOf(node));
-  const stop = new AbortController(), made = {ids: [...prefix ?? []], entries: [], text: "", reasoning: ""};
+  const stop = new AbortController(), made = {ids: [...prefix ?? []], entries: [], text: "", reasoning: "", calculator: []};
   const response = await postAnswer({messages, id: newId(), signal: AbortSignal.any([signal, stop.signal]), model,
     parameters: {...others, ...(most && !continued ? {max_tokens: most} : {}), seed, ...(prefix ? {prefix_token_ids: prefix} : {}),
       resumable: false, progress: false, ...more}});
   for await (const {event} of serverEvents(response.body, FOREVER_MS)) {
-    const {text, reasoning, ids, logprobs} = readEvent(event);
+    const {text, reasoning, ids, logprobs, calculator} = readEvent(event);
+    made.calculator.push(...calculationsOf(calculator));
     made.text += text;
     made.reasoning += reasoning;
     made.ids.push(...ids);
@@ -72,9 +73,9 @@ async function firstDifference({ids, content, reasoning = "", model}, made) {
   return {at: first + 1, was: was[0]?.text ?? "", is: is[0]?.text ?? ""};
 }
 
-function keepBeside(node, {text, reasoning, ids}) {
+function keepBeside(node, {text, reasoning, ids, calculator}) {
   const {leaf} = state, {parameters, seed, prefix} = node, system = systemOf(node);
-  addNode(node.parent, "assistant", text, {...madeBy({system}), ids, parameters, seed, ...(prefix ? {prefix} : {}), ...(reasoning ? {reasoning} : {})});
+  addNode(node.parent, "assistant", text, {...madeBy({system}), ids, parameters, seed, ...(prefix ? {prefix} : {}), ...(reasoning ? {reasoning} : {}), ...(calculator.length ? {calculator} : {})});
   showLeaf(leaf);
 }
 
@@ -284,10 +285,10 @@ function promptNodes(tokens, cached) {
 function countsNodes(messages, tokens) {
   const text = tokens.map(token => token.text).join("");
   let at = 0, token = 0, offset = 0;
-  const counts = messages.map(({role, content}) => {
-    const start = text.indexOf(content.trim(), at);
+  const counts = messages.map(({role, content, calculator}) => {
+    const said = withNames({content, calculator}).trim(), start = text.indexOf(said, at);
     if (start < 0) return {role, content, count: 0};
-    at = start + content.trim().length;
+    at = start + said.length;
     for (; token < tokens.length && offset + tokens[token].text.length <= start; token++) offset += tokens[token].text.length;
     let count = 0;
     for (; token < tokens.length && offset < at; token++, count++) offset += tokens[token].text.length;

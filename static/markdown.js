@@ -35,6 +35,8 @@ const DRAWN_STYLE = `
 .code, math, :not(pre) > code { direction: ltr; unicode-bidi: isolate; }
 :is(ul, ol):has(> li:first-child > p:first-child:dir(rtl)), blockquote:has(> :first-child:dir(rtl)), table:has(th:first-child:dir(rtl)) { direction: rtl; }
 summary > p { display: inline; }
+.calculation { margin-inline: .1em .3em; padding: .1em .45em; border: 1px solid var(--line); border-radius: .5em; background: var(--sunken); font-size: .9em; overflow-wrap: anywhere; user-select: none; -webkit-box-decoration-break: clone; box-decoration-break: clone; }
+.calculation code { padding: 0; background: none; font-size: 1em; }
 .footnote { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 0 .5em; margin: .3em 0; font-size: .9em; }
 .footnote > :not(:first-child) { grid-column: 2; margin-block: 0; }
 :is(th, td).right { text-align: right; }
@@ -92,7 +94,7 @@ const noteToken = {name: "note", level: "inline",
 
 const noteKey = label => `^${label.toLowerCase()}`;
 
-const markdown = new marked.Marked({gfm: true, breaks: true, extensions: [mathToken, noteToken]});
+const markdown = new marked.Marked({gfm: true, breaks: true, extensions: [mathToken, noteToken, cardToken]});
 
 function inlineTokens(text, links) {
   markdownWork.characters += text.length;
@@ -115,13 +117,14 @@ const DRAWN = {
   strong: token => [element("strong", {}, ...inlineNodes(token.tokens))],
   em: token => [element("em", {}, ...inlineNodes(token.tokens))],
   del: token => [element("del", {}, ...inlineNodes(token.tokens))],
-  codespan: token => [element("code", {textContent: token.text})],
+  codespan: token => [element("code", {textContent: plainCards(token.text)})],
   br: () => [element("br")],
   link: token => [linkNode(token.href, inlineNodes(token.tokens))],
   // nothing is fetched without a click
   image: token => [linkNode(token.href, [token.text || token.href])],
-  math: token => [mathNode(token.tex, token.display)],
+  math: token => [mathNode(plainCards(token.tex), token.display)],
   note: token => [noteMark(token.label)],
+  calculation: token => [calculationCard(token)],
 };
 
 // A footnote's mark, which leads to the footnote of the same answer.
@@ -387,7 +390,7 @@ class Code extends Leaf {
     this.text += this.line + "\n";
     Object.assign(this, {line: null, blanks: 0});
   }
-  draw(final = false) { this.code.update(this.text + (this.line ?? ""), final); }
+  draw(final = false) { this.code.update(plainCards(this.text + (this.line ?? "")), final); }
   end() {
     if (this.line !== null) this.set(this.line, true);
     this.draw(true);
@@ -611,9 +614,12 @@ class MarkdownView {
     this.root.replaceChildren();
   }
 
-  // Draws text that extends what was drawn before. `finished`: nothing follows, so open blocks end here.
-  update(text, finished = false) {
-    if (text.length < this.length || this.finished) this.restart();
+  // Draws text that extends what was drawn before. `finished`: nothing follows, so open blocks end here. calls: the calculator's,
+  // of a text that has some.
+  update(content, finished = false, calls = []) {
+    const text = withCards(content, calls);
+    if (text.length < this.length || this.finished || calls.length && !text.startsWith(this.source ?? "")) this.restart();
+    this.source = calls.length ? text : "";
     this.length = text.length;
     for (let end; (end = text.indexOf("\n", this.at)) >= 0; this.at = end + 1) this.takeLine(text.slice(this.at, end), true);
     if (this.at < text.length) this.takeLine(text.slice(this.at), finished);

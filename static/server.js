@@ -360,7 +360,7 @@ function readEvent(event) {
   const choice = event.choices?.[0], delta = choice?.delta ?? {};
   return {text: event.token ?? delta.content ?? choice?.text ?? "", reasoning: event.reasoning ?? delta.reasoning_content ?? delta.reasoning ?? "",
     progress: readProgress(event), prompt: event.usage?.prompt_tokens ?? event.progress?.prompt_tokens, gpu: event.gpu ?? event.timings?.gpu, model: event.model, seed: event.seed,
-    calls: delta.tool_calls ?? [], ids: choice?.token_ids ?? [], logprobs: choice?.logprobs?.content ?? [],
+    calls: delta.tool_calls ?? [], calculator: [event.calculator ?? delta.calculator ?? choice?.calculator ?? []].flat(), ids: choice?.token_ids ?? [], logprobs: choice?.logprobs?.content ?? [],
     usage: event.usage ?? null, timings: event.timings ?? null, reason: event.finish_reason ?? choice?.finish_reason ?? (event.done ? "stop" : null),
     cause: event.stop_reason ?? choice?.stop_reason};
 }

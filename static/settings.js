@@ -454,8 +454,8 @@ function growCalls(node, news) {
 // Calls without results are left out of what the model gets; the reader may ask a new question instead.
 const isAnswered = ({calls}) => Boolean(calls?.every(({result}) => result !== undefined));
 
-function messagesOfCalls({content, calls}) {
-  return [{role: "assistant", content, tool_calls: calls.map(({id, name, arguments: args}) => ({id, type: "function", function: {name, arguments: args}}))},
+function messagesOfCalls({content, calls, calculator = []}) {
+  return [{role: "assistant", content, ...(calculator.length ? {calculator} : {}), tool_calls: calls.map(({id, name, arguments: args}) => ({id, type: "function", function: {name, arguments: args}}))},
     ...calls.map(({id, result}) => ({role: "tool", tool_call_id: id, content: result}))];
 }
 

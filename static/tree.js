@@ -2,11 +2,11 @@
 //
 // A conversation is {id, title, created, updated, pinned, system, parameters, leaf, model, inTurns}. A node is one message of
 // it: {id, conversation, parent, role: "user" | "assistant", content, created} and, where there is one,
-// attachments, pictures, reasoning, model, weights, system, parameters, seed, prefix, ids, continued, calls, timings, note, error, edited, stream. `ids` are
-// an answer's tokens; the reader chose the first ones, `prefix`. `continued`: several requests made it. `calls`: [{id, name, arguments, result}]. `parent` is a node's
+// attachments, pictures, reasoning, model, weights, system, parameters, seed, prefix, ids, continued, calls, calculator, timings, note, error, edited, stream. `ids` are
+// an answer's tokens; the reader chose the first ones, `prefix`. `continued`: several requests made it. `calls`: [{id, name, arguments, result}]. `calculator`: see calculator.js. `parent` is a node's
 // id, null for a first message. Nodes with the same parent are siblings: versions of a question, or answers
 // to the same one. `stream` ({id, next}) marks an answer that is being written: the id of its stream and the
-// number of the next event. attachments are [{name, at, length}], ranges of content; pictures are [{name, picture}],
+// number of the next event; `begin`: how many characters of the content are older. attachments are [{name, at, length}], ranges of content; pictures are [{name, picture}],
 // each a file as a data URI.
 //
 // Export format, version 2 (chat_server.py's terminal reads and writes it too):
@@ -66,12 +66,12 @@ const isGrowing = node => Boolean(node?.stream);
 // answer is an error. Adjacent messages of one role are joined, because chat formats expect alternating roles.
 function messagesOf(path, system = "", withReasoning = false) {
   const messages = system.trim() ? [{role: "system", content: system}] : [];
-  for (const [i, {role, content, reasoning}] of path.entries()) {
+  for (const [i, {role, reasoning, calculator = []}] of path.entries()) {
     if (role === "assistant" && isAnswered(path[i])) { messages.push(...messagesOfCalls(path[i])); continue; }
-    const said = saidIn(path[i]), last = messages.at(-1);
-    if (!said.length || role === "user" && failed(path[i + 1])) continue;
-    if (last?.role === role && !last.tool_calls) last.content = joined(last.content, said);
-    else messages.push({role, content: said, ...(withReasoning && reasoning ? {reasoning_content: reasoning} : {})});
+    const said = saidIn(path[i]), last = messages.at(-1), calls = role === "assistant" ? calculator : [];
+    if (!said.length && !calls.length || role === "user" && failed(path[i + 1])) continue;
+    if (last?.role === role && !last.tool_calls) addTo(last, said, calls);
+    else messages.push({role, content: said, ...(withReasoning && reasoning ? {reasoning_content: reasoning} : {}), ...(calls.length ? {calculator: calls} : {})});
   }
   return messages;
 }
@@ -80,6 +80,13 @@ function messagesOf(path, system = "", withReasoning = false) {
 function saidIn({content, pictures = []}) {
   const shown = pictures.map(({picture}) => ({type: "image_url", image_url: {url: picture}}));
   return shown.length ? [...shown, ...(content ? [{type: "text", text: content}] : [])] : content;
+}
+
+// Another message of the same role.
+function addTo(last, said, calls) {
+  const begin = isText(last.content) ? charactersIn(last.content) + 2 : 0, all = [...last.calculator ?? [], ...movedCalls(calls, begin)];
+  last.content = joined(last.content, said);
+  if (all.length) last.calculator = all;
 }
 
 const partList = said => isText(said) ? [{type: "text", text: said}] : said;
@@ -240,7 +247,7 @@ const CONVERSATION_FIELDS = {title: isText, created: isTime, updated: isTime, pi
 const NODE_FIELDS = {role: value => value === "user" || value === "assistant", content: isText, created: isTime,
   reasoning: isText, model: isText, seed: Number.isSafeInteger, parameters: isObject, timings: isObject, note: isText,
   error: isText, edited: value => value === true, attachments: Array.isArray, weights: isText, system: isText, prefix: areIds, ids: areIds,
-  pictures: arePictures, continued: value => value === true, calls: areCalls};
+  pictures: arePictures, continued: value => value === true, calls: areCalls, calculator: Array.isArray};
 
 const pick = (from, fields) => Object.fromEntries(Object.entries(fields)
   .filter(([name, fits]) => fits(from[name])).map(([name]) => [name, from[name]]));
@@ -370,7 +377,8 @@ function checkedChat(chat) {
 }
 
 function checkedNode(node) {
-  const {attachments, timings, parameters, ...fields} = pick(node, NODE_FIELDS);
+  const {attachments, timings, parameters, calculator, ...fields} = pick(node, NODE_FIELDS), calculations = checkedCalculations(calculator, node.content);
+  if (calculations.length && fields.role === "assistant") fields.calculator = calculations;
   const good = ({name, at, length} = {}) => isText(name) && Number.isInteger(at) && Number.isInteger(length) &&
     at >= 0 && length > 0 && at + length <= node.content.length;
   if (attachments?.every(each => isObject(each) && good(each))) fields.attachments = attachments.map(({name, at, length}) => ({name, at, length}));

@@ -214,7 +214,7 @@ function updateAnswer(view) {
   drawAnswer(view, growing);
   view.thinking.hidden = !node.reasoning || lenses.has(node.id);
   drawThoughts(view);
-  view.status.hidden = !growing || node.content !== "";
+  view.status.hidden = !growing || node.content !== "" || Boolean(node.calculator?.length);
   view.doing.textContent = view.status.hidden ? "" : growingText(node, run);
   if (!growing) view.now.disabled = false;
   view.now.hidden = view.status.hidden || !node.reasoning || !state.model.can.reasoning_budget;
@@ -233,14 +233,14 @@ function updateAnswer(view) {
 }
 
 function drawAnswer(view, growing) {
-  const {node: {content}} = view;
+  const {node: {content, calculator = []}} = view, drawn = calculator.length ? withCards(content, calculator) : content;
   const plain = state.model.api === "text";             // a text that grows
-  if (view.editor || view.drawn === content && view.finished === !growing && view.plain === plain) return;
-  if (plain) view.body.textContent = content;
+  if (view.editor || view.drawn === drawn && view.finished === !growing && view.plain === plain) return;
+  if (plain) view.body.replaceChildren(...plainWithCards(view.node));
   else if (view.plain) { view.body.replaceChildren(); view.markdown = new MarkdownView(view.body); }
-  Object.assign(view, {drawn: content, finished: !growing, plain});
+  Object.assign(view, {drawn, finished: !growing, plain});
   view.body.classList.toggle("markdown", !plain);
-  if (!plain) view.markdown.update(content, !growing);
+  if (!plain) view.markdown.update(content, !growing, calculator);
 }
 
 // Reasoning is drawn when it is opened; while it streams in it is shown until the answer begins.
@@ -289,7 +289,7 @@ const liveSpeedText = run => run.chunks > 1 && !run.lost
 // The note shown for an answer without text.
 function nothingText(node) {
   const {content, error, note, reasoning, timings} = node;
-  if (isGrowing(node) || error || content.trim() || node.calls?.length) return "";
+  if (isGrowing(node) || error || content.trim() || node.calls?.length || node.calculator?.length) return "";
   return note ? TEXT.nothingBefore(TEXT.notes[note] ?? note) : !reasoning ? TEXT.nothing
     : timings?.finish_reason === "length" ? TEXT.onlyThoughts : TEXT.thoughtNothing;
 }
@@ -438,7 +438,7 @@ const copyText = (text, clicked) => copyTypes({"text/plain": text}, clicked);
 // Copies formatted text for editors that accept it, otherwise Markdown.
 function copyRich({node, body}, clicked) {
   const copy = body.cloneNode(true);
-  copy.querySelectorAll(".code-bar, .preview").forEach(each => each.remove());
+  copy.querySelectorAll(".code-bar, .preview, .calculation").forEach(each => each.remove());
   return copyTypes({"text/plain": node.content, "text/html": copy.innerHTML}, clicked);
 }
 

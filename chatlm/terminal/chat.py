@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence as Seq
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,13 +27,16 @@ from chatlm.common.jsontext import as_json, whole_unicode
 from chatlm.common.messages.requests import (
     SAMPLING_DEFAULTS, AnswerParams, Finished, Message, Piece, PromptProgress, Request)
 from chatlm.common.streams import lack_of_space
+from chatlm.common.text.answer_decoder import CallCounter
+from chatlm.common.text.calculations import calculations_of, moved, without_unfinished
 from chatlm.front.aio import interruptible
-from chatlm.front.api.encode import timings_body
+from chatlm.front.api.encode import calculator_member, timings_body
 from chatlm.front.api.readers import sampling_params, with_thinking_budget
 from chatlm.front.pool.pool import sampling_of
 from chatlm.terminal.attached import (
     decoded, document_text, is_document, is_picture, picture_file, read_user_file)
-from chatlm.terminal.conversation import PARAMETERS, SETTABLE, Conversation, read_chats
+from chatlm.terminal.calculator import as_code, marked
+from chatlm.terminal.conversation import PARAMETERS, SETTABLE, Conversation, calls_in, read_chats
 from chatlm.terminal.remote import RemotePool, open_pool
 from chatlm.terminal.terminal import PlainWriter, Terminal, state_file
 
@@ -92,12 +95,14 @@ class Reply:
 
     text: str = ""
     reasoning: str = ""
+    calculator: list[dict] = field(default_factory=list)  # calls in the text
     done: Finished = None  # pyright: ignore[reportAssignmentType]  until it has ended
     seconds: float = 0.0
 
     def as_json(self, request: Request, done: Finished) -> str:
         """One line of --json output."""
         return as_json({"text": self.text, **({"reasoning": self.reasoning} if self.reasoning else {}),
+                        **calculator_member(self.calculator),
                         "finish_reason": done.reason, "seed": request.params.sampling.seed,
                         "usage": usage_of(done), "timings": timings_body(done)})
 
@@ -109,13 +114,15 @@ def usage_of(done: Finished) -> dict[str, int]:
 
 async def receive(pool: Pool, request: Request, reply: Reply, writer):
     """Show an answer as it arrives; `reply` keeps what arrived, even if the answer fails or is cancelled."""
-    began_s = time.monotonic()
+    began_s, counter = time.monotonic(), CallCounter()
     try:
         async with aclosing(pool.answer(request)) as events:
             async for event in events:
                 if isinstance(event, Piece):
                     reply.text += event.text
                     reply.reasoning += event.joined("reasoning")
+                    placed = [counter.place(delta) for delta in event.deltas]
+                    reply.calculator += [call for call in placed if call is not None]
                     writer.push(event)
                 elif isinstance(event, PromptProgress):
                     writer.progress(event)
@@ -219,7 +226,7 @@ class Chat:
         chat.leaf, cut = last["id"], last["role"] == "assistant"
         seed = {"seed": last["seed"]} if cut and type(last.get("seed")) is int else {}
         messages = chat.messages()
-        if any(message.more for message in messages):
+        if any((message.more or {}).get("pictures") for message in messages):
             if not self.pool.sees:
                 raise ValueError("this model cannot see images; /clear begins a chat without them")
             messages = messages if isinstance(self.pool, RemotePool) else await decoded(messages, self.pool)
@@ -231,11 +238,12 @@ class Chat:
         chat.leaf, note = before, "interrupted"
         try:
             with self.terminal.unechoed(partial(self.pool.end_thinking, request.id)):
-                writer = self.terminal.writer(last["content"] if cut else "", self.pool.ends_thinking)
+                begun = marked(last["content"], calls_in(last), as_code) if cut else ""
+                writer = self.terminal.writer(begun, self.pool.ends_thinking)
                 await interruptible(receive(self.pool, request, reply, writer))
             note = "stopped"
         finally:
-            if reply.text or reply.reasoning or reply.done:
+            if reply.text or reply.reasoning or reply.calculator or reply.done:
                 self.keep(last, request, reply, note)
         line = summary(reply.done, reply.seconds) if reply.done else "[stopped]"
         is_cut = reply.done and (reply.done.reason == "length" or reply.done.stop_reason == "repetition")
@@ -251,6 +259,13 @@ class Chat:
                 "parameters": dict(self.conversation.parameters)}
         if reply.reasoning:
             node["reasoning"] = reply.reasoning
+        calls = reply.calculator
+        if last["role"] == "assistant":
+            begun = Message("assistant", last["content"], {"calculator": calls_in(last)})
+            # a call that was cut is written again
+            calls = [*calculations_of(without_unfinished(begun)), *moved(calls, len(last["content"]))]
+        if calls or "calculator" in last:
+            node["calculator"] = calls
         if reply.done:
             node["timings"] = timings_body(reply.done) | usage_of(reply.done) | {
                 "finish_reason": reply.done.reason}
@@ -376,7 +391,7 @@ class Chat:
         """/continue: continue an answer that was cut off"""
         if not (path := self.conversation.path()) or path[-1]["role"] != "assistant":
             raise ValueError("there is no answer to continue")
-        if path[-1]["content"] and (self.pool.continues or not self.in_turns):
+        if (path[-1]["content"] or calls_in(path[-1])) and (self.pool.continues or not self.in_turns):
             await self.answer(path[-1])
         else:
             await self.ask("Please continue.")

@@ -18,6 +18,8 @@ from chatlm.common.config import FLAGS, LIMITS
 from chatlm.common.jsontext import is_text
 from chatlm.common.log import utc
 from chatlm.common.messages.requests import SAMPLING_FLAGS, Message
+from chatlm.common.text.calculations import with_calls, with_names
+from chatlm.terminal.calculator import calls_of_file, joined_calls, marked
 
 
 CHAT_FORMAT = {"format": "chat_server chats", "version": 2}
@@ -55,6 +57,11 @@ def pictures_of(node: Mapping) -> list[str]:
             if isinstance(each, dict) and is_text(each.get("picture"))]
 
 
+def calls_in(node: Mapping) -> list[dict]:
+    """The calculator's calls in an answer."""
+    return calls_of_file(node.get("calculator"), node["content"]) if node["role"] == "assistant" else []
+
+
 class Conversation:
     """A chat's tree of messages. The path to `leaf` is current; other answers and versions branch off."""
 
@@ -87,19 +94,22 @@ class Conversation:
 
     def messages(self) -> tuple[Message, ...]:
         """The messages to send: no empty ones, and adjacent ones of a role joined: templates alternate. Their
-        `more` has pictures as data URIs."""
+        `more` has pictures as data URIs, and the calculator's calls."""
         messages = [Message("system", self.system)] if self.system.strip() else []
-        said = (node for node in self.path() if node["content"] or pictures_of(node))
+        said = (node for node in self.path() if node["content"] or pictures_of(node) or calls_in(node))
         for role, group in itertools.groupby(said, key=lambda node: node["role"]):
             nodes = [*group]
             pictures = [uri for node in nodes for uri in pictures_of(node)]
-            messages.append(Message(role, "\n\n".join(node["content"] for node in nodes if node["content"]),
-                                    {"pictures": pictures} if pictures else None))
+            spoken = [node for node in nodes if node["content"] or calls_in(node)]
+            texts = [node["content"] for node in spoken]
+            more = with_calls({"pictures": pictures} if pictures else {},
+                              joined_calls(texts, [*map(calls_in, spoken)], "\n\n"))
+            messages.append(Message(role, "\n\n".join(texts), more or None))
         return tuple(messages)
 
     def last_text(self) -> str:
         """The user's last message and what follows it, for a completion model."""
-        texts = [node["content"] for node in self.path()]
+        texts = [with_names(node["content"], calls_in(node)) for node in self.path()]
         begins = [index for index, node in enumerate(self.path()) if node["role"] == "user"]
         return "".join(texts[begins[-1] if begins else 0:])
 
@@ -120,8 +130,8 @@ class Conversation:
 
     def lines(self) -> list[str]:
         """The lines that a terminal shows."""
-        return [f"> {node['content']}" if node["role"] == "user" else node["content"] + "\n"
-                for node in self.path()]
+        return [f"> {node['content']}" if node["role"] == "user" else
+                marked(node["content"], calls_in(node)) + "\n" for node in self.path()]
 
 
 def read_chats(text: str) -> list[Conversation]:

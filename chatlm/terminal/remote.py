@@ -13,6 +13,8 @@ from chatlm.common.errors import ChatServerError, ConfigError, EngineFailure, Ov
 from chatlm.common.hub.nanochat import explicit_choice
 from chatlm.common.log import ProgressDisplay
 from chatlm.common.messages.requests import SAMPLING_DEFAULTS, SAMPLING_FLAGS, Accepted, Message
+from chatlm.common.text.calculations import calculations_of
+from chatlm.front.api.encode import calculator_member
 from chatlm.front.lazy import aiohttp
 from chatlm.front.pool.pool import WorkerPool, pool_of
 from chatlm.terminal.streams import AnswerReader, EventStream, broken, connection_errors, object_in, reason_of
@@ -198,7 +200,8 @@ def content_of(message: Message) -> str | list[dict]:
 def native_body(request: Request) -> dict:
     params, sampling = request.params, request.params.sampling
     messages = request.messages or (Message("user", str(request.prompts[0])),)
-    return {"messages": [{"role": message.role, "content": content_of(message)} for message in messages],
+    return {"messages": [{"role": message.role, "content": content_of(message),
+                          **calculator_member(calculations_of(message))} for message in messages],
             "truncate": "oldest", "resumable": True, "stop": list(params.stop),
             "ignore_eos": params.ignore_eos, "stop_on_repetition": params.stop_on_repetition,
             "progress": params.progress, **request.template_options,

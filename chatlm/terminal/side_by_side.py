@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import AsyncGenerator, Sequence as Seq
+from collections.abc import AsyncGenerator, Mapping, Sequence as Seq
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
@@ -17,12 +17,15 @@ from chatlm.common.errors import ConfigError, visible
 from chatlm.common.files import read_text_of
 from chatlm.common.jsontext import as_json
 from chatlm.common.log import ProgressDisplay
+from chatlm.common.messages.requests import Delta
+from chatlm.front.api.encode import calculator_member
 from chatlm.front.api.readers import read_compare, read_variants
 from chatlm.front.pool.many import ManyModels
 from chatlm.front.pool.score import score_text
 from chatlm.front.server.bodies import tokenizer_of
 from chatlm.front.server.compare import Comparison, asked_of, with_ids
 from chatlm.front.server.describe import kind_of
+from chatlm.terminal.calculator import MarkedText, calls_of_event
 from chatlm.terminal.chat import NO_ROLES, duration, prompt_text
 from chatlm.terminal.conversation import PARAMETERS
 from chatlm.terminal.remote import RemotePool, identified, open_pool
@@ -39,7 +42,10 @@ class Column:
 
     def __init__(self):
         self.parts = {"token": "", "reasoning": ""}
-        self.shown = 0                      # characters of its text
+        self.calls: list[dict] = []         # of the calculator, in its text
+        self.marks = MarkedText()
+        self.new = ""                       # what of it has not been shown
+        self.began = False                  # has its name been shown?
         self.end: dict[str, Any] = {}
         self.differs: dict | None = None
 
@@ -59,7 +65,18 @@ class Column:
     def as_json(self) -> str:
         differs = self.differs and {name: self.differs[name] for name in ("position", "probabilities")}
         more = {"reasoning": self.parts["reasoning"]} if self.parts["reasoning"] else {}
+        more |= calculator_member(self.calls)
         return as_json({"text": self.parts["token"], **more, **self.end, "differs": differs})
+
+    def take(self, event: Mapping):
+        """Note what is new of it."""
+        for name in self.parts.keys() & event.keys():
+            self.parts[name] += event[name]
+        said = [Delta("text", event.get("token", ""))]
+        for call in calls_of_event(event.get("calculator")):
+            self.calls.append(call)
+            said.append(Delta("calculator", as_json(call)))
+        self.new += "".join(map(self.marks.push, said)) if sys.stdout.isatty() else event.get("token", "")
 
 
 async def compare(settings: Settings) -> int:
@@ -84,8 +101,7 @@ async def compare(settings: Settings) -> int:
                 column.differs = content
             elif "finish_reason" in event:
                 column.end = {name: value for name, value in event.items() if name != "index"}
-            for name in column.parts.keys() & event.keys():
-                column.parts[name] += event[name]
+            column.take(event)
             while turn < len(columns) and not settings.json and show(columns[turn], names[turn]):
                 turn += 1
     if settings.json:
@@ -95,10 +111,10 @@ async def compare(settings: Settings) -> int:
 
 def show(column: Column, name: str) -> bool:
     """Print the new part of an answer; True once it is complete."""
-    new = column.parts["token"][column.shown:]
-    if not column.shown and (new or column.end):
+    new, column.new = column.new, ""
+    if not column.began and (new or column.end):
+        column.began = True
         print(f"== {visible(name)}", flush=True)
-    column.shown += len(new)
     new = visible(new) if sys.stdout.isatty() else new
     print(new, end="" if not column.end else "\n", flush=True)
     if column.end:

@@ -15,6 +15,7 @@ from chatlm.common.messages.requests import (
     DRAFT_SOURCES, Delta, DraftCounts, Finished, Piece, PromptProgress, Usage)
 from chatlm.front.api.encode import PROGRESS_FIELDS
 from chatlm.front.lazy import aiohttp
+from chatlm.terminal.calculator import calls_of_event, split_at_calls
 
 if TYPE_CHECKING:
     from chatlm.terminal.remote import RemotePool
@@ -119,6 +120,7 @@ class AnswerReader:
     def __init__(self):
         self.ending: dict = {}  # finish_reason, usage, timings ... as they arrive
         self.pieces, self.begin_s, self.first_s = 0, time.monotonic(), 0.0
+        self.characters = 0  # of its text so far
 
     @staticmethod
     def end_of(body: dict) -> dict:
@@ -145,8 +147,10 @@ class AnswerReader:
         delta = choice.get("delta") or choice
         reasoning = body.get("reasoning") or delta.get("reasoning_content") or delta.get("reasoning")
         text = body.get("token") or delta.get("content") or delta.get("text")
-        deltas = tuple(Delta(kind, str(new))
-                       for kind, new in (("reasoning", reasoning), ("text", text)) if new)
+        deltas = (Delta("reasoning", str(reasoning)),) if reasoning else ()
+        text, calls = str(text or ""), calls_of_event(body.get("calculator") or delta.get("calculator"))
+        deltas = (*deltas, *split_at_calls(text, calls, self.characters))
+        self.characters += len(text)
         if not deltas:
             return None
         self.first_s = self.first_s or time.monotonic()

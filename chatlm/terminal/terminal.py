@@ -20,6 +20,7 @@ from typing import Any, TYPE_CHECKING
 
 from chatlm.common.errors import visible
 from chatlm.front.aio import interruptible, supervised
+from chatlm.terminal.calculator import MarkedText, as_code
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -78,6 +79,7 @@ class MarkdownWriter:
         self.console, self.segment, self.waiting = console, segment, "..."
         self.hint = "Tab: answer now" if hint else ""  # shown while it thinks
         self.text, self.style, self.begun = "", "dim", False
+        self.marks = MarkedText(as_code, before)
         if blocks := markdown_blocks(before := before.translate(TERMINAL_CONTROLS), "none"):
             self.text, self.style = before.split("\n", blocks[-1][0])[-1], "none"
         self.live = live.Live(self, console=console, refresh_per_second=10, transient=True,
@@ -92,8 +94,9 @@ class MarkdownWriter:
         self.live.refresh()
 
     def push(self, event: Piece):
-        for kind, text, _ in event.deltas:
-            style = "dim" if kind == "reasoning" else "none"
+        for delta in event.deltas:
+            thinks = delta.kind == "reasoning"
+            text, style = delta.text if thinks else self.marks.push(delta), "dim" if thinks else "none"
             if style != self.style:
                 self._write(markdown_blocks(self.text, self.style), "")
                 self.style = style
@@ -138,14 +141,17 @@ class PlainWriter:
     """Prints an answer as it arrives; a model's control characters never reach a terminal."""
 
     def __init__(self, silent: bool):
-        self.silent, self.last = silent, "\n"
+        self.silent, self.last, self.marks = silent, "\n", MarkedText()
 
     def progress(self, event: PromptProgress):
         pass
 
     def push(self, event: Piece):
         if not self.silent:
-            text = event.text.translate(TERMINAL_CONTROLS) if sys.stdout.isatty() else event.text
+            text = event.text  # alone where a program reads it
+            if sys.stdout.isatty():
+                said = (self.marks.push(delta) for delta in event.deltas if delta.kind != "reasoning")
+                text = "".join(said).translate(TERMINAL_CONTROLS)
             print(text, end="", flush=True)
             self.last = text or self.last
 

@@ -214,12 +214,12 @@ def catalogue_of(pool, settings):
 
 
 @contextlib.asynccontextmanager
-async def serving(pool, settings=None, **limits):
+async def serving(pool, settings=None, store=None, **limits):
     """`pool` behind the real routes on a port of 127.0.0.1, run as `serve_forever` runs them; yields the base URL."""
     with access.listen_on("127.0.0.1", 0) as listener:
         settings = settings or Settings()
         is_polled = RouteTable(chat_server.ROUTES, settings.prefix).is_polled
-        async with connections.serving(chat_server.create_app(catalogue_of(pool, settings), settings), listener, is_polled=is_polled, **limits):
+        async with connections.serving(chat_server.create_app(catalogue_of(pool, settings), settings, store), listener, is_polled=is_polled, **limits):
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 

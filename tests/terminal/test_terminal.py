@@ -33,6 +33,7 @@ from chatlm.terminal.terminal import MarkdownWriter
 from fake_pool import FakePool, Letters, finished
 from page_server import BLOCKS, HOSTILE, MARKDOWN
 from patching import patch
+from piped_chats import chat_with
 
 # Markdown as it streams
 
@@ -124,16 +125,6 @@ def test_a_model_cannot_send_control_sequences():
 
 
 # chats in files
-
-
-def chat_with(pool, monkeypatch, lines, **settings):
-    """`chat` over a pool, with these lines as a pipe: its exit status."""
-    read, write = os.pipe()
-    os.write(write, ("\n".join(lines) + "\n").encode())
-    os.close(write)
-    monkeypatch.setattr(sys, "stdin", os.fdopen(read))
-    patch(monkeypatch, pool_module, "pool_of", lambda settings: pool)
-    return asyncio.run(terminal_chat.chat(Settings(command="chat", **settings)))
 
 
 def turns(pool):

@@ -23,7 +23,8 @@ class Picture(NamedTuple):
 class Message:
     role: str  # system, user, assistant or tool (developer is mapped to system by HTTP parsing)
     content: str
-    more: Mapping | None = None  # tool_calls, tool_call_id, name, reasoning_content
+    # tool_calls, tool_call_id, name, reasoning_content; OWN of common/text/calculations.py
+    more: Mapping | None = None
     pictures: tuple[Picture, ...] = ()
     parts: tuple[str | int, ...] = ()  # where they stand: texts, together the content, and indexes of
                                        # pictures, each once, in order; (): there are none
@@ -227,6 +228,7 @@ class AnswerParams:
     call_grammars: tuple[str, ...] = ()  # of each: what its arguments must match; "" if it is not strict
     parallel_calls: bool = True         # False: the answer ends where a second call would begin
     chat: bool = False                  # reasoning and calls are separate from its content
+    skip_special_tokens: bool = True    # False: its text has the names of special tokens
     thinking_budget: int | None = None  # tokens of reasoning after which it is ended; None: no limit
     last_thought: str = ""              # what is then written before the mark that ends it
     progress: bool = False              # send progress events until the first token
@@ -374,9 +376,9 @@ class TokenLogprob(NamedTuple):
 
 class Delta(NamedTuple):
     """New text of an answer. A call begins with a delta that names its function; its arguments follow as JSON
-    text."""
+    text. A call of a calculator comes whole, as JSON text (see common/text/calculations.py)."""
 
-    kind: str  # reasoning, text or call
+    kind: str  # reasoning, text, call or calculator
     text: str
     name: str = ""
 

@@ -183,11 +183,12 @@ NO_CALLS = CallFormat()  # for a model that cannot chat
 GENERIC_FORMAT = "tagged"  # for templates without tools
 
 # If a marker is a token of the vocabulary, a lone surrogate of its own stands for that token in an answer's
-# text: no decoded text contains these, so the same marker spelled out in ordinary tokens stays text.
+# text: no decoded text contains these, so the same marker spelled out in ordinary tokens stays text. They are
+# the high surrogates; the low ones stand for calls of a calculator (see calculations.py).
 MARKS = {name: chr(0xd800 + index) for index, name in enumerate(dict.fromkeys(itertools.chain(
     *THOUGHTS, *(row.markers for row in CALL_FORMATS.values()))))}
 MARKERS = {mark: name for name, mark in MARKS.items()}
-A_MARK = re.compile("[\ud800-\udfff]")
+A_MARK = re.compile("[\ud800-\udbff]")
 A_MARKER = re.compile(f"({'|'.join(map(re.escape, sorted(MARKS, key=len, reverse=True)))})")
 
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 
 from chatlm.common.messages.requests import Message
+from chatlm.common.text.calculations import calculations_of, moved, with_calls
 from chatlm.common.text.notations import PYTHON, Notation
 
 
@@ -42,8 +43,10 @@ def with_generic_tools(messages: Seq[Message], tools: Seq[dict], has_system: boo
         if turns and turns[-1].role == role and (
                 is_result or calls or turns[-1].content.endswith((CALL_END, RESULT_END))):
             last = turns.pop()  # many templates want roles to alternate
-            content = f"{last.content}\n{content}" if last.content else content
-            more = {**(last.more or {}), **more}
+            before = f"{last.content}\n" if last.content else ""
+            more = with_calls({**(last.more or {}), **more},
+                              [*calculations_of(last), *moved(more.get("calculator", ()), len(before))])
+            content = before + content
         turns.append(Message(role, content, more or None))
     if tools:
         prompt = GENERIC_TOOLS.format("\n".join(

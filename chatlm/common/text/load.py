@@ -17,6 +17,7 @@ from chatlm.common.errors import (
 from chatlm.common.jsontext import whole_unicode
 from chatlm.common.log import log
 from chatlm.common.messages.requests import Message
+from chatlm.common.text.calculations import said_tokens, without_own, without_unfinished
 from chatlm.common.text.formats import calls_of, thoughts_of
 from chatlm.common.text.history import (
     nine_character_ids, orphans_of, results_as_turns, single_calls, with_answers, with_generic_tools,
@@ -81,11 +82,16 @@ class NanochatTokenizer(Tokenizer):
         bos, user_start, user_end, assistant_start, assistant_end = map(
             self.specials.get, NANOCHAT_CHAT_TOKENS)
         tokens: list = [bos]
-        for message in merge_system_message(with_generic_tools(messages, tools)):
+        turns = [*merge_system_message(with_generic_tools(messages, tools))]
+        goes_on = options.get("continue_final_message", False)
+        if goes_on:
+            turns[-1] = without_unfinished(turns[-1])
+        for message in turns:
             is_user = message.role == "user"
-            tokens += [user_start if is_user else assistant_start, *self.encode(message.content),
+            said = self.encode(message.content) if is_user else said_tokens(self, message)
+            tokens += [user_start if is_user else assistant_start, *said,
                        user_end if is_user else assistant_end]
-        if options.get("continue_final_message"):
+        if goes_on:
             return tokens[:-1]
         return tokens + [assistant_start] * options.get("add_generation_prompt", True)
 
@@ -253,7 +259,7 @@ class HuggingFaceTokenizer(Tokenizer):
                 has_system = "ystem role not supported" not in (self.spec.chat_template or "")
                 messages, tools = with_generic_tools(messages, tools, has_system), ()
             dialogue = self._mark_specials(
-                [{"role": message.role, "content": message.content, **(message.more or {})}
+                [{"role": message.role, "content": message.content, **without_own(message.more)}
                  for message in messages])
             if goes_on := options.get("continue_final_message", False):
                 last = dialogue[-1]  # cut in its text, or already in its reasoning

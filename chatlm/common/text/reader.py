@@ -114,6 +114,10 @@ class StreamDecoder:
             return self.utf8.decode(b"", True) + self.marks[token]
         return self.utf8.decode(self.tokenizer.token_bytes(token))
 
+    def finish(self) -> str:
+        """What stands for tokens that are over only now, since no more come."""
+        return ""
+
 
 class Prose:
     """Reads reasoning and content, and has `calls` read where they begin."""

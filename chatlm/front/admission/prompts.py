@@ -15,6 +15,7 @@ from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError, invalid
 from chatlm.common.memory import trim_heap
 from chatlm.common.messages.requests import NEW_DOCUMENT
+from chatlm.common.text.calculations import calculations_of, text_in
 from chatlm.common.text.pictures import pictures_of
 from chatlm.common.text.reader import answer_reader
 from chatlm.common.text.tokenizer import NO_OPTIONS, fill_template
@@ -129,7 +130,8 @@ class PromptMaker:
 
     async def render(self, messages: Seq[Message], tools: Seq[dict], client: str,
                      options: Mapping = NO_OPTIONS) -> tuple[int, ...]:
-        tokenizer, texts = self.tokenizer, [message.content for message in messages]
+        tokenizer = self.tokenizer
+        texts = [message.content + text_in(calculations_of(message)) for message in messages]
         size, pictures = sum(map(len, texts)) + 50 * len(texts), pictures_of(messages)
         check_pictures(tokenizer.spec.vision, len(pictures))
         await self.run(lambda: self._start_of("".join(texts), "messages"), size)

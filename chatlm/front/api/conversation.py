@@ -14,7 +14,9 @@ from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError, bad_value, invalid, shown
 from chatlm.common.jsontext import as_json, is_text, whole_unicode
 from chatlm.common.messages.requests import Message
+from chatlm.common.text.calculations import calculations_of, moved, text_in, with_calls
 from chatlm.front.admission.prompts import turn_starts
+from chatlm.front.api.calculations import is_nanochats, read_nanochat_parts, with_calculations
 from chatlm.front.api.fields import A_FUNCTION, Field, list_schema, matches, no_tools, within_limit
 from chatlm.front.api.passages import passage_parts
 from chatlm.front.api.picture_parts import picture_in
@@ -99,12 +101,14 @@ def native_messages(messages: list, truncate: bool = False) -> tuple[tuple[Messa
     for name, role, fields in kept:
         if not isinstance(content := fields.get("content"), list):
             content = Field(f"{name}.content", TEXT, "").read(content)
-        message = message_of(role, content, earlier_reasoning(role, fields, name), f"{name}.content")
+        more = earlier_reasoning(role, fields, name)
+        message = said_message(role, {**fields, "content": content}, more, name)
         if role != "assistant":
             within_limit(f"characters in {name}", len(message.content), LIMITS.message_characters,
                          f"{name}.content")
         parsed.append(message)
-    size = sum(len(message.content) + sum(map(len, (message.more or {}).values())) for message in parsed)
+    size = sum(len(message.content) + len((message.more or {}).get("reasoning_content", ""))
+               + len(text_in(calculations_of(message))) for message in parsed)
     within_limit("characters in all messages", size, LIMITS.total_characters, "messages")
     return tuple(parsed), len(sent) - len(kept)
 
@@ -172,7 +176,7 @@ def chat_messages(sent: Iterable[SentMessage], with_tools: bool) -> tuple[Messag
             more["tool_calls"] = earlier_calls(calls, f"{name}.tool_calls")
         more |= earlier_reasoning(role, fields, name)
         role = {"developer": "system", "function": "tool"}.get(role, role)
-        parsed.append(message_of(role, fields.get("content"), more, f"{name}.content"))
+        parsed.append(said_message(role, fields, more, name))
     return tuple(parsed)
 
 
@@ -268,7 +272,9 @@ def joined_turns(messages: Iterable[Message]) -> tuple[Message, ...]:
             turns[-1] = replace(last, content=f"{last.content}\n\n{message.content}")
         elif last.role == "assistant" and not (message.content and (last.content or "tool_calls" in before)):
             calls = [*before.get("tool_calls", ()), *more.get("tool_calls", ())]
+            calculated = [*calculations_of(last), *moved(calculations_of(message), len(last.content))]
             more = {**before, **more, **({"tool_calls": calls} if calls else {})}
+            more = with_calls(more, calculated)
             turns[-1] = Message(last.role, last.content + message.content, more or None)
         else:
             turns.append(message)
@@ -320,7 +326,8 @@ def anthropic_messages(values: Mapping) -> Iterator[SentMessage]:
                  for _, block in blocks["tool_use"]]
         thoughts = "".join(content_text(block.get("thinking"), block_name)
                            for block_name, block in blocks["thinking"])
-        texts = [part if picture_in(part) else {"type": "text", "text": part_text(part, block_name)}
+        texts = [part if picture_in(part) else {"type": "text", "text": part_text(part, block_name),
+                                                "calculator": part.get("calculator")}
                  for block_name, block in blocks["text"] for part in as_parts(block, block_name)]
         if texts or calls or thoughts or not blocks["tool_result"]:
             yield SentMessage(name, role, {"content": texts, **({"tool_calls": calls} if calls else {}),
@@ -352,6 +359,17 @@ def earlier_arguments(sent: Any) -> dict | str:
     if isinstance(sent, dict):
         return sent
     return whole_unicode(text) or as_json(sent)
+
+
+def said_message(role: str, fields: Mapping, more: Mapping, name: str) -> Message:
+    """A message of Chat Completions, with the calls of the calculator in it if it is the assistant's."""
+    content = fields.get("content")
+    if role != "assistant":
+        return message_of(role, content, more, f"{name}.content")
+    if isinstance(content, list) and is_nanochats(content):
+        text, calls = read_nanochat_parts(content, f"{name}.content")
+        return Message(role, text, with_calls(more, calls))
+    return with_calculations(message_of(role, content, more, f"{name}.content"), fields, name)
 
 
 def message_of(role: str, content, more: Mapping, name: str) -> Message:

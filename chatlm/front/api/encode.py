@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence as Seq
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ from chatlm import __version__
 from chatlm.common.errors import EngineFailure
 from chatlm.common.jsontext import dump
 from chatlm.common.messages.requests import DRAFT_SOURCES, Delta, Piece, Usage
-from chatlm.common.text.reader import StreamDecoder
+from chatlm.common.text.answer_decoder import CallCounter, answer_decoder
 
 if TYPE_CHECKING:
     from chatlm.common.errors import ChatServerError
@@ -55,6 +55,8 @@ class Block:
     def __init__(self, kind: str, index: int, name: str):
         self.kind, self.index, self.name = kind, index, name
         self.id, self.texts = secrets.token_hex(12), list[str]()  # see Encoder.derive_ids
+        self.calculator: list[dict] = []  # calls of the calculator, in text
+        self.characters = 0               # of its text so far
         self.frame = b""  # how an event with more of its text begins
 
     @property
@@ -72,7 +74,7 @@ class Choice:
     """An encoder's state for one choice of an answer: its end, its blocks (OpenAI's streams keep only calls)
     and, for OpenAI's APIs, the fields below."""
 
-    def __init__(self, index: int, tokenizer: Tokenizer):
+    def __init__(self, index: int, tokenizer: Tokenizer, skips_specials: bool = True):
         self.index = index
         self.done: Finished = None  # pyright: ignore[reportAttributeAccessIssue]  until it has ended
         self.blocks: list[Block] = []
@@ -83,12 +85,15 @@ class Choice:
         self.logprobs: dict[str, list[bytes]] = {}  # for a whole body, in JSON
         self.prompt_logprobs: list[bytes] = []      # also
         self.echoed = False                         # whether the prompt has been put before its text
-        self.decoder, self.offset = StreamDecoder(tokenizer), 0  # for text_offset
+        self.decoder, self.offset = answer_decoder(tokenizer, None, skips_specials), 0  # for text_offset
+        self.counter = CallCounter()                # of the calculator's calls in all of its text
+        self.calculator: list[dict] = []            # these, for a whole body
 
     def block(self, delta: Delta) -> Block:
         """The block that grows: the last one or, for another kind or a call that begins, a new one."""
-        if delta.name or not self.blocks or self.blocks[-1].kind != delta.kind:
-            self.blocks.append(block := Block(delta.kind, len(self.blocks), delta.name))
+        kind = "text" if delta.kind == "calculator" else delta.kind
+        if delta.name or not self.blocks or self.blocks[-1].kind != kind:
+            self.blocks.append(block := Block(kind, len(self.blocks), delta.name))
             if self.origin:
                 block.id = hashlib.sha256(f"{self.origin}/{block.index}".encode()).hexdigest()[:24]
         return self.blocks[-1]
@@ -128,7 +133,8 @@ class Encoder:
         self.parsed, self.model, self.request = parsed, model, parsed.request
         self.tokenizer: Tokenizer = tokenizer  # pyright: ignore[reportAttributeAccessIssue]  who needs it has it
         self.repeated_bytes = len(parsed.repeated)
-        self.choices = [Choice(index, self.tokenizer) for index in
+        skips = self.request.params.skip_special_tokens
+        self.choices = [Choice(index, self.tokenizer, skips) for index in
                         range((len(self.request.prompts) or 1) * self.request.n)]
         if self.request.low_priority:  # it may be a line of a batch that another server has answered before
             self.derive_ids()
@@ -182,12 +188,19 @@ class Encoder:
 class NativeEncoder(Encoder):
     """Turns events into frames of the native API."""
 
-    MEMBERS = {"reasoning": "reasoning", "text": "token"}  # old clients skip reasoning
+    MEMBERS = {"reasoning": "reasoning", "text": "token"}
+
+    @classmethod
+    def members(cls, delta: Delta, counter: CallCounter) -> dict:
+        """What a frame has of a delta; {} for none. Old clients skip all but tokens."""
+        if (call := counter.place(delta)) is not None:
+            return {"calculator": call}
+        return {cls.MEMBERS[delta.kind]: delta.text} if delta.kind in cls.MEMBERS else {}
 
     def encode(self, event: Piece | Finished) -> bytes:
         if isinstance(event, Piece):
-            return b"".join([frame({self.MEMBERS[delta.kind]: delta.text, "gpu": event.gpu})
-                             for delta in event.deltas if delta.kind in self.MEMBERS])
+            said = [self.members(delta, self.choices[0].counter) for delta in event.deltas]
+            return b"".join([frame({**members, "gpu": event.gpu}) for members in said if members])
         self.choices[0].done = event
         return frame({"done": True, "finish_reason": event.reason, "stop_reason": event.stop_reason,
                       "gpu": event.gpu, "usage": usage_body(self.usage()), "timings": timings_body(event),
@@ -199,7 +212,7 @@ class BlockEncoder(Encoder):
 
     # What an API makes of a block, of the end, and of a whole answer
     opened: Callable[[Block], bytes]
-    grown: Callable[[Block, str], bytes]
+    grown: Callable[..., bytes]  # with its text, and maybe a call of the calculator
     closed: Callable[[Block], bytes]
     end: Callable[[], bytes]
     body: Callable[[], dict]
@@ -222,8 +235,20 @@ class BlockEncoder(Encoder):
             more = (self.closed(before) if before else b"") + self.opened(block)
         if not delta.text:
             return more
+        if delta.kind == "calculator":
+            return more + self._calculate(block, delta)
         block.texts.append(delta.text)
+        block.characters += len(delta.text)
         return more + self.grown(block, delta.text)
+
+    def start_in(self, block: Block) -> int:
+        """How many characters precede what comes next in the text that clients see as one: the block's."""
+        return block.characters
+
+    def _calculate(self, block: Block, delta: Delta) -> bytes:
+        call = {"start": self.start_in(block), **json.loads(delta.text)}
+        block.calculator.append(call)
+        return self.grown(block, "", {"index": len(block.calculator) - 1, **call})
 
     def collect(self, event: Piece | Finished) -> int:
         self.encode(event)
@@ -237,6 +262,11 @@ class BlockEncoder(Encoder):
 
     def framed(self, body: dict) -> bytes:
         return self.event(*body, **body)
+
+
+def calculator_member(calls: Seq[Mapping]) -> dict:
+    """The member that stands beside a text with such calls."""
+    return {"calculator": calls} if calls else {}
 
 
 def arguments_of(text: str) -> dict:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from chatlm.common.jsontext import dump, is_text
 from chatlm.common.messages.requests import Delta, Finished, Piece, PromptScores
-from chatlm.front.api.encode import SYSTEM_FINGERPRINT, Encoder, timings_body
+from chatlm.common.text.answer_decoder import answer_decoder, parts_of, without_calls
+from chatlm.front.api.encode import SYSTEM_FINGERPRINT, Encoder, calculator_member, timings_body
 from chatlm.front.api.logprobs import entries, listed, logprob_number, token_text
 
 if TYPE_CHECKING:
@@ -138,8 +139,11 @@ class OpenAIEncoder(Encoder):
             size += len(encoded)
         choice.token_ids += part.tokens if self.parsed.token_ids else ()
         for delta in part.deltas:
-            choice.block(delta).texts.append(delta.text)
             size += len(delta.text)
+            if (call := choice.counter.place(delta)) is not None:
+                choice.calculator.append(call)
+            else:
+                choice.block(delta).texts.append(delta.text)
         if self.request.params.logprobs is not None:  # kept as JSON: 2 KB per token instead of 14
             for name, values in self.logprobs_body(choice, part.logprobs).items():
                 choice.logprobs.setdefault(name, []).append(encoded := dump(values)[1:-1])
@@ -185,12 +189,15 @@ class ChatEncoder(OpenAIEncoder):
         if whole:
             calls = [self.call_body(call, call.text) for call in choice.calls]
             message = {"role": "assistant", "content": None if calls and not text else text, "refusal": None}
+            message |= calculator_member(choice.calculator)
         else:
             calls = self.call_deltas(choice, part)
             if text or part.logprobs and not reasoning:
                 message = {"content": text}
         if reasoning:  # clients read one or the other
             message |= {"reasoning_content": reasoning, "reasoning": reasoning}
+        if not whole:
+            message |= calculator_member(choice.counter.numbered(part.deltas))
         if calls:
             message["tool_calls"] = calls
         return {"message" if whole else "delta": message, "logprobs": self.logprobs(choice, part)}
@@ -249,11 +256,23 @@ class CompletionEncoder(OpenAIEncoder):
         if not self.parsed.echo or choice.echoed:
             return part
         choice.echoed, prompt = True, self.prompt(choice)
-        text = prompt if is_text(prompt) else self.tokenizer.decode(prompt)
-        return part._replace(deltas=(Delta("text", text), *part.deltas)) if text else part
+        said = [Delta("text", prompt)] if is_text(prompt) else self.shown(prompt)
+        said = [delta for delta in said if delta.text]
+        return part._replace(deltas=(*said, *part.deltas)) if said else part
+
+    def shown(self, tokens: Seq[int]) -> list[Delta]:
+        """Token ids as an answer shows them."""
+        if not self.request.params.skip_special_tokens:
+            return [Delta("text", self.tokenizer.show(tokens))]
+        if self.tokenizer.tool_tokens is None:
+            return [Delta("text", self.tokenizer.decode(tokens))]
+        decoder = answer_decoder(self.tokenizer)
+        text = "".join(map(decoder.push, tokens)) + decoder.finish()
+        return [*parts_of(decoder, text + decoder.utf8.decode(b"", True))]
 
     def body(self, choice: Choice, part: Piece, whole: bool = False) -> dict:
-        return {"text": part.text, "logprobs": self.logprobs(choice, part)}
+        calls = choice.calculator if whole else choice.counter.numbered(part.deltas)
+        return {"text": part.text, "logprobs": self.logprobs(choice, part), **calculator_member(calls)}
 
     def logprobs_body(self, choice: Choice, logprobs: Seq[TokenLogprob]) -> dict:
         """Four lists; text_offset is where each token begins in the choice's text, in characters. With
@@ -267,7 +286,7 @@ class CompletionEncoder(OpenAIEncoder):
             offsets.append(choice.offset)
             name = self.tokenizer.special_names.get(token)
             choice.offset += len(name) if name and written.startswith(name, choice.offset) else \
-                len(choice.decoder.push(token))
+                len(without_calls(choice.decoder.push(token)))
             tops.append(None if logprob is None else self.by_text(token, dict((*top, (token, logprob)))))
         return {"tokens": texts, "token_logprobs": [logprob_number(scored.logprob) for scored in logprobs],
                 "top_logprobs": tops, "text_offset": offsets,

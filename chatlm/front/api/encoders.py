@@ -12,7 +12,8 @@ from chatlm.common.config import LIMITS
 from chatlm.common.jsontext import dump
 from chatlm.common.log import utc
 from chatlm.common.messages.requests import Finished, Piece, Usage
-from chatlm.front.api.encode import BlockEncoder, Encoder, NativeEncoder, arguments_of, frame, timings_body
+from chatlm.front.api.encode import (
+    BlockEncoder, Encoder, NativeEncoder, arguments_of, calculator_member, frame, timings_body)
 from chatlm.front.api.encode_openai import ChatEncoder, CompletionEncoder, FunctionEncoder
 from chatlm.front.api.encode_retrieval import RETRIEVAL_ENCODERS
 from chatlm.front.api.infill import InfillEncoder
@@ -37,7 +38,7 @@ class ResponsesEncoder(BlockEncoder):
         sampling, kept = self.request.params.sampling, self.parsed.details
         self.numbers = itertools.count()
         self.scored = self.request.params.logprobs is not None
-        self.tokens = TokensOfText(self.tokenizer)
+        self.tokens = TokensOfText(self.tokenizer, self.request.params.skip_special_tokens)
         self.logprobs: dict[str, list[bytes]] = {}  # of the blocks with these ids, in JSON
         self.logprob_bytes = 0
         self.head = {"id": "resp_" + self.request.id, "object": "response", "created_at": int(time.time()),
@@ -110,8 +111,8 @@ class ResponsesEncoder(BlockEncoder):
         return item | more | {"content": [] if begins else [self.part(block, block.text)]}
 
     def part(self, block: Block, text: str) -> dict:
-        more = ({"annotations": [], "logprobs": self.place_of_logprobs(block)} if block.kind == "text" else
-                {})
+        more = ({"annotations": [], "logprobs": self.place_of_logprobs(block),
+                 **calculator_member(block.calculator)} if block.kind == "text" else {})
         return {"type": self.ITEMS[block.kind][2], "text": text, **more}
 
     def place(self, block: Block) -> dict:
@@ -125,15 +126,16 @@ class ResponsesEncoder(BlockEncoder):
         part = self.part(block, "")
         return item + self.event("response.content_part.added", **self.place(block), part=part)
 
-    def grown(self, block: Block, text: str) -> bytes:
+    def grown(self, block: Block, text: str, call: dict | None = None) -> bytes:
         if not block.frame:  # to dump each whole event takes 13 us, its text alone 3
             event = self.ITEMS[block.kind][3] + ".delta"
             fields = dump({"type": event, **self.place(block)})[:-1]
             block.frame = b"event: %s\ndata: %s, " % (event.encode(), fields)
-        scores = self.scores(block, text)
+        scores = self.scores(block, text) if text else b""
         logprobs = b'"logprobs": [%s], ' % scores if block.kind == "text" else b""
-        return b'%s"sequence_number": %d, %s"delta": %s}\n\n' % (
-            block.frame, next(self.numbers), logprobs, dump(text))
+        more = b', "calculator": %s' % dump([call]) if call else b""
+        return b'%s"sequence_number": %d, %s"delta": %s%s}\n\n' % (
+            block.frame, next(self.numbers), logprobs, dump(text), more)
 
     def closed(self, block: Block) -> bytes:
         event, place, text = self.ITEMS[block.kind][3] + ".done", self.place(block), block.text
@@ -210,15 +212,16 @@ class MessagesEncoder(BlockEncoder):
         call = {"id": "toolu_" + block.id, "name": block.name} if block.kind == "call" else {}
         # nobody checks the signature, but clients send back no thinking without one
         signature = {"signature": block.id} if block.kind == "reasoning" else {}
-        return {"type": kind, **call, member: grown, **signature}
+        return {"type": kind, **call, member: grown, **signature, **calculator_member(block.calculator)}
 
     def opened(self, block: Block) -> bytes:
         empty = self.content(block, {} if block.kind == "call" else "")
         return self.event("content_block_start", index=block.index, content_block=empty)
 
-    def grown(self, block: Block, text: str) -> bytes:
+    def grown(self, block: Block, text: str, call: dict | None = None) -> bytes:
         _, _, kind, member = self.BLOCKS[block.kind]
-        return self.event("content_block_delta", index=block.index, delta={"type": kind, member: text})
+        return self.event("content_block_delta", index=block.index, delta={
+            "type": kind, member: text, **calculator_member([call] if call else [])})
 
     def closed(self, block: Block) -> bytes:
         return self.event("content_block_stop", index=block.index)
@@ -255,8 +258,9 @@ class OllamaEncoder(BlockEncoder):
         self.held: list[bytes] = []      # log-probabilities of tokens that no line has had, in JSON
         self.logprobs: list[bytes] = []  # of an answer that is sent whole
 
-    def members(self, text: str = "", reasoning: str = "", calls: Seq[dict] = ()) -> dict:
-        more = {"thinking": reasoning} if reasoning else {}
+    def members(self, text: str = "", reasoning: str = "", calls: Seq[dict] = (),
+                calculator: Seq[dict] = ()) -> dict:
+        more = {**({"thinking": reasoning} if reasoning else {}), **calculator_member(calculator)}
         if self.parsed.api != "ollama chat":
             return {"response": text, **more}
         more |= {"tool_calls": calls} if calls else {}
@@ -294,10 +298,15 @@ class OllamaEncoder(BlockEncoder):
     def opened(self, block: Block) -> bytes:
         return b""
 
-    def grown(self, block: Block, text: str) -> bytes:
+    def start_in(self, block: Block) -> int:
+        return sum(each.characters for each in self.blocks if each.kind == "text")
+
+    def grown(self, block: Block, text: str, call: dict | None = None) -> bytes:
         if block.kind == "call":
             return b""
-        members = self.members(text) if block.kind == "text" else self.members(reasoning=text)
+        calls = [call] if call else []
+        members = self.members(reasoning=text) if block.kind == "reasoning" else self.members(
+            text, calculator=calls)
         return self.line(members, self.taken())
 
     def closed(self, block: Block) -> bytes:
@@ -326,7 +335,8 @@ class OllamaEncoder(BlockEncoder):
     def completion(self) -> Iterator[bytes]:
         choice = self.choices[0]
         members = self.members(choice.text("text"), choice.text("reasoning"),
-                               [self.call_body(block) for block in choice.calls])
+                               [self.call_body(block) for block in choice.calls],
+                               [call for block in choice.blocks for call in block.calculator])
         yield self.line(members, self.logprobs, **self.ended())
 
     @staticmethod

@@ -12,6 +12,7 @@ from functools import partial
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError, bad_value, invalid, named, printable
 from chatlm.common.jsontext import is_number, is_text, whole_unicode
+from chatlm.common.text.calculations import STRAY_MARKS
 from chatlm.common.text.grammar import json_grammar, lark_grammar, require_llguidance
 from chatlm.common.text.patterns import check_regex, in_slashes
 from chatlm.front.api.fields import (
@@ -134,6 +135,13 @@ A_PICTURE = {
                     image_url={"anyOf": [A_TEXT, object_schema(["url"], url=A_TEXT)]},
                     source=object_schema(["type", "data"], type={"enum": ["base64"]}, data=A_TEXT))}
 A_PART = object_schema(["type"], type={"enum": TEXT_PARTS}, text=TEXT_OR_NULL, refusal=TEXT_OR_NULL)
+CALCULATOR = {
+    "description": "calls of nanochat's calculator in an assistant's text, as answers have them",
+    **list_schema(object_schema(["start"], start=A_TOKEN, expression=TEXT_OR_NULL, result=TEXT_OR_NULL,
+                                cut={"type": "boolean"}, stray={"enum": [*STRAY_MARKS]}))}
+A_NANOCHAT_PART = {
+    "description": "of an assistant's content, as nanochat has it",
+    **object_schema(["type", "text"], type={"enum": ["text", "python", "python_output"]}, text=A_TEXT)}
 NATIVE_ROLES = ["system", "user", "assistant"]
 OPENAI_ROLES = ["system", "developer", "user", "assistant"]  # plus tool, if the model's template has tools
 
@@ -233,11 +241,12 @@ OLLAMA_FORMAT = FieldType('"json" or a JSON schema', {"anyOf": [{"enum": ["", "j
                               {"type": "object"} if is_text(value) else value, "format"), "format"))
 SYSTEM = FieldType("a text or a list of text blocks", {"anyOf": [A_TEXT, list_schema({"type": "object"})]})
 NATIVE_MESSAGES = LIST._replace(details=list_schema(
-    object_schema(["role", "content"], role={"enum": NATIVE_ROLES}, content={
-        "anyOf": [A_TEXT, list_schema({"anyOf": [A_PART, A_PICTURE]})]}), minItems=1))
+    object_schema(["role", "content"], role={"enum": NATIVE_ROLES}, calculator=CALCULATOR, content={
+        "anyOf": [A_TEXT, list_schema({"anyOf": [A_PART, A_PICTURE, A_NANOCHAT_PART]})]}), minItems=1))
 OPENAI_MESSAGES = LIST._replace(details=list_schema(
-    object_schema(["role"], role={"enum": [*OPENAI_ROLES, "tool", "function"]},
-                  content={"anyOf": [TEXT_OR_NULL, list_schema({"anyOf": [A_PART, A_PICTURE]})]}),
+    object_schema(
+        ["role"], role={"enum": [*OPENAI_ROLES, "tool", "function"]}, calculator=CALCULATOR,
+        content={"anyOf": [TEXT_OR_NULL, list_schema({"anyOf": [A_PART, A_PICTURE, A_NANOCHAT_PART]})]}),
     minItems=1))
 
 

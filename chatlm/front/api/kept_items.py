@@ -10,6 +10,8 @@ from typing import Any
 from chatlm.common.errors import RequestError
 from chatlm.common.jsontext import as_json, dump, is_number, is_text, whole_unicode
 from chatlm.common.messages.protocol import KeptItem
+from chatlm.front.api.calculations import read_calculations
+from chatlm.front.api.encode import calculator_member
 from chatlm.front.api.picture_parts import picture_in
 
 
@@ -59,13 +61,16 @@ def parts(content: Any, text_type: str) -> list[dict]:
     """The parts of a content, which may be one text."""
     if is_text(content):
         content = [{"type": text_type, "text": content}]
-    return [part_of(part) for part in content or ()]
+    return [part_of(part, text_type) for part in content or ()]
 
 
-def part_of(part: Mapping) -> dict:
+def part_of(part: Mapping, text_type: str) -> dict:
     kind = part["type"]
     if picture_in(part):
         return {"type": kind, "picture": part["picture"]}
     member = "refusal" if kind == "refusal" else "text"
+    text = whole_unicode(part.get(member) or "")
     annotations = {"annotations": []} if kind == "output_text" else {}
-    return {"type": kind, member: whole_unicode(part.get(member) or ""), **annotations}
+    is_said = text_type == "output_text"  # by the assistant
+    calls = read_calculations(part.get("calculator"), text, "calculator") if is_said else []
+    return {"type": kind, member: text, **annotations, **calculator_member(calls)}

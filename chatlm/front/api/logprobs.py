@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence as Seq
 from typing import TYPE_CHECKING
 
+from chatlm.common.text.answer_decoder import CallFinder
+
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import AnswerParams, TokenLogprob
     from chatlm.common.text.tokenizer import Tokenizer
@@ -46,24 +48,30 @@ class TokensOfText:
     """Tells which tokens of an answer are behind its text, and not behind reasoning, calls or what separates
     these. A step may bring tokens of several of them, and tokens whose text comes with a later step."""
 
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer = tokenizer
-        self.waiting: tuple[TokenLogprob, ...] = ()  # behind no text so far
+    def __init__(self, tokenizer: Tokenizer, skips_specials: bool = True):
+        self.tokenizer, self.skips_specials = tokenizer, skips_specials
+        self.calls = CallFinder(tokenizer) if skips_specials and tokenizer and tokenizer.tool_tokens else None
+        # behind no text so far, each with the bytes that it has in the answer
+        self.waiting: list[tuple[TokenLogprob, bytes]] = []
 
     def add(self, logprobs: Seq[TokenLogprob]):
-        self.waiting += tuple(logprobs)
+        self.waiting += [(one, self._spelled(one.token)) for one in logprobs]
+
+    def _spelled(self, token: int) -> bytes:
+        if self.calls and self.calls.push(token)[1]:
+            return b""  # it stands beside the text
+        if not self.skips_specials:
+            return self.tokenizer.shown_bytes(token)
+        return b"" if token in self.tokenizer.special_names else self.tokenizer.token_bytes(token)
 
     def take(self, added: str) -> tuple[TokenLogprob, ...]:
         """Those behind the answer's next text, reasoning or call. Those before it are behind none."""
-        specials = self.tokenizer.special_names
-        spelled = [b"" if one.token in specials else self.tokenizer.token_bytes(one.token)
-                   for one in self.waiting]
-        whole, text = b"".join(spelled), added.encode("utf-8", "replace")
+        whole, text = b"".join(spelled for _, spelled in self.waiting), added.encode("utf-8", "replace")
         begin = whole.find(text)
         if begin < 0:  # a call that was rewritten, or bytes that are no characters: all that there is
             begin, text = 0, whole
         found, first, after = [], 0, 0
-        for index, (one, piece) in enumerate(zip(self.waiting, spelled), 1):
+        for index, (one, piece) in enumerate(self.waiting, 1):
             last = first + len(piece)
             if piece and first < begin + len(text) and last > begin:
                 found.append(one)

@@ -17,6 +17,7 @@ from chatlm.common.messages.requests import (
 from chatlm.common.messages.wire import as_plain_json
 from chatlm.common.text.formats import CALL_FORMATS, knows_of_thinking, thoughts_of
 from chatlm.common.text.grammar import unusable_schema
+from chatlm.front.api.calculations import with_names_read
 from chatlm.front.api.call_grammars import call_grammar, parameter_types, tool_grammar
 from chatlm.front.api.conversation import (
     OTHER_BLOCKS, OTHER_ITEMS, SentMessage, anthropic_messages, chat_messages, custom_calls, joined_turns,
@@ -76,10 +77,12 @@ def make_request(values: Mapping, settings: Settings, params: AnswerParams = Ans
         params, options = with_thinking_budget(params, values.get("budget", {}), settings,
                                                source.get("max_tokens"))
         source["template_options"] = {**source.get("template_options", {}), **options}
+        if not values.get("skip_special_tokens", True):
+            source["messages"] = with_names_read(source["messages"])
     check_stops(values.get("stop", ()))
     params = replace(params, sampling=sampling_params(values, settings), chat="messages" in source,
                      **among(values, "stop", "stop_token_ids", "ignore_eos", "min_tokens", "progress",
-                             "stop_on_repetition"))
+                             "stop_on_repetition", "skip_special_tokens"))
     return Request(params=params, low_priority=values.get("priority", False),
                    **among(values, "n", "truncate", "resumable", "prefix_token_ids"), **source)
 
@@ -368,6 +371,7 @@ def ollama_message(message: SentMessage) -> SentMessage:
     fields = message.fields
     return message._replace(fields={
         "name": fields.get("tool_name"), "reasoning_content": fields.get("thinking"),
+        "calculator": fields.get("calculator"),
         "content": with_images(fields.get("content"), fields.get("images")),
         "tool_calls": fields.get("tool_calls")})
 

@@ -38,6 +38,9 @@ REPETITION = Field(
     "end the answer where it only repeats itself; its stop_reason then is `repetition`")
 COMMON_FIELDS = (  # for every route that generates
     Field("stop", STOP, "strings that end the answer; searched for in its content, not in calls"),
+    Field("skip_special_tokens", SWITCH,
+          "false: the answer's text has the names of special tokens, and in the assistant's messages those "
+          "of nanochat's calculator are these tokens"),
     Field("ignore_eos", SWITCH, "do not let the model end the answer before max_tokens; ignored if a "
                                 "format or a required call decides where it ends"),
     REPETITION,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import invalid
 from chatlm.common.jsontext import dump, is_text
+from chatlm.common.text.calculations import calculations_of, text_in
 from chatlm.front.admission.prompts import checked_ids
 from chatlm.front.api.conversation import openai_messages, template_options
 from chatlm.front.api.fields import functions_among, no_tools, parse_fields, within_limit
@@ -113,6 +114,6 @@ async def conversation_ids(values: Mapping, prompts: PromptMaker, client: str) -
 async def rendered(prompts: PromptMaker, messages: Seq[Message], tools: Seq[dict], client: str,
                    options: Mapping) -> tuple[int, ...]:
     """The tokens of a conversation, which must not be too long to wait for."""
-    within_limit("characters in all messages", sum(len(message.content) for message in messages),
-                 LIMITS.tokenized_characters, "messages")
+    size = sum(len(message.content) + len(text_in(calculations_of(message))) for message in messages)
+    within_limit("characters in all messages", size, LIMITS.tokenized_characters, "messages")
     return await prompts.render(messages, tools, client, options)

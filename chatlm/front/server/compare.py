@@ -13,6 +13,7 @@ from typing import NamedTuple, TYPE_CHECKING
 
 from chatlm.common.errors import ChatServerError, RequestError, lack_of_memory
 from chatlm.common.messages.requests import Finished, Piece
+from chatlm.common.text.answer_decoder import CallCounter
 from chatlm.front.aio import end_tasks, supervised
 from chatlm.front.api.encode import NativeEncoder, error_body, timings_body, usage_body
 from chatlm.front.server.bodies import tokenizer_of
@@ -104,6 +105,7 @@ class Progress:
         self.tokens = list[tuple[bytes, float]]()  # spelling and probability of each
         self.end: dict | None = None               # its last event
         self.stopped = self.differs = False        # did it end by itself? Does it differ from the first?
+        self.counter = CallCounter()               # of the calculator's calls
         self.equal = 0                             # length of the prefix that it shares with the first
 
     def message(self, **members) -> dict:
@@ -114,9 +116,8 @@ class Progress:
         if isinstance(event, Piece):
             self.tokens += [(self.tokenizer.shown_bytes(scored.token), math.exp(scored.logprob or 0.0))
                             for scored in event.logprobs]
-            members = NativeEncoder.MEMBERS
-            return [self.message(**{members[delta.kind]: delta.text})
-                    for delta in event.deltas if delta.kind in members]
+            return [self.message(**members) for delta in event.deltas
+                    if (members := NativeEncoder.members(delta, self.counter))]
         if isinstance(event, Finished):
             self.stopped = event.reason != "length"
             self.end = self.message(

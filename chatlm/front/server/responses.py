@@ -65,7 +65,7 @@ async def logged(request: Request, events: AsyncGenerator[Event, None]) -> Async
         async for event in events:
             if isinstance(event, Piece):
                 answers[event.choice] += [delta.name + delta.text for delta in event.deltas
-                                          if delta.kind != "reasoning"]
+                                          if delta.kind in ("text", "call")]
             yield event
     finally:
         await events.aclose()

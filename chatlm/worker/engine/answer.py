@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections import deque
 from collections.abc import Callable, Sequence as Seq
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from chatlm.common.messages.requests import Delta
+from chatlm.common.text.answer_decoder import answer_decoder, parts_of, without_calls
 from chatlm.common.text.formats import with_markers
-from chatlm.common.text.reader import StopFinder, StreamDecoder, answer_reader
+from chatlm.common.text.reader import StopFinder, answer_reader
 from chatlm.worker.engine.calculator import CalculatorTool
 from chatlm.worker.engine.repetition import RepetitionFinder
 
@@ -46,14 +48,21 @@ class RepeatedCalls:
 
 
 class AnswerText:
-    """Turns tokens into reasoning, content and calls. Stop strings are searched for only in the content."""
+    """Turns tokens into reasoning, content, calls of functions and of the calculator.
+
+    Stop strings are searched for only in the content, where calls of the calculator do not separate it: who
+    sees the text alone sees none of them."""
 
     def __init__(self, work: Assignment, tokenizer: Tokenizer):
         self.params = params = work.params
         self.reader = answer_reader(tokenizer, params, work.prompt_ids)
         marks = tokenizer.marks(bool(self.reader.names)) if self.reader else {}
-        self.decoder, self.stops = StreamDecoder(tokenizer, marks), StopFinder(params.stop, params.owner)
+        self.decoder = answer_decoder(tokenizer, marks, params.skip_special_tokens)
+        self.stops = StopFinder(params.stop, params.owner)
         self.unsent: list[Delta] = []
+        # the calculator's calls behind text that is held back, each with the number of characters before it
+        self.pinned: deque[tuple[int, Delta]] = deque()
+        self.read = self.shown = 0   # characters of content so far, and those of them that can be sent
         self.count = self.calls = 0  # tokens and calls so far
         self.reasoning_tokens = self.thoughts = 0  # tokens of reasoning, with its markers and without
         self.repeated = RepeatedCalls() if params.grammar and params.grammar_param == "tools" else None
@@ -90,10 +99,14 @@ class AnswerText:
 
     def finish(self, cut: bool):
         """The answer ends here, perhaps `cut` by a limit."""
+        rest = self.decoder.finish()
         if self.reader:
+            self.reader.push(rest)
             self.reader.finish(cut=cut)
             self._add_read()
-        self._add(Delta("text", self.stops.finish()))
+        else:
+            self._add_content(rest)
+        self._show(self.stops.finish())
 
     def take(self) -> tuple[Delta, ...]:
         """What is new since the last call."""
@@ -111,15 +124,32 @@ class AnswerText:
             if delta.kind == "text":
                 self._add_content(delta.text)
                 continue
-            self._add(Delta("text", self.stops.finish()))  # no stop string spans reasoning or a call
+            self._show(self.stops.finish())  # no stop string spans reasoning or a call
             if self.stops.stopped_by is None:
-                self._add(delta)
+                self._add(delta._replace(text=without_calls(delta.text)))
 
     def _add_content(self, text: str):
         """Add text up to a stop string; stop strings in the first `min_tokens` tokens are ignored."""
-        if self.count > self.params.min_tokens:
-            text = self.stops.push(text)
+        for delta in parts_of(self.decoder, text):
+            if delta.kind == "calculator":
+                self.pinned.append((self.read, delta))
+                self._show("")
+                continue
+            self.read += len(delta.text)
+            self._show(self.stops.push(delta.text) if self.count > self.params.min_tokens else delta.text)
+
+    def _show(self, text: str):
+        """Send content, with the calculator's calls between its characters. Those behind a stop string never
+        come."""
+        end = self.shown + len(text)
+        while self.pinned and self.pinned[0][0] <= end:
+            place, call = self.pinned.popleft()
+            before, text = text[:place - self.shown], text[place - self.shown:]
+            self._add(Delta("text", before))
+            self._add(call)
+            self.shown = place
         self._add(Delta("text", text))
+        self.shown = end
 
     def _add(self, delta: Delta):
         if delta.text or delta.name:
@@ -128,7 +158,7 @@ class AnswerText:
 
 def append_delta(deltas: list[Delta], delta: Delta):
     """Append it, merged with the last one of the same kind; calls are not merged."""
-    if deltas and deltas[-1].kind == delta.kind != "call":
+    if deltas and deltas[-1].kind == delta.kind and delta.kind in ("text", "reasoning"):
         delta = Delta(delta.kind, deltas.pop().text + delta.text)
     deltas.append(delta)
 
@@ -210,6 +240,8 @@ class Answer:
         self.thinking_ends = work.thinking_ends  # its reasoning ends after this many tokens; None: no limit
         self.thinking_ended = False    # did `_end_of_thinking` end it?
         self.tool = CalculatorTool(tokenizer, tokenizer.tool_tokens) if tokenizer.tool_tokens else None
+        # to write before anything is drawn: what the calculator says to the prompt, or to a chosen beginning
+        self.owed = self.tool.continue_prompt(work.prompt_ids) if self.tool else []
         self.repetition = RepetitionFinder() if work.params.stop_on_repetition else None
         self.repeats_itself = False
         self.eos_tokens = frozenset() if work.params.ignore_eos else tokenizer.stop_tokens
@@ -218,7 +250,7 @@ class Answer:
         self.stop_reason: str | None = None
         for count, token in enumerate(work.resumed_ids, 1):
             if self.tool:
-                self.tool.feed(token)  # the resumed ids already contain what it forced
+                self.owed = self.tool.feed(token)  # of all but the last the resumed ids contain it
             room = (work.max_tokens if most is None else most) - count
             self.constraint.resume(token, room, not work.resumed_sent)
             self._read(token)
@@ -245,6 +277,12 @@ class Answer:
         """Add the `generated`-th token and its text, with room for `room` more; it may end the answer.
         Returns the tokens added: it and any forced after it; near the limit, those forced in its place."""
         limit = "max_tokens" if generated + room >= self.work.max_tokens else "context_length"
+        if self.owed and not self.constraint.holds:
+            owed, self.owed = self.owed[:room + 1], []
+            self._force(owed, room + 1)
+            if len(owed) > room:
+                self._end("length", limit)
+            return owed
         if self.constraint.holds and (ended := self._constrained(token, room, limit)):
             return ended
         if token in self.stop_tokens and generated >= self.work.params.min_tokens:
@@ -319,7 +357,7 @@ class Answer:
         assert reader and reader.deltas.begun_call and constraint.compiled
         (_, read, name), reader.deltas.begun_call = reader.deltas.begun_call, None
         grammar = constraint.compiled(constraint.of_calls[name])
-        if grammar.feed_text(read):
+        if grammar.feed_text(without_calls(read)):
             constraint.grammar = grammar
 
     # the end of reasoning

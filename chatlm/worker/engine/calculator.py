@@ -6,6 +6,7 @@ import ast
 import operator
 import re
 import warnings
+from collections.abc import Sequence as Seq
 from typing import Any, TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -127,6 +128,17 @@ class CalculatorTool:
     def __init__(self, tokenizer: Tokenizer, ids: ToolTokens):
         self.tokenizer, self.ids = tokenizer, ids
         self.expression: list[int] | None = None  # tokens since python_start
+
+    def continue_prompt(self, prompt_ids: Seq[int]) -> list[int]:
+        """Read the call that a prompt ends in, if it does; returns the tokens to force behind the prompt."""
+        latest, forced = prompt_ids[-CALCULATOR_CHARACTERS:], list[int]()
+        end = len(latest) - (latest[-1:] == (self.ids.python_end,))
+        for place in range(end - 1, -1, -1):
+            if latest[place] in self.tokenizer.special_names:
+                for token in latest[place:] if latest[place] == self.ids.python_start else ():
+                    forced = self.feed(token)
+                break
+        return forced
 
     def feed(self, token: int) -> list[int]:
         """Read one token of the answer; returns the tokens to force after it (usually none)."""

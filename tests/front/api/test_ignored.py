@@ -51,7 +51,7 @@ VALUES = {      # a value of each field that differs from what holds without it
     "messages": [{"role": "user", "content": "Other"}], "prompt": "Other", "input": "Other", "content": "Other", "tokens": [73],
     "model": "strange", "name": "strange", "stream": True, "temperature": 0.5, "max_tokens": 7, "top_k": 3, "top_p": 0.5, "min_p": 0.5, "seed": 8,
     "continue_final_message": True, "add_generation_prompt": False, "reasoning_effort": "low", "chat_template_kwargs": {"city": "Rome"}, "thinking_budget": 5,
-    "stop": "x", "ignore_eos": True, "stop_on_repetition": True, "priority": "low", "truncate": "oldest", "resumable": True, "progress": True, "stop_token_ids": [5],
+    "stop": "x", "ignore_eos": True, "stop_on_repetition": True, "skip_special_tokens": False, "priority": "low", "truncate": "oldest", "resumable": True, "progress": True, "stop_token_ids": [5],
     "min_tokens": 3, "presence_penalty": 1, "frequency_penalty": 1, "repetition_penalty": 1.5, "logit_bias": {"5": 3}, "top_n_sigma": 1, "typical_p": 0.9,
     "xtc_probability": 0.5, "xtc_threshold": 0.2, "dry_multiplier": 0.8, "dry_base": 2, "dry_allowed_length": 3,
     "dry_penalty_last_n": 9, "dry_sequence_breakers": ["x"],
@@ -153,7 +153,7 @@ def test_each_route_with_a_body_is_in_the_tables():
 # What the clients of the five APIs, and those of vLLM and llama-server, may send and this server does not read.
 SAMPLERS = {"mirostat": 2, "mirostat_tau": 5, "mirostat_eta": 0.1, "tfs_z": 0.5,
             "dynatemp_range": 0.5, "top_a": 0.1, "repeat_last_n": 64, "samplers": ["top_k"], "smoothing_factor": 0.2}
-VLLM = {"use_beam_search": True, "length_penalty": 1.2, "include_stop_str_in_output": True, "skip_special_tokens": False,
+VLLM = {"use_beam_search": True, "length_penalty": 1.2, "include_stop_str_in_output": True,
         "spaces_between_special_tokens": False, "truncate_prompt_tokens": 5, "allowed_token_ids": [1], "bad_words": ["x"],
         "add_special_tokens": True, "documents": [], "chat_template": "{{ x }}", "mm_processor_kwargs": {}, "request_id": "x", "cache_salt": "x",
         "return_tokens_as_token_ids": True, "kv_transfer_params": {}, "vllm_xargs": {}}

@@ -117,7 +117,7 @@ async def answers(pool, request):
         if isinstance(event, (Piece, PromptScores)):
             scored += tuple(entry.token for entry in event.logprobs)
         if isinstance(event, Piece):
-            text, tokens = text + event.text, tokens + event.tokens
+            text, tokens = text + "".join(delta.text for delta in event.deltas), tokens + event.tokens
         if isinstance(event, Finished):
             ends[event.choice] = event.reason, event.stop_reason
         elif isinstance(event, (Piece, PromptScores, Embedding)):

@@ -299,14 +299,15 @@ def test_nanochats_calculator_is_forced_into_the_answer(gen5, expression, answer
     gen5.steps = ScriptedSteps(gen5.transformer, ahead)
     gen5.steps.script = [1, 2, 3, *expected, 0, 0]
     gen5.add(assignment("a", (1, 2, 3), SamplingParams(), len(script) + len(forced), ignore_eos=True))
-    tokens, text = [], ""
+    tokens, text, calls = [], "", []
     with torch.inference_mode():
         while gen5.busy:
             for _, piece in step_pieces(gen5):
                 tokens += piece.tokens
                 text += piece.text
+                calls += [json.loads(delta.text) for delta in piece.deltas if delta.kind == "calculator"]
     assert tokens == expected
-    assert text == expression + (answer or "") + "ok"
+    assert (text, calls) == ("ok", [{"expression": expression, "result": answer}])
     check_integrity(gen5)
 
 

@@ -1,0 +1,93 @@
+"""How a terminal shows calls of nanochat's calculator: between the words where they stand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence as Seq
+
+from chatlm.common.errors import RequestError
+from chatlm.common.messages.requests import Delta
+from chatlm.common.text.calculations import moved
+from chatlm.front.api.calculations import read_calculations, what_was_called
+
+
+def call_text(call: Mapping) -> str:
+    """For example: 12+30 = 42. "" for a stray mark."""
+    expression, result = (call.get(name) for name in ("expression", "result"))
+    if expression is None and result is None:
+        return ""
+    return f"{expression or ''} = {result}".strip() if result is not None else str(expression)
+
+
+def bracketed(text: str) -> str:
+    return f"[{text}]"
+
+
+def as_code(text: str) -> str:
+    """Markdown for a text that stays as it is."""
+    line = " ".join(text.split())
+    return f"`{line}`" if line and "`" not in line else bracketed(line)
+
+
+class MarkedText:
+    """An answer's text with its calls in it, as both arrive: a space separates them from what is beside."""
+
+    def __init__(self, mark: Callable[[str], str] = bracketed, before: str = ""):
+        self.mark, self.last, self.follows = mark, before[-1:], False  # follows: was a call the last thing?
+
+    def push(self, delta: Delta) -> str:
+        """What to show of a delta."""
+        if delta.kind != "calculator":
+            space = " " * (self.follows and not delta.text[:1].isspace())
+            self.follows, self.last = False, delta.text[-1:] or self.last
+            return space + delta.text if delta.text else ""
+        if not (shown := call_text(json.loads(delta.text))):
+            return ""
+        space = " " * bool(self.follows or self.last and not self.last.isspace())
+        self.follows = True
+        return space + self.mark(shown)
+
+
+def split_at_calls(text: str, calls: Iterable[Mapping], begin: int = 0) -> list[Delta]:
+    """A text, `begin` characters behind the answer's beginning, and its calls where they stand."""
+    deltas = list[Delta]()
+    for call in calls:
+        place = min(max(call["start"] - begin, 0), len(text))
+        before, text, begin = text[:place], text[place:], begin + place
+        others = {name: value for name, value in call.items() if name != "start"}
+        deltas += [Delta("text", before)] * bool(before) + [Delta("calculator", json.dumps(others))]
+    return deltas + [Delta("text", text)] * bool(text)
+
+
+def marked(text: str, calls: Iterable[Mapping], mark: Callable[[str], str] = bracketed) -> str:
+    writer = MarkedText(mark)
+    return "".join(map(writer.push, split_at_calls(text, calls)))
+
+
+def calls_of_file(sent, text: str) -> list[dict]:
+    """The calls beside a message of a file; none if they cannot be."""
+    try:
+        return read_calculations(sent, text, "calculator")
+    except RequestError:
+        return []
+
+
+def calls_of_event(sent) -> list[dict]:
+    """The calls in an event of a server; of something else, none."""
+    calls = list[dict]()
+    for call in [sent] if isinstance(sent, dict) else sent if isinstance(sent, list) else ():
+        if isinstance(call, dict) and type(call.get("start")) is int:
+            try:
+                calls.append({"start": call["start"], **what_was_called(call, "calculator")})
+            except RequestError:
+                continue
+    return calls
+
+
+def joined_calls(texts: Seq[str], calls: Seq[list[dict]], between: str) -> list[dict]:
+    """The calls of several texts that become one."""
+    found, begin = list[dict](), 0
+    for text, own in zip(texts, calls):
+        found += moved(own, begin)
+        begin += len(text) + len(between)
+    return found

@@ -1,0 +1,20 @@
+"""The command `chat` with lines from a pipe."""
+
+import asyncio
+import os
+import sys
+
+from chatlm.common.config import Settings
+from chatlm.front.pool import pool as pool_module
+from chatlm.terminal import chat as terminal_chat
+from patching import patch
+
+
+def chat_with(pool, monkeypatch, lines, **settings):
+    """`chat` over a pool, with these lines as a pipe: its exit status."""
+    read, write = os.pipe()
+    os.write(write, ("\n".join(lines) + "\n").encode())
+    os.close(write)
+    monkeypatch.setattr(sys, "stdin", os.fdopen(read))
+    patch(monkeypatch, pool_module, "pool_of", lambda settings: pool)
+    return asyncio.run(terminal_chat.chat(Settings(command="chat", **settings)))
