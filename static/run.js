@@ -30,7 +30,7 @@ const written = (step, metric) => `${write(valueOf(step, metric))}${step.stale.i
 const stepOf = (id, entry = {}, found = {}) => ({id, run: entry.run ?? found.run ?? "", stage: entry.stage ?? found.stage ?? "", step: entry.step ?? found.step,
   state: entry.state ?? found.state ?? "", loading: entry.loading, scoring: Boolean(entry.scoring), reason: entry.reason ?? found.reason ?? "",
   compares: Boolean(entry.capabilities?.compare), metrics: typeof entry.bits_per_byte === "number" ? {...found.metrics, [BITS]: entry.bits_per_byte} : found.metrics ?? {},
-  stale: found.stale ?? [], warning: textOf(found.warning ?? entry.warning)});
+  stale: Array.isArray(found.stale) ? found.stale : [], warning: textOf(found.warning ?? entry.warning)});
 
 const textOf = warning => typeof warning === "string" ? warning : warning?.message ?? "";
 
@@ -135,7 +135,7 @@ async function lookAtRun(mine, name) {
   const text = await request(`v1/runs/${encodeURIComponent(name)}`, {signal: AbortSignal.timeout(HEALTH_MS)}).then(response => response.ok ? response.text() : "").catch(() => "");
   if (!text || mine !== shownRun || !isNews() || page.text === text) return;
   page.text = text;
-  try { page.steps = JSON.parse(text).steps ?? []; } catch (error) { return; }
+  try { page.steps = (JSON.parse(text).steps ?? []).filter(step => typeof step?.model === "string"); } catch (error) { return; }
   if (name === mine.name) mine.found = page.steps;
   if (page.steps.some(({samples, judged}) => samples?.length || judged)) need("evals").then(() => { if (mine === shownRun) { mine.drawn = []; render(); } });
   render();

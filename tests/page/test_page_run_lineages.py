@@ -275,6 +275,44 @@ def test_a_thousand_steps_and_twenty_runs_change_only_what_is_new(page, stand_in
     assert page.evaluate("plot === shownRun.charts.get('val_bpb').plot"), "the chart is kept"
 
 
+@pytest.mark.parametrize("body", ["[]", "null", "{", '{"steps": null}', '{"steps": [{}]}', '{"steps": [{"model": "d4-base@800", "metrics": null, "stale": null}]}',
+                                  '{"steps": [{"model": "d4-base@800", "run": "d4-base", "metrics": {"val_bpb": "NaN", "reward": null}}]}'])
+def test_answers_that_are_no_runs_end_nothing(page, stand_in, runs, body):
+    opened(page, stand_in)
+    page.route("**/v1/runs**", lambda route: route.fulfill(body=body, content_type="application/json"))
+    page.route("**/v1/runs/**", lambda route: route.fulfill(body=body, content_type="application/json"))
+    with page.expect_response("**/v1/runs/d4"):
+        pass
+    with page.expect_response("**/v1/models"):
+        pass
+    expect(page.get_by_role("heading", name="Training run d4")).to_be_visible()
+    expect(page.locator("#run-steps tbody tr:not(.group)")).to_have_count(6 if "d4-base" in body or body in ("[]", '{"steps": [{}]}', '{"steps": null}') else 7)
+    button(page, "Chat with d4-base@1200").click()
+    expect(page.get_by_role("combobox", name="Model", exact=True)).to_have_value("d4-base@1200")
+
+
+def test_names_and_warnings_are_text_whatever_they_hold(page, stand_in):
+    known = Runs()
+    evil = "<img src=x onerror=alert(1)>/../?with=&#"
+    for step in (1, 2):
+        known.add(evil, "base", step, val_bpb=step, warning="<b>bad</b>")
+    known.add("d4", "base", 1, val_bpb=1)
+    stand_in.several = known.models()
+    page.route("**/v1/runs*", lambda route: route.fulfill(json={"object": "list", "data": []}))
+    page.route("**/v1/runs/**", lambda route: route.fulfill(json={"steps": known.steps[evil]}) if "%3Cimg" in route.request.url else route.fulfill(json={"steps": known.steps["d4"]}))
+    open_page(page, stand_in.url, "#run/d4")
+    page.get_by_role("combobox", name="Beside").select_option(evil)
+    expect(page.locator("#run-legend li").nth(1)).to_have_text(evil)
+    expect(page.locator("#run-warnings")).to_contain_text("<b>bad</b>")
+    url = page.url
+    page.goto("about:blank")
+    page.goto(url)
+    expect(page.get_by_role("combobox", name="Beside")).to_have_value(evil)
+    page.get_by_role("combobox", name="Training run").select_option(evil)
+    expect(page.get_by_role("heading", name=f"Training run {evil}")).to_be_visible()
+    expect(page.locator("#run img")).to_have_count(0)
+
+
 # a real server --------------------------------------------------------------------------------------------------------
 
 FOLDERS = {"base": "base_checkpoints", "sft": "chatsft_checkpoints", "rl": "chatrl_checkpoints"}
