@@ -1,8 +1,8 @@
 """A training run of nanochat's own code, served while it trains: does our server say of its checkpoints what nanochat says?
 
-    python3 -m venv NV && NV/bin/pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
+    python3 -m venv NV && NV/bin/pip install torch==2.13.0
     NV/bin/pip install rustbpe tiktoken pyarrow filelock numpy pyyaml jinja2 requests
-    git clone https://github.com/karpathy/nanochat NANOCHAT
+    git clone URL NANOCHAT          (karpathy/nanochat)
     python bench/nanochat_run.py NANOCHAT --python NV/bin/python [--steps 200] [--text FOLDER ...] [--out BASE]
 
 This program needs the server's Python with pyarrow and PyYAML; nanochat's scripts run as processes of --python, on the CPU, in float32 and

@@ -35,6 +35,7 @@ class Sightings(Generic[T]):
         self.there: dict[Path, T] = {}         # as last seen, in order
         self.looked = False
         self.refused: dict[Stamp, bool] = {}   # versions that cannot be served; True: for good
+        self.whole: set[Stamp] = set()         # those of them whose files are whole: nobody writes them
         self.troubles: dict[str, Mapping] = {}  # by topic
 
     async def run(self, update: Callable[[list[T]], Awaitable], pause=asyncio.sleep):
@@ -62,16 +63,20 @@ class Sightings(Generic[T]):
             each.stamp for each in seen if time.time() - each.changed_s > self.OLD_S}
         self.looked, self.there = True, {each.path: each for each in now}
         self.refused = {each.stamp: self.refused[each.stamp] for each in now if each.stamp in self.refused}
+        self.whole &= self.refused.keys()
         done = {*self.taken(), *(stamp for stamp, for_good in self.refused.items() if for_good)}
         return [each for each in seen if each.stamp in still - done]
 
     def is_final(self, seen: T) -> bool:
         """Has a version been refused, and does nobody write its files any more? Who writes may pause."""
-        return seen.stamp in self.refused and time.time() - seen.changed_s > self.WRITTEN_S
+        return seen.stamp in self.refused and (
+            seen.stamp in self.whole or time.time() - seen.changed_s > self.WRITTEN_S)
 
-    def refuse(self, stamp: Stamp, for_good: bool = True) -> bool:
-        """Note that a version cannot be served. If that is for good, it is not offered again. Returns whether
-        this is news, for the caller to log."""
+    def refuse(self, stamp: Stamp, for_good: bool = True, is_whole: bool = False) -> bool:
+        """Note that a version cannot be served. If that is for good, it is not offered again. is_whole: its
+        files are not the reason. Returns whether this is news, for the caller to log."""
+        if is_whole:
+            self.whole.add(stamp)
         news = self.refused.get(stamp) != for_good
         self.refused[stamp] = for_good
         return news

@@ -15,6 +15,7 @@ from chatlm.common.hub.adapters import CONFIG, base_of
 from chatlm.common.hub.steps import find_steps, written_metrics
 from chatlm.common.log import log
 from chatlm.front.pool.names import accepted_names, is_among
+from chatlm.front.pool.residency import NoRoom, Residency
 from chatlm.front.pool.run_names import RunNames
 from chatlm.front.pool.sightings import Sightings
 from chatlm.front.pool.step_work import StepWork, asked_lately
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from chatlm.common.hub.steps import Step
     from chatlm.front.pool.many import ManyModels
     from chatlm.front.pool.models import Model
-    from chatlm.front.pool.residency import Residency
 
 
 class RunWatch:
@@ -117,11 +117,12 @@ class RunWatch:
             if not path:
                 raise ConfigError(f"it is an adapter whose {CONFIG} has no base_model_name_or_path")
             model = await self.many.opener.resolve(choice)
-            await self.many.opener.open(model)
+            failure = await self.many.opener.open(model)
         except ConfigError as error:  # it was removed
             return self._refuse(step, f"the checkpoint {name} is not served: {error}")
         if model.pool is None:
-            return self._refuse(step, f"the checkpoint {name} is not served: {model.reason}")
+            return self._refuse(step, f"the checkpoint {name} is not served: {model.reason}",
+                                is_whole=isinstance(failure, NoRoom))
         model.run, model.step = self.names.of(step.run), step.step
         model.written = written_metrics(step)
         self.registry.add(model)
@@ -130,8 +131,8 @@ class RunWatch:
         self.many.serve(model)
         log.info("the checkpoint %s is available", model.name)
 
-    def _refuse(self, step: Step, reason: str):
-        self.sightings.refuse(step.stamp)
+    def _refuse(self, step: Step, reason: str, is_whole: bool = False):
+        self.sightings.refuse(step.stamp, is_whole=is_whole)
         log.warning("%s", reason)
 
     def _give_latest(self):
