@@ -24,6 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 from browsing import (CHROMIUM, SLOW_MS, answers, ask, button, expect, expect_answered, fake_front, inside, menu, message_box,      # noqa: E402
                       open_page, playwright, questions, started_server)
 import tiny_training                                                        # noqa: E402
+import torch                                                                # noqa: E402
 from page_server import StandIn                                              # noqa: E402
 
 DROP = """([data, name]) => {
@@ -114,24 +115,49 @@ def picture_of_looks(browser, url, name):
     page.context.close()
 
 
+def save_stage(base, model, folder, step, loss):
+    """A checkpoint of another stage, with what upstream's meta files say of it."""
+    tiny_training.save(model, base / folder / "d2", step)
+    note_loss(base, folder, step, loss)
+
+
+def note_loss(base, folder, step, loss):
+    meta = base / folder / "d2" / f"meta_{step:06d}.json"
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"loop_state": {"smooth_train_loss": loss}}))
+
+
 def picture_of_a_run(browser):
-    """A tiny model that learns a text, which is its held-out text too."""
+    """A tiny model that learns a text, which is its held-out text too, and then the same text as SFT."""
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base"
         shutil.copytree(ROOT / "tests/fixtures/nanochat/gen1/tokenizer", base / "tokenizer")
         tokenizer = pickle.loads((base / "tokenizer/tokenizer.pkl").read_bytes())
         (text := Path(folder) / "text.txt").write_text(tiny_training.TEXT)
-        for _ in tiny_training.train(base, 60, 5, ids=tokenizer.encode_ordinary(tiny_training.TEXT)):
+        ids = tokenizer.encode_ordinary(tiny_training.TEXT)
+        for _, model in tiny_training.train(base, 60, 5, ids=ids):
             pass
+        picture_of_evaluations(browser, base)
+        tokens = torch.tensor(ids)[:tiny_training.CONFIG["sequence_len"]]
+        for step in range(5, 65, 5):
+            file = base / "base_checkpoints" / "d2" / f"model_{step:06d}.pt"
+            note_loss(base, "base_checkpoints", step, loss_of(tiny_training.load(file), tokens))
+        for step in range(1, 31):
+            loss = model.learn(tokens)
+            if step % 6 == 0:
+                save_stage(base, model, "chatsft_checkpoints", step, loss)
         with started_server("--watch", str(base), "--watch-text", str(text), "--nice", "0") as url:
-            page = browser.new_page(viewport={"width": 1200, "height": 760})
+            page = browser.new_page(viewport={"width": 1200, "height": 900})
             open_page(page, url, "#run/d2")
-            expect(page.get_by_role("img", name=re.compile("^5: .*, 60: "))).to_be_visible(timeout=10 * SLOW_MS)
+            expect(page.get_by_role("img", name=re.compile("^d2-base@5: .*d2-base@60: .*d2-sft@30: "))).to_be_visible(timeout=20 * SLOW_MS)
             expect(page.locator("#run-now")).not_to_contain_text("for a score", timeout=10 * SLOW_MS)
             page.evaluate("() => { for (let at = 0; at < 3; at++) document.getElementById('run-step').stepDown(); document.getElementById('run-step').oninput({target: document.getElementById('run-step')}); }")
             page.screenshot(path=DOCS / "run.png")
             page.context.close()
-        picture_of_evaluations(browser, base)
+
+
+def loss_of(model, tokens):
+    with torch.no_grad():
+        return torch.nn.functional.cross_entropy(model(tokens[:-1]), tokens[1:]).item()
 
 
 def picture_of_evaluations(browser, base):

@@ -14,7 +14,7 @@ const placeOfStage = stage => STAGES.indexOf(stage) < 0 ? STAGES.length : STAGES
 const unique = values => [...new Set(values)];
 
 // What a step shows of a metric; undefined if that is not known.
-const valueOf = (step, metric) => typeof step.metrics[metric] === "number" ? step.metrics[metric] : undefined;
+const metricOf = (step, metric) => typeof step.metrics[metric] === "number" ? step.metrics[metric] : undefined;
 
 // Where the steps of one or two runs or lineages lie: {parts: [{stage, by, low, high, from, width}], placeOf(step)}. `axis`: "tokens" where all
 // steps of a part know them. If no run has a second stage there is one part, whose places are the steps (or tokens) themselves.
@@ -25,7 +25,7 @@ function layOut(views, axis) {
   const stageOf = step => stages.includes(step.stage) ? step.stage : stages[0];
   const parts = stages.map(stage => {
     const steps = views.map(each => each.filter(step => stageOf(step) === stage)), all = steps.flat();
-    const by = axis === "tokens" && all.length && all.every(step => valueOf(step, "tokens") !== undefined) ? "tokens" : "step";
+    const by = axis === "tokens" && all.length && all.every(step => metricOf(step, "tokens") !== undefined) ? "tokens" : "step";
     const values = all.map(step => by === "tokens" ? step.metrics.tokens : step.step);
     return {stage, by, low: values.reduce((a, b) => Math.min(a, b), Infinity), high: values.reduce((a, b) => Math.max(a, b), -Infinity), count: Math.max(...steps.map(({length}) => length))};
   });
@@ -54,9 +54,9 @@ const knowsTokens = views => layOut(views, "tokens").parts.some(({by}) => by ===
 function curvesOf(views, metric, layout) {
   const points = [], looks = [], columns = [];
   for (const [look, steps] of views.entries()) {
-    const known = steps.filter(step => valueOf(step, metric) !== undefined);
+    const known = steps.filter(step => metricOf(step, metric) !== undefined);
     for (const run of unique(known.map(step => step.run))) {
-      const own = known.filter(step => step.run === run).map(step => ({step, look, x: layout.placeOf(step), y: valueOf(step, metric), isStale: step.stale.includes(metric)}));
+      const own = known.filter(step => step.run === run).map(step => ({step, look, x: layout.placeOf(step), y: metricOf(step, metric), isStale: step.stale.includes(metric)}));
       points.push(...own);
       looks.push(look);
       columns.push(new Map(own.map(({x, y}) => [x, y])));
@@ -66,5 +66,5 @@ function curvesOf(views, metric, layout) {
   return {points, looks, data: [places, ...columns.map(column => places.map(x => column.get(x) ?? null))]};
 }
 
-share({layOut, placeIn, knowsTokens, curvesOf, valueOf, placeOfStage});
+share({layOut, placeIn, knowsTokens, curvesOf, metricOf, placeOfStage});
 }

@@ -2,7 +2,7 @@
 // loaded and scored now, a chat with a step, two steps side by side. Where the steps lie in the charts is in curves.js.
 "use strict";
 
-// While the view is open {name, other: of a second run, at: the chosen step, metric, axis, pages: what /v1/runs has of each name, charts, rows, timer}
+// While the view is open {name, other: of a second run, at: the chosen step, follows: it is the latest one until the reader chooses, metric, axis, pages: what /v1/runs has of each name, charts, rows, timer}
 let shownRun = null;
 
 {
@@ -16,13 +16,13 @@ const LESS_IS_BETTER = [BITS, "val_bpb", "min_val_bpb", "own_val_bpb", "train_lo
 const MOST_SPOKEN = 40;           // points of a curve that its label has; the table has all
 
 const write = value => Math.abs(value) < 1000 ? value.toFixed(3) : new Intl.NumberFormat(undefined, {notation: "compact", maximumSignificantDigits: 4}).format(value);
-const isScored = step => valueOf(step, BITS) !== undefined;
-const hasValue = step => valueOf(step, shownRun.metric) !== undefined;
+const isScored = step => metricOf(step, BITS) !== undefined;
+const hasValue = step => metricOf(step, shownRun.metric) !== undefined;
 const isGone = step => step.state === "removed";
 const answersNow = step => step.state !== "failed" && !isGone(step);
 const unique = values => [...new Set(values)];
 const nameOf = metric => TEXT.metrics[metric] ?? metric;
-const written = (step, metric) => `${write(valueOf(step, metric))}${step.stale.includes(metric) ? ` ${TEXT.ofEarlierStep}` : ""}`;
+const written = (step, metric) => `${write(metricOf(step, metric))}${step.stale.includes(metric) ? ` ${TEXT.ofEarlierStep}` : ""}`;
 
 // the steps ------------------------------------------------------------------------------------------------------------
 
@@ -30,9 +30,9 @@ const written = (step, metric) => `${write(valueOf(step, metric))}${step.stale.i
 const stepOf = (id, entry = {}, found = {}) => ({id, run: entry.run ?? found.run ?? "", stage: entry.stage ?? found.stage ?? "", step: entry.step ?? found.step,
   state: entry.state ?? found.state ?? "", loading: entry.loading, scoring: Boolean(entry.scoring), reason: entry.reason ?? found.reason ?? "",
   compares: Boolean(entry.capabilities?.compare), metrics: typeof entry.bits_per_byte === "number" ? {...found.metrics, [BITS]: entry.bits_per_byte} : found.metrics ?? {},
-  stale: Array.isArray(found.stale) ? found.stale : [], warning: textOf(found.warning ?? entry.warning)});
+  stale: Array.isArray(found.stale) ? found.stale : [], warning: warningText(found.warning ?? entry.warning)});
 
-const textOf = warning => typeof warning === "string" ? warning : warning?.message ?? "";
+const warningText = warning => typeof warning === "string" ? warning : warning?.message ?? "";
 
 // The steps of a run, else of a lineage of this name, in order of training. The array is the same one as long as nothing of it has changed.
 function stepsOf(name) {
@@ -58,7 +58,7 @@ function otherSteps() {
 
 const NONE = [];
 const allSteps = () => [...stepsOf(shownRun.name), ...otherSteps()];
-const views = () => [stepsOf(shownRun.name), otherSteps()].filter((steps, i) => !i || steps.length);
+const bothRuns = () => [stepsOf(shownRun.name), otherSteps()].filter((steps, i) => !i || steps.length);
 const stepNamed = id => allSteps().find(step => step.id === id);
 
 // The step before in its lineage that can answer, which the first of SFT has in base; undefined if there is none.
@@ -74,7 +74,7 @@ function changeOf(step) {
   let last = step.previous;
   while (last?.run === step.run && !hasValue(last)) last = last.previous;
   if (last?.run !== step.run || !hasValue(step)) return "";
-  const by = valueOf(step, shownRun.metric) - valueOf(last, shownRun.metric);
+  const by = metricOf(step, shownRun.metric) - metricOf(last, shownRun.metric);
   return `${by < 0 ? "−" : "+"}${write(Math.abs(by))}`;
 }
 
@@ -89,7 +89,7 @@ async function openRun(given, other = "") {
   if (location.hash !== hash) history[unnamed ? "replaceState" : "pushState"](null, "", location.pathname + location.search + hash);
   const known = shownRun?.listed ?? [];
   closeRun();
-  shownRun = {name, other: beside, at: null, metric: BITS, chosen: false, axis: "step", listed: known, pages: new Map(), found: [], charts: new Map(), rows: new Map(), drawn: [], turn: 0, timer: 0};
+  shownRun = {name, other: beside, at: null, follows: true, metric: BITS, chosen: false, axis: "step", listed: known, pages: new Map(), found: [], charts: new Map(), rows: new Map(), drawn: [], turn: 0, timer: 0};
   $("run-question").value ||= lastQuestion();
   render();
   if (!isOpen) $("run").focus({preventScroll: true});
@@ -163,7 +163,7 @@ function renderRun() {
   const {name, other, metric, axis, found, listed} = shownRun, steps = stepsOf(name), all = allSteps();
   const inputs = [name, other, metric, axis, found, listed, steps, otherSteps(), runsOf().join("\n"), typeof makeStepChart, typeof uPlot, state.phase];
   if (inputs.length === shownRun.drawn.length && inputs.every((input, i) => input === shownRun.drawn[i])) return;
-  if (!stepNamed(shownRun.at)) shownRun.at = steps.at(-1)?.id ?? null;
+  if (shownRun.follows || !stepNamed(shownRun.at)) shownRun.at = steps.at(-1)?.id ?? null;
   const metrics = metricsOf(all);
   shownRun.drawn = inputs;
   shownRun.drawn[2] = shownRun.metric;
@@ -199,7 +199,7 @@ function fillChoices(metrics) {
   fillSelect($("run-other"), [["", TEXT.none], ...beside.map(each => [each, each])], other);
   $("run-other").parentElement.hidden = !beside.length;
   fillSelect($("run-axis"), [["step", TEXT.bySteps], ["tokens", TEXT.byTokens]], axis);
-  $("run-axis").parentElement.hidden = !allSteps().length || !knowsTokens(views());
+  $("run-axis").parentElement.hidden = !allSteps().length || !knowsTokens(bothRuns());
 }
 
 // Map: lineage -> its runs, of what is served and what the server has listed.
@@ -255,11 +255,11 @@ function showMore(steps) {
 // the curves -----------------------------------------------------------------------------------------------------------
 
 function drawCurves() {
-  const {metric, axis, charts} = shownRun, shown = views(), all = allSteps(), scored = all.filter(hasValue), several = scored.length > 1;
+  const {metric, axis, charts} = shownRun, shown = bothRuns(), all = allSteps(), scored = all.filter(hasValue), several = scored.length > 1;
   setText($("run-caption"), several ? TEXT.curve(captionOf(metric)) : all.length ? TEXT.noCurve(scored.length) : "");
   $("run-curve").hidden = !several;
   showLegend(all);
-  const others = OWN_CHARTS.filter(each => each !== metric && all.filter(step => valueOf(step, each) !== undefined).length > 1);
+  const others = OWN_CHARTS.filter(each => each !== metric && all.filter(step => metricOf(step, each) !== undefined).length > 1);
   const wanted = [...(several ? [metric] : []), ...others];
   for (const each of [...charts.keys()]) {
     const isMain = charts.get(each).box === $("run-curve");
@@ -285,7 +285,7 @@ function figureOf(metric) {
 }
 
 function drawMetric(metric, box, layout) {
-  const {charts} = shownRun, curves = curvesOf(views(), metric, layout), kind = JSON.stringify([curves.looks, layout.isPlain]);
+  const {charts} = shownRun, curves = curvesOf(bothRuns(), metric, layout), kind = JSON.stringify([curves.looks, layout.isPlain]);
   if (charts.has(metric) && charts.get(metric).kind !== kind) charts.get(metric).plot.destroy();
   box.shown = {...curves, layout};
   if (charts.get(metric)?.kind !== kind) charts.set(metric, madeChart(metric, box, curves, kind));
@@ -342,7 +342,7 @@ function placeMark(metric) {
 // Which curve is whose, and what the marks mean; only what is needed.
 function showLegend(all) {
   const {name, other} = shownRun, shown = [shownRun.metric, ...OWN_CHARTS];
-  const isStale = all.some(step => step.stale.some(metric => shown.includes(metric) && valueOf(step, metric) !== undefined));
+  const isStale = all.some(step => step.stale.some(metric => shown.includes(metric) && metricOf(step, metric) !== undefined));
   const entries = [...(other ? [["first", name], ["second", other]] : []), ...(isStale ? [["stale", TEXT.staleMark]] : []),
     ...(all.some(({warning}) => warning) ? [["warned", TEXT.warningMark]] : [])];
   const legend = $("run-legend"), key = JSON.stringify(entries);
@@ -356,7 +356,7 @@ function showLegend(all) {
 
 function choose(name) {
   if (!name || shownRun.at === name) return;
-  shownRun.at = name;
+  Object.assign(shownRun, {at: name, follows: name === stepsOf(shownRun.name).at(-1)?.id});
   showStep();
 }
 
@@ -366,7 +366,7 @@ function showStep() {
   slider.max = Math.max(0, steps.length - 1);
   slider.value = at;
   slider.setAttribute("aria-valuetext", step?.id ?? "");
-  const values = !step ? [] : unique([metric, ...shownRun.charts.keys()]).filter(each => valueOf(step, each) !== undefined)
+  const values = !step ? [] : unique([metric, ...shownRun.charts.keys()]).filter(each => metricOf(step, each) !== undefined)
     .map(each => [TEXT.valueIs(nameOf(each), written(step, each)), each === metric && changeOf(step) ? TEXT.changeIs(changeOf(step)) : ""]).flat();
   setText($("run-chosen"), !step ? "" : [step.id, ...values, isGone(step) ? TEXT.filesRemoved : "", step.reason, step.warning].filter(Boolean).join(" · "));
   $("run-chat").hidden = Boolean(step) && isGone(step);
@@ -386,7 +386,7 @@ function chatWith(step) {
 const compareWithBefore = step => compareSteps([before(step)?.id, step?.id]);
 
 // The latest step and the one before it, or the latest ones of both runs.
-const latestTwo = () => shownRun.other ? views().map(steps => steps.findLast(answersNow)).filter(Boolean) : stepsOf(shownRun.name).filter(answersNow).slice(-2);
+const latestTwo = () => shownRun.other ? bothRuns().map(steps => steps.findLast(answersNow)).filter(Boolean) : stepsOf(shownRun.name).filter(answersNow).slice(-2);
 
 function compareSteps(names) {
   const question = $("run-question").value.trim();
@@ -408,7 +408,7 @@ function listSteps(metrics) {
     table.dataset.kind = kind;
     table.replaceChildren(element("thead", {}, element("tr", {}, ...columns.map(textContent => element("th", {textContent, scope: "col"})))), ...[...runs.keys()].map(() => element("tbody")));
   }
-  const bodies = [...table.tBodies], groups = views().flatMap(steps => [...Map.groupBy(steps, ({run}) => run).values()].reverse());
+  const bodies = [...table.tBodies], groups = bothRuns().flatMap(steps => [...Map.groupBy(steps, ({run}) => run).values()].reverse());
   for (const [i, steps] of groups.entries()) {
     const shown = steps.map(step => rowOf(step, {others, isGrouped, compares}));
     if (isGrouped) shown.push(groupRow(steps, columns.length));
@@ -438,7 +438,7 @@ function groupRow(steps, columns) {
 }
 
 function rowOf(step, {others, isGrouped, compares}) {
-  const {id, state: loaded, loading, scoring, reason, warning} = step, {metric, rows} = shownRun, shown = each => valueOf(step, each) === undefined ? "" : written(step, each);
+  const {id, state: loaded, loading, scoring, reason, warning} = step, {metric, rows} = shownRun, shown = each => metricOf(step, each) === undefined ? "" : written(step, each);
   const about = [TEXT.modelStates[loaded] ?? TEXT.stepStates[loaded] ?? loaded, loading ? `${Math.floor(100 * loading)}\u00a0%` : "", scoring ? TEXT.scoring : "", reason, warning].filter(Boolean).join(" ");
   const texts = [isGrouped ? id : number(step.step), shown(metric), changeOf(step), ...others.map(shown), about];
   const acts = [...(isGone(step) ? [] : [["new", TEXT.chatWith(id), () => chatWith(stepNamed(id)), !answersNow(step)],
@@ -456,14 +456,17 @@ function rowOf(step, {others, isGrouped, compares}) {
   return row;
 }
 
+// How many steps each stage has, if there are several.
+function stagesText(steps) {
+  const stages = [...Map.groupBy(steps, ({run}) => run)];
+  return stages.length > 1 ? `: ${stages.map(([run, own]) => `${number(own.length)} of ${own[0].stage || run}`).join(", ")}` : "";
+}
+
 register({
   strings: {
     runTitle: name => `Training run ${name}`, noRun: name => name ? `The server has no training run ${name}.` : "The server serves no training run: --watch serves one.",
-    runAbout(steps, latest) {
-      const stages = [...Map.groupBy(steps, ({run}) => run)], range = steps.length > 1 ? `, ${number(steps[0].step)} to ${number(steps.at(-1).step)}` : "";
-      return [`${plural(steps.length, "step", "steps")}${stages.length > 1 ? `: ${stages.map(([run, own]) => `${number(own.length)} of ${own[0].stage || run}`).join(", ")}` : range}`,
-        latest && `the latest is ${latest.id}`].filter(Boolean).join(" · ");
-    },
+    runAbout: (steps, latest) => [plural(steps.length, "step", "steps") + (stagesText(steps) || (steps.length > 1 ? `, ${number(steps[0].step)} to ${number(steps.at(-1).step)}` : "")),
+      latest && `the latest is ${latest.id}`].filter(Boolean).join(" · "),
     curve: name => `${name}. A click on a point begins a chat with that step.`, metric: "Metric", lessIsBetter: "less is better",
     metrics: {bits_per_byte: "Bits per byte", val_bpb: "Validation bits per byte", min_val_bpb: "Least validation bits per byte", own_val_bpb: "Validation bits per byte, computed here",
       total_training_time: "Training time in seconds", tokens: "Tokens trained on", train_loss: "Training loss", reward: "Reward", core_metric: "CORE"},

@@ -164,6 +164,19 @@ def test_a_removed_step_stays_in_the_curve_but_nobody_can_chat_with_it(page, sta
     expect(curve(page, "reward")).to_have_attribute("aria-label", "d4-rl@60: 0.300, d4-rl@99: 0.495")
 
 
+def test_the_latest_step_is_chosen_until_the_reader_chooses(page, stand_in, runs):
+    opened(page, stand_in)
+    expect(page.locator("#run-chosen")).to_contain_text("d4-rl@99")
+    runs.add("d4", "rl", 120, reward=0.6)
+    stand_in.several = runs.models()
+    expect(page.locator("#run-chosen")).to_contain_text("d4-rl@120")
+    page.get_by_role("slider", name="Step").press("Home")
+    runs.add("d4", "rl", 180, reward=0.7)
+    stand_in.several = runs.models()
+    expect(row(page, "d4-rl@180")).to_contain_text("0.700")
+    expect(page.locator("#run-chosen")).to_contain_text("d4-base@400")
+
+
 def test_a_run_of_which_nothing_but_scores_is_left_can_be_looked_at(page, stand_in, runs):
     for step in runs.steps["d6"]:
         step["state"] = "removed"
