@@ -30,7 +30,7 @@ const written = (step, metric) => `${write(metricOf(step, metric))}${step.stale.
 const stepOf = (id, entry = {}, found = {}) => ({id, run: entry.run ?? found.run ?? "", stage: entry.stage ?? found.stage ?? "", step: entry.step ?? found.step,
   state: entry.state ?? found.state ?? "", loading: entry.loading, scoring: Boolean(entry.scoring), reason: entry.reason ?? found.reason ?? "",
   compares: Boolean(entry.capabilities?.compare), metrics: typeof entry.bits_per_byte === "number" ? {...found.metrics, [BITS]: entry.bits_per_byte} : found.metrics ?? {},
-  stale: Array.isArray(found.stale) ? found.stale : [], warning: warningText(found.warning ?? entry.warning)});
+  stale: [found.stale, entry.stale].find(Array.isArray) ?? [], warning: warningText(found.warning ?? entry.warning)});
 
 const warningText = warning => typeof warning === "string" ? warning : warning?.message ?? "";
 
