@@ -37,6 +37,8 @@ function drawChart(plot, box, data) {
 
 const WHOLE = Array.from({length: 14}, (_, i) => 10 ** i).flatMap(one => [one, 2 * one, 5 * one]);      // between two labels of steps or tokens
 const LABEL_PX = 64;              // the room of a label
+const LETTER_PX = 6.5;            // of a letter in it
+const AXIS_PX = 75;               // about the width of the axis of values and the room on the right
 
 // A chart of curves over the steps of training runs (curves.js). `looks`: of each curve; `onDraw` is called when it has been drawn.
 function makeStepChart(box, {write, looks, onDraw}) {
@@ -44,22 +46,36 @@ function makeStepChart(box, {write, looks, onDraw}) {
   const widened = (_, low, high) => { const room = (high - low || Math.abs(high) || 1) / 8; return [low - room, high + room]; };
   const {layout} = box.shown, isPlain = layout.isPlain;
   const places = isPlain ? {incrs: WHOLE, values: (_, ticks) => ticks.map(at => labelOf(box.shown.layout.parts[0], at))} :
-    {splits: plot => ticksOf(plot).map(({at}) => at), values: plot => ticksOf(plot).map(({text}) => text)};
+    {splits: plot => ticksOf(plot, box.shown.layout).map(({at}) => at), values: plot => ticksOf(plot, box.shown.layout).map(({text}) => text)};
   return new uPlot({...sizeOf(box), padding: [isPlain ? 8 : 22, isPlain ? 28 : 8, 0, 0],
     hooks: {drawClear: [plot => drawStages(plot, box.shown)], draw: [plot => drawMarks(plot, box.shown), onDraw]},
     scales: {x: {time: false, range: (plot, low, high) => isPlain ? widened(plot, low, high) : [0, 1]}, y: {range: widened}},
     axes: [axisOf({size: 24, space: 90, ...places}), axisOfValues(write)], series: [{}, ...looks.map(look => line(LOOKS[look]))]}, empty(looks.length), box);
-
-  function ticksOf(plot) {
-    const {width} = plot.over.getBoundingClientRect();
-    return box.shown.layout.parts.flatMap(part => ticksIn(part, part.width * (width || plot.width)));
-  }
 }
+
+// The labels below all parts of the axis. Where those of two parts would touch, the one that is not alone in its part goes.
+function ticksOf(plot, {parts}) {
+  const width = plot.width - AXIS_PX, ticks = [];
+  let ofLast = 0;
+  for (const part of parts) {
+    const own = ticksIn(part, part.width * width);
+    if (ticks.length && labelsTouch(ticks.at(-1), own[0], width)) {
+      if (ofLast > 1) ticks.pop();
+      else own.shift();
+    }
+    ofLast = own.length;
+    ticks.push(...own);
+  }
+  return ticks;
+}
+
+const labelsTouch = (a, b, width) => (b.at - a.at) * width < LETTER_PX * (a.text.length + b.text.length + 2) / 2;
 
 // `curves` and `layout`: as curves.js returns them. They are kept as the box's own, for what is drawn beside the lines.
 function drawStepChart(plot, box, curves, layout) {
   box.shown = {...curves, layout};
   drawChart(plot, box, curves.data);
+  plot.redraw(true, true);        // uPlot keeps the labels of an axis whose ends are the same, but the stages between them may have moved
 }
 
 const labelOf = ({by}, value) => by === "tokens" ? new Intl.NumberFormat(undefined, {notation: "compact", maximumSignificantDigits: 3}).format(value) : number(value);

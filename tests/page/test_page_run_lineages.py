@@ -177,6 +177,24 @@ def test_the_latest_step_is_chosen_until_the_reader_chooses(page, stand_in, runs
     expect(page.locator("#run-chosen")).to_contain_text("d4-base@400")
 
 
+def test_what_is_drawn_as_steps_come_is_what_a_fresh_page_draws(page, stand_in, runs):
+    opened(page, stand_in)
+    drawn = """metric => shownRun.charts.get(metric).plot.ctx.canvas.toDataURL()"""
+    for step in (2000, 3000, 4000):                             # beside them the reward has the same values, at other places
+        runs.add("d4", "base", step)
+    stand_in.several = runs.models()
+    expect(row(page, "d4-base@4000")).to_be_visible()
+    settle = "() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
+    page.evaluate(settle)
+    live = [page.evaluate(drawn, metric) for metric in ("val_bpb", "train_loss", "reward")]
+    page.goto("about:blank")
+    opened(page, stand_in)
+    expect(row(page, "d4-base@4000")).to_be_visible()
+    page.wait_for_function("() => shownRun.charts.size === 3")
+    page.evaluate(settle)
+    assert [page.evaluate(drawn, metric) == before for metric, before in zip(("val_bpb", "train_loss", "reward"), live, strict=True)] == [True] * 3
+
+
 def test_a_run_of_which_nothing_but_scores_is_left_can_be_looked_at(page, stand_in, runs):
     for step in runs.steps["d6"]:
         step["state"] = "removed"
@@ -373,7 +391,7 @@ def expect_shown(page, steps):
 @pytest.mark.slow
 def test_a_real_run_from_base_to_rl_is_seen_while_it_trains(browser, trained):
     base, save = trained
-    with started_server("--watch", str(base), "--nice", "0") as url, visitor(browser) as page:
+    with started_server("--watch", str(base), "--results", str(base.parent / "results"), "--nice", "0") as url, visitor(browser) as page:
         open_page(page, url, "#run/d4?with=d6")
         rows = page.locator("#run-steps tbody tr:not(.group)")
         expect(rows).to_have_count(6, timeout=SLOW_MS)
