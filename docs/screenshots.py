@@ -24,6 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 from browsing import (CHROMIUM, SLOW_MS, answers, ask, button, expect, expect_answered, fake_front, inside, menu, message_box,      # noqa: E402
                       open_page, playwright, questions, started_server)
 import tiny_training                                                        # noqa: E402
+import torch                                                                # noqa: E402
 from page_server import StandIn                                              # noqa: E402
 
 DROP = """([data, name]) => {
@@ -115,23 +116,47 @@ def picture_of_looks(browser, url, name):
 
 
 def picture_of_a_run(browser):
-    """A tiny model that learns a text, which is its held-out text too."""
+    """A tiny model that learns a text, which is its held-out text too: as base, then again as SFT and RL."""
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base"
         shutil.copytree(ROOT / "tests/fixtures/nanochat/gen1/tokenizer", base / "tokenizer")
         tokenizer = pickle.loads((base / "tokenizer/tokenizer.pkl").read_bytes())
         (text := Path(folder) / "text.txt").write_text(tiny_training.TEXT)
-        for _ in tiny_training.train(base, 60, 5, ids=tokenizer.encode_ordinary(tiny_training.TEXT)):
+        ids = tokenizer.encode_ordinary(tiny_training.TEXT)
+        for _, model in tiny_training.train(base, 60, 5, ids=ids):
             pass
-        with started_server("--watch", str(base), "--watch-text", str(text), "--results", str(base / "results"), "--nice", "0") as url:
-            page = browser.new_page(viewport={"width": 1200, "height": 760})
+        picture_of_evaluations(browser, base)
+        tokens = torch.tensor(ids)[:tiny_training.CONFIG["sequence_len"]]
+        for step in range(5, 65, 5):
+            note_loss(base / "base_checkpoints" / "d2", step, tokens)
+        train_on(model, tokens, base / "chatsft_checkpoints" / "d2", "sft.log", lambda step, loss: f"step {step:05d} (50.0%) | loss: {loss:.6f} | lrm: 1.00")
+        train_on(model, tokens, base / "chatrl_checkpoints" / "d2", "rl.log", lambda step, loss: f"Step {step}/30 | Average reward: {1 - 4 * loss:.4f} | Average sequence length: 9")
+        with started_server("--watch", str(base), "--watch-text", str(text), "--results", str(Path(folder) / "results"), "--nice", "0") as url:
+            page = browser.new_page(viewport={"width": 1200, "height": 1080})
             open_page(page, url, "#run/d2")
-            expect(page.get_by_role("img", name=re.compile("^5: .*, 60: "))).to_be_visible(timeout=10 * SLOW_MS)
+            expect(page.get_by_role("img", name=re.compile("^d2-base@5: .*d2-base@60: .*d2-rl@30: "))).to_be_visible(timeout=20 * SLOW_MS)
             expect(page.locator("#run-now")).not_to_contain_text("for a score", timeout=10 * SLOW_MS)
             page.evaluate("() => { for (let at = 0; at < 3; at++) document.getElementById('run-step').stepDown(); document.getElementById('run-step').oninput({target: document.getElementById('run-step')}); }")
             page.screenshot(path=DOCS / "run.png")
             page.context.close()
-        picture_of_evaluations(browser, base)
+
+
+def note_loss(folder, step, tokens):
+    """Write into the meta file of a base checkpoint what upstream does: the average of the loss, which begins at 0."""
+    model, meta = tiny_training.load(folder / f"model_{step:06d}.pt"), folder / f"meta_{step:06d}.json"
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(model(tokens[:-1]), tokens[1:]).item()
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"loop_state": {"smooth_train_loss": loss * (1 - 0.9 ** step)}}))
+
+
+def train_on(model, tokens, folder, log, line):
+    """Another stage: 30 steps, of which five are saved, with a log beside them."""
+    lines = []
+    for step in range(1, 31):
+        lines.append(line(step, model.learn(tokens)))
+        if step % 6 == 0:
+            tiny_training.save(model, folder, step)
+    (folder / log).write_text("\n".join(lines) + "\n")
 
 
 def picture_of_evaluations(browser, base):

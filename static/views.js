@@ -3,9 +3,12 @@
 
 {
 
-// The server's training runs, that of the chat's model first.
+// All stages of a tag are one lineage; a run without stages is its own.
+const lineageOf = model => model?.lineage || model?.run;
+
+// The lineages of the server's training runs, that of the chat's model first.
 function runsOf() {
-  const own = chatModel()?.run, runs = new Set(state.models.map(({run}) => run).filter(Boolean));
+  const own = lineageOf(chatModel()), runs = new Set(state.models.map(lineageOf).filter(Boolean));
   return [...runs].sort((a, b) => (b === own) - (a === own));
 }
 
@@ -26,7 +29,7 @@ register({
     for (const leave of document.querySelectorAll("button.leave")) leave.onclick = () => openChat(state.chat.id).then(focusAfterClick);
   },
   menu: () => runsOf().slice(0, 1).map(run => [TEXT.trainingRun, "chart", () => openRun(run), run]),
-  view: {hash: "#run", open: hash => openRun(decoded(hash.slice("#run/".length)))},
+  view: {hash: "#run", open: hash => openRun(...hash.slice("#run/".length).split("?with=").map(decoded))},
 });
 
 register({
@@ -39,5 +42,5 @@ register({
   view: {hash: "#get", open: () => openGet()},
 });
 
-share({runsOf});
+share({runsOf, lineageOf});
 }

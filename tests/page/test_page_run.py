@@ -29,8 +29,8 @@ def row(page, step):
 
 def point(page, step):
     """Where a step's point lies in the window."""
-    return page.evaluate("""step => { const {over} = shownRun.chart, {left, top} = over.getBoundingClientRect();
-        return [left + shownRun.chart.valToPos(step, "x"), top + over.clientHeight / 2]; }""", step)
+    return page.evaluate("""step => { const {plot, box} = [...shownRun.charts.values()][0], {left, top} = plot.over.getBoundingClientRect();
+        return [left + plot.valToPos(box.shown.points.find(point => point.step.step === step).x, "x"), top + plot.over.clientHeight / 2]; }""", step)
 
 
 def opened(page, stand_in, path="#run/d4"):
@@ -46,7 +46,7 @@ def test_a_run_has_an_address_a_curve_and_a_row_for_each_step(page, stand_in):
     curve = region.get_by_role("img", name="10: 2.990, 20: 2.980, 30: 2.970", exact=True)
     expect(curve).to_be_visible()
     painted = """canvas => canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data.some(Boolean)"""
-    page.wait_for_function("() => shownRun.chart")
+    page.wait_for_function("() => shownRun.charts.size")
     assert curve.locator("canvas").evaluate(painted)
     expect(region.get_by_role("row").nth(1)).to_contain_text(re.compile(r"30.*2\.970.*−0\.010.*loading"))      # the latest first
     expect(row(page, 20)).to_contain_text("loaded")
@@ -94,7 +94,7 @@ def test_the_curve_is_drawn_however_late_its_library_comes(page, stand_in):
     stand_in.several = steps("unloaded", "ready", "ready")
     open_page(page, stand_in.url)
     menu(page, "Training run")
-    page.wait_for_function("() => typeof makeChart === 'function'")
+    page.wait_for_function("() => typeof makeStepChart === 'function'")
     page.evaluate("render()")           # as when the answer about the run's steps comes
     for route in held:
         route.continue_()
@@ -104,7 +104,7 @@ def test_the_curve_is_drawn_however_late_its_library_comes(page, stand_in):
 def test_a_click_on_a_point_begins_a_chat_with_that_step(page, stand_in):
     stand_in.several = steps("ready", "ready", "ready")
     opened(page, stand_in)
-    page.wait_for_function("() => shownRun.chart")
+    page.wait_for_function("() => shownRun.charts.size")
     page.mouse.move(*point(page, 20))
     expect(page.locator("#run-chosen")).to_have_text("d4@20 · Bits per byte: 2.980 · −0.010 since the step before")
     x, y = page.locator("#run .mark").evaluate("mark => { const {x, y, width} = mark.getBoundingClientRect(); return [x + width / 2, y]; }")
@@ -165,11 +165,11 @@ def test_the_metrics_of_a_run_are_a_choice(page, stand_in):
     choice.select_option("tokens")
     expect(page.get_by_role("img", name="10: 5M, 20: 10M", exact=True)).to_be_visible()
     choice.select_option("val_bpb")
-    expect(page.locator("#run-caption")).to_contain_text("Validation bits per byte over the steps (less is better).")
+    expect(page.locator("#run-caption")).to_contain_text("Validation bits per byte, less is better.")
     expect(page.get_by_role("columnheader", name="Validation bits per byte")).to_be_visible()
     expect(row(page, 20)).to_contain_text("0.800−0.100")
     known[2]["core_metric"] = 0.25
-    expect(choice.locator("option")).to_have_text(["Validation bits per byte", "core_metric", "Tokens trained on"])
+    expect(choice.locator("option")).to_have_text(["Validation bits per byte", "CORE", "Tokens trained on"])
     expect(choice).to_have_value("val_bpb")                        # as chosen
     expect_accessible(page)
 
@@ -206,7 +206,7 @@ def test_a_run_that_trains_is_seen_step_by_step(browser, nanochat_fixtures, tmp_
     next(run)
     with started_server("--watch", str(base), "--watch-text", str(text), "--nice", "0") as url, visitor(browser) as page:
         open_page(page, url, "#run/d2")
-        expect(page.get_by_text("1 step · the latest is d2@20")).to_be_visible(timeout=4 * SLOW_MS)
+        expect(page.get_by_text("1 step · the latest is d2-base@20")).to_be_visible(timeout=4 * SLOW_MS)
         assert [step for step, _ in run] == [40, 60]                      # while the view is open
         curve = page.get_by_role("img", name=re.compile(r"^20: [\d.]+, 40: [\d.]+, 60: [\d.]+$"))
         expect(curve).to_be_visible(timeout=4 * SLOW_MS)
@@ -219,7 +219,7 @@ def test_a_run_that_trains_is_seen_step_by_step(browser, nanochat_fixtures, tmp_
         dialog = page.get_by_role("dialog", name="Compare")
         columns = dialog.get_by_role("region")
         expect(columns.get_by_role("button", name="Continue with this")).to_have_count(2, timeout=4 * SLOW_MS)
-        assert page.evaluate("compared.columns.map(({end}) => end.model)") == ["d2@40", "d2@60"]
+        assert page.evaluate("compared.columns.map(({end}) => end.model)") == ["d2-base@40", "d2-base@60"]
         assert len(set(page.evaluate("compared.columns.map(({end}) => end.seed)"))) == 1
         expect(dialog.get_by_text("hello", exact=True)).to_be_visible()
         expect_accessible(page)
@@ -227,7 +227,7 @@ def test_a_run_that_trains_is_seen_step_by_step(browser, nanochat_fixtures, tmp_
         columns.nth(0).get_by_role("button", name="Continue with this").click()
         expect(said(questions(page))).to_have_text("hello")
         assert said(answers(page)).inner_text().split() == written.split()
-        expect(page.get_by_role("combobox", name="Model", exact=True)).to_have_value("d2@40")
+        expect(page.get_by_role("combobox", name="Model", exact=True)).to_have_value("d2-base@40")
         ask(page, "and now?")
         expect_answered(page, 2)
-        assert page.evaluate("lastNode().model") == "d2@40"
+        assert page.evaluate("lastNode().model") == "d2-base@40"

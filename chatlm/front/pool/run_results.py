@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING
 
 from chatlm.common.hub.nanochat import AS_TRAINED
-from chatlm.common.hub.steps import is_number
+from chatlm.common.hub.written import is_number
 from chatlm.common.log import log
 from chatlm.front.evals.kept import file_word
 from chatlm.front.pool.run_names import RunName
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from chatlm.front.pool.run_log import RunLog
 
 
-WRITTEN, TEXT, SAMPLES, SUITE = "written", "text", "samples", "suite"  # the kinds of results
+WRITTEN, FORWARD, TEXT, SAMPLES, SUITE = "written", "forward", "text", "samples", "suite"
+KINDS = WRITTEN, FORWARD, TEXT, SAMPLES, SUITE  # of results, in the order in which they are shown
 # what each line has, whatever its result
 NAMES = "tag", "lineage", "stage", "step", "weights_digest", "folder", "saved_s", "computed_with"
 MOST_BYTES = 16 << 20  # of a line; longer ones are skipped
@@ -54,7 +55,7 @@ class StepOfRun(NamedTuple):
 class Result(NamedTuple):
     """What was found of some weights."""
 
-    kind: str           # WRITTEN, TEXT, SAMPLES or SUITE
+    kind: str           # one of KINDS
     key: str = ""       # what was asked: see `text_key` and the two after it
     fields: Mapping[str, Any] = {}  # of its line, beside the names of the step
     metrics: Mapping[str, float] = {}
@@ -230,7 +231,7 @@ class RunResults:
         """The last result of each kind by what this server asks."""
         last = {result.kind: result for result in [*known.results.values()]
                 if self.asked.get(result.kind) == result.key}
-        return [last[kind] for kind in (WRITTEN, TEXT, SAMPLES, SUITE) if kind in last]
+        return [last[kind] for kind in KINDS if kind in last]
 
     def removed(self, watched: Path, runs: Mapping[str, RunName], there: Collection[tuple[str, int]],
                 served: Collection[str] = ()) -> list[dict[str, Any]]:
@@ -338,8 +339,17 @@ def result_of(found: Mapping[str, Any]) -> Result | None:
         samples = [{"prompt": str(one["prompt"]), "text": str(one["text"])} for one in found["samples"]]
         key = prompts_key([one["prompt"] for one in samples])
         return Result(SAMPLES, key, {"samples": samples}, samples=tuple(samples))
+    if "forward" in found:
+        return forward_result(found["forward"])
     metrics = {str(name): value for name, value in found["written"].items() if is_number(value)}
     return Result(WRITTEN, "", fields, metrics)
+
+
+def forward_result(found: Mapping[str, Any]) -> Result:
+    """found: `own_val_bpb`, and whether it `agrees` with what training wrote."""
+    own = found["own_val_bpb"]
+    metrics = {"own_val_bpb": own} if is_number(own) else {}
+    return Result(FORWARD, "", {"forward": {**found, "agrees": found["agrees"] is True}}, metrics)
 
 
 def text_result(key: str, score: Score) -> Result:

@@ -25,11 +25,12 @@ from chatlm.front.evals.kept import Kept, kept_name, results_folder
 from chatlm.front.evals.run import as_json, drawn_items, mean_of, run_task
 from chatlm.front.evals.samples import PROMPTS, SAMPLE_TOKENS
 from chatlm.front.evals.scores import PoolScorer
+from chatlm.front.pool.forward_check import ForwardCheck
 from chatlm.front.pool.models import Served
 from chatlm.front.pool.run_log import RunLog
 from chatlm.front.pool.run_results import (
-    SAMPLES, SUITE, TEXT, WRITTEN, Result, RunResults, StepOfRun, judged_metrics, prompts_key, suite_key,
-    text_key, text_result)
+    FORWARD, SAMPLES, SUITE, TEXT, WRITTEN, Result, RunResults, StepOfRun, judged_metrics, prompts_key,
+    suite_key, text_key, text_result)
 from chatlm.front.pool.score import score_text
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ class StepWork:
         self.many, self.models, settings = many, models, many.settings
         self.failed: set[tuple[Step, str]] = set()
         self.steps: WeakKeyDictionary[Model, tuple[StepOfRun, str]] = WeakKeyDictionary()  # see `described`
-        self.duties = list[Duty]()
+        self.duties: list[Duty] = [ForwardCheck()]
         run_log = RunLog(settings.run_log) if settings.run_log is not None else None
         self.results = RunResults(kept_folder(settings), run_log)
         if settings.watch_text is not None:
@@ -188,11 +189,17 @@ class StepWork:
         """A checkpoint is served: note what its training wrote, and show what is known of its weights."""
         if not model.pool:
             return
-        of_run, _ = self.steps[model] = await asyncio.to_thread(described, step, model, model.pool)
-        fields = {"written": dict(model.written)} if model.written else {}
-        await self.results.add(of_run, Result(WRITTEN, "", fields, dict(model.written)))
+        self.steps[model] = await asyncio.to_thread(described, step, model, model.pool)
+        await self.note_written(model)
         for duty in self.duties:
             await self._recall(duty, model)
+
+    async def note_written(self, model: Model):
+        """Keep what its training wrote, also into a log, and later."""
+        if model in self.steps:
+            found = {**model.logged, **model.written}
+            fields = {"written": found} if found else {}
+            await self.results.add(self.steps[model][0], Result(WRITTEN, "", fields, found))
 
     async def _recall(self, duty: Duty, model: Model):
         """Show a result that is kept of these weights, and keep it as this step's too."""
@@ -213,7 +220,8 @@ class StepWork:
                 if model in self.steps and model.pool and not duty.done(model)
                 and (step, duty.kind) not in self.failed and self._may_load(model)]
         if left:
-            await self._do(*max(left, key=lambda pair: pair[0].changed_s))  # of one step the first duty
+            # the forward before evaluations, which are not believed otherwise; of one step the first duty
+            await self._do(*max(left, key=lambda pair: (pair[1].kind == FORWARD, pair[0].changed_s)))
         else:
             await asyncio.sleep(0.5)
         await self.results.write_again()

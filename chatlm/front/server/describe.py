@@ -93,6 +93,9 @@ A_MODEL = {"type": "object", "properties": {
     "step": {"type": "integer", "description": "of a checkpoint"},
     "tag": {**A_TEXT, "description": "of a checkpoint of nanochat: its run's folder, such as d20"},
     "stage": {"enum": ["base", "mid", "sft", "rl", "chat", ""], "description": "of a checkpoint of nanochat"},
+    "stale": {"type": "array", "items": A_TEXT,
+              "description": "of a checkpoint: metrics of its training that belong to an earlier step"},
+    "warning": {**A_TEXT, "description": "of a checkpoint: what to know before it is evaluated"},
     "bits_per_byte": {"type": ["number", "null"],
                       "description": "of a checkpoint: how well it predicts --watch-text, once scored"},
     "scoring": {"type": "boolean", "description": "of a checkpoint: whether it is scored now"},
@@ -197,6 +200,7 @@ A_RUN = {"type": "object", "properties": {**RUN_PARTS, "flips": {
         "weights_digest": A_TEXT, "judged": {"type": "boolean"},
         "metrics": {"type": "object", "additionalProperties": {"type": "number"},
                     "description": "what is known of the step so far"},
+        "stale": A_MODEL["properties"]["stale"], "warning": A_MODEL["properties"]["warning"],
         "samples": {"type": "array", "items": {"type": "object", "properties": {
             "prompt": A_TEXT, "text": A_TEXT}}}}}}}}
 
@@ -259,8 +263,8 @@ def step_body(run: RunName, served: Served) -> dict:
     return {"model": served.name, "run": run.run, "lineage": run.lineage, "stage": run.stage,
             "step": served.model.step, "state": served.state,
             "weights_digest": "" if served.failed else served.pool.supervisor.card.facts.digest,
-            "metrics": served.model.metrics, "judged": served.model.verdicts is not None,
-            "samples": served.model.samples}
+            "metrics": served.model.metrics, **served.model.remarks,
+            "judged": served.model.verdicts is not None, "samples": served.model.samples}
 
 
 def verdicts_among(seen: Seq[Served], removed: Seq[dict], tag: str, name: str, step: str | None) -> Verdicts:

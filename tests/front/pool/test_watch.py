@@ -447,6 +447,32 @@ async def test_a_run_has_the_metrics_of_its_steps_also_those_that_the_training_w
                 assert response.status == 404 and len(await response.text()) < 500 and "d2" in (await response.json())["error"]["message"]
 
 
+async def test_a_stale_val_bpb_is_marked_and_a_reward_is_read_from_a_log_that_is_written_later(nanochat_fixtures, tmp_path, watching, client, monkeypatch):
+    monkeypatch.setattr(RunWatch, "WATCH_S", 0.1)
+    shutil.copytree(nanochat_fixtures / "gen3", tmp_path / "base")
+    folder = tmp_path / "base" / "chatrl_checkpoints" / "d4"
+    shutil.copytree(folder, tmp_path / "base" / "base_checkpoints" / "d5")
+    meta = tmp_path / "base" / "base_checkpoints" / "d5" / "meta_000030.json"
+    training = {"val_bpb": 1.5, "user_config": {"depth": 4, "eval_every": 20, "save_every": 10, "num_iterations": 100},
+                "loop_state": {"smooth_train_loss": 2.0, "min_val_bpb": 1.5}}
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | training))
+    models = await watching(tmp_path / "base")
+    async with serving(models, models.settings) as url:
+        await until(lambda: len(models.registry.models) == 2)
+        base, rl = sorted(models.registry.models, key=lambda model: "chatrl" in model.choice.path)
+        assert base.metrics == {"val_bpb": 1.5, "min_val_bpb": 1.5, "train_loss": pytest.approx(2 / (1 - 0.9 ** 30))} and rl.metrics == {}
+        async with client.get(url + "/v1/models") as response:
+            listed = {model["id"]: model for model in (await response.json())["data"]}
+        assert listed[base.name]["stale"] == ["val_bpb"] and "stale" not in listed[rl.name]
+        for reward in (0.25, 0.5):      # a run that is begun again overwrites its log
+            (folder / "chat_rl.log").write_text(f"Step 30/99 | Average reward: {reward} | Average sequence length: 30.00\n")
+            await until(lambda: rl.metrics == {"reward": reward})
+        (folder / "chat_rl.log").unlink()
+        async with client.get(url + "/metrics") as response:
+            assert f'chat_server_checkpoint_metric{{metric="reward",model="{rl.name}"}} 0.5\n' in await response.text()
+        assert rl.metrics == {"reward": 0.5}
+
+
 async def test_suites_and_prompts_are_done_for_each_step_and_not_again_by_the_next_server(run_folder, watching, client, tmp_path):
     """The newest first, beside a text to score; the numbers are those of `eval`, and lines in the run's file."""
     list(tiny_training.train(run_folder, 60, 30))
