@@ -408,9 +408,10 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
         values["several"] = chosen_models(parser, models, tables, in_folder, config_file)
         if values["several"] or in_folder:
             values["model"] = None
-        for name in ("text", "prompts", "suite"):
-            if values[f"watch_{name}"] is not None and values["watch"] is None:
-                raise ConfigError(f"--watch-{name} is for the checkpoints of --watch: give that folder too")
+        for name in ("watch_text", "watch_prompts", "watch_suite", "run_log"):
+            if values[name] is not None and values["watch"] is None:
+                raise ConfigError(f"--{name.replace('_', '-')} is for the checkpoints of --watch: give that "
+                                  "folder too")
     elif command in SEVERAL and models:  # each word of `compare`, `score` and `eval` is a MODEL
         values["model"], values["several"] = None, tuple(ModelChoice(name, name) for name in models)
     return Settings(command=command, **values)

@@ -1,6 +1,7 @@
 """The code under test and the models every module may use."""
 
 import gc
+import itertools
 import os
 import shutil
 import subprocess
@@ -64,6 +65,19 @@ def integrity():
     yield
     if checked := sys.modules.get("checked"):
         assert checked.take_faults() == []
+
+
+@pytest.fixture(scope="session")
+def states(tmp_path_factory):
+    """A folder, and numbers for tests."""
+    return tmp_path_factory.mktemp("states"), itertools.count()
+
+
+@pytest.fixture(autouse=True)
+def state_home(states, monkeypatch):
+    """Each test has a state of its own: servers that score checkpoints keep the results, and find them again."""
+    folder, numbers = states
+    monkeypatch.setenv("XDG_STATE_HOME", str(folder / str(next(numbers))))
 
 
 def pytest_collection_finish():

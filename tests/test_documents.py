@@ -31,7 +31,7 @@ OTHERS_FLAGS = {           # of torchrun, Docker, apt, pip, xcode-select, Ray, p
     "compile", "nnodes", "node-rank", "master-addr", "nproc-per-node", "cache-dir", "install-recommends", "create-home", "max-num-seqs", "max-model-len",
     "head", "address", "dist", "build-base", "build-lib", "benchmark-enable", "version", "help", "without-core", "prune", "deps", "force-reinstall",
     "with-libraries", "pythons", "wheels", "with-model", "args", "verify", "unpack", "from", "spec", "upgrade", "now", "format", "machine", "wheel",
-    "install", "model", "depth", "save-every", "eval"}     # the last four of aider and of nanochat's scripts
+    "install", "model", "depth", "save-every", "eval", "logdir"}     # the last five of aider, nanochat's scripts and TensorBoard
 
 
 @cache

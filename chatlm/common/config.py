@@ -308,6 +308,9 @@ class Settings:
     watch_suite: str | None = flag(None, counted_text,
         "FOLDER[:MAX], core[:MAX], chat[:MAX] or FILE.jsonl[:MAX]: evaluate each checkpoint of --watch on "
         "these tasks (see eval), at most MAX items of each, while the server is idle", "serve")
+    run_log: str | None = flag(None, file_name,
+        "write the metrics of each checkpoint of --watch into this folder as TensorBoard's event files, a "
+        "folder for each run; needs pip install tensorboard", "serve")
     served_model_name: tuple[str, ...] = flag((), str, "extra names for the model, may repeat", "serve",
         many=True)
     num_gpus: str | None = flag(None, gpu_count,

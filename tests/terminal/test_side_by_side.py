@@ -37,9 +37,10 @@ def test_what_cannot_be_compared_or_scored_is_one_line_and_status_2(line, words,
     assert re.search(words, capsys.readouterr().err) and capsys.readouterr().out == ""
 
 
-def test_watch_text_needs_the_folder():
-    with pytest.raises(ConfigError, match="--watch-text is for the checkpoints of --watch"):
-        command("serve --watch-text book.txt")
+@pytest.mark.parametrize("flag", ["--watch-text", "--watch-prompts", "--watch-suite", "--run-log"])
+def test_what_is_done_with_checkpoints_needs_the_folder(flag):
+    with pytest.raises(ConfigError, match=f"{flag} is for the checkpoints of --watch"):
+        command(f"serve {flag} book.txt")
 
 
 @pytest.mark.parametrize("length, context", [(1, 16), (2, 16), (16, 16), (17, 16), (24, 16), (25, 16), (100, 16), (33, 17), (50, 2)])

@@ -6,10 +6,8 @@ import re
 from collections.abc import Iterator, Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from chatlm.common.errors import ConfigError, require_folder
-from chatlm.common.files import parse_json, read_small
+from chatlm.common.errors import require_folder
 from chatlm.common.hub.adapters import CONFIG, WEIGHTS
 from chatlm.common.hub.folder import seen_below
 from chatlm.common.hub.nanochat import (
@@ -86,29 +84,6 @@ def steps_of_other_trainers(folder: Path, names: Seq[str]) -> Iterator[Step]:
             yield from unlinked(path, step, files_of(path), "")
         elif error := foreign(path):
             yield Step(path, trouble=f"not served: {error}")
-
-
-def written_metrics(step: Step) -> dict[str, float]:
-    """What nanochat's training has written about a checkpoint next to it: the loss on its validation split,
-    the tokens and seconds so far. {} for other checkpoints; what is not a number is left out."""
-    if step_of(step.path.name) is None:
-        return {}
-    path = meta_of(step.path)
-    try:
-        meta = parse_json(path, read_small(path))
-    except (ConfigError, OSError, ValueError):
-        return {}
-    loop = meta.get("loop_state") if isinstance(meta, dict) else None
-    loop, meta = (value if isinstance(value, dict) else {} for value in (loop, meta))
-    found: dict[str, Any] = {"val_bpb": meta.get("val_bpb"), "min_val_bpb": loop.get("min_val_bpb"),
-                             "total_training_time": loop.get("total_training_time")}
-    if is_number(batch := meta.get("total_batch_size")):
-        found["tokens"] = batch * step.step
-    return {name: value for name, value in found.items() if is_number(value)}
-
-
-def is_number(value) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e300  # neither NaN nor infinite
 
 
 def names_of_parts(weights: Seq[str]) -> list[str]:

@@ -6,7 +6,6 @@ windows, which is another quantity."""
 from __future__ import annotations
 
 import asyncio
-import bisect
 import itertools
 import math
 import time
@@ -15,13 +14,13 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING
 
-from chatlm.common.errors import ConfigError, cannot_read, shown
+from chatlm.common.errors import ConfigError, cannot_read
 from chatlm.common.files import check_regular, read_small
 from chatlm.common.hub.find import nanochat_base
 from chatlm.common.hub.local import sha256_of
 from chatlm.common.hub.nanochat import shard_folders
+from chatlm.common.hub.shards import BUFFERED, Packer, documents_of
 from chatlm.front.aio import all_of
-from chatlm.front.evals.data import read_parts
 
 if TYPE_CHECKING:
     from chatlm.front.evals.kept import Kept
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 
 FETCHES = "python -m nanochat.dataset -n 1"  # what upstream fetches the validation shard with
 SPLIT_TOKENS = 40 * 524_288                  # that upstream's base_eval scores
-BUFFERED, TOGETHER = 1000, 128               # documents to choose from; encoded at once
 MOST_TARGETS = 2048                          # of a row, for a model that does not say for how many it is made
 TASK = "bpb"
 AT_ONCE = 4                                  # rows
@@ -50,12 +48,7 @@ class Texts(NamedTuple):
 
     def documents(self) -> Iterator[list[str]]:
         """All texts, at most TOGETHER at a time. ConfigError if there are none."""
-        for rows in read_parts(self.path, ("text",)):
-            texts: list[Any] = [row.get("text") if isinstance(row, dict) else row for row in rows]
-            if wrong := [text for text in texts if not isinstance(text, str)]:
-                raise ConfigError(f"{self.path}: {shown(wrong[0])} is not a text")
-            for begin in range(0, len(texts), TOGETHER):
-                yield texts[begin:begin + TOGETHER]
+        return documents_of(self.path)
 
 
 class BpbResult(NamedTuple):
@@ -95,25 +88,6 @@ def validation_shard() -> Path:
             return shards[-1]
     raise ConfigError(f"--suite bpb: no shard is in {', '.join(map(str, folders))}; in nanochat's checkout, "
                       f"`{FETCHES}` fetches it, or --text FILE names other texts")
-
-
-class Packer:
-    """Makes rows of documents: the longest that fits, the earlier one of two; where none does, the beginning
-    of the shortest."""
-
-    def __init__(self):
-        self.waiting = list[tuple[int, int, list[int]]]()  # (tokens, number, document), in order
-        self.numbers = itertools.count()
-
-    def add(self, document: list[int]):
-        bisect.insort(self.waiting, (len(document), next(self.numbers), document))
-
-    def take(self, room: int) -> list[int]:
-        """The next part of a row that has so much room."""
-        fitting = bisect.bisect_left(self.waiting, (room + 1,))
-        if fitting:
-            fitting = bisect.bisect_left(self.waiting, (self.waiting[fitting - 1][0],))
-        return self.waiting.pop(fitting)[2][:room]
 
 
 async def packed_rows(texts: Texts, scorer: Scorer, targets: int) -> AsyncGenerator[list[int], None]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence as Seq
+from collections.abc import Sequence as Seq
 from pathlib import Path
 
-from chatlm.common.errors import ConfigError, named, require_library
+from chatlm.common.errors import ConfigError
 from chatlm.common.files import read_small
 from chatlm.common.hub.find import nanochat_base
 from chatlm.common.hub.local import home_folder
+from chatlm.common.hub.shards import read_parts
 
 MANIFEST = "manifest.json"  # which nanochat writes last, so that a folder with one is whole
 
@@ -49,37 +50,3 @@ def read_manifest(path: Path) -> list[str]:
 def read_table(paths: Seq[Path], columns: Seq[str]) -> list[dict]:
     """The rows of parquet, arrow or JSON lines files. ConfigError names what cannot be read."""
     return [row for path in paths for part in read_parts(path, columns) for row in part]
-
-
-def read_parts(path: Path, columns: Seq[str]) -> Iterator[list[dict]]:
-    """The rows of a file, part after part: the row groups of parquet."""
-    if path.suffix in (".jsonl", ".json"):
-        yield read_lines(path)
-        return
-    pyarrow = require_library("pyarrow", f"reading {path.name}")
-    opened = require_library("pyarrow.parquet", f"reading {path.name}").ParquetFile if (
-        path.suffix == ".parquet") else None
-    try:
-        if opened is None:
-            with pyarrow.memory_map(str(path)) as source:
-                yield require_library("pyarrow.ipc", f"reading {path.name}").open_stream(
-                    source).read_all().select([*columns]).to_pylist()
-            return
-        with opened(path) as file:
-            for group in range(file.num_row_groups):
-                yield file.read_row_group(group, columns=[*columns]).to_pylist()
-    except (OSError, KeyError, pyarrow.ArrowException) as error:
-        reason = str(error).partition("\n")[0]
-        raise ConfigError(f"cannot read {path}: {getattr(error, 'strerror', None) or reason}") from None
-
-
-def read_lines(path: Path) -> list[dict]:
-    rows = []
-    for number, line in enumerate(read_small(path).split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{path}: line {number} is not JSON: {named(error)}") from None
-    return rows

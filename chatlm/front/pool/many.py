@@ -258,6 +258,11 @@ class ManyModels(Catalogue):
             self.run(f"trying {model.name} again", partial(self._try_again, model))
         return served
 
+    def removed_steps(self, bound: Seq[str] = ()) -> list[dict[str, Any]]:
+        runs = [watch for watch in self.watches if isinstance(watch, RunWatch)]
+        steps = [step for watch in runs for step in watch.removed_steps()]
+        return [step for step in steps if not bound or any(is_among(name, [step["model"]]) for name in bound)]
+
     async def _try_again(self, model: Model):
         before, error = model.reason, await self.opener.open(model)
         if error and str(error) != before:

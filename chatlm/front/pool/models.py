@@ -18,6 +18,7 @@ from chatlm.front.pool.supervisor import NO_CARD
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.protocol import Known
+    from chatlm.common.hub.val_bpb import Evaluation
     from chatlm.common.messages.requests import ModelSource, Request
     from chatlm.front.evals.flips import Verdicts
     from chatlm.front.pool.adapters import Adapter
@@ -43,6 +44,13 @@ class Model:
         self.score: Score | None = None      # by --watch-text, of a checkpoint
         self.scoring = False                 # is it scored now?
         self.written: dict[str, float] = {}  # metrics that its training has written beside it
+        self.logged: dict[str, float] = {}   # and into the log of its stage
+        self.stale: tuple[str, ...] = ()     # those of `written` that belong to an earlier step
+        self.saved_s = 0.0                   # when its training wrote it
+        self.evaluation: Evaluation | None = None  # how training computed its val_bpb, if we can do it too
+        self.is_compared = False             # with our own
+        self.own_val_bpb: float | None = None
+        self.warning = ""                    # what to know before it is evaluated
         self.judged: dict[str, float] | None = None  # metrics by --watch-suite, once it has ended
         self.verdicts: Verdicts | None = None  # and of its items
         self.samples: tuple[dict[str, str], ...] = ()  # by --watch-prompts
@@ -141,13 +149,21 @@ class Model:
         if not self.run:
             return {}
         return {"run": self.run.run, "lineage": self.run.lineage, "stage": self.run.stage, "step": self.step,
+                **self.remarks,
                 "bits_per_byte": self.score and round(self.score.bits_per_byte, 6), "scoring": self.scoring}
+
+    @property
+    def remarks(self) -> dict:
+        """What to know of a checkpoint before its metrics are believed; {} if there is nothing."""
+        return {**({"stale": [*self.stale]} if self.stale else {}),
+                **({"warning": self.warning} if self.warning else {})}
 
     @property
     def metrics(self) -> dict[str, float]:
         """All that is known of how good a checkpoint is, by upstream's names where it has some."""
         scored = {"bits_per_byte": round(self.score.bits_per_byte, 6)} if self.score else {}
-        return {**self.written, **scored, **(self.judged or {})}
+        own = {"own_val_bpb": round(self.own_val_bpb, 6)} if self.own_val_bpb is not None else {}
+        return {**self.logged, **self.written, **own, **scored, **(self.judged or {})}
 
 
 async def unload_after_answers(pool: WorkerPool):

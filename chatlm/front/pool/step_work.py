@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
+import os
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence as Seq
-from functools import partial
-from typing import Any, NamedTuple, TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence as Seq
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 from chatlm.common.config import counted_path
 from chatlm.common.errors import ChatServerError, ConfigError
@@ -15,15 +21,20 @@ from chatlm.common.log import log
 from chatlm.front.evals.bundle import read_suite
 from chatlm.front.evals.chat import chat_suite
 from chatlm.front.evals.flips import Verdicts
-from chatlm.front.evals.kept import Kept, file_word, kept_name, note, noted, results_folder
+from chatlm.front.evals.kept import Kept, kept_name, results_folder
 from chatlm.front.evals.run import as_json, drawn_items, mean_of, run_task
 from chatlm.front.evals.samples import PROMPTS, SAMPLE_TOKENS
 from chatlm.front.evals.scores import PoolScorer
+from chatlm.front.pool.forward_check import ForwardCheck
 from chatlm.front.pool.models import Served
+from chatlm.front.pool.run_log import RunLog
+from chatlm.front.pool.run_results import (
+    FORWARD, SAMPLES, SUITE, TEXT, WRITTEN, Result, RunResults, StepOfRun, judged_metrics, prompts_key,
+    suite_key, text_key, text_result)
 from chatlm.front.pool.score import score_text
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from chatlm.common.config import Settings
     from chatlm.common.hub.steps import Step
     from chatlm.front.evals.bundle import Suite
     from chatlm.front.pool.many import ManyModels
@@ -32,60 +43,196 @@ if TYPE_CHECKING:
 
 
 IN_USE_S = 60.0  # a model that people have asked for is in use for so long
+WEIGHTS = ".pt", ".pth", ".bin", ".safetensors"
+SMALL_FILE = 64 << 20
 
 
 class Postponed(ChatServerError):
     """The checkpoint will be looked at later."""
 
 
-class Duty(NamedTuple):
-    """Something to do once for each checkpoint."""
+@dataclass
+class Work:
+    """What a duty works with."""
 
-    name: str
-    done: Callable[[Model], bool]
-    do: Callable[[Model, WorkerPool, Callable[[], None]], Awaitable[None]]  # calls the function often
+    model: Model
+    pool: WorkerPool
+    yields: Callable[[], None]  # a duty calls it often; it may raise to end the work
+
+
+class Duty(Protocol):
+    """Something to find out once about each checkpoint."""
+
+    kind: str  # of its results
+    key: str
+
+    def done(self, model: Model) -> bool:
+        ...
+
+    def show(self, model: Model, result: Result):
+        """Let the model show a result, be it new or an old one."""
+        ...
+
+    async def find(self, work: Work) -> Result:
+        ...
+
+
+class TextDuty:
+    """--watch-text."""
+
+    kind = TEXT
+    WINDOWS = 2  # computed at once
+
+    def __init__(self, text: str):
+        self.text, self.key = text, text_key(text)
+
+    def done(self, model: Model) -> bool:
+        return model.score is not None
+
+    def show(self, model: Model, result: Result):
+        model.score = result.score
+
+    async def find(self, work: Work) -> Result:
+        work.model.scoring = True
+        try:
+            score = await score_text(work.pool, self.text, yields=work.yields, windows=self.WINDOWS)
+        finally:
+            work.model.scoring = False
+        log.info("the checkpoint %s: %.4f bits per byte", work.model.name, score.bits_per_byte)
+        return text_result(self.key, score)
+
+
+class PromptsDuty:
+    """--watch-prompts."""
+
+    kind = SAMPLES
+
+    def __init__(self, prompts: Seq[str]):
+        self.prompts, self.key = prompts, prompts_key(prompts)
+
+    def done(self, model: Model) -> bool:
+        return bool(model.samples)
+
+    def show(self, model: Model, result: Result):
+        model.samples = result.samples
+
+    async def find(self, work: Work) -> Result:
+        scorer = PoolScorer(work.pool, work.yields)
+        samples = [{"prompt": prompt, "text": await scorer.complete(prompt, SAMPLE_TOKENS)}
+                   for prompt in self.prompts]
+        return Result(SAMPLES, self.key, {"samples": samples}, samples=tuple(samples))
+
+
+class SuiteDuty:
+    """--watch-suite. The answers to its items are kept too, so that an evaluation that ended goes on."""
+
+    kind = SUITE
+
+    def __init__(self, suite: Suite, most: int | None, folder: Path | None,
+                 unkept: Callable[[Path, OSError], None]):
+        """ConfigError for a task that cannot be read."""
+        self.suite, self.most, self.folder, self.unkept = suite, most, folder, unkept
+        self.key = suite_key(suite.digest, most)
+        for task in suite.tasks:
+            drawn_items(task, most)  # what is broken is said at once
+
+    def done(self, model: Model) -> bool:
+        return model.judged is not None
+
+    def show(self, model: Model, result: Result):
+        model.judged = dict(result.metrics)
+        model.verdicts = Verdicts(self.suite, self.most, result.verdicts)
+
+    async def find(self, work: Work) -> Result:
+        suite, model = self.suite, work.model
+        scorer = PoolScorer(work.pool, work.yields)
+        name = kept_name(model.settings, scorer, model.name, suite, self.most)
+        kept = await asyncio.to_thread(Kept, self.folder, name, self.unkept)
+        try:
+            results = [await run_task(scorer, task, self.most, kept, lambda stage, fraction: None, at_once=1)
+                       for task in suite.tasks]
+        finally:
+            kept.close()
+        body = as_json(suite, results)
+        means = [f"{suite.mean} {mean_of(results)[0]:.4f}"] if suite.mean else [
+            f"{label} {value:.4f}" for label, value in body["results"].items()]
+        log.info("the checkpoint %s: %s", model.name, ", ".join(means))
+        del body["seconds"]
+        verdicts = {one.task.label: one.verdicts for one in results}
+        about = {"suite": suite.name, "suite_digest": suite.digest, "max_per_task": self.most}
+        return Result(SUITE, self.key, about | body | {"verdicts": verdicts}, judged_metrics(body),
+                      verdicts=verdicts)
 
 
 class StepWork:
     """Does its duties for one checkpoint after another, newest first, with rows and memory that nothing else
-    needs. What was found is kept in the checkpoint's model and, of suites and prompts, in --results."""
-
-    WINDOWS = 2  # of --watch-text, computed at once
+    needs. What was found is kept in the checkpoint's model and in the results of its run."""
 
     def __init__(self, many: ManyModels, models: Mapping[Step, Model]):
         self.many, self.models, settings = many, models, many.settings
         self.failed: set[tuple[Step, str]] = set()
-        self.duties = list[Duty]()
+        self.steps: WeakKeyDictionary[Model, tuple[StepOfRun, str]] = WeakKeyDictionary()  # see `described`
+        self.duties: list[Duty] = [ForwardCheck()]
+        run_log = RunLog(settings.run_log) if settings.run_log is not None else None
+        self.results = RunResults(kept_folder(settings), run_log)
         if settings.watch_text is not None:
-            text = read_text_of(settings.watch_text, "--watch-text")
-            done = lambda model: model.score is not None
-            self.duties.append(Duty("score", done, partial(self._score, text)))
+            self.duties.append(TextDuty(read_text_of(settings.watch_text, "--watch-text")))
         if settings.watch_prompts is not None:
-            prompts = watched_prompts(settings.watch_prompts)
-            done = lambda model: bool(model.samples)
-            self.duties.append(Duty("prompts", done, partial(self._sample, prompts)))
+            self.duties.append(PromptsDuty(watched_prompts(settings.watch_prompts)))
         if settings.watch_suite is not None:
             word, most = counted_path(settings.watch_suite)
             suite = chat_suite(runs_code=False) if word == "chat" else read_suite(word, "--watch-suite")
-            for task in suite.tasks:
-                drawn_items(task, most)  # what is broken is said at once
-            done = lambda model: model.judged is not None
-            self.duties.append(Duty("suite", done, partial(self._judge, suite, most)))
-        writes = settings.watch_prompts is not None or settings.watch_suite is not None
-        self.folder = results_folder(settings.results) if writes else None
+            self.duties.append(SuiteDuty(suite, most, self.results.folder, self.results.warn))
+        self.results.asked |= {duty.kind: duty.key for duty in self.duties}
+
+    async def opened(self, step: Step, model: Model):
+        """A checkpoint is served: note what its training wrote, and show what is known of its weights."""
+        if not model.pool:
+            return
+        self.steps[model] = await asyncio.to_thread(described, step, model, model.pool)
+        await self.note_written(model)
+        for duty in self.duties:
+            await self._recall(duty, model)
+
+    async def note_written(self, model: Model):
+        """Keep what its training wrote, also into a log, and later."""
+        if model in self.steps:
+            found = {**model.logged, **model.written}
+            fields = {"written": found} if found else {}
+            await self.results.add(self.steps[model][0], Result(WRITTEN, "", fields, found))
+
+    async def _recall(self, duty: Duty, model: Model):
+        """Show a result that is kept of these weights, and keep it as this step's too."""
+        step, made_by = self.steps[model]
+        if found := self.results.find(step.digest, duty.kind, duty.key, made_by):
+            await self.results.add(step, found._replace(made_by=made_by))
+            duty.show(model, found)
 
     async def run(self):
-        while self.duties:
-            left = [(step, duty) for duty in self.duties for step, model in self.models.items()
-                    if model.pool and not duty.done(model) and (step, duty.name) not in self.failed
-                    and self._may_load(model)]
-            if left:
-                await self._do(*max(left, key=lambda pair: pair[0].changed_s))  # of one step the first duty
-            else:
-                await asyncio.sleep(0.5)
+        try:
+            while self.duties or self.results.folder:
+                await self._do_next()
+        finally:
+            self.results.write_now()
+
+    async def _do_next(self):
+        left = [(step, duty) for duty in self.duties for step, model in self.models.items()
+                if model in self.steps and model.pool and not duty.done(model)
+                and (step, duty.kind) not in self.failed and self._may_load(model)]
+        if left:
+            # the forward before evaluations, which are not believed otherwise; of one step the first duty
+            await self._do(*max(left, key=lambda pair: (pair[1].kind == FORWARD, pair[0].changed_s)))
+        else:
+            await asyncio.sleep(0.5)
+        await self.results.write_again()
 
     async def _do(self, step: Step, duty: Duty):
         model = self.models[step]
+        of_run, made_by = self.steps[model]
+        await self.results.refresh(of_run)  # another server may have done it
+        await self._recall(duty, model)
+        if duty.done(model) or not model.pool:
+            return
 
         def check_room():
             if not self._may_load(model):
@@ -93,73 +240,16 @@ class StepWork:
 
         pool, was_loaded = Served(model).pool, model.state == "ready"
         try:
-            await duty.do(model, pool, check_room)
+            result = await duty.find(Work(model, pool, check_room))
+            await self.results.add(of_run, result._replace(made_by=made_by))
+            duty.show(model, result)
         except Postponed:
             return
         except ChatServerError as error:
-            self.failed.add((step, duty.name))
+            self.failed.add((step, duty.kind))
             log.warning("the checkpoint %s cannot be scored: %s", model.name, error)
         if not (was_loaded or pool.dispatcher.jobs or asked_lately(pool)):
             model.unload()
-
-    async def _score(self, text: str, model: Model, pool: WorkerPool, yields: Callable[[], None]):
-        model.scoring = True
-        try:
-            model.score = await score_text(pool, text, yields=yields, windows=self.WINDOWS)
-        finally:
-            model.scoring = False
-        log.info("the checkpoint %s: %.4f bits per byte", model.name, model.score.bits_per_byte)
-
-    async def _sample(self, prompts: Seq[str], model: Model, pool: WorkerPool,
-                      yields: Callable[[], None]):
-        scorer = PoolScorer(pool, yields)
-        texts = self._sampled(prompts, model, scorer.digest) or [
-            await scorer.complete(prompt, SAMPLE_TOKENS) for prompt in prompts]
-        model.samples = tuple({"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts))
-        self._note(model, scorer.digest, {"samples": model.samples})
-
-    def _sampled(self, prompts: Seq[str], model: Model, digest: str) -> list[str]:
-        """What an earlier server has noted of these prompts; [] if nothing."""
-        for line in noted(self._file_of(model)):
-            samples = line.get("samples")
-            if line.get("weights_digest") == digest and isinstance(samples, list) and all(
-                    isinstance(one, dict) and isinstance(one.get("text"), str) for one in samples) and [
-                    one.get("prompt") for one in samples] == [*prompts]:
-                return [one["text"] for one in samples]
-        return []
-
-    def _file_of(self, model: Model) -> Path:
-        """The results of its run."""
-        assert self.folder
-        return self.folder / f"run-{file_word(name_of(model))}.jsonl"
-
-    async def _judge(self, suite: Suite, most: int | None, model: Model, pool: WorkerPool,
-                     yields: Callable[[], None]):
-        assert self.folder
-        scorer = PoolScorer(pool, yields)
-        kept = Kept(self.folder, kept_name(model.settings, scorer, model.name, suite, most))
-        try:
-            results = [await run_task(scorer, task, most, kept, lambda stage, fraction: None, at_once=1)
-                       for task in suite.tasks]
-        finally:
-            kept.close()
-        body = as_json(suite, results)
-        model.judged = {f"centered_results/{label}": value
-                        for label, value in body["centered_results"].items()}
-        model.judged |= {name: value for name, value in body.items()
-                         if name.endswith(("core_metric", "core_standard_error"))}
-        model.verdicts = Verdicts(suite, most, {one.task.label: one.verdicts for one in results})
-        means = [f"{suite.mean} {mean_of(results)[0]:.4f}"] if suite.mean else [
-            f"{label} {value:.4f}" for label, value in body["results"].items()]
-        log.info("the checkpoint %s: %s", model.name, ", ".join(means))
-        del body["seconds"]
-        about = {"suite": suite.name, "suite_digest": suite.digest, "max_per_task": most}
-        self._note(model, scorer.digest, about | body)
-
-    def _note(self, model: Model, digest: str, found: Mapping[str, Any]):
-        """Add a line to the run's file, unless an earlier server has added the same."""
-        line = {"tag": name_of(model), "step": model.step, "weights_digest": digest, **found}
-        note(self._file_of(model), line)
 
     def _may_load(self, model: Model) -> bool:
         """Is it loaded, or is there free memory for it that no other model waits for?"""
@@ -169,9 +259,38 @@ class StepWork:
             and not any(other.waits for other in residency.places if other is not place))
 
 
-def name_of(model: Model) -> str:
-    """The name of its run."""
-    return model.run.run if model.run else ""
+def kept_folder(settings: Settings) -> Path | None:
+    """Where results are kept: nowhere if nothing is computed. ConfigError if --results names a folder that
+    cannot be made; the user's own folder can be done without."""
+    computes = settings.watch_text, settings.watch_prompts, settings.watch_suite
+    if settings.results is None and computes == (None, None, None):
+        return None
+    try:
+        return results_folder(settings.results)
+    except ConfigError as error:
+        if settings.results is not None:
+            raise
+        log.warning("results stay in memory: %s", error)
+        return None
+
+
+def described(step: Step, model: Model, pool: WorkerPool) -> tuple[StepOfRun, str]:
+    """The names of a checkpoint in its results, and a digest of all that decides them beside its weights and
+    what was asked: its other files, and how it is computed here."""
+    files, saved_ns = [], [0]
+    for name, size, time_ns in step.stamp:
+        if name.endswith(WEIGHTS):
+            saved_ns.append(time_ns)
+        elif size <= SMALL_FILE:
+            with suppress(OSError):
+                files.append(hashlib.sha256(Path(name).read_bytes()).hexdigest())
+    card, settings = pool.supervisor.card, model.settings
+    key = json.dumps([files, card.facts.arithmetic, card.context_length, card.longest, settings.dtype,
+                      settings.quantize, settings.kv_cache_dtype, settings.softcap])
+    made_by = hashlib.sha256(key.encode()).hexdigest()[:24]
+    assert model.run
+    return StepOfRun(model.run.run, model.run.lineage, model.run.stage, step.step, os.path.realpath(step.run),
+                     max(saved_ns) / 1e9, card.facts.digest), made_by
 
 
 def asked_lately(pool: WorkerPool) -> bool:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Iterable, Sequence as Seq
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 from chatlm.common.config import ModelChoice
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.adapters import CONFIG, base_of
-from chatlm.common.hub.steps import find_steps, written_metrics
+from chatlm.common.hub.steps import find_steps
+from chatlm.common.hub.val_bpb import evaluation_of
+from chatlm.common.hub.written import Logs, written_beside
 from chatlm.common.log import log
 from chatlm.front.pool.names import accepted_names, is_among
 from chatlm.front.pool.residency import NoRoom, Residency
@@ -52,12 +55,15 @@ class RunWatch:
         self.names = RunNames(self.folder)
         self.last: dict[Path, Model] = {}    # by run: the model that has the name `latest`
         self.opened_s = 0.0                  # when a checkpoint was last opened
+        self.logs = Logs()
         self.work = StepWork(many, self.models)
 
     async def begin(self):
         """Open the last step of each run; the others follow while requests are served."""
+        await self.work.results.load()
         last = {step.run: step for step in await self.sightings.look()}
         await self._open([*last.values()])
+        await self._read_logs()
         if not self.models:
             log.info("--watch %s: no complete checkpoint yet", self.folder)
 
@@ -71,6 +77,7 @@ class RunWatch:
 
     async def update(self, settled: Seq[Step]):
         """Serve checkpoints that have become complete, and stop serving those that changed or went."""
+        await self._read_logs()  # first: nothing may wait between a dismissal and `follow`
         for step, model in [*self.models.items()]:
             now = self.sightings.there.get(step.path)
             if not now or now.stamp != step.stamp:
@@ -93,6 +100,15 @@ class RunWatch:
             if is_among(name, accepted_names(names, str(step.path))):
                 return True
         return False
+
+    def removed_steps(self) -> list[dict[str, Any]]:
+        """The steps whose files are gone, as GET /v1/runs/ID lists them."""
+        folders = {run: os.path.realpath(run) for run in self.names.known}
+        runs = {folders[run]: name for run, name in self.names.known.items()}
+        there = {(folders.get(step.run, ""), step.step) for step in self.sightings.there.values()}
+        known = self.work.steps
+        served = {known[model][0].digest for model in self.models.values() if model in known}
+        return self.work.results.removed(Path(os.path.realpath(self.folder)), runs, there, served)
 
     async def _open(self, steps: Iterable[Step]):
         self.names.learn(self.sightings.there.values())  # whichever of them is complete first
@@ -124,12 +140,26 @@ class RunWatch:
             return self._refuse(step, f"the checkpoint {name} is not served: {model.reason}",
                                 is_whole=isinstance(failure, NoRoom))
         model.run, model.step = self.names.of(step.run), step.step
-        model.written = written_metrics(step)
+        model.written, model.stale = written_beside(step.path)
+        model.saved_s, model.evaluation = step.changed_s, evaluation_of(step.path)
         self.registry.add(model)
         self.registry.models.sort(key=order)
         self.models[step] = model
         self.many.serve(model)
         log.info("the checkpoint %s is available", model.name)
+        await self.work.opened(step, model)
+
+    async def _read_logs(self):
+        """Add what the logs of stages say. A step's line may be written after its checkpoint; what was read
+        once stays when the log goes."""
+        of_runs = {step.run: step.path for step in self.models if step.place}
+        logged = await asyncio.to_thread(
+            lambda: {run: self.logs.metrics_of(path) for run, path in of_runs.items()})
+        for step, model in [*self.models.items()]:
+            found = model.logged | logged.get(step.run, {}).get(step.step, {})
+            if found != model.logged:
+                model.logged = found
+                await self.work.note_written(model)
 
     def _refuse(self, step: Step, reason: str, is_whole: bool = False):
         self.sightings.refuse(step.stamp, is_whole=is_whole)

@@ -20,6 +20,7 @@ from chatlm.front.api.fields import A_TEXT, Field
 from chatlm.front.api.tables import OLLAMA_NAMES
 from chatlm.front.pool.names import default_among
 from chatlm.front.pool.pool import free_memory, sampling_of
+from chatlm.front.pool.run_names import RunName
 from chatlm.front.server.anthropic_models import (
     A_PAGE, anthropic_model, anthropic_page, asks_as_anthropic)
 from chatlm.front.server.bodies import tokenizer_of
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from chatlm.front.evals.flips import Verdicts
     from chatlm.front.pool.catalogue import Catalogue
     from chatlm.front.pool.models import Model, Served
-    from chatlm.front.pool.run_names import RunName
     from chatlm.front.server.access import Access
     from chatlm.front.server.bodies import Bodies
     from chatlm.front.server.routes import Route
@@ -93,6 +93,9 @@ A_MODEL = {"type": "object", "properties": {
     "step": {"type": "integer", "description": "of a checkpoint"},
     "tag": {**A_TEXT, "description": "of a checkpoint of nanochat: its run's folder, such as d20"},
     "stage": {"enum": ["base", "mid", "sft", "rl", "chat", ""], "description": "of a checkpoint of nanochat"},
+    "stale": {"type": "array", "items": A_TEXT,
+              "description": "of a checkpoint: metrics of its training that belong to an earlier step"},
+    "warning": {**A_TEXT, "description": "of a checkpoint: what to know before it is evaluated"},
     "bits_per_byte": {"type": ["number", "null"],
                       "description": "of a checkpoint: how well it predicts --watch-text, once scored"},
     "scoring": {"type": "boolean", "description": "of a checkpoint: whether it is scored now"},
@@ -192,27 +195,34 @@ A_RUN = {"type": "object", "properties": {**RUN_PARTS, "flips": {
                    "items": {"type": "array", "items": A_FLIP}}}, "steps": {"type": "array", "items": {
     "type": "object", "properties": {
         "model": A_TEXT, "run": A_TEXT, "stage": A_TEXT, "step": {"type": "integer"},
-        "state": A_MODEL["properties"]["state"],
+        "state": {"enum": ["unloaded", "loading", "ready", "failed", "removed"],
+                  "description": "removed: its files are gone"},
         "weights_digest": A_TEXT, "judged": {"type": "boolean"},
         "metrics": {"type": "object", "additionalProperties": {"type": "number"},
                     "description": "what is known of the step so far"},
+        "stale": A_MODEL["properties"]["stale"], "warning": A_MODEL["properties"]["warning"],
         "samples": {"type": "array", "items": {"type": "object", "properties": {
             "prompt": A_TEXT, "text": A_TEXT}}}}}}}}
 
 
-def steps_of_runs(seen: Seq[Served]) -> dict[RunName, list[Served]]:
-    """The checkpoints of each run, all in order of training."""
+def steps_of_runs(seen: Seq[Served], removed: Seq[dict] = ()) -> dict[RunName, list[Served]]:
+    """The checkpoints of each run, all in order of training. removed: those whose files are gone, as
+    `Catalogue.removed_steps` has them; a run may have only such."""
     steps: dict[RunName, list[Served]] = {}
     for served in seen:
         if served.model.run and not served.adapter:
             steps.setdefault(served.model.run, []).append(served)
+    names = {run.run for run in steps}
+    for gone in removed:
+        if gone["run"] not in names:
+            steps.setdefault(RunName(gone["run"], gone["lineage"], gone["stage"], ()), [])
     return {run: sorted(steps[run], key=lambda served: served.model.step)
             for run in sorted(steps, key=lambda run: run.order)}
 
 
-def runs_named(name: str, seen: Seq[Served]) -> dict[RunName, list[Served]]:
+def runs_named(name: str, seen: Seq[Served], removed: Seq[dict] = ()) -> dict[RunName, list[Served]]:
     """The steps of a run, or of all runs of a lineage. RequestError 404 for no such."""
-    steps = steps_of_runs(seen)
+    steps = steps_of_runs(seen, removed)
     found = {run: steps[run] for run in steps if name == run.run} or {
         run: steps[run] for run in steps if name == run.lineage} or {
         run: steps[run] for run in steps if name in run.older}
@@ -225,35 +235,43 @@ def runs_named(name: str, seen: Seq[Served]) -> dict[RunName, list[Served]]:
 
 def run_parts(name: str, steps: Mapping[RunName, Seq[Served]]) -> dict:
     return {"object": "run", "id": name, "runs": [
-        {"id": run.run, "stage": run.stage, "steps": len(of_run), "latest": of_run[-1].name}
+        {"id": run.run, "stage": run.stage, "steps": len(of_run),
+         "latest": of_run[-1].name if of_run else ""}
         for run, of_run in steps.items()]}
 
 
-def list_of_runs(seen: Seq[Served]) -> dict:
+def list_of_runs(seen: Seq[Served], removed: Seq[dict] = ()) -> dict:
     """The response of /v1/runs: each lineage with its runs."""
     lineages: dict[str, dict[RunName, list[Served]]] = {}
-    for run, steps in steps_of_runs(seen).items():
+    for run, steps in steps_of_runs(seen, removed).items():
         lineages.setdefault(run.lineage, {})[run] = steps
     return {"object": "list", "data": [run_parts(name, runs) for name, runs in lineages.items()]}
 
 
-def run_body(name: str, seen: Seq[Served]) -> dict:
+def run_body(name: str, seen: Seq[Served], removed: Seq[dict] = ()) -> dict:
     """The response of /v1/runs/{tag}: checkpoints of a run or a lineage, and their metrics. RequestError 404
     for no such."""
-    found = runs_named(name, seen)
-    return {**run_parts(name, found), "steps": [
-        {"model": served.name, "run": run.run, "stage": run.stage,
-         "step": served.model.step, "state": served.state,
-         "weights_digest": "" if served.failed else served.pool.supervisor.card.facts.digest,
-         "metrics": served.model.metrics, "judged": served.model.verdicts is not None,
-         "samples": served.model.samples} for run, steps in found.items() for served in steps]}
+    found, steps = runs_named(name, seen, removed), []
+    for run, of_run in found.items():
+        there = [step_body(run, served) for served in of_run]
+        gone = [step for step in removed if step["run"] == run.run]
+        steps += sorted(there + gone, key=lambda step: step["step"])
+    return {**run_parts(name, found), "steps": steps}
 
 
-def verdicts_among(seen: Seq[Served], tag: str, name: str, step: str | None) -> Verdicts:
+def step_body(run: RunName, served: Served) -> dict:
+    return {"model": served.name, "run": run.run, "lineage": run.lineage, "stage": run.stage,
+            "step": served.model.step, "state": served.state,
+            "weights_digest": "" if served.failed else served.pool.supervisor.card.facts.digest,
+            "metrics": served.model.metrics, **served.model.remarks,
+            "judged": served.model.verdicts is not None, "samples": served.model.samples}
+
+
+def verdicts_among(seen: Seq[Served], removed: Seq[dict], tag: str, name: str, step: str | None) -> Verdicts:
     """Those of a run's step, which is given by its number or, in a lineage, by the model's name. RequestError
     if it has none."""
     judged: dict[str, Verdicts] = {}
-    for steps in runs_named(tag, seen).values():
+    for steps in runs_named(tag, seen, removed).values():
         for served in steps:
             if served.model.verdicts:
                 judged[served.name] = judged[str(served.model.step)] = served.model.verdicts
@@ -367,16 +385,19 @@ class ModelRoutes:
         return json_response(anthropic_model(body) if asks_as_anthropic(http) else body)
 
     async def handle_runs(self, http: web.Request) -> web.Response:
-        return json_response(list_of_runs(self.catalogue.registry.listed(REQUEST_LOG.get().bound)))
+        bound = REQUEST_LOG.get().bound
+        seen, removed = self.catalogue.registry.listed(bound), self.catalogue.removed_steps(bound)
+        return json_response(list_of_runs(seen, removed))
 
     async def handle_run(self, http: web.Request) -> web.Response:
         """With `before` and `after`, steps that --watch-suite has judged, also the items that differ."""
-        seen, tag = self.catalogue.registry.listed(REQUEST_LOG.get().bound), http.match_info["tag"]
-        body = run_body(tag, seen)
+        bound, tag = REQUEST_LOG.get().bound, http.match_info["tag"]
+        seen, removed = self.catalogue.registry.listed(bound), self.catalogue.removed_steps(bound)
+        body = run_body(tag, seen, removed)
         if "before" in http.query or "after" in http.query:
             from chatlm.front.evals.flips import flips
-            before, after = (verdicts_among(seen, tag, name, http.query.get(name)) for name in (
-                "before", "after"))
+            before, after = (verdicts_among(seen, removed, tag, name, http.query.get(name))
+                             for name in ("before", "after"))
             try:
                 body["flips"] = await asyncio.to_thread(flips, before, after)
             except ConfigError as error:

@@ -9,6 +9,7 @@ from chatlm.worker.doctor import template, tokenizer
 from chatlm.worker.doctor.against import check_against
 from chatlm.worker.doctor.findings import Findings
 from chatlm.worker.doctor.fit import check_fit, check_speed
+from chatlm.worker.doctor.forward import check_forward, is_trained
 from chatlm.worker.doctor.patient import Patient
 from chatlm.worker.doctor.stated import check_head, check_rope, check_types
 from chatlm.worker.doctor.weights import check_weights
@@ -38,6 +39,7 @@ OF_WEIGHTS = (  # weights, their original, and what they need
     Check("head", check_head, 300.0, None),
     Check("memory", check_fit, memory=None),
     Check("speed", check_speed, 300.0, None),
+    Check("forward", check_forward, 3600.0, None, is_trained),
     Check("against", check_against, 1200.0, None, lambda patient: patient.original is not None),
 )
 

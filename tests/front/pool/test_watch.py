@@ -31,32 +31,9 @@ from chatlm.front.pool.watch import RunWatch
 from fake_pool import frames, serving
 from forked import DYING
 from real_server import get, post, server
+from watched import TINY, file_of, run_folder, until, watching  # noqa: F401
 
-TINY = {"dtype": "float32", "kv_cache_memory": 4 << 20, "max_batch": 8, "nice": 0}      # other tests take all cores
 MIB = 1 << 20
-
-
-@pytest.fixture
-def run_folder(nanochat_fixtures, tmp_path, monkeypatch):
-    """A nanochat base folder that has a tokenizer and no checkpoint yet; it is looked at often."""
-    monkeypatch.setattr(RunWatch, "WATCH_S", 0.1)
-    shutil.copytree(nanochat_fixtures / "gen1" / "tokenizer", tmp_path / "base" / "tokenizer")
-    return tmp_path / "base"
-
-
-@pytest.fixture
-def watching(started):
-    """A function that starts a server of what is below --watch."""
-    async def start(folder, **changes):
-        return await started(ManyModels(Settings(**TINY | {"watch": str(folder)} | changes), DYING))
-
-    return start
-
-
-async def until(condition):
-    async with asyncio.timeout(60):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 async def ask(client, url, model, text="hello", **changes):
@@ -78,10 +55,6 @@ async def alone(client, path, text="hello"):
             return body["choices"][0]["message"]["content"]
     finally:
         await pool.close()
-
-
-def file_of(base, step):
-    return base / "base_checkpoints" / "d2" / f"model_{step:06d}.pt"
 
 
 async def swaps_under_load(run_folder, watching, client, count, talkers):
@@ -474,6 +447,32 @@ async def test_a_run_has_the_metrics_of_its_steps_also_those_that_the_training_w
                 assert response.status == 404 and len(await response.text()) < 500 and "d2" in (await response.json())["error"]["message"]
 
 
+async def test_a_stale_val_bpb_is_marked_and_a_reward_is_read_from_a_log_that_is_written_later(nanochat_fixtures, tmp_path, watching, client, monkeypatch):
+    monkeypatch.setattr(RunWatch, "WATCH_S", 0.1)
+    shutil.copytree(nanochat_fixtures / "gen3", tmp_path / "base")
+    folder = tmp_path / "base" / "chatrl_checkpoints" / "d4"
+    shutil.copytree(folder, tmp_path / "base" / "base_checkpoints" / "d5")
+    meta = tmp_path / "base" / "base_checkpoints" / "d5" / "meta_000030.json"
+    training = {"val_bpb": 1.5, "user_config": {"depth": 4, "eval_every": 20, "save_every": 10, "num_iterations": 100},
+                "loop_state": {"smooth_train_loss": 2.0, "min_val_bpb": 1.5}}
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | training))
+    models = await watching(tmp_path / "base")
+    async with serving(models, models.settings) as url:
+        await until(lambda: len(models.registry.models) == 2)
+        base, rl = sorted(models.registry.models, key=lambda model: "chatrl" in model.choice.path)
+        assert base.metrics == {"val_bpb": 1.5, "min_val_bpb": 1.5, "train_loss": pytest.approx(2 / (1 - 0.9 ** 30))} and rl.metrics == {}
+        async with client.get(url + "/v1/models") as response:
+            listed = {model["id"]: model for model in (await response.json())["data"]}
+        assert listed[base.name]["stale"] == ["val_bpb"] and "stale" not in listed[rl.name]
+        for reward in (0.25, 0.5):      # a run that is begun again overwrites its log
+            (folder / "chat_rl.log").write_text(f"Step 30/99 | Average reward: {reward} | Average sequence length: 30.00\n")
+            await until(lambda: rl.metrics == {"reward": reward})
+        (folder / "chat_rl.log").unlink()
+        async with client.get(url + "/metrics") as response:
+            assert f'chat_server_checkpoint_metric{{metric="reward",model="{rl.name}"}} 0.5\n' in await response.text()
+        assert rl.metrics == {"reward": 0.5}
+
+
 async def test_suites_and_prompts_are_done_for_each_step_and_not_again_by_the_next_server(run_folder, watching, client, tmp_path):
     """The newest first, beside a text to score; the numbers are those of `eval`, and lines in the run's file."""
     list(tiny_training.train(run_folder, 60, 30))
@@ -501,7 +500,7 @@ async def test_suites_and_prompts_are_done_for_each_step_and_not_again_by_the_ne
             assert {"bits_per_byte", "core_metric", "core_standard_error", "centered_results/go on"} <= step["metrics"].keys()
             assert f'{{metric="core_metric",model="{model}"}} {step["metrics"]["core_metric"]}\n' in metrics
         await models.close()
-    assert lines[0] == lines[1] and len(lines[0].splitlines()) == 4
+    assert lines[0] == lines[1] and len(lines[0].splitlines()) == 6
     found = [json.loads(line) for line in lines[0].splitlines()]
     assert [line["step"] for line in found if "core_metric" in line] == [60, 30] == [line["step"] for line in found if "samples" in line]
     for line in found:
@@ -580,16 +579,15 @@ async def test_scoring_leaves_the_step_loaded_that_people_talk_to(run_folder, wa
     monkeypatch.setattr(Residency, "KEEP_S", 0.1)
     caplog.set_level(logging.INFO, logger="chat_server")
     (tmp_path / "text.txt").write_text(tiny_training.TEXT * 3)
-    list(tiny_training.train(run_folder, 1, 1))
+    training = tiny_training.train(run_folder, 3, 1)
+    next(training)
     models = await watching(run_folder, watch_text=str(tmp_path / "text.txt"), models_memory=230 * MIB, prefix_memory=0)
     async with serving(models, models.settings) as url:
         await until(lambda: models.registry.models)
         assert (await ask(client, url, "d2-base@latest"))[1]["model"] == "d2-base@1"
         await until(lambda: models.find("d2-base@1").model.score)      # by the worker that answers
         first = models.find("d2-base@1").model
-        for step in (2, 3):
-            shutil.copy(file_of(run_folder, 1), file_of(run_folder, 1).parent / f"model_{step:06d}.pt")
-            shutil.copy(file_of(run_folder, 1).parent / "meta_000001.json", file_of(run_folder, 1).parent / f"meta_{step:06d}.json")
+        list(training)
         await until(lambda: len(models.registry.models) == 3)
         assert (await ask(client, url, "d2-base@latest"))[1]["model"] == "d2-base@3"
         last = models.find("d2-base@3").model

@@ -1,0 +1,357 @@
+"""What is known of the steps of training runs: a line for each result in --results, which outlives the server
+and the files of the step.
+
+A result belongs to weights, not to a name: it is found by the digest of the weights and of what was asked (a
+text, prompts, a suite), in the file of any run. So a run that was renamed or moved is not computed again, and
+other files or another text are. A step whose files are gone stays in the curve of its run."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hashlib
+import json
+import math
+import os
+import stat
+import threading
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence as Seq
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, TYPE_CHECKING
+
+from chatlm.common.hub.nanochat import AS_TRAINED
+from chatlm.common.hub.written import is_number
+from chatlm.common.log import log
+from chatlm.front.evals.kept import file_word
+from chatlm.front.pool.run_names import RunName
+from chatlm.front.pool.score import Score
+
+if TYPE_CHECKING:
+    from chatlm.front.pool.run_log import RunLog
+
+
+WRITTEN, FORWARD, TEXT, SAMPLES, SUITE = "written", "forward", "text", "samples", "suite"
+KINDS = WRITTEN, FORWARD, TEXT, SAMPLES, SUITE  # of results, in the order in which they are shown
+# what each line has, whatever its result
+NAMES = "tag", "lineage", "stage", "step", "weights_digest", "folder", "saved_s", "computed_with"
+MOST_BYTES = 16 << 20  # of a line; longer ones are skipped
+
+
+class StepOfRun(NamedTuple):
+    """A step, as its results name it."""
+
+    run: str
+    lineage: str
+    stage: str
+    step: int
+    folder: str     # of the run's checkpoints
+    saved_s: float  # when the training wrote it; 0.0 if that is not known
+    digest: str     # of its weights
+
+
+class Result(NamedTuple):
+    """What was found of some weights."""
+
+    kind: str           # one of KINDS
+    key: str = ""       # what was asked: see `text_key` and the two after it
+    fields: Mapping[str, Any] = {}  # of its line, beside the names of the step
+    metrics: Mapping[str, float] = {}
+    samples: tuple[dict[str, str], ...] = ()
+    verdicts: Mapping[str, str] = {}  # of each task, for each item 1 or 0
+    score: Score | None = None
+    made_by: str = ""   # digest of all else that decides it; "" of results of earlier versions
+
+
+def text_key(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def prompts_key(prompts: Seq[str]) -> str:
+    return hashlib.sha256(json.dumps([*prompts]).encode()).hexdigest()
+
+
+def suite_key(digest: str, most: int | None) -> str:
+    return f"{digest} {most}"
+
+
+def judged_metrics(body: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics in the results of a suite, by upstream's names."""
+    centered = {f"centered_results/{label}": value for label, value in body["centered_results"].items()}
+    means = {name: value for name, value in body.items()
+             if name.endswith(("core_metric", "core_standard_error"))}
+    return {name: value for name, value in {**centered, **means}.items() if is_number(value)}
+
+
+@dataclass
+class StepResults:
+    """All results of a step, by kind, key and what made them."""
+
+    step: StepOfRun
+    results: dict[tuple[str, str, str], Result] = field(default_factory=dict)
+
+
+class RunResults:
+    """The results of all runs. They are read from the folder once, and what other servers add to the file of
+    a run is read before something is computed for it.
+
+    A folder that cannot be written costs one warning: results then stay in memory, and are written once that
+    is possible again."""
+
+    AGAIN_S = 30.0  # after a failure to write, before the next try without a new result
+    WARN_S = 3600.0  # after a warning, before the next one
+
+    def __init__(self, folder: Path | None, run_log: RunLog | None = None):
+        """folder: --results; None keeps results only in memory."""
+        self.folder, self.run_log = folder, run_log
+        self.asked: dict[str, str] = {WRITTEN: ""}  # by kind: the key whose results are shown
+        self.folders: dict[str, dict[tuple[int, str], StepResults]] = {}  # by folder; by step and digest
+        self.of_weights: dict[str, dict[tuple[str, str, str], Result]] = {}  # by digest
+        self.read_to: dict[Path, int] = {}    # bytes of each file that have been read
+        self.unwritten: list[tuple[Path, bytes]] = []
+        self.tried_s = 0.0
+        self.turn = threading.Lock()          # of the threads that read and write
+        self.warned_s = -math.inf
+
+    # reading
+
+    async def load(self):
+        """Read all results in the folder."""
+        await asyncio.to_thread(self._load)
+
+    def _load(self):
+        with self.turn:
+            for path in sorted(self.folder.glob("run-*.jsonl")) if self.folder else ():
+                self._read(path)
+
+    async def refresh(self, step: StepOfRun):
+        """Read what other servers have added to the file of a step's run."""
+        if self.folder:
+            await asyncio.to_thread(self._refresh, self._file_of(step))
+
+    def _refresh(self, path: Path):
+        with self.turn:
+            self._read(path)
+
+    def _read(self, path: Path):
+        """Read the lines of a file that are new. One that is broken is skipped, as a full disk leaves it."""
+        begin = self.read_to.get(path, 0)
+        try:
+            with open_regular(path, os.O_RDONLY) as file:
+                if file.seek(0, os.SEEK_END) < begin:  # it was written anew
+                    begin = 0
+                file.seek(begin)
+                while line := file.readline(MOST_BYTES):
+                    if line.endswith(b"\n"):
+                        begin += len(line)
+                    if found := result_in(line):
+                        self._remember(*found)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            self.warn(path, error)
+        self.read_to[path] = begin
+
+    def _remember(self, step: StepOfRun, result: Result) -> bool:
+        """Returns whether it is new."""
+        of_run = self.folders.setdefault(step.folder, {})
+        known = of_run.setdefault((step.step, step.digest), StepResults(step))
+        if not known.step.saved_s or 0 < step.saved_s < known.step.saved_s:
+            known.step = step
+        key = result.kind, result.key, result.made_by
+        old = known.results.get(key)
+        is_new = old is None or old.metrics != result.metrics
+        known.results[key] = result
+        self.of_weights.setdefault(step.digest, {})[key] = result
+        return is_new
+
+    def find(self, digest: str, kind: str, key: str, made_by: str) -> Result | None:
+        """The result of these weights, whichever step of whichever run has them."""
+        of_weights = self.of_weights.get(digest, {})
+        return of_weights.get((kind, key, made_by)) or of_weights.get((kind, key, ""))
+
+    # writing
+
+    async def add(self, step: StepOfRun, result: Result):
+        """Keep a result of a step."""
+        await asyncio.to_thread(self._add, step, result)
+
+    def _add(self, step: StepOfRun, result: Result):
+        with self.turn:
+            path = self._file_of(step) if self.folder else None
+            if path:
+                self._read(path)
+            if self._remember(step, result) and path and result.fields:
+                line = {"tag": step.run, "lineage": step.lineage, "stage": step.stage, "step": step.step,
+                        "weights_digest": step.digest, "folder": step.folder, "saved_s": step.saved_s,
+                        "computed_with": result.made_by, **result.fields}
+                self.unwritten.append((path, json.dumps(line).encode() + b"\n"))
+                self._write()
+            if self.run_log:
+                self._log(step)
+
+    async def write_again(self):
+        """Try again to write what could not be written, now and then."""
+        if self.unwritten and time.monotonic() - self.tried_s > self.AGAIN_S:
+            await asyncio.to_thread(self.write_now)
+
+    def write_now(self):
+        if self.unwritten:
+            with self.turn:
+                self._write()
+
+    def _write(self):
+        self.tried_s = time.monotonic()
+        while self.unwritten:
+            path, line = self.unwritten[0]
+            try:
+                append_line(path, line)
+            except OSError as error:
+                return self.warn(path, error)
+            self.unwritten.pop(0)
+
+    def warn(self, path: Path, error: OSError):
+        if time.monotonic() - self.warned_s > self.WARN_S:
+            self.warned_s = time.monotonic()
+            log.warning("%s: %s; results stay in memory until that works again", path, error.strerror)
+
+    def _file_of(self, step: StepOfRun) -> Path:
+        assert self.folder
+        return self.folder / f"run-{file_word(step.run)}.jsonl"
+
+    # showing
+
+    def metrics_of(self, known: StepResults) -> dict[str, float]:
+        """Those that the training wrote, and those by what this server asks of each step."""
+        return {name: value for result in self._shown(known) for name, value in result.metrics.items()}
+
+    def _shown(self, known: StepResults) -> list[Result]:
+        """The last result of each kind by what this server asks."""
+        last = {result.kind: result for result in [*known.results.values()]
+                if self.asked.get(result.kind) == result.key}
+        return [last[kind] for kind in KINDS if kind in last]
+
+    def removed(self, watched: Path, runs: Mapping[str, RunName], there: Collection[tuple[str, int]],
+                served: Collection[str] = ()) -> list[dict[str, Any]]:
+        """The steps of runs below a folder whose files are gone, as GET /v1/runs/ID lists them. runs: by
+        folder those that are there or were. there: folder and number of steps whose files are there. served:
+        digests of weights that are served; what only moved to another folder is not gone."""
+        folders = {folder for folder, _ in there}
+        taken = {name.run for name in runs.values()}
+        found: list[dict[str, Any]] = []
+        for folder in [*self.folders]:
+            if not Path(folder).is_relative_to(watched):
+                continue
+            for known in self._curve(folder):
+                name = runs.get(folder)
+                is_other = name is None and known.step.run in taken  # another folder has got its name
+                moved = folder not in folders and known.step.digest in served
+                is_there = (folder, known.step.step) in there
+                if not (is_other or moved or is_there) and self.metrics_of(known):
+                    found.append(self._removed(known, name))
+        return found
+
+    def _removed(self, known: StepResults, name: RunName | None) -> dict[str, Any]:
+        step = known.step
+        name = name or RunName(step.run, step.lineage, step.stage, ())
+        return {"model": name.step(step.step), "run": name.run, "lineage": name.lineage, "stage": name.stage,
+                "step": step.step, "state": "removed", "weights_digest": step.digest,
+                "metrics": self.metrics_of(known), "judged": False,
+                "samples": [sample for result in self._shown(known) for sample in result.samples]}
+
+    def _curve(self, folder: str) -> Iterator[StepResults]:
+        """The steps of a run's last training. One that began again at an earlier step has overtaken those
+        steps of the training before that are not earlier."""
+        least = None
+        for known in sorted([*self.folders[folder].values()],
+                            key=lambda one: (one.step.saved_s, one.step.step), reverse=True):
+            if least is None or known.step.step < least:
+                least = known.step.step
+                yield known
+
+    def _log(self, step: StepOfRun):
+        """Write the metrics of a step into the files of --run-log; those of its whole run if it has none."""
+        assert self.run_log
+        steps = [known for known in self._curve(step.folder)
+                 if self.run_log.is_new(step.run) or known.step.step == step.step]
+        rows = [(known.step.step, known.step.saved_s, self.metrics_of(known))
+                for known in sorted(steps, key=lambda known: known.step.step)]
+        self.run_log.write(step.run, rows)
+
+
+def open_regular(path: Path, flags: int):
+    """The file, unbuffered if it is written. OSError unless it is a regular one: others may block."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is not a regular file")
+    writes = bool(flags & os.O_RDWR)
+    return os.fdopen(descriptor, "r+b" if writes else "rb", buffering=0 if writes else -1)
+
+
+def append_line(path: Path, line: bytes):
+    """Add a line in one call, so that lines of several servers do not mix. OSError if that fails; a part of
+    the line may then be in the file, and the next one begins after it."""
+    with open_regular(path, os.O_RDWR | os.O_CREAT | os.O_APPEND) as file:
+        size = file.seek(0, os.SEEK_END)
+        if size:
+            file.seek(size - 1)
+            line = b"\n" * (file.read(1) != b"\n") + line
+        if (written := file.write(line)) != len(line):
+            raise OSError(errno.ENOSPC, f"only {written} of {len(line)} bytes could be written")
+
+
+def result_in(line: bytes) -> tuple[StepOfRun, Result] | None:
+    """The result in a line; None if it has none, or is broken."""
+    with suppress(ValueError, RecursionError, TypeError, KeyError, AttributeError):
+        found = json.loads(line)
+        digest, number = found["weights_digest"], found["step"]
+        if not (isinstance(digest, str) and digest) or type(number) is not int:
+            return None
+        names = [found.get(name) for name in ("tag", "lineage", "stage", "folder", "computed_with")]
+        run, lineage, stage, folder, made_by = (name if isinstance(name, str) else "" for name in names)
+        stage = stage if stage in AS_TRAINED else ""
+        saved_s = found.get("saved_s")
+        step = StepOfRun(run, lineage or run, stage, number, folder, saved_s if is_number(saved_s) else 0.0,
+                         digest)
+        result = result_of(found)
+        return (step, result._replace(made_by=made_by)) if result else None
+    return None
+
+
+def result_of(found: Mapping[str, Any]) -> Result | None:
+    """The result that a line says. ValueError, KeyError, TypeError or AttributeError if a field is missing or
+    wrong."""
+    fields = {name: value for name, value in found.items() if name not in NAMES}
+    if "text_digest" in found:
+        bits, size, tokens = found["bits"], found["bytes"], found["tokens"]
+        if not (is_number(bits) and type(size) is type(tokens) is int and size > 0):
+            return None
+        return text_result(str(found["text_digest"]), Score(bits, size, tokens))
+    if "suite_digest" in found:
+        # KeyError for lines of earlier versions: a server makes new ones of the answers to the items
+        verdicts = {str(label): str(right) for label, right in found["verdicts"].items()}
+        key = suite_key(str(found["suite_digest"]), found["max_per_task"])
+        return Result(SUITE, key, fields, judged_metrics(found), verdicts=verdicts)
+    if "samples" in found:
+        samples = [{"prompt": str(one["prompt"]), "text": str(one["text"])} for one in found["samples"]]
+        key = prompts_key([one["prompt"] for one in samples])
+        return Result(SAMPLES, key, {"samples": samples}, samples=tuple(samples))
+    if "forward" in found:
+        return forward_result(found["forward"])
+    metrics = {str(name): value for name, value in found["written"].items() if is_number(value)}
+    return Result(WRITTEN, "", fields, metrics)
+
+
+def forward_result(found: Mapping[str, Any]) -> Result:
+    """found: `own_val_bpb`, and whether it `agrees` with what training wrote."""
+    own = found["own_val_bpb"]
+    metrics = {"own_val_bpb": own} if is_number(own) else {}
+    return Result(FORWARD, "", {"forward": {**found, "agrees": found["agrees"] is True}}, metrics)
+
+
+def text_result(key: str, score: Score) -> Result:
+    fields = {"text_digest": key, **score.as_json(), "bits": score.bits}
+    return Result(TEXT, key, fields, {"bits_per_byte": round(score.bits_per_byte, 6)}, score=score)
