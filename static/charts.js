@@ -75,7 +75,7 @@ const labelsTouch = (a, b, width) => (b.at - a.at) * width < LETTER_PX * (a.text
 function drawStepChart(plot, box, curves, layout) {
   box.shown = {...curves, layout};
   drawChart(plot, box, curves.data);
-  plot.redraw(true, true);        // uPlot keeps the labels of an axis whose ends are the same, but the stages between them may have moved
+  plot.redraw(false, true);        // uPlot keeps the labels of an axis whose ends are the same, but the stages between them may have moved
 }
 
 const labelOf = ({by}, value) => by === "tokens" ? new Intl.NumberFormat(undefined, {notation: "compact", maximumSignificantDigits: 3}).format(value) : number(value);

@@ -271,7 +271,10 @@ function drawCurves() {
   $("run-charts").append(...others.map(each => $(`run-chart-${each}`).parentElement).filter((figure, i) => $("run-charts").children[i] !== figure));
 }
 
-const captionOf = metric => [nameOf(metric), TEXT.units[metric] ?? "", LESS_IS_BETTER.includes(metric) ? TEXT.lessIsBetter : ""].filter(Boolean).join(", ");
+const captionOf = metric => [nameOf(metric), TEXT.units[metric] ?? "", ofItsStage(metric) ? TEXT.ofItsStage : "", LESS_IS_BETTER.includes(metric) ? TEXT.lessIsBetter : ""].filter(Boolean).join(", ");
+
+// Each stage validates on data of its own, so the values of two are not compared.
+const ofItsStage = metric => /val_bpb$/.test(metric) && unique(allSteps().map(({stage}) => stage)).length > 1;
 
 // The box of a chart beside the first one.
 function figureOf(metric) {
@@ -279,8 +282,9 @@ function figureOf(metric) {
   if (!$(id)) {
     const box = element("div", {id, className: "chart"});
     box.setAttribute("role", "img");
-    $("run-charts").append(element("figure", {}, element("figcaption", {textContent: captionOf(metric)}), box));
+    $("run-charts").append(element("figure", {}, element("figcaption"), box));
   }
+  setText($(id).previousSibling, captionOf(metric));
   return $(id);
 }
 
@@ -468,6 +472,7 @@ register({
     runAbout: (steps, latest) => [plural(steps.length, "step", "steps") + (stagesText(steps) || (steps.length > 1 ? `, ${number(steps[0].step)} to ${number(steps.at(-1).step)}` : "")),
       latest && `the latest is ${latest.id}`].filter(Boolean).join(" · "),
     curve: name => `${name}. A click on a point begins a chat with that step.`, metric: "Metric", lessIsBetter: "less is better",
+    ofItsStage: "on each stage's own data",
     metrics: {bits_per_byte: "Bits per byte", val_bpb: "Validation bits per byte", min_val_bpb: "Least validation bits per byte", own_val_bpb: "Validation bits per byte, computed here",
       total_training_time: "Training time in seconds", tokens: "Tokens trained on", train_loss: "Training loss", reward: "Reward", core_metric: "CORE"},
     units: {train_loss: "nats per token, smoothed", reward: "mean of RL's answers", core_metric: "0 is chance, 1 is all right"},

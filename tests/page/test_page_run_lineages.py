@@ -107,6 +107,7 @@ def test_a_lineage_is_one_view_from_base_to_rl(page, stand_in, runs):
 
 def test_training_loss_and_reward_have_charts_and_columns_of_their_own(page, stand_in, runs):
     opened(page, stand_in)
+    expect(page.locator("#run-caption")).to_contain_text("Validation bits per byte, on each stage's own data, less is better.")
     expect(page.get_by_text("Training loss, nats per token, smoothed, less is better")).to_be_visible()
     expect(curve(page, "train_loss")).to_have_attribute("aria-label", re.compile("^d4-base@400: 3.600, .*d4-sft@449: 1.051$"))
     expect(curve(page, "reward")).to_have_attribute("aria-label", "d4-rl@60: 0.300, d4-rl@99: 0.495")
@@ -177,22 +178,23 @@ def test_the_latest_step_is_chosen_until_the_reader_chooses(page, stand_in, runs
     expect(page.locator("#run-chosen")).to_contain_text("d4-base@400")
 
 
-def test_what_is_drawn_as_steps_come_is_what_a_fresh_page_draws(page, stand_in, runs):
-    opened(page, stand_in)
+@pytest.mark.parametrize("path, metrics", [("#run/d4", ("val_bpb", "train_loss", "reward")), ("#run/d4-base", ("val_bpb", "train_loss"))])
+def test_what_is_drawn_as_steps_come_is_what_a_fresh_page_draws(page, stand_in, runs, path, metrics):
+    opened(page, stand_in, path)
     drawn = """metric => shownRun.charts.get(metric).plot.ctx.canvas.toDataURL()"""
     for step in (2000, 3000, 4000):                             # beside them the reward has the same values, at other places
         runs.add("d4", "base", step)
     stand_in.several = runs.models()
-    expect(row(page, "d4-base@4000")).to_be_visible()
+    expect(page.locator("#run-about")).to_contain_text("4,000" if "base" in path else "6 of base")
     settle = "() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
     page.evaluate(settle)
-    live = [page.evaluate(drawn, metric) for metric in ("val_bpb", "train_loss", "reward")]
+    live = [page.evaluate(drawn, metric) for metric in metrics]
     page.goto("about:blank")
-    opened(page, stand_in)
-    expect(row(page, "d4-base@4000")).to_be_visible()
-    page.wait_for_function("() => shownRun.charts.size === 3")
+    opened(page, stand_in, path)
+    expect(page.locator("#run-about")).to_contain_text("4,000" if "base" in path else "6 of base")
+    page.wait_for_function("count => shownRun.charts.size === count", arg=len(metrics))
     page.evaluate(settle)
-    assert [page.evaluate(drawn, metric) == before for metric, before in zip(("val_bpb", "train_loss", "reward"), live, strict=True)] == [True] * 3
+    assert [page.evaluate(drawn, metric) == before for metric, before in zip(metrics, live, strict=True)] == [True] * len(metrics)
 
 
 def test_a_run_of_which_nothing_but_scores_is_left_can_be_looked_at(page, stand_in, runs):
