@@ -172,7 +172,7 @@ function renderRun() {
   setText($("run-about"), steps.length ? TEXT.runAbout(steps, steps.findLast(step => !isGone(step))) : state.phase === "ready" ? TEXT.noRun(name) : serverText());
   setText($("run-now"), nowText(all));
   showWarnings(all);
-  $("run-compare").hidden = latestTwo().length < 2 || !latestTwo().at(-1).compares;
+  $("run-compare").hidden = latestTwo().length < 2 || !latestTwo().some(({compares}) => compares);       // a new step may be in one list before it is in the other
   setText($("run-compare").querySelector("button"), other ? TEXT.compareBoth : TEXT.compareLatest);
   drawCurves();
   showStep();

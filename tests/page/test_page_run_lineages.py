@@ -295,6 +295,7 @@ def test_a_thousand_steps_and_twenty_runs_change_only_what_is_new(page, stand_in
     opened(page, stand_in)
     expect(page.locator("#run-steps tbody tr")).to_have_count(1002, timeout=60_000)
     expect(curve(page)).to_have_attribute("aria-label", "800 points, d4-base@10: 2.000 to d4-base@8000: 1.001; least d4-base@8000: 1.001, most d4-base@10: 2.000. The table has all.")
+    expect(page.locator("#run-steps th[scope=col]").nth(4)).to_have_text("Reward")      # the table has all that is known
     page.evaluate("""() => { window.changes = []; window.plot = shownRun.charts.get("val_bpb").plot;
         new MutationObserver(found => changes.push(...found)).observe(document.getElementById("run-steps"), {childList: true, subtree: true}); }""")
     known.add("d4", "rl", 2010, reward=0.5)
