@@ -162,8 +162,8 @@ from chatlm.front.server.compare import Comparison, read_asked, with_ids
 from chatlm.front.server.connections import room_for_connections, serving
 from chatlm.front.server.conversations import Keeper
 from chatlm.front.server.describe import (
-    A_LIST_OF_RUNS, A_MODEL, A_NAME, A_RUN, MODELS, MODELS_OF_BOTH, ModelRoutes, alive_body, bare_id,
-    listed_body, ollama_models, ollama_running, ollama_version, openapi_document, readiness_body, stats_body)
+    A_MODEL, A_NAME, MODELS, MODELS_OF_BOTH, ModelRoutes, alive_body, bare_id, listed_body, ollama_models,
+    ollama_running, ollama_version, openapi_document, readiness_body, stats_body)
 from chatlm.front.server.downloading import DownloadRoutes
 from chatlm.front.server.history import History
 from chatlm.front.server.ledger import Charge, Ledger, claim_of
@@ -173,6 +173,7 @@ from chatlm.front.server.recordings import GRACE_S, Recording, Recordings
 from chatlm.front.server.responses import (
     REQUEST_LOG, errors_to_responses, json_response, logged, public_error, send_whole)
 from chatlm.front.server.routes import MORE_ROUTES, Api, Route, RouteTable
+from chatlm.front.server.runs import A_LIST_OF_RUNS, A_RUN, RunRoutes
 from chatlm.front.server.streams import EventStream
 from chatlm.front.store.store import Store, open_store
 
@@ -192,6 +193,7 @@ class Front:
         self.access, self.owners, self.ledger = Access(settings), Owners(settings), Ledger(settings, store)
         self.bodies = Bodies(catalogue, self.owners)
         self.models, self.page = ModelRoutes(catalogue, self.bodies, self.access), Page(page_files())
+        self.runs = RunRoutes(catalogue)
         self.running: dict[str, str] = {}       # id of each running answer -> its owner
         self.compared: dict[str, list[str]] = {}  # id of each running comparison -> those of its answers
         self.recordings, self.downloads = Recordings(), DownloadRoutes(catalogue, self.bodies, self.access)
@@ -454,9 +456,9 @@ ROUTES = (
           "the same, as in OpenAI's API", returns=MODELS),
     Route("GET", "/v1/models/{name:.+}", Api.OPENAI, "models.handle_model",
           "a served model, by one of its names", returns=A_MODEL),
-    Route("GET", "/v1/runs", Api.OPENAI, "models.handle_runs", "the runs of --watch, by lineage",
+    Route("GET", "/v1/runs", Api.OPENAI, "runs.handle_list", "the runs of --watch, by lineage",
           returns=A_LIST_OF_RUNS),
-    Route("GET", "/v1/runs/{tag:.+}", Api.OPENAI, "models.handle_run", "the steps of a run or a lineage",
+    Route("GET", "/v1/runs/{tag:.+}", Api.OPENAI, "runs.handle_run", "the steps of a run or a lineage",
           returns=A_RUN),
     Route("POST", "/v1/cancel/{id}", Api.OPENAI, "handle_cancel",
           "stop an answer by the X-Request-Id of its response", query=(ONLY_THINKING,)),

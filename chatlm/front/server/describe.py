@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import importlib.util
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence as Seq
+from collections.abc import Callable, Iterable, Sequence as Seq
 from typing import TYPE_CHECKING
 
 from chatlm import __version__
-from chatlm.common.errors import ConfigError, Overloaded, RequestError, invalid, shown, without_folders
+from chatlm.common.errors import Overloaded
 from chatlm.common.hub.better import better_model, only_demonstrates
 from chatlm.common.log import utc
 from chatlm.common.text.tokenizer import tools_of
@@ -20,7 +19,6 @@ from chatlm.front.api.fields import A_TEXT, Field
 from chatlm.front.api.tables import OLLAMA_NAMES
 from chatlm.front.pool.names import default_among
 from chatlm.front.pool.pool import free_memory, sampling_of
-from chatlm.front.pool.run_names import RunName
 from chatlm.front.server.anthropic_models import (
     A_PAGE, anthropic_model, anthropic_page, asks_as_anthropic)
 from chatlm.front.server.bodies import tokenizer_of
@@ -31,7 +29,6 @@ if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.requests import Embedder
     from chatlm.common.text.tokenizer import Tokenizer
-    from chatlm.front.evals.flips import Verdicts
     from chatlm.front.pool.catalogue import Catalogue
     from chatlm.front.pool.models import Model, Served
     from chatlm.front.server.access import Access
@@ -180,109 +177,6 @@ def model_body(served: Served, is_default: bool = True) -> dict:
             "meta": {"n_vocab": tokenizer.vocab_size, "n_ctx": pool.context_length}}
 
 
-A_FLIP = {"type": "object", "properties": {
-    "task": A_TEXT, "item": {"type": "integer"}, "correct": {"type": "boolean", "description": "in `after`"},
-    "chat": {"type": "boolean"}, "texts": {"type": "array", "items": A_TEXT}}}
-A_STAGE = {"type": "object", "properties": {
-    "id": A_TEXT, "stage": A_TEXT, "steps": {"type": "integer"}, "latest": A_TEXT}}
-RUN_PARTS = {"object": A_TEXT, "id": A_TEXT, "runs": {
-    "type": "array", "items": A_STAGE, "description": "its stages as they were trained, each a run"}}
-A_LIST_OF_RUNS = {"type": "object", "properties": {
-    "object": A_TEXT, "data": {"type": "array", "items": {"type": "object", "properties": RUN_PARTS}}}}
-A_RUN = {"type": "object", "properties": {**RUN_PARTS, "flips": {
-    "type": "object", "description": "with ?before=STEP&after=STEP: items that only one of them got right",
-    "properties": {"gained": {"type": "integer"}, "lost": {"type": "integer"},
-                   "items": {"type": "array", "items": A_FLIP}}}, "steps": {"type": "array", "items": {
-    "type": "object", "properties": {
-        "model": A_TEXT, "run": A_TEXT, "stage": A_TEXT, "step": {"type": "integer"},
-        "state": {"enum": ["unloaded", "loading", "ready", "failed", "removed"],
-                  "description": "removed: its files are gone"},
-        "weights_digest": A_TEXT, "judged": {"type": "boolean"},
-        "metrics": {"type": "object", "additionalProperties": {"type": "number"},
-                    "description": "what is known of the step so far"},
-        "stale": A_MODEL["properties"]["stale"], "warning": A_MODEL["properties"]["warning"],
-        "samples": {"type": "array", "items": {"type": "object", "properties": {
-            "prompt": A_TEXT, "text": A_TEXT}}}}}}}}
-
-
-def steps_of_runs(seen: Seq[Served], removed: Seq[dict] = ()) -> dict[RunName, list[Served]]:
-    """The checkpoints of each run, all in order of training. removed: those whose files are gone, as
-    `Catalogue.removed_steps` has them; a run may have only such."""
-    steps: dict[RunName, list[Served]] = {}
-    for served in seen:
-        if served.model.run and not served.adapter:
-            steps.setdefault(served.model.run, []).append(served)
-    names = {run.run for run in steps}
-    for gone in removed:
-        if gone["run"] not in names:
-            steps.setdefault(RunName(gone["run"], gone["lineage"], gone["stage"], ()), [])
-    return {run: sorted(steps[run], key=lambda served: served.model.step)
-            for run in sorted(steps, key=lambda run: run.order)}
-
-
-def runs_named(name: str, seen: Seq[Served], removed: Seq[dict] = ()) -> dict[RunName, list[Served]]:
-    """The steps of a run, or of all runs of a lineage. RequestError 404 for no such."""
-    steps = steps_of_runs(seen, removed)
-    found = {run: steps[run] for run in steps if name == run.run} or {
-        run: steps[run] for run in steps if name == run.lineage} or {
-        run: steps[run] for run in steps if name in run.older}
-    if not found:
-        names = ", ".join([*dict.fromkeys(each for run in steps for each in (run.lineage, run.run))][:20])
-        raise RequestError(f"there is no run {shown(name)} here; {names or 'none is watched'}",
-                           status=404, code="not_found", param="tag")
-    return found
-
-
-def run_parts(name: str, steps: Mapping[RunName, Seq[Served]]) -> dict:
-    return {"object": "run", "id": name, "runs": [
-        {"id": run.run, "stage": run.stage, "steps": len(of_run),
-         "latest": of_run[-1].name if of_run else ""}
-        for run, of_run in steps.items()]}
-
-
-def list_of_runs(seen: Seq[Served], removed: Seq[dict] = ()) -> dict:
-    """The response of /v1/runs: each lineage with its runs."""
-    lineages: dict[str, dict[RunName, list[Served]]] = {}
-    for run, steps in steps_of_runs(seen, removed).items():
-        lineages.setdefault(run.lineage, {})[run] = steps
-    return {"object": "list", "data": [run_parts(name, runs) for name, runs in lineages.items()]}
-
-
-def run_body(name: str, seen: Seq[Served], removed: Seq[dict] = ()) -> dict:
-    """The response of /v1/runs/{tag}: checkpoints of a run or a lineage, and their metrics. RequestError 404
-    for no such."""
-    found, steps = runs_named(name, seen, removed), []
-    for run, of_run in found.items():
-        there = [step_body(run, served) for served in of_run]
-        gone = [step for step in removed if step["run"] == run.run]
-        steps += sorted(there + gone, key=lambda step: step["step"])
-    return {**run_parts(name, found), "steps": steps}
-
-
-def step_body(run: RunName, served: Served) -> dict:
-    return {"model": served.name, "run": run.run, "lineage": run.lineage, "stage": run.stage,
-            "step": served.model.step, "state": served.state,
-            "weights_digest": "" if served.failed else served.pool.supervisor.card.facts.digest,
-            "metrics": served.model.metrics, **served.model.remarks,
-            "judged": served.model.verdicts is not None, "samples": served.model.samples}
-
-
-def verdicts_among(seen: Seq[Served], removed: Seq[dict], tag: str, name: str, step: str | None) -> Verdicts:
-    """Those of a run's step, which is given by its number or, in a lineage, by the model's name. RequestError
-    if it has none."""
-    judged: dict[str, Verdicts] = {}
-    for steps in runs_named(tag, seen, removed).values():
-        for served in steps:
-            if served.model.verdicts:
-                judged[served.name] = judged[str(served.model.step)] = served.model.verdicts
-    found = judged.get(step or "")
-    if found is None:
-        steps = [each for each in judged if each.isdigit()]
-        raise invalid(name, f"{name} is {shown(step)}; --watch-suite has judged the steps "
-                            f"{', '.join(sorted(steps, key=int)[-20:]) or 'none'}")
-    return found
-
-
 A_NAME = Field("model", TEXT, "one of the served models; absent: the default one")
 TOKENIZER_CLASSES = {"hf": "PreTrainedTokenizerFast", "nanochat": "RustBPETokenizer",
                      "characters": "CharacterTokenizer"}
@@ -383,27 +277,6 @@ class ModelRoutes:
         default = default_among(self.catalogue.registry.listed(bound))
         body = model_body(served, served == default)
         return json_response(anthropic_model(body) if asks_as_anthropic(http) else body)
-
-    async def handle_runs(self, http: web.Request) -> web.Response:
-        bound = REQUEST_LOG.get().bound
-        seen, removed = self.catalogue.registry.listed(bound), self.catalogue.removed_steps(bound)
-        return json_response(list_of_runs(seen, removed))
-
-    async def handle_run(self, http: web.Request) -> web.Response:
-        """With `before` and `after`, steps that --watch-suite has judged, also the items that differ."""
-        bound, tag = REQUEST_LOG.get().bound, http.match_info["tag"]
-        seen, removed = self.catalogue.registry.listed(bound), self.catalogue.removed_steps(bound)
-        body = run_body(tag, seen, removed)
-        if "before" in http.query or "after" in http.query:
-            from chatlm.front.evals.flips import flips
-            before, after = (verdicts_among(seen, removed, tag, name, http.query.get(name))
-                             for name in ("before", "after"))
-            try:
-                body["flips"] = await asyncio.to_thread(flips, before, after)
-            except ConfigError as error:
-                raise RequestError(f"the files of --watch-suite have changed: {without_folders(str(error))}",
-                                   status=409) from None
-        return json_response(body)
 
     async def handle_tokenizer(self, http: web.Request) -> web.Response:
         """GET /tokenizer_info, as vLLM has it."""

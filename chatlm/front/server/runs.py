@@ -1,0 +1,152 @@
+"""The runs of --watch: lineages, their stages and the steps of each."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from chatlm.common.errors import ConfigError, RequestError, invalid, shown, without_folders
+from chatlm.front.api.fields import A_TEXT
+from chatlm.front.pool.run_names import RunName
+from chatlm.front.server.describe import A_MODEL
+from chatlm.front.server.responses import REQUEST_LOG, json_response
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence as Seq
+    from aiohttp import web
+    from chatlm.front.evals.flips import Verdicts
+    from chatlm.front.pool.catalogue import Catalogue
+    from chatlm.front.pool.models import Served
+
+
+A_FLIP = {"type": "object", "properties": {
+    "task": A_TEXT, "item": {"type": "integer"}, "correct": {"type": "boolean", "description": "in `after`"},
+    "chat": {"type": "boolean"}, "texts": {"type": "array", "items": A_TEXT}}}
+A_STAGE = {"type": "object", "properties": {
+    "id": A_TEXT, "stage": A_TEXT, "steps": {"type": "integer"}, "latest": A_TEXT}}
+RUN_PARTS = {"object": A_TEXT, "id": A_TEXT, "runs": {
+    "type": "array", "items": A_STAGE, "description": "its stages as they were trained, each a run"}}
+A_LIST_OF_RUNS = {"type": "object", "properties": {
+    "object": A_TEXT, "data": {"type": "array", "items": {"type": "object", "properties": RUN_PARTS}}}}
+A_RUN = {"type": "object", "properties": {**RUN_PARTS, "flips": {
+    "type": "object", "description": "with ?before=STEP&after=STEP: items that only one of them got right",
+    "properties": {"gained": {"type": "integer"}, "lost": {"type": "integer"},
+                   "items": {"type": "array", "items": A_FLIP}}}, "steps": {"type": "array", "items": {
+    "type": "object", "properties": {
+        "model": A_TEXT, "run": A_TEXT, "stage": A_TEXT, "step": {"type": "integer"},
+        "state": {"enum": ["unloaded", "loading", "ready", "failed", "removed"],
+                  "description": "removed: its files are gone"},
+        "weights_digest": A_TEXT, "judged": {"type": "boolean"},
+        "metrics": {"type": "object", "additionalProperties": {"type": "number"},
+                    "description": "what is known of the step so far"},
+        "stale": A_MODEL["properties"]["stale"], "warning": A_MODEL["properties"]["warning"],
+        "samples": {"type": "array", "items": {"type": "object", "properties": {
+            "prompt": A_TEXT, "text": A_TEXT}}}}}}}}
+
+
+def steps_of_runs(seen: Seq[Served], removed: Seq[dict] = ()) -> dict[RunName, list[Served]]:
+    """The checkpoints of each run, all in order of training. removed: those whose files are gone, as
+    `Catalogue.removed_steps` has them; a run may have only such."""
+    steps: dict[RunName, list[Served]] = {}
+    for served in seen:
+        if served.model.run and not served.adapter:
+            steps.setdefault(served.model.run, []).append(served)
+    names = {run.run for run in steps}
+    for gone in removed:
+        if gone["run"] not in names:
+            steps.setdefault(RunName(gone["run"], gone["lineage"], gone["stage"], ()), [])
+    return {run: sorted(steps[run], key=lambda served: served.model.step)
+            for run in sorted(steps, key=lambda run: run.order)}
+
+
+def runs_named(name: str, seen: Seq[Served], removed: Seq[dict] = ()) -> dict[RunName, list[Served]]:
+    """The steps of a run, or of all runs of a lineage. RequestError 404 for no such."""
+    steps = steps_of_runs(seen, removed)
+    found = {run: steps[run] for run in steps if name == run.run} or {
+        run: steps[run] for run in steps if name == run.lineage} or {
+        run: steps[run] for run in steps if name in run.older}
+    if not found:
+        names = ", ".join([*dict.fromkeys(each for run in steps for each in (run.lineage, run.run))][:20])
+        raise RequestError(f"there is no run {shown(name)} here; {names or 'none is watched'}",
+                           status=404, code="not_found", param="tag")
+    return found
+
+
+def run_parts(name: str, steps: Mapping[RunName, Seq[Served]]) -> dict:
+    return {"object": "run", "id": name, "runs": [
+        {"id": run.run, "stage": run.stage, "steps": len(of_run),
+         "latest": of_run[-1].name if of_run else ""}
+        for run, of_run in steps.items()]}
+
+
+def list_of_runs(seen: Seq[Served], removed: Seq[dict] = ()) -> dict:
+    """The response of /v1/runs: each lineage with its runs."""
+    lineages: dict[str, dict[RunName, list[Served]]] = {}
+    for run, steps in steps_of_runs(seen, removed).items():
+        lineages.setdefault(run.lineage, {})[run] = steps
+    return {"object": "list", "data": [run_parts(name, runs) for name, runs in lineages.items()]}
+
+
+def run_body(name: str, seen: Seq[Served], removed: Seq[dict] = ()) -> dict:
+    """The response of /v1/runs/{tag}: checkpoints of a run or a lineage, and their metrics. RequestError 404
+    for no such."""
+    found, steps = runs_named(name, seen, removed), []
+    for run, of_run in found.items():
+        there = [step_body(run, served) for served in of_run]
+        gone = [step for step in removed if step["run"] == run.run]
+        steps += sorted(there + gone, key=lambda step: step["step"])
+    return {**run_parts(name, found), "steps": steps}
+
+
+def step_body(run: RunName, served: Served) -> dict:
+    return {"model": served.name, "run": run.run, "lineage": run.lineage, "stage": run.stage,
+            "step": served.model.step, "state": served.state,
+            "weights_digest": "" if served.failed else served.pool.supervisor.card.facts.digest,
+            "metrics": served.model.metrics, **served.model.remarks,
+            "judged": served.model.verdicts is not None, "samples": served.model.samples}
+
+
+def verdicts_among(seen: Seq[Served], removed: Seq[dict], tag: str, name: str, step: str | None) -> Verdicts:
+    """Those of a run's step, which is given by its number or, in a lineage, by the model's name. RequestError
+    if it has none."""
+    judged: dict[str, Verdicts] = {}
+    for steps in runs_named(tag, seen, removed).values():
+        for served in steps:
+            if served.model.verdicts:
+                judged[served.name] = judged[str(served.model.step)] = served.model.verdicts
+    found = judged.get(step or "")
+    if found is None:
+        steps = [each for each in judged if each.isdigit()]
+        raise invalid(name, f"{name} is {shown(step)}; --watch-suite has judged the steps "
+                            f"{', '.join(sorted(steps, key=int)[-20:]) or 'none'}")
+    return found
+
+
+class RunRoutes:
+    """The handlers of /v1/runs."""
+
+    def __init__(self, catalogue: Catalogue):
+        self.catalogue = catalogue
+
+    def _seen(self) -> tuple[list[Served], list[dict]]:
+        """The models that the client's key may see, and steps whose files are gone."""
+        bound = REQUEST_LOG.get().bound
+        return self.catalogue.registry.listed(bound), self.catalogue.removed_steps(bound)
+
+    async def handle_list(self, http: web.Request) -> web.Response:
+        return json_response(list_of_runs(*self._seen()))
+
+    async def handle_run(self, http: web.Request) -> web.Response:
+        """With `before` and `after`, steps that --watch-suite has judged, also the items that differ."""
+        tag, (seen, removed) = http.match_info["tag"], self._seen()
+        body = run_body(tag, seen, removed)
+        if "before" in http.query or "after" in http.query:
+            from chatlm.front.evals.flips import flips
+            before, after = (verdicts_among(seen, removed, tag, name, http.query.get(name))
+                             for name in ("before", "after"))
+            try:
+                body["flips"] = await asyncio.to_thread(flips, before, after)
+            except ConfigError as error:
+                raise RequestError(f"the files of --watch-suite have changed: {without_folders(str(error))}",
+                                   status=409) from None
+        return json_response(body)
