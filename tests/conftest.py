@@ -68,15 +68,15 @@ def integrity():
 
 
 @pytest.fixture(scope="session")
-def states(tmp_path_factory):
+def state_folders(tmp_path_factory):
     """A folder, and numbers for tests."""
     return tmp_path_factory.mktemp("states"), itertools.count()
 
 
 @pytest.fixture(autouse=True)
-def state_home(states, monkeypatch):
+def state_home(state_folders, monkeypatch):
     """Each test has a state of its own: servers that score checkpoints keep the results, and find them again."""
-    folder, numbers = states
+    folder, numbers = state_folders
     monkeypatch.setenv("XDG_STATE_HOME", str(folder / str(next(numbers))))
 
 

@@ -265,7 +265,7 @@ def test_generation_6_is_served_from_its_own_layout(nanochat_fixtures):
         with server(*flags, nanochat_fixtures / "gen6", "--dtype", "float32", "--kv-cache-memory", "4M") as (_, url):
             [model, *_] = get(url + "/v1/models")["data"]
             said.add(json.load(post(url + "/v1/chat/completions", body))["choices"][0]["message"]["content"])
-            assert model["id"] in ("d4@700", "nanochat-d4-chat")
+            assert model["id"] in ("d4-chat@700", "nanochat-d4-chat")
     assert len(said) == 1 and said != {""}
 
 

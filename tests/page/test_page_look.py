@@ -262,7 +262,7 @@ def test_the_first_view_takes_200_kb_and_the_rest_loads_when_it_is_needed(page, 
     expect(page.locator("#status-charts canvas").first).to_be_visible()
     came("status.js", "charts.js", "vendor/uplot.iife.min.js")
     page.evaluate("void openRun('d4')")
-    came("run.js")
+    came("curves.js", "run.js")
 
 
 def test_what_does_not_load_is_said_and_loads_once_the_server_is_there(page, stand_in):
