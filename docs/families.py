@@ -11,7 +11,8 @@ sys.path[:0] = [str(DOCS.parent), str(DOCS.parent / "tests" / "support")]
 
 from chatlm.worker.weights.families import FAMILIES, GGUF_FAMILIES, VISION      # noqa: E402
 from encoders import FILES, MODELS as ENCODERS       # noqa: E402  of the tests
-from families import CONVERTED, GENERATIONS, GGUF_MODELS, MODELS        # noqa: E402
+from families import CONVERTED, GGUF_MODELS, MODELS        # noqa: E402
+from generations import GENERATIONS        # noqa: E402
 
 HEADING = """\
 ## Families

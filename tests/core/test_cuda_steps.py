@@ -36,7 +36,7 @@ from chatlm.worker.arrays.kinds import AdapterMatrix
 from chatlm.worker.ops.rows import SampleRow
 from chatlm.worker.ops.sampling import sample_reference
 from engines import draft_eagerly, load, make_batch, pieces, run, step_pieces, tensors_of
-from families import GENERATIONS
+from generations import GENERATIONS
 from near_tie import assert_same_tokens_or_near_tie
 from nightly import by_day
 from random_rows import random_logits, random_rows

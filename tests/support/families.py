@@ -159,7 +159,6 @@ MODELS = {                  # name -> (model_type, what differs from TINY)
                                layer_types=["conv", "full_attention", "conv", "full_attention"])),
 }
 
-GENERATIONS = tuple(f"gen{number}" for number in range(1, 7))      # of nanochat's checkpoints, in tests/fixtures/nanochat
 GGUF_MODELS = {             # what of MODELS a file of each architecture can say; the window of qwen2 and biases of others it cannot
     **dict.fromkeys((
         "llama2", "llama3.1", "llama3.2", "mistral", "qwen2.5", "phi3", "phi3-long", "gpt-oss", "granite", "granite-moe", "granite-moe-shared", "granite4",

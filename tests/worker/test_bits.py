@@ -13,7 +13,7 @@ import psutil
 import pytest
 from safetensors.numpy import save_file
 
-from families import GENERATIONS
+from generations import GENERATIONS
 from real_server import get, post, server
 
 NOTED = Path(__file__).parent / "bits.json"

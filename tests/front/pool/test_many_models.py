@@ -346,7 +346,8 @@ async def test_models_of_several_ranks_answer_as_alone_are_counted_with_them_and
 @pytest.mark.slow
 async def test_twelve_models_random_traffic_little_memory_and_killed_workers_lose_no_answer(
         start_models, nanochat_fixtures, client, tmp_path, monkeypatch):
-    from families import GENERATIONS, make_model, save
+    from families import make_model, save
+    from generations import GENERATIONS
     monkeypatch.setattr(Residency, "KEEP_S", 1.0)
     paths = {name: nanochat_fixtures / name for name in GENERATIONS}
     for name in ("llama3.2", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "smollm3"):

@@ -15,7 +15,7 @@ WHOLE = {
     "/v1/chat/completions": CHAT, "/v1/completions": {"prompt": "Once", "max_tokens": 6000, "ignore_eos": True},
     "/v1/responses": {"input": "Tell me a long story.", "max_output_tokens": 6000, "ignore_eos": True}, "/v1/messages": CHAT,
     "/api/chat": {"messages": CHAT["messages"], "stream": False, "ignore_eos": True, "options": {"num_predict": 6000}},
-    "/v1/embeddings": {"input": ["a long text " * 500] * 400}}
+    "/v1/embeddings": {"input": ["a long text " * 500] * 190}}     # no more tokens than a request may have
 STREAMED = {"/v1/chat/completions": CHAT, "/v1/responses": WHOLE["/v1/responses"], "/v1/messages": CHAT, "/chat/completions": CHAT}
 
 

@@ -17,7 +17,7 @@ from chatlm.common.config import PAGE_SIZE
 from chatlm.common.messages.requests import Ended, Message, SamplingParams
 from chatlm.worker.engine.integrity import check_integrity
 from engines import TracedSteps, chat_work, draft_eagerly, load, make_engine, run, step_pieces
-from families import GENERATIONS
+from generations import GENERATIONS
 from near_tie import assert_same_tokens_or_near_tie
 from nightly import by_day
 from works import assignment, changed

@@ -19,7 +19,8 @@ from chatlm.worker.model.spec import KvType
 from chatlm.worker.weights.families import FAMILIES
 from encoders import MODELS as ENCODERS
 from engines import draft_eagerly, make_engine, propose_partly_right
-from families import GENERATIONS, GGUF_MODELS, GROWING, MODELS, as_gguf, make_model, save
+from families import GGUF_MODELS, GROWING, MODELS, as_gguf, make_model, save
+from generations import GENERATIONS
 from nightly import by_day
 from packers import packed_model
 from ranked import Group

@@ -16,7 +16,7 @@ from chatlm.worker.model.spec import ModelSpec, expected_tensors
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.weights.load import open_model
 from engines import forward_logits, make_batch
-from families import GENERATIONS
+from generations import GENERATIONS
 
 
 def llama_like(seed=0, **changes):

@@ -26,7 +26,8 @@ from chatlm.worker.ranks.links import ProcessLinks
 from chatlm.worker.ranks.ranks import RankZero
 from answers import asked
 from engines import forward_logits, make_batch, step_pieces
-from families import GENERATIONS, MODELS, load, make_model, save
+from families import MODELS, load, make_model, save
+from generations import GENERATIONS
 from nightly import by_day
 from patching import patch
 from ranked import Group, group

@@ -20,7 +20,8 @@ from chatlm.worker.weights.load import open_model
 from chatlm.worker.weights.shards import layers_of, shard_model, shard_of, shard_spec, share_of, stage_model
 from attention_kinds import KINDS, kinds_model, loaded
 from engines import forward_logits, make_batch
-from families import GENERATIONS, MODELS, as_gguf, load, make_model, save
+from families import MODELS, as_gguf, load, make_model, save
+from generations import GENERATIONS
 from hub_configs import GEMMA4_CONFIGS
 from nightly import by_day
 

@@ -46,7 +46,7 @@ from chatlm.worker.weights.gguf_file import read_gguf, read_gguf_file
 from chatlm.worker.weights.gguf_header import Texts
 from chatlm.worker.weights.load import open_model
 from engines import forward_logits, tensors_of
-from families import GENERATIONS
+from generations import GENERATIONS
 from nightly import by_day
 from tiny_gguf import LLAMA_NUMBERS, random_llama, small_gguf_metadata, write_gguf
 
