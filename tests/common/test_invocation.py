@@ -159,7 +159,8 @@ def marks_of(process):
     ("script", [], "chatlm.common.errors"), ("script", ["chat"], "asyncio"), ("script", ["generate", "-p", "Hello"], "chatlm.cli"),
     ("script", ["check"], "chatlm.front.server.access"), ("command", ["chat"], "chatlm.cli")])
 def test_ctrl_c_while_the_program_starts_ends_it_without_a_word(start, words, module):
-    assert interrupted(start, words, module) == (-signal.SIGINT, "")
+    status, rest = interrupted(start, words, module)
+    assert status in (-signal.SIGINT, 130) and rest == ""       # 130: the command itself was already there to end
 
 
 def test_where_ctrl_c_is_ignored_it_stays_so():

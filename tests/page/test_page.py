@@ -45,6 +45,7 @@ def test_stop_ends_the_answer_and_keeps_its_text(page, server_url):
 
 def test_a_real_answer_goes_on_after_a_reload_and_can_be_stopped(page, server_url):
     open_page(page, server_url)
+    command(page, "/seed 3")        # of a story that does not end by itself
     ask(page, "Write a very long story about a river, with many chapters.")
     expect(said(answers(page))).to_have_text(re.compile(r"\w+ \w+ \w+"), timeout=SLOW_MS)
     reload(page)
