@@ -86,7 +86,7 @@ def row(page, model):
 
 def opened(page, stand_in, path="#run/d4"):
     open_page(page, stand_in.url, path)
-    page.wait_for_function("() => shownRun?.charts.size")
+    page.wait_for_function("() => typeof shownRun !== \"undefined\" && shownRun?.charts.size")
 
 
 def test_a_lineage_is_one_view_from_base_to_rl(page, stand_in, runs):

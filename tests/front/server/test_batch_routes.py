@@ -339,7 +339,7 @@ def check_disturbed(batch, found, undisturbed, count):
 
 
 def test_a_batch_goes_on_after_kills_and_its_output_is_that_of_an_undisturbed_one(model, tmp_path):
-    check_disturbed(*disturbed(model, tmp_path / "a.db", mixed_lines(80), [1, 25, 50]), 80)
+    check_disturbed(*disturbed(model, tmp_path / "a.db", mixed_lines(240), [1, 25, 50]), 240)
 
 
 @pytest.mark.slow
