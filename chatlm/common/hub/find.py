@@ -33,6 +33,7 @@ from chatlm.common.messages.requests import ModelSource
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.hub.local import Progress
+    from chatlm.common.hub.nanochat import Checkpoint
 
 
 SUPPORTED_MODELS = (
@@ -77,9 +78,9 @@ def find_default(settings: Settings, progress: Progress) -> ModelSource:
     if (found := own_model()) and not explicit_choice(settings):
         path, name = found
         return ModelSource("gguf", path, name, f"the model {name} in {path}")
-    place = nanochat_place()
-    if explicit_choice(settings) or named_experiment() or find_checkpoints(place):
-        return choose_checkpoint(place, settings)
+    place, checkpoints = own_checkpoints()
+    if explicit_choice(settings) or named_experiment() or checkpoints:
+        return choose_checkpoint(place, checkpoints, settings)
     if named_by := next(filter(os.environ.get, PLACES), ""):
         lack = f"{named_by} is set, and there is no nanochat checkpoint in {place}"
         if settings.command != "serve":  # an answer of another model would be taken for the own one's
@@ -93,16 +94,17 @@ def find_default(settings: Settings, progress: Progress) -> ModelSource:
 PLACES = "NANOCHAT_EXPERIMENTS_DIR", "NANOCHAT_BASE_DIR"  # nanochat's own variables that name a folder
 
 
-def nanochat_place() -> Path:
-    """The folder in which this user's nanochat keeps checkpoints: that of all experiments where one is named
-    and has any, else its base folder."""
+def own_checkpoints() -> tuple[Path, list[Checkpoint]]:
+    """The folder in which this user's nanochat keeps checkpoints, with these: that of all experiments where
+    one is named and has any, else its base folder."""
     for variable in PLACES:
         if (named := os.environ.get(variable)) and not Path(named).is_dir():
             raise ConfigError(f"{variable} is {named}, which is not a folder")
     experiments = os.environ.get("NANOCHAT_EXPERIMENTS_DIR")
-    if experiments and find_checkpoints(Path(experiments)):
-        return Path(experiments)
-    return nanochat_base()
+    if experiments and (found := find_checkpoints(Path(experiments))):
+        return Path(experiments), found
+    base = nanochat_base()
+    return base, find_checkpoints(base)
 
 
 def find_model(model: str, settings: Settings, progress: Progress = no_progress) -> ModelSource:
@@ -117,11 +119,11 @@ def find_model(model: str, settings: Settings, progress: Progress = no_progress)
     if (step := step_of(named_path.name)) is not None:  # not by `path`: in the hub's cache it is a link
         if settings.step not in (None, step):
             raise ConfigError(f"-s {settings.step}: MODEL is the checkpoint of step {step}")
-        place = place_among(named_path.parent, path.parent)
-        return choose_checkpoint(place or named_path.parent, replace(settings, step=step))
+        return choose_checkpoint(*place_among(named_path.parent, path.parent), replace(settings, step=step))
     if path.is_dir():
-        if place := place_among(named_path, path):
-            return choose_checkpoint(place, settings)
+        place, checkpoints = place_among(named_path, path)
+        if checkpoints:
+            return choose_checkpoint(place, checkpoints, settings)
         if (path / "config.json").exists() and any(path.glob("*.safetensors*")):
             refuse_choice(settings, f"{path} is a Hugging Face folder")
             return ModelSource("hf", path, path.name, f"Hugging Face folder {path}")

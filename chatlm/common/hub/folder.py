@@ -17,7 +17,7 @@ from chatlm.common.errors import require_folder
 from chatlm.common.hub.huggingface import SPLIT_GGUF
 from chatlm.common.hub.nanochat import checkpoints_in, step_of
 from chatlm.common.hub.stamps import Sighting, files_of, stamp_of
-from chatlm.common.hub.trainers import NANOGPT_FILE, foreign, is_build_nanogpt, is_litgpt
+from chatlm.common.hub.trainers import NANOGPT_FILE, foreign, is_build_nanogpt, is_hugging_face, is_litgpt
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
@@ -146,10 +146,6 @@ def folders_below(folder: Path, links: int = MOST_LINKS, depth: int = 1000,
                 there, left = identity(folders[entry.name]), links - entry.is_symlink()
                 if there not in above and left >= 0:
                     waiting.append((path / entry.name, there, above, left, depth - 1))
-
-
-def is_hugging_face(names: Seq[str]) -> bool:
-    return "config.json" in names and any(name.endswith(".safetensors") for name in names)
 
 
 def identity(status: os.stat_result) -> tuple[int, int]:

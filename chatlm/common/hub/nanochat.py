@@ -16,9 +16,9 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Collection, Iterator, Sequence as Seq
+from collections.abc import Collection, Iterator, Mapping, Sequence as Seq
 from pathlib import Path
-from typing import NamedTuple, TYPE_CHECKING
+from typing import Any, NamedTuple, TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError
 from chatlm.common.files import parse_json, read_small
@@ -97,18 +97,37 @@ def place_of(folder: Path, names: Collection[str]) -> Place | None:
         return Place(STAGE_FOLDERS[parent.name], folder.name)
     if folder.name in STAGES and parent.parent.name and not any(map(Path.exists, own_tokenizers(folder))):
         return Place(folder.name, parent.name, parent.parent.name)
-    metas = [meta for name in sorted(names)
-             if step_of(name) is not None and (meta := meta_of(folder / name)).name in names]
-    return Place(stage_by_meta(metas[0]), folder.name, alone=True) if metas else None
+    models = [folder / name for name in sorted(names)
+              if step_of(name) is not None and meta_of(folder / name).name in names]
+    if not models:
+        return None
+    stage = "base" if is_told_a_depth(read_meta(models[0])) else "chat"
+    return Place(stage, folder.name, alone=True)
 
 
-def stage_by_meta(meta: Path) -> str:
-    """The stage of weights whose folder does not say it: only base training is told a depth."""
+def read_meta(model: Path) -> dict[str, Any]:
+    """The object in the meta file of a checkpoint; {} if there is none."""
+    return object_in(meta_of(model))
+
+
+def object_in(path: Path) -> dict[str, Any]:
+    """The object in a small JSON file; {} if there is none, or it cannot be read."""
     try:
-        stated = parse_json(meta, read_small(meta))["user_config"]
-        return "base" if "depth" in stated else "chat"
-    except (ConfigError, OSError, ValueError, KeyError, TypeError):
-        return "chat"
+        found = parse_json(path, read_small(path))
+    except (ConfigError, OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def part_of(meta: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """An object in a meta file; {} if it is none."""
+    value = meta.get(name)
+    return value if isinstance(value, dict) else {}
+
+
+def is_told_a_depth(meta: Mapping[str, Any]) -> bool:
+    """Is it of base training? No other stage is told how deep the model is."""
+    return "depth" in part_of(meta, "user_config")
 
 
 def checkpoints_in(folder: Path, names: Collection[str]) -> list[Checkpoint]:
@@ -169,12 +188,13 @@ def find_checkpoints(folder: Path) -> list[Checkpoint]:
         STAGES.index(each.place.stage), each.place.tag_with_experiment, each.step))
 
 
-def place_among(named: Path, target: Path) -> Path | None:
+def place_among(named: Path, target: Path) -> tuple[Path, list[Checkpoint]]:
     """Of a folder's path as it was given and the one that links lead to, that which tells more of its
-    checkpoints; None without any."""
+    checkpoints, with these."""
     found = {folder: find_checkpoints(folder) for folder in (named, target)}
-    found = {folder: checkpoints for folder, checkpoints in found.items() if checkpoints}
-    return min(found, key=lambda folder: found[folder][0].place.alone, default=None)
+    place = min((folder for folder in found if found[folder]),
+                key=lambda folder: found[folder][0].place.alone, default=named)
+    return place, found[place]
 
 
 def folders_of_steps(folder: Path) -> Iterator[Path]:
@@ -253,10 +273,9 @@ def explicit_choice(settings: Settings) -> str:
     return " ".join(f"{flag} {value}" for flag, value in flags.items() if value is not None)
 
 
-def choose_checkpoint(where: Path, settings: Settings) -> ModelSource:
-    """The checkpoint that -i, -g and -s mean. What they leave open becomes the experiment that upstream would
-    take, the best stage for a chat, the largest tag and the last step."""
-    found = find_checkpoints(where)
+def choose_checkpoint(where: Path, found: Seq[Checkpoint], settings: Settings) -> ModelSource:
+    """Of those found in a folder the checkpoint that -i, -g and -s mean. What they leave open becomes the
+    experiment that upstream would take, the best stage for a chat, the largest tag and the last step."""
     chosen = of_named_experiment(where, found)
     chosen = [each for each in chosen if is_wanted(each.place, settings)]
     if chosen:
@@ -364,17 +383,18 @@ def shard_folders(base: Path) -> list[Path]:
     last is for validation. A data set that NANOCHAT_DATASET names is never another one."""
     if named := os.environ.get("NANOCHAT_DATASET"):
         return [base / "datasets" / named]
-    experiment = base / "experiments" / (named_experiment() or UNNAMED)
+    return shard_folders_of(base / "experiments" / (named_experiment() or UNNAMED))
+
+
+def shard_folders_of(experiment: Path) -> list[Path]:
+    """Where the texts of an experiment may lie."""
+    base = experiment.parent.parent
     return [*datasets_of(experiment), base / "base_data_climbmix", base / "base_data"]
 
 
 def stated_dataset(experiment: Path) -> str:
     """The data set's name in an experiment's meta.json; "" without one."""
-    path = experiment / "meta.json"
-    try:
-        name = parse_json(path, read_small(path))["dataset"]
-    except (ConfigError, OSError, ValueError, KeyError, TypeError):
-        return ""
+    name = object_in(experiment / "meta.json").get("dataset")
     return name if isinstance(name, str) and Path(name).name == name != ".." else ""
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence as Seq
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,15 @@ from chatlm.common.files import read_small
 
 BUFFERED, TOGETHER = 1000, 128  # documents to choose from; encoded at once
 MOST_GROUP_BYTES = 1 << 30      # a row group, which is read as a whole; upstream's have some megabytes
+
+
+def last_shard(folder: Path) -> Path | None:
+    """The shard of a data set that nanochat does not train on; None without any."""
+    try:
+        names = [name for name in os.listdir(folder) if name.endswith(".parquet")]
+    except OSError:
+        return None
+    return folder / max(names) if names else None
 
 
 def documents_of(path: Path) -> Iterator[list[str]]:

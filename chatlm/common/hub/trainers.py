@@ -258,11 +258,14 @@ def build_nanogpt_steps(folder: Path) -> dict[int, Path]:
     return dict(sorted(steps.items()))
 
 
+def is_hugging_face(names: Collection[str]) -> bool:
+    return "config.json" in names and any(name.endswith(".safetensors") for name in names)
+
+
 def is_litgpt(names: Collection[str]) -> bool:
     """Is a folder of these files one of litgpt? Where the Hugging Face files that it was made from still lie
     beside, they are the same model, and count."""
-    is_hugging_face = "config.json" in names and any(name.endswith(".safetensors") for name in names)
-    return LITGPT_FILE in names and LITGPT_CONFIG in names and not is_hugging_face
+    return LITGPT_FILE in names and LITGPT_CONFIG in names and not is_hugging_face(names)
 
 
 def is_litgpt_folder(folder: Path) -> bool:

@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.find import nanochat_base
-from chatlm.common.hub.nanochat import checkpoint_at, datasets_of, shard_folders, stated_dataset
-from chatlm.common.hub.shards import packed_rows
-from chatlm.common.hub.written import part_of, read_meta, written_beside
+from chatlm.common.hub.nanochat import (
+    checkpoint_at, part_of, read_meta, shard_folders, shard_folders_of, stated_dataset)
+from chatlm.common.hub.shards import last_shard, packed_rows
+from chatlm.common.hub.written import written_in
 
 MOST_TARGETS = 1 << 17    # tokens that are scored for a comparison, unless LEAST_ROWS have more
 LEAST_ROWS = 8            # of fewer rows, which are not all, the spread says nothing
@@ -91,7 +92,8 @@ def evaluation_of(model: Path) -> Evaluation | None:
     checkpoint = checkpoint_at(model)
     if checkpoint is None or checkpoint.place.stage != "base":
         return None
-    written, meta = written_beside(model), read_meta(model)
+    meta = read_meta(model)
+    written = written_in(meta, checkpoint.step)
     val_bpb = written.metrics.get("val_bpb", 0.0)
     if written.stale or val_bpb <= 0:
         return None
@@ -136,22 +138,13 @@ def validation_shards(model: Path) -> list[Path]:
         return []
     if checkpoint.place.experiment:
         home = checkpoint.tag_folder.parent
-        base = home.parent.parent
-        folders = [*datasets_of(home), base / "base_data_climbmix", base / "base_data"]
+        folders = shard_folders_of(home)
         if name := stated_dataset(home):
             folders = [folder for folder in folders if folder.name == name]
     else:
         known = is_of_known_texts(model)
         folders = shard_folders(checkpoint.tag_folder.parent.parent if known else nanochat_base())
-    found = []
-    for folder in folders:
-        try:
-            shards = sorted(name for name in os.listdir(folder) if name.endswith(".parquet"))
-        except OSError:
-            continue
-        if shards and (folder / shards[-1]).is_file():
-            found.append(folder / shards[-1])
-    return found
+    return [shard for folder in folders if (shard := last_shard(folder)) and shard.is_file()]
 
 
 def chosen_rows(evaluation: Evaluation, shard: Path,

@@ -12,9 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
-from chatlm.common.errors import ConfigError
-from chatlm.common.files import parse_json, read_small
-from chatlm.common.hub.nanochat import checkpoint_at, meta_of, step_of
+from chatlm.common.hub.nanochat import (
+    checkpoint_at, is_told_a_depth, part_of, read_meta, step_of)
 
 SMOOTHING = 0.9       # of the average that training keeps of its loss
 TAIL_BYTES = 8 << 20  # of a log that are read: its end
@@ -39,9 +38,11 @@ class Written(NamedTuple):
 def written_beside(model: Path) -> Written:
     """What the meta file of `model_<step>.pt` says of it. Nothing of other files."""
     step = step_of(model.name)
-    meta = read_meta(model) if step is not None else {}
-    if not meta or step is None:
-        return Written({})
+    return Written({}) if step is None else written_in(read_meta(model), step)
+
+
+def written_in(meta: Mapping[str, Any], step: int) -> Written:
+    """What the object in the meta file of a step says of it."""
     loop = part_of(meta, "loop_state")
     found: dict[str, Any] = {"val_bpb": meta.get("val_bpb"), "min_val_bpb": loop.get("min_val_bpb"),
                              "total_training_time": loop.get("total_training_time"),
@@ -51,22 +52,6 @@ def written_beside(model: Path) -> Written:
         found["tokens"] = batch * step
     metrics = {name: value for name, value in found.items() if is_number(value)}
     return Written(metrics, ("val_bpb",) if "val_bpb" in metrics and is_stale(meta, step) else ())
-
-
-def read_meta(model: Path) -> dict[str, Any]:
-    """The object in the meta file of a checkpoint; {} if there is none."""
-    path = meta_of(model)
-    try:
-        meta = parse_json(path, read_small(path))
-    except (ConfigError, OSError, ValueError):
-        return {}
-    return meta if isinstance(meta, dict) else {}
-
-
-def part_of(meta: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """An object in a meta file; {} if it is none."""
-    value = meta.get(name)
-    return value if isinstance(value, dict) else {}
 
 
 def unbiased(average: Any, step: int) -> float | None:
@@ -86,7 +71,7 @@ def is_stale(meta: Mapping[str, Any], step: int) -> bool:
         return False
     in_turn = type(save_every) is int and save_every > 0 and step % save_every == 0
     is_last = not in_turn or config.get("num_iterations") == step
-    return not is_last or eval_every <= 0 and "depth" in config  # only base training is told a depth
+    return not is_last or eval_every <= 0 and is_told_a_depth(meta)
 
 
 def is_number(value: Any) -> TypeGuard[float]:

@@ -19,7 +19,7 @@ from chatlm.common.files import check_regular, read_small
 from chatlm.common.hub.find import nanochat_base
 from chatlm.common.hub.local import sha256_of
 from chatlm.common.hub.nanochat import shard_folders
-from chatlm.common.hub.shards import BUFFERED, Packer, documents_of
+from chatlm.common.hub.shards import BUFFERED, Packer, documents_of, last_shard
 from chatlm.front.aio import all_of
 
 if TYPE_CHECKING:
@@ -83,9 +83,8 @@ def read_texts(path: str | None) -> Texts:
 def validation_shard() -> Path:
     """The last shard, which nanochat does not train on."""
     folders = shard_folders(nanochat_base())
-    for folder in folders:
-        if shards := sorted(folder.glob("*.parquet")):
-            return shards[-1]
+    if shard := next(filter(None, map(last_shard, folders)), None):
+        return shard
     raise ConfigError(f"--suite bpb: no shard is in {', '.join(map(str, folders))}; in nanochat's checkout, "
                       f"`{FETCHES}` fetches it, or --text FILE names other texts")
 
