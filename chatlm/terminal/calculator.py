@@ -33,7 +33,9 @@ class MarkedText:
     """An answer's text with its calls in it, as both arrive: a space separates them from what is beside."""
 
     def __init__(self, mark: Callable[[str], str] = bracketed, before: str = ""):
-        self.mark, self.last, self.follows = mark, before[-1:], False  # follows: was a call the last thing?
+        self.mark = mark
+        self.last = before[-1:]  # character that was shown
+        self.follows = False     # was a call the last thing?
 
     def push(self, delta: Delta) -> str:
         """What to show of a delta."""
@@ -53,7 +55,8 @@ def split_at_calls(text: str, calls: Iterable[Mapping], begin: int = 0) -> list[
     deltas = list[Delta]()
     for call in calls:
         place = min(max(call["start"] - begin, 0), len(text))
-        before, text, begin = text[:place], text[place:], begin + place
+        before, text = text[:place], text[place:]
+        begin += place
         others = {name: value for name, value in call.items() if name != "start"}
         deltas += [Delta("text", before)] * bool(before) + [Delta("calculator", json.dumps(others))]
     return deltas + [Delta("text", text)] * bool(text)
@@ -74,8 +77,10 @@ def calls_of_file(sent, text: str) -> list[dict]:
 
 def calls_of_event(sent) -> list[dict]:
     """The calls in an event of a server; of something else, none."""
+    if isinstance(sent, dict):  # the native API sends one
+        sent = [sent]
     calls = list[dict]()
-    for call in [sent] if isinstance(sent, dict) else sent if isinstance(sent, list) else ():
+    for call in sent if isinstance(sent, list) else ():
         if isinstance(call, dict) and type(call.get("start")) is int:
             try:
                 calls.append({"start": call["start"], **what_was_called(call, "calculator")})

@@ -66,11 +66,12 @@ def without_unfinished(message: Message) -> Message:
 
 def said_tokens(tokenizer: Tokenizer, message: Message) -> list[int]:
     """The tokens of the assistant's message, those of its calls too."""
-    more, content, tokens, begin = message.more or {}, message.content, list[int](), 0
+    content = message.content
     if tokenizer.tool_tokens is None:
         return tokenizer.encode(content)
-    if more.get("special_tokens"):
+    if (message.more or {}).get("special_tokens"):
         return named_tokens(tokenizer, content)
+    tokens, begin = list[int](), 0
     for call in calculations_of(message):
         tokens += tokenizer.encode(content[begin:call["start"]])
         tokens += call_tokens(tokenizer, call)

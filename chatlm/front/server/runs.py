@@ -128,17 +128,17 @@ class RunRoutes:
     def __init__(self, catalogue: Catalogue):
         self.catalogue = catalogue
 
-    def _seen(self) -> tuple[list[Served], list[dict]]:
+    def _steps(self) -> tuple[list[Served], list[dict]]:
         """The models that the client's key may see, and steps whose files are gone."""
         bound = REQUEST_LOG.get().bound
         return self.catalogue.registry.listed(bound), self.catalogue.removed_steps(bound)
 
     async def handle_list(self, http: web.Request) -> web.Response:
-        return json_response(list_of_runs(*self._seen()))
+        return json_response(list_of_runs(*self._steps()))
 
     async def handle_run(self, http: web.Request) -> web.Response:
         """With `before` and `after`, steps that --watch-suite has judged, also the items that differ."""
-        tag, (seen, removed) = http.match_info["tag"], self._seen()
+        tag, (seen, removed) = http.match_info["tag"], self._steps()
         body = run_body(tag, seen, removed)
         if "before" in http.query or "after" in http.query:
             from chatlm.front.evals.flips import flips
