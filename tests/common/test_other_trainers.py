@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,7 @@ from chatlm.common.hub.stamps import files_of, refuse_changed
 from chatlm.common.hub.steps import find_steps
 from chatlm.common.hub.trainers import llama2c_bytes, names_in
 from real_server import get, post, server
-from tiny_nanogpt import ARGS, random_state, write, write_meta
+from tiny_nanogpt import ARGS, random_state, save_build, write, write_meta
 from tiny_training import CONFIG, Model, save as save_nanochat
 
 def write_checkpoint(base, step):
@@ -34,27 +33,10 @@ ROOT = Path(__file__).parents[2]
 TENSORS = {"embed.weight": torch.zeros(2, 3)}
 
 
-@dataclass
-class GPTConfig:
-    block_size: int = 512
-    vocab_size: int = 60
-    n_layer: int = 3
-    n_head: int = 2
-    n_embd: int = 64
-
-
-GPTConfig.__module__ = "__main__"       # as in train_gpt2.py, which is run as a script
-
-
 def save(path, content, **options):
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(content, path, **options)
     return path
-
-
-def save_build(path, step, monkeypatch, **changes):
-    monkeypatch.setattr(sys.modules["__main__"], "GPTConfig", GPTConfig, raising=False)
-    return save(path, {"model": random_state(ARGS), "config": GPTConfig(), "step": step, "val_loss": 3.2} | changes)
 
 
 def save_bytes(path, *numbers, begin=b"", size=0):
@@ -190,7 +172,7 @@ def test_files_beside_a_served_model_are_no_trouble(tmp_path):
 
 def test_build_nanogpts_file_its_folder_and_a_step_open(tmp_path, monkeypatch):
     log = tmp_path / "build-nanogpt" / "log"
-    files = {step: save_build(log / f"model_{step:05d}.pt", step, monkeypatch) for step in (5000, 15000, 19072)}
+    files = {step: save_build(log / f"model_{step:05d}.pt", monkeypatch, step=step) for step in (5000, 15000, 19072)}
     write_meta(log / "meta.pkl")
     for model, changes, step, others in ((files[5000], {}, 5000, ""), (files[5000], {"step": 5000}, 5000, ""), (log, {}, 19072, "also available (-s): 5000, 15000"),
                                          (log, {"step": 15000}, 15000, "also available (-s): 5000, 19072")):
@@ -211,13 +193,13 @@ def test_build_nanogpts_file_its_folder_and_a_step_open(tmp_path, monkeypatch):
 
 
 def test_step_0_is_a_step(tmp_path, monkeypatch):
-    path = save_build(tmp_path / "model_00000.pt", 0, monkeypatch)
+    path = save_build(tmp_path / "model_00000.pt", monkeypatch, step=0)
     assert resolve_model(Settings(model=str(tmp_path), step=0)).path == path == resolve_model(Settings(model=str(tmp_path))).path
     assert [step.step for step in find_steps(tmp_path)] == [0] == [each.step for each in find_models(tmp_path)]
 
 
 def test_a_file_with_another_protocol_of_pickle_opens_too(tmp_path, monkeypatch):
-    path = save_build(tmp_path / "model_00100.pt", 100, monkeypatch)
+    path = save_build(tmp_path / "model_00100.pt", monkeypatch, step=100)
     state = torch.load(path, weights_only=False)
     torch.save(state, path, pickle_protocol=4)
     assert resolve_model(Settings(model=str(path))).kind == "nanogpt"
@@ -259,7 +241,7 @@ def test_a_nanochat_file_with_the_same_name_stays_nanochats(tmp_path):
 
 
 def test_a_file_that_is_being_written_is_no_model_yet(tmp_path, monkeypatch):
-    path = save_build(tmp_path / "log/model_00100.pt", 100, monkeypatch)
+    path = save_build(tmp_path / "log/model_00100.pt", monkeypatch, step=100)
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
     assert find_steps(tmp_path) == [] == find_models(tmp_path)
@@ -271,7 +253,7 @@ def test_a_file_that_is_being_written_is_no_model_yet(tmp_path, monkeypatch):
 
 def test_a_server_of_a_folder_serves_what_opens_and_logs_the_rest_once(tmp_path, monkeypatch):
     bad = FILES["modded"][0](tmp_path / "models" / "run")
-    save_build(tmp_path / "models/run/log/model_00250.pt", 250, monkeypatch)
+    save_build(tmp_path / "models/run/log/model_00250.pt", monkeypatch, step=250)
     write_meta(tmp_path / "models/run/log/meta.pkl")
     lines = []
     with server("--models", tmp_path / "models", "--dtype", "float32", log=lines) as (_, url):

@@ -1,6 +1,8 @@
-"""Tiny random checkpoints as nanoGPT's train.py writes them (github.com/karpathy/nanoGPT)."""
+"""Tiny random checkpoints as nanoGPT's train.py (github.com/karpathy/nanoGPT) and build-nanogpt's train_gpt2.py write them."""
 
 import pickle
+import sys
+from dataclasses import dataclass
 
 import torch
 
@@ -46,3 +48,25 @@ def write_meta(path, characters=CHARACTERS):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(pickle.dumps({"vocab_size": len(characters), "itos": dict(enumerate(characters)),
                                    "stoi": {character: i for i, character in enumerate(characters)}}))
+
+
+@dataclass
+class GPTConfig:
+    """The sizes of a model in build-nanogpt's train_gpt2.py."""
+
+    block_size: int = 512
+    vocab_size: int = 60
+    n_layer: int = 3
+    n_head: int = 2
+    n_embd: int = 64
+
+
+GPTConfig.__module__ = "__main__"       # train_gpt2.py is run as a script
+
+
+def save_build(path, monkeypatch, state=None, step=5000, **sizes):
+    """A checkpoint as build-nanogpt's train_gpt2.py saves it, its sizes an object of a class of the script."""
+    monkeypatch.setattr(sys.modules["__main__"], "GPTConfig", GPTConfig, raising=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"model": state or random_state(ARGS), "config": GPTConfig(**sizes), "step": step, "val_loss": 3.2}, path)
+    return path

@@ -1,6 +1,5 @@
 """--watch compares the loss that training wrote with its own before anything is evaluated, and says so where they differ."""
 
-import asyncio
 import json
 import logging
 import os
@@ -9,16 +8,13 @@ import shutil
 import pytest
 
 from bundles import write_bundle
-from chatlm.common.config import Settings
 from chatlm.front.evals.scores import PoolScorer
-from chatlm.front.pool.many import ManyModels
 from chatlm.front.pool.watch import RunWatch
 from fake_pool import serving
-from forked import DYING
 from trained_base import VAL_BPB, write_base
+from watched import until, watching  # noqa: F401
 
 pytest.importorskip("pyarrow")
-TINY = {"dtype": "float32", "kv_cache_memory": 4 << 20, "max_batch": 8, "nice": 0}
 
 
 @pytest.fixture
@@ -26,20 +22,6 @@ def base(tmp_path, monkeypatch):
     monkeypatch.setattr(RunWatch, "WATCH_S", 0.1)
     monkeypatch.delenv("NANOCHAT_DATASET", raising=False)
     return tmp_path / "base"
-
-
-@pytest.fixture
-def watching(started):
-    async def start(folder, **changes):
-        return await started(ManyModels(Settings(**TINY | {"watch": str(folder)} | changes), DYING))
-
-    return start
-
-
-async def until(condition):
-    async with asyncio.timeout(60):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 def copied(model, step, **changes):

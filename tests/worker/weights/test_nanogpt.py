@@ -4,7 +4,6 @@ import json
 import pickle
 import sys
 import urllib.error
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 
@@ -20,7 +19,7 @@ from chatlm.common.messages.requests import Message
 from chatlm.common.text.load import open_tokenizer
 from families import answers, check, kernels_of, load, transformer
 from real_server import ask, get, post, server
-from tiny_nanogpt import ARGS, CHARACTERS, random_state, write, write_meta
+from tiny_nanogpt import ARGS, CHARACTERS, random_state, save_build, write, write_meta
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -62,27 +61,10 @@ def test_a_checkpoint_computes_nanogpts_formula(bias, prefix, sizes, backend, tm
     check(answers(transformer(model, kernels_of(backend, model.spec)), cases, count=32), cases, count=32)
 
 
-def save_build(path, state, monkeypatch, **changes):
-    """A checkpoint as build-nanogpt's train_gpt2.py saves it, its sizes an object of a class of the script."""
-    @dataclass
-    class GPTConfig:
-        block_size: int = 512
-        vocab_size: int = 60
-        n_layer: int = 3
-        n_head: int = 2
-        n_embd: int = 64
-
-    GPTConfig.__module__, GPTConfig.__qualname__ = "__main__", "GPTConfig"
-    monkeypatch.setattr(sys.modules["__main__"], "GPTConfig", GPTConfig, raising=False)
-    path.parent.mkdir(exist_ok=True)
-    torch.save({"model": state, "config": GPTConfig(**changes), "step": 5000, "val_loss": 3.2}, path)
-    return path
-
-
 @pytest.mark.parametrize("backend", ["reference", pytest.param("decode_core", marks=pytest.mark.skipif(decode_core() is None, reason="not built"))])
 def test_build_nanogpts_checkpoint_computes_its_formula(backend, tmp_path, monkeypatch):
     state = random_state(ARGS)
-    path = save_build(tmp_path / "log" / "model_05000.pt", state, monkeypatch)
+    path = save_build(tmp_path / "log" / "model_05000.pt", monkeypatch, state)
     with pytest.raises(ConfigError, match="the tokenizer of .*model_05000.pt is missing"):
         load(path)
     write_meta(path.with_name("meta.pkl"))
@@ -93,7 +75,7 @@ def test_build_nanogpts_checkpoint_computes_its_formula(backend, tmp_path, monke
 
 def test_build_nanogpts_padded_vocabulary_needs_gpt2s_tokenizer(tmp_path, monkeypatch):
     sizes = {"vocab_size": 50_304, "n_embd": 16, "n_layer": 1, "block_size": 16}
-    path = save_build(tmp_path / "log" / "model_00250.pt", random_state(ARGS | sizes), monkeypatch, **sizes)
+    path = save_build(tmp_path / "log" / "model_00250.pt", monkeypatch, random_state(ARGS | sizes), **sizes)
     with pytest.raises(ConfigError, match="log needs GPT-2's tokenizer.json, or its vocab.json and merges.txt"):
         load(path)
     write_bpe(path.parent)
@@ -104,7 +86,7 @@ def test_build_nanogpts_padded_vocabulary_needs_gpt2s_tokenizer(tmp_path, monkey
     (dict(n_embd=66), "config.n_embd is 66; it must be a multiple of 4"), (dict(n_layer=[3]), 'config.n_layer is "list"; it must be an integer'),
     (dict(block_size=Fraction(3)), 'config.block_size is "StandIn"; it must be an integer'), (dict(n_layer=4), "missing transformer.h.3.ln_1.weight")])
 def test_what_is_wrong_with_build_nanogpts_sizes_is_named(changes, words, tmp_path, monkeypatch):
-    path = save_build(tmp_path / "log" / "model_00250.pt", random_state(ARGS), monkeypatch, **changes)
+    path = save_build(tmp_path / "log" / "model_00250.pt", monkeypatch, **changes)
     write_meta(path.with_name("meta.pkl"))
     with pytest.raises(ConfigError, match=words) as caught:
         load(path)
