@@ -195,7 +195,7 @@ def keep_prefixes(engine: Engine, config: WorkerConfig, files: list[Path], finge
                          config.source.name if config.source else "")
     except OSError as error:
         return log.warning("prefixes are not kept: %s", error)
-    engine.keep(keeper := Keeper(engine.pool, engine.transformer, kept))
+    engine.keep(keeper := Keeper(engine.pool, engine.transformer, kept, engine.times))
     keeper.begin(lambda: profile_of(whole_digest(files, fingerprint, store),
                                     arithmetic_of(engine.transformer, settings)), patience_s=2.0)
 

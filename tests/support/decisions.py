@@ -75,13 +75,13 @@ class Traffic:
         """What the engine gives its scheduler."""
         scheduler, dice = self.scheduler, self.dice
         if self.drafts:
-            scheduler.drafting = Drafting([])
+            scheduler.drafting = Drafting([], scheduler.times)
             for rows in range(1, dice.randrange(2, 40)):
-                scheduler.drafting.times.note(rows, 1 + dice.choice([0.0, 0.004, 0.03, 0.2]) * rows)
-                scheduler.drafting.host_times.note(rows, 1.5 + 0.01 * rows)
+                scheduler.times.rows.note(rows, 1 + dice.choice([0.0, 0.004, 0.03, 0.2]) * rows)
+                scheduler.times.host_rows.note(rows, 1.5 + 0.01 * rows)
         if awaits:
             scheduler.keeper = SimpleNamespace(awaits=awaits, restorations=[])
-        scheduler.token_s = dice.choice([0.0, 0.0001, 0.002, 0.05])
+        scheduler.times.token_s = dice.choice([0.0, 0.0001, 0.002, 0.05])
         scheduler.lane.ahead, scheduler.lane.recorded = dice.random() < 0.5, dice.random() < 0.3
         scheduler.lane.TRIAL = 7
         self.word = SimpleNamespace(others_write=False)

@@ -7,7 +7,8 @@ import time
 from collections.abc import Mapping, Sequence as Seq
 from typing import NamedTuple, Protocol, TYPE_CHECKING
 
-from chatlm.worker.engine.drafts import NO_DRAFT, Draft, StepTimes
+from chatlm.worker.engine.drafts import NO_DRAFT, Draft
+from chatlm.worker.engine.times import StepTimes
 
 if TYPE_CHECKING:
     import numpy

@@ -11,6 +11,7 @@ from chatlm.common.messages.requests import Usage
 from chatlm.worker.engine.background import BackgroundLane, in_background
 from chatlm.worker.engine.kvcache import PagePool, PageTables
 from chatlm.worker.engine.sequence import Chunk, Sequence, is_uncached
+from chatlm.worker.engine.times import Times
 
 if TYPE_CHECKING:
     from chatlm.worker.engine.drafts import Drafting
@@ -34,7 +35,7 @@ class Scheduler:
     as hardly lengthen it (`BackgroundLane`). So there may be more running sequences than rows."""
 
     def __init__(self, pool: PagePool, *, max_batch: int, prefill_chunk: int, max_rows: int | None = None,
-                 stages: int = 1, exact_rows: bool = True, of_texts: bool = False):
+                 stages: int = 1, exact_rows: bool = True, of_texts: bool = False, times: Times | None = None):
         self.pool, self.max_batch, self.prefill_chunk = pool, max_batch, prefill_chunk
         self.of_texts = of_texts               # is each prompt a text that must be computed in one step?
         self.tables = PageTables(pool)
@@ -46,7 +47,7 @@ class Scheduler:
         self.running: list[Sequence] = []      # in order of admission
         self.preemptions = 0
         self.texts_s = 0.0                     # when a step last embedded texts
-        self.token_s = 0.0                     # measured seconds per prompt token; 0: not yet
+        self.times = times or Times()
         self.keeper: Keeper | None = None
         self.drafting: Drafting | None = None
         self.lane = BackgroundLane()
@@ -96,7 +97,9 @@ class Scheduler:
             plan.append(Chunk(sequence, 1, 1 + len(draft), draft))
             room -= len(draft)
         if prefilling:
-            most = self.prefill_chunk if beside else self.lane.prompt_tokens(self, background, len(plan))
+            most = self.prefill_chunk
+            if background and not beside:  # nobody waits for the step
+                most = self.lane.prompt_tokens(self.times, len(plan), most)
             plan += self._share_prefill(prefilling, self.max_rows - sum(chunk.draws for chunk in plan), most)
         return prepared(self.tables, [*plan, *self._plan_beside(plan, beside)])
 
@@ -104,11 +107,11 @@ class Scheduler:
         """Chunks of background sequences that hardly lengthen a step with a plan of interactive ones: a token
         of each in order of admission, then pieces of prompts."""
         rows, drafted = sum(chunk.draws for chunk in plan), any(chunk.draft for chunk in plan)
-        if self.stages > 1 or not self.drafting or not background or not plan:
+        if self.stages > 1 or not background or not plan:
             return []
         # drafts are checked only in steps of few rows if rows are not exact, and without prompts
         most = (self.draft_rows if drafted and not self.exact_rows else self.max_rows) - rows
-        times = self.drafting.host_times if any(chunk.on_host for chunk in plan) else self.drafting.times
+        times = self.times.of(any(chunk.on_host for chunk in plan))
         tokens = sum(chunk.count + len(chunk.draft) for chunk in plan)
         room = self.lane.room_beside(times, tokens, max(min(most, self.max_batch), 0))
         chunks, pieces = list[Chunk](), list[Sequence]()
@@ -131,8 +134,8 @@ class Scheduler:
         waiting = [sequence for sequence in lane if sequence.pooling and sequence.prefilling]
         left = self.prefill_chunk
         if answers:
-            left = min(left, max(self.pool.page_size, int(TEXT_STEP_S / (self.token_s or TEXT_STEP_S))))
-        rest_s = max(TEXTS_S, TEXTS_S / TEXT_STEP_S * left * self.token_s)
+            left = min(left, max(self.pool.page_size, int(TEXT_STEP_S / (self.times.token_s or TEXT_STEP_S))))
+        rest_s = max(TEXTS_S, TEXTS_S / TEXT_STEP_S * left * self.times.token_s)
         if not waiting or answers and time.monotonic() - self.texts_s < rest_s:
             return None
         self.texts_s, chunks = time.monotonic(), []

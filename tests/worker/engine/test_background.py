@@ -12,12 +12,13 @@ import torch
 from chatlm.common import answering
 from chatlm.common.messages.requests import Piece, SamplingParams
 from chatlm.worker.engine.background import BackgroundLane
-from chatlm.worker.engine.drafts import Drafting, StepTimes
+from chatlm.worker.engine.drafts import Drafting
 from chatlm.worker.engine.integrity import check_integrity, scheduler_faults
 from chatlm.worker.engine.kvcache import PagePool
 from chatlm.worker.engine.scheduler import Scheduler
 from chatlm.worker.engine.sequence import Sequence
 from chatlm.worker.engine.states import StatePool
+from chatlm.worker.engine.times import StepTimes, Times
 from chatlm.worker.process import share_word
 from engines import make_engine
 from families import make_model, save
@@ -36,8 +37,7 @@ def times_of(*seconds):
 
 def scheduler(*seconds, num_pages=64, max_batch=4, prefill_chunk=64):
     made = Scheduler(PagePool(num_pages), max_batch=max_batch, prefill_chunk=prefill_chunk)
-    made.drafting = Drafting([])
-    made.drafting.times = times_of(*seconds)
+    made.times.rows = times_of(*seconds)
     return made
 
 
@@ -75,13 +75,14 @@ def test_a_number_of_rows_that_once_was_slow_is_tried_again_seldom():
 
 def test_background_prompts_have_short_steps_and_none_beside_what_would_be_longer():
     lane = BackgroundLane()
-    drafting = SimpleNamespace(times=times_of(0.02, 0.025))
-    asking = [SimpleNamespace(prefill_chunk=512, token_s=token_s, drafting=drafting) for token_s in (0.0, 0.0001, 0.001, 0.1)]
-    assert [lane.prompt_tokens(each, ["low"], 0) for each in asking] == [512, 512, 150, 64]
-    assert [lane.prompt_tokens(each, ["low"], 2) for each in asking] == [512, 512, 125, 64]
-    assert lane.prompt_tokens(asking[-1], [], 2) == 512
+    times = Times()
+    times.rows = times_of(0.02, 0.025)
+    for token_s, most in ((0.0, 512), (0.0001, 512), (0.001, 150), (0.1, 64)):
+        times.token_s = token_s
+        assert lane.prompt_tokens(times, 0, 512) == most
+        assert lane.prompt_tokens(times, 2, 512) == (125 if most == 150 else most)
     s = scheduler(1.0, 1.2)
-    s.token_s = 0.005
+    s.times.token_s = 0.005
     s.add(sequence("a", 200))
     assert step(s) == {"a": 64} and step(s) == {"a": 64}
     s.add(sequence("B", 100))
@@ -126,12 +127,12 @@ def test_drafts_of_interactive_answers_leave_less_room_and_lines_have_none(monke
     s = scheduler(1.0, 1.02, 1.2, 1.4)
     s.add(sequence("A", 4)), step(s), s.add(sequence("a", 4)), step(s), step(s), step(s), step(s), step(s)
     interactive, line = s.running
-    drafting, asked = s.drafting, []
+    drafting, asked = Drafting([], s.times), []
     monkeypatch.setattr(drafting, "propose", lambda sequences, rows, *more: asked.append(([each.work.id for each in sequences], rows)))
     interactive.drafts = line.drafts = True
-    drafting.draft(s.running, s, 0.0)
+    drafting.draft(s.running, s)
     s.running.remove(interactive)
-    drafting.draft(s.running, s, 0.0)
+    drafting.draft(s.running, s)
     assert asked == [(["A"], 1), (["a"], 1)]
 
 

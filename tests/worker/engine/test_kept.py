@@ -63,9 +63,9 @@ def memory():
 def keep(engine, memory, store=None, profile=b"p" * 16, token_s=1.0):
     """Have an engine's pages outlive it; computing is slow, so that reading is worth it."""
     kept = KeptPages(memory.paths, memory.size, store, "the model")
-    engine.keep(keeper := Keeper(engine.pool, engine.transformer, kept))
+    engine.keep(keeper := Keeper(engine.pool, engine.transformer, kept, engine.times))
     keeper.begin(lambda: profile, 60)
-    keeper.pace.token_s, keeper.pace.GRACE_S, engine.timed_tokens = token_s, 60.0, 1 << 30
+    engine.times.token_s, keeper.pace.GRACE_S, engine.times.timed_tokens = token_s, 60.0, 1 << 30
     return engine
 
 
@@ -310,15 +310,15 @@ def test_whatever_the_steps_are_like_the_speed_of_computing_is_known_before_the_
     """Else nothing would seem worth reading."""
     flags = {"prefill_chunk": prefill_chunk, "max_batch": max_batch, "context_length": context}
     engine = keep(make(nanochat_fixtures / "gen5", **flags), memory)
-    engine.timed_tokens = make(nanochat_fixtures / "gen5", **flags).timed_tokens
-    engine.keeper.pace.token_s = 0.0
+    engine.times.timed_tokens = make(nanochat_fixtures / "gen5", **flags).times.timed_tokens
+    engine.times.token_s = 0.0
     warm_up(engine, lambda fraction: None)
-    assert engine.keeper.pace.token_s == engine.token_s > 0
+    assert engine.keeper.pace.times is engine.times and engine.times.token_s > 0
     [work] = conversations(11, 1, most=60)
     work = dataclasses.replace(work, max_tokens=2)
     tokens_of(keep(engine, memory), [work])
-    again = keep(make(nanochat_fixtures / "gen5", **flags), memory, token_s=engine.token_s)
-    again.keeper._pays = lambda restoration: again.keeper.pace.token_s > 0
+    again = keep(make(nanochat_fixtures / "gen5", **flags), memory, token_s=engine.times.token_s)
+    again.keeper._pays = lambda restoration: again.times.token_s > 0
     assert cached(again, work) == (len(work.prompt_ids) - 1) // PAGE_SIZE * PAGE_SIZE > 0
 
 
@@ -334,7 +334,7 @@ def test_a_prompt_that_computes_goes_on_after_the_pages_that_arrive(stored, nano
         return read(key)
 
     monkeypatch.setattr(engine.keeper.kept, "read", late)
-    engine.keeper.pace.token_s = 1e-9    # as if computing were far ahead
+    engine.times.token_s = 1e-9    # as if computing were far ahead
     monkeypatch.setattr(engine.keeper, "_pays", lambda restoration: True)
     engine.add(stored.work)
     engine.step()
@@ -356,7 +356,7 @@ def test_a_prompt_that_computes_goes_on_after_the_pages_that_arrive(stored, nano
 @torch.inference_mode()
 def test_what_is_faster_computed_than_read_is_computed(stored, nanochat_fixtures):
     engine = keep(make(nanochat_fixtures / "gen5"), Memory(), stored.folder)
-    engine.keeper.pace.token_s, engine.keeper.pace.byte_s = 1e-7, 1e-6
+    engine.times.token_s, engine.keeper.pace.byte_s = 1e-7, 1e-6
     assert cached(engine, stored.work) == 0 and engine.keeper.counts["missed_pages"] == 0
     engine = keep(make(nanochat_fixtures / "gen5"), Memory(), stored.folder)
     engine.keeper.pace.byte_s = engine.keeper.kept.disk_byte_s()

@@ -78,7 +78,7 @@ def test_decoding_sequences_run_in_every_step_beside_a_long_prompt():
 def test_a_slow_model_embeds_few_tokens_in_a_step_beside_answers_and_then_answers_for_long(monkeypatch):
     s, now = scheduler(), 1000.0
     monkeypatch.setattr(scheduling.time, "monotonic", lambda: now)
-    s.token_s = 0.05                # 64 tokens would stop the answer for 3 s
+    s.times.token_s = 0.05                # 64 tokens would stop the answer for 3 s
     s.add(sequence("answer", 5))
     s.add(sequence("text", [7] * 70, pooling="mean"))
     assert [step(s) for _ in range(2)] == [{"text": 16}, {"answer": 5}]
@@ -92,7 +92,7 @@ def test_a_slow_model_embeds_few_tokens_in_a_step_beside_answers_and_then_answer
 def test_texts_to_embed_have_steps_of_their_own_and_beside_answers_seldom_one(monkeypatch, seconds, steps):
     monkeypatch.setattr(scheduling, "TEXTS_S", seconds)
     s = scheduler()
-    s.texts_s, s.token_s = time.monotonic(), 0.001
+    s.texts_s, s.times.token_s = time.monotonic(), 0.001
     s.add(sequence("answer", 5))
     s.add(sequence("text", [7] * 70, pooling="mean"))
     assert [step(s) for _ in range(3)] == steps
