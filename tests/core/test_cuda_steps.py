@@ -25,7 +25,8 @@ from chatlm.worker.engine.drafts import Draft
 from chatlm.worker.engine.engine import Engine
 from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.kvcache import PagePool
-from chatlm.worker.engine.scheduler import FREE_ROWS, Scheduler
+from chatlm.worker.engine.limits import FREE_ROWS, StepLimits
+from chatlm.worker.engine.scheduler import Scheduler
 from chatlm.worker.engine.sequence import Sequence
 from chatlm.worker.engine.warm_up import warm_up
 from chatlm.worker.model.kernels import for_decode_core, load_kernels
@@ -319,7 +320,7 @@ def test_drafts_wait_for_prompts_where_only_few_rows_are_alike(nanochat_fixtures
     assert FREE_ROWS <= decode_core.cuda.MAX_PRODUCT_ROWS
     drafted = {}
     for mixes in (True, False):
-        scheduler = Scheduler(PagePool(40), max_batch=4, prefill_chunk=16, exact_rows=mixes)
+        scheduler = Scheduler(PagePool(40), StepLimits(4, 16, max_rows=4, exact_rows=mixes))
         for i, length in enumerate((4, 40)):
             scheduler.add(Sequence(assignment(str(i), tuple(range(length)), SamplingParams(), 30), [*range(length)], 70))
         scheduler.schedule()

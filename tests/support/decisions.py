@@ -10,6 +10,7 @@ from chatlm.common.messages.requests import SamplingParams
 from chatlm.worker.engine.drafts import NO_DRAFT, Draft, Drafting
 from chatlm.worker.engine.integrity import scheduler_faults
 from chatlm.worker.engine.kvcache import PagePool
+from chatlm.worker.engine.limits import StepLimits
 from chatlm.worker.engine.scheduler import Scheduler
 from chatlm.worker.engine.sequence import Chunk, Output, Sequence
 from chatlm.worker.engine.sight import Sight
@@ -56,8 +57,7 @@ class Traffic:
         self.texts_share = dice.choice([0.0, 0.0, 0.3])
         self.lengths = (30, 140) if self.pressed else (1, 40)  # of answers
         self.drafts = self.background_share > 0 or dice.random() < 0.7  # without, nothing is computed beside answers
-        self.scheduler = Scheduler(self.pool, max_batch=self.batch, prefill_chunk=chunk, max_rows=dice.choice([None, self.batch + 4, 64]),
-                                   stages=self.stages, exact_rows=exact, of_texts=self.of_texts)
+        self.scheduler = Scheduler(self.pool, StepLimits(self.batch, chunk, dice.choice([self.batch, self.batch + 4, 64]), self.stages, exact, self.of_texts))
         self.set_up(awaits)
         self.longest = min(pages // len(windows), 20) * PAGE - 2
         self.alive = []  # sequences that have not ended
@@ -86,7 +86,7 @@ class Traffic:
         scheduler.lane.TRIAL = 7
         self.word = SimpleNamespace(others_write=False)
         if dice.random() < 0.3:
-            scheduler.lane.word = self.word
+            scheduler.lane.give_way_to(self.word)
 
     def run(self):
         """Play all steps -> a digest of each, which covers those before it."""

@@ -25,12 +25,17 @@ class BackgroundLane:
     PAUSE_S = 0.005  # between two looks at whether other workers still write answers
     LEAST = 64     # tokens of prompts in such a step: fewer would waste most of the speed of matrix products
 
-    def __init__(self):
-        self.ahead = False     # do interactive steps begin before the last one's tokens are known?
-        self.recorded = False  # are steps recorded by their rows, so that prompts among them make them slow?
-        self.room = 1       # what the last step beside interactive answers had
-        self.steps = 0      # beside interactive answers
+    def __init__(self, ahead: bool = False, recorded: bool = False):
+        """ahead: do interactive steps begin before the last one's tokens are known? recorded: are steps
+        recorded by their rows, so that prompts among them make them slow?"""
+        self.ahead, self.recorded = ahead, recorded
+        self.room = 1   # what the last step beside interactive answers had
+        self.steps = 0  # beside interactive answers
         self.word: Word | None = None  # of workers that compute on the same processors
+
+    def give_way_to(self, word: Word):
+        """From now on wait while other workers on the same processors write interactive answers."""
+        self.word = word
 
     def must_wait(self) -> bool:
         """Is an interactive answer being written by another worker on the same processors, or was it a moment

@@ -11,7 +11,7 @@ from chatlm.common.messages.requests import DraftCounts, Usage
 from chatlm.worker.engine.times import StepTimes, Times
 
 if TYPE_CHECKING:
-    from chatlm.worker.engine.scheduler import Scheduler
+    from chatlm.worker.engine.limits import StepLimits
     from chatlm.worker.engine.sequence import Sequence
 
 
@@ -202,16 +202,16 @@ class Drafting:
         for source in self.sources.values():
             source.forget()
 
-    def draft(self, sequences: Iterable[Sequence], scheduler: Scheduler):
-        """Set the drafts of those of these sequences that can have one, for the scheduler's next step, in the
-        background only while nothing else runs."""
-        interactive = [sequence for sequence in scheduler.running if not sequence.work.background]
+    def draft(self, sequences: Iterable[Sequence], running: Seq[Sequence], limits: StepLimits):
+        """Set the drafts of those of these sequences that can have one, for the next step of what runs, in
+        the background only while nothing else runs."""
+        interactive = [sequence for sequence in running if not sequence.work.background]
         if able := [sequence for sequence in sequences if can_draft(sequence)
                     and not (interactive and sequence.work.background)]:
-            answers = [sequence for sequence in interactive or scheduler.running if not sequence.pooling]
+            answers = [sequence for sequence in interactive or running if not sequence.pooling]
             tokens = sum(sequence.pending for sequence in answers if sequence.prefilling)
-            self.propose(able, -(-len(answers) // scheduler.stages), scheduler.draft_rows,
-                         min(tokens, scheduler.prefill_chunk) * self.times.token_s,
+            self.propose(able, -(-len(answers) // limits.stages), limits.draft_rows,
+                         min(tokens, limits.prefill_chunk) * self.times.token_s,
                          any(sequence.needs_logits for sequence in answers))
 
     def propose(self, sequences: Seq[Sequence], rows: int, most: int, other_s: float = 0.0,

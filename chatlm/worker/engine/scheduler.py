@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from chatlm.common.messages.requests import Usage
 from chatlm.worker.engine.background import BackgroundLane, in_background
 from chatlm.worker.engine.kvcache import PagePool, PageTables
+from chatlm.worker.engine.limits import StepLimits
 from chatlm.worker.engine.sequence import Chunk, Sequence, is_uncached
 from chatlm.worker.engine.times import Times
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 # While the same model writes answers: seconds between two steps that embed texts, and about how long one is
 TEXTS_S, TEXT_STEP_S = 2.0, 0.1
-FREE_ROWS = 8  # in a decode_core step take hardly longer than one row on a CPU; not measured on a GPU
 
 
 class Scheduler:
@@ -34,23 +34,19 @@ class Scheduler:
     keep their pages until an interactive sequence needs these, and a step has only as many of their tokens
     as hardly lengthen it (`BackgroundLane`). So there may be more running sequences than rows."""
 
-    def __init__(self, pool: PagePool, *, max_batch: int, prefill_chunk: int, max_rows: int | None = None,
-                 stages: int = 1, exact_rows: bool = True, of_texts: bool = False, times: Times | None = None):
-        self.pool, self.max_batch, self.prefill_chunk = pool, max_batch, prefill_chunk
-        self.of_texts = of_texts               # is each prompt a text that must be computed in one step?
+    def __init__(self, pool: PagePool, limits: StepLimits, times: Times | None = None,
+                 lane: BackgroundLane | None = None):
+        """times: what was measured of steps; lane: how much of a step the background may have."""
+        self.pool, self.limits = pool, limits
+        self.times = times or Times()
+        self.lane = lane or BackgroundLane()
         self.tables = PageTables(pool)
-        self.exact_rows = exact_rows           # may a step have drafts beside prompts, or in many rows?
-        self.stages = stages                   # of the model, and batches under way
-        self.max_rows = max_rows or max_batch  # rows of logits in a step
-        self.draft_rows = max(self.max_rows if exact_rows else 0, FREE_ROWS)  # in a step with drafts
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []      # in order of admission
         self.preemptions = 0
         self.texts_s = 0.0                     # when a step last embedded texts
-        self.times = times or Times()
         self.keeper: Keeper | None = None
         self.drafting: Drafting | None = None
-        self.lane = BackgroundLane()
 
     def add(self, sequence: Sequence):
         sequence.output.added_s = time.monotonic()
@@ -84,36 +80,38 @@ class Scheduler:
         answers = [s for s in lane if not s.pooling]
         if len(answers) < len(lane) and (texts := self._texts_now(answers, lane)) is not None:
             return texts
-        share = -(-sum(s.pending == 1 for s in answers) // self.stages)
+        share = -(-sum(s.pending == 1 for s in answers) // self.limits.stages)
         able = [s for s in answers if s.decodes and len(s.tokens) < s.limit and self._may_run(s)]
         grown = [s for s in able[:share] if self._grow(s)]
         answers = [s for s in answers if s.pages]  # without those that were preempted for others' pages
         decoding = [s for s in grown if s.pages]
         prefilling = [s for s in answers if s.prefilling]
         plan = list[Chunk]()
-        room = 0 if prefilling and not self.exact_rows else self.draft_rows - len(answers)
+        room = 0 if prefilling and not self.limits.exact_rows else self.limits.draft_rows - len(answers)
         for sequence in decoding:
             draft = self._draft(sequence, room) if sequence.draft.tokens else ()
             plan.append(Chunk(sequence, 1, 1 + len(draft), draft))
             room -= len(draft)
         if prefilling:
-            most = self.prefill_chunk
+            most = self.limits.prefill_chunk
             if background and not beside:  # nobody waits for the step
                 most = self.lane.prompt_tokens(self.times, len(plan), most)
-            plan += self._share_prefill(prefilling, self.max_rows - sum(chunk.draws for chunk in plan), most)
+            rows = sum(chunk.draws for chunk in plan)
+            plan += self._share_prefill(prefilling, self.limits.max_rows - rows, most)
         return prepared(self.tables, [*plan, *self._plan_beside(plan, beside)])
 
     def _plan_beside(self, plan: Seq[Chunk], background: Seq[Sequence]) -> list[Chunk]:
         """Chunks of background sequences that hardly lengthen a step with a plan of interactive ones: a token
         of each in order of admission, then pieces of prompts."""
         rows, drafted = sum(chunk.draws for chunk in plan), any(chunk.draft for chunk in plan)
-        if self.stages > 1 or not background or not plan:
+        if self.limits.stages > 1 or not background or not plan:
             return []
         # drafts are checked only in steps of few rows if rows are not exact, and without prompts
-        most = (self.draft_rows if drafted and not self.exact_rows else self.max_rows) - rows
+        few = drafted and not self.limits.exact_rows
+        most = (self.limits.draft_rows if few else self.limits.max_rows) - rows
         times = self.times.of(any(chunk.on_host for chunk in plan))
         tokens = sum(chunk.count + len(chunk.draft) for chunk in plan)
-        room = self.lane.room_beside(times, tokens, max(min(most, self.max_batch), 0))
+        room = self.lane.room_beside(times, tokens, max(min(most, self.limits.max_batch), 0))
         chunks, pieces = list[Chunk](), list[Sequence]()
         for sequence in filter(self.lane.joins, background if room else ()):  # a few of many
             if sequence.prefilling:
@@ -123,7 +121,7 @@ class Scheduler:
                 if len(chunks) == room:
                     return chunks
         pieces = [s for s in pieces if s.pages]
-        if pieces and room > len(chunks) and (self.exact_rows or not drafted):
+        if pieces and room > len(chunks) and (self.limits.exact_rows or not drafted):
             chunks += self._share_prefill(pieces, most - len(chunks), room - len(chunks), True)
         return chunks
 
@@ -132,16 +130,17 @@ class Scheduler:
         that those of answers are as fast as without them; beside answers there are few, and short ones.
         lane: what runs, without the background if somebody waits."""
         waiting = [sequence for sequence in lane if sequence.pooling and sequence.prefilling]
-        left = self.prefill_chunk
+        left = self.limits.prefill_chunk
         if answers:
             left = min(left, max(self.pool.page_size, int(TEXT_STEP_S / (self.times.token_s or TEXT_STEP_S))))
         rest_s = max(TEXTS_S, TEXTS_S / TEXT_STEP_S * left * self.times.token_s)
         if not waiting or answers and time.monotonic() - self.texts_s < rest_s:
             return None
         self.texts_s, chunks = time.monotonic(), []
-        if not self.of_texts:
-            chunks = self._share_prefill(waiting, self.max_rows, left)
-        for sequence in waiting if self.of_texts else ():  # the oldest, however long, and what fits beside it
+        if not self.limits.of_texts:
+            chunks = self._share_prefill(waiting, self.limits.max_rows, left)
+        # of whole texts the oldest, however long, and what fits beside it
+        for sequence in waiting if self.limits.of_texts else ():
             if (not chunks or sequence.pending <= left) and self._grow(sequence):
                 chunks.append(Chunk(sequence, sequence.pending))
                 left -= sequence.pending
@@ -149,7 +148,7 @@ class Scheduler:
 
     def _may_run(self, sequence: Sequence) -> bool:
         """Is it prepared and, with several stages, is its last token known?"""
-        return sequence.output.ready and (self.stages == 1 or sequence.tokens[-1] >= 0)
+        return sequence.output.ready and (self.limits.stages == 1 or sequence.tokens[-1] >= 0)
 
     def _grow(self, sequence: Sequence, computed: int | None = None) -> bool:
         """Give a running sequence pages for all its tokens, preempting others if needed; False if it was
@@ -234,10 +233,10 @@ class Scheduler:
         if lane[0].work.background:
             full = interactive and len(background) >= self.lane.room
         else:
-            full = interactive >= self.max_batch
-            if not full and self.tables.states and len(self.running) >= self.max_batch:
+            full = interactive >= self.limits.max_batch
+            if not full and self.tables.states and len(self.running) >= self.limits.max_batch:
                 self._preempt(richest(self.tables, background))  # there are no more states than rows
-        if full or lane[0].work.background and len(self.running) >= self.max_batch:
+        if full or lane[0].work.background and len(self.running) >= self.limits.max_batch:
             return None
         holdings = holdings_of(self.tables, background if lane[0].work.background else
                                   [running for running in self.running if not running.work.background])
@@ -250,10 +249,12 @@ class Scheduler:
         waits for all others."""
         ready = [sequence for sequence in self.waiting if self._may_run(sequence)
                  and (self.keeper is None or is_uncached(sequence) or not self.keeper.awaits(sequence))]
-        chunk = self.pool.page_size * self.pool.num_pages if self.of_texts else self.prefill_chunk
+        chunk = self.limits.prefill_chunk
+        if self.limits.of_texts:
+            chunk = self.pool.page_size * self.pool.num_pages
         while sequence := self._next(ready):
             ready.remove(sequence)
-            known = 0 if self.of_texts else sequence.cacheable
+            known = 0 if self.limits.of_texts else sequence.cacheable
             matched, serial = self.pool.match_prefix(sequence.tokens[:known], sequence.root)
             cached, size, length = len(matched) // self.pool.groups, self.pool.page_size, len(sequence.tokens)
             whole, near = -(-length // size), -(-min(length, cached * size + chunk) // size)
@@ -304,7 +305,8 @@ class Scheduler:
             share = max(left // 2, left - wanted) if sequence is oldest else left
             bare = max(sequence.unscored - sequence.computed, 0)  # tokens without logits
             count = min(sequence.seen, share, bare + 1 + rows if sequence.scoring else share)
-            count = sequence.uncut(count, left if beside or sequence is not oldest else self.prefill_chunk)
+            most = left if beside or sequence is not oldest else self.limits.prefill_chunk
+            count = sequence.uncut(count, most)
             if count > 0 and self._grow(sequence, sequence.computed + count):
                 draws = count == sequence.pending and not sequence.pooling
                 chunks.append(chunk := Chunk(sequence, count, int(draws)))

@@ -61,8 +61,8 @@ class StepTimes:
 
 
 class Times:
-    """Measured times of an engine's steps. The engine notes each step; its planners, its drafts and its keeper of
-    pages read them."""
+    """Measured times of an engine's steps. The engine notes each step; planners, drafts and the keeper read
+    them."""
 
     MOST_GAP_S = 0.002  # between two steps of which the second waited for nothing
 

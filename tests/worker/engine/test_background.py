@@ -15,6 +15,7 @@ from chatlm.worker.engine.background import BackgroundLane
 from chatlm.worker.engine.drafts import Drafting
 from chatlm.worker.engine.integrity import check_integrity, scheduler_faults
 from chatlm.worker.engine.kvcache import PagePool
+from chatlm.worker.engine.limits import StepLimits
 from chatlm.worker.engine.scheduler import Scheduler
 from chatlm.worker.engine.sequence import Sequence
 from chatlm.worker.engine.states import StatePool
@@ -36,7 +37,7 @@ def times_of(*seconds):
 
 
 def scheduler(*seconds, num_pages=64, max_batch=4, prefill_chunk=64):
-    made = Scheduler(PagePool(num_pages), max_batch=max_batch, prefill_chunk=prefill_chunk)
+    made = Scheduler(PagePool(num_pages), StepLimits(max_batch, prefill_chunk, max_rows=max_batch))
     made.times.rows = times_of(*seconds)
     return made
 
@@ -130,9 +131,9 @@ def test_drafts_of_interactive_answers_leave_less_room_and_lines_have_none(monke
     drafting, asked = Drafting([], s.times), []
     monkeypatch.setattr(drafting, "propose", lambda sequences, rows, *more: asked.append(([each.work.id for each in sequences], rows)))
     interactive.drafts = line.drafts = True
-    drafting.draft(s.running, s)
+    drafting.draft(s.running, s.running, s.limits)
     s.running.remove(interactive)
-    drafting.draft(s.running, s)
+    drafting.draft(s.running, s.running, s.limits)
     assert asked == [(["A"], 1), (["a"], 1)]
 
 

@@ -117,7 +117,7 @@ def test_answers_are_those_without_drafts(name, with_random_head, one_thread, mo
     check("from the prefix cache of the model alone")
     for chunk in (7, 32):
         engine.pool.forget_cached()
-        engine.scheduler.prefill_chunk = chunk
+        engine.limits.prefill_chunk = chunk
         check(f"with prompts in chunks of {chunk}")
     for known in (1, 20):
         check(f"resumed after {known} tokens", [replace(work, resumed_ids=tuple(alone[work.id][:known])) for work in works])

@@ -86,11 +86,11 @@ def test_the_prefill_chunk_changes_nothing(smollm, chunk):
     smollm.pool.forget_cached()
     whole = run(smollm, [work])
     smollm.pool.forget_cached()
-    smollm.scheduler.prefill_chunk, before = chunk, smollm.scheduler.prefill_chunk
+    smollm.limits.prefill_chunk, before = chunk, smollm.limits.prefill_chunk
     try:
         same(smollm, run(smollm, [work]), whole, "a")
     finally:
-        smollm.scheduler.prefill_chunk = before
+        smollm.limits.prefill_chunk = before
 
 
 def test_conversations_a_b_a_reuse_their_prefix_and_answer_as_if_alone(smollm):
@@ -131,11 +131,11 @@ def test_a_7000_token_prompt_never_holds_up_8_streaming_answers(smollm):
         if counts.get("long", 1) > 1:
             running = [s.work.id for s in smollm.scheduler.running if s.work.id != "long" and s.pending == 1]
             assert all(counts[name] == 1 for name in running)       # nobody waits longer than one chunk
-            assert counts["long"] <= smollm.scheduler.prefill_chunk
+            assert counts["long"] <= smollm.limits.prefill_chunk
             prefilling.append(len(running))
 
     run(smollm, [*streams, assignment("long", tuple(words), SamplingParams(temperature=0.0), 2)], on_step=watch, check=False)
-    assert len(prefilling) >= 7000 // smollm.scheduler.prefill_chunk
+    assert len(prefilling) >= 7000 // smollm.limits.prefill_chunk
     assert prefilling.count(8) > 20
 
 

@@ -111,7 +111,7 @@ def test_prompts_are_scored_whole_also_when_their_pages_are_cached_and_steps_hav
     engine.transformer.forward = lambda batch: (rows.append(len(batch.logit_rows)), forward(batch))[1]
     found = pieces(engine, others + scored, ahead)
     engine.transformer.forward = forward
-    assert max(rows) <= engine.scheduler.max_rows == 8
+    assert max(rows) <= engine.limits.max_rows == 8
     for i, work in enumerate(scored):
         scores, rest = scores_and_rest(found[work.id])
         assert scores[0] == TokenLogprob(PROMPT[i], None)

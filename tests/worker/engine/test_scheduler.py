@@ -15,13 +15,14 @@ from chatlm.worker.engine import scheduler as scheduling
 from chatlm.worker.engine.drafts import Draft
 from chatlm.worker.engine.integrity import scheduler_faults
 from chatlm.worker.engine.kvcache import PagePool, PageTables
+from chatlm.worker.engine.limits import StepLimits
 from chatlm.worker.engine.scheduler import Scheduler
 from chatlm.worker.engine.sequence import Sequence
 from works import assignment
 
 
 def scheduler(num_pages=64, max_batch=8, prefill_chunk=64):
-    return Scheduler(PagePool(num_pages), max_batch=max_batch, prefill_chunk=prefill_chunk)
+    return Scheduler(PagePool(num_pages), StepLimits(max_batch, prefill_chunk, max_rows=max_batch))
 
 
 def sequence(name, tokens, client="", **params):
@@ -278,9 +279,9 @@ def test_random_traffic_loses_no_page_and_starves_nobody(clients, drafts):
 
 def test_scheduling_needs_no_torch():
     code = ("import sys; sys.path.insert(0, sys.argv[1]); from chatlm.common.messages.requests import AnswerParams; "
-            "from chatlm.worker.engine.kvcache import PagePool; "
+            "from chatlm.worker.engine.kvcache import PagePool; from chatlm.worker.engine.limits import StepLimits; "
             "from chatlm.worker.engine.scheduler import Scheduler; from chatlm.worker.engine.sequence import Assignment, Sequence; "
-            "s = Scheduler(PagePool(9), max_batch=2, prefill_chunk=8); "
+            "s = Scheduler(PagePool(9), StepLimits(2, 8, max_rows=2)); "
             "s.add(Sequence(Assignment('a', (1, 2), AnswerParams(), 5), [1, 2], 7)); assert len(s.schedule()) == 1; "
             "assert not {'torch', 'numpy'} & set(sys.modules)")
     subprocess.run([sys.executable, "-c", code, str(Path(chat_server.__file__).parent)], check=True, timeout=60)

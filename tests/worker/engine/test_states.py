@@ -15,7 +15,8 @@ from chatlm.worker.build import build_engine
 from chatlm.worker.engine.drafts import NO_DRAFT, Draft
 from chatlm.worker.engine.integrity import check_integrity, scheduler_faults
 from chatlm.worker.engine.kvcache import PagePool
-from chatlm.worker.engine.scheduler import FREE_ROWS, Scheduler
+from chatlm.worker.engine.limits import FREE_ROWS, StepLimits
+from chatlm.worker.engine.scheduler import Scheduler
 from chatlm.worker.engine.sequence import Sequence
 from chatlm.worker.engine.states import StatePool
 from chatlm.worker.model.spec import DeltaRule, Mamba2, Sequences
@@ -198,7 +199,7 @@ def test_states_and_snapshots_take_their_parts_of_the_kv_cache(made, kib, pages,
     settings = Settings(model=str(made[0]), dtype="float32", kv_cache_memory=kib << 10)
     _, engine = build_engine(resolve_model(settings), settings, torch.device("cpu"))
     states = engine.pool.states
-    assert (engine.pool.num_pages, engine.scheduler.max_batch, states.most_snapshots) == (pages, running, min(snapshots, pages))
+    assert (engine.pool.num_pages, engine.limits.max_batch, states.most_snapshots) == (pages, running, min(snapshots, pages))
     assert states.num_slots == running + FREE_ROWS + states.most_snapshots
     allocated = sum(tensor.nbytes for layer in engine.transformer.states for tensor in layer)
     assert allocated == states.num_slots * engine.transformer.spec.state_bytes
@@ -341,7 +342,7 @@ def sequence(name, tokens, limit=700):
 
 def test_drafts_take_slots_of_which_one_is_kept():
     states = StatePool(6, 0)
-    scheduler = Scheduler(PagePool(20, states=states), max_batch=2, prefill_chunk=64)
+    scheduler = Scheduler(PagePool(20, states=states), StepLimits(2, 64, max_rows=2))
     one = sequence("one", range(30))
     scheduler.add(one)
 

@@ -15,6 +15,7 @@ from chatlm.worker.engine.lookup import LONGEST
 from chatlm.worker.engine.engine import Engine
 from chatlm.worker.engine.integrity import scheduler_faults
 from chatlm.worker.engine.kvcache import PagePool
+from chatlm.worker.engine.limits import StepLimits
 from chatlm.worker.engine.scheduler import Scheduler
 from chatlm.worker.engine.sequence import Sequence
 from chatlm.worker.model.spec import group_layers
@@ -41,7 +42,7 @@ def check(engine, cases, works=None, **options):
         scheduler = engine.scheduler
         for sequence in scheduler.running:
             length = len(sequence.tokens) + (LONGEST + PAGE_SIZE) * sequence.drafts      # room for a draft
-            assert scheduler.tables.held(sequence) <= engine.pool.pages_for(length, scheduler.prefill_chunk)
+            assert scheduler.tables.held(sequence) <= engine.pool.pages_for(length, scheduler.limits.prefill_chunk)
         seen.most = max(seen.most, engine.pool.num_pages - engine.pool.available)
     result = run(engine, works or works_of(cases), on_step=on_step, **options)
     for i, case in enumerate(cases):
@@ -101,7 +102,7 @@ def test_random_traffic_with_few_pages_loses_and_leaks_nothing(windows):
     """Sequences come, share prefixes, are preempted, cancelled and end; each page is owned as the tables say."""
     generator = random.Random(3)
     pool = PagePool(PagePool(0, windows).pages_for(700, 64) + 10, windows)
-    s = Scheduler(pool, max_batch=6, prefill_chunk=64)
+    s = Scheduler(pool, StepLimits(6, 64, max_rows=6))
     alive, ended = {}, 0
     for turn in range(600):
         if len(alive) < 10 and generator.random() < 0.5:
