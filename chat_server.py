@@ -55,7 +55,7 @@ Life of a request
     Front.handle_answer > read_native_body > native_messages > WorkerPool.answer > PromptMaker.admit
         > Tokenizer.render > Dispatcher.dispatch > Worker.assign > Pipe.packed                  front process
         > Inbox.obey > Engine.add > Scheduler.schedule > make_batch > EagerSteps.start
-        > Transformer.forward > sample_reference > Scheduler.advance > Answer.push
+        > Transformer.forward > sample_reference > RunQueue.advance > Answer.push
         > StreamDecoder.push > AnswerReader.push > Delta > Piece > Stepped                     worker process
         > Dispatcher.deliver > Job.take > NativeEncoder.encode | OpenAIEncoder.encode | BlockEncoder.encode
         > EventStream.send                                                                      front process

@@ -103,7 +103,8 @@ def play(engine, way, sessions, clients):
     """Play sessions, `clients` at a time -> (tokens per second, drafted, accepted, tokens, steps)."""
     engine.drafts = way != "none"
     if engine.drafts:
-        engine.drafting = engine.scheduler.drafting = WAYS[way]()
+        engine.drafting = WAYS[way]()
+        engine.queue.on_end[:] = [engine.drafting.end]
         engine.drafting.times = engine.times       # as a server that has run for a while
     engine.pool.forget_cached()
     expected, begun_s, spent_s, tokens, steps, names = {}, {}, 0.0, 0, 0, {}

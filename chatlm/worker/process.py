@@ -277,13 +277,13 @@ def gauges(engine: Engine) -> dict[str, float | None]:
     pids = engine.ranks.links.pids if engine.ranks else ("self",)
     used, total, utilization = device_use(engine.transformer.device, int(time.monotonic()), pids)
     mapped = engine.transformer.layer_embed
-    return {**NO_GAUGES, **keeper_gauges(engine.keeper), "running": len(engine.scheduler.running),
-            "queued": len(engine.scheduler.waiting), "max_batch": engine.limits.max_batch,
+    return {**NO_GAUGES, **keeper_gauges(engine.keeper), "running": len(engine.queue.running),
+            "queued": len(engine.queue.waiting), "max_batch": engine.limits.max_batch,
             "kv_pages_used": engine.pool.num_pages - engine.pool.available,
             "kv_pages_total": engine.pool.num_pages, "kv_token_bytes": kept_bytes(engine.transformer),
             **state_gauges(engine), "mapped_bytes": mapped.file_bytes if mapped else 0,
             "adapter_bytes": sum(engine.adapters.sizes.values()),
-            "preemptions": engine.scheduler.preemptions,
+            "preemptions": engine.queue.preemptions,
             "drafted_tokens": engine.drafting.drafted.total,
             "accepted_tokens": engine.drafting.accepted.total,
             **{f"{name}_{source}": getattr(getattr(engine.drafting, name), source)

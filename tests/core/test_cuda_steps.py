@@ -322,9 +322,9 @@ def test_drafts_wait_for_prompts_where_only_few_rows_are_alike(nanochat_fixtures
     for mixes in (True, False):
         scheduler = Scheduler(PagePool(40), StepLimits(4, 16, max_rows=4, exact_rows=mixes))
         for i, length in enumerate((4, 40)):
-            scheduler.add(Sequence(assignment(str(i), tuple(range(length)), SamplingParams(), 30), [*range(length)], 70))
+            scheduler.queue.add(Sequence(assignment(str(i), tuple(range(length)), SamplingParams(), 30), [*range(length)], 70))
         scheduler.schedule()
-        scheduler.running[0].computed, scheduler.running[0].draft = 3, Draft("lookup", (1, 2))
+        scheduler.queue.running[0].computed, scheduler.queue.running[0].draft = 3, Draft("lookup", (1, 2))
         drafted[mixes] = [chunk.draft for chunk in scheduler.schedule()]
     assert drafted == {True: [(1, 2), ()], False: [(), ()]}
     gen5 = load(nanochat_fixtures / "gen5").spec                # torch multiplies the smear's gate
@@ -411,7 +411,7 @@ def test_preempted_sequences_are_computed_again(backend, name, nanochat_fixtures
     expected = run(engine_on(load_kernels("cpu"), model), works)
     engine = cuda_engine(backend, model, monkeypatch, num_pages=12, context_length=192)
     same_answers(expected, answers(engine, works))
-    assert engine.scheduler.preemptions > 0
+    assert engine.queue.preemptions > 0
 
 
 def test_a_step_that_was_given_up_does_not_stop_the_next_ones(backend, nanochat_fixtures, monkeypatch):

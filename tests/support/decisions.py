@@ -7,8 +7,8 @@ from concurrent.futures import Future
 from types import SimpleNamespace
 
 from chatlm.common.messages.requests import SamplingParams
-from chatlm.worker.engine.drafts import NO_DRAFT, Draft, Drafting
-from chatlm.worker.engine.integrity import scheduler_faults
+from chatlm.worker.engine.drafts import NO_DRAFT, Draft
+from chatlm.worker.engine.integrity import queue_faults
 from chatlm.worker.engine.kvcache import PagePool
 from chatlm.worker.engine.limits import StepLimits
 from chatlm.worker.engine.scheduler import Scheduler
@@ -75,12 +75,11 @@ class Traffic:
         """What the engine gives its scheduler."""
         scheduler, dice = self.scheduler, self.dice
         if self.drafts:
-            scheduler.drafting = Drafting([], scheduler.times)
             for rows in range(1, dice.randrange(2, 40)):
                 scheduler.times.rows.note(rows, 1 + dice.choice([0.0, 0.004, 0.03, 0.2]) * rows)
                 scheduler.times.host_rows.note(rows, 1.5 + 0.01 * rows)
         if awaits:
-            scheduler.keeper = SimpleNamespace(awaits=awaits, restorations=[])
+            scheduler.queue.gates.append(lambda sequence: not sequence.uncached and awaits(sequence))
         scheduler.times.token_s = dice.choice([0.0, 0.0001, 0.002, 0.05])
         scheduler.lane.ahead, scheduler.lane.recorded = dice.random() < 0.5, dice.random() < 0.3
         scheduler.lane.TRIAL = 7
@@ -99,7 +98,7 @@ class Traffic:
             self.make_ready()
             digest.update(repr(self.disturb()).encode())
             self.draft()
-            answers = [sequence for sequence in self.scheduler.running if sequence.decodes and not sequence.work.background]
+            answers = [sequence for sequence in self.scheduler.queue.running if sequence.decodes and not sequence.work.background]
             plan = self.scheduler.schedule()
             self.preempted_answers += sum(not sequence.pages for sequence in answers)
             lines = [(chunk.sequence.work.id, chunk.count, chunk.draws, chunk.draft, chunk.reads, chunk.writes, chunk.on_host, chunk.rows)
@@ -108,7 +107,7 @@ class Traffic:
                 self.compute(chunk, number)
             self.know_marks(number)
             self.end_answers()
-            faults = scheduler_faults(self.scheduler)
+            faults = queue_faults(self.scheduler.queue)
             assert not faults, (number, faults)
             digest.update(repr((lines, self.state())).encode())
             found.append(digest.hexdigest()[:12])
@@ -149,7 +148,7 @@ class Traffic:
         self.add(Sequence(twin, [*sequence.tokens], sequence.limit, restoration=SimpleNamespace(over=False)))
 
     def add(self, sequence):
-        self.scheduler.add(sequence)
+        self.scheduler.queue.add(sequence)
         self.alive.append(sequence)
 
     def some_params(self):
@@ -196,20 +195,20 @@ class Traffic:
         dice, scheduler, blamed = self.dice, self.scheduler, []
         if self.alive and dice.random() < 0.04:
             gone = self.alive.pop(dice.randrange(len(self.alive)))
-            scheduler.cancel(gone.work.id)
+            scheduler.queue.cancel(gone.work.id)
             self.marks = [(when, marked) for when, marked in self.marks if marked is not gone]
-        if dice.random() < 0.01 and scheduler.running:
-            blamed = scheduler.isolate()
+        if dice.random() < 0.01 and scheduler.queue.running:
+            blamed = scheduler.queue.isolate()
             self.marks = []
             self.alive = [sequence for sequence in self.alive if sequence not in blamed]
-        if dice.random() < 0.02 and scheduler.running:
-            victim = dice.choice(scheduler.running)
+        if dice.random() < 0.02 and scheduler.queue.running:
+            victim = dice.choice(scheduler.queue.running)
             if victim.tokens[-1] >= 0:
-                scheduler._preempt(victim)
+                scheduler.queue.preempt(victim)
         return [sequence.work.id for sequence in blamed]
 
     def draft(self):
-        for sequence in self.scheduler.running:
+        for sequence in self.scheduler.queue.running:
             able = self.drafts and self.stages == 1 and not sequence.pooling and sequence.tokens[-1] >= 0
             if able and self.dice.random() < 0.4:
                 sequence.draft = Draft("lookup", tuple(self.dice.randrange(3) for _ in range(self.dice.randrange(5))))
@@ -219,7 +218,7 @@ class Traffic:
     def compute(self, chunk, number):
         """Pretend to compute a chunk, and draw."""
         sequence, dice = chunk.sequence, self.dice
-        self.scheduler.advance(chunk)
+        self.scheduler.queue.advance(chunk)
         if chunk.draws:
             sequence.suspect = False
             if self.stages > 1:
@@ -238,7 +237,7 @@ class Traffic:
         for guess in draft:
             if sequence.tokens[-1] != guess or len(sequence.tokens) >= sequence.limit:
                 break
-            self.scheduler.advance(Chunk(sequence, 1))
+            self.scheduler.queue.advance(Chunk(sequence, 1))
             sequence.tokens.append(self.dice.randrange(3))
 
     def know_marks(self, number):
@@ -258,15 +257,15 @@ class Traffic:
                 self.end(sequence)
 
     def end(self, sequence):
-        self.scheduler.remove(sequence)
+        self.scheduler.queue.remove(sequence)
         self.alive.remove(sequence)
 
     def state(self):
         """All that decides what comes next."""
         scheduler, pool, states = self.scheduler, self.pool, self.states
         running = [(sequence.work.id, sequence.computed, sequence.pages, sequence.filled, sequence.serial, sorted(sequence.states.slots.items()),
-                    sequence.output.queued_s, sequence.output.usage.cached_tokens) for sequence in scheduler.running]
+                    sequence.output.queued_s, sequence.output.usage.cached_tokens) for sequence in scheduler.queue.running]
         of_states = (states.free, states.refs, [*states.passed.items()], [*states.ends.items()]) if states else None
-        return (running, [sequence.work.id for sequence in scheduler.waiting], [sequence.work.id for sequence in scheduler.unready],
-                scheduler.preemptions, scheduler.lane.room, scheduler.lane.steps, pool.free, [*pool.evictable], pool.refs,
+        return (running, [sequence.work.id for sequence in scheduler.queue.waiting], [sequence.work.id for sequence in scheduler.queue.unready],
+                scheduler.queue.preemptions, scheduler.lane.room, scheduler.lane.steps, pool.free, [*pool.evictable], pool.refs,
                 sorted(map(repr, pool.index)), of_states)

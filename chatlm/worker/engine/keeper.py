@@ -188,7 +188,7 @@ class Keeper:
 
     def awaits(self, sequence: Sequence) -> bool:
         """Should a sequence that is ready to run wait for kept pages of its prompt?"""
-        if not self.kept.profile:
+        if not self.kept.profile or sequence.uncached:
             return False
         if sequence.restoration is None:
             if self.reader.looks(sequence.output.added_s):

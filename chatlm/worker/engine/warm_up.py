@@ -41,15 +41,11 @@ def warm_up_more(engine: Engine):
 
 def run_steps(engine: Engine, rows: int, length: int):
     """Compute this many prompts of this length, and a token of each; nothing of them is kept."""
-    keeper, engine.scheduler.keeper, engine.keeper = engine.keeper, None, None
-    drafts, engine.drafts = engine.drafts, False
-    for row in range(min(rows, engine.pool.num_pages // 2 // engine.pool.groups)):
-        ids = tuple((row + 7 * i) % engine.tokenizer.vocab_size for i in range(length))
-        engine.add(Assignment(f"warm-up {row}", ids, AnswerParams(), 1))
-    while engine.busy:
-        engine.step()
+    with engine.apart():
+        for row in range(min(rows, engine.pool.num_pages // 2 // engine.pool.groups)):
+            ids = tuple((row + 7 * i) % engine.tokenizer.vocab_size for i in range(length))
+            engine.add(Assignment(f"warm-up {row}", ids, AnswerParams(), 1))
+        while engine.busy:
+            engine.step()
     engine.events.clear()
-    engine.drafts = drafts
     engine.pool.forget_cached()
-    if keeper:
-        engine.keep(keeper)

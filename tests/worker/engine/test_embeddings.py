@@ -120,9 +120,9 @@ def test_it_starts_over_when_its_pages_are_taken_or_a_step_failed(nanochat_fixtu
         for work in works:
             engine.add(work)
         engine.step()
-        [first] = [sequence for sequence in engine.scheduler.running if sequence.work.id == "a"]
+        [first] = [sequence for sequence in engine.queue.running if sequence.work.id == "a"]
         assert first.computed
-        engine.scheduler._preempt(first)
+        engine.queue.preempt(first)
         engine.step(), engine.step()
         pool = host.pool
         monkeypatch.setattr(host, "pool", lambda *chunk: pool(*chunk) or 1 / 0)

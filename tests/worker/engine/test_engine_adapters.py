@@ -131,7 +131,7 @@ def test_answers_are_the_same_chunked_and_preempted(limits, default_model_path, 
     for name, folder in folders.items():
         engine.adapters.load(name, folder)
     assert tokens_of(engine, works_of(engine)) == alone
-    assert bool(engine.scheduler.preemptions) == (limits.get("num_pages") == 14)
+    assert bool(engine.queue.preemptions) == (limits.get("num_pages") == 14)
 
 
 def test_an_answer_goes_on_on_another_worker_as_it_would_have(engine, alone):
@@ -266,7 +266,7 @@ def test_cached_pages_belong_to_an_adapters_files_whatever_its_slot_and_id(engin
     """So what outlives a worker is found by the next one, and never by another adapter in the same slot."""
     def root(adapter):
         engine.add(assignment(f"root {adapter}", prompt(engine, "a"), GREEDY, 1, adapter=adapter))
-        [sequence] = engine.scheduler.waiting
+        [sequence] = engine.queue.waiting
         engine.cancel(sequence.work.id)
         return sequence.root
 

@@ -338,7 +338,7 @@ def test_a_prompt_that_computes_goes_on_after_the_pages_that_arrive(stored, nano
     monkeypatch.setattr(engine.keeper, "_pays", lambda restoration: True)
     engine.add(stored.work)
     engine.step()
-    [sequence] = engine.scheduler.running
+    [sequence] = engine.queue.running
     assert 0 < sequence.computed < 200
     steps.set()
     wait([engine.keeper.reader.threads.submit(lambda: None) for _ in range(2)])
@@ -386,7 +386,7 @@ def test_a_prompt_of_which_nothing_is_kept_waits_for_no_other(stored, nanochat_f
     tokens = []
     while len(tokens) < len(alone[fresh.id]):
         tokens += [token for id_, event in engine.step() if id_ == fresh.id for token in getattr(event, "tokens", ())]
-    assert tokens == alone[fresh.id] and [sequence.work.id for sequence in engine.scheduler.waiting] == [work.id for work in waiting]
+    assert tokens == alone[fresh.id] and [sequence.work.id for sequence in engine.queue.waiting] == [work.id for work in waiting]
     engine.cancel("kept 0")
     answers.set()
     left = {work.id: [] for work in waiting}

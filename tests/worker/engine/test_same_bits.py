@@ -179,7 +179,7 @@ class Ways:
 
     def check_preempted(self):
         """With pages for two prompts, and one more of each group."""
-        before, whole, self.scheduler.limits.prefill_chunk = self.scheduler.preemptions, self.scheduler.limits.prefill_chunk, PAGE_SIZE
+        before, whole, self.scheduler.limits.prefill_chunk = self.scheduler.queue.preemptions, self.scheduler.limits.prefill_chunk, PAGE_SIZE
         needed = sum(self.pool.pages_for(len(work.prompt_ids), PAGE_SIZE) for work in self.works[:2]) + self.pool.groups
         self.pool.forget_cached()
         held = self.pool.allocate(self.pool.available - needed)
@@ -188,7 +188,7 @@ class Ways:
         self.scheduler.limits.prefill_chunk = whole
         for each in found:
             self.check(each, "preempted")
-        assert self.scheduler.preemptions > before or all(self.pool.windows)        # where each layer has one, sequences do not grow
+        assert self.scheduler.queue.preemptions > before or all(self.pool.windows)        # where each layer has one, sequences do not grow
 
     def check_beside(self, monkeypatch):
         """In the background and before it, with room for three tokens in each step."""

@@ -13,7 +13,7 @@ from chatlm.common.hub.find import resolve_model
 from chatlm.common.messages.requests import SamplingParams
 from chatlm.worker.build import build_engine
 from chatlm.worker.engine.drafts import NO_DRAFT, Draft
-from chatlm.worker.engine.integrity import check_integrity, scheduler_faults
+from chatlm.worker.engine.integrity import check_integrity, queue_faults
 from chatlm.worker.engine.kvcache import PagePool
 from chatlm.worker.engine.limits import FREE_ROWS, StepLimits
 from chatlm.worker.engine.scheduler import Scheduler
@@ -80,7 +80,7 @@ def test_preempted_answers_go_on_from_a_snapshot_or_from_their_beginning(made, b
     folder, cases = made
     engine = make_engine(folder, num_pages=25, prefill_chunk=32, max_batch=4, context_length=264, reference=backend == "reference")
     check(engine, cases)
-    assert engine.scheduler.preemptions > 0
+    assert engine.queue.preemptions > 0
 
 
 @pytest.mark.parametrize("backend", BY_DAY)
@@ -129,7 +129,7 @@ def test_random_cuts_batches_chunks_drafts_preemptions_and_deaths_change_no_toke
             if not steps:
                 deaths += 1
                 break
-        preemptions, accepted = preemptions + engine.scheduler.preemptions, accepted + engine.drafting.accepted.total
+        preemptions, accepted = preemptions + engine.queue.preemptions, accepted + engine.drafting.accepted.total
     assert tokens == expected and deaths and preemptions and accepted > 10
 
 
@@ -344,16 +344,16 @@ def test_drafts_take_slots_of_which_one_is_kept():
     states = StatePool(6, 0)
     scheduler = Scheduler(PagePool(20, states=states), StepLimits(2, 64, max_rows=2))
     one = sequence("one", range(30))
-    scheduler.add(one)
+    scheduler.queue.add(one)
 
     def step(*accepted):
         [chunk] = scheduler.schedule()
-        scheduler.advance(chunk)
+        scheduler.queue.advance(chunk)
         for _ in accepted:
             one.tokens.append(1)
-            scheduler.advance(chunk._replace(count=1))
+            scheduler.queue.advance(chunk._replace(count=1))
         one.tokens.append(1)
-        assert scheduler_faults(scheduler) == []
+        assert queue_faults(scheduler.queue) == []
         return chunk
 
     assert step().writes == ((29, one.states.slots[30]),)
