@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence as Seq
 
-from chatlm.worker.engine.background import BackgroundLane, in_background
+from chatlm.worker.engine.background import BackgroundLane
 from chatlm.worker.engine.kvcache import PagePool
 from chatlm.worker.engine.limits import StepLimits
+from chatlm.worker.engine.planners import PromptPlanner, StepPlan
 from chatlm.worker.engine.run_queue import RunQueue
 from chatlm.worker.engine.sequence import Chunk, Sequence
 from chatlm.worker.engine.times import Times
@@ -33,88 +34,49 @@ class Scheduler:
         self.times = times or Times()
         self.lane = lane or BackgroundLane()
         self.queue = RunQueue(pool, limits, self.lane)
+        self.prompts = PromptPlanner(self.queue, limits, self.lane, self.times)
         self.texts_s = 0.0  # when a step last embedded texts
 
     def schedule(self) -> list[Chunk]:
-        """Plan the next step: a one-token chunk for each decoding sequence, then chunks of prompts.
-
-        A sequence is left out if the token being drawn brings it to its limit, or in the background."""
+        """Plan the next step. A sequence is left out if the token being drawn brings it to its limit, or in
+        the background."""
         self.queue.admit()
-        running = self.queue.running
-        background = in_background(running)
-        beside = background if len(background) < len(running) else []  # interactive sequences
-        if beside != background and self.lane.must_wait():
+        plan = StepPlan(self.queue.running)
+        if plan.nobody_waits and self.lane.must_wait():
             return []
-        lane = [s for s in running if not s.work.background] if beside else running
-        answers = [s for s in lane if not s.pooling]
-        if len(answers) < len(lane) and (texts := self._texts_now(answers, lane)) is not None:
+        if len(plan.answers) < len(plan.turn) and (texts := self._texts_now(plan)) is not None:
             return texts
-        share = -(-sum(s.pending == 1 for s in answers) // self.limits.stages)
-        able = [s for s in answers if s.decodes and len(s.tokens) < s.limit and self.queue.may_run(s)]
-        grown = [s for s in able[:share] if self.queue.grow(s)]
-        answers = [s for s in answers if s.pages]  # without those that were preempted for others' pages
-        decoding = [s for s in grown if s.pages]
-        prefilling = [s for s in answers if s.prefilling]
-        plan = list[Chunk]()
-        room = 0 if prefilling and not self.limits.exact_rows else self.limits.draft_rows - len(answers)
-        for sequence in decoding:
-            draft = self._draft(sequence, room) if sequence.draft.tokens else ()
-            plan.append(Chunk(sequence, 1, 1 + len(draft), draft))
-            room -= len(draft)
-        if prefilling:
-            most = self.limits.prefill_chunk
-            if background and not beside:  # nobody waits for the step
-                most = self.lane.prompt_tokens(self.times, len(plan), most)
-            rows = sum(chunk.draws for chunk in plan)
-            plan += self._share_prefill(prefilling, self.limits.max_rows - rows, most)
-        return self.queue.prepared([*plan, *self._plan_beside(plan, beside)])
+        self._add_decoding(plan)
+        self.prompts.add_to(plan)
+        self._add_background(plan)
+        return self.queue.prepared(plan.chunks)
 
-    def _plan_beside(self, plan: Seq[Chunk], background: Seq[Sequence]) -> list[Chunk]:
-        """Chunks of background sequences that hardly lengthen a step with a plan of interactive ones: a token
-        of each in order of admission, then pieces of prompts."""
-        rows, drafted = sum(chunk.draws for chunk in plan), any(chunk.draft for chunk in plan)
-        if self.limits.stages > 1 or not background or not plan:
-            return []
-        # drafts are checked only in steps of few rows if rows are not exact, and without prompts
-        few = drafted and not self.limits.exact_rows
-        most = (self.limits.draft_rows if few else self.limits.max_rows) - rows
-        times = self.times.of(any(chunk.on_host for chunk in plan))
-        tokens = sum(chunk.count + len(chunk.draft) for chunk in plan)
-        room = self.lane.room_beside(times, tokens, max(min(most, self.limits.max_batch), 0))
-        chunks, pieces = list[Chunk](), list[Sequence]()
-        for sequence in filter(self.lane.joins, background if room else ()):  # a few of many
-            if sequence.prefilling:
-                pieces.append(sequence)
-            elif sequence.pending == 1 and len(sequence.tokens) < sequence.limit:
-                if self.queue.grow(sequence):
-                    chunks.append(Chunk(sequence, 1, 1))
-                if len(chunks) == room:
-                    return chunks
-        pieces = [s for s in pieces if s.pages]
-        if pieces and room > len(chunks) and (self.limits.exact_rows or not drafted):
-            chunks += self._share_prefill(pieces, most - len(chunks), room - len(chunks), True)
-        return chunks
+    def _add_decoding(self, plan: StepPlan):
+        """A token of each answer that is being written, with its draft."""
+        grown = [sequence for sequence in self._able(plan.answers) if self.queue.grow(sequence)]
+        plan.answers = [sequence for sequence in plan.answers if sequence.pages]  # some may be preempted now
+        room = self._draft_room(plan.answers)
+        for sequence in grown:
+            if sequence.pages:
+                draft = self._draft(sequence, room) if sequence.draft.tokens else ()
+                plan.chunks.append(Chunk(sequence, 1, 1 + len(draft), draft))
+                room -= len(draft)
 
-    def _texts_now(self, answers: list[Sequence], lane: list[Sequence]) -> list[Chunk] | None:
-        """A step of texts to embed; None if it is to be one of answers. Texts have steps of their own, so
-        that those of answers are as fast as without them; beside answers there are few, and short ones.
-        lane: what runs, without the background if somebody waits."""
-        waiting = [sequence for sequence in lane if sequence.pooling and sequence.prefilling]
-        left = self.limits.prefill_chunk
-        if answers:
-            left = min(left, max(self.pool.page_size, int(TEXT_STEP_S / (self.times.token_s or TEXT_STEP_S))))
-        rest_s = max(TEXTS_S, TEXTS_S / TEXT_STEP_S * left * self.times.token_s)
-        if not waiting or answers and time.monotonic() - self.texts_s < rest_s:
-            return None
-        self.texts_s, chunks = time.monotonic(), []
-        if not self.limits.of_texts:
-            chunks = self._share_prefill(waiting, self.limits.max_rows, left)
-        # of whole texts the oldest, however long, and what fits beside it
-        for sequence in waiting if self.limits.of_texts else ():
-            if (not chunks or sequence.pending <= left) and self.queue.grow(sequence):
-                chunks.append(Chunk(sequence, sequence.pending))
-                left -= sequence.pending
-        return self.queue.prepared(chunks)
+    def _able(self, answers: Seq[Sequence]) -> list[Sequence]:
+        """The answers whose next token this step draws."""
+        may_run, stages = self.queue.may_run, self.limits.stages
+        able = [sequence for sequence in answers
+                if sequence.decodes and len(sequence.tokens) < sequence.limit and may_run(sequence)]
+        if stages == 1:
+            return able
+        decoding = sum(sequence.pending == 1 for sequence in answers)
+        return able[:-(-decoding // stages)]
+
+    def _draft_room(self, answers: Seq[Sequence]) -> int:
+        """How many tokens of drafts the step may have: without exact rows none beside prompts."""
+        if not self.limits.exact_rows and any(sequence.prefilling for sequence in answers):
+            return 0
+        return self.limits.draft_rows - len(answers)
 
     def _draft(self, sequence: Sequence, room: int) -> tuple[int, ...]:
         """As much of a sequence's draft as fits in the step's room, its token limit and its pages."""
@@ -122,27 +84,51 @@ class Scheduler:
         draft = sequence.draft.tokens[:most]
         return draft[:self.queue.grow_spare(sequence, len(draft))]
 
-    def _share_prefill(self, prompts: list[Sequence], rows: int, left: int, beside=False) -> list[Chunk]:
-        """Split the step's prefill budget, `left`: at least half to the oldest, the rest shortest first.
-        Unless `beside` others, the oldest may exceed it for a picture that must be computed in one step.
+    def _texts_now(self, plan: StepPlan) -> list[Chunk] | None:
+        """A step of texts to embed; None if it is to be one of answers. Texts have steps of their own, so
+        that those of answers are as fast as without them; beside answers there are few, and short ones."""
+        waiting = [sequence for sequence in plan.turn if sequence.pooling and sequence.prefilling]
+        left = self.limits.prefill_chunk
+        if plan.answers:
+            left = min(left, max(self.pool.page_size, int(TEXT_STEP_S / (self.times.token_s or TEXT_STEP_S))))
+        rest_s = max(TEXTS_S, TEXTS_S / TEXT_STEP_S * left * self.times.token_s)
+        if not waiting or plan.answers and time.monotonic() - self.texts_s < rest_s:
+            return None
+        self.texts_s, chunks = time.monotonic(), []
+        if not self.limits.of_texts:
+            chunks = self.prompts.share(waiting, self.limits.max_rows, left)
+        # of whole texts the oldest, however long, and what fits beside it
+        for sequence in waiting if self.limits.of_texts else ():
+            if (not chunks or sequence.pending <= left) and self.queue.grow(sequence):
+                chunks.append(Chunk(sequence, sequence.pending))
+                left -= sequence.pending
+        return self.queue.prepared(chunks)
 
-        Each may need one of the `rows` rows of logits; prompts being scored share the remaining rows."""
-        oldest, *others = prompts
-        others.sort(key=lambda sequence: sequence.pending)
-        wanted = sum(sequence.pending for sequence in others)
-        rows -= len(prompts)
-        chunks = []
-        for sequence in (oldest, *others):
-            if sequence.restoration:
-                self.queue.catch_up(sequence)
-            share = max(left // 2, left - wanted) if sequence is oldest else left
-            bare = max(sequence.unscored - sequence.computed, 0)  # tokens without logits
-            count = min(sequence.seen, share, bare + 1 + rows if sequence.scoring else share)
-            most = left if beside or sequence is not oldest else self.limits.prefill_chunk
-            count = sequence.uncut(count, most)
-            if count > 0 and self.queue.grow(sequence, sequence.computed + count):
-                draws = count == sequence.pending and not sequence.pooling
-                chunks.append(chunk := Chunk(sequence, count, int(draws)))
-                left -= count
-                rows -= max(chunk.rows - 1, 0)
-        return chunks
+    def _add_background(self, plan: StepPlan):
+        """Background work beside interactive sequences, as much as hardly lengthens the step."""
+        if self.limits.stages > 1 or not plan.beside or not plan.chunks:
+            return
+        has_drafts, rows = plan.has_drafts, self._rows_left(plan)
+        times = self.times.of(plan.on_host)
+        room = self.lane.room_beside(times, plan.tokens, max(min(rows, self.limits.max_batch), 0))
+        if not room:
+            return
+        chunks, prompts = list[Chunk](), list[Sequence]()
+        for sequence in filter(self.lane.joins, plan.beside):
+            if sequence.prefilling:
+                prompts.append(sequence)
+            elif sequence.pending == 1 and len(sequence.tokens) < sequence.limit:
+                if self.queue.grow(sequence):
+                    chunks.append(Chunk(sequence, 1, 1))
+                if len(chunks) == room:
+                    break
+        plan.chunks += chunks
+        left, prompts = room - len(chunks), [sequence for sequence in prompts if sequence.pages]
+        if prompts and left and (self.limits.exact_rows or not has_drafts):
+            plan.chunks += self.prompts.share(prompts, rows - len(chunks), left, beside=True)
+
+    def _rows_left(self, plan: StepPlan) -> int:
+        """Drafts are verified only in steps of few rows if rows are not exact, and without prompts."""
+        few = plan.has_drafts and not self.limits.exact_rows
+        most = self.limits.draft_rows if few else self.limits.max_rows
+        return most - plan.rows

@@ -1,0 +1,104 @@
+"""What a step computes, by kind of work: each planner adds chunks, within what those before it have left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from typing import Protocol, TYPE_CHECKING
+
+from chatlm.worker.engine.background import in_background
+from chatlm.worker.engine.sequence import Chunk, Sequence
+
+if TYPE_CHECKING:
+    from chatlm.worker.engine.background import BackgroundLane
+    from chatlm.worker.engine.limits import StepLimits
+    from chatlm.worker.engine.run_queue import RunQueue
+    from chatlm.worker.engine.times import Times
+
+
+class StepPlan:
+    """The next step while it is planned: whose turn it is, and its chunks so far.
+
+    It is the interactive sequences' turn if any run; those in the background may then join `beside` them.
+    Else it is the background's turn, and nobody waits for the step."""
+
+    def __init__(self, running: list[Sequence]):
+        background = in_background(running)
+        self.nobody_waits = bool(running) and len(background) == len(running)
+        self.beside = [] if self.nobody_waits else background
+        self.turn = running
+        if self.beside:
+            self.turn = [sequence for sequence in running if not sequence.work.background]
+        self.answers = [sequence for sequence in self.turn if not sequence.pooling]
+        self.chunks: list[Chunk] = []
+
+    @property
+    def rows(self) -> int:
+        """Rows of logits from which tokens are drawn."""
+        return sum(chunk.draws for chunk in self.chunks)
+
+    @property
+    def tokens(self) -> int:
+        """Drafts included."""
+        return sum(chunk.count + len(chunk.draft) for chunk in self.chunks)
+
+    @property
+    def has_drafts(self) -> bool:
+        return any(chunk.draft for chunk in self.chunks)
+
+    @property
+    def on_host(self) -> bool:
+        """Does the host need logits or hidden states of it?"""
+        return any(chunk.on_host for chunk in self.chunks)
+
+
+class Planner(Protocol):
+    """Plans one kind of work. Its chunks may take what earlier planners have left of the step's rows and
+    tokens, and pages as `RunQueue.grow` gives them: a sequence that gets none, or that a later one preempts,
+    has no chunk in the end (`RunQueue.prepared`)."""
+
+    def add_to(self, plan: StepPlan): ...
+
+
+class PromptPlanner:
+    """Chunks of prompts, after the answers' tokens. Half of the tokens go to the oldest prompt, so that it
+    never starves; the rest go to the shortest prompts, so that a long one never stalls them."""
+
+    def __init__(self, queue: RunQueue, limits: StepLimits, lane: BackgroundLane, times: Times):
+        self.queue, self.limits, self.lane, self.times = queue, limits, lane, times
+
+    def add_to(self, plan: StepPlan):
+        prompts = [sequence for sequence in plan.answers if sequence.prefilling]
+        if not prompts:
+            return
+        most = self.limits.prefill_chunk
+        if plan.nobody_waits:
+            most = self.lane.prompt_tokens(self.times, len(plan.chunks), most)
+        plan.chunks += self.share(prompts, self.limits.max_rows - plan.rows, most)
+
+    def share(self, prompts: Seq[Sequence], rows: int, left: int, beside: bool = False) -> list[Chunk]:
+        """Share `left` tokens: at least half to the oldest, the rest shortest first. Unless `beside` others,
+        the oldest may exceed it for a picture that must be computed in one step.
+
+        Each may need one of the `rows` rows of logits; prompts being scored share the remaining rows."""
+        oldest, *others = prompts
+        others.sort(key=lambda sequence: sequence.pending)
+        wanted = sum(sequence.pending for sequence in others)
+        rows -= len(prompts)
+        chunks = list[Chunk]()
+        for sequence in (oldest, *others):
+            if sequence.restoration:
+                self.queue.catch_up(sequence)
+            share = max(left // 2, left - wanted) if sequence is oldest else left
+            count = min(sequence.seen, share)
+            if sequence.scoring:
+                without_logits = max(sequence.unscored - sequence.computed, 0)
+                count = min(count, without_logits + 1 + rows)
+            most = left if beside or sequence is not oldest else self.limits.prefill_chunk
+            count = sequence.uncut(count, most)
+            if count > 0 and self.queue.grow(sequence, sequence.computed + count):
+                draws = count == sequence.pending and not sequence.pooling
+                chunk = Chunk(sequence, count, int(draws))
+                chunks.append(chunk)
+                left -= count
+                rows -= max(chunk.rows - 1, 0)
+        return chunks
