@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence as Seq
 from typing import Protocol, TYPE_CHECKING
 
@@ -102,3 +103,47 @@ class PromptPlanner:
                 left -= count
                 rows -= max(chunk.rows - 1, 0)
         return chunks
+
+
+class TextPlanner:
+    """Texts to embed have steps of their own, so that those of answers are as fast as without them. While
+    answers are written there are few such steps, and short ones."""
+
+    EVERY_S = 2.0  # between two such steps beside answers
+    STEP_S = 0.1   # about how long one is then
+
+    def __init__(self, queue: RunQueue, limits: StepLimits, prompts: PromptPlanner, times: Times):
+        self.queue, self.limits, self.prompts, self.times = queue, limits, prompts, times
+        self.last_s = 0.0  # when a step last embedded texts
+
+    def due(self, plan: StepPlan) -> bool:
+        """Is the next step to be one of texts? Else it is one of answers."""
+        if len(plan.answers) == len(plan.turn) or not self._waiting(plan):
+            return False
+        if not plan.answers:
+            return True
+        tokens = self._most_tokens(plan)
+        rest_s = max(self.EVERY_S, self.EVERY_S / self.STEP_S * tokens * self.times.token_s)
+        return time.monotonic() - self.last_s >= rest_s
+
+    def add_to(self, plan: StepPlan):
+        self.last_s = time.monotonic()
+        waiting, left = self._waiting(plan), self._most_tokens(plan)
+        if not self.limits.of_texts:
+            plan.chunks += self.prompts.share(waiting, self.limits.max_rows, left)
+            return
+        for sequence in waiting:  # the oldest, however long, and what fits beside it
+            if (not plan.chunks or sequence.pending <= left) and self.queue.grow(sequence):
+                plan.chunks.append(Chunk(sequence, sequence.pending))
+                left -= sequence.pending
+
+    def _waiting(self, plan: StepPlan) -> list[Sequence]:
+        return [sequence for sequence in plan.turn if sequence.pooling and sequence.prefilling]
+
+    def _most_tokens(self, plan: StepPlan) -> int:
+        """How many tokens of texts the step may have."""
+        most = self.limits.prefill_chunk
+        if not plan.answers:
+            return most
+        in_time = int(self.STEP_S / (self.times.token_s or self.STEP_S))
+        return min(most, max(self.queue.pool.page_size, in_time))

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence as Seq
 
 from chatlm.worker.engine.background import BackgroundLane
 from chatlm.worker.engine.kvcache import PagePool
 from chatlm.worker.engine.limits import StepLimits
-from chatlm.worker.engine.planners import PromptPlanner, StepPlan
+from chatlm.worker.engine.planners import PromptPlanner, StepPlan, TextPlanner
 from chatlm.worker.engine.run_queue import RunQueue
 from chatlm.worker.engine.sequence import Chunk, Sequence
 from chatlm.worker.engine.times import Times
-
-
-# While the same model writes answers: seconds between two steps that embed texts, and about how long one is
-TEXTS_S, TEXT_STEP_S = 2.0, 0.1
 
 
 class Scheduler:
@@ -35,7 +30,7 @@ class Scheduler:
         self.lane = lane or BackgroundLane()
         self.queue = RunQueue(pool, limits, self.lane)
         self.prompts = PromptPlanner(self.queue, limits, self.lane, self.times)
-        self.texts_s = 0.0  # when a step last embedded texts
+        self.texts = TextPlanner(self.queue, limits, self.prompts, self.times)
 
     def schedule(self) -> list[Chunk]:
         """Plan the next step. A sequence is left out if the token being drawn brings it to its limit, or in
@@ -44,11 +39,12 @@ class Scheduler:
         plan = StepPlan(self.queue.running)
         if plan.nobody_waits and self.lane.must_wait():
             return []
-        if len(plan.answers) < len(plan.turn) and (texts := self._texts_now(plan)) is not None:
-            return texts
-        self._add_decoding(plan)
-        self.prompts.add_to(plan)
-        self._add_background(plan)
+        if self.texts.due(plan):
+            self.texts.add_to(plan)
+        else:
+            self._add_decoding(plan)
+            self.prompts.add_to(plan)
+            self._add_background(plan)
         return self.queue.prepared(plan.chunks)
 
     def _add_decoding(self, plan: StepPlan):
@@ -83,26 +79,6 @@ class Scheduler:
         most = max(0, min(room, sequence.limit - len(sequence.tokens) - 1))
         draft = sequence.draft.tokens[:most]
         return draft[:self.queue.grow_spare(sequence, len(draft))]
-
-    def _texts_now(self, plan: StepPlan) -> list[Chunk] | None:
-        """A step of texts to embed; None if it is to be one of answers. Texts have steps of their own, so
-        that those of answers are as fast as without them; beside answers there are few, and short ones."""
-        waiting = [sequence for sequence in plan.turn if sequence.pooling and sequence.prefilling]
-        left = self.limits.prefill_chunk
-        if plan.answers:
-            left = min(left, max(self.pool.page_size, int(TEXT_STEP_S / (self.times.token_s or TEXT_STEP_S))))
-        rest_s = max(TEXTS_S, TEXTS_S / TEXT_STEP_S * left * self.times.token_s)
-        if not waiting or plan.answers and time.monotonic() - self.texts_s < rest_s:
-            return None
-        self.texts_s, chunks = time.monotonic(), []
-        if not self.limits.of_texts:
-            chunks = self.prompts.share(waiting, self.limits.max_rows, left)
-        # of whole texts the oldest, however long, and what fits beside it
-        for sequence in waiting if self.limits.of_texts else ():
-            if (not chunks or sequence.pending <= left) and self.queue.grow(sequence):
-                chunks.append(Chunk(sequence, sequence.pending))
-                left -= sequence.pending
-        return self.queue.prepared(chunks)
 
     def _add_background(self, plan: StepPlan):
         """Background work beside interactive sequences, as much as hardly lengthens the step."""

@@ -111,7 +111,7 @@ def test_the_last_state_is_found_in_the_prefix_cache_and_the_mean_is_computed_wh
 
 
 def test_it_starts_over_when_its_pages_are_taken_or_a_step_failed(nanochat_fixtures, monkeypatch):
-    monkeypatch.setattr(scheduler, "TEXTS_S", 0.0)
+    monkeypatch.setattr(TextPlanner, "EVERY_S", 0.0)
     engine = make_engine(nanochat_fixtures / "gen5", num_pages=200, max_batch=8, prefill_chunk=16)
     wanted = alone(engine, embedding("a", PROMPTS[0]))
     engine.pool.forget_cached()

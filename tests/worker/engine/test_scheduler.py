@@ -11,7 +11,7 @@ import pytest
 import chat_server
 from chatlm.common.config import PAGE_SIZE
 from chatlm.common.messages.requests import SamplingParams
-from chatlm.worker.engine import scheduler as scheduling
+from chatlm.worker.engine import planners
 from chatlm.worker.engine.drafts import Draft
 from chatlm.worker.engine.integrity import queue_faults
 from chatlm.worker.engine.kvcache import PagePool, PageTables
@@ -78,7 +78,7 @@ def test_decoding_sequences_run_in_every_step_beside_a_long_prompt():
 
 def test_a_slow_model_embeds_few_tokens_in_a_step_beside_answers_and_then_answers_for_long(monkeypatch):
     s, now = scheduler(), 1000.0
-    monkeypatch.setattr(scheduling.time, "monotonic", lambda: now)
+    monkeypatch.setattr(planners.time, "monotonic", lambda: now)
     s.times.token_s = 0.05                # 64 tokens would stop the answer for 3 s
     s.queue.add(sequence("answer", 5))
     s.queue.add(sequence("text", [7] * 70, pooling="mean"))
@@ -91,9 +91,9 @@ def test_a_slow_model_embeds_few_tokens_in_a_step_beside_answers_and_then_answer
 
 @pytest.mark.parametrize("seconds, steps", [(1e9, [{"answer": 5}, {"answer": 1}, {"answer": 1}]), (0.0, [{"text": 64}, {"text": 6}, {"answer": 5}])])
 def test_texts_to_embed_have_steps_of_their_own_and_beside_answers_seldom_one(monkeypatch, seconds, steps):
-    monkeypatch.setattr(scheduling, "TEXTS_S", seconds)
+    monkeypatch.setattr(planners.TextPlanner, "EVERY_S", seconds)
     s = scheduler()
-    s.texts_s, s.times.token_s = time.monotonic(), 0.001
+    s.texts.last_s, s.times.token_s = time.monotonic(), 0.001
     s.queue.add(sequence("answer", 5))
     s.queue.add(sequence("text", [7] * 70, pooling="mean"))
     assert [step(s) for _ in range(3)] == steps
