@@ -147,3 +147,40 @@ class TextPlanner:
             return most
         in_time = int(self.STEP_S / (self.times.token_s or self.STEP_S))
         return min(most, max(self.queue.pool.page_size, in_time))
+
+
+class BackgroundPlanner:
+    """Background work beside interactive sequences, as much as hardly lengthens the step: a token of each
+    answer in order of admission, then pieces of prompts."""
+
+    def __init__(self, queue: RunQueue, limits: StepLimits, lane: BackgroundLane, prompts: PromptPlanner,
+                 times: Times):
+        self.queue, self.limits, self.lane, self.prompts, self.times = queue, limits, lane, prompts, times
+
+    def add_to(self, plan: StepPlan):
+        if self.limits.stages > 1 or not plan.beside or not plan.chunks:
+            return
+        has_drafts, rows = plan.has_drafts, self._rows_left(plan)
+        times = self.times.of(plan.on_host)
+        room = self.lane.room_beside(times, plan.tokens, max(min(rows, self.limits.max_batch), 0))
+        if not room:
+            return
+        chunks, prompts = list[Chunk](), list[Sequence]()
+        for sequence in filter(self.lane.joins, plan.beside):
+            if sequence.prefilling:
+                prompts.append(sequence)
+            elif sequence.pending == 1 and len(sequence.tokens) < sequence.limit:
+                if self.queue.grow(sequence):
+                    chunks.append(Chunk(sequence, 1, 1))
+                if len(chunks) == room:
+                    break
+        plan.chunks += chunks
+        left, prompts = room - len(chunks), [sequence for sequence in prompts if sequence.pages]
+        if prompts and left and (self.limits.exact_rows or not has_drafts):
+            plan.chunks += self.prompts.share(prompts, rows - len(chunks), left, beside=True)
+
+    def _rows_left(self, plan: StepPlan) -> int:
+        """Drafts are verified only in steps of few rows if rows are not exact, and without prompts."""
+        few = plan.has_drafts and not self.limits.exact_rows
+        most = self.limits.draft_rows if few else self.limits.max_rows
+        return most - plan.rows

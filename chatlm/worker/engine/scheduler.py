@@ -7,7 +7,7 @@ from collections.abc import Sequence as Seq
 from chatlm.worker.engine.background import BackgroundLane
 from chatlm.worker.engine.kvcache import PagePool
 from chatlm.worker.engine.limits import StepLimits
-from chatlm.worker.engine.planners import PromptPlanner, StepPlan, TextPlanner
+from chatlm.worker.engine.planners import BackgroundPlanner, PromptPlanner, StepPlan, TextPlanner
 from chatlm.worker.engine.run_queue import RunQueue
 from chatlm.worker.engine.sequence import Chunk, Sequence
 from chatlm.worker.engine.times import Times
@@ -30,6 +30,7 @@ class Scheduler:
         self.lane = lane or BackgroundLane()
         self.queue = RunQueue(pool, limits, self.lane)
         self.prompts = PromptPlanner(self.queue, limits, self.lane, self.times)
+        self.background = BackgroundPlanner(self.queue, limits, self.lane, self.prompts, self.times)
         self.texts = TextPlanner(self.queue, limits, self.prompts, self.times)
 
     def schedule(self) -> list[Chunk]:
@@ -44,7 +45,7 @@ class Scheduler:
         else:
             self._add_decoding(plan)
             self.prompts.add_to(plan)
-            self._add_background(plan)
+            self.background.add_to(plan)
         return self.queue.prepared(plan.chunks)
 
     def _add_decoding(self, plan: StepPlan):
@@ -79,32 +80,3 @@ class Scheduler:
         most = max(0, min(room, sequence.limit - len(sequence.tokens) - 1))
         draft = sequence.draft.tokens[:most]
         return draft[:self.queue.grow_spare(sequence, len(draft))]
-
-    def _add_background(self, plan: StepPlan):
-        """Background work beside interactive sequences, as much as hardly lengthens the step."""
-        if self.limits.stages > 1 or not plan.beside or not plan.chunks:
-            return
-        has_drafts, rows = plan.has_drafts, self._rows_left(plan)
-        times = self.times.of(plan.on_host)
-        room = self.lane.room_beside(times, plan.tokens, max(min(rows, self.limits.max_batch), 0))
-        if not room:
-            return
-        chunks, prompts = list[Chunk](), list[Sequence]()
-        for sequence in filter(self.lane.joins, plan.beside):
-            if sequence.prefilling:
-                prompts.append(sequence)
-            elif sequence.pending == 1 and len(sequence.tokens) < sequence.limit:
-                if self.queue.grow(sequence):
-                    chunks.append(Chunk(sequence, 1, 1))
-                if len(chunks) == room:
-                    break
-        plan.chunks += chunks
-        left, prompts = room - len(chunks), [sequence for sequence in prompts if sequence.pages]
-        if prompts and left and (self.limits.exact_rows or not has_drafts):
-            plan.chunks += self.prompts.share(prompts, rows - len(chunks), left, beside=True)
-
-    def _rows_left(self, plan: StepPlan) -> int:
-        """Drafts are verified only in steps of few rows if rows are not exact, and without prompts."""
-        few = plan.has_drafts and not self.limits.exact_rows
-        most = self.limits.draft_rows if few else self.limits.max_rows
-        return most - plan.rows
