@@ -60,6 +60,48 @@ class Planner(Protocol):
     def add_to(self, plan: StepPlan): ...
 
 
+class DecodingPlanner:
+    """A token of each answer that is being written, with its draft. Each is given pages first. With several
+    stages a step has only its share of the answers, so that each stage has work.
+
+    An answer is left out if the token being drawn brings it to its limit."""
+
+    def __init__(self, queue: RunQueue, limits: StepLimits):
+        self.queue, self.limits = queue, limits
+
+    def add_to(self, plan: StepPlan):
+        grown = [sequence for sequence in self._able(plan.answers) if self.queue.grow(sequence)]
+        plan.answers = [sequence for sequence in plan.answers if sequence.pages]  # some may be preempted now
+        room = self._draft_room(plan.answers)
+        for sequence in grown:
+            if sequence.pages:
+                draft = self._draft(sequence, room) if sequence.draft.tokens else ()
+                plan.chunks.append(Chunk(sequence, 1, 1 + len(draft), draft))
+                room -= len(draft)
+
+    def _able(self, answers: Seq[Sequence]) -> list[Sequence]:
+        """The answers whose next token this step draws."""
+        may_run, stages = self.queue.may_run, self.limits.stages
+        able = [sequence for sequence in answers
+                if sequence.decodes and len(sequence.tokens) < sequence.limit and may_run(sequence)]
+        if stages == 1:
+            return able
+        decoding = sum(sequence.pending == 1 for sequence in answers)
+        return able[:-(-decoding // stages)]
+
+    def _draft_room(self, answers: Seq[Sequence]) -> int:
+        """How many tokens of drafts the step may have: without exact rows none beside prompts."""
+        if not self.limits.exact_rows and any(sequence.prefilling for sequence in answers):
+            return 0
+        return self.limits.draft_rows - len(answers)
+
+    def _draft(self, sequence: Sequence, room: int) -> tuple[int, ...]:
+        """As much of a sequence's draft as fits in the step's room, its token limit and its pages."""
+        most = max(0, min(room, sequence.limit - len(sequence.tokens) - 1))
+        draft = sequence.draft.tokens[:most]
+        return draft[:self.queue.grow_spare(sequence, len(draft))]
+
+
 class PromptPlanner:
     """Chunks of prompts, after the answers' tokens. Half of the tokens go to the oldest prompt, so that it
     never starves; the rest go to the shortest prompts, so that a long one never stalls them."""
