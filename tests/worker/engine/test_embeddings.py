@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from chatlm.common.messages.requests import Failed, SamplingParams
-from chatlm.worker.engine import host, scheduler
+from chatlm.worker.engine import host
 from chatlm.worker.engine.integrity import check_integrity
+from chatlm.worker.engine.planners import TextPlanner
 from engines import Pieces, load, make_engine, pieces, tensors_of
 import families
 from works import assignment
