@@ -37,7 +37,7 @@ from chatlm.worker.arrays.kinds import Device
 from chatlm.worker.build import (
     build_engine, build_transformer, gpu_memory, lack_of_gpu_memory, prepare_device)
 from chatlm.worker.drafting import DraftHelp
-from chatlm.worker.engine.engine import drop_adapter, failure_text
+from chatlm.worker.engine.engine import failure_text
 from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.keeper import Keeper
 from chatlm.worker.engine.kept import KeptPages
@@ -171,7 +171,7 @@ def share_word(engine: Engine, path: str, apart: bool = False):
     if spec.embeds:
         engine.kernels.backend.pause_while(word, longest_pause_s(spec.layers))
     else:
-        engine.word = word
+        engine.tell(word)
 
 
 def fingerprinted_files(config: WorkerConfig) -> tuple[list[Path], str]:
@@ -382,7 +382,7 @@ class Inbox:
             case DropAdapter(id) if id in self.loading:
                 self.dropped.add(id)
             case DropAdapter(id):
-                drop_adapter(self.engine, id)
+                self.engine.drop_adapter(id)
             case EmptyCache():
                 self.empties_cache = True
             case Ping():
@@ -410,7 +410,7 @@ class Inbox:
             self.tell(self.loaded(adapter_id, self.loading.pop(adapter_id)))
             if adapter_id in self.dropped:
                 self.dropped.remove(adapter_id)
-                drop_adapter(self.engine, adapter_id)
+                self.engine.drop_adapter(adapter_id)
             for work in self.waiting.pop(adapter_id, ()):
                 self.engine.add(work)
 
