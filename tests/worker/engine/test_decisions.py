@@ -13,7 +13,8 @@ import pytest
 from decisions import STEPS, Clock, Traffic
 
 GOLDEN = Path(__file__).with_name("decisions.txt")
-BY_DAY, BY_NIGHT = 32, 900  # traffics
+BY_DAY, BY_NIGHT, PART = 32, 900, 124  # traffics
+NIGHTLY = [pytest.param(first, min(first + PART, BY_NIGHT), marks=pytest.mark.slow) for first in range(BY_DAY, BY_NIGHT, PART)]
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def recorded():
     return GOLDEN.read_text().splitlines()
 
 
-@pytest.mark.parametrize("first, end", [(0, BY_DAY), pytest.param(BY_DAY, BY_NIGHT, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("first, end", [(0, BY_DAY), *NIGHTLY])
 def test_the_scheduler_decides_as_recorded(play, first, end):
     lines = [play(seed) for seed in range(first, end)]
     if os.environ.get("RECORD_DECISIONS"):
