@@ -18,7 +18,6 @@ from chatlm.common.client_words import rate_limited
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import ChatServerError, EngineFailure, RequestError, without_folders
 from chatlm.common.lanes import Lanes
-from chatlm.common.log import log
 from chatlm.common.messages.protocol import Cancel
 from chatlm.common.messages.requests import (
     Accepted, Ended, Event, Failed, Finished, Piece, PromptProgress, PromptScores, Request)
@@ -113,23 +112,19 @@ class Dispatcher:
     STAY_S = 1.0        # that a job in the background stays at least with a worker that others use
 
     def __init__(self, settings: Settings, workers: Seq[Worker], all_models: list[Dispatcher] | None = None,
-                 changed: Callable[[], None] | None = None):
+                 changed: Callable[[], None] = lambda: None):
         """all_models: the dispatchers of a server's models, to which this one is added; they share limits
-        and turns. changed: called when a job arrives, ends or is moved. Whoever gives it decides when the
-        model is loaded; without it, a job that arrives loads the model at once."""
+        and turns. changed: called when a job arrives, ends or is moved."""
         self.settings, self.workers = settings, workers
         self.all_models = [] if all_models is None else all_models
         self.all_models.append(self)
         self.jobs: dict[str, Job] = {}  # waiting and running
         self.pending = WaitingQueue()
-        self.wanted = asyncio.Event()   # cleared: workers stay unloaded until the next request
-        self.wanted.set()
         self.delayed = 0                # answers that outlived their worker
         self.held = False               # do jobs wait even if workers are ready?
         self.used_s = time.monotonic()  # when a request last arrived or was running
         self.asked_s = -math.inf        # when a request last arrived, other than with low priority
-        self.changed = changed or (lambda: None)
-        self.wake = changed or self._load_again  # called when a job arrives and the model is unloaded
+        self.changed = changed
         self.loading: Callable[[], float | None] = lambda: None  # share of the model loaded; None: all
         self.able: Callable[[Worker, Job], bool] = lambda worker, job: True  # may a worker run a job?
 
@@ -204,14 +199,8 @@ class Dispatcher:
         self.used_s = time.monotonic()
         if not all(job.request.low_priority for job in jobs):
             self.asked_s = self.used_s
-        if not self.wanted.is_set():
-            self.wake()
         self.dispatch()
         self.changed()
-
-    def _load_again(self):
-        log.info("a request arrived: loading the model again")
-        self.wanted.set()
 
     @property
     def busy(self) -> bool:

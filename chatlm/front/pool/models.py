@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence as Seq
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TYPE_CHECKING
 
@@ -90,21 +88,20 @@ class Model:
 
     def load(self):
         """Load it as if a request waited for it."""
-        if self.place:
+        if self.place and self.pool:
             self.place.asked = not self.place.serves
-        if self.pool and (self.place or not self.pool.dispatcher.wanted.is_set()):
-            self.pool.dispatcher.wake()
+            self.pool.changed()
+        elif self.pool:
+            self.pool.supervisor.load_for_request()
 
     def unload(self):
         """Unload it once its running answers have ended; the next request loads it again."""
         if self.place and self.pool:
             self.place.asked = False
             self.place.leave()
-            self.pool.dispatcher.wake()
-        elif self.pool and not self.pool.dispatcher.running:
-            unload_now(self.pool)
-        elif self.pool and not self.pool.dispatcher.held:
-            self.pool.supervisor.run("unloading the model", partial(unload_after_answers, self.pool))
+            self.pool.changed()
+        elif self.pool:
+            self.pool.unload()
 
     @property
     def is_unnamed(self) -> bool:
@@ -125,8 +122,9 @@ class Model:
             if self.pool.supervisor.ready_workers:
                 return "ready"
             return "loading" if self.place.taken and not self.place.leaving else "unloaded"
-        asleep = getattr(self.pool.supervisor, "asleep", False) and not self.pool.dispatcher.wanted.is_set()
-        return "unloaded" if asleep else "ready" if self.pool.ready else "loading"
+        if getattr(self.pool.supervisor, "unloaded", False):
+            return "unloaded"
+        return "ready" if self.pool.ready else "loading"
 
     @property
     def bytes(self) -> int:
@@ -164,23 +162,6 @@ class Model:
         scored = {"bits_per_byte": round(self.score.bits_per_byte, 6)} if self.score else {}
         own = {"own_val_bpb": round(self.own_val_bpb, 6)} if self.own_val_bpb is not None else {}
         return {**self.logged, **self.written, **own, **scored, **(self.judged or {})}
-
-
-async def unload_after_answers(pool: WorkerPool):
-    """Unload the only model of a server; its queue is held meanwhile."""
-    dispatcher = pool.dispatcher
-    dispatcher.held = True
-    while dispatcher.running:
-        await asyncio.sleep(0.05)
-    unload_now(pool)
-
-
-def unload_now(pool: WorkerPool):
-    if pool.supervisor.prepared:
-        pool.supervisor.unload()
-    pool.dispatcher.held = False
-    if len(pool.dispatcher.pending):
-        pool.dispatcher.wake()
 
 
 class Served(NamedTuple):

@@ -88,12 +88,13 @@ class WorkerPool:
                  dispatchers: list[Dispatcher] | None = None, prefixes: Prefixes | None = None,
                  changed: Callable[[], None] | None = None):
         """desk, dispatchers: shared by the models of a server with several. prefixes: memory that outlives
-        the workers; several models share it, and their catalogue starts and closes it. changed: see
-        Dispatcher."""
+        the workers; several models share it, and their catalogue starts and closes it. changed: called when
+        jobs come and go, by whoever decides when the model is loaded; None: the next job loads it."""
         self.prefixes, self.alone = prefixes, desk is None
         self.settings, self.placement, self.workers = settings, placement, placement.workers
         self.admission = Admission(self._check_capacity, desk)
-        self.dispatcher = Dispatcher(settings, self.workers, dispatchers, changed)
+        self.changed = changed or self._load_for_jobs
+        self.dispatcher = Dispatcher(settings, self.workers, dispatchers, self.changed)
         self.adapters = PoolAdapters(settings, self.workers)
         self.dispatcher.able = lambda worker, job: self.adapters.able(worker, job.request.params.adapter)
         self.adapters.taken = lambda: accepted_names(
@@ -174,6 +175,31 @@ class WorkerPool:
             async with aclosing(self.dispatcher.answer(request, lengths, arrived_s)) as events:
                 async for event in events:
                     yield event
+
+    def _load_for_jobs(self):
+        """The only model of a server is loaded again for the next job."""
+        if self.dispatcher.jobs:
+            self.supervisor.load_for_request()
+
+    def unload(self):
+        """Unload the only model of a server once its running answers have ended; its queue is held until
+        then."""
+        if not self.dispatcher.running:
+            self._unload_now()
+        elif not self.dispatcher.held:
+            self.supervisor.run("unloading the model", self._unload_after_answers)
+
+    async def _unload_after_answers(self):
+        self.dispatcher.held = True
+        while self.dispatcher.running:
+            await asyncio.sleep(0.05)
+        self._unload_now()
+
+    def _unload_now(self):
+        if self.supervisor.prepared:
+            self.supervisor.unload()
+        self.dispatcher.held = False
+        self.changed()
 
     def cancel(self, request_id: str) -> bool:
         """Stop a running request; its reader gets RequestError 'cancelled' instead of Finished."""

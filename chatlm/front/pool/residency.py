@@ -115,7 +115,7 @@ class Place:
         self.become(Stay.IN)
         self.asked, self.taken_s = False, time.monotonic()
         if before is Stay.OUT:
-            dispatcher.wanted.set()
+            self.pool.supervisor.load()
             return
         for worker in self.pool.workers:
             worker.cache = CacheState.HELD

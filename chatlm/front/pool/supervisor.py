@@ -52,6 +52,8 @@ class Supervisor:
         self.version = Version(self)
         self.cannot_open = ""                # why no tokenizer can be made of the files that workers have
         self.asleep = False                  # from unloading until the model is loaded again
+        self.wanted = asyncio.Event()        # cleared: workers stay unloaded until `load`
+        self.wanted.set()
         self.loading = ("starting", 0.0)     # stage and share
         self.became_ready = asyncio.Event()  # also set when start-up failed
         self.failure: ChatServerError | None = None
@@ -97,7 +99,7 @@ class Supervisor:
         """Restart the worker whenever it dies, after a wait that grows with each crash in a row."""
         before = ""  # how the previous process ended
         while True:
-            await self.dispatcher.wanted.wait()
+            await self.wanted.wait()
             worker.error = ""
             ready_s = worker.ready_s
             if self.closing or worker not in self.workers:  # its node is gone
@@ -257,7 +259,7 @@ class Supervisor:
 
     async def begin_unloaded(self, card: ModelCard):
         """Begin without workers: `card` has what the headers of the files say, enough to admit requests."""
-        self.dispatcher.wanted.clear()
+        self.wanted.clear()
         self.card, self.asleep = card, True
         for worker in self.workers:
             worker.become(State.UNLOADED)
@@ -296,10 +298,25 @@ class Supervisor:
             log.info("no request for %g s: the model is unloaded until the next one", idle_s)
             self.unload()
 
+    def load(self):
+        """Let the workers of an unloaded model start."""
+        self.wanted.set()
+
+    def load_for_request(self):
+        """Load an unloaded model, since a request waits for it."""
+        if not self.wanted.is_set():
+            log.info("a request arrived: loading the model again")
+            self.load()
+
+    @property
+    def unloaded(self) -> bool:
+        """Does it stay unloaded until `load`?"""
+        return self.asleep and not self.wanted.is_set()
+
     def unload(self):
-        """End the workers until `wanted` is set again."""
+        """End the workers until `load`."""
         self.asleep, self.loading = True, ("unloaded", 0.0)
-        self.dispatcher.wanted.clear()
+        self.wanted.clear()
         for worker in self.workers:
             worker.cannot_start = ""  # the next request has it tried again
             worker.failed_starts = 0

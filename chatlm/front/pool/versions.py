@@ -96,7 +96,7 @@ class Version:
         for worker in supervisor.workers[:1] if may_be_old else ():
             if worker.placement.renews and (source := await asyncio.to_thread(worker.placement.now)):
                 self.renew(source)
-                supervisor.dispatcher.wake()
+                supervisor.load_for_request()
         deadline_s = time.monotonic() + self.PATIENCE_S
         while supervisor.became_ready.is_set() and not supervisor.prepared:
             if reason := supervisor.cannot_open or supervisor.in_vain:

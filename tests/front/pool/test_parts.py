@@ -102,8 +102,7 @@ class PlayedPlacement:
 
 def supervisor_of(placement, **settings):
     """A supervisor whose dispatcher only notes that jobs were taken from a worker, and the cards that it got ready for."""
-    dispatcher = SimpleNamespace(wanted=asyncio.Event(), used_s=0.0, jobs={}, pending=(), dispatch=lambda: None, requeued=asyncio.Event())
-    dispatcher.wanted.set()
+    dispatcher = SimpleNamespace(used_s=0.0, jobs={}, pending=(), dispatch=lambda: None, requeued=asyncio.Event())
     dispatcher.requeue = lambda worker: dispatcher.requeued.set()
     cards = []
 
@@ -206,7 +205,7 @@ async def test_idle_workers_are_unloaded_once_and_a_request_would_still_be_serve
     worker.become(State.READY)
     for _ in range(2):
         supervisor.unload_when_idle()
-    assert worker.state is State.UNLOADED and placement.killed == 1 and not dispatcher.wanted.is_set() and supervisor.ready
+    assert worker.state is State.UNLOADED and placement.killed == 1 and supervisor.unloaded and supervisor.ready
     placement.workers.clear()
     supervisor.asleep = False
     supervisor.unload_when_idle()
