@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import math
 import operator
 import time
 import types
@@ -21,6 +20,7 @@ from chatlm.common.lanes import Lanes
 from chatlm.common.messages.protocol import Cancel
 from chatlm.common.messages.requests import (
     Accepted, Ended, Event, Failed, Finished, Piece, PromptProgress, PromptScores, Request)
+from chatlm.front.pool.use import ModelUse
 from chatlm.front.pool.worker import RECENT_S, Job, Worker, batch_of, cost_of, share_device
 
 if TYPE_CHECKING:
@@ -122,8 +122,7 @@ class Dispatcher:
         self.pending = WaitingQueue()
         self.delayed = 0                # answers that outlived their worker
         self.held = False               # do jobs wait even if workers are ready?
-        self.used_s = time.monotonic()  # when a request last arrived or was running
-        self.asked_s = -math.inf        # when a request last arrived, other than with low priority
+        self.use = ModelUse()
         self.changed = changed
         self.loading: Callable[[], float | None] = lambda: None  # share of the model loaded; None: all
         self.able: Callable[[Worker, Job], bool] = lambda worker, job: True  # may a worker run a job?
@@ -196,11 +195,24 @@ class Dispatcher:
         for job in jobs:
             self.jobs[job.id] = job
             self.pending.append(job)
-        self.used_s = time.monotonic()
+        self.use.note()
         if not all(job.request.low_priority for job in jobs):
-            self.asked_s = self.used_s
+            self.use.note_asked()
         self.dispatch()
         self.changed()
+
+    def hold(self, held: bool):
+        """Have all jobs wait that do not run, or no longer."""
+        self.held = held
+
+    def idle_s(self, now: float) -> float:
+        """For how long it has had nothing to do."""
+        return 0.0 if self.jobs else now - self.use.last_s
+
+    @property
+    def in_use(self) -> bool:
+        """Has it running or recent requests, other than with low priority?"""
+        return self.busy or self.use.was_asked
 
     @property
     def busy(self) -> bool:
@@ -371,6 +383,7 @@ class Dispatcher:
 
     def _forget(self, job: Job):
         del self.jobs[job.id]
+        self.use.note()
         job.note_thinking_ends(None)
         if job.worker:
             del job.worker.jobs[job.worker_id]

@@ -190,7 +190,7 @@ class WorkerPool:
             self.supervisor.run("unloading the model", self._unload_after_answers)
 
     async def _unload_after_answers(self):
-        self.dispatcher.held = True
+        self.dispatcher.hold(True)
         while self.dispatcher.running:
             await asyncio.sleep(0.05)
         self._unload_now()
@@ -198,7 +198,7 @@ class WorkerPool:
     def _unload_now(self):
         if self.supervisor.prepared:
             self.supervisor.unload()
-        self.dispatcher.held = False
+        self.dispatcher.hold(False)
         self.changed()
 
     def cancel(self, request_id: str) -> bool:

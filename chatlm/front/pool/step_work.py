@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import json
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence as Seq
 from contextlib import suppress
 from dataclasses import dataclass
@@ -42,7 +41,6 @@ if TYPE_CHECKING:
     from chatlm.front.pool.pool import WorkerPool
 
 
-IN_USE_S = 60.0  # a model that people have asked for is in use for so long
 WEIGHTS = ".pt", ".pth", ".bin", ".safetensors"
 SMALL_FILE = 64 << 20
 
@@ -248,7 +246,7 @@ class StepWork:
         except ChatServerError as error:
             self.failed.add((step, duty.kind))
             log.warning("the checkpoint %s cannot be scored: %s", model.name, error)
-        if not (was_loaded or pool.dispatcher.jobs or asked_lately(pool)):
+        if not (was_loaded or pool.dispatcher.jobs or pool.dispatcher.in_use):
             model.unload()
 
     def _may_load(self, model: Model) -> bool:
@@ -291,11 +289,6 @@ def described(step: Step, model: Model, pool: WorkerPool) -> tuple[StepOfRun, st
     assert model.run
     return StepOfRun(model.run.run, model.run.lineage, model.run.stage, step.step, os.path.realpath(step.run),
                      max(saved_ns) / 1e9, card.facts.digest), made_by
-
-
-def asked_lately(pool: WorkerPool) -> bool:
-    """Has it running or recent requests, other than with low priority?"""
-    return pool.dispatcher.busy or time.monotonic() - pool.dispatcher.asked_s < IN_USE_S
 
 
 def watched_prompts(path: str) -> tuple[str, ...]:

@@ -216,7 +216,7 @@ class Supervisor:
                 if len(self.workers) > 1:
                     log.info("%s is ready: %s", worker.where, worker.place)
                 self.asleep, self.load_s = False, worker.ready_s - worker.spawned_s
-                self.dispatcher.used_s = worker.ready_s
+                self.dispatcher.use.note()
                 self._check_ready()
                 self.dispatcher.dispatch()
             case Unusable(text):
@@ -290,11 +290,10 @@ class Supervisor:
 
     def unload_when_idle(self):
         """--idle-unload: end the workers after that long without a request; /health polls do not count."""
-        now, idle_s = time.monotonic(), self.settings.idle_unload
-        if self.dispatcher.jobs:
-            self.dispatcher.used_s = now
+        idle_s = self.settings.idle_unload
         usable = [worker for worker in self.workers if worker.state is not State.LEFT_OUT]
-        if idle_s and now - self.dispatcher.used_s > idle_s and usable and usable == self.ready_workers:
+        is_idle = idle_s and self.dispatcher.idle_s(time.monotonic()) > idle_s
+        if is_idle and usable and usable == self.ready_workers:
             log.info("no request for %g s: the model is unloaded until the next one", idle_s)
             self.unload()
 

@@ -21,7 +21,7 @@ from chatlm.front.pool.names import accepted_names, is_among
 from chatlm.front.pool.residency import NoRoom, Residency
 from chatlm.front.pool.run_names import RunNames
 from chatlm.front.pool.sightings import Sightings
-from chatlm.front.pool.step_work import StepWork, asked_lately
+from chatlm.front.pool.step_work import StepWork
 
 if TYPE_CHECKING:
     from chatlm.common.hub.steps import Step
@@ -206,8 +206,8 @@ class RunWatch:
                 holder.choice = replace(holder.choice, aliases=(), default=False)
                 if holder.place:
                     holder.place.idle_s = holder.place.idle_s or self.LEAVE_S
-                if holder.pool and newest.pool:  # its users now use the new one
-                    newest.pool.dispatcher.asked_s = holder.pool.dispatcher.asked_s
+                if holder.pool and newest.pool:
+                    newest.pool.dispatcher.use.succeed(holder.pool.dispatcher.use)
             self.last[run] = newest
             self._give_latest()
             for alias in newest.choice.aliases:
@@ -223,6 +223,6 @@ def order(model: Model) -> tuple:
 def in_use(model: Model, residency: Residency) -> bool:
     """Is it in memory and recently used, and is there memory for a second one like it?"""
     place, pool = model.place, model.pool
-    if not (pool and place and place.taken and asked_lately(pool)):
+    if not (pool and place and place.taken and pool.dispatcher.in_use):
         return False
     return 2 * place.size <= residency.room_beside_pinned(place)

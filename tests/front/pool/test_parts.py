@@ -19,6 +19,7 @@ from chatlm.front.pool.dispatcher import Dispatcher
 from chatlm.front.pool.local import LocalDevices
 from chatlm.front.pool.ray import RayNodes
 from chatlm.front.pool.supervisor import Supervisor
+from chatlm.front.pool.use import ModelUse
 from chatlm.front.pool.worker import NEXT_STATES, State, Worker
 from answers import ending, said
 
@@ -102,7 +103,7 @@ class PlayedPlacement:
 
 def supervisor_of(placement, **settings):
     """A supervisor whose dispatcher only notes that jobs were taken from a worker, and the cards that it got ready for."""
-    dispatcher = SimpleNamespace(used_s=0.0, jobs={}, pending=(), dispatch=lambda: None, requeued=asyncio.Event())
+    dispatcher = SimpleNamespace(use=ModelUse(), idle_s=lambda now: now, jobs={}, pending=(), dispatch=lambda: None, requeued=asyncio.Event())
     dispatcher.requeue = lambda worker: dispatcher.requeued.set()
     cards = []
 
