@@ -11,7 +11,7 @@ from chatlm.common.config import ModelChoice
 from chatlm.common.errors import ConfigError, Overloaded, RequestError, without_folders
 from chatlm.front.pool.names import accepted_names, bound_among, is_among, named_among
 from chatlm.front.pool.pool import known_of
-from chatlm.front.pool.supervisor import NO_CARD
+from chatlm.front.pool.versions import NO_CARD
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -83,8 +83,7 @@ class Model:
         if self.place:
             self.place.name = name
         if self.pool:
-            self.pool.placement.source = self.source
-            self.pool.supervisor.card = replace(self.pool.supervisor.card, name=name)
+            self.pool.rename(name, self.source)
 
     def load(self):
         """Load it as if a request waited for it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import typing
 from collections.abc import Awaitable, Callable, Sequence as Seq
 from dataclasses import replace
 from functools import partial
@@ -14,21 +15,32 @@ from chatlm.common.log import log
 from chatlm.common.memory import available_memory
 from chatlm.common.messages.protocol import (
     AdapterLoaded, CacheEmptied, Crashed, Loading, ModelCard, ModelText, Ready, Stepped, Unusable)
-from chatlm.common.messages.requests import TextSpec
 from chatlm.common.messages.wire import BadMessage
 from chatlm.common.program import program_stamp
 from chatlm.front.aio import end_tasks, supervised
 from chatlm.front.pool.versions import Version, of_other_files
-from chatlm.front.pool.worker import CacheState, State, Worker
+from chatlm.front.pool.worker import CacheState, Launcher, State, Worker
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
+    from chatlm.common.messages.requests import TextSpec
     from chatlm.front.pool.adapters import PoolAdapters
     from chatlm.front.pool.dispatcher import Dispatcher
 
 
-# What is known before a worker has said what model it has.
-NO_CARD = ModelCard(TextSpec("", b""), "loading", 0, (), {}, False)
+class Placement(Launcher, typing.Protocol):
+    """Where workers run: on this machine's devices (`LocalDevices`) or on the nodes of a Ray cluster
+    (`RayNodes`). It makes the workers and starts their processes."""
+
+    workers: list[Worker]  # shared with others; only the placement adds and removes
+    settings: Settings     # of the workers; paths in place of the names of models, once these were found
+
+    async def start(self, supervisor: Supervisor):
+        """Have the supervisor keep each worker alive as soon as it may start."""
+
+    def stats(self) -> dict:
+        """Its part of /stats."""
+        ...
 
 
 class Supervisor:
@@ -48,9 +60,8 @@ class Supervisor:
         self.settings, self.workers = settings, workers
         self.dispatcher, self.adapters = dispatcher, adapters
         self.prepare, self.report, self.expect, self.stamp = prepare, report, expect, program_stamp()
-        self.card, self.prepared, self.closing = NO_CARD, False, False
-        self.version = Version(self)
-        self.cannot_open = ""                # why no tokenizer can be made of the files that workers have
+        self.version = Version(workers, dispatcher)
+        self.closing = False
         self.asleep = False                  # from unloading until the model is loaded again
         self.wanted = asyncio.Event()        # cleared: workers stay unloaded until `load`
         self.wanted.set()
@@ -77,6 +88,7 @@ class Supervisor:
     def give_up(self, error: ChatServerError):
         """Start-up has failed."""
         self.failure, self.closing = self.failure or error, True
+        self.version.close()
         self.became_ready.set()
         self.gave_up()
 
@@ -104,8 +116,9 @@ class Supervisor:
             ready_s = worker.ready_s
             if self.closing or worker not in self.workers:  # its node is gone
                 return
-            if await self.version.may_read(worker):
-                await self._live(worker)
+            if error := await self.version.may_read(worker):
+                return self.leave_out(worker, error)
+            await self._live(worker)
             if worker.state is State.LEFT_OUT:
                 return
             if self.closing or worker.state is State.UNLOADED or worker not in self.workers:
@@ -202,9 +215,10 @@ class Supervisor:
                 worker.place, worker.text = message.place, None
                 self._note_drafts(worker, message.without)
                 if self.card.kernels and of_other_files(message, self.card):  # on a node of Ray's
-                    return self.version.refuse(worker)
+                    return self._refuse(worker)
                 if not self.card.kernels:  # so far only the headers of the model's files were read
-                    known, self.card = self.card, message
+                    known = self.card
+                    self.version.note_card(message)
                     if not self.prepared or (message.context_length, message.scored_length) != (
                             known.context_length, known.scored_length):
                         # build our tokenizer while the workers warm up
@@ -246,21 +260,34 @@ class Supervisor:
         if not self.ready:
             self.report(stage, fraction)
 
+    @property
+    def card(self) -> ModelCard:
+        return self.version.card
+
+    @property
+    def prepared(self) -> bool:
+        """Is there a tokenizer for the version of the files that workers have or will read?"""
+        return self.version.opened.is_set()
+
+    def _refuse(self, worker: Worker):
+        if error := self.version.refuse(worker):
+            self.leave_out(worker, error)
+            worker.kill()
+
     async def _prepare(self):
         try:
             await self.prepare(self.card)
         except ChatServerError as error:
-            self.cannot_open = str(error)
+            self.version.note_unusable(str(error))
             raise
-        self.cannot_open = ""
-        self.prepared = True
-        self.version.opened.set()
+        self.version.note_opened()
         self._check_ready()
 
     async def begin_unloaded(self, card: ModelCard):
         """Begin without workers: `card` has what the headers of the files say, enough to admit requests."""
         self.wanted.clear()
-        self.card, self.asleep = card, True
+        self.version.note_card(card)
+        self.asleep = True
         for worker in self.workers:
             worker.become(State.UNLOADED)
         await self._prepare()
@@ -331,6 +358,7 @@ class Supervisor:
     async def close(self):
         """End every worker, and wait until it has ended."""
         self.closing = True
+        self.version.close()
         processes = [worker.process for worker in self.workers if worker.process]
         for process in processes:
             process.kill()

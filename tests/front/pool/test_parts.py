@@ -60,7 +60,7 @@ class SilentWorker(Worker):
 
 async def test_a_dispatcher_moves_an_answer_from_a_dead_worker_to_another():
     workers = [worker_in(State.READY, SilentWorker), worker_in(State.LOADING, SilentWorker)]
-    dispatcher = Dispatcher(Settings(max_batch=1), workers)
+    dispatcher = Dispatcher(Settings(max_batch=1), workers, PoolAdapters(Settings(), workers))
     events = dispatcher.answer(Request("a", prompt_ids=((1, 2),), max_tokens=5), [5], 0.0)
     assert await anext(events) == Accepted(2)
     dispatcher.deliver(workers[0], [("a", said("A", tokens=(65,)))])
@@ -199,7 +199,7 @@ async def test_idle_workers_are_unloaded_once_and_a_request_would_still_be_serve
     placement = PlayedPlacement()
     [worker] = placement.workers
     supervisor, dispatcher, _ = supervisor_of(placement, idle_unload=1.0)
-    supervisor.prepared = True
+    supervisor.version.note_opened()
     supervisor.unload_when_idle()
     assert worker.state is State.LOADING and not supervisor.asleep
     await placement.open(worker)
