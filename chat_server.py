@@ -528,8 +528,9 @@ async def serve_forever(settings: Settings, catalogue: Catalogue | None = None) 
     with listen_on(settings.host, settings.port) as listener:
         drain, now = stop_signals()
         if settings.serves_many and not catalogue:
-            from chatlm.front.pool.many import ManyModels  # with what few need: evaluations, watching files
-            catalogue = ManyModels(settings)
+            from chatlm.front.evals.step_work import StepWork  # what few need: evaluations, watching files
+            from chatlm.front.pool.many import ManyModels
+            catalogue = ManyModels(settings, step_work=StepWork)
         catalogue = catalogue or Catalogue(settings, pool_of(settings))
         catalogue.on_progress = progress = ProgressDisplay()
         try:  # the workers start while a thread imports aiohttp (0.2 s)

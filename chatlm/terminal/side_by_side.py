@@ -20,8 +20,8 @@ from chatlm.common.log import ProgressDisplay
 from chatlm.common.messages.requests import Delta
 from chatlm.front.api.encode import calculator_member
 from chatlm.front.api.readers import read_compare, read_variants
+from chatlm.front.evals.bits import score_text
 from chatlm.front.pool.many import ManyModels
-from chatlm.front.pool.score import score_text
 from chatlm.front.server.bodies import tokenizer_of
 from chatlm.front.server.compare import Comparison, asked_of, with_ids
 from chatlm.front.server.describe import kind_of

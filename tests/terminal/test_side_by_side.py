@@ -13,8 +13,8 @@ from chatlm.common.config import Settings
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.text.load import open_tokenizer
+from chatlm.front.evals.bits import score_text, windows_of
 from chatlm.front.pool.many import ManyModels
-from chatlm.front.pool.score import score_text, windows_of
 from chatlm.cli import parse_command_line
 from chatlm.terminal.side_by_side import compare, score
 from chatlm.worker.weights.load import open_model

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, TYPE_CHECKING
+from typing import Any, NamedTuple, TYPE_CHECKING
 
 from chatlm.common.config import ModelChoice
 from chatlm.common.errors import ConfigError, Overloaded, RequestError, without_folders
@@ -18,12 +18,10 @@ if TYPE_CHECKING:
     from chatlm.common.messages.protocol import Known
     from chatlm.common.hub.val_bpb import Evaluation
     from chatlm.common.messages.requests import ModelSource, Request
-    from chatlm.front.evals.flips import Verdicts
     from chatlm.front.pool.adapters import Adapter
     from chatlm.front.pool.pool import WorkerPool
     from chatlm.front.pool.residency import Place
     from chatlm.front.pool.run_names import RunName
-    from chatlm.front.pool.score import Score
 
 
 class Model:
@@ -39,7 +37,7 @@ class Model:
         self.stamp: tuple = ()               # of its files, if --models found it
         self.run: RunName | None = None      # of a checkpoint that --watch found
         self.step = 0                        # of that run
-        self.score: Score | None = None      # by --watch-text, of a checkpoint
+        self.bits_per_byte: float | None = None  # by --watch-text, of a checkpoint
         self.scoring = False                 # is it scored now?
         self.written: dict[str, float] = {}  # metrics that its training has written beside it
         self.logged: dict[str, float] = {}   # and into the log of its stage
@@ -50,7 +48,7 @@ class Model:
         self.own_val_bpb: float | None = None
         self.warning = ""                    # what to know before it is evaluated
         self.judged: dict[str, float] | None = None  # metrics by --watch-suite, once it has ended
-        self.verdicts: Verdicts | None = None  # and of its items
+        self.verdicts: Any = None            # and of its items: see evals.flips
         self.samples: tuple[dict[str, str], ...] = ()  # by --watch-prompts
 
     @property
@@ -147,7 +145,7 @@ class Model:
             return {}
         return {"run": self.run.run, "lineage": self.run.lineage, "stage": self.run.stage, "step": self.step,
                 **self.remarks,
-                "bits_per_byte": self.score and round(self.score.bits_per_byte, 6), "scoring": self.scoring}
+                "bits_per_byte": self.bits_per_byte and round(self.bits_per_byte, 6), "scoring": self.scoring}
 
     @property
     def remarks(self) -> dict:
@@ -158,7 +156,7 @@ class Model:
     @property
     def metrics(self) -> dict[str, float]:
         """All that is known of how good a checkpoint is, by upstream's names where it has some."""
-        scored = {"bits_per_byte": round(self.score.bits_per_byte, 6)} if self.score else {}
+        scored = {} if self.bits_per_byte is None else {"bits_per_byte": round(self.bits_per_byte, 6)}
         own = {"own_val_bpb": round(self.own_val_bpb, 6)} if self.own_val_bpb is not None else {}
         return {**self.logged, **self.written, **own, **scored, **(self.judged or {})}
 
