@@ -95,7 +95,8 @@ class TextDuty:
     async def find(self, work: Work) -> Result:
         work.model.scoring = True
         try:
-            score = await score_text(work.pool, self.text, yields=work.yields, windows=self.WINDOWS)
+            scorer = PoolScorer(work.pool, work.yields)
+            score = await score_text(scorer, self.text, windows=self.WINDOWS)
         finally:
             work.model.scoring = False
         log.info("the checkpoint %s: %.4f bits per byte", work.model.name, score.bits_per_byte)
