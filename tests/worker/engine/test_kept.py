@@ -26,7 +26,7 @@ from chatlm.front.pool.prefixes import StoreWriter
 from chatlm.worker.engine.keeper import Keeper, Reader
 from chatlm.worker.engine.kept import KeptPages, checksum
 from chatlm.worker.engine.states import StatePool
-from chatlm.worker.engine.warm_up import warm_up
+from chatlm.worker.engine.warm_up import warm_up, warm_up_more
 from chatlm.worker.model import spec
 from chatlm.worker.model.spec import KvType
 from chatlm.worker.process import keep_prefixes
@@ -351,6 +351,24 @@ def test_a_prompt_that_computes_goes_on_after_the_pages_that_arrive(stored, nano
         computed.append(sequence.computed - before)
     assert tokens == stored.tokens[stored.work.id] and max(computed) > 32 + PAGE_SIZE
     assert engine.pool.available == engine.pool.num_pages
+
+
+@torch.inference_mode()
+def test_a_first_step_that_fails_while_nobody_asks_leaves_pages_kept(nanochat_fixtures, memory, monkeypatch):
+    engine = keep(make(nanochat_fixtures / "gen5"), memory)
+    engine.cold, engine.drafts = [(1, 1)], True
+
+    def fail(batch, rows):
+        raise MemoryError
+
+    with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        patched.setattr(engine.steps, "start", fail)
+        warm_up_more(engine)
+    engine.give_up()
+    assert engine.queue.gates == [engine.keeper.awaits] and engine.drafts
+    [work] = conversations(11, 1, most=60)
+    tokens_of(engine, [work])
+    assert engine.keeper.counts["kept_pages"] > 0
 
 
 @torch.inference_mode()
