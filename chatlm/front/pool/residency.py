@@ -118,7 +118,7 @@ class Place:
             self.pool.supervisor.load()
             return
         for worker in self.pool.workers:
-            worker.cache = CacheState.HELD
+            worker.use_cache()
         dispatcher.dispatch()
 
     def empty_cache(self):

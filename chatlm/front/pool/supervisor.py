@@ -19,7 +19,7 @@ from chatlm.common.messages.wire import BadMessage
 from chatlm.common.program import program_stamp
 from chatlm.front.aio import end_tasks, supervised
 from chatlm.front.pool.versions import Version, of_other_files
-from chatlm.front.pool.worker import CacheState, Launcher, State, Worker
+from chatlm.front.pool.worker import Launcher, State, Worker
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -199,8 +199,7 @@ class Supervisor:
                 self._check_ready()
                 self.dispatcher.dispatch()
             case CacheEmptied(able):
-                if worker.cache is CacheState.ASKED:  # else it may use the pages again
-                    worker.cache = CacheState.EMPTY if able else CacheState.UNABLE
+                worker.note_emptied(able)
                 self.dispatcher.changed()
             case Loading(stage, fraction):
                 self.progress(stage, fraction)

@@ -385,6 +385,15 @@ class Worker:
             self.prefixes.clear()
             self.send(EmptyCache())
 
+    def note_emptied(self, able: bool):
+        """It has released that memory, or said that it cannot."""
+        if self.cache is CacheState.ASKED:  # else it may use the pages again
+            self.cache = CacheState.EMPTY if able else CacheState.UNABLE
+
+    def use_cache(self):
+        """It may use its KV pages again."""
+        self.cache = CacheState.HELD
+
     def end_request(self, request_id: str):
         if self.known.pop(request_id, None):
             self.send(EndOfRequest(request_id))
