@@ -25,7 +25,8 @@ from chatlm.worker.engine.drafts import Draft
 from chatlm.worker.engine.engine import Engine
 from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.kvcache import PagePool
-from chatlm.worker.engine.scheduler import FREE_ROWS, Scheduler
+from chatlm.worker.engine.limits import FREE_ROWS, StepLimits
+from chatlm.worker.engine.scheduler import Scheduler
 from chatlm.worker.engine.sequence import Sequence
 from chatlm.worker.engine.warm_up import warm_up
 from chatlm.worker.model.kernels import for_decode_core, load_kernels
@@ -321,11 +322,11 @@ def test_drafts_wait_for_prompts_where_only_few_rows_are_alike(nanochat_fixtures
     assert FREE_ROWS <= decode_core.cuda.MAX_PRODUCT_ROWS
     drafted = {}
     for mixes in (True, False):
-        scheduler = Scheduler(PagePool(40), max_batch=4, prefill_chunk=16, exact_rows=mixes)
+        scheduler = Scheduler(PagePool(40), StepLimits(4, 16, max_rows=4, exact_rows=mixes))
         for i, length in enumerate((4, 40)):
-            scheduler.add(Sequence(assignment(str(i), tuple(range(length)), SamplingParams(), 30), [*range(length)], 70))
+            scheduler.queue.add(Sequence(assignment(str(i), tuple(range(length)), SamplingParams(), 30), [*range(length)], 70))
         scheduler.schedule()
-        scheduler.running[0].computed, scheduler.running[0].draft = 3, Draft("lookup", (1, 2))
+        scheduler.queue.running[0].computed, scheduler.queue.running[0].draft = 3, Draft("lookup", (1, 2))
         drafted[mixes] = [chunk.draft for chunk in scheduler.schedule()]
     assert drafted == {True: [(1, 2), ()], False: [(), ()]}
     gen5 = load(nanochat_fixtures / "gen5").spec                # torch multiplies the smear's gate
@@ -412,7 +413,7 @@ def test_preempted_sequences_are_computed_again(backend, name, nanochat_fixtures
     expected = run(engine_on(load_kernels("cpu"), model), works)
     engine = cuda_engine(backend, model, monkeypatch, num_pages=12, context_length=192)
     same_answers(expected, answers(engine, works))
-    assert engine.scheduler.preemptions > 0
+    assert engine.queue.preemptions > 0
 
 
 def test_a_step_that_was_given_up_does_not_stop_the_next_ones(backend, nanochat_fixtures, monkeypatch):
