@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 
-FREE_ROWS = 8  # in a decode_core step take hardly longer than one row on a CPU; not measured on a GPU
+FREE_ROWS = 8  # in a decode_core step take hardly longer than one row; on a GPU so with bfloat16, not with packed weights
 
 
 @dataclass
