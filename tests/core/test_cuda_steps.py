@@ -178,7 +178,7 @@ def test_answers_of_adapters_and_of_their_base_are_the_reference_engines(backend
     expected = run(adapted(engine_on(load_kernels("cpu"), model), model[0]), works)
     plain = run(engine_on(load_kernels("cpu"), model), some_works(model[0].vocab_size))
     alike = {name for name in plain.tokens if expected.tokens[name] == plain.tokens[name]}
-    assert {work.id for work in works if not work.adapter} <= alike < {*plain.tokens}
+    assert {work.id for work in works if not work.params.adapter} <= alike < {*plain.tokens}
     engine = adapted(cuda_engine(backend, model, monkeypatch), model[0])
     same_answers(expected, answers(engine, works, [0, 2, 2, 5, 9, 9, 14]))
     same_answers(expected, answers(engine, works[1:2]))
@@ -546,7 +546,7 @@ def test_padding_draws_nothing_and_stores_nothing(backend, nanochat_fixtures, mo
 
 
 def test_the_smallest_graph_that_holds_a_step_is_replayed(backend, nanochat_fixtures, monkeypatch):
-    steps = steps_on(backend, model_of("gen1", nanochat_fixtures), monkeypatch, max_batch=6, num_pages=80)
+    steps = steps_on(backend, some_model("gen1", nanochat_fixtures), monkeypatch, max_batch=6, num_pages=80)
     most = steps.max_rows               # 6, or 8 where drafts are rows of a step
     assert most in (6, 8) and sorted(steps.graphs) == [(1, 32), (2, 32), (4, 32), (most, 32)]
     assert (cuda_steps.doubling(1, 64, 2), cuda_steps.doubling(64, 600, 4), cuda_steps.doubling(64, 20, 4)) == ([1, 2, 4, 8, 16, 32, 64], [64, 256, 600], [20])
