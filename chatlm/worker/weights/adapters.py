@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from chatlm.worker.weights.rules import LoadedModel
 
 # The products to which Transformer can add adapters
-ADAPTED = ("qkv", "output", "gate_up", "up", "down", "mix_in", "mix_out", "shared_gate_up", "shared_down",
-           "head")
+ADAPTED = ("qkv", "output", "gate_up", "up", "down", "mix_in", "mix_out", "shared_gate_up", "shared_up",
+           "shared_down", "latent_in", "latent_out", "head")
 MERGE = "--lora merges it into the weights at load"
 
 

@@ -124,7 +124,7 @@ def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
         slices, pair = partial(gguf_slices, spec, family, names, sources), Pair.of(names)
         spec, sources, added, adapted, tied = merge_adapters(
             settings, spec, sources, file_shapes(sources) | unread_keys(spec),
-            slices() if settings.lora else {}, called, pair, Pair.of(row.all_tensors), (stored, given))
+            slices() if settings.lora else {}, called, pair, Pair.in_adapters(row, spec), (stored, given))
         slices = partial(gguf_slices, spec, family, names, sources)
         tensors = gguf_tensors(source.path, settings, spec, sources, stored, dtype, backend,
                                row.gguf.permuted, row.interleaved, added)
@@ -317,7 +317,8 @@ def gguf_slices(spec: ModelSpec, family: str, names: Mapping[str, tuple],
                        if len(shapes.get(at, ())) == 2}
             slices |= {name: [FileSlice(at, plus=float(is_one_more(FAMILIES[family], name)))]
                        for name, at in zip(theirs, own) if is_norm(part, shapes.get(at, ()))}
-    return fused_slices(slices, shapes, FAMILIES[family].fused, spec.layers)
+    slices = fused_slices(slices, shapes, FAMILIES[family].fused, spec.layers)
+    return FAMILIES[family].named_by_adapters(spec, slices)
 
 
 def is_norm(part: str, shape: tuple[int, ...]) -> bool:

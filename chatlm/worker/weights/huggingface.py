@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.requests import ModelSource
     from chatlm.worker.model.spec import ModelSpec
+    from chatlm.worker.weights.assemble import Sources
+    from chatlm.worker.weights.family import Family
 
 
 def hf_rope(path: Path, family: str, config: Mapping, context: int | None) -> dict:
@@ -122,12 +124,10 @@ def open_folder(source: ModelSource, settings: Settings, device, config: Path, r
     as_stored, dtype = None if settings.dtype else backend.as_stored, float_type(settings, backend)
     if spec.of_texts and as_stored:  # vectors are compared with those of others: nothing is rounded
         dtype = max(kinds_in(state), key=item_bytes, default=dtype)
-    mapped = sources.get("layer_embed", ((), ()))[1]
-    matrices = {name: shape for name, shape in file_shapes(sources).items()
-                if len(shape) < 3 and name not in mapped} | unread_keys(spec)
-    slices = fused_slices({name: [FileSlice(name)] for name in matrices}, matrices, row.fused, spec.layers)
+    matrices, slices = for_adapters(row, spec, sources)
     spec, sources, added, adapted, tied = merge_adapters(
-        settings, spec, sources, matrices, slices, names, pair, pair, (state, scales, given[0]))
+        settings, spec, sources, matrices, slices, names, pair, Pair.in_adapters(row, spec),
+        (state, scales, given[0]))
     scale_block = fp8_block(config, raw) if scales else []
 
     def turned(name: str, rows: numpy.ndarray) -> numpy.ndarray:
@@ -177,6 +177,17 @@ def open_folder(source: ModelSource, settings: Settings, device, config: Path, r
                        adaptable=adaptable, head=head, ranking=ranking,
                        draft_head=draft_head_of(settings, source.path, draft_head),
                        **sampling_of_folder(source.path / "generation_config.json"))
+
+
+def for_adapters(row: Family, spec: ModelSpec, sources: Sources
+                 ) -> tuple[dict[str, tuple[int, ...]], dict[str, list[FileSlice]]]:
+    """The shapes of the matrices and vectors that adapters may change, by a folder's names; and by their own
+    names, what of these they change."""
+    mapped = sources.get("layer_embed", ((), ()))[1]
+    shapes = {name: shape for name, shape in file_shapes(sources).items()
+              if len(shape) < 3 and name not in mapped} | unread_keys(spec)
+    slices = fused_slices({name: [FileSlice(name)] for name in shapes}, shapes, row.fused, spec.layers)
+    return shapes, row.named_by_adapters(spec, slices)
 
 
 def purpose_of_folder(path: Path, raw: dict, family: str, spec: ModelSpec, called: Seq[str],

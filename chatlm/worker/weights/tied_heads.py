@@ -34,6 +34,11 @@ class Pair(NamedTuple):
         """As `tensor_sources` has them."""
         return cls(table["embed"][0], table["head"][0])
 
+    @classmethod
+    def in_adapters(cls, row: Family, spec: ModelSpec) -> Pair:
+        """As adapters call them."""
+        return cls(*(row.in_adapters(spec, name)[0] for name in cls.of(row.all_tensors)))
+
 
 def head_of_folder(path: Path, spec: ModelSpec, row: Family, state: Mapping[str, Any],
                    scales: Mapping[str, Any]) -> tuple[ModelSpec, dict[str, Any], dict[str, Any]]:
