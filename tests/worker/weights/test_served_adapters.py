@@ -184,6 +184,23 @@ def test_an_adapter_of_every_linear_module_is_merged_and_served_or_refused_by_na
             assert (forward_logits(WithAdapter(beside, adapter).model, batch._replace(adapters=[1]))[0] - expected).abs().max() < 5e-4, kind
 
 
+def test_adapters_of_nemotron_may_name_its_parts_as_nvidia_does_and_a_part_that_does_not_exist_is_named(tmp_path):
+    model = make_model("nemotron3")
+    folder = save(model, tmp_path / "base")
+    adapt(model, tmp_path / "adapter", targets=["in_proj", "o_proj", "up_proj"])
+    read = adapter_reader(load(folder))
+    expected = read(tmp_path / "adapter")
+    assert set(expected) == {"0.mix_in", "1.mix_in", "2.output", "0.shared_up", "2.shared_up"}
+    weights = tmp_path / "adapter/adapter_model.safetensors"
+    tensors = {name.replace("base_model.model.model.", "base_model.model.backbone."): tensor for name, tensor in load_file(weights).items()}
+    save_file(tensors, weights)
+    for name, matrix in read(tmp_path / "adapter").items():
+        assert all(numpy.array_equal(ours, theirs) for ours, theirs in zip(matrix, expected[name])), name
+    save_file({name.replace("layers.0.", "layers.5."): tensor for name, tensor in tensors.items()}, weights)
+    with pytest.raises(ConfigError, match=r"model\.layers\.5\.mixer\.in_proj is not a weight matrix of this model; it has model\.embeddings"):
+        read(tmp_path / "adapter")
+
+
 def broken(folder):
     """(how to break a good adapter, what the error says)"""
     config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
