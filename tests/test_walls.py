@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from chatlm.common.core import decode_core
-from chatlm.worker.model.spec import UNGATED
+from chatlm.worker.model.blocks.feed_forward import UNGATED
 from chatlm.worker.ops import basic
 from real_server import ask, post, server
 

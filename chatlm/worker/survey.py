@@ -68,5 +68,5 @@ def plan_of_stage(model: LoadedModel, stage: int, settings: Settings,
     ConfigError if the model cannot be divided that way."""
     rank = PlannedRank(settings, stage * settings.tensor_parallel_size)
     _, groups, _, plan = plan_model(
-        share_of_rank(model, rank, settings), model.spec, settings, device, rank, drafts)
+        share_of_rank(model, rank, settings), model.architecture, settings, device, rank, drafts)
     return plan, groups

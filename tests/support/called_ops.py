@@ -16,11 +16,10 @@ import torch
 
 from chatlm.worker.arrays.kinds import AdapterMatrix
 from chatlm.worker.model.kernels import OPS, load_kernels
-from chatlm.worker.model.spec import Batch, expected_tensors
+from chatlm.worker.model.batch import Batch
 from chatlm.worker.model.tensors import MappedRows
 from chatlm.worker.model.transformer import Transformer, first_turn, pack_adapter, show_pictures
 from chatlm.worker.ops.references import REFERENCES
-from chatlm.worker.weights.adapters import ADAPTED
 from record import exact
 
 MAX_TOKENS, MAX_ROWS = 64, 8
@@ -39,10 +38,10 @@ def dice_of(name, seed):
     return exact([seed, zlib.crc32(name.encode())])
 
 
-def exact_tensors(spec, seed=1):
+def exact_tensors(model, seed=1):
     """A model's weights: matrices that neither grow nor vanish, norms about 1, decays below 0, bounds in order."""
     found = {}
-    for name, shape in expected_tensors(spec).items():
+    for name, shape in model.shapes().items():
         part, dice = name.rpartition(".")[2], dice_of(name, seed)
         values = exact_numbers(dice, shape, 0.25 if len(shape) > 1 else 0.5)
         if part.endswith("norm"):
@@ -57,25 +56,26 @@ def exact_tensors(spec, seed=1):
     return found
 
 
-def exact_adapter(spec, seed=3):
+def exact_adapter(model, seed=3):
     """An adapter of all matrices that may have one."""
     found = {}
-    for name, shape in expected_tensors(spec).items():
-        if len(shape) == 2 and name.rpartition(".")[2] in ADAPTED:
-            found[name] = AdapterMatrix(*(exact_numbers(dice_of(f"{name} {size}", seed), size, 0.25) for size in ((3, shape[1]), (shape[0], 3), (3,))))
+    for name, tensor in model.tensors().items():
+        if tensor.adapted:
+            rows, columns = tensor.shape
+            found[name] = AdapterMatrix(*(exact_numbers(dice_of(f"{name} {size}", seed), size, 0.25) for size in ((3, columns), (rows, 3), (3,))))
     return found
 
 
-def make_transformer(spec, kernels, adapted=False):
-    transformer = Transformer(spec, exact_tensors(spec), kernels, num_pages=64, num_slots=12, max_tokens=MAX_TOKENS, max_rows=MAX_ROWS, dtype="float32")
+def make_transformer(model, kernels, adapted=False):
+    transformer = Transformer(model, exact_tensors(model), kernels, num_pages=64, num_slots=12, max_tokens=MAX_TOKENS, max_rows=MAX_ROWS, dtype="float32")
     if adapted:
-        pack_adapter(transformer, 1, exact_adapter(spec))
+        pack_adapter(transformer, 1, exact_adapter(model))
     return transformer
 
 
-def make_step(spec, groups, *spans, adapters=(), picture=None, slots=0):
+def make_step(model, groups, *spans, adapters=(), picture=None, slots=0):
     """A step's Batch: of sequence i the tokens spans[i]; whole texts if the model reads these. picture: rows of the step that show one."""
-    V, dice = spec.vocab_size or 64, exact(5)
+    V, dice = model.vocab_size or 64, exact(5)
     texts = dice.integers(0, V, (len(spans), 64)).tolist()
     ids, previous, starts, tables = [], [], [0], []
     for number, (text, (first, end)) in enumerate(zip(texts, spans)):
@@ -86,18 +86,18 @@ def make_step(spec, groups, *spans, adapters=(), picture=None, slots=0):
     rows = [end - 1 for end in starts[1:]]
     if picture:
         ids[picture.start:picture.stop] = [V] * len(picture)
-    if spec.token_types or spec.of_texts and spec.vocab_size:
+    if model.token_types or model.of_texts and model.vocab_size:
         previous = [0] * len(ids)
-    if spec.picture_pad is not None:
-        previous = [spec.picture_pad if picture and row in picture else V for row in range(len(ids))]
+    if model.picture_pad is not None:
+        previous = [model.picture_pad if picture and row in picture else V for row in range(len(ids))]
     more = {}
-    if picture and spec.rope_axes:
+    if picture and model.rope_axes:
         places = [position for first, end in spans for position in range(first, end)]
-        more["turns"] = [first_turn(spec) + row if row in picture else place for row, place in enumerate(places)]
-    if picture and spec.two_sided:
+        more["turns"] = [first_turn(model) + row if row in picture else place for row, place in enumerate(places)]
+    if picture and any(attn.scores.sees == "pictures" for attn in model.attentions):
         more["ahead"] = [picture.stop if row in picture else 0 for row in range(len(ids))]
     count = len(spans)
-    return Batch(ids, previous, starts, [end for _, end in spans], tables, [] if spec.of_texts or not spec.closes else rows, True,
+    return Batch(ids, previous, starts, [end for _, end in spans], tables, [] if model.of_texts or not model.closes else rows, True,
                  [slots + number for number in range(count)], rows, [slots + 6 + number for number in range(count)], list(adapters), **more)
 
 
@@ -212,13 +212,13 @@ def table_digest(array):
     return hashlib.sha256(values.tobytes()).hexdigest()[:8]
 
 
-def called_ops(spec, adapted=False, joined=False):
+def called_ops(model, adapted=False, joined=False):
     """The lines of a step of two sequences, the first one of which decodes; of texts if the model reads these."""
     calls = Calls()
     kernels = dataclasses.replace(load_kernels("cpu", None, max_tokens=MAX_TOKENS, max_rows=MAX_ROWS), **calls.ops(joined))
-    transformer = make_transformer(spec, kernels, adapted)
+    transformer = make_transformer(model, kernels, adapted)
     calls.lines.sort()      # what is packed first is no matter of arithmetic
-    calls.name({name: array for name, array in transformer.weights.items() if name != "head" or not spec.tied_head})
+    calls.name({name: array for name, array in transformer.weights.items() if name != "head" or not (model.head and model.head.tied)})
     calls.name(transformer.buffers)
     for layer, caches in enumerate(transformer.layer_caches):
         if caches is not None and not any(caches is earlier for earlier in transformer.layer_caches[:layer]):
@@ -238,8 +238,8 @@ def called_ops(spec, adapted=False, joined=False):
         return found
 
     transformer.inputs = inputs
-    spans = [(0, 5), (0, 9)] if spec.of_texts else [(20, 21), (3, 10)]
-    transformer.forward(make_step(spec, len(transformer.groups.windows), *spans, adapters=[0, 1] if adapted else ()))
+    spans = [(0, 5), (0, 9)] if model.of_texts else [(20, 21), (3, 10)]
+    transformer.forward(make_step(model, len(transformer.groups.windows), *spans, adapters=[0, 1] if adapted else ()))
     return calls.lines
 
 
@@ -249,32 +249,32 @@ def exact_tables(transformer):
     """Replace what the start computed by functions whose last bit differs by machine with exact numbers of the same size."""
     dice, done = exact(7), set()
     tables = [table for tables in transformer.rope_tables for table in tables]
-    tables += [table for table in (transformer.q_scale, getattr(transformer, "distances", None)) if table is not None]
+    tables += [table for table in (*transformer.q_scales.values(), transformer.distances) if table is not None]
     for table in tables:
         if id(table) not in done:
             done.add(id(table))
             table[...] = exact_numbers(dice, table.shape, 1.0)
 
 
-def decode_core_computes(spec, adapted=False):
+def decode_core_computes(model, adapted=False):
     """(the ops of its program, a line each; a digest of the bits that three steps leave)."""
-    kernels = load_kernels("cpu", spec, max_tokens=MAX_TOKENS, max_rows=MAX_ROWS)
-    transformer = make_transformer(spec, kernels, adapted)
+    kernels = load_kernels("cpu", model, max_tokens=MAX_TOKENS, max_rows=MAX_ROWS)
+    transformer = make_transformer(model, kernels, adapted)
     exact_tables(transformer)
     digest, groups = hashlib.sha256(), len(transformer.groups.windows)
     adapters = [1, 0] if adapted else []
-    steps = [make_step(spec, groups, (0, 33), (0, 7), adapters=adapters)]
-    if not spec.of_texts:
-        steps += [make_step(spec, groups, (33, 34), (7, 12), adapters=adapters), make_step(spec, groups, (34, 35), (12, 13), adapters=adapters)]
+    steps = [make_step(model, groups, (0, 33), (0, 7), adapters=adapters)]
+    if not model.of_texts:
+        steps += [make_step(model, groups, (33, 34), (7, 12), adapters=adapters), make_step(model, groups, (34, 35), (12, 13), adapters=adapters)]
     for number, step in enumerate(steps):
-        picture = range(4, 10) if spec.sees and not number else None
+        picture = range(4, 10) if model.sees and not number else None
         step = step._replace(state_reads=[2 * number, 2 * number + 1], write_slots=[2 * number + 2, 2 * number + 3])
         if picture:
-            step = make_step(spec, groups, (0, 33), (0, 7), adapters=adapters, picture=picture)._replace(state_reads=[0, 1], write_slots=[2, 3])
-            values = exact_numbers(exact(8), (len(picture), spec.width * (1 + spec.deep_rows)), 1.0)
-            places = np.array([(4, 4 + row // 3, 4 + row % 3) for row in range(len(picture))]) if spec.rope_axes else None
+            step = make_step(model, groups, (0, 33), (0, 7), adapters=adapters, picture=picture)._replace(state_reads=[0, 1], write_slots=[2, 3])
+            values = exact_numbers(exact(8), (len(picture), model.width * len(model.picture_buffers)), 1.0)
+            places = np.array([(4, 4 + row // 3, 4 + row % 3) for row in range(len(picture))]) if model.rope_axes else None
             show_pictures(transformer, [(picture.start, values, places)])
-        for name in () if spec.opens else transformer.passed_on(0):
+        for name in () if model.opens else transformer.passed_on(0):
             buffer = transformer.buffers[name]
             transformer.arrays.put(exact_numbers(exact(9), tuple(buffer.shape), 1.0), buffer)
         logits = transformer.forward(step)

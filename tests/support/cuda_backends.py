@@ -15,6 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from chatlm.worker.model.kernels import for_decode_core, load_kernels
+from chatlm.worker.model.recipe import model_of
 from chatlm.worker.ops.basic import linear_reference
 from emulated_core import EmulatedCore
 
@@ -226,7 +227,7 @@ class Gpu:
         self.device = torch.device("cuda", 0)
 
     def kernels(self, spec):
-        return load_kernels(self.device, spec)
+        return load_kernels(self.device, model_of(spec))
 
     def queue(self):
         return CountingQueue(self.device)

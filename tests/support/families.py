@@ -11,6 +11,7 @@ import torch
 from chatlm.common.config import Settings
 from chatlm.common.hub.find import resolve_model
 from chatlm.worker.model.kernels import load_kernels, not_compiled
+from chatlm.worker.model.recipe import model_of
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.weights.adapters import adapter_reader
 from chatlm.worker.weights.gguf import gguf_spec
@@ -265,7 +266,7 @@ def load(folder, dtype="float32", **settings):
 
 
 def transformer(model, kernels, max_tokens=128, device="cpu"):
-    return Transformer(model.spec, dict(model.tensors), kernels, num_pages=80, num_slots=80, max_tokens=max_tokens, max_rows=8,
+    return Transformer(model.architecture, dict(model.tensors), kernels, num_pages=80, num_slots=80, max_tokens=max_tokens, max_rows=8,
                        dtype="float32", device=device, read_adapter=adapter_reader(model))
 
 
@@ -291,8 +292,8 @@ def check(found, cases, count=TOKENS, tolerance=TOLERANCE):
 
 
 def kernels_of(backend, spec):
-    kernels = load_kernels("cpu", spec if backend == "decode_core" else None, max_tokens=128, max_rows=8)
-    assert kernels.row_invariant == (backend == "decode_core" and not not_compiled(spec))
+    kernels = load_kernels("cpu", model_of(spec) if backend == "decode_core" else None, max_tokens=128, max_rows=8)
+    assert kernels.row_invariant == (backend == "decode_core" and not not_compiled(model_of(spec)))
     return kernels
 
 

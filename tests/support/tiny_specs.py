@@ -3,17 +3,18 @@
 import functools
 import json
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import encoders
 import nomic_experts
 from chatlm.common.errors import ConfigError
-from chatlm.worker.model.spec import Attention, ModelSpec, expected_tensors
+from chatlm.worker.model.recipe import model_of
+from chatlm.worker.model.spec import Attention, ModelSpec
 from chatlm.worker.weights.draft_heads import head_spec
 from chatlm.worker.weights.huggingface import hf_spec
 from chatlm.worker.weights.nanochat import GENERATIONS, nanochat_spec
-from chatlm.worker.weights.shards import shard_spec, share_of, stage_model
+from chatlm.worker.weights.shards import layers_of, refuse_ranks
 from families import GROWING, MODELS, tiny_config
 
 ODD = {1, 2, 3, 5, 8, 10, 17, 18, 20, 24, 40, 48}
@@ -55,6 +56,11 @@ def odd_specs(name):
 def tiny_spec(name):
     """The spec of one of SHAPES."""
     return SHAPES[name]()
+
+
+@functools.cache
+def tiny_model(name):
+    return model_of(tiny_spec(name))
 
 
 def encoder_spec(name):
@@ -110,32 +116,16 @@ SHAPES = {name: functools.partial(family_spec, name) for name in MODELS} | made_
 
 # ---- parts of models
 
-def is_divided(spec):
+def is_divided(model):
     """Can ranks and stages share it? Towers, encoders, draft heads and models that see are whole."""
-    return not (spec.of_texts or spec.joins or spec.sees)
+    return not (model.of_texts or model.joins or model.sees)
 
 
-def rank_spec(spec, rank, tp, block=16):
+def rank_model(model, rank, tp, block=16):
     """The share of a rank; ConfigError if it cannot be divided so."""
-    return shard_spec(spec, share_of(spec, rank, tp, block))
+    refuse_ranks(model, tp, block)
+    return model.of_rank(rank, tp, block)[0]
 
 
-class Given:
-    """A tensor in a file, of which a stage may take less."""
-
-    def less(self, cut):
-        return self
-
-
-@dataclass
-class Unread:
-    """As much of a LoadedModel as stages need."""
-
-    spec: ModelSpec
-    tensors: dict
-    adaptable: None = None
-
-
-def stage_spec(spec, stage, stages):
-    model = Unread(spec, {name: Given() for name in expected_tensors(spec)})
-    return stage_model(model, stage, stages).spec
+def stage_of(model, stage, stages):
+    return model.of_layers(layers_of(model, stage, stages))

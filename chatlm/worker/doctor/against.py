@@ -20,7 +20,7 @@ from chatlm.worker.doctor.findings import Findings, error, examples, note, warni
 from chatlm.worker.doctor.portraits import joined_parts
 from chatlm.worker.doctor.running import ready, step
 from chatlm.worker.doctor.sample_text import TEXT
-from chatlm.worker.model.spec import expected_tensors
+from chatlm.worker.model.recipe import model_of
 from chatlm.worker.model.tensors import Cut, MappedRows
 from chatlm.worker.weights.load import open_model
 from chatlm.worker.weights.sizes import weight_bytes
@@ -71,11 +71,11 @@ def check_against(patient: Patient) -> Findings:
 
 def shapes_of(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Without the vocabulary's, which may be padded, and whose head may be the embedding."""
-    return {name: shape for name, shape in expected_tensors(spec).items()
+    return {name: shape for name, shape in model_of(spec).shapes().items()
             if name not in ("head", "embed", "head_bias")}
 
 
-IGNORED = {"vocab_size", "tied_head", "max_positions", "answer_positions", "own_rows", "sees", "embeds",
+IGNORED = {"vocab_size", "tied_head", "max_positions", "answer_positions", "sees", "embeds",
            # the order of rows of linear attention, which differs between formats of files
            *(ORDERS := ("alternating", "gates_by_key", "heads_by_key"))}
 

@@ -46,7 +46,7 @@ class Plan(NamedTuple):
     @classmethod
     def of(cls, model: LoadedModel, settings: Settings) -> Plan:
         settings = replace(settings, drafts="none")
-        kernels, groups, limits, memory = plan_model(model, model.spec, settings, CPU, RankAlone())
+        kernels, groups, limits, memory = plan_model(model, model.architecture, settings, CPU, RankAlone())
         return cls(kernels, groups, limits, memory, prefill_chunk(settings, CPU))
 
     def cache(self, context: int) -> int:

@@ -105,7 +105,7 @@ def check_head(patient: Patient) -> Findings:
         yield error("config.json says that the head is the embedding (tie_word_embeddings), but the files "
                     f"have another {name}, which is used", where=name,
                     advice="set tie_word_embeddings to false if the model was trained so; if not, remove it")
-    if "head" not in model.tensors or "embed" not in model.tensors or model.spec.own_rows:
+    if "head" not in model.tensors or "embed" not in model.tensors or model.architecture.rows:
         return
     V = model.spec.vocab_size
     chosen = numpy.sort(numpy.random.default_rng(0).permutation(V)[:SAMPLED])

@@ -16,7 +16,8 @@ from chatlm.common.errors import ConfigError, require_library, shown
 from chatlm.worker.arrays.kinds import FLOATS, as_kind, contiguous, floats, item_bytes, joined, kind_of
 from chatlm.worker.arrays.gguf_types import TYPES, block_of
 from chatlm.worker.arrays.packed import RopePairs, dequantized
-from chatlm.worker.model.spec import DeltaRule, expected_tensors
+from chatlm.worker.model.recipe import model_of
+from chatlm.worker.model.spec import DeltaRule
 from chatlm.worker.model.tensors import TILE_ROWS, Cut, MappedRows, Unread
 from chatlm.worker.weights.files import weight_files
 from chatlm.worker.weights.finite import refuse_faults
@@ -57,7 +58,7 @@ def tensor_sources(spec: ModelSpec, table: Mapping[str, tuple[str, ...]], padded
     split: dict[str, tuple[int, ...]] = {
         name: vocabulary for name in ("embed", "head", "value_embed", "layer_embed")}
     sources = {}
-    for ours, shape in expected_tensors(spec).items():
+    for ours, shape in model_of(spec).shapes().items():
         layer, _, part = ours.rpartition(".")
         if not (part == "head" and spec.tied_head):
             theirs, rows = table.get(part, (part,)), split.get(part, shape[:1])

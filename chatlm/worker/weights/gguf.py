@@ -27,6 +27,7 @@ from chatlm.worker.arrays.gguf_types import TYPES, GgufType, block_of
 from chatlm.worker.arrays.kinds import floats, item_bytes
 from chatlm.worker.arrays.packed import RopePairs, dequantize, dequantized, unpermute_rope
 from chatlm.worker.model.kernels import choose_backend
+from chatlm.worker.model.recipe import model_of
 from chatlm.worker.model.spec import DeltaRule
 from chatlm.worker.model.tensors import TILE_ROWS, Cut, MappedRows, Unread
 from chatlm.worker.model.head import Head
@@ -115,7 +116,7 @@ def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
             source.path, {name: file_shape(name, tensor) for name, tensor in stored.items()
                           if name not in ROPE_TENSORS},  # they became spec.rope_factors
             sources)
-        backend = choose_backend(device, spec)
+        backend = choose_backend(device, model_of(spec))
         if spec.of_texts and types.keys() == {"F32"}:  # else it would become bfloat16
             settings = replace(settings, dtype=settings.dtype or "float32")
         as_stored = None if settings.dtype else backend.as_stored

@@ -20,6 +20,7 @@ from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.arrays.kinds import floats, item_bytes, kind_of
 from chatlm.worker.arrays.packed import RopePairs, unpermute_rope
 from chatlm.worker.model.kernels import choose_backend
+from chatlm.worker.model.recipe import model_of
 from chatlm.worker.model.tensors import TILE_ROWS
 from chatlm.worker.model.head import Head
 from chatlm.worker.weights import cross_encoders, rerankers
@@ -120,7 +121,7 @@ def open_folder(source: ModelSource, settings: Settings, device, config: Path, r
     state = without_zero_biases(state, file_shapes(sources))
     check_names_and_shapes(source.path, {name: tuple(tensor.shape) for name, tensor in state.items()},
                            sources)
-    backend = choose_backend(device, spec)
+    backend = choose_backend(device, model_of(spec))
     as_stored, dtype = None if settings.dtype else backend.as_stored, float_type(settings, backend)
     if spec.of_texts and as_stored:  # vectors are compared with those of others: nothing is rounded
         dtype = max(kinds_in(state), key=item_bytes, default=dtype)

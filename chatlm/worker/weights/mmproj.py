@@ -15,6 +15,7 @@ from chatlm.common.errors import ConfigError, shown
 from chatlm.common.hub.stamps import mmproj_of
 from chatlm.worker.arrays.packed import dequantized
 from chatlm.worker.model.kernels import choose_backend
+from chatlm.worker.model.recipe import model_of
 from chatlm.worker.weights import qwen_towers
 from chatlm.worker.weights.assemble import check_names_and_shapes
 from chatlm.worker.weights.gguf import file_shape, gguf_tensors, readable
@@ -126,7 +127,7 @@ def file_tensors(path: Path, settings: Settings, loaded: LoadedModel, device: st
     own = family.own(eyes, loaded.spec.width)
     layers = {name: source for name, source in sources.items() if name not in own}
     tensors: dict[str, Any] = dict(gguf_tensors(path, settings, spec, layers, stored, loaded.dtype,
-                                               choose_backend(device, spec), False, False))
+                                               choose_backend(device, model_of(spec)), False, False))
     for ours, shape in own.items():
         [name] = family.file_names[ours]
         shape = shape[::-1] if name in turned else shape

@@ -13,7 +13,7 @@ import numpy
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import ConfigError
 from chatlm.common.messages.requests import Vision
-from chatlm.worker.model.clamps import MOST
+from chatlm.worker.model.blocks.clamps import MOST
 from chatlm.worker.model.spec import Attention, ModelSpec
 from chatlm.worker.model.tower import Eyes
 from chatlm.worker.weights.layernorms import ACTIVATIONS, both

@@ -18,7 +18,8 @@ from chatlm.worker.engine.kvcache import PagePool
 from chatlm.worker.engine.scheduler import FREE_ROWS, Scheduler
 from chatlm.worker.engine.sequence import Sequence
 from chatlm.worker.engine.states import StatePool
-from chatlm.worker.model.spec import DeltaRule, Mamba2, Sequences
+from chatlm.worker.model.batch import Sequences
+from chatlm.worker.model.spec import DeltaRule, Mamba2
 from chatlm.worker.ops.mixers import OneEach, delta_rule_reference, mamba2_reference
 from chatlm.worker.process import gauges
 from engines import make_engine, propose_partly_right, run, step_pieces, tokens_of
@@ -201,7 +202,7 @@ def test_states_and_snapshots_take_their_parts_of_the_kv_cache(made, kib, pages,
     assert (engine.pool.num_pages, engine.scheduler.max_batch, states.most_snapshots) == (pages, running, min(snapshots, pages))
     assert states.num_slots == running + FREE_ROWS + states.most_snapshots
     allocated = sum(tensor.nbytes for layer in engine.transformer.states for tensor in layer)
-    assert allocated == states.num_slots * engine.transformer.spec.state_bytes
+    assert allocated == states.num_slots * engine.transformer.model.state_bytes
     found = gauges(engine)
     assert (found["states_total"], found["states_used"], found["state_bytes"]) == (states.num_slots, 0, 2048)
 

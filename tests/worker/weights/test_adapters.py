@@ -55,7 +55,7 @@ def test_an_adapter_is_merged_into_the_same_model_as_gguf(name, tmp_path):
     cases = clear_cases(merged, lengths=(40,), count=16)
     ours = load(path, lora=lora)
     check(answers(transformer(ours, kernels_of("reference", ours.spec)), cases, count=16), cases, count=16, tolerance=ADAPTED.get(name, TOLERANCE))
-    if decode_core() and not not_compiled(ours.spec):        # a packed matrix is packed again
+    if decode_core() and not not_compiled(ours.architecture):        # a packed matrix is packed again
         values, again = tensors_of(load(packed, lora=lora)), load(packed, None, lora=lora)
         for key, given in again.tensors.items():
             if torch.equal(values[key], plain[key]):
@@ -273,7 +273,7 @@ def test_norms_that_an_adapter_trained_take_the_place_of_the_models(name, tmp_pa
     found = []
     for path in paths:
         ours = load(path, lora=(str(tmp_path / "adapter"),))
-        backends = ("reference", "decode_core") if decode_core() and not not_compiled(ours.spec) else ("reference",)
+        backends = ("reference", "decode_core") if decode_core() and not not_compiled(ours.architecture) else ("reference",)
         found += [forward_logits(transformer(ours, kernels_of(backend, ours.spec)), make_batch((prompt, 0, 40, [0, 1, 2])))[0] for backend in backends]
         spoiled = (found[-1] - expected).abs().max() / expected.abs().max()
         assert spoiled < (0.2 if "packed" in path.name else 1e-4), path

@@ -46,7 +46,7 @@ class WithAdapter:
 
 
 def backends(model):
-    return ["reference"] + ["decode_core"] * (decode_core() is not None and not not_compiled(model.spec))
+    return ["reference"] + ["decode_core"] * (decode_core() is not None and not not_compiled(model.architecture))
 
 
 @pytest.mark.parametrize("name", by_day(SERVED, "llama3.1", "gemma3", "phi3", "qwen2", "cohere2", "nemotron3-latent"))
