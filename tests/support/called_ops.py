@@ -218,7 +218,7 @@ def called_ops(model, adapted=False, joined=False):
     kernels = dataclasses.replace(load_kernels("cpu", None, max_tokens=MAX_TOKENS, max_rows=MAX_ROWS), **calls.ops(joined))
     transformer = make_transformer(model, kernels, adapted)
     calls.lines.sort()      # what is packed first is no matter of arithmetic
-    calls.name({name: array for name, array in transformer.weights.items() if name != "head" or not (model.head and model.head.tied)})
+    calls.name({name: array for name, array in transformer.weights.items() if name != "head" or not model.tied})
     calls.name(transformer.buffers)
     for layer, caches in enumerate(transformer.layer_caches):
         if caches is not None and not any(caches is earlier for earlier in transformer.layer_caches[:layer]):

@@ -68,7 +68,7 @@ def core_sizes(model: Model) -> CoreSizes:
     feed, experts = model.feed, model.experts
     return CoreSizes(
         model.vocab_size, model.width, model.max_positions, model.context_length, model.opens, model.closes,
-        model.of_texts, model.head is not None and model.head.tied, attn.heads, attn.kv_heads, attn.head_size,
+        model.of_texts, model.tied, attn.heads, attn.kv_heads, attn.head_size,
         "none" if norms.whole else norms.when, norms.weights, norms.eps, scores.qk_scale, scores.scale,
         scores.softcap, scores.sinks,
         ffn_size=feed.width if feed else 0, experts=experts.count if experts else 0,

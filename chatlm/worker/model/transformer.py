@@ -108,7 +108,7 @@ class Transformer:
         tied head is the embedding."""
         weights, expected = {**shared}, self.model.tensors()
         names = [name for name in expected if name not in shared]
-        tied = self.model.head is not None and self.model.head.tied
+        tied = self.model.tied
         self.layer_embed: MappedRows | None = None
         if tied:
             names.remove("head")
