@@ -9,11 +9,11 @@ from pathlib import Path
 import encoders
 import nomic_experts
 from chatlm.common.errors import ConfigError
-from chatlm.worker.model.recipe import model_of
-from chatlm.worker.model.spec import Attention, ModelSpec
 from chatlm.worker.weights.draft_heads import head_spec
 from chatlm.worker.weights.huggingface import hf_spec
+from chatlm.worker.weights.model_of import model_of
 from chatlm.worker.weights.nanochat import GENERATIONS, nanochat_spec
+from chatlm.worker.weights.recipe import Attention, ModelSpec
 from chatlm.worker.weights.shards import layers_of, refuse_ranks
 from families import GROWING, MODELS, tiny_config
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from chatlm.worker.build import MemoryPlan
     from chatlm.worker.doctor.patient import Patient
     from chatlm.worker.model.kernels import Kernels
-    from chatlm.worker.model.spec import LayerGroups
+    from chatlm.worker.model.pages import LayerGroups
     from chatlm.worker.weights.rules import LoadedModel
 
 CONTEXTS = 4096, 32_768        # and the model's own

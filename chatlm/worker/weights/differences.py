@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any, TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from chatlm.worker.model.spec import ModelSpec
+    from chatlm.worker.weights.recipe import ModelSpec
 
 IGNORED = {"vocab_size", "tied_head", "max_positions", "answer_positions", "sees", "embeds",
            # the order of rows of linear attention, which differs between formats of files

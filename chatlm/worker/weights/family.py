@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TYPE_CHECKING
 import numpy
 
 from chatlm.worker.arrays.kinds import floats
-from chatlm.worker.model.spec import Mixer, ModelSpec
+from chatlm.worker.weights.recipe import Mixer, ModelSpec
 from chatlm.worker.weights.rules import LAYER_TYPES, Rule
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from chatlm.common.errors import ConfigError, shown
-from chatlm.worker.model.spec import Mamba2
+from chatlm.worker.model.blocks.mixers import Mamba2
 from chatlm.worker.weights.family import (
     EXPERTS, Family, Gguf, Header, expert_tensors, in_two, layers_of_kinds, of_mixer)
 from chatlm.worker.weights.rules import MOST_HEADS, Rule, check_divides

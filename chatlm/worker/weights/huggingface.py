@@ -19,22 +19,22 @@ from chatlm.common.text.formats import template_of
 from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.arrays.kinds import floats, item_bytes, kind_of
 from chatlm.worker.arrays.packed import RopePairs, unpermute_rope
-from chatlm.worker.model.kernels import choose_backend
-from chatlm.worker.model.recipe import model_of
-from chatlm.worker.model.tensors import TILE_ROWS
 from chatlm.worker.model.head import Head
+from chatlm.worker.model.kernels import choose_backend
+from chatlm.worker.model.tensors import TILE_ROWS
 from chatlm.worker.weights import cross_encoders, rerankers
 from chatlm.worker.weights.adapters import Adaptable
 from chatlm.worker.weights.assemble import (
     Mxfp4, assembled, check_names_and_shapes, file_shapes, fp8_block, read_safetensors, tensor_sources,
     unread_keys, unscaled, without_shared)
-from chatlm.worker.weights.draft_heads import draft_head_of, folder_head
-from chatlm.worker.weights.embedders import folder_embedder
 from chatlm.worker.weights.configs import (
     HF_KEYS, complete_heads, family_config, family_spec, growing_queries, scaled_rope)
+from chatlm.worker.weights.draft_heads import draft_head_of, folder_head
+from chatlm.worker.weights.embedders import folder_embedder
 from chatlm.worker.weights.families import FAMILIES
 from chatlm.worker.weights.family import is_one_more
 from chatlm.worker.weights.lora import FileSlice, fused_slices
+from chatlm.worker.weights.model_of import model_of
 from chatlm.worker.weights.named_tokens import tokenizer_options, with_named_tokens
 from chatlm.worker.weights.packed_layouts import NotExact, PackedWeight
 from chatlm.worker.weights.quantization import origin_of, without_zero_biases
@@ -48,9 +48,9 @@ if TYPE_CHECKING:
     import numpy
     from chatlm.common.config import Settings
     from chatlm.common.messages.requests import ModelSource
-    from chatlm.worker.model.spec import ModelSpec
     from chatlm.worker.weights.assemble import Sources
     from chatlm.worker.weights.family import Family
+    from chatlm.worker.weights.recipe import ModelSpec
 
 
 def hf_rope(path: Path, family: str, config: Mapping, context: int | None) -> dict:

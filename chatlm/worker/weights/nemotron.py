@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError, shown
-from chatlm.worker.model.spec import Mamba2, NoMixer
+from chatlm.worker.model.blocks.mixers import Mamba2
 from chatlm.worker.weights.family import EXPERTS, Family, Gguf, Header, of_mixer, separate_experts
 from chatlm.worker.weights.granite import NO_LIMITS
+from chatlm.worker.weights.recipe import NoMixer
 from chatlm.worker.weights.rules import (
     LAYER_TYPES, MOST_CHANNELS, MOST_EXPERTS, MOST_HEADS, MOST_LAYERS, SHARE_SCALE, Rule, check_divides,
     checked)
 
 if TYPE_CHECKING:
     import numpy
-    from chatlm.worker.model.spec import ModelSpec
+    from chatlm.worker.weights.recipe import ModelSpec
 
 # the names of a part -> Mamba, attention, or a dense or sparse feed-forward part
 KINDS = {"linear_attention": "mamba", "mamba": "mamba", "M": "mamba", "full_attention": LAYER_TYPES[0],

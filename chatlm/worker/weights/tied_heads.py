@@ -16,9 +16,9 @@ from chatlm.worker.weights.lora import Change, Copy, FileSlice, read_adapters
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.worker.model.spec import ModelSpec
     from chatlm.worker.weights.assemble import Sources
     from chatlm.worker.weights.family import Family
+    from chatlm.worker.weights.recipe import ModelSpec
 
 COMPARED_ROWS = 1024  # at a time: a float32 copy of all would take gigabytes
 

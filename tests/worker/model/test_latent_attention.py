@@ -17,6 +17,7 @@ def random(*shape, seed=[0]):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed[0]))
 
 
+@torch.inference_mode()     # as computed, since buffers for scores are kept
 def test_queries_of_latents_and_latents_as_values_give_what_heads_own_keys_and_values_give():
     x, kv, weight = random(T, H * (PLAIN + TURNED)), random(T, KEPT + TURNED), 1 + random(KEPT) / 4
     k_up, v_up = random(H * KEPT, PLAIN) / 4, random(H * VALUE, KEPT) / 4

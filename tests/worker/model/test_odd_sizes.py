@@ -10,9 +10,9 @@ import torch
 from chatlm.common.core import decode_core
 from chatlm.common.errors import ConfigError
 from chatlm.worker.model.kernels import MOST_ON_CPU, MOST_ON_GPU, load_kernels, not_compiled
-from chatlm.worker.model.recipe import model_of
 from chatlm.worker.model.tensors import MappedRows
 from chatlm.worker.model.transformer import Transformer, pack_adapter
+from chatlm.worker.weights.model_of import model_of
 from arrays import array_of, arrays_of, matrix_of
 from engines import forward_logits, make_batch
 from families import MODELS
