@@ -49,6 +49,8 @@ def surveyed(config: SurveyConfig) -> Surveyed:
     plans = [plan_of_stage(model, stage, settings, device, drafts)
              for stage in range(settings.pipeline_parallel_size)]
     plan, groups = max(plans, key=lambda planned: planned[0].weights)
+    # the last stage also has rows of logits
+    plan = plan._replace(activations=max(each.activations for each, _ in plans))
     free, _ = plan.memory()
     budget = config.budget or int(free * settings.gpu_memory_utilization)
     plan = plan.within(budget // config.replicas - config.process_bytes)

@@ -12,7 +12,6 @@ from chatlm.common.errors import ConfigError
 from chatlm.worker.model.blocks.experts import Experts, ExpertsBesideDense
 from chatlm.worker.model.blocks.feed_forward import FeedForward
 from chatlm.worker.model.blocks.mixers import DeltaRule, Mamba2
-from chatlm.worker.model.kernels import feeds_of
 from chatlm.worker.model.tensors import TILE_ROWS, Cut
 
 if TYPE_CHECKING:
@@ -33,12 +32,19 @@ def refuse_ranks(model: Model, tp: int, block: int):
     if tp > min(most, blocks):
         raise ConfigError(f"the model cannot be divided among {tp} ranks: it has {most} query heads, "
                           f"and its feed-forward part {blocks} blocks of {block} columns")
-    narrow = min((feed.width for feed in feeds_of(model, FeedForward)), default=tp)
-    if tp > narrow:
-        raise ConfigError(f"the model cannot be divided among {tp} ranks: one of its feed-forward parts has "
-                          f"only {narrow} columns")
+    narrowest = min((feed.width for feed in dense_feeds(model)), default=tp)
+    if narrowest < tp:
+        raise ConfigError(f"the model cannot be divided among {tp} ranks: the feed-forward part of a layer has "
+                          f"{narrowest} columns")
     for mixer in filter(None, model.mixers):
         refuse_heads(mixer, tp, min(most, blocks))
+
+
+def dense_feeds(model: Model) -> list[FeedForward]:
+    """The dense feed-forward blocks of which each rank must have a part."""
+    feeds = [layer.feed for layer in model.layers]
+    beside = [feed.dense for feed in feeds if isinstance(feed, ExpertsBesideDense)]
+    return beside + [feed for feed in feeds if isinstance(feed, FeedForward)]
 
 
 def refuse_heads(mixer: Mixer, tp: int, most: int):

@@ -252,7 +252,7 @@ def test_a_delta_rule_computes_its_formula_however_its_tokens_are_cut():
 def test_rows_of_as_many_sequences_give_what_each_alone_gives_and_padding_writes_nothing(mixer, op):
     dice = torch.Generator().manual_seed(6)
     normal = lambda *shape: torch.randn(*shape, generator=dice)       # noqa: E731
-    weights = {name: normal(*shape) for name, shape in mixer.tensors(8).items()}
+    weights = {name: normal(*tensor.shape) for name, tensor in mixer.tensors(8).items()}
     x, slots = normal(5, mixer.widths(8)[0]), torch.tensor([[3, 3], [-1, 0], [1, 5], [-1, -1], [2, 2]])
     states = [normal(6, *shape) for shape in mixer.states(8)]
     alone, expected = [state.clone() for state in states], torch.empty(5, mixer.widths(8)[1])

@@ -26,7 +26,6 @@ from families import MODELS, as_gguf, load, make_model, save
 from generations import GENERATIONS
 from hub_configs import GEMMA4_CONFIGS
 from nightly import by_day
-from tiny_specs import family_config, spec_of
 
 SEED = 3
 
@@ -297,11 +296,3 @@ def test_the_ranks_of_a_model_whose_layers_attend_in_several_ways_together_are_t
     spec, tensors = kinds_model(name)
     check_every_part_is_given_out_once(spec, 2)
     check_the_ranks_together_are_the_model(loaded(spec, tensors), 2)
-
-
-@pytest.mark.parametrize("name, key", [("gemma4moe", "intermediate_size"), ("qwen2moe", "shared_expert_intermediate_size"), ("qwen3moe-dense", "intermediate_size")])
-def test_a_shared_or_dense_part_that_is_too_narrow_for_all_ranks_is_named(name, key):
-    model = model_of(spec_of(family_config(name) | {key: 1}))
-    refuse_ranks(model, 1, 1)
-    with pytest.raises(ConfigError, match="cannot be divided among 2 ranks: one of its feed-forward parts has only 1 columns"):
-        refuse_ranks(model, 2, 16)

@@ -140,8 +140,10 @@ class Experts(Block):
         return own | (self.shared.divided(rank, tp, block) if self.shared else {})
 
     def of_rank(self, divided: Divided) -> Experts:
-        return replace(self, width=len(divided["columns"]),
-                       shared=self.shared and self.shared.of_rank(divided))
+        shared = self.shared and self.shared.of_rank(divided)
+        if shared and not shared.width:  # a narrow one, which other ranks compute
+            shared = None
+        return replace(self, width=len(divided["columns"]), shared=shared)
 
 
 @dataclass(frozen=True)
