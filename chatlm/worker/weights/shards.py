@@ -34,8 +34,8 @@ def refuse_ranks(model: Model, tp: int, block: int):
                           f"and its feed-forward part {blocks} blocks of {block} columns")
     narrowest = min((feed.width for feed in dense_feeds(model)), default=tp)
     if narrowest < tp:
-        raise ConfigError(f"the model cannot be divided among {tp} ranks: the feed-forward part of a layer has "
-                          f"{narrowest} columns")
+        raise ConfigError(f"the model cannot be divided among {tp} ranks: the feed-forward part of a layer "
+                          f"has {narrowest} columns")
     for mixer in filter(None, model.mixers):
         refuse_heads(mixer, tp, min(most, blocks))
 
