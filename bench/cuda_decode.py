@@ -22,12 +22,12 @@ import torch  # noqa: E402
 
 from chatlm.common.config import PAGE_SIZE    # noqa: E402
 from chatlm.common.messages.requests import SamplingParams    # noqa: E402
-from chatlm.worker.model.kernels import load_kernels    # noqa: E402
-from chatlm.worker.model.recipe import model_of
 from chatlm.worker.model.batch import Batch    # noqa: E402
-from chatlm.worker.model.spec import ModelSpec    # noqa: E402
+from chatlm.worker.model.kernels import load_kernels    # noqa: E402
 from chatlm.worker.model.transformer import Transformer    # noqa: E402
 from chatlm.worker.ops.rows import SampleRow    # noqa: E402
+from chatlm.worker.weights.model_of import model_of
+from chatlm.worker.weights.recipe import ModelSpec  # noqa: E402
 from decode_core.cuda_steps import GraphSteps  # noqa: E402
 
 SHAPES = {

@@ -18,11 +18,11 @@ import torch
 
 from chatlm.common.config import PAGE_SIZE
 from chatlm.common.core import kernels_line
-from chatlm.worker.model.kernels import load_kernels
-from chatlm.worker.model.recipe import model_of
 from chatlm.worker.model.batch import Batch
-from chatlm.worker.model.spec import ModelSpec
+from chatlm.worker.model.kernels import load_kernels
 from chatlm.worker.model.transformer import Transformer
+from chatlm.worker.weights.model_of import model_of
+from chatlm.worker.weights.recipe import ModelSpec
 
 KINDS = {"bfloat16": None, "q8_0": "q8_0", "q4_0": "q4_0"}
 

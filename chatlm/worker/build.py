@@ -25,7 +25,7 @@ from chatlm.worker.engine.model_drafts import ModelDrafts
 from chatlm.worker.engine.pieces import open_for_answers
 from chatlm.worker.engine.limits import FREE_ROWS
 from chatlm.worker.model.kernels import Backend, choose_backend, load_kernels
-from chatlm.worker.model.spec import KvType, PageLayout, group_layers
+from chatlm.worker.model.pages import KvType, PageLayout, group_layers
 from chatlm.worker.model.tower import Tower, chunk_work
 from chatlm.worker.model.transformer import Transformer, page_layout
 from chatlm.worker.ranks.ranks import PlannedRank, RankAlone
@@ -40,9 +40,9 @@ if TYPE_CHECKING:
     from chatlm.common.messages.protocol import WorkerConfig
     from chatlm.common.messages.requests import ModelSource
     from chatlm.worker.drafting import DraftPlan
-    from chatlm.worker.model.kernels import Kernels
     from chatlm.worker.model.blocks.model import Model
-    from chatlm.worker.model.spec import LayerGroups
+    from chatlm.worker.model.kernels import Kernels
+    from chatlm.worker.model.pages import LayerGroups
     from chatlm.worker.ranks.messages import RankConfig
     from chatlm.worker.ranks.ranks import RankZero
     from chatlm.worker.weights.rules import LoadedModel

@@ -21,7 +21,7 @@ from chatlm.worker.engine.draft_model import DraftModel
 from chatlm.worker.engine.pieces import PieceTokenizer, open_for_answers
 from chatlm.worker.engine.limits import FREE_ROWS
 from chatlm.worker.model.kernels import Backend, choose_backend, load_kernels
-from chatlm.worker.model.spec import group_layers
+from chatlm.worker.model.pages import group_layers
 from chatlm.worker.model.transformer import Transformer, page_layout
 from chatlm.worker.weights.load import open_model
 from chatlm.worker.weights.sizes import weight_bytes
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from chatlm.common.text.tokenizer import Tokenizer
     from chatlm.worker.arrays.kinds import Device
     from chatlm.worker.model.kernels import Kernels
-    from chatlm.worker.model.spec import KvType, LayerGroups
+    from chatlm.worker.model.pages import KvType, LayerGroups
     from chatlm.worker.weights.rules import LoadedModel
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from chatlm.common.messages.wire import Channel
     from chatlm.worker.build import MemoryPlan
     from chatlm.worker.drafting import DraftPlan
-    from chatlm.worker.model.spec import LayerGroups
+    from chatlm.worker.model.pages import LayerGroups
     from chatlm.worker.weights.rules import LoadedModel
 
 

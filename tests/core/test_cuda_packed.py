@@ -10,19 +10,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import patching
 from chatlm.common.config import Settings
-from chatlm.worker.arrays.packed import dequantize
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.messages.requests import SamplingParams
 from chatlm.common.text.load import open_tokenizer
+from chatlm.worker.arrays.packed import dequantize
 from chatlm.worker.engine.engine import Engine
 from chatlm.worker.model import kernels as model_kernels
 from chatlm.worker.model.core_sizes import core_sizes
 from chatlm.worker.model.kernels import Backend, for_decode_core, load_kernels
-from chatlm.worker.model.recipe import model_of
-from chatlm.worker.model.spec import ModelSpec
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.basic import finish_linear, linear_reference
 from chatlm.worker.weights.load import open_model
+from chatlm.worker.weights.model_of import model_of
+from chatlm.worker.weights.recipe import ModelSpec
 from families import make_model
 from engines import make_batch, tensors_of, tokens_of
 from nightly import by_day

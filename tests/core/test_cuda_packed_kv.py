@@ -6,10 +6,11 @@ import torch
 
 from chatlm.common.errors import ConfigError
 from chatlm.worker.model.kernels import load_kernels
-from chatlm.worker.model.recipe import model_of
-from chatlm.worker.model.spec import KvType, ModelSpec
+from chatlm.worker.model.pages import KvType
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.packed_kv import PackedKv, turned
+from chatlm.worker.weights.model_of import model_of
+from chatlm.worker.weights.recipe import ModelSpec
 from engines import make_batch
 from nightly import by_day
 

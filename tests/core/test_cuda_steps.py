@@ -21,6 +21,7 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.messages.requests import SamplingParams
 from chatlm.common.text.grammar import json_grammar
 from chatlm.common.text.load import open_tokenizer
+from chatlm.worker.arrays.kinds import AdapterMatrix
 from chatlm.worker.engine.drafts import Draft
 from chatlm.worker.engine.engine import Engine
 from chatlm.worker.engine.integrity import check_integrity
@@ -29,15 +30,16 @@ from chatlm.worker.engine.limits import FREE_ROWS, StepLimits
 from chatlm.worker.engine.scheduler import Scheduler
 from chatlm.worker.engine.sequence import Sequence
 from chatlm.worker.engine.warm_up import warm_up
-from chatlm.worker.model.kernels import for_decode_core, load_kernels
-from chatlm.worker.model.recipe import model_of
 from chatlm.worker.model.batch import Batch
-from chatlm.worker.model.spec import DeltaRule, KvType, Mamba2, ModelSpec, NoMixer, ShortConv
+from chatlm.worker.model.blocks.mixers import DeltaRule, Mamba2, ShortConv
+from chatlm.worker.model.kernels import for_decode_core, load_kernels
+from chatlm.worker.model.pages import KvType
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.attention import attend_prompt
-from chatlm.worker.arrays.kinds import AdapterMatrix
 from chatlm.worker.ops.rows import SampleRow
 from chatlm.worker.ops.sampling import sample_reference
+from chatlm.worker.weights.model_of import model_of
+from chatlm.worker.weights.recipe import ModelSpec, NoMixer
 from engines import draft_eagerly, load, make_batch, pieces, run, step_pieces, tensors_of
 from generations import GENERATIONS
 from near_tie import assert_same_tokens_or_near_tie

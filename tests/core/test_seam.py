@@ -18,8 +18,8 @@ from chatlm.common import core
 from chatlm.common.errors import ConfigError
 from chatlm.common.seam import seam_digest
 from chatlm.worker.model.kernels import Backend, EagerSteps, Steps, choose_backend, for_decode_core, load_kernels
-from chatlm.worker.model.recipe import model_of
-from chatlm.worker.model.spec import ModelSpec
+from chatlm.worker.weights.model_of import model_of
+from chatlm.worker.weights.recipe import ModelSpec
 from real_server import ask, events, get, post, server
 
 SCRIPT = Path(cs.__file__)

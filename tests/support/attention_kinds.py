@@ -5,9 +5,9 @@ import math
 
 import torch
 
-from chatlm.worker.model.recipe import model_of
-from chatlm.worker.model.spec import Attention, ModelSpec
 from chatlm.worker.model.tensors import Cut, Unread
+from chatlm.worker.weights.model_of import model_of
+from chatlm.worker.weights.recipe import Attention, ModelSpec
 
 SLIDING = Attention(4, 2, 16, window=24, q_scale=4.0, value_norm=True)
 FULL = Attention(4, 1, 32, rope_base=1e6, rope_factors=(1.0,) * 4 + (math.inf,) * 12, q_scale=32**0.5, value_norm=True,

@@ -15,8 +15,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from chatlm.worker.model.kernels import for_decode_core, load_kernels
-from chatlm.worker.model.recipe import model_of
 from chatlm.worker.ops.basic import linear_reference
+from chatlm.worker.weights.model_of import model_of
 from emulated_core import EmulatedCore
 
 decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="the compiled core is not installed")

@@ -15,9 +15,9 @@ from chatlm.worker.engine.drafts import Draft, Drafting
 from chatlm.worker.engine.engine import Engine
 from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.limits import FREE_ROWS
-from chatlm.worker.model.kernels import EagerSteps, load_kernels
 from chatlm.worker.model.batch import Batch
-from chatlm.worker.model.spec import group_layers
+from chatlm.worker.model.kernels import EagerSteps, load_kernels
+from chatlm.worker.model.pages import group_layers
 from chatlm.worker.model.tensors import MappedRows
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.sampling import sample_reference

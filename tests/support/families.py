@@ -11,12 +11,12 @@ import torch
 from chatlm.common.config import Settings
 from chatlm.common.hub.find import resolve_model
 from chatlm.worker.model.kernels import load_kernels, not_compiled
-from chatlm.worker.model.recipe import model_of
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.weights.adapters import adapter_reader
 from chatlm.worker.weights.gguf import gguf_spec
 from chatlm.worker.weights.gguf_file import read_gguf
 from chatlm.worker.weights.load import open_model
+from chatlm.worker.weights.model_of import model_of
 from engines import forward_logits, make_batch
 
 TINY = dict(vocab_size=288, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,

@@ -14,9 +14,16 @@ from chatlm.worker.ranks.ranks import RankAlone
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
+    from chatlm.worker.model.blocks.model import Model
     from chatlm.worker.weights.rules import LoadedModel
 
 CPU = Device("cpu")
+
+
+def row_bytes(model: Model) -> int:
+    """Roughly, of what a step holds for each of its tokens: logits, and what layers make."""
+    width = model.feed.width if model.feed else 0
+    return 4 * (model.vocab_size + 8 * (model.width + width))
 
 
 def ready(model: LoadedModel, settings: Settings, tokens: int, shared: Mapping[str, Any] = {}) -> Transformer:

@@ -7,7 +7,11 @@ from typing import Any
 
 from chatlm.worker.arrays.rotary import Rope
 from chatlm.worker.model.blocks.attention import Attention, HeadNorms, Scores
+from chatlm.worker.model.blocks.experts import Experts, Router
+from chatlm.worker.model.blocks.feed_forward import FeedForward
 from chatlm.worker.model.blocks.input import Input
+from chatlm.worker.model.blocks.layer import Layer
+from chatlm.worker.model.blocks.lm_head import LmHead
 from chatlm.worker.model.blocks.model import Model
 from chatlm.worker.model.blocks.norms import RmsNorm
 
@@ -49,6 +53,16 @@ class CoreSizes:
     mixers: tuple[Any, ...]       # (): all layers attend
     by_layer: tuple[Attention | None, ...]
 
+    @staticmethod
+    def plain(vocab_size: int, layers: int, width: int, heads: int, kv_heads: int, head_size: int,
+              ffn_size: int, max_positions: int, experts: int = 0, experts_per_token: int = 0) -> CoreSizes:
+        """Of a model like Llama, or with experts: decode_core proves and times its kernels by them."""
+        norm = RmsNorm(1e-5)
+        attention = Attention(heads, kv_heads, head_size, head_size, Rope(head_size))
+        feed = Experts(experts, ffn_size, Router(experts_per_token)) if experts else FeedForward(ffn_size)
+        layer = Layer(attention, feed, norm, norm)
+        return core_sizes(Model(vocab_size, width, max_positions, Input(), (layer,) * layers, norm, LmHead()))
+
     def attention(self, layer: int) -> Attention:
         """How a layer attends, or the first that does."""
         return self.by_layer[layer] or next(attn for attn in self.by_layer if attn)
@@ -68,7 +82,7 @@ def core_sizes(model: Model) -> CoreSizes:
     feed, experts = model.feed, model.experts
     return CoreSizes(
         model.vocab_size, model.width, model.max_positions, model.context_length, model.opens, model.closes,
-        model.of_texts, model.head is not None and model.head.tied, attn.heads, attn.kv_heads, attn.head_size,
+        model.of_texts, model.tied, attn.heads, attn.kv_heads, attn.head_size,
         "none" if norms.whole else norms.when, norms.weights, norms.eps, scores.qk_scale, scores.scale,
         scores.softcap, scores.sinks,
         ffn_size=feed.width if feed else 0, experts=experts.count if experts else 0,

@@ -30,22 +30,22 @@ from chatlm.common.processes.start import own_threads, threads_per_worker
 from chatlm.worker.arrays.kinds import (
     AdapterMatrix, Arrays, Device, Norm, as_kind, mapped_zeros, of_kind)
 from chatlm.worker.arrays.packed import dequantize, dequantized, unpermute_rope
+from chatlm.worker.model.batch import RowAdapters, Sequences, token_places
 from chatlm.worker.model.blocks.experts import Experts, ExpertsBesideDense
 from chatlm.worker.model.blocks.extras import LayerInput
 from chatlm.worker.model.blocks.feed_forward import FeedForward
 from chatlm.worker.model.blocks.input import Input
 from chatlm.worker.model.blocks.mixers import DeltaRule, Mamba2, ShortConv
 from chatlm.worker.model.blocks.norms import LayerNorm
-from chatlm.worker.model.core_sizes import core_sizes
-from chatlm.worker.model.batch import RowAdapters, Sequences, token_places
-from chatlm.worker.model.spec import KvType, ModelSpec
+from chatlm.worker.model.core_sizes import CoreSizes, core_sizes
+from chatlm.worker.model.pages import KvType
 from chatlm.worker.model.tensors import TILE_ROWS
 from chatlm.worker.ops.rows import SampleRow
 
 if TYPE_CHECKING:
     from chatlm.common.answering import Word
-    from chatlm.worker.model.blocks.model import Model
     from chatlm.worker.model.batch import Batch
+    from chatlm.worker.model.blocks.model import Model
     from chatlm.worker.model.transformer import Transformer
 
 
@@ -405,7 +405,7 @@ def for_decode_core() -> ForDecodeCore:
         PAGE_SIZE=PAGE_SIZE, OPS=OPS, as_kind=as_kind, of_kind=of_kind, mapped_zeros=mapped_zeros,
         own_threads=own_threads,        token_places=token_places, dequantized=dequantized,
         dequantize=dequantize, unpermute_rope=unpermute_rope,
-        ModelSpec=ModelSpec, DeltaRule=DeltaRule, Mamba2=Mamba2, Norm=Norm,
+        ModelSpec=CoreSizes.plain, DeltaRule=DeltaRule, Mamba2=Mamba2, Norm=Norm,
         Sequences=Sequences, SampleRow=SampleRow, SamplingParams=SamplingParams,
         RowAdapters=RowAdapters, EagerSteps=EagerSteps, ConfigError=ConfigError)
 

@@ -19,12 +19,11 @@ import numpy
 from chatlm.common.config import PAGE_SIZE
 from chatlm.worker.arrays.kinds import Device, floats, item_bytes, joined
 from chatlm.worker.arrays.resize import resized
+from chatlm.worker.model.batch import Batch
 from chatlm.worker.model.blocks.feed_forward import FeedForward, halves
 from chatlm.worker.model.kernels import load_kernels
+from chatlm.worker.model.pages import KvType, group_layers
 from chatlm.worker.model.projectors import ANGLES, PLACES, PROJECTORS, by_squares, layer_norm
-from chatlm.worker.model.recipe import model_of
-from chatlm.worker.model.batch import Batch
-from chatlm.worker.model.spec import KvType, group_layers
 from chatlm.worker.model.tensors import Unread, rounded_up
 from chatlm.worker.model.transformer import Transformer
 
@@ -32,14 +31,13 @@ if TYPE_CHECKING:
     from chatlm.common.messages.requests import Picture, Vision
     from chatlm.common.vision.layout import Layout
     from chatlm.worker.model.blocks.model import Model
-    from chatlm.worker.model.spec import ModelSpec
 
 
 class Eyes(NamedTuple):
     """How a model sees, with the weights still in its files."""
 
     vision: Vision
-    spec: ModelSpec             # of the tower's layers
+    architecture: Model         # of the tower's layers
     tensors: dict[str, Any]     # of these; and patch (C, 3 * patch * patch), perhaps patch_bias, places (as
                                 # its row of PLACES says), and what its row of PROJECTORS names
     patch: int                  # pixels on a side; a patch's numbers are by row, column, color
@@ -54,14 +52,10 @@ class Eyes(NamedTuple):
     hidden: int = 0             # width between the projector's products
     grid: int = 0               # rows of the table of places
     deep: tuple[int, ...] = ()  # after these layers too a projector makes rows, for the model's first layers
-    axes: tuple[int, ...] = ()  # ModelSpec.rope_axes of the model
-    two_sided: str = ""         # of the ModelSpec
-    pad: int | None = None      # likewise picture_pad
-
-    @property
-    def architecture(self) -> Model:
-        """What computes the tower's layers."""
-        return model_of(self.spec)
+    axes: tuple[int, ...] = ()  # rope_axes of the model
+    two_sided: str = ""         # its layers in which rows of a picture see all of its rows
+    pad: int | None = None      # its picture_pad
+    recipe: Any = None          # what its loader makes the architecture of
 
     @property
     def nbytes(self) -> int:
@@ -139,6 +133,7 @@ class Tower:
         """quantize: the type that layers' float matrices become. part: the most work between two pauses, as
         `layer_work` counts it, unless one layer has more."""
         self.eyes, model, tensors = eyes, eyes.architecture, dict(eyes.tensors)
+        self.eps = model.norm.eps if model.norm else 0.0
         self.projector, self.square, self.rows = PROJECTORS[eyes.projector], eyes.shuffle**2, eyes.patches
         self.values = {name: values_of(tensors.pop(name)) for name in (
             "places", *self.projector.values,
@@ -201,7 +196,7 @@ class Tower:
                 number = len(rows)
                 weight, bias = (self.values[name] for name in deep_norm(number))
                 seen = arrays.numpy(x[:count, :width]).reshape(count // self.square, -1)
-                seen = layer_norm(seen, weight, bias, self.eyes.spec.norm_eps)
+                seen = layer_norm(seen, weight, bias, self.eps)
                 for name in self.projector.products:
                     seen = self.products[f"{name}_{number}"](seen)
                 rows.append(seen.copy())

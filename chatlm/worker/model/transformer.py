@@ -17,23 +17,23 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.hub.stamps import refuse_changed_adapter
 from chatlm.worker.arrays.kinds import AdapterMatrix, Device, address_of, as_kind, floats, kind_of
 from chatlm.worker.arrays.rotary import query_scales
+from chatlm.worker.model.batch import Inputs, RowAdapters, Sequences, token_places
 from chatlm.worker.model.blocks.input import Input
 from chatlm.worker.model.blocks.model import DISTANCE_BUCKETS
 from chatlm.worker.model.blocks.norms import LayerNorm
 from chatlm.worker.model.blocks.step import Buffers, Step
 from chatlm.worker.model.core_sizes import CoreSizes, core_sizes
 from chatlm.worker.model.padding import padded_adapter, padded_tensors
-from chatlm.worker.model.batch import Inputs, RowAdapters, Sequences, token_places
-from chatlm.worker.model.spec import PageLayout, group_layers
+from chatlm.worker.model.pages import PageLayout, group_layers
 from chatlm.worker.model.tensors import MappedRows, Unread, read_ahead
 
 if TYPE_CHECKING:
-    from chatlm.common.hub.stamps import Stamp
     from chatlm.common.hub.local import Progress
-    from chatlm.worker.model.kernels import Kernels
-    from chatlm.worker.model.blocks.model import Model
+    from chatlm.common.hub.stamps import Stamp
     from chatlm.worker.model.batch import Batch
-    from chatlm.worker.model.spec import KvType, LayerGroups
+    from chatlm.worker.model.blocks.model import Model
+    from chatlm.worker.model.kernels import Kernels
+    from chatlm.worker.model.pages import KvType, LayerGroups
 
 
 class Transformer:
@@ -108,7 +108,7 @@ class Transformer:
         tied head is the embedding."""
         weights, expected = {**shared}, self.model.tensors()
         names = [name for name in expected if name not in shared]
-        tied = self.model.head is not None and self.model.head.tied
+        tied = self.model.tied
         self.layer_embed: MappedRows | None = None
         if tied:
             names.remove("head")

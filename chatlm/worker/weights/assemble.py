@@ -13,14 +13,14 @@ from typing import Any, TYPE_CHECKING
 import numpy
 
 from chatlm.common.errors import ConfigError, require_library, shown
-from chatlm.worker.arrays.kinds import FLOATS, as_kind, contiguous, floats, item_bytes, joined, kind_of
 from chatlm.worker.arrays.gguf_types import TYPES, block_of
+from chatlm.worker.arrays.kinds import FLOATS, as_kind, contiguous, floats, item_bytes, joined, kind_of
 from chatlm.worker.arrays.packed import RopePairs, dequantized
-from chatlm.worker.model.recipe import model_of
-from chatlm.worker.model.spec import DeltaRule
+from chatlm.worker.model.blocks.mixers import DeltaRule
 from chatlm.worker.model.tensors import TILE_ROWS, Cut, MappedRows, Unread
 from chatlm.worker.weights.files import weight_files
 from chatlm.worker.weights.finite import refuse_faults
+from chatlm.worker.weights.model_of import model_of
 from chatlm.worker.weights.packed_layouts import NotExact, PackedWeight
 from chatlm.worker.weights.quantization import check_quantization, ct_groups, join_packed
 from chatlm.worker.weights.rules import MOST_CHANNELS, Rule, checked
@@ -28,7 +28,7 @@ from chatlm.worker.weights.safetensors_file import read_safetensors_file
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.worker.model.spec import ModelSpec
+    from chatlm.worker.weights.recipe import ModelSpec
 
 
 def check_names_and_shapes(path: Path, state: Mapping[str, tuple], sources: Sources):

@@ -21,11 +21,11 @@ from chatlm.common.messages.requests import TextSpec
 from chatlm.common.text.load import NANOCHAT_CHAT_TOKENS
 from chatlm.worker.arrays.kinds import kind_of
 from chatlm.worker.model.kernels import choose_backend
-from chatlm.worker.model.recipe import model_of
-from chatlm.worker.model.spec import ModelSpec
 from chatlm.worker.weights.adapters import Adaptable
 from chatlm.worker.weights.assemble import assembled, check_names_and_shapes, file_shapes, tensor_sources
 from chatlm.worker.weights.lora import FileSlice, read_adapters
+from chatlm.worker.weights.model_of import model_of
+from chatlm.worker.weights.recipe import ModelSpec
 from chatlm.worker.weights.rules import (
     MOST_CHANNELS, MOST_HEADS, MOST_LAYERS, MOST_POSITIONS, MOST_TOKENS, LoadedModel, Rule, check_bytes,
     check_divides, checked, float_type)

@@ -15,17 +15,17 @@ from chatlm.common.hub.default_model import DEFAULT_FILE
 from chatlm.common.log import log
 from chatlm.common.memory import available_memory
 from chatlm.worker.model.head import Head
-from chatlm.worker.model.recipe import model_of
 from chatlm.worker.model.tensors import TILE_ROWS
+from chatlm.worker.weights.model_of import model_of
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.requests import TextSpec
     from chatlm.worker.model.blocks.model import Model
-    from chatlm.worker.model.spec import ModelSpec
     from chatlm.worker.model.tensors import MappedRows, Unread
     from chatlm.worker.model.tower import Eyes
     from chatlm.worker.weights.adapters import Adaptable
+    from chatlm.worker.weights.recipe import ModelSpec
     from chatlm.worker.weights.vocabulary import Vocabulary
 
 

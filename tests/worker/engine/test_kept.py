@@ -28,7 +28,7 @@ from chatlm.worker.engine.kept import KeptPages, checksum
 from chatlm.worker.engine.states import StatePool
 from chatlm.worker.engine.warm_up import warm_up, warm_up_more
 from chatlm.worker.model import spec
-from chatlm.worker.model.spec import KvType
+from chatlm.worker.model.pages import KvType
 from chatlm.worker.process import keep_prefixes
 from chatlm.worker.weights.digest import arithmetic_of, files_of, fingerprint_of, profile_of, whole_digest
 from engines import chat_work, make_engine, pieces, tokens_of

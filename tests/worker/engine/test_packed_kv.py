@@ -15,9 +15,10 @@ from chatlm.common.hub.find import resolve_model
 from chatlm.common.messages.requests import SamplingParams
 from chatlm.worker.build import build_engine, layers_of_floats
 from chatlm.worker.model.kernels import Kernels, load_kernels
-from chatlm.worker.model.spec import Attention, KvType, PageLayout, group_layers
+from chatlm.worker.model.pages import KvType, PageLayout, group_layers
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.packed_kv import PackedKv, turned
+from chatlm.worker.weights.recipe import Attention
 from engines import forward_logits, make_batch, tokens_of
 from families import load, save_packed
 from nightly import by_day

@@ -20,7 +20,7 @@ from chatlm.worker.engine.scheduler import Scheduler
 from chatlm.worker.engine.sequence import Sequence
 from chatlm.worker.engine.states import StatePool
 from chatlm.worker.model.batch import Sequences
-from chatlm.worker.model.spec import DeltaRule, Mamba2
+from chatlm.worker.model.blocks.mixers import DeltaRule, Mamba2
 from chatlm.worker.ops.mixers import OneEach, delta_rule_reference, mamba2_reference
 from chatlm.worker.process import gauges
 from engines import make_engine, propose_partly_right, run, step_pieces, tokens_of

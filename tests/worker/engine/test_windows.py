@@ -11,14 +11,14 @@ from chatlm.common.config import PAGE_SIZE
 from chatlm.common.core import decode_core
 from chatlm.common.messages.requests import SamplingParams
 from chatlm.common.text.load import open_tokenizer
-from chatlm.worker.engine.lookup import LONGEST
 from chatlm.worker.engine.engine import Engine
 from chatlm.worker.engine.integrity import queue_faults
 from chatlm.worker.engine.kvcache import PagePool
 from chatlm.worker.engine.limits import StepLimits
+from chatlm.worker.engine.lookup import LONGEST
 from chatlm.worker.engine.scheduler import Scheduler
 from chatlm.worker.engine.sequence import Sequence
-from chatlm.worker.model.spec import group_layers
+from chatlm.worker.model.pages import group_layers
 from chatlm.worker.model.transformer import Transformer
 from engines import make_engine, pieces, run
 from families import load

@@ -9,9 +9,10 @@ import torch
 from chatlm.common.config import PAGE_SIZE
 from chatlm.common.errors import ConfigError
 from chatlm.worker.model.kernels import load_kernels, not_compiled
-from chatlm.worker.model.recipe import model_of
-from chatlm.worker.model.spec import Attention, KvType, PageLayout, group_layers
+from chatlm.worker.model.pages import KvType, PageLayout, group_layers
 from chatlm.worker.model.transformer import Transformer
+from chatlm.worker.weights.model_of import model_of
+from chatlm.worker.weights.recipe import Attention
 from chatlm.worker.weights.shards import layers_of, stage_model
 from attention_kinds import FULL, KINDS, kinds_model, loaded
 from arrays import arrays_of

@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from chatlm.common.config import Settings
 from chatlm.common.hub.find import resolve_model
 from chatlm.worker.model.kernels import load_kernels
-from chatlm.worker.model.recipe import model_of
-from chatlm.worker.model.spec import ModelSpec
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.weights.load import open_model
+from chatlm.worker.weights.model_of import model_of
+from chatlm.worker.weights.recipe import ModelSpec
 from engines import forward_logits, make_batch
 from generations import GENERATIONS
 

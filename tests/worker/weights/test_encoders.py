@@ -17,8 +17,8 @@ from chatlm.common.messages.requests import AnswerParams, Failed
 from chatlm.worker.engine.sequence import Assignment
 from chatlm.worker.model import kernels
 from chatlm.worker.model.kernels import not_compiled
-from chatlm.worker.model.recipe import model_of
 from chatlm.worker.weights.huggingface import hf_spec
+from chatlm.worker.weights.model_of import model_of
 import encoders
 from encoders import (
     FILES, MODELS, PIECES, TEXTS, cosine, engine_of, expected, expected_score, framed, make_encoder, modules, save_folder, save_gguf, vectors, write_json,

@@ -15,19 +15,19 @@ from chatlm.common.core import decode_core
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.text.load import open_tokenizer
+from chatlm.worker.arrays.kinds import Norm
 from chatlm.worker.build import build_engine, plan_memory, weight_bytes
 from chatlm.worker.model import tensors as model_tensors
 from chatlm.worker.model.kernels import load_kernels
-from chatlm.worker.model.recipe import model_of
-from chatlm.worker.model.spec import KvType, PageLayout, group_layers
+from chatlm.worker.model.pages import KvType, PageLayout, group_layers
 from chatlm.worker.model.transformer import Transformer
-from chatlm.worker.arrays.kinds import Norm
 from chatlm.worker.ops.basic import experts_reference, sigmoid_routes
 from chatlm.worker.ranks.ranks import RankAlone
 from chatlm.worker.weights.gguf import gguf_spec, gguf_text
 from chatlm.worker.weights.gguf_file import read_gguf
 from chatlm.worker.weights.huggingface import hf_spec, hf_text
 from chatlm.worker.weights.load import open_model
+from chatlm.worker.weights.model_of import model_of
 from engines import forward_logits, make_batch, tensors_of
 from families import (CHAT, GGUF_MODELS, LONG, MODELS, TOLERANCE, answers, as_gguf, check, clear_cases, greedy, kernels_of, load, make_model, save, save_packed, spec_of_changed_gguf, transformer,
                       with_exact_angles, write_tokenizer)

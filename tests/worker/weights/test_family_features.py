@@ -13,17 +13,18 @@ from safetensors.torch import load_file, save_file
 from chatlm.common.core import decode_core
 from chatlm.common.errors import ConfigError
 from chatlm.common.messages.requests import SamplingParams
-from chatlm.worker.model.kernels import choose_backend, load_kernels, not_compiled
-from chatlm.worker.model.recipe import model_of
-from chatlm.worker.model.spec import DeltaRule, Mamba2, ModelSpec, NoMixer, ShortConv
 from chatlm.worker.arrays.packed import RopePairs, unpermute_rope
 from chatlm.worker.arrays.rotary import query_scales
+from chatlm.worker.model.blocks.mixers import DeltaRule, Mamba2, ShortConv
+from chatlm.worker.model.kernels import choose_backend, load_kernels, not_compiled
 from chatlm.worker.ops.attention import mean_squares_reference, norm_qk_reference, scale_rows_reference
 from chatlm.worker.ops.basic import gated_add_reference, sparse_routes
 from chatlm.worker.weights.configs import OTHERS_AFFAIR
 from chatlm.worker.weights.gguf import gguf_text
 from chatlm.worker.weights.gguf_file import read_gguf
 from chatlm.worker.weights.huggingface import hf_spec, hf_text
+from chatlm.worker.weights.model_of import model_of
+from chatlm.worker.weights.recipe import ModelSpec, NoMixer
 from engines import forward_logits, make_batch, make_engine, run, tensors_of
 from families import GROWING, MODELS, TINY, answers, as_gguf, check, clear_cases, kernels_of, load, make_model, save, spec_of_changed_gguf, tiny_config, transformer, write_tokenizer
 from hub_configs import GRANITE_H_TINY, HUB_CONFIGS, LFM2_CONFIGS, QWEN3_NEXT, QWEN35_4B, QWEN36_35B

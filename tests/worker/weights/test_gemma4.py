@@ -25,12 +25,12 @@ from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.arrays.kinds import address_of
 from chatlm.worker.build import build_engine
 from chatlm.worker.model.kernels import choose_backend, load_kernels, not_compiled
-from chatlm.worker.model.recipe import model_of
 from chatlm.worker.model.tensors import MappedRows, advise
 from chatlm.worker.process import gauges
 from chatlm.worker.weights.gguf import gguf_text, mapped_table
 from chatlm.worker.weights.gguf_file import read_gguf
 from chatlm.worker.weights.huggingface import hf_spec
+from chatlm.worker.weights.model_of import model_of
 from engines import tensors_of, tokens_of
 from families import answers, as_gguf, check, clear_cases, kernels_of, load, make_model, save, spec_of_changed_gguf, tiny_config, transformer, with_exact_angles
 from hub_configs import GEMMA4_CONFIGS

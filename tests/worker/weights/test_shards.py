@@ -12,12 +12,13 @@ import torch
 from chatlm.common.config import Settings
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.find import resolve_model
+from chatlm.worker.model.blocks.mixers import DeltaRule, Mamba2, ShortConv
 from chatlm.worker.model.kernels import load_kernels
-from chatlm.worker.model.recipe import model_of
-from chatlm.worker.model.spec import DeltaRule, Mamba2, ModelSpec, NoMixer, ShortConv
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.weights.huggingface import hf_spec
 from chatlm.worker.weights.load import open_model
+from chatlm.worker.weights.model_of import model_of
+from chatlm.worker.weights.recipe import ModelSpec, NoMixer
 from chatlm.worker.weights.shards import layers_of, refuse_ranks, shard_model, stage_model
 from attention_kinds import KINDS, kinds_model, loaded
 from engines import forward_logits, make_batch

@@ -108,6 +108,11 @@ class Model:
         return self.head is not None
 
     @property
+    def tied(self) -> bool:
+        """Is the head's matrix the embedding?"""
+        return self.head is not None and self.head.tied
+
+    @property
     def joins(self) -> bool:
         """Is it a draft head, which reads a state of another model?"""
         return isinstance(self.input, Join)

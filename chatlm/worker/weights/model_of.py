@@ -16,10 +16,10 @@ from chatlm.worker.model.blocks.lm_head import LmHead
 from chatlm.worker.model.blocks.mixers import Mixer, ShortConv
 from chatlm.worker.model.blocks.model import Model
 from chatlm.worker.model.blocks.norms import AnyNorm, LayerNorm, RmsNorm
-from chatlm.worker.model.spec import NoMixer
+from chatlm.worker.weights.recipe import NoMixer
 
 if TYPE_CHECKING:
-    from chatlm.worker.model.spec import ModelSpec
+    from chatlm.worker.weights.recipe import ModelSpec
 
 
 def model_of(recipe: ModelSpec) -> Model:
