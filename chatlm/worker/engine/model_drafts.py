@@ -75,12 +75,16 @@ class ModelDrafts:
 
     def __init__(self, drafter: Drafter):
         self.drafter, self.name = drafter, drafter.name
-        self.times = StepTimes()       # of the model's steps; the engine's
-        self.draft_rows = 1            # in a step of the model, at most; the engine's
+        self.times = StepTimes()       # of the model's steps
+        self.draft_rows = 1            # in a step of the model, at most
         self.draft_times = StepTimes()  # of a draft's steps, by how many draft
         self.rates: dict[Sequence, Rate] = {}
         self.resting: dict[Sequence, int] = {}  # sequences without drafts until they have so many tokens
         self.rest = 0                  # tokens without drafts, since none paid last time
+
+    def plan_by(self, times: StepTimes, draft_rows: int):
+        """Choose lengths by these times of the engine's steps, and by the rows that these may have."""
+        self.times, self.draft_rows = times, draft_rows
 
     def begin(self, sequence: Sequence):
         self.rates[sequence] = Rate()
