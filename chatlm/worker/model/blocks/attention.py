@@ -95,6 +95,8 @@ class Attention(Block):
     gated: bool = False      # after each head's q, qkv has as many rows for a gate of the head's output
     biases: tuple[str, ...] = ()  # of "qkv", "output"
 
+    values_in_keys = False   # are values the begin of keys, or cached beside them?
+
     @property
     def window(self) -> int:
         return self.scores.window
