@@ -2,6 +2,16 @@
 
 import torch
 
+from chatlm.worker.arrays.rotary import Rope
+from chatlm.worker.model.blocks.experts import Experts, Router
+from chatlm.worker.model.blocks.feed_forward import FeedForward
+from chatlm.worker.model.blocks.input import Input
+from chatlm.worker.model.blocks.layer import Layer
+from chatlm.worker.model.blocks.lm_head import LmHead
+from chatlm.worker.model.blocks.mla import Mla
+from chatlm.worker.model.blocks.model import Model
+from chatlm.worker.model.blocks.norms import RmsNorm
+
 
 LAYERS, WIDTH, HEADS, VOCABULARY = 3, 64, 4, 96
 KEPT, PLAIN, TURNED, VALUE, QUERIES = 16, 8, 8, 12, 24
@@ -27,6 +37,20 @@ def tiny_deepseek(seed=0, **changes):
             if name.endswith("e_score_correction_bias"):
                 weight.normal_(0, 0.2)
     return model
+
+
+def deepseek_blocks(config):
+    """Its Model."""
+    rms = RmsNorm(config.rms_norm_eps)
+    attention = Mla(config.num_attention_heads, config.kv_lora_rank, config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim, rms,
+                    Rope(config.qk_rope_head_dim, config.rope_parameters["rope_theta"]), config.q_lora_rank or 0)
+    router = Router(config.num_experts_per_tok, "sigmoid", config.norm_topk_prob, choice_bias=True, groups=(config.n_group, config.topk_group),
+                    scale=config.routed_scaling_factor)
+    shared = FeedForward(config.moe_intermediate_size * config.n_shared_experts, "swiglu", prefix="shared_")
+    experts = Experts(config.n_routed_experts, config.moe_intermediate_size, router, shared=shared)
+    layers = [Layer(attention, FeedForward(config.intermediate_size, "swiglu") if number < config.first_k_dense_replace else experts, rms, rms)
+              for number in range(config.num_hidden_layers)]
+    return Model(config.vocab_size, config.hidden_size, config.max_position_embeddings, Input(), tuple(layers), rms, LmHead())
 
 
 def half_split(rows, heads, before, config):

@@ -12,6 +12,7 @@ from chatlm.worker.model.blocks.feed_forward import FeedForward
 from chatlm.worker.model.blocks.input import Input
 from chatlm.worker.model.blocks.layer import Layer
 from chatlm.worker.model.blocks.lm_head import LmHead
+from chatlm.worker.model.blocks.mla import Mla
 from chatlm.worker.model.blocks.model import Model
 from chatlm.worker.model.blocks.norms import RmsNorm
 
@@ -51,7 +52,7 @@ class CoreSizes:
     ve_gate_scale: float
     windows: tuple[int, ...]
     mixers: tuple[Any, ...]       # (): all layers attend
-    by_layer: tuple[Attention | None, ...]
+    by_layer: tuple[Attention | Mla | None, ...]
 
     @staticmethod
     def plain(vocab_size: int, layers: int, width: int, heads: int, kv_heads: int, head_size: int,
@@ -63,7 +64,7 @@ class CoreSizes:
         layer = Layer(attention, feed, norm, norm)
         return core_sizes(Model(vocab_size, width, max_positions, Input(), (layer,) * layers, norm, LmHead()))
 
-    def attention(self, layer: int) -> Attention:
+    def attention(self, layer: int) -> Attention | Mla:
         """How a layer attends, or the first that does."""
         return self.by_layer[layer] or next(attn for attn in self.by_layer if attn)
 

@@ -36,6 +36,7 @@ from chatlm.worker.model.blocks.extras import LayerInput
 from chatlm.worker.model.blocks.feed_forward import FeedForward
 from chatlm.worker.model.blocks.input import Input
 from chatlm.worker.model.blocks.mixers import DeltaRule, Mamba2, ShortConv
+from chatlm.worker.model.blocks.mla import Mla
 from chatlm.worker.model.blocks.norms import LayerNorm
 from chatlm.worker.model.core_sizes import CoreSizes, core_sizes
 from chatlm.worker.model.pages import KvType
@@ -210,6 +211,11 @@ class Kernels:
         return model.padded() if self.pads else model
 
     @property
+    def latent(self) -> Any:
+        """Ops of latent attention. decode_core has none, so they are no part of the seam."""
+        return importlib.import_module("chatlm.worker.ops.latent")
+
+    @property
     def row_invariant(self) -> bool:
         """Whether a row's bits are the same whatever else is in the batch."""
         return self.backend.row_invariant
@@ -323,6 +329,7 @@ def not_compiled(model: Model, device="cpu") -> str:
 def refused_anywhere(model: Model, most: Most) -> dict[str, bool]:
     attentions, experts = model.attentions, feeds_of(model, Experts, ExpertsBesideDense)
     return {
+        "latent attention": any(isinstance(attn, Mla) for attn in attentions),
         "heads of this size": any(
             attn.head_size % 16 or attn.head_size > most.head_size for attn in attentions),
         "this many query heads per KV head": any(

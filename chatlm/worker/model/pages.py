@@ -25,6 +25,9 @@ class Cached(Protocol):
     def slot_size(self) -> int: ...
 
     @property
+    def values_in_keys(self) -> bool: ...
+
+    @property
     def window(self) -> int: ...
 
     @property

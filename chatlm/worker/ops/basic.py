@@ -317,7 +317,7 @@ def make_cache_reference(spec, layout, num_pages, device):
         memory = whole.view(getattr(torch, layout.types[l]))
         begin, stride = begin // memory.itemsize, stride // memory.itemsize
         if attn.value_size != attn.head_size or PACKED.keys() & set(layout.types):
-            begins = begin, begin + attn.kv_heads * attn.head_size
+            begins = begin, begin + (0 if attn.values_in_keys else attn.kv_heads * attn.head_size)
             layers.append(tuple(
                 memory.as_strided((slots, attn.kv_heads, size), (stride, size, 1), start)
                 for start, size in zip(begins, (attn.head_size, attn.value_size))))

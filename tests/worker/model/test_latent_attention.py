@@ -1,12 +1,23 @@
-"""Latent attention (MLA): its arithmetic against heads' own keys and values."""
+"""Latent attention (MLA): its arithmetic against heads' own keys and values, and a tiny DeepSeek-V3 of blocks against transformers."""
 
+import dataclasses
+import functools
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy
 import pytest
 import torch
 
+from chatlm.worker.model.kernels import load_kernels, not_compiled
+from chatlm.worker.model.tensors import Cut
+from chatlm.worker.model.transformer import Transformer, pack_adapter
 from chatlm.worker.ops.attention import paged_attention_reference, plan_attention_reference
 from chatlm.worker.ops.latent import absorb, append, by_head, turn
-from engines import make_batch
-from tiny_deepseek import KEPT, TURNED
+from chatlm.worker.weights.families import FAMILIES
+from called_ops import exact_adapter
+from engines import forward_logits, make_batch
+from tiny_deepseek import KEPT, LAYERS, TURNED, VOCABULARY, deepseek_blocks, deepseek_tensors, tiny_deepseek
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 T, H, PLAIN, VALUE = 40, 4, 8, 12
@@ -42,3 +53,105 @@ def test_queries_of_latents_and_latents_as_values_give_what_heads_own_keys_and_v
     expected = torch.nn.functional.scaled_dot_product_attention(*(part.transpose(0, 1) for part in (queries, own_keys, own_values)), is_causal=True)
     assert (out - expected.transpose(0, 1).flatten(1)).abs().max() < 1e-5
     assert torch.equal(keys[:T, 0, :KEPT], latent)
+
+
+IDS = [7 * place % VOCABULARY for place in range(40)]
+PAGES = [5, 9, 1], [2, 7, 3]
+
+
+def transformer_of(model, tensors, **ops):
+    kernels = dataclasses.replace(load_kernels("cpu", model, max_tokens=64, max_rows=8), **ops)
+    assert kernels.backend.name == "torch/reference"
+    return Transformer(model, dict(tensors), kernels, num_pages=12, max_tokens=64, max_rows=8, dtype="float32")
+
+
+def expected(theirs, ids=IDS):
+    with torch.no_grad():
+        return theirs(torch.tensor([ids])).logits[0]
+
+
+def close(found, logits):
+    return (found - logits).abs().max() < 1e-4 * logits.abs().max()
+
+
+@pytest.mark.parametrize("changes", [{}, {"q_lora_rank": None}, {"rope_interleave": False}, {"first_k_dense_replace": 3}], ids=["V3", "queries of x", "half-split pairs", "dense"])
+def test_a_tiny_deepseek_v3_has_the_logits_of_transformers_whether_tokens_are_cached_or_not(changes):
+    theirs = tiny_deepseek(**changes)
+    model, tensors = deepseek_blocks(theirs.config), deepseek_tensors(theirs)
+    assert {name: tensor.shape for name, tensor in tensors.items()} == model.shapes()
+    ours, want, other = transformer_of(model, tensors), expected(theirs), IDS[::-1]
+    assert ours.layer_caches[0][0].shape[1:] == (1, KEPT + TURNED)      # numbers that a token caches in a layer
+    assert close(forward_logits(ours, make_batch((IDS, 0, 20, PAGES[0])))[0], want[19])
+    assert close(forward_logits(ours, make_batch((IDS, 20, 17, PAGES[0])))[0], want[36])
+    found = forward_logits(ours, make_batch((IDS, 37, 1, PAGES[0]), (other, 0, 9, PAGES[1])))
+    assert close(found[0], want[37]) and close(found[1], expected(theirs, other)[8])
+    found = forward_logits(ours, make_batch((IDS, 38, 1, PAGES[0]), (other, 9, 1, PAGES[1])))
+    assert close(found[0], want[38]) and close(found[1], expected(theirs, other)[9])
+
+
+def test_two_ranks_of_a_tiny_deepseek_v3_and_two_stages_compute_it_together():
+    theirs = tiny_deepseek()
+    model, tensors, want = deepseek_blocks(theirs.config), deepseek_tensors(theirs), expected(theirs)
+    meet, shared = threading.Barrier(2), [None, None]
+
+    def all_reduce(rank, x, out, residual=None):
+        shared[rank] = x.clone()
+        meet.wait(30)
+        total = shared[0] + shared[1]
+        meet.wait(30)
+        out.copy_(total if residual is None else total + residual)
+
+    def all_gather(rank, x, out):
+        shared[rank] = x.clone()
+        meet.wait(30)
+        out.copy_(torch.cat(shared, 1)[:, :out.shape[1]])
+        meet.wait(30)
+
+    def compute(rank):
+        own, parts = model.of_rank(rank, 2)
+        cut = {name: part_of(tensor, own.shapes()[name], parts[name]) for name, tensor in tensors.items()}
+        joined = transformer_of(own, cut, all_reduce=functools.partial(all_reduce, rank), all_gather=functools.partial(all_gather, rank))
+        forward_logits(joined, make_batch((IDS, 0, 37, PAGES[0])))
+        return forward_logits(joined, make_batch((IDS, 37, 1, PAGES[0])))[0]
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(close(found, want[37]) for found in pool.map(compute, range(2)))
+
+    first, second = (transformer_of(model.of_layers(mine), of_stage(tensors, mine)) for mine in (range(2), range(2, LAYERS)))
+    for begin, count in ((0, 37), (37, 1)):
+        batch = make_batch((IDS, begin, count, PAGES[0]))
+        first.forward(batch._replace(logit_rows=[]))
+        second.arrays.put(first.arrays.numpy(first.buffers["x"]), second.buffers["x"])
+        assert close(forward_logits(second, batch)[0], want[begin + count - 1])
+
+
+def part_of(tensor, shape, part):
+    """What a rank has of it."""
+    if not part.ranges:
+        return tensor
+    return numpy.concatenate([piece for _, piece in Cut(tensor.shape, shape, part.axis, part.ranges).apply([tensor])])
+
+
+def of_stage(tensors, mine):
+    own = {f"{int(layer) - mine.start}.{part}": tensor for name, tensor in tensors.items() for layer, dot, part in [name.partition(".")]
+           if dot and int(layer) in mine}
+    ends = {"embed": tensors["embed"]} if mine.start == 0 else {name: tensors[name] for name in ("head", "final_norm")}
+    return own | ends | {"final_norm": tensors["final_norm"]}
+
+
+def test_no_loader_makes_a_model_of_it_yet():
+    assert not any("deepseek" in name for name in FAMILIES)
+    assert "latent attention" in not_compiled(deepseek_blocks(tiny_deepseek().config))
+
+
+def test_an_adapter_changes_every_product_of_latent_attention_that_it_may():
+    theirs = tiny_deepseek()
+    model, tensors = deepseek_blocks(theirs.config), deepseek_tensors(theirs)
+    adapter = exact_adapter(model)
+    assert {"0.queries_in", "0.queries", "0.kv_in", "0.output"} <= {*adapter}
+    merged = {name: tensor + (adapter[name].b * adapter[name].scales) @ adapter[name].a if name in adapter else tensor for name, tensor in tensors.items()}
+    beside, whole = transformer_of(model, tensors), transformer_of(model, merged)
+    pack_adapter(beside, 1, adapter)
+    batch = make_batch((IDS, 0, 37, PAGES[0]))
+    assert close(forward_logits(beside, batch._replace(adapters=[1])), forward_logits(whole, batch))
+    assert not close(forward_logits(beside, batch._replace(adapters=[0])), forward_logits(whole, batch))

@@ -16,6 +16,7 @@ from chatlm.worker.model.blocks.input import Input, Join, Rows
 from chatlm.worker.model.blocks.layer import Layer
 from chatlm.worker.model.blocks.lm_head import LmHead
 from chatlm.worker.model.blocks.mixers import Mixer
+from chatlm.worker.model.blocks.mla import Mla
 from chatlm.worker.model.blocks.norms import AnyNorm, RmsNorm
 from chatlm.worker.model.blocks.step import Buffer, Scratch, widest
 from chatlm.worker.model.padding import Padding
@@ -140,12 +141,13 @@ class Model:
         return self.answer_positions or self.max_positions
 
     @functools.cached_property
-    def by_layer(self) -> tuple[Attention | None, ...]:
+    def by_layer(self) -> tuple[Attention | Mla | None, ...]:
         """How each layer attends; None: it does not."""
-        return tuple(layer.mixer if isinstance(layer.mixer, Attention) else None for layer in self.layers)
+        mixers = [layer.mixer for layer in self.layers]
+        return tuple(mixer if isinstance(mixer, Attention | Mla) else None for mixer in mixers)
 
     @property
-    def attentions(self) -> list[Attention]:
+    def attentions(self) -> list[Attention | Mla]:
         return [attn for attn in self.by_layer if attn]
 
     @functools.cached_property

@@ -1,0 +1,126 @@
+"""Attention over one compressed vector for each token (MLA)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from chatlm.worker.arrays.rotary import Rope
+from chatlm.worker.model.blocks.attention import Scores
+from chatlm.worker.model.blocks.axes import Divided, Run, Tensors, matrix
+from chatlm.worker.model.blocks.norms import RmsNorm
+from chatlm.worker.model.blocks.step import Block, Buffer, Read, Scratch, Step, Sum
+
+
+@dataclass(frozen=True)
+class Mla(Block):
+    """output(softmax(q k^T / sqrt(D)) v), where a head's key is (k_up c, r) and its value v_up c
+    (DeepSeek-AI, "DeepSeek-V2", 2024).
+
+    c, r = kv_in norm(x): a latent of `kept` numbers, which is normed, and `turned` numbers that turn by the
+    position. All heads share them, and they are all that a token caches.
+    q = queries norm(queries_in norm(x)), or queries norm(x): of each head `plain` numbers, then `turned`
+    ones that turn. D = plain + turned.
+
+    k_up is applied to queries instead, and v_up to what attention makes of latents, since
+    q^T (k_up c) = (k_up^T q)^T c. Attention is then that of H queries over one head with keys (c, r) and
+    values c.
+
+    queries is (H D, width of what it reads), kv_in (kept + turned, C), k_up (H kept, plain) with each head's
+    matrix transposed, v_up (H Dv, kept), output (C, H Dv)."""
+
+    heads: int               # H
+    kept: int                # numbers of a latent
+    plain: int               # numbers of a head's query that do not turn,
+    turned: int              # and those that do
+    head_values: int         # Dv, of each head's value
+    norm: RmsNorm            # of latents, and of what queries are made of
+    rope: Rope
+    query_width: int = 0     # of what queries are made of; 0: of x itself
+    scores: Scores = Scores()
+
+    # what attention says to others: this caches a single head, and has no norms of heads, gates or biases
+    kv_heads = 1
+    values_in_keys = True
+    source = None
+    window = 0
+    norms = None
+    embed = None
+    gated = False
+    value_norm = False
+    values_from_keys = False
+    widens = False
+
+    @property
+    def head_size(self) -> int:
+        return self.kept + self.turned
+
+    @property
+    def value_size(self) -> int:
+        return self.kept
+
+    @property
+    def slot_size(self) -> int:
+        """Numbers that it caches per token: a value is the begin of its key."""
+        return self.head_size
+
+    @property
+    def queries(self) -> int:
+        return self.heads * (self.plain + self.turned)
+
+    @property
+    def query_scale(self) -> float:
+        """paged_attention divides scores by the root of the width of the keys that it reads; they are to be
+        divided by that of heads' own keys."""
+        return self.scores.scale * (self.head_size / (self.plain + self.turned))**0.5
+
+    def tensors(self, C: int) -> Tensors:
+        queries = Run(self.heads, self.plain + self.turned, "heads")
+        values = Run(self.heads, self.head_values, "heads")
+        found = {"queries": matrix((queries,), self.query_width or C, adapted=True),
+                 "kv_in": matrix((Run(self.kept), Run(self.turned)), C, adapted=True),
+                 "k_up": matrix((Run(self.heads, self.kept, "heads"),), self.plain, packed=False),
+                 "v_up": matrix((values,), self.kept, packed=False),
+                 "output": matrix(C, (values,), adapted=True)}
+        if self.query_width:
+            found["queries_in"] = matrix(self.query_width, C, adapted=True)
+            found |= self.norm.tensors("queries_norm", self.query_width)
+        return found | self.norm.tensors("kv_norm", self.kept)
+
+    def scratch(self, C: int) -> Scratch:
+        return {"queries_in": Buffer(self.query_width), "queries": Buffer(self.queries),
+                "kv": Buffer(self.head_size), "q": Buffer(self.heads * self.head_size),
+                "latents": Buffer(self.heads * self.kept),
+                "attended": Buffer(self.heads * self.head_values, short=True)}
+
+    def compute(self, s: Step, read: Read, to: Sum):
+        k, b, w, inputs = s.k, s.b, s.w, s.inputs
+        queries = b.of("queries", self.queries)                        # (T, H * (plain + turned))
+        kv = b.of("kv", self.head_size)                                # (T, kept + turned)
+        q = b.of("q", self.heads * self.head_size)                     # (T, H * (kept + turned))
+        latents = b.of("latents", self.heads * self.kept)              # (T, H * kept)
+        attended = b.of("attended", self.heads * self.head_values)     # (T, H * Dv)
+
+        s.product(self.read_of_queries(s, read), "queries", queries)
+        s.product(read, "kv_in", kv)
+        k.latent.absorb(queries, w["k_up"], *s.rope, inputs.turns, scale=self.query_scale, out=q)
+        k.latent.append(kv, w["kv_norm"], self.norm.eps, *s.rope, inputs.turns, inputs.slots, s.cache)
+        k.paged_attention(q, s.cache, inputs.attention, self.window, out=latents, softcap=0.0, sinks=None)
+        k.latent.by_head(latents, w["v_up"], out=attended)
+        to.product(s, attended, "output")
+
+    def read_of_queries(self, s: Step, read: Read) -> Read:
+        """What queries are made of."""
+        if not self.query_width:
+            return read
+        made = s.b.of("queries_in", self.query_width)
+        s.product(read, "queries_in", made)
+        return self.norm.read(s, made, "queries_norm")
+
+    # ---- other sizes
+
+    def divided(self, rank: int, tp: int, block: int) -> Divided:
+        """A rank's heads; every rank has all latents."""
+        return {"heads": range(rank * self.heads // tp, (rank + 1) * self.heads // tp)}
+
+    def of_rank(self, divided: Divided) -> Mla:
+        return replace(self, heads=len(divided["heads"]))
