@@ -30,8 +30,9 @@ The rooms, each above those that it may import
     chat_server.py            routes, the handlers of answers and streams, the commands
     chatlm/terminal/          chat and generate; a server at --url
     chatlm/cli.py             the command line becomes `Settings`; bundling.py: the command `bundle`
-    chatlm/front/server/      routes, connections, access, bodies, streams, metrics, the page's files
-          api/                bodies in: fields and readers; answers out: encoders; what a sandbox does
+    chatlm/front/server/      routes, connections, access, streams, metrics, the page's files
+          intake/             a body becomes a request for a model; what a sandbox does
+          api/                bodies in: fields and readers; answers out: encoders
           pool/               workers, queue and failover, here and on Ray
           evals/              tasks on disk, and verdicts on a model's answers to them
           admission/          a request becomes prompts that fit; the sandboxes' front end
@@ -182,7 +183,7 @@ if TYPE_CHECKING:
     from chatlm.front.api.encode import Encoder
     from chatlm.front.pool.models import Served
     from chatlm.front.pool.pool import WorkerPool
-    from chatlm.front.server.streams import Holding
+    from chatlm.front.intake.budget import Holding
 
 
 class Front:

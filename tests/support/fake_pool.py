@@ -14,7 +14,7 @@ from chatlm.common.text.grammar import check_grammar
 from chatlm.common.text.reader import answer_reader
 from chatlm.common.text.tokenizer import Tokenizer
 from chatlm.front.admission.prompts import PromptMaker, run_in_thread_if_long
-from chatlm.front.api.body_tasks import BodyTasks
+from chatlm.front.intake.body_tasks import BodyTasks
 from chatlm.front.api.fields import json_object
 from chatlm.front.api.readers import read_answer, read_text
 from chatlm.front.pool.catalogue import Catalogue

@@ -25,6 +25,7 @@ from chatlm.front.api.encode import error_body
 from chatlm.front.api.encoders import ENCODERS
 from chatlm.front.api.kept_fields import WINDOWS
 from chatlm.front.api.picture_parts import with_pixels
+from chatlm.front.intake.budget import Holding
 from chatlm.front.lazy import web
 from chatlm.front.pool.worker import batch_of
 from chatlm.front.server.batch_turns import Lane, Turns, WaitingLine
@@ -34,7 +35,6 @@ from chatlm.front.server.kept import asked, now_s, read_small_object, send_page,
 from chatlm.front.server.ledger import Amount, Charge, Ledger, claim_of, write
 from chatlm.front.server.responses import REQUEST_LOG, json_response, public_error
 from chatlm.front.server.routes import AFTER, LIMIT
-from chatlm.front.server.streams import Holding
 from chatlm.front.store import batches, files, quota, responses
 from chatlm.front.store.batches import Batch
 from chatlm.front.store.pages import Listed, Page, page_of

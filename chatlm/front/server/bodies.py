@@ -15,9 +15,10 @@ from chatlm.front.api.fields import json_object
 from chatlm.front.api.picture_parts import (
     Lifted, fill_in, lift_pictures, unpacked_lift, with_files, with_pixels)
 from chatlm.front.api.readers import read_answer, read_text, read_variants
+from chatlm.front.intake.budget import Budget, Holding
 from chatlm.front.server.responses import REQUEST_LOG, json_response
 from chatlm.front.server.routes import DOCUMENT_NAME, Api
-from chatlm.front.server.streams import Budget, Holding, read_bytes
+from chatlm.front.server.streams import read_bytes
 
 if TYPE_CHECKING:
     from aiohttp import web

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from chatlm.front.pool.models import Served
     from chatlm.front.pool.pool import WorkerPool
     from chatlm.front.server.bodies import Bodies
-    from chatlm.front.server.streams import Holding
+    from chatlm.front.intake.budget import Holding
 
 Finder = Callable[[str], "Awaitable[Served]"]  # name -> what it stands for
 # (model, numbers of its answers, seed for those without their own) -> the question of each

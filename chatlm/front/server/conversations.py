@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from chatlm.front.api.encode import Encoder
     from chatlm.front.server.access import Owners
     from chatlm.front.server.bodies import Bodies
-    from chatlm.front.server.streams import Holding
+    from chatlm.front.intake.budget import Holding
     from chatlm.front.store.pages import Page, Place
     from chatlm.front.store.responses import Conversation
     from chatlm.front.store.store import Store

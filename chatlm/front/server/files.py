@@ -19,13 +19,14 @@ from chatlm.common.jsontext import dump
 from chatlm.common.log import log
 from chatlm.front.api.batch_lines import problem_of, read_line, storable
 from chatlm.front.api.kept_fields import LAST_SECONDS
+from chatlm.front.intake.budget import BODY_S
 from chatlm.front.lazy import aiohttp, web
 from chatlm.front.server.inflate import encoding_of
 from chatlm.front.server.kept import (
     DAY_S, asked, now_s, number_in, send_page, send_part, stored, take_room)
 from chatlm.front.server.responses import REQUEST_LOG, json_response
 from chatlm.front.server.routes import AFTER, FILES_LIMIT, ORDER, PURPOSE
-from chatlm.front.server.streams import BODY_BYTES_PER_S, BODY_S
+from chatlm.front.server.streams import BODY_BYTES_PER_S
 from chatlm.front.store import batches, files, quota
 from chatlm.front.store.files import File, Row
 from chatlm.front.store.pages import Listed, Page, page_of

@@ -11,19 +11,20 @@ from chatlm.common.client_words import too_large
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError
 from chatlm.common.jsontext import dump
-from chatlm.front.admission.admission import WRITE_BYTES
+from chatlm.front.admission.sandbox import WRITE_BYTES
 from chatlm.front.api.fields import header_words, json_object, parse_fields
 from chatlm.front.api.ignored import unread
+from chatlm.front.intake.budget import BODY_S
 from chatlm.front.lazy import web
 from chatlm.front.server.responses import REQUEST_LOG
-from chatlm.front.server.streams import BODY_S, read_bytes
+from chatlm.front.server.streams import read_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence as Seq
 
     from chatlm.front.api.fields import Field
     from chatlm.front.server.bodies import Bodies
-    from chatlm.front.server.streams import Holding
+    from chatlm.front.intake.budget import Holding
     from chatlm.front.store.pages import Listed, Page
     from chatlm.front.store.store import Store
 

@@ -14,7 +14,7 @@ from chatlm.common.errors import ChatServerError, EngineFailure, Overloaded, Req
 from chatlm.common.jsontext import dump
 from chatlm.common.log import log
 from chatlm.common.messages.requests import Piece
-from chatlm.front.admission.admission import WRITE_BYTES
+from chatlm.front.admission.sandbox import WRITE_BYTES
 from chatlm.front.api.encode import error_body
 from chatlm.front.api.encoders import anthropic_error
 from chatlm.front.lazy import web

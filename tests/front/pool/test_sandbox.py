@@ -28,9 +28,10 @@ from chatlm.common.processes.start import PROCESS_COMMAND
 from chatlm.common.text.grammar import json_grammar
 from chatlm.common.text.history_forms import TEXT_ALONE
 from chatlm.common.text.tokenizer import compile_chat_template
-from chatlm.front.admission.admission import Sandbox, Turns, next_message, packed_body, unpacked_body
+from chatlm.front.admission.crossing import packed_body, unpacked_body
+from chatlm.front.admission.sandbox import Sandbox, Turns, next_message
 from chatlm.front.pool.pool import pool_of
-from chatlm.front.server import streams
+from chatlm.front.intake import budget as budgets
 from chatlm.worker.weights.gguf import gguf_text
 from chatlm.worker.weights.gguf_file import read_gguf
 import answers
@@ -317,8 +318,8 @@ async def test_what_made_the_prompt_does_not_stay_until_the_answer_ends(open_poo
 
 
 async def test_what_stays_of_large_bodies_is_in_the_budget_until_their_answers_end(open_pool, monkeypatch):
-    budget, followed = streams.Budget(4 * 650_000), asyncio.Event()
-    patch(monkeypatch, streams, "Budget", lambda total, share=4: budget)
+    budget, followed = budgets.Budget(4 * 650_000), asyncio.Event()
+    patch(monkeypatch, budgets, "Budget", lambda total, share=4: budget)
     pool = await open_pool(context_length=50_000)
     worker, unanswered = pool.workers[0], []
     answer, worker.send = worker.send, lambda message: unanswered.append(message)

@@ -16,7 +16,7 @@ from chatlm.front.server.bodies import Bodies
 from chatlm.front.server.describe import ModelRoutes
 from chatlm.front.server.responses import REQUEST_LOG, RequestLog, error_shape
 from chatlm.front.server.routes import Api, Route, RouteTable
-from chatlm.front.server.streams import Holding
+from chatlm.front.intake.budget import Holding
 from fake_pool import FakePool, conversation
 from multidict import CIMultiDict
 

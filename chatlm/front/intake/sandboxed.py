@@ -42,7 +42,7 @@ class Tasks:
 
     @cached_property
     def bodies(self):
-        from chatlm.front.api.body_tasks import BodyTasks
+        from chatlm.front.intake.body_tasks import BodyTasks
         return BodyTasks(self.config)
 
     @cached_property

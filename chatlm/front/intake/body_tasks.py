@@ -14,7 +14,7 @@ from chatlm.common.errors import RequestError
 from chatlm.common.messages.protocol import Body, Result, SandboxConfig
 from chatlm.common.messages.requests import Message, Picture
 from chatlm.common.text.load import open_tokenizer
-from chatlm.front.admission.admission import packed_body
+from chatlm.front.admission.crossing import packed_body
 from chatlm.front.admission.prompts import PromptMaker
 from chatlm.front.api.batch_lines import problem_of, read_body_of, read_line
 from chatlm.front.api.conversation import chained_of
