@@ -151,6 +151,7 @@ from chatlm.front.api.encode import frame, usage_body
 from chatlm.front.api.encoders import ENCODERS
 from chatlm.front.api.field_types import INTEGER, SWITCH
 from chatlm.front.api.fields import Field
+from chatlm.front.intake.intake import Intake, tokenizer_of
 from chatlm.front.lazy import web
 from chatlm.front.pool.local import check_nice, niceness
 from chatlm.front.pool.catalogue import Catalogue
@@ -158,7 +159,7 @@ from chatlm.front.pool.pool import pool_of
 from chatlm.front.server.access import Access, AccessLog, Owners, is_loopback, listen_on, server_urls
 from chatlm.front.server.anthropic_models import PAGE_QUERY
 from chatlm.front.server.batches import BatchRoutes
-from chatlm.front.server.bodies import Bodies, tokenizer_of
+from chatlm.front.server.bodies import Bodies
 from chatlm.front.server.compare import Comparison, read_asked, with_ids
 from chatlm.front.server.connections import room_for_connections, serving
 from chatlm.front.server.conversations import Keeper
@@ -192,7 +193,7 @@ class Front:
     def __init__(self, catalogue: Catalogue, settings: Settings, store: Store | None = None):
         self.catalogue, self.settings, self.store = catalogue, settings, store
         self.access, self.owners, self.ledger = Access(settings), Owners(settings), Ledger(settings, store)
-        self.bodies = Bodies(catalogue, self.owners)
+        self.bodies = Bodies(Intake(catalogue), self.owners)
         self.models, self.page = ModelRoutes(catalogue, self.bodies, self.access), Page(page_files())
         self.runs = RunRoutes(catalogue)
         self.running: dict[str, str] = {}       # id of each running answer -> its owner
@@ -262,7 +263,7 @@ class Front:
 
     async def handle_answer(self, http: web.Request) -> web.StreamResponse:
         with self.bodies.holding() as holding:
-            served, parsed = await self.bodies.parse(http, holding)
+            served, parsed = await self.bodies.answer(http, holding)
             pool = served.pool
             [request] = self.identified([(pool, parsed.request)], parsed.is_kept)
             parsed = replace(parsed, request=request)
@@ -287,7 +288,7 @@ class Front:
 
     async def handle_text(self, http: web.Request) -> web.Response:
         with self.bodies.holding() as holding:
-            _, text = await self.bodies.read_text(http, holding)
+            _, text = await self.bodies.text(http, holding)
             return await send_whole(http, text)
 
     async def handle_compare(self, http: web.Request) -> web.StreamResponse:

@@ -377,7 +377,8 @@ class Task:
 
     name: str
     arguments: list
-    model: int = 0  # the number of its SandboxConfig
+    model: int = 0   # the number of its SandboxConfig
+    bodies: int = 0  # how many `Body` follow; they are its last arguments
 
 
 @wire_message(16)

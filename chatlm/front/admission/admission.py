@@ -24,13 +24,12 @@ from chatlm.common.processes.start import PROCESS_COMMAND
 from chatlm.common.text.history_forms import differences
 from chatlm.common.text.load import open_tokenizer
 from chatlm.common.vision.pictures import picture_of
-from chatlm.front.admission.crossing import listed, unpacked_body
 from chatlm.front.admission.known import known_with
 from chatlm.front.admission.prompts import PromptMaker, run_in_thread_if_long
 from chatlm.front.admission.sandbox import Sandbox
 
 if TYPE_CHECKING:
-    from chatlm.common.messages.protocol import ModelCard, ParsedBody
+    from chatlm.common.messages.protocol import ModelCard
     from chatlm.common.messages.requests import AnswerParams, Forms, Picture, Request
     from chatlm.common.text.tokenizer import Tokenizer
 
@@ -43,8 +42,8 @@ class SharedSandbox:
     def __init__(self, sandbox: Sandbox):
         self.sandbox, self.start = sandbox, sandbox.start
 
-    async def perform(self, client: str, task: str, *arguments, body: bytes | bytearray | None = None):
-        return await self.sandbox.perform(client, task, *arguments, body=body, config=self.config)
+    async def perform(self, client: str, task: str, *arguments, bodies: Seq[bytes | bytearray] = ()):
+        return await self.sandbox.perform(client, task, *arguments, bodies=bodies, config=self.config)
 
     async def close(self):
         """The server closes it."""
@@ -66,7 +65,7 @@ class Desk:
 
 
 class Admission:
-    """Prepares requests for the queue: reads large bodies, checks schemas, makes prompts.
+    """Prepares requests for the queue: checks schemas, makes prompts.
 
     Meanwhile they count as waiting, and `check_capacity` refuses those that do not fit."""
 
@@ -143,7 +142,7 @@ class Admission:
                 client, "fill_template", arguments))
 
     @contextmanager
-    def _prepare(self, client: str, request_id: str = "", low: bool = False) -> Iterator[None]:
+    def prepare(self, client: str, request_id: str = "", low: bool = False) -> Iterator[None]:
         """Reserve room for a request while it is read and rendered: it counts as waiting. Overloaded while
         there is no tokenizer, and so no `prompts`.
 
@@ -157,11 +156,11 @@ class Admission:
             del self.preparing[request_id]
 
     async def admit(self, request: Request) -> Request:
-        with self._prepare(request.client, request.id, request.low_priority):
-            await self._check_grammar(request.params, request.client, request.params.owner)
-            return await self.prompts.admit(request)  # pyright: ignore[reportOptionalMemberAccess]  as _prepare says
+        with self.prepare(request.client, request.id, request.low_priority):
+            await self.check_grammar(request.params, request.client, request.params.owner)
+            return await self.prompts.admit(request)  # pyright: ignore[reportOptionalMemberAccess]  as `prepare` says
 
-    async def _check_grammar(self, params: AnswerParams, client: str, owner: str):
+    async def check_grammar(self, params: AnswerParams, client: str, owner: str):
         """Raise RequestError for a grammar that cannot be enforced or costs too much to check.
 
         Results are remembered per owner, so that a check's duration does not reveal what others asked."""
@@ -172,63 +171,17 @@ class Admission:
         while len(self.valid_grammars) > self.VALID_GRAMMARS:
             self.valid_grammars.popitem(last=False)
 
-    async def read_large(self, reader: str, body: bytes | bytearray, client: str, owner: str,
-                         pictures: Seq[Picture] = ()) -> ParsedBody:
-        """Read a large body of a route that answers, and check its grammar. pictures: what was lifted out."""
-        [parsed] = await self._read(client, owner, body, "read_body", reader, listed(pictures))
-        return parsed
-
-    async def read_line(self, number: int, identity: str, line: bytes, client: str, owner: str,
-                        pictures: Seq[Picture] = ()) -> ParsedBody:
-        """Read the body in a large line of a batch; identity: as in batch_lines.read_line."""
-        [parsed] = await self._read(client, owner, line, "read_line", number, identity, listed(pictures))
-        return parsed
-
-    async def read_variants(self, body: bytes | bytearray, client: str, owner: str, indices: Seq[int],
-                            seed: int, pictures: Seq[Picture] = ()) -> list[ParsedBody]:
-        """Read the questions of some of the answers from a large body of /v1/compare."""
-        return await self._read(client, owner, body, "read_variants", list(indices), seed,
-                                listed(pictures))
-
-    async def told(self, task: str, client: str, body: bytes | bytearray, *arguments) -> Any:
-        """What a task of chatlm/front/intake/body_tasks.py finds in a large body: chained, check_lines and
-        lift_pictures are such."""
-        with self._prepare(client):
-            return await self.sandboxes["bodies"].perform(client, task, *arguments, body=body)
-
     async def decode_picture(self, data: bytes, client: str) -> Picture:
         """The picture in a file. RequestError for one that cannot be read."""
-        pixels: Any = await self.sandboxes["pictures"].perform(client, "decode_picture", body=data)
+        pixels: Any = await self.sandboxes["pictures"].perform(client, "decode_picture", bodies=[data])
         return picture_of(NewPicture(pixels))
-
-    async def _read(self, client: str, owner: str, body: bytes | bytearray, task: str,
-                    *arguments) -> list[ParsedBody]:
-        with self._prepare(client):
-            packed: Any = await self.sandboxes["bodies"].perform(client, task, *arguments, body=body)
-            vocab_size = self.prompts.tokenizer.vocab_size  # pyright: ignore[reportOptionalMemberAccess]  as _prepare says
-            read = [await asyncio.to_thread(unpacked_body, values, vocab_size) for values in packed]
-            del packed
-            for parsed in read:
-                await self._check_grammar(parsed.request.params, client, owner)
-            return read
-
-    async def answer_text(self, route: str, body: bytes | bytearray, client: str,
-                          pictures: Seq[Picture] = ()) -> bytes:
-        with self._prepare(client):
-            text: Any = await self.sandboxes["bodies"].perform(
-                client, "answer_text", route, listed(pictures), body=body)
-            return text
-
-    async def named_model(self, body: bytes | bytearray, client: str) -> str:
-        """The name of the model in a large body; "" if it has none."""
-        with self._prepare(client):
-            name: Any = await self.sandboxes["bodies"].perform(client, "named_model", body=body)
-            return name
 
     async def extract(self, client: str, name: str, boundary: str, body: bytes | bytearray) -> Seq:
         """(text, pages, cut) of a document, as in `chatlm.front.api.documents.Extracted`. boundary: of the
         form that the body is; "": the body is the file."""
-        return await self.sandboxes["documents"].perform(client, "extract", name, boundary, body=body)
+        found: Any = await self.sandboxes["documents"].perform(
+            client, "extract", name, boundary, bodies=[body])
+        return found
 
     async def close(self):
         await asyncio.gather(*(sandbox.close() for sandbox in self.sandboxes.values()))

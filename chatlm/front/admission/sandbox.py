@@ -89,13 +89,13 @@ class Sandbox:
         self.configs: list[SandboxConfig] = []  # that the process has, the last used last
         self.closed = self.begun = False
 
-    async def perform(self, client: str, task: str, *arguments, body: bytes | bytearray | None = None,
+    async def perform(self, client: str, task: str, *arguments, bodies: Seq[bytes | bytearray] = (),
                       config: SandboxConfig | None = None):
         """Run a task, by default for the usual model, and return its value. RequestError if it refuses or
         exceeds a limit."""
         await self.turns.take(client)
         config = config or self.config
-        messages = [Task(task, list(arguments), config.number), *([] if body is None else [Body(body)])]
+        messages = [Task(task, list(arguments), config.number, len(bodies)), *map(Body, bodies)]
         exchange = asyncio.ensure_future(self._exchange(config, messages))  # continues if its client leaves
         exchange.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # else it is logged
         exchange.add_done_callback(lambda ended: self.turns.give_back())

@@ -32,10 +32,9 @@ from chatlm.front.api.infill import infill_ends
 from chatlm.front.api.kept_items import kept_items
 from chatlm.front.api.retrieval import RETRIEVAL_READERS, check_route
 from chatlm.front.api.tables import (
-    BEFORE, BODY_FIELDS, COMPARE_FIELDS, COMPLETION_FIELDS, CONTINUED, COUNTED_FIELDS, DRAWING_FIELDS,
-    INFILL_FIELDS, MANAGED_FIELDS, MESSAGES_FIELDS, NATIVE_FIELDS, OLLAMA_CHAT_FIELDS,
-    OLLAMA_GENERATE_FIELDS, OLLAMA_OPTIONS, OLLAMA_SHOW_FIELDS, OPENAI_FIELDS, RESPONSES_FIELDS,
-    VARIANT_FIELDS)
+    BODY_FIELDS, COMPARE_FIELDS, COMPLETION_FIELDS, COUNTED_FIELDS, DRAWING_FIELDS, INFILL_FIELDS,
+    MANAGED_FIELDS, MESSAGES_FIELDS, NATIVE_FIELDS, OLLAMA_CHAT_FIELDS, OLLAMA_GENERATE_FIELDS,
+    OLLAMA_OPTIONS, OLLAMA_SHOW_FIELDS, OPENAI_FIELDS, RESPONSES_FIELDS, VARIANT_FIELDS)
 from chatlm.front.api.tokenization import apply_template, detokenize, rendered, tokenize
 
 if TYPE_CHECKING:
@@ -272,16 +271,16 @@ def repeated_json(body: Mapping) -> bytes:
 CHAINED = ("previous_response_id", "conversation")
 
 
-def read_responses_body(body: dict, known: Known, before: Seq | None = None) -> ParsedBody:
-    """before: the items of what the body continues; None: nobody has looked for any."""
+def read_responses_body(body: dict, known: Known, before: Seq = ()) -> ParsedBody:
+    """before: the items of what the body continues."""
     values = without_lone_top(parse_answer(body, RESPONSES_FIELDS, known))
     if "input" not in values and not any(values.get(name) for name in CHAINED):
         raise RequestError('One of "input", "prompt", "previous_response_id" or "conversation" must be '
                            "provided.", code="missing_required_parameter", param="input")
-    details = kept_details(values, known, before is not None)
+    details = kept_details(values, known)
     tools, ignored = known_tools(values.get("tools", ()), ["function", None], "parameters")
     ignored += other_types(values.get("input"), OTHER_ITEMS)
-    sent = response_messages(values, before or ())
+    sent = response_messages(values, before)
     messages = joined_turns(chat_messages(sent, known.tool_format is not None))
     request = parse_openai_request(values | {"tools": tools}, known.settings, known.tool_format, messages)
     parsed = parsed_body("responses", values, known, request, details, ignored)
@@ -289,9 +288,9 @@ def read_responses_body(body: dict, known: Known, before: Seq | None = None) -> 
                    kept=kept_items(input_items(values)) if details.get("store") else ())
 
 
-def kept_details(values: Mapping, known: Known, continued: bool) -> dict:
+def kept_details(values: Mapping, known: Known) -> dict:
     """Whether a response is kept, and what it continues: for its encoder. RequestError if it continues what
-    this server cannot have kept. continued: the front has found what was said before."""
+    this server cannot have kept."""
     chained = [name for name in CHAINED if values.get(name)]
     if known.settings.database is None:
         if chained:
@@ -300,8 +299,6 @@ def kept_details(values: Mapping, known: Known, continued: bool) -> dict:
         return {}
     if len(chained) == 2:
         raise invalid("conversation", "previous_response_id and conversation exclude each other")
-    if chained and not continued:  # its name was hidden in escapes, so the front did not see it
-        raise invalid(chained[0], f"{chained[0]} must be written without escapes")
     return {"store": values.get("store", True), **{name: values[name] for name in chained}}
 
 
@@ -511,14 +508,12 @@ TEXT_READERS: dict[str, Callable] = {
 }
 
 
-def read_answer(route: str, body: dict, known: Known) -> ParsedBody:
-    """The result of the route's reader for a body, on routes that answer, or for one that is CONTINUED."""
+def read_answer(route: str, body: dict, known: Known, before: Seq | None = None) -> ParsedBody:
+    """The result of the route's reader for a body, on routes that answer. before: the items of what a
+    response continues; None: it continues nothing."""
     check_route(route, known)
-    if route == CONTINUED:
-        route, before = "/v1/responses", body.pop(BEFORE)
-        parsed = read_responses_body(body, known, before)
-    else:
-        parsed = ANSWER_READERS[route](body, known)
+    parsed = ANSWER_READERS[route](body, known) if before is None else read_responses_body(
+        body, known, before)
     return replace(parsed, ignored_fields=ignored_fields(route, body, parsed, known))
 
 

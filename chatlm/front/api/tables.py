@@ -195,10 +195,6 @@ INFILL_FIELDS = (  # as llama-server has them
     *(field for field in CONSTRAINT_FIELDS if field.name in ("grammar", "json_schema")),
 )
 
-# As this the front reads a body that it has completed, in the field BEFORE, with what was said before. It is
-# no route, so a client cannot say itself what was said before.
-CONTINUED = "/v1/responses, continued"
-BEFORE = "before_input"
 RESPONSES_FIELDS = (
     Field("input", FieldType("a text or a list of items", {"anyOf": [A_TEXT, {"type": "array"}]}),
           "a text, or a list of messages, calls, their outputs and reasoning"),

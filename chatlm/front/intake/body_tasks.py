@@ -3,38 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import json
-from collections.abc import Sequence as Seq
+from collections.abc import Awaitable, Callable, Sequence as Seq
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
-from chatlm.common.errors import RequestError
 from chatlm.common.messages.protocol import Body, Result, SandboxConfig
-from chatlm.common.messages.requests import Message, Picture
+from chatlm.common.messages.requests import Message
 from chatlm.common.text.load import open_tokenizer
-from chatlm.front.admission.crossing import packed_body
 from chatlm.front.admission.prompts import PromptMaker
-from chatlm.front.api.batch_lines import problem_of, read_body_of, read_line
-from chatlm.front.api.conversation import chained_of
-from chatlm.front.api.fields import json_object
-from chatlm.front.api.picture_parts import fill_in, lift_pictures, packed_lift
-from chatlm.front.api.readers import read_answer, read_text, read_variants
+from chatlm.front.intake.crossing import packed_body, unpacked_sizes
+from chatlm.front.intake.envelope import open_body
+from chatlm.front.intake.tasks import TASKS, Reading, checked_lines
 
 if TYPE_CHECKING:
     from chatlm.common.messages.protocol import ParsedBody
 
 
 class BodyTasks:
-    """One method for each task."""
+    """One method for each task, for one model."""
 
     def __init__(self, config: SandboxConfig):
         self.config = config
 
     def prepare(self, name: str):
         """Do once what no task should pay for."""
-        if name not in ("named_model", "check_lines"):
+        if name == "read":
             _ = self.prompts
 
     @cached_property
@@ -44,47 +38,31 @@ class BodyTasks:
         return PromptMaker(tokenizer, self.config.context_length,
                            scored_length=self.config.scored_length)
 
-    def named_model(self, body: bytes) -> Result:
-        name = json_object(body).get("model")
-        return Result(name[:1000] if isinstance(name, str) else "")
+    def open(self, route: str, number: int | None, most: int, *bodies: bytes) -> Body:
+        """What the front must know to choose a model; and the fields, if they take at most `most` bytes
+        without their pictures."""
+        envelope = open_body(route, number, *bodies)
+        return Body(envelope.packed(envelope.rest(sum(map(len, bodies)), most)))
 
-    def lift_pictures(self, refusal: str, body: bytes) -> Body:
-        found = lift_pictures(fields := json_object(body), refusal)
-        return Body(packed_lift(fields, found))
+    def read(self, route: str, number: int | None, sizes: Seq, client: str, task: str, arguments: Seq,
+             *bodies: bytes) -> Body | Result:
+        """What one of TASKS makes of a body. sizes: of its pictures, which the front has decoded."""
+        envelope = open_body(route, number, *bodies)
+        envelope.show(unpacked_sizes(sizes))
+        reading = Reading(envelope, self.config.server, self.prompts, client)
+        return asyncio.run(self._read(reading, TASKS[task], arguments))
 
-    def chained(self, body: bytes) -> Result:
-        """What a body continues: previous_response_id, and the id of a conversation; "" if neither."""
-        return Result([*chained_of(json_object(body))])
+    async def _read(self, reading: Reading, task: Callable[..., Awaitable[Any]],
+                    arguments: Seq) -> Body | Result:
+        found = await task(reading, *arguments)
+        if isinstance(found, bytes):
+            return Body(found)
+        rendered: dict = {}
+        return Result([await self._admitted(parsed, rendered) for parsed in found])
 
-    def check_lines(self, numbers: Seq[int], refusal: str, lines: bytes) -> Result:
-        """Of each of these lines of a batch, which have these numbers, [custom_id, url, model, what is wrong
-        with its body for this model], or only what is wrong with it."""
-        found = []
-        for number, line in zip(numbers, lines.split(b"\n")):
-            try:
-                read = read_line(number, line)
-                found.append([read.custom_id, read.url, read.model, problem_of(
-                    read, self.config.server, refusal)])
-            except RequestError as error:
-                found.append([str(error)])
-        return Result(found)
-
-    def read_line(self, number: int, identity: str, pictures: Seq, line: bytes) -> Result:
-        line = json.dumps(fields_of(line, pictures)).encode() if pictures else line
-        read = read_body_of(read_line(number, line, identity), self.config.server)
-        return Result([self.admitted(read, {})])
-
-    def read_body(self, reader: str, pictures: Seq, body: bytes) -> Result:
-        return Result([self.admitted(read_answer(reader, fields_of(body, pictures), self.config.server), {})])
-
-    def read_variants(self, indices: Seq[int], seed: int, pictures: Seq, body: bytes) -> Result:
-        fields, rendered = fields_of(body, pictures), {}
-        read = read_variants(fields, indices, seed, self.config.server)
-        return Result([self.admitted(parsed, rendered) for parsed in read])
-
-    def admitted(self, parsed: ParsedBody, rendered: dict) -> list:
-        """A body whose prompts fit, packed."""
-        admitted, lasting = asyncio.run(self.prompts.admit(parsed.request, rendered)), parsed.lasting()
+    async def _admitted(self, parsed: ParsedBody, rendered: dict) -> list:
+        """A body whose prompts fit, packed. rendered: what answers to one conversation share."""
+        admitted, lasting = await self.prompts.admit(parsed.request, rendered), parsed.lasting()
         request = replace(lasting.request, dropped_messages=admitted.dropped_messages,
                           pictures=admitted.pictures)
         if self.config.server.settings.log_conversations and request.messages is not None:
@@ -92,13 +70,6 @@ class BodyTasks:
             request = replace(request, messages=texts)
         return packed_body(replace(lasting, request=request), admitted.prompt_ids or ())
 
-    def answer_text(self, route: str, pictures: Seq, body: bytes) -> Body:
-        return Body(asyncio.run(read_text(route, fields_of(body, pictures), self.prompts)))
-
-
-def fields_of(body: bytes, pictures: Seq) -> dict:
-    """A body's fields, with (width, height, digest in base64) of the pictures that were lifted out of it."""
-    fields = json_object(body)
-    fill_in(fields, [Picture(width, height, b"", base64.b64decode(digest))
-                     for width, height, digest in pictures])
-    return fields
+    def check_lines(self, numbers: Seq[int], refusal: str, lines: bytes) -> Result:
+        return Result([[*checked] for checked in checked_lines(
+            numbers, lines.split(b"\n"), self.config.server, refusal)])

@@ -19,10 +19,9 @@ from chatlm.common.processes.child import join_parent
 from chatlm.common.text.tokenizer import compile_chat_template, fill_template
 
 
-TASKS_OF_BODIES = {"named_model": "bodies", "read_body": "bodies", "read_variants": "bodies",
-                   "chained": "bodies", "check_lines": "bodies", "read_line": "bodies",
-                   "answer_text": "bodies", "lift_pictures": "bodies", "extract": "documents",
-                   "decode_picture": "pictures"}  # what of Tasks has them
+# task -> the attribute of Tasks that has it
+PLACES = {**dict.fromkeys(("open", "read", "check_lines"), "bodies"), "extract": "documents",
+          "decode_picture": "pictures"}
 PREPARE_S = 5.0  # processor seconds a sandbox may take to compile a template or open a tokenizer
 
 
@@ -34,7 +33,7 @@ class Tasks:
         self.config = config
 
     def task(self, name: str) -> Callable[..., Any]:
-        return getattr(getattr(self, TASKS_OF_BODIES[name]) if name in TASKS_OF_BODIES else self, name)
+        return getattr(getattr(self, PLACES[name]) if name in PLACES else self, name)
 
     @cached_property
     def template(self):
@@ -59,8 +58,8 @@ class Tasks:
         """Do once what no task should pay for: jinja computes a template's constants when it compiles it."""
         if name == "fill_template":
             _ = self.template
-        elif name in TASKS_OF_BODIES:
-            getattr(self, TASKS_OF_BODIES[name]).prepare(name)
+        elif name in PLACES:
+            getattr(self, PLACES[name]).prepare(name)
 
     def fill_template(self, arguments: dict) -> Result:
         text = fill_template(self.template, arguments)
@@ -93,7 +92,9 @@ def sandbox_main(arguments: Seq[str]) -> int:
                     del models[number]
                 continue
             models[task.model] = tasks = models.pop(task.model)
-            bodies = run_task(channel.receive, True, 1) if task.name in TASKS_OF_BODIES else []
+            bodies = []
+            for _ in range(task.bodies):
+                bodies += run_task(channel.receive, True, 1)  # pyright: ignore[reportOperatorIssue]  nor is a body refused
             channel.send(Begun())
             signal.setitimer(signal.ITIMER_PROF, PREPARE_S)
             run_task(tasks.prepare, task.name)  # an error shows when the task itself fails

@@ -17,11 +17,11 @@ from chatlm.common.text.tokenizer import tools_of
 from chatlm.front.api.field_types import TEXT
 from chatlm.front.api.fields import A_TEXT, Field
 from chatlm.front.api.tables import OLLAMA_NAMES
+from chatlm.front.intake.intake import tokenizer_of
 from chatlm.front.pool.names import default_among
 from chatlm.front.pool.pool import free_memory, sampling_of
 from chatlm.front.server.anthropic_models import (
     A_PAGE, anthropic_model, anthropic_page, asks_as_anthropic)
-from chatlm.front.server.bodies import tokenizer_of
 from chatlm.front.server.responses import REQUEST_LOG, json_response
 
 if TYPE_CHECKING:
@@ -294,13 +294,13 @@ class ModelRoutes:
     async def _managed(self, http: web.Request, manage: Callable[[Model], None]) -> web.Response:
         self.access.check_operator(http)
         with self.bodies.holding() as holding:
-            served, _ = await self.bodies.read_text(http, holding)
+            served, _ = await self.bodies.text(http, holding)
         manage(served.model)
         return json_response({"success": True, "model": served.name, "state": served.state})
 
     async def handle_ollama_show(self, http: web.Request) -> web.Response:
         with self.bodies.holding() as holding:
-            served, _ = await self.bodies.read_text(http, holding)
+            served, _ = await self.bodies.text(http, holding)
         pool = served.pool
         tokenizer, model = tokenizer_of(pool), ollama_model(served)
         able, facts = model_body(served)["capabilities"], pool.supervisor.card.facts

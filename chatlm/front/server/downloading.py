@@ -10,8 +10,6 @@ import shutil
 import time
 from typing import TYPE_CHECKING
 
-from chatlm.common.client_words import too_large
-from chatlm.common.config import LIMITS
 from chatlm.common.errors import ConfigError, RequestError, shown, without_folders
 from chatlm.common.hub.offers import (
     active_share, best_offers, cached_models, hub_cache, joined_name, named_model, short_offers)
@@ -19,12 +17,10 @@ from chatlm.common.jsontext import dump
 from chatlm.common.memory import available_memory, read_bandwidth
 from chatlm.front.api.encode import Encoder, frame
 from chatlm.front.api.encoders import OllamaEncoder
-from chatlm.front.api.fields import header_words, json_object, parse_fields
-from chatlm.front.api.ignored import unread
 from chatlm.front.lazy import web
 from chatlm.front.pool.downloads import Download, Downloads
 from chatlm.front.server.responses import REQUEST_LOG, json_response
-from chatlm.front.server.streams import EventStream, read_bytes
+from chatlm.front.server.streams import EventStream
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -56,15 +52,7 @@ class DownloadRoutes:
     async def _read(self, http: web.Request) -> dict:
         """The checked fields of a body."""
         self._check(http)
-        record = REQUEST_LOG.get()
-        with self.bodies.holding() as holding:
-            raw = await read_bytes(http, holding)
-        if len(raw) > LIMITS.inline_bytes:
-            raise too_large(LIMITS.inline_bytes)
-        body = json_object(raw)
-        values = parse_fields(body, record.route.fields)
-        if ignored := header_words(unread(body, record.route.fields)):
-            record.headers["X-Ignored-Fields"] = ", ".join(ignored)[:1000]
+        values = await self.bodies.small(http)
         values.setdefault("model", values.get("name", ""))
         return values
 

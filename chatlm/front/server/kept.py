@@ -1,4 +1,4 @@
-"""What the routes of the store share: pages of lists, small bodies, and the answer without --database."""
+"""What the routes of the store share: pages of lists, and the answer without --database."""
 
 from __future__ import annotations
 
@@ -7,17 +7,13 @@ import math
 import time
 from typing import Any, TYPE_CHECKING
 
-from chatlm.common.client_words import too_large
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError
 from chatlm.common.jsontext import dump
 from chatlm.front.admission.sandbox import WRITE_BYTES
-from chatlm.front.api.fields import header_words, json_object, parse_fields
-from chatlm.front.api.ignored import unread
 from chatlm.front.intake.budget import BODY_S
 from chatlm.front.lazy import web
 from chatlm.front.server.responses import REQUEST_LOG
-from chatlm.front.server.streams import read_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence as Seq
@@ -125,17 +121,3 @@ async def send_part(http: web.Request, response: web.StreamResponse, part: bytes
             if http.transport:
                 http.transport.abort()
             raise ConnectionAbortedError("the client has stopped reading") from None
-
-
-async def read_small_object(http: web.Request, bodies: Bodies) -> dict:
-    """The checked fields of a small body; of none, no fields."""
-    record = REQUEST_LOG.get()
-    with bodies.holding() as holding:
-        raw = await read_bytes(http, holding)
-    if len(raw) > LIMITS.inline_bytes:
-        raise too_large(LIMITS.inline_bytes)
-    body = json_object(raw or b"{}")
-    values = parse_fields(body, record.route.fields)
-    if ignored := header_words(unread(body, record.route.fields)):
-        record.headers["X-Ignored-Fields"] = ", ".join(ignored)[:1000]
-    return values

@@ -153,19 +153,14 @@ async def test_an_answer_is_cancelled_by_the_id_in_its_header(client, path):
                          ids=lambda route: f"{route.method} {route.path}")
 async def test_no_route_reads_a_large_body_on_the_event_loop(client, route, monkeypatch):
     """A route that reads JSON at all reads it with the one reader, which sends large bodies to a sandbox."""
-    pool, sent, read, reads = FakePool(), [], [], route.path in ANSWER_READERS | TEXT_READERS
-
-    async def in_sandbox(path, body, *more, **named):
-        sent.append((path, len(body)))
-        raise RequestError("read elsewhere", status=418)
-
-    async def named_in_sandbox(body, client):
-        return ""
+    pool, read, reads = FakePool(), [], route.path in ANSWER_READERS | TEXT_READERS
+    sandbox = pool.sandboxes["bodies"]
+    sandbox.refusal = RequestError("read elsewhere", status=418)
 
     async def document_in_sandbox(client, name, boundary, body):
-        raise RequestError("read elsewhere", status=418)
+        raise sandbox.refusal
 
-    pool.read_large, pool.answer_text, pool.named_model, pool.extract = in_sandbox, in_sandbox, named_in_sandbox, document_in_sandbox
+    pool.extract = document_in_sandbox
     decode, payload = json.loads, json.dumps({"model": "default", "x": [1] * 40_000}).encode()
     monkeypatch.setattr(json, "loads", lambda text, **how: read.append(len(text)) or decode(text, **how))
     async with serving(pool) as url:
@@ -173,7 +168,7 @@ async def test_no_route_reads_a_large_body_on_the_event_loop(client, route, monk
             async with client.request(route.method, url + route.path.replace("{id}", "x") + slash, data=payload) as response:
                 small = route.fields and route.path not in STORE_FIELDS      # these are not there without --database
                 assert response.status == (418 if reads or route.path == "/extract" else 413 if small else 404), await response.text()
-    assert sent == [(route.path, len(payload))] * 2 * reads and max(read, default=0) < 1000
+    assert [task[1:3] for task in sandbox.tasks] == [("open", route.path)] * 2 * reads and max(read, default=0) < 1000
     assert bool(route.fields) == (reads or route.method == "POST" and route.path in (*HUB_FIELDS, *STORE_FIELDS) or route.path in HUB_FIELDS)
 
 

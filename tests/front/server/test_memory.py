@@ -43,7 +43,7 @@ async def test_bodies_beyond_the_budget_wait_and_small_ones_do_not(limits, monke
         held = [await unfinished(url, 200 * KB, 100 * KB) for _ in range(2)]
         while budget.used < 400 * KB:
             await asyncio.sleep(0.01)
-        waiting = asyncio.ensure_future(client.post(url + "/v1/chat/completions", json=conversation("x" * 190 * KB)))
+        waiting = asyncio.ensure_future(client.post(url + "/v1/chat/completions", json=conversation() | {"padding": "x" * 190 * KB}))
         assert (await client.post(url + "/v1/chat/completions", json=conversation("x" * 20 * KB))).status == 200
         assert not waiting.done()
         held[0][1].close()

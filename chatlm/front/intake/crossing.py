@@ -7,19 +7,21 @@ import functools
 from array import array
 from collections.abc import Sequence as Seq
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from chatlm.common.messages.protocol import ParsedBody
+from chatlm.common.messages.requests import Picture
 from chatlm.common.messages.wire import object_restorer
 from chatlm.front.admission.sandbox import WRITE_BYTES
 
-if TYPE_CHECKING:
-    from chatlm.common.messages.requests import Picture
 
-
-def listed(pictures: Seq[Picture]) -> list:
+def packed_sizes(pictures: Seq[Picture]) -> list:
     """All of pictures but their pixels, for a sandbox."""
     return [[each.width, each.height, base64.b64encode(each.digest).decode()] for each in pictures]
+
+
+def unpacked_sizes(values: Seq) -> list[Picture]:
+    """What packed_sizes packed."""
+    return [Picture(width, height, b"", base64.b64decode(digest)) for width, height, digest in values]
 
 
 def packed_body(parsed: ParsedBody, prompt_ids: Seq[Seq[int]]) -> list:

@@ -1,0 +1,254 @@
+"""From the bytes of a body to what it asks of a model: opened, resolved, shown its pictures, read."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence as Seq
+from dataclasses import replace
+from typing import Any, TYPE_CHECKING
+
+from chatlm.common.config import LIMITS
+from chatlm.common.errors import ChatServerError, Overloaded, RequestError, shown
+from chatlm.front.api.picture_parts import with_files, with_pixels
+from chatlm.front.intake.arrival import Arrival, Caller
+from chatlm.front.intake.budget import Budget, Holding
+from chatlm.front.intake.crossing import packed_sizes, unpacked_body
+from chatlm.front.intake.envelope import open_body, unpacked_envelope
+from chatlm.front.intake.tasks import TASKS, CheckedLine, Reading, checked_lines
+
+if TYPE_CHECKING:
+    from chatlm.common.messages.protocol import ParsedBody
+    from chatlm.common.messages.requests import Picture
+    from chatlm.common.text.tokenizer import Tokenizer
+    from chatlm.front.admission.admission import Admission
+    from chatlm.front.pool.catalogue import Catalogue
+    from chatlm.front.pool.models import Served
+    from chatlm.front.pool.pool import WorkerPool
+
+
+# (a body that continues something, what holds its bytes) -> what was said before: a JSON list of items
+Earlier = Callable[[Arrival, Holding], Awaitable[bytes]]
+
+
+def tokenizer_of(pool: WorkerPool) -> Tokenizer:
+    if pool.tokenizer is None:
+        raise Overloaded("the model is still loading", retry_after_s=2)
+    return pool.tokenizer
+
+
+class Intake:
+    """Reads bodies for routes, comparisons, uploads, batches and the terminal: each way reads one body alike.
+
+    A body goes through four steps. `open` parses it, here if it is small, in a sandbox if it is large.
+    `resolve` finds the model that it names. `see` decodes its pictures, if that model can see. Then one of
+    TASKS reads it, where it was opened. So a large body crosses to a sandbox twice, a small one never."""
+
+    def __init__(self, catalogue: Catalogue):
+        self.catalogue = catalogue
+        self.budget = Budget(LIMITS.held_bytes)
+        self.pixels = Budget(LIMITS.held_pixel_bytes, share=2)
+        self.earlier: Earlier | None = None  # set where answers are kept
+
+    # what a caller wants of a body
+
+    async def answer(self, arrival: Arrival, reading: Holding,
+                     holding: Holding) -> tuple[Served, ParsedBody]:
+        """The body of a route that answers. `reading` holds its bytes, and gives them back once it is read;
+        `holding` then accounts for what is kept of a large one."""
+        if self.earlier and any(arrival.envelope.chained):
+            before = await self.earlier(arrival, reading)
+            arrival = await self.open(arrival.caller, *arrival.parts, before)
+        served = await self.resolve(arrival.envelope.model, arrival.caller.bound, holding)
+        await self.see(arrival, served, holding)
+        [parsed] = await self._read(arrival, served, "answer", arrival.caller.route)
+        reading.give_back_beyond(0)  # first, or a large body would be refused for its own size
+        parsed = replace(parsed, request=with_pixels(served.asked(parsed.request), arrival.pictures))
+        if parsed.kept and arrival.files:
+            parsed = replace(parsed, kept=await asyncio.to_thread(with_files, parsed.kept, arrival.files))
+            holding.keep(sum(len(item.body) for item in parsed.kept))
+        if parsed.request.prompt_ids is not None:
+            holding.keep(parsed.size)
+        return served, parsed
+
+    async def text(self, arrival: Arrival, holding: Holding,
+                   sees: bool = True) -> tuple[Served, str, bytes]:
+        """(model, fields without effect, text) for the body of any other route. sees: must the model see its
+        pictures?"""
+        served = await self.resolve(arrival.envelope.model, arrival.caller.bound, holding)
+        if sees:
+            await self.see(arrival, served, holding)
+        text = await self._read(arrival, served, "text", arrival.caller.route)
+        ignored, _, text = text.partition(b"\n")
+        return served, ignored.decode(), text
+
+    async def variants(self, arrival: Arrival, holding: Holding, served: Served, indices: Seq[int],
+                       seed: int) -> list[ParsedBody]:
+        """What a body of /v1/compare asks of one model, with or without adapters. indices: the numbers of its
+        answers. `holding` then accounts for what is kept of a large body."""
+        await self.see(arrival, served, holding)
+        read = await self._read(arrival, served, "variants", list(indices), seed)
+        if not arrival.is_here:
+            holding.keep(sum(parsed.size for parsed in read))
+        return [replace(parsed, request=with_pixels(parsed.request, arrival.pictures)) for parsed in read]
+
+    async def line(self, arrival: Arrival, served: Served, holding: Holding) -> ParsedBody:
+        """What a line of a batch asks for. RequestError as its route raises it."""
+        await self.see(arrival, served, holding)
+        [parsed] = await self._read(arrival, served, "line")
+        if not arrival.is_here:
+            holding.keep(parsed.size)
+        return replace(parsed, request=with_pixels(served.asked(parsed.request), arrival.pictures))
+
+    async def check_lines(self, caller: Caller, numbers: Seq[int], lines: Seq[bytes]) -> list[CheckedLine]:
+        """What each line of a batch is, checked for the model that it names. Lines have no line break."""
+        usual = self.catalogue.find("", caller.bound)
+        found = await self._check(caller, usual, numbers, lines)
+        of_model: dict[str, list[int]] = {}
+        for index, checked in enumerate(found):
+            if checked.model:
+                of_model.setdefault(checked.model, []).append(index)
+        for name, indices in of_model.items():
+            again = await self._check_for(name, usual, caller, [numbers[index] for index in indices],
+                                          [lines[index] for index in indices],
+                                          [found[index] for index in indices])
+            for index, checked in zip(indices, again):
+                found[index] = checked
+        return found
+
+    async def _check_for(self, name: str, usual: Served, caller: Caller, numbers: Seq[int],
+                         lines: Seq[bytes], found: Seq[CheckedLine]) -> Seq[CheckedLine]:
+        """`found`, what the usual model finds wrong with lines, for the model that they name."""
+        try:
+            served = self.catalogue.find(name, caller.bound)
+            if served.pool is usual.pool:
+                return found
+        except ChatServerError as error:
+            return [checked._replace(problem=str(error)) for checked in found]
+        try:
+            return await self._check(caller, served, numbers, lines)
+        except ChatServerError:  # as while it loads: what is wrong shows when a line is run
+            return [checked._replace(problem="") for checked in found]
+
+    async def _check(self, caller: Caller, served: Served, numbers: Seq[int],
+                     lines: Seq[bytes]) -> list[CheckedLine]:
+        """`checked_lines` by one model. Many are read in a sandbox: 200 MB take many seconds."""
+        admission, refusal = served.pool.admission, self.blind(served.pool)
+        large = max(map(len, lines), default=0) > LIMITS.inline_bytes
+        if large or len(lines) > 1:
+            try:
+                return await self._check_in_sandbox(caller, admission, numbers, lines, refusal)
+            except RequestError as error:  # they are too complex, together at least
+                if len(lines) == 1:
+                    return [CheckedLine(str(error))]
+            except ChatServerError:        # such as Overloaded, while the model loads
+                if large:
+                    raise
+        found: list[CheckedLine] = []
+        for number, line in zip(numbers, lines):
+            if len(line) > LIMITS.inline_bytes:
+                found += await self._check(caller, served, [number], [line])
+            else:
+                found += checked_lines([number], [line], served.known, refusal)
+                await asyncio.sleep(0)  # others get a turn
+        return found
+
+    async def _check_in_sandbox(self, caller: Caller, admission: Admission, numbers: Seq[int],
+                                lines: Seq[bytes], refusal: str) -> list[CheckedLine]:
+        with admission.prepare(caller.client):
+            checked: Any = await admission.sandboxes["bodies"].perform(
+                caller.client, "check_lines", list(numbers), refusal, bodies=[b"\n".join(lines)])
+            return [CheckedLine(*values) for values in checked]
+
+    async def extract(self, caller: Caller, name: str, boundary: str, body: bytes | bytearray) -> Seq:
+        """(text, pages, cut) of a document, as in `chatlm.front.api.documents.Extracted`. boundary: of the
+        form that the body is; "": the body is the file."""
+        admission = self.catalogue.find("", caller.bound).pool.admission
+        return await admission.extract(caller.client, name, boundary, body)
+
+    # the steps
+
+    async def open(self, caller: Caller, *parts: bytes | bytearray, number: int | None = None,
+                   opener: Admission | None = None, times: int = 1) -> Arrival:
+        """Parse a body, with what was said before it, or with a number that line of a batch. times: how often
+        it may be read. opener: whose sandbox opens a large one; by default that of any model."""
+        most = LIMITS.inline_bytes // times
+        if sum(map(len, parts)) <= most:
+            return Arrival(caller, parts, open_body(caller.route, number, *parts), number)
+        admission = opener or self._opener(caller.bound)
+        with admission.prepare(caller.client):
+            data: Any = await admission.sandboxes["bodies"].perform(
+                caller.client, "open", caller.route, number, most, bodies=parts)
+        return Arrival(caller, parts, unpacked_envelope(data), number)
+
+    def _opener(self, bound: Seq[str]) -> Admission:
+        """Of the usual model; if that has failed, of another one that the client may use."""
+        try:
+            return self.catalogue.find("", bound).pool.admission
+        except ChatServerError:
+            for served in self.catalogue.registry.listed(bound):
+                if not served.failed and served.pool.tokenizer:
+                    return served.pool.admission
+            raise
+
+    async def resolve(self, name: str, bound: Seq[str], holding: Holding) -> Served:
+        """The model or adapter that a request asks for, with the version of its files. `holding` keeps the
+        version of the adapter. RequestError if there is none, or if it has failed."""
+        served = self.catalogue.find(name, bound)
+        pool = served.pool
+        if served.adapter:
+            holding.others.enter_context(pool.adapters.holding(served.adapter.id))
+        await pool.version.current()
+        return served._replace(version=pool.version.number)
+
+    def seeing(self) -> list[str]:
+        """The names of the models that can see pictures."""
+        return [model.name for model in self.catalogue.registry.models
+                if model.pool and model.pool.tokenizer and model.pool.tokenizer.spec.vision]
+
+    def blind(self, pool: WorkerPool) -> str:
+        """Why a model is shown no pictures; "" if it can see, or is still loading."""
+        if pool.tokenizer is None or pool.tokenizer.spec.vision:
+            return ""
+        others = ", ".join(map(shown, self.seeing()[:10]))
+        return "this model cannot see images" + (
+            f"; of the models here, these can: {others}" if others else "")
+
+    async def see(self, arrival: Arrival, served: Served, holding: Holding):
+        """Decode a body's pictures, once however many models see them. Their pixels are held as long as
+        `holding`. RequestError if the model cannot see, or a picture cannot be read."""
+        envelope, client = arrival.envelope, arrival.caller.client
+        envelope.lift.check(self.blind(served.pool))
+        if not envelope.lift.files or arrival.pictures:
+            return
+        tokenizer_of(served.pool)      # while it loads, nobody knows whether it sees
+        kept = holding.others.enter_context(Holding(self.pixels, client))
+        pictures: list[Picture] = []
+        for name, data in envelope.lift.files:
+            try:
+                pictures.append(await served.pool.admission.decode_picture(data, client))
+            except RequestError as error:
+                raise RequestError(f"{name}: {error}", status=error.status, code=error.code,
+                                   param=name) from None
+            kept.keep(len(pictures[-1].pixels), "requests with images")
+        arrival.pictures = tuple(pictures)
+        arrival.files = {picture.digest: data for picture, (_, data) in zip(pictures, envelope.lift.files)}
+        envelope.show(pictures)
+
+    async def _read(self, arrival: Arrival, served: Served, task: str, *arguments) -> Any:
+        """What one of TASKS makes of a body, here or in a sandbox: nothing else chooses."""
+        admission, caller = served.pool.admission, arrival.caller
+        if arrival.is_here and (admission.prompts or task != "text"):
+            reading = Reading(arrival.envelope, served.known, admission.prompts, caller.client)
+            return await TASKS[task](reading, *arguments)
+        with admission.prepare(caller.client):
+            found: Any = await admission.sandboxes["bodies"].perform(
+                caller.client, "read", caller.route, arrival.number, packed_sizes(arrival.pictures),
+                caller.client, task, arguments, bodies=arrival.parts)
+            if isinstance(found, (bytes, bytearray)):
+                return found
+            vocab_size = tokenizer_of(served.pool).vocab_size
+            read = [await asyncio.to_thread(unpacked_body, values, vocab_size) for values in found]
+            del found
+            for parsed in read:
+                await admission.check_grammar(parsed.request.params, caller.client, caller.owner)
+            return read
