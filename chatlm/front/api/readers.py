@@ -24,17 +24,18 @@ from chatlm.front.api.conversation import (
     message_of, native_messages, openai_messages, other_types, response_messages, sent_messages,
     template_options, without_others)
 from chatlm.front.api.fields import (
-    ToolChoice, allowed_tools, functions_among, header_words, known_tools, member_of, no_tools,
-    parse_fields, within_limit)
+    ABSENT, ToolChoice, allowed_tools, functions_among, header_words, known_tools, member_of, names_in,
+    no_tools, parse_fields, within_limit)
 from chatlm.front.api.field_types import OPENAI_ROLES, one_constraint, thinking, thinking_budget, turned_off
 from chatlm.front.api.ignored import ignored_fields, unread
 from chatlm.front.api.infill import infill_ends
 from chatlm.front.api.kept_items import kept_items
 from chatlm.front.api.retrieval import RETRIEVAL_READERS, check_route
 from chatlm.front.api.tables import (
-    BODY_FIELDS, COMPARE_FIELDS, COMPLETION_FIELDS, COUNTED_FIELDS, DRAWING_FIELDS, INFILL_FIELDS,
-    MANAGED_FIELDS, MESSAGES_FIELDS, NATIVE_FIELDS, OLLAMA_CHAT_FIELDS, OLLAMA_GENERATE_FIELDS,
-    OLLAMA_OPTIONS, OLLAMA_SHOW_FIELDS, OPENAI_FIELDS, RESPONSES_FIELDS, VARIANT_FIELDS)
+    BODY_FIELDS, COMPARE_FIELDS, COMPLETION_FIELDS, CONTINUES, COUNTED_FIELDS, DRAWING_FIELDS, DRAWN,
+    INFILL_FIELDS, MANAGED_FIELDS, MESSAGES_FIELDS, NATIVE_FIELDS, OLLAMA_CHAT_FIELDS,
+    OLLAMA_GENERATE_FIELDS, OLLAMA_OPTIONS, OLLAMA_SHOW_FIELDS, OPENAI_FIELDS, PARAMS_NAMES, REQUEST_NAMES,
+    RESPONSES_FIELDS, SAMPLING_FIELDS, SOME, VARIANT_FIELDS, WHO)
 from chatlm.front.api.tokenization import apply_template, detokenize, rendered, tokenize
 
 if TYPE_CHECKING:
@@ -54,17 +55,13 @@ def parse_answer(body: dict, fields: Seq[Field], known: Known) -> dict:
     return values | {"budget": budget}
 
 
-# of a model's own defaults: greedy answers stay as they are without
-FOR_DRAWN_ANSWERS = ("frequency_penalty", "presence_penalty")
-
-
 def sampling_params(values: Mapping, settings: Settings) -> SamplingParams:
     """The request's values, else the defaults; the seed is random if none is set."""
     seed = settings.seed if settings.seed is not None else secrets.randbits(53)  # exact in JavaScript
     chosen: dict[str, Any] = {"seed": seed} | {
         name: value for name, (value, _) in sampling_defaults(settings).items()}
     if values.get("temperature", chosen["temperature"]) == 0:
-        for name in FOR_DRAWN_ANSWERS:
+        for name in names_in(SAMPLING_FIELDS, DRAWN):
             chosen.pop(name, None)
     return SamplingParams(**chosen | among(values, *SAMPLING_NAMES))
 
@@ -80,10 +77,9 @@ def make_request(values: Mapping, settings: Settings, params: AnswerParams = Ans
             source["messages"] = with_names_read(source["messages"])
     check_stops(values.get("stop", ()))
     params = replace(params, sampling=sampling_params(values, settings), chat="messages" in source,
-                     **among(values, "stop", "stop_token_ids", "ignore_eos", "min_tokens", "progress",
-                             "stop_on_repetition", "skip_special_tokens"))
+                     **among(values, *PARAMS_NAMES))
     return Request(params=params, low_priority=values.get("priority", False),
-                   **among(values, "n", "truncate", "resumable", "prefix_token_ids"), **source)
+                   **among(values, *REQUEST_NAMES), **source)
 
 
 def check_stops(stops: Seq[str]):
@@ -247,17 +243,12 @@ def read_infill_body(body: dict, known: Known) -> ParsedBody:
                        {"response_fields": values.get("response_fields", ())})
 
 
-REPEATED = {  # fields of a request that come back in its response, and what stands for absent ones
-    "instructions": None, "metadata": {}, "parallel_tool_calls": True, "tool_choice": "auto", "tools": [],
-    "text": {"format": {"type": "text"}}, "reasoning": {"effort": None, "summary": None},
-    "truncation": "disabled", "max_output_tokens": None, "user": None}
-
-
 def repeated_json(body: Mapping) -> bytes:
     """The members of a body that its response repeats in several events, encoded once for all of them."""
+    repeated = {field.name: field.repeated for field in RESPONSES_FIELDS if field.repeated is not ABSENT}
     try:
         texts = {name: dump(value if body.get(name) is None else body[name])
-                 for name, value in REPEATED.items()}
+                 for name, value in repeated.items()}
     except RecursionError:
         raise RequestError("the body is nested too deeply") from None
     if (size := sum(map(len, texts.values()))) > LIMITS.repeated_bytes:
@@ -268,7 +259,7 @@ def repeated_json(body: Mapping) -> bytes:
     return b", ".join(b'"%s": %s' % (name.encode(), text) for name, text in texts.items())
 
 
-CHAINED = ("previous_response_id", "conversation")
+CHAINED = names_in(RESPONSES_FIELDS, CONTINUES)
 
 
 def read_responses_body(body: dict, known: Known, before: Seq = ()) -> ParsedBody:
@@ -419,10 +410,6 @@ async def read_managed(body: dict, prompts: PromptMaker, client: str = "") -> by
     return b""
 
 
-WHO_ANSWERS = ("models", "steps", "variants")
-WHO = ("model", "adapter", "step")
-
-
 async def read_compare(body: dict, prompts: PromptMaker | None = None, client: str = "") -> bytes:
     """The models that answer a body of /v1/compare, as JSON: `variants` has an object for each answer, whose
     `step`, or `model` and `adapter`, choose the model; `seed` is for those without their own. The questions
@@ -435,7 +422,7 @@ async def read_compare(body: dict, prompts: PromptMaker | None = None, client: s
     if "prompt" not in values and "messages" not in values:
         raise RequestError("messages is missing, or prompt, a text to continue",
                            code="missing_required_parameter", param="messages")
-    chosen = [name for name in WHO_ANSWERS if name in values]
+    chosen = [name for name in names_in(COMPARE_FIELDS, SOME) if name in values]
     if len(chosen) != 1:
         raise invalid(chosen[1] if chosen else "models", "one of models, steps and variants must say who "
                       f"answers, and {' and '.join(chosen) or 'none of them'} is here")
@@ -447,7 +434,7 @@ async def read_compare(body: dict, prompts: PromptMaker | None = None, client: s
     variants = variants or [{"step": step} for step in values.get("steps", ())]
     # the start of a very long name is as unknown as all of it
     who = [{name: value[:1000] if is_text(value := variant[name]) else value
-            for name in WHO if name in variant} for variant in variants]
+            for name in names_in(VARIANT_FIELDS, WHO) if name in variant} for variant in variants]
     return dump({"seed": sampling_params(values, Settings()).seed, "variants": who})
 
 

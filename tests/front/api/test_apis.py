@@ -36,7 +36,7 @@ from chatlm.front.api.encoders import ENCODERS
 from chatlm.front.api.fields import json_object
 from chatlm.front.api.kept_fields import STORE_FIELDS
 from chatlm.front.api.tables import HUB_FIELDS
-from chatlm.front.api.readers import (ANSWER_READERS, REPEATED, TEXT_READERS, read_answer, read_chat_body, read_messages_body, read_ollama_chat,
+from chatlm.front.api.readers import (ANSWER_READERS, TEXT_READERS, read_answer, read_chat_body, read_messages_body, read_ollama_chat,
                                       read_responses_body)
 from chatlm.front.server.describe import OLLAMA_VERSION, bare_id
 from chatlm.worker.engine.grammar import Grammar
@@ -820,6 +820,11 @@ TOLD = {    # what a legal client sends, and a response repeats
     "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "f"}]},
     "text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": "object"}}, "verbosity": "low"},
     "reasoning": {"effort": "low", "summary": "auto"}}
+
+
+REPEATED = {    # what stands for absent fields
+    "instructions": None, "metadata": {}, "parallel_tool_calls": True, "tool_choice": "auto", "tools": [], "text": {"format": {"type": "text"}},
+    "reasoning": {"effort": None, "summary": None}, "truncation": "disabled", "max_output_tokens": None, "user": None}
 
 
 @pytest.mark.parametrize("inline", [True, False])
