@@ -18,12 +18,11 @@ from chatlm.common.errors import (
     ChatServerError, ConfigError, EngineFailure, Overloaded, RequestError, visible)
 from chatlm.common.invocation import program_command
 from chatlm.common.log import ProgressDisplay, tell
-from chatlm.common.messages.requests import Accepted, PromptProgress
 from chatlm.front.aio import end_tasks
 from chatlm.front.api.batch_lines import (
     Line, body_alone, lasting_body, read_line, result_of, result_of_bad_line)
-from chatlm.front.api.encode import error_body
-from chatlm.front.api.encoders import ENCODERS
+from chatlm.front.api.encoders import encoder_of
+from chatlm.front.api.errors import failed_answer, openai_error
 from chatlm.front.intake.arrival import Caller
 from chatlm.front.intake.budget import Holding
 from chatlm.front.intake.intake import Intake, tokenizer_of
@@ -192,18 +191,15 @@ class Local:
             async with self.pixels.taken(len(arrival.envelope.lift.files) * 3 * LIMITS.kept_pixels):
                 return line, 200, await patiently(lambda: self._answer(arrival))
         except ChatServerError as error:
-            return line, error.status, error_body(error)
+            return line, *failed_answer(error)
 
     async def _answer(self, arrival: Arrival) -> dict:
         with Holding(self.intake.budget, arrival.caller.client) as holding:
             served = await self.intake.resolve("", (), holding)
             parsed = await self.intake.line(arrival, served, holding)
-            encoder = ENCODERS[parsed.api](parsed.lasting(), self.pool.model_name, tokenizer_of(self.pool))
+            encoder = encoder_of(parsed, self.pool.model_name, tokenizer_of(self.pool))
             async with aclosing(self.pool.answer(parsed.request)) as events:
-                async for event in events:
-                    if not isinstance(event, Accepted | PromptProgress):
-                        encoder.collect(event)
-            return json.loads(b"".join(encoder.completion()))
+                return json.loads(await encoder.collect_all(events, lambda size: None))
 
 
 class Remote:
@@ -222,7 +218,7 @@ class Remote:
         try:
             return line, *await patiently(lambda: self._answer(line))
         except (Overloaded, RequestError) as error:
-            return line, error.status, error_body(error)
+            return line, *failed_answer(error)
 
     async def _answer(self, line: Line) -> tuple[int, dict]:
         seeds = {"seed": line.seed} if line.url in self.seeded else {}
@@ -240,6 +236,6 @@ class Remote:
         said = text.decode("utf-8", "replace")[:500]
         if response.status >= 400:
             return response.status, {"error": {"message": said}}
-        return BAD_ANSWER, error_body(ChatServerError(
+        return BAD_ANSWER, openai_error(ChatServerError(
             f"the server at {self.pool.url} answered with status {response.status}, but not with a JSON "
             f"object: {said}"))

@@ -17,11 +17,10 @@ from chatlm.common.config import LIMITS
 from chatlm.common.errors import ChatServerError, EngineFailure, Overloaded, RequestError
 from chatlm.common.jsontext import dump
 from chatlm.common.log import log
-from chatlm.common.messages.requests import PromptProgress
 from chatlm.front.aio import end_tasks, supervised
 from chatlm.front.api.batch_lines import Line, lasting_body, line_id, result_of, result_of_bad_line
-from chatlm.front.api.encode import error_body
-from chatlm.front.api.encoders import ENCODERS
+from chatlm.front.api.encoders import encoder_of
+from chatlm.front.api.errors import failed_answer
 from chatlm.front.api.kept_fields import WINDOWS
 from chatlm.front.intake.arrival import Caller
 from chatlm.front.intake.budget import Holding
@@ -30,10 +29,10 @@ from chatlm.front.lazy import web
 from chatlm.front.pool.worker import batch_of
 from chatlm.front.server.batch_turns import Lane, Turns, WaitingLine
 from chatlm.front.server.files import FileRoutes
-from chatlm.front.server.kept import asked, now_s, send_page, stored
+from chatlm.front.server.kept import AFTER, LIMIT, asked, now_s, send_page, stored
 from chatlm.front.server.ledger import Amount, Charge, Ledger, claim_of, write
-from chatlm.front.server.responses import REQUEST_LOG, json_response, public_error
-from chatlm.front.server.routes import AFTER, LIMIT
+from chatlm.front.server.responses import REQUEST_LOG, json_response
+from chatlm.front.server.routes import Api, Route
 from chatlm.front.store import batches, files, quota, responses
 from chatlm.front.store.batches import Batch
 from chatlm.front.store.pages import Listed, Page, page_of
@@ -42,8 +41,8 @@ if TYPE_CHECKING:
     from chatlm.front.intake.intake import Intake
     from chatlm.front.pool.catalogue import Catalogue
     from chatlm.front.server.access import Owners
+    from chatlm.front.server.answering import Answers
     from chatlm.front.server.bodies import Bodies
-    from chatlm.front.server.compare import Answering
     from chatlm.front.store.files import Row
     from chatlm.front.store.store import Store
 
@@ -66,10 +65,10 @@ class BatchRoutes:
     """The handlers, and the tasks that work on batches while the server runs."""
 
     def __init__(self, store: Store | None, catalogue: Catalogue, bodies: Bodies, owners: Owners,
-                 answering: Answering, ledger: Ledger):
+                 answers: Answers, ledger: Ledger):
         self.store, self.owners, self.bodies = store, owners, bodies
         self.files = FileRoutes(store, bodies, owners, catalogue.settings.keep_days, self.wake_up)
-        self.worker = BatchWorker(store, catalogue, bodies.intake, owners, answering, ledger,
+        self.worker = BatchWorker(store, catalogue, bodies.intake, owners, answers, ledger,
                                   self.files) if store else None
 
     async def start(self, app: web.Application):
@@ -136,6 +135,17 @@ class BatchRoutes:
         return json_response(body)
 
 
+BATCH_ROUTES: tuple[Route[BatchRoutes], ...] = (
+    Route("POST", "/v1/batches", Api.OPENAI, BatchRoutes.handle_create,
+          "answer each line of a file while nobody else asks"),
+    Route("GET", "/v1/batches", Api.OPENAI, BatchRoutes.handle_list, "your batches, the newest first",
+          query=(LIMIT, AFTER)),
+    Route("GET", "/v1/batches/{id}", Api.OPENAI, BatchRoutes.handle_batch, "how far a batch is"),
+    Route("POST", "/v1/batches/{id}/cancel", Api.OPENAI, BatchRoutes.handle_cancel,
+          "end a batch; what it has answered is kept"),
+)
+
+
 class UnderWay:
     """A batch whose lines are answered."""
 
@@ -153,9 +163,9 @@ class BatchWorker:
     workers have rows. `Turns` says which line begins next."""
 
     def __init__(self, store: Store, catalogue: Catalogue, intake: Intake, owners: Owners,
-                 answering: Answering, ledger: Ledger, uploads: FileRoutes):
+                 answers: Answers, ledger: Ledger, uploads: FileRoutes):
         self.store, self.catalogue, self.intake = store, catalogue, intake
-        self.owners, self.answering, self.ledger, self.files = owners, answering, ledger, uploads
+        self.owners, self.answers, self.ledger, self.files = owners, answers, ledger, uploads
         self.turns = Turns(self._room, ledger.wait_s)
         self.timer: asyncio.TimerHandle | None = None       # until a line that was refused may try again
         self.wake, self.swept_s = asyncio.Event(), 0.0
@@ -394,12 +404,12 @@ class BatchWorker:
             except Overloaded:
                 raise
             except RequestError as error:
-                return error.status, error_body(error)
+                return failed_answer(error)
             except Exception as error:
                 if self.catalogue.draining:
                     raise asyncio.CancelledError from None  # the next start answers it
                 if not left:
-                    return 500, error_body(public_error(error))
+                    return failed_answer(error)
         raise AssertionError
 
     async def _once(self, row: Row, client: str, created: int, holding: Holding,
@@ -411,7 +421,7 @@ class BatchWorker:
         parsed = await self.intake.line(arrival, served, holding)
         request = parsed.request
         params = replace(request.params, client=client, owner=caller.owner)
-        encoder = ENCODERS[parsed.api](parsed.lasting(), served.name, tokenizer_of(served.pool))
+        encoder = encoder_of(parsed, served.name, tokenizer_of(served.pool))
         # its own id: two batches may have the same line
         request = replace(request, id=secrets.token_hex(16), params=params, low_priority=True)
         del parsed, arrival
@@ -419,21 +429,18 @@ class BatchWorker:
         self.ledger.check_line(client, [claim_of(request, served.pool.context_length)])
         own = list[Charge]()
         try:
-            async with self.answering(served.pool, request, served.name, later=own) as (_, events):
-                async for event in events:
-                    if not isinstance(event, PromptProgress):
-                        self._hold_more(holding, encoder.collect(event), len(row.text))
+            async with self.answers.begin(served.pool, request, served.name, later=own) as (_, events):
+                whole = await encoder.collect_all(events, partial(self._hold_more, holding, len(row.text)))
         except BaseException:
             for charge in own:  # a try that failed costs nothing
                 self.ledger.release(charge)
             raise
         charges += own
-        whole = b"".join(encoder.completion())
         return lasting_body(await asyncio.to_thread(json.loads, whole) if len(whole) > LIMITS.inline_bytes
                             else json.loads(whole), created)
 
     @staticmethod
-    def _hold_more(holding: Holding, size: int, line_bytes: int):
+    def _hold_more(holding: Holding, line_bytes: int, size: int):
         """An answer has `size` bytes more. Overloaded if others hold the memory for them, EngineFailure if
         there is not enough for this line alone: its result does not depend on the moment."""
         try:

@@ -8,12 +8,13 @@ from chatlm.common.client_words import too_large
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError
 from chatlm.common.log import log
-from chatlm.front.api.fields import header_words, json_object, parse_fields
+from chatlm.front.api.field_types import TEXT
+from chatlm.front.api.fields import A_TEXT, Field, header_words, json_object, parse_fields
 from chatlm.front.api.ignored import unread
 from chatlm.front.intake.arrival import Arrival, Caller
 from chatlm.front.intake.budget import Holding
 from chatlm.front.server.responses import REQUEST_LOG, json_response
-from chatlm.front.server.routes import DOCUMENT_NAME, Api
+from chatlm.front.server.routes import Api, Route
 from chatlm.front.server.streams import read_bytes
 
 if TYPE_CHECKING:
@@ -99,3 +100,15 @@ def note_ignored(names: str):
     """Name fields without effect in a header of the response."""
     if names:
         REQUEST_LOG.get().headers["X-Ignored-Fields"] = names[:1000]
+
+
+DOCUMENT_NAME = Field("name", TEXT, "the document's file name")
+DOCUMENT_ROUTES: tuple[Route[Bodies], ...] = (
+    Route("POST", "/extract", Api.NANOCHAT, Bodies.handle_extract,
+          "the text of a document, which is the body or the file of a form", query=(DOCUMENT_NAME,),
+          returns={"type": "object", "properties": {
+              "text": A_TEXT,
+              "pages": {"type": ["integer", "null"],
+                        "description": "pages, slides, sheets or chapters; null if the format has none"},
+              "cut": {"type": ["string", "null"], "description": "what of the document the text lacks"}}}),
+)

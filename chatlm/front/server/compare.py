@@ -12,14 +12,14 @@ from functools import partial
 from typing import NamedTuple, TYPE_CHECKING
 
 from chatlm.common.config import LIMITS
-from chatlm.common.errors import ChatServerError, RequestError, lack_of_memory
+from chatlm.common.errors import ChatServerError, RequestError
 from chatlm.common.messages.requests import Finished, Piece
 from chatlm.common.text.answer_decoder import CallCounter
 from chatlm.front.aio import end_tasks, supervised
-from chatlm.front.api.encode import NativeEncoder, error_body, timings_body, usage_body
+from chatlm.front.api.encode import NativeEncoder, timings_body, usage_body
+from chatlm.front.api.errors import openai_error, public_error
 from chatlm.front.intake.intake import tokenizer_of
 from chatlm.front.server.bodies import note_ignored
-from chatlm.front.server.responses import public_error
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -126,7 +126,7 @@ class Progress:
                 finish_reason=event.reason, stop_reason=event.stop_reason, usage=usage_body(event.usage),
                 timings=timings_body(event), seed=self.asked.request.params.sampling.seed)
         elif isinstance(event, ChatServerError):
-            self.end = self.message(finish_reason="error", **error_body(event))
+            self.end = self.message(finish_reason="error", **openai_error(event))
         else:
             return []
         return [self.end]
@@ -191,7 +191,7 @@ class Comparison:
                 async for event in events:
                     self.news.put_nowait((answer, event))
         except Exception as error:
-            self.news.put_nowait((answer, public_error(lack_of_memory(error) or error)))
+            self.news.put_nowait((answer, public_error(error)))
 
     async def events(self) -> AsyncIterator[dict]:
         """{"index", "model", "token"} as answers grow, {"differs"} where one diverges from the first, the end

@@ -20,12 +20,13 @@ from chatlm.front.aio import supervised
 from chatlm.front.api.conversation import (
     OTHER_ITEMS, chat_messages, other_types, response_messages, without_others)
 from chatlm.front.api.encoders import ResponsesEncoder
+from chatlm.front.api.errors import public_error, response_error
 from chatlm.front.api.kept_items import kept_items
 from chatlm.front.lazy import web
 from chatlm.front.server.kept import (
-    DAY_S, asked, now_s, send_list, send_parts, shown_item, stored, take_room)
-from chatlm.front.server.responses import REQUEST_LOG, json_response, public_error
-from chatlm.front.server.routes import AFTER, LIMIT, ORDER
+    AFTER, DAY_S, LIMIT, ORDER, asked, now_s, send_list, send_parts, shown_item, stored, take_room)
+from chatlm.front.server.responses import REQUEST_LOG, json_response
+from chatlm.front.server.routes import Api, Route
 from chatlm.front.store import quota, responses
 from chatlm.front.store.pages import Listed, texts
 from chatlm.front.store.responses import NewResponse
@@ -117,9 +118,8 @@ class Keeper:
         except Exception as error:
             if not kept:
                 code = getattr(error, "code", None)
-                problem = public_error(error)
                 body = twin.response("cancelled") if code == "cancelled" else twin.response(
-                    "failed", error={"code": problem.code or problem.type, "message": str(problem)})
+                    "failed", error=response_error(public_error(error)))
                 self._keep_later(twin, owner, body)
             raise
         except (GeneratorExit, asyncio.CancelledError):  # the client has left
@@ -274,3 +274,27 @@ class ConversationRoutes:
         return json_response(self._body(await stored(self.store).run(partial(
             responses.drop_item, conversation=http.match_info["id"], name=http.match_info["item"],
             owner=self.owner))))
+
+
+CONVERSATION_ROUTES: tuple[Route[ConversationRoutes], ...] = (
+    Route("GET", "/v1/responses/{id}", Api.OPENAI, ConversationRoutes.handle_response,
+          "a response that was kept"),
+    Route("DELETE", "/v1/responses/{id}", Api.OPENAI, ConversationRoutes.handle_delete, "delete it"),
+    Route("GET", "/v1/responses/{id}/input_items", Api.OPENAI, ConversationRoutes.handle_inputs,
+          "what it was asked, with what was said before", query=(LIMIT, ORDER, AFTER)),
+    Route("POST", "/v1/conversations", Api.OPENAI, ConversationRoutes.handle_create, "begin a conversation"),
+    Route("GET", "/v1/conversations/{id}", Api.OPENAI, ConversationRoutes.handle_conversation,
+          "a conversation"),
+    Route("POST", "/v1/conversations/{id}", Api.OPENAI, ConversationRoutes.handle_update,
+          "change its metadata"),
+    Route("DELETE", "/v1/conversations/{id}", Api.OPENAI, ConversationRoutes.handle_forget,
+          "delete it with its items"),
+    Route("GET", "/v1/conversations/{id}/items", Api.OPENAI, ConversationRoutes.handle_items, "its items",
+          query=(LIMIT, ORDER, AFTER)),
+    Route("POST", "/v1/conversations/{id}/items", Api.OPENAI, ConversationRoutes.handle_add,
+          "add items to it"),
+    Route("GET", "/v1/conversations/{id}/items/{item}", Api.OPENAI, ConversationRoutes.handle_item,
+          "one item"),
+    Route("DELETE", "/v1/conversations/{id}/items/{item}", Api.OPENAI, ConversationRoutes.handle_drop,
+          "delete it; the answer is the conversation"),
+)

@@ -182,7 +182,7 @@ async def test_an_unknown_model_is_not_found_whatever_route_a_body_comes_to(clie
 
 def test_every_route_that_answers_is_tested():
     of_rankings = {"/v1/rerank", "/rerank", "/v2/rerank", "/reranking", "/v1/reranking", "/v1/score", "/score", "/embed"}   # test_retrieval_routes.py
-    assert {*ASKED, *WHOLE} | of_rankings == {route.path for route in chat_server.ROUTES if route.handler == "handle_answer"}
+    assert {*ASKED, *WHOLE} | of_rankings == {route.path for route in chat_server.ROUTES if route.handler is chat_server.Front.handle_answer}
 
 
 @every_route

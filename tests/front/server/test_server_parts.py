@@ -17,7 +17,7 @@ from chatlm.front.intake.intake import Intake
 from chatlm.front.server.bodies import Bodies
 from chatlm.front.server.describe import ModelRoutes
 from chatlm.front.server.responses import REQUEST_LOG, RequestLog, error_shape
-from chatlm.front.server.routes import Api, Route, RouteTable
+from chatlm.front.server.routes import Api, Route, RouteTable, answer_nothing
 from fake_pool import FakePool, conversation
 from multidict import CIMultiDict
 
@@ -151,5 +151,5 @@ async def test_the_model_is_described_to_who_asks_for_one_of_its_names():
 
 
 def test_a_row_says_all_of_a_route():
-    row = Route("POST", "/v1/files/{name:.+}", Api.OPENAI, "handle", "keeps a file")
+    row = Route("POST", "/v1/files/{name:.+}", Api.OPENAI, answer_nothing, "keeps a file")
     assert row.pattern == "/v1/files/{name}" and not (row.open or row.polled or row.fields)
