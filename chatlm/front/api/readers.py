@@ -33,7 +33,7 @@ from chatlm.front.api.kept_items import kept_items
 from chatlm.front.api.retrieval import RETRIEVAL_READERS, check_route
 from chatlm.front.api.tables import (
     BODY_FIELDS, COMPARE_FIELDS, COMPLETION_FIELDS, CONTINUES, COUNTED_FIELDS, DRAWING_FIELDS, DRAWN,
-    INFILL_FIELDS, MANAGED_FIELDS, MESSAGES_FIELDS, NATIVE_FIELDS, OLLAMA_CHAT_FIELDS,
+    INFILL_FIELDS, LOOSE_ENDS, MANAGED_FIELDS, MESSAGES_FIELDS, NATIVE_FIELDS, OLLAMA_CHAT_FIELDS,
     OLLAMA_GENERATE_FIELDS, OLLAMA_OPTIONS, OLLAMA_SHOW_FIELDS, OPENAI_FIELDS, PARAMS_NAMES, REQUEST_NAMES,
     RESPONSES_FIELDS, SAMPLING_FIELDS, SOME, VARIANT_FIELDS, WHO)
 from chatlm.front.api.tokenization import apply_template, detokenize, rendered, tokenize
@@ -109,7 +109,7 @@ def openai_request(values: Mapping, settings: Settings, params: AnswerParams, **
     """A Request from the fields that all routes except nanochat's share."""
     cap = values.get("max_tokens", settings.max_tokens)
     if params.grammar:  # it alone decides whether the answer may go on
-        values = {name: value for name, value in values.items() if name not in ("ignore_eos", "min_tokens")}
+        values = {name: value for name, value in values.items() if name not in LOOSE_ENDS}
     return make_request(values, settings, params, max_tokens=None if cap == -1 else cap, **source)
 
 

@@ -483,5 +483,7 @@ def meanings(fills: str) -> tuple[str, ...]:
     return tuple(names)
 
 
+# what has no effect where a grammar decides
+LOOSE_ENDS = tuple(field.name for field in SAMPLING_FIELDS if field.idle.get("") is idle.under_a_grammar)
 PARAMS_NAMES = meanings("params")
 REQUEST_NAMES = meanings("request")
