@@ -170,25 +170,15 @@ class Intake:
     async def open(self, caller: Caller, *parts: bytes | bytearray, number: int | None = None,
                    opener: Admission | None = None, times: int = 1) -> Arrival:
         """Parse a body, with what was said before it, or with a number that line of a batch. times: how often
-        it may be read. opener: whose sandbox opens a large one; by default that of any model."""
+        it may be read. opener: whose sandbox opens a large one; by default the usual model's."""
         most = LIMITS.inline_bytes // times
         if sum(map(len, parts)) <= most:
             return Arrival(caller, parts, open_body(caller.route, number, *parts), number)
-        admission = opener or self._opener(caller.bound)
+        admission = opener or self.catalogue.find("", caller.bound).pool.admission
         with admission.prepare(caller.client):
             data: Any = await admission.sandboxes["bodies"].perform(
                 caller.client, "open", caller.route, number, most, bodies=parts)
         return Arrival(caller, parts, unpacked_envelope(data), number)
-
-    def _opener(self, bound: Seq[str]) -> Admission:
-        """Of the usual model; if that has failed, of another one that the client may use."""
-        try:
-            return self.catalogue.find("", bound).pool.admission
-        except ChatServerError:
-            for served in self.catalogue.registry.listed(bound):
-                if not served.failed and served.pool.tokenizer:
-                    return served.pool.admission
-            raise
 
     async def resolve(self, name: str, bound: Seq[str], holding: Holding) -> Served:
         """The model or adapter that a request asks for, with the version of its files. `holding` keeps the

@@ -293,11 +293,55 @@ async def test_lines_are_checked_for_the_model_that_they_name_and_not_on_the_eve
     assert "temperature must be" in problems[4] and problems[5] == problems[4]
 
 
-async def test_lines_that_are_too_complex_together_are_checked_one_by_one(intake):
-    deep = request_line()[:-2] + b', "deep": ' + b"[" * 4000 + b"]" * 4000 + b"}}"
-    found = await intake.check_lines(caller_of("/v1/files"), [1, 2], [deep, request_line()])
-    assert "nested" in found[0].problem or "JSON" in found[0].problem or not found[0].problem
-    assert found[1].problem == ""
+async def test_what_another_model_finds_wrong_counts_and_not_what_the_usual_one_does(models, intake, monkeypatch):
+    two = models.find("two").pool
+    monkeypatch.setattr(intake, "blind", lambda pool: "this model cannot see images" if pool is two else "")
+    shown = {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,aaaa"}}]}]}
+    found = await intake.check_lines(caller_of("/v1/files"), [1, 2, 3], [request_line(**shown), request_line(**shown, model="two"), request_line(model="two")])
+    assert [each.problem.partition(": ")[2] for each in found] == ["", "this model cannot see images", ""]
+
+
+async def test_what_stays_of_a_large_line_is_in_the_budget(intake):
+    text = request_line(padding=LARGE, max_tokens=1)
+    with holding_of(intake) as holding:
+        served = await intake.resolve("", (), holding)
+        parsed = await intake.line(await intake.open(caller_of(CHAT), text, number=1), served, holding)
+        assert intake.budget.used == holding.size == parsed.size > 0
+
+
+async def test_the_pictures_of_a_comparison_are_decoded_once(intake, monkeypatch):
+    decoded = []
+
+    async def decode(data, client):
+        decoded.append(data)
+        return picture(2, 1, b"catcat")
+
+    monkeypatch.setattr(intake, "blind", lambda pool: "")
+    body = {"models": ["one", "two"], "messages": [{"role": "user", "content": [
+        {"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,aaaa"}}]}]}
+    with holding_of(intake) as holding:
+        arrival = await intake.open(caller_of("/v1/compare"), json.dumps(body).encode(), times=LIMITS.compared)
+        for name in body["models"]:
+            served = await intake.resolve(name, (), holding)
+            monkeypatch.setattr(served.pool.admission, "decode_picture", decode)
+            [parsed] = await intake.variants(arrival, holding, served, [0], 5)
+            assert parsed.request.messages[0].pictures == arrival.pictures and intake.pixels.used == 6
+    assert len(decoded) == 1
+
+
+async def test_lines_that_are_too_complex_together_are_checked_one_by_one(intake, monkeypatch):
+    checked, together = [], intake._check_in_sandbox
+
+    async def at_most_one(caller, admission, numbers, lines, refusal):
+        checked.append(len(lines))
+        if len(lines) > 1:
+            raise RequestError("too complex: this takes more than 5 s", code="too_complex")
+        return await together(caller, admission, numbers, lines, refusal)
+
+    monkeypatch.setattr(intake, "_check_in_sandbox", at_most_one)
+    found = await intake.check_lines(caller_of("/v1/files"), [1, 2, 3], [request_line(), request_line(padding=LARGE, temperature=9), b"{"])
+    assert checked == [3, 1]        # the small ones are checked here
+    assert [each.problem.partition(" not ")[0] for each in found] == ["", "temperature must be a finite number from 0 to 2,", "line 3: is"]
 
 
 # nothing that a body was read with changes it
