@@ -139,6 +139,12 @@ def test_a_body_that_is_nested_too_deeply_is_refused():
         Envelope({"messages": deep}, "", False, Chained(), Lift([Lifted("x", b"data")])).rest(9, 9)
 
 
+def test_fields_that_are_large_without_their_pictures_stay_where_they_are():
+    envelope = envelope_of({"messages": [{"role": "user", "content": [part(CAT), {"type": "text", "text": "x" * 800}]}]}, "/v1/chat/completions")
+    size = len(json.dumps([envelope.fields, None]))
+    assert len(envelope.rest(size, size)) == size and envelope.rest(size, size - 1) == b""
+
+
 def test_packed_files_keep_their_names():
     lift = Lift([Lifted("x", b""), Lifted("y", b"\0\1")], "x", RequestError("no", status=413, code="large", param="z"))
     came = unpacked_envelope(Envelope({"a": "ü"}, "ü", True, Chained(), lift).packed(json.dumps([{"a": "ü"}, None]).encode()))
