@@ -14,7 +14,7 @@ from chatlm.common.text.load import open_tokenizer
 from chatlm.front.admission.prompts import PromptMaker
 from chatlm.front.intake.crossing import packed_body, unpacked_sizes
 from chatlm.front.intake.envelope import open_body
-from chatlm.front.intake.tasks import TASKS, Reading, checked_lines
+from chatlm.front.intake.tasks import TASKS, NumberedLine, Reading, checked_lines
 
 if TYPE_CHECKING:
     from chatlm.common.messages.protocol import ParsedBody
@@ -71,5 +71,5 @@ class BodyTasks:
         return packed_body(replace(lasting, request=request), admitted.prompt_ids or ())
 
     def check_lines(self, numbers: Seq[int], refusal: str, lines: bytes) -> Result:
-        return Result([[*checked] for checked in checked_lines(
-            numbers, lines.split(b"\n"), self.config.server, refusal)])
+        numbered = map(NumberedLine, numbers, lines.split(b"\n"))
+        return Result([[*checked] for checked in checked_lines(numbered, self.config.server, refusal)])

@@ -14,7 +14,7 @@ from chatlm.front.intake.arrival import Arrival, Caller
 from chatlm.front.intake.budget import Budget, Holding
 from chatlm.front.intake.crossing import packed_sizes, unpacked_body
 from chatlm.front.intake.envelope import open_body, unpacked_envelope
-from chatlm.front.intake.tasks import TASKS, CheckedLine, Reading, checked_lines
+from chatlm.front.intake.tasks import TASKS, CheckedLine, NumberedLine, Reading, checked_lines
 
 if TYPE_CHECKING:
     from chatlm.common.messages.protocol import ParsedBody
@@ -99,25 +99,24 @@ class Intake:
             holding.keep(parsed.size)
         return replace(parsed, request=with_pixels(served.asked(parsed.request), arrival.pictures))
 
-    async def check_lines(self, caller: Caller, numbers: Seq[int], lines: Seq[bytes]) -> list[CheckedLine]:
+    async def check_lines(self, caller: Caller, lines: Seq[NumberedLine]) -> list[CheckedLine]:
         """What each line of a batch is, checked for the model that it names. Lines have no line break."""
         usual = self.catalogue.find("", caller.bound)
-        found = await self._check(caller, usual, numbers, lines)
+        found = await self._check(caller, usual, lines)
         of_model: dict[str, list[int]] = {}
         for index, checked in enumerate(found):
             if checked.model:
                 of_model.setdefault(checked.model, []).append(index)
         for name, indices in of_model.items():
-            again = await self._check_for(name, usual, caller, [numbers[index] for index in indices],
-                                          [lines[index] for index in indices],
-                                          [found[index] for index in indices])
+            again = await self._check_again(
+                caller, name, usual, [lines[index] for index in indices], [found[index] for index in indices])
             for index, checked in zip(indices, again):
                 found[index] = checked
         return found
 
-    async def _check_for(self, name: str, usual: Served, caller: Caller, numbers: Seq[int],
-                         lines: Seq[bytes], found: Seq[CheckedLine]) -> Seq[CheckedLine]:
-        """`found`, what the usual model finds wrong with lines, for the model that they name."""
+    async def _check_again(self, caller: Caller, name: str, usual: Served, lines: Seq[NumberedLine],
+                           found: Seq[CheckedLine]) -> Seq[CheckedLine]:
+        """Check lines for the model that they name. found: what the usual model finds of them."""
         try:
             served = self.catalogue.find(name, caller.bound)
             if served.pool is usual.pool:
@@ -125,18 +124,17 @@ class Intake:
         except ChatServerError as error:
             return [checked._replace(problem=str(error)) for checked in found]
         try:
-            return await self._check(caller, served, numbers, lines)
+            return await self._check(caller, served, lines)
         except ChatServerError:  # as while it loads: what is wrong shows when a line is run
             return [checked._replace(problem="") for checked in found]
 
-    async def _check(self, caller: Caller, served: Served, numbers: Seq[int],
-                     lines: Seq[bytes]) -> list[CheckedLine]:
+    async def _check(self, caller: Caller, served: Served, lines: Seq[NumberedLine]) -> list[CheckedLine]:
         """`checked_lines` by one model. Many are read in a sandbox: 200 MB take many seconds."""
-        admission, refusal = served.pool.admission, self.blind(served.pool)
-        large = max(map(len, lines), default=0) > LIMITS.inline_bytes
+        refusal = self.blind(served.pool)
+        large = any(len(line.text) > LIMITS.inline_bytes for line in lines)
         if large or len(lines) > 1:
             try:
-                return await self._check_in_sandbox(caller, admission, numbers, lines, refusal)
+                return await self._check_in_sandbox(caller, served, lines, refusal)
             except RequestError as error:  # they are too complex, together at least
                 if len(lines) == 1:
                     return [CheckedLine(str(error))]
@@ -144,19 +142,21 @@ class Intake:
                 if large:
                     raise
         found: list[CheckedLine] = []
-        for number, line in zip(numbers, lines):
-            if len(line) > LIMITS.inline_bytes:
-                found += await self._check(caller, served, [number], [line])
+        for line in lines:
+            if len(line.text) > LIMITS.inline_bytes:
+                found += await self._check(caller, served, [line])
             else:
-                found += checked_lines([number], [line], served.known, refusal)
+                found += checked_lines([line], served.known, refusal)
                 await asyncio.sleep(0)  # others get a turn
         return found
 
-    async def _check_in_sandbox(self, caller: Caller, admission: Admission, numbers: Seq[int],
-                                lines: Seq[bytes], refusal: str) -> list[CheckedLine]:
+    async def _check_in_sandbox(self, caller: Caller, served: Served, lines: Seq[NumberedLine],
+                                refusal: str) -> list[CheckedLine]:
+        admission = served.pool.admission
         with admission.prepare(caller.client):
             checked: Any = await admission.sandboxes["bodies"].perform(
-                caller.client, "check_lines", list(numbers), refusal, bodies=[b"\n".join(lines)])
+                caller.client, "check_lines", [line.number for line in lines], refusal,
+                bodies=[b"\n".join(line.text for line in lines)])
             return [CheckedLine(*values) for values in checked]
 
     async def extract(self, caller: Caller, name: str, boundary: str, body: bytes | bytearray) -> Seq:

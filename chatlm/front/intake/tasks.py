@@ -4,7 +4,7 @@ A new task is one function here and its caller in intake.py."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence as Seq
+from collections.abc import Awaitable, Callable, Iterable, Sequence as Seq
 from typing import Any, NamedTuple, TYPE_CHECKING
 
 from chatlm.common.errors import RequestError
@@ -57,6 +57,13 @@ TASKS: dict[str, Callable[..., Awaitable[Any]]] = {
     task.__name__: task for task in (answer, line, variants, text)}
 
 
+class NumberedLine(NamedTuple):
+    """A line of a file that asks for something."""
+
+    number: int  # from 1; blank lines count too
+    text: bytes
+
+
 class CheckedLine(NamedTuple):
     """A line of a batch, before it is run."""
 
@@ -66,11 +73,11 @@ class CheckedLine(NamedTuple):
     model: str | None = None      # that it names; "" if none
 
 
-def checked_lines(numbers: Seq[int], lines: Seq[bytes], known: Known, refusal: str) -> list[CheckedLine]:
+def checked_lines(lines: Iterable[NumberedLine], known: Known, refusal: str) -> list[CheckedLine]:
     """What each of these lines is, and what is wrong with its body for the model that is known. refusal: why
     this model cannot see pictures."""
     found = []
-    for number, text in zip(numbers, lines):
+    for number, text in lines:
         try:
             read = read_line(number, text)
         except RequestError as error:

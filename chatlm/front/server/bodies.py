@@ -58,7 +58,8 @@ class Bodies:
             served, parsed = await self.intake.answer(await self.open(http, reading), reading, holding)
         record = REQUEST_LOG.get()
         if parsed.ignored_tools:
-            record.headers["X-Ignored-Tools"] = names = ", ".join(parsed.ignored_tools)[:1000]
+            names = ", ".join(parsed.ignored_tools)[:1000]
+            record.headers["X-Ignored-Tools"] = names
             log.info("%s: the model has no tools of type %s", record.id, names)
         note_ignored(", ".join(parsed.ignored_fields))
         return served, parsed

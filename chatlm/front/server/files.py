@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from chatlm.common.client_words import overloaded, too_large
 from chatlm.common.config import LIMITS
@@ -22,6 +22,7 @@ from chatlm.front.api.field_types import INTEGER
 from chatlm.front.api.fields import Field, FieldType
 from chatlm.front.api.kept_fields import LAST_SECONDS
 from chatlm.front.intake.budget import BODY_S
+from chatlm.front.intake.tasks import CheckedLine, NumberedLine
 from chatlm.front.lazy import aiohttp, web
 from chatlm.front.server.inflate import encoding_of
 from chatlm.front.server.kept import (
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 
     from chatlm.front.intake.arrival import Caller
     from chatlm.front.intake.intake import Intake
-    from chatlm.front.intake.tasks import CheckedLine
     from chatlm.front.server.access import Owners
     from chatlm.front.server.bodies import Bodies
     from chatlm.front.store.store import Store
@@ -168,13 +168,6 @@ FILE_ROUTES: tuple[Route[FileRoutes], ...] = (
 )
 
 
-class NumberedLine(NamedTuple):
-    """A line of an uploaded file that asks for something."""
-
-    number: int  # from 1; blank lines count too
-    text: bytes
-
-
 def requests_of(data: bytes, first: int) -> list[NumberedLine]:
     """The lines that are not blank; `first` is the number of the first line. Blank ones cost no more than the
     search for what is none."""
@@ -288,7 +281,7 @@ class Upload:
             raise RequestError(f"the file has more than {LIMITS.batch_lines:,} lines",
                                status=413, code="too_many_lines", param="file")
         found = await self.intake.check_lines(
-            self.caller, [line.number for line in lines], [line.text.strip() for line in lines])
+            self.caller, [line._replace(text=line.text.strip()) for line in lines])
         for line, checked in zip(lines, found):
             self.rows.append(self._row(line, checked))
             if len(self.rows) >= files.PART_LINES:

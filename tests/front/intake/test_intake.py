@@ -23,6 +23,7 @@ from chatlm.front.intake.arrival import Caller
 from chatlm.front.intake.budget import Holding
 from chatlm.front.intake.envelope import MODEL_NAMES, envelope_of
 from chatlm.front.intake.intake import Intake
+from chatlm.front.intake.tasks import NumberedLine
 from chatlm.front.pool.catalogue import Catalogue
 from chatlm.front.pool.many import ManyModels
 from chatlm.terminal.batch import Local
@@ -232,6 +233,11 @@ async def read_by_comparison(intake, body):
         return (await intake.variants(arrival, holding, served, [0], 5))[0].request
 
 
+async def checked_by(intake, first, lines):
+    """What an upload finds of lines with numbers from `first`."""
+    return await intake.check_lines(caller_of("/v1/files"), [NumberedLine(number, text) for number, text in enumerate(lines, first)])
+
+
 async def outcome(work):
     """What was read, or the error's text."""
     try:
@@ -258,7 +264,7 @@ async def test_a_route_a_line_an_upload_and_the_command_read_one_body_alike(mode
     parsed = by_line if isinstance(by_line, str) else by_line[0].request
     assert essence(by_route) == essence(parsed)
     refused = by_route if isinstance(by_route, str) else ""
-    [checked] = await intake.check_lines(caller_of("/v1/files"), [1], [text])
+    [checked] = await checked_by(intake, 1, [text])
     assert (checked.custom_id, checked.url, checked.model, checked.problem) == ("a", CHAT, "", refused)
     line, status, answered = await Local(models.find("").pool, models.settings).answer(1, text)
     assert line.id == line_id(1, text)
@@ -286,7 +292,7 @@ async def test_lines_are_checked_for_the_model_that_they_name_and_not_on_the_eve
     patch(monkeypatch, intake_module, "checked_lines", refuse)
     lines = [request_line(), request_line(model="two"), request_line(model="nobody"), b"{", request_line(model="two", temperature=9),
              request_line(model="two", padding=LARGE, temperature=9)]
-    found = await intake.check_lines(caller_of("/v1/files"), [3, 4, 5, 6, 7, 8], lines)
+    found = await checked_by(intake, 3, lines)
     assert [each.model for each in found] == ["", "two", "nobody", None, "two", "two"]
     problems = [each.problem for each in found]
     assert problems[:2] == ["", ""] and "nobody" in problems[2] and problems[3] == "line 6: is not JSON in UTF-8"
@@ -297,7 +303,7 @@ async def test_what_another_model_finds_wrong_counts_and_not_what_the_usual_one_
     two = models.find("two").pool
     monkeypatch.setattr(intake, "blind", lambda pool: "this model cannot see images" if pool is two else "")
     shown = {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,aaaa"}}]}]}
-    found = await intake.check_lines(caller_of("/v1/files"), [1, 2, 3], [request_line(**shown), request_line(**shown, model="two"), request_line(model="two")])
+    found = await checked_by(intake, 1, [request_line(**shown), request_line(**shown, model="two"), request_line(model="two")])
     assert [each.problem.partition(": ")[2] for each in found] == ["", "this model cannot see images", ""]
 
 
@@ -332,14 +338,14 @@ async def test_the_pictures_of_a_comparison_are_decoded_once(intake, monkeypatch
 async def test_lines_that_are_too_complex_together_are_checked_one_by_one(intake, monkeypatch):
     checked, together = [], intake._check_in_sandbox
 
-    async def at_most_one(caller, admission, numbers, lines, refusal):
+    async def at_most_one(caller, served, lines, refusal):
         checked.append(len(lines))
         if len(lines) > 1:
             raise RequestError("too complex: this takes more than 5 s", code="too_complex")
-        return await together(caller, admission, numbers, lines, refusal)
+        return await together(caller, served, lines, refusal)
 
     monkeypatch.setattr(intake, "_check_in_sandbox", at_most_one)
-    found = await intake.check_lines(caller_of("/v1/files"), [1, 2, 3], [request_line(), request_line(padding=LARGE, temperature=9), b"{"])
+    found = await checked_by(intake, 1, [request_line(), request_line(padding=LARGE, temperature=9), b"{"])
     assert checked == [3, 1]        # the small ones are checked here
     assert [each.problem.partition(" not ")[0] for each in found] == ["", "temperature must be a finite number from 0 to 2,", "line 3: is"]
 
