@@ -58,7 +58,7 @@ Life of a request
         > Answers.begin > WorkerPool.answer > PromptMaker.admit > Tokenizer.render
         > Dispatcher.dispatch > Worker.assign > Pipe.packed                                     front process
         > Inbox.obey > Engine.add > Scheduler.schedule > make_batch > EagerSteps.start
-        > Transformer.forward > sample_reference > Scheduler.advance > Answer.push
+        > Transformer.forward > sample_reference > RunQueue.advance > Answer.push
         > StreamDecoder.push > AnswerReader.push > Delta > Piece > Stepped                     worker process
         > Dispatcher.deliver > Job.take > NativeEncoder.encode | OpenAIEncoder.encode | BlockEncoder.encode
         > EventStream.send                                                                      front process
@@ -504,8 +504,9 @@ async def serve_forever(settings: Settings, catalogue: Catalogue | None = None) 
     with listen_on(settings.host, settings.port) as listener:
         drain, now = stop_signals()
         if settings.serves_many and not catalogue:
-            from chatlm.front.pool.many import ManyModels  # with what few need: evaluations, watching files
-            catalogue = ManyModels(settings)
+            from chatlm.front.evals.step_work import StepWork  # what few need: evaluations, watching files
+            from chatlm.front.pool.many import ManyModels
+            catalogue = ManyModels(settings, step_work=StepWork)
         catalogue = catalogue or Catalogue(settings, pool_of(settings))
         catalogue.on_progress = progress = ProgressDisplay()
         try:  # the workers start while a thread imports aiohttp (0.2 s)

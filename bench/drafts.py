@@ -103,9 +103,9 @@ def play(engine, way, sessions, clients):
     """Play sessions, `clients` at a time -> (tokens per second, drafted, accepted, tokens, steps)."""
     engine.drafts = way != "none"
     if engine.drafts:
-        times = engine.drafting.times
-        engine.drafting = engine.scheduler.drafting = WAYS[way]()
-        engine.drafting.times = times       # as a server that has run for a while
+        engine.drafting = WAYS[way]()
+        engine.queue.on_end[:] = [engine.drafting.end]
+        engine.drafting.times = engine.times       # as a server that has run for a while
     engine.pool.forget_cached()
     expected, begun_s, spent_s, tokens, steps, names = {}, {}, 0.0, 0, 0, {}
     start = type(engine)._start
@@ -165,7 +165,7 @@ def accepted(way, sessions, slope):
     """Sessions without a model -> (tokens per step of one row's time, drafted, accepted, tokens, steps, us of Python per token)."""
     drafting, spent, tokens, steps, python_s = WAYS[way](), 0.0, 0, 0, 0.0
     for rows in (1, 2, 4, 8, 16, 32, 64):
-        drafting.times.note(rows, 1 + slope * (rows - 1))
+        drafting.times.rows.note(rows, 1 + slope * (rows - 1))
     for turns in sessions:
         cached = 0
         for prompt, answer in turns:

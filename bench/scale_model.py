@@ -153,7 +153,7 @@ def measured_steps(model, threads, rows, context, steps):
         params = AnswerParams(sampling=SamplingParams(temperature=0.0), ignore_eos=True)
         for row in range(count):
             engine.add(Assignment(f"{count}-{row}", tuple((row * 31 + i * 7) % 900 + 100 for i in range(context)), params, steps + 8))
-        while engine.scheduler.waiting or any(each.prefilling for each in engine.scheduler.running):
+        while engine.queue.waiting or any(each.prefilling for each in engine.queue.running):
             engine.step()
         times = []
         for _ in range(steps):

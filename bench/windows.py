@@ -14,8 +14,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 from chatlm.common.config import PAGE_SIZE    # noqa: E402
 from chatlm.common.messages.requests import AnswerParams    # noqa: E402
-from chatlm.worker.engine.integrity import scheduler_faults    # noqa: E402
+from chatlm.worker.engine.integrity import queue_faults    # noqa: E402
 from chatlm.worker.engine.kvcache import PagePool    # noqa: E402
+from chatlm.worker.engine.limits import StepLimits    # noqa: E402
 from chatlm.worker.engine.scheduler import Scheduler    # noqa: E402
 from chatlm.worker.engine.sequence import Assignment, Sequence    # noqa: E402
 from chatlm.worker.model.spec import Attention, group_layers    # noqa: E402
@@ -26,16 +27,16 @@ MODELS = {              # layers, kv heads, head size, window, every n-th layer 
 
 
 def most_held(windows, context, chunk=256):
-    scheduler = Scheduler(PagePool(100_000, windows), max_batch=1, prefill_chunk=chunk)
+    scheduler = Scheduler(PagePool(100_000, windows), StepLimits(1, chunk, max_rows=1))
     sequence = Sequence(Assignment("long", tuple(range(context - 100)), AnswerParams(), 100), list(range(context - 100)), context)
-    scheduler.add(sequence)
+    scheduler.queue.add(sequence)
     most = 0
     while len(sequence.tokens) < context:
         for planned in scheduler.schedule():
-            most = max(most, scheduler.tables.held(sequence))
-            scheduler.advance(planned)
+            most = max(most, scheduler.queue.tables.held(sequence))
+            scheduler.queue.advance(planned)
             sequence.tokens += [0] * planned.draws
-    assert scheduler_faults(scheduler) == []
+    assert queue_faults(scheduler.queue) == []
     assert most <= scheduler.pool.pages_for(context, chunk)
     return most
 

@@ -113,10 +113,10 @@ def run_round(engine, channel, streams, tokens, dice, phases):
     for _ in range(streams):
         ask(engine, 40, tokens, dice)
     step = stepper(engine, channel)
-    while engine.scheduler.waiting or any(sequence.prefilling for sequence in engine.scheduler.running):
+    while engine.queue.waiting or any(sequence.prefilling for sequence in engine.queue.running):
         step()
     steps, begun_s = 0, time.thread_time()
-    while len(engine.scheduler.running) == streams:
+    while len(engine.queue.running) == streams:
         step()
         steps += 1
         if phases and steps % 16 == 0:  # a program remembers 16

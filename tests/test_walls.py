@@ -42,8 +42,23 @@ PLANTED = [     # module, import, the contract that it breaks
     ("front/admission/prompts", "from chatlm.front.api import fields", "A room of the front house imports only rooms below it"),
     ("common/errors", "from chatlm.common import log", "A common room imports only rooms below it"),
     ("terminal/chat", "import chat_server", "Nothing imports the script"),
+    ("front/pool/dispatcher", "from chatlm.front.pool import versions", "What a pool is made of is a line"),
+    ("worker/engine/limits", "from chatlm.worker.engine import planners", "What plans the steps of an engine is a line"),
     ("worker/engine/kvcache", "from chatlm.worker.engine import scheduler", "No cycles among the modules of a package"),
     ("worker/attic", "import os", "A room of the worker house imports only rooms below it")]      # a new room has to be placed
+
+
+LINES = "pool-line", "step-line"     # contracts
+
+
+def test_the_lines_of_the_pool_and_of_the_engines_step_hold_for_types_too(tmp_path):
+    """Other contracts leave out imports that only types need: where those make a circle, nobody can read one part alone."""
+    config = tmp_path / "config"
+    config.write_text((ROOT / ".importlinter").read_text().replace("exclude_type_checking_imports = True", "exclude_type_checking_imports = False"))
+    options = ["--no-cache", "--config", str(config), *(word for line in LINES for word in ("--contract", line))]
+    code = f"from importlinter.cli import lint_imports_command; lint_imports_command({options!r})"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert found.returncode == 0 and "2 kept, 0 broken" in found.stdout, found.stdout
 
 
 def test_each_kind_of_forbidden_import_is_found(tmp_path):

@@ -18,11 +18,12 @@ from chatlm.common.jsontext import as_json, dump
 from chatlm.common.log import ProgressDisplay
 from chatlm.common.messages.requests import Delta
 from chatlm.front.api.encode import calculator_member
+from chatlm.front.evals.bits import score_text
+from chatlm.front.evals.scores import PoolScorer
 from chatlm.front.intake.arrival import Caller
 from chatlm.front.intake.budget import Holding
 from chatlm.front.intake.intake import Intake, tokenizer_of
 from chatlm.front.pool.many import ManyModels
-from chatlm.front.pool.score import score_text
 from chatlm.front.server.compare import Comparison, asked_of, with_ids
 from chatlm.front.server.describe import kind_of
 from chatlm.terminal.calculator import MarkedText, calls_of_event
@@ -182,7 +183,7 @@ async def score(settings: Settings) -> int:
         async with open_pool(one_model) as pool:
             assert not isinstance(pool, RemotePool)  # the command has no --url
             name, began_s = choice.path or pool.model_name, time.monotonic()
-            scored = await score_text(pool, text)
+            scored = await score_text(PoolScorer(pool), text)
         if settings.json:
             print(json.dumps({"model": name, **pool.checkpoint, **scored.as_json()}), flush=True)
         else:

@@ -23,7 +23,7 @@ from chatlm.worker.engine.kvcache import PagePool, longest_context
 from chatlm.worker.engine.lookup import TOKEN_BYTES, Lookup
 from chatlm.worker.engine.model_drafts import ModelDrafts
 from chatlm.worker.engine.pieces import open_for_answers
-from chatlm.worker.engine.scheduler import FREE_ROWS
+from chatlm.worker.engine.limits import FREE_ROWS
 from chatlm.worker.model.kernels import Backend, choose_backend, load_kernels
 from chatlm.worker.model.padding import padded_spec
 from chatlm.worker.model.spec import KvType, PageLayout, expected_tensors, group_layers

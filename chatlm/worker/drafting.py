@@ -19,7 +19,7 @@ from chatlm.worker.arrays.kinds import item_bytes
 from chatlm.worker.engine.draft_head import DraftHead
 from chatlm.worker.engine.draft_model import DraftModel
 from chatlm.worker.engine.pieces import PieceTokenizer, open_for_answers
-from chatlm.worker.engine.scheduler import FREE_ROWS
+from chatlm.worker.engine.limits import FREE_ROWS
 from chatlm.worker.model.kernels import Backend, choose_backend, load_kernels
 from chatlm.worker.model.spec import group_layers
 from chatlm.worker.model.transformer import Transformer, page_layout

@@ -37,7 +37,7 @@ from chatlm.worker.arrays.kinds import Device
 from chatlm.worker.build import (
     build_engine, build_transformer, gpu_memory, lack_of_gpu_memory, prepare_device)
 from chatlm.worker.drafting import DraftHelp
-from chatlm.worker.engine.engine import drop_adapter, failure_text
+from chatlm.worker.engine.engine import failure_text
 from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.keeper import Keeper
 from chatlm.worker.engine.kept import KeptPages
@@ -136,7 +136,7 @@ def start_engine(channel: Channel, config: WorkerConfig) -> Engine:
             warm_up_soon(engine)
         else:
             warm_up(engine, partial(progress, "warming up"))
-    if fingerprint and not ranks and device.type == "cpu" and not engine.scheduler.of_texts:
+    if fingerprint and not ranks and device.type == "cpu" and not engine.limits.of_texts:
         keep_prefixes(engine, config, files, fingerprint)
     if config.answering and device.type == "cpu":
         share_word(engine, config.answering, bool(bound))
@@ -164,14 +164,14 @@ def share_word(engine: Engine, path: str, apart: bool = False):
     except OSError as error:
         return log.warning("texts will be embedded beside answers as fast as ever: %s", error)
     if not apart:
-        engine.scheduler.lane.word = word
+        engine.scheduler.lane.give_way_to(word)
     spec = engine.transformer.spec
     if spec.embeds and engine.ranks:
         return  # the other ranks would take a pause for the death of this one
     if spec.embeds:
         engine.kernels.backend.pause_while(word, longest_pause_s(spec.layers))
     else:
-        engine.word = word
+        engine.tell(word)
 
 
 def fingerprinted_files(config: WorkerConfig) -> tuple[list[Path], str]:
@@ -195,7 +195,7 @@ def keep_prefixes(engine: Engine, config: WorkerConfig, files: list[Path], finge
                          config.source.name if config.source else "")
     except OSError as error:
         return log.warning("prefixes are not kept: %s", error)
-    engine.keep(keeper := Keeper(engine.pool, engine.transformer, kept))
+    engine.keep(keeper := Keeper(engine.pool, engine.transformer, kept, engine.times))
     keeper.begin(lambda: profile_of(whole_digest(files, fingerprint, store),
                                     arithmetic_of(engine.transformer, settings)), patience_s=2.0)
 
@@ -214,21 +214,21 @@ def describe_model(model: LoadedModel, engine: Engine, config: WorkerConfig, bou
         hardware += (f" ({torch.cuda.get_device_name(device)}, {total / 1e9:,.1f} GB; "
                      f"weights and buffers {(ours - pages * page_bytes) / 1e9:,.2f} GB)")
     kernels = dict(engine.kernels.names)
-    longest = engine.pool.pages_for(context, engine.scheduler.prefill_chunk)
+    longest = engine.pool.pages_for(context, engine.limits.prefill_chunk)
     holds = (f"of {PAGE_SIZE} tokens = {pages * PAGE_SIZE:,} tokens" if not groups.holes else
              f"of {PAGE_SIZE} tokens in {groups.depth} layers, of which a sequence holds at most {longest:,}")
     cache = (f"KV cache: {pages:,} pages {holds} ({pages * page_bytes / 2**20:,.0f} MiB); "
              f"{token_bytes(engine.transformer)}; context {context:,} tokens")
-    if engine.scheduler.of_texts:
+    if engine.limits.of_texts:
         cache = (f"texts of at most {context:,} tokens, of which a step takes about "
-                 f"{engine.scheduler.prefill_chunk:,} together; their keys and values take up to "
+                 f"{engine.limits.prefill_chunk:,} together; their keys and values take up to "
                  f"{pages * page_bytes / 2**20:,.0f} MiB")
     if states := engine.pool.states:
         cache += (f"; {states.num_slots:,} states of {engine.state_bytes / 1024:,.0f} KiB, of which "
-                  f"{states.most_snapshots:,} are for snapshots; at most {engine.scheduler.max_batch} "
+                  f"{states.most_snapshots:,} are for snapshots; at most {engine.limits.max_batch} "
                   "sequences run at once")
     core = kernels_line()
-    if not bound and device.type == "cpu" and not engine.scheduler.of_texts:
+    if not bound and device.type == "cpu" and not engine.limits.of_texts:
         bound = advice(ranks_here(config.settings) * config.place[1])
     lines = (f"Model {model.name}: {model.description}",
              *[core] * (config.settings.verbose or not as_expected(core)),
@@ -277,13 +277,13 @@ def gauges(engine: Engine) -> dict[str, float | None]:
     pids = engine.ranks.links.pids if engine.ranks else ("self",)
     used, total, utilization = device_use(engine.transformer.device, int(time.monotonic()), pids)
     mapped = engine.transformer.layer_embed
-    return {**NO_GAUGES, **keeper_gauges(engine.keeper), "running": len(engine.scheduler.running),
-            "queued": len(engine.scheduler.waiting), "max_batch": engine.scheduler.max_batch,
+    return {**NO_GAUGES, **keeper_gauges(engine.keeper), "running": len(engine.queue.running),
+            "queued": len(engine.queue.waiting), "max_batch": engine.limits.max_batch,
             "kv_pages_used": engine.pool.num_pages - engine.pool.available,
             "kv_pages_total": engine.pool.num_pages, "kv_token_bytes": kept_bytes(engine.transformer),
             **state_gauges(engine), "mapped_bytes": mapped.file_bytes if mapped else 0,
             "adapter_bytes": sum(engine.adapters.sizes.values()),
-            "preemptions": engine.scheduler.preemptions,
+            "preemptions": engine.queue.preemptions,
             "drafted_tokens": engine.drafting.drafted.total,
             "accepted_tokens": engine.drafting.accepted.total,
             **{f"{name}_{source}": getattr(getattr(engine.drafting, name), source)
@@ -382,7 +382,7 @@ class Inbox:
             case DropAdapter(id) if id in self.loading:
                 self.dropped.add(id)
             case DropAdapter(id):
-                drop_adapter(self.engine, id)
+                self.engine.drop_adapter(id)
             case EmptyCache():
                 self.empties_cache = True
             case Ping():
@@ -410,7 +410,7 @@ class Inbox:
             self.tell(self.loaded(adapter_id, self.loading.pop(adapter_id)))
             if adapter_id in self.dropped:
                 self.dropped.remove(adapter_id)
-                drop_adapter(self.engine, adapter_id)
+                self.engine.drop_adapter(adapter_id)
             for work in self.waiting.pop(adapter_id, ()):
                 self.engine.add(work)
 

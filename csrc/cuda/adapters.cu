@@ -51,6 +51,7 @@ DC_DEVICE float load_float(int64_t from, int64_t type, int64_t at) {
 }
 
 template <class Input> DC_KERNEL(SHRINK_WARPS * 32) shrink_kernel(ShrinkJob job, const Input *all_x) {
+    after_previous();
     const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int64_t row = blockIdx.y;
     AdapterPart part;
@@ -90,6 +91,7 @@ struct ExpandJob {
 };
 
 DC_KERNEL(EXPAND_THREADS) expand_kernel(ExpandJob job) {
+    after_previous();
     const int64_t row = blockIdx.y, output = static_cast<int64_t>(blockIdx.x) * EXPAND_THREADS + threadIdx.x;
     if (output >= job.outputs) return;
     const bool gated = job.activation >= SWIGLU && job.activation <= CLAMPED_SWIGLU;

@@ -19,12 +19,35 @@
 #define DC_UNROLL _Pragma("unroll")
 #define DC_UNROLL_4 _Pragma("unroll 4")
 // Returns nullptr, or why the launch was refused; errors of earlier asynchronous work surface here too.
-#define DC_LAUNCH(kernel, grid, threads, stream, ...)                                             \
-    (kernel<<<grid, threads, 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__), dc_last_error())
+#define DC_LAUNCH(kernel, grid, threads, stream, ...) dc_launch(kernel, grid, threads, static_cast<cudaStream_t>(stream), __VA_ARGS__)
 
 inline const char *dc_last_error() {
     const cudaError_t error = cudaGetLastError();
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+// Whether kernels on the current device may overlap their predecessors' ends: compute capability 9.0.
+inline bool dc_may_overlap() {
+    static int majors[64] = {};             // of each device; 0: not asked yet. Two threads would write the same
+    int device = 0;
+    if (cudaGetDevice(&device) != cudaSuccess || device >= 64) return false;
+    if (majors[device] == 0) cudaDeviceGetAttribute(&majors[device], cudaDevAttrComputeCapabilityMajor, device);
+    return majors[device] >= 9;
+}
+
+template <class... Parameters, class... Arguments>
+const char *dc_launch(void (*kernel)(Parameters...), dim3 grid, unsigned threads, cudaStream_t stream, Arguments... arguments) {
+    cudaLaunchAttribute overlap{};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = dim3(threads);
+    config.stream = stream;
+    config.attrs = &overlap;
+    config.numAttrs = dc_may_overlap() ? 1 : 0;
+    cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+    return dc_last_error();
 }
 
 #else
@@ -86,6 +109,35 @@ template <> DC_DEVICE f16 from_float<f16>(float x) {
 
 template <class T> T *as_pointer(int64_t address) {     // on the host
     return reinterpret_cast<T *>(static_cast<uintptr_t>(address));
+}
+
+// Every kernel calls this before it reads or writes memory, and before any thread returns. A kernel may be on the device while the
+// one before it in the stream still runs: this waits until that one has ended and what it wrote can be read. From here on the
+// next kernel may come, and wait in turn. So launches hide behind the work before them.
+DC_DEVICE void after_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Asks for a line of memory, which will be read by this SM or another one.
+DC_DEVICE void prefetch(const void *at) {
+#ifdef __CUDACC__
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+#else
+    static_cast<void>(at);
+#endif
+}
+
+// Sixteen bytes that this launch reads once.
+DC_DEVICE Bytes16 load_once(const void *at) {
+#ifdef __CUDACC__
+    const uint4 words = __ldcs(static_cast<const uint4 *>(at));
+    return Bytes16{{words.x, words.y, words.z, words.w}};
+#else
+    return *static_cast<const Bytes16 *>(at);
+#endif
 }
 
 // Reads what another block of this launch wrote (and announced), past this SM's own cache.

@@ -38,6 +38,7 @@ DC_DEVICE uint64_t rank_of(float logit, int id) {
 DC_KERNEL(ROUTE_WARPS * 32)
 route_kernel(const float *logits, const int64_t *slots, int64_t rows, int experts, int chosen, bool sum_to_one, int32_t *ids,
              float *shares) {
+    after_previous();
     const int64_t row = static_cast<int64_t>(blockIdx.x) * ROUTE_WARPS + threadIdx.x / 32;
     if (row >= rows) return;
     const int lane = threadIdx.x % 32;
@@ -87,6 +88,7 @@ struct GroupShared {
 
 DC_KERNEL(GROUP_THREADS)
 group_kernel(const int32_t *ids, int64_t pairs, int experts, int item_pairs, int32_t *order, int32_t *items, int64_t most_items) {
+    after_previous();
     DC_SHARED(GroupShared, shared);
     const int thread = threadIdx.x;
     shared.counts[thread] = 0;
@@ -197,6 +199,7 @@ DC_DEVICE void multiply_few(const ExpertJob &job, const Item &item, ProductShare
 }
 
 template <class B> DC_KERNEL(PRODUCT_WARPS * 32) few_kernel(ExpertJob job) {
+    after_previous();
     DC_SHARED(ProductShared<FEW>, shared);
     const Item item = item_of(job);
     if (item.pairs == 0) return;
@@ -217,6 +220,7 @@ union ManyShared {
 };
 
 template <class B> DC_KERNEL(PRODUCT_WARPS * 32) many_kernel(ExpertJob job) {
+    after_previous();
     DC_SHARED(ManyShared, shared);
     const Item item = item_of(job);
     if (item.pairs == 0) return;

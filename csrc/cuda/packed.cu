@@ -1,17 +1,19 @@
 // ops      multiply: out = residual + activation(norm(x) W^T + bias) for up to 8 rows of x; dequantize: rows of W as floats.
 // shapes   x (B, >= K) f32 or bf16; W (N, K) in rows of blocks (blocks.h), packed or floats; with a gate (2 N, K), the ups below
 //          the gates -> out (B, N) f32 or bf16. dequantize, of packed ones: -> (N, K) f32 or bf16.
-// mapping  multiply: a block makes 4 outputs (2 with a gate) of each row of x (products.h). Few outputs a block put many blocks on
-//          every SM, which hides the latency of memory for matrices of a few thousand rows. dequantize: a thread makes 8 values.
-// cost     multiply reads W once, whatever B is, and x from the caches; 2 B flops a weight and some 2 to unpack it. So
-//          one row is bound by the memory of W; 8 rows of 4 bits a weight have 32 flops a byte and may not be. Not measured
-//          on a GPU. dequantize reads W and writes 2 or 4 bytes a weight.
+// mapping  multiply: bfloat16 by the tensor cores (tensor_products.h). For the other types a block makes 4 outputs (2 with a gate) of
+//          each row of x (products.h). Few outputs a block put many blocks on every SM, which hides the latency of memory for
+//          matrices of a few thousand rows. dequantize: a thread makes 8 values.
+// cost     multiply reads W once, whatever B is, and x from the caches. bfloat16 is bound by the memory of W for all B. Of the
+//          other types one row is, within a factor of 2 to 4; 8 rows take 3 to 5 times as long, since each block reads all of x
+//          (H100, bench/RESULTS.md). dequantize reads W and writes 2 or 4 bytes a weight.
 // numerics f32: a weight has the bits that the gguf package gives; sums as in products.h, and that of the squares of x likewise. The
 //          norm divides a row's finished sums, so x is read once. A row's bits do not depend on the other rows.
 
 #include "launch.h"
 
 #include "products.h"
+#include "tensor_products.h"
 
 namespace {
 
@@ -19,30 +21,13 @@ using namespace dc_device;
 
 constexpr unsigned DEQUANTIZE_THREADS = 256;
 
-struct ProductJob {
-    const void *x;
-    int64_t x_type, x_stride, rows;
-    bool norm;                              // divide x by its root mean square over `width` columns, times `norm_weight`, or null
-    int64_t width;
-    const float *norm_weight;
-    float epsilon;
-    const uint8_t *blocks;
-    int64_t outputs, columns;
-    const float *bias;                      // of each row of W, or null
-    int64_t activation;
-    int made;                               // outputs of a block
-    const float *residual;                  // or null
-    int64_t residual_stride;
-    void *out;
-    int64_t out_type, out_stride;
-};
-
 template <int ROWS> struct MultiplyShared : ProductShared<ROWS> {
     float squares[PRODUCT_WARPS][ROWS];
 };
 
 template <class B, int ROWS> DC_KERNEL(PRODUCT_WARPS * 32) multiply_kernel(ProductJob job) {
     DC_SHARED(MultiplyShared<ROWS>, shared);
+    after_previous();
     const int made = job.made;
     const bool gated = made < OUTPUTS;
     const int64_t first = static_cast<int64_t>(blockIdx.x) * made;
@@ -82,28 +67,18 @@ template <class B, int ROWS> DC_KERNEL(PRODUCT_WARPS * 32) multiply_kernel(Produ
     const int64_t output = first + threadIdx.x % made, row = threadIdx.x / made;
     if (output >= job.outputs || row >= job.rows) return;
     const float *found = shared.sums[0] + row * OUTPUTS + threadIdx.x % made;
-    float y = found[0], up = gated ? found[made] : 0.0f;
+    float squared = 0.0f;
     if (job.norm) {
-        float sum = shared.squares[0][row];
+        squared = shared.squares[0][row];
         DC_UNROLL
-        for (int w = 1; w < PRODUCT_WARPS; w++) sum += shared.squares[w][row];
-        const float scale = 1.0f / sqrtf(sum / static_cast<float>(job.width) + job.epsilon);
-        y *= scale;
-        up *= scale;
+        for (int w = 1; w < PRODUCT_WARPS; w++) squared += shared.squares[w][row];
     }
-    if (job.bias != nullptr) {
-        y += job.bias[output];
-        if (gated) up += job.bias[job.outputs + output];
-    }
-    y = activated(job.activation, y, up);
-    if (job.residual != nullptr) y = job.residual[row * job.residual_stride + output] + y;
-    const int64_t at = row * job.out_stride + output;
-    if (job.out_type == F32) static_cast<float *>(job.out)[at] = y;
-    else static_cast<bf16 *>(job.out)[at] = from_float<bf16>(y);
+    write_product(job, row, output, found[0], gated ? found[made] : 0.0f, squared);
 }
 
 template <class B, class Out>
 DC_KERNEL(DEQUANTIZE_THREADS) dequantize_kernel(const uint8_t *blocks, int64_t rows, int64_t columns, Out *out) {
+    after_previous();
     const int64_t pieces = columns / 8;
     const int64_t i = static_cast<int64_t>(blockIdx.x) * DEQUANTIZE_THREADS + threadIdx.x;
     if (i >= rows * pieces) return;
@@ -148,12 +123,14 @@ const char *dc_cuda_multiply(int64_t x, int64_t x_type, int64_t x_stride, int64_
     job.columns = columns;
     job.bias = as_pointer<const float>(bias);
     job.activation = activation;
-    job.made = activation >= SWIGLU && activation <= CLAMPED_SWIGLU ? OUTPUTS / 2 : OUTPUTS;
+    const bool gated = activation >= SWIGLU && activation <= CLAMPED_SWIGLU;
+    job.made = gated ? OUTPUTS / 2 : OUTPUTS;
     job.residual = as_pointer<const float>(residual);
     job.residual_stride = residual_stride;
     job.out = as_pointer<void>(out);
     job.out_type = out_type;
     job.out_stride = out_stride;
+    if (type == FLOATS_BF16) return launch_bf16_product(job, gated, stream);
     return with_block_or_floats(type, [&](auto block) {
         using B = decltype(block);
         if (rows == 1) return launch_multiply<B, 1>(job, stream);

@@ -48,16 +48,22 @@ struct AttentionJob {                       // by value into the kernel; strides
 template <class Stored> constexpr int PACKED = 16 / sizeof(Stored);         // elements of one load
 template <> constexpr int PACKED<q8> = 8;                                   // so that 8 lanes have a load each of 64
 
-// K or V pages from some head on.
+// K or V pages from some head on. `load` and `unpack` are apart so that many loads can be under way before the first is used.
 template <class Stored> struct Pages {
     const Stored *values;
 
+    union Pack {
+        Bytes16 bytes;
+        Stored values[PACKED<Stored>];
+    };
+    static_assert(sizeof(Pack) == 16, "one load");
+
     DC_DEVICE void skip(int64_t elements) { values += elements; }
 
-    DC_DEVICE void load(int64_t at, float (&to)[PACKED<Stored>]) const {
-        union { Bytes16 bytes; Stored values[PACKED<Stored>]; } pack;
-        static_assert(sizeof pack == 16, "one load");
-        pack.bytes = *reinterpret_cast<const Bytes16 *>(values + at);
+    DC_DEVICE static Pack none() { return Pack{Bytes16{}}; }
+    DC_DEVICE Pack load(int64_t at) const { return Pack{*reinterpret_cast<const Bytes16 *>(values + at)}; }
+
+    DC_DEVICE static void unpack(const Pack &pack, float (&to)[PACKED<Stored>]) {
         DC_UNROLL
         for (int i = 0; i < PACKED<Stored>; i++) to[i] = to_float(pack.values[i]);
     }
@@ -72,12 +78,20 @@ template <> struct Pages<q8> {
         scales += elements / Q8_BLOCK;
     }
 
-    DC_DEVICE void load(int64_t at, float (&to)[8]) const {
-        union { uint64_t bytes; q8 values[8]; } pack;
-        pack.bytes = *reinterpret_cast<const uint64_t *>(values + at);
-        const float scale = to_float(scales[at / Q8_BLOCK]);
+    struct Pack {
+        uint64_t bytes;
+        f16 scale;
+    };
+
+    DC_DEVICE static Pack none() { return Pack{}; }
+    DC_DEVICE Pack load(int64_t at) const { return Pack{*reinterpret_cast<const uint64_t *>(values + at), scales[at / Q8_BLOCK]}; }
+
+    DC_DEVICE static void unpack(const Pack &pack, float (&to)[8]) {
+        union { uint64_t bytes; q8 values[8]; } codes;
+        codes.bytes = pack.bytes;
+        const float scale = to_float(pack.scale);
         DC_UNROLL
-        for (int i = 0; i < 8; i++) to[i] = static_cast<float>(pack.values[i].code) * scale;
+        for (int i = 0; i < 8; i++) to[i] = static_cast<float>(codes.values[i].code) * scale;
     }
 };
 
@@ -86,6 +100,10 @@ template <class Stored, int MAX_SIZE, int HEADS> struct Shape {
     static constexpr int KEY_PACKS = MAX_SIZE / (KEY_LANES * PACK);         // loads of a lane per key
     static constexpr int COLUMNS = MAX_SIZE / PACK;                         // threads that share a value row
     static constexpr int VALUE_ROWS = ATTENTION_THREADS / COLUMNS;
+    static constexpr int VALUE_LOADS = CHUNK / VALUE_ROWS;                  // of a thread
+    // Values are asked for before the scores are computed, where the registers suffice for keys, values and queries.
+    static constexpr bool EARLY = HEADS * MAX_SIZE <= 512 && VALUE_LOADS <= 8;
+    using Pack = typename Pages<Stored>::Pack;
     static constexpr int PARTS = ATTENTION_THREADS / (COLUMNS > 32 ? COLUMNS : 32);     // sums left after the warps'
 
     struct Shared {
@@ -158,17 +176,27 @@ DC_DEVICE void score(const AttentionJob &job, const Range &range, int first, con
                 query[h][i][e] = h < heads && d < job.head_size ? q[h * job.head_size + d + e] : 0.0f;
         }
     }
-    DC_UNROLL_4
+    typename S::Pack keys[CHUNK_PAGES][S::KEY_PACKS];
+    bool seen[CHUNK_PAGES];
+    DC_UNROLL
     for (int page = 0; page < CHUNK_PAGES; page++) {
-        const int p = page * PAGE + slot, position = first + p;
-        const bool seen = position >= range.begin && position < range.end && shared.pages[page] >= 0;
+        const int position = first + page * PAGE + slot;
+        seen[page] = position >= range.begin && position < range.end && shared.pages[page] >= 0;
         const int64_t key = shared.pages[page] * job.page_stride + slot * job.slot_stride;
-        float dot[HEADS] = {};
         DC_UNROLL
         for (int i = 0; i < S::KEY_PACKS; i++) {
             const int d = (i * KEY_LANES + lane) * S::PACK;
-            float k[S::PACK] = {};
-            if (seen && d < job.head_size) k_pages.load(key + d, k);
+            keys[page][i] = seen[page] && d < job.head_size ? k_pages.load(key + d) : k_pages.none();
+        }
+    }
+    DC_UNROLL
+    for (int page = 0; page < CHUNK_PAGES; page++) {
+        const int p = page * PAGE + slot;
+        float dot[HEADS] = {};
+        DC_UNROLL
+        for (int i = 0; i < S::KEY_PACKS; i++) {
+            float k[S::PACK];
+            k_pages.unpack(keys[page][i], k);
             DC_UNROLL
             for (int h = 0; h < HEADS; h++) {
                 DC_UNROLL
@@ -177,7 +205,7 @@ DC_DEVICE void score(const AttentionJob &job, const Range &range, int first, con
         }
         float total = sum_over_lanes<HEADS>(dot, lane);             // every lane takes part, seen or not
         if (job.softcap > 0) total = job.softcap * tanhf(total / job.softcap);
-        if (lane % (KEY_LANES / HEADS) == 0) shared.scores[lane * HEADS / KEY_LANES][p] = seen ? total : -INFINITY;
+        if (lane % (KEY_LANES / HEADS) == 0) shared.scores[lane * HEADS / KEY_LANES][p] = seen[page] ? total : -INFINITY;
     }
 }
 
@@ -207,19 +235,35 @@ template <class Shared> DC_DEVICE void soften(Shared &shared, int heads, bool fi
     }
 }
 
-// values[part][h] = sums of weight * v over a part of the positions; the parts' own sum is left to the reader.
+// This thread's values of the chunk that begins at `first`; none where it sees none.
 template <class Stored, int MAX_SIZE, int HEADS>
-DC_DEVICE void weigh(const AttentionJob &job, const Range &range, int first, const Pages<Stored> &v_pages,
+DC_DEVICE void load_values(const AttentionJob &job, const Range &range, int first, const Pages<Stored> &v_pages,
+                           const typename Shape<Stored, MAX_SIZE, HEADS>::Shared &shared,
+                           typename Pages<Stored>::Pack (&values)[Shape<Stored, MAX_SIZE, HEADS>::VALUE_LOADS]) {
+    using S = Shape<Stored, MAX_SIZE, HEADS>;
+    const int column = threadIdx.x % S::COLUMNS * S::PACK, row = threadIdx.x / S::COLUMNS;
+    DC_UNROLL
+    for (int i = 0; i < S::VALUE_LOADS; i++) {
+        const int p = row + i * S::VALUE_ROWS, position = first + p, page = shared.pages[p / PAGE];
+        const bool seen = position >= range.begin && position < range.end && page >= 0 && column < job.head_size;
+        values[i] = seen ? v_pages.load(page * job.page_stride + p % PAGE * job.slot_stride + column) : v_pages.none();
+    }
+}
+
+// values[part][h] = sums of weight * v over a part of the positions; the parts' own sum is left to the reader. What is not seen has
+// weight 0, and v is 0 then.
+template <class Stored, int MAX_SIZE, int HEADS>
+DC_DEVICE void weigh(const Pages<Stored> &v_pages,
+                     const typename Pages<Stored>::Pack (&values)[Shape<Stored, MAX_SIZE, HEADS>::VALUE_LOADS],
                      typename Shape<Stored, MAX_SIZE, HEADS>::Shared &shared) {
     using S = Shape<Stored, MAX_SIZE, HEADS>;
     const int column = threadIdx.x % S::COLUMNS * S::PACK, row = threadIdx.x / S::COLUMNS;
     float sums[HEADS][S::PACK] = {};
-    DC_UNROLL_4
-    for (int p = row; p < CHUNK; p += S::VALUE_ROWS) {
-        const int position = first + p, page = shared.pages[p / PAGE];
-        if (position < range.begin || position >= range.end || page < 0 || column >= job.head_size) continue;
+    DC_UNROLL
+    for (int i = 0; i < S::VALUE_LOADS; i++) {
+        const int p = row + i * S::VALUE_ROWS;
         float v[S::PACK];
-        v_pages.load(page * job.page_stride + p % PAGE * job.slot_stride + column, v);
+        v_pages.unpack(values[i], v);
         DC_UNROLL
         for (int h = 0; h < HEADS; h++) {
             DC_UNROLL
@@ -263,22 +307,20 @@ DC_DEVICE void merge(const AttentionJob &job, int64_t head, const float *states,
         largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, distance));
     const float own_factor = own == -INFINITY ? 0.0f : expf(own - largest);
     const float sum = warp_sum(lane < count ? own_factor * load_fresh(states + lane * stride + 1) : 0.0f);
-    float values[MAX_SIZE / 32] = {};
+    float factors[MERGED];
     DC_UNROLL
-    for (int c = 0; c < MERGED; c++) {
-        const float factor = __shfl_sync(ALL_LANES, own_factor, c);
-        DC_UNROLL
-        for (int i = 0; i < MAX_SIZE / 32; i++) {
-            const int d = lane + 32 * i;
-            if (c < count && d < size) values[i] = fmaf(factor, load_fresh(states + c * stride + 2 + d), values[i]);
-        }
-    }
+    for (int c = 0; c < MERGED; c++) factors[c] = __shfl_sync(ALL_LANES, own_factor, c);
     DC_UNROLL
     for (int i = 0; i < MAX_SIZE / 32; i++) {
         const int d = lane + 32 * i;
         if (d >= size) continue;
-        if (into == nullptr) write_out(job, head * size + d, largest, sum, values[i]);
-        else into[2 + d] = values[i];
+        float found[MERGED], value = 0.0f;                      // all of them asked for before the first is used
+        DC_UNROLL
+        for (int c = 0; c < MERGED; c++) found[c] = c < count ? load_fresh(states + c * stride + 2 + d) : 0.0f;
+        DC_UNROLL
+        for (int c = 0; c < MERGED; c++) value = fmaf(c < count ? factors[c] : 0.0f, found[c], value);
+        if (into == nullptr) write_out(job, head * size + d, largest, sum, value);
+        else into[2 + d] = value;
     }
     if (into != nullptr && lane == 0) {
         into[0] = largest;
@@ -302,6 +344,7 @@ template <class Shared> DC_DEVICE bool arrives_last(int32_t *ticket, int count, 
 
 template <class Stored, int MAX_SIZE, int HEADS>
 DC_KERNEL(ATTENTION_THREADS) attention_kernel(AttentionJob job, Pages<Stored> k_pages, Pages<Stored> v_pages) {
+    after_previous();
     using S = Shape<Stored, MAX_SIZE, HEADS>;
     DC_SHARED(typename S::Shared, shared);
     Range range;
@@ -325,11 +368,14 @@ DC_KERNEL(ATTENTION_THREADS) attention_kernel(AttentionJob job, Pages<Stored> k_
                 shared.pages[threadIdx.x] = page < job.num_pages ? page : -1;
             }
             __syncthreads();
+            typename S::Pack values[S::VALUE_LOADS];
+            if constexpr (S::EARLY) load_values<Stored, MAX_SIZE, HEADS>(job, range, first, v_pages, shared, values);
             score<Stored, MAX_SIZE, HEADS>(job, range, first, k_pages, job.q + (first_head + done) * D, heads, shared);
             __syncthreads();
             soften(shared, HEADS, first == begin);      // heads past the group have query 0: harmless, and no branch in `weigh`
+            if constexpr (!S::EARLY) load_values<Stored, MAX_SIZE, HEADS>(job, range, first, v_pages, shared, values);
             __syncthreads();
-            weigh<Stored, MAX_SIZE, HEADS>(job, range, first, v_pages, shared);
+            weigh<Stored, MAX_SIZE, HEADS>(v_pages, values, shared);
             __syncthreads();
             for (int i = threadIdx.x; i < heads * D; i += ATTENTION_THREADS) {      // each time by the same thread
                 const int h = i / D, d = i % D;

@@ -25,6 +25,43 @@ DC_DEVICE float activated(int64_t activation, float g, float up) {
     return g / (1.0f + expf(-1.702f * g)) * (up + 1.0f);
 }
 
+struct ProductJob {
+    const void *x;
+    int64_t x_type, x_stride, rows;
+    bool norm;                              // divide x by its root mean square over `width` columns, times `norm_weight`, or null
+    int64_t width;
+    const float *norm_weight;
+    float epsilon;
+    const uint8_t *blocks;
+    int64_t outputs, columns;
+    const float *bias;                      // of each row of W, or null
+    int64_t activation;
+    int made;                               // outputs of a block; with a gate, half of its rows of W
+    const float *residual;                  // or null
+    int64_t residual_stride;
+    void *out;
+    int64_t out_type, out_stride;
+};
+
+// An output of a row, from its sums: of W's row, of the up's row if it has a gate, of the squares of x.
+DC_DEVICE void write_product(const ProductJob &job, int64_t row, int64_t output, float y, float up, float squared) {
+    const bool gated = job.activation >= SWIGLU && job.activation <= CLAMPED_SWIGLU;
+    if (job.norm) {
+        const float scale = 1.0f / sqrtf(squared / static_cast<float>(job.width) + job.epsilon);
+        y *= scale;
+        up *= scale;
+    }
+    if (job.bias != nullptr) {
+        y += job.bias[output];
+        if (gated) up += job.bias[job.outputs + output];
+    }
+    y = activated(job.activation, y, up);
+    if (job.residual != nullptr) y = job.residual[row * job.residual_stride + output] + y;
+    const int64_t at = row * job.out_stride + output;
+    if (job.out_type == F32) static_cast<float *>(job.out)[at] = y;
+    else static_cast<bf16 *>(job.out)[at] = from_float<bf16>(y);
+}
+
 template <int ROWS> struct ProductShared {         // or of fewer rows
     float sums[PRODUCT_WARPS][OUTPUTS * ROWS];
 };

@@ -75,6 +75,7 @@ DC_DEVICE void store_packed(const float *x, int size, q8 *codes, f16 *scales, un
 template <class Input, class Stored>
 DC_KERNEL(ROPE_WARPS * 32) rope_append_kernel(RopeJob job, const Input *qkv, const Input *value_embed, const Input *gate,
                                               Stored *k_pages, Stored *v_pages) {
+    after_previous();
     DC_SHARED(RopeShared, shared);
     const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int64_t row = blockIdx.y, slot = job.slots[row], position = job.positions[row];
@@ -123,6 +124,7 @@ DC_KERNEL(ROPE_WARPS * 32) rope_append_kernel(RopeJob job, const Input *qkv, con
 }
 
 template <class Out> DC_KERNEL(ROPE_WARPS * 32) turn_kernel(const float *x, int64_t heads, int head_size, Out *out) {
+    after_previous();
     DC_SHARED(RopeShared, shared);
     const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int64_t head = static_cast<int64_t>(blockIdx.x) * ROPE_WARPS + warp;

@@ -314,6 +314,7 @@ DC_DEVICE void change_row(float *row, uint32_t vocabulary, const dc::SampleRow &
 template <class T>
 DC_KERNEL(SAMPLE_THREADS) sample_kernel(T *logits, int64_t row_stride, uint32_t vocabulary, const dc::SampleRow *params,
                                         Lists lists, int32_t *tokens) {
+    after_previous();
     DC_SHARED(SampleShared, shared);
     const uint32_t r = blockIdx.x;
     const dc::SampleRow p = params[r];

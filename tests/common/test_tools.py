@@ -832,13 +832,13 @@ def test_a_call_that_the_default_model_makes_on_its_own_of_a_strict_function_fol
         rest = pieces(engine, [replace(work, resumed_ids=tuple(ids[:cut]))])["a"]
         assert [token for piece in rest for token in piece.tokens] == ids[cut:]
     engine.add(work)
-    again, preempted = [], engine.scheduler.preemptions
+    again, preempted = [], engine.queue.preemptions
     with torch.inference_mode():
         while engine.busy:
             again += [token for _, piece in step_pieces(engine) for token in piece.tokens]
-            if engine.scheduler.running and len(again) >= 12 and engine.scheduler.preemptions < preempted + 9:
-                engine.scheduler._preempt(engine.scheduler.running[0])
-    assert again == ids and engine.scheduler.preemptions == preempted + 9
+            if engine.queue.running and len(again) >= 12 and engine.queue.preemptions < preempted + 9:
+                engine.queue.preempt(engine.queue.running[0])
+    assert again == ids and engine.queue.preemptions == preempted + 9
 
 
 @pytest.mark.parametrize("tool_format, opening", [

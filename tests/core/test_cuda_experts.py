@@ -295,7 +295,7 @@ def test_graphs_of_experts_answer_as_ops_do(emulated, expert_files, monkeypatch,
             with torch.inference_mode():
                 engine.steps.prepare(lambda fraction: None)
         results.append(tokens_of(engine, works))
-        assert (engine.scheduler.preemptions > 0) is (num_pages < 10)
+        assert (engine.queue.preemptions > 0) is (num_pages < 10)
         assert (engine.steps.queue.replays > 3) is prepare and kernels.backend.faults == {}
     assert [len(tokens) for tokens in results[1].values()] == [count + i % 3 for i in range(len(works))]
     assert sum(a == b for a, b in zip(results[0].values(), results[1].values())) >= len(works) - 1       # padding may move a near tie

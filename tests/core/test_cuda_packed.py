@@ -120,6 +120,23 @@ def test_a_product_is_that_of_the_dequantized_weights_in_float64(gpu, kind, N, K
         assert (np.abs(out - x @ w.T) <= 1e-5 * (np.abs(x) @ np.abs(w).T) + 1e-30).all() and len(outs) == 1
 
 
+@pytest.mark.parametrize("N, K", [(19, 8), (40, 1096), (3100, 72), (16500, 40)])     # blocks of 16, 8 and 4 warps, odd sizes
+def test_products_with_bfloat16_are_near_float64_and_a_rows_bits_its_own(gpu, N, K):
+    generator = np.random.default_rng(K)
+    w = torch.from_numpy(generator.standard_normal((N, K)).astype(np.float32)).bfloat16()
+    blocks, exact = w.view(torch.uint8).numpy(), w.double().numpy()
+    x = (generator.standard_normal((8, K)) * 3).astype(np.float32)
+    x[:, 40 % K] *= 40
+    together = product(gpu, "bfloat16", blocks, x)
+    assert (np.abs(together - x @ exact.T) <= 1e-5 * (np.abs(x) @ np.abs(exact).T) + 1e-30).all()
+    for rows in ([5], [7, 0], [6, 5, 4, 3, 2]):
+        np.testing.assert_array_equal(product(gpu, "bfloat16", blocks, x[rows], gap=8), together[rows])
+    x[2, 7] = np.nan
+    spoiled = product(gpu, "bfloat16", blocks, x)
+    assert np.isnan(spoiled[2]).all()
+    np.testing.assert_array_equal(np.delete(spoiled, 2, 0), np.delete(together, 2, 0))
+
+
 @pytest.mark.parametrize("kind", ["q8_0", "q4_k", "q6_k", "mxfp4"])
 def test_a_rows_bits_depend_on_it_alone(gpu, kind):
     K = fitting(kind, 320)

@@ -177,7 +177,7 @@ def test_tolerances_know_nan_and_the_types():
 @pytest.mark.slow
 async def test_stats_and_log_name_what_does_not_run_and_answers_are_right(start_pool, emulation_library, monkeypatch, capfd):
     monkeypatch.setenv("EMULATION", str(emulation_library))
-    sizes = dict(max_batch=2, context_length=128, prefill_chunk=32)
+    sizes = dict(max_batch=2, context_length=128, prefill_chunk=32, device_type="cpu")      # the emulation's, also where a GPU is
     pool = await start_pool(worker_command=FAULTY, **sizes)
     plain = await start_pool(**sizes)
     [worker], [other] = pool.stats()["workers"], plain.stats()["workers"]

@@ -51,8 +51,7 @@ MOMENTS = {     # checked when the results of earlier steps have left through th
 
 
 def strike(engine, moments):
-    scheduler = engine.scheduler
-    for sequence in (*scheduler.running, *scheduler.waiting):
+    for sequence in (*engine.queue.running, *engine.queue.waiting):
         what, moment, *_ = (sequence.work.id + "--").split("-")
         if what == "poison" and sequence.computed:
             os.kill(os.getpid(), signal.SIGKILL)

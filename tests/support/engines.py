@@ -14,7 +14,7 @@ from chatlm.common.text import load as text_load
 from chatlm.worker.engine.drafts import Draft, Drafting
 from chatlm.worker.engine.engine import Engine
 from chatlm.worker.engine.integrity import check_integrity
-from chatlm.worker.engine.scheduler import FREE_ROWS
+from chatlm.worker.engine.limits import FREE_ROWS
 from chatlm.worker.model.kernels import EagerSteps, load_kernels
 from chatlm.worker.model.spec import Batch, group_layers
 from chatlm.worker.model.tensors import MappedRows

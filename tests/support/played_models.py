@@ -55,7 +55,7 @@ class Models:
         worker.become(State.READY)
         supervisor = self.by_name[name].pool.supervisor
         supervisor.load_s = seconds
-        self.by_name[name].pool.dispatcher.used_s = self.clock.now
+        self.by_name[name].pool.dispatcher.use.last_s = self.clock.now
         self.by_name[name].pool.dispatcher.dispatch()
 
     def end(self, name, job):

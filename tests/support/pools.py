@@ -75,9 +75,9 @@ def played_pool(worker_class=PlayedWorker, changed=None, **settings):
     prefixes = Prefixes(settings)
     pool = WorkerPool(settings, LocalDevices(settings, PROCESS_COMMAND, prefixes=prefixes), prefixes=prefixes, changed=changed)
     pool.workers[:] = [worker_class(pool)]
-    pool.supervisor.card = ModelCard(None, "fake", 64, (), {}, False)
+    pool.supervisor.version.note_card(ModelCard(None, "fake", 64, (), {}, False))
     pool.admission.prompts = PromptMaker(Letters(), 64)
-    pool.supervisor.prepared = True
+    pool.supervisor.version.note_opened()
     pool.supervisor.became_ready.set()
     return pool
 

@@ -11,6 +11,7 @@ import pytest
 import tiny_training
 from bundles import write_bundle
 from chatlm.common.config import Settings
+from chatlm.front.evals.step_work import StepWork
 from chatlm.front.pool.many import ManyModels
 from chatlm.front.pool.watch import RunWatch
 from forked import DYING
@@ -30,7 +31,7 @@ def run_folder(nanochat_fixtures, tmp_path, monkeypatch):
 def watching(started):
     """A function that starts a server of what is below --watch."""
     async def start(folder, **changes):
-        return await started(ManyModels(Settings(**TINY | {"watch": str(folder)} | changes), DYING))
+        return await started(ManyModels(Settings(**TINY | {"watch": str(folder)} | changes), DYING, StepWork))
 
     return start
 
@@ -52,7 +53,7 @@ def remove(base, step):
 
 def all_known(models, count):
     known = models.registry.models
-    return len(known) == count and all(model.judged and model.samples and model.score for model in known)
+    return len(known) == count and all(model.judged and model.samples and model.bits_per_byte for model in known)
 
 
 def asked(tmp_path, text=tiny_training.TEXT):

@@ -13,8 +13,9 @@ from chatlm.common.config import Settings
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.text.load import open_tokenizer
+from chatlm.front.evals.bits import score_text, windows_of
+from chatlm.front.evals.scores import PoolScorer
 from chatlm.front.pool.many import ManyModels
-from chatlm.front.pool.score import score_text, windows_of
 from chatlm.cli import parse_command_line
 from chatlm.terminal.side_by_side import compare, score
 from chatlm.worker.weights.load import open_model
@@ -87,7 +88,7 @@ async def test_the_score_is_that_of_plain_torch_and_the_same_in_any_batch(nanoch
     assert len(ids) > 512 + 256 and one["tokens"] == len(ids) - 1 and one["bytes"] == len(TEXT.encode())
     assert one["bits_per_byte"] == pytest.approx(tiny_training.bits_per_byte(model, ids, len(TEXT.encode())), abs=1e-4)
     pool = await start_pool(generation="gen1", max_batch=73)        # 512 - 1 = 7 x 73: the last token of a window is computed by itself
-    [bits] = {(await score_text(pool, TEXT, windows=windows)).bits for windows in (1, 3)}
+    [bits] = {(await score_text(PoolScorer(pool), TEXT, windows=windows)).bits for windows in (1, 3)}
     assert round(bits, 3) == one["bits"]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import math
 import operator
 import time
 import types
@@ -18,15 +17,16 @@ from chatlm.common.client_words import rate_limited
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import ChatServerError, EngineFailure, RequestError, without_folders
 from chatlm.common.lanes import Lanes
-from chatlm.common.log import log
 from chatlm.common.messages.protocol import Cancel
 from chatlm.common.messages.requests import (
     Accepted, Ended, Event, Failed, Finished, Piece, PromptProgress, PromptScores, Request)
+from chatlm.front.pool.use import ModelUse
 from chatlm.front.pool.worker import RECENT_S, Job, Worker, batch_of, cost_of, share_device
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.requests import WorkerEvent
+    from chatlm.front.pool.adapters import PoolAdapters
 
 
 class WaitingQueue:
@@ -112,31 +112,26 @@ class Dispatcher:
     PREFIXES = 10_000   # remembered for each worker
     STAY_S = 1.0        # that a job in the background stays at least with a worker that others use
 
-    def __init__(self, settings: Settings, workers: Seq[Worker], all_models: list[Dispatcher] | None = None,
-                 changed: Callable[[], None] | None = None):
+    def __init__(self, settings: Settings, workers: Seq[Worker], adapters: PoolAdapters,
+                 all_models: list[Dispatcher] | None = None,
+                 changed: Callable[[], None] = lambda: None):
         """all_models: the dispatchers of a server's models, to which this one is added; they share limits
-        and turns. changed: called when a job arrives, ends or is moved. Whoever gives it decides when the
-        model is loaded; without it, a job that arrives loads the model at once."""
-        self.settings, self.workers = settings, workers
+        and turns. changed: called when a job arrives, ends or is moved."""
+        self.settings, self.workers, self.adapters = settings, workers, adapters
         self.all_models = [] if all_models is None else all_models
         self.all_models.append(self)
         self.jobs: dict[str, Job] = {}  # waiting and running
         self.pending = WaitingQueue()
-        self.wanted = asyncio.Event()   # cleared: workers stay unloaded until the next request
-        self.wanted.set()
         self.delayed = 0                # answers that outlived their worker
         self.held = False               # do jobs wait even if workers are ready?
-        self.used_s = time.monotonic()  # when a request last arrived or was running
-        self.asked_s = -math.inf        # when a request last arrived, other than with low priority
-        self.changed = changed or (lambda: None)
-        self.wake = changed or self._load_again  # called when a job arrives and the model is unloaded
-        self.loading: Callable[[], float | None] = lambda: None  # share of the model loaded; None: all
-        self.able: Callable[[Worker, Job], bool] = lambda worker, job: True  # may a worker run a job?
+        self.use = ModelUse()
+        self.changed = changed
 
-    async def answer(self, request: Request, lengths: Seq[int],
-                     arrived_s: float) -> AsyncGenerator[Event, None]:
+    async def answer(self, request: Request, lengths: Seq[int], arrived_s: float,
+                     loading: Callable[[], float | None] = lambda: None) -> AsyncGenerator[Event, None]:
         """Accepted, then pieces, then Finished of each answer to an admitted request; closing the iterator at
-        any point cancels it. lengths: the most tokens for an answer to each of its prompts.
+        any point cancels it. lengths: the most tokens for an answer to each of its prompts. loading: which
+        share of the model is loaded; None: all.
 
         Raises EngineFailure (workers died too often), Overloaded (shutdown) and RequestError (cancelled)."""
         events, prompts = asyncio.Queue(), request.prompt_ids or ()
@@ -159,7 +154,7 @@ class Dispatcher:
                 if not waited and time.monotonic() - turn_s > self.TURN_S:
                     waited = await asyncio.sleep(0, True)
                 if request.params.progress and jobs[0].worker is None:
-                    async for progress in self._positions(jobs[0], events):
+                    async for progress in self._positions(jobs[0], events, loading):
                         untold = False
                         yield progress
                 event = await events.get() if events.empty() else events.get_nowait()
@@ -186,13 +181,14 @@ class Dispatcher:
             for worker in self.workers:
                 worker.end_request(request.id)
 
-    async def _positions(self, job: Job, events: asyncio.Queue) -> AsyncIterator[PromptProgress]:
+    async def _positions(self, job: Job, events: asyncio.Queue,
+                         loading: Callable[[], float | None]) -> AsyncIterator[PromptProgress]:
         """Yield a job's position in the queue and how far its model is loaded, whenever one of them changes,
         until the job starts or has an event."""
         shown = None
         while events.empty() and job.worker is None:
             position = next((number for number, waiting in enumerate(self.pending, 1) if waiting is job), 0)
-            progress = PromptProgress(position, len(job.prompt_ids), loading=self.loading())
+            progress = PromptProgress(position, len(job.prompt_ids), loading=loading())
             if position and progress != shown:
                 yield (shown := progress)
             await asyncio.sleep(self.POSITION_S)
@@ -201,17 +197,24 @@ class Dispatcher:
         for job in jobs:
             self.jobs[job.id] = job
             self.pending.append(job)
-        self.used_s = time.monotonic()
+        self.use.note()
         if not all(job.request.low_priority for job in jobs):
-            self.asked_s = self.used_s
-        if not self.wanted.is_set():
-            self.wake()
+            self.use.note_asked()
         self.dispatch()
         self.changed()
 
-    def _load_again(self):
-        log.info("a request arrived: loading the model again")
-        self.wanted.set()
+    def hold(self, held: bool):
+        """Have all jobs wait that do not run, or no longer."""
+        self.held = held
+
+    def idle_s(self, now: float) -> float:
+        """For how long it has had nothing to do."""
+        return 0.0 if self.jobs else now - self.use.last_s
+
+    @property
+    def in_use(self) -> bool:
+        """Has it running or recent requests, other than with low priority?"""
+        return self.busy or self.use.was_asked
 
     @property
     def busy(self) -> bool:
@@ -259,7 +262,7 @@ class Dispatcher:
             rows = rows_of(worker for model in self.all_models for worker in model.workers)
             if (job := self.pending.first(rows)) is None:
                 return
-            free = [worker for worker in self.workers if worker.can_take(job) and self.able(worker, job)]
+            free = [worker for worker in self.workers if worker.can_take(job) and self._able(worker, job)]
             if not (free := free or self._make_room(job)):
                 return
             self.pending.take(job)
@@ -268,6 +271,10 @@ class Dispatcher:
             self._assign(job, min(free, key=partial(cost_of, job=job)))
         if len(self.workers) > 1 and not self.held:
             self._spread()
+
+    def _able(self, worker: Worker, job: Job) -> bool:
+        """May a worker run a job?"""
+        return self.adapters.able(worker, job.request.params.adapter)
 
     def _assign(self, job: Job, worker: Worker):
         worker.assign(job)
@@ -283,7 +290,7 @@ class Dispatcher:
                 continue
             for job in (job for other in self.workers if other.interactive and not share_device(worker, other)
                         for job in other.jobs.values()):
-                if (job.worker and job.request.low_priority and self.able(worker, job)
+                if (job.worker and job.request.low_priority and self._able(worker, job)
                         and worker.can_take(job) and time.monotonic() - job.assigned_s > self.STAY_S):
                     job.worker.set_aside(job)
                     return self._assign(job, worker)
@@ -298,7 +305,7 @@ class Dispatcher:
         mine = job.request.low_priority
         rows = Counter({client: count for (low, client), count in rows_of(self.workers).items()
                         if low == mine})
-        running = [other for worker in self.workers if worker.takes_jobs and self.able(worker, job)
+        running = [other for worker in self.workers if worker.takes_jobs and self._able(worker, job)
                    and not (mine and len(worker.jobs) > batch_of(worker))
                    for other in worker.jobs.values()
                    if not other.failovers and other.request.low_priority == mine]
@@ -382,6 +389,7 @@ class Dispatcher:
 
     def _forget(self, job: Job):
         del self.jobs[job.id]
+        self.use.note()
         job.note_thinking_ends(None)
         if job.worker:
             del job.worker.jobs[job.worker_id]

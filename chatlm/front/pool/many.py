@@ -6,7 +6,7 @@ import asyncio
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence as Seq
+from collections.abc import Callable, Mapping, Sequence as Seq
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,9 +30,11 @@ from chatlm.front.pool.watch import RunWatch
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
+    from chatlm.common.hub.steps import Step
     from chatlm.front.pool.models import Model, Served
     from chatlm.front.pool.pool import WorkerPool
     from chatlm.front.pool.residency import Place
+    from chatlm.front.pool.watch import CheckpointWork
 
 
 LEAVING_S = 3.0  # after a model's last request may have found it, before its pool is closed
@@ -47,13 +49,17 @@ class ManyModels(Catalogue):
     COMING_S = 5       # a request for a model whose files are being written is told to come again after this
     RETRY_S = 30.0   # a request for a model that failed longer ago than this has it tried again
 
-    def __init__(self, settings: Settings, command: Seq[str] = PROCESS_COMMAND):
+    def __init__(self, settings: Settings, command: Seq[str] = PROCESS_COMMAND,
+                 step_work: Callable[[ManyModels, Mapping[Step, Model]], CheckpointWork] | None = None):
+        """step_work: makes what is done for the checkpoints of --watch, from these models by step; with
+        --watch it is needed."""
         if settings.ray_address:
             raise ConfigError("several models with --ray-address: a Ray cluster serves one model")
         if settings.served_model_name:
             raise ConfigError("--served-model-name names a single model; with several, use `aliases` in "
                               "[[models]]")
         super().__init__(settings)
+        self.step_work = step_work
         self.residency = Residency(0)
         self.became_ready, self.failure = asyncio.Event(), None
         self.opener = Opener(settings, command, self.residency, self.became_ready.is_set)
@@ -125,7 +131,8 @@ class ManyModels(Catalogue):
                 await watch.share_adapters()
             self.run("watching --models", watch.run)
         if self.settings.watch is not None:
-            runs = RunWatch(self)
+            assert self.step_work
+            runs = RunWatch(self, self.step_work)
             self.watches.append(runs)
             await runs.begin()
             self.run("watching --watch", runs.run)
@@ -307,7 +314,8 @@ class ManyModels(Catalogue):
                 "uptime_s": round(time.monotonic() - self.started_s, 1),
                 "prefixes": self.opener.prefixes.stats(),
                 "models_memory": self.residency.budget, "models_bytes": self.residency.used,
-                "bits_per_byte": {model.name: model.score.bits_per_byte for model in models if model.score}}
+                "bits_per_byte": {model.name: model.bits_per_byte for model in models
+                                  if model.bits_per_byte is not None}}
 
     def describe(self) -> list[str]:
         models = self.registry.models

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence as Seq
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TYPE_CHECKING
+from typing import Any, NamedTuple, TYPE_CHECKING
 
 from chatlm.common.config import ModelChoice
 from chatlm.common.errors import ConfigError, Overloaded, RequestError, without_folders
 from chatlm.front.pool.names import accepted_names, bound_among, is_among, named_among
 from chatlm.front.pool.pool import known_of
-from chatlm.front.pool.supervisor import NO_CARD
+from chatlm.front.pool.versions import NO_CARD
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.protocol import Known
     from chatlm.common.hub.val_bpb import Evaluation
     from chatlm.common.messages.requests import ModelSource, Request
-    from chatlm.front.evals.flips import Verdicts
     from chatlm.front.pool.adapters import Adapter
     from chatlm.front.pool.pool import WorkerPool
     from chatlm.front.pool.residency import Place
     from chatlm.front.pool.run_names import RunName
-    from chatlm.front.pool.score import Score
 
 
 class Model:
@@ -41,7 +37,7 @@ class Model:
         self.stamp: tuple = ()               # of its files, if --models found it
         self.run: RunName | None = None      # of a checkpoint that --watch found
         self.step = 0                        # of that run
-        self.score: Score | None = None      # by --watch-text, of a checkpoint
+        self.bits_per_byte: float | None = None  # by --watch-text, of a checkpoint
         self.scoring = False                 # is it scored now?
         self.written: dict[str, float] = {}  # metrics that its training has written beside it
         self.logged: dict[str, float] = {}   # and into the log of its stage
@@ -52,7 +48,7 @@ class Model:
         self.own_val_bpb: float | None = None
         self.warning = ""                    # what to know before it is evaluated
         self.judged: dict[str, float] | None = None  # metrics by --watch-suite, once it has ended
-        self.verdicts: Verdicts | None = None  # and of its items
+        self.verdicts: Any = None            # and of its items: see evals.flips
         self.samples: tuple[dict[str, str], ...] = ()  # by --watch-prompts
 
     @property
@@ -85,26 +81,24 @@ class Model:
         if self.place:
             self.place.name = name
         if self.pool:
-            self.pool.placement.source = self.source
-            self.pool.supervisor.card = replace(self.pool.supervisor.card, name=name)
+            self.pool.rename(name, self.source)
 
     def load(self):
         """Load it as if a request waited for it."""
-        if self.place:
+        if self.place and self.pool:
             self.place.asked = not self.place.serves
-        if self.pool and (self.place or not self.pool.dispatcher.wanted.is_set()):
-            self.pool.dispatcher.wake()
+            self.pool.changed()
+        elif self.pool:
+            self.pool.supervisor.load_for_request()
 
     def unload(self):
         """Unload it once its running answers have ended; the next request loads it again."""
         if self.place and self.pool:
             self.place.asked = False
             self.place.leave()
-            self.pool.dispatcher.wake()
-        elif self.pool and not self.pool.dispatcher.running:
-            unload_now(self.pool)
-        elif self.pool and not self.pool.dispatcher.held:
-            self.pool.supervisor.run("unloading the model", partial(unload_after_answers, self.pool))
+            self.pool.changed()
+        elif self.pool:
+            self.pool.unload()
 
     @property
     def is_unnamed(self) -> bool:
@@ -125,8 +119,9 @@ class Model:
             if self.pool.supervisor.ready_workers:
                 return "ready"
             return "loading" if self.place.taken and not self.place.leaving else "unloaded"
-        asleep = getattr(self.pool.supervisor, "asleep", False) and not self.pool.dispatcher.wanted.is_set()
-        return "unloaded" if asleep else "ready" if self.pool.ready else "loading"
+        if getattr(self.pool.supervisor, "unloaded", False):
+            return "unloaded"
+        return "ready" if self.pool.ready else "loading"
 
     @property
     def bytes(self) -> int:
@@ -150,7 +145,7 @@ class Model:
             return {}
         return {"run": self.run.run, "lineage": self.run.lineage, "stage": self.run.stage, "step": self.step,
                 **self.remarks,
-                "bits_per_byte": self.score and round(self.score.bits_per_byte, 6), "scoring": self.scoring}
+                "bits_per_byte": self.bits_per_byte and round(self.bits_per_byte, 6), "scoring": self.scoring}
 
     @property
     def remarks(self) -> dict:
@@ -161,26 +156,9 @@ class Model:
     @property
     def metrics(self) -> dict[str, float]:
         """All that is known of how good a checkpoint is, by upstream's names where it has some."""
-        scored = {"bits_per_byte": round(self.score.bits_per_byte, 6)} if self.score else {}
+        scored = {} if self.bits_per_byte is None else {"bits_per_byte": round(self.bits_per_byte, 6)}
         own = {"own_val_bpb": round(self.own_val_bpb, 6)} if self.own_val_bpb is not None else {}
         return {**self.logged, **self.written, **own, **scored, **(self.judged or {})}
-
-
-async def unload_after_answers(pool: WorkerPool):
-    """Unload the only model of a server; its queue is held meanwhile."""
-    dispatcher = pool.dispatcher
-    dispatcher.held = True
-    while dispatcher.running:
-        await asyncio.sleep(0.05)
-    unload_now(pool)
-
-
-def unload_now(pool: WorkerPool):
-    if pool.supervisor.prepared:
-        pool.supervisor.unload()
-    pool.dispatcher.held = False
-    if len(pool.dispatcher.pending):
-        pool.dispatcher.wake()
 
 
 class Served(NamedTuple):

@@ -27,7 +27,9 @@ from chatlm.front.pool.local import LocalDevices, cuda_device_count
 from chatlm.front.pool.names import accepted_names
 from chatlm.front.pool.prefixes import Prefixes
 from chatlm.front.pool.ray import RayNodes
-from chatlm.front.pool.supervisor import NO_CARD, Supervisor
+from chatlm.front.pool.served_version import ServedVersion
+from chatlm.front.pool.supervisor import Supervisor
+from chatlm.front.pool.versions import NO_CARD
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
     from chatlm.common.messages.requests import Event, ModelSource, Request, TextSpec
     from chatlm.common.text.tokenizer import Tokenizer
     from chatlm.front.admission.admission import Desk
-    from chatlm.front.pool.worker import Placement
+    from chatlm.front.pool.supervisor import Placement
 
 
 def sampling_of(pool, settings: Settings) -> dict[str, tuple[float, str]]:
@@ -89,21 +91,21 @@ class WorkerPool:
                  dispatchers: list[Dispatcher] | None = None, prefixes: Prefixes | None = None,
                  changed: Callable[[], None] | None = None):
         """desk, dispatchers: shared by the models of a server with several. prefixes: memory that outlives
-        the workers; several models share it, and their catalogue starts and closes it. changed: see
-        Dispatcher."""
+        the workers; several models share it, and their catalogue starts and closes it. changed: called when
+        jobs come and go, by whoever decides when the model is loaded; None: the next job loads it."""
         self.prefixes, self.alone = prefixes, desk is None
         self.settings, self.placement, self.workers = settings, placement, placement.workers
         self.admission = Admission(self._check_capacity, desk)
-        self.dispatcher = Dispatcher(settings, self.workers, dispatchers, changed)
+        self.changed = changed or self._load_for_jobs
         self.adapters = PoolAdapters(settings, self.workers)
-        self.dispatcher.able = lambda worker, job: self.adapters.able(worker, job.request.params.adapter)
+        self.dispatcher = Dispatcher(settings, self.workers, self.adapters, dispatchers, self.changed)
         self.adapters.taken = lambda: accepted_names(
             [self.model_name, *settings.served_model_name], settings.model)
         self.supervisor = Supervisor(
             settings, self.workers, self.dispatcher, self.adapters, prepare=self._open_tokenizer,
             expect=self._expect,
             report=lambda stage, fraction: self.on_progress(stage, fraction))
-        self.dispatcher.loading, self.version = self.supervisor.load_fraction, self.supervisor.version
+        self.version = ServedVersion(self.supervisor)
         self.on_progress: Callable[[str, float], None] = lambda stage, fraction: None
         self.draining = False
         self.started_s, self.created = time.monotonic(), int(time.time())
@@ -172,9 +174,39 @@ class WorkerPool:
             self._check_capacity(request.id, request.client, request.low_priority)
             prompts = self.admission.prompts
             lengths = [prompts.answer_length(request, ids) for ids in request.prompt_ids or () if prompts]
-            async with aclosing(self.dispatcher.answer(request, lengths, arrived_s)) as events:
+            async with aclosing(self.dispatcher.answer(
+                    request, lengths, arrived_s, self.supervisor.load_fraction)) as events:
                 async for event in events:
                     yield event
+
+    def _load_for_jobs(self):
+        """The only model of a server is loaded again for the next job."""
+        if self.dispatcher.jobs:
+            self.supervisor.load_for_request()
+
+    def unload(self):
+        """Unload the only model of a server once its running answers have ended; its queue is held until
+        then."""
+        if not self.dispatcher.running:
+            self._unload_now()
+        elif not self.dispatcher.held:
+            self.supervisor.run("unloading the model", self._unload_after_answers)
+
+    async def _unload_after_answers(self):
+        self.dispatcher.hold(True)
+        while self.dispatcher.running:
+            await asyncio.sleep(0.05)
+        self._unload_now()
+
+    def _unload_now(self):
+        if self.supervisor.prepared:
+            self.supervisor.unload()
+        self.dispatcher.hold(False)
+        self.changed()
+
+    def rename(self, name: str, source: ModelSource | None):
+        self.placement.source = source
+        self.supervisor.version.rename(name)
 
     def cancel(self, request_id: str) -> bool:
         """Stop a running request; its reader gets RequestError 'cancelled' instead of Finished."""

@@ -65,7 +65,7 @@ class Place:
         """Every transition goes through here. Jobs are held while the model lacks memory or is about to."""
         assert stay in NEXT_STAYS[self.stay], f"{self.name}: {self.stay.name} -> {stay.name}"
         self.stay = stay
-        self.pool.dispatcher.held = stay not in (Stay.OUT, Stay.IN)
+        self.pool.dispatcher.hold(stay not in (Stay.OUT, Stay.IN))
 
     @property
     def taken(self) -> bool:
@@ -115,10 +115,10 @@ class Place:
         self.become(Stay.IN)
         self.asked, self.taken_s = False, time.monotonic()
         if before is Stay.OUT:
-            dispatcher.wanted.set()
+            self.pool.supervisor.load()
             return
         for worker in self.pool.workers:
-            worker.cache = CacheState.HELD
+            worker.use_cache()
         dispatcher.dispatch()
 
     def empty_cache(self):
@@ -221,8 +221,8 @@ class Residency:
         """Advance all transitions, and load what fits, in order of waiting."""
         for place in self.places:
             place.go_on()
-            idle_s = now - place.pool.dispatcher.used_s if place.taken and is_idle(place) else 0.0
-            if place.idle_s and idle_s > place.idle_s:
+            is_unused = place.taken and is_idle(place)
+            if place.idle_s and is_unused and place.pool.dispatcher.idle_s(now) > place.idle_s:
                 place.leave()
             place.waits_since_s = (place.waits_since_s or now) if place.waits else None
         if self.used > self.budget:  # a loaded model was given adapters
@@ -265,7 +265,7 @@ class Residency:
     def _rank(place: Place) -> tuple[bool, bool, float]:
         dispatcher = place.pool.dispatcher
         busy = dispatcher.busy
-        return busy, not dispatcher.jobs, place.taken_s if dispatcher.jobs else dispatcher.used_s
+        return busy, not dispatcher.jobs, place.taken_s if dispatcher.jobs else dispatcher.use.last_s
 
 
 def is_idle(place: Place) -> bool:

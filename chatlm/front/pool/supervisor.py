@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import typing
 from collections.abc import Awaitable, Callable, Sequence as Seq
 from dataclasses import replace
 from functools import partial
@@ -14,21 +15,32 @@ from chatlm.common.log import log
 from chatlm.common.memory import available_memory
 from chatlm.common.messages.protocol import (
     AdapterLoaded, CacheEmptied, Crashed, Loading, ModelCard, ModelText, Ready, Stepped, Unusable)
-from chatlm.common.messages.requests import TextSpec
 from chatlm.common.messages.wire import BadMessage
 from chatlm.common.program import program_stamp
 from chatlm.front.aio import end_tasks, supervised
 from chatlm.front.pool.versions import Version, of_other_files
-from chatlm.front.pool.worker import CacheState, State, Worker
+from chatlm.front.pool.worker import Launcher, State, Worker
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
+    from chatlm.common.messages.requests import TextSpec
     from chatlm.front.pool.adapters import PoolAdapters
     from chatlm.front.pool.dispatcher import Dispatcher
 
 
-# What is known before a worker has said what model it has.
-NO_CARD = ModelCard(TextSpec("", b""), "loading", 0, (), {}, False)
+class Placement(Launcher, typing.Protocol):
+    """Where workers run: on this machine's devices (`LocalDevices`) or on the nodes of a Ray cluster
+    (`RayNodes`). It makes the workers and starts their processes."""
+
+    workers: list[Worker]  # shared with others; only the placement adds and removes
+    settings: Settings     # of the workers; paths in place of the names of models, once these were found
+
+    async def start(self, supervisor: Supervisor):
+        """Have the supervisor keep each worker alive as soon as it may start."""
+
+    def stats(self) -> dict:
+        """Its part of /stats."""
+        ...
 
 
 class Supervisor:
@@ -48,10 +60,11 @@ class Supervisor:
         self.settings, self.workers = settings, workers
         self.dispatcher, self.adapters = dispatcher, adapters
         self.prepare, self.report, self.expect, self.stamp = prepare, report, expect, program_stamp()
-        self.card, self.prepared, self.closing = NO_CARD, False, False
-        self.version = Version(self)
-        self.cannot_open = ""                # why no tokenizer can be made of the files that workers have
+        self.version = Version(workers, dispatcher)
+        self.closing = False
         self.asleep = False                  # from unloading until the model is loaded again
+        self.wanted = asyncio.Event()        # cleared: workers stay unloaded until `load`
+        self.wanted.set()
         self.loading = ("starting", 0.0)     # stage and share
         self.became_ready = asyncio.Event()  # also set when start-up failed
         self.failure: ChatServerError | None = None
@@ -75,6 +88,7 @@ class Supervisor:
     def give_up(self, error: ChatServerError):
         """Start-up has failed."""
         self.failure, self.closing = self.failure or error, True
+        self.version.close()
         self.became_ready.set()
         self.gave_up()
 
@@ -97,13 +111,14 @@ class Supervisor:
         """Restart the worker whenever it dies, after a wait that grows with each crash in a row."""
         before = ""  # how the previous process ended
         while True:
-            await self.dispatcher.wanted.wait()
+            await self.wanted.wait()
             worker.error = ""
             ready_s = worker.ready_s
             if self.closing or worker not in self.workers:  # its node is gone
                 return
-            if await self.version.may_read(worker):
-                await self._live(worker)
+            if error := await self.version.may_read(worker):
+                return self.leave_out(worker, error)
+            await self._live(worker)
             if worker.state is State.LEFT_OUT:
                 return
             if self.closing or worker.state is State.UNLOADED or worker not in self.workers:
@@ -184,8 +199,7 @@ class Supervisor:
                 self._check_ready()
                 self.dispatcher.dispatch()
             case CacheEmptied(able):
-                if worker.cache is CacheState.ASKED:  # else it may use the pages again
-                    worker.cache = CacheState.EMPTY if able else CacheState.UNABLE
+                worker.note_emptied(able)
                 self.dispatcher.changed()
             case Loading(stage, fraction):
                 self.progress(stage, fraction)
@@ -200,9 +214,10 @@ class Supervisor:
                 worker.place, worker.text = message.place, None
                 self._note_drafts(worker, message.without)
                 if self.card.kernels and of_other_files(message, self.card):  # on a node of Ray's
-                    return self.version.refuse(worker)
+                    return self._refuse(worker)
                 if not self.card.kernels:  # so far only the headers of the model's files were read
-                    known, self.card = self.card, message
+                    known = self.card
+                    self.version.note_card(message)
                     if not self.prepared or (message.context_length, message.scored_length) != (
                             known.context_length, known.scored_length):
                         # build our tokenizer while the workers warm up
@@ -214,7 +229,7 @@ class Supervisor:
                 if len(self.workers) > 1:
                     log.info("%s is ready: %s", worker.where, worker.place)
                 self.asleep, self.load_s = False, worker.ready_s - worker.spawned_s
-                self.dispatcher.used_s = worker.ready_s
+                self.dispatcher.use.note()
                 self._check_ready()
                 self.dispatcher.dispatch()
             case Unusable(text):
@@ -244,21 +259,34 @@ class Supervisor:
         if not self.ready:
             self.report(stage, fraction)
 
+    @property
+    def card(self) -> ModelCard:
+        return self.version.card
+
+    @property
+    def prepared(self) -> bool:
+        """Is there a tokenizer for the version of the files that workers have or will read?"""
+        return self.version.opened.is_set()
+
+    def _refuse(self, worker: Worker):
+        if error := self.version.refuse(worker):
+            self.leave_out(worker, error)
+            worker.kill()
+
     async def _prepare(self):
         try:
             await self.prepare(self.card)
         except ChatServerError as error:
-            self.cannot_open = str(error)
+            self.version.note_unusable(str(error))
             raise
-        self.cannot_open = ""
-        self.prepared = True
-        self.version.opened.set()
+        self.version.note_opened()
         self._check_ready()
 
     async def begin_unloaded(self, card: ModelCard):
         """Begin without workers: `card` has what the headers of the files say, enough to admit requests."""
-        self.dispatcher.wanted.clear()
-        self.card, self.asleep = card, True
+        self.wanted.clear()
+        self.version.note_card(card)
+        self.asleep = True
         for worker in self.workers:
             worker.become(State.UNLOADED)
         await self._prepare()
@@ -288,18 +316,32 @@ class Supervisor:
 
     def unload_when_idle(self):
         """--idle-unload: end the workers after that long without a request; /health polls do not count."""
-        now, idle_s = time.monotonic(), self.settings.idle_unload
-        if self.dispatcher.jobs:
-            self.dispatcher.used_s = now
+        idle_s = self.settings.idle_unload
         usable = [worker for worker in self.workers if worker.state is not State.LEFT_OUT]
-        if idle_s and now - self.dispatcher.used_s > idle_s and usable and usable == self.ready_workers:
+        is_idle = idle_s and self.dispatcher.idle_s(time.monotonic()) > idle_s
+        if is_idle and usable and usable == self.ready_workers:
             log.info("no request for %g s: the model is unloaded until the next one", idle_s)
             self.unload()
 
+    def load(self):
+        """Let the workers of an unloaded model start."""
+        self.wanted.set()
+
+    def load_for_request(self):
+        """Load an unloaded model, since a request waits for it."""
+        if not self.wanted.is_set():
+            log.info("a request arrived: loading the model again")
+            self.load()
+
+    @property
+    def unloaded(self) -> bool:
+        """Does it stay unloaded until `load`?"""
+        return self.asleep and not self.wanted.is_set()
+
     def unload(self):
-        """End the workers until `wanted` is set again."""
+        """End the workers until `load`."""
         self.asleep, self.loading = True, ("unloaded", 0.0)
-        self.dispatcher.wanted.clear()
+        self.wanted.clear()
         for worker in self.workers:
             worker.cannot_start = ""  # the next request has it tried again
             worker.failed_starts = 0
@@ -315,6 +357,7 @@ class Supervisor:
     async def close(self):
         """End every worker, and wait until it has ended."""
         self.closing = True
+        self.version.close()
         processes = [worker.process for worker in self.workers if worker.process]
         for process in processes:
             process.kill()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Iterable, Sequence as Seq
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence as Seq
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TYPE_CHECKING
+from typing import Any, Protocol, TYPE_CHECKING
 
 from chatlm.common.config import ModelChoice
 from chatlm.common.errors import ConfigError
@@ -21,12 +21,34 @@ from chatlm.front.pool.names import accepted_names, is_among
 from chatlm.front.pool.residency import NoRoom, Residency
 from chatlm.front.pool.run_names import RunNames
 from chatlm.front.pool.sightings import Sightings
-from chatlm.front.pool.step_work import StepWork, asked_lately
 
 if TYPE_CHECKING:
     from chatlm.common.hub.steps import Step
     from chatlm.front.pool.many import ManyModels
     from chatlm.front.pool.models import Model
+    from chatlm.front.pool.run_names import RunName
+
+
+class CheckpointWork(Protocol):
+    """What a server does for each checkpoint while nobody needs it: scores, evaluations (`StepWork`)."""
+
+    async def begin(self):
+        """Awaited before the first checkpoint is opened."""
+
+    async def opened(self, step: Step, model: Model):
+        """A checkpoint is served."""
+
+    async def note_written(self, model: Model):
+        """What its training wrote of a checkpoint has changed."""
+
+    def removed(self, watched: Path, runs: Mapping[str, RunName],
+                there: Collection[tuple[str, int]]) -> list[dict[str, Any]]:
+        """The steps of runs below a folder whose files are gone. runs: by folder those that are there or
+        were. there: folder and number of steps whose files are there."""
+        ...
+
+    async def run(self):
+        """Work for one checkpoint after another."""
 
 
 class RunWatch:
@@ -45,7 +67,8 @@ class RunWatch:
     LEAVE_S = 30.0   # a step that is not the latest leaves memory this long after its last request
     SURVEY_S = 20.0  # the process that reads headers ends this long after the last checkpoint
 
-    def __init__(self, many: ManyModels):
+    def __init__(self, many: ManyModels,
+                 step_work: Callable[[ManyModels, Mapping[Step, Model]], CheckpointWork]):
         self.many, self.registry = many, many.registry
         self.folder = Path(many.settings.watch or "").expanduser().absolute()
         self.models: dict[Step, Model] = {}  # being served
@@ -56,11 +79,11 @@ class RunWatch:
         self.last: dict[Path, Model] = {}    # by run: the model that has the name `latest`
         self.opened_s = 0.0                  # when a checkpoint was last opened
         self.logs = Logs()
-        self.work = StepWork(many, self.models)
+        self.work = step_work(many, self.models)
 
     async def begin(self):
         """Open the last step of each run; the others follow while requests are served."""
-        await self.work.results.load()
+        await self.work.begin()
         last = {step.run: step for step in await self.sightings.look()}
         await self._open([*last.values()])
         await self._read_logs()
@@ -106,9 +129,7 @@ class RunWatch:
         folders = {run: os.path.realpath(run) for run in self.names.known}
         runs = {folders[run]: name for run, name in self.names.known.items()}
         there = {(folders.get(step.run, ""), step.step) for step in self.sightings.there.values()}
-        known = self.work.steps
-        served = {known[model][0].digest for model in self.models.values() if model in known}
-        return self.work.results.removed(Path(os.path.realpath(self.folder)), runs, there, served)
+        return self.work.removed(Path(os.path.realpath(self.folder)), runs, there)
 
     async def _open(self, steps: Iterable[Step]):
         self.names.learn(self.sightings.there.values())  # whichever of them is complete first
@@ -206,8 +227,8 @@ class RunWatch:
                 holder.choice = replace(holder.choice, aliases=(), default=False)
                 if holder.place:
                     holder.place.idle_s = holder.place.idle_s or self.LEAVE_S
-                if holder.pool and newest.pool:  # its users now use the new one
-                    newest.pool.dispatcher.asked_s = holder.pool.dispatcher.asked_s
+                if holder.pool and newest.pool:
+                    newest.pool.dispatcher.use.succeed(holder.pool.dispatcher.use)
             self.last[run] = newest
             self._give_latest()
             for alias in newest.choice.aliases:
@@ -223,6 +244,6 @@ def order(model: Model) -> tuple:
 def in_use(model: Model, residency: Residency) -> bool:
     """Is it in memory and recently used, and is there memory for a second one like it?"""
     place, pool = model.place, model.pool
-    if not (pool and place and place.taken and asked_lately(pool)):
+    if not (pool and place and place.taken and pool.dispatcher.in_use):
         return False
     return 2 * place.size <= residency.room_beside_pinned(place)

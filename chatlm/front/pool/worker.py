@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.errors import ChatServerError
     from chatlm.common.messages.requests import Event, ModelSource, Request, TextSpec, WorkerEvent
-    from chatlm.front.pool.ray import RayActor
-    from chatlm.front.pool.supervisor import Supervisor
 
 
 RECENT_S = 5        # seconds over which /stats averages the speed
@@ -209,17 +207,21 @@ class CacheState(enum.Enum):
     UNABLE = enum.auto()    # it cannot
 
 
-class Placement(typing.Protocol):
-    """Where workers run: on this machine's devices (`LocalDevices`) or on the nodes of a Ray cluster
-    (`RayNodes`). It makes the workers and starts their processes."""
+class Process(typing.Protocol):
+    """A worker's process: on this machine (`Popen`) or on a node of Ray's (`RayActor`)."""
 
-    workers: list[Worker]       # shared with others; only the placement adds and removes
+    @property
+    def pid(self) -> int | None: ...
+    def poll(self) -> int | None: ...
+    def kill(self): ...
+    def wait(self, timeout: float | None = None) -> int | None: ...
+
+
+class Launcher(typing.Protocol):
+    """Starts the processes of workers, and knows the model's files that these read."""
+
     source: ModelSource | None  # the model's files, once they were found
     renews: bool                # does the pool switch to files that have changed? Else it ends
-    settings: Settings          # of the workers; paths in place of the names of models, once these were found
-
-    async def start(self, supervisor: Supervisor):
-        """Have the supervisor keep each worker alive as soon as it may start."""
 
     async def open(self, worker: Worker) -> tuple[asyncio.StreamReader, WorkerConfig]:
         """Start a process and connect to it; sets the worker's process and writer. Returns the stream of its
@@ -235,10 +237,6 @@ class Placement(typing.Protocol):
 
     def end_in_words(self, worker: Worker) -> str:
         """Why its last process ended."""
-        ...
-
-    def stats(self) -> dict:
-        """Its part of /stats."""
         ...
 
 
@@ -274,7 +272,7 @@ class Worker:
     OUTBOX_BYTES = 4 << 20  # a worker with this many unread bytes gets no more answers for now
     EXIT_S = 2.0            # a process that has closed its pipe is killed if it has not exited by then
 
-    def __init__(self, settings: Settings, placement: Placement, gpu: int, device: str = "cpu",
+    def __init__(self, settings: Settings, placement: Launcher, gpu: int, device: str = "cpu",
                  node: str = ""):
         self.settings, self.placement = settings, placement
         self.gpu, self.device, self.node = gpu, device, node  # node: its machine, if it runs on Ray
@@ -282,7 +280,7 @@ class Worker:
         self.text: TextSpec | None = None    # of the card to come
         self.place = ""                      # in words: its device and what it holds there
         self.jobs: dict[str, Job] = {}
-        self.process: subprocess.Popen | RayActor | None = None
+        self.process: Process | None = None
         self.writer: asyncio.StreamWriter | None = None
         self.gauges: Mapping[str, float | None] = NO_GAUGES
         self.kernel_faults: dict[str, str] = {}
@@ -386,6 +384,15 @@ class Worker:
             self.cache = CacheState.ASKED
             self.prefixes.clear()
             self.send(EmptyCache())
+
+    def note_emptied(self, able: bool):
+        """It has released that memory, or said that it cannot."""
+        if self.cache is CacheState.ASKED:  # else it may use the pages again
+            self.cache = CacheState.EMPTY if able else CacheState.UNABLE
+
+    def use_cache(self):
+        """It may use its KV pages again."""
+        self.cache = CacheState.HELD
 
     def end_request(self, request_id: str):
         if self.known.pop(request_id, None):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence as Seq
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from chatlm.common.answering import Word
-    from chatlm.worker.engine.drafts import StepTimes
-    from chatlm.worker.engine.scheduler import Scheduler
     from chatlm.worker.engine.sequence import Sequence
+    from chatlm.worker.engine.times import StepTimes, Times
 
 
 class BackgroundLane:
@@ -26,12 +25,17 @@ class BackgroundLane:
     PAUSE_S = 0.005  # between two looks at whether other workers still write answers
     LEAST = 64     # tokens of prompts in such a step: fewer would waste most of the speed of matrix products
 
-    def __init__(self):
-        self.ahead = False     # do interactive steps begin before the last one's tokens are known?
-        self.recorded = False  # are steps recorded by their rows, so that prompts among them make them slow?
-        self.room = 1       # what the last step beside interactive answers had
-        self.steps = 0      # beside interactive answers
+    def __init__(self, ahead: bool = False, recorded: bool = False):
+        """ahead: do interactive steps begin before the last one's tokens are known? recorded: are steps
+        recorded by their rows, so that prompts among them make them slow?"""
+        self.ahead, self.recorded = ahead, recorded
+        self.room = 1   # what the last step beside interactive answers had
+        self.steps = 0  # beside interactive answers
         self.word: Word | None = None  # of workers that compute on the same processors
+
+    def give_way_to(self, word: Word):
+        """From now on wait while other workers on the same processors write interactive answers."""
+        self.word = word
 
     def must_wait(self) -> bool:
         """Is an interactive answer being written by another worker on the same processors, or was it a moment
@@ -49,14 +53,13 @@ class BackgroundLane:
         self.room = room
         return room
 
-    def prompt_tokens(self, scheduler: Scheduler, background: Seq[Sequence], rows: int) -> int:
-        """How many tokens of prompts a step may have beside so many rows of answers, if nobody waits for
-        them: if all are in the background."""
-        most, token_s = scheduler.prefill_chunk, scheduler.token_s
-        if not background:
+    def prompt_tokens(self, times: Times, rows: int, most: int) -> int:
+        """How many tokens of prompts, at most `most`, a step may have beside so many rows of answers while
+        nobody waits for any of them."""
+        if not times.token_s:
             return most
-        rows_s = scheduler.drafting.times.expected(rows, rows)[0] if rows and scheduler.drafting else 0.0
-        return min(most, max(self.LEAST, int((self.STEP_S - rows_s) / token_s))) if token_s else most
+        rows_s = times.rows.expected(rows, rows)[0] if rows else 0.0
+        return min(most, max(self.LEAST, int((self.STEP_S - rows_s) / times.token_s)))
 
     def joins(self, sequence: Sequence) -> bool:
         """May it be computed beside interactive answers? Not if the whole step would then be drawn on the

@@ -8,9 +8,10 @@ from dataclasses import replace
 from typing import NamedTuple, Protocol, TYPE_CHECKING
 
 from chatlm.common.messages.requests import DraftCounts, Usage
+from chatlm.worker.engine.times import StepTimes, Times
 
 if TYPE_CHECKING:
-    from chatlm.worker.engine.scheduler import Scheduler
+    from chatlm.worker.engine.limits import StepLimits
     from chatlm.worker.engine.sequence import Sequence
 
 
@@ -51,61 +52,6 @@ class Source(Protocol):
     def judge(self, sequence: Sequence, draft: Draft, verified: int, accepted: int): ...
     def end(self, sequence: Sequence): ...
     def forget(self): ...
-
-
-class StepTimes:
-    """How long a step takes by its rows, as measured; rows never seen are estimated from those that were."""
-
-    SLOPE = 0.05  # of a row, in steps of one row, until two numbers of rows were measured
-    FASTER, SLOWER = 0.3, 0.05  # weight of a measurement below and above the mean: others use the machine too
-    MEMORY = 50   # measurements after which a number of rows counts no more than now
-    RENEWED = 16  # measurements after which the estimates are made again
-
-    def __init__(self):
-        self.measured: dict[int, tuple[float, int]] = {}  # rows -> (seconds, how often it was measured)
-        self.estimates: list[float] = []                  # by rows, from 0
-        self.count = 0
-
-    def note(self, rows: int, seconds: float):
-        known, count = self.measured.get(rows, (seconds, 0))
-        weight = self.FASTER if seconds < known else self.SLOWER
-        self.measured[rows] = known + weight * (min(seconds, 2 * known) - known), min(count + 1, self.MEMORY)
-        self.count += 1
-        if not count or self.count % self.RENEWED == 0:
-            self.estimates = []
-
-    def expected(self, first: int, last: int) -> list[float]:
-        """Seconds of steps of first, first + 1, ... last rows, never falling."""
-        if len(self.estimates) <= last:
-            self.estimates = self._estimates(max(last, 64))
-        return self.estimates[first:last + 1]
-
-    def _estimates(self, last: int) -> list[float]:
-        known = self._never_falling() or [(1.0, 1.0)]
-        (low, low_s), (high, high_s) = known[0], known[-1]
-        slope = max((high_s - low_s) / (high - low), 0.01 * low_s) if high > low else self.SLOPE * low_s / low
-        points = [(0, max(low_s - slope * low, 0.1 * low_s)), *known,
-                  (last + 1, high_s + slope * max(last + 1 - high, 0))]
-        found, place = [], 0
-        for rows in range(last + 1):
-            while points[place + 1][0] <= rows:
-                place += 1
-            (low, low_s), (high, high_s) = points[place:place + 2]
-            found.append(low_s + (high_s - low_s) * (rows - low) / (high - low))
-        return found
-
-    def _never_falling(self) -> list[tuple[float, float]]:
-        """(rows, seconds): neighbours that fall are put together, by how often they were measured, so that
-        one slow step does not make all larger ones look slow."""
-        pools: list[tuple[float, float, int]] = []
-        for rows, (seconds, count) in sorted(self.measured.items()):
-            pools.append((float(rows), seconds, count))
-            while len(pools) > 1 and pools[-2][1] > pools[-1][1]:
-                (rows, seconds, count), (other, other_s, others) = pools.pop(), pools.pop()
-                both = count + others
-                pools.append(((rows * count + other * others) / both,
-                              (seconds * count + other_s * others) / both, both))
-        return [(rows, seconds) for rows, seconds, _ in pools]
 
 
 class Acceptance:
@@ -230,13 +176,11 @@ class Drafting:
     all before are right against the time that one more row takes. Both are measured. A draft that is not
     verified is measured too: the tokens that come show whether it was right."""
 
-    MOST_GAP_S = 0.002  # between two steps of which the second waited for nothing
-
-    def __init__(self, sources: Iterable[Source]):
+    def __init__(self, sources: Iterable[Source], times: Times | None = None):
         self.sources = {source.name: source for source in sources}
         self.drafted, self.accepted = DraftCounts(), DraftCounts()
-        self.acceptance, self.times = Acceptance(), StepTimes()
-        self.host_times = StepTimes()  # of steps whose logits the host needs
+        self.acceptance = Acceptance()
+        self.times = times or Times()
         self.records: dict[Sequence, Record] = {}
         self.first_id: int | None = None  # from here on ids are no tokens
 
@@ -258,22 +202,16 @@ class Drafting:
         for source in self.sources.values():
             source.forget()
 
-    def note_step(self, rows: int, step_s: float, gap_s: float, on_host: bool):
-        """A step of this many rows, all of answers and drafts, has taken so long, `gap_s` after the one
-        before: what the host did in between counts too, unless nothing was asked of it."""
-        times = self.host_times if on_host else self.times
-        times.note(rows, step_s + (gap_s if gap_s < self.MOST_GAP_S else 0.0))
-
-    def draft(self, sequences: Iterable[Sequence], scheduler: Scheduler, token_s: float):
-        """Set the drafts of those of these sequences that can have one, for the scheduler's next step, in the
-        background only while nothing else runs; token_s: seconds that a token of a prompt takes."""
-        interactive = [sequence for sequence in scheduler.running if not sequence.work.background]
+    def draft(self, sequences: Iterable[Sequence], running: Seq[Sequence], limits: StepLimits):
+        """Set the drafts of those of these sequences that can have one, for the next step of what runs, in
+        the background only while nothing else runs."""
+        interactive = [sequence for sequence in running if not sequence.work.background]
         if able := [sequence for sequence in sequences if can_draft(sequence)
                     and not (interactive and sequence.work.background)]:
-            answers = [sequence for sequence in interactive or scheduler.running if not sequence.pooling]
+            answers = [sequence for sequence in interactive or running if not sequence.pooling]
             tokens = sum(sequence.pending for sequence in answers if sequence.prefilling)
-            self.propose(able, -(-len(answers) // scheduler.stages), scheduler.draft_rows,
-                         min(tokens, scheduler.prefill_chunk) * token_s,
+            self.propose(able, -(-len(answers) // limits.stages), limits.draft_rows,
+                         min(tokens, limits.prefill_chunk) * self.times.token_s,
                          any(sequence.needs_logits for sequence in answers))
 
     def propose(self, sequences: Seq[Sequence], rows: int, most: int, other_s: float = 0.0,
@@ -281,7 +219,7 @@ class Drafting:
         """Set the drafts of these sequences: of each the one that is worth most, cut to what pays in a step
         of `rows` rows without drafts, at most `most` with them, and `other_s` seconds of other work; does
         the host need its logits?"""
-        times = self.host_times if on_host else self.times
+        times = self.times.of(on_host)
         best = dict.fromkeys(sequences, NO_DRAFT)
         for sequence in sequences:
             sequence.draft = NO_DRAFT

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from chatlm.worker.engine.adapter_slots import AdapterSlots
     from chatlm.worker.engine.draft_model import Followers
     from chatlm.worker.engine.engine import Engine
+    from chatlm.worker.engine.keeper import Restoration
     from chatlm.worker.engine.kvcache import PagePool
-    from chatlm.worker.engine.scheduler import Scheduler
+    from chatlm.worker.engine.run_queue import RunQueue
     from chatlm.worker.engine.sequence import Sequence
     from chatlm.worker.engine.states import StatePool
 
@@ -38,7 +39,8 @@ def check_integrity(engine: Engine):
 
 
 def integrity_faults(engine: Engine) -> list[str]:
-    faults = scheduler_faults(engine.scheduler) + adapter_faults(engine)
+    restorations = engine.keeper.restorations if engine.keeper else ()
+    faults = queue_faults(engine.queue, restorations) + adapter_faults(engine)
     return faults + [f"of a draft model: {fault}" for model in engine.draft_models
                      for fault in follower_faults(model.drafter.followers)]
 
@@ -122,19 +124,18 @@ def state_faults(pool: PagePool, states: StatePool,
     return faults
 
 
-def scheduler_faults(scheduler: Scheduler) -> list[str]:
+def queue_faults(queue: RunQueue, restorations: Seq[Restoration] = ()) -> list[str]:
     """Faults of the sequences, and of the pages and states that they and restorations hold."""
-    pool, faults = scheduler.pool, []
-    everyone = [*scheduler.running, *scheduler.waiting]
+    pool, faults = queue.pool, []
+    everyone = [*queue.running, *queue.waiting]
     for sequence, times in Counter(everyone).items():
         if times > 1:
             faults.append(f"answer {sequence.work.id} is scheduled {times} times")
         if sequence.finished:
             faults.append(f"answer {sequence.work.id} has ended, but is still scheduled")
-    faults += [f"answer {s.work.id} is running, but has no pages" for s in scheduler.running if not s.pages]
-    faults += [f"answer {s.work.id} is waiting, but has {kind}" for s in scheduler.waiting for kind, held in (
+    faults += [f"answer {s.work.id} is running, but has no pages" for s in queue.running if not s.pages]
+    faults += [f"answer {s.work.id} is waiting, but has {kind}" for s in queue.waiting for kind, held in (
         ("pages", s.pages), ("states", s.states.slots), ("computed tokens", s.computed)) if held]
-    restorations = scheduler.keeper.restorations if scheduler.keeper else []
     awaited = {id(sequence.restoration) for sequence in everyone}
     faults += [f"restoration {number} goes on, but no answer waits for it" for number, each
                in enumerate(restorations) if not each.over and id(each) not in awaited]
@@ -190,7 +191,7 @@ def adapter_faults(engine: Engine) -> list[str]:
                    for slot in sorted({*slots} - most)]
         faults += [f"adapter slot {slot} of {owners[slot][0]} lacks {what}"
                    for slot in sorted(loaded - {*slots})]
-    for sequence in (*engine.scheduler.running, *engine.scheduler.waiting):
+    for sequence in (*engine.queue.running, *engine.queue.waiting):
         if sequence.adapter and known.digests.get(sequence.adapter) != sequence.adapter_digest:
             faults.append(f"answer {sequence.work.id} has adapter slot {sequence.adapter}, which no adapter "
                           "with its digest has")

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from chatlm.worker.engine.kept import KeptPages
     from chatlm.worker.engine.kvcache import PagePool
     from chatlm.worker.engine.sequence import Sequence
+    from chatlm.worker.engine.times import Times
     from chatlm.worker.model.transformer import Transformer
 
 
@@ -53,23 +54,23 @@ class Pace:
     OVERHEAD_S = 0.0005   # of a restoration
     MEMORY_BYTE_S = 3e-10  # to read a byte of memory
 
-    def __init__(self, page_size: int):
-        self.page_size = page_size
-        self.token_s = 0.0  # to compute a token of a prompt; 0.0: not measured yet
+    def __init__(self, page_size: int, times: Times):
+        self.page_size, self.times = page_size, times
         self.byte_s = 1e-9  # to read a byte of the store
 
     def pays(self, pages: int, size: int, on_disk: bool) -> bool:
         """Would computing the pages take longer than reading their `size` bytes? Yes if nobody knows."""
         read_s = self.OVERHEAD_S + size * (self.byte_s if on_disk else self.MEMORY_BYTE_S)
-        return not self.token_s or pages * self.page_size * self.token_s >= read_s
+        return not self.times.token_s or pages * self.page_size * self.times.token_s >= read_s
 
     def reads_faster(self, restoration: Restoration) -> bool:
         """Has reading brought more pages than computing would have by now?"""
         if restoration.over:
             return False
-        pages_s = self.token_s * self.page_size * (len(restoration.addresses) - restoration.begin)
+        page_s = self.page_size * self.times.token_s
+        pages_s = page_s * (len(restoration.addresses) - restoration.begin)
         elapsed_s = time.monotonic() - restoration.began_s - max(self.GRACE_S, self.GRACE_SHARE * pages_s)
-        computed = elapsed_s / self.token_s / self.page_size if self.token_s else 0.0
+        computed = elapsed_s / page_s if page_s else 0.0
         return elapsed_s < 0 or restoration.pages_read - restoration.begin > computed
 
 
@@ -155,10 +156,10 @@ class Keeper:
     STUCK_S = 5.0         # a restoration is abandoned if one read takes longer
     STEP_BYTES = 64 << 20  # copied into pages between two steps
 
-    def __init__(self, pool: PagePool, transformer: Transformer, kept: KeptPages):
+    def __init__(self, pool: PagePool, transformer: Transformer, kept: KeptPages, times: Times):
         self.pool, self.kept, self.memory = pool, kept, PageBytes(transformer, pool.num_pages)
         pool.addresses = Addresses()
-        self.pace = Pace(pool.page_size)
+        self.pace = Pace(pool.page_size, times)
         self.reader = Reader(kept, self.pace)
         self.restorations: list[Restoration] = []
         self.counts: dict[str, int] = dict.fromkeys(
@@ -187,7 +188,7 @@ class Keeper:
 
     def awaits(self, sequence: Sequence) -> bool:
         """Should a sequence that is ready to run wait for kept pages of its prompt?"""
-        if not self.kept.profile:
+        if not self.kept.profile or sequence.uncached:
             return False
         if sequence.restoration is None:
             if self.reader.looks(sequence.output.added_s):
@@ -270,7 +271,7 @@ class Keeper:
         restoration.pages += table
         self.counts["restored_tokens"] += size
         self.counts["restored_bytes"] += len(payload)
-        self.saved_s += size * self.pace.token_s
+        self.saved_s += size * self.pace.times.token_s
 
     def _adopt_state(self, restoration: Restoration, record: Record, payload: memoryview):
         """Copy a state into a slot, which becomes a snapshot once all pages have arrived."""

@@ -122,6 +122,12 @@ class PagePool:
             self.refs[page] = 1
         return pages
 
+    def take(self, count: int) -> list[int]:
+        """Take `count` pages, as `allocate` does, of those that are known to be available."""
+        pages = self.allocate(count)
+        assert pages is not None
+        return pages
+
     def _evict(self):
         page, _ = self.evictable.popitem(last=False)
         group, key = self.keys[page]  # pyright: ignore[reportGeneralTypeIssues]  an evictable page has a key

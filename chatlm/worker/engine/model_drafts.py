@@ -7,7 +7,8 @@ import time
 from collections.abc import Mapping, Sequence as Seq
 from typing import NamedTuple, Protocol, TYPE_CHECKING
 
-from chatlm.worker.engine.drafts import NO_DRAFT, Draft, StepTimes
+from chatlm.worker.engine.drafts import NO_DRAFT, Draft
+from chatlm.worker.engine.times import StepTimes
 
 if TYPE_CHECKING:
     import numpy
@@ -157,13 +158,10 @@ def mark_shown(plan: Seq[Chunk], models: Seq[ModelDrafts]):
         chunk.sequence.shown = chunk.sequence.drafts and any(model.sees(chunk.sequence) for model in models)
 
 
-def shown_by(plan: Seq[Chunk], alone: bool) -> list[ShownRows]:
-    """Whose hidden states a step of this plan shows. One that runs `alone` starts after those before it have
-    been finished, and leaves out sequences that ended in these."""
+def shown_by(chunks: Seq[Chunk]) -> list[ShownRows]:
+    """Whose hidden states a step shows that starts now."""
     found, row = [], 0
-    for chunk in plan:
-        if alone and chunk.sequence.finished:
-            continue
+    for chunk in chunks:
         end = row + chunk.count + len(chunk.draft)
         if chunk.sequence.shown:
             found.append(ShownRows(chunk.sequence, chunk.sequence.computed, chunk.count, range(row, end)))

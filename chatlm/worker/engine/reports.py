@@ -39,7 +39,7 @@ class Reports:
 
     def send(self):
         """Send what is due. Called once in each step, while it is computed."""
-        now_s, running = time.monotonic(), self.engine.scheduler.running
+        now_s, running = time.monotonic(), self.engine.queue.running
         low = {sequence.work.id for sequence in running if sequence.work.background}
         beside = len(low) < len(running)  # interactive answers
         quick, self.called_s = now_s - self.called_s < self.interval_s, now_s
@@ -65,11 +65,11 @@ class Reports:
 
     def _may_wait(self, news: list[tuple[str, WorkerEvent]], beside: bool) -> bool:
         """beside: interactive answers run beside others, whose prompts are computed in short pieces."""
-        scheduler = self.engine.scheduler
-        return bool(scheduler.running) and not any(
-            not (beside and sequence.work.background) for sequence in scheduler.waiting) and not any(
+        queue = self.engine.queue
+        return bool(queue.running) and not any(
+            not (beside and sequence.work.background) for sequence in queue.waiting) and not any(
             not (beside and sequence.work.background) and sequence.prefilling
-            for sequence in scheduler.running) and all(self._goes_on(id, event) for id, event in news)
+            for sequence in queue.running) and all(self._goes_on(id, event) for id, event in news)
 
 
 def together(events: list[tuple[str, WorkerEvent]]) -> list[tuple[str, WorkerEvent]]:

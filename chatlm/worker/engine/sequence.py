@@ -159,6 +159,11 @@ class Sequence:
         return self.output.scored if self.scoring else len(self.tokens)
 
     @property
+    def uncached(self) -> bool:
+        """Must some of its tokens be computed here, because scores or a mean need them?"""
+        return self.cacheable < len(self.tokens)
+
+    @property
     def pooling(self) -> str:
         return self.work.params.pooling
 
@@ -238,8 +243,3 @@ class Chunk(NamedTuple):
     def on_host(self) -> bool:
         """Does the host need the logits or the hidden states?"""
         return bool(self.sequence.pooling) or self.sequence.needs_logits and self.rows > 0
-
-
-def is_uncached(sequence: Sequence) -> bool:
-    """Must tokens be computed here, because scores or a mean need them?"""
-    return sequence.cacheable < len(sequence.tokens)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from chatlm.common.messages.requests import AnswerParams
-from chatlm.worker.engine.scheduler import FREE_ROWS
+from chatlm.worker.engine.limits import FREE_ROWS
 from chatlm.worker.engine.sequence import Assignment
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def warm_up(engine: Engine, progress: Callable[[float], None]):
     """Run a full prefill chunk and a step of each decode batch size, so no user pays for first calls."""
-    max_batch = engine.scheduler.max_batch
+    max_batch = engine.limits.max_batch
     shapes = [(1, engine.first_chunk), *((1 << n, 1) for n in range(10) if 1 << n < max_batch),
               (max_batch, 1)]
     engine.steps.prepare(lambda fraction: progress(fraction / 2))
@@ -41,15 +41,11 @@ def warm_up_more(engine: Engine):
 
 def run_steps(engine: Engine, rows: int, length: int):
     """Compute this many prompts of this length, and a token of each; nothing of them is kept."""
-    keeper, engine.scheduler.keeper, engine.keeper = engine.keeper, None, None
-    drafts, engine.drafts = engine.drafts, False
-    for row in range(min(rows, engine.pool.num_pages // 2 // engine.pool.groups)):
-        ids = tuple((row + 7 * i) % engine.tokenizer.vocab_size for i in range(length))
-        engine.add(Assignment(f"warm-up {row}", ids, AnswerParams(), 1))
-    while engine.busy:
-        engine.step()
+    with engine.apart():
+        for row in range(min(rows, engine.pool.num_pages // 2 // engine.pool.groups)):
+            ids = tuple((row + 7 * i) % engine.tokenizer.vocab_size for i in range(length))
+            engine.add(Assignment(f"warm-up {row}", ids, AnswerParams(), 1))
+        while engine.busy:
+            engine.step()
     engine.events.clear()
-    engine.drafts = drafts
     engine.pool.forget_cached()
-    if keeper:
-        engine.keep(keeper)

@@ -82,7 +82,7 @@ def port(nanochat_fixtures):
         text = read_nanochat_tokenizer(source.path, 284)
         pool = pool_of(Settings())
         pool.workers[:] = [EchoWorker(pool)]
-        pool.supervisor.card = ModelCard(text, "fake", 64, (), {}, False)
+        pool.supervisor.version.note_card(ModelCard(text, "fake", 64, (), {}, False))
         await pool.supervisor._prepare()
         pool.supervisor.unload = lambda: None       # there is no process to start again
         async with serving(pool, Settings(downloads=False)) as url:         # no request may ask a hub

@@ -138,7 +138,7 @@ def test_one_of_several_gpus_is_told_unless_the_number_was_given(box):
     box("fine", "fine", "fine")
     for changes, told in (({}, True), ({"num_gpus": "1"}, False), ({"num_gpus": "auto"}, False), ({"device_type": "cpu"}, False)):
         pool = pool_of(Settings(**changes))
-        pool.supervisor.card = ModelCard(None, "m", 64, (), {}, False)
+        pool.supervisor.version.note_card(ModelCard(None, "m", 64, (), {}, False))
         pool.placement.source, pool.admission.prompts = config().source, SimpleNamespace(tokenizer=None)
         pool.settings = replace(pool.settings, command="chat")
         assert any(line == "One of 3 GPUs is used; --num-gpus auto uses all" for line in pool.describe()) is told

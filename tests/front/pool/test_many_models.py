@@ -388,5 +388,5 @@ async def test_twelve_models_random_traffic_little_memory_and_killed_workers_los
 
 def test_the_script_serves_many_where_several_are_named(monkeypatch):
     made = []
-    monkeypatch.setattr(many, "ManyModels", lambda settings: made.append(settings) or (_ for _ in ()).throw(ConfigError("seen")))
+    monkeypatch.setattr(many, "ManyModels", lambda settings, **more: made.append(settings) or (_ for _ in ()).throw(ConfigError("seen")))
     assert chat_server.main(["serve", "a", "b", "--port", "0"]) == 2 and [choice.path for choice in made[0].several] == ["a", "b"]

@@ -19,6 +19,7 @@ from chatlm.front.pool.dispatcher import Dispatcher
 from chatlm.front.pool.local import LocalDevices
 from chatlm.front.pool.ray import RayNodes
 from chatlm.front.pool.supervisor import Supervisor
+from chatlm.front.pool.use import ModelUse
 from chatlm.front.pool.worker import NEXT_STATES, State, Worker
 from answers import ending, said
 
@@ -59,7 +60,7 @@ class SilentWorker(Worker):
 
 async def test_a_dispatcher_moves_an_answer_from_a_dead_worker_to_another():
     workers = [worker_in(State.READY, SilentWorker), worker_in(State.LOADING, SilentWorker)]
-    dispatcher = Dispatcher(Settings(max_batch=1), workers)
+    dispatcher = Dispatcher(Settings(max_batch=1), workers, PoolAdapters(Settings(), workers))
     events = dispatcher.answer(Request("a", prompt_ids=((1, 2),), max_tokens=5), [5], 0.0)
     assert await anext(events) == Accepted(2)
     dispatcher.deliver(workers[0], [("a", said("A", tokens=(65,)))])
@@ -102,8 +103,7 @@ class PlayedPlacement:
 
 def supervisor_of(placement, **settings):
     """A supervisor whose dispatcher only notes that jobs were taken from a worker, and the cards that it got ready for."""
-    dispatcher = SimpleNamespace(wanted=asyncio.Event(), used_s=0.0, jobs={}, pending=(), dispatch=lambda: None, requeued=asyncio.Event())
-    dispatcher.wanted.set()
+    dispatcher = SimpleNamespace(use=ModelUse(), idle_s=lambda now: now, jobs={}, pending=(), dispatch=lambda: None, requeued=asyncio.Event())
     dispatcher.requeue = lambda worker: dispatcher.requeued.set()
     cards = []
 
@@ -199,14 +199,14 @@ async def test_idle_workers_are_unloaded_once_and_a_request_would_still_be_serve
     placement = PlayedPlacement()
     [worker] = placement.workers
     supervisor, dispatcher, _ = supervisor_of(placement, idle_unload=1.0)
-    supervisor.prepared = True
+    supervisor.version.note_opened()
     supervisor.unload_when_idle()
     assert worker.state is State.LOADING and not supervisor.asleep
     await placement.open(worker)
     worker.become(State.READY)
     for _ in range(2):
         supervisor.unload_when_idle()
-    assert worker.state is State.UNLOADED and placement.killed == 1 and not dispatcher.wanted.is_set() and supervisor.ready
+    assert worker.state is State.UNLOADED and placement.killed == 1 and supervisor.unloaded and supervisor.ready
     placement.workers.clear()
     supervisor.asleep = False
     supervisor.unload_when_idle()

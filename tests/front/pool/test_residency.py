@@ -206,6 +206,17 @@ async def test_an_idle_model_leaves_after_its_own_time(clock):
     assert models.settle() == "b"
 
 
+async def test_the_time_of_an_idle_model_begins_when_its_last_answer_ends(clock):
+    models = Models(clock, 10, {"a": 2, "b": 2}, a={"idle_s": 30})
+    models.serve("a"), models.serve("b")
+    job = models.ask("a")
+    assert models.settle(100) == "ab"
+    models.end("a", job)
+    assert models.settle(29) == "ab"
+    models.settle(3)
+    assert models.settle() == "b"
+
+
 async def test_a_model_that_dies_while_it_leaves_comes_back_for_its_answer(clock):
     models = Models(clock, 10, {"a": 8, "b": 8})
     job = models.answering("a")

@@ -94,7 +94,7 @@ class Walk(RuleBasedStateMachine):
 
     def load(self, place, seconds):
         [worker] = place.pool.workers
-        if place.pool.dispatcher.wanted.is_set() and worker.state in (State.UNLOADED, State.DEAD, State.LOADING):
+        if place.pool.supervisor.wanted.is_set() and worker.state in (State.UNLOADED, State.DEAD, State.LOADING):
             if worker.process is None or worker.process.gone:
                 worker.process, worker.cache = Process(), CacheState.HELD
                 self.models.load(place.name, seconds)

@@ -81,7 +81,7 @@ async def open_pool(chat_text):
         limits = pool.admission
         limits.BODY_S = limits.TEMPLATE_S = limits.SCHEMA_S = 0.5
         pool.workers[:] = [EchoWorker(pool)]
-        pool.supervisor.card = ModelCard(replace(chat_text, **changes), "fake", context_length, (), {}, False)
+        pool.supervisor.version.note_card(ModelCard(replace(chat_text, **changes), "fake", context_length, (), {}, False))
         pools.append(pool)
         await pool.supervisor._prepare()
         return pool

@@ -18,6 +18,7 @@ from bundles import write_bundle
 from chatlm.common.config import Settings
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.steps import find_steps
+from chatlm.front.evals.step_work import StepWork
 from chatlm.front.pool.local import check_nice
 from chatlm.front.evals.bundle import read_suite
 from chatlm.front.evals.kept import Kept
@@ -411,7 +412,7 @@ async def test_each_checkpoint_is_scored_and_metrics_and_stats_have_the_number(r
     list(tiny_training.train(run_folder, 60, 30))
     models = await watching(run_folder, watch_text=str(tmp_path / "text.txt"))
     async with serving(models, models.settings) as url:
-        await until(lambda: len(models.registry.models) == 2 and all(model.score for model in models.registry.models))
+        await until(lambda: len(models.registry.models) == 2 and all(model.bits_per_byte for model in models.registry.models))
         tokenizer = models.find("d2-base@30").model.pool.tokenizer
         ids = [tokenizer.spec.bos_token, *tokenizer.encode(tiny_training.TEXT * 3)]
         async with client.get(url + "/metrics") as response:
@@ -484,7 +485,7 @@ async def test_suites_and_prompts_are_done_for_each_step_and_not_again_by_the_ne
     for _ in range(2):
         models = await watching(run_folder, **flags)
         async with serving(models, models.settings) as url:
-            await until(lambda: len(models.registry.models) == 2 and all(model.judged and model.samples and model.score for model in models.registry.models))
+            await until(lambda: len(models.registry.models) == 2 and all(model.judged and model.samples and model.bits_per_byte for model in models.registry.models))
             async with client.get(url + "/v1/runs/d2") as response:
                 steps = (await response.json())["steps"]
             async with client.get(url + "/metrics") as response:
@@ -547,9 +548,12 @@ async def started_alone(run_folder, step):
     return pool
 
 
-async def test_an_evaluation_steps_aside_for_a_question_and_goes_on_after_it(run_folder, watching, client, tmp_path):
+@pytest.mark.parametrize("flag", ["watch_suite", "watch_text"])
+async def test_an_evaluation_steps_aside_for_a_question_and_goes_on_after_it(run_folder, watching, client, tmp_path, flag):
     list(tiny_training.train(run_folder, 30, 30))
-    models = await watching(run_folder, watch_suite=str(write_bundle(tmp_path / "bundle")), results=str(tmp_path / "results"),
+    (tmp_path / "text.txt").write_text(tiny_training.TEXT * 60)
+    asked_for = {"watch_suite": str(write_bundle(tmp_path / "bundle")), "watch_text": str(tmp_path / "text.txt")}
+    models = await watching(run_folder, **{flag: asked_for[flag]}, results=str(tmp_path / "results"),
                             stream_interval=0.0)         # a message for each step
     async with serving(models, models.settings) as url:
         await until(lambda: models.registry.models and any(model.pool.dispatcher.jobs for model in models.registry.models))
@@ -560,8 +564,9 @@ async def test_an_evaluation_steps_aside_for_a_question_and_goes_on_after_it(run
         status, answer = await ask(client, url, "d2-base@30", max_tokens=40, ignore_eos=True)
         assert status == 200 and answer["usage"]["completion_tokens"] == 40
         assert seen.count({False}) >= 30        # most steps had only the question
-        await until(lambda: model.judged)
-        assert model.judged["core_metric"] is not None and len([*(tmp_path / "results").glob("d2-base@30-*.jsonl")]) == 1
+        await until(lambda: model.judged or model.bits_per_byte)
+        if flag == "watch_suite":
+            assert model.judged["core_metric"] is not None and len([*(tmp_path / "results").glob("d2-base@30-*.jsonl")]) == 1
 
 
 @pytest.mark.parametrize("flag, value, words", [("watch_suite", "nothing", "--watch-suite nothing"), ("watch_suite", "BUNDLE:2", "needs 2 examples"),
@@ -571,7 +576,7 @@ async def test_a_suite_or_prompts_that_cannot_be_used_end_the_start(run_folder, 
     (tmp_path / "empty.txt").write_text("\n")
     value = value.replace("BUNDLE", str(write_bundle(tmp_path / "bundle"))).replace("EMPTY", str(tmp_path / "empty.txt"))
     with pytest.raises(ConfigError, match=words):
-        RunWatch(ManyModels(Settings(**TINY | {"watch": str(run_folder), flag: value, "results": str(tmp_path)})))
+        RunWatch(ManyModels(Settings(**TINY | {"watch": str(run_folder), flag: value, "results": str(tmp_path)})), StepWork)
 
 
 async def test_scoring_leaves_the_step_loaded_that_people_talk_to(run_folder, watching, client, tmp_path, monkeypatch, caplog):
@@ -585,17 +590,17 @@ async def test_scoring_leaves_the_step_loaded_that_people_talk_to(run_folder, wa
     async with serving(models, models.settings) as url:
         await until(lambda: models.registry.models)
         assert (await ask(client, url, "d2-base@latest"))[1]["model"] == "d2-base@1"
-        await until(lambda: models.find("d2-base@1").model.score)      # by the worker that answers
+        await until(lambda: models.find("d2-base@1").model.bits_per_byte)      # by the worker that answers
         first = models.find("d2-base@1").model
         list(training)
         await until(lambda: len(models.registry.models) == 3)
         assert (await ask(client, url, "d2-base@latest"))[1]["model"] == "d2-base@3"
         last = models.find("d2-base@3").model
-        await until(lambda: last.score)
-        assert last.state == "ready" and not models.find("d2-base@2").model.score
+        await until(lambda: last.bits_per_byte)
+        assert last.state == "ready" and not models.find("d2-base@2").model.bits_per_byte
         models.residency.budget *= 2
-        await until(lambda: models.find("d2-base@2").model.score and models.find("d2-base@2").state == "unloaded")
-        assert last.state == "ready" and first.score
+        await until(lambda: models.find("d2-base@2").model.bits_per_byte and models.find("d2-base@2").state == "unloaded")
+        assert last.state == "ready" and first.bits_per_byte
     assert [line.split()[0] for line in caplog.messages if "leaves memory" in line] == ["d2-base@1", "d2-base@2"]
 
 
@@ -604,7 +609,7 @@ def test_a_text_to_score_must_be_there(run_folder, tmp_path):
     (tmp_path / "bytes").write_bytes(b"\xff\xfe")
     for name, words in (("none", "No such file"), ("empty", "the file is empty"), ("bytes", "UTF-8")):
         with pytest.raises(ConfigError, match=f"--watch-text .*{words}"):
-            RunWatch(ManyModels(Settings(watch=str(run_folder), watch_text=str(tmp_path / name))))
+            RunWatch(ManyModels(Settings(watch=str(run_folder), watch_text=str(tmp_path / name))), StepWork)
 
 
 def test_the_small_training_is_nanochats_first_generation(nanochat_fixtures):

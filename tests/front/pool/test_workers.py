@@ -102,7 +102,7 @@ async def test_a_running_answer_keeps_the_model_loaded(start_pool):
     pool = await start_pool(idle_unload=0.01)
     stream = pool.answer(greedy("a", max_tokens=400, ignore_eos=True))
     await anext(stream)
-    pool.dispatcher.used_s = 0.0
+    pool.dispatcher.use.last_s = 0.0
     pool.supervisor.unload_when_idle()
     assert pool.workers[0].state == "ready" and not pool.supervisor.asleep
     await stream.aclose()

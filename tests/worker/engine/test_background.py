@@ -12,12 +12,14 @@ import torch
 from chatlm.common import answering
 from chatlm.common.messages.requests import Piece, SamplingParams
 from chatlm.worker.engine.background import BackgroundLane
-from chatlm.worker.engine.drafts import Drafting, StepTimes
-from chatlm.worker.engine.integrity import check_integrity, scheduler_faults
+from chatlm.worker.engine.drafts import Drafting
+from chatlm.worker.engine.integrity import check_integrity, queue_faults
 from chatlm.worker.engine.kvcache import PagePool
+from chatlm.worker.engine.limits import StepLimits
 from chatlm.worker.engine.scheduler import Scheduler
 from chatlm.worker.engine.sequence import Sequence
 from chatlm.worker.engine.states import StatePool
+from chatlm.worker.engine.times import StepTimes, Times
 from chatlm.worker.process import share_word
 from engines import make_engine
 from families import make_model, save
@@ -35,9 +37,8 @@ def times_of(*seconds):
 
 
 def scheduler(*seconds, num_pages=64, max_batch=4, prefill_chunk=64):
-    made = Scheduler(PagePool(num_pages), max_batch=max_batch, prefill_chunk=prefill_chunk)
-    made.drafting = Drafting([])
-    made.drafting.times = times_of(*seconds)
+    made = Scheduler(PagePool(num_pages), StepLimits(max_batch, prefill_chunk, max_rows=max_batch))
+    made.times.rows = times_of(*seconds)
     return made
 
 
@@ -51,10 +52,10 @@ def step(s):
     """A step of the scheduler, as if computed: {name: tokens}. Upper case is interactive."""
     plan = s.schedule()
     for chunk in plan:
-        s.advance(chunk)
+        s.queue.advance(chunk)
         if chunk.draws:
             chunk.sequence.tokens.append(1)
-    assert scheduler_faults(s) == []
+    assert queue_faults(s.queue) == []
     return {chunk.sequence.work.id: chunk.count for chunk in plan}
 
 
@@ -75,110 +76,111 @@ def test_a_number_of_rows_that_once_was_slow_is_tried_again_seldom():
 
 def test_background_prompts_have_short_steps_and_none_beside_what_would_be_longer():
     lane = BackgroundLane()
-    drafting = SimpleNamespace(times=times_of(0.02, 0.025))
-    asking = [SimpleNamespace(prefill_chunk=512, token_s=token_s, drafting=drafting) for token_s in (0.0, 0.0001, 0.001, 0.1)]
-    assert [lane.prompt_tokens(each, ["low"], 0) for each in asking] == [512, 512, 150, 64]
-    assert [lane.prompt_tokens(each, ["low"], 2) for each in asking] == [512, 512, 125, 64]
-    assert lane.prompt_tokens(asking[-1], [], 2) == 512
+    times = Times()
+    times.rows = times_of(0.02, 0.025)
+    for token_s, most in ((0.0, 512), (0.0001, 512), (0.001, 150), (0.1, 64)):
+        times.token_s = token_s
+        assert lane.prompt_tokens(times, 0, 512) == most
+        assert lane.prompt_tokens(times, 2, 512) == (125 if most == 150 else most)
     s = scheduler(1.0, 1.2)
-    s.token_s = 0.005
-    s.add(sequence("a", 200))
+    s.times.token_s = 0.005
+    s.queue.add(sequence("a", 200))
     assert step(s) == {"a": 64} and step(s) == {"a": 64}
-    s.add(sequence("B", 100))
+    s.queue.add(sequence("B", 100))
     assert step(s) == {"B": 64, "a": 3} and step(s) == {"B": 36, "a": 2} and step(s) == {"B": 1}    # a twentieth of the prompt
-    s.cancel("B")
+    s.queue.cancel("B")
     assert step(s) == {"a": 64} and step(s) == {"a": 3} and step(s) == {"a": 1}
 
 
 def test_a_running_line_is_set_aside_with_its_pages_and_goes_on_where_it_was():
     s = scheduler(1.0, 1.2)
     for name in ("a", "b", "c", "d", "e"):
-        s.add(sequence(name, 20))
+        s.queue.add(sequence(name, 20))
     step(s), step(s)
-    line = s.running[0]
+    line = s.queue.running[0]
     pages, computed = list(line.pages), line.computed + 1
-    assert len(s.running) == 4
-    s.add(sequence("A", 20))
+    assert len(s.queue.running) == 4
+    s.queue.add(sequence("A", 20))
     assert step(s) == {"A": 20, "a": 1} and step(s) == {"A": 1}      # one is a twentieth of 20
-    assert line.pages == pages and line.computed == computed and s.preemptions == 0 and len(s.running) == 5
-    s.cancel("A")
+    assert line.pages == pages and line.computed == computed and s.queue.preemptions == 0 and len(s.queue.running) == 5
+    s.queue.cancel("A")
     assert step(s) == dict.fromkeys("abcd", 1)
 
 
 def test_no_line_is_admitted_while_an_interactive_request_waits_or_has_no_room_for_it():
     s = scheduler(1.0, 1.01, 1.02, 1.2)
     for name in ("a", "B", "c", "D", "e", "F", "G", "H"):
-        s.add(sequence(name, 4))
+        s.queue.add(sequence(name, 4))
     step(s)
-    assert [each.work.id for each in s.running] == list("BDFG")       # four rows
-    s.cancel("B")
+    assert [each.work.id for each in s.queue.running] == list("BDFG")       # four rows
+    s.queue.cancel("B")
     step(s)
-    assert [each.work.id for each in s.running] == list("DFGH")
+    assert [each.work.id for each in s.queue.running] == list("DFGH")
     for name in "DFG":
-        s.cancel(name)
+        s.queue.cancel(name)
     step(s), step(s)
-    assert "a" in [each.work.id for each in s.running] and s.lane.room == 2
+    assert "a" in [each.work.id for each in s.queue.running] and s.lane.room == 2
     step(s), step(s)
-    assert [each.work.id for each in s.running] == list("Hac") and step(s) == {"H": 1, "a": 1, "c": 1}
+    assert [each.work.id for each in s.queue.running] == list("Hac") and step(s) == {"H": 1, "a": 1, "c": 1}
 
 
 def test_drafts_of_interactive_answers_leave_less_room_and_lines_have_none(monkeypatch):
     s = scheduler(1.0, 1.02, 1.2, 1.4)
-    s.add(sequence("A", 4)), step(s), s.add(sequence("a", 4)), step(s), step(s), step(s), step(s), step(s)
-    interactive, line = s.running
-    drafting, asked = s.drafting, []
+    s.queue.add(sequence("A", 4)), step(s), s.queue.add(sequence("a", 4)), step(s), step(s), step(s), step(s), step(s)
+    interactive, line = s.queue.running
+    drafting, asked = Drafting([], s.times), []
     monkeypatch.setattr(drafting, "propose", lambda sequences, rows, *more: asked.append(([each.work.id for each in sequences], rows)))
     interactive.drafts = line.drafts = True
-    drafting.draft(s.running, s, 0.0)
-    s.running.remove(interactive)
-    drafting.draft(s.running, s, 0.0)
+    drafting.draft(s.queue.running, s.queue.running, s.limits)
+    s.queue.running.remove(interactive)
+    drafting.draft(s.queue.running, s.queue.running, s.limits)
     assert asked == [(["A"], 1), (["a"], 1)]
 
 
 def test_a_line_that_the_host_must_draw_waits_for_interactive_answers():
     s = scheduler(1.0, 1.0, 1.0, 1.0)
-    s.add(sequence("A", 4)), step(s)
+    s.queue.add(sequence("A", 4)), step(s)
     masked = Sequence(assignment("a", (1, 2), SamplingParams(), 50, logprobs=3, background=True), [1, 2], 60)
-    s.add(masked)
+    s.queue.add(masked)
     assert step(s) == {"A": 1} and step(s) == {"A": 1}
-    s.cancel("A")
+    s.queue.cancel("A")
     assert step(s) == {"a": 2}
 
 
 def test_interactive_requests_take_the_pages_of_the_background_first_and_the_background_none_of_theirs():
     s = scheduler(1.0, 1.2, num_pages=12)
-    s.add(sequence("a", 60, "x")), s.add(sequence("b", 60, "y"))
+    s.queue.add(sequence("a", 60, "x")), s.queue.add(sequence("b", 60, "y"))
     step(s), step(s), step(s)
-    assert len(s.running) == 2
-    s.add(sequence("A", 100, "x"))              # of the client whose line it is, which has most pages then
-    assert step(s)["A"] == 64 and [each.work.id for each in s.running] == ["a", "A"] and s.preemptions == 1
+    assert len(s.queue.running) == 2
+    s.queue.add(sequence("A", 100, "x"))              # of the client whose line it is, which has most pages then
+    assert step(s)["A"] == 64 and [each.work.id for each in s.queue.running] == ["a", "A"] and s.queue.preemptions == 1
     for _ in range(60):
         step(s)
-    assert [each.work.id for each in s.running] == ["A"] and s.running[0].generated > 50 and s.preemptions == 2
-    s.cancel("A")
+    assert [each.work.id for each in s.queue.running] == ["A"] and s.queue.running[0].generated > 50 and s.queue.preemptions == 2
+    s.queue.cancel("A")
     step(s)
-    assert {each.work.id for each in s.running} == {"a", "b"}
+    assert {each.work.id for each in s.queue.running} == {"a", "b"}
 
 
 def test_an_interactive_prompt_that_cannot_fit_costs_the_background_nothing():
     s = scheduler(1.0, 1.2, num_pages=12)
-    s.add(sequence("A", 80)), step(s), step(s)
-    s.add(sequence("a", 30)), step(s)
-    s.cancel("A"), step(s), s.add(sequence("B", 80)), step(s), s.add(sequence("C", 150)), step(s)
-    assert [each.work.id for each in s.running] == ["a", "B"] and s.preemptions == 0
+    s.queue.add(sequence("A", 80)), step(s), step(s)
+    s.queue.add(sequence("a", 30)), step(s)
+    s.queue.cancel("A"), step(s), s.queue.add(sequence("B", 80)), step(s), s.queue.add(sequence("C", 150)), step(s)
+    assert [each.work.id for each in s.queue.running] == ["a", "B"] and s.queue.preemptions == 0
 
 
 def test_texts_in_the_background_wait_for_interactive_answers_and_answers_in_it_for_texts():
     s = scheduler(1.0, 1.0)
     text = lambda name, low: Sequence(assignment(name, (7,) * 20, SamplingParams(), 0, pooling="mean", background=low), [7] * 20, 20)    # noqa: E731
-    s.add(sequence("A", 4)), step(s)
-    s.add(low := text("t", True))
+    s.queue.add(sequence("A", 4)), step(s)
+    s.queue.add(low := text("t", True))
     assert step(s) == {"A": 1} and step(s) == {"A": 1}
-    s.cancel("A")
+    s.queue.cancel("A")
     assert step(s) == {"t": 20}
-    s.remove(low)
-    s.add(sequence("a", 4)), step(s)
-    s.add(text("T", False))
+    s.queue.remove(low)
+    s.queue.add(sequence("a", 4)), step(s)
+    s.queue.add(text("T", False))
     assert step(s) == {"T": 20}
 
 
@@ -191,14 +193,14 @@ def test_random_traffic_of_both_lanes_ends_and_loses_no_page(seed):
         if number < 500 and generator.random() < 0.3 and len(alive) < 14:
             name = generator.choice(("L", "l", "l")) + str(number)
             alive.append(sequence(name, generator.randrange(1, 150), generator.choice("xyz")))
-            s.add(alive[-1])
+            s.queue.add(alive[-1])
         if alive and generator.random() < 0.03:
-            s.cancel(alive.pop(generator.randrange(len(alive))).work.id)
-        interactive = [each for each in s.running if not each.work.background]
+            s.queue.cancel(alive.pop(generator.randrange(len(alive))).work.id)
+        interactive = [each for each in s.queue.running if not each.work.background]
         did = step(s)
         assert len(interactive) <= 6 and sum(1 for count in did.values() if count == 1) <= 6
         for each in [each for each in alive if each.generated >= 8]:
-            s.remove(each)
+            s.queue.remove(each)
             alive.remove(each)
             ended[each.work.background] += 1
     assert not alive and ended[True] > 20 and ended[False] > 10 and s.pool.available == s.pool.num_pages
@@ -246,11 +248,11 @@ def test_lines_that_are_set_aside_again_and_again_have_the_same_tokens(model, ro
         alone |= written(engine, [replace(work, background=False)])
     engine.pool.forget_cached()
     monkeypatch.setattr(engine.scheduler.lane, "room_beside", lambda times, tokens, most: min(room, most))
-    before = engine.scheduler.preemptions
+    before = engine.queue.preemptions
     plans, schedule = [], engine.scheduler.schedule
     monkeypatch.setattr(engine.scheduler, "schedule", lambda: plans.append(schedule()) or plans[-1])
     assert written(engine, lines, chats) == alone
-    assert model != "gen5" or engine.scheduler.preemptions == before
+    assert model != "gen5" or engine.queue.preemptions == before
     mixed = [Counter(chunk.sequence.work.background for chunk in plan) for plan in plans]
     beside = [each[True] for each in mixed if each[False]]
     assert len(beside) >= 10 and max(beside) == room
@@ -269,7 +271,7 @@ def test_the_first_token_of_a_chat_comes_with_the_step_after_its_arrival(nanocha
             engine.add(chat)
             events = engine.step() + engine.step()      # now one is begun ahead
             assert chat.id in [name for name, event in events if isinstance(event, Piece)]
-            while chat.id in [each.work.id for each in engine.scheduler.running] or engine.under_way:
+            while chat.id in [each.work.id for each in engine.queue.running] or engine.under_way:
                 engine.step()
         while engine.busy:
             engine.step()

@@ -117,7 +117,7 @@ def test_answers_are_those_without_drafts(name, with_random_head, one_thread, mo
     check("from the prefix cache of the model alone")
     for chunk in (7, 32):
         engine.pool.forget_cached()
-        engine.scheduler.prefill_chunk = chunk
+        engine.limits.prefill_chunk = chunk
         check(f"with prompts in chunks of {chunk}")
     for known in (1, 20):
         check(f"resumed after {known} tokens", [replace(work, resumed_ids=tuple(alone[work.id][:known])) for work in works])
@@ -126,7 +126,7 @@ def test_answers_are_those_without_drafts(name, with_random_head, one_thread, mo
     assert tokens_of(engine, works, checked=False) == alone, "preempted"
     engine.pool.release(held)
     check_integrity(engine)
-    assert engine.scheduler.preemptions and engine.drafting.drafted.mtp > 100
+    assert engine.queue.preemptions and engine.drafting.drafted.mtp > 100
 
 
 @compiled
@@ -242,7 +242,7 @@ def test_a_head_is_shown_the_rows_of_its_text_where_an_answer_ends_before_a_step
     last = next(i for i in range(4, 12) if drawn[i] not in drawn[:i])
     engine.pool.forget_cached()
     engine.add(assignment("ends", short, SamplingParams(temperature=0.0), 40, stop_token_ids=(drawn[last],)))
-    [ends] = engine.scheduler.waiting
+    [ends] = engine.queue.waiting
     while ends.generated <= last:
         engine.step()
     assert engine.under_way and ends.tokens[-1] < 0
@@ -250,7 +250,7 @@ def test_a_head_is_shown_the_rows_of_its_text_where_an_answer_ends_before_a_step
     for name, ids, pictures in (("about", about, (picture,)), ("beside", text, ())):
         engine.add(assignment(name, ids, SamplingParams(temperature=0.0), 8, ignore_eos=True, pictures=pictures))
     first = [event.tokens for name, event in engine.step() if name == "beside" and isinstance(event, Piece)]
-    assert ends.finished and all(sequence.computed for sequence in engine.scheduler.running)
+    assert ends.finished and all(sequence.computed for sequence in engine.queue.running)
     assert [*itertools.chain(*first), *collect(engine)["beside"]] == alone
     assert seen["beside"].keys() == seen["alone"].keys()
     for position, row in seen["beside"].items():

@@ -107,7 +107,7 @@ def test_a_preempted_answer_is_the_same(folder_of, four_at_a_time, one_thread):
     works = works_of(new=90)
     engine.drafts = False
     expected = tokens_of(engine, works)
-    engine.drafts, engine.scheduler.prefill_chunk = True, PAGE_SIZE
+    engine.drafts, engine.limits.prefill_chunk = True, PAGE_SIZE
     engine.pool.forget_cached()
     held = engine.pool.allocate(engine.pool.available - 12)
     found = {}
@@ -119,7 +119,7 @@ def test_a_preempted_answer_is_the_same(folder_of, four_at_a_time, one_thread):
                 found[name] = found.get(name, []) + list(event.tokens)
         assert not follower_faults(engine.draft_models[0].drafter.followers)
     engine.pool.release(held)
-    assert found == expected and engine.scheduler.preemptions and engine.drafting.accepted.model
+    assert found == expected and engine.queue.preemptions and engine.drafting.accepted.model
 
 
 @compiled

@@ -13,11 +13,12 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.files import read_text_of
 from chatlm.common.messages.requests import AnswerParams, Message, SamplingParams
 from chatlm.common.text.grammar import json_grammar
-from chatlm.worker.engine.drafts import NO_DRAFT, Acceptance, Draft, Drafting, StepTimes
+from chatlm.worker.engine.drafts import NO_DRAFT, Acceptance, Draft, Drafting
 from chatlm.worker.engine.lookup import BETWEEN, LONGEST, RUN, Follower, Lookup, Store, Stores, Text, common_length, match_length
 from chatlm.worker.engine.grammar import Grammar
 from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.sequence import Assignment, Sequence
+from chatlm.worker.engine.times import StepTimes
 from engines import chat_work, draft_eagerly, make_engine, pieces
 from lora import SMOLLM2, random_adapter
 from works import assignment
@@ -219,7 +220,7 @@ class Fixed:
 def drafting(source, slope):
     made = Drafting([source])
     for rows in (1, 8, 64):
-        made.times.note(rows, 1 + slope * (rows - 1))
+        made.times.rows.note(rows, 1 + slope * (rows - 1))
     return made
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from chatlm.common.messages.requests import Failed, SamplingParams
-from chatlm.worker.engine import answer_maker, host, scheduler
+from chatlm.worker.engine import answer_maker, host
 from chatlm.worker.engine.integrity import check_integrity
+from chatlm.worker.engine.planners import TextPlanner
 from engines import Pieces, load, make_engine, pieces, tensors_of
 import families
 from works import assignment
@@ -122,7 +123,7 @@ def test_the_last_state_is_found_in_the_prefix_cache_and_the_mean_is_computed_wh
 
 
 def test_it_starts_over_when_its_pages_are_taken_or_a_step_failed(nanochat_fixtures, monkeypatch):
-    monkeypatch.setattr(scheduler, "TEXTS_S", 0.0)
+    monkeypatch.setattr(TextPlanner, "EVERY_S", 0.0)
     engine = make_engine(nanochat_fixtures / "gen5", num_pages=200, max_batch=8, prefill_chunk=16)
     wanted = alone(engine, embedding("a", PROMPTS[0]))
     engine.pool.forget_cached()
@@ -131,9 +132,9 @@ def test_it_starts_over_when_its_pages_are_taken_or_a_step_failed(nanochat_fixtu
         for work in works:
             engine.add(work)
         engine.step()
-        [first] = [sequence for sequence in engine.scheduler.running if sequence.work.id == "a"]
+        [first] = [sequence for sequence in engine.queue.running if sequence.work.id == "a"]
         assert first.computed
-        engine.scheduler._preempt(first)
+        engine.queue.preempt(first)
         engine.step(), engine.step()
         pool = host.pool
         monkeypatch.setattr(host, "pool", lambda *chunk: pool(*chunk) or 1 / 0)

@@ -86,11 +86,11 @@ def test_the_prefill_chunk_changes_nothing(smollm, chunk):
     smollm.pool.forget_cached()
     whole = run(smollm, [work])
     smollm.pool.forget_cached()
-    smollm.scheduler.prefill_chunk, before = chunk, smollm.scheduler.prefill_chunk
+    smollm.limits.prefill_chunk, before = chunk, smollm.limits.prefill_chunk
     try:
         same(smollm, run(smollm, [work]), whole, "a")
     finally:
-        smollm.scheduler.prefill_chunk = before
+        smollm.limits.prefill_chunk = before
 
 
 def test_conversations_a_b_a_reuse_their_prefix_and_answer_as_if_alone(smollm):
@@ -129,13 +129,13 @@ def test_a_7000_token_prompt_never_holds_up_8_streaming_answers(smollm):
     def watch(plan):
         counts = {chunk.sequence.work.id: chunk.count for chunk in plan}
         if counts.get("long", 1) > 1:
-            running = [s.work.id for s in smollm.scheduler.running if s.work.id != "long" and s.pending == 1]
+            running = [s.work.id for s in smollm.queue.running if s.work.id != "long" and s.pending == 1]
             assert all(counts[name] == 1 for name in running)       # nobody waits longer than one chunk
-            assert counts["long"] <= smollm.scheduler.prefill_chunk
+            assert counts["long"] <= smollm.limits.prefill_chunk
             prefilling.append(len(running))
 
     run(smollm, [*streams, assignment("long", tuple(words), SamplingParams(temperature=0.0), 2)], on_step=watch, check=False)
-    assert len(prefilling) >= 7000 // smollm.scheduler.prefill_chunk
+    assert len(prefilling) >= 7000 // smollm.limits.prefill_chunk
     assert prefilling.count(8) > 20
 
 
@@ -145,7 +145,7 @@ def test_out_of_pages_answers_are_preempted_and_still_the_same(nanochat_fixtures
     works = [assignment(f"w{i}", tuple(range(40 * i % 200 + 1, 40 * i % 200 + 21)), SamplingParams(temperature=0.9, seed=i), 60,
                   ignore_eos=True) for i in range(5)]
     expected, got = run(roomy, works), run(tight, works)
-    assert tight.scheduler.preemptions > 0 and roomy.scheduler.preemptions == 0
+    assert tight.queue.preemptions > 0 and roomy.queue.preemptions == 0
     for work in works:
         same(roomy, got, expected, work.id)
         assert len(got.tokens[work.id]) == 60
@@ -186,7 +186,7 @@ def test_steps_started_ahead_give_the_same_answers(smollm, gen5, nanochat_fixtur
     works = [assignment(f"w{i}", tuple(range(40 * i % 200 + 1, 40 * i % 200 + 21)), SamplingParams(temperature=0.9, seed=i), 60,
                   ignore_eos=True) for i in range(5)]
     expected, got = run(gen5, works), run(tight, works, ahead=True)
-    assert tight.scheduler.preemptions > 0
+    assert tight.queue.preemptions > 0
     for work in works:
         same(gen5, got, expected, work.id)
         assert len(got.tokens[work.id]) == 60

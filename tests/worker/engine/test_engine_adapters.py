@@ -14,7 +14,7 @@ from chatlm.common.hub.stamps import adapter_stamp
 from chatlm.common.messages.protocol import Cancel, DropAdapter, EndThinking, LoadAdapter, NewAnswer, NewPrompt, NewRequest
 from chatlm.common.messages.requests import AnswerParams, Ended, Failed, Piece, SamplingParams, ThinkingEnds
 from chatlm.worker.engine.adapter_slots import adapter_digest
-from chatlm.worker.engine.engine import ADAPTER_GONE, drop_adapter
+from chatlm.worker.engine.engine import ADAPTER_GONE
 from chatlm.worker.model.spec import Batch
 from chatlm.worker.process import Inbox
 from engines import forward_logits, make_engine, run
@@ -131,7 +131,7 @@ def test_answers_are_the_same_chunked_and_preempted(limits, default_model_path, 
     for name, folder in folders.items():
         engine.adapters.load(name, folder)
     assert tokens_of(engine, works_of(engine)) == alone
-    assert bool(engine.scheduler.preemptions) == (limits.get("num_pages") == 14)
+    assert bool(engine.queue.preemptions) == (limits.get("num_pages") == 14)
 
 
 def test_an_answer_goes_on_on_another_worker_as_it_would_have(engine, alone):
@@ -159,8 +159,8 @@ def test_loading_and_dropping_adapters_disturbs_no_other_answer(engine, alone, f
         steps += 1
         if steps == 4:
             engine.adapters.load("another", folders["up"])
-            drop_adapter(engine, "more")
-    drop_adapter(engine, "another")
+            engine.drop_adapter("more")
+    engine.drop_adapter("another")
     assert failed == [("gone", ADAPTER_GONE)] and {name: tokens[name] for name in alone} == alone
     engine.add(assignment("late", works[0].prompt_ids, GREEDY, 24, adapter="more"))
     assert engine.step() == [("late", Failed(ADAPTER_GONE))]
@@ -266,7 +266,7 @@ def test_cached_pages_belong_to_an_adapters_files_whatever_its_slot_and_id(engin
     """So what outlives a worker is found by the next one, and never by another adapter in the same slot."""
     def root(adapter):
         engine.add(assignment(f"root {adapter}", prompt(engine, "a"), GREEDY, 1, adapter=adapter))
-        [sequence] = engine.scheduler.waiting
+        [sequence] = engine.queue.waiting
         engine.cancel(sequence.work.id)
         return sequence.root
 
@@ -274,8 +274,8 @@ def test_cached_pages_belong_to_an_adapters_files_whatever_its_slot_and_id(engin
     engine.adapters.load("again", folders["down"])
     engine.adapters.load("other", other)
     assert root("again") == root("down") and len({root(""), root("down"), root("other"), root("all")}) == 4
-    drop_adapter(engine, "again")
-    drop_adapter(engine, "other")
+    engine.drop_adapter("again")
+    engine.drop_adapter("other")
 
 
 def test_the_bytes_of_an_adapter_are_those_that_it_holds(engine, folders):

@@ -56,7 +56,7 @@ def busy_engine(folder, adapter=None):
     engine.add(work("d", 7))
     for _ in range(3):
         engine.step()
-    assert [s.work.id for s in engine.scheduler.running] == ["a", "b", "d"]
+    assert [s.work.id for s in engine.queue.running] == ["a", "b", "d"]
     check_integrity(engine)
     return engine
 
@@ -85,11 +85,11 @@ def found(engine):
 
 def own_page(engine, answer=0):
     """A page that one answer alone has, and that is not in the prefix index."""
-    return engine.scheduler.running[answer].pages[-1]
+    return engine.queue.running[answer].pages[-1]
 
 
 def shared_page(engine):
-    [page] = {*engine.scheduler.running[1].pages[:1]} & {*engine.scheduler.running[2].pages}
+    [page] = {*engine.queue.running[1].pages[:1]} & {*engine.queue.running[2].pages}
     assert engine.pool.refs[page] == 2
     return page
 
@@ -119,7 +119,7 @@ def test_a_page_that_is_freed_while_an_answer_has_it_is_named(engine):
 
 def test_a_page_that_two_answers_own_is_named_with_both(engine):
     page = own_page(engine)
-    engine.scheduler.running[1].pages.append(page)
+    engine.queue.running[1].pages.append(page)
     assert f"page {page}: references counted: 1, found: 2 (answer a, answer b)" in found(engine)
     engine.pool.refs[page] = 2
     assert f"page {page} is shared, but has no entry in the prefix index" in found(engine)
@@ -127,7 +127,7 @@ def test_a_page_that_two_answers_own_is_named_with_both(engine):
 
 def test_a_page_that_is_twice_in_one_table_is_named(engine):
     page = shared_page(engine)
-    engine.scheduler.running[1].pages.append(page)
+    engine.queue.running[1].pages.append(page)
     engine.pool.refs[page] += 1
     assert f"page {page} is held 2 times by answer b" in found(engine)
 
@@ -146,7 +146,7 @@ def test_a_page_that_is_cached_and_held_is_named(engine):
 
 
 def test_a_page_that_does_not_exist_is_named(engine):
-    engine.scheduler.running[0].pages.append(12345)
+    engine.queue.running[0].pages.append(12345)
     assert "page 12345 does not exist (answer a)" in found(engine)
 
 
@@ -176,19 +176,19 @@ def test_an_index_entry_without_a_page_that_nobody_would_forget_is_named(engine)
 
 
 def test_a_page_that_is_indexed_with_other_tokens_than_its_owner_has_is_named(engine):
-    engine.scheduler.running[1].tokens[3] += 1
-    page = engine.scheduler.running[1].pages[0]
+    engine.queue.running[1].tokens[3] += 1
+    page = engine.queue.running[1].pages[0]
     assert found(engine) == f"the table of answer b has page {page} in row 0, which is indexed with other tokens"
 
 
 def test_an_answer_that_ended_or_waits_with_pages_is_named(engine):
-    sequence = engine.scheduler.running.pop()
-    engine.scheduler.waiting.append(sequence)
+    sequence = engine.queue.running.pop()
+    engine.queue.waiting.append(sequence)
     assert found(engine).splitlines() == ["answer d is waiting, but has pages", "answer d is waiting, but has computed tokens"]
-    engine.scheduler.running.append(sequence)
+    engine.queue.running.append(sequence)
     sequence.finished = True
     assert {"answer d is scheduled 2 times", "answer d has ended, but is still scheduled"} <= {*found(engine).splitlines()}
-    engine.scheduler.waiting.clear()
+    engine.queue.waiting.clear()
     sequence.finished, pages, sequence.pages = False, sequence.pages, []
     assert "answer d is running, but has no pages" in found(engine) and f"page {pages[-1]}: references counted: 1, found: 0" in found(engine)
 
@@ -197,9 +197,9 @@ def test_a_restoration_that_nobody_waits_for_is_named(engine):
     class Restoring:
         restorations = [Restoration([], [], 0, "", engine.pool.allocate(1), False, 0.0)]
 
-    engine.scheduler.keeper = Restoring
+    engine.keeper = Restoring
     assert found(engine) == "restoration 0 goes on, but no answer waits for it"
-    engine.scheduler.running[0].restoration = Restoring.restorations[0]
+    engine.queue.running[0].restoration = Restoring.restorations[0]
     check_integrity(engine)
 
 
@@ -209,7 +209,7 @@ def test_a_leaked_slot_of_a_state_is_named(stateful):
 
 
 def test_a_slot_of_a_state_that_is_freed_or_counted_wrongly_is_named_with_its_holder(stateful):
-    states, [slot] = stateful.pool.states, {*stateful.scheduler.running[0].states.slots.values()}
+    states, [slot] = stateful.pool.states, {*stateful.queue.running[0].states.slots.values()}
     states.refs[slot] += 1
     counted = states.refs[slot]
     assert re.fullmatch(rf"state slot {slot}: references counted: {counted}, found: {counted - 1} \(answer a.*\)", found(stateful))

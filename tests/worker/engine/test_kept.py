@@ -26,7 +26,7 @@ from chatlm.front.pool.prefixes import StoreWriter
 from chatlm.worker.engine.keeper import Keeper, Reader
 from chatlm.worker.engine.kept import KeptPages, checksum
 from chatlm.worker.engine.states import StatePool
-from chatlm.worker.engine.warm_up import warm_up
+from chatlm.worker.engine.warm_up import warm_up, warm_up_more
 from chatlm.worker.model import spec
 from chatlm.worker.model.spec import KvType
 from chatlm.worker.process import keep_prefixes
@@ -63,9 +63,9 @@ def memory():
 def keep(engine, memory, store=None, profile=b"p" * 16, token_s=1.0):
     """Have an engine's pages outlive it; computing is slow, so that reading is worth it."""
     kept = KeptPages(memory.paths, memory.size, store, "the model")
-    engine.keep(keeper := Keeper(engine.pool, engine.transformer, kept))
+    engine.keep(keeper := Keeper(engine.pool, engine.transformer, kept, engine.times))
     keeper.begin(lambda: profile, 60)
-    keeper.pace.token_s, keeper.pace.GRACE_S, engine.timed_tokens = token_s, 60.0, 1 << 30
+    engine.times.token_s, keeper.pace.GRACE_S, engine.times.timed_tokens = token_s, 60.0, 1 << 30
     return engine
 
 
@@ -310,15 +310,15 @@ def test_whatever_the_steps_are_like_the_speed_of_computing_is_known_before_the_
     """Else nothing would seem worth reading."""
     flags = {"prefill_chunk": prefill_chunk, "max_batch": max_batch, "context_length": context}
     engine = keep(make(nanochat_fixtures / "gen5", **flags), memory)
-    engine.timed_tokens = make(nanochat_fixtures / "gen5", **flags).timed_tokens
-    engine.keeper.pace.token_s = 0.0
+    engine.times.timed_tokens = make(nanochat_fixtures / "gen5", **flags).times.timed_tokens
+    engine.times.token_s = 0.0
     warm_up(engine, lambda fraction: None)
-    assert engine.keeper.pace.token_s == engine.token_s > 0
+    assert engine.keeper.pace.times is engine.times and engine.times.token_s > 0
     [work] = conversations(11, 1, most=60)
     work = dataclasses.replace(work, max_tokens=2)
     tokens_of(keep(engine, memory), [work])
-    again = keep(make(nanochat_fixtures / "gen5", **flags), memory, token_s=engine.token_s)
-    again.keeper._pays = lambda restoration: again.keeper.pace.token_s > 0
+    again = keep(make(nanochat_fixtures / "gen5", **flags), memory, token_s=engine.times.token_s)
+    again.keeper._pays = lambda restoration: again.times.token_s > 0
     assert cached(again, work) == (len(work.prompt_ids) - 1) // PAGE_SIZE * PAGE_SIZE > 0
 
 
@@ -334,11 +334,11 @@ def test_a_prompt_that_computes_goes_on_after_the_pages_that_arrive(stored, nano
         return read(key)
 
     monkeypatch.setattr(engine.keeper.kept, "read", late)
-    engine.keeper.pace.token_s = 1e-9    # as if computing were far ahead
+    engine.times.token_s = 1e-9    # as if computing were far ahead
     monkeypatch.setattr(engine.keeper, "_pays", lambda restoration: True)
     engine.add(stored.work)
     engine.step()
-    [sequence] = engine.scheduler.running
+    [sequence] = engine.queue.running
     assert 0 < sequence.computed < 200
     steps.set()
     wait([engine.keeper.reader.threads.submit(lambda: None) for _ in range(2)])
@@ -354,9 +354,27 @@ def test_a_prompt_that_computes_goes_on_after_the_pages_that_arrive(stored, nano
 
 
 @torch.inference_mode()
+def test_a_first_step_that_fails_while_nobody_asks_leaves_pages_kept(nanochat_fixtures, memory, monkeypatch):
+    engine = keep(make(nanochat_fixtures / "gen5"), memory)
+    engine.cold, engine.drafts = [(1, 1)], True
+
+    def fail(batch, rows):
+        raise MemoryError
+
+    with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        patched.setattr(engine.steps, "start", fail)
+        warm_up_more(engine)
+    engine.give_up()
+    assert engine.queue.gates == [engine.keeper.awaits] and engine.drafts
+    [work] = conversations(11, 1, most=60)
+    tokens_of(engine, [work])
+    assert engine.keeper.counts["kept_pages"] > 0
+
+
+@torch.inference_mode()
 def test_what_is_faster_computed_than_read_is_computed(stored, nanochat_fixtures):
     engine = keep(make(nanochat_fixtures / "gen5"), Memory(), stored.folder)
-    engine.keeper.pace.token_s, engine.keeper.pace.byte_s = 1e-7, 1e-6
+    engine.times.token_s, engine.keeper.pace.byte_s = 1e-7, 1e-6
     assert cached(engine, stored.work) == 0 and engine.keeper.counts["missed_pages"] == 0
     engine = keep(make(nanochat_fixtures / "gen5"), Memory(), stored.folder)
     engine.keeper.pace.byte_s = engine.keeper.kept.disk_byte_s()
@@ -386,7 +404,7 @@ def test_a_prompt_of_which_nothing_is_kept_waits_for_no_other(stored, nanochat_f
     tokens = []
     while len(tokens) < len(alone[fresh.id]):
         tokens += [token for id_, event in engine.step() if id_ == fresh.id for token in getattr(event, "tokens", ())]
-    assert tokens == alone[fresh.id] and [sequence.work.id for sequence in engine.scheduler.waiting] == [work.id for work in waiting]
+    assert tokens == alone[fresh.id] and [sequence.work.id for sequence in engine.queue.waiting] == [work.id for work in waiting]
     engine.cancel("kept 0")
     answers.set()
     left = {work.id: [] for work in waiting}

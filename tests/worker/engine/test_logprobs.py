@@ -111,7 +111,7 @@ def test_prompts_are_scored_whole_also_when_their_pages_are_cached_and_steps_hav
     engine.transformer.forward = lambda batch: (rows.append(len(batch.logit_rows)), forward(batch))[1]
     found = pieces(engine, others + scored, ahead)
     engine.transformer.forward = forward
-    assert max(rows) <= engine.scheduler.max_rows == 8
+    assert max(rows) <= engine.limits.max_rows == 8
     for i, work in enumerate(scored):
         scores, rest = scores_and_rest(found[work.id])
         assert scores[0] == TokenLogprob(PROMPT[i], None)
@@ -126,11 +126,11 @@ def test_a_scored_prompt_that_is_preempted_is_scored_again_and_once(engine):
     with torch.inference_mode():
         for work in works:
             engine.add(work)
-        while not (sequence := next((s for s in engine.scheduler.running if s.work.id == "s"), None)) or sequence.computed < 20:
+        while not (sequence := next((s for s in engine.queue.running if s.work.id == "s"), None)) or sequence.computed < 20:
             events += engine.step()
         engine._finish_until(0)
         assert any(isinstance(event, PromptScores) for _, event in events)
-        engine.scheduler._preempt(sequence)
+        engine.queue.preempt(sequence)
         events += [event for _ in range(200) if engine.busy for event in engine.step()]
     its = [event for name, event in events if name == "s"]
     scores = [entry for event in its if isinstance(event, PromptScores) for entry in event.logprobs]

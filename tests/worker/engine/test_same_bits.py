@@ -134,13 +134,13 @@ class Ways:
         check_integrity(self.engine)
 
     def check_batched_and_chunked(self):
-        both, whole = [*self.works, *self.others], self.scheduler.prefill_chunk
+        both, whole = [*self.works, *self.others], self.scheduler.limits.prefill_chunk
         self.check(self.fresh(both), "in a batch")
         self.check(self.fresh(both, ahead=True), "in a batch, in steps begun ahead")
         for chunk in (7, 32):
-            self.scheduler.prefill_chunk = chunk
+            self.scheduler.limits.prefill_chunk = chunk
             self.check(self.fresh(both[::-1]), f"in a batch, in chunks of {chunk}")
-        self.scheduler.prefill_chunk = whole
+        self.scheduler.limits.prefill_chunk = whole
 
     def check_cached(self):
         self.fresh(self.works)
@@ -179,16 +179,16 @@ class Ways:
 
     def check_preempted(self):
         """With pages for two prompts, and one more of each group."""
-        before, whole, self.scheduler.prefill_chunk = self.scheduler.preemptions, self.scheduler.prefill_chunk, PAGE_SIZE
+        before, whole, self.scheduler.limits.prefill_chunk = self.scheduler.queue.preemptions, self.scheduler.limits.prefill_chunk, PAGE_SIZE
         needed = sum(self.pool.pages_for(len(work.prompt_ids), PAGE_SIZE) for work in self.works[:2]) + self.pool.groups
         self.pool.forget_cached()
         held = self.pool.allocate(self.pool.available - needed)
         found = [answers(self.engine, works) for works in (self.works, self.works[::-1])]
         self.pool.release(held)
-        self.scheduler.prefill_chunk = whole
+        self.scheduler.limits.prefill_chunk = whole
         for each in found:
             self.check(each, "preempted")
-        assert self.scheduler.preemptions > before or all(self.pool.windows)        # where each layer has one, sequences do not grow
+        assert self.scheduler.queue.preemptions > before or all(self.pool.windows)        # where each layer has one, sequences do not grow
 
     def check_beside(self, monkeypatch):
         """In the background and before it, with room for three tokens in each step."""

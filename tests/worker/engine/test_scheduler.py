@@ -11,17 +11,18 @@ import pytest
 import chat_server
 from chatlm.common.config import PAGE_SIZE
 from chatlm.common.messages.requests import SamplingParams
-from chatlm.worker.engine import scheduler as scheduling
+from chatlm.worker.engine import planners
 from chatlm.worker.engine.drafts import Draft
-from chatlm.worker.engine.integrity import scheduler_faults
+from chatlm.worker.engine.integrity import queue_faults
 from chatlm.worker.engine.kvcache import PagePool, PageTables
+from chatlm.worker.engine.limits import StepLimits
 from chatlm.worker.engine.scheduler import Scheduler
 from chatlm.worker.engine.sequence import Sequence
 from works import assignment
 
 
 def scheduler(num_pages=64, max_batch=8, prefill_chunk=64):
-    return Scheduler(PagePool(num_pages), max_batch=max_batch, prefill_chunk=prefill_chunk)
+    return Scheduler(PagePool(num_pages), StepLimits(max_batch, prefill_chunk, max_rows=max_batch))
 
 
 def sequence(name, tokens, client="", **params):
@@ -37,10 +38,10 @@ def step(s, next_token=1):
     for chunk in plan:
         samples = chunk.draws
         assert chunk.sequence.computed + chunk.count <= len(chunk.sequence.pages) * PAGE_SIZE
-        s.advance(chunk)
+        s.queue.advance(chunk)
         if samples:
             chunk.sequence.tokens.append(next_token)
-    assert scheduler_faults(s) == []
+    assert queue_faults(s.queue) == []
     return {chunk.sequence.work.id: chunk.count for chunk in plan}
 
 
@@ -59,16 +60,16 @@ def test_a_table_gets_pages_as_far_as_its_groups_need_them_and_gives_back_those_
 
 def test_a_prompt_is_computed_in_chunks_and_then_decodes_one_token_a_step():
     s = scheduler()
-    s.add(sequence("a", 150))
+    s.queue.add(sequence("a", 150))
     assert [step(s) for _ in range(5)] == [{"a": 64}, {"a": 64}, {"a": 22}, {"a": 1}, {"a": 1}]
 
 
 def test_decoding_sequences_run_in_every_step_beside_a_long_prompt():
     s = scheduler(num_pages=600)
     for name in "abc":
-        s.add(sequence(name, [ord(name)] * 5))
+        s.queue.add(sequence(name, [ord(name)] * 5))
     step(s)
-    s.add(sequence("long", 7000))
+    s.queue.add(sequence("long", 7000))
     for _ in range(100):
         counts = step(s)
         assert all(counts[name] == 1 for name in "abc")
@@ -77,10 +78,10 @@ def test_decoding_sequences_run_in_every_step_beside_a_long_prompt():
 
 def test_a_slow_model_embeds_few_tokens_in_a_step_beside_answers_and_then_answers_for_long(monkeypatch):
     s, now = scheduler(), 1000.0
-    monkeypatch.setattr(scheduling.time, "monotonic", lambda: now)
-    s.token_s = 0.05                # 64 tokens would stop the answer for 3 s
-    s.add(sequence("answer", 5))
-    s.add(sequence("text", [7] * 70, pooling="mean"))
+    monkeypatch.setattr(planners.time, "monotonic", lambda: now)
+    s.times.token_s = 0.05                # 64 tokens would stop the answer for 3 s
+    s.queue.add(sequence("answer", 5))
+    s.queue.add(sequence("text", [7] * 70, pooling="mean"))
     assert [step(s) for _ in range(2)] == [{"text": 16}, {"answer": 5}]
     now += 15.0                     # 20 times as long as the 16 tokens took have not passed
     assert step(s) == {"answer": 1}
@@ -90,25 +91,25 @@ def test_a_slow_model_embeds_few_tokens_in_a_step_beside_answers_and_then_answer
 
 @pytest.mark.parametrize("seconds, steps", [(1e9, [{"answer": 5}, {"answer": 1}, {"answer": 1}]), (0.0, [{"text": 64}, {"text": 6}, {"answer": 5}])])
 def test_texts_to_embed_have_steps_of_their_own_and_beside_answers_seldom_one(monkeypatch, seconds, steps):
-    monkeypatch.setattr(scheduling, "TEXTS_S", seconds)
+    monkeypatch.setattr(planners.TextPlanner, "EVERY_S", seconds)
     s = scheduler()
-    s.texts_s, s.token_s = time.monotonic(), 0.001
-    s.add(sequence("answer", 5))
-    s.add(sequence("text", [7] * 70, pooling="mean"))
+    s.texts.last_s, s.times.token_s = time.monotonic(), 0.001
+    s.queue.add(sequence("answer", 5))
+    s.queue.add(sequence("text", [7] * 70, pooling="mean"))
     assert [step(s) for _ in range(3)] == steps
-    [answer] = [one for one in s.running if one.work.id == "answer"]
-    s.remove(answer)
+    [answer] = [one for one in s.queue.running if one.work.id == "answer"]
+    s.queue.remove(answer)
     assert step(s) == ({} if seconds == 0 else {"text": 64})        # nobody writes any more
 
 
 def test_a_short_prompt_overtakes_a_long_one_and_the_long_one_keeps_half_the_budget():
     s = scheduler(num_pages=600)
-    s.add(sequence("long", 7000))
+    s.queue.add(sequence("long", 7000))
     step(s)
-    s.add(sequence("short", [9] * 20))
+    s.queue.add(sequence("short", [9] * 20))
     assert step(s) == {"long": 44, "short": 20}
     for i in range(6):
-        s.add(sequence(f"more {i}", [10 + i] * 60))
+        s.queue.add(sequence(f"more {i}", [10 + i] * 60))
     for _ in range(12):
         assert step(s)["long"] >= 32
 
@@ -117,20 +118,20 @@ def test_waiting_sequences_are_admitted_in_order_when_a_row_is_free():
     s = scheduler(max_batch=2)
     a, b, c = (sequence(name, [ord(name)] * 3) for name in "abc")
     for each in (a, b, c):
-        s.add(each)
+        s.queue.add(each)
     assert step(s) == {"a": 3, "b": 3}
-    s.remove(a)
+    s.queue.remove(a)
     assert step(s) == {"b": 1, "c": 3}
 
 
 def test_a_cached_prefix_is_not_computed_again():
     s = scheduler()
     a = sequence("a", 100)
-    s.add(a)
+    s.queue.add(a)
     step(s), step(s)
-    s.remove(a)
+    s.queue.remove(a)
     b = sequence("b", [*range(100), 7, 7])
-    s.add(b)
+    s.queue.add(b)
     assert step(s) == {"b": 102 - 96}
     assert b.output.usage.cached_tokens == 96
 
@@ -138,13 +139,13 @@ def test_a_cached_prefix_is_not_computed_again():
 def test_out_of_pages_the_youngest_gives_way_and_is_recomputed_with_nothing_lost():
     s = scheduler(num_pages=6, max_batch=4)
     old, young = sequence("old", [1] * 30), sequence("young", [2] * 30)
-    s.add(old), s.add(young)
+    s.queue.add(old), s.queue.add(young)
     for _ in range(40):
         step(s)
-    assert s.preemptions > 0
-    assert old in s.running
+    assert s.queue.preemptions > 0
+    assert old in s.queue.running
     tokens = list(young.tokens)
-    s.remove(old)
+    s.queue.remove(old)
     for _ in range(5):
         step(s)
     assert young.tokens[:len(tokens)] == tokens and len(young.tokens) > len(tokens)
@@ -153,25 +154,25 @@ def test_out_of_pages_the_youngest_gives_way_and_is_recomputed_with_nothing_lost
 def test_forced_tokens_that_need_pages_may_preempt_a_prompt_in_the_same_step():
     s = scheduler(num_pages=5, prefill_chunk=16)
     calling, prompt = sequence("calling", [1] * 12), sequence("prompt", [2] * 40)
-    s.add(calling)
+    s.queue.add(calling)
     step(s)
-    s.add(prompt)
+    s.queue.add(prompt)
     step(s)
     assert len(prompt.pages) == 3 and s.pool.available == 1
     calling.tokens += [7] * 20          # the tokens that a tool's result forces
     assert "prompt" not in step(s)
-    assert prompt in s.waiting and not prompt.pages
+    assert prompt in s.queue.waiting and not prompt.pages
 
 
 def test_cancel_frees_pages_wherever_the_request_is():
     s = scheduler(max_batch=2)
     for name in ("decoding", "prefilling", "queued"):
-        s.add(sequence(name, [ord(name[0])] * (5 if name == "decoding" else 200)))
+        s.queue.add(sequence(name, [ord(name[0])] * (5 if name == "decoding" else 200)))
     step(s)
     for name in ("decoding", "prefilling", "queued"):
-        assert len(s.cancel(name)) == 1
-        assert scheduler_faults(s) == []
-    assert s.cancel("queued") == []
+        assert len(s.queue.cancel(name)) == 1
+        assert queue_faults(s.queue) == []
+    assert s.queue.cancel("queued") == []
     assert s.pool.available == s.pool.num_pages
 
 
@@ -182,65 +183,65 @@ def names(sequences):
 def test_a_client_that_holds_most_pages_gives_up_its_youngest_for_another():
     s = scheduler(num_pages=14)
     for name in "abc":
-        s.add(sequence(name, [ord(name)] * 60, "rich"))
+        s.queue.add(sequence(name, [ord(name)] * 60, "rich"))
     step(s)
-    s.add(sequence("d", [1] * 60, "poor"))
-    s.add(sequence("e", [2] * 60, "poor"))
+    s.queue.add(sequence("d", [1] * 60, "poor"))
+    s.queue.add(sequence("e", [2] * 60, "poor"))
     step(s)
-    assert names(s.running) == ["a", "b", "d"] and names(s.waiting) == ["c", "e"]     # e would make the rich one the poor one
+    assert names(s.queue.running) == ["a", "b", "d"] and names(s.queue.waiting) == ["c", "e"]     # e would make the rich one the poor one
     for _ in range(20):
         step(s)
-    assert names(s.running) == ["a", "d"] and s.preemptions < 5
+    assert names(s.queue.running) == ["a", "d"] and s.queue.preemptions < 5
 
 
 def test_who_holds_fewest_pages_is_admitted_first_and_a_large_prompt_of_another_waits_alone():
     s = scheduler(num_pages=12)
-    s.add(sequence("a", [1] * 100, "rich"))
+    s.queue.add(sequence("a", [1] * 100, "rich"))
     step(s)
-    s.add(sequence("large", [2] * 150, "rich"))
-    s.add(sequence("small", [3] * 20, "poor"))
+    s.queue.add(sequence("large", [2] * 150, "rich"))
+    s.queue.add(sequence("small", [3] * 20, "poor"))
     step(s)
-    assert names(s.running) == ["a", "small"] and names(s.waiting) == ["large"]
+    assert names(s.queue.running) == ["a", "small"] and names(s.queue.waiting) == ["large"]
 
 
 def test_who_needs_a_page_takes_it_from_the_client_with_most():
     s = scheduler(num_pages=9)
-    s.add(sequence("poor", [1] * 30, "p"))
+    s.queue.add(sequence("poor", [1] * 30, "p"))
     step(s)
-    s.add(sequence("rich", [2] * 94, "r"))
-    while len(s.running) == 1:
+    s.queue.add(sequence("rich", [2] * 94, "r"))
+    while len(s.queue.running) == 1:
         step(s)
-    while not s.preemptions:
+    while not s.queue.preemptions:
         step(s)
-    assert names(s.running) == ["poor"]
+    assert names(s.queue.running) == ["poor"]
 
 
 def test_a_sequence_that_a_later_one_preempts_gets_no_pages_for_its_draft():
     """It would be computed from pages without meaning, and nobody would give them back."""
     s = scheduler(num_pages=9)
-    s.add(rich := sequence("rich", [1] * 78, "r"))
+    s.queue.add(rich := sequence("rich", [1] * 78, "r"))
     step(s), step(s)
-    s.add(sequence("poor", [2] * 42, "p"))
-    while not s.preemptions:
+    s.queue.add(sequence("poor", [2] * 42, "p"))
+    while not s.queue.preemptions:
         rich.draft = Draft("lookup", (1, 1))
         ran = step(s)
-    assert ran == {"poor": 1} and names(s.waiting) == ["rich"] and not rich.pages
+    assert ran == {"poor": 1} and names(s.queue.waiting) == ["rich"] and not rich.pages
 
 
 def test_the_oldest_prompt_keeps_its_half_of_a_step_in_which_an_answer_is_preempted():
     """The answer is older, and has to be computed again; but not in this step, in which it has no pages and no row."""
     s = scheduler(prefill_chunk=32)
-    s.add(answer := sequence("answer", [1] * 300, "rich"))
+    s.queue.add(answer := sequence("answer", [1] * 300, "rich"))
     while answer.pending != 1:
         step(s)
-    s.add(sequence("decodes", [2] * 15, "poor"))
+    s.queue.add(sequence("decodes", [2] * 15, "poor"))
     step(s)
     for name, length in (("oldest", 100), ("short", 40), ("other", 40)):
-        s.add(sequence(name, [ord(name[0])] * length, "poor"))
+        s.queue.add(sequence(name, [ord(name[0])] * length, "poor"))
     assert step(s) == {"answer": 1, "decodes": 1, "oldest": 16, "short": 16}
     s.pool.allocate(s.pool.available)       # another takes the last pages
     plan = {chunk.sequence.work.id: chunk.count for chunk in s.schedule()}
-    assert s.preemptions == 1 and not answer.pages
+    assert s.queue.preemptions == 1 and not answer.pages
     assert plan == {"decodes": 1, "oldest": 16, "short": 16}
 
 
@@ -255,21 +256,21 @@ def test_random_traffic_loses_no_page_and_starves_nobody(clients, drafts):
             shared = [generator.randrange(2)] * generator.randrange(1, 80)
             tokens = shared + [number] * generator.randrange(1, 100)
             alive.append(sequence(f"r{number}", tokens, str(generator.randrange(clients))))
-            s.add(alive[-1])
+            s.queue.add(alive[-1])
         if alive and generator.random() < 0.05:
             gone = alive.pop(generator.randrange(len(alive)))
-            s.cancel(gone.work.id)
+            s.queue.cancel(gone.work.id)
         step(s, next_token=number)
         for each in alive if drafts else ():
             each.draft = Draft("lookup", (number,) * generator.randrange(4))
         for each in [e for e in alive if e.generated >= 8]:
-            s.remove(each)
+            s.queue.remove(each)
             alive.remove(each)
             finished += 1
     for _ in range(400):
         step(s)
         for each in [e for e in alive if e.generated >= 8]:
-            s.remove(each)
+            s.queue.remove(each)
             alive.remove(each)
             finished += 1
     assert not alive and finished > 50
@@ -278,9 +279,9 @@ def test_random_traffic_loses_no_page_and_starves_nobody(clients, drafts):
 
 def test_scheduling_needs_no_torch():
     code = ("import sys; sys.path.insert(0, sys.argv[1]); from chatlm.common.messages.requests import AnswerParams; "
-            "from chatlm.worker.engine.kvcache import PagePool; "
+            "from chatlm.worker.engine.kvcache import PagePool; from chatlm.worker.engine.limits import StepLimits; "
             "from chatlm.worker.engine.scheduler import Scheduler; from chatlm.worker.engine.sequence import Assignment, Sequence; "
-            "s = Scheduler(PagePool(9), max_batch=2, prefill_chunk=8); "
-            "s.add(Sequence(Assignment('a', (1, 2), AnswerParams(), 5), [1, 2], 7)); assert len(s.schedule()) == 1; "
+            "s = Scheduler(PagePool(9), StepLimits(2, 8, max_rows=2)); "
+            "s.queue.add(Sequence(Assignment('a', (1, 2), AnswerParams(), 5), [1, 2], 7)); assert len(s.schedule()) == 1; "
             "assert not {'torch', 'numpy'} & set(sys.modules)")
     subprocess.run([sys.executable, "-c", code, str(Path(chat_server.__file__).parent)], check=True, timeout=60)

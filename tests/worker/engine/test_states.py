@@ -13,9 +13,10 @@ from chatlm.common.hub.find import resolve_model
 from chatlm.common.messages.requests import SamplingParams
 from chatlm.worker.build import build_engine
 from chatlm.worker.engine.drafts import NO_DRAFT, Draft
-from chatlm.worker.engine.integrity import check_integrity, scheduler_faults
+from chatlm.worker.engine.integrity import check_integrity, queue_faults
 from chatlm.worker.engine.kvcache import PagePool
-from chatlm.worker.engine.scheduler import FREE_ROWS, Scheduler
+from chatlm.worker.engine.limits import FREE_ROWS, StepLimits
+from chatlm.worker.engine.scheduler import Scheduler
 from chatlm.worker.engine.sequence import Sequence
 from chatlm.worker.engine.states import StatePool
 from chatlm.worker.model.spec import DeltaRule, Mamba2, Sequences
@@ -79,7 +80,7 @@ def test_preempted_answers_go_on_from_a_snapshot_or_from_their_beginning(made, b
     folder, cases = made
     engine = make_engine(folder, num_pages=25, prefill_chunk=32, max_batch=4, context_length=264, reference=backend == "reference")
     check(engine, cases)
-    assert engine.scheduler.preemptions > 0
+    assert engine.queue.preemptions > 0
 
 
 @pytest.mark.parametrize("backend", BY_DAY)
@@ -128,7 +129,7 @@ def test_random_cuts_batches_chunks_drafts_preemptions_and_deaths_change_no_toke
             if not steps:
                 deaths += 1
                 break
-        preemptions, accepted = preemptions + engine.scheduler.preemptions, accepted + engine.drafting.accepted.total
+        preemptions, accepted = preemptions + engine.queue.preemptions, accepted + engine.drafting.accepted.total
     assert tokens == expected and deaths and preemptions and accepted > 10
 
 
@@ -198,7 +199,7 @@ def test_states_and_snapshots_take_their_parts_of_the_kv_cache(made, kib, pages,
     settings = Settings(model=str(made[0]), dtype="float32", kv_cache_memory=kib << 10)
     _, engine = build_engine(resolve_model(settings), settings, torch.device("cpu"))
     states = engine.pool.states
-    assert (engine.pool.num_pages, engine.scheduler.max_batch, states.most_snapshots) == (pages, running, min(snapshots, pages))
+    assert (engine.pool.num_pages, engine.limits.max_batch, states.most_snapshots) == (pages, running, min(snapshots, pages))
     assert states.num_slots == running + FREE_ROWS + states.most_snapshots
     allocated = sum(tensor.nbytes for layer in engine.transformer.states for tensor in layer)
     assert allocated == states.num_slots * engine.transformer.spec.state_bytes
@@ -341,18 +342,18 @@ def sequence(name, tokens, limit=700):
 
 def test_drafts_take_slots_of_which_one_is_kept():
     states = StatePool(6, 0)
-    scheduler = Scheduler(PagePool(20, states=states), max_batch=2, prefill_chunk=64)
+    scheduler = Scheduler(PagePool(20, states=states), StepLimits(2, 64, max_rows=2))
     one = sequence("one", range(30))
-    scheduler.add(one)
+    scheduler.queue.add(one)
 
     def step(*accepted):
         [chunk] = scheduler.schedule()
-        scheduler.advance(chunk)
+        scheduler.queue.advance(chunk)
         for _ in accepted:
             one.tokens.append(1)
-            scheduler.advance(chunk._replace(count=1))
+            scheduler.queue.advance(chunk._replace(count=1))
         one.tokens.append(1)
-        assert scheduler_faults(scheduler) == []
+        assert queue_faults(scheduler.queue) == []
         return chunk
 
     assert step().writes == ((29, one.states.slots[30]),)

@@ -13,8 +13,9 @@ from chatlm.common.messages.requests import SamplingParams
 from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.engine.lookup import LONGEST
 from chatlm.worker.engine.engine import Engine
-from chatlm.worker.engine.integrity import scheduler_faults
+from chatlm.worker.engine.integrity import queue_faults
 from chatlm.worker.engine.kvcache import PagePool
+from chatlm.worker.engine.limits import StepLimits
 from chatlm.worker.engine.scheduler import Scheduler
 from chatlm.worker.engine.sequence import Sequence
 from chatlm.worker.model.spec import group_layers
@@ -38,10 +39,10 @@ def check(engine, cases, works=None, **options):
     seen = SimpleNamespace(most=0)
 
     def on_step(plan):
-        scheduler = engine.scheduler
-        for sequence in scheduler.running:
+        queue = engine.queue
+        for sequence in queue.running:
             length = len(sequence.tokens) + (LONGEST + PAGE_SIZE) * sequence.drafts      # room for a draft
-            assert scheduler.tables.held(sequence) <= engine.pool.pages_for(length, scheduler.prefill_chunk)
+            assert queue.tables.held(sequence) <= engine.pool.pages_for(length, queue.limits.prefill_chunk)
         seen.most = max(seen.most, engine.pool.num_pages - engine.pool.available)
     result = run(engine, works or works_of(cases), on_step=on_step, **options)
     for i, case in enumerate(cases):
@@ -78,7 +79,7 @@ def test_preempted_answers_stay_the_same_when_pages_are_few(made_model, name, ba
     assert engine.context_length == 264
     engine.drafts = False       # whether they pay is measured, and what is drafted takes pages
     check(engine, cases)
-    assert engine.scheduler.preemptions > 0 or name == "mistral"       # whose sequences do not grow
+    assert engine.queue.preemptions > 0 or name == "mistral"       # whose sequences do not grow
 
 
 def test_a_longer_context_fits_into_the_same_pages(made_model):
@@ -101,30 +102,30 @@ def test_random_traffic_with_few_pages_loses_and_leaks_nothing(windows):
     """Sequences come, share prefixes, are preempted, cancelled and end; each page is owned as the tables say."""
     generator = random.Random(3)
     pool = PagePool(PagePool(0, windows).pages_for(700, 64) + 10, windows)
-    s = Scheduler(pool, max_batch=6, prefill_chunk=64)
+    s = Scheduler(pool, StepLimits(6, 64, max_rows=6))
     alive, ended = {}, 0
     for turn in range(600):
         if len(alive) < 10 and generator.random() < 0.5:
             start = [generator.randrange(2)] * (PAGE_SIZE * generator.randrange(12))
             alive[turn] = sequence(str(turn), start + [generator.randrange(50) for _ in range(generator.randrange(1, 150))])
-            s.add(alive[turn])
+            s.queue.add(alive[turn])
         for chunk in s.schedule():
             rows = len(chunk.sequence.pages) // pool.groups
             assert chunk.sequence.computed + chunk.count <= rows * PAGE_SIZE
             for group, window in enumerate(windows):        # all that this chunk sees is there
                 first, last = pool.first_seen(chunk.sequence.computed, window), (chunk.sequence.computed + chunk.count - 1) // PAGE_SIZE
                 assert pool.hole not in chunk.sequence.pages[first * pool.groups + group:(last + 1) * pool.groups:pool.groups]
-            s.advance(chunk)
+            s.queue.advance(chunk)
             if chunk.draws:
                 chunk.sequence.tokens.append(generator.randrange(50))
-        assert scheduler_faults(s) == []
+        assert queue_faults(s.queue) == []
         for key, each in list(alive.items()):
             if len(each.tokens) > len(each.work.prompt_ids) + 300 or generator.random() < 0.01:
-                s.remove(each)
+                s.queue.remove(each)
                 del alive[key]
                 ended += 1
-                assert scheduler_faults(s) == []
-    assert ended > 20 and (s.preemptions > 0 or 0 not in windows)      # without such layers sequences soon stop growing
+                assert queue_faults(s.queue) == []
+    assert ended > 20 and (s.queue.preemptions > 0 or 0 not in windows)      # without such layers sequences soon stop growing
 
 
 @pytest.mark.parametrize("name", by_day(["gemma2", "mistral"], "mistral"))

@@ -72,7 +72,7 @@ def test_steps_of_answers_come_between_the_parts_of_a_picture(seeing):
     _, folder, _ = seeing
     engine = open_engine(folder, prefill_chunk=16)
     engine.add(Assignment("text", asking(engine), AnswerParams(sampling=SamplingParams(temperature=0.0), ignore_eos=True), 900))
-    while not engine.scheduler.running or engine.scheduler.running[0].prefilling:
+    while not engine.queue.running or engine.queue.running[0].prefilling:
         engine.step()
     picture = picture_of_size(90, 60)
     engine.add(Assignment("picture", asking(engine, picture), AnswerParams(sampling=SamplingParams(temperature=0.0), ignore_eos=True), 4, pictures=(picture,)))

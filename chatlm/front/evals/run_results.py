@@ -25,12 +25,12 @@ from typing import Any, NamedTuple, TYPE_CHECKING
 from chatlm.common.hub.nanochat import AS_TRAINED
 from chatlm.common.hub.written import is_number
 from chatlm.common.log import log
+from chatlm.front.evals.bits import Score
 from chatlm.front.evals.kept import file_word
 from chatlm.front.pool.run_names import RunName
-from chatlm.front.pool.score import Score
 
 if TYPE_CHECKING:
-    from chatlm.front.pool.run_log import RunLog
+    from chatlm.front.evals.run_log import RunLog
 
 
 WRITTEN, FORWARD, TEXT, SAMPLES, SUITE = "written", "forward", "text", "samples", "suite"

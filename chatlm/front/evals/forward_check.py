@@ -12,14 +12,14 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.hub.val_bpb import (
     Comparison, Evaluation, RowScore, chosen_rows, compare, former_size, is_of_known_texts, validation_shards)
 from chatlm.common.log import log
+from chatlm.front.evals.run_results import FORWARD, Result, forward_result
 from chatlm.front.evals.scores import PoolScorer
-from chatlm.front.pool.run_results import FORWARD, Result, forward_result
 
 if TYPE_CHECKING:
     from chatlm.common.text.tokenizer import Tokenizer
+    from chatlm.front.evals.step_work import Work
     from chatlm.front.pool.models import Model
     from chatlm.front.pool.pool import WorkerPool
-    from chatlm.front.pool.step_work import Work
 
 
 class ForwardCheck:

@@ -6,32 +6,31 @@ import asyncio
 import hashlib
 import json
 import os
-import time
-from collections.abc import Callable, Mapping, Sequence as Seq
+from collections.abc import Callable, Collection, Mapping, Sequence as Seq
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TYPE_CHECKING
+from typing import Any, Protocol, TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from chatlm.common.config import counted_path
 from chatlm.common.errors import ChatServerError, ConfigError
 from chatlm.common.files import read_text_of
 from chatlm.common.log import log
+from chatlm.front.evals.bits import score_text
 from chatlm.front.evals.bundle import read_suite
 from chatlm.front.evals.chat import chat_suite
 from chatlm.front.evals.flips import Verdicts
+from chatlm.front.evals.forward_check import ForwardCheck
 from chatlm.front.evals.kept import Kept, kept_name, results_folder
 from chatlm.front.evals.run import as_json, drawn_items, mean_of, run_task
-from chatlm.front.evals.samples import PROMPTS, SAMPLE_TOKENS
-from chatlm.front.evals.scores import PoolScorer
-from chatlm.front.pool.forward_check import ForwardCheck
-from chatlm.front.pool.models import Served
-from chatlm.front.pool.run_log import RunLog
-from chatlm.front.pool.run_results import (
+from chatlm.front.evals.run_log import RunLog
+from chatlm.front.evals.run_results import (
     FORWARD, SAMPLES, SUITE, TEXT, WRITTEN, Result, RunResults, StepOfRun, judged_metrics, prompts_key,
     suite_key, text_key, text_result)
-from chatlm.front.pool.score import score_text
+from chatlm.front.evals.samples import PROMPTS, SAMPLE_TOKENS
+from chatlm.front.evals.scores import PoolScorer
+from chatlm.front.pool.models import Served
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -40,9 +39,9 @@ if TYPE_CHECKING:
     from chatlm.front.pool.many import ManyModels
     from chatlm.front.pool.models import Model
     from chatlm.front.pool.pool import WorkerPool
+    from chatlm.front.pool.run_names import RunName
 
 
-IN_USE_S = 60.0  # a model that people have asked for is in use for so long
 WEIGHTS = ".pt", ".pth", ".bin", ".safetensors"
 SMALL_FILE = 64 << 20
 
@@ -87,15 +86,17 @@ class TextDuty:
         self.text, self.key = text, text_key(text)
 
     def done(self, model: Model) -> bool:
-        return model.score is not None
+        return model.bits_per_byte is not None
 
     def show(self, model: Model, result: Result):
-        model.score = result.score
+        if result.score:
+            model.bits_per_byte = result.score.bits_per_byte
 
     async def find(self, work: Work) -> Result:
         work.model.scoring = True
         try:
-            score = await score_text(work.pool, self.text, yields=work.yields, windows=self.WINDOWS)
+            scorer = PoolScorer(work.pool, work.yields)
+            score = await score_text(scorer, self.text, windows=self.WINDOWS)
         finally:
             work.model.scoring = False
         log.info("the checkpoint %s: %.4f bits per byte", work.model.name, score.bits_per_byte)
@@ -185,6 +186,15 @@ class StepWork:
             self.duties.append(SuiteDuty(suite, most, self.results.folder, self.results.warn))
         self.results.asked |= {duty.kind: duty.key for duty in self.duties}
 
+    async def begin(self):
+        await self.results.load()
+
+    def removed(self, watched: Path, runs: Mapping[str, RunName],
+                there: Collection[tuple[str, int]]) -> list[dict[str, Any]]:
+        """The steps of runs below a folder whose files are gone, as GET /v1/runs/ID lists them."""
+        served = {self.steps[model][0].digest for model in self.models.values() if model in self.steps}
+        return self.results.removed(watched, runs, there, served)
+
     async def opened(self, step: Step, model: Model):
         """A checkpoint is served: note what its training wrote, and show what is known of its weights."""
         if not model.pool:
@@ -248,7 +258,7 @@ class StepWork:
         except ChatServerError as error:
             self.failed.add((step, duty.kind))
             log.warning("the checkpoint %s cannot be scored: %s", model.name, error)
-        if not (was_loaded or pool.dispatcher.jobs or asked_lately(pool)):
+        if not (was_loaded or pool.dispatcher.jobs or pool.dispatcher.in_use):
             model.unload()
 
     def _may_load(self, model: Model) -> bool:
@@ -291,11 +301,6 @@ def described(step: Step, model: Model, pool: WorkerPool) -> tuple[StepOfRun, st
     assert model.run
     return StepOfRun(model.run.run, model.run.lineage, model.run.stage, step.step, os.path.realpath(step.run),
                      max(saved_ns) / 1e9, card.facts.digest), made_by
-
-
-def asked_lately(pool: WorkerPool) -> bool:
-    """Has it running or recent requests, other than with low priority?"""
-    return pool.dispatcher.busy or time.monotonic() - pool.dispatcher.asked_s < IN_USE_S
 
 
 def watched_prompts(path: str) -> tuple[str, ...]:

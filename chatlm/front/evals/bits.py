@@ -5,14 +5,11 @@ from __future__ import annotations
 import array
 import asyncio
 import math
-from collections.abc import Callable, Iterator, Sequence as Seq
+from collections.abc import Iterator, Sequence as Seq
 from typing import NamedTuple, TYPE_CHECKING
 
-from chatlm.common.errors import Overloaded
-from chatlm.front.evals.scores import prompt_scores
-
 if TYPE_CHECKING:
-    from chatlm.front.pool.pool import WorkerPool
+    from chatlm.front.evals.scores import PoolScorer
 
 
 WINDOWS = 16  # in a request
@@ -53,39 +50,19 @@ def windows_of(ids: Seq[int], context: int) -> Iterator[Window]:
             scored = end
 
 
-async def score_text(pool: WorkerPool, text: str, *, yields: Callable[[], None] | None = None,
-                     windows: int = WINDOWS) -> Score:
+async def score_text(scorer: PoolScorer, text: str, windows: int = WINDOWS) -> Score:
     """Score a text with a model. The model's begin-of-text token precedes the text, so that the text's first
     token is scored too. A model without such a token skips that first token, and its bytes are not counted.
 
-    yields: if given, other requests come first; it is called before each request, and may raise to end the
-    work. windows: how many are computed at a time."""
-    tokenizer, context = pool.tokenizer, pool.context_length
-    assert tokenizer
-    ids, spec = await asyncio.to_thread(tokenizer.encode, text), tokenizer.spec
-    start = spec.bos_token if spec.bos_token is not None else spec.eos_token
+    windows: how many are computed at a time."""
+    ids = await asyncio.to_thread(scorer.tokenizer.encode, text)
     size, logprobs = len(text.encode()), array.array("d")
-    if start is None:
-        size -= len(tokenizer.token_bytes(ids[0]))
-    ids = ids if start is None else [start, *ids]
-    waiting = [*windows_of(ids, context)]
-    while waiting:
-        part, waiting = waiting[:windows], waiting[windows:]
-        if yields:
-            yields()
-        try:
-            logprobs.extend(await _scored(pool, part, low_priority=yields is not None))
-        except Overloaded as error:
-            if not yields or pool.draining:
-                raise
-            waiting = part + waiting
-            await asyncio.sleep(error.retry_after_s)
+    if not scorer.begin:
+        size -= len(scorer.tokenizer.token_bytes(ids[0]))
+    waiting = [*windows_of([*scorer.begin, *ids], scorer.room)]
+    for begin in range(0, len(waiting), windows):
+        part = waiting[begin:begin + windows]
+        found = await scorer.score([window.ids for window in part], [window.first for window in part], 0)
+        logprobs.extend(scored.logprob or 0.0 for window in found for scored in window)
     # fsum is exact: the order in which windows end does not matter
     return Score(-math.fsum(logprobs) / math.log(2), max(size, 1), len(logprobs))
-
-
-async def _scored(pool: WorkerPool, windows: Seq[Window], low_priority: bool) -> list[float]:
-    """The log-probabilities of the tokens that these windows score."""
-    ids, starts = [window.ids for window in windows], [window.first for window in windows]
-    found = await prompt_scores(pool, ids, starts, low_priority=low_priority)
-    return [scored.logprob or 0.0 for window in found for scored in window]

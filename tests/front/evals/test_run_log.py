@@ -12,7 +12,7 @@ import pytest
 
 import tiny_training
 from chatlm.common.errors import ConfigError
-from chatlm.front.pool.run_log import RunLog
+from chatlm.front.evals.run_log import RunLog
 from fake_pool import serving
 from watched import all_known, asked, file_of, mounted, remove, run_folder, run_of, scalars_in, until, watching  # noqa: F401
 
@@ -130,7 +130,7 @@ def test_neither_tensorflow_nor_torch_is_imported(tmp_path):
         (tmp_path / "fakes" / name).mkdir(parents=True)
         (tmp_path / "fakes" / name / "__init__.py").write_text(FAKES)
     code = f"""import sys; sys.path[:0] = {[str(tmp_path / "fakes"), *sys.path]!r}
-from chatlm.front.pool.run_log import RunLog
+from chatlm.front.evals.run_log import RunLog
 for _ in range(2):
     RunLog({str(tmp_path / "log")!r}).write("d4", [(10, 1.0, {{"a": 1.0}})])
 print(sorted({{"tensorflow", "torch"}} & {{*sys.modules}}))"""

@@ -15,10 +15,10 @@ import pytest
 
 import tiny_training
 from chatlm.common.config import ApiKey
-from chatlm.front.evals.scores import PoolScorer
-from chatlm.front.pool import step_work
-from chatlm.front.pool.run_results import (
+from chatlm.front.evals import step_work
+from chatlm.front.evals.run_results import (
     RunResults, Result, SAMPLES, Score, StepOfRun, TEXT, WRITTEN, result_in, text_result)
+from chatlm.front.evals.scores import PoolScorer
 from fake_pool import serving
 from real_server import get, server
 from watched import all_known, asked, file_of, mounted, remove, run_folder, run_of, scalars_in, until, watching  # noqa: F401
@@ -86,8 +86,8 @@ async def test_another_text_other_weights_and_another_tokenizer_are_computed_aga
     async def scored(text=tiny_training.TEXT):
         flags = asked(tmp_path, text)
         models = await watching(run_folder, watch_text=flags["watch_text"], results=flags["results"])
-        await until(lambda: len(models.registry.models) == 2 and all(model.score for model in models.registry.models))
-        scores.append([model.score.bits_per_byte for model in models.registry.models])
+        await until(lambda: len(models.registry.models) == 2 and all(model.bits_per_byte for model in models.registry.models))
+        scores.append([model.bits_per_byte for model in models.registry.models])
         async with serving(models, models.settings) as url:
             steps = (await run_of(client, url))[1]["steps"]
             assert [step["metrics"]["bits_per_byte"] for step in steps] == [round(score, 6) for score in scores[-1]]

@@ -1,0 +1,47 @@
+"""The version of a model's files that requests are read for."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from chatlm.common.errors import Overloaded, without_folders
+
+if TYPE_CHECKING:
+    from chatlm.front.pool.supervisor import Supervisor
+
+
+class ServedVersion:
+    """What requests hold from when they are read until they are admitted: see Version."""
+
+    LOOK_S = 0.5       # between two looks at whether it can be loaded at all
+    PATIENCE_S = 60.0  # how long a request waits for a new version
+
+    def __init__(self, supervisor: Supervisor):
+        self.supervisor, self.version = supervisor, supervisor.version
+
+    @property
+    def number(self) -> int:
+        return self.version.number
+
+    async def current(self):
+        """Wait until the tokenizer belongs to the version that the workers have or will read. Overloaded if
+        that takes too long, or if no worker can read it."""
+        supervisor, version = self.supervisor, self.version
+        may_be_old = supervisor.asleep and supervisor.prepared or version.cannot_open
+        for worker in supervisor.workers[:1] if may_be_old else ():
+            if worker.placement.renews and (source := await asyncio.to_thread(worker.placement.now)):
+                version.renew(source)
+                supervisor.load_for_request()
+        deadline_s = time.monotonic() + self.PATIENCE_S
+        while supervisor.became_ready.is_set() and not supervisor.prepared:
+            if reason := version.cannot_open or supervisor.in_vain:
+                raise Overloaded("the model's files have changed, and the new ones cannot be loaded: "
+                                 f"{without_folders(reason)}", retry_after_s=10)
+            if time.monotonic() > deadline_s:
+                raise Overloaded("the model's files have changed, and it is still loading "
+                                 f"({supervisor.loading[0]})", retry_after_s=10)
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(version.opened.wait(), min(self.LOOK_S, self.PATIENCE_S))

@@ -1,0 +1,23 @@
+"""How large a step of the engine may be."""
+
+from dataclasses import dataclass
+
+
+FREE_ROWS = 8  # in a decode_core step take hardly longer than one row; on a GPU so with bfloat16, not with packed weights
+
+
+@dataclass
+class StepLimits:
+    """What a step may have at most."""
+
+    max_batch: int           # running sequences, without those that are set aside
+    prefill_chunk: int       # tokens of prompts
+    max_rows: int            # rows of logits
+    stages: int = 1          # of the model; as many steps may be under way
+    exact_rows: bool = True  # may a step have drafts beside prompts, or in many rows?
+    of_texts: bool = False   # is each prompt a text that must be computed in one step?
+
+    @property
+    def draft_rows(self) -> int:
+        """Rows of logits in a step with drafts."""
+        return max(self.max_rows if self.exact_rows else 0, FREE_ROWS)

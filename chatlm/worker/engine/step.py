@@ -1,0 +1,50 @@
+"""A step of the engine, from its plan to its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence as Seq
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from chatlm.worker.engine.model_drafts import ShownRows
+    from chatlm.worker.engine.sequence import Chunk, Sequence
+
+
+@dataclass(eq=False)
+class Step:
+    """What is known of a step: once it was planned, once it has started, once its sequences have advanced."""
+
+    chunks: Seq[Chunk]
+    planned_s: float
+    on_host: bool = False  # does the host need its logits or hidden states?
+    alone: bool = False    # may it start only once all others have finished?
+    # once it has started
+    finish: Callable[[], list[int]] | None = None  # waits for its tokens
+    shown: Seq[ShownRows] = ()  # whose hidden states are read once it has finished
+    # once its sequences have advanced
+    # (None if ended or given forced tokens, draft) in row order
+    drawing: list[tuple[Sequence | None, tuple[int, ...]]] = field(default_factory=list)
+    tokens: int = 0        # how many it computes, without drafts
+    rows: int = 0          # of answers and drafts, 0 if it also computes prompts
+
+    def wait(self) -> list[int]:
+        """The tokens of a step that has started."""
+        assert self.finish
+        return self.finish()
+
+    @property
+    def interactive(self) -> bool:
+        """Does it compute an answer, or its prompt, that somebody waits for?"""
+        return any(not (chunk.sequence.pooling or chunk.sequence.work.background) for chunk in self.chunks)
+
+    @property
+    def nobody_waits(self) -> bool:
+        return all(chunk.sequence.work.background for chunk in self.chunks)
+
+    def share_time(self, seconds: float, only: Sequence | None = None):
+        """Divide its time among the sequences in it, by their tokens, drafts included."""
+        tokens = sum(chunk.count + len(chunk.draft) for chunk in self.chunks)
+        for chunk in self.chunks:
+            if only in (None, chunk.sequence):
+                chunk.sequence.output.compute_s += seconds * (chunk.count + len(chunk.draft)) / tokens

@@ -1,0 +1,101 @@
+"""How long steps take on this machine, as measured. Whatever plans by time reads one `Times`."""
+
+from __future__ import annotations
+
+import time
+
+
+class StepTimes:
+    """How long a step takes by its rows, as measured; rows never seen are estimated from those that were."""
+
+    SLOPE = 0.05  # of a row, in steps of one row, until two numbers of rows were measured
+    FASTER, SLOWER = 0.3, 0.05  # weight of a measurement below and above the mean: others use the machine too
+    MEMORY = 50   # measurements after which a number of rows counts no more than now
+    RENEWED = 16  # measurements after which the estimates are made again
+
+    def __init__(self):
+        self.measured: dict[int, tuple[float, int]] = {}  # rows -> (seconds, how often it was measured)
+        self.estimates: list[float] = []                  # by rows, from 0
+        self.count = 0
+
+    def note(self, rows: int, seconds: float):
+        known, count = self.measured.get(rows, (seconds, 0))
+        weight = self.FASTER if seconds < known else self.SLOWER
+        self.measured[rows] = known + weight * (min(seconds, 2 * known) - known), min(count + 1, self.MEMORY)
+        self.count += 1
+        if not count or self.count % self.RENEWED == 0:
+            self.estimates = []
+
+    def expected(self, first: int, last: int) -> list[float]:
+        """Seconds of steps of first, first + 1, ... last rows, never falling."""
+        if len(self.estimates) <= last:
+            self.estimates = self._estimates(max(last, 64))
+        return self.estimates[first:last + 1]
+
+    def _estimates(self, last: int) -> list[float]:
+        known = self._never_falling() or [(1.0, 1.0)]
+        (low, low_s), (high, high_s) = known[0], known[-1]
+        slope = max((high_s - low_s) / (high - low), 0.01 * low_s) if high > low else self.SLOPE * low_s / low
+        points = [(0, max(low_s - slope * low, 0.1 * low_s)), *known,
+                  (last + 1, high_s + slope * max(last + 1 - high, 0))]
+        found, place = [], 0
+        for rows in range(last + 1):
+            while points[place + 1][0] <= rows:
+                place += 1
+            (low, low_s), (high, high_s) = points[place:place + 2]
+            found.append(low_s + (high_s - low_s) * (rows - low) / (high - low))
+        return found
+
+    def _never_falling(self) -> list[tuple[float, float]]:
+        """(rows, seconds): neighbours that fall are put together, by how often they were measured, so that
+        one slow step does not make all larger ones look slow."""
+        pools: list[tuple[float, float, int]] = []
+        for rows, (seconds, count) in sorted(self.measured.items()):
+            pools.append((float(rows), seconds, count))
+            while len(pools) > 1 and pools[-2][1] > pools[-1][1]:
+                (rows, seconds, count), (other, other_s, others) = pools.pop(), pools.pop()
+                both = count + others
+                pools.append(((rows * count + other * others) / both,
+                              (seconds * count + other_s * others) / both, both))
+        return [(rows, seconds) for rows, seconds, _ in pools]
+
+
+class Times:
+    """Measured times of an engine's steps. The engine notes each step; planners, drafts and the keeper read
+    them."""
+
+    MOST_GAP_S = 0.002  # between two steps of which the second waited for nothing
+
+    def __init__(self, timed_tokens: int = 64):
+        """timed_tokens: a step of fewer says little about the speed of prompts."""
+        self.timed_tokens = timed_tokens
+        self.rows = StepTimes()       # of answers and drafts
+        self.host_rows = StepTimes()  # likewise, where the host needs the logits
+        self.token_s = 0.0            # to compute a token of a prompt; 0.0: not measured yet
+        self.step_s = 0.0             # how long the last step took
+        self.ended_s = 0.0            # when it ended
+
+    def of(self, on_host: bool) -> StepTimes:
+        """Of steps of answers and drafts, by their rows."""
+        return self.host_rows if on_host else self.rows
+
+    def note_step(self, planned_s: float, rows: int, tokens: int, on_host: bool):
+        """A step that was planned at `planned_s` has ended now. rows: of answers and drafts, 0 if it also
+        computed prompts; tokens: all that it computed, without drafts.
+
+        What the host did since the step before counts as time of its rows, unless nothing was asked of it
+        meanwhile."""
+        before_s = self.ended_s
+        self.ended_s = time.monotonic()
+        began_s = max(planned_s, before_s)
+        gap_s = began_s - before_s
+        self.step_s = self.ended_s - began_s
+        if rows:
+            self.of(on_host).note(rows, self.step_s + (gap_s if gap_s < self.MOST_GAP_S else 0.0))
+        if tokens >= self.timed_tokens:
+            weight = 0.2 if self.token_s else 1.0
+            self.token_s += weight * (self.step_s / tokens - self.token_s)
+
+    def skip(self):
+        """What was done until now is no part of the next step's time."""
+        self.ended_s = time.monotonic()
