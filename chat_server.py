@@ -54,7 +54,7 @@ The rooms, each above those that it may import
 Life of a request
 
     AccessLog.log > errors_to_responses > Access.guard > Front.handle_answer > Bodies.answer > read_bytes
-        > Intake.open > open_body > Intake.resolve > Intake.see > read_native_body > native_messages
+        > Intake.opened > open_body > Intake.resolve > Intake.see > read_native_body > native_messages
         > Answers.begin > WorkerPool.answer > PromptMaker.admit > Tokenizer.render
         > Dispatcher.dispatch > Worker.assign > Pipe.packed                                     front process
         > Inbox.obey > Engine.add > Scheduler.schedule > make_batch > EagerSteps.start

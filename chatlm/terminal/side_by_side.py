@@ -162,8 +162,8 @@ async def answers_of(settings: Settings, body: dict) -> AsyncGenerator[dict, Non
 
         with Holding(intake.budget, "") as holding:
             caller = Caller("/v1/compare", client="", owner="")
-            arrival = await intake.open(caller, dump(body), times=LIMITS.compared)
-            asked, _ = await asked_of(intake, arrival, holding)
+            async with intake.opened(caller, dump(body), times=LIMITS.compared) as arrival:
+                asked, _ = await asked_of(intake, arrival, holding)
             asked = with_ids(asked, lambda works: [request for _, request in works])
             async with Comparison(asked) as comparison:
                 async for event in comparison.events():

@@ -16,6 +16,7 @@ from chatlm.common.text.reader import answer_reader
 from chatlm.common.text.tokenizer import Tokenizer
 from chatlm.front.admission.prompts import PromptMaker, run_in_thread_if_long
 from chatlm.front.intake.body_tasks import BodyTasks
+from chatlm.front.intake.sandboxed import Shelf
 from chatlm.front.pool.catalogue import Catalogue
 from chatlm.front.server import access, connections
 from chatlm.front.server.routes import RouteTable
@@ -56,12 +57,15 @@ class SandboxHere:
     def __init__(self, pool):
         self.pool, self.tasks, self.refusal = pool, [], None
 
-    async def perform(self, client, name, *arguments, bodies=()):
+    async def forget(self, ticket):
+        """It keeps none: each task gets its body."""
+
+    async def perform(self, client, name, *arguments, bodies=(), ticket=0):
         self.tasks.append((client, name, *arguments))
         if self.refusal:
             raise self.refusal
         known = Known(Settings(), self.pool.tokenizer.tool_format, infill=self.pool.tokenizer.infill_tokens)
-        tasks = BodyTasks(SandboxConfig(known, None, 0, 5.0, 0))
+        tasks = BodyTasks(SandboxConfig(known, None, 0, 5.0, 0), Shelf())
         tasks.prompts = PromptMaker(self.pool.tokenizer, self.pool.context_length)
         reply = await asyncio.to_thread(getattr(tasks, name), *arguments, *map(bytes, bodies))
         came = unpacked(type(reply), SANDBOX_PIPE.packed(reply)[HEADER.size:])
@@ -83,7 +87,7 @@ class FakePool:
     own_sampling, continues, ends_thinking, chats, continues_texts = ({}, ""), True, True, True, False
     checkpoint = {}
     sees = False
-    supervisor = SimpleNamespace(ready_workers=(), card=SimpleNamespace(facts=ModelFacts("llama", "gguf", 134_515_008, "q4_1", 98_000_000, 576, 30), longest=4096))
+    supervisor = SimpleNamespace(ready_workers=(), load_for_request=lambda: None, card=SimpleNamespace(facts=ModelFacts("llama", "gguf", 134_515_008, "q4_1", 98_000_000, 576, 30), longest=4096))
     adapters = SimpleNamespace(serving={}, gone=set(), nbytes=0)
     dispatcher = SimpleNamespace(wanted=SimpleNamespace(is_set=lambda: True))
     prompts = PromptMaker(tokenizer, context_length, run=run_in_thread_if_long)

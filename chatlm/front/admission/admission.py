@@ -40,10 +40,17 @@ class SharedSandbox:
     config: SandboxConfig
 
     def __init__(self, sandbox: Sandbox):
-        self.sandbox, self.start = sandbox, sandbox.start
+        self.sandbox = sandbox
+        self.start = sandbox.start
 
-    async def perform(self, client: str, task: str, *arguments, bodies: Seq[bytes | bytearray] = ()):
-        return await self.sandbox.perform(client, task, *arguments, bodies=bodies, config=self.config)
+    async def perform(self, client: str, name: str, *arguments, bodies: Seq[bytes | bytearray] = (),
+                      ticket: int = 0):
+        return await self.sandbox.perform(client, name, *arguments, bodies=bodies, ticket=ticket,
+                                          config=self.config)
+
+    async def forget(self, ticket: int):
+        """For the model whose task was the last: any would do."""
+        await self.sandbox.forget(ticket, self.config)
 
     async def close(self):
         """The server closes it."""

@@ -8,6 +8,7 @@ import signal
 import subprocess
 from collections.abc import Sequence as Seq
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, TYPE_CHECKING
 
 from chatlm.common.client_words import shutting_down
@@ -70,7 +71,12 @@ class Sandbox:
     """A process for tasks that a client can make slow. It runs one at a time, with clients taking turns.
 
     A task that exceeds its processor time or memory is refused. It ends the process, and the next task gets
-    a new one. If a process ends before it has begun a task, another one runs that task."""
+    a new one. If a process ends before it has begun a task, another one runs that task.
+
+    Tasks with one ticket are about one body. The process keeps what it made of it, so the body is sent with
+    the first of them, and again only if another task or another process came between. The process looks at
+    the ticket itself: were the front wrong about what it has, the task would fail, and never get another
+    client's body."""
 
     PATIENCE_S = 60.0  # longest wait for a reply: a busy machine may give the task no processor
     EXIT_S = 2.0       # longest wait for a process that has closed its pipe to exit
@@ -87,16 +93,30 @@ class Sandbox:
             self.config = config
         self.process: subprocess.Popen | None = None
         self.configs: list[SandboxConfig] = []  # that the process has, the last used last
+        self.ticket = 0                         # of the body that the process has; 0: none
         self.closed = self.begun = False
 
-    async def perform(self, client: str, task: str, *arguments, bodies: Seq[bytes | bytearray] = (),
-                      config: SandboxConfig | None = None):
+    async def perform(self, client: str, name: str, *arguments, bodies: Seq[bytes | bytearray] = (),
+                      ticket: int = 0, config: SandboxConfig | None = None):
         """Run a task, by default for the usual model, and return its value. RequestError if it refuses or
-        exceeds a limit."""
+        exceeds a limit. ticket: of `bodies`, if other tasks are about them too."""
         await self.turns.take(client)
         config = config or self.config
-        messages = [Task(task, list(arguments), config.number, len(bodies)), *map(Body, bodies)]
-        exchange = asyncio.ensure_future(self._exchange(config, messages))  # continues if its client leaves
+        return await self._run(config, Task(name, list(arguments), config.number, ticket=ticket), bodies)
+
+    async def forget(self, ticket: int, config: SandboxConfig | None = None):
+        """Nobody will ask for the body with this ticket again: if the process still has it, it drops it."""
+        await self.turns.take("")
+        if self.closed or self.process is None or ticket != self.ticket:
+            self.turns.give_back()
+            return
+        config = config or self.config
+        await self._run(config, Task("forget", [], config.number), ())
+
+    async def _run(self, config: SandboxConfig, task: Task, bodies: Seq[bytes | bytearray]):
+        """Run a task for whoever has the turn, which it gives back."""
+        # it continues if its client leaves
+        exchange = asyncio.ensure_future(self._exchange(config, task, bodies))
         exchange.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # else it is logged
         exchange.add_done_callback(lambda ended: self.turns.give_back())
         try:
@@ -108,17 +128,18 @@ class Sandbox:
         """Start the process unless it is running. Its configuration follows with the first task."""
         if self.process is None:
             self.configs = []
+            self.ticket = 0
             environment = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
             self.process, ours = start_child(self.command, "sandbox", os.environ | environment)
             self.reader, self.writer = await asyncio.open_connection(sock=ours)
 
-    async def _exchange(self, config: SandboxConfig, messages: Seq[Any]):
+    async def _exchange(self, config: SandboxConfig, task: Task, bodies: Seq[bytes | bytearray]):
         for process in range(1, self.PROCESSES + 1):
             if self.closed:
                 raise shutting_down()
             await self.start()
             try:
-                reply = await asyncio.wait_for(self._ask(config, messages), patient(self.PATIENCE_S))
+                reply = await asyncio.wait_for(self._ask(config, task, bodies), patient(self.PATIENCE_S))
                 break
             except (asyncio.IncompleteReadError, ConnectionError, asyncio.TimeoutError, BadMessage) as error:
                 code = await self.stop(0.0 if isinstance(error, asyncio.TimeoutError) else self.EXIT_S)
@@ -147,10 +168,15 @@ class Sandbox:
                 raise RequestError(message, status=status, code=code, param=param, words=words)
         raise BadMessage(f"unexpected message from a sandbox: {type(reply).__name__}")
 
-    async def _ask(self, config: SandboxConfig, messages: Seq[Any]):
+    async def _ask(self, config: SandboxConfig, task: Task, bodies: Seq[bytes | bytearray]):
         """Send a task; returns the reply."""
         self.begun = False
-        messages = messages if config in self.configs else [config, *messages]
+        if task.ticket and task.ticket == self.ticket:
+            bodies = ()  # the process has them
+        messages: list[Any] = [replace(task, bodies=len(bodies)), *map(Body, bodies)]
+        if config not in self.configs:
+            messages.insert(0, config)
+        self.ticket = task.ticket
         self.configs = [*(known for known in self.configs if known.number != config.number),
                         config][-SANDBOX_MODELS:]
         for message in messages:

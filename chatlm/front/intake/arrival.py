@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import Picture
+    from chatlm.front.admission.admission import SharedSandbox
+    from chatlm.front.admission.sandbox import Sandbox
     from chatlm.front.intake.envelope import Envelope
 
 
@@ -29,6 +31,8 @@ class Arrival:
     parts: Seq[bytes | bytearray]  # the body, and what was said before it: what a sandbox is sent
     envelope: Envelope
     number: int | None = None      # of the line of a batch that it is
+    ticket: int = 0                # under which a sandbox may still have it; 0: it is here
+    sandbox: Sandbox | SharedSandbox | None = None  # which one
     pictures: tuple[Picture, ...] = ()  # that were decoded
     files: Mapping[bytes, bytes] = field(default_factory=dict)  # of these, as they were sent, by digest
 

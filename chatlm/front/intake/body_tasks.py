@@ -18,13 +18,16 @@ from chatlm.front.intake.tasks import TASKS, NumberedLine, Reading, checked_line
 
 if TYPE_CHECKING:
     from chatlm.common.messages.protocol import ParsedBody
+    from chatlm.front.intake.envelope import Envelope
+    from chatlm.front.intake.sandboxed import Shelf
 
 
 class BodyTasks:
-    """One method for each task, for one model."""
+    """One method for each task, for one model. The body that they are about is on the shelf."""
 
-    def __init__(self, config: SandboxConfig):
+    def __init__(self, config: SandboxConfig, shelf: Shelf):
         self.config = config
+        self.shelf = shelf
 
     def prepare(self, name: str):
         """Do once what no task should pay for."""
@@ -41,13 +44,30 @@ class BodyTasks:
     def open(self, route: str, number: int | None, most: int, *bodies: bytes) -> Body:
         """What the front must know to choose a model; and the fields, if they take at most `most` bytes
         without their pictures."""
-        envelope = open_body(route, number, *bodies)
-        return Body(envelope.packed(envelope.rest(sum(map(len, bodies)), most)))
+        envelope = self._opened(route, number, bodies)
+        rest = envelope.rest(sum(map(len, bodies)), most)
+        data = envelope.packed(rest)
+        envelope.lift.files = []  # the front decodes them
+        if rest:
+            self.shelf.body = None  # it is read there
+        return Body(data)
+
+    def _opened(self, route: str, number: int | None, bodies: Seq[bytes]) -> Envelope:
+        """A body that was sent is always opened anew; only if none was sent is the shelf's meant, which then
+        has this task's ticket (`Shelf.turn_to`)."""
+        if bodies:
+            self.shelf.body = open_body(route, number, *bodies)
+        assert self.shelf.body, "the front thinks that this process has the body"
+        return self.shelf.body
+
+    def forget(self) -> Result:
+        """Nothing: a task without a ticket has cleared the shelf."""
+        return Result(None)
 
     def read(self, route: str, number: int | None, sizes: Seq, client: str, task: str, arguments: Seq,
              *bodies: bytes) -> Body | Result:
         """What one of TASKS makes of a body. sizes: of its pictures, which the front has decoded."""
-        envelope = open_body(route, number, *bodies)
+        envelope = self._opened(route, number, bodies)
         envelope.show(unpacked_sizes(sizes))
         reading = Reading(envelope, self.config.server, self.prompts, client)
         return asyncio.run(self._read(reading, TASKS[task], arguments))

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence as Seq
+import itertools
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence as Seq
+from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, TYPE_CHECKING
 
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import ChatServerError, Overloaded, RequestError, shown
+from chatlm.front.aio import supervised
 from chatlm.front.api.picture_parts import with_files, with_pixels
 from chatlm.front.intake.arrival import Arrival, Caller
 from chatlm.front.intake.budget import Budget, Holding
@@ -41,13 +45,16 @@ class Intake:
 
     A body goes through four steps. `open` parses it, here if it is small, in a sandbox if it is large.
     `resolve` finds the model that it names. `see` decodes its pictures, if that model can see. Then one of
-    TASKS reads it, where it was opened. So a large body crosses to a sandbox twice, a small one never."""
+    TASKS reads it, where it was opened. So a large body crosses to a sandbox once, or twice if another's task
+    came between; a small one never."""
 
     def __init__(self, catalogue: Catalogue):
         self.catalogue = catalogue
         self.budget = Budget(LIMITS.held_bytes)
         self.pixels = Budget(LIMITS.held_pixel_bytes, share=2)
         self.earlier: Earlier | None = None  # set where answers are kept
+        self.tickets = itertools.count(1)    # of bodies that a sandbox keeps open
+        self.forgetting: set[asyncio.Task] = set()  # words to sandboxes that they may drop one
 
     # what a caller wants of a body
 
@@ -57,7 +64,12 @@ class Intake:
         `holding` then accounts for what is kept of a large one."""
         if self.earlier and any(arrival.envelope.chained):
             before = await self.earlier(arrival, reading)
-            arrival = await self.open(arrival.caller, *arrival.parts, before)
+            async with self.opened(arrival.caller, *arrival.parts, before) as whole:
+                return await self._answer(whole, reading, holding)
+        return await self._answer(arrival, reading, holding)
+
+    async def _answer(self, arrival: Arrival, reading: Holding,
+                      holding: Holding) -> tuple[Served, ParsedBody]:
         served = await self.resolve(arrival.envelope.model, arrival.caller.bound, holding)
         await self.see(arrival, served, holding)
         [parsed] = await self._read(arrival, served, "answer", arrival.caller.route)
@@ -167,6 +179,20 @@ class Intake:
 
     # the steps
 
+    @asynccontextmanager
+    async def opened(self, caller: Caller, *parts: bytes | bytearray, number: int | None = None,
+                     opener: Admission | None = None, times: int = 1) -> AsyncIterator[Arrival]:
+        """A body that is open as long as the block lasts, see `open`. Afterwards no sandbox keeps it."""
+        arrival = await self.open(caller, *parts, number=number, opener=opener, times=times)
+        try:
+            yield arrival
+        finally:
+            if arrival.sandbox:
+                forgetting = asyncio.create_task(supervised(
+                    "forgetting a body", partial(arrival.sandbox.forget, arrival.ticket)))
+                self.forgetting.add(forgetting)
+                forgetting.add_done_callback(self.forgetting.discard)
+
     async def open(self, caller: Caller, *parts: bytes | bytearray, number: int | None = None,
                    opener: Admission | None = None, times: int = 1) -> Arrival:
         """Parse a body, with what was said before it, or with a number that line of a batch. times: how often
@@ -175,10 +201,14 @@ class Intake:
         if sum(map(len, parts)) <= most:
             return Arrival(caller, parts, open_body(caller.route, number, *parts), number)
         admission = opener or self.catalogue.find("", caller.bound).pool.admission
+        sandbox, ticket = admission.sandboxes["bodies"], next(self.tickets)
         with admission.prepare(caller.client):
-            data: Any = await admission.sandboxes["bodies"].perform(
-                caller.client, "open", caller.route, number, most, bodies=parts)
-        return Arrival(caller, parts, unpacked_envelope(data), number)
+            data: Any = await sandbox.perform(
+                caller.client, "open", caller.route, number, most, bodies=parts, ticket=ticket)
+        envelope = unpacked_envelope(data)
+        if envelope.fields is not None:
+            return Arrival(caller, parts, envelope, number)
+        return Arrival(caller, parts, envelope, number, ticket, sandbox)
 
     async def resolve(self, name: str, bound: Seq[str], holding: Holding) -> Served:
         """The model or adapter that a request asks for, with the version of its files. `holding` keeps the
@@ -233,7 +263,7 @@ class Intake:
         with admission.prepare(caller.client):
             found: Any = await admission.sandboxes["bodies"].perform(
                 caller.client, "read", caller.route, arrival.number, packed_sizes(arrival.pictures),
-                caller.client, task, arguments, bodies=arrival.parts)
+                caller.client, task, arguments, bodies=arrival.parts, ticket=arrival.ticket)
             if isinstance(found, (bytes, bytearray)):
                 return found
             vocab_size = tokenizer_of(served.pool).vocab_size

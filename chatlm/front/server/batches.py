@@ -416,9 +416,9 @@ class BatchWorker:
                     charges: list[Charge]) -> dict:
         caller = Caller(row.url or "", client, self.owners.of_pages(client), self._bound(client))
         served = await self.intake.resolve(row.model or "", caller.bound, holding)
-        arrival = await self.intake.open(
-            caller, row.text.strip(), number=row.number, opener=served.pool.admission)
-        parsed = await self.intake.line(arrival, served, holding)
+        async with self.intake.opened(caller, row.text.strip(), number=row.number,
+                                      opener=served.pool.admission) as arrival:
+            parsed = await self.intake.line(arrival, served, holding)
         request = parsed.request
         params = replace(request.params, client=client, owner=caller.owner)
         encoder = encoder_of(parsed, served.name, tokenizer_of(served.pool))

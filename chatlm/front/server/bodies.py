@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from chatlm.common.client_words import too_large
@@ -18,6 +19,8 @@ from chatlm.front.server.routes import Api, Route
 from chatlm.front.server.streams import read_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     from aiohttp import web
     from chatlm.common.messages.protocol import ParsedBody
     from chatlm.front.intake.intake import Intake
@@ -41,21 +44,23 @@ class Bodies:
         record = REQUEST_LOG.get()
         return Caller(record.route.pattern, record.client, self.owners.of_pages(record.client), record.bound)
 
-    async def open(self, http: web.Request, reading: Holding, times: int = 1) -> Arrival:
+    @asynccontextmanager
+    async def opened(self, http: web.Request, reading: Holding, times: int = 1) -> AsyncIterator[Arrival]:
         """Receive a body, whose bytes `reading` then holds, and parse it. times: how often it may be read."""
         most = LIMITS.pictured_bytes if self.intake.seeing() else LIMITS.body_bytes
         raw = await read_bytes(http, reading, most)
-        arrival = await self.intake.open(self.caller(), raw, times=times)
-        record = REQUEST_LOG.get()
-        # an OpenAI client whose base URL lacks /v1 (see read_native_body)
-        if record.api is Api.NANOCHAT and arrival.envelope.names_model:
-            record.api = Api.OPENAI
-        return arrival
+        async with self.intake.opened(self.caller(), raw, times=times) as arrival:
+            record = REQUEST_LOG.get()
+            # an OpenAI client whose base URL lacks /v1 (see read_native_body)
+            if record.api is Api.NANOCHAT and arrival.envelope.names_model:
+                record.api = Api.OPENAI
+            yield arrival
 
     async def answer(self, http: web.Request, holding: Holding) -> tuple[Served, ParsedBody]:
         """The body of a route that answers. `holding` then accounts for what is kept of a large one."""
         with self.holding() as reading:
-            served, parsed = await self.intake.answer(await self.open(http, reading), reading, holding)
+            async with self.opened(http, reading) as arrival:
+                served, parsed = await self.intake.answer(arrival, reading, holding)
         record = REQUEST_LOG.get()
         if parsed.ignored_tools:
             names = ", ".join(parsed.ignored_tools)[:1000]
@@ -66,7 +71,8 @@ class Bodies:
 
     async def text(self, http: web.Request, holding: Holding) -> tuple[Served, bytes]:
         """The result of one of TEXT_READERS for a body."""
-        served, ignored, text = await self.intake.text(await self.open(http, holding), holding)
+        async with self.opened(http, holding) as arrival:
+            served, ignored, text = await self.intake.text(arrival, holding)
         note_ignored(ignored)
         return served, text
 

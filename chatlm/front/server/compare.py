@@ -71,8 +71,8 @@ async def asked_of(intake: Intake, arrival: Arrival, holding: Holding) -> tuple[
 async def read_asked(bodies: Bodies, http: web.Request, holding: Holding) -> list[Asked]:
     """The answers that a client wants compared."""
     with bodies.holding() as reading:
-        arrival = await bodies.open(http, reading, times=LIMITS.compared)
-        asked, ignored = await asked_of(bodies.intake, arrival, holding)
+        async with bodies.opened(http, reading, times=LIMITS.compared) as arrival:
+            asked, ignored = await asked_of(bodies.intake, arrival, holding)
         note_ignored(ignored)
         return asked
 

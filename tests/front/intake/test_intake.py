@@ -11,8 +11,8 @@ import aiohttp
 import pytest
 
 from chatlm.common.config import LIMITS, ModelChoice, Settings
-from chatlm.common.errors import ChatServerError, RequestError
-from chatlm.common.messages.protocol import SANDBOX_PIPE, Body, Known, Task
+from chatlm.common.errors import ChatServerError, EngineFailure, RequestError
+from chatlm.common.messages.protocol import SANDBOX_PIPE, Body, Known, SandboxConfig, Task
 from chatlm.common.messages.requests import InfillTokens
 from chatlm.common.messages.wire import Pipe
 from chatlm.common.vision.pictures import picture
@@ -21,8 +21,10 @@ from chatlm.front.api.readers import ANSWER_READERS, TEXT_READERS, read_answer
 from chatlm.front.intake import intake as intake_module
 from chatlm.front.intake.arrival import Caller
 from chatlm.front.intake.budget import Holding
-from chatlm.front.intake.envelope import MODEL_NAMES, envelope_of
+from chatlm.front.intake.body_tasks import BodyTasks
+from chatlm.front.intake.envelope import MODEL_NAMES, envelope_of, unpacked_envelope
 from chatlm.front.intake.intake import Intake
+from chatlm.front.intake.sandboxed import Shelf
 from chatlm.front.intake.tasks import NumberedLine
 from chatlm.front.pool.catalogue import Catalogue
 from chatlm.front.pool.many import ManyModels
@@ -83,9 +85,10 @@ async def post(url, body, status=200):
 
 async def tokens_of(intake, text, model="one", client="a"):
     """What /tokenize says of a text."""
+    body = json.dumps({"model": model, "content": text}).encode()
     with holding_of(intake, client) as holding:
-        arrival = await intake.open(caller_of("/tokenize", client), json.dumps({"model": model, "content": text}).encode())
-        return (await intake.text(arrival, holding))[2]
+        async with intake.opened(caller_of("/tokenize", client), body) as arrival:
+            return (await intake.text(arrival, holding))[2]
 
 
 # where a body is read
@@ -109,20 +112,20 @@ QUESTION = conversation() | SHORT
     ("/apply-template", conversation() | {"padding": LARGE}),
     ("/api/show", {"model": "two", "padding": LARGE}),
     ("/models/load", {"model": "two", "padding": LARGE})])
-async def test_a_large_body_crosses_twice_and_a_small_one_never(models, crossings, route, body):
+async def test_a_large_body_crosses_once_and_a_small_one_never(models, crossings, route, body):
     small = {name: value for name, value in body.items() if name != "padding"}
     async with serving(models, models.settings) as url:
         await post(url + route, body)
-        assert [task for task in crossings if task[1]] == [["open", 1], ["read", 1]]
+        assert [task for task in crossings if task[0] in ("open", "read")] == [["open", 1], ["read", 0]]
         crossings.clear()
         await post(url + route, small)
     assert [task for task in crossings if task[1]] == []
 
 
-async def test_a_comparison_s_body_crosses_once_more_for_each_model(models, crossings):
+async def test_a_comparison_s_body_crosses_once_however_many_models_read_it(models, crossings):
     async with serving(models, models.settings) as url:
         await post(url + "/v1/compare", QUESTION | {"models": ["one", "two", "one"]})
-    assert [task for task in crossings if task[1]] == [["open", 1], ["read", 1], ["read", 1], ["read", 1]]
+    assert [task for task in crossings if task[0] in ("open", "read")] == [["open", 1], ["read", 0], ["read", 0], ["read", 0]]
 
 
 def test_every_route_with_a_reader_is_a_row_of_the_names_of_models():
@@ -137,22 +140,76 @@ async def test_bodies_that_come_at_once_are_not_mixed_up(intake):
     assert found == again and len(set(found)) == 6
 
 
-async def test_two_open_bodies_stay_those_of_their_clients(intake):
+async def test_two_open_bodies_stay_those_of_their_clients(intake, crossings):
+    texts = [f"{word} {LARGE}" for word in ("first", "second")]
+    alone = [await tokens_of(intake, text) for text in texts]
+    bodies = [json.dumps({"content": text}).encode() for text in texts]
+    for order, sent in (((0, 1), [["read", 1], ["read", 1]]), ((1, 0), [["read", 0], ["read", 1]])):
+        crossings.clear()
+        with holding_of(intake) as holding:
+            async with intake.opened(caller_of("/tokenize", "a"), bodies[0]) as one, intake.opened(caller_of("/tokenize", "b"), bodies[1]) as two:
+                found = [(await intake.text((one, two)[place], holding))[2] for place in order]
+        assert found == [alone[place] for place in order] and alone[0] != alone[1]
+        assert crossings[:4] == [["open", 1], ["open", 1], *sent]
+
+
+async def test_a_front_that_is_wrong_about_what_a_sandbox_has_gets_no_other_client_s_body(models, intake, caplog):
+    """The guard: the process looks at the ticket itself. Here the front thinks that it has the first body, though the second came after it."""
     first, second = (json.dumps({"content": f"{word} {LARGE}"}).encode() for word in ("first", "second"))
-    with holding_of(intake) as holding:
-        one = await intake.open(caller_of("/tokenize", "a"), first)
-        two = await intake.open(caller_of("/tokenize", "b"), second)
-        crossed = [(await intake.text(arrival, holding))[2] for arrival in (two, one)]
-    assert crossed == [await tokens_of(intake, f"{word} {LARGE}") for word in ("second", "first")] and crossed[0] != crossed[1]
-
-
-async def test_a_process_that_dies_between_open_and_read_costs_nothing(models, intake):
     sandbox = models.find("").pool.admission.sandboxes["bodies"].sandbox
     with holding_of(intake) as holding:
-        arrival = await intake.open(caller_of("/tokenize"), json.dumps({"content": LARGE}).encode())
-        pid = sandbox.process.pid
-        os.kill(pid, signal.SIGKILL)
-        _, _, text = await intake.text(arrival, holding)
+        async with intake.opened(caller_of("/tokenize", "a"), first) as one, intake.opened(caller_of("/tokenize", "b"), second):
+            sandbox.ticket = one.ticket
+            with pytest.raises(EngineFailure):
+                await intake.text(one, holding)
+            assert (await intake.text(one, holding))[2] == await tokens_of(intake, f"first {LARGE}")
+
+
+@pytest.mark.parametrize("model, fails", [("one", False), ("nobody", True)])
+async def test_a_body_is_forgotten_once_it_is_read_or_its_model_is_not_there(models, intake, crossings, model, fails):
+    sandbox = models.find("").pool.admission.sandboxes["bodies"].sandbox
+    if fails:
+        with pytest.raises(RequestError):
+            await tokens_of(intake, LARGE, model)
+    else:
+        await tokens_of(intake, LARGE, model)
+    await asyncio.gather(*intake.forgetting)
+    assert crossings[-1] == ["forget", 0] and sandbox.ticket == 0 and not intake.forgetting
+
+
+def test_a_sandbox_s_process_opens_what_it_is_sent_and_drops_what_has_another_ticket_or_none():
+    shelf = Shelf()
+    tasks = BodyTasks(SandboxConfig(Known(Settings(), None), None, 0, 5.0, 0), shelf)
+    for ticket, model in ((1, "a"), (1, "b"), (2, "c")):
+        shelf.turn_to(ticket)
+        assert unpacked_envelope(tasks.open("/tokenize", None, 9, json.dumps({"model": model}).encode()).data).model == model
+        shelf.turn_to(ticket)
+        assert shelf.body.model == model
+    for ticket in (3, 0, 0):
+        shelf.turn_to(ticket)
+        assert shelf.body is None
+        with pytest.raises(AssertionError, match="the front thinks"):
+            tasks.open("/tokenize", None, 9)
+        tasks.open("/tokenize", None, 9, b"{}")
+
+
+async def test_a_body_that_another_has_replaced_is_not_forgotten_again(models, intake, crossings):
+    async with intake.opened(caller_of("/tokenize"), json.dumps({"content": LARGE}).encode()):
+        await tokens_of(intake, LARGE + "y")
+        await asyncio.gather(*intake.forgetting)
+        crossings.clear()
+    await asyncio.gather(*intake.forgetting)
+    assert crossings == []
+
+
+async def test_a_process_that_dies_between_open_and_read_costs_nothing(models, intake, crossings):
+    sandbox = models.find("").pool.admission.sandboxes["bodies"].sandbox
+    with holding_of(intake) as holding:
+        async with intake.opened(caller_of("/tokenize"), json.dumps({"content": LARGE}).encode()) as arrival:
+            pid = sandbox.process.pid
+            os.kill(pid, signal.SIGKILL)
+            _, _, text = await intake.text(arrival, holding)
+    assert [task for task in crossings if task[0] in ("open", "read")][-1] == ["read", 1]
     assert text == await tokens_of(intake, LARGE) and sandbox.process.pid != pid
 
 
