@@ -42,7 +42,8 @@ The rooms, each above those that it may import
           engine/             schedule, run, postprocess; KV pages, grammars, drafts, the text of an answer
           ranks/              one model in several processes
           weights/            a model's files become tensors; families, shards, adapters
-          model/              `ModelSpec`, `Transformer`, and which kernels compute
+          model/              `Transformer`, and which kernels compute
+          model/blocks/       `Model`: an input, layers of two blocks each, a head
           ops/                the reference of each op, and torch's tensors
           arrays/             arrays without torch
     chatlm/common/hub/        which model: on this machine, on the hub, or the default one

@@ -25,7 +25,7 @@ from chatlm.common.hub.find import resolve_model    # noqa: E402
 from chatlm.common.hub.local import no_progress    # noqa: E402
 from chatlm.common.processes.start import threads_per_worker    # noqa: E402
 from chatlm.worker.build import build_transformer    # noqa: E402
-from chatlm.worker.model.spec import Batch    # noqa: E402
+from chatlm.worker.model.batch import Batch    # noqa: E402
 from chatlm.worker.model.transformer import load_adapter    # noqa: E402
 from chatlm.worker.ranks.ranks import RankAlone    # noqa: E402
 from chatlm.worker.weights.load import open_model    # noqa: E402
@@ -33,14 +33,15 @@ from chatlm.worker.weights.load import open_model    # noqa: E402
 PAGE, PROMPT = 16, 256
 
 
-def random_adapter(folder, spec, rank, dtype, seed):
+def random_adapter(folder, model, rank, dtype, seed):
     """A peft folder of an adapter for every linear layer of a llama."""
-    C, F, D, random = spec.width, spec.ffn_size, spec.head_size, torch.Generator().manual_seed(seed)
-    q, kv = spec.heads * D, spec.kv_heads * D
+    layer = model.layers[0]
+    C, F, random = model.width, layer.feed.width, torch.Generator().manual_seed(seed)
+    q, kv, _ = (run.length for run in layer.mixer.runs)
     shapes = {"self_attn.q_proj": (q, C), "self_attn.k_proj": (kv, C), "self_attn.v_proj": (kv, C), "self_attn.o_proj": (C, q),
               "mlp.gate_proj": (F, C), "mlp.up_proj": (F, C), "mlp.down_proj": (C, F)}
     tensors = {f"base_model.model.model.layers.{layer}.{module}.lora_{which}.weight": (0.01 * torch.randn(shape, generator=random)).to(dtype)
-               for layer in range(spec.layers) for module, (rows, columns) in shapes.items()
+               for layer in range(len(model.layers)) for module, (rows, columns) in shapes.items()
                for which, shape in (("A", (rank, columns)), ("B", (rows, rank)))}
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors")
@@ -78,7 +79,7 @@ def main():
     _, transformer, pages, *_ = build_transformer(open_model(source, settings, device), source, settings, device, no_progress, RankAlone())
     assert pages >= args.rows * -(-args.context // PAGE), f"{pages} pages are too few for --rows and --context"
     with tempfile.TemporaryDirectory() as folder:
-        sizes = [load_adapter(transformer, slot, random_adapter(Path(folder, str(slot)), transformer.spec, args.rank, getattr(torch, args.dtype), slot))
+        sizes = [load_adapter(transformer, slot, random_adapter(Path(folder, str(slot)), transformer.unpadded, args.rank, getattr(torch, args.dtype), slot))
                  for slot in range(1, max(counts) + 1)]
     steps = {"base alone": decode_batch([0] * args.rows, args.context), "one row": decode_batch([1] + [0] * (args.rows - 1), args.context)}
     steps |= {f"{count} adapters": decode_batch([1 + row * count // args.rows for row in range(args.rows)], args.context) for count in counts}

@@ -22,10 +22,12 @@ import torch  # noqa: E402
 
 from chatlm.common.config import PAGE_SIZE    # noqa: E402
 from chatlm.common.messages.requests import SamplingParams    # noqa: E402
+from chatlm.worker.model.batch import Batch    # noqa: E402
 from chatlm.worker.model.kernels import load_kernels    # noqa: E402
-from chatlm.worker.model.spec import Batch, ModelSpec, expected_tensors    # noqa: E402
 from chatlm.worker.model.transformer import Transformer    # noqa: E402
 from chatlm.worker.ops.rows import SampleRow    # noqa: E402
+from chatlm.worker.weights.model_of import model_of
+from chatlm.worker.weights.recipe import ModelSpec  # noqa: E402
 from decode_core.cuda_steps import GraphSteps  # noqa: E402
 
 SHAPES = {
@@ -41,12 +43,12 @@ def random_model(spec, kernels, device, dtype, **sizes):
     """A Transformer with small random weights, made on the device; dtype: "bfloat16" or "float32"."""
     random = torch.Generator(device).manual_seed(1)
     tensors = {}
-    for name, shape in expected_tensors(spec).items():
+    for name, shape in model_of(spec).shapes().items():
         matrix = len(shape) > 1
         tensors[name] = torch.randn(shape, device=device, generator=random,
                                     dtype=getattr(torch, dtype) if matrix else torch.float32)
         tensors[name].mul_(0.02 if matrix else 1.0)
-    return Transformer(spec, tensors, kernels, device=device, dtype=dtype, **sizes)
+    return Transformer(model_of(spec), tensors, kernels, device=device, dtype=dtype, **sizes)
 
 
 def bytes_of_a_step(transformer, batch, context):
@@ -141,7 +143,7 @@ def main():
     print(f"{torch.cuda.get_device_name(device)}: copies {bandwidth / 1e12:.2f} TB/s")
     for shape in arguments.shapes:
         spec = SHAPES[shape]
-        kernels = load_kernels(device, spec)
+        kernels = load_kernels(device, model_of(spec))
         assert kernels.backend.name == "decode_core/cuda", f"decode_core does not run here on CUDA: {kernels.names}"
         for batch in arguments.batches:
             length = arguments.context + arguments.steps + 20

@@ -23,7 +23,7 @@ from chatlm.common.hub.find import resolve_model    # noqa: E402
 from chatlm.common.messages.requests import SamplingParams    # noqa: E402
 from chatlm.worker.build import build_engine    # noqa: E402
 from chatlm.worker.engine.model_drafts import ModelDrafts    # noqa: E402
-from chatlm.worker.model.spec import Batch    # noqa: E402
+from chatlm.worker.model.batch import Batch    # noqa: E402
 from chatlm.worker.ops.rows import SampleRow    # noqa: E402
 
 MOST = ModelDrafts.LONGEST

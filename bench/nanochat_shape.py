@@ -18,9 +18,11 @@ import torch
 
 from chatlm.common.config import PAGE_SIZE
 from chatlm.common.core import kernels_line
+from chatlm.worker.model.batch import Batch
 from chatlm.worker.model.kernels import load_kernels
-from chatlm.worker.model.spec import Batch, ModelSpec, expected_tensors
 from chatlm.worker.model.transformer import Transformer
+from chatlm.worker.weights.model_of import model_of
+from chatlm.worker.weights.recipe import ModelSpec
 
 KINDS = {"bfloat16": None, "q8_0": "q8_0", "q4_0": "q4_0"}
 
@@ -38,9 +40,9 @@ def shape(depth: int) -> ModelSpec:
 
 def build(spec: ModelSpec, quantize: str | None) -> Transformer:
     random = torch.Generator().manual_seed(1)
-    tensors = {name: torch.randn(size, generator=random).mul_(0.02).numpy() for name, size in expected_tensors(spec).items()}
-    kernels = load_kernels("cpu", spec, max_tokens=264, max_rows=8, quantize=quantize)
-    return Transformer(spec, tensors, kernels, num_pages=130, max_tokens=264, max_rows=8, dtype="bfloat16")
+    tensors = {name: torch.randn(size, generator=random).mul_(0.02).numpy() for name, size in model_of(spec).shapes().items()}
+    kernels = load_kernels("cpu", model_of(spec), max_tokens=264, max_rows=8, quantize=quantize)
+    return Transformer(model_of(spec), tensors, kernels, num_pages=130, max_tokens=264, max_rows=8, dtype="bfloat16")
 
 
 def batch(length: int, new: int) -> Batch:
@@ -72,7 +74,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     spec = shape(arguments.depth)
     models = {kind: build(spec, quantize) for kind, quantize in KINDS.items()}
-    parameters = sum(torch.Size(size).numel() for size in expected_tensors(spec).values())
+    parameters = sum(torch.Size(size).numel() for size in model_of(spec).shapes().values())
     print(f"d{arguments.depth}: {parameters / 1e6:.0f} M parameters, {arguments.threads} threads, {kernels_line()}")
     speeds, firsts = {kind: [] for kind in models}, {kind: [] for kind in models}
     for _ in range(arguments.rounds + 1):

@@ -45,7 +45,7 @@ from chatlm.common.processes.start import threads_per_worker    # noqa: E402
 from chatlm.worker import build    # noqa: E402
 from chatlm.worker.arrays.kinds import floats    # noqa: E402
 from chatlm.worker.model.kernels import load_kernels    # noqa: E402
-from chatlm.worker.model.spec import Batch    # noqa: E402
+from chatlm.worker.model.batch import Batch    # noqa: E402
 from chatlm.worker.model.transformer import Transformer    # noqa: E402
 from chatlm.worker.weights.load import open_model    # noqa: E402
 
@@ -86,12 +86,12 @@ class Ours:
 
 
 class ReferenceOps:
-    """The reference ops in float32 on `tensors`, named and shaped as `expected_tensors` (chatlm/worker/model/spec.py) says."""
+    """The reference ops in float32 on `tensors`, named and shaped as `model.tensors()` says."""
 
-    def __init__(self, name, spec, tensors):
-        kernels = load_kernels("cpu")           # without a model's spec: the references
+    def __init__(self, name, model, tensors):
+        kernels = load_kernels("cpu")           # without a model: the references
         self.name, self.transformer = name, Transformer(
-            spec, tensors, kernels, num_pages=CHUNK // PAGE_SIZE, max_tokens=CHUNK, dtype="float32")
+            model, tensors, kernels, num_pages=CHUNK // PAGE_SIZE, max_tokens=CHUNK, dtype="float32")
 
     def logprobs(self, index, ids):
         return torch.log_softmax(our_logits(self.transformer, ids[:-1], CHUNK)[FIRST:].double(), 1)
@@ -101,7 +101,7 @@ def on_checkpoint(model, flags):
     """The judge for the nanochat checkpoint that these flags choose: its weights as stored in the file."""
     settings = replace(cli.parse_command_line(["serve", model, *flags], os.environ), dtype="float32")
     loaded = open_model(resolve_model(settings), settings)
-    return ReferenceOps("float32", loaded.spec, loaded.tensors)
+    return ReferenceOps("float32", loaded.architecture, loaded.tensors)
 
 
 def on_own_weights(transformer):
@@ -115,7 +115,7 @@ def on_own_weights(transformer):
         return rows
 
     tensors = {name: held(name, weight) for name, weight in transformer.weights.items()}
-    return ReferenceOps("float32 on its weights", transformer.spec, tensors)
+    return ReferenceOps("float32 on its weights", transformer.model, tensors)
 
 
 class Transformers:

@@ -20,7 +20,7 @@ from chatlm.common.config import PAGE_SIZE, Settings    # noqa: E402
 from chatlm.common.hub.default_model import fetch_default_model    # noqa: E402
 from chatlm.common.messages.requests import ModelSource, SamplingParams    # noqa: E402
 from chatlm.worker.model.kernels import load_kernels    # noqa: E402
-from chatlm.worker.model.spec import Batch    # noqa: E402
+from chatlm.worker.model.batch import Batch    # noqa: E402
 from chatlm.worker.model.transformer import Transformer    # noqa: E402
 from chatlm.worker.ops.basic import fastest_dtype    # noqa: E402
 from chatlm.worker.ops.rows import SampleRow    # noqa: E402
@@ -36,7 +36,7 @@ def model():
     settings = Settings(dtype=dtype)
     source = ModelSource("gguf", fetch_default_model(), "default", "")
     kernels, loaded = load_kernels("cpu"), open_model(source, settings)
-    return Transformer(loaded.spec, loaded.tensors, kernels, num_pages=NUM_PAGES, max_tokens=256, dtype=dtype)
+    return Transformer(loaded.architecture, loaded.tensors, kernels, num_pages=NUM_PAGES, max_tokens=256, dtype=dtype)
 
 
 def make_batch(rows, context, new):

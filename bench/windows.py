@@ -19,7 +19,8 @@ from chatlm.worker.engine.kvcache import PagePool    # noqa: E402
 from chatlm.worker.engine.limits import StepLimits    # noqa: E402
 from chatlm.worker.engine.scheduler import Scheduler    # noqa: E402
 from chatlm.worker.engine.sequence import Assignment, Sequence    # noqa: E402
-from chatlm.worker.model.spec import Attention, group_layers    # noqa: E402
+from chatlm.worker.model.pages import group_layers  # noqa: E402
+from chatlm.worker.weights.recipe import Attention  # noqa: E402
 
 MODELS = {              # layers, kv heads, head size, window, every n-th layer has no window, context
     "Gemma 3 1B": (26, 1, 256, 512, 6, 32768), "Gemma 3 4B": (34, 4, 256, 1024, 6, 32768), "Gemma 3 12B": (48, 8, 256, 1024, 6, 32768),

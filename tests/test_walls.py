@@ -1,5 +1,7 @@
 """The walls between the houses: what import-linter refuses (.importlinter), and what it cannot see, imports by name."""
 
+import ast
+import dataclasses
 import json
 import os
 import shutil
@@ -12,8 +14,9 @@ import psutil
 import pytest
 
 from chatlm.common.core import decode_core
-from chatlm.worker.model.spec import UNGATED
+from chatlm.worker.model.blocks.feed_forward import UNGATED
 from chatlm.worker.ops import basic
+from chatlm.worker.weights.recipe import ModelSpec
 from real_server import ask, post, server
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,7 +41,9 @@ PLANTED = [     # module, import, the contract that it breaks
     ("worker/process", "import aiohttp", "No HTTP in a worker"),
     ("front/intake/tasks", "from chatlm.front.lazy import web", "No HTTP in the intake"),
     ("worker/weights/gguf", "import torch", "No torch in a worker on a CPU"),
-    ("worker/ops/basic", "from chatlm.worker.model import spec", "A room of the worker house imports only rooms below it"),
+    ("worker/ops/basic", "from chatlm.worker.model import batch", "A room of the worker house imports only rooms below it"),
+    ("worker/build", "from chatlm.worker.weights.recipe import ModelSpec", "Only loaders know the recipe of a model"),
+    ("worker/model/tower", "from chatlm.worker.weights.recipe import ModelSpec", "A room of the worker house imports only rooms below it"),
     ("front/admission/prompts", "from chatlm.front.api import fields", "A room of the front house imports only rooms below it"),
     ("common/errors", "from chatlm.common import log", "A common room imports only rooms below it"),
     ("terminal/chat", "import chat_server", "Nothing imports the script"),
@@ -76,6 +81,29 @@ def test_each_kind_of_forbidden_import_is_found(tmp_path):
         cycle = contract.startswith("No cycles")        # it names its modules within their package
         place = module.rpartition("/")[2] if cycle else f"chatlm.{module.replace('/', '.')}"
         assert contract in broken and place in broken.partition(contract)[2], (module, line, found.stdout)
+
+
+def read_of_recipes(path):
+    """The fields of a ModelSpec that a module reads of something called `spec` or `recipe`."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and node.attr in RECIPE:
+            owner = node.value
+            name = owner.attr if isinstance(owner, ast.Attribute) else owner.id if isinstance(owner, ast.Name) else ""
+            if name in ("spec", "recipe"):
+                yield f"{path.relative_to(ROOT)}:{node.lineno} reads {name}.{node.attr}"
+
+
+RECIPE = {field.name for field in dataclasses.fields(ModelSpec)} | {name for name in vars(ModelSpec) if not name.startswith("_")}
+SIZES_FOR_CORE = "chatlm/worker/ops/basic.py", "chatlm/worker/ops/tensors.py"        # by the flat names that decode_core reads of CoreSizes
+
+
+def test_only_loaders_read_the_recipe_of_a_model():
+    """Not even without importing it, as `model.spec.width` would. A loader's own modules do."""
+    loaders = ROOT / "chatlm/worker/weights"
+    readers = [path for path in (ROOT / "chatlm/worker").rglob("*.py") if loaders not in path.parents and str(path.relative_to(ROOT)) not in SIZES_FOR_CORE]
+    found = [line for path in readers for line in read_of_recipes(path)]
+    assert ROOT / "chatlm/worker/build.py" in readers and found == []
+    assert [*read_of_recipes(loaders / "model_of.py")]      # so the search finds them
 
 
 # In each process: at SIGUSR1 it writes the names of its modules

@@ -25,8 +25,7 @@ from chatlm.worker.engine.model_drafts import ModelDrafts
 from chatlm.worker.engine.pieces import open_for_answers
 from chatlm.worker.engine.limits import FREE_ROWS
 from chatlm.worker.model.kernels import Backend, choose_backend, load_kernels
-from chatlm.worker.model.padding import padded_spec
-from chatlm.worker.model.spec import KvType, PageLayout, expected_tensors, group_layers
+from chatlm.worker.model.pages import KvType, PageLayout, group_layers
 from chatlm.worker.model.tower import Tower, chunk_work
 from chatlm.worker.model.transformer import Transformer, page_layout
 from chatlm.worker.ranks.ranks import PlannedRank, RankAlone
@@ -41,8 +40,9 @@ if TYPE_CHECKING:
     from chatlm.common.messages.protocol import WorkerConfig
     from chatlm.common.messages.requests import ModelSource
     from chatlm.worker.drafting import DraftPlan
+    from chatlm.worker.model.blocks.model import Model
     from chatlm.worker.model.kernels import Kernels
-    from chatlm.worker.model.spec import LayerGroups, ModelSpec
+    from chatlm.worker.model.pages import LayerGroups
     from chatlm.worker.ranks.messages import RankConfig
     from chatlm.worker.ranks.ranks import RankZero
     from chatlm.worker.weights.rules import LoadedModel
@@ -112,9 +112,9 @@ def prefill_chunk(settings: Settings, device: Device) -> int:
     return settings.prefill_chunk or (2048 if device.type == "cuda" else 256)
 
 
-def step_tokens(spec: ModelSpec, settings: Settings, device: Device) -> int:
+def step_tokens(model: Model, settings: Settings, device: Device) -> int:
     """The most tokens of prompts in a step, which takes a whole text of a model that embeds such."""
-    return max(prefill_chunk(settings, device), spec.max_positions if spec.of_texts else 0)
+    return max(prefill_chunk(settings, device), model.max_positions if model.of_texts else 0)
 
 
 CANNOT_CHAT = ("It has no chat template, so it cannot chat: it continues texts, for /v1/completions, "
@@ -142,7 +142,7 @@ def make_tower(model: LoadedModel, transformer: Transformer, settings: Settings,
     quantize = settings.quantize or (
         "q8_0" if quantized and transformer.kernels.backend.quantizes else None)
     return Tower(model.eyes, device, dtype=model.dtype, quantize=quantize,
-                 part=STAGE_CHUNKS * chunk_work(model.spec, chunk, quantized))
+                 part=STAGE_CHUNKS * chunk_work(model.architecture, chunk, quantized))
 
 
 def build_engine(source: ModelSource, settings: Settings, device: Device,
@@ -164,7 +164,7 @@ def build_engine(source: ModelSource, settings: Settings, device: Device,
         model.notes += (CANNOT_CHAT,)
     elif tokenizer.continues_texts:
         model.notes += (IS_BASE,)
-    state_bytes, chunk = model.spec.state_bytes, prefill_chunk(settings, device)
+    state_bytes, chunk = model.architecture.state_bytes, prefill_chunk(settings, device)
     draft_help = draft_help or DraftHelp()
     texts = draft_help.texts(settings.draft_text)
     drafts = plan_drafters(model, settings, device, chunk, progress, draft_help)
@@ -196,7 +196,7 @@ def those_that_fit(drafts: Seq[DraftPlan], model: LoadedModel, settings: Setting
     with draft_help.optional("--draft-model"):
         rank = PlannedRank(settings, 0)
         share = share_of_rank(model, rank, settings)
-        _, _, _, plan = plan_model(share, model.spec, settings, device, rank, drafts)
+        _, _, _, plan = plan_model(share, model.architecture, settings, device, rank, drafts)
         plan.line(plan.pages())
         return drafts
     return [draft for draft in drafts if not draft.source]
@@ -209,15 +209,15 @@ def build_transformer(
     """Load the weights, or a rank's shards of them, and allocate the KV pages. Also returns the number of
     pages, the longest text they hold, and how many sequences may run at once. drafts: what must fit too."""
     ranks = ranks or RankAlone()
-    whole, model = model.spec, share_of_rank(model, ranks, settings)
-    if model.dtype is None and not choose_backend(device, model.spec).as_stored:
+    whole, model = model.architecture, share_of_rank(model, ranks, settings)
+    if model.dtype is None and not choose_backend(device, model.architecture).as_stored:
         # torch computes this share of a model that decode_core would compute, and reads no packed matrices
         settings = replace(settings, dtype=Backend(device.type).dtype)
         model = share_of_rank(open_model(source, settings, device), ranks, settings)
     kernels, groups, limits, plan = plan_model(model, whole, settings, device, ranks, drafts)
     num_pages = ranks.min_over_ranks(plan.pages())
     context = plan.context(num_pages, groups)
-    if context < model.context_length and model.spec.rope_factors:  # longrope's factors depend on the context
+    if context < model.context_length and model.architecture.has_rope_factors:  # longrope's
         model = open_model(source, replace(settings, context_length=context), device)
         model = share_of_rank(model, ranks, settings)
     line = plan.line(num_pages)
@@ -227,7 +227,7 @@ def build_transformer(
         if warning:
             log.warning("%s", warning)
     running, snapshots = (ranks.min_over_ranks(count) for count in plan.states(num_pages))
-    transformer = Transformer(model.spec, model.tensors, kernels, num_pages=num_pages, device=device,
+    transformer = Transformer(model.architecture, model.tensors, kernels, num_pages=num_pages, device=device,
                               dtype=model.dtype, num_slots=running + FREE_ROWS + snapshots, groups=groups,
                               kv=plan.kv, read_adapter=adapter_reader(model), progress=progress,
                               max_tokens=limits["max_tokens"], max_rows=limits["max_rows"])
@@ -247,10 +247,10 @@ def loss_of(quantize: str | None) -> str:
             f"float weights is {LOSSES[quantize]} (q4_k: 0.08). Larger models lose less; compare before use")
 
 
-def layers_of_floats(spec: ModelSpec, kv: KvType) -> str:
+def layers_of_floats(model: Model, kv: KvType) -> str:
     """Which layers stay floats although --kv-cache-dtype is q8_0, in words; "" if none. ConfigError if all
     do."""
-    layers = [attn for attn in spec.by_layer if attn]
+    layers = model.attentions
     floats = [attn for attn in layers if not kv.packs(attn)]
     if not kv.packed or not floats:
         return ""
@@ -268,27 +268,27 @@ def share_of_rank(model: LoadedModel, ranks: RankAlone, settings: Settings) -> L
     return shard_model(model, ranks.rank % ranks.tp, ranks.tp, settings.quantize)
 
 
-def plan_model(model: LoadedModel, whole: ModelSpec, settings: Settings, device: Device,
+def plan_model(model: LoadedModel, whole: Model, settings: Settings, device: Device,
                ranks: RankAlone, drafts: Seq[DraftPlan] = ()
                ) -> tuple[Kernels, LayerGroups, dict[str, int], MemoryPlan]:
-    """How a rank will compute its shard of a model whose `whole` spec is given too: the kernels, the layers
-    that share pages, the limits of a step, and the memory needed, also for what drafts. No weight is read.
-    """
-    spec, rows = model.spec, max(settings.max_batch, FREE_ROWS)
-    limits = {"max_tokens": step_tokens(spec, settings, device) + rows, "max_rows": rows}
-    if spec.of_texts and (ranks.stages > 1 or ranks.tp > 1):
+    """How a rank will compute its shard of a model, of which the `whole` is given too: the kernels, the
+    layers that share pages, the limits of a step, and the memory needed, also for what drafts. No weight is
+    read. """
+    own, rows = model.architecture, max(settings.max_batch, FREE_ROWS)
+    limits = {"max_tokens": step_tokens(own, settings, device) + rows, "max_rows": rows}
+    if own.of_texts and (ranks.stages > 1 or ranks.tp > 1):
         raise ConfigError("--tp and --pp: a model that embeds whole texts runs in one process")
     # what the ranks sum: a residual stream, as wide as decode_core pads it, or rows of logits
-    part = max(limits["max_tokens"] * padded_spec(spec).width, rows * spec.own_rows)
+    part = max(limits["max_tokens"] * own.padded().width, rows * (own.rows.count if own.rows else 0))
     kernels = load_kernels(
-        device, spec, **limits, quantize=settings.quantize, whole=whole, fine=settings.arithmetic == "fine",
+        device, own, **limits, quantize=settings.quantize, whole=whole, fine=settings.arithmetic == "fine",
         join=ranks.join and partial(ranks.join, part_bytes=4 * part))
-    whole, spec = kernels.computed(whole), kernels.computed(spec)
+    whole, own = kernels.computed(whole), kernels.computed(own)
     # all stages have the same tables
-    apart = kernels.backend.groups_layers and ranks.stages == 1 and not spec.of_texts
-    kv = KvType("float32") if spec.of_texts else kernels.kv_type(settings.kv_cache_dtype, model.dtype)
+    apart = kernels.backend.groups_layers and ranks.stages == 1 and not own.of_texts
+    kv = KvType("float32") if own.of_texts else kernels.kv_type(settings.kv_cache_dtype, model.dtype)
     layers_of_floats(whole, kv)
-    groups = group_layers((whole if ranks.stages == 1 else spec).by_layer, spec.max_positions, apart, kv)
+    groups = group_layers((whole if ranks.stages == 1 else own).by_layer, own.max_positions, apart, kv)
     plan = plan_memory(model, whole, kernels, groups, kv, ranks, settings, device, limits)
     plan = plan._replace(tower=model.eyes.nbytes if model.eyes else 0)
     for draft in drafts:  # as many tokens fit in its pages
@@ -297,26 +297,26 @@ def plan_model(model: LoadedModel, whole: ModelSpec, settings: Settings, device:
     return kernels, groups, limits, plan
 
 
-def plan_memory(model: LoadedModel, whole: ModelSpec, kernels: Kernels, groups: LayerGroups, kv: KvType,
+def plan_memory(model: LoadedModel, whole: Model, kernels: Kernels, groups: LayerGroups, kv: KvType,
                 ranks: RankAlone, settings: Settings, device: Device,
                 limits: Mapping[str, int]) -> MemoryPlan:
-    """The plan for a rank's shard of a model, whose `whole` spec is given too.
+    """The plan for a rank's shard of a model, of which the `whole` is given too.
 
     Each rank has its own GPU, but the ranks of a replica share their machine's memory."""
-    shared, spec, state_bytes = device.type != "cuda", kernels.computed(model.spec), model.spec.state_bytes
-    page_bytes = page_layout(spec, groups, kv).page_bytes
+    shared, own = device.type != "cuda", kernels.computed(model.architecture)
+    state_bytes = model.architecture.state_bytes
+    page_bytes = page_layout(own, groups, kv).page_bytes
     if shared and not whole.of_texts:
         each = [attn and replace(attn, kv_heads=max(attn.kv_heads, ranks.tp)) for attn in whole.by_layer]
         together = groups if ranks.stages == 1 else group_layers(each, 0, apart=False, kv=kv)
         page_bytes = PageLayout.of(together, each, kv).page_bytes
         page_bytes, state_bytes = (-(-size * ranks.here // (ranks.tp * ranks.stages))
                                    for size in (page_bytes, whole.state_bytes))
-    buffers = Transformer.buffer_sizes(
-        spec, limits["max_tokens"], limits["max_rows"], "float32").values()
+    buffers = own.buffer_sizes(limits["max_tokens"], limits["max_rows"], "float32").values()
     activations = sum(rows * columns * item_bytes(kind) for rows, columns, kind in buffers)
     copies, pool = ranks.here if shared else 1, PagePool(0, groups.windows)
-    token_bytes = kv.unit * sum(kv.slot_size(attn) for attn in whole.by_layer if attn)
-    shapes = expected_tensors(model.spec)
+    token_bytes = kv.unit * sum(kv.slot_size(attn) for attn in whole.attentions)
+    shapes = model.architecture.shapes()
     floats = any(len(shapes[name]) > 1 and is_float(tensor, shapes[name])
                  for name, tensor in model.tensors.items())
     full, fewest = (pool.pages_for(length, prefill_chunk(settings, device))
@@ -324,7 +324,7 @@ def plan_memory(model: LoadedModel, whole: ModelSpec, kernels: Kernels, groups: 
     return MemoryPlan(settings, device, copies * weight_bytes(model, settings.quantize), copies * activations,
                       page_bytes, full, fewest, model.grows and f". {model.grows}",
                       kernels.backend.quantizes and floats and not settings.quantize, state_bytes,
-                      model.spec.max_positions, token_bytes,
+                      own.max_positions, token_bytes,
                       sum(getattr(tensor, "file_bytes", 0) for tensor in model.tensors.values()), kv,
                       -(-copies * bytes_of_adapters(settings.adapter) // ranks.stages),
                       limits["max_tokens"] // PAGE_SIZE + 2 * limits["max_rows"] if whole.of_texts else 0)

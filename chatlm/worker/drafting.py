@@ -21,7 +21,7 @@ from chatlm.worker.engine.draft_model import DraftModel
 from chatlm.worker.engine.pieces import PieceTokenizer, open_for_answers
 from chatlm.worker.engine.limits import FREE_ROWS
 from chatlm.worker.model.kernels import Backend, choose_backend, load_kernels
-from chatlm.worker.model.spec import group_layers
+from chatlm.worker.model.pages import group_layers
 from chatlm.worker.model.transformer import Transformer, page_layout
 from chatlm.worker.weights.load import open_model
 from chatlm.worker.weights.sizes import weight_bytes
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from chatlm.common.text.tokenizer import Tokenizer
     from chatlm.worker.arrays.kinds import Device
     from chatlm.worker.model.kernels import Kernels
-    from chatlm.worker.model.spec import KvType, LayerGroups
+    from chatlm.worker.model.pages import KvType, LayerGroups
     from chatlm.worker.weights.rules import LoadedModel
 
 
@@ -107,20 +107,20 @@ class DraftPlan(NamedTuple):
         has that model's embedding and output matrix, unless ranks have parts of these."""
         model, device = self.model, target.device
         num_pages = -(-num_pages // len(target.groups.windows))
-        shared = shared_names(model, target.spec.own_rows)
+        shared = shared_names(model, target.model.rows is not None)
         transformer = Transformer(
-            model.spec, model.tensors, self.kernels, num_pages=num_pages, device=device, dtype=model.dtype,
-            groups=self.groups, kv=self.kv, progress=lambda activity, fraction: progress(
+            model.architecture, model.tensors, self.kernels, num_pages=num_pages, device=device,
+            dtype=model.dtype, groups=self.groups, kv=self.kv, progress=lambda activity, fraction: progress(
                 "loading the draft model", fraction),
             max_tokens=self.max_tokens, max_rows=self.max_rows,
             shared={name: target.weights[name] for name in shared})
         if self.source:
             refuse_changed(self.source, self.settings)  # while they were read
-        if model.spec.joins:
+        if model.architecture.joins:
             return DraftHead(transformer, num_pages=num_pages, max_batch=self.max_batch,
                              prefill_chunk=self.prefill_chunk, stop_tokens=stop_tokens)
         return DraftModel(transformer, num_pages=num_pages, max_batch=self.max_batch,
-                          prefill_chunk=self.prefill_chunk, vocab_size=target.spec.vocab_size,
+                          prefill_chunk=self.prefill_chunk, vocab_size=target.model.vocab_size,
                           stop_tokens=stop_tokens, called=model.name)
 
 
@@ -128,9 +128,9 @@ def plan_drafters(target: LoadedModel, settings: Settings, device: Device, prefi
                   progress: Progress = no_progress, draft_help: DraftHelp | None = None) -> list[DraftPlan]:
     """What drafts for this model besides texts. ConfigError if that cannot be, and `draft_help` needs it."""
     draft_help = draft_help or DraftHelp()
-    if target.spec.of_texts or target.text.embedder or settings.command in ("score", "embed"):
+    if target.architecture.of_texts or target.text.embedder or settings.command in ("score", "embed"):
         return []
-    backend = choose_backend(device, target.spec)
+    backend = choose_backend(device, target.architecture)
     if not (backend.row_invariant or backend.few_rows_invariant):
         if settings.draft_model or settings.drafts == "mtp":
             log.warning("nothing is drafted: %s computes this model, whose rows differ with their number",
@@ -166,13 +166,13 @@ def plan_draft_model(target: LoadedModel, settings: Settings, device: Device,
     if terms.stamp is not None:
         refuse_other_version(source, own, terms.stamp)
     model = open_model(source, own, device)
-    if model.spec.max_positions > target.spec.max_positions:  # no longer than needed
-        model = open_model(source, replace(own, context_length=target.spec.max_positions), device)
+    if model.architecture.max_positions > target.architecture.max_positions:  # no longer than needed
+        model = open_model(source, replace(own, context_length=target.architecture.max_positions), device)
     try:
         refuse_to_draft(model, target)
     except ConfigError as error:
         raise ConfigError(f"--draft-model {settings.draft_model}: {error}") from None
-    if model.dtype is None and not choose_backend(device, model.spec).as_stored:
+    if model.dtype is None and not choose_backend(device, model.architecture).as_stored:
         model = open_model(source, replace(own, dtype=Backend(device.type).dtype), device)
     return planned(model, settings, device, prefill_chunk)._replace(
         settings=own, source=source)
@@ -201,10 +201,11 @@ def plan_draft_head(target: LoadedModel, settings: Settings, device: Device, pre
     return planned(target.draft_head, settings, device, prefill_chunk, shared)
 
 
-def shared_names(model: LoadedModel, divided: bool | int) -> tuple[str, ...]:
+def shared_names(model: LoadedModel, divided: bool) -> tuple[str, ...]:
     """Which weights a draft head has of its model, which may be divided among ranks."""
-    names = ("embed",) if model.spec.tied_head else ("embed", "head")
-    return names if model.spec.joins and not divided else ()
+    own = model.architecture
+    names = ("embed",) if own.head and own.head.tied else ("embed", "head")
+    return names if own.joins and not divided else ()
 
 
 def planned(model: LoadedModel, settings: Settings, device: Device, prefill_chunk: int,
@@ -212,23 +213,23 @@ def planned(model: LoadedModel, settings: Settings, device: Device, prefill_chun
     """How a model that drafts will be computed; the weights named `shared` take no memory."""
     rows = max(settings.max_batch, FREE_ROWS)
     tokens = prefill_chunk + rows
-    kernels = load_kernels(device, model.spec, max_tokens=tokens, max_rows=rows, quantize=settings.quantize,
-                           fine=settings.arithmetic == "fine")
-    spec = kernels.computed(model.spec)
+    kernels = load_kernels(device, model.architecture, max_tokens=tokens, max_rows=rows,
+                           quantize=settings.quantize, fine=settings.arithmetic == "fine")
+    computed = kernels.computed(model.architecture)
     kv = kernels.kv_type("auto", model.dtype)
-    groups = group_layers(spec.by_layer, spec.max_positions, apart=False, kv=kv)
-    buffers = Transformer.buffer_sizes(spec, tokens, rows, "float32").values()
+    groups = group_layers(computed.by_layer, computed.max_positions, apart=False, kv=kv)
+    buffers = computed.buffer_sizes(tokens, rows, "float32").values()
     activations = sum(rows * columns * item_bytes(kind) for rows, columns, kind in buffers)
     return DraftPlan(model, kernels, groups, kv, tokens, rows, prefill_chunk, settings.max_batch,
                      weight_bytes(model, settings.quantize, shared) + activations,
-                     page_layout(spec, groups, kv).page_bytes, settings)
+                     page_layout(computed, groups, kv).page_bytes, settings)
 
 
 def refuse_to_draft(model: LoadedModel, target: LoadedModel):
     """ConfigError if a model cannot draft for another."""
-    if model.text.embedder or model.spec.of_texts:
+    if model.text.embedder or model.architecture.of_texts:
         raise ConfigError("it makes vectors of texts and gives no answers")
-    if any(model.spec.unpaged_layers):
+    if model.architecture.keeps_states:
         raise ConfigError(f"{model.family} keeps states, which cannot go back to before a wrong draft; a "
                           "model whose layers are all attention can draft, also for one with states")
     if difference := first_difference(*(open_for_answers(each.text, each.vocabulary)

@@ -44,7 +44,6 @@ from chatlm.worker.engine.kept import KeptPages
 from chatlm.worker.engine.reports import Reports
 from chatlm.worker.engine.sequence import Assignment
 from chatlm.worker.engine.warm_up import warm_up, warm_up_more, warm_up_soon
-from chatlm.worker.model.spec import expected_tensors
 from chatlm.worker.ranks.messages import RankDrew
 from chatlm.worker.ranks.ranks import OtherRank, gather_ranks
 from chatlm.worker.ranks.steps import DrawnTokens, RankSteps, Stage, follow, follow_stage
@@ -165,11 +164,11 @@ def share_word(engine: Engine, path: str, apart: bool = False):
         return log.warning("texts will be embedded beside answers as fast as ever: %s", error)
     if not apart:
         engine.scheduler.lane.give_way_to(word)
-    spec = engine.transformer.spec
-    if spec.embeds and engine.ranks:
+    model = engine.transformer.model
+    if model.waits and engine.ranks:
         return  # the other ranks would take a pause for the death of this one
-    if spec.embeds:
-        engine.kernels.backend.pause_while(word, longest_pause_s(spec.layers))
+    if model.waits:
+        engine.kernels.backend.pause_while(word, longest_pause_s(len(model.layers)))
     else:
         engine.tell(word)
 
@@ -256,19 +255,20 @@ def kept_bytes(transformer: Transformer, lasting: bool = False) -> int:
     """Bytes that this rank's layers cache per token; `lasting`: once it is outside all windows."""
     kv, layout = transformer.kv, transformer.layout
     return layout.unit * sum(
-        kv.slot_size(attn) for l, attn in enumerate(transformer.attentions)
+        kv.slot_size(attn) for l, attn in enumerate(transformer.model.by_layer)
         if attn and not (lasting and transformer.groups.windows[layout.group[l]]))
 
 
 def model_facts(model: LoadedModel, config: WorkerConfig | SurveyConfig, weights: str,
                 weights_bytes: int) -> ModelFacts:
     """weights: the commonest type of its matrices in memory."""
-    spec, files, source = model.spec, {"hf": "safetensors"}, config.source
-    shapes = expected_tensors(spec)
-    if spec.tied_head:  # the head is the embedding
+    made, files, source = model.architecture, {"hf": "safetensors"}, config.source
+    shapes = made.shapes()
+    if made.head and made.head.tied:  # the head is the embedding
         shapes.pop("head", None)
     return ModelFacts(model.family, files.get(source.kind, source.kind) if source else "",
-                      sum(map(math.prod, shapes.values())), weights, weights_bytes, spec.width, spec.layers,
+                      sum(map(math.prod, shapes.values())), weights, weights_bytes, made.width,
+                      len(made.layers),
                       sampled_digest(source.path, config.settings.lora) if source else "",
                       config.settings.arithmetic)
 

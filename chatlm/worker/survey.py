@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from chatlm.common.messages.wire import Channel
     from chatlm.worker.build import MemoryPlan
     from chatlm.worker.drafting import DraftPlan
-    from chatlm.worker.model.spec import LayerGroups
+    from chatlm.worker.model.pages import LayerGroups
     from chatlm.worker.weights.rules import LoadedModel
 
 
@@ -49,6 +49,8 @@ def surveyed(config: SurveyConfig) -> Surveyed:
     plans = [plan_of_stage(model, stage, settings, device, drafts)
              for stage in range(settings.pipeline_parallel_size)]
     plan, groups = max(plans, key=lambda planned: planned[0].weights)
+    # the last stage also has rows of logits
+    plan = plan._replace(activations=max(each.activations for each, _ in plans))
     free, _ = plan.memory()
     budget = config.budget or int(free * settings.gpu_memory_utilization)
     plan = plan.within(budget // config.replicas - config.process_bytes)
@@ -68,5 +70,5 @@ def plan_of_stage(model: LoadedModel, stage: int, settings: Settings,
     ConfigError if the model cannot be divided that way."""
     rank = PlannedRank(settings, stage * settings.tensor_parallel_size)
     _, groups, _, plan = plan_model(
-        share_of_rank(model, rank, settings), model.spec, settings, device, rank, drafts)
+        share_of_rank(model, rank, settings), model.architecture, settings, device, rank, drafts)
     return plan, groups

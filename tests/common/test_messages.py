@@ -18,7 +18,7 @@ from chatlm.common.messages.wire import HEADER, BadMessage, restorer, unpacked
 from chatlm.common.processes.torchrun import ARRIVAL_PIPE, RankArrival
 from chatlm.front.api.encode import timings_body
 from chatlm.front.pool.worker import Job
-from chatlm.worker.model.spec import Batch
+from chatlm.worker.model.batch import Batch
 from chatlm.worker.ops.rows import SampleRow
 from chatlm.worker.ranks.messages import RANK_PIPE, RankAdapter, RankConfig, RankDrew, RankLogits, RankPages, RankStep, RankTokens
 from answers import asked

@@ -15,7 +15,7 @@ from chatlm.cli import parse_command_line
 from chatlm.common import core
 from chatlm.common.core import seam
 from chatlm.worker.model.kernels import for_decode_core
-from chatlm.worker.model.spec import ModelSpec
+from chatlm.worker.weights.recipe import ModelSpec
 from real_server import copy_program
 
 SCRIPT = Path(cs.__file__).resolve()

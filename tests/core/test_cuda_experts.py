@@ -15,6 +15,7 @@ from chatlm.common.messages.requests import SamplingParams
 from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.engine.engine import Engine
 from chatlm.worker.model import kernels as model_kernels
+from chatlm.worker.model.core_sizes import core_sizes
 from chatlm.worker.model.kernels import Backend, for_decode_core, load_kernels
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.arrays.kinds import Norm
@@ -254,7 +255,7 @@ def opened(path, monkeypatch, backend=None, dtype=None):
     """A file as a worker on a GPU loads it; without a backend in float32, for references."""
     settings = Settings(model=str(path), dtype=dtype)
     with monkeypatch.context() as patch:
-        patching.patch(patch, model_kernels, "choose_backend", lambda device, spec, *ranks: backend(spec) if backend else Backend("cpu"))
+        patching.patch(patch, model_kernels, "choose_backend", lambda device, model, *ranks: backend(core_sizes(model)) if backend else Backend("cpu"))
         return open_model(resolve_model(settings), settings)
 
 
@@ -270,7 +271,7 @@ def test_a_files_experts_stay_packed_and_logits_are_those_of_its_weights(emulate
     steps = [[(first, 8, [3, 1, 4])] for first in range(0, 40, 8)] + [[(40, 1, [3, 1, 4]), (0, 7, [0])], [(41, 1, [3, 1, 4]), (7, 1, [0])]]
     logits = []
     for each, kernels in ((exact, load_kernels("cpu")), (model, emulated.kernels(model.spec))):
-        ours = Transformer(each.spec, dict(each.tensors), kernels, num_pages=12, max_tokens=64, max_rows=8, dtype="float32")
+        ours = Transformer(each.architecture, dict(each.tensors), kernels, num_pages=12, max_tokens=64, max_rows=8, dtype="float32")
         with torch.inference_mode():
             logits.append([ours.forward(make_batch(*((ids, first, count, pages) for first, count, pages in step))).clone() for step in steps])
     experts = [weight for key, weight in ours.weights.items() if "expert" in key and not key.endswith("_bias")]
@@ -289,7 +290,7 @@ def test_graphs_of_experts_answer_as_ops_do(emulated, expert_files, monkeypatch,
     works = [assignment(f"w{i}", tuple(range(10 + i, 10 + prompt)), SamplingParams(seed=i), count + i % 3, ignore_eos=True) for i in range(min(rows, 3))]
     results, kernels = [], emulated.kernels(model.spec)
     for prepare in (False, True):
-        transformer = Transformer(model.spec, dict(model.tensors), kernels, num_pages=num_pages, max_tokens=64, max_rows=rows)
+        transformer = Transformer(model.architecture, dict(model.tensors), kernels, num_pages=num_pages, max_tokens=64, max_rows=rows)
         engine = Engine(transformer, open_tokenizer(model.text), kernels, num_pages=num_pages, max_batch=rows, context_length=64, prefill_chunk=48)
         if prepare:
             with torch.inference_mode():
@@ -306,11 +307,11 @@ def test_where_experts_are_wrong_their_weights_become_bfloat16_and_the_reference
     emulated = backends.Emulated(emulation_library, ops, faults=["experts"])
     model = opened(expert_files["gpt-oss"], monkeypatch, emulated.backend)
     kernels = emulated.kernels(model.spec)
-    ours = Transformer(model.spec, dict(model.tensors), kernels, num_pages=4, max_tokens=32, max_rows=4, dtype="float32")
+    ours = Transformer(model.architecture, dict(model.tensors), kernels, num_pages=4, max_tokens=32, max_rows=4, dtype="float32")
     assert kernels.experts is experts_reference and ours.weights["0.expert_down"].dtype == torch.bfloat16
     assert isinstance(ours.weights["0.qkv"], PackedMatrix) and "decode_core's experts on cpu: " in caplog.text
     exact = opened(expert_files["gpt-oss"], monkeypatch, dtype="float32")
-    plain = Transformer(exact.spec, dict(exact.tensors), load_kernels("cpu"), num_pages=4, max_tokens=32, dtype="float32")
+    plain = Transformer(exact.architecture, dict(exact.tensors), load_kernels("cpu"), num_pages=4, max_tokens=32, dtype="float32")
     ids = list(range(5, 35))
     want, got = (each.forward(make_batch((ids, 0, 30, [2, 1]))) for each in (plain, ours))
     assert (got - want).norm() < 0.5 * want.norm()      # roundings change which experts a row goes to
@@ -326,7 +327,7 @@ def test_answers_of_experts_go_on_on_another_gpu_from_their_ids_and_without_draf
 
     def told(works, graphs):
         kernels = emulated.kernels(model.spec)
-        transformer = Transformer(model.spec, dict(model.tensors), kernels, num_pages=12, max_tokens=64, max_rows=3)
+        transformer = Transformer(model.architecture, dict(model.tensors), kernels, num_pages=12, max_tokens=64, max_rows=3)
         engine = Engine(transformer, open_tokenizer(model.text), kernels, num_pages=12, max_batch=3, context_length=64, prefill_chunk=48)
         if graphs:
             with torch.inference_mode():

@@ -10,17 +10,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import patching
 from chatlm.common.config import Settings
-from chatlm.worker.arrays.packed import dequantize
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.messages.requests import SamplingParams
 from chatlm.common.text.load import open_tokenizer
+from chatlm.worker.arrays.packed import dequantize
 from chatlm.worker.engine.engine import Engine
 from chatlm.worker.model import kernels as model_kernels
+from chatlm.worker.model.core_sizes import core_sizes
 from chatlm.worker.model.kernels import Backend, for_decode_core, load_kernels
-from chatlm.worker.model.spec import ModelSpec, expected_tensors
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.basic import finish_linear, linear_reference
 from chatlm.worker.weights.load import open_model
+from chatlm.worker.weights.model_of import model_of
+from chatlm.worker.weights.recipe import ModelSpec
 from families import make_model
 from engines import make_batch, tensors_of, tokens_of
 from nightly import by_day
@@ -243,8 +245,8 @@ def test_a_layer_of_a_decode_step_is_six_kernels_and_a_rows_bits_do_not_depend_o
     for layers in (1, 3):
         spec = replace(tiny_spec(), layers=layers, width=64, qkv_bias=True, heads=4, kv_heads=2)
         tensors = {name: dice.normal(*shape, dtype=torch.bfloat16 if len(shape) > 1 else torch.float32) / (8 if len(shape) > 1 else 1)
-                   for name, shape in expected_tensors(spec).items()}
-        model = Transformer(spec, tensors, emulated.kernels(spec), num_pages=8, max_tokens=8, max_rows=8, dtype="bfloat16")
+                   for name, shape in model_of(spec).shapes().items()}
+        model = Transformer(model_of(spec), tensors, emulated.kernels(spec), num_pages=8, max_tokens=8, max_rows=8, dtype="bfloat16")
         with torch.inference_mode():
             model.cache.copy_(dice.normal(*model.cache.shape))
         for rows in ([0, 1, 2, 3, 4, 5, 6, 7], [6], [5, 2]):
@@ -289,12 +291,12 @@ def opened(path, monkeypatch, backend, dtype=None):
     """A GGUF file as a worker with this backend loads it."""
     settings = Settings(model=str(path), dtype=dtype)
     with monkeypatch.context() as patch:
-        patching.patch(patch, model_kernels, "choose_backend", lambda device, spec, *ranks: backend(spec))
+        patching.patch(patch, model_kernels, "choose_backend", lambda device, model, *ranks: backend(core_sizes(model)))
         return open_model(resolve_model(settings), settings)
 
 
 def transformer_of(model, kernels, dtype):
-    return Transformer(model.spec, dict(model.tensors), kernels, num_pages=12, max_tokens=64, max_rows=8, dtype=dtype)
+    return Transformer(model.architecture, dict(model.tensors), kernels, num_pages=12, max_tokens=64, max_rows=8, dtype=dtype)
 
 
 STEPS = [[(slice(0, 40), [3, 1, 4]), (slice(0, 3), [0])], [(slice(40, 41), [3, 1, 4]), (slice(3, 4), [0])]]
@@ -342,7 +344,7 @@ def test_graphs_of_packed_models_answer_as_ops_do(emulated, mixed_file, monkeypa
     results = []
     for prepare in (False, True):
         kernels = emulated.kernels(model.spec)
-        transformer = Transformer(model.spec, dict(model.tensors), kernels, num_pages=60, max_tokens=64, max_rows=16)
+        transformer = Transformer(model.architecture, dict(model.tensors), kernels, num_pages=60, max_tokens=64, max_rows=16)
         engine = Engine(transformer, open_tokenizer(model.text), kernels, num_pages=60, max_batch=16, context_length=64,
                         prefill_chunk=48)
         if prepare:

@@ -6,9 +6,11 @@ import torch
 
 from chatlm.common.errors import ConfigError
 from chatlm.worker.model.kernels import load_kernels
-from chatlm.worker.model.spec import KvType, ModelSpec, expected_tensors
+from chatlm.worker.model.pages import KvType
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.packed_kv import PackedKv, turned
+from chatlm.worker.weights.model_of import model_of
+from chatlm.worker.weights.recipe import ModelSpec
 from engines import make_batch
 from nightly import by_day
 
@@ -112,7 +114,7 @@ def test_wrong_pages_or_scales_are_named(emulation_library, wrong, message):
 def small_model(size=32, **changes):
     spec = ModelSpec(vocab_size=284, layers=2, width=48, heads=4, kv_heads=2, head_size=size, ffn_size=64, max_positions=512, **changes)
     random = torch.Generator().manual_seed(3)
-    return spec, {name: torch.randn(shape, generator=random) * (0.15 if len(shape) > 1 else 1.0) for name, shape in expected_tensors(spec).items()}
+    return spec, {name: torch.randn(shape, generator=random) * (0.15 if len(shape) > 1 else 1.0) for name, shape in model_of(spec).shapes().items()}
 
 
 @pytest.mark.parametrize("changes", by_day([{}, dict(sinks=True, attention_softcap=4.0)], dict(sinks=True, attention_softcap=4.0)))
@@ -123,7 +125,7 @@ def test_logits_over_packed_pages_are_the_references(gpu, changes):
         spec, tensors = spec.with_windows((24, 0)), tensors | {f"{l}.sinks": torch.linspace(-2, 3, 4) for l in range(2)}
     tokens, pages, logits = np.random.default_rng(4).integers(0, spec.vocab_size, 200).tolist(), [3, 1, 4, 2, 5, 6, 7, 0, 9, 8, 10, 11, 13], []
     for kernels, device, kv in ((load_kernels("cpu"), "cpu", PACKED), (gpu.kernels(spec), gpu.device, PACKED), (load_kernels("cpu"), "cpu", None)):
-        model = Transformer(spec, {name: t.to(device) for name, t in tensors.items()}, kernels, num_pages=16, max_tokens=120, kv=kv,
+        model = Transformer(model_of(spec), {name: t.to(device) for name, t in tensors.items()}, kernels, num_pages=16, max_tokens=120, kv=kv,
                             dtype="float32", device=device)
         steps = [[(tokens, 0, 100, pages)], [(tokens, 100, 90, pages), (tokens, 0, 20, [14, 15])], [(tokens, 190, 1, pages), (tokens, 20, 1, [14, 15])]]
         logits.append(torch.cat([model.forward(make_batch(*step)).cpu().clone() for step in steps]))
@@ -136,7 +138,7 @@ def test_pages_have_the_bytes_of_the_layout_and_every_choice_is_one_for_cuda(gpu
     """A backend without kernels for packed pages would say so in one line."""
     spec, tensors = small_model()
     kernels = gpu.kernels(spec)
-    model = Transformer(spec, tensors, kernels, num_pages=10, max_tokens=8, kv=PACKED, dtype="float32", device=gpu.device)
+    model = Transformer(model_of(spec), tensors, kernels, num_pages=10, max_tokens=8, kv=PACKED, dtype="float32", device=gpu.device)
     assert model.cache.nbytes == 10 * model.layout.page_bytes == 10 * 16 * 2 * (2 * 2 * 32) * 34 // 32
     assert {*model.layout.types} == {"q8_0"} and model.layer_caches[0].codes.data_ptr() == model.cache.data_ptr()
     assert [kernels.kv_type(choice, "bfloat16") for choice in ("auto", "float32", "q8_0")] == [

@@ -16,6 +16,7 @@ from chatlm.worker.engine.engine import Engine
 from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.warm_up import warm_up
 from chatlm.worker.model import kernels as model_kernels
+from chatlm.worker.model.core_sizes import core_sizes
 from chatlm.worker.model.kernels import for_decode_core, load_kernels
 from chatlm.worker.model.transformer import Transformer
 from near_tie import assert_same_tokens_or_near_tie
@@ -56,7 +57,7 @@ def engine_of(kernels, fixture, monkeypatch, queue=None):
     """An engine of a nanochat fixture on the CPU, as a worker builds it."""
     monkeypatch.setattr(cuda_steps, "CudaQueue", lambda device: queue or backends.HostQueue())
     with torch.inference_mode():
-        transformer = Transformer(fixture.spec, dict(fixture.tensors), kernels, num_pages=40, dtype="float32",
+        transformer = Transformer(fixture.architecture, dict(fixture.tensors), kernels, num_pages=40, dtype="float32",
                                   max_tokens=40, max_rows=4)
         engine = Engine(transformer, open_tokenizer(fixture.text), kernels, num_pages=40, max_batch=4,
                         context_length=128, prefill_chunk=32)
@@ -97,8 +98,8 @@ def test_a_kernel_that_is_wrong_or_raises_is_replaced_by_its_reference_and_named
     kernel = {"linear": "multiply"}.get(op, op)
     emulated = backends.Emulated(emulation_library, backends.wrong_ops(**{kernel: how}), faults=[op])
     with monkeypatch.context() as patch:
-        patching.patch(patch, model_kernels, "choose_backend", lambda device, spec, *ranks: emulated.backend(spec))
-        kernels = load_kernels("cuda", fixture.spec)
+        patching.patch(patch, model_kernels, "choose_backend", lambda device, model, *ranks: emulated.backend(core_sizes(model)))
+        kernels = load_kernels("cuda", fixture.architecture)
     assert kernels.names[op] == ("numpy/reference" if op == "sample" else "torch/reference")
     ours = {"pack", "make_cache", "plan_attention"} | {name for name, (has, _) in _core.OPS.items() if has == "CUDA"}
     assert {name for name, by in kernels.names.items() if by == "decode_core/cuda"} == ours - ({"linear", "embed"} if op == "linear" else {op})

@@ -18,7 +18,8 @@ from chatlm.common import core
 from chatlm.common.errors import ConfigError
 from chatlm.common.seam import seam_digest
 from chatlm.worker.model.kernels import Backend, EagerSteps, Steps, choose_backend, for_decode_core, load_kernels
-from chatlm.worker.model.spec import ModelSpec
+from chatlm.worker.weights.model_of import model_of
+from chatlm.worker.weights.recipe import ModelSpec
 from real_server import ask, events, get, post, server
 
 SCRIPT = Path(cs.__file__)
@@ -63,11 +64,11 @@ def test_a_backend_has_what_the_references_backend_has():
 @pytest.mark.parametrize("device", ["cpu", torch.device("cpu"), "mps", "cuda:1", torch.device("meta")])
 def test_a_device_or_shape_without_kernels_gets_the_references(device):
     odd = replace(SPEC, head_size=528)
-    backend = choose_backend(device, odd)
+    backend = choose_backend(device, model_of(odd))
     assert type(backend) is Backend and backend.as_stored is None
-    assert set(load_kernels("cpu", odd).names.values()) == {"torch/reference", "numpy/reference"}
+    assert set(load_kernels("cpu", model_of(odd)).names.values()) == {"torch/reference", "numpy/reference"}
     with pytest.raises(ConfigError, match="--quantize needs decode_core and a CPU"):
-        load_kernels("cpu", odd, quantize="q8_0")
+        load_kernels("cpu", model_of(odd), quantize="q8_0")
 
 
 @needs_core
@@ -82,12 +83,12 @@ def test_kernels_that_may_be_slow_compute_where_they_are_no_slower_than_torch(mo
     seam.say_once.cache_clear()
     try:
         for _ in range(2):
-            assert (type(choose_backend("cpu", SPEC)) is not Backend) is ours
+            assert (type(choose_backend("cpu", model_of(SPEC))) is not Backend) is ours
         assert [r.getMessage() for r in caplog.records] == ([] if ours else [
             f"decode_core's {isa} kernels take 1.5 times as long here: torch computes instead"])
         monkeypatch.setenv("DECODE_CORE_ISA", isa)       # but who names it gets it
         cpu_backend.slower_than_torch.cache_clear()
-        assert choose_backend("cpu", SPEC).name == f"decode_core/{isa}"
+        assert choose_backend("cpu", model_of(SPEC)).name == f"decode_core/{isa}"
     finally:
         cpu_backend.slower_than_torch.cache_clear()
 
@@ -192,7 +193,7 @@ def test_a_core_that_is_there_and_does_not_load_is_an_error_in_the_log(text, hal
 
 def test_references_that_are_asked_for_are_no_error(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("CHAT_SERVER_KERNELS", "reference")
-    load_kernels("cpu", SPEC)
+    load_kernels("cpu", model_of(SPEC))
     assert not caplog.records
 
 
@@ -233,7 +234,7 @@ def test_quantized_file_matrices_go_through_the_seam_unchanged():
     rows = gguf.quantize(dice.normal(0, 1, (48, 64)).astype(numpy.float32), kind)
     shape = numpy.array([64, 48])
     tensor = gguf.gguf_reader.ReaderTensor("w", kind, shape, rows.size, rows.nbytes, 0, rows, None)
-    kept = choose_backend("cpu", SPEC).as_stored((48, 64), [(tensor, 0)])
+    kept = choose_backend("cpu", model_of(SPEC)).as_stored((48, 64), [(tensor, 0)])
     assert isinstance(kept, QuantizedMatrix) and kept.kind == "q4_1" and kept.shape == (48, 64)
     assert numpy.array_equal(kept.parts[0][1], rows)
 

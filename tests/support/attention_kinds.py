@@ -5,8 +5,9 @@ import math
 
 import torch
 
-from chatlm.worker.model.spec import Attention, ModelSpec, expected_tensors
 from chatlm.worker.model.tensors import Cut, Unread
+from chatlm.worker.weights.model_of import model_of
+from chatlm.worker.weights.recipe import Attention, ModelSpec
 
 SLIDING = Attention(4, 2, 16, window=24, q_scale=4.0, value_norm=True)
 FULL = Attention(4, 1, 32, rope_base=1e6, rope_factors=(1.0,) * 4 + (math.inf,) * 12, q_scale=32**0.5, value_norm=True,
@@ -28,7 +29,7 @@ def kinds_model(name, seed=0, **changes):
                      max_positions=512, qk_norm="before_rope", qk_norm_weights=True, attentions=attentions, **changes)
     random = torch.Generator().manual_seed(seed)
     return spec, {key: torch.randn(shape, generator=random) * (0.2 if len(shape) > 1 else 1.0)
-                  for key, shape in expected_tensors(spec).items()}
+                  for key, shape in model_of(spec).shapes().items()}
 
 
 def unread(tensor):
@@ -39,10 +40,14 @@ def unread(tensor):
 def loaded(spec, tensors):
     """As a LoadedModel, as far as shards look at it."""
     @dataclasses.dataclass
-    class Model:
-        spec: ModelSpec
+    class Loaded:
+        architecture: object
         tensors: dict
         block: int = 16
         adaptable: None = None
+        part: object = None
 
-    return Model(spec, {name: unread(tensor) for name, tensor in tensors.items()})
+        def __post_init__(self):
+            self.architecture = self.part or self.architecture
+
+    return Loaded(model_of(spec), {name: unread(tensor) for name, tensor in tensors.items()})

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from chatlm.worker.model.kernels import for_decode_core, load_kernels
 from chatlm.worker.ops.basic import linear_reference
+from chatlm.worker.weights.model_of import model_of
 from emulated_core import EmulatedCore
 
 decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="the compiled core is not installed")
@@ -226,7 +227,7 @@ class Gpu:
         self.device = torch.device("cuda", 0)
 
     def kernels(self, spec):
-        return load_kernels(self.device, spec)
+        return load_kernels(self.device, model_of(spec))
 
     def queue(self):
         return CountingQueue(self.device)

@@ -15,8 +15,9 @@ from chatlm.worker.engine.drafts import Draft, Drafting
 from chatlm.worker.engine.engine import Engine
 from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.limits import FREE_ROWS
+from chatlm.worker.model.batch import Batch
 from chatlm.worker.model.kernels import EagerSteps, load_kernels
-from chatlm.worker.model.spec import Batch, group_layers
+from chatlm.worker.model.pages import group_layers
 from chatlm.worker.model.tensors import MappedRows
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.sampling import sample_reference
@@ -51,10 +52,10 @@ def make_engine(path, *, num_pages=600, max_batch=32, prefill_chunk=256, context
     model = load(path, as_stored and core.decode_core() is not None and not reference, opened_for)
     rows = max(max_batch, FREE_ROWS)
     limits = {"max_tokens": prefill_chunk + rows, "max_rows": rows}
-    kernels = load_kernels("cpu", None if reference else model.spec, **limits, fine=fine)
+    kernels = load_kernels("cpu", None if reference else model.architecture, **limits, fine=fine)
     kv = kv or kernels.kv_type("auto", model.dtype)
     groups = group_layers(model.spec.by_layer, context_length or model.context_length, apart, kv)
-    transformer = Transformer(model.spec, dict(model.tensors), kernels, num_pages=num_pages, dtype=model.dtype, groups=groups, kv=kv,
+    transformer = Transformer(model.architecture, dict(model.tensors), kernels, num_pages=num_pages, dtype=model.dtype, groups=groups, kv=kv,
                               num_slots=max_batch + FREE_ROWS + num_snapshots, read_adapter=adapter_reader(model), **limits)
     return Engine(transformer, text_load.open_tokenizer(model.text), kernels, num_pages=num_pages, max_batch=max_batch,
                   context_length=context_length or model.context_length, prefill_chunk=prefill_chunk, ranking=model.ranking)

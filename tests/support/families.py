@@ -16,6 +16,7 @@ from chatlm.worker.weights.adapters import adapter_reader
 from chatlm.worker.weights.gguf import gguf_spec
 from chatlm.worker.weights.gguf_file import read_gguf
 from chatlm.worker.weights.load import open_model
+from chatlm.worker.weights.model_of import model_of
 from engines import forward_logits, make_batch
 
 TINY = dict(vocab_size=288, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
@@ -265,7 +266,7 @@ def load(folder, dtype="float32", **settings):
 
 
 def transformer(model, kernels, max_tokens=128, device="cpu"):
-    return Transformer(model.spec, dict(model.tensors), kernels, num_pages=80, num_slots=80, max_tokens=max_tokens, max_rows=8,
+    return Transformer(model.architecture, dict(model.tensors), kernels, num_pages=80, num_slots=80, max_tokens=max_tokens, max_rows=8,
                        dtype="float32", device=device, read_adapter=adapter_reader(model))
 
 
@@ -291,8 +292,8 @@ def check(found, cases, count=TOKENS, tolerance=TOLERANCE):
 
 
 def kernels_of(backend, spec):
-    kernels = load_kernels("cpu", spec if backend == "decode_core" else None, max_tokens=128, max_rows=8)
-    assert kernels.row_invariant == (backend == "decode_core" and not not_compiled(spec))
+    kernels = load_kernels("cpu", model_of(spec) if backend == "decode_core" else None, max_tokens=128, max_rows=8)
+    assert kernels.row_invariant == (backend == "decode_core" and not not_compiled(model_of(spec)))
     return kernels
 
 

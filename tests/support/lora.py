@@ -24,6 +24,7 @@ def adapt(model, folder, targets=LINEAR, embeddings=False, size=0.2, **options):
     return adapted.merge_and_unload()
 
 
+NEMOTRON = ["in_proj", "q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]        # peft allows no out_proj in Mamba layers
 OPTIONS = {         # model -> the options of its adapter
     "llama3.1": {"use_rslora": True}, "gemma3": {"rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.down_proj": 8}, "alpha_pattern": {"v_proj": 1}},
     "phi3": {"targets": ["qkv_proj", "gate_up_proj"]}, "qwen3": {"targets": r".*\.(q|up)_proj"},
@@ -35,7 +36,8 @@ OPTIONS = {         # model -> the options of its adapter
     "lfm2moe": {"targets": ["q_proj", "in_proj", "out_proj", "w1"]}, "granite4h": {"targets": ["q_proj", "in_proj", "out_proj", "shared_mlp.input_linear", "shared_mlp.output_linear"]},
     "granite4h-dense": {"targets": ["v_proj", "in_proj", "shared_mlp.input_linear", "shared_mlp.output_linear"]},
     "qwen3next": {"targets": ["q_proj", "in_proj_qkvz", "in_proj_ba", "out_proj"]},
-    "gemma4": {"targets": [*LINEAR, "per_layer_model_projection", "per_layer_input_gate", "per_layer_projection"]}, "gemma4moe": {"targets": LINEAR}}
+    "gemma4": {"targets": [*LINEAR, "per_layer_model_projection", "per_layer_input_gate", "per_layer_projection"]}, "gemma4moe": {"targets": LINEAR},
+    "nemotron-h": {"targets": NEMOTRON}, "nemotron3": {"targets": NEMOTRON}, "nemotron3-latent": {"targets": [*NEMOTRON, "fc1_latent_proj", "fc2_latent_proj"]}}
 
 
 def shapes_of(base):

@@ -13,7 +13,7 @@ from chatlm.worker.build import build_engine
 from chatlm.worker.engine.batch import pad_ids
 from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.sequence import Assignment
-from chatlm.worker.model.spec import Batch
+from chatlm.worker.model.batch import Batch
 from chatlm.worker.model.tower import tiles_of
 from chatlm.worker.model.transformer import show_pictures
 from image_conversations import picture_of_size
@@ -76,10 +76,10 @@ def logits_of(engine, ids, pictures, rows=16):
     ahead = [0] * len(ids)
     for begin, end in sight.spans(0, len(ids)) if sight.two_sided else ():
         ahead[begin:end] = [end] * (end - begin)
-    spec, previous = transformer.spec, [-1, *shown[:-1]]
-    if spec.picture_pad is not None:
-        previous = pad_ids(shown, spec.picture_pad, spec.vocab_size)
-    batch = Batch(shown, previous, [0, len(ids)], [len(ids)], [list(range(-(-len(ids) // 16) * len(transformer.groups.windows)))], list(range(len(ids) - rows, len(ids))), state_reads=[0] * bool(transformer.spec.state_bytes), ahead=ahead if any(ahead) else [], turns=sight.turned(0, len(ids), 0) if sight.turns else [])
+    model, previous = transformer.model, [-1, *shown[:-1]]
+    if model.picture_pad is not None:
+        previous = pad_ids(shown, model.picture_pad, model.vocab_size)
+    batch = Batch(shown, previous, [0, len(ids)], [len(ids)], [list(range(-(-len(ids) // 16) * len(transformer.groups.windows)))], list(range(len(ids) - rows, len(ids))), state_reads=[0] * bool(transformer.model.state_bytes), ahead=ahead if any(ahead) else [], turns=sight.turned(0, len(ids), 0) if sight.turns else [])
     made = engine.transformer.arrays.numpy(engine.steps.forward(batch)).copy()
     show_pictures(transformer, ())
     return made

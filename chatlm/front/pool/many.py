@@ -131,7 +131,7 @@ class ManyModels(Catalogue):
                 await watch.share_adapters()
             self.run("watching --models", watch.run)
         if self.settings.watch is not None:
-            assert self.step_work
+            assert self.step_work, "--watch needs step_work"
             runs = RunWatch(self, self.step_work)
             self.watches.append(runs)
             await runs.begin()

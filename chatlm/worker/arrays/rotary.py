@@ -2,46 +2,55 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import numpy
 
 from chatlm.worker.arrays.kinds import as_kind, floats
 
-if TYPE_CHECKING:
-    from chatlm.worker.model.spec import Attention, ModelSpec
 
+@dataclass(frozen=True)
+class Rope:
+    """How the heads of a layer turn by their position (Su et al., "RoFormer", 2021).
 
-def rope_frequencies(attention: Attention) -> tuple[tuple[float, ...], float]:
-    """The angle by which each position turns each pair of a layer's heads; what multiplies cos and sin."""
-    size = attention.head_size if attention.rope_size is None else attention.rope_size
-    if not size:
-        return (0.0,), 1.0
-    frequencies = 1.0 / attention.rope_base ** (numpy.arange(0, size, 2, dtype=numpy.float64) / size)
-    if attention.rope_factors:
-        frequencies = frequencies / numpy.asarray(attention.rope_factors, dtype=numpy.float64)
-    return tuple(frequencies.tolist()), attention.rope_scale
+    Numbers i and i + size / 2 of a head turn together, by position / base^(2 i / size)."""
 
+    size: int                # numbers of each head that turn, the first ones; 0: none
+    base: float = 10000.0
+    factors: tuple[float, ...] | None = None  # divides each of the size / 2 frequencies; inf stops it
+    scale: float = 1.0       # multiplies cos and sin (yarn, longrope)
+    direction: int = 1       # +1 textbook, -1 nanochat
+    bfloat16: bool = False   # cos and sin rounded to bfloat16 (nanochat until 2026-03-04)
 
-def rope_tables(spec: ModelSpec, layer: int = 0) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """cos and direction * sin of a layer at every position, (max_positions, rope_size / 2) float32 each."""
-    frequencies, scale = rope_frequencies(spec.attention(layer))
-    angles = numpy.outer(numpy.arange(spec.max_positions), frequencies)
-    cos, sin = (part.astype(numpy.float32)
-                for part in (scale * numpy.cos(angles), spec.rope_direction * scale * numpy.sin(angles)))
-    return (rounded(cos), rounded(sin)) if spec.rope_bfloat16 else (cos, sin)
+    @property
+    def frequencies(self) -> tuple[float, ...]:
+        """The angle by which a position turns each pair."""
+        if not self.size:
+            return (0.0,)
+        exponents = numpy.arange(0, self.size, 2, dtype=numpy.float64) / self.size
+        frequencies = 1.0 / self.base ** exponents
+        if self.factors:
+            frequencies = frequencies / numpy.asarray(self.factors, dtype=numpy.float64)
+        return tuple(frequencies.tolist())
 
+    def tables(self, positions: int) -> tuple[numpy.ndarray, numpy.ndarray]:
+        """cos and direction * sin at every position, (positions, size / 2) float32 each."""
+        cos, sin = self.turned(numpy.outer(numpy.arange(positions), self.frequencies))
+        return (rounded(cos), rounded(sin)) if self.bfloat16 else (cos, sin)
 
-def rope_rows(spec: ModelSpec, layer: int, places: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """As rope_tables, of places (n, 3): time, row and column. Pair i turns by the row if i % 3 is 1, and by
-    the column if it is 2, as long as rope_axes has such pairs; all others turn by the time (M-RoPE)."""
-    frequencies, scale = rope_frequencies(spec.attention(layer))
-    pair = numpy.arange(len(frequencies))
-    axis = sum((number * ((pair % 3 == number) & (pair < 3 * spec.rope_axes[number])) for number in (1, 2)),
-               numpy.zeros(len(pair), int))
-    angles = places[:, axis] * numpy.array(frequencies)
-    return ((scale * numpy.cos(angles)).astype(numpy.float32),
-            (spec.rope_direction * scale * numpy.sin(angles)).astype(numpy.float32))
+    def rows(self, axes: tuple[int, ...], places: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
+        """As `tables`, of places (n, 3): time, row and column. Pair i turns by the row if i % 3 is 1, and
+        by the column if it is 2, as long as `axes` has such pairs; all others turn by the time (M-RoPE)."""
+        pair = numpy.arange(len(self.frequencies))
+        axis = numpy.zeros(len(pair), int)
+        for number in (1, 2):
+            axis += number * ((pair % 3 == number) & (pair < 3 * axes[number]))
+        return self.turned(places[:, axis] * numpy.array(self.frequencies))
+
+    def turned(self, angles: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
+        scale = self.scale if self.size else 1.0
+        return ((scale * numpy.cos(angles)).astype(numpy.float32),
+                (self.direction * scale * numpy.sin(angles)).astype(numpy.float32))
 
 
 def rounded(table: numpy.ndarray) -> numpy.ndarray:
@@ -49,8 +58,8 @@ def rounded(table: numpy.ndarray) -> numpy.ndarray:
     return floats(as_kind(table, "bfloat16"))
 
 
-def query_scales(spec: ModelSpec) -> numpy.ndarray:
-    """What multiplies q at every position, (max_positions,) float32."""
-    beta, positions = spec.q_growth
-    grown = 1 + beta * numpy.log1p(numpy.arange(spec.max_positions) // positions)
+def query_scales(growth: tuple[float, ...], positions: int) -> numpy.ndarray:
+    """What multiplies q at every position, (positions,) float32; growth: (beta, n)."""
+    beta, every = growth
+    grown = 1 + beta * numpy.log1p(numpy.arange(positions) // every)
     return grown.astype(numpy.float32)

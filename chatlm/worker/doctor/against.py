@@ -5,7 +5,6 @@ original's, and what both predict for each token of the text, also with the orig
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence as Seq
@@ -17,18 +16,18 @@ import numpy
 from chatlm.common.memory import available_memory
 from chatlm.worker.arrays.kinds import floats
 from chatlm.worker.doctor.findings import Findings, error, examples, note, warning
-from chatlm.worker.doctor.portraits import joined_parts
-from chatlm.worker.doctor.running import ready, step
+from chatlm.worker.doctor.portraits import head_rows, joined_parts
+from chatlm.worker.doctor.running import ready, row_bytes, step
 from chatlm.worker.doctor.sample_text import TEXT
-from chatlm.worker.model.spec import expected_tensors
 from chatlm.worker.model.tensors import Cut, MappedRows
+from chatlm.worker.weights.differences import differences
 from chatlm.worker.weights.load import open_model
 from chatlm.worker.weights.sizes import weight_bytes
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.worker.doctor.patient import Patient
-    from chatlm.worker.model.spec import ModelSpec
+    from chatlm.worker.model.blocks.model import Model
     from chatlm.worker.model.transformer import Transformer
     from chatlm.worker.weights.rules import LoadedModel
 
@@ -53,14 +52,14 @@ def check_against(patient: Patient) -> Findings:
                     "cannot be compared", where=original.source.name,
                     advice="give the model that this one was made from")
         return
-    yield from other_arithmetic(patient.model.spec, original.model.spec)
-    if shapes_of(patient.model.spec) != shapes_of(original.model.spec):
+    yield from other_arithmetic(patient.model, original.model)
+    if shapes_of(patient.model.architecture) != shapes_of(original.model.architecture):
         yield error("the original's tensors have other shapes, so the two cannot be compared",
                     where=original.source.name, advice="give the model that this one was made from")
         return
     far = distances(patient.floats, original.floats)
     yield from strange_distances(far) if far else ()
-    if patient.model.spec.of_texts or patient.model.head.size or patient.model.ranking is not None:
+    if patient.model.architecture.of_texts or patient.model.head.size or patient.model.ranking is not None:
         return
     if (needed := max(map(memory_of, (patient, original)))) > (free := available_memory()):
         yield note(f"what they predict was not compared: that takes {needed / 1e9:,.1f} GB, and "
@@ -69,61 +68,29 @@ def check_against(patient: Patient) -> Findings:
     yield from predictions(patient, original, far)
 
 
-def shapes_of(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+def shapes_of(model: Model) -> dict[str, tuple[int, ...]]:
     """Without the vocabulary's, which may be padded, and whose head may be the embedding."""
-    return {name: shape for name, shape in expected_tensors(spec).items()
+    return {name: shape for name, shape in model.shapes().items()
             if name not in ("head", "embed", "head_bias")}
 
 
-IGNORED = {"vocab_size", "tied_head", "max_positions", "answer_positions", "own_rows", "sees", "embeds",
-           # the order of rows of linear attention, which differs between formats of files
-           *(ORDERS := ("alternating", "gates_by_key", "heads_by_key"))}
-
-
-def other_arithmetic(own: ModelSpec, original: ModelSpec) -> Findings:
-    """Everything that the two specs say differently."""
-    for field in dataclasses.fields(own):
-        ours, theirs = getattr(own, field.name), getattr(original, field.name)
-        if field.name not in IGNORED and not about_equal(ours, theirs):
-            ours, theirs = in_words(ours, theirs)
-            yield error(f"{field.name} is {ours}; the original's is {theirs}", where=field.name,
-                        advice="correct the file, or convert the original again")
+def other_arithmetic(own: LoadedModel, original: LoadedModel) -> Findings:
+    """Everything that the files of the two say differently."""
+    for name, ours, theirs in differences(own.spec, original.spec):
+        yield error(f"{name} is {ours}; the original's is {theirs}", where=name,
+                    advice="correct the file, or convert the original again")
     if own.context_length != original.context_length:
         yield note(f"the context is {own.context_length:,} tokens, the original's "
                    f"{original.context_length:,}")
 
 
-def about_equal(ours: Any, theirs: Any) -> bool:
-    """Equal up to float32."""
-    if isinstance(ours, float) and isinstance(theirs, (float, int)):
-        return math.isclose(ours, theirs, rel_tol=1e-4)
-    if isinstance(ours, tuple) and isinstance(theirs, tuple):
-        return len(ours) == len(theirs) and all(map(about_equal, ours, theirs))
-    if dataclasses.is_dataclass(ours) and type(ours) is type(theirs):
-        return all(about_equal(getattr(ours, field.name), getattr(theirs, field.name))
-                   for field in dataclasses.fields(ours) if field.name not in ORDERS)
-    return ours == theirs
-
-
-def in_words(ours: Any, theirs: Any) -> tuple[str, str]:
-    """Two different values, of lists and objects the first different part."""
-    if isinstance(ours, tuple) and isinstance(theirs, tuple) and len(ours) == len(theirs):
-        i, pair = next((i, pair) for i, pair in enumerate(zip(ours, theirs)) if not about_equal(*pair))
-        a, b = in_words(*pair)
-        return f"{a} (number {i})", b
-    if dataclasses.is_dataclass(ours) and type(ours) is type(theirs):
-        name = next(field.name for field in dataclasses.fields(ours) if field.name not in ORDERS
-                    and not about_equal(getattr(ours, field.name), getattr(theirs, field.name)))
-        a, b = in_words(getattr(ours, name), getattr(theirs, name))
-        return f"{name} {a}", f"{name} {b}"
-    return (f"{ours:,g}", f"{theirs:,g}") if isinstance(ours, float) and isinstance(theirs, float) else (
-        str(ours)[:80], str(theirs)[:80])
-
-
-def reordered(own: ModelSpec, original: ModelSpec, name: str) -> bool:
+def reordered(own: LoadedModel, original: LoadedModel, name: str) -> bool:
     """Are a tensor's rows or columns in another order in the original, because its format has another?"""
     layer, _, part = name.rpartition(".")
-    return part.startswith("mix_") and own.mixers[int(layer)] != original.mixers[int(layer)]
+    if not part.startswith("mix_"):
+        return False
+    ours, theirs = (model.architecture.layers[int(layer)].mixer for model in (own, original))
+    return ours != theirs
 
 
 def distances(own: LoadedModel, original: LoadedModel) -> dict[str, float]:
@@ -132,10 +99,11 @@ def distances(own: LoadedModel, original: LoadedModel) -> dict[str, float]:
     for name, tensor in own.tensors.items():
         other = original.tensors.get(name)
         if other is None or isinstance(tensor, MappedRows) or isinstance(other, MappedRows) or len(
-                tensor.cut.full) < 2 or reordered(own.spec, original.spec, name):
+                tensor.cut.full) < 2 or reordered(own, original, name):
             continue
         rows = min(tensor.cut.full[0], other.cut.full[0])
-        step = max((1 << 24) // tensor.cut.full[1] // own.spec.head_size, 1) * own.spec.head_size
+        heads = head_rows(own)
+        step = max((1 << 24) // tensor.cut.full[1] // heads, 1) * heads
         apart = length = 0.0
         for begin in range(0, rows, step):
             span = range(begin, min(begin + step, rows))
@@ -183,9 +151,9 @@ def settings_for(settings: Settings) -> Settings:
 
 def memory_of(patient: Patient) -> int:
     """Bytes of a model, of its activations, and of what the original has predicted."""
-    spec = patient.model.spec
-    return weight_bytes(patient.model, patient.settings.quantize) + 4 * (
-        2 * CHUNK * (spec.vocab_size + 8 * (spec.width + spec.ffn_size)) + 2 * TEXT_TOKENS * spec.vocab_size)
+    made = patient.model.architecture
+    predicted = 2 * 4 * TEXT_TOKENS * made.vocab_size
+    return weight_bytes(patient.model, patient.settings.quantize) + 2 * CHUNK * row_bytes(made) + predicted
 
 
 def computed(patient: Patient, model: LoadedModel, shared: Mapping[str, Any] = {}) -> Transformer:
@@ -273,11 +241,11 @@ def with_kind(patient: Patient, original: Patient, own: Transformer, judged: Seq
     """The KL of the model with the original's tensors of these parts; None if it has none of them."""
     model, other = opened(patient), opened(original)
     names = [name for name in model.tensors if name.rpartition(".")[2] in parts and name in other.tensors
-             and not reordered(model.spec, other.spec, name)]
-    if not names or {"embed", "head"} & {*names} and model.spec.tied_head != other.spec.tied_head:
+             and not reordered(model, other, name)]
+    if not names or {"embed", "head"} & {*names} and model.architecture.tied != other.architecture.tied:
         return None
     model.tensors = {name: other.tensors[name] if name in names else tensor
                      for name, tensor in model.tensors.items()}
     shared = {name: weight for name, weight in own.weights.items()
-              if name not in names and not (name == "head" and model.spec.tied_head)}
+              if name not in names and not (name == "head" and model.architecture.tied)}
     return compare(computed(patient, model, shared), judged, ids).kl

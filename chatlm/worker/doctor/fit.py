@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from chatlm.worker.build import MemoryPlan
     from chatlm.worker.doctor.patient import Patient
     from chatlm.worker.model.kernels import Kernels
-    from chatlm.worker.model.spec import LayerGroups
+    from chatlm.worker.model.pages import LayerGroups
     from chatlm.worker.weights.rules import LoadedModel
 
 CONTEXTS = 4096, 32_768        # and the model's own
@@ -46,7 +46,7 @@ class Plan(NamedTuple):
     @classmethod
     def of(cls, model: LoadedModel, settings: Settings) -> Plan:
         settings = replace(settings, drafts="none")
-        kernels, groups, limits, memory = plan_model(model, model.spec, settings, CPU, RankAlone())
+        kernels, groups, limits, memory = plan_model(model, model.architecture, settings, CPU, RankAlone())
         return cls(kernels, groups, limits, memory, prefill_chunk(settings, CPU))
 
     def cache(self, context: int) -> int:
@@ -73,7 +73,7 @@ def check_fit(patient: Patient) -> Findings:
     model, settings, free = patient.model, patient.settings, available_memory()
     plan = Plan.of(model, settings)
     taken, most = plan.memory.taken, model.context_length
-    if model.spec.of_texts:
+    if model.architecture.of_texts:
         yield note(f"takes {gigabytes(taken)}, of {gigabytes(free)} that are free", bytes=taken, free=free)
         return
     lighter = [*lighter_flags(patient, plan)]
@@ -126,7 +126,7 @@ def lighter_flags(patient: Patient, plan: Plan) -> list[tuple[str, int]]:
 
 def fits_blocks(model: LoadedModel, kind: str) -> bool:
     """Types of 256 columns need rows that they divide."""
-    return not kind.endswith("_k") or model.spec.width % 256 == 0
+    return not kind.endswith("_k") or model.architecture.width % 256 == 0
 
 
 def check_speed(patient: Patient) -> Findings:
@@ -134,7 +134,7 @@ def check_speed(patient: Patient) -> Findings:
     model = patient.model
     plan = Plan.of(model, patient.settings)
     needed = plan.memory.taken + plan.cache(PROMPT + ANSWER)
-    if model.spec.of_texts or needed > available_memory():
+    if model.architecture.of_texts or needed > available_memory():
         return
     quicker = "--quantize q4_k" if fits_blocks(model, "q4_k") else "--quantize q4_0"
     advice = f"{quicker} is faster, and loses a little" if plan.memory.quantizes else ""
@@ -159,12 +159,13 @@ def check_speed(patient: Patient) -> Findings:
 
 def bytes_per_token(model: LoadedModel, settings: Settings) -> int:
     """Of weights that each token of one sequence reads: no embedding, and of experts those chosen."""
-    spec = model.spec
-    idle = ["embed"] * (not spec.tied_head) + ["layer_embed"]
+    made = model.architecture
+    idle = ["layer_embed"] if made.tied else ["embed", "layer_embed"]
     experts = [name for name in model.tensors if name.rpartition(".")[2].startswith("expert_")]
     whole = weight_bytes(model, settings.quantize, idle)
     rest = weight_bytes(model, settings.quantize, [*idle, *experts])
-    return rest + (whole - rest) * (spec.experts_per_token or 1) // max(spec.experts, 1)
+    chosen, count = (made.experts.router.chosen, made.experts.count) if made.experts else (1, 1)
+    return rest + (whole - rest) * chosen // count
 
 
 def read_bandwidth(threads: int, size: int = 64 << 20) -> float:
@@ -185,7 +186,7 @@ def trial(patient: Patient) -> tuple[float, float]:
     model = open_model(patient.source, settings, "cpu")
     length = min(PROMPT + ANSWER, model.context_length)
     transformer = ready(model, replace(settings, drafts="none"), length)
-    ids = numpy.random.default_rng(0).integers(0, min(model.spec.vocab_size, 1000), length).tolist()
+    ids = numpy.random.default_rng(0).integers(0, min(model.architecture.vocab_size, 1000), length).tolist()
     prompt = max(length - ANSWER, 1)
 
     def compute(begin: int, end: int):

@@ -16,7 +16,7 @@ from chatlm.common.hub.val_bpb import (
     is_of_known_texts, validation_shards)
 from chatlm.common.memory import available_memory
 from chatlm.worker.doctor.findings import Findings, error, note, warning
-from chatlm.worker.doctor.running import ready, step
+from chatlm.worker.doctor.running import ready, row_bytes, step
 from chatlm.worker.weights.load import open_model
 from chatlm.worker.weights.sizes import weight_bytes
 
@@ -89,8 +89,7 @@ def settings_for(patient: Patient) -> Settings:
 def memory_of(patient: Patient, settings: Settings) -> int:
     """Bytes of a model, and of the activations of a step."""
     model = open_model(patient.source, settings, "cpu")
-    spec = model.spec
-    return weight_bytes(model, None) + 4 * 3 * CHUNK * (spec.vocab_size + 8 * (spec.width + spec.ffn_size))
+    return weight_bytes(model, None) + 3 * CHUNK * row_bytes(model.architecture)
 
 
 def why_not(patient: Patient, settings: Settings, evaluation: Evaluation) -> str:
@@ -150,9 +149,9 @@ def nats_of(transformer: Transformer, row: Seq[int]) -> numpy.ndarray:
 def softcap_advice(patient: Patient, settings: Settings, evaluation: Evaluation, worse: Comparison) -> str:
     """The flag with which it agrees, if it is a usual softcap; "" otherwise."""
     shard = next((one for one in validation_shards(patient.path) if one.name == worse.shard), None)
-    spec = open_model(patient.source, settings, "cpu").spec
+    head = open_model(patient.source, settings, "cpu").architecture.head
     for softcap in SOFTCAPS:
-        if shard is None or softcap == spec.softcap:
+        if shard is None or head is None or softcap == head.softcap:
             continue
         found = compared_on(patient, replace(settings, softcap=softcap), evaluation, shard)
         if found and found.agrees:

@@ -14,7 +14,7 @@ import numpy
 
 if TYPE_CHECKING:
     from chatlm.worker.doctor.portraits import Portrait
-    from chatlm.worker.model.spec import ModelSpec
+    from chatlm.worker.model.blocks.model import Model
 
 READERS = ("qkv", "gate_up", "up", "mix_in", "router", "expert_gate_up", "expert_up", "shared_gate_up",
            "shared_up")  # their columns are the channels
@@ -78,8 +78,8 @@ def channel_profile(one: Portrait, width: int) -> numpy.ndarray | None:
 class Features:
     """The profiles of all layers: `by_kind[kind][layer]`; experts of a layer count as their mean."""
 
-    def __init__(self, spec: ModelSpec, kinds: Mapping[str, Seq[Portrait]]):
-        self.width, self.groups = spec.width, groups_of(spec)
+    def __init__(self, model: Model, kinds: Mapping[str, Seq[Portrait]]):
+        self.width, self.groups = model.width, groups_of(model)
         self.by_kind: dict[str, dict[int, numpy.ndarray]] = {}
         for kind, of_kind in kinds.items():
             found: dict[int, list[numpy.ndarray]] = {}
@@ -91,13 +91,12 @@ class Features:
                                   for layer, mean in means.items()}
 
 
-def groups_of(spec: ModelSpec) -> list[list[int]]:
-    """The layers that are built alike: of the same window and mixer."""
-    alike: dict[str, list[int]] = {}
-    for layer, attn in enumerate(spec.by_layer):
-        mixer = spec.mixers[layer] if spec.mixers else None
-        key = f"{mixer and type(mixer)} {attn and attn.window} {layer in spec.dense_layers}"
-        alike.setdefault(key, []).append(layer)
+def groups_of(model: Model) -> list[list[int]]:
+    """The layers that are built alike: of the same kinds of blocks and the same window."""
+    alike: dict[tuple[type, type, int], list[int]] = {}
+    for number, (layer, window) in enumerate(zip(model.layers, model.windows)):
+        kind = type(layer.mixer), type(layer.feed), window
+        alike.setdefault(kind, []).append(number)
     return [*alike.values()]
 
 
@@ -172,16 +171,16 @@ def expected_profile(features: Features, kinds: Mapping[str, Seq[Portrait]], kin
 LEAST_APART = {"neighbours": (0.7, 8.0), "quarters": (0.95, 5.0)}  # the ratio, and standard errors
 
 
-def pairs_of_others(spec: ModelSpec, kinds: Mapping[str, Seq[Portrait]]) -> float:
+def pairs_of_others(model: Model, kinds: Mapping[str, Seq[Portrait]]) -> float:
     """How much better the rows of q and k go together as other rotary pairs than as the model's, as the ratio
     of their mean differences; 0 if they do not."""
     apart: dict[str, list[numpy.ndarray]] = {}
     for of_kind in kinds.values():
         for one in of_kind:
-            attn = spec.by_layer[one.layer] if one.part == "qkv" and one.layer is not None else None
-            if not attn or one.index > 1 or spec.output_gate:
+            attn = model.by_layer[one.layer] if one.part == "qkv" and one.layer is not None else None
+            if not attn or one.index > 1 or attn.gated:
                 continue
-            D, rotated = attn.head_size, attn.head_size if attn.rope_size is None else attn.rope_size
+            D, rotated = attn.head_size, attn.rope.size
             if one.rows.size % D or rotated < 32 or rotated % 4 or not (one.rows > 0).all():
                 continue
             heads = numpy.log(one.rows).reshape(-1, D)[:, :rotated]

@@ -75,7 +75,9 @@ def portraits(model: LoadedModel, threads: int = 1) -> list[Portrait]:
 
 
 def head_rows(model: LoadedModel) -> int:
-    return model.spec.head_size
+    """Rows of a head of q and k, which are read together: a file may have them in another order."""
+    attentions = model.architecture.attentions
+    return attentions[0].head_size if attentions else 1
 
 
 def tasks_of(model: LoadedModel) -> Iterator[tuple[Portrait, Unread | MappedRows]]:

@@ -8,23 +8,31 @@ from typing import Any, TYPE_CHECKING
 from chatlm.common.config import PAGE_SIZE
 from chatlm.worker.arrays.kinds import Device
 from chatlm.worker.build import plan_model
-from chatlm.worker.model.spec import Batch
+from chatlm.worker.model.batch import Batch
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ranks.ranks import RankAlone
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
+    from chatlm.worker.model.blocks.model import Model
     from chatlm.worker.weights.rules import LoadedModel
 
 CPU = Device("cpu")
 
 
+def row_bytes(model: Model) -> int:
+    """Roughly, of what a step holds for each of its tokens: logits, and what layers make."""
+    width = model.feed.width if model.feed else 0
+    return 4 * (model.vocab_size + 8 * (model.width + width))
+
+
 def ready(model: LoadedModel, settings: Settings, tokens: int, shared: Mapping[str, Any] = {}) -> Transformer:
     """A model that is ready for one text of so many tokens; `model` loses its tensors. shared: weights that
     another one has packed."""
-    kernels, groups, limits, plan = plan_model(model, model.spec, settings, CPU, RankAlone())
-    return Transformer(model.spec, model.tensors, kernels, dtype=model.dtype, groups=groups, kv=plan.kv,
-                       num_pages=-(-tokens // PAGE_SIZE) * max(len(groups.windows), 1), num_slots=2,
+    kernels, groups, limits, plan = plan_model(model, model.architecture, settings, CPU, RankAlone())
+    return Transformer(model.architecture, model.tensors, kernels, dtype=model.dtype, groups=groups,
+                       kv=plan.kv, num_pages=-(-tokens // PAGE_SIZE) * max(len(groups.windows), 1),
+                       num_slots=2,
                        shared=shared, max_tokens=limits["max_tokens"], max_rows=limits["max_rows"])
 
 

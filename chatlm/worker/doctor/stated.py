@@ -11,12 +11,13 @@ import numpy
 from chatlm.worker.arrays.gguf_types import block_of
 from chatlm.worker.doctor.findings import Findings, error, examples, note, warning
 from chatlm.worker.doctor.portraits import rows_of
+from chatlm.worker.model.blocks.input import Input
 from chatlm.worker.weights.configs import TIED
 from chatlm.worker.weights.families import FAMILIES
 
 if TYPE_CHECKING:
     from chatlm.worker.doctor.patient import Patient
-    from chatlm.worker.model.spec import ModelSpec
+    from chatlm.worker.model.blocks.model import Model
 
 FEW_BITS = 3.0  # of a weight: Q2_K, the types IQ2 and IQ1, ternary ones
 
@@ -27,7 +28,7 @@ def check_types(patient: Patient) -> Findings:
             for block, size in (block_of(tensor.tensor_type.name),)}
     kinds = {name: tensor.tensor_type.name for name, tensor in patient.gguf[1].items()}
     head = "output.weight" if "output.weight" in bits else "token_embd.weight"
-    if patient.floats.spec.of_texts:
+    if patient.floats.architecture.of_texts:
         head = ""
     if bits.get(head, 16) < FEW_BITS:
         also = " (it is the embedding too)" if head == "token_embd.weight" else ""
@@ -56,24 +57,24 @@ def check_rope(patient: Patient) -> Findings:
     if kind in ("yarn", "linear") and factor is not None and factor < 1:
         yield warning(f"rotary scaling ({kind}) has the factor {factor:g}, which shortens the context",
                       where=scaling["where"], advice="correct the file: a factor is at least 1")
-    spec = patient.model.spec
-    if kind in ("", "none", "default", None) and not any(spec.windows):
-        if (turn := longest_turn(spec)) and spec.context_length > turn:
-            yield warning(f"the context is {spec.context_length:,} tokens, but with a rotary base of "
-                          f"{spec.rope_base:,.0f} and no scaling the slowest pair has turned around after "
-                          f"{turn:,}", where="rope_theta", context=spec.context_length,
+    made = patient.model.architecture
+    if kind in ("", "none", "default", None) and not any(made.windows):
+        if (turn := longest_turn(made)) and context > turn:
+            base = made.attentions[0].rope.base
+            yield warning(f"the context is {context:,} tokens, but with a rotary base of {base:,.0f} and no "
+                          f"scaling the slowest pair has turned around after {turn:,}", where="rope_theta",
+                          context=context,
                           advice="take the base or the scaling from the original's config.json")
 
 
-def longest_turn(spec: ModelSpec) -> int:
+def longest_turn(model: Model) -> int:
     """After how many tokens the slowest rotary pair has turned around; 0 if there is none, or heads are so
     small that this is no sign."""
-    attentions = [attn for attn in spec.by_layer if attn]
-    sizes = [attn.head_size if attn.rope_size is None else attn.rope_size for attn in attentions]
-    if not sizes or min(sizes) < 64 or any(attn.rope_factors for attn in attentions) or spec.positions:
+    ropes = [attn.rope for attn in model.attentions]
+    learned = isinstance(model.input, Input) and model.input.positions
+    if not ropes or min(rope.size for rope in ropes) < 64 or model.has_rope_factors or learned:
         return 0
-    return int(max(2 * math.pi * attn.rope_base ** ((size - 2) / size)
-                   for attn, size in zip(attentions, sizes)))
+    return int(max(2 * math.pi * rope.base ** ((rope.size - 2) / rope.size) for rope in ropes))
 
 
 def stated_scaling(patient: Patient) -> dict[str, Any]:
@@ -99,20 +100,20 @@ SAME, OTHER = 0.9, 0.5
 
 def check_head(patient: Patient) -> Findings:
     """A head that is not the embedding although it should be, or the embedding in another order."""
-    model = patient.floats
-    if patient.kind == "hf" and not model.spec.tied_head and not model.spec.of_texts and says_tied(patient):
+    model, made = patient.floats, patient.floats.architecture
+    if patient.kind == "hf" and not made.tied and not made.of_texts and says_tied(patient):
         name = FAMILIES[model.family].all_tensors["head"][0]
         yield error("config.json says that the head is the embedding (tie_word_embeddings), but the files "
                     f"have another {name}, which is used", where=name,
                     advice="set tie_word_embeddings to false if the model was trained so; if not, remove it")
-    if "head" not in model.tensors or "embed" not in model.tensors or model.spec.own_rows:
+    if "head" not in model.tensors or "embed" not in model.tensors or made.rows:
         return
-    V = model.spec.vocab_size
+    V = made.vocab_size
     chosen = numpy.sort(numpy.random.default_rng(0).permutation(V)[:SAMPLED])
     head = numpy.concatenate([unit(rows_of(model, "head", range(row, row + 1))) for row in chosen.tolist()])
     best, at = numpy.full(len(chosen), -2.0), numpy.zeros(len(chosen), int)
     own = numpy.zeros(len(chosen))
-    step = max(1, (1 << 22) // model.spec.width)
+    step = max(1, (1 << 22) // made.width)
     for begin in range(0, V, step):
         span = range(begin, min(begin + step, V))
         alike = head @ unit(rows_of(model, "embed", span)).T  # (chosen, rows)

@@ -62,7 +62,7 @@ def check_vocabulary(patient: Patient) -> Findings:
     ids = {*by_id, *(entry["id"] for entry in added)}
     if ids and (holes := max(ids) + 1 - len(ids)):
         yield note(f"{holes:,} ids below {max(ids):,} have no token", where)
-    rows, count = patient.model.spec.vocab_size, patient.tokenizer.vocab_size
+    rows, count = patient.model.architecture.vocab_size, patient.tokenizer.vocab_size
     if rows > count + 8192:
         yield note(f"the model can draw {rows:,} tokens, of which the tokenizer knows {count:,}", where)
 

@@ -19,6 +19,7 @@ from chatlm.worker.model.tensors import Cut, Unread
 
 if TYPE_CHECKING:
     from chatlm.worker.doctor.patient import Patient
+    from chatlm.worker.model.blocks.model import Model
 
 AGAIN = "download or convert the file again"
 VOCABULARY = ("embed", "head", "layer_embed", "value_embed", "positions", "types")  # rows of tokens
@@ -41,23 +42,29 @@ def check_weights(patient: Patient) -> Findings:
         yield from strange_blocks(of_kind)
         yield from levels(of_kind)
     yield from copies(kinds)
-    features = Features(model.spec, kinds)
+    features = Features(model.architecture, kinds)
     if found := exchanged_layers(features):
         first, second, gain = found
         yield error(f"the layers {first} and {second} seem to have changed places: exchanged, neighbours "
                     "would read and write much more alike channels", where=f"layers {first} and {second}",
                     advice=AGAIN, gain=round(gain, 2))
-    pairs = RopePairs(model.spec.head_size, model.spec.rope_size or model.spec.head_size)
-    C = model.spec.width
-    order = numpy.arange(C)
-    unpermuted = unpermute_rope(order, pairs) if C % max(model.spec.head_size, 1) == 0 else order
-    for one, seen in transposed(features, kinds, (order, numpy.argsort(unpermuted))):
+    for one, seen in transposed(features, kinds, row_orders(model.architecture)):
         yield error(f"{one.name} seems to be transposed: its rows and columns have exchanged roles, compared "
                     "with the tensors of its kind", where=one.name, advice=AGAIN, correlation=round(seen, 2))
-    if ratio := pairs_of_others(model.spec, kinds):
+    if ratio := pairs_of_others(model.architecture, kinds):
         yield error("the rows of the query and key matrices are in the order of other rotary pairs: a "
                     "converter left out, or repeated, their reordering", where=first_of(kinds, "qkv"),
                     advice="convert the model again", ratio=round(ratio, 2))
+
+
+def row_orders(model: Model) -> tuple[numpy.ndarray, ...]:
+    """How a file may order the rows of q and k: halves of rotary pairs apart, or side by side."""
+    order = numpy.arange(model.width)
+    attn = model.attentions[0] if model.attentions else None
+    if not attn or model.width % attn.head_size:
+        return (order,)
+    pairs = RopePairs(attn.head_size, attn.rope.size or attn.head_size)
+    return order, numpy.argsort(unpermute_rope(order, pairs))
 
 
 def first_of(kinds: Mapping[str, Seq[Portrait]], part: str) -> str:

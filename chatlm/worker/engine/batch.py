@@ -7,16 +7,16 @@ from collections.abc import Iterable, Sequence as Seq
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from chatlm.worker.model.spec import Batch
+from chatlm.worker.model.batch import Batch
 from chatlm.worker.ops.rows import SampleRow
 
 if TYPE_CHECKING:
     import numpy
     from chatlm.worker.engine.sequence import Chunk, Sequence
-    from chatlm.worker.model.spec import ModelSpec
+    from chatlm.worker.model.blocks.model import Model
 
 
-def make_batch(plan: Seq[Chunk], spec: ModelSpec | None = None) -> Batch:
+def make_batch(plan: Seq[Chunk], model: Model | None = None) -> Batch:
     """Flatten the plan into one forward pass of a model, sequence after sequence."""
     adapters = [chunk.sequence.adapter for chunk in plan]
     shown = any(chunk.sequence.pooling or chunk.sequence.shown for chunk in plan)
@@ -33,13 +33,13 @@ def make_batch(plan: Seq[Chunk], spec: ModelSpec | None = None) -> Batch:
         lengths.append(first + len(ids))
         tables.append(chunk.sequence.pages)
         logit_rows += range(len(token_ids) - chunk.rows, len(token_ids))
-    return of_pictures(batch, plan, spec) if spec and spec.sees else batch
+    return of_pictures(batch, plan, model) if model and model.sees else batch
 
 
-def of_pictures(batch: Batch, plan: Seq[Chunk], spec: ModelSpec) -> Batch:
+def of_pictures(batch: Batch, plan: Seq[Chunk], model: Model) -> Batch:
     """A batch with what rows of pictures need besides."""
-    if spec.picture_pad is not None:
-        batch.previous_token_ids[:] = pad_ids(batch.token_ids, spec.picture_pad, spec.vocab_size)
+    if model.picture_pad is not None:
+        batch.previous_token_ids[:] = pad_ids(batch.token_ids, model.picture_pad, model.vocab_size)
     ahead = [0] * len(batch.token_ids)
     for chunk, start, last in zip(plan, batch.starts, batch.starts[1:]):
         first = chunk.sequence.computed

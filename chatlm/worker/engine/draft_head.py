@@ -18,7 +18,7 @@ import numpy
 
 from chatlm.worker.engine.batch import sample_row
 from chatlm.worker.engine.draft_model import Followers
-from chatlm.worker.model.spec import Batch
+from chatlm.worker.model.batch import Batch
 
 if TYPE_CHECKING:
     from chatlm.worker.engine.sequence import Sequence
@@ -69,7 +69,7 @@ class DraftHead:
         self.transformer, self.followers = transformer, Followers(num_pages)
         self.stop_tokens, self.prefill_chunk = stop_tokens, prefill_chunk
         self.max_rows = len(transformer.buffers["logits"])
-        self.longest = min(transformer.spec.max_positions, num_pages * self.followers.pool.page_size)
+        self.longest = min(transformer.model.max_positions, num_pages * self.followers.pool.page_size)
         self.steps = transformer.kernels.backend.make_steps(transformer, max_batch, self.longest)
         self.shown: dict[Sequence, Shown] = {}
         self.computed, self.gaps = 0, itertools.count()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from chatlm.worker.engine.batch import make_batch, sample_row
 from chatlm.worker.engine.kvcache import PagePool, PageTables
 from chatlm.worker.engine.sequence import Chunk, Sequence
-from chatlm.worker.model.spec import Batch
+from chatlm.worker.model.batch import Batch
 
 if TYPE_CHECKING:
     import numpy
@@ -113,7 +113,7 @@ class DraftModel:
         self.transformer, self.followers = transformer, Followers(num_pages)
         self.vocab_size, self.stop_tokens = vocab_size, stop_tokens
         self.prefill_chunk, self.max_rows = prefill_chunk, len(transformer.buffers["logits"])
-        self.longest = min(transformer.spec.max_positions, num_pages * self.followers.pool.page_size)
+        self.longest = min(transformer.model.max_positions, num_pages * self.followers.pool.page_size)
         self.steps = transformer.kernels.backend.make_steps(transformer, max_batch, self.longest)
         self.computed = 0  # tokens in the first step of the last draft
 
@@ -121,8 +121,8 @@ class DraftModel:
         """What a start says of it."""
         pool, transformer = self.followers.pool, self.transformer
         cache_bytes = pool.num_pages * transformer.layout.page_bytes
-        spec = transformer.spec
-        return (f"Draft model {self.called}: width {spec.width}, {spec.layers} layers, weights in "
+        model = transformer.model
+        return (f"Draft model {self.called}: width {model.width}, {len(model.layers)} layers, weights in "
                 f"{transformer.weight_types}; KV cache: {pool.num_pages:,} pages "
                 f"({cache_bytes / 2**20:,.0f} MiB)")
 
@@ -162,7 +162,7 @@ class DraftModel:
               ) -> tuple[list[Chunk], list[tuple[Sequence, Follower, int]]]:
         """The chunks of the first step, those of one token first, and the sequences among them that draft."""
         left, size = self.prefill_chunk, self.followers.pool.page_size
-        own_size = self.transformer.spec.vocab_size
+        own_size = self.transformer.model.vocab_size
         plan: list[tuple[Chunk, Sequence, Follower, int]] = []
         for sequence, length in wanted.items():
             tokens = sequence.tokens

@@ -36,8 +36,8 @@ class HostSteps:
         """Run a step; returns the chunks that advanced, and a function that returns the drawn tokens."""
         if not plan:
             return [], list
-        batch = make_batch(plan, self.transformer.spec)
-        if self.transformer.spec.token_types:
+        batch = make_batch(plan, self.transformer.model)
+        if self.transformer.model.token_types:
             batch.previous_token_ids[:] = self._token_types(plan)
         logits = self.steps.forward(batch)
         self.transformer.arrays.wait(logits)
@@ -60,7 +60,7 @@ class HostSteps:
         between = embedder.between[:1] if embedder else ()
         for chunk in plan:
             tokens, second = chunk.sequence.tokens, len(chunk.sequence.tokens)
-            if chunk.sequence.pooling == "rank" and self.transformer.spec.token_types > 1:
+            if chunk.sequence.pooling == "rank" and self.transformer.model.token_types > 1:
                 second = next((i + 1 for i, token in enumerate(tokens) if (token,) == between), second)
             types += [int(i >= second) for i in range(len(tokens))]
         return types

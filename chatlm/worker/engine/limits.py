@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 
-FREE_ROWS = 8  # in a decode_core step take hardly longer than one row; on a GPU so with bfloat16, not with packed weights
+# in a decode_core step take hardly longer than one row; on a GPU with bfloat16, not with packed weights
+FREE_ROWS = 8
 
 
 @dataclass

@@ -30,15 +30,22 @@ from chatlm.common.processes.start import own_threads, threads_per_worker
 from chatlm.worker.arrays.kinds import (
     AdapterMatrix, Arrays, Device, Norm, as_kind, mapped_zeros, of_kind)
 from chatlm.worker.arrays.packed import dequantize, dequantized, unpermute_rope
-from chatlm.worker.model.padding import padded_spec
-from chatlm.worker.model.spec import (
-    DeltaRule, KvType, Mamba2, ModelSpec, RowAdapters, Sequences, ShortConv, token_places)
+from chatlm.worker.model.batch import RowAdapters, Sequences, token_places
+from chatlm.worker.model.blocks.experts import Experts, ExpertsBesideDense
+from chatlm.worker.model.blocks.extras import LayerInput
+from chatlm.worker.model.blocks.feed_forward import FeedForward
+from chatlm.worker.model.blocks.input import Input
+from chatlm.worker.model.blocks.mixers import DeltaRule, Mamba2, ShortConv
+from chatlm.worker.model.blocks.norms import LayerNorm
+from chatlm.worker.model.core_sizes import CoreSizes, core_sizes
+from chatlm.worker.model.pages import KvType
 from chatlm.worker.model.tensors import TILE_ROWS
 from chatlm.worker.ops.rows import SampleRow
 
 if TYPE_CHECKING:
     from chatlm.common.answering import Word
-    from chatlm.worker.model.spec import Batch
+    from chatlm.worker.model.batch import Batch
+    from chatlm.worker.model.blocks.model import Model
     from chatlm.worker.model.transformer import Transformer
 
 
@@ -198,9 +205,9 @@ class Kernels:
         """Do they compute models of other sizes than multiples of 16 with zeros between?"""
         return not self.backend.tensors
 
-    def computed(self, spec: ModelSpec) -> ModelSpec:
-        """The spec of what a Transformer of this spec computes."""
-        return padded_spec(spec) if self.pads else spec
+    def computed(self, model: Model) -> Model:
+        """What a Transformer of this model computes."""
+        return model.padded() if self.pads else model
 
     @property
     def row_invariant(self) -> bool:
@@ -226,15 +233,15 @@ class Kernels:
 OPS = tuple(op.name for op in dataclasses.fields(Kernels) if op.default is missing_op)
 
 
-def load_kernels(device, spec=None, *, max_tokens=512, max_rows=512, quantize=None, join=None,
-                 whole=None, fine=False) -> Kernels:
+def load_kernels(device, model: Model | None = None, *, max_tokens=512, max_rows=512, quantize=None,
+                 join=None, whole: Model | None = None, fine=False) -> Kernels:
     """Choose each op for a device and a model: decode_core's if installed and able, else the reference.
 
     Steps have at most `max_tokens` tokens and `max_rows` rows of logits; float weights are quantized to the
-    type `quantize`; `fine`: on a CPU decode_core rounds all activations that quantized weights multiply to 16
-    bits. CHAT_SERVER_KERNELS=reference disables decode_core. `join(backend)`, if given, makes the ops that
-    exchange with other ranks; `whole` is then the spec of the model that is divided."""
-    backend = choose_backend(device, spec, whole, True)
+    type `quantize`; `fine`: on a CPU decode_core rounds all activations that quantized weights multiply to
+    16 bits. CHAT_SERVER_KERNELS=reference disables decode_core. `join(backend)`, if given, makes the ops
+    that exchange with other ranks; `whole` is then the model that is divided."""
+    backend = choose_backend(device, model, whole, True)
     if quantize and not backend.quantizes:
         raise ConfigError(f"--quantize needs decode_core and a CPU; {kernels_line()}")
     ops = backend.ops(max_tokens, max_rows, quantize, fine)
@@ -244,35 +251,35 @@ def load_kernels(device, spec=None, *, max_tokens=512, max_rows=512, quantize=No
     return Kernels(**ops, names=names, backend=backend)
 
 
-def choose_backend(device, spec: ModelSpec | None, whole: ModelSpec | None = None, says_why: bool = False):
-    """decode_core's backend if it runs this model on this device, else torch's (always without a spec). All
+def choose_backend(device, model: Model | None, whole: Model | None = None, says_why: bool = False):
+    """decode_core's backend if it runs this model on this device, else torch's (always without a model). All
     stages of a `whole` model have the same. If `says_why`, a model or op left to torch is logged; only one
     caller per model asks for that."""
     if refused := refused_isa():
         raise ConfigError(refused)
-    core = decode_core() if spec else None
+    core = decode_core() if model else None
     if says_why and (reason := unused_core()):
         log.error("%s", reason)
-    if spec and core is None and not torch_installed():
+    if model and core is None and not torch_installed():
         raise ConfigError(kernels_line())
-    if core and spec and (features := not_compiled(whole or spec, device) or not_compiled(spec, device)):
+    if core and model and (features := not_compiled(whole or model, device) or not_compiled(model, device)):
         if not torch_installed():
             require_library("torch", f"This model has {features}, which decode_core cannot compute; it")
         if says_why:
             log.warning("decode_core has no kernels for %s, which this model needs: torch computes instead",
                         features)
         core = None
-    backend = core and core.backend_for(spec, device, for_decode_core())
-    if backend and spec and says_why and (ops := left_to_torch(whole or spec, device)):
+    backend = core and model and core.backend_for(core_sizes(model), device, for_decode_core())
+    if backend and model and says_why and (ops := left_to_torch(whole or model, device)):
         log.warning("%s has no kernels for %s: torch computes only these", backend.name, " and ".join(ops))
     return backend or Backend(device)
 
 
-def left_to_torch(spec: ModelSpec, device) -> list[str]:
+def left_to_torch(model: Model, device) -> list[str]:
     """The ops, in words, that torch computes on this device while decode_core computes the others."""
     words = {ShortConv: "short convolution", DeltaRule: "delta rule", Mamba2: "Mamba layer"}
-    ops = dict.fromkeys(words[type(mixer)] for mixer in spec.mixers if type(mixer) in words)
-    if spec.sigmoid_router:
+    ops = dict.fromkeys(words[type(mixer)] for mixer in model.mixers if mixer)
+    if any(experts.router.kind == "sigmoid" for experts in feeds_of(model, Experts)):
         ops["router of sigmoids"] = None
     return list(ops) if Device(device).type != "cpu" else []
 
@@ -291,54 +298,88 @@ MOST_ON_CPU = Most(head_size=512, group=16, experts=4096, chosen=64, vocabulary=
 MOST_ON_GPU = Most(head_size=256, group=64, experts=1024, chosen=1024, vocabulary=2**18)
 
 
-def not_compiled(spec: ModelSpec, device="cpu") -> str:
+def feeds_of(model: Model, *kinds: type) -> list[Any]:
+    """The feed-forward blocks of these kinds, including the experts that all tokens take."""
+    feeds = [layer.feed for layer in model.layers if layer.feed]
+    feeds += [feed.shared for feed in feeds if isinstance(feed, Experts) and feed.shared]
+    feeds += [feed.dense for feed in feeds if isinstance(feed, ExpertsBesideDense)]
+    return [feed for feed in feeds if isinstance(feed, kinds)]
+
+
+def layer_inputs_of(model: Model) -> list[LayerInput]:
+    return [extra for layer in model.layers for extra in layer.after if isinstance(extra, LayerInput)]
+
+
+def not_compiled(model: Model, device="cpu") -> str:
     """What decode_core cannot compute of a model on this device, in words: torch then computes all of it.
 
     This is all that decode_core would refuse: tests/worker/model/test_odd_sizes.py tries every dimension."""
     on_gpu = Device(device).type != "cpu"
-    spec = spec if on_gpu else padded_spec(spec)
-    most, attentions = MOST_ON_GPU if on_gpu else MOST_ON_CPU, [attn for attn in spec.by_layer if attn]
-    widths = {spec.dense_size, spec.shared_size} | ({spec.ffn_size} if not on_gpu else set())
-    features = {
-        "norm of all heads together on a GPU": spec.qk_norm_sizes and on_gpu,
-        "embedding of each layer on a GPU": spec.layer_input_size and on_gpu,
-        "embedding of each layer with a width not a multiple of 16": (
-            spec.layer_input_size % 16 and not on_gpu),
-        "scale of experts on a GPU": spec.expert_norms and on_gpu,
-        "scale of queries by their position on a GPU": spec.q_growth and on_gpu,
-        "width that is not a multiple of 16": spec.width % 16 and not on_gpu,
+    refused = refused_on_gpu(model) if on_gpu else refused_on_cpu(model.padded())
+    features = refused_anywhere(model if on_gpu else model.padded(), MOST_ON_GPU if on_gpu else MOST_ON_CPU)
+    return " and ".join(feature for feature, needed in (features | refused).items() if needed)
+
+
+def refused_anywhere(model: Model, most: Most) -> dict[str, bool]:
+    attentions, experts = model.attentions, feeds_of(model, Experts, ExpertsBesideDense)
+    return {
         "heads of this size": any(
             attn.head_size % 16 or attn.head_size > most.head_size for attn in attentions),
         "this many query heads per KV head": any(
             attn.heads > most.group * attn.kv_heads for attn in attentions),
-        "this many experts": spec.experts > most.experts or spec.experts_per_token > most.chosen,
-        "experts of this width": on_gpu and spec.experts and (
-            spec.width % 8 or spec.ffn_size % 8 or spec.latent_size % 8),
-        "experts that read a width not a multiple of 16": spec.latent_size % 16 and not on_gpu,
-        "vocabulary of this size": spec.vocab_size > most.vocabulary,
-        "delta rule with head sizes that are not multiples of 16": not on_gpu and any(
-            isinstance(mixer, DeltaRule) and (mixer.key_size % 16 or mixer.value_size % 16)
-            for mixer in spec.mixers),
-        "Mamba layer whose heads or channels are not multiples of 16": not on_gpu and any(
-            isinstance(mixer, Mamba2) and (mixer.head_size % 16 or mixer.parts[1] % 16)
-            for mixer in spec.mixers),
+        "this many experts": any(
+            each.count > most.experts or each.router.chosen > most.chosen for each in experts),
+        "vocabulary of this size": model.vocab_size > most.vocabulary,
         "attention whose keys and values differ in width": any(
-            attn.value_size != attn.head_size for attn in attentions),
-        "attention of several kinds on a GPU": not uniform(spec) and on_gpu,
-        "LayerNorm on a GPU": spec.layer_norms and on_gpu,
-        "attention to what comes after a token on a GPU": spec.of_texts and on_gpu,
-        "router with jitter on a GPU": spec.router_jitter is not None and on_gpu,
-        "learned positions on a GPU": spec.positions and on_gpu,
-        f"{spec.activation} feed-forward on a GPU": on_gpu and spec.activation in (
-            "gelu", "reglu2", "quick_geglu", "gelu_erf", "gelu_tanh", "gelu_quick"),
-        "feed-forward of this width": any(width % TILE_ROWS for width in widths)}
-    return " and ".join(feature for feature, needed in features.items() if needed)
+            attn.value_size != attn.head_size for attn in attentions)}
 
 
-def uniform(spec: ModelSpec) -> bool:
+def refused_on_cpu(model: Model) -> dict[str, bool]:
+    """Of a model that is padded."""
+    feeds, experts = feeds_of(model, FeedForward, Experts, ExpertsBesideDense), feeds_of(model, Experts)
+    return {
+        "embedding of each layer with a width not a multiple of 16": any(
+            extra.size % 16 for extra in layer_inputs_of(model)),
+        "width that is not a multiple of 16": model.width % 16 != 0,
+        "experts that read a width not a multiple of 16": any(each.latent % 16 for each in experts),
+        "delta rule with head sizes that are not multiples of 16": any(
+            isinstance(mixer, DeltaRule) and (mixer.key_size % 16 or mixer.value_size % 16)
+            for mixer in model.mixers),
+        "Mamba layer whose heads or channels are not multiples of 16": any(
+            isinstance(mixer, Mamba2) and (mixer.head_size % 16 or mixer.parts[1] % 16)
+            for mixer in model.mixers),
+        "feed-forward of this width": any(feed.width % TILE_ROWS for feed in feeds)}
+
+
+ONLY_ON_CPU = ("gelu", "reglu2", "quick_geglu", "gelu_erf", "gelu_tanh", "gelu_quick")  # activations
+
+
+def refused_on_gpu(model: Model) -> dict[str, bool]:
+    attentions, norms = model.attentions, [norm for layer in model.layers for norm in layer.norms.values()]
+    dense, experts = feeds_of(model, FeedForward), feeds_of(model, Experts, ExpertsBesideDense)
+    latents = [each.latent for each in experts if isinstance(each, Experts)]
+    activations = dict.fromkeys(feed.activation for feed in (*dense, *feeds_of(model, Experts)))
+    return {
+        "norm of all heads together on a GPU": any(attn.norms and attn.norms.whole for attn in attentions),
+        "embedding of each layer on a GPU": bool(layer_inputs_of(model)),
+        "scale of experts on a GPU": any(isinstance(each, ExpertsBesideDense) for each in experts),
+        "scale of queries by their position on a GPU": any(attn.scores.growth for attn in attentions),
+        "experts of this width": bool(experts) and any(
+            size % 8 for size in (model.width, *latents, *(each.width for each in experts))),
+        "attention of several kinds on a GPU": not uniform(model),
+        "LayerNorm on a GPU": any(isinstance(norm, LayerNorm) for norm in (*norms, model.norm)),
+        "attention to what comes after a token on a GPU": model.of_texts,
+        "router with jitter on a GPU": any(
+            each.router.kind == "jitter" for each in experts if isinstance(each, Experts)),
+        "learned positions on a GPU": isinstance(model.input, Input) and model.input.positions > 0,
+        **{f"{activation} feed-forward on a GPU": activation in ONLY_ON_CPU for activation in activations},
+        "feed-forward of this width": bool(experts) and any(feed.width % TILE_ROWS for feed in dense)}
+
+
+def uniform(model: Model) -> bool:
     """Does every attention layer store the same for each token, and nothing from other layers?"""
     kinds = {(attn.heads, attn.kv_heads, attn.head_size, attn.value_norm, attn.values_from_keys, attn.source)
-             for attn in spec.by_layer if attn}
+             for attn in model.attentions}
     return all(kind[3:] == (False, False, None) for kind in kinds) and len(kinds) <= 1
 
 
@@ -364,7 +405,7 @@ def for_decode_core() -> ForDecodeCore:
         PAGE_SIZE=PAGE_SIZE, OPS=OPS, as_kind=as_kind, of_kind=of_kind, mapped_zeros=mapped_zeros,
         own_threads=own_threads,        token_places=token_places, dequantized=dequantized,
         dequantize=dequantize, unpermute_rope=unpermute_rope,
-        ModelSpec=ModelSpec, DeltaRule=DeltaRule, Mamba2=Mamba2, Norm=Norm,
+        ModelSpec=CoreSizes.plain, DeltaRule=DeltaRule, Mamba2=Mamba2, Norm=Norm,
         Sequences=Sequences, SampleRow=SampleRow, SamplingParams=SamplingParams,
         RowAdapters=RowAdapters, EagerSteps=EagerSteps, ConfigError=ConfigError)
 

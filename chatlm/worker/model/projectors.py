@@ -13,7 +13,7 @@ from typing import NamedTuple, TYPE_CHECKING
 import numpy
 
 if TYPE_CHECKING:
-    from chatlm.worker.model.spec import ModelSpec
+    from chatlm.worker.arrays.rotary import Rope
 
 Arrays = Mapping[str, numpy.ndarray]
 Products = Mapping[str, Callable[[numpy.ndarray], numpy.ndarray]]
@@ -70,16 +70,16 @@ def bilinear_places(places: numpy.ndarray, rows: int, columns: int) -> numpy.nda
     return of_square(between, places, rows, columns)
 
 
-def by_two(spec: ModelSpec, *places: numpy.ndarray) -> numpy.ndarray:
+def by_two(rope: Rope, *places: numpy.ndarray) -> numpy.ndarray:
     """Angles where the first half of the pairs turn by the first places (n), the others by the second."""
-    quarter = spec.head_size // 4
-    frequencies = spec.rope_base ** -(numpy.arange(quarter) / quarter)
+    quarter = rope.size // 4
+    frequencies = rope.base ** -(numpy.arange(quarter) / quarter)
     return numpy.concatenate([numpy.outer(each, frequencies) for each in places], axis=1)
 
 
-def by_row_and_column(spec: ModelSpec, rows: int, columns: int) -> numpy.ndarray:
+def by_row_and_column(rope: Rope, rows: int, columns: int) -> numpy.ndarray:
     """Of Qwen3-VL."""
-    return by_two(spec, *numpy.divmod(numpy.arange(rows * columns), columns))
+    return by_two(rope, *numpy.divmod(numpy.arange(rows * columns), columns))
 
 
 def places_of_axes(places: numpy.ndarray, rows: int, columns: int) -> numpy.ndarray:
@@ -87,18 +87,18 @@ def places_of_axes(places: numpy.ndarray, rows: int, columns: int) -> numpy.ndar
     return (places[0, None, :columns] + places[1, :rows, None]).reshape(rows * columns, -1)
 
 
-def angles_of_axes(spec: ModelSpec, rows: int, columns: int) -> numpy.ndarray:
+def angles_of_axes(rope: Rope, rows: int, columns: int) -> numpy.ndarray:
     """Of Gemma 4, by the column first."""
-    return by_two(spec, *numpy.divmod(numpy.arange(rows * columns), columns)[::-1])
+    return by_two(rope, *numpy.divmod(numpy.arange(rows * columns), columns)[::-1])
 
 
 # name -> (table, rows, columns of the patches) -> what is added to these (rows * columns, C), in raster order
 PLACES: dict[str, Callable[[numpy.ndarray, int, int], numpy.ndarray]] = {
     "fixed": fixed_places, "spread": spread_places, "axes": places_of_axes, "bilinear": bilinear_places}
 
-# name -> (spec of the layers, rows, columns) -> the angle of each pair of a head, (rows * columns, D / 2), in
-# raster order; pairs are (i, i + D / 2)
-ANGLES: dict[str, Callable[[ModelSpec, int, int], numpy.ndarray]] = {
+# name -> (how the layers turn, rows, columns) -> the angle of each pair of a head, (rows * columns, D / 2),
+# in raster order; pairs are (i, i + D / 2)
+ANGLES: dict[str, Callable[[Rope, int, int], numpy.ndarray]] = {
     "axes": angles_of_axes, "by_row_and_column": by_row_and_column}
 
 

@@ -18,6 +18,10 @@ from chatlm.worker.arrays.kinds import address_of, floats, joined, kind_of, zero
 TILE_ROWS = 16  # of decode_core's matrices: a rank has whole tiles
 
 
+def rounded_up(size: int, multiple: int = TILE_ROWS) -> int:
+    return -(-size // multiple) * multiple
+
+
 class Cut(NamedTuple):
     """The part of a tensor that a rank has: ranges of its rows, or of its columns.
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Sequence as Seq
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any, NamedTuple, TYPE_CHECKING
 
@@ -20,23 +19,25 @@ import numpy
 from chatlm.common.config import PAGE_SIZE
 from chatlm.worker.arrays.kinds import Device, floats, item_bytes, joined
 from chatlm.worker.arrays.resize import resized
+from chatlm.worker.model.batch import Batch
+from chatlm.worker.model.blocks.feed_forward import FeedForward, halves
 from chatlm.worker.model.kernels import load_kernels
+from chatlm.worker.model.pages import KvType, group_layers
 from chatlm.worker.model.projectors import ANGLES, PLACES, PROJECTORS, by_squares, layer_norm
-from chatlm.worker.model.spec import Batch, KvType, expected_tensors, group_layers
-from chatlm.worker.model.tensors import Unread
+from chatlm.worker.model.tensors import Unread, rounded_up
 from chatlm.worker.model.transformer import Transformer
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import Picture, Vision
     from chatlm.common.vision.layout import Layout
-    from chatlm.worker.model.spec import ModelSpec
+    from chatlm.worker.model.blocks.model import Model
 
 
 class Eyes(NamedTuple):
     """How a model sees, with the weights still in its files."""
 
     vision: Vision
-    spec: ModelSpec             # of the tower's layers
+    architecture: Model         # of the tower's layers
     tensors: dict[str, Any]     # of these; and patch (C, 3 * patch * patch), perhaps patch_bias, places (as
                                 # its row of PLACES says), and what its row of PROJECTORS names
     patch: int                  # pixels on a side; a patch's numbers are by row, column, color
@@ -51,14 +52,15 @@ class Eyes(NamedTuple):
     hidden: int = 0             # width between the projector's products
     grid: int = 0               # rows of the table of places
     deep: tuple[int, ...] = ()  # after these layers too a projector makes rows, for the model's first layers
-    axes: tuple[int, ...] = ()  # ModelSpec.rope_axes of the model
-    two_sided: str = ""         # of the ModelSpec
-    pad: int | None = None      # likewise picture_pad
+    axes: tuple[int, ...] = ()  # rope_axes of the model
+    two_sided: str = ""         # its layers in which rows of a picture see all of its rows
+    pad: int | None = None      # its picture_pad
+    recipe: Any = None          # what its loader makes the architecture of
 
     @property
     def nbytes(self) -> int:
         """Bytes of its weights and, roughly, of its buffers."""
-        sizes = Transformer.buffer_sizes(self.spec, self.patches, 1, "float32").values()
+        sizes = self.architecture.buffer_sizes(self.patches, 1, "float32").values()
         return sum(tensor.nbytes for tensor in self.tensors.values()) + sum(
             rows * columns * item_bytes(kind) for rows, columns, kind in sizes)
 
@@ -72,10 +74,10 @@ class Product:
     """x (T, K) -> activation(x @ W.T (+ bias)) (+ added (T, N)), by the kernels of a model: float32 arrays of
     numpy. T is `rows` or fewer. What it returns is overwritten by the next one."""
 
-    def __init__(self, spec: ModelSpec, device: Device, rows: int, name: str, tensors: dict,
+    def __init__(self, model: Model, device: Device, rows: int, name: str, tensors: dict,
                  dtype: str | None, quantize: str | None, adds: bool = False, activation: str | None = None):
         weight, bias = values_of(tensors.pop(name)), tensors.pop(f"{name}_bias", None)
-        self.kernels = kernels = load_kernels(device, spec, max_tokens=rows, max_rows=1, quantize=quantize)
+        self.kernels = kernels = load_kernels(device, model, max_tokens=rows, max_rows=1, quantize=quantize)
         self.arrays, self.activation = kernels.arrays_on(device), activation
         with self.arrays.computing():
             size, columns = len(weight), rounded_up(weight.shape[1], 32)  # as tiles want
@@ -117,10 +119,6 @@ def values_of(tensor: Any) -> numpy.ndarray:
     return floats(joined(read) if isinstance(read, tuple) else read)
 
 
-def rounded_up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
-
-
 def whole_text(count: int) -> Batch:
     """A step of one text of `count` rows."""
     zeros, pages = [0] * count, list(range(-(-count // PAGE_SIZE)))
@@ -134,25 +132,27 @@ class Tower:
     def __init__(self, eyes: Eyes, device: Device, *, dtype: str | None, quantize: str | None, part: float):
         """quantize: the type that layers' float matrices become. part: the most work between two pauses, as
         `layer_work` counts it, unless one layer has more."""
-        self.eyes, spec, tensors = eyes, eyes.spec, dict(eyes.tensors)
+        self.eyes, model, tensors = eyes, eyes.architecture, dict(eyes.tensors)
+        self.eps = model.norm.eps if model.norm else 0.0
         self.projector, self.square, self.rows = PROJECTORS[eyes.projector], eyes.shuffle**2, eyes.patches
         self.values = {name: values_of(tensors.pop(name)) for name in (
             "places", *self.projector.values,
             *(name for i in range(len(eyes.deep)) for name in deep_norm(i)))}
         self.first = None if self.projector.start else Product(
-            spec, device, self.rows, "patch", tensors, dtype, None, adds=True)
+            model, device, self.rows, "patch", tensors, dtype, None, adds=True)
         self.products = {
-            name: Product(spec, device, self.rows // self.square, name, tensors, dtype, None,
+            name: Product(model, device, self.rows // self.square, name, tensors, dtype, None,
                           activation=activation)
             for deep in ("", *(f"_{i}" for i in range(len(eyes.deep))))
             for each, activation in self.projector.products.items() for name in (f"{each}{deep}",)}
         self.stages, self.turned = list[Transformer](), (0, 0)
-        step = max(1, min(int(part / layer_work(spec, self.rows, bool(quantize))), spec.layers))
-        self.ends = {*range(step, spec.layers, step), *(layer + 1 for layer in eyes.deep), spec.layers}
+        layers = len(model.layers)
+        step = max(1, min(int(part / layer_work(model, self.rows, bool(quantize))), layers))
+        self.ends = {*range(step, layers, step), *(layer + 1 for layer in eyes.deep), layers}
         for begin, end in () if self.projector.start else pairwise((0, *sorted(self.ends))):
-            own = replace(spec, layers=end - begin)
+            own = model.of_layers(range(begin, end))
             kernels = load_kernels(device, own, max_tokens=self.rows, max_rows=1, quantize=quantize)
-            given = {name: tensors[moved(name, begin)] for name in expected_tensors(own)}
+            given = {name: tensors[moved(name, begin)] for name in own.tensors()}
             kv = KvType("float32" if dtype == "float32" and not quantize else "float16")
             groups = group_layers(kernels.computed(own).by_layer, self.rows, apart=False, kv=kv)
             self.stages.append(Transformer(
@@ -196,7 +196,7 @@ class Tower:
                 number = len(rows)
                 weight, bias = (self.values[name] for name in deep_norm(number))
                 seen = arrays.numpy(x[:count, :width]).reshape(count // self.square, -1)
-                seen = layer_norm(seen, weight, bias, self.eyes.spec.norm_eps)
+                seen = layer_norm(seen, weight, bias, self.eps)
                 for name in self.projector.products:
                     seen = self.products[f"{name}_{number}"](seen)
                 rows.append(seen.copy())
@@ -208,8 +208,8 @@ class Tower:
         """Let the layers rotate by the places in a grid of patches, which are positions of a text to them."""
         if (rows, columns) == self.turned:
             return
-        self.turned, spec = (rows, columns), self.stages[0].unpadded
-        angles = by_squares(ANGLES[self.eyes.angles](spec, rows, columns), rows, columns, self.eyes.shuffle)
+        self.turned, rope = (rows, columns), self.stages[0].unpadded.attentions[0].rope
+        angles = by_squares(ANGLES[self.eyes.angles](rope, rows, columns), rows, columns, self.eyes.shuffle)
         for table in {id(table): table for stage in self.stages for table in stage.rope_tables}.values():
             for values, part in zip((numpy.cos(angles), numpy.sin(angles)), table):
                 self.stages[0].arrays.put(values.astype(numpy.float32), part[:len(angles)])
@@ -241,18 +241,20 @@ FLOATS_COST = 2.3     # of a multiplication with floats: 264e9 a second, with q8
 ATTENTION_COST = 4.0  # of one in attention
 
 
-def layer_work(spec: ModelSpec, rows: int, quantized: bool) -> float:
+def layer_work(model: Model, rows: int, quantized: bool) -> float:
     """Of one layer of a tower with so many rows, in multiplications with quantized weights."""
-    C = spec.width
-    products = rows * (4.0 * C * C + (2 if spec.ungated else 3) * C * spec.ffn_size)
+    C, feed = model.width, model.layers[0].feed if model.layers else None
+    hidden = (1 + halves(feed.activation)) * feed.width if isinstance(feed, FeedForward) else 0
+    products = rows * (4.0 * C * C + C * hidden)
     return products * (1 if quantized else FLOATS_COST) + 2.0 * rows * rows * C * ATTENTION_COST
 
 
-def chunk_work(spec: ModelSpec, tokens: int, quantized: bool) -> float:
+def chunk_work(model: Model, tokens: int, quantized: bool) -> float:
     """About that of a chunk of a prompt in a model's layers."""
-    shapes = expected_tensors(spec)
-    numbers = sum(math.prod(shape) * (spec.experts_per_token / spec.experts if ".expert_" in name else 1.0)
-                  for name, shape in shapes.items() if len(shape) > 1 and "." in name)
+    experts = model.experts
+    share = experts.router.chosen / experts.count if experts else 1.0
+    numbers = sum(math.prod(shape) * (share if ".expert_" in name else 1.0)
+                  for name, shape in model.shapes().items() if len(shape) > 1 and "." in name)
     return tokens * numbers * (1 if quantized else FLOATS_COST)
 
 

@@ -24,9 +24,9 @@ def rope_append_reference(qkv, cos, sin, positions, slots, cache, out, *, norm="
     """All work between the qkv product and attention: q -> out (T, H * D), k and v -> the cache.
 
     qkv (T, H * D + Hkv * (D + Dv)) is overwritten. Without the columns of v, v is made from k's; without
-    those of k and v, nothing goes into the cache, which is another layer's. q and k are normalized (`norm` is
-    a ModelSpec's qk_norm), rotated by the rows `positions` (T,) of cos and sin, and scaled, q also by
-    `q_scale`. v is normalized without weights if `value_norm`.
+    those of k and v, nothing goes into the cache, which is another layer's. q and k are normalized
+    (`norm` says when: "before_rope", "after_rope", or "none"), rotated by the rows `positions` (T,) of cos
+    and sin, and scaled, q also by `q_scale`. v is normalized without weights if `value_norm`.
     `gate_scale * sigmoid(gate) * value_embed` is added to v; gate is (T, Hkv), value_embed (T, Hkv * Dv). k
     and v then go into one layer's `cache` at `slots` (T,)."""
     keys, values = slots_of(cache)

@@ -60,4 +60,4 @@ class PackedKv(NamedTuple):
         return (blocks * self.scales.float().unsqueeze(-1)).flatten(-2)
 
 
-PACKED = {"q8_0": PackedKv}  # of spec.py's KV_BLOCKS, those that are no floats
+PACKED = {"q8_0": PackedKv}  # of pages.py's KV_BLOCKS, those that are no floats

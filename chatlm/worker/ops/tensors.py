@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy
 import torch
 
-from chatlm.worker.arrays import rotary
 from chatlm.worker.arrays.kinds import Arrays, Bits, Device, Norm, bits_of, kind_of, mapped_zeros
 
 
@@ -39,8 +38,8 @@ def zeroed(shape: tuple[int, ...], dtype: torch.dtype, device) -> torch.Tensor:
 
 
 def rope_tables(spec, device, layer: int = 0) -> tuple[torch.Tensor, ...]:
-    """rotary.rope_tables on a device."""
-    return tuple(tensor_of(table, device) for table in rotary.rope_tables(spec, layer))
+    """The tables by which a layer turns, on a device."""
+    return tuple(tensor_of(table, device) for table in spec.rope(layer).tables(spec.max_positions))
 
 
 class TorchArrays(Arrays):

@@ -6,7 +6,7 @@ from chatlm.common.config import Settings
 from chatlm.common.messages.protocol import Loading, Ready, Unusable
 from chatlm.common.messages.requests import ModelSource
 from chatlm.common.messages.wire import Pipe, wire_message
-from chatlm.worker.model.spec import Batch
+from chatlm.worker.model.batch import Batch
 from chatlm.worker.ops.rows import SampleRow
 
 

@@ -29,7 +29,7 @@ from chatlm.worker.weights.adapters import reading_thread
 if TYPE_CHECKING:
     from chatlm.common.messages.wire import Channel
     from chatlm.worker.model.kernels import Steps
-    from chatlm.worker.model.spec import Batch
+    from chatlm.worker.model.batch import Batch
     from chatlm.worker.model.transformer import Transformer
     from chatlm.worker.ops.rows import SampleRow
     from chatlm.worker.ranks.ranks import RankAlone, RankZero
@@ -136,14 +136,14 @@ class Stage:
 
     def _compute(self, batch: Batch, rows: Seq[SampleRow] | None):
         transformer, T = self.transformer, len(batch.token_ids)
-        for name in () if transformer.spec.opens else transformer.passed_on(0):
+        for name in () if transformer.model.opens else transformer.passed_on(0):
             buffer = transformer.buffers[name][:T]
             received = numpy.empty(tuple(buffer.shape), numpy.float32)
             receive_into(self.ranks.before, received)  # pyright: ignore[reportArgumentType]  it is there
             transformer.arrays.put(received, buffer)
-        if not transformer.spec.closes:
+        if not transformer.model.closes:
             transformer.forward(batch._replace(logit_rows=[], states=True))
-            for name in transformer.passed_on(transformer.spec.layers):
+            for name in transformer.passed_on(len(transformer.model.layers)):
                 self.ranks.after.sendall(  # pyright: ignore[reportOptionalMemberAccess]  so is this
                     transformer.arrays.numpy(transformer.buffers[name][:T]).tobytes())
             return None
@@ -221,7 +221,7 @@ def follow(channel: Channel, steps: RankSteps):
 
 def follow_stage(channel: Channel, stage: Stage, drawn: DrawnTokens):
     """Compute this stage of the steps that rank 0 sends; one rank of the last stage replies."""
-    closes, speaks = stage.transformer.spec.closes, stage.ranks.rank % stage.ranks.tp == 0
+    closes, speaks = stage.transformer.model.closes, stage.ranks.rank % stage.ranks.tp == 0
     for step in received_steps(channel, stage.transformer):
         computed: Any = stage.compute(step.batch, step.rows)
         if not closes:

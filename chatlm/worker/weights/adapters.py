@@ -19,15 +19,13 @@ from chatlm.worker.arrays.kinds import FLOATS, AdapterMatrix, as_kind, bits_of, 
 from chatlm.worker.model.tensors import Cut, Unread
 from chatlm.worker.weights.assemble import file_shapes
 from chatlm.worker.weights.lora import Change, read_adapter
+from chatlm.worker.weights.model_of import model_of
 
 if TYPE_CHECKING:
     from chatlm.worker.weights.assemble import Sources
     from chatlm.worker.weights.lora import FileSlice
     from chatlm.worker.weights.rules import LoadedModel
 
-# The products to which Transformer can add adapters
-ADAPTED = ("qkv", "output", "gate_up", "up", "down", "mix_in", "mix_out", "shared_gate_up", "shared_down",
-           "head")
 MERGE = "--lora merges it into the weights at load"
 
 
@@ -57,6 +55,8 @@ class AdapterReader:
     def __init__(self, model: LoadedModel, adaptable: Adaptable):
         """Keeps no tensor of the model: they may be read and discarded afterwards."""
         self.adaptable, first = adaptable, adaptable.first_layer
+        whole = model_of(model.spec).tensors()
+        self.adapted = {name for name, tensor in whole.items() if tensor.adapted}
         self.cuts: dict[str, tuple[str, Cut]] = {}  # ours -> the whole model's name, the rank's part
         for own, tensor in model.tensors.items():
             layer, dot, part = own.partition(".")
@@ -92,8 +92,7 @@ class AdapterReader:
         return {own: joined(parts[ours], cut) for own, (ours, cut) in self.cuts.items() if ours in parts}
 
     def _refuse_part(self, folder: Path, theirs: str, ours: str, change: Change):
-        part = ours.rpartition(".")[2]
-        if change.embedding or part not in ADAPTED:
+        if change.embedding or ours not in self.adapted:
             self._refuse(folder, theirs)
 
     def _refuse(self, folder: Path, theirs: str) -> NoReturn:

@@ -13,13 +13,14 @@ from typing import Any, TYPE_CHECKING
 import numpy
 
 from chatlm.common.errors import ConfigError, require_library, shown
-from chatlm.worker.arrays.kinds import FLOATS, as_kind, contiguous, floats, item_bytes, joined, kind_of
 from chatlm.worker.arrays.gguf_types import TYPES, block_of
+from chatlm.worker.arrays.kinds import FLOATS, as_kind, contiguous, floats, item_bytes, joined, kind_of
 from chatlm.worker.arrays.packed import RopePairs, dequantized
-from chatlm.worker.model.spec import DeltaRule, expected_tensors
+from chatlm.worker.model.blocks.mixers import DeltaRule
 from chatlm.worker.model.tensors import TILE_ROWS, Cut, MappedRows, Unread
 from chatlm.worker.weights.files import weight_files
 from chatlm.worker.weights.finite import refuse_faults
+from chatlm.worker.weights.model_of import model_of
 from chatlm.worker.weights.packed_layouts import NotExact, PackedWeight
 from chatlm.worker.weights.quantization import check_quantization, ct_groups, join_packed
 from chatlm.worker.weights.rules import MOST_CHANNELS, Rule, checked
@@ -27,7 +28,7 @@ from chatlm.worker.weights.safetensors_file import read_safetensors_file
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.worker.model.spec import ModelSpec
+    from chatlm.worker.weights.recipe import ModelSpec
 
 
 def check_names_and_shapes(path: Path, state: Mapping[str, tuple], sources: Sources):
@@ -57,7 +58,7 @@ def tensor_sources(spec: ModelSpec, table: Mapping[str, tuple[str, ...]], padded
     split: dict[str, tuple[int, ...]] = {
         name: vocabulary for name in ("embed", "head", "value_embed", "layer_embed")}
     sources = {}
-    for ours, shape in expected_tensors(spec).items():
+    for ours, shape in model_of(spec).shapes().items():
         layer, _, part = ours.rpartition(".")
         if not (part == "head" and spec.tied_head):
             theirs, rows = table.get(part, (part,)), split.get(part, shape[:1])

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy
 
-from chatlm.common.log import log
 from chatlm.common.errors import ConfigError, shown
+from chatlm.common.log import log
 from chatlm.worker.arrays.kinds import floats
 from chatlm.worker.arrays.packed import dequantize
 from chatlm.worker.model.head import Dense, Head
-from chatlm.worker.model.spec import ModelSpec
+from chatlm.worker.weights.recipe import ModelSpec
 from chatlm.worker.weights.rules import Rule, checked, read_json
 
 SCORES = "classifier.weight", "classifier.out_proj.weight"  # with one row for each label

@@ -22,9 +22,9 @@ from chatlm.worker.weights.assemble import tensor_sources
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.worker.model.spec import ModelSpec
     from chatlm.worker.weights.assemble import Sources
     from chatlm.worker.weights.family import Family
+    from chatlm.worker.weights.recipe import ModelSpec
     from chatlm.worker.weights.rules import LoadedModel
 
 

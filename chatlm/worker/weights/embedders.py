@@ -20,7 +20,7 @@ from chatlm.worker.weights.safetensors_file import read_safetensors_file
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import TextSpec
-    from chatlm.worker.model.spec import ModelSpec
+    from chatlm.worker.weights.recipe import ModelSpec
 
 
 TWO_SIDED = "bert", "nomic-bert", "nomic-bert-moe", "modern-bert", "gemma-embedding"  # GGUF architectures

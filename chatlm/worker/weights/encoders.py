@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from chatlm.worker.model.spec import DISTANCE_BUCKETS
+from chatlm.worker.model.blocks.model import DISTANCE_BUCKETS
 from chatlm.worker.weights.family import Family, Gguf, Header
 from chatlm.worker.weights.layernorms import ACTIVATIONS, BIASES, EPSILON, both, gguf_epsilon
 from chatlm.worker.weights.rules import Rule

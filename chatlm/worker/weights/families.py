@@ -209,6 +209,7 @@ FAMILIES = {  # by config.json's model_type
             "ffn_norm_bias": ("model.layers.{}.post_attention_layernorm.bias",)},
         keys={"num_experts_per_tok": Rule(int, 2, 2),
               "router_jitter_noise": Rule(float, 0, 1, optional=True)},
+        in_adapters=lambda spec, name: (name, name.replace("block_sparse_moe.gate.", "mlp.router.")),
         gguf=Gguf("phimoe", strips_specials=True), rope_of=rope_of_phi3, fields_of=lambda path, config: {
             "router_jitter": config["router_jitter_noise"] or 0.0, "head_bias": config["lm_head_bias"]}),
     "nanochat": Family(

@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence as Seq
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TYPE_CHECKING
 
 import numpy
 
 from chatlm.worker.arrays.kinds import floats
-from chatlm.worker.model.spec import Mixer, ModelSpec
+from chatlm.worker.weights.recipe import Mixer, ModelSpec
 from chatlm.worker.weights.rules import LAYER_TYPES, Rule
+
+if TYPE_CHECKING:
+    from chatlm.worker.weights.lora import FileSlice
 
 
 class Header(NamedTuple):
@@ -96,6 +99,13 @@ class Family(NamedTuple):
     rope_of: Callable[[Path, str, Mapping, dict], dict] = lambda path, name, config, rope: rope
     queries_grow: bool = False  # by llama_4_scaling_beta among the rotary parameters
     fused: Seq[tuple[str, tuple[str, ...]]] = ()  # (a matrix that `repack` splits, what its rows become)
+    # by which names adapters call a tensor of `tensors`: those of modules, where files have others
+    in_adapters: Callable[[ModelSpec, str], Seq[str]] = lambda spec, name: (name,)
+
+    def named_by_adapters(self, spec: ModelSpec,
+                          slices: Mapping[str, list[FileSlice]]) -> dict[str, list[FileSlice]]:
+        """`slices` by the names of a folder's tensors -> by those that adapters use."""
+        return {called: at for name, at in slices.items() for called in self.in_adapters(spec, name)}
 
     @property
     def all_tensors(self) -> dict[str, tuple[str, ...]]:

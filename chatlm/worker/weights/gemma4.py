@@ -13,8 +13,8 @@ from typing import Any
 import numpy
 
 from chatlm.common.errors import ConfigError, shown
-from chatlm.worker.model.spec import Attention
 from chatlm.worker.weights.family import HEAD_NORMS, Family, Gguf, Header, separate_experts
+from chatlm.worker.weights.recipe import Attention
 from chatlm.worker.weights.rules import (
     LAYER_TYPES, MOST_CHANNELS, MOST_EXPERTS, MOST_HEADS, MOST_LAYERS, Rule, check_divides, checked)
 

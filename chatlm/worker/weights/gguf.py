@@ -26,29 +26,30 @@ from chatlm.common.text.formats import template_of
 from chatlm.worker.arrays.gguf_types import TYPES, GgufType, block_of
 from chatlm.worker.arrays.kinds import floats, item_bytes
 from chatlm.worker.arrays.packed import RopePairs, dequantize, dequantized, unpermute_rope
-from chatlm.worker.model.kernels import choose_backend
-from chatlm.worker.model.spec import DeltaRule
-from chatlm.worker.model.tensors import TILE_ROWS, Cut, MappedRows, Unread
+from chatlm.worker.model.blocks.mixers import DeltaRule
 from chatlm.worker.model.head import Head
+from chatlm.worker.model.kernels import choose_backend
+from chatlm.worker.model.tensors import TILE_ROWS, Cut, MappedRows, Unread
 from chatlm.worker.weights import cross_encoders, rerankers
+from chatlm.worker.weights.adapters import Adaptable
 from chatlm.worker.weights.assemble import (
     as_rows, check_names_and_shapes, cut_stored, file_shapes, mapped_rows, packed_together, tensor_sources,
     unread_keys, without_shared)
-from chatlm.worker.weights.draft_heads import draft_head_of, gguf_head
-from chatlm.worker.weights.embedders import gguf_embedder, pooling_of_gguf
 from chatlm.worker.weights.configs import (
     HF_DEFAULTS, complete_heads, family_spec, growing_queries, scaled_rope, unsupported)
-from chatlm.worker.weights.families import FAMILIES, GGUF_FAMILIES
+from chatlm.worker.weights.control_tokens import END_TOKENS, misnamed
+from chatlm.worker.weights.draft_heads import draft_head_of, gguf_head
+from chatlm.worker.weights.embedders import gguf_embedder, pooling_of_gguf
+from chatlm.worker.weights.encoder_text import text_of_encoder
 from chatlm.worker.weights.factors import with_factors
+from chatlm.worker.weights.families import FAMILIES, GGUF_FAMILIES
 from chatlm.worker.weights.family import Family, Header, is_one_more
 from chatlm.worker.weights.finite import refuse_faults
 from chatlm.worker.weights.gguf_file import (
     GGUF_OWN, GGUF_SIZES, ROPE_TENSORS, check_gguf_types, gguf_value, read_gguf, refuse_unknown)
 from chatlm.worker.weights.gguf_header import Texts
-from chatlm.worker.weights.encoder_text import text_of_encoder
-from chatlm.worker.weights.adapters import Adaptable
 from chatlm.worker.weights.lora import FileSlice, fused_slices
-from chatlm.worker.weights.control_tokens import END_TOKENS, misnamed
+from chatlm.worker.weights.model_of import model_of
 from chatlm.worker.weights.pipelines import (
     CONTROL, USER_DEFINED, byte_level_pipeline, merges_of_scores, sentencepiece_pipeline)
 from chatlm.worker.weights.rules import (
@@ -62,9 +63,9 @@ if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.requests import ModelSource
     from chatlm.worker.model.kernels import Backend
-    from chatlm.worker.model.spec import ModelSpec
     from chatlm.worker.weights.assemble import Sources
     from chatlm.worker.weights.lora import Change, Copy
+    from chatlm.worker.weights.recipe import ModelSpec
     from chatlm.worker.weights.vocabulary import Vocabulary
 
 
@@ -115,7 +116,7 @@ def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
             source.path, {name: file_shape(name, tensor) for name, tensor in stored.items()
                           if name not in ROPE_TENSORS},  # they became spec.rope_factors
             sources)
-        backend = choose_backend(device, spec)
+        backend = choose_backend(device, model_of(spec))
         if spec.of_texts and types.keys() == {"F32"}:  # else it would become bfloat16
             settings = replace(settings, dtype=settings.dtype or "float32")
         as_stored = None if settings.dtype else backend.as_stored
@@ -124,7 +125,7 @@ def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
         slices, pair = partial(gguf_slices, spec, family, names, sources), Pair.of(names)
         spec, sources, added, adapted, tied = merge_adapters(
             settings, spec, sources, file_shapes(sources) | unread_keys(spec),
-            slices() if settings.lora else {}, called, pair, Pair.of(row.all_tensors), (stored, given))
+            slices() if settings.lora else {}, called, pair, Pair.in_adapters(row, spec), (stored, given))
         slices = partial(gguf_slices, spec, family, names, sources)
         tensors = gguf_tensors(source.path, settings, spec, sources, stored, dtype, backend,
                                row.gguf.permuted, row.interleaved, added)
@@ -317,7 +318,8 @@ def gguf_slices(spec: ModelSpec, family: str, names: Mapping[str, tuple],
                        if len(shapes.get(at, ())) == 2}
             slices |= {name: [FileSlice(at, plus=float(is_one_more(FAMILIES[family], name)))]
                        for name, at in zip(theirs, own) if is_norm(part, shapes.get(at, ()))}
-    return fused_slices(slices, shapes, FAMILIES[family].fused, spec.layers)
+    slices = fused_slices(slices, shapes, FAMILIES[family].fused, spec.layers)
+    return FAMILIES[family].named_by_adapters(spec, slices)
 
 
 def is_norm(part: str, shape: tuple[int, ...]) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from chatlm.common.errors import ConfigError, shown
-from chatlm.worker.model.spec import Mamba2
+from chatlm.worker.model.blocks.mixers import Mamba2
 from chatlm.worker.weights.family import (
     EXPERTS, Family, Gguf, Header, expert_tensors, in_two, layers_of_kinds, of_mixer)
 from chatlm.worker.weights.rules import MOST_HEADS, Rule, check_divides
@@ -103,7 +103,7 @@ def gguf_hybrid(header: Header) -> tuple[dict, dict]:
 
 FAMILIES = {
     "granite": Family("Granite 3", CONFIG | {"mlp_bias": False}, keys=KEYS, fields_of=fields_of,
-                      gguf=Gguf("granite", permuted=True, ignored=IGNORED, layers=gguf_dense)),
+                      gguf=Gguf("granite", permuted=True, ignored=IGNORED, layers=gguf_dense), fused=FUSED),
     "granitemoe": Family("Granite 3 MoE", CONFIG_EXPERTS, {}, TENSORS, fields_of=fields_of, repack=repack),
     "granitemoeshared": Family(
         "", CONFIG_EXPERTS | {"shared_intermediate_size": 0}, {}, TENSORS, fields_of=fields_of, repack=repack,

@@ -19,21 +19,22 @@ from chatlm.common.text.formats import template_of
 from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.arrays.kinds import floats, item_bytes, kind_of
 from chatlm.worker.arrays.packed import RopePairs, unpermute_rope
+from chatlm.worker.model.head import Head
 from chatlm.worker.model.kernels import choose_backend
 from chatlm.worker.model.tensors import TILE_ROWS
-from chatlm.worker.model.head import Head
 from chatlm.worker.weights import cross_encoders, rerankers
 from chatlm.worker.weights.adapters import Adaptable
 from chatlm.worker.weights.assemble import (
     Mxfp4, assembled, check_names_and_shapes, file_shapes, fp8_block, read_safetensors, tensor_sources,
     unread_keys, unscaled, without_shared)
-from chatlm.worker.weights.draft_heads import draft_head_of, folder_head
-from chatlm.worker.weights.embedders import folder_embedder
 from chatlm.worker.weights.configs import (
     HF_KEYS, complete_heads, family_config, family_spec, growing_queries, scaled_rope)
+from chatlm.worker.weights.draft_heads import draft_head_of, folder_head
+from chatlm.worker.weights.embedders import folder_embedder
 from chatlm.worker.weights.families import FAMILIES
 from chatlm.worker.weights.family import is_one_more
 from chatlm.worker.weights.lora import FileSlice, fused_slices
+from chatlm.worker.weights.model_of import model_of
 from chatlm.worker.weights.named_tokens import tokenizer_options, with_named_tokens
 from chatlm.worker.weights.packed_layouts import NotExact, PackedWeight
 from chatlm.worker.weights.quantization import origin_of, without_zero_biases
@@ -47,7 +48,9 @@ if TYPE_CHECKING:
     import numpy
     from chatlm.common.config import Settings
     from chatlm.common.messages.requests import ModelSource
-    from chatlm.worker.model.spec import ModelSpec
+    from chatlm.worker.weights.assemble import Sources
+    from chatlm.worker.weights.family import Family
+    from chatlm.worker.weights.recipe import ModelSpec
 
 
 def hf_rope(path: Path, family: str, config: Mapping, context: int | None) -> dict:
@@ -118,16 +121,14 @@ def open_folder(source: ModelSource, settings: Settings, device, config: Path, r
     state = without_zero_biases(state, file_shapes(sources))
     check_names_and_shapes(source.path, {name: tuple(tensor.shape) for name, tensor in state.items()},
                            sources)
-    backend = choose_backend(device, spec)
+    backend = choose_backend(device, model_of(spec))
     as_stored, dtype = None if settings.dtype else backend.as_stored, float_type(settings, backend)
     if spec.of_texts and as_stored:  # vectors are compared with those of others: nothing is rounded
         dtype = max(kinds_in(state), key=item_bytes, default=dtype)
-    mapped = sources.get("layer_embed", ((), ()))[1]
-    matrices = {name: shape for name, shape in file_shapes(sources).items()
-                if len(shape) < 3 and name not in mapped} | unread_keys(spec)
-    slices = fused_slices({name: [FileSlice(name)] for name in matrices}, matrices, row.fused, spec.layers)
+    matrices, slices = for_adapters(row, spec, sources)
     spec, sources, added, adapted, tied = merge_adapters(
-        settings, spec, sources, matrices, slices, names, pair, pair, (state, scales, given[0]))
+        settings, spec, sources, matrices, slices, names, pair, Pair.in_adapters(row, spec),
+        (state, scales, given[0]))
     scale_block = fp8_block(config, raw) if scales else []
 
     def turned(name: str, rows: numpy.ndarray) -> numpy.ndarray:
@@ -177,6 +178,17 @@ def open_folder(source: ModelSource, settings: Settings, device, config: Path, r
                        adaptable=adaptable, head=head, ranking=ranking,
                        draft_head=draft_head_of(settings, source.path, draft_head),
                        **sampling_of_folder(source.path / "generation_config.json"))
+
+
+def for_adapters(row: Family, spec: ModelSpec, sources: Sources
+                 ) -> tuple[dict[str, tuple[int, ...]], dict[str, list[FileSlice]]]:
+    """The shapes of the matrices and vectors that adapters may change, by a folder's names; and by their own
+    names, what of these they change."""
+    mapped = sources.get("layer_embed", ((), ()))[1]
+    shapes = {name: shape for name, shape in file_shapes(sources).items()
+              if len(shape) < 3 and name not in mapped} | unread_keys(spec)
+    slices = fused_slices({name: [FileSlice(name)] for name in shapes}, shapes, row.fused, spec.layers)
+    return shapes, row.named_by_adapters(spec, slices)
 
 
 def purpose_of_folder(path: Path, raw: dict, family: str, spec: ModelSpec, called: Seq[str],

@@ -14,7 +14,7 @@ from chatlm.worker.weights.rules import (
 
 if TYPE_CHECKING:
     import numpy
-    from chatlm.worker.model.spec import ModelSpec
+    from chatlm.worker.weights.recipe import ModelSpec
 
 ACTIVATIONS = {"gelu": "gelu_erf", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
                "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "gelu_quick", "relu2": "relu2"}

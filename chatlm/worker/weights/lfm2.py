@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from chatlm.worker.model.spec import ShortConv
+from chatlm.worker.model.blocks.mixers import ShortConv
 from chatlm.worker.weights.family import EXPERTS, HEAD_NORMS, Family, Gguf, Header, layers_of_kinds, of_mixer
 from chatlm.worker.weights.rules import LAYER_TYPES, MOST_CHANNELS, MOST_LAYERS, SHARE_SCALE, Rule
 

@@ -226,13 +226,17 @@ def lora_pairs(path: Path) -> tuple[dict[str, dict[str, numpy.ndarray]], dict[st
         if tensor.size and not all_below(tensor):
             raise ConfigError(f"{path}: {printable(name)} has a value that is NaN or infinite")
         if match:
-            module = match[1].replace("language_model.", "", 1)
-            modules.setdefault(module, {})[match[3] + (match[2] or "")] = tensor
+            modules.setdefault(of_language_model(match[1]), {})[match[3] + (match[2] or "")] = tensor
         elif whole:
-            copies[whole[1].replace("language_model.", "", 1) + whole[2]] = tensor
+            copies[of_language_model(whole[1]) + whole[2]] = tensor
     if not modules and not copies:
         raise ConfigError(f"{path} has no tensors")
     return modules, copies
+
+
+def of_language_model(module: str) -> str:
+    """A module's name in a language model alone, as transformers calls it today."""
+    return re.sub(r"^backbone\.", "model.", module.replace("language_model.", "", 1))
 
 
 def lora_config(path: Path) -> dict:

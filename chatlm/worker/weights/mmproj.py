@@ -19,6 +19,7 @@ from chatlm.worker.weights import qwen_towers
 from chatlm.worker.weights.assemble import check_names_and_shapes
 from chatlm.worker.weights.gguf import file_shape, gguf_tensors, readable
 from chatlm.worker.weights.gguf_file import check_gguf_types, read_gguf_file
+from chatlm.worker.weights.model_of import model_of
 from chatlm.worker.weights.rules import Rule, check_divides, checked
 from chatlm.worker.weights.towers import CLAMPS, FILE_TOWERS, clamps_of
 from chatlm.worker.weights.vision import SECTIONS, by_color, by_halves, tower_sources, unstored
@@ -91,7 +92,7 @@ def eyes_of(path: Path, model: Path, settings: Settings, loaded: LoadedModel, de
 def file_tensors(path: Path, settings: Settings, loaded: LoadedModel, device: str, family: TowerFamily,
                  eyes: Eyes, stored: dict[str, Any]) -> dict[str, Any]:
     """The tensors of Eyes. Layers stay as stored, all else becomes floats."""
-    spec = eyes.spec
+    spec = eyes.recipe
     stored = {name: tensor for name, tensor in stored.items()
               if not name.startswith(("a.", "mm.a."))}  # audio is not heard
     numbers = {name: float(stored.pop(name).data.reshape(-1)[0])
@@ -126,7 +127,7 @@ def file_tensors(path: Path, settings: Settings, loaded: LoadedModel, device: st
     own = family.own(eyes, loaded.spec.width)
     layers = {name: source for name, source in sources.items() if name not in own}
     tensors: dict[str, Any] = dict(gguf_tensors(path, settings, spec, layers, stored, loaded.dtype,
-                                               choose_backend(device, spec), False, False))
+                                               choose_backend(device, model_of(spec)), False, False))
     for ours, shape in own.items():
         [name] = family.file_names[ours]
         shape = shape[::-1] if name in turned else shape

@@ -21,10 +21,11 @@ from chatlm.common.messages.requests import TextSpec
 from chatlm.common.text.load import NANOCHAT_CHAT_TOKENS
 from chatlm.worker.arrays.kinds import kind_of
 from chatlm.worker.model.kernels import choose_backend
-from chatlm.worker.model.spec import ModelSpec
 from chatlm.worker.weights.adapters import Adaptable
 from chatlm.worker.weights.assemble import assembled, check_names_and_shapes, file_shapes, tensor_sources
 from chatlm.worker.weights.lora import FileSlice, read_adapters
+from chatlm.worker.weights.model_of import model_of
+from chatlm.worker.weights.recipe import ModelSpec
 from chatlm.worker.weights.rules import (
     MOST_CHANNELS, MOST_HEADS, MOST_LAYERS, MOST_POSITIONS, MOST_TOKENS, LoadedModel, Rule, check_bytes,
     check_divides, checked, float_type)
@@ -76,7 +77,7 @@ def open_nanochat(source: ModelSource, settings: Settings, device) -> LoadedMode
     sources = tensor_sources(spec, NANOCHAT_TENSORS, padded)
     check_names_and_shapes(source.path, {name: tuple(tensor.shape) for name, tensor in state.items()},
                            sources)
-    dtype = float_type(settings, choose_backend(device, spec))
+    dtype = float_type(settings, choose_backend(device, model_of(spec)))
     matrices = {name: shape for name, shape in file_shapes(sources).items() if len(shape) == 2}
     slices = {theirs: [FileSlice(name)] for name in matrices for theirs in (name, name_in_transformers(name))}
     names = source.name, str(source.path)

@@ -19,15 +19,16 @@ from chatlm.common.messages.requests import TextSpec
 from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.arrays.kinds import address_of
 from chatlm.worker.model.kernels import choose_backend
-from chatlm.worker.model.spec import ModelSpec
 from chatlm.worker.weights.adapters import Adaptable
 from chatlm.worker.weights.assemble import (
     UNREAD, assembled, check_names_and_shapes, file_shapes, tensor_sources)
 from chatlm.worker.weights.huggingface import hf_text
 from chatlm.worker.weights.layernorms import GPT2_TENSORS
 from chatlm.worker.weights.lora import FileSlice
+from chatlm.worker.weights.model_of import model_of
 from chatlm.worker.weights.nanochat import (
     PLAIN_TENSORS, plain_state, tensor_words)
+from chatlm.worker.weights.recipe import ModelSpec
 from chatlm.worker.weights.rules import (
     MOST_CHANNELS, MOST_HEADS, MOST_LAYERS, MOST_POSITIONS, MOST_TOKENS, LoadedModel, Rule, check_divides,
     checked, float_type, read_json)
@@ -62,7 +63,7 @@ def open_nanogpt(source: ModelSource, settings: Settings, device) -> LoadedModel
     sources = tensor_sources(spec, table, args["vocab_size"])
     check_names_and_shapes(source.path, {name: tuple(tensor.shape) for name, tensor in state.items()},
                            sources)
-    dtype = float_type(settings, choose_backend(device, spec))
+    dtype = float_type(settings, choose_backend(device, model_of(spec)))
     matrices = {name: shape for name, shape in file_shapes(sources).items()
                 if ".wpe." not in name}
     slices, names = {name: [FileSlice(name)] for name in matrices}, (source.name, str(source.path))

@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError, shown
-from chatlm.worker.model.spec import Mamba2, NoMixer
+from chatlm.worker.model.blocks.mixers import Mamba2
 from chatlm.worker.weights.family import EXPERTS, Family, Gguf, Header, of_mixer, separate_experts
 from chatlm.worker.weights.granite import NO_LIMITS
+from chatlm.worker.weights.recipe import NoMixer
 from chatlm.worker.weights.rules import (
     LAYER_TYPES, MOST_CHANNELS, MOST_EXPERTS, MOST_HEADS, MOST_LAYERS, SHARE_SCALE, Rule, check_divides,
     checked)
 
 if TYPE_CHECKING:
     import numpy
+    from chatlm.worker.weights.recipe import ModelSpec
 
 # the names of a part -> Mamba, attention, or a dense or sparse feed-forward part
 KINDS = {"linear_attention": "mamba", "mamba": "mamba", "M": "mamba", "full_attention": LAYER_TYPES[0],
@@ -187,6 +189,17 @@ def gguf_layers(header: Header) -> tuple[dict, dict]:
         "use_conv_bias": header.has("ssm_conv1d.bias"), "use_bias": header.has("ssm_in.bias")} | found | own
 
 
+def in_adapters(spec: ModelSpec, name: str) -> tuple[str]:
+    """How adapters call a tensor of TENSORS: their layers are parts, each of which is a `mixer`."""
+    match = re.fullmatch(r"layers\.(\d+)\.(mixer|mlp)(_norm)?\.(.*)", name)
+    if not match:
+        return (re.sub(r"^backbone\.", "model.", name),)
+    layer, is_fed, is_norm, rest = int(match[1]), match[2] == "mlp", bool(match[3]), match[4]
+    mixes = [not isinstance(mixer, NoMixer) for mixer in spec.mixers]
+    part = sum(mixes[:layer + is_fed]) + sum(number not in spec.bare_layers for number in range(layer))
+    return (f"model.layers.{part}.{'norm' if is_norm else 'mixer'}.{rest}",)
+
+
 def mamba2_of(path: Path, config: Mapping) -> Mamba2:
     if config["time_step_limit"] not in NO_LIMITS:
         raise ConfigError(f"{path}: time_step_limit is {shown(config['time_step_limit'])}; it must be "
@@ -222,7 +235,7 @@ FAMILIES = {"nemotron_h": Family(
     aliases={"layer_norm_epsilon": "rms_norm_eps", "mlp_hidden_act": "hidden_act",
              "n_routed_experts": "num_experts",
              "moe_shared_expert_intermediate_size": "shared_expert_intermediate_size"},
-    activations={"relu2": "relu2"}, fields_of=fields_of, gguf=Gguf(
+    activations={"relu2": "relu2"}, fields_of=fields_of, in_adapters=in_adapters, gguf=Gguf(
         "nemotron_h nemotron_h_moe", permuted=True, names=GGUF_TENSORS, layers=gguf_layers,
         repack=repack_gguf, keys={
             "attention.layer_norm_epsilon": Rule(float, 0, 1, optional=True),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from chatlm.worker.model.spec import DeltaRule
+from chatlm.worker.model.blocks.mixers import DeltaRule
 from chatlm.worker.weights.family import (
     AFTER_ATTENTION, EXPERTS, HEAD_NORMS, QWEN_EXPERTS, SHARED_GATE, Family, Gguf, Header, expert_tensors,
     layers_of_kinds, of_mixer, separate_experts)

@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING
 
 from chatlm.common.config import LIMITS
 from chatlm.common.messages.requests import Vision
-from chatlm.worker.model.tower import Eyes, deep_norm
+from chatlm.worker.model.tower import deep_norm
 from chatlm.worker.weights.layernorms import ACTIVATIONS, both
 from chatlm.worker.weights.rules import MOST_LAYERS, Rule
 from chatlm.worker.weights.towers import (
-    CHANNELS, HEADS, LAYERS, SIDE, SIGLIP_FILE, TowerFamily, colors, of_grid, scaled, siglip,
+    CHANNELS, HEADS, LAYERS, SIDE, SIGLIP_FILE, TowerFamily, colors, eyes_of, of_grid, scaled, siglip,
     siglip_of_file)
 
 if TYPE_CHECKING:
-    from chatlm.worker.model.spec import ModelSpec, Shapes
+    from chatlm.worker.model.tower import Eyes
+    from chatlm.worker.weights.recipe import ModelSpec, Shapes
     from chatlm.worker.weights.towers import Said
 
 
@@ -60,7 +61,7 @@ def qwen_eyes(said: Said, model: ModelSpec, spec: ModelSpec, patch: int, shuffle
     vision = Vision("qwen3vl", model.vocab_size, MARKER, 0, most, unit=unit, fewest=fewest)
     spec = replace(spec, rope_size=None, rope_base=10_000.0,
                    max_positions=max(most, longest) * shuffle**2)
-    return Eyes(vision, spec, {}, patch, shuffle, "bicubic", mean, std, "merger", "bilinear",
+    return eyes_of(vision, spec, {}, patch, shuffle, "bicubic", mean, std, "merger", "bilinear",
                 "by_row_and_column", most=longest, hidden=spec.width * shuffle**2, grid=grid, deep=deep,
                 axes=said.sections())
 
@@ -99,7 +100,7 @@ def qwen_own(eyes: Eyes, width: int) -> Shapes:
         for name, shape in (("widen{}", (H, H)), ("widen{}_bias", (H,)), ("project{}", (width, H)),
                             ("project{}_bias", (width,)))}
     norms: Shapes = {name: (H,) for i in range(len(eyes.deep)) for name in deep_norm(i)}
-    return of_grid(eyes, width) | {"places": (eyes.grid, eyes.spec.width)} | projectors | norms
+    return of_grid(eyes, width) | {"places": (eyes.grid, eyes.recipe.width)} | projectors | norms
 
 
 QWEN = TowerFamily(NAMES, FILE_NAMES, qwen_own, qwen_of_folder, qwen_of_file, "<|vision_start|>",

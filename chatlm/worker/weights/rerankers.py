@@ -23,7 +23,7 @@ from chatlm.worker.weights.embedders import WEB_SEARCH, pooling_of_gguf
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import TextSpec
-    from chatlm.worker.model.spec import ModelSpec
+    from chatlm.worker.weights.recipe import ModelSpec
 
 
 FAMILIES = ("qwen3",)

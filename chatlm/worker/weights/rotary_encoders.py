@@ -17,7 +17,7 @@ from chatlm.worker.weights.layernorms import ACTIVATIONS, EPSILON, both, gguf_ep
 from chatlm.worker.weights.rules import MOST_POSITIONS, ROPE_BASE, Rule, checked
 
 if TYPE_CHECKING:
-    from chatlm.worker.model.spec import ModelSpec
+    from chatlm.worker.weights.recipe import ModelSpec
 
 
 def without_heads(state: Mapping[str, numpy.ndarray], prefix: str) -> dict[str, numpy.ndarray]:

@@ -14,17 +14,18 @@ from chatlm.common.files import parse_json, read_small
 from chatlm.common.hub.default_model import DEFAULT_FILE
 from chatlm.common.log import log
 from chatlm.common.memory import available_memory
-from chatlm.worker.arrays.rotary import rope_frequencies
 from chatlm.worker.model.head import Head
 from chatlm.worker.model.tensors import TILE_ROWS
+from chatlm.worker.weights.model_of import model_of
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.requests import TextSpec
-    from chatlm.worker.model.spec import ModelSpec
+    from chatlm.worker.model.blocks.model import Model
     from chatlm.worker.model.tensors import MappedRows, Unread
     from chatlm.worker.model.tower import Eyes
     from chatlm.worker.weights.adapters import Adaptable
+    from chatlm.worker.weights.recipe import ModelSpec
     from chatlm.worker.weights.vocabulary import Vocabulary
 
 
@@ -34,7 +35,7 @@ V = TypeVar("V")
 @dataclass
 class LoadedModel:
     """A model whose weights are still in its files; `tensors` has the names and shapes of
-    `expected_tensors(spec)`, without a tied head."""
+    `architecture.tensors()`, without a tied head."""
 
     spec: ModelSpec
     tensors: dict[str, "Unread | MappedRows"]
@@ -54,6 +55,12 @@ class LoadedModel:
     draft_head: LoadedModel | None = None  # if the files have one and drafts may come from it
     ranking: Any = None          # float64 (C,): what makes the last hidden state of a pair its score
     eyes: "Eyes | None" = None   # what it sees pictures with
+    part: "Model | None" = None  # a rank's share of it, or that of a stage
+
+    @property
+    def architecture(self) -> Model:
+        """What computes it: the whole model, or the part of a rank or stage."""
+        return self.part or model_of(self.spec)
 
     @property
     def context_length(self) -> int:
@@ -186,8 +193,8 @@ def check_bytes(path: Path, sizes: Mapping[str, int]):
 
 def check_rotary_memory(path: Path, spec: ModelSpec, context_length: int):
     """ConfigError if the rotary tables of this context, computed in float64, do not fit into memory."""
-    tables = {rope_frequencies(spec.attention(layer)) for layer in range(spec.layers)}
-    needed, free = 32 * context_length * sum(len(table) for table, _ in tables), available_memory()
+    tables = {spec.rope(layer) for layer in range(spec.layers)}
+    needed, free = 32 * context_length * sum(len(rope.frequencies) for rope in tables), available_memory()
     if needed > free:
         raise ConfigError(f"{path}: a context of {context_length:,} tokens needs {needed:,} bytes for its "
                           f"rotary tables, and {free:,} are free; give a shorter --context-length")

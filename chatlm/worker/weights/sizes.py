@@ -6,7 +6,6 @@ import math
 from typing import TYPE_CHECKING
 
 from chatlm.worker.arrays.gguf_types import block_of
-from chatlm.worker.model.spec import expected_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 
 def weight_bytes(model: LoadedModel, quantize: str | None, without: Seq[str] = ()) -> int:
     """About how many bytes a model's weights will take; --quantize applies to float matrices."""
-    shapes, total = expected_tensors(model.spec), 0
+    shapes, total = model.architecture.shapes(), 0
     for name, tensor in model.tensors.items():
         if name in without:
             continue

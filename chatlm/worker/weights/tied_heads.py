@@ -16,9 +16,9 @@ from chatlm.worker.weights.lora import Change, Copy, FileSlice, read_adapters
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.worker.model.spec import ModelSpec
     from chatlm.worker.weights.assemble import Sources
     from chatlm.worker.weights.family import Family
+    from chatlm.worker.weights.recipe import ModelSpec
 
 COMPARED_ROWS = 1024  # at a time: a float32 copy of all would take gigabytes
 
@@ -33,6 +33,11 @@ class Pair(NamedTuple):
     def of(cls, table: Mapping[str, Seq[str]]) -> Pair:
         """As `tensor_sources` has them."""
         return cls(table["embed"][0], table["head"][0])
+
+    @classmethod
+    def in_adapters(cls, row: Family, spec: ModelSpec) -> Pair:
+        """As adapters call them."""
+        return cls(*(row.in_adapters(spec, name)[0] for name in cls.of(row.all_tensors)))
 
 
 def head_of_folder(path: Path, spec: ModelSpec, row: Family, state: Mapping[str, Any],

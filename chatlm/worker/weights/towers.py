@@ -13,14 +13,15 @@ import numpy
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import ConfigError
 from chatlm.common.messages.requests import Vision
-from chatlm.worker.model.clamps import MOST
-from chatlm.worker.model.spec import Attention, ModelSpec
+from chatlm.worker.model.blocks.clamps import MOST
 from chatlm.worker.model.tower import Eyes
 from chatlm.worker.weights.layernorms import ACTIVATIONS, both
+from chatlm.worker.weights.model_of import model_of
+from chatlm.worker.weights.recipe import Attention, ModelSpec
 from chatlm.worker.weights.rules import MOST_CHANNELS, MOST_HEADS, MOST_LAYERS, ROPE_BASE, Rule
 
 if TYPE_CHECKING:
-    from chatlm.worker.model.spec import Shapes
+    from chatlm.worker.weights.recipe import Shapes
 
 
 class Said(Protocol):
@@ -63,6 +64,11 @@ class TowerFamily(NamedTuple):
     planar: tuple[str, ...] = ()               # ours whose columns are by color first in a GGUF file
     axes: str = ""  # files' tensors, whose heads have two halves, one for each axis, each with its own pairs;
                     # ours are (i, i + D / 2)
+
+
+def eyes_of(vision: Vision, spec: ModelSpec, *more, **named) -> Eyes:
+    """Eyes whose layers this recipe describes."""
+    return Eyes(vision, model_of(spec), *more, recipe=spec, **named)
 
 
 TOKENS, TILES = Rule(int, 1, 1 << 14), Rule(int, 1, 64)  # of a picture
@@ -137,7 +143,7 @@ def square_grid(said: Said, side: int, patch: int, shuffle: int) -> int:
 
 def of_grid(eyes: Eyes, width: int) -> Shapes:
     """A patch's product, a row for each place, and a product for the rows of a square."""
-    C = eyes.spec.width
+    C = eyes.recipe.width
     return {"patch": (C, 3 * eyes.patch**2), "patch_bias": (C,), "places": (eyes.patches, C),
             "project": (width, C * eyes.shuffle**2)}
 
@@ -155,7 +161,7 @@ def idefics3_of_folder(said: Said, model: ModelSpec) -> Eyes:
     vision = Vision("idefics3", model.vocab_size, "<image>", side, patches // shuffle**2,
                     said.picture("size.longest_edge", SIDE, 4 * side),
                     said.picture("do_image_splitting", Rule(bool), True))
-    return Eyes(vision, spec, {}, patch, shuffle, "lanczos", mean, std, "idefics3")
+    return eyes_of(vision, spec, {}, patch, shuffle, "lanczos", mean, std, "idefics3")
 
 
 def idefics3_of_file(said: Said, model: ModelSpec) -> Eyes:
@@ -165,7 +171,7 @@ def idefics3_of_file(said: Said, model: ModelSpec) -> Eyes:
     spec, (mean, std) = siglip_of_file(said, patches), colors(said)
     vision = Vision("idefics3", model.vocab_size, "<image>", side, patches // shuffle**2,
                     said.picture("preproc_image_size", SIDE, 4 * side))
-    return Eyes(vision, spec, {}, patch, shuffle, "lanczos", mean, std, "idefics3")
+    return eyes_of(vision, spec, {}, patch, shuffle, "lanczos", mean, std, "idefics3")
 
 
 IDEFICS3 = TowerFamily(
@@ -190,7 +196,7 @@ def lfm2_eyes(said: Said, model: ModelSpec, spec: Callable[[int], ModelSpec], pa
             "do_image_splitting", Rule(bool), True), unit=unit, fewest=least, tiles=tiles,
         whole_from=said.picture("max_pixels_tolerance", Rule(float, 1, 100), 2.0),
         shows_whole=said.picture("use_thumbnail", Rule(bool), True))
-    return Eyes(vision, spec(max(most, tokens) * shuffle**2), {}, patch, shuffle, "bilinear", *color,
+    return eyes_of(vision, spec(max(most, tokens) * shuffle**2), {}, patch, shuffle, "bilinear", *color,
                 projector, "spread", most=most, hidden=hidden, grid=grid)
 
 
@@ -219,10 +225,10 @@ def lfm2_of_file(said: Said, model: ModelSpec) -> Eyes:
 
 
 def lfm2_own(eyes: Eyes, width: int) -> Shapes:
-    joined, H = eyes.spec.width * eyes.shuffle**2, eyes.hidden
+    joined, H = eyes.recipe.width * eyes.shuffle**2, eyes.hidden
     norm: Shapes = {"join_norm": (joined,), "join_norm_bias": (joined,)} if eyes.projector == "lfm2" else {}
     return of_grid(eyes, width) | {
-        "places": (eyes.grid, eyes.spec.width), "widen": (H, joined), "widen_bias": (H,),
+        "places": (eyes.grid, eyes.recipe.width), "widen": (H, joined), "widen_bias": (H,),
         "project": (width, H), "project_bias": (width,)} | norm
 
 
@@ -235,7 +241,7 @@ LFM2 = TowerFamily(
 def gemma3_eyes(said: Said, model: ModelSpec, spec: ModelSpec, side: int, patch: int, shuffle: int) -> Eyes:
     tokens = (side // patch // shuffle)**2
     vision = Vision("gemma3", model.vocab_size, "<start_of_image>", side, tokens, two_sided=True)
-    return Eyes(vision, spec, {}, patch, shuffle, "bilinear", *colors(said), "gemma3", two_sided="all")
+    return eyes_of(vision, spec, {}, patch, shuffle, "bilinear", *colors(said), "gemma3", two_sided="all")
 
 
 def gemma3_of_folder(said: Said, model: ModelSpec) -> Eyes:
@@ -260,7 +266,7 @@ def gemma3_of_file(said: Said, model: ModelSpec) -> Eyes:
 
 
 def gemma3_own(eyes: Eyes, width: int) -> Shapes:
-    C = eyes.spec.width
+    C = eyes.recipe.width
     return of_grid(eyes, width) | {"project": (width, C), "mean_norm": (C,)}
 
 
@@ -321,7 +327,7 @@ def gemma4_spec(said: Said, patches: int, width: int, layers: int, heads: tuple[
 def gemma4_eyes(said: Said, model: ModelSpec, spec: Callable[[int], ModelSpec], patch: int, shuffle: int,
                 grid: int, standard: bool, two_sided: bool, pad: int) -> Eyes:
     vision = gemma4_vision(said, model, patch * shuffle, two_sided)
-    return Eyes(vision, spec(vision.tokens * shuffle**2), {}, patch, shuffle, "bicubic", (0.5,) * 3,
+    return eyes_of(vision, spec(vision.tokens * shuffle**2), {}, patch, shuffle, "bicubic", (0.5,) * 3,
                 (0.5,) * 3, "gemma4_standard" if standard else "gemma4", "axes", "axes", grid=grid,
                 two_sided="windows" * two_sided, pad=pad)
 
@@ -385,7 +391,7 @@ def clamps_of(path: Path, names: Mapping[str, tuple[str, ...]], spec: ModelSpec,
 
 
 def gemma4_own(eyes: Eyes, width: int) -> Shapes:
-    C = eyes.spec.width
+    C = eyes.recipe.width
     standard: Shapes = {"mean_bias": (C,), "mean_scale": (C,)} if eyes.projector == "gemma4_standard" else {}
     return {"patch": (C, 3 * eyes.patch**2), "places": (2, eyes.grid, C), "project": (width, C)} | standard
 
@@ -397,7 +403,7 @@ def bare_eyes(said: Said, model: ModelSpec, width: int, patch: int, grid: int, t
               pad: int) -> Eyes:
     vision = gemma4_vision(said, model, patch, two_sided)
     spec = ModelSpec(0, 0, width, 1, 1, 16, 16, vision.tokens, of_texts=True, opens=False)
-    return Eyes(vision, spec, {}, patch, 1, "bicubic", (0.0,) * 3, (1.0,) * 3, "gemma4_bare", "axes",
+    return eyes_of(vision, spec, {}, patch, 1, "bicubic", (0.0,) * 3, (1.0,) * 3, "gemma4_bare", "axes",
                 grid=grid, two_sided="windows" * two_sided, pad=pad)
 
 
@@ -416,7 +422,7 @@ def bare_of_file(said: Said, model: ModelSpec) -> Eyes:
 
 
 def bare_own(eyes: Eyes, width: int) -> Shapes:
-    C, numbers = eyes.spec.width, 3 * eyes.patch**2
+    C, numbers = eyes.recipe.width, 3 * eyes.patch**2
     sizes = {"patch_norm": numbers, "patch_out_norm": C, "place_norm": C}
     return {"patch": (C, numbers), "patch_bias": (C,), "places": (2, eyes.grid, C), "project": (width, C)} | {
         f"{name}{ending}": (size,) for name, size in sizes.items() for ending in ("", "_bias")}

@@ -22,9 +22,9 @@ from chatlm.worker.weights.towers import CLAMPS, TOWERS, clamps_of
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.worker.model.spec import ModelSpec
     from chatlm.worker.model.tower import Eyes
     from chatlm.worker.weights.assemble import Sources
+    from chatlm.worker.weights.recipe import ModelSpec
     from chatlm.worker.weights.towers import TowerFamily
 
 
@@ -115,7 +115,7 @@ def folder_tensors(folder: Path, settings: Settings, family: TowerFamily, eyes: 
     for name in state if family.axes else ():
         if re.search(family.axes, name):
             rows = bits_of(state[name])
-            state[name] = of_kind(rows[by_halves(len(rows), eyes.spec.head_size)], kind_of(state[name]))
+            state[name] = of_kind(rows[by_halves(len(rows), eyes.recipe.head_size)], kind_of(state[name]))
     for ours in (*family.transposed, *family.swapped):
         [name] = family.names[ours]
         if (weight := state.get(name)) is not None and len(weight.shape) > 1:
@@ -128,7 +128,7 @@ def folder_tensors(folder: Path, settings: Settings, family: TowerFamily, eyes: 
     sources = tower_sources(family, family.names, eyes, width)
     check_names_and_shapes(folder, {name: tuple(tensor.shape) for name, tensor in state.items()}, sources)
     return dict(assembled(folder, settings, sources, state, dtype)) | unstored(eyes) | clamps_of(
-        folder, family.names, eyes.spec, numbers)
+        folder, family.names, eyes.recipe, numbers)
 
 
 def by_halves(count: int, size: int) -> numpy.ndarray:
@@ -141,12 +141,12 @@ def by_halves(count: int, size: int) -> numpy.ndarray:
 def unstored(eyes: Eyes) -> dict[str, Any]:
     """What stages have that no file does: a last norm that nothing reads."""
     return {} if PROJECTORS[eyes.projector].normed else {
-        "final_norm": numpy.ones(eyes.spec.width, numpy.float32)}
+        "final_norm": numpy.ones(eyes.recipe.width, numpy.float32)}
 
 
 def tower_sources(family: TowerFamily, names: Any, eyes: Eyes, width: int) -> Sources:
     """Our tensors -> their shapes, and the file's."""
-    layers = tensor_sources(eyes.spec, names, 0)
+    layers = tensor_sources(eyes.recipe, names, 0)
     stored = {ours: source for ours, source in layers.items()
               if ours not in unstored(eyes) and not ours.endswith(".clamps")}
     return stored | {

@@ -12,7 +12,7 @@ from chatlm.common.config import PAGE_SIZE
 from chatlm.common.errors import RequestError
 from chatlm.common.messages.requests import Finished, Message, SamplingParams
 from chatlm.front.admission.prompts import PromptMaker
-from chatlm.worker.model.spec import KvType, PageLayout, group_layers
+from chatlm.worker.model.pages import KvType, PageLayout, group_layers
 from answers import asked
 from engines import load
 from fake_pool import FakePool, conversation, frames, serving

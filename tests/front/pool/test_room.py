@@ -12,6 +12,7 @@ from chatlm.common.config import ModelChoice, Settings
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.adapters import adapter_at
 from chatlm.common.messages.protocol import AdapterLoaded, DropAdapter
+from chatlm.front.evals.step_work import StepWork
 from chatlm.front.pool.many import FolderWatch, ManyModels
 from chatlm.front.pool.residency import Place, Residency
 from chatlm.front.pool.watch import RunWatch
@@ -34,7 +35,7 @@ def start_pinned(nanochat_fixtures, started, monkeypatch):
 
     async def start(*others, **changes):
         pinned = ModelChoice(str(nanochat_fixtures / "gen1"), "pinned", pin=True, default=True)
-        return await started(ManyModels(Settings(several=(*others, pinned), models_memory=300 * MIB, **TINY | changes), DYING))
+        return await started(ManyModels(Settings(several=(*others, pinned), models_memory=300 * MIB, **TINY | changes), DYING, StepWork))
 
     return start
 

@@ -77,7 +77,7 @@ def test_without_decode_core_layers_wait_too(word, monkeypatch, tmp_path):
     share_word(engine, answering.path_of_word())
     encoders.vectors(engine, PROMPTS[:1], pooling="mean")
     kernels.references().pausing.clear()
-    assert waits == [answering.PAUSE_S] * engine.transformer.spec.layers
+    assert waits == [answering.PAUSE_S] * len(engine.transformer.model.layers)
 
 
 def test_a_wait_has_an_end_and_a_slice_after_it(word):

@@ -15,7 +15,7 @@ from chatlm.common.messages.protocol import Cancel, DropAdapter, EndThinking, Lo
 from chatlm.common.messages.requests import AnswerParams, Ended, Failed, Piece, SamplingParams, ThinkingEnds
 from chatlm.worker.engine.adapter_slots import adapter_digest
 from chatlm.worker.engine.engine import ADAPTER_GONE
-from chatlm.worker.model.spec import Batch
+from chatlm.worker.model.batch import Batch
 from chatlm.worker.process import Inbox
 from engines import forward_logits, make_engine, run
 from lora import SMOLLM2, random_adapter

@@ -28,7 +28,7 @@ from chatlm.worker.engine.kept import KeptPages, checksum
 from chatlm.worker.engine.states import StatePool
 from chatlm.worker.engine.warm_up import warm_up, warm_up_more
 from chatlm.worker.model import spec
-from chatlm.worker.model.spec import KvType
+from chatlm.worker.model.pages import KvType
 from chatlm.worker.process import keep_prefixes
 from chatlm.worker.weights.digest import arithmetic_of, files_of, fingerprint_of, profile_of, whole_digest
 from engines import chat_work, make_engine, pieces, tokens_of
@@ -84,7 +84,7 @@ def writing(store, memory, limit=1 << 30, busy=lambda: False):
 def bits_of(engine):
     """The digest of each page in the prefix index by its address, but for those that their layers do not fill, and of each snapshot."""
     pool, keeper, transformer = engine.pool, engine.keeper, engine.transformer
-    full = [sum(transformer.kv.slot_size(transformer.attentions[l]) for l in members) == transformer.layout.size for members in transformer.groups.members]
+    full = [sum(transformer.kv.slot_size(transformer.model.by_layer[l]) for l in members) == transformer.layout.size for members in transformer.groups.members]
     pages = {(pool.addresses[content.serial], group): hashlib.sha256(keeper.memory.rows[:, page].tobytes()).hexdigest()
              for content in pool.index.values() for group, page in enumerate(content.pages) if page != pool.hole and full[group]}
     states = pool.states or SimpleNamespace(passed={}, ends={})

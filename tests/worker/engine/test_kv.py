@@ -7,7 +7,8 @@ import pytest
 from chatlm.common.config import PAGE_SIZE
 from chatlm.worker.engine.integrity import page_faults
 from chatlm.worker.engine.kvcache import PagePool
-from chatlm.worker.model.spec import Attention, PageLayout, group_layers
+from chatlm.worker.model.pages import PageLayout, group_layers
+from chatlm.worker.weights.recipe import Attention
 
 
 def faults(pool, tables):

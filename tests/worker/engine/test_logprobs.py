@@ -11,7 +11,7 @@ from chatlm.common.config import PAGE_SIZE
 from chatlm.common.messages.requests import Piece, PromptScores, SamplingParams, TokenLogprob
 from chatlm.front.api.logprobs import logprob_number
 from chatlm.worker.engine.host import logprob_of
-from chatlm.worker.model.spec import Batch
+from chatlm.worker.model.batch import Batch
 from chatlm.worker.ops.rows import SampleRow
 from chatlm.worker.ops.sampling import penalize
 from engines import forward_logits, make_engine, pieces

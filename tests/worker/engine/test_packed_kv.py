@@ -15,9 +15,10 @@ from chatlm.common.hub.find import resolve_model
 from chatlm.common.messages.requests import SamplingParams
 from chatlm.worker.build import build_engine, layers_of_floats
 from chatlm.worker.model.kernels import Kernels, load_kernels
-from chatlm.worker.model.spec import Attention, KvType, PageLayout, group_layers
+from chatlm.worker.model.pages import KvType, PageLayout, group_layers
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.packed_kv import PackedKv, turned
+from chatlm.worker.weights.recipe import Attention
 from engines import forward_logits, make_batch, tokens_of
 from families import load, save_packed
 from nightly import by_day
@@ -34,10 +35,10 @@ FAMILIES = ["gemma2", "gpt-oss", "gemma4", "qwen3", "qwen3.5", "cohere2"]
 def logits_of(folder, ids, kv, backend):
     model = load(folder)
     limits = {"max_tokens": 256, "max_rows": 8}
-    kernels = load_kernels("cpu", model.spec if backend == "decode_core" else None, **limits)
+    kernels = load_kernels("cpu", model.architecture if backend == "decode_core" else None, **limits)
     groups = group_layers(model.spec.by_layer, 512, kernels.backend.groups_layers, kv)
     count = len(groups.windows)
-    transformer = Transformer(model.spec, dict(model.tensors), kernels, num_pages=20 * count, num_slots=20 * count,
+    transformer = Transformer(model.architecture, dict(model.tensors), kernels, num_pages=20 * count, num_slots=20 * count,
                               dtype="float32", groups=groups, kv=kv, **limits)
     pages = numpy.random.default_rng(1).permutation(20 * count).tolist()
     return torch.cat([forward_logits(transformer, make_batch((ids, done, count, pages))) for done, count in ((0, 120), (120, 79), (199, 1))])
@@ -140,7 +141,7 @@ def test_heads_that_cannot_be_turned_stay_floats_and_the_log_or_an_error_says_so
     assert "layers stay float32: their heads have a size of 16, and q8_0 needs heads whose size is a power of two, at least 32" in caplog.text
     with pytest.raises(ConfigError, match="--kv-cache-dtype q8_0: all layers have heads of 16; q8_0 needs"):
         engine_of(made_model("llama2")[0], "--kv-cache-dtype", "q8_0")
-    wide = SimpleNamespace(by_layer=[None, Attention(8, 2, 64), Attention(8, 2, 96), Attention(8, 2, 128, own_value_size=80)])
+    wide = SimpleNamespace(attentions=[Attention(8, 2, 64), Attention(8, 2, 96), Attention(8, 2, 128, own_value_size=80)])
     assert layers_of_floats(wide, PACKED).startswith("keys and values of 2 of 3 layers stay float32: their heads have a size of 80, 96, and")
     assert layers_of_floats(wide, KvType("float32")) == ""
     with pytest.raises(ConfigError, match="invalid choice: .q4_0. .choose from .auto., .bfloat16., .float32., .q8_0.."):

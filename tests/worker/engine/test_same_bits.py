@@ -15,7 +15,7 @@ from chatlm.common.messages.requests import Ended, Piece, SamplingParams
 from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.states import StatePool
 from chatlm.worker.model.kernels import not_compiled
-from chatlm.worker.model.spec import KvType
+from chatlm.worker.model.pages import KvType
 from chatlm.worker.weights.families import FAMILIES
 from encoders import MODELS as ENCODERS
 from engines import draft_eagerly, make_engine, propose_partly_right
@@ -257,7 +257,7 @@ def check_is_of(row, transformer):
     """That the engine is what the row is there for."""
     assert row.file == bool({"q8_0", "mxfp4", "u4_g32", "u4_g128"} & {*transformer.matrix_types})
     assert (row.kv == "q8_0") == ("q8_0" in transformer.layout.types)
-    assert bool(row.context) == bool(transformer.spec.q_growth)
+    assert bool(row.context) == any(attn.scores.growth for attn in transformer.model.attentions)
     assert row.fine == transformer.kernels.backend.program.fine
 
 
@@ -275,7 +275,7 @@ def test_answers_have_the_same_bits_however_they_are_computed(name, ranks, path_
     with torch.inference_mode():
         engine = engine_of(ROWS[name], path_of(name), ranks, request)
         if not engine.kernels.row_invariant:
-            pytest.skip(f"torch computes this model: {not_compiled(engine.transformer.spec)}")
+            pytest.skip(f"torch computes this model: {not_compiled(engine.transformer.model)}")
         check_is_of(ROWS[name], engine.transformer)
         ways = Ways(engine)
         ways.check_batched_and_chunked()

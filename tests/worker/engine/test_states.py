@@ -19,7 +19,8 @@ from chatlm.worker.engine.limits import FREE_ROWS, StepLimits
 from chatlm.worker.engine.scheduler import Scheduler
 from chatlm.worker.engine.sequence import Sequence
 from chatlm.worker.engine.states import StatePool
-from chatlm.worker.model.spec import DeltaRule, Mamba2, Sequences
+from chatlm.worker.model.batch import Sequences
+from chatlm.worker.model.blocks.mixers import DeltaRule, Mamba2
 from chatlm.worker.ops.mixers import OneEach, delta_rule_reference, mamba2_reference
 from chatlm.worker.process import gauges
 from engines import make_engine, propose_partly_right, run, step_pieces, tokens_of
@@ -202,7 +203,7 @@ def test_states_and_snapshots_take_their_parts_of_the_kv_cache(made, kib, pages,
     assert (engine.pool.num_pages, engine.limits.max_batch, states.most_snapshots) == (pages, running, min(snapshots, pages))
     assert states.num_slots == running + FREE_ROWS + states.most_snapshots
     allocated = sum(tensor.nbytes for layer in engine.transformer.states for tensor in layer)
-    assert allocated == states.num_slots * engine.transformer.spec.state_bytes
+    assert allocated == states.num_slots * engine.transformer.model.state_bytes
     found = gauges(engine)
     assert (found["states_total"], found["states_used"], found["state_bytes"]) == (states.num_slots, 0, 2048)
 
@@ -252,7 +253,7 @@ def test_a_delta_rule_computes_its_formula_however_its_tokens_are_cut():
 def test_rows_of_as_many_sequences_give_what_each_alone_gives_and_padding_writes_nothing(mixer, op):
     dice = torch.Generator().manual_seed(6)
     normal = lambda *shape: torch.randn(*shape, generator=dice)       # noqa: E731
-    weights = {name: normal(*shape) for name, shape in mixer.tensors(8).items()}
+    weights = {name: normal(*tensor.shape) for name, tensor in mixer.tensors(8).items()}
     x, slots = normal(5, mixer.widths(8)[0]), torch.tensor([[3, 3], [-1, 0], [1, 5], [-1, -1], [2, 2]])
     states = [normal(6, *shape) for shape in mixer.states(8)]
     alone, expected = [state.clone() for state in states], torch.empty(5, mixer.widths(8)[1])

@@ -11,14 +11,14 @@ from chatlm.common.config import PAGE_SIZE
 from chatlm.common.core import decode_core
 from chatlm.common.messages.requests import SamplingParams
 from chatlm.common.text.load import open_tokenizer
-from chatlm.worker.engine.lookup import LONGEST
 from chatlm.worker.engine.engine import Engine
 from chatlm.worker.engine.integrity import queue_faults
 from chatlm.worker.engine.kvcache import PagePool
 from chatlm.worker.engine.limits import StepLimits
+from chatlm.worker.engine.lookup import LONGEST
 from chatlm.worker.engine.scheduler import Scheduler
 from chatlm.worker.engine.sequence import Sequence
-from chatlm.worker.model.spec import group_layers
+from chatlm.worker.model.pages import group_layers
 from chatlm.worker.model.transformer import Transformer
 from engines import make_engine, pieces, run
 from families import load
@@ -139,7 +139,7 @@ def test_cuda_steps_give_pages_back_too(made_model, name, request, monkeypatch):
     model = load(folder)
     groups = group_layers(model.spec.by_layer, 512)
     kernels = emulated.kernels(model.spec)
-    transformer = Transformer(model.spec, dict(model.tensors), kernels, num_pages=60, max_tokens=68, max_rows=8, dtype="float32",
+    transformer = Transformer(model.architecture, dict(model.tensors), kernels, num_pages=60, max_tokens=68, max_rows=8, dtype="float32",
                               device=emulated.device, groups=groups)
     engine = Engine(transformer, open_tokenizer(model.text), kernels, num_pages=60, max_batch=4, context_length=512, prefill_chunk=64)
     works = [replace(work, max_tokens=12) for work in works_of(cases)[1:]]

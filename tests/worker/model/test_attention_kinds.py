@@ -9,9 +9,11 @@ import torch
 from chatlm.common.config import PAGE_SIZE
 from chatlm.common.errors import ConfigError
 from chatlm.worker.model.kernels import load_kernels, not_compiled
-from chatlm.worker.model.spec import Attention, KvType, PageLayout, expected_tensors, group_layers
+from chatlm.worker.model.pages import KvType, PageLayout, group_layers
 from chatlm.worker.model.transformer import Transformer
-from chatlm.worker.weights.shards import heads_of, layers_of, stage_model
+from chatlm.worker.weights.model_of import model_of
+from chatlm.worker.weights.recipe import Attention
+from chatlm.worker.weights.shards import layers_of, stage_model
 from attention_kinds import FULL, KINDS, kinds_model, loaded
 from arrays import arrays_of
 from engines import forward_logits, make_batch
@@ -20,8 +22,8 @@ from engines import forward_logits, make_batch
 FLOATS, PACKED = KvType("float32"), KvType("float32", packed=True)
 
 
-def transformer(spec, tensors, groups=None, dtype="float32", num_pages=80, kv=None):
-    return Transformer(spec, dict(tensors), load_kernels("cpu"), num_pages=num_pages, max_tokens=400, dtype=dtype,
+def transformer(model, tensors, groups=None, dtype="float32", num_pages=80, kv=None):
+    return Transformer(model, dict(tensors), load_kernels("cpu"), num_pages=num_pages, max_tokens=400, dtype=dtype,
                        groups=groups, kv=kv)
 
 
@@ -76,7 +78,7 @@ def oracle(spec, tensors, ids):
 def test_logits_are_those_of_the_definition_in_any_chunks_batches_and_groups_of_pages(name, apart, kv):
     spec, tensors = kinds_model(name)
     groups = group_layers(spec.by_layer, 512, apart, kv)
-    model, count = transformer(spec, tensors, groups, kv=kv), len(groups.windows)
+    model, count = transformer(model_of(spec), tensors, groups, kv=kv), len(groups.windows)
     assert (count > 1) == apart and model.cache.nbytes == model.layout.page_bytes * (80 + groups.holes)
     assert model.layout.unit == kv.unit and {*model.layout.types} == ({"float32", "q8_0"} if kv.packed else {"float32"})
     a, b = (np.random.default_rng(seed).integers(0, 96, size).tolist() for seed, size in ((1, 70), (2, 33)))
@@ -100,9 +102,9 @@ def test_decode_core_computes_each_layers_own_heads_with_the_same_bits_in_any_ba
     pages = np.random.default_rng(3).permutation(160).tolist()
     mine, its = pages[:10 * len(groups.windows)], pages[100:100 + 3 * len(groups.windows)]
     for splits in ((0, 150), (0, 149, 150), (0, 1, 3, 50, 146, 147, 149, 150)):
-        kernels = load_kernels("cpu", spec, max_tokens=400, max_rows=8)
+        kernels = load_kernels("cpu", model_of(spec), max_tokens=400, max_rows=8)
         assert kernels.backend.name.startswith("decode_core") and kernels.names["rope_append"] == kernels.backend.name
-        model = Transformer(spec, arrays_of(tensors), kernels, num_pages=160, max_tokens=400, max_rows=8, dtype=dtype, groups=groups,
+        model = Transformer(model_of(spec), arrays_of(tensors), kernels, num_pages=160, max_tokens=400, max_rows=8, dtype=dtype, groups=groups,
                             kv=kv)
         forward_logits(model, make_batch((other, 0, 20, its)))
         for begin, end in zip(splits, splits[1:]):
@@ -116,7 +118,7 @@ def test_decode_core_computes_each_layers_own_heads_with_the_same_bits_in_any_ba
 
 def test_a_layer_that_reads_anothers_keys_has_neither_pages_nor_rows_for_keys():
     spec, _ = kinds_model("gemma 4")
-    shapes = expected_tensors(spec)
+    shapes = model_of(spec).shapes()
     assert shapes["4.qkv"] == (4 * 16, 48) and "4.k_norm" not in shapes and shapes["4.q_norm"] == (16,)
     assert shapes["1.qkv"] == (4 * 32 + 32, 48)                      # q and k; v is made of k
     layout = PageLayout.of(group_layers(spec.by_layer, 512), spec.by_layer)
@@ -128,8 +130,8 @@ def test_a_layer_that_reads_anothers_keys_has_neither_pages_nor_rows_for_keys():
 
 def test_what_decode_core_lacks_is_logged():
     spec, _ = kinds_model("gemma 4")
-    assert not_compiled(spec) == "" and not_compiled(spec, "cuda") == "attention of several kinds on a GPU"
-    assert not_compiled(kinds_model("all")[0]) == "attention whose keys and values differ in width"
+    assert not_compiled(model_of(spec)) == "" and not_compiled(model_of(spec), "cuda") == "attention of several kinds on a GPU"
+    assert not_compiled(model_of(kinds_model("all")[0])) == "attention whose keys and values differ in width"
 
 
 def gemma4(layers, every, shared, sliding, full):
@@ -166,22 +168,24 @@ def test_the_pages_of_published_sizes_waste_nothing_of_a_long_context(attentions
 
 def test_each_kinds_heads_are_divided_by_themselves():
     spec, _ = kinds_model("all")
-    assert [list(map(len, heads_of(spec.attention(l), 1, 3))) for l in (0, 1, 3)] == [[1, 1], [1, 1], [1, 1]]
-    assert [list(map(list, heads_of(FULL, rank, 2))) for rank in range(2)] == [[[0, 1], [0]], [[2, 3], [0]]]
+    attentions = model_of(spec).by_layer
+    assert [list(map(len, attentions[l].divided(1, 3, 1).values())) for l in (0, 1, 3)] == [[1, 1], [1, 1], [1, 1]]
+    full = model_of(dataclasses.replace(spec, attentions=(FULL,), layers=1)).by_layer[0]
+    assert [list(map(list, full.divided(rank, 2, 1).values())) for rank in range(2)] == [[[0, 1], [0]], [[2, 3], [0]]]
 
 
 def test_a_layer_lives_in_the_stage_whose_keys_it_reads():
     spec, tensors = kinds_model("gemma 4")
-    assert [layers_of(spec, stage, 2) for stage in range(2)] == [range(2), range(2, 7)]
-    assert [layers_of(spec, stage, 3) for stage in range(3)] == [range(1), range(1, 2), range(2, 7)]
+    assert [layers_of(model_of(spec), stage, 2) for stage in range(2)] == [range(2), range(2, 7)]
+    assert [layers_of(model_of(spec), stage, 3) for stage in range(3)] == [range(1), range(1, 2), range(2, 7)]
     with pytest.raises(ConfigError, match="cannot be divided into 4 stages: .*; at most 3 are possible"):
-        layers_of(spec, 0, 4)
+        layers_of(model_of(spec), 0, 4)
     last = stage_model(loaded(spec, tensors), 1, 2)
-    assert [its.source for its in last.spec.attentions] == [None, None, 0, 0, 1]
+    assert [its.source for its in last.architecture.by_layer] == [None, None, 0, 0, 1]
     ids = np.random.default_rng(1).integers(0, 96, 40).tolist()
-    whole = transformer(spec, tensors)
+    whole = transformer(model_of(spec), tensors)
     expected, batch = forward_logits(whole, make_batch((ids, 0, 40, [3, 1, 2]))), make_batch((ids, 0, 40, [3, 1, 2]))
-    first, second = (transformer(part.spec, part.tensors) for part in (stage_model(loaded(spec, tensors), 0, 2), last))
+    first, second = (transformer(part.architecture, part.tensors) for part in (stage_model(loaded(spec, tensors), 0, 2), last))
     forward_logits(first, batch)
     with torch.inference_mode():
         second.buffers["x"].copy_(first.buffers["x"])

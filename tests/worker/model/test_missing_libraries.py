@@ -7,7 +7,8 @@ import pytest
 from chatlm.common import core
 from chatlm.common.errors import ConfigError
 from chatlm.worker.model.kernels import choose_backend
-from chatlm.worker.model.spec import ModelSpec
+from chatlm.worker.weights.model_of import model_of
+from chatlm.worker.weights.recipe import ModelSpec
 from patching import patch
 
 
@@ -23,4 +24,4 @@ def test_what_needs_torch_says_how_to_install_it(monkeypatch, why, core_there, w
         patch(monkeypatch, core, "installed_core", lambda: None)
     spec = ModelSpec(vocab_size=64, layers=1, width=64, heads=2, kv_heads=1, head_size=528, ffn_size=64, max_positions=64)
     with pytest.raises(ConfigError, match=words):
-        choose_backend("cpu", spec)
+        choose_backend("cpu", model_of(spec))

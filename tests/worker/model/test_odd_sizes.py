@@ -1,6 +1,5 @@
 """Every dimension of every family at unpublished sizes: decode_core computes the model, or `not_compiled` says why torch does."""
 
-import json
 import os
 import random
 import zlib
@@ -11,31 +10,24 @@ import torch
 from chatlm.common.core import decode_core
 from chatlm.common.errors import ConfigError
 from chatlm.worker.model.kernels import MOST_ON_CPU, MOST_ON_GPU, load_kernels, not_compiled
-from chatlm.worker.model.spec import expected_tensors
 from chatlm.worker.model.tensors import MappedRows
 from chatlm.worker.model.transformer import Transformer, pack_adapter
-from chatlm.worker.weights.huggingface import hf_spec
+from chatlm.worker.weights.model_of import model_of
 from arrays import array_of, arrays_of, matrix_of
 from engines import forward_logits, make_batch
-from families import MODELS, tiny_config
+from families import MODELS
 from nightly import by_day
+from tiny_specs import NO_SIZES, ODD, family_config, spec_of
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.skipif(decode_core() is None, reason="not built")]
 SHARE = float(os.environ.get("DECODE_CORE_TEST_SHARE", "1"))
-ODD = {1, 2, 3, 5, 8, 10, 17, 18, 20, 24, 40, 48}
 BEYOND = {"head_dim": 528, "experts": 1030, "experts_per_tok": 70, "top_k": 70, "attention_heads": 68}     # a part of a key -> beyond some kernel's limit
-NO_SIZES = ("_token_id", "num_hidden_layers", "max_position_embeddings", "n_positions", "chunk_size_feed_forward", "mamba_chunk_size")
 NOT_ADAPTED = ("embed", "head", "norm", "bias", "router", "taps", "layer_embed", "ve_gate", "expert_gate_up", "expert_up", "expert_down", "shared_gate", "input_gate", "input_out")
-
-
-def spec_of(folder, config):
-    (folder / "config.json").write_text(json.dumps(config))
-    return hf_spec(folder / "config.json", None)[1]
 
 
 def odd_configs(name):
     """(the key that differs, a config) of a family, for all its integers and sizes, or by day for some."""
-    config = tiny_config(name).to_dict() | {"model_type": MODELS[name][0]}
+    config = family_config(name)
     dice = random.Random(zlib.crc32(name.encode()))
     for key, value in config.items():
         if type(value) is not int or key.endswith(NO_SIZES):
@@ -48,7 +40,7 @@ def odd_configs(name):
 
 def random_tensors(spec):
     dice = torch.Generator().manual_seed(1)
-    found = {name: torch.randn(*shape, generator=dice) * 0.3 for name, shape in expected_tensors(spec).items()}
+    found = {name: torch.randn(*shape, generator=dice) * 0.3 for name, shape in model_of(spec).shapes().items()}
     if "layer_embed" in found:
         found["layer_embed"] = MappedRows(array_of(found["layer_embed"]), "f32")
     return found
@@ -57,14 +49,14 @@ def random_tensors(spec):
 def odd_adapter(spec):
     """An adapter of the model's matrices, each of another rank."""
     dice, ranks = torch.Generator().manual_seed(2), iter([1, 3, 17, 33, 5] * 1000)
-    shapes = {name: shape for name, shape in expected_tensors(spec).items() if len(shape) == 2 and "." in name and not name.endswith(NOT_ADAPTED)}
+    shapes = {name: shape for name, shape in model_of(spec).shapes().items() if len(shape) == 2 and "." in name and not name.endswith(NOT_ADAPTED)}
     return {name: matrix_of(torch.randn(rank, K, generator=dice) * 0.2, torch.randn(N, rank, generator=dice) * 0.2, torch.full((rank,), 0.5))
             for (name, (N, K)), rank in zip(shapes.items(), ranks)}
 
 
 def logits(spec, kernels, chunks, adapted):
     """Of the last of 20 tokens that come in such chunks."""
-    model = Transformer(spec, arrays_of(random_tensors(spec)), kernels, num_pages=4, num_slots=4, max_tokens=24, max_rows=4, dtype="float32")
+    model = Transformer(model_of(spec), arrays_of(random_tensors(spec)), kernels, num_pages=4, num_slots=4, max_tokens=24, max_rows=4, dtype="float32")
     if adapted:
         pack_adapter(model, 1, odd_adapter(spec))
     ids, done = [7 * i % spec.vocab_size for i in range(20)], 0
@@ -78,24 +70,24 @@ DAILY = "llama2", "gemma4", "qwen3.5moe", "granite4h", "lfm2moe", "gpt-oss", "qw
 
 
 @pytest.mark.parametrize("name", by_day(MODELS, *DAILY))
-def test_odd_sizes_are_computed_by_decode_core_or_by_torch_with_a_line_in_the_log(name, tmp_path, caplog):
+def test_odd_sizes_are_computed_by_decode_core_or_by_torch_with_a_line_in_the_log(name, caplog):
     compiled = left = 0
     for what, config in odd_configs(name):
         try:
-            spec = spec_of(tmp_path, config)
+            spec = spec_of(config)
         except ConfigError:
             continue            # no such model exists
         caplog.clear()
-        kernels = load_kernels("cpu", spec, max_tokens=24, max_rows=4)
+        kernels = load_kernels("cpu", model_of(spec), max_tokens=24, max_rows=4)
         said = [line for line in caplog.messages if line.startswith("decode_core has no ") and line.endswith(": torch computes instead")]
         if not kernels.row_invariant:
-            assert kernels.backend.name == "torch/reference" and said and not_compiled(spec) in said[0], what
+            assert kernels.backend.name == "torch/reference" and said and not_compiled(model_of(spec)) in said[0], what
             left += 1
         adapted = bool((compiled + left) % 2)
         whole = logits(spec, kernels, (20,), adapted)
         if kernels.row_invariant:
             assert not said, what
-            apart, reference = logits(spec, load_kernels("cpu", spec, max_tokens=24, max_rows=4), (1, 18, 1), adapted), logits(
+            apart, reference = logits(spec, load_kernels("cpu", model_of(spec), max_tokens=24, max_rows=4), (1, 18, 1), adapted), logits(
                 spec, load_kernels("cpu"), (20,), adapted)
             assert torch.equal(whole, apart), what
             assert (whole - reference).abs().max() <= 1e-4 * max(1, reference.abs().max()), what

@@ -9,13 +9,13 @@ import torch
 
 from chatlm.common.config import PAGE_SIZE
 from chatlm.common.messages.requests import SamplingParams
-from chatlm.worker.model.kernels import load_kernels
-from chatlm.worker.model.spec import ModelSpec
 from chatlm.worker.arrays.kinds import Norm
+from chatlm.worker.model.kernels import load_kernels
 from chatlm.worker.ops import attention
 from chatlm.worker.ops.basic import GATES
-from chatlm.worker.ops.tensors import rope_tables
 from chatlm.worker.ops.rows import SampleRow
+from chatlm.worker.ops.tensors import rope_tables
+from chatlm.worker.weights.recipe import ModelSpec
 from patching import patch
 
 KERNELS = load_kernels("cpu")

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from chatlm.common.core import decode_core
-from chatlm.worker.model.padding import padded_spec
 from families import answers, as_gguf, check, clear_cases, kernels_of, load, make_model, save, transformer
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.skipif(decode_core() is None, reason="not built")]
@@ -25,7 +24,7 @@ def odd(request):
 def test_a_folder_computes_what_transformers_computes(odd, tmp_path):
     cases, model = clear_cases(odd), load(save(odd, tmp_path))
     kernels = kernels_of("decode_core", model.spec)
-    assert kernels.row_invariant and padded_spec(model.spec) != model.spec
+    assert kernels.row_invariant and model.architecture.padded() != model.architecture
     check(answers(transformer(model, kernels), cases), cases)
 
 
@@ -38,7 +37,7 @@ def test_a_gguf_file_with_odd_heads_computes_what_its_floats_compute(quantized, 
     made = transformer(ours, kernels_of("decode_core", ours.spec))
     if not quantized:
         return check(answers(made, cases), cases)
-    assert made.matrix_types == ["q8_0"] and made.spec.head_size == 32
+    assert made.matrix_types == ["q8_0"] and made.model.attentions[0].head_size == 32
     reference = load(tmp_path / "tiny.gguf", dtype="float32")       # multiplied out: no error but that of 8 bits
     wanted = answers(transformer(reference, kernels_of("reference", reference.spec)), cases, count=1)
     for (_, logits), (_, theirs) in zip(answers(made, cases, count=1), wanted):

@@ -114,12 +114,12 @@ def test_every_family_and_generation_gives_the_logits_and_tokens_of_one_process(
                 continue        # refused: too few layers, or heads that are normalized together
             engine = ranks.engine(folders(name), dtype="float32", kv_cache_dtype=kind)
             expected, tokens = alone(folders(name), kind)
-            attends = any(engine.transformer.spec.by_layer)         # in this stage
+            attends = any(engine.transformer.model.by_layer)        # in this stage
             assert ("q8_0" in engine.transformer.layout.types) == (kind == "q8_0" and attends)
-            weights, spec = engine.transformer.weights, engine.transformer.spec
+            weights, model = engine.transformer.weights, engine.transformer.model
             table = weights["embed"]
-            assert (len(table) if hasattr(table, "dtype") else table.rows) == -(-spec.vocab_size // tp), name    # its rows alone
-            assert (weights["embed"] is weights.get("head")) == spec.tied_head, name
+            assert (len(table) if hasattr(table, "dtype") else table.rows) == -(-model.vocab_size // tp), name    # its rows alone
+            assert (weights["embed"] is weights.get("head")) == bool(model.head and model.head.tied), name
             tolerance = 2e-2 if kind == "q8_0" else 1e-4        # sums in another order may round to another of 255 steps
             assert (logits_of(engine) - expected).abs().max() < tolerance * max(1.0, expected.abs().max().item()), name
             assert tokens_of(engine) == tokens, name
@@ -236,7 +236,7 @@ async def test_states_and_shared_keys_in_several_ranks_give_the_same_text_alone_
         worker = pool.workers[0]
         alone = {name: await text_of(pool, **request) for name, request in requests.items()}
         assert pool.stats()["row_invariant"] and (worker.gauges["state_snapshots"] > 0 or name in SHARED)
-        assert worker.gauges["state_bytes"] == load(folders(name)).spec.state_bytes      # of both
+        assert worker.gauges["state_bytes"] == load(folders(name)).architecture.state_bytes      # of both
         for _ in range(2):
             again = await asyncio.gather(*(text_of(pool, **request) for request in requests.values()))
             assert dict(zip(requests, again)) == alone

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # that it computes in float64, and ours are no farther
 ADAPTED = dict.fromkeys(("qwen3.5", "qwen3.5moe", "qwen3next"), 3e-4)
 
-@pytest.mark.parametrize("name", by_day(OPTIONS, *(name for name in OPTIONS if name not in ("glm4", "lfm2", "qwen3.5", "qwen3.5moe", "lfm2moe", "granite4h", "granite4h-dense", "qwen3next", "gemma4", "gemma4moe", "starcoder2"))))
+@pytest.mark.parametrize("name", by_day(OPTIONS, *(name for name in OPTIONS if name not in ("glm4", "lfm2", "qwen3.5", "qwen3.5moe", "lfm2moe", "granite4h", "granite4h-dense", "qwen3next", "gemma4", "gemma4moe", "starcoder2", "nemotron-h", "nemotron3-latent"))))
 def test_an_adapter_is_merged_as_peft_merges_it(name, tmp_path):
     model = make_model(name)
     folder = save(model, tmp_path / "base")
@@ -36,15 +36,15 @@ def test_an_adapter_is_merged_as_peft_merges_it(name, tmp_path):
     check(answers(transformer(ours, kernels_of("reference", ours.spec)), cases, count=16), cases, count=16, tolerance=ADAPTED.get(name, TOLERANCE))
     changed = [key for key, tensor in tensors_of(ours).items() if not torch.equal(tensor, tensors_of(plain)[key])]
     assert changed and {key.rpartition(".")[2] for key in changed} <= {
-        "embed", "head", "qkv", "output", "gate_up", "up", "down", "mix_in", "mix_out", "shared_gate_up", "shared_down",
-        "layer_project", "input_gate", "input_out"}
+        "embed", "head", "qkv", "output", "gate_up", "up", "down", "mix_in", "mix_out", "shared_gate_up", "shared_up", "shared_down",
+        "latent_in", "latent_out", "layer_project", "input_gate", "input_out"}
 
 
 @pytest.mark.parametrize("name", by_day([
-    "llama3.1", "gemma3", "phi3", "glm4", "lfm2", "lfm2moe", "granite4h", "granite4h-dense", "qwen3.5", "qwen3.5moe", "qwen3next", "gemma4", "gemma4moe", "gpt2", "pythia", "cohere2"],
-    "llama3.1", "gemma3", "phi3", "qwen3.5", "pythia"))       # whose q and k are permuted, or not; with one matrix for three; with heads in another order
+    "llama3.1", "gemma3", "phi3", "glm4", "lfm2", "lfm2moe", "granite4h", "granite4h-dense", "qwen3.5", "qwen3.5moe", "qwen3next", "gemma4", "gemma4moe", "gpt2", "pythia", "cohere2", "nemotron-h", "nemotron3"],
+    "llama3.1", "gemma3", "phi3", "qwen3.5", "pythia", "nemotron3"))       # whose q and k are permuted, or not; with one matrix for three; with heads in another order
 def test_an_adapter_is_merged_into_the_same_model_as_gguf(name, tmp_path):
-    whole = {"qwen3.5moe": "shared_expert_intermediate_size", "qwen3next": "shared_expert_intermediate_size", "lfm2moe": "moe_intermediate_size", "gemma4moe": "moe_intermediate_size",
+    whole = {"qwen3.5moe": "shared_expert_intermediate_size", "qwen3next": "shared_expert_intermediate_size", "lfm2moe": "moe_intermediate_size", "gemma4moe": "moe_intermediate_size", "nemotron3": "moe_shared_expert_intermediate_size",
              "granite4h": "shared_intermediate_size"}       # of blocks
     changes = {"gemma3": {"query_pre_attn_scalar": 32}, "granite4h-dense": {"position_embedding_type": None}}.get(name, {whole[name]: 64} if name in whole else {})
     lora = (str(tmp_path / "adapter"),)
@@ -55,7 +55,7 @@ def test_an_adapter_is_merged_into_the_same_model_as_gguf(name, tmp_path):
     cases = clear_cases(merged, lengths=(40,), count=16)
     ours = load(path, lora=lora)
     check(answers(transformer(ours, kernels_of("reference", ours.spec)), cases, count=16), cases, count=16, tolerance=ADAPTED.get(name, TOLERANCE))
-    if decode_core() and not not_compiled(ours.spec):        # a packed matrix is packed again
+    if decode_core() and not not_compiled(ours.architecture):        # a packed matrix is packed again
         values, again = tensors_of(load(packed, lora=lora)), load(packed, None, lora=lora)
         for key, given in again.tensors.items():
             if torch.equal(values[key], plain[key]):
@@ -273,7 +273,7 @@ def test_norms_that_an_adapter_trained_take_the_place_of_the_models(name, tmp_pa
     found = []
     for path in paths:
         ours = load(path, lora=(str(tmp_path / "adapter"),))
-        backends = ("reference", "decode_core") if decode_core() and not not_compiled(ours.spec) else ("reference",)
+        backends = ("reference", "decode_core") if decode_core() and not not_compiled(ours.architecture) else ("reference",)
         found += [forward_logits(transformer(ours, kernels_of(backend, ours.spec)), make_batch((prompt, 0, 40, [0, 1, 2])))[0] for backend in backends]
         spoiled = (found[-1] - expected).abs().max() / expected.abs().max()
         assert spoiled < (0.2 if "packed" in path.name else 1e-4), path

@@ -18,6 +18,7 @@ from chatlm.worker.engine.sequence import Assignment
 from chatlm.worker.model import kernels
 from chatlm.worker.model.kernels import not_compiled
 from chatlm.worker.weights.huggingface import hf_spec
+from chatlm.worker.weights.model_of import model_of
 import encoders
 from encoders import (
     FILES, MODELS, PIECES, TEXTS, cosine, engine_of, expected, expected_score, framed, make_encoder, modules, save_folder, save_gguf, vectors, write_json,
@@ -54,7 +55,7 @@ def backend(request, monkeypatch):
 def test_a_folder_gives_the_vectors_of_transformers(made, name, backend, tmp_path):
     save_folder(tmp_path, name, made(name))
     model, engine = engine_of(tmp_path)
-    assert engine.kernels.row_invariant == (backend == "decode_core") and not not_compiled(model.spec)
+    assert engine.kernels.row_invariant == (backend == "decode_core") and not not_compiled(model.architecture)
     ids = [framed(model.text.embedder, engine.tokenizer, text) for text in TEXTS]
     for pooling in ("mean", "cls", "last"):
         for vector, tokens in zip(vectors(engine, ids, pooling=pooling), ids):
@@ -68,7 +69,7 @@ def test_sizes_that_are_no_multiples_of_16_are_computed_with_zeros_between(name,
     model = make_encoder(name, hidden_size=88, intermediate_size=104, **{"head_dim": 20, "query_pre_attn_scalar": 20} if name == "gemma" else {})
     save_folder(tmp_path, name, model)
     loaded, engine = engine_of(tmp_path)
-    assert engine.kernels.row_invariant and not not_compiled(loaded.spec)
+    assert engine.kernels.row_invariant and not not_compiled(loaded.architecture)
     ids = [framed(loaded.text.embedder, engine.tokenizer, text) for text in TEXTS]
     for pooling in ("mean", "cls"):
         found = vectors(engine, ids, pooling=pooling)
@@ -333,7 +334,7 @@ def test_configs_as_their_makers_write_them_are_read(name, tmp_path):
     config, longest, width = PUBLISHED[name]
     write_json(tmp_path, config=config)
     _, spec = hf_spec(tmp_path / "config.json", None)
-    assert spec.of_texts and (spec.max_positions, spec.width) == (longest, width) and not not_compiled(spec)
+    assert spec.of_texts and (spec.max_positions, spec.width) == (longest, width) and not not_compiled(model_of(spec))
     if name == "modernbert":
         assert spec.windows[:4] == (0, 64, 64, 0) and [spec.attention(layer).rope_base for layer in (0, 1)] == [160000.0, 10000.0]
     if name == "nomic-v1.5":

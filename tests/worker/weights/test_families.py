@@ -15,19 +15,19 @@ from chatlm.common.core import decode_core
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.find import resolve_model
 from chatlm.common.text.load import open_tokenizer
+from chatlm.worker.arrays.kinds import Norm
 from chatlm.worker.build import build_engine, plan_memory, weight_bytes
 from chatlm.worker.model import tensors as model_tensors
 from chatlm.worker.model.kernels import load_kernels
-from chatlm.worker.model.spec import KvType, PageLayout, expected_tensors, group_layers
+from chatlm.worker.model.pages import KvType, PageLayout, group_layers
 from chatlm.worker.model.transformer import Transformer
-from chatlm.worker.arrays.kinds import Norm
-from chatlm.worker.arrays.rotary import rope_frequencies
 from chatlm.worker.ops.basic import experts_reference, sigmoid_routes
 from chatlm.worker.ranks.ranks import RankAlone
 from chatlm.worker.weights.gguf import gguf_spec, gguf_text
 from chatlm.worker.weights.gguf_file import read_gguf
 from chatlm.worker.weights.huggingface import hf_spec, hf_text
 from chatlm.worker.weights.load import open_model
+from chatlm.worker.weights.model_of import model_of
 from engines import forward_logits, make_batch, tensors_of
 from families import (CHAT, GGUF_MODELS, LONG, MODELS, TOLERANCE, answers, as_gguf, check, clear_cases, greedy, kernels_of, load, make_model, save, save_packed, spec_of_changed_gguf, transformer,
                       with_exact_angles, write_tokenizer)
@@ -119,7 +119,7 @@ def test_mxfp4_blocks_of_a_folder_stay_packed(tmp_path):
     model = load(folder, None)
     assert model.dtype == "bfloat16" and {model.tensors[f"{l}.expert_{part}"].read().kind for l in range(4) for part in ("gate_up", "down")} == {"mxfp4"}
     kernels, prompt = kernels_of("decode_core", model.spec), cases[1].prompt
-    packed = Transformer(model.spec, dict(model.tensors), kernels, num_pages=4, max_tokens=128, max_rows=8, dtype=model.dtype)
+    packed = Transformer(model.architecture, dict(model.tensors), kernels, num_pages=4, max_tokens=128, max_rows=8, dtype=model.dtype)
     assert packed.weights["3.expert_down"].nbytes < 7 * 64 * 128 * 0.54         # columns are filled up to 4 blocks
     logits = forward_logits(packed, make_batch((prompt, 0, len(prompt), list(range(4)))))[0]
     assert (logits - cases[1].logits[0]).norm() < 0.06 * cases[1].logits[0].norm()
@@ -152,8 +152,8 @@ def test_bfloat16_follows_float32_and_rounds_the_scale_of_gemmas_embedding(made)
     folder, cases = made("gemma2")
     model = load(folder, "bfloat16")
     assert model.dtype == "bfloat16" and tensors_of(model)["0.qkv"].dtype == torch.bfloat16
-    fast = Transformer(model.spec, dict(model.tensors), load_kernels("cpu"), num_pages=80, max_tokens=128, dtype="bfloat16")
-    assert fast.embedding_scale == 8.0          # sqrt(64)
+    fast = Transformer(model.architecture, dict(model.tensors), load_kernels("cpu"), num_pages=80, max_tokens=128, dtype="bfloat16")
+    assert fast.outer_step.embedding_scale == 8.0          # sqrt(64)
     prompt = cases[1].prompt
     logits = forward_logits(fast, make_batch((prompt, 0, len(prompt), list(range(3)))))[0]
     assert (logits - cases[1].logits[0]).norm() < 0.05 * cases[1].logits[0].norm()
@@ -191,7 +191,7 @@ def test_parts_of_a_matrix_that_begin_within_a_tile_stay_packed(tmp_path):
         logits = []
         for model, backend, dtype in ((exact, "reference", "float32"), (packed, "decode_core", None)):
             kernels = kernels_of(backend, model.spec)
-            steps = Transformer(model.spec, dict(model.tensors), kernels, num_pages=4, num_slots=4, max_tokens=128, max_rows=8, dtype=dtype)
+            steps = Transformer(model.architecture, dict(model.tensors), kernels, num_pages=4, num_slots=4, max_tokens=128, max_rows=8, dtype=dtype)
             logits.append(forward_logits(steps, make_batch((prompt, 0, 40, [0, 1, 2]))))
         assert (logits[1] - logits[0]).norm() < 0.1 * logits[0].norm()       # x is int8 there; a lost row makes 0.5 of it
 
@@ -230,8 +230,8 @@ def test_matrices_are_packed_from_the_mapped_file_without_a_copy_in_between(form
         read = model.tensors[name].read()
         parts = read if form == "folder" else [rows for _, rows in read.parts]
         assert len(parts) == count and all(in_file(part, path) for part in parts), name
-    kernels = load_kernels("cpu", model.spec, max_tokens=8, max_rows=8)
-    weights = Transformer(model.spec, model.tensors, kernels, num_pages=2, max_tokens=8, max_rows=8, dtype=model.dtype).weights
+    kernels = load_kernels("cpu", model.architecture, max_tokens=8, max_rows=8)
+    weights = Transformer(model.architecture, model.tensors, kernels, num_pages=2, max_tokens=8, max_rows=8, dtype=model.dtype).weights
     assert not [name for name, weight in weights.items() if isinstance(weight, torch.Tensor) and in_file(weight, path)]
 
 
@@ -246,8 +246,8 @@ def test_matrices_that_stay_quantized_compute_what_their_values_say(made, name, 
     batch = make_batch((prompt, 0, 40, [0, 1, 2]))
     expected = transformer(exact, kernels_of("reference", exact.spec)).forward(batch)[0]
     limits = {"max_tokens": 64, "max_rows": 8}
-    kernels = load_kernels("cpu", packed.spec, **limits)
-    ours = forward_logits(Transformer(packed.spec, dict(packed.tensors), kernels, num_pages=4, dtype=None, **limits), batch)[0]
+    kernels = load_kernels("cpu", packed.architecture, **limits)
+    ours = forward_logits(Transformer(packed.architecture, dict(packed.tensors), kernels, num_pages=4, dtype=None, **limits), batch)[0]
     assert (ours - expected).norm() < 0.06 * expected.norm()        # activations are int8; a wrong row would make it 1
 
 
@@ -315,8 +315,8 @@ def built(caplog, path, free, monkeypatch, **settings):
 def test_a_line_says_before_loading_whether_the_model_fits_and_which_flag_helps(default_model_path, caplog, monkeypatch, tmp_path):
     settings = Settings(model=str(default_model_path))
     model = open_model(resolve_model(settings), settings)
-    kernels = load_kernels("cpu", model.spec)
-    plan = plan_memory(model, model.spec, kernels, group_layers(model.spec.by_layer, 0, apart=False), kernels.kv_type("auto", model.dtype),
+    kernels = load_kernels("cpu", model.architecture)
+    plan = plan_memory(model, model.architecture, kernels, group_layers(model.spec.by_layer, 0, apart=False), kernels.kv_type("auto", model.dtype),
                        RankAlone(), settings, torch.device("cpu"), {"max_tokens": 256 + 64, "max_rows": 64})
     _, engine, line = built(caplog, default_model_path, 4 << 30, monkeypatch)
     held = sum({id(weight): weight.nbytes for weight in engine.transformer.weights.values()}.values())
@@ -402,9 +402,8 @@ def test_published_configs_mean_what_transformers_takes_them_to_mean(name, tmp_p
             expected, scale = rope["rope_theta"] ** -(np.arange(0, size, 2) / size), 1.0
         else:
             expected, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, seq_len=4096, **({"layer_type": kinds[layer]} if nested else {}))
-        frequencies, own_scale = rope_frequencies(spec.attention(layer))
-        np.testing.assert_allclose(frequencies, expected, rtol=2e-6)
-        assert own_scale == pytest.approx(scale)
+        np.testing.assert_allclose(spec.rope(layer).frequencies, expected, rtol=2e-6)
+        assert spec.rope(layer).scale == pytest.approx(scale)
     longest = {"Qwen2.5 with YaRN, as its card says": 131072, "Ministral-3-3B, with images": 16384}
     assert spec.max_positions == longest.get(name, config.max_position_embeddings)
 
@@ -420,8 +419,8 @@ def test_published_configs_of_lfm2_mean_what_transformers_takes_them_to_mean(nam
     assert [mixer is None for mixer in spec.mixers] == [kind == "full_attention" for kind in config.layer_types]
     assert (spec.layers, spec.vocab_size, spec.heads, spec.kv_heads, spec.head_size, spec.norm_eps, spec.tied_head, spec.rope_base, spec.max_positions) == (
         config.num_hidden_layers, 65536, width // 64, 8, 64, 1e-5, True, 1e6, 128000)
-    assert sum(p.numel() for p in made.parameters()) == sum(int(np.prod(shape)) for key, shape in expected_tensors(spec).items() if key != "head")
-    assert spec.state_bytes == 4 * 2 * width * len(spec.unpaged_layers)
+    assert sum(p.numel() for p in made.parameters()) == sum(int(np.prod(shape)) for key, shape in model_of(spec).shapes().items() if key != "head")
+    assert model_of(spec).state_bytes == 4 * 2 * width * sum(map(bool, spec.mixers))
 
 
 @pytest.mark.parametrize("key, value, words", [
@@ -442,12 +441,12 @@ def test_the_published_config_of_lfm2_moe_means_what_transformers_takes_it_to_me
     spec, config = spec_of(tmp_path, published), transformers.AutoConfig.from_pretrained(tmp_path)
     with torch.device("meta"):
         made = transformers.AutoModelForCausalLM.from_config(config)
-    sizes = {key: int(np.prod(shape)) for key, shape in expected_tensors(spec).items() if key != "head"}
+    sizes = {key: int(np.prod(shape)) for key, shape in model_of(spec).shapes().items() if key != "head"}
     assert sum(p.numel() for p in made.parameters()) == sum(size for key, size in sizes.items() if not key.endswith("choice_bias"))
     assert round(sum(sizes.values()) / 1e9, 1) == 8.3           # as its card says
     assert (spec.experts, spec.experts_per_token, spec.ffn_size, spec.dense_layers, spec.dense_size) == (32, 4, 1792, (0, 1), 7168)
     assert spec.tied_head and spec.attention(2).rope_base == 1e6 and spec.sigmoid_router and spec.choice_bias and spec.shares_sum_to_one
-    assert spec.paged_layers == 6 and spec.state_bytes == 18 * 4 * 2 * 2048
+    assert model_of(spec).paged_layers == 6 and model_of(spec).state_bytes == 18 * 4 * 2 * 2048
 
 
 @pytest.mark.parametrize("key, value, words", [
@@ -501,10 +500,10 @@ def test_every_option_of_a_rope_type_is_transformers(rope, tmp_path):
     import transformers
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
     base = HUB_CONFIGS["Llama-3.2-1B"] | {"rope_scaling": None, "rope_parameters": rope}
-    frequencies, scale = rope_frequencies(spec_of(tmp_path, base).attention(0))
+    found = spec_of(tmp_path, base).rope(0)
     expected, expected_scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](transformers.AutoConfig.from_pretrained(tmp_path))
-    np.testing.assert_allclose(frequencies, expected, rtol=2e-6)
-    assert scale == pytest.approx(expected_scale)
+    np.testing.assert_allclose(found.frequencies, expected, rtol=2e-6)
+    assert found.scale == pytest.approx(expected_scale)
 
 
 # --- what is not known is refused --------------------------------------------------------------------------------

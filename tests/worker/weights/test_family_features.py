@@ -13,16 +13,18 @@ from safetensors.torch import load_file, save_file
 from chatlm.common.core import decode_core
 from chatlm.common.errors import ConfigError
 from chatlm.common.messages.requests import SamplingParams
-from chatlm.worker.model.kernels import choose_backend, load_kernels, not_compiled
-from chatlm.worker.model.spec import DeltaRule, Mamba2, ModelSpec, NoMixer, ShortConv, expected_tensors
 from chatlm.worker.arrays.packed import RopePairs, unpermute_rope
-from chatlm.worker.arrays.rotary import query_scales, rope_frequencies
+from chatlm.worker.arrays.rotary import query_scales
+from chatlm.worker.model.blocks.mixers import DeltaRule, Mamba2, ShortConv
+from chatlm.worker.model.kernels import choose_backend, load_kernels, not_compiled
 from chatlm.worker.ops.attention import mean_squares_reference, norm_qk_reference, scale_rows_reference
 from chatlm.worker.ops.basic import gated_add_reference, sparse_routes
 from chatlm.worker.weights.configs import OTHERS_AFFAIR
 from chatlm.worker.weights.gguf import gguf_text
 from chatlm.worker.weights.gguf_file import read_gguf
 from chatlm.worker.weights.huggingface import hf_spec, hf_text
+from chatlm.worker.weights.model_of import model_of
+from chatlm.worker.weights.recipe import ModelSpec, NoMixer
 from engines import forward_logits, make_batch, make_engine, run, tensors_of
 from families import GROWING, MODELS, TINY, answers, as_gguf, check, clear_cases, kernels_of, load, make_model, save, spec_of_changed_gguf, tiny_config, transformer, write_tokenizer
 from hub_configs import GRANITE_H_TINY, HUB_CONFIGS, LFM2_CONFIGS, QWEN3_NEXT, QWEN35_4B, QWEN36_35B
@@ -100,9 +102,9 @@ def test_a_published_nemotron_h_has_as_many_weights_as_transformers(tmp_path):
     spec = spec_of(tmp_path, NANO_9B)
     with torch.device("meta"):
         made = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path))
-    count = sum(math.prod(shape) for shape in expected_tensors(spec).values())
+    count = sum(math.prod(shape) for shape in model_of(spec).shapes().values())
     assert sum(p.numel() for p in made.parameters()) == count and round(count / 1e9, 1) == 8.9
-    assert spec.layers == 31 and spec.paged_layers == 4 and spec.rope_size == 0
+    assert spec.layers == 31 and model_of(spec).paged_layers == 4 and spec.rope_size == 0
     assert spec.bare_layers == (3, 7, 11, 16, 21, 24)       # before another Mamba layer, or before attention
     listed = {key: value for key, value in NANO_9B.items() if key not in ("hybrid_override_pattern", "num_hidden_layers")}
     names = {"M": "linear_attention", "*": "full_attention", "-": "mlp"}
@@ -145,11 +147,11 @@ def test_a_published_nemotron_3_has_as_many_weights_as_transformers(config, bill
     spec = spec_of(tmp_path, config)
     with torch.device("meta"):
         made = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path))
-    count = sum(math.prod(shape) for name, shape in expected_tensors(spec).items() if not name.endswith("choice_bias"))
+    count = sum(math.prod(shape) for name, shape in model_of(spec).shapes().items() if not name.endswith("choice_bias"))
     assert sum(p.numel() for p in made.parameters()) == count and round(count / 1e9, 1) == billions
     assert (spec.layers, spec.experts_per_token, spec.share_scale, spec.shares_sum_to_one) == (layers, config["num_experts_per_tok"], 2.5, True)
     assert spec.sigmoid_router and spec.choice_bias and spec.router_groups == (1, 1) and spec.latent_size == (config.get("moe_latent_size") or 0)
-    assert not_compiled(spec) == "" and not any(isinstance(mixer, NoMixer) for mixer in spec.mixers)
+    assert not_compiled(model_of(spec)) == "" and not any(isinstance(mixer, NoMixer) for mixer in spec.mixers)
 
 
 def test_parts_of_one_kind_after_another_are_layers_of_their_own(tmp_path):
@@ -299,21 +301,21 @@ def test_published_hybrids_have_as_many_weights_as_transformers_and_their_cards_
     spec, config = spec_of(tmp_path, published), transformers.AutoConfig.from_pretrained(tmp_path).get_text_config()
     with torch.device("meta"):
         made = transformers.AutoModelForCausalLM.from_config(config)
-    count = sum(math.prod(shape) for key, shape in expected_tensors(spec).items() if not (spec.tied_head and key == "head"))
+    count = sum(math.prod(shape) for key, shape in model_of(spec).shapes().items() if not (spec.tied_head and key == "head"))
     assert sum(p.numel() for p in made.parameters()) == count and round(count / 1e9, 1) == billions
     assert [mixer is None for mixer in spec.mixers] == [kind == "full_attention" for kind in config.layer_types]
 
 
 def test_published_sizes_of_qwen_3_5_make_states_of_this_many_mebibytes(tmp_path):
-    assert [spec_of(tmp_path, config).state_bytes / 2**20 for config in (QWEN35_4B, QWEN36_35B)] == [50.25, 62.8125]
+    assert [model_of(spec_of(tmp_path, config)).state_bytes / 2**20 for config in (QWEN35_4B, QWEN36_35B)] == [50.25, 62.8125]
     with pytest.raises(ConfigError, match="attn_output_gate is false; in a qwen3_5_text model it must be true"):
         spec_of(tmp_path, QWEN35_4B | {"text_config": QWEN35_4B["text_config"] | {"attn_output_gate": False}})
 
 
 def test_the_published_config_of_granite_4_h_tiny_is_read(tmp_path):
     spec = spec_of(tmp_path, GRANITE_H_TINY)
-    assert (spec.experts, spec.experts_per_token, spec.ffn_size, spec.shared_size, spec.paged_layers) == (64, 6, 512, 1024, 4)
-    assert spec.attention(5).rope_size == 0 and spec.state_bytes == 36 * 4 * (48 * 64 * 128 + 3 * (3072 + 2 * 128))
+    assert (spec.experts, spec.experts_per_token, spec.ffn_size, spec.shared_size, model_of(spec).paged_layers) == (64, 6, 512, 1024, 4)
+    assert spec.attention(5).rope_size == 0 and model_of(spec).state_bytes == 36 * 4 * (48 * 64 * 128 + 3 * (3072 + 2 * 128))
     assert spec_of(tmp_path, GRANITE_H_TINY | {"mamba_d_head": "auto", "time_step_limit": [0.0, math.inf]}) == spec
 
 
@@ -330,10 +332,10 @@ SPEC = dict(vocab_size=64, layers=1, width=64, heads=4, kv_heads=4, head_size=16
     ({"mixers": (Mamba2(4, 3, 16, 4),)}, "for Mamba layer whose heads or channels"),
     ({"experts": 4, "latent_size": 40}, "for experts that read a width not a multiple of 16")])
 def test_torch_computes_what_decode_core_has_no_op_for_and_the_log_says_so(fields, words, caplog):
-    assert choose_backend("cpu", ModelSpec(**SPEC)).name != "torch/reference" and not not_compiled(ModelSpec(**SPEC))
-    assert {name.partition("/")[0] for name in load_kernels("cpu", ModelSpec(**SPEC)).names.values()} == {"decode_core"}
-    assert choose_backend("cpu", ModelSpec(**SPEC | fields)).name == "torch/reference" and not caplog.messages       # who chooses for good says it
-    assert load_kernels("cpu", ModelSpec(**SPEC | fields)).backend.name == "torch/reference"
+    assert choose_backend("cpu", model_of(ModelSpec(**SPEC))).name != "torch/reference" and not not_compiled(model_of(ModelSpec(**SPEC)))
+    assert {name.partition("/")[0] for name in load_kernels("cpu", model_of(ModelSpec(**SPEC))).names.values()} == {"decode_core"}
+    assert choose_backend("cpu", model_of(ModelSpec(**SPEC | fields))).name == "torch/reference" and not caplog.messages       # who chooses for good says it
+    assert load_kernels("cpu", model_of(ModelSpec(**SPEC | fields))).backend.name == "torch/reference"
     assert [line for line in caplog.messages if words in line and "torch computes instead" in line]
 
 
@@ -348,9 +350,9 @@ def test_torch_computes_what_decode_core_has_no_op_for_and_the_log_says_so(field
 def test_some_ops_are_compiled_for_a_cpu_alone_and_torch_computes_these_on_a_gpu(fields, words, caplog, monkeypatch):
     monkeypatch.setattr(decode_core().seam, "cuda_ops", lambda _: SimpleNamespace())       # as where there is a GPU
     spec = ModelSpec(**SPEC | fields)
-    assert (not_compiled(spec, "cuda"), not_compiled(spec)) == ("", "")
-    assert choose_backend("cpu", spec).name != "torch/reference" and not caplog.messages
-    assert choose_backend("cuda", spec, says_why=True).name == "decode_core/cuda"
+    assert (not_compiled(model_of(spec), "cuda"), not_compiled(model_of(spec))) == ("", "")
+    assert choose_backend("cpu", model_of(spec)).name != "torch/reference" and not caplog.messages
+    assert choose_backend("cuda", model_of(spec), says_why=True).name == "decode_core/cuda"
     assert caplog.messages == [f"decode_core/cuda has no kernels for {words}: torch computes only these"] * bool(words)
 
 
@@ -359,7 +361,7 @@ def test_some_ops_are_compiled_for_a_cpu_alone_and_torch_computes_these_on_a_gpu
     *(({"activation": name}, f"{name} feed-forward") for name in ("gelu", "reglu2", "quick_geglu", "gelu_erf", "gelu_tanh", "gelu_quick")),
     ({"layer_input_size": 32}, "embedding of each layer"), ({"experts": 4, "shared_size": 64, "expert_norms": True}, "scale of experts")])
 def test_some_models_are_compiled_for_a_cpu_alone(fields, words):
-    assert (not_compiled(ModelSpec(**SPEC | fields), "cuda"), not_compiled(ModelSpec(**SPEC | fields))) == (f"{words} on a GPU", "")
+    assert (not_compiled(model_of(ModelSpec(**SPEC | fields)), "cuda"), not_compiled(model_of(ModelSpec(**SPEC | fields)))) == (f"{words} on a GPU", "")
 
 
 def test_the_ops_of_these_models_are_what_their_names_say():
@@ -373,7 +375,7 @@ def test_the_ops_of_these_models_are_what_their_names_say():
     norm_qk_reference(qkv, q_norm, k_norm, means, 1e-3, qkv)
     expected = [torch.nn.functional.rms_norm(part, part.shape[1:], weight, 1e-3) for part, weight in ((q, q_norm), (k, k_norm))]
     assert torch.allclose(qkv, torch.cat([*expected, v], 1), atol=1e-6)
-    scales, q = query_scales(ModelSpec(**SPEC | {"max_positions": 8, "q_growth": (0.5, 4)})), torch.full((2, 2), 2.0)
+    scales, q = query_scales((0.5, 4), 8), torch.full((2, 2), 2.0)
     scale_rows_reference(q, torch.from_numpy(scales), torch.tensor([3, 4]), out=q)
     assert torch.allclose(q, torch.tensor([[2.0] * 2, [2 * (1 + 0.5 * np.log(2))] * 2]).float())
 
@@ -396,7 +398,7 @@ def test_dynamic_scaling_is_transformers_at_the_length_of_the_context(context, t
     spec = spec_of(tmp_path, config, context)
     length = min(max(context or 0, 131072), 4 * 131072)
     expected, _ = ROPE_INIT_FUNCTIONS["dynamic"](transformers.AutoConfig.from_pretrained(tmp_path), seq_len=length)
-    np.testing.assert_allclose(rope_frequencies(spec.attention(0))[0], expected, rtol=2e-6)
+    np.testing.assert_allclose(spec.rope(0).frequencies, expected, rtol=2e-6)
     assert spec.max_positions == length
 
 
@@ -431,8 +433,8 @@ def test_ministral_s_queries_grow_where_the_context_is_longer_than_the_original(
     short = load(folder)
     assert (short.spec.q_growth, short.context_length) == ((), 128) == (load(folder, context_length=128).spec.q_growth, 128)
     long = load(folder, context_length=512)
-    assert long.spec.q_growth == (0.4, 128) and not not_compiled(long.spec)
-    check(answers(transformer(long, load_kernels("cpu", long.spec, max_tokens=128, max_rows=8)), cases), cases)
+    assert long.spec.q_growth == (0.4, 128) and not not_compiled(long.architecture)
+    check(answers(transformer(long, load_kernels("cpu", long.architecture, max_tokens=128, max_rows=8)), cases), cases)
     check(answers(transformer(short, kernels_of("reference", short.spec)), cases[:1], count=20), cases[:1], count=20)
     packed = load(as_gguf(tmp_path / "tiny.gguf", model), context_length=512)
     assert packed.spec.q_growth == pytest.approx((0.4, 128)) and packed.spec.rope_scale == long.spec.rope_scale == 1.0

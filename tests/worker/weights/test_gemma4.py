@@ -25,12 +25,12 @@ from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.arrays.kinds import address_of
 from chatlm.worker.build import build_engine
 from chatlm.worker.model.kernels import choose_backend, load_kernels, not_compiled
-from chatlm.worker.model.spec import expected_tensors
 from chatlm.worker.model.tensors import MappedRows, advise
 from chatlm.worker.process import gauges
 from chatlm.worker.weights.gguf import gguf_text, mapped_table
 from chatlm.worker.weights.gguf_file import read_gguf
 from chatlm.worker.weights.huggingface import hf_spec
+from chatlm.worker.weights.model_of import model_of
 from engines import tensors_of, tokens_of
 from families import answers, as_gguf, check, clear_cases, kernels_of, load, make_model, save, spec_of_changed_gguf, tiny_config, transformer, with_exact_angles
 from hub_configs import GEMMA4_CONFIGS
@@ -53,7 +53,7 @@ def test_published_configs_mean_what_transformers_takes_them_to_mean(name, billi
     config = transformers.AutoConfig.from_pretrained(tmp_path).get_text_config()
     with torch.device("meta"):
         made = transformers.AutoModelForCausalLM.from_config(config)
-    sizes = {key: int(np.prod(shape)) for key, shape in expected_tensors(spec).items() if key != "head" and not key.endswith(".scalar")}
+    sizes = {key: int(np.prod(shape)) for key, shape in model_of(spec).shapes().items() if key != "head" and not key.endswith(".scalar")}
     assert sum(parameter.numel() for parameter in made.parameters()) == sum(sizes.values())
     assert round(sum(sizes.values()) / 1e9, 1) == billions
     assert 2 * sum(its.slot_size for its in spec.by_layer) == kib << 10        # of keys and values for each token, in bfloat16
@@ -159,11 +159,11 @@ def test_a_unified_text_model_s_defaults_are_transformers(tmp_path):
     (family, spec), config = hf_spec(tmp_path / "config.json", None), transformers.AutoConfig.from_pretrained(tmp_path).get_text_config()
     with torch.device("meta"):
         made = transformers.AutoModelForCausalLM.from_config(config)
-    count = sum(int(np.prod(shape)) for key, shape in expected_tensors(spec).items() if key != "head" and not key.endswith(".scalar"))
+    count = sum(int(np.prod(shape)) for key, shape in model_of(spec).shapes().items() if key != "head" and not key.endswith(".scalar"))
     assert family == config.model_type == "gemma4_unified_text" and sum(parameter.numel() for parameter in made.parameters()) == count
     assert spec.max_positions == config.max_position_embeddings == 262_144 and spec.layer_input_size == 0 and spec.tied_head
     assert spec.windows == tuple(1024 * (kind == "sliding_attention") for kind in config.layer_types)
-    assert not_compiled(spec) == ""
+    assert not_compiled(model_of(spec)) == ""
 
 
 def test_a_gguf_file_may_have_gates_and_ups_apart_and_keys_of_layers_that_share_others(tmp_path):
@@ -329,7 +329,7 @@ def test_the_memory_line_and_the_gauges_say_what_stays_in_the_file_and_what_is_k
 @pytest.mark.parametrize("name", GEMMA4_CONFIGS)
 def test_torch_computes_gemma_4_on_a_gpu_and_one_line_says_so(name, tmp_path, caplog):
     spec = spec_of(tmp_path, name)
-    assert choose_backend("cuda", spec) and load_kernels("cuda", spec).backend.name == "torch/reference"
+    assert choose_backend("cuda", model_of(spec)) and load_kernels("cuda", model_of(spec)).backend.name == "torch/reference"
     [line] = caplog.messages
     assert "attention of several kinds on a GPU, which this model needs: torch computes instead" in line
 

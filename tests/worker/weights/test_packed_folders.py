@@ -41,8 +41,8 @@ def test_tiles_hold_exactly_the_numbers_of_a_packed_file(name, tmp_path):
     read = {key: tensor.read() for key, tensor in model.tensors.items()}
     packed = {key: matrix for key, matrix in read.items() if hasattr(matrix, "parts")}
     assert {matrix.kind for matrix in packed.values()} == {PACKED[name].tiles} and len(packed) == 4 * model.spec.layers
-    kernels = load_kernels("cpu", model.spec, max_tokens=128, max_rows=8, fine=True)      # activations of 16 bits
-    made = Transformer(model.spec, dict(model.tensors), kernels, num_pages=8, max_tokens=128, max_rows=8, dtype=model.dtype)
+    kernels = load_kernels("cpu", model.architecture, max_tokens=128, max_rows=8, fine=True)      # activations of 16 bits
+    made = Transformer(model.architecture, dict(model.tensors), kernels, num_pages=8, max_tokens=128, max_rows=8, dtype=model.dtype)
     matrix = made.weights["0.output"]
     rounded = 2.0 ** -11 if name in ("ct-int8", "bnb-int8") else 0      # scales of float32
     want = values["0.output"].numpy()
@@ -74,7 +74,7 @@ def test_packed_weights_of_other_families_compute_what_their_values_do(case, tmp
         model = load(folder, None)
         if PACKED[packing].tiles:
             assert any(PACKED[packing].tiles in getattr(tensor.read(), "kind", "") for tensor in model.tensors.values())
-        made = Transformer(model.spec, dict(model.tensors), kernels_of("decode_core", model.spec), num_pages=8, num_slots=8, max_tokens=128, max_rows=8,
+        made = Transformer(model.architecture, dict(model.tensors), kernels_of("decode_core", model.spec), num_pages=8, num_slots=8, max_tokens=128, max_rows=8,
                            dtype=model.dtype)
         logits = forward_logits(made, make_batch((cases[0].prompt, 0, 40, list(range(4)))))[0]
         assert (logits - cases[0].logits[0]).norm() < 0.06 * cases[0].logits[0].norm()
@@ -224,7 +224,7 @@ def test_packed_heads_of_odd_sizes_are_computed_too(name, tmp_path):
                                             num_key_value_heads=2), tmp_path, name)
     case, = clear_cases(meant, lengths=(40,), count=4)
     model = load(folder, None)
-    made = Transformer(model.spec, dict(model.tensors), kernels_of("decode_core", model.spec), num_pages=8, max_tokens=128, max_rows=8, dtype=model.dtype)
+    made = Transformer(model.architecture, dict(model.tensors), kernels_of("decode_core", model.spec), num_pages=8, max_tokens=128, max_rows=8, dtype=model.dtype)
     logits = forward_logits(made, make_batch((case.prompt, 0, 40, list(range(4)))))[0]
     assert (logits - case.logits[0]).norm() < 0.06 * case.logits[0].norm()
 
@@ -236,7 +236,7 @@ def test_an_adapter_is_merged_into_what_packed_weights_mean(tmp_path):
     for dtype in ("float32", None):
         ours = load(folder, dtype, lora=(str(tmp_path / "adapter"),))
         kernels = kernels_of("reference" if dtype else "decode_core" if decode_core() else "reference", ours.spec)
-        made = Transformer(ours.spec, dict(ours.tensors), kernels, num_pages=80, max_tokens=128, max_rows=8, dtype=ours.dtype)
+        made = Transformer(ours.architecture, dict(ours.tensors), kernels, num_pages=80, max_tokens=128, max_rows=8, dtype=ours.dtype)
         if dtype:
             check(answers(made, cases, count=16), cases, count=16)
         else:

@@ -1,11 +1,13 @@
 """Adapters served with their base, unmerged: against peft's merged model, and against what --lora merges."""
 
 import json
+import re
 import shutil
 
 import numpy
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from chatlm.common.core import decode_core
@@ -15,8 +17,8 @@ from chatlm.worker.model.transformer import load_adapter
 from chatlm.worker.weights import nanochat
 from chatlm.worker.weights.adapters import adapter_reader
 from chatlm.worker.weights.shards import shard_model, stage_model
-from engines import forward_logits
-from families import answers, as_gguf, check, clear_cases, kernels_of, load, make_model, save, transformer
+from engines import forward_logits, make_batch
+from families import GGUF_MODELS, MODELS, answers, as_gguf, check, clear_cases, kernels_of, load, make_model, save, transformer
 from fp8 import SCHEMES, save_fp8
 from lora import OPTIONS, adapt
 from nightly import by_day
@@ -27,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SERVED = OPTIONS | {"qwen2": {"targets": ["lm_head", "v_proj", "down_proj"]}}
 del SERVED["nanochat"]
 SERVED = {name: options for name, options in SERVED.items() if name in ("llama3.1", "gemma3", "phi3", "qwen3", "qwen2", "glm4", "lfm2",
-          "qwen3.5", "qwen3.5moe", "gemma4moe", "lfm2moe", "granite4h", "granite4h-dense", "qwen3next", "gpt2", "pythia", "starcoder2", "cohere2")}
+          "qwen3.5", "qwen3.5moe", "gemma4moe", "lfm2moe", "granite4h", "granite4h-dense", "qwen3next", "gpt2", "pythia", "starcoder2", "cohere2", "nemotron-h", "nemotron3", "nemotron3-latent")}
 ODD = {"phi3": {"head_dim": 24, "hidden_size": 72, "intermediate_size": 100},    # sizes that decode_core pads
        "cohere2": {"head_dim": 20, "hidden_size": 72}}
 
@@ -44,10 +46,10 @@ class WithAdapter:
 
 
 def backends(model):
-    return ["reference"] + ["decode_core"] * (decode_core() is not None and not not_compiled(model.spec))
+    return ["reference"] + ["decode_core"] * (decode_core() is not None and not not_compiled(model.architecture))
 
 
-@pytest.mark.parametrize("name", by_day(SERVED, "llama3.1", "gemma3", "phi3", "qwen2", "cohere2"))
+@pytest.mark.parametrize("name", by_day(SERVED, "llama3.1", "gemma3", "phi3", "qwen2", "cohere2", "nemotron3-latent"))
 def test_an_adapter_served_with_its_base_gives_the_logits_and_tokens_of_pefts_merged_model(name, tmp_path):
     model = make_model(name, **ODD.get(name, {}))
     folder = save(model, tmp_path / "base")
@@ -58,10 +60,11 @@ def test_an_adapter_served_with_its_base_gives_the_logits_and_tokens_of_pefts_me
               tolerance=3e-4 if name == "qwen3next" else 1e-4)
 
 
-@pytest.mark.parametrize("name", by_day(["llama3.1", "phi3", "glm4", "gemma3", "qwen3.5", "granite4h", "pythia", "cohere2"], "llama3.1", "phi3", "pythia"))
+@pytest.mark.parametrize("name", by_day(["llama3.1", "phi3", "glm4", "gemma3", "qwen3.5", "granite4h", "pythia", "cohere2", "nemotron3"], "llama3.1", "phi3", "pythia", "nemotron3"))
 def test_an_adapter_served_with_a_gguf_base_does_what_merging_it_does(name, tmp_path):
     """Floats and packed weights; the rows of q and k lie otherwise in some of the files."""
-    model = make_model(name, **{"gemma3": {"query_pre_attn_scalar": 32}, "granite4h": {"shared_intermediate_size": 64}}.get(name, {}))
+    model = make_model(name, **{"gemma3": {"query_pre_attn_scalar": 32}, "granite4h": {"shared_intermediate_size": 64},
+                               "nemotron3": {"moe_shared_expert_intermediate_size": 64}}.get(name, {}))
     paths = [as_gguf(tmp_path / f"{name}{q}.gguf", model, quantized=q) for q in (False, True)]
     merged = adapt(model, tmp_path / "adapter", **SERVED[name])
     cases = clear_cases(merged, lengths=(9,), count=16)
@@ -119,7 +122,7 @@ def test_an_adapter_served_with_a_nanochat_checkpoint_gives_the_logits_and_token
     check(answers(transformer(merged, kernels_of("reference", ours.spec)), cases), cases)
 
 
-@pytest.mark.parametrize("name", by_day(["llama3.1", "phi3", "qwen3.5", "lfm2", "granite4h"], "llama3.1", "qwen3.5"))
+@pytest.mark.parametrize("name", by_day(["llama3.1", "phi3", "qwen3.5", "lfm2", "granite4h", "nemotron3-latent"], "llama3.1", "qwen3.5", "nemotron3-latent"))
 def test_ranks_and_stages_have_the_parts_of_an_adapter_that_fit_their_parts_of_the_weights(name, tmp_path):
     """What each rank's part adds to its part of a product is that part of what the whole adds."""
     model = make_model(name)
@@ -138,6 +141,64 @@ def test_ranks_and_stages_have_the_parts_of_an_adapter_that_fit_their_parts_of_t
                 its = added.get(own)
                 delta = (its.b * its.scales) @ its.a if its else 0
                 numpy.testing.assert_allclose(before + delta, after, atol=1e-5, rtol=0)
+
+
+def linear_modules(model):
+    """An expression for a model's linear modules. In models with Mamba layers peft refuses to adapt out_proj."""
+    types = torch.nn.Linear, transformers.pytorch_utils.Conv1D
+    refused = ("lm_head", "out_proj") if model.config.model_type == "nemotron_h" else ("lm_head",)
+    return "|".join(re.escape(name) for name, module in model.named_modules() if isinstance(module, types) and not name.endswith(refused))
+
+
+SERVED_IN_PART = {          # what of such an adapter can only be merged: what every rank computes as a whole, or routes by
+    "gemma4": "per_layer_input_gate", "gemma4moe": "router.proj", "phimoe": "mlp.router", "phimoe-plain": "mlp.router",
+    **dict.fromkeys(("qwen2moe", "qwen3.5moe"), "shared_expert_gate")}
+
+
+@pytest.mark.parametrize("name", by_day(MODELS, "gemma4", "granite4-dense", "nemotron3", "phimoe", "qwen3.5moe", "gpt2"))
+def test_an_adapter_of_every_linear_module_is_merged_and_served_or_refused_by_name(name, tmp_path):
+    for kind, changes in (("folder", {}), *([("file", GGUF_MODELS[name])] if name in GGUF_MODELS else [])):
+        if name == "phi3-long":
+            changes = changes | {"max_position_embeddings": 128}      # else transformers chooses its factors by the prompt's length
+        model = make_model(name, **changes)
+        base = save(model, tmp_path / "base") if kind == "folder" else as_gguf(tmp_path / "base.gguf", model)
+        adapter = tmp_path / f"adapter of {kind}"
+        merged = adapt(model, adapter, targets=linear_modules(model), size=0.08, fan_in_fan_out=name.startswith("gpt2"))
+        ids = [7 * place % 256 for place in range(20)]
+        with torch.no_grad():
+            expected = merged(torch.tensor([ids])).logits[0, -1]
+        batch = make_batch((ids, 0, len(ids), [0, 1]))
+        if json.loads((adapter / "adapter_config.json").read_text()).get("target_parameters"):      # peft adapts the experts' matrices too
+            for read in (lambda: load(base, lora=(str(adapter),)), lambda: adapter_reader(load(base))(adapter)):
+                with pytest.raises(ConfigError, match="target_parameters is a list of 2; such adapters are not supported"):
+                    read()
+            continue
+        ours = load(base, lora=(str(adapter),))
+        assert (forward_logits(transformer(ours, kernels_of("reference", ours.spec)), batch)[0] - expected).abs().max() < 5e-4, kind
+        ours = load(base)
+        beside = transformer(ours, kernels_of("reference", ours.spec))
+        if name in SERVED_IN_PART:
+            with pytest.raises(ConfigError, match=rf"changes model\.layers\.0\..*{SERVED_IN_PART[name]}, which cannot be done without merging; --lora merges it"):
+                load_adapter(beside, 1, adapter)
+        else:
+            assert (forward_logits(WithAdapter(beside, adapter).model, batch._replace(adapters=[1]))[0] - expected).abs().max() < 5e-4, kind
+
+
+def test_adapters_of_nemotron_may_name_its_parts_as_nvidia_does_and_a_part_that_does_not_exist_is_named(tmp_path):
+    model = make_model("nemotron3")
+    folder = save(model, tmp_path / "base")
+    adapt(model, tmp_path / "adapter", targets=["in_proj", "o_proj", "up_proj"])
+    read = adapter_reader(load(folder))
+    expected = read(tmp_path / "adapter")
+    assert set(expected) == {"0.mix_in", "1.mix_in", "2.output", "0.shared_up", "2.shared_up"}
+    weights = tmp_path / "adapter/adapter_model.safetensors"
+    tensors = {name.replace("base_model.model.model.", "base_model.model.backbone."): tensor for name, tensor in load_file(weights).items()}
+    save_file(tensors, weights)
+    for name, matrix in read(tmp_path / "adapter").items():
+        assert all(numpy.array_equal(ours, theirs) for ours, theirs in zip(matrix, expected[name])), name
+    save_file({name.replace("layers.0.", "layers.5."): tensor for name, tensor in tensors.items()}, weights)
+    with pytest.raises(ConfigError, match=r"model\.layers\.5\.mixer\.in_proj is not a weight matrix of this model; it has model\.embeddings"):
+        read(tmp_path / "adapter")
 
 
 def broken(folder):

@@ -12,12 +12,14 @@ import torch
 from chatlm.common.config import Settings
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.find import resolve_model
+from chatlm.worker.model.blocks.mixers import DeltaRule, Mamba2, ShortConv
 from chatlm.worker.model.kernels import load_kernels
-from chatlm.worker.model.spec import DeltaRule, Mamba2, ModelSpec, NoMixer, ShortConv, expected_tensors
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.weights.huggingface import hf_spec
 from chatlm.worker.weights.load import open_model
-from chatlm.worker.weights.shards import layers_of, shard_model, shard_of, shard_spec, share_of, stage_model
+from chatlm.worker.weights.model_of import model_of
+from chatlm.worker.weights.recipe import ModelSpec, NoMixer
+from chatlm.worker.weights.shards import layers_of, refuse_ranks, shard_model, stage_model
 from attention_kinds import KINDS, kinds_model, loaded
 from engines import forward_logits, make_batch
 from families import MODELS, as_gguf, load, make_model, save
@@ -28,30 +30,36 @@ from nightly import by_day
 SEED = 3
 
 
-def shares_of(spec, tp, block=1):
-    return [share_of(spec, rank, tp, block) for rank in range(tp)]
+def shares_of(model, tp, block=1):
+    """Each rank's own model, and what it has of each tensor."""
+    refuse_ranks(model, tp, block)
+    return [model.of_rank(rank, tp, block) for rank in range(tp)]
 
 
 def check_every_part_is_given_out_once(spec, tp, block=1):
-    shares = shares_of(spec, tp, block)
-    local = [shard_spec(spec, share) for share in shares]
-    for name, shape in expected_tensors(spec).items():
-        kind, given = name.rpartition(".")[2], [shard_of(name, spec, share) for share in shares]
-        if given[0] is not None and not given[0][1]:        # whole, or rank 0's bias
+    model = model_of(spec)
+    shares = shares_of(model, tp, block)
+    local = [own.shapes() for own, _ in shares]
+    for name, shape in model.shapes().items():
+        kind, given = name.rpartition(".")[2], [parts[name] for _, parts in shares]
+        layer = model.layers[int(name.partition(".")[0])] if "." in name else None
+        if given[0] is not None and not given[0].ranges:        # whole, or rank 0's bias
             assert all(other in (None, given[0]) for other in given)
             assert (kind in ("output_bias", "down_bias", "expert_down_bias", "mix_out_bias")) == (None in given) or tp == 1, name
             continue
         axis, counts = given[0][0], torch.zeros(shape[given[0][0]], dtype=torch.int64)
-        for (its, ranges), share, own in zip(given, shares, local):
+        for rank, ((its, ranges), own) in enumerate(zip(given, local)):
             assert its == axis and all(0 <= part.start < part.stop <= shape[axis] for part in ranges)
-            count = len(share.vocabulary) if kind in ("embed", "head") else expected_tensors(own)[name][axis]
+            count = own[name][axis]
+            if kind in ("embed", "head"):      # the last ranks have what remains
+                count = max(min(count, spec.vocab_size - rank * count), 0)
             assert sum(map(len, ranges)) == count, name     # as the rank's own sizes say
             for part in ranges:
                 counts[part.start:part.stop] += 1
         replicated = slice(0, 0)                            # kv heads that several ranks have, or groups of Mamba heads
-        mixer = spec.mixers[int(name.partition(".")[0])] if spec.mixers and "." in name else None
-        if kind in ("qkv", "qkv_bias", "value_embed", "ve_gate") and tp > (its := spec.attention(int(name.partition(".")[0]))).kv_heads:
-            replicated = slice(its.parts[0] * (1 + spec.output_gate) if kind.startswith("qkv") else 0, None)
+        mixer = layer and layer.mixer
+        if kind in ("qkv", "qkv_bias", "value_embed", "ve_gate") and tp > mixer.kv_heads:
+            replicated = slice(mixer.queries * (1 + mixer.gated) if kind.startswith("qkv") else 0, None)
         elif isinstance(mixer, Mamba2) and mixer.groups % tp and kind in ("mix_in", "mix_in_bias", "taps", "taps_bias"):
             inner, channels, heads = mixer.parts
             each = mixer.size if kind == "taps" else 1
@@ -89,7 +97,8 @@ HYBRIDS = {
 def test_shards_of_layers_that_keep_states_cover_each_tensor_once(name, tp):
     spec, block = HYBRIDS[name]
     check_every_part_is_given_out_once(spec, tp, block)
-    whole, parts = (sum(math.prod(shape) for shape in one.mixers[0].states(one.width)) for one in (spec, shard_spec(spec, shares_of(spec, tp, block)[0])))
+    model = model_of(spec)
+    whole, parts = (sum(math.prod(shape) for shape in one.mixers[0].states(one.width)) for one in (model, shares_of(model, tp, block)[0][0]))
     assert parts <= 1.1 * whole / tp or name == "lfm2" and parts * 8 == whole * -(-8 // tp)        # eight blocks of 256 columns
 
 
@@ -97,7 +106,7 @@ def test_shards_of_layers_that_keep_states_cover_each_tensor_once(name, tp):
                                          ("groups", "48 heads in its Mamba layers, so --tp must be one of 1, 2, 3, 4, 6, 8, 12, 16, 24")])
 def test_heads_of_states_that_ranks_cannot_share_are_one_line_with_what_is_allowed(name, words):
     with pytest.raises(ConfigError) as caught:
-        share_of(HYBRIDS[name][0], 0, 5, 256)
+        refuse_ranks(model_of(HYBRIDS[name][0]), 5, 256)
     assert str(caught.value) == f"the model cannot be divided among 5 ranks: it has {words}"
 
 
@@ -110,22 +119,22 @@ def test_shards_of_published_sizes_cover_each_tensor_once(name, tp):
 def test_where_blocks_do_not_divide_the_first_ranks_have_one_more():
     spec, block = PUBLISHED["gpt-oss-120b"]
     for tp, blocks in ((4, [23, 23, 22, 22]), (8, [12] * 2 + [11] * 6)):
-        assert [len(share.ffn) // block for share in shares_of(spec, tp, block)] == blocks
+        assert [own.feed.width // block for own, _ in shares_of(model_of(spec), tp, block)] == blocks
 
 
 def test_more_ranks_than_kv_heads_share_them():
     spec, _ = PUBLISHED["smollm2"]
-    shares = shares_of(spec, 4)
-    assert [list(share.kv_heads) for share in shares] == [[0], [0], [1], [2]]
-    assert [list(share.heads) for share in shares] == [[0], [1, 2], [3, 4, 5], [6, 7, 8]]
-    assert [list(share.kv_heads) for share in shares_of(spec, 2)] == [[0], [1, 2]]
+    layer = model_of(spec).layers[0]
+    shares = [layer.divided(rank, 4, 1) for rank in range(4)]
+    assert [list(share["kv_heads"]) for share in shares] == [[0], [0], [1], [2]]
+    assert [list(share["heads"]) for share in shares] == [[0], [1, 2], [3, 4, 5], [6, 7, 8]]
+    assert [list(layer.divided(rank, 2, 1)["kv_heads"]) for rank in range(2)] == [[0], [1, 2]]
 
 
 @pytest.mark.parametrize("tp, block", [(10, 32), (7, 512), (4, 512)])
-def test_a_model_that_cannot_be_divided_is_refused_by_every_rank(tp, block):
-    for rank in range(tp):
-        with pytest.raises(ConfigError, match=f"divided among {tp} ranks: it has 9 query heads"):
-            share_of(PUBLISHED["smollm2"][0], rank, tp, block)
+def test_a_model_that_cannot_be_divided_is_refused(tp, block):
+    with pytest.raises(ConfigError, match=f"divided among {tp} ranks: it has 9 query heads"):
+        refuse_ranks(model_of(PUBLISHED["smollm2"][0]), tp, block)
 
 
 # ---- whole models, a thread for each rank
@@ -172,8 +181,8 @@ def kernels_of(rank, together):
 
 def logits_of(model, kernels, steps, results, rank, tables):
     try:
-        transformer = Transformer(model.spec, dict(model.tensors), kernels, num_pages=20, num_slots=20, max_tokens=64, dtype="float32")
-        assert (transformer.weights["head"] is transformer.weights["embed"]) == model.spec.tied_head
+        transformer = Transformer(model.architecture, dict(model.tensors), kernels, num_pages=20, num_slots=20, max_tokens=64, dtype="float32")
+        assert (transformer.weights["head"] is transformer.weights["embed"]) == model.architecture.head.tied
         tables[rank] = transformer.weights["embed"]
         results[rank] = torch.cat([forward_logits(transformer, step) for step in steps])
     except BaseException as failure:
@@ -183,7 +192,7 @@ def logits_of(model, kernels, steps, results, rank, tables):
 
 def check_the_ranks_together_are_the_model(model, tp):
     random, pages = torch.Generator().manual_seed(SEED), list(range(3, 9))
-    tokens = torch.randint(0, model.spec.vocab_size, (41,), generator=random).tolist()
+    tokens = torch.randint(0, model.architecture.vocab_size, (41,), generator=random).tolist()
     steps = [make_batch((tokens, 0, 40, pages)), make_batch((tokens, 40, 1, pages))]
     expected, found, together, whole, tables = {}, {}, Together(tp), {}, {}
     logits_of(model, load_kernels("cpu"), steps, expected, 0, whole)
@@ -198,9 +207,9 @@ def check_the_ranks_together_are_the_model(model, tp):
         assert isinstance(found[rank], torch.Tensor), found[rank]
         assert torch.equal(found[rank], found[0])
     assert (found[0] - expected[0]).abs().max() < 1e-4 * max(1.0, expected[0].abs().max().item())
-    rows = -(-model.spec.vocab_size // tp)
+    rows = -(-model.architecture.vocab_size // tp)
     assert {len(table) for table in tables.values()} == {rows}          # none holds more of the embedding
-    assert torch.equal(torch.cat([tables[rank] for rank in range(tp)])[:model.spec.vocab_size], whole[0])
+    assert torch.equal(torch.cat([tables[rank] for rank in range(tp)])[:model.architecture.vocab_size], whole[0])
 
 
 def check_model(model):
@@ -241,18 +250,18 @@ def test_each_stage_keeps_the_states_and_the_keys_of_its_own_layers(name, stages
     expected, parts = {}, [stage_model(model, stage, stages) for stage in range(stages)]
     steps = [make_batch((tokens, 0, 40, pages)), make_batch((tokens, 40, 1, pages))]
     logits_of(model, load_kernels("cpu"), steps, expected, 0, {})
-    made = [Transformer(part.spec, dict(part.tensors), load_kernels("cpu"), num_pages=20, num_slots=20, max_tokens=64, dtype="float32") for part in parts]
+    made = [Transformer(part.architecture, dict(part.tensors), load_kernels("cpu"), num_pages=20, num_slots=20, max_tokens=64, dtype="float32") for part in parts]
     for step, logits in zip(steps, expected[0]):
         for before, stage in zip([None, *made], made):
             for passed in stage.passed_on(0) if before else ():
                 stage.buffers[passed].copy_(before.buffers[passed])
             found = forward_logits(stage, step)
         torch.testing.assert_close(found[0], logits, rtol=1e-5, atol=1e-5)
-    assert [len(stage.layout.group) for stage in made] == [len(layers_of(model.spec, n, stages)) for n in range(stages)]
-    assert sum(part.spec.state_bytes for part in parts) == model.spec.state_bytes == sum(
+    assert [len(stage.layout.group) for stage in made] == [len(layers_of(model.architecture, n, stages)) for n in range(stages)]
+    assert sum(part.architecture.state_bytes for part in parts) == model.architecture.state_bytes == sum(
         state.nbytes for stage in made for layer in stage.states for state in layer) // 20
-    assert sum(part.spec.paged_layers for part in parts) == model.spec.paged_layers
-    assert [part.spec.layer_input_size > 0 and part.spec.opens for part in parts] == ["layer_embed" in part.tensors for part in parts]
+    assert sum(part.architecture.paged_layers for part in parts) == model.architecture.paged_layers
+    assert [model.spec.layer_input_size > 0 and part.architecture.opens for part in parts] == ["layer_embed" in part.tensors for part in parts]
 
 
 @pytest.mark.parametrize("name, tp, words, stages", [
@@ -267,9 +276,9 @@ def test_published_shapes_of_gemma_4_are_divided_by_the_heads_of_each_layer(name
     for ranks in (2, 3, 8):
         check_every_part_is_given_out_once(few, ranks)
     with pytest.raises(ConfigError, match=f"cannot be divided among {tp} ranks: {words}"):
-        share_of(spec, 0, tp)
+        refuse_ranks(model_of(spec), tp, 1)
     for count in (2, stages):
-        parts = [layers_of(spec, stage, count) for stage in range(count)]
+        parts = [layers_of(model_of(spec), stage, count) for stage in range(count)]
         assert [*itertools.chain(*parts)] == [*range(spec.layers)] and all(parts)
         assert all(its.source is None or its.source in part for part in parts for l in part if (its := spec.attentions[l]))
     with pytest.raises(ConfigError, match=f"cannot be divided into {stages + 1} stages|the model has {stages} layers, which cannot be"):

@@ -159,7 +159,7 @@ def test_an_adapter_of_the_head_or_the_embedding_changes_that_matrix_alone(optio
     cases = clear_cases(adapted(model, tmp_path / "adapter", **options).eval(), lengths=(9, 40), count=16)
     for path in paths:
         ours = load(path, lora=(str(tmp_path / "adapter"),))
-        for backend in ("reference", "decode_core") if decode_core() and not not_compiled(ours.spec) else ("reference",):
+        for backend in ("reference", "decode_core") if decode_core() and not not_compiled(ours.architecture) else ("reference",):
             check(answers(transformer(ours, kernels_of(backend, ours.spec)), cases, count=16), cases, count=16)
         own, names = tensors_of(ours), " ".join([*options.get("more", ()), *options.get("modules_to_save", ())])
         alone = "ensure_weight_tying" not in options

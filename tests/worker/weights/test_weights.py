@@ -37,7 +37,7 @@ from chatlm.common.text.tokenizer import compile_chat_template
 from chatlm.worker.arrays.gguf_types import ROWS, TYPES, WITHOUT_VALUES, block_of
 from chatlm.worker.arrays.kinds import kind_of
 from chatlm.worker.model.kernels import load_kernels
-from chatlm.worker.model.spec import Batch, expected_tensors
+from chatlm.worker.model.batch import Batch
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.tensors import dtype_of, tensor_of
 from chatlm.worker.weights.families import FAMILIES, GGUF_FAMILIES
@@ -60,7 +60,7 @@ class Reader:
     """One sequence through the model: feed it tokens, get logits (T, V)."""
 
     def __init__(self, model, pages=40):
-        self.transformer = Transformer(model.spec, dict(model.tensors), load_kernels("cpu"), num_pages=pages, max_tokens=512,
+        self.transformer = Transformer(model.architecture, dict(model.tensors), load_kernels("cpu"), num_pages=pages, max_tokens=512,
                                        device="cpu", dtype="float32")
         self.tokens, self.table = [], list(range(pages))
 
@@ -676,7 +676,7 @@ def test_weights_stay_as_stored_or_the_log_says_what_they_became(tmp_path, name)
     model = load(write_gguf(tmp_path / "tiny.gguf", stored, LLAMA_NUMBERS), None)
     becomes = "BF16" if name == "F32" else name
     from decode_core.tiles import Arena, Matrix
-    held = Matrix(Arena(1 << 20), becomes.lower(), *expected_tensors(model.spec)["0.down"]).nbytes
+    held = Matrix(Arena(1 << 20), becomes.lower(), *model.architecture.shapes()["0.down"]).nbytes
     assert model.tensors["0.down"].nbytes == held
     assert not model.grows
     down, exact = model.tensors["0.down"].read(), torch.from_numpy(gguf.dequantize(*stored["blk.0.ffn_down.weight"])
@@ -739,9 +739,9 @@ def test_a_file_of_many_types_computes_what_its_dequantized_weights_say(tmp_path
                   logit_rows=list(range(40)))
     exact = Reader(load(path)).feed(ids, all_logits=True)
     limits = {"max_tokens": 64, "max_rows": 64}
-    kernels = load_kernels("cpu", model.spec, **limits)
+    kernels = load_kernels("cpu", model.architecture, **limits)
     assert kernels.row_invariant
-    ours = forward_logits(Transformer(model.spec, dict(model.tensors), kernels, num_pages=3, device="cpu", dtype=None, **limits), batch)
+    ours = forward_logits(Transformer(model.architecture, dict(model.tensors), kernels, num_pages=3, device="cpu", dtype=None, **limits), batch)
     assert (ours - exact).abs().max() < 0.02 * exact.abs().max()
 
 
@@ -774,7 +774,7 @@ def test_the_default_models_tensors_are_exactly_those_the_model_expects(default_
     before = mapped_bytes(default_model_path)
     model = load(default_model_path, "bfloat16")
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
-    assert shapes | {"head": shapes["embed"]} == expected_tensors(model.spec)
+    assert shapes | {"head": shapes["embed"]} == model.architecture.shapes()
     assert {name: given.read().nbytes for name, given in model.tensors.items()} == {
         name: given.nbytes for name, given in model.tensors.items()}
     assert model.context_length == 8192 and model.spec.rope_base == 100_000 and "210 Q4_1" in model.description

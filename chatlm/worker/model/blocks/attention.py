@@ -1,0 +1,246 @@
+"""Attention: what a layer caches for each token, and how its queries see that."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+from chatlm.worker.arrays.rotary import Rope
+from chatlm.worker.model.blocks.axes import Axis, Divided, Run, Tensors, length, matrix, vector
+from chatlm.worker.model.blocks.step import Block, Buffer, Read, Scratch, Step, Sum
+from chatlm.worker.model.tensors import rounded_up
+
+
+@dataclass(frozen=True)
+class HeadNorms:
+    """RMS norms of q and k, before they turn or after: of each head, or of all heads together."""
+
+    when: str                # "before_rope", "after_rope"; "whole": of all heads together, before
+    eps: float
+    weights: bool = True
+    sizes: tuple[int, ...] = ()  # "whole": the numbers of q and of k in all ranks
+    count: int = 0           # numbers of a padded head, zeros not included; 0: all
+
+    @property
+    def whole(self) -> bool:
+        return self.when == "whole"
+
+    def tensors(self, q: Run, k: Run | None) -> Tensors:
+        named = {"q_norm": q} | ({"k_norm": k} if k else {})
+        if self.whole:
+            return {name: vector((run,)) for name, run in named.items()}
+        factor = math.sqrt(self.count / q.size) if self.count else 1.0
+        return {name: vector(run.size, factor=factor) for name, run in named.items()}
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Which keys a query sees, and how its scores are made."""
+
+    scale: float = 1.0       # multiplies q, in addition to 1 / sqrt(D)
+    growth: tuple[float, ...] = ()  # (beta, n): q is multiplied by 1 + beta * ln(1 + position // n), too
+    qk_scale: float = 1.0    # multiplies q and k, after norm and rope
+    window: int = 0          # keys that a token sees, its own included; 0: all
+    softcap: float = 0.0     # scores = c * tanh(scores / c), before the mask; 0: none
+    sinks: bool = False      # a logit for each query head, which attends to no value
+    sees: str = "before"     # "text": what comes after it, too; "pictures": also the rest of its picture
+    distances: bool = False  # scores get a bias for each head and bucket of distances (MPNet)
+
+
+@dataclass(frozen=True)
+class ValueEmbed:
+    """v + scale * sigmoid(ve_gate x) * an embedding of the token (nanochat)."""
+
+    vocabulary: int
+    channels: int            # the first ones of x, which the gate reads
+    scale: float
+
+    def tensors(self, values: Run) -> Tensors:
+        table = matrix(self.vocabulary, (values,), packed=False)
+        return {"value_embed": table, "ve_gate": matrix((values._replace(size=1),), self.channels)}
+
+    def scratch(self, values: Run) -> Scratch:
+        return {"value": Buffer(values.length, short=True), "gate": Buffer(values.count, short=True)}
+
+    def compute(self, s: Step, read: Read) -> dict[str, Any]:
+        """What rope_append adds to v."""
+        k, b, w = s.k, s.b, s.w
+        k.embed(w["value_embed"], s.inputs.token_ids, out=b.value)     # (T, Hkv * Dv)
+        k.linear(read.x, w["ve_gate"], norm=read.norm, out=b.gate)     # (T, Hkv)
+        return {"value_embed": b.value, "gate": b.gate, "gate_scale": self.scale}
+
+
+@dataclass(frozen=True)
+class Attention(Block):
+    """output(softmax(q k^T / sqrt(D)) v), where q, k, v = qkv norm(x) (Vaswani et al., "Attention is all you
+    need", 2017; grouped heads: Ainslie et al., "GQA", 2023).
+
+    qkv is (H D + Hkv D + Hkv Dv, C), output (C, H Dv). For each token the layer caches, for each of Hkv
+    heads, a key of D numbers and a value of Dv. A layer with a `source` caches nothing: its queries read
+    the pages of that layer, whose sizes are its own."""
+
+    heads: int               # H, of queries
+    kv_heads: int            # Hkv
+    head_size: int           # D, of queries and keys
+    value_size: int          # Dv
+    rope: Rope
+    scores: Scores = Scores()
+    norms: HeadNorms | None = None
+    value_norm: bool = False  # RMS norm (without weight) of each head of v
+    values_from_keys: bool = False  # v is the product that k is made of, before its norm; no rows for v
+    source: int | None = None  # the earlier layer whose keys and values it reads; no rows for k and v
+    embed: ValueEmbed | None = None
+    gated: bool = False      # after each head's q, qkv has as many rows for a gate of the head's output
+    biases: tuple[str, ...] = ()  # of "qkv", "output"
+
+    @property
+    def window(self) -> int:
+        return self.scores.window
+
+    @property
+    def slot_size(self) -> int:
+        """Numbers that it caches per token."""
+        return 0 if self.source is not None else self.kv_heads * (self.head_size + self.value_size)
+
+    @functools.cached_property
+    def runs(self) -> Axis:
+        """The rows of q, k and v in qkv, as far as it has them, without gates."""
+        q = Run(self.heads, self.head_size, "heads")
+        k = Run(self.kv_heads, self.head_size, "kv_heads")
+        v = Run(self.kv_heads, self.value_size, "kv_heads")
+        if self.source is not None:
+            return (q,)
+        return (q, k) if self.values_from_keys else (q, k, v)
+
+    @functools.cached_property
+    def rows(self) -> int:
+        return length(self.runs)
+
+    @property
+    def queries(self) -> int:
+        return self.heads * self.head_size
+
+    @property
+    def values(self) -> Run:
+        return Run(self.kv_heads, self.value_size, "kv_heads")
+
+    def tensors(self, C: int) -> Tensors:
+        q, *kv = self.runs
+        gated = q._replace(parts=2) if self.gated else q
+        attended = Run(self.heads, self.value_size, "heads")
+        found = {"qkv": matrix((gated, *kv), C, adapted=True), "output": matrix(C, (attended,), adapted=True)}
+        found |= {f"{name}_bias": found[name].bias for name in self.biases}
+        if self.norms and self.norms.weights:
+            found |= self.norms.tensors(q, kv[0] if kv else None)
+        if self.scores.sinks:
+            found["sinks"] = vector((Run(self.heads, of="heads"),))
+        return found | (self.embed.tensors(self.values) if self.embed else {})
+
+    def scratch(self, C: int) -> Scratch:
+        found = {"qkv": Buffer(self.rows, short=True), "q": Buffer(self.queries),
+                 "attended": Buffer(self.heads * self.value_size, short=True)}
+        if self.gated:
+            found["gated"] = Buffer(self.queries + self.rows, short=True)
+            found["gates"] = Buffer(self.queries, short=True)
+        if self.norms and self.norms.whole:
+            found["means"] = Buffer(16)
+        return found | (self.embed.scratch(self.values) if self.embed else {})
+
+    def compute(self, s: Step, read: Read, to: Sum):
+        k, b, inputs = s.k, s.b, s.inputs
+        q = b.of("q", self.queries)                                    # (T, H * D)
+        attended = b.of("attended", self.heads * self.value_size)      # (T, H * Dv)
+
+        qkv = self.project(s, read)                                    # (T, rows)
+        options = self.embed.compute(s, read) if self.embed else {}
+        if self.norms and self.norms.whole:
+            self.norm_whole(s, qkv)
+        k.rope_append(qkv, *s.rope, inputs.turns, inputs.slots, s.cache, out=q, **self.norm_options(s),
+                      **options, **self.rope_options)
+        if s.q_scale is not None:
+            k.scale_rows(q, s.q_scale, inputs.positions, out=q)
+        if s.pauses:
+            k.pause()
+        if self.scores.sees == "text":
+            distances = {"distances": s.distances} if self.scores.distances else {}
+            k.text_attention(q, s.cache, inputs.attention, self.window, out=attended, **distances)
+        else:
+            two_sided = {"two_sided": True} if self.scores.sees == "pictures" else {}
+            k.paged_attention(q, s.cache, inputs.attention, self.window, out=attended,
+                              softcap=self.scores.softcap, sinks=s.w.get("sinks"), **two_sided)
+        if self.gated:
+            k.gate(attended, b.of("gates", self.queries), out=attended)
+        to.product(s, attended, "output")
+
+    def project(self, s: Step, read: Read):
+        """q, k and v of each token; the gates of heads go to a buffer of their own."""
+        b, bias = s.b, s.w.get("qkv_bias")
+        qkv = b.of("qkv", self.rows)
+        if not self.gated:
+            s.product(read, "qkv", qkv, bias=bias)
+            return qkv
+        both = b.of("gated", self.queries + self.rows)
+        s.product(read, "qkv", both, bias=bias)
+        s.k.split_gates(both, self.head_size, gates=b.of("gates", self.queries), out=qkv)
+        return qkv
+
+    def norm_whole(self, s: Step, qkv):
+        """Norm q and k, each over all heads of all ranks."""
+        k, means, norms = s.k, s.b.means, self.norms
+        assert norms
+        weights = {"q_norm": s.w.get("q_norm"), "k_norm": s.w.get("k_norm")}
+        k.mean_squares(qkv, **weights, sizes=norms.sizes, out=means)   # (T, 2)
+        if k.all_reduce:
+            k.all_reduce(means, out=means)
+        k.norm_qk(qkv, **weights, means=means, eps=norms.eps, out=qkv)
+
+    def norm_options(self, s: Step) -> dict[str, Any]:
+        """What rope_append must know of the norms of heads."""
+        norms = self.norms
+        if norms is None or norms.whole:
+            return {"norm": "none", "eps": 0.0}
+        weights = {"q_norm": s.w.get("q_norm"), "k_norm": s.w.get("k_norm")}
+        return {"norm": norms.when, **weights, "eps": norms.eps}
+
+    @functools.cached_property
+    def rope_options(self) -> dict[str, Any]:
+        options = {"post_scale": self.scores.qk_scale, "q_scale": self.scores.scale}
+        return options | ({"value_norm": True} if self.value_norm else {})
+
+    # ---- other sizes
+
+    def padded(self) -> Attention:
+        """With heads of multiples of 16.
+
+        The additional numbers are zeros, so scores and sums stay what they were. What divides by D must
+        know: scores, and the norms of each head."""
+        D, wide = self.head_size, rounded_up(self.head_size)
+        if D == wide:
+            return self
+        norms, qk_scale = self.norms, self.scores.qk_scale
+        if norms and not norms.whole:
+            norms = replace(norms, eps=norms.eps * (D / wide), count=D)
+            qk_scale *= 1 if norms.weights else math.sqrt(D / wide)
+        scores = replace(self.scores, scale=self.scores.scale * math.sqrt(wide / D), qk_scale=qk_scale)
+        return replace(self, head_size=wide, value_size=rounded_up(self.value_size), norms=norms,
+                       scores=scores)
+
+    def moved(self, layers: int) -> Attention:
+        return self if self.source is None else replace(self, source=self.source - layers)
+
+    def divided(self, rank: int, tp: int, block: int) -> Divided:
+        """A rank's query heads and kv heads. If there are more ranks than kv heads, several share one, each
+        with some of its query heads."""
+        group = self.heads // self.kv_heads
+        firsts = [number * self.kv_heads // tp for number in range(tp)]
+        first, sharing = firsts[rank], firsts.count(firsts[rank])
+        own = range(first, max(first + 1, (rank + 1) * self.kv_heads // tp))
+        turn = rank - firsts.index(first)  # among those with the same kv heads
+        begin = first * group + group * turn // sharing
+        end = own[-1] * group + group * (turn + 1) // sharing
+        return {"heads": range(begin, end), "kv_heads": own}
+
+    def of_rank(self, divided: Divided) -> Attention:
+        return replace(self, heads=len(divided["heads"]), kv_heads=len(divided["kv_heads"]))

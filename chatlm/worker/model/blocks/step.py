@@ -1,0 +1,200 @@
+"""What blocks are computed with: a step's buffers and ops, what a block reads, and where its result goes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, NamedTuple, TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+    from chatlm.worker.arrays.kinds import Norm
+    from chatlm.worker.model.blocks.axes import Divided, Tensors
+    from chatlm.worker.model.blocks.norms import AnyNorm
+    from chatlm.worker.model.kernels import Kernels
+    from chatlm.worker.model.batch import Inputs, RowAdapters
+
+
+class Buffer(NamedTuple):
+    """What a block asks for: so many columns, and a row for each token of a step."""
+
+    columns: int
+    short: bool = False      # of the type of activations, which may have 16 bits; else float32
+    of_logits: bool = False  # a row for each row of logits instead
+
+
+Scratch = dict[str, Buffer]  # a buffer's name -> what a block asks for; a model has the widest of each
+
+
+def widest(parts: list[Scratch]) -> Scratch:
+    """One buffer of each name, as wide as any of these want it."""
+    found: Scratch = {}
+    for part in parts:
+        for name, buffer in part.items():
+            if name not in found or found[name].columns < buffer.columns:
+                found[name] = buffer
+    return found
+
+
+class Buffers(SimpleNamespace):
+    """A step's rows of each buffer, cut once: x (T, C), residual (T, C), .."""
+
+    def of(self, name: str, columns: int):
+        """A buffer (T, columns or more) as (T, columns), in the same memory."""
+        buffer = getattr(self, name)
+        if buffer.shape[1] == columns:
+            return buffer
+        return buffer.reshape(-1)[:len(buffer) * columns].reshape(-1, columns)
+
+
+class Read(NamedTuple):
+    """What products read in place of norm(x): x and the norm that they apply, or the norm's result."""
+
+    x: Any                    # (T, C)
+    norm: Norm | None = None
+
+
+class Step:
+    """What a layer is computed with, or what comes before and after all layers. Made once for each of them;
+    `begin` turns to another step."""
+
+    k: Kernels
+    b: Buffers
+    inputs: Inputs            # of the layer's group of pages
+    adapters: RowAdapters | None
+
+    def __init__(self, weights: dict[str, Any], layer: int | None, vocab_size: int):
+        self.w = weights
+        self.layer = layer
+        self.prefix = "" if layer is None else f"{layer}."  # of its matrices' names
+        self.bounds: Any = weights.get("clamps")  # of what products read and give
+        self.vocab_size = vocab_size
+        self.group = 0                 # of pages
+        self.cache: Any = None         # the layer's pages of keys and values
+        self.states: tuple[Any, ...] = ()  # of the layer's sequences
+        self.rope: tuple[Any, ...] = ()  # its tables (cos, sin) of positions
+        self.q_scale: Any = None       # what multiplies q at each position
+        self.distances: Any = None     # what scores get by the distance of a key
+        self.pauses = False            # does the layer wait while others write answers?
+        self.resid_lambdas: Any = None  # of all layers
+        self.x0_lambdas: Any = None
+        self.embedding_scale = 1.0     # divided by what x is divided by
+        self.layer_embed: Any = None   # the table of layers' inputs, in its file
+
+    def begin(self, k: Kernels, buffers: Buffers, inputs: Inputs):
+        self.k = k
+        self.b = buffers
+        self.inputs = inputs.parts[self.group] if self.group else inputs
+        self.adapters = inputs.adapters
+
+    def product(self, read: Read, name: str, out, **options):
+        """out = x @ w[name].T, plus what each row's adapter adds to that."""
+        if self.bounds:
+            return self.clamped_product(read, name, out, **options)
+        if self.adapters:
+            adapted = self.adapters.of_matrix(self.prefix + name)
+            if adapted:
+                options["adapted"] = adapted
+        self.k.linear(read.x, self.w[name], norm=read.norm, out=out, **options)
+
+    def clamped_product(self, read: Read, name: str, out, **options):
+        """The same where what goes in and what comes out is bounded. x is clamped in place."""
+        low, high = self.bounds[f"{name}_in"]
+        self.k.clamp(read.x, low, high, out=read.x)
+        self.k.linear(read.x, self.w[name], out=out, **options)
+        low, high = self.bounds[name]
+        self.k.clamp(out, low, high, out=out)
+
+
+class Sum:
+    """Where a block's result goes: out = residual + result, with a norm of the result or of the sum.
+
+    Made once for each block of a layer; it alone knows how ranks sum what they have computed."""
+
+    def __init__(self, residual: str, out: str, norm: AnyNorm | None, norm_name: str, norm_of_sum: bool):
+        """residual and out: names of buffers."""
+        self.residual_name = residual
+        self.out_name = out
+        self.norm = norm
+        self.norm_name = norm_name
+        self.norm_of_sum = norm_of_sum
+
+    def residual(self, s: Step):
+        return getattr(s.b, self.residual_name)
+
+    def out(self, s: Step):
+        return getattr(s.b, self.out_name)
+
+    def adds_directly(self, s: Step) -> bool:
+        """May an op that computes the result add the residual to it?"""
+        return s.k.all_reduce is None and (self.norm is None or self.norm_of_sum)
+
+    def product(self, s: Step, x, name: str):
+        """Add x @ w[name].T and its bias. Each of several ranks has some columns of the matrix."""
+        bias = s.w.get(f"{name}_bias")
+        if not self.adds_directly(s):
+            s.product(Read(x), name, s.b.added, bias=bias)
+            return self.add(s, s.b.added)
+        total = s.b.added if self.norm_of_sum else self.out(s)
+        s.product(Read(x), name, total, bias=bias, residual=self.residual(s))
+        self.finish(s, total)
+
+    def add(self, s: Step, result, reduced: bool = False):
+        """Add a result (T, C), of this rank alone unless it is `reduced`."""
+        reduce = None if reduced else s.k.all_reduce
+        if self.norm is None and reduce:
+            return reduce(result, out=self.out(s), residual=self.residual(s))
+        if reduce:
+            reduce(result, out=result)
+        if self.norm_of_sum:
+            s.k.mix(self.residual(s), result, 1.0, 1.0, out=result)
+            return self.finish(s, result)
+        if self.norm is not None:
+            self.norm.apply(s, result, self.norm_name, out=result)
+        s.k.mix(self.residual(s), result, 1.0, 1.0, out=self.out(s))
+
+    def finish(self, s: Step, total):
+        """Norm a result to which the residual has been added, if the norm is of the sum."""
+        if self.norm_of_sum and self.norm is not None:
+            self.norm.apply(s, total, self.norm_name, out=self.out(s))
+
+
+class Block:
+    """A part of a layer: attention, a state space, a feed-forward network, experts.
+
+    It states its tensors in a model of width C and the buffers that it needs, and becomes a block of
+    another size. Attention also says what it caches; blocks with states say their shapes (`states`)."""
+
+    widens = True  # can its model's rows be padded?
+
+    def tensors(self, C: int) -> Tensors:
+        raise NotImplementedError
+
+    def scratch(self, C: int) -> Scratch:
+        raise NotImplementedError
+
+    def arranged(self, w: dict[str, Any]) -> dict[str, Any]:
+        """Those of its loaded tensors that `compute` reads in another form, in that form."""
+        return {}
+
+    def compute(self, s: Step, read: Read, to: Sum):
+        """Read norm(x), and give the result to the sum."""
+        raise NotImplementedError
+
+    def padded(self) -> Self:
+        """With sizes of multiples of 16, where that changes no result."""
+        return self
+
+    def widened(self, C: int, wide: int) -> Self:
+        """For a model whose rows of C numbers are followed by zeros up to `wide`."""
+        return self
+
+    def moved(self, layers: int) -> Self:
+        """In a stage before which others compute so many layers."""
+        return self
+
+    def divided(self, rank: int, tp: int, block: int) -> Divided:
+        """What a rank has of what ranks divide; if possible whole blocks of `block` columns."""
+        raise NotImplementedError
+
+    def of_rank(self, divided: Divided) -> Self:
+        raise NotImplementedError

@@ -1,0 +1,206 @@
+"""`ModelSpec`: a model as its files describe it, which `model_of` makes blocks of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
+
+from chatlm.worker.arrays.rotary import Rope
+from chatlm.worker.model.blocks.mixers import DeltaRule, Mamba2, ShortConv
+
+
+@dataclass(frozen=True)
+class NoMixer:
+    """Nothing: the layer has a feed-forward part alone, which reads x itself (Nemotron-H)."""
+
+    size = 1  # no earlier token matters
+
+    def states(self, C: int) -> tuple[tuple[int, ...], ...]:
+        return ()
+
+
+Mixer = ShortConv | DeltaRule | Mamba2 | NoMixer
+
+
+@dataclass(frozen=True)
+class Attention:
+    """How a layer attends: what it caches for each token, and which of that its queries see.
+
+    For each token it caches, for each of Hkv heads, a key of D numbers and a value of Dv. A layer with a
+    `source` caches nothing: its queries read the pages of that layer, whose sizes are its own."""
+
+    heads: int                        # H, of queries
+    kv_heads: int                     # Hkv
+    head_size: int                    # D, of queries and keys
+    own_value_size: int | None = None  # None: values are as wide as keys; see value_size
+    window: int = 0                   # keys that a token sees, its own included; 0 = all
+    rope_base: float = 10000.0
+    rope_size: int | None = None      # rotated dims of each head; None = all D, 0 = none
+    rope_factors: tuple[float, ...] | None = None  # divides each of the rope_size/2 frequencies; inf stops it
+    rope_scale: float = 1.0           # multiplies cos and sin (yarn, longrope)
+    q_scale: float = 1.0              # multiplies q, in addition to 1 / sqrt(D)
+    value_norm: bool = False          # RMS norm (without weight) of each head of v
+    values_from_keys: bool = False    # v is the product that k is made of, before its norm; no rows for v
+    source: int | None = None         # the earlier layer whose keys and values it reads; no rows for k and v
+
+    @property
+    def value_size(self) -> int:
+        """Dv."""
+        return self.head_size if self.own_value_size is None else self.own_value_size
+
+    @property
+    def slot_size(self) -> int:
+        """Numbers that it caches per token."""
+        return 0 if self.source is not None else self.kv_heads * (self.head_size + self.value_size)
+
+    @property
+    def parts(self) -> tuple[int, int, int]:
+        """The rows of qkv without gates: q, k, v."""
+        keys, values = self.kv_heads * self.head_size, self.kv_heads * self.value_size
+        if self.source is not None:
+            keys = values = 0
+        return self.heads * self.head_size, keys, 0 if self.values_from_keys else values
+
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Everything that distinguishes one model from another; made by a loader, read by `model_of`.
+
+    Sizes by letter: V vocab_size, L layers, C width, H heads, Hkv kv_heads, D head_size, F ffn_size.
+    The loader crops padded vocabularies to V rows and un-permutes interleaved rotary pairs to half-split."""
+
+    vocab_size: int
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    ffn_size: int
+    max_positions: int                # length of the rotary tables; a text cannot be longer
+    norm_eps: float = 1e-5
+    norm_weights: bool = True         # attention_norm, ffn_norm, final_norm have weights
+    layer_norms: bool = False         # these three are LayerNorms: of x less its mean
+    norm_biases: bool = False         # and add a bias to it
+    pre_norms: bool = True            # False: blocks read x itself, without attention_norm and ffn_norm
+    post_norms: bool = False          # output_norm, down_norm: of what each block adds to x
+    sum_norms: bool = False           # these two: of x with what the block has added; there is no final_norm
+    of_texts: bool = False            # it embeds whole texts: a token sees what comes after it too, up to its
+                                      # layer's window on either side; there is no head
+    embeds: bool = False              # texts are all that it computes: layers wait while others write answers
+    first_norm: bool = True           # False: layer 0 has no attention_norm
+    input_norm: bool = False          # embed_norm: of the sum of all embeddings
+    distance_buckets: bool = False    # scores get a bias for each head and bucket of distances (MPNet)
+    token_types: int = 0              # > 0: rows of a table of types, each added to the embedding
+    parallel: bool = False            # feed-forward parts read x as attention does, not what it makes of x
+    one_norm: bool = False            # and attention_norm's result: there is no ffn_norm
+    embedding_norm: bool = False      # RMS norm (without weight) right after the embedding
+    embedding_scale: float = 1.0      # multiplies the embedding; itself rounded to the weights' type
+    positions: int = 0                # > 0: rows of a table of positions, each added to the embedding
+    residual_scale: float = 1.0       # multiplies what each block adds to x
+    logit_scale: float = 1.0          # multiplies the logits
+    tied_head: bool = False           # the head shares the embedding's weights
+    head_bias: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    ffn_bias: bool = False            # gate_up_bias (or up_bias) and down_bias
+    rope_base: float = 10000.0
+    rope_size: int | None = None      # rotated dims of each head; None = all D, 0 = none
+    rope_direction: int = 1           # +1 textbook, -1 nanochat
+    rope_bfloat16: bool = False       # cos and sin rounded to bfloat16 (nanochat until 2026-03-04)
+    rope_factors: tuple[float, ...] | None = None  # divides each of the rope_size/2 frequencies
+    rope_scale: float = 1.0           # multiplies cos and sin (yarn, longrope)
+    qk_norm: str = "none"             # "none" | "before_rope" | "after_rope"
+    qk_norm_weights: bool = False
+    qk_norm_sizes: tuple[int, ...] = ()  # (H * D, Hkv * D): q and k are normalized whole, before rope
+    qk_norm_eps: float | None = None  # of this norm; None: norm_eps
+    qk_scale: float = 1.0             # multiplies q and k, after norm and rope
+    q_scale: float = 1.0              # multiplies q alone, in addition to 1 / sqrt(D)
+    attentions: tuple[Attention, ...] = ()  # of each layer, where they differ; see `attention`
+    q_growth: tuple[float, ...] = ()  # (beta, n): and 1 + beta * ln(1 + position // n)
+    attention_softcap: float = 0.0    # scores = c * tanh(scores / c), before the mask; 0 = none
+    activation: str = "swiglu"        # one of ops' GATES, or of UNGATED in feed_forward.py
+    experts: int = 0                  # of each layer, F wide; 0: its feed-forward part is one dense one
+    dense_layers: tuple[int, ...] = ()  # layers that have none nonetheless
+    dense_size: int = 0               # width of the feed-forward part of these
+    shared_size: int = 0              # > 0: width of an additional expert that every token takes
+    shared_gate: bool = False         # its output is multiplied by the sigmoid of another product
+    expert_norms: bool = False        # router, experts and shared expert have norms of their own
+    experts_bias: bool = False        # added to what they add together
+    bare_layers: tuple[int, ...] = ()  # layers without a feed-forward part
+    double_layers: tuple[int, ...] = ()  # whose feed-forward part is 2 F wide
+    experts_per_token: int = 0        # those with the largest of the router's logits
+    shares_sum_to_one: bool = True    # softmax over the chosen experts' logits; else over all experts'
+    router_bias: bool = False
+    router_jitter: float | None = None  # experts and shares are those of `sparse_routes`
+    sigmoid_router: bool = False      # shares are the chosen experts' sigmoids, see `sigmoid_routes`
+    choice_bias: bool = False         # added when a sigmoid_router chooses, but not in the shares
+    router_groups: tuple[int, int] = (1, 1)  # it chooses among the experts of so many groups
+    share_scale: float = 1.0          # and multiplies its shares by this
+    latent_size: int = 0              # > 0: experts read and add to a product of x of this width
+    output_gate: bool = False         # after each head's q, qkv has as many rows for a gate of its output
+    sinks: bool = False               # a logit for each query head, which attends to no value
+    mixers: tuple[Mixer | None, ...] = ()  # of each layer, instead of attention; None, () = attention
+    softcap: float = 0.0              # logits = c * tanh(logits / c); 0 = none
+    residual_lambdas: bool = False    # x = resid_lambdas[l] * x + x0_lambdas[l] * x0 before layer l
+    layer_scalars: bool = False       # x = scalar * x after each layer
+    layer_input_size: int = 0         # P > 0: each layer adds a vector of its own for each token, P wide
+    value_embed_layers: tuple[int, ...] = ()  # layers with value_embed and ve_gate
+    ve_gate_scale: float = 2.0
+    ve_gate_channels: int = 32
+    smear_channels: int = 0           # > 0: add the previous embedding, gated by this many channels
+    backout_layer: int | None = None  # subtract backout_lambda * (x after it) before the final norm
+    answer_positions: int = 0         # > 0: prompt and answer end here; a longer text is only scored
+    joins: bool = False               # a draft head: its input is a product of the embedding and a state of
+                                      # another model, as which x is given
+    sees: bool = False                # rows of pictures are added to the embeddings, which are 0 there,
+    deep_rows: int = 0                # others of them after each of so many first layers
+    rope_axes: tuple[int, ...] = ()   # how many pairs turn by a picture's time, row and column, interleaved
+    two_sided: str = ""               # layers in which rows of a picture see all of its rows: "all" of them,
+                                      # those with "windows", or none
+    clamped: bool = False             # of a tower: what products read and give is bounded, see Clamps; gate
+                                      # and up are products of their own
+    picture_pad: int | None = None    # of rows of pictures, layers get the inputs of this token: a step's
+                                      # previous_token_ids are then it in such rows, elsewhere V
+    opens: bool = True                # False: a tower or a draft head, whose input others compute
+
+    def attention(self, layer: int) -> Attention:
+        """How a layer attends, if it has no mixer: from `attentions`, else from the spec's own fields."""
+        return self.attentions[layer] if self.attentions else Attention(
+            self.heads, self.kv_heads, self.head_size, rope_base=self.rope_base, rope_size=self.rope_size,
+            rope_factors=self.rope_factors, rope_scale=self.rope_scale, q_scale=self.q_scale)
+
+    def rope(self, layer: int) -> Rope:
+        """How the heads of a layer turn."""
+        attn = self.attention(layer)
+        size = attn.head_size if attn.rope_size is None else attn.rope_size
+        return Rope(size, attn.rope_base, attn.rope_factors, attn.rope_scale, self.rope_direction,
+                    self.rope_bfloat16)
+
+    @property
+    def context_length(self) -> int:
+        """The longest that prompt and answer may be together."""
+        return self.answer_positions or self.max_positions
+
+    @property
+    def head_eps(self) -> float:
+        """Of the norms of q and k."""
+        return self.norm_eps if self.qk_norm_eps is None else self.qk_norm_eps
+
+    @property
+    def by_layer(self) -> tuple[Attention | None, ...]:
+        """How each layer attends; None: it has a mixer."""
+        mixers = self.mixers or (None,) * self.layers
+        return tuple(None if mixer else self.attention(l) for l, mixer in enumerate(mixers))
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """For each layer, the keys that a token sees, including its own; 0 = all."""
+        return tuple(attn.window if attn else 0 for attn in self.by_layer)
+
+    def with_windows(self, windows: Seq[int]) -> ModelSpec:
+        """This spec with these windows, one for each layer."""
+        return replace(self, attentions=tuple(
+            replace(self.attention(l), window=window) for l, window in enumerate(windows)))

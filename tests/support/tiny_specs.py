@@ -1,0 +1,131 @@
+"""Specs of tiny models of every family and shape: those of transformers, nanochat's, encoders, towers, draft heads, models that see, ranks, stages."""
+
+import functools
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import encoders
+import nomic_experts
+from chatlm.common.errors import ConfigError
+from chatlm.worker.weights.draft_heads import head_spec
+from chatlm.worker.weights.huggingface import hf_spec
+from chatlm.worker.weights.model_of import model_of
+from chatlm.worker.weights.nanochat import GENERATIONS, nanochat_spec
+from chatlm.worker.weights.recipe import Attention, ModelSpec
+from chatlm.worker.weights.shards import layers_of, refuse_ranks
+from families import GROWING, MODELS, tiny_config
+
+ODD = {1, 2, 3, 5, 8, 10, 17, 18, 20, 24, 40, 48}
+NO_SIZES = ("_token_id", "num_hidden_layers", "max_position_embeddings", "n_positions", "chunk_size_feed_forward", "mamba_chunk_size")
+NANOCHAT = dict(vocab_size=256, n_layer=4, n_head=4, n_kv_head=2, n_embd=64, sequence_len=256, window_pattern="SSL")
+
+
+def spec_of(config, context=None):
+    """What a folder with this config.json is read as."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.json"
+        path.write_text(json.dumps(config))
+        return hf_spec(path, context)[1]
+
+
+def family_config(name, **changes):
+    return tiny_config(name, **changes).to_dict() | {"model_type": MODELS[name][0]}
+
+
+@functools.cache
+def family_spec(name):
+    return spec_of(family_config(name))
+
+
+def odd_specs(name):
+    """(the key that differs, the spec or None if no such model exists), of a family at unpublished sizes."""
+    config = family_config(name)
+    for key, value in config.items():
+        if type(value) is not int or key.endswith(NO_SIZES):
+            continue
+        for size in sorted(ODD | {value + 1, 3 * value} - {value}):
+            try:
+                yield f"{key}={size}", spec_of(config | {key: size})
+            except ConfigError:
+                yield f"{key}={size}", None
+
+
+@functools.cache
+def tiny_spec(name):
+    """The spec of one of SHAPES."""
+    return SHAPES[name]()
+
+
+@functools.cache
+def tiny_model(name):
+    return model_of(tiny_spec(name))
+
+
+def encoder_spec(name):
+    import transformers
+    kind, own = encoders.MODELS[name]
+    config = transformers.AutoConfig.for_model(kind, **{**encoders.SIZES, **own})
+    return spec_of(config.to_dict() | {"model_type": kind})
+
+
+def tower_spec(clamped=None):
+    """The tower of Gemma 4, or if `clamped` is None one like SigLIP's."""
+    sizes = dict(vocab_size=0, layers=2, width=64, heads=4, head_size=16, ffn_size=96, max_positions=64, of_texts=True, opens=False)
+    if clamped is None:
+        return ModelSpec(**sizes, kv_heads=4, norm_eps=1e-6, layer_norms=True, norm_biases=True, qkv_bias=True, output_bias=True, ffn_bias=True,
+                         rope_size=0, activation="gelu_tanh")
+    attends = Attention(4, 2, 16, rope_base=100.0, q_scale=4.0, value_norm=True)
+    return ModelSpec(**sizes, kv_heads=2, post_norms=True, rope_base=100.0, qk_norm="before_rope", qk_norm_weights=True, activation="geglu",
+                     attentions=(attends, attends), clamped=clamped)
+
+
+SIGHT = {       # family -> what differs where it sees
+    "gemma3": dict(two_sided="all"), "gemma4": dict(two_sided="windows", picture_pad=0), "gemma4moe": dict(two_sided="windows"),
+    "qwen3": dict(deep_rows=2, rope_axes=(3, 3, 2)), "qwen3.5": dict(rope_axes=(3, 3, 2)), "lfm2": {}, "llama3.2": {}}
+
+ODD_SHAPES = {  # families whose sizes decode_core pads
+    "qwen3": dict(hidden_size=72, head_dim=20, intermediate_size=90), "gemma3": dict(hidden_size=72, head_dim=36, intermediate_size=90),
+    "gpt-oss": dict(hidden_size=72, head_dim=24, intermediate_size=90), "qwen2moe": dict(hidden_size=72, moe_intermediate_size=40, shared_expert_intermediate_size=50),
+    "cohere": dict(hidden_size=72, intermediate_size=90), "olmo2": dict(hidden_size=72, intermediate_size=90), "lfm2": dict(hidden_size=72, num_key_value_heads=4),
+    "granite4h": dict(shared_intermediate_size=50), "qwen3.5": dict(head_dim=40, intermediate_size=90),
+    "nemotron3": dict(head_dim=20, moe_shared_expert_intermediate_size=90)}
+
+
+def made_of_others():
+    """name -> a function that makes the spec, of all that have no config of their own."""
+    made = {f"gen{number}": functools.partial(nanochat_spec, NANOCHAT | {"short_seq_len": None}, number, 15.0) for number in GENERATIONS}
+    made |= {f"encoder {name}": functools.partial(encoder_spec, name) for name in encoders.MODELS}
+    made["encoder nomic-moe"] = lambda: spec_of(nomic_experts.CONFIG)
+    made |= {"tower siglip": tower_spec, "tower gemma4": lambda: tower_spec(False), "tower gemma4 clamped": lambda: tower_spec(True)}
+    for name in ("qwen3.5", "qwen3.5moe", "qwen3next"):
+        made[f"{name} draft head"] = lambda name=name: head_spec(family_spec(name), False)
+    for name in ("qwen3.5moe", "qwen3next"):
+        made[f"{name} dense draft head"] = lambda name=name: replace(head_spec(family_spec(name), True), dense_size=96)
+    made |= {f"{name} sees": lambda name=name, own=own: replace(family_spec(name), sees=True, **own) for name, own in SIGHT.items()}
+    made["llama3.1 embeds"] = lambda: replace(family_spec("llama3.1"), embeds=True)
+    made |= {f"{name} odd": lambda name=name, own=own: spec_of(family_config(name) | own) for name, own in ODD_SHAPES.items()}
+    made["granite post norms"] = lambda: replace(family_spec("granite"), post_norms=True)
+    made["ministral3 growing"] = lambda: spec_of(family_config("ministral3", rope_parameters=GROWING), 512)
+    return made
+
+
+SHAPES = {name: functools.partial(family_spec, name) for name in MODELS} | made_of_others()
+
+
+# ---- parts of models
+
+def is_divided(model):
+    """Can ranks and stages share it? Towers, encoders, draft heads and models that see are whole."""
+    return not (model.of_texts or model.joins or model.sees)
+
+
+def rank_model(model, rank, tp, block=16):
+    """The share of a rank; ConfigError if it cannot be divided so."""
+    refuse_ranks(model, tp, block)
+    return model.of_rank(rank, tp, block)[0]
+
+
+def stage_of(model, stage, stages):
+    return model.of_layers(layers_of(model, stage, stages))
