@@ -30,8 +30,9 @@ The rooms, each above those that it may import
     chat_server.py            routes, the handlers of answers and streams, the commands
     chatlm/terminal/          chat and generate; a server at --url
     chatlm/cli.py             the command line becomes `Settings`; bundling.py: the command `bundle`
-    chatlm/front/server/      routes, connections, access, bodies, streams, metrics, the page's files
-          api/                bodies in: fields and readers; answers out: encoders; what a sandbox does
+    chatlm/front/server/      routes, connections, access, streams, metrics, the page's files
+          intake/             a body becomes a request for a model; what a sandbox does
+          api/                bodies in: fields and readers; answers out: encoders
           pool/               workers, queue and failover, here and on Ray
           evals/              tasks on disk, and verdicts on a model's answers to them
           admission/          a request becomes prompts that fit; the sandboxes' front end
@@ -53,15 +54,18 @@ The rooms, each above those that it may import
 
 Life of a request
 
-    Front.handle_answer > read_native_body > native_messages > WorkerPool.answer > PromptMaker.admit
-        > Tokenizer.render > Dispatcher.dispatch > Worker.assign > Pipe.packed                  front process
+    AccessLog.log > errors_to_responses > Access.guard > Front.handle_answer > Bodies.answer > read_bytes
+        > Intake.opened > open_body > Intake.resolve > Intake.see > read_native_body > native_messages
+        > Answers.begin > WorkerPool.answer > PromptMaker.admit > Tokenizer.render
+        > Dispatcher.dispatch > Worker.assign > Pipe.packed                                     front process
         > Inbox.obey > Engine.add > Scheduler.schedule > make_batch > EagerSteps.start
         > Transformer.forward > sample_reference > RunQueue.advance > Answer.push
         > StreamDecoder.push > AnswerReader.push > Delta > Piece > Stepped                     worker process
         > Dispatcher.deliver > Job.take > NativeEncoder.encode | OpenAIEncoder.encode | BlockEncoder.encode
         > EventStream.send                                                                      front process
 
-docs/architecture.md has it with modules and in reading order, and says where to change what.
+docs/architecture.md has it with modules and in reading order, and says where to change what. A large body is
+opened and read in a sandbox, by the same functions.
 
 Glossary
 
@@ -121,16 +125,15 @@ if __name__ == "__main__":
 import asyncio
 import logging
 import math
-import operator
 import os
 import re
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence as Seq
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager, suppress
-from dataclasses import replace
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence as Seq
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, suppress
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TYPE_CHECKING
+from typing import Any, Generic, TYPE_CHECKING, TypeVar
 
 from chatlm.bundling import bundle_lines, with_kept_words
 from chatlm.cli import asks_for_json, hide_api_keys, parse_command_line, parse_store_words
@@ -148,42 +151,47 @@ from chatlm.common.streams import lack_of_space, never_fail, repair_streams
 from chatlm.common.tiers import listed_store
 from chatlm.front.aio import first_of, stop_signals
 from chatlm.front.api.encode import frame, usage_body
-from chatlm.front.api.encoders import ENCODERS
+from chatlm.front.api.encoders import encoder_of
+from chatlm.front.api.errors import public_error
 from chatlm.front.api.field_types import INTEGER, SWITCH
 from chatlm.front.api.fields import Field
+from chatlm.front.intake.intake import Intake, tokenizer_of
 from chatlm.front.lazy import web
 from chatlm.front.pool.local import check_nice, niceness
 from chatlm.front.pool.catalogue import Catalogue
 from chatlm.front.pool.pool import pool_of
 from chatlm.front.server.access import Access, AccessLog, Owners, is_loopback, listen_on, server_urls
-from chatlm.front.server.anthropic_models import PAGE_QUERY
-from chatlm.front.server.batches import BatchRoutes
-from chatlm.front.server.bodies import Bodies, tokenizer_of
+from chatlm.front.server.answering import Answers
+from chatlm.front.server.batches import BATCH_ROUTES, BatchRoutes
+from chatlm.front.server.bodies import DOCUMENT_ROUTES, Bodies
 from chatlm.front.server.compare import Comparison, read_asked, with_ids
 from chatlm.front.server.connections import room_for_connections, serving
-from chatlm.front.server.conversations import Keeper
+from chatlm.front.server.conversations import CONVERSATION_ROUTES, Keeper
 from chatlm.front.server.describe import (
-    A_MODEL, A_NAME, MODELS, MODELS_OF_BOTH, ModelRoutes, alive_body, bare_id, listed_body, ollama_models,
-    ollama_running, ollama_version, openapi_document, readiness_body, stats_body)
-from chatlm.front.server.downloading import DownloadRoutes
+    MODEL_ROUTES, ModelRoutes, alive_body, bare_id, ollama_version, openapi_document, readiness_body,
+    stats_body)
+from chatlm.front.server.downloading import DOWNLOAD_ROUTES, DownloadRoutes
+from chatlm.front.server.files import FILE_ROUTES
 from chatlm.front.server.history import History
-from chatlm.front.server.ledger import Charge, Ledger, claim_of
+from chatlm.front.server.ledger import LEDGER_ROUTES, Ledger, claim_of
 from chatlm.front.server.metrics import Metrics, metrics_response
-from chatlm.front.server.page import Page
+from chatlm.front.server.page import PAGE_ROUTES, Page
 from chatlm.front.server.recordings import GRACE_S, Recording, Recordings
 from chatlm.front.server.responses import (
-    REQUEST_LOG, errors_to_responses, json_response, logged, public_error, send_whole)
-from chatlm.front.server.routes import MORE_ROUTES, Api, Route, RouteTable
-from chatlm.front.server.runs import A_LIST_OF_RUNS, A_RUN, RunRoutes
+    REQUEST_LOG, errors_to_responses, json_response, send_whole, shows)
+from chatlm.front.server.routes import Api, Route, RouteTable
+from chatlm.front.server.runs import RUN_ROUTES, RunRoutes
 from chatlm.front.server.streams import EventStream
 from chatlm.front.store.store import Store, open_store
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import Accepted, Event, Request
     from chatlm.front.api.encode import Encoder
-    from chatlm.front.pool.models import Served
     from chatlm.front.pool.pool import WorkerPool
-    from chatlm.front.server.streams import Holding
+    from chatlm.front.intake.budget import Holding
+
+
+T = TypeVar("T")
 
 
 class Front:
@@ -192,22 +200,22 @@ class Front:
     def __init__(self, catalogue: Catalogue, settings: Settings, store: Store | None = None):
         self.catalogue, self.settings, self.store = catalogue, settings, store
         self.access, self.owners, self.ledger = Access(settings), Owners(settings), Ledger(settings, store)
-        self.bodies = Bodies(catalogue, self.owners)
+        self.bodies = Bodies(Intake(catalogue), self.owners)
         self.models, self.page = ModelRoutes(catalogue, self.bodies, self.access), Page(page_files())
         self.runs = RunRoutes(catalogue)
-        self.running: dict[str, str] = {}       # id of each running answer -> its owner
         self.compared: dict[str, list[str]] = {}  # id of each running comparison -> those of its answers
         self.recordings, self.downloads = Recordings(), DownloadRoutes(catalogue, self.bodies, self.access)
         self.kept = Keeper(store, self.bodies, self.owners, settings.keep_days)
-        self.batches = BatchRoutes(store, catalogue, self.bodies, self.owners, self.answering, self.ledger)
-        self.kept.removed = self.batches.wake_up
         self.metrics: Metrics | None = None
         with suppress(ConfigError):  # prometheus_client is missing: /metrics says so
             self.metrics = Metrics(catalogue, self.ledger)
+        self.answers = Answers(settings, self.owners, self.ledger, self.metrics)
+        self.batches = BatchRoutes(store, catalogue, self.bodies, self.owners, self.answers, self.ledger)
+        self.kept.removed = self.batches.wake_up
         self.history = History(catalogue, self.metrics)
 
     def taken(self, request_id: str) -> bool:
-        return request_id in self.running or request_id in self.recordings or request_id in self.compared
+        return any(request_id in those for those in (self.answers.running, self.recordings, self.compared))
 
     def identified(self, works: Seq[tuple[WorkerPool, Request]], kept: bool = False) -> list[Request]:
         """Requests to be answered now, with their client and owner, in the background if its key is over its
@@ -222,56 +230,17 @@ class Front:
                         params=replace(request.params, client=record.client, owner=owner))
                 for _, request in works]
 
-    @asynccontextmanager
-    async def answering(
-            self, pool: WorkerPool, request: Request, model: str, whole: bool = False,
-            later: list[Charge] | None = None) -> AsyncIterator[tuple[Accepted, AsyncGenerator[Event, None]]]:
-        """Yield the answer's first event and the others once it is accepted. Leaving the block in any way
-        ends its work, and enters it in the ledger (sent whole: unless that failed) or in `later`."""
-        events = pool.answer(request)
-        if self.metrics:
-            events = self.metrics.watch(events, request.n)
-        if self.settings.log_conversations:
-            events = logged(request, events)
-        request_id, client = request.id, request.client
-        charge = self.ledger.charge(request, model, pool.context_length)
-        charge.more = partial(self.give_more, pool, request_id, charge, later is not None)
-        events = charge.watch(events)
-        del request  # the pool drops most of it when it is admitted
-        self.running[request_id] = self.owners.of_answer(request_id, client)
-        try:
-            # a refusal raises here: an ordinary error response
-            accepted: Any = await anext(events)
-            self.ledger.check_prompt(charge)
-            charge.void = whole  # until it was sent
-            yield accepted, events
-            charge.void = False
-        finally:
-            self.running.pop(request_id, None)
-            await events.aclose()
-            self.ledger.settle(charge) if later is None else later.append(charge)
-
-    def give_more(self, pool: WorkerPool, request_id: str, charge: Charge, batched: bool, choice: int):
-        """An answer without max_tokens has had the tokens that its key's budget gave it. It gets more, or
-        ends; a line of a batch, whose answer must not depend on the moment, waits for another try."""
-        if self.ledger.grow(charge, choice, alone=batched):
-            return
-        if batched:
-            raise Overloaded("other requests use the tokens that this key has left today", retry_after_s=5)
-        pool.cut(request_id, choice, "tokens_per_day")
-
     async def handle_answer(self, http: web.Request) -> web.StreamResponse:
         with self.bodies.holding() as holding:
-            served, parsed = await self.bodies.parse(http, holding)
+            served, parsed = await self.bodies.answer(http, holding)
             pool = served.pool
             [request] = self.identified([(pool, parsed.request)], parsed.is_kept)
             parsed = replace(parsed, request=request)
             del request
             # the whole request, with its messages and tools, ends when it is admitted
-            answering = self.answering(pool, parsed.request, served.name, not parsed.stream)
-            parsed = parsed.lasting()
-            encoder = ENCODERS[parsed.api](parsed, served.name,
-                                           None if parsed.api == "native" else tokenizer_of(pool))
+            answering = self.answers.begin(pool, parsed.request, served.name, not parsed.stream)
+            encoder = encoder_of(parsed, served.name, None if parsed.api == "native" else tokenizer_of(pool))
+            parsed = encoder.parsed
             answering = self.kept.answering(answering, encoder)
             if nothing := encoder.without_work():
                 served.model.load()
@@ -279,15 +248,13 @@ class Front:
             if parsed.stream:
                 return await self.stream(http, answering, encoder, holding)
             async with answering as (_, events):
-                async for event in events:
-                    if not isinstance(event, PromptProgress):
-                        holding.grow(encoder.collect(event))
+                body = await encoder.collect_all(events, holding.grow)
                 self.note_end(encoder)
-                return await send_whole(http, b"".join(encoder.completion()))
+                return await send_whole(http, body)
 
     async def handle_text(self, http: web.Request) -> web.Response:
         with self.bodies.holding() as holding:
-            _, text = await self.bodies.read_text(http, holding)
+            _, text = await self.bodies.text(http, holding)
             return await send_whole(http, text)
 
     async def handle_compare(self, http: web.Request) -> web.StreamResponse:
@@ -298,7 +265,7 @@ class Front:
             self.compared[request_id] = [one.request.id for one in asked]
             try:
                 with self.ledger.pledged([one.work for one in asked]):
-                    async with (Comparison(asked, self.answering) as comparison,
+                    async with (Comparison(asked, self.answers.begin) as comparison,
                                 EventStream(http, request_id) as stream):
                         async for event in comparison.events():
                             await stream.send(frame(event))
@@ -377,24 +344,13 @@ class Front:
         record.note = f"{counts['prompt_tokens']}+{counts['completion_tokens']} tokens {reasons}"
         record.counts = counts | {"reason": reasons}
 
-    def seen(self, bound: Seq[str]) -> list[Served]:
-        """The models that a client may see whose key is limited to `bound`."""
-        return self.catalogue.registry.listed(bound)
-
-    async def show(self, body: Callable[[Front, Seq[str]], Any], http: web.Request) -> web.Response:
-        """The handler of a route that depends only on the limits of the key: `body` returns the JSON, or a
-        status and the JSON."""
-        value = body(self, REQUEST_LOG.get().bound)
-        status, value = value if isinstance(value, tuple) else (200, value)
-        return json_response(value, status)
-
     async def handle_cancel(self, http: web.Request) -> web.Response:
         """POST /v1/cancel/{id}: the id comes from the answer's X-Request-Id header or from its chunks; a
         comparison's means all of its answers. With ?reasoning=true they only stop thinking."""
         request_id, client = bare_id(http.match_info["id"]), REQUEST_LOG.get().client
         only_thinking = ONLY_THINKING.read(http.query.get("reasoning", "false"))
         ids = [one for one in self.compared.get(request_id, [request_id])
-               if self.running.get(one) == self.owners.of_answer(one, client)]
+               if self.answers.running.get(one) == self.owners.of_answer(one, client)]
         if not ids or not (only_thinking or any([self.catalogue.cancel(one) for one in ids])):
             raise RequestError("no answer with this id is running", status=404, code="not_running",
                                param="id")
@@ -413,73 +369,94 @@ class Front:
 ONLY_THINKING = Field("reasoning", SWITCH, "true: end the reasoning of the answer, which goes on with its "
                                            "content; 409 if it is not thinking now")
 FIRST_EVENT = Field("from", INTEGER, "the number of the first event", 0, math.inf)
-ROUTES = (
-    Route("GET", "/", Api.NANOCHAT, "page.handle_index", "the page", open=True),
-    Route("GET", "/static/{name:.+}", Api.NANOCHAT, "page.handle_file", "its files", open=True, quiet=True),
-    Route("POST", "/chat/completions", Api.NANOCHAT, "handle_answer",
+RETRIEVAL = (  # (what is asked for, its routes): one handler answers them all
+    ("a vector for each input, from the model's final hidden states", "/v1/embeddings"),
+    ("the same in the format of Text Embeddings Inference", "/embed"),
+    ("documents by how well they suit a query", "/v1/rerank /rerank /v2/rerank"),
+    ("as above, in llama-server's format", "/reranking /v1/reranking"),
+    ("scores of pairs of texts", "/v1/score /score"))
+ANSWER_ROUTES: tuple[Route[Front], ...] = (
+    Route("POST", "/chat/completions", Api.NANOCHAT, Front.handle_answer,
           "an answer in nanochat's format, streamed; with `model` as /v1/chat/completions"),
-    Route("POST", "/v1/chat/completions", Api.OPENAI, "handle_answer",
+    Route("POST", "/v1/chat/completions", Api.OPENAI, Front.handle_answer,
           "an answer in OpenAI's format, streamed or whole"),
-    Route("POST", "/v1/completions", Api.OPENAI, "handle_answer",
+    Route("POST", "/v1/completions", Api.OPENAI, Front.handle_answer,
           "the continuation of a text, streamed or whole"),
-    Route("POST", "/infill", Api.OPENAI, "handle_answer",
+    Route("POST", "/infill", Api.OPENAI, Front.handle_answer,
           "the text between two others, in llama-server's format, streamed or whole"),
-    *MORE_ROUTES,
-    Route("POST", "/v1/responses", Api.OPENAI, "handle_answer",
+    Route("POST", "/v1/responses", Api.OPENAI, Front.handle_answer,
           "an answer in the format of OpenAI's Responses, streamed or whole"),
-    Route("POST", "/v1/messages", Api.ANTHROPIC, "handle_answer",
+    Route("POST", "/v1/messages", Api.ANTHROPIC, Front.handle_answer,
           "an answer in the format of Anthropic's Messages, streamed or whole"),
-    Route("POST", "/v1/messages/count_tokens", Api.ANTHROPIC, "handle_text",
+    Route("POST", "/v1/messages/count_tokens", Api.ANTHROPIC, Front.handle_text,
           "how many tokens such a request has"),
-    Route("POST", "/api/chat", Api.OLLAMA, "handle_answer", "an answer in Ollama's format"),
-    Route("POST", "/api/generate", Api.OLLAMA, "handle_answer", "an answer in Ollama's format"),
-    Route("POST", "/api/embed", Api.OLLAMA, "handle_answer", "embeddings in Ollama's format"),
-    Route("POST", "/api/embeddings", Api.OLLAMA, "handle_answer", "one embedding, for older clients"),
-    Route("GET", "/api/tags", Api.OLLAMA,
-          lambda front, bound: ollama_models(front.seen(bound)), "the served models in Ollama's format"),
-    Route("GET", "/api/ps", Api.OLLAMA,
-          lambda front, bound: ollama_running(front.seen(bound)),
-          "the models in memory, and how much they take"),
-    Route("POST", "/api/show", Api.OLLAMA, "models.handle_ollama_show", "more of it"),
-    Route("GET", "/api/version", Api.OLLAMA, lambda front, bound: ollama_version(),
-          "the version of Ollama whose routes this server has, and its own"),
-    Route("POST", "/v1/compare", Api.OPENAI, "handle_compare",
+    Route("POST", "/api/chat", Api.OLLAMA, Front.handle_answer, "an answer in Ollama's format"),
+    Route("POST", "/api/generate", Api.OLLAMA, Front.handle_answer, "an answer in Ollama's format"),
+    *(Route("POST", path, Api.OPENAI, Front.handle_answer, doc)
+      for doc, paths in RETRIEVAL for path in paths.split()),
+    Route("POST", "/api/embed", Api.OLLAMA, Front.handle_answer, "embeddings in Ollama's format"),
+    Route("POST", "/api/embeddings", Api.OLLAMA, Front.handle_answer, "one embedding, for older clients"),
+    Route("POST", "/v1/compare", Api.OPENAI, Front.handle_compare,
           "answers of several models to one question, streamed, and where each diverges from the first"),
-    Route("POST", "/tokenize", Api.OPENAI, "handle_text", "text to token ids"),
-    Route("GET", "/tokenizer_info", Api.OPENAI, "models.handle_tokenizer", "its tokens", query=(A_NAME,)),
-    Route("POST", "/detokenize", Api.OPENAI, "handle_text", "token ids to text"),
-    Route("POST", "/apply-template", Api.OPENAI, "handle_text",
+    Route("POST", "/tokenize", Api.OPENAI, Front.handle_text, "text to token ids"),
+    Route("POST", "/detokenize", Api.OPENAI, Front.handle_text, "token ids to text"),
+    Route("POST", "/apply-template", Api.OPENAI, Front.handle_text,
           "a conversation to the text of its prompt"),
-    Route("GET", "/v1/models", Api.OPENAI, "models.handle_list",
-          "the served models, what each can do and its state; as in Anthropic's API for its clients",
-          query=PAGE_QUERY, returns=MODELS_OF_BOTH),
-    Route("GET", "/models", Api.OPENAI, lambda front, bound: listed_body(front.seen(bound)),
-          "the same, as in OpenAI's API", returns=MODELS),
-    Route("GET", "/v1/models/{name:.+}", Api.OPENAI, "models.handle_model",
-          "a served model, by one of its names", returns=A_MODEL),
-    Route("GET", "/v1/runs", Api.OPENAI, "runs.handle_list", "the runs of --watch, by lineage",
-          returns=A_LIST_OF_RUNS),
-    Route("GET", "/v1/runs/{tag:.+}", Api.OPENAI, "runs.handle_run", "the steps of a run or a lineage",
-          returns=A_RUN),
-    Route("POST", "/v1/cancel/{id}", Api.OPENAI, "handle_cancel",
+    Route("POST", "/v1/cancel/{id}", Api.OPENAI, Front.handle_cancel,
           "stop an answer by the X-Request-Id of its response", query=(ONLY_THINKING,)),
-    Route("GET", "/v1/streams/{id}", Api.OPENAI, "handle_stream",
+    Route("GET", "/v1/streams/{id}", Api.OPENAI, Front.handle_stream,
           "a resumable stream, from event ?from=N or after Last-Event-ID", query=(FIRST_EVENT,)),
-    Route("GET", "/health", Api.NANOCHAT, lambda front, bound: front.catalogue.health(),
+)
+STATE_ROUTES: tuple[Route[Front], ...] = (
+    Route("GET", "/api/version", Api.OLLAMA, shows(lambda front, bound: ollama_version()),
+          "the version of Ollama whose routes this server has, and its own"),
+    Route("GET", "/health", Api.NANOCHAT, shows(lambda front, bound: front.catalogue.health()),
           "200 when ready, else 503 with the stage", open=True, polled=True),
-    Route("GET", "/livez", Api.NANOCHAT, lambda front, bound: alive_body(),
+    Route("GET", "/livez", Api.NANOCHAT, shows(lambda front, bound: alive_body()),
           "200 as long as the event loop runs", open=True, polled=True),
-    Route("GET", "/readyz", Api.NANOCHAT, lambda front, bound: readiness_body(front.catalogue),
+    Route("GET", "/readyz", Api.NANOCHAT, shows(lambda front, bound: readiness_body(front.catalogue)),
           "200 when a request would be served now, else 503 with the reason", open=True, polled=True),
-    Route("GET", "/stats", Api.NANOCHAT, lambda front, bound: stats_body(front.catalogue, front.seen(bound)),
+    Route("GET", "/stats", Api.NANOCHAT,
+          shows(lambda front, bound: stats_body(front.catalogue, front.models.seen(bound))),
           "models, workers, KV pages, speed, kernels, queue", polled=True),
     Route("GET", "/stats/history", Api.NANOCHAT,
-          lambda front, bound: front.history.body(front.seen(bound)),
+          shows(lambda front, bound: front.history.body(front.models.seen(bound))),
           "samples of these since the server started"),
-    Route("GET", "/metrics", Api.NANOCHAT, "handle_metrics", "Prometheus metrics", polled=True),
-    Route("GET", "/openapi.json", Api.NANOCHAT, lambda front, bound: openapi_document(ROUTES, front.settings),
-          "this description"),
+    Route("GET", "/metrics", Api.NANOCHAT, Front.handle_metrics, "Prometheus metrics", polled=True),
+    Route("GET", "/openapi.json", Api.NANOCHAT,
+          shows(lambda front, bound: openapi_document(ROUTES, front.settings)), "this description"),
 )
+
+
+@dataclass(frozen=True)
+class Room(Generic[T]):
+    """Rows of routes, and the object whose methods are their handlers. Methods of another class are a type
+    error."""
+
+    of: Callable[[Front], T]
+    rows: tuple[Route[T], ...]
+
+    def handlers(self, front: Front) -> Iterator[tuple[Route[T], Callable]]:
+        """Each row, with what aiohttp calls."""
+        place = self.of(front)
+        for row in self.rows:
+            yield row, partial(row.handler, place)
+
+
+ROOMS = (
+    Room(lambda front: front.page, PAGE_ROUTES),
+    Room(lambda front: front, ANSWER_ROUTES),
+    Room(lambda front: front.models, MODEL_ROUTES),
+    Room(lambda front: front.downloads, DOWNLOAD_ROUTES),
+    Room(lambda front: front.runs, RUN_ROUTES),
+    Room(lambda front: front.bodies, DOCUMENT_ROUTES),
+    Room(lambda front: front.batches.files, FILE_ROUTES),
+    Room(lambda front: front.batches, BATCH_ROUTES),
+    Room(lambda front: front.kept.routes, CONVERSATION_ROUTES),
+    Room(lambda front: front.ledger, LEDGER_ROUTES),
+    Room(lambda front: front, STATE_ROUTES),
+)
+ROUTES = tuple(row for room in ROOMS for row in room.rows)
 
 
 def create_app(catalogue: Catalogue, settings: Settings, store: Store | None = None) -> web.Application:
@@ -493,14 +470,13 @@ def create_app(catalogue: Catalogue, settings: Settings, store: Store | None = N
     for part in filter(None, (front.history, front.batches, front.recordings, front.downloads, front.kept,
                               front.ledger, store)):
         app.on_cleanup.append(lambda app, part=part: part.close())
-    for route in ROUTES:
-        handler = (partial(front.show, route.handler) if callable(route.handler) else
-                   operator.attrgetter(route.handler)(front))
-        for path in {route.path, route.path if route.path.endswith(("/", ":.+}")) else route.path + "/"}:
-            if route.method == "GET":
-                app.router.add_get(settings.prefix + path, handler)  # adds HEAD too
-            else:
-                app.router.add_route(route.method, settings.prefix + path, handler)
+    for room in ROOMS:
+        for route, handler in room.handlers(front):
+            for path in {route.path, route.path if route.path.endswith(("/", ":.+}")) else route.path + "/"}:
+                if route.method == "GET":
+                    app.router.add_get(settings.prefix + path, handler)  # adds HEAD too
+                else:
+                    app.router.add_route(route.method, settings.prefix + path, handler)
     if settings.prefix:
         app.router.add_get(settings.prefix, front.handle_bare_prefix)
     return app

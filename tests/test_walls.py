@@ -39,6 +39,7 @@ PLANTED = [     # module, import, the contract that it breaks
     ("common/text/reader", "import torch", "No tensors in the front"),
     ("cli", "import gguf", "No tensors in the front"),
     ("worker/process", "import aiohttp", "No HTTP in a worker"),
+    ("front/intake/tasks", "from chatlm.front.lazy import web", "No HTTP in the intake"),
     ("worker/weights/gguf", "import torch", "No torch in a worker on a CPU"),
     ("worker/ops/basic", "from chatlm.worker.model import batch", "A room of the worker house imports only rooms below it"),
     ("worker/build", "from chatlm.worker.weights.recipe import ModelSpec", "Only loaders know the recipe of a model"),

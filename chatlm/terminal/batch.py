@@ -7,26 +7,28 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence as Seq
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TYPE_CHECKING, TypeVar
 from urllib.parse import quote
 
 from chatlm.common.config import LIMITS
-from chatlm.common.errors import ChatServerError, ConfigError, Overloaded, RequestError, visible
+from chatlm.common.errors import (
+    ChatServerError, ConfigError, EngineFailure, Overloaded, RequestError, visible)
 from chatlm.common.invocation import program_command
 from chatlm.common.log import ProgressDisplay, tell
-from chatlm.common.messages.requests import Accepted, PromptProgress
 from chatlm.front.aio import end_tasks
 from chatlm.front.api.batch_lines import (
-    Line, body_alone, lasting_body, read_body_of, read_line, result_of, result_of_bad_line)
-from chatlm.front.api.encode import error_body
-from chatlm.front.api.encoders import ENCODERS
-from chatlm.front.api.picture_parts import fill_in, lift_pictures, with_pixels
+    Line, body_alone, lasting_body, read_line, result_of, result_of_bad_line)
+from chatlm.front.api.encoders import encoder_of
+from chatlm.front.api.errors import failed_answer, openai_error
+from chatlm.front.intake.arrival import Caller
+from chatlm.front.intake.budget import Holding
+from chatlm.front.intake.intake import Intake, tokenizer_of
 from chatlm.front.lazy import aiohttp
-from chatlm.front.pool.pool import known_of, sampling_of
+from chatlm.front.pool.catalogue import Catalogue
+from chatlm.front.pool.pool import sampling_of
 from chatlm.terminal.batch_files import Output, Result, Source
 from chatlm.terminal.chat import duration
 from chatlm.terminal.remote import RemotePool, open_pool
@@ -34,12 +36,13 @@ from chatlm.terminal.streams import strict_object, whole_body
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.common.messages.requests import Picture
-    from chatlm.front.api.picture_parts import Lifted
+    from chatlm.front.intake.arrival import Arrival
     from chatlm.front.pool.pool import WorkerPool
     from chatlm.terminal.remote import Pool
 
 T = TypeVar("T")
+Answered = tuple[Line, int, dict]  # with the status and the body of its answer
+Answer = Callable[[int, bytes], Awaitable[Answered]]  # (number, text) of a line
 TOGETHER = 64         # lines under way: more than a worker's rows, so that none is empty
 PATIENCE_S = 600      # how long a line that there is no room for is sent again
 MOST_MODELS = 100     # named by lines, whose weights are noted
@@ -110,7 +113,8 @@ def weights_of(model: dict) -> str:
     return str(model.get("weights_digest") or "")
 
 
-async def answered(lines: Iterator[tuple[int, bytes]], answer, created: int) -> AsyncGenerator[Result, None]:
+async def answered(lines: Iterator[tuple[int, bytes]], answer: Answer,
+                   created: int) -> AsyncGenerator[Result, None]:
     """The results of lines as they come, TOGETHER at a time."""
     under_way: set[asyncio.Task[Result]] = set()
     try:
@@ -126,12 +130,11 @@ async def answered(lines: Iterator[tuple[int, bytes]], answer, created: int) -> 
         await end_tasks(under_way)
 
 
-async def result_for(number: int, text: bytes, answer, created: int) -> Result:
+async def result_for(number: int, text: bytes, answer: Answer, created: int) -> Result:
     try:
-        line = read_line(number, text)
-    except RequestError as error:
+        line, status, body = await answer(number, text)
+    except RequestError as error:  # it is no line of a batch
         return Result(number, result_of_bad_line(number, error), True)
-    status, body = await answer(line)
     return Result(number, result_of(line, status, lasting_body(body, created)), status != 200)
 
 
@@ -169,42 +172,34 @@ class Room:
 
 
 class Local:
-    """Answers lines with the model that this command has loaded."""
+    """Answers lines with the model that this command has loaded, whatever model they name."""
 
     def __init__(self, pool: WorkerPool, settings: Settings):
-        self.pool, tokenizer = pool, pool.tokenizer
-        assert tokenizer
-        self.tokenizer = tokenizer
-        self.refusal = "" if tokenizer.spec.vision else "this model cannot see images"
+        self.pool = pool
+        self.intake = Intake(Catalogue(settings, pool))
         self.pixels = Room(LIMITS.held_pixel_bytes)
-        self.known = known_of(pool, settings)
 
-    async def answer(self, line: Line) -> tuple[int, dict]:
+    async def answer(self, number: int, text: bytes) -> Answered:
+        caller = Caller(route="", client=f"line {number}", owner="")
         try:
-            found = lift_pictures(line.body, self.refusal)
-            async with self.pixels.taken(len(found) * 3 * LIMITS.kept_pixels):
-                pictures = [await self._decoded(picture) for picture in found]
-                fill_in(line.body, pictures)
-                return 200, await patiently(lambda: self._answer(line, pictures))
+            arrival = await patiently(lambda: self.intake.open(caller, text, number=number))
+        except EngineFailure as error:  # a line that ends sandboxes must not stop the others
+            raise RequestError(str(error), status=error.status, code=error.code) from None
+        line = arrival.envelope.line
+        assert line
+        try:
+            async with self.pixels.taken(len(arrival.envelope.lift.files) * 3 * LIMITS.kept_pixels):
+                return line, 200, await patiently(lambda: self._answer(arrival))
         except ChatServerError as error:
-            return error.status, error_body(error)
+            return line, *failed_answer(error)
 
-    async def _decoded(self, picture: Lifted) -> Picture:
-        try:
-            return await patiently(lambda: self.pool.admission.decode_picture(picture.data, ""))
-        except RequestError as error:
-            raise RequestError(f"{picture.name}: {error}", status=error.status, code=error.code,
-                               param=picture.name) from None
-
-    async def _answer(self, line: Line, pictures: Seq[Picture]) -> dict:
-        parsed = read_body_of(line, self.known)
-        parsed = replace(parsed, request=with_pixels(parsed.request, pictures))
-        encoder = ENCODERS[parsed.api](parsed.lasting(), self.pool.model_name, self.tokenizer)
-        async with aclosing(self.pool.answer(parsed.request)) as events:
-            async for event in events:
-                if not isinstance(event, Accepted | PromptProgress):
-                    encoder.collect(event)
-        return json.loads(b"".join(encoder.completion()))
+    async def _answer(self, arrival: Arrival) -> dict:
+        with Holding(self.intake.budget, arrival.caller.client) as holding:
+            served = await self.intake.resolve("", (), holding)
+            parsed = await self.intake.line(arrival, served, holding)
+            encoder = encoder_of(parsed, self.pool.model_name, tokenizer_of(self.pool))
+            async with aclosing(self.pool.answer(parsed.request)) as events:
+                return json.loads(await encoder.collect_all(events, lambda size: None))
 
 
 class Remote:
@@ -218,11 +213,12 @@ class Remote:
         self.more |= {"model": pool.model_name} if pool.wanted or not ours else {}
         self.patient = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=3600)
 
-    async def answer(self, line: Line) -> tuple[int, dict]:
+    async def answer(self, number: int, text: bytes) -> Answered:
+        line = read_line(number, text)
         try:
-            return await patiently(lambda: self._answer(line))
+            return line, *await patiently(lambda: self._answer(line))
         except (Overloaded, RequestError) as error:
-            return error.status, error_body(error)
+            return line, *failed_answer(error)
 
     async def _answer(self, line: Line) -> tuple[int, dict]:
         seeds = {"seed": line.seed} if line.url in self.seeded else {}
@@ -240,6 +236,6 @@ class Remote:
         said = text.decode("utf-8", "replace")[:500]
         if response.status >= 400:
             return response.status, {"error": {"message": said}}
-        return BAD_ANSWER, error_body(ChatServerError(
+        return BAD_ANSWER, openai_error(ChatServerError(
             f"the server at {self.pool.url} answered with status {response.status}, but not with a JSON "
             f"object: {said}"))

@@ -8,22 +8,22 @@ import time
 from collections.abc import AsyncGenerator, Mapping, Sequence as Seq
 from contextlib import aclosing
 from dataclasses import replace
-from functools import partial
 from typing import Any, TYPE_CHECKING
 from urllib.parse import quote
 
 from chatlm.common.config import LIMITS, ModelChoice
 from chatlm.common.errors import ConfigError, visible
 from chatlm.common.files import read_text_of
-from chatlm.common.jsontext import as_json
+from chatlm.common.jsontext import as_json, dump
 from chatlm.common.log import ProgressDisplay
 from chatlm.common.messages.requests import Delta
 from chatlm.front.api.encode import calculator_member
-from chatlm.front.api.readers import read_compare, read_variants
 from chatlm.front.evals.bits import score_text
 from chatlm.front.evals.scores import PoolScorer
+from chatlm.front.intake.arrival import Caller
+from chatlm.front.intake.budget import Holding
+from chatlm.front.intake.intake import Intake, tokenizer_of
 from chatlm.front.pool.many import ManyModels
-from chatlm.front.server.bodies import tokenizer_of
 from chatlm.front.server.compare import Comparison, asked_of, with_ids
 from chatlm.front.server.describe import kind_of
 from chatlm.terminal.calculator import MarkedText, calls_of_event
@@ -34,8 +34,6 @@ from chatlm.terminal.streams import compared_at
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.common.messages.protocol import ParsedBody
-    from chatlm.front.pool.models import Served
 
 
 class Column:
@@ -152,6 +150,7 @@ async def answers_of(settings: Settings, body: dict) -> AsyncGenerator[dict, Non
             await remote.close()
         return
     models = ManyModels(settings)
+    intake = Intake(models)
     models.on_progress = progress = ProgressDisplay()
     try:
         await models.start()
@@ -161,21 +160,17 @@ async def answers_of(settings: Settings, body: dict) -> AsyncGenerator[dict, Non
         kinds = [kind_of(tokenizer_of(models.find(name).pool)) for name in body["models"]]
         body = as_wanted(body, settings, kinds)
 
-        async def find(name: str) -> Served:
-            return models.find(name)
-
-        asked = await asked_of(find, models.find(""), await read_compare(body), partial(read_here, body))
-        asked = with_ids(asked, lambda works: [request for _, request in works])
-        async with Comparison(asked) as comparison:
-            async for event in comparison.events():
-                yield event
+        with Holding(intake.budget, "") as holding:
+            caller = Caller("/v1/compare", client="", owner="")
+            async with intake.opened(caller, dump(body), times=LIMITS.compared) as arrival:
+                asked, _ = await asked_of(intake, arrival, holding)
+            asked = with_ids(asked, lambda works: [request for _, request in works])
+            async with Comparison(asked) as comparison:
+                async for event in comparison.events():
+                    yield event
     finally:
         progress.close()
         await models.close()
-
-
-async def read_here(body: dict, served: Served, indices: Seq[int], seed: int) -> list[ParsedBody]:
-    return read_variants(body, indices, seed, served.known)
 
 
 async def score(settings: Settings) -> int:

@@ -7,8 +7,7 @@ import pytest
 from chatlm.common import client_words
 from chatlm.common.client_words import ANTHROPIC, OLLAMA, no_such_model, overloaded, quota_used, rate_limited, too_large, too_long
 from chatlm.common.errors import RequestError
-from chatlm.front.api.encode import error_body
-from chatlm.front.api.encoders import anthropic_error
+from chatlm.front.api.errors import anthropic_error, openai_error
 
 CLAUDE_CODE = re.compile(r"prompt is too long[^0-9]*(\d+)\s*tokens?\s*>\s*(\d+)", re.IGNORECASE)
 CODEX = re.compile(r"(?i)try again in\s*(\d+(?:\.\d+)?)\s*(s|ms|seconds?)")
@@ -34,7 +33,7 @@ def matches(patterns, text):
 @pytest.mark.parametrize("tokens, longest, limit", [(9031, 8192, 8192), (8192, 8192, 8191), (1_000_000, 512, 512)])
 def test_clients_see_that_a_prompt_is_too_long_and_by_how_much(tokens, longest, limit, bound):
     error = too_long(tokens, longest, "messages", "messages", bound)
-    assert matches(OVERFLOW, str(error_body(error))) and str(error).startswith(f"This model's maximum context length is {longest} tokens. ")
+    assert matches(OVERFLOW, str(openai_error(error))) and str(error).startswith(f"This model's maximum context length is {longest} tokens. ")
     text = anthropic_error(error)["error"]["message"]
     assert CLAUDE_CODE.search(text).groups() == (str(tokens), str(limit)) and matches(OVERFLOW_OF_MESSAGES, text)
     assert (text == f"prompt is too long: {tokens} tokens > {limit} maximum") == (bound == "")
@@ -44,7 +43,7 @@ def test_clients_see_that_a_prompt_is_too_long_and_by_how_much(tokens, longest, 
 def test_a_conversation_that_is_too_large_to_count_is_too_long_too():
     error = client_words.too_large_to_count("what was said before is too large: at most 9 bytes are allowed", "messages")
     texts = {name: patterns for name, patterns in OVERFLOW.items() if name != "others"}      # which look for numbers of tokens
-    assert matches(texts, str(error_body(error))) and matches(OVERFLOW_OF_MESSAGES, error.said_to(ANTHROPIC))
+    assert matches(texts, str(openai_error(error))) and matches(OVERFLOW_OF_MESSAGES, error.said_to(ANTHROPIC))
 
 
 def test_clients_see_how_long_to_wait():

@@ -8,15 +8,15 @@ from types import SimpleNamespace
 import chat_server
 from chatlm.common.config import Settings
 from chatlm.common.errors import Overloaded, RequestError
-from chatlm.common.messages.protocol import Body, Known
+from chatlm.common.messages.protocol import SANDBOX_PIPE, Body, Known, SandboxConfig
 from chatlm.common.messages.requests import Accepted, Finished, InfillTokens, ModelFacts, Piece, PromptProgress, TextSpec, Usage
+from chatlm.common.messages.wire import HEADER, unpacked
 from chatlm.common.text.grammar import check_grammar
 from chatlm.common.text.reader import answer_reader
 from chatlm.common.text.tokenizer import Tokenizer
 from chatlm.front.admission.prompts import PromptMaker, run_in_thread_if_long
-from chatlm.front.api.body_tasks import BodyTasks
-from chatlm.front.api.fields import json_object
-from chatlm.front.api.readers import read_answer, read_text
+from chatlm.front.intake.body_tasks import BodyTasks
+from chatlm.front.intake.sandboxed import Shelf
 from chatlm.front.pool.catalogue import Catalogue
 from chatlm.front.server import access, connections
 from chatlm.front.server.routes import RouteTable
@@ -50,6 +50,28 @@ class Letters(Tokenizer):
         return bytes([token]) if token < 256 else b""
 
 
+class SandboxHere:
+    """The sandbox of bodies, in a thread of this process. `tasks` are those that it was given: (client, name, arguments). If `refusal` is an exception,
+    each raises it."""
+
+    def __init__(self, pool):
+        self.pool, self.tasks, self.refusal = pool, [], None
+
+    async def forget(self, ticket):
+        """It keeps none: each task gets its body."""
+
+    async def perform(self, client, name, *arguments, bodies=(), ticket=0):
+        self.tasks.append((client, name, *arguments))
+        if self.refusal:
+            raise self.refusal
+        known = Known(Settings(), self.pool.tokenizer.tool_format, infill=self.pool.tokenizer.infill_tokens)
+        tasks = BodyTasks(SandboxConfig(known, None, 0, 5.0, 0), Shelf())
+        tasks.prompts = PromptMaker(self.pool.tokenizer, self.pool.context_length)
+        reply = await asyncio.to_thread(getattr(tasks, name), *arguments, *map(bytes, bodies))
+        came = unpacked(type(reply), SANDBOX_PIPE.packed(reply)[HEADER.size:])
+        return came.data if isinstance(came, Body) else came.value
+
+
 class FakePool:
     """Answers every request with `pieces`, one choice after another. An exception among the pieces is raised;
     one may be another event. With tools, the calls in them are read as a worker reads them.
@@ -65,7 +87,7 @@ class FakePool:
     own_sampling, continues, ends_thinking, chats, continues_texts = ({}, ""), True, True, True, False
     checkpoint = {}
     sees = False
-    supervisor = SimpleNamespace(ready_workers=(), card=SimpleNamespace(facts=ModelFacts("llama", "gguf", 134_515_008, "q4_1", 98_000_000, 576, 30), longest=4096))
+    supervisor = SimpleNamespace(ready_workers=(), load_for_request=lambda: None, card=SimpleNamespace(facts=ModelFacts("llama", "gguf", 134_515_008, "q4_1", 98_000_000, 576, 30), longest=4096))
     adapters = SimpleNamespace(serving={}, gone=set(), nbytes=0)
     dispatcher = SimpleNamespace(wanted=SimpleNamespace(is_set=lambda: True))
     prompts = PromptMaker(tokenizer, context_length, run=run_in_thread_if_long)
@@ -77,6 +99,7 @@ class FakePool:
         self.cuts = {}      # (id, choice) of answers that were ended -> why
         self.thinking, self.hurried = True, []      # what `end_thinking` finds, and the ids it was asked for
         self.changed = asyncio.Condition()
+        self.sandboxes = {"bodies": SandboxHere(self)}
         # an asyncio.Event that start-up waits for; then comes `failure`, or it is ready
         self.loading = None
         self.failure = None
@@ -87,20 +110,11 @@ class FakePool:
 
     version = SimpleNamespace(number=0, current=_current)
 
-    async def named_model(self, body, client):
-        return json_object(body).get("model") or ""
+    def prepare(self, client):
+        return contextlib.nullcontext()
 
-    async def read_large(self, reader, body, client, owner, pictures=()):
-        known = Known(Settings(), self.tokenizer.tool_format, infill=self.tokenizer.infill_tokens)
-        return await asyncio.to_thread(lambda: read_answer(reader, json_object(body), known))
-
-    async def told(self, task, client, body, *arguments):
-        """As a sandbox does it, here."""
-        done = getattr(BodyTasks(SimpleNamespace(server=Known(Settings(), self.tokenizer.tool_format))), task)(*arguments, body)
-        return done.data if isinstance(done, Body) else done.value
-
-    async def answer_text(self, route, body, client, pictures=()):
-        return await read_text(route, json_object(body), self.prompts)
+    async def check_grammar(self, params, client, owner):
+        """Its answers check them."""
 
     async def answer(self, request):
         for source in filter(None, (request.params.grammar, *request.params.call_grammars)):

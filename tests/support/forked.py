@@ -171,6 +171,6 @@ if __name__ == "__main__":
         import chatlm.worker.process        # noqa: F401
         core.decode_core()
     else:
-        import chatlm.common.processes.ray, chatlm.front.api.sandboxed      # noqa: E401, F401
+        import chatlm.common.processes.ray, chatlm.front.intake.sandboxed      # noqa: E401, F401
     gc.freeze()         # so that no copy looks at, and thereby copies, what it does not change: a third of a worker's start
     serve(*(socket.socket(fileno=int(each)) for each in sys.argv[1:3]))

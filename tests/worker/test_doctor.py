@@ -15,7 +15,7 @@ from chatlm.common.hub.find import resolve_model
 from chatlm.common.hub.local import no_progress
 from chatlm.common.messages.doctor import DoctorConfig, Examined, Finding
 from chatlm.front.admission.admission import Admission
-from chatlm.front.api.sandboxed import PREPARE_S
+from chatlm.front.intake.sandboxed import PREPARE_S
 from chatlm.terminal import check as check_command
 from chatlm.terminal.check import Examination, Report
 from chatlm.worker.doctor import examine, template

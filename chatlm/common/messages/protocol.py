@@ -377,7 +377,9 @@ class Task:
 
     name: str
     arguments: list
-    model: int = 0  # the number of its SandboxConfig
+    model: int = 0   # the number of its SandboxConfig
+    bodies: int = 0  # how many `Body` follow; they are its last arguments
+    ticket: int = 0  # of a body that several tasks are about: it is kept open for them; 0: it is not kept
 
 
 @wire_message(16)

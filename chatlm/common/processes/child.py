@@ -27,7 +27,7 @@ ROLES = {
     "rank": "chatlm.worker.entry:rank_role",
     "survey": "chatlm.worker.entry:survey_role",
     "hub": "chatlm.common.hub.offers:hub_main",
-    "sandbox": "chatlm.front.api.sandboxed:sandbox_main",
+    "sandbox": "chatlm.front.intake.sandboxed:sandbox_main",
     "ray": "chatlm.common.processes.ray:ray_main",
     "preview": "chatlm.worker.weights.preview:preview_main",
     "trial": "chatlm.worker.weights.trial:trial_main",

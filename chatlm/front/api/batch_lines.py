@@ -49,9 +49,8 @@ class Line(NamedTuple):
         return int(self.id[:12], 16)
 
 
-def read_line(number: int, text: bytes, identity: str = "") -> Line:
-    """RequestError that says what is wrong with the line, and what is allowed. identity: the `line_id` of the
-    line as it was sent, if its pictures have been taken out of `text`."""
+def read_line(number: int, text: bytes) -> Line:
+    """RequestError that says what is wrong with the line, and what is allowed."""
     def refuse(what: str) -> RequestError:
         return RequestError(f"line {number:,}: {what}", code="invalid_line")
     if len(text) > LONGEST_LINE:
@@ -73,7 +72,7 @@ def read_line(number: int, text: bytes, identity: str = "") -> Line:
         raise refuse("body must be an object")
     if body.get("stream"):
         raise refuse(str(bad_value("stream", True, "false in a batch")))
-    return Line(number, custom_id, url, body, identity or line_id(number, text))
+    return Line(number, custom_id, url, body, line_id(number, text))
 
 
 def storable(text: str) -> str:
@@ -107,8 +106,9 @@ def problem_of(line: Line, known: Known, refusal: str) -> str:
     """What is wrong with the line's body, whose pictures are only decoded when it is run; "" if nothing.
     refusal: why its model cannot see pictures."""
     try:
-        found = lift_pictures(line.body, refusal)
-        fill_in(line.body, [Picture(1, 1, b"", bytes(16))] * len(found))
+        lift = lift_pictures(line.body)
+        lift.check(refusal)
+        fill_in(line.body, [Picture(1, 1, b"", bytes(16))] * len(lift.files))
         read_body_of(line, known)
     except ChatServerError as error:
         return str(error)

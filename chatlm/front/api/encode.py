@@ -1,25 +1,28 @@
-"""The native encoder, what all encoders share (`Encoder`, `BlockEncoder`), and an error's body."""
+"""The native encoder, and what all encoders share: `Encoder`, `BlockEncoder`."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence as Seq
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence as Seq
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import Any, TYPE_CHECKING
 
 from chatlm import __version__
 from chatlm.common.errors import EngineFailure
 from chatlm.common.jsontext import dump
-from chatlm.common.messages.requests import DRAFT_SOURCES, Delta, Piece, Usage
+from chatlm.common.messages.requests import DRAFT_SOURCES, Accepted, Delta, Piece, PromptProgress, Usage
 from chatlm.common.text.answer_decoder import CallCounter, answer_decoder
+from chatlm.front.api.errors import openai_error
 
 if TYPE_CHECKING:
     from chatlm.common.errors import ChatServerError
     from chatlm.common.messages.protocol import ParsedBody
-    from chatlm.common.messages.requests import Accepted, Event, Finished, PromptProgress, TokenLogprob
+    from chatlm.common.messages.requests import Event, Finished, TokenLogprob
+    from chatlm.common.text.reader import StreamDecoder
     from chatlm.common.text.tokenizer import Tokenizer
 
 
@@ -28,10 +31,6 @@ SYSTEM_FINGERPRINT = f"chat_server-{__version__}"
 
 def frame(value) -> bytes:
     return b"data: " + dump(value) + b"\n\n"
-
-
-def error_body(error: ChatServerError) -> dict:
-    return {"error": {"message": str(error), "type": error.type, "param": error.param, "code": error.code}}
 
 
 def timings_body(done: Finished) -> dict:
@@ -85,9 +84,15 @@ class Choice:
         self.logprobs: dict[str, list[bytes]] = {}  # for a whole body, in JSON
         self.prompt_logprobs: list[bytes] = []      # also
         self.echoed = False                         # whether the prompt has been put before its text
-        self.decoder, self.offset = answer_decoder(tokenizer, None, skips_specials), 0  # for text_offset
+        self.tokenizer, self.skips_specials = tokenizer, skips_specials
+        self.offset = 0                             # of its text so far, for text_offset
         self.counter = CallCounter()                # of the calculator's calls in all of its text
         self.calculator: list[dict] = []            # these, for a whole body
+
+    @cached_property
+    def decoder(self) -> StreamDecoder:
+        """For text_offset, and the text of a prompt. An answer without a text makes none."""
+        return answer_decoder(self.tokenizer, None, self.skips_specials)
 
     def block(self, delta: Delta) -> Block:
         """The block that grows: the last one or, for another kind or a call that begins, a new one."""
@@ -155,10 +160,27 @@ class Encoder:
     @staticmethod
     def lone_failure(error: ChatServerError) -> bytes:
         """Such a frame without the answer's state, which a recording outlives."""
-        return frame(error_body(error))
+        return frame(openai_error(error))
 
     def encode(self, event: Event) -> bytes:
         raise NotImplementedError
+
+    def collect(self, event: Any) -> int:
+        """Keep an event of an answer that is sent whole; returns its size in bytes."""
+        raise NotImplementedError
+
+    def completion(self) -> Iterator[bytes]:
+        """The whole answer, in parts."""
+        raise NotImplementedError
+        yield b""
+
+    async def collect_all(self, events: AsyncIterator[Event], grow: Callable[[int], object]) -> bytes:
+        """The whole answer, once its events have come. `grow` is told how many bytes more are kept, and may
+        raise."""
+        async for event in events:
+            if not isinstance(event, Accepted | PromptProgress):
+                grow(self.collect(event))
+        return b"".join(self.completion())
 
     def without_work(self) -> bytes:
         """The whole answer to a request that asks for nothing; b"" for all others."""

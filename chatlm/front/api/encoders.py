@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence as Seq
 from typing import TYPE_CHECKING
 
-from chatlm.common.client_words import ANTHROPIC, OLLAMA
 from chatlm.common.config import LIMITS
 from chatlm.common.jsontext import dump
 from chatlm.common.log import utc
@@ -16,12 +15,15 @@ from chatlm.front.api.encode import (
     BlockEncoder, Encoder, NativeEncoder, arguments_of, calculator_member, frame, timings_body)
 from chatlm.front.api.encode_openai import ChatEncoder, CompletionEncoder, FunctionEncoder
 from chatlm.front.api.encode_retrieval import RETRIEVAL_ENCODERS
+from chatlm.front.api.errors import anthropic_error, ollama_error, response_error
 from chatlm.front.api.infill import InfillEncoder
 from chatlm.front.api.logprobs import TokensOfText, entries
 
 if TYPE_CHECKING:
     from chatlm.common.errors import ChatServerError
+    from chatlm.common.messages.protocol import ParsedBody
     from chatlm.common.messages.requests import Accepted, TokenLogprob
+    from chatlm.common.text.tokenizer import Tokenizer
     from chatlm.front.api.encode import Block
 
 
@@ -167,13 +169,11 @@ class ResponsesEncoder(BlockEncoder):
         yield self.whole()[1]
 
     def failed(self, error: ChatServerError) -> bytes:
-        body = {"code": error.code or error.type, "message": str(error)}
-        return self.response_event("failed", self.response("failed", error=body))
+        return self.response_event("failed", self.response("failed", error=response_error(error)))
 
     @staticmethod
     def lone_failure(error: ChatServerError) -> bytes:
-        return b"event: error\n" + frame({
-            "type": "error", "code": error.code or error.type, "message": str(error), "param": error.param})
+        return b"event: error\n" + frame({"type": "error", **response_error(error), "param": error.param})
 
 
 class MessagesEncoder(BlockEncoder):
@@ -341,7 +341,7 @@ class OllamaEncoder(BlockEncoder):
 
     @staticmethod
     def lone_failure(error: ChatServerError) -> bytes:
-        return dump({"error": error.said_to(OLLAMA)}) + b"\n"
+        return dump(ollama_error(error)) + b"\n"
 
     def without_work(self) -> bytes:
         """Without a question, Ollama only loads the model."""
@@ -349,14 +349,9 @@ class OllamaEncoder(BlockEncoder):
             "done_reason" in self.parsed.details) else b""
 
 
-ANTHROPIC_ERRORS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error",
-                    404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error",
-                    500: "api_error", 503: "overloaded_error"}
-
-
-def anthropic_error(error: ChatServerError) -> dict:
-    kind = ANTHROPIC_ERRORS.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
-    return {"type": "error", "error": {"type": kind, "message": error.said_to(ANTHROPIC)}}
+def encoder_of(parsed: ParsedBody, model: str, tokenizer: Tokenizer | None) -> Encoder:
+    """The encoder of an answer, which keeps no more of the request than it needs."""
+    return ENCODERS[parsed.api](parsed.lasting(), model, tokenizer)
 
 
 ENCODERS = {"native": NativeEncoder, "chat": ChatEncoder, "functions": FunctionEncoder,

@@ -255,14 +255,15 @@ def constraint(name: str, language: str, allowed: str, schema: dict) -> Field:
     return Field(name, FieldType(allowed, schema, convert), f"the answer matches {allowed}")
 
 
+LLAMA_SERVERS = "of llama-server"  # a group
 CONSTRAINT_FIELDS = (  # as vLLM and llama-server have them; a request may have one
     constraint("guided_json", "json", "a JSON schema", {"anyOf": [{"type": "object"}, A_TEXT]}),
     constraint("guided_regex", "regex", "a regular expression", A_TEXT),
     constraint("guided_choice", "choice", "a list of 1 to 1,000 strings",
                list_schema(A_TEXT, minItems=1, maxItems=1000)),
     constraint("guided_grammar", "grammar", "a grammar in Lark or GBNF", A_TEXT),
-    constraint("grammar", "grammar", "a grammar in GBNF or Lark", A_TEXT),
-    constraint("json_schema", "json", "a JSON schema", {"type": "object"}),
+    constraint("grammar", "grammar", "a grammar in GBNF or Lark", A_TEXT)._replace(group=LLAMA_SERVERS),
+    constraint("json_schema", "json", "a JSON schema", {"type": "object"})._replace(group=LLAMA_SERVERS),
     Field("structured_outputs", OBJECT._replace(convert=structured_outputs),
           "one of json, regex, choice, grammar and json_object"),
     *(Field(name, refused("answers cannot be held to it"), "refused") for name in (

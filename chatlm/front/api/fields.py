@@ -6,11 +6,15 @@ import itertools
 import json
 import math
 import re
+import types
 from collections.abc import Callable, Iterable, Mapping, Sequence as Seq
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TYPE_CHECKING
 
 from chatlm.common.errors import RequestError, bad_value, invalid, shown
 from chatlm.common.jsontext import JSON_TYPES, is_number, is_text, whole_unicode
+
+if TYPE_CHECKING:
+    from chatlm.common.messages.protocol import Known, ParsedBody
 
 
 def matches(schema: Mapping, value) -> bool:
@@ -57,6 +61,12 @@ class FieldType(NamedTuple):
     details: dict = {}  # more schema, checked elsewhere with better errors
 
 
+# Says of a body that was read, for a model, whether a field has no effect on the answer (idle.py)
+Idle = Callable[["ParsedBody", "Known"], bool]
+NO_IDLE: Mapping[str, Idle] = types.MappingProxyType({})
+ABSENT: Any = object()
+
+
 class Field(NamedTuple):
     """One field of a request body. null means absent."""
 
@@ -68,6 +78,10 @@ class Field(NamedTuple):
     clamp: bool = False  # out of range: use the nearest bound instead of refusing
     required: bool = False
     means: str = ""      # the field of Chat Completions that this one is called here
+    fills: str = ""      # "params" or "request": the object that has its value, under the name that it means
+    group: str = ""      # of fields that their readers treat alike
+    idle: Mapping[str, Idle] = NO_IDLE  # when its members have no effect; "": it itself
+    repeated: Any = ABSENT  # it comes back in the response; this is what comes where it is absent
 
     @property
     def schema(self) -> dict:
@@ -167,6 +181,17 @@ def known_tools(tools: Seq[dict], types: Seq[str | None],
         if not matches(A_FUNCTION, functions[-1]):
             raise bad_value(f"tools[{index}]", tool, f"an object with a name and {schema}, an object")
     return tuple(functions), header_words(others)
+
+
+def names_in(fields: Iterable[Field], group: str) -> tuple[str, ...]:
+    """The names of the fields of a group."""
+    return tuple(field.name for field in fields if field.group == group)
+
+
+def without(fields: Iterable[Field], *others: Field) -> tuple[Field, ...]:
+    """Fields but for those with the names of others."""
+    names = {field.name for field in others}
+    return tuple(field for field in fields if field.name not in names)
 
 
 def member_of(body: Mapping, path: str):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence as Seq
-from typing import NamedTuple, TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence as Seq
+from typing import TYPE_CHECKING
 
-from chatlm.common.text.formats import knows_of_thinking, thoughts_of
-from chatlm.front.api.field_types import BUDGETS, EFFORT_BUDGETS, LOGPROBS_OF_TEXT
+from chatlm.front.api.field_types import LOGPROBS_OF_TEXT
 from chatlm.front.api.fields import header_words, member_of
-from chatlm.front.api.tables import BODY_FIELDS
+from chatlm.front.api.tables import BODY_FIELDS, OLLAMA_OPTIONS
 
 if TYPE_CHECKING:
     from chatlm.common.messages.protocol import Known, ParsedBody
@@ -31,47 +30,24 @@ def unread(body: Mapping, fields: Seq[Field]) -> Iterator[str]:
     yield from (name for name, meaning in meanings.items() if read[meaning] != name)
 
 
-class Idle(NamedTuple):
-    """Fields that are read but have no effect in some requests."""
-
-    names: tuple[str, ...]
-    when: Callable[[ParsedBody, Known], object]
-
-
-IDLE = (
-    # the grammar alone decides where the answer ends
-    Idle(("ignore_eos", "min_tokens", "stop_on_repetition"),
-         lambda parsed, known: parsed.request.params.grammar),
-    Idle(("stop_token_ids",), lambda parsed, known: parsed.request.params.grammar
-         and known.never_written.issuperset(parsed.request.params.stop_token_ids)),
-    # required calls have no content beside them, in which alone stop strings are looked for
-    Idle(("stop", "stop_sequences", "options.stop"), lambda parsed, known:
-         parsed.request.params.grammar and parsed.request.params.grammar_param == "tools"),
-    Idle(("resumable", "progress", "stream_options"), lambda parsed, known: not parsed.stream),
-    Idle(BUDGETS, lambda parsed, known: not thoughts_of(known.template)),
-    Idle((*EFFORT_BUDGETS, "thinking.type", "enable_thinking"), lambda parsed, known: not (
-        thoughts_of(known.template) if parsed.request.params.thinking_budget is not None
-        else knows_of_thinking(known.template))),
-    Idle(("raw_scores", "return_text", "truncate"),  # TEI's
-         lambda parsed, known: parsed.api in ("rerank", "llama rerank")),
-    Idle(("return_documents",), lambda parsed, known: parsed.api == "tei rerank"),
-    Idle(("instruction",), lambda parsed, known: parsed.api == "cosines"),
-    Idle(("store",), lambda parsed, known: parsed.api == "responses" and known.settings.database is None),
-    Idle(("input_type",),  # the model has no prompt for these
-         lambda parsed, known: parsed.request.retrieval and not parsed.request.retrieval.prompt),
-    # Chat Completions refuses it
-    Idle(("top_logprobs",), lambda parsed, known: parsed.request.params.logprobs is None),
-    Idle(("system", "think"),  # a text to continue has no conversation around it
-         lambda parsed, known: parsed.api == "ollama generate" and parsed.request.prompts),
-)
 OFF = ("none", "disabled", "false", "False")  # values that ask for nothing
 
 
-def idle(body: Mapping, parsed: ParsedBody, known: Known) -> Iterator[str]:
-    """The fields that have no effect on this answer."""
-    for names, when in IDLE:
-        sent = [name for name in names if (value := member_of(body, name)) and value not in OFF]
-        yield from sent if sent and when(parsed, known) else ()
+def idle(body: Mapping, fields: Seq[Field], parsed: ParsedBody, known: Known,
+         above: str = "") -> Iterator[str]:
+    """The fields that have no effect on this answer, as the conditions of their rows say. above: what goes
+    before their names."""
+    rows = {field.name: field for field in fields}
+    for name in filter(rows.__contains__, body):
+        for member, is_idle in rows[name].idle.items():
+            path = f"{name}.{member}" if member else name
+            value = member_of(body, path)
+            if value and value not in OFF and is_idle(parsed, known):
+                yield above + path
+
+
+def idle_words(body: Mapping, parsed: ParsedBody, known: Known) -> Iterator[str]:
+    """Words in lists and objects of clients that ask for nothing that is here."""
     if parsed.api == "responses":
         yield from (f"include.{name}" for name in body.get("include") or () if name != LOGPROBS_OF_TEXT)
     if parsed.api in ("native", "chat", "functions"):
@@ -84,5 +60,9 @@ def ignored_fields(route: str, body: Mapping, parsed: ParsedBody, known: Known) 
     """The fields of a body that was read into `parsed` that have no effect on its answer."""
     if parsed.api != "native" and route == "/chat/completions":  # see read_native_body
         route = "/v1/chat/completions"
-    names = [*unread(body, BODY_FIELDS[route]), *idle(body, parsed, known)]
+    fields = BODY_FIELDS[route]
+    names = [*unread(body, fields), *idle(body, fields, parsed, known)]
+    if parsed.api.startswith("ollama") and isinstance(body.get("options"), dict):
+        names += idle(body["options"], OLLAMA_OPTIONS, parsed, known, "options.")
+    names += idle_words(body, parsed, known)
     return header_words(dict.fromkeys(names))

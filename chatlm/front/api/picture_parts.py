@@ -9,9 +9,8 @@ import base64
 import binascii
 import json
 import re
-import struct
 from collections.abc import Iterator, Mapping, Sequence as Seq
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TYPE_CHECKING
 
 from chatlm.common.client_words import too_large
@@ -20,7 +19,6 @@ from chatlm.common.errors import RequestError, bad_value, shown
 from chatlm.common.jsontext import is_text
 from chatlm.common.messages.requests import Picture
 from chatlm.front.api.fields import within_limit
-from chatlm.front.api.tables import BEFORE
 
 if TYPE_CHECKING:
     from chatlm.common.messages.protocol import KeptItem
@@ -79,25 +77,45 @@ class Lifted(NamedTuple):
     data: bytes
 
 
-def lift_pictures(body: dict, refusal: str = "") -> list[Lifted]:
-    """Take the files of its pictures out of a body, which gets their numbers in their places. RequestError
-    for what is no picture file, and, with the reason `refusal` if there is one, for any."""
-    found = []
-    for place, index, part, name in places(body):
-        if (sent := sent_in(part, name)) is None:
-            continue
-        value, name = sent
-        if refusal:
-            raise RequestError(f"{name}: {refusal}", code="unsupported_content", param=name)
-        within_limit("images", len(found) + 1, LIMITS.pictures, name)
-        place[index] = {"type": "image", "picture": len(found)}
-        found.append(Lifted(name, file_of(value, name)))
-    return found
+@dataclass
+class Lift:
+    """The pictures of a body: their files, up to the first that cannot be used."""
+
+    files: list[Lifted] = field(default_factory=list)
+    first: str = ""                      # the name of its first picture; "" if it has none
+    problem: RequestError | None = None  # what is wrong with the first that cannot be used
+
+    def check(self, refusal: str):
+        """RequestError for what is no picture file, and, with the reason `refusal` if there is one, for any
+        picture: a model that cannot see says so before it finds fault with a file."""
+        if refusal and self.first:
+            raise RequestError(f"{self.first}: {refusal}", code="unsupported_content", param=self.first)
+        if self.problem:
+            raise self.problem
 
 
-def fill_in(body: dict, pictures: Seq[Picture]):
+def lift_pictures(body: dict, before: list | None = None) -> Lift:
+    """Take the files of its pictures out of a body, which gets their numbers in their places. before: the
+    items that the body continues, which get them too."""
+    lift = Lift()
+    try:
+        for place, index, part, name in places(body, before):
+            sent = sent_in(part, name)
+            if sent is None:
+                continue
+            value, name = sent
+            lift.first = lift.first or name
+            within_limit("images", len(lift.files) + 1, LIMITS.pictures, name)
+            place[index] = {"type": "image", "picture": len(lift.files)}
+            lift.files.append(Lifted(name, file_of(value, name)))
+    except RequestError as error:
+        lift.problem = error
+    return lift
+
+
+def fill_in(body: dict, pictures: Seq[Picture], before: list | None = None):
     """Say of each picture that was lifted what it is: its size and its digest."""
-    for place, index, part, _ in places(body) if pictures else ():
+    for place, index, part, _ in places(body, before) if pictures else ():
         if isinstance(part, dict) and part.get("type") == "image":
             picture = pictures[part["picture"]]
             place[index] = {"type": "image",
@@ -149,13 +167,12 @@ def with_pixels(request: Request, pictures: Seq[Picture]) -> Request:
     return replace(request, messages=messages, pictures=whole(request.pictures))
 
 
-def places(body: dict) -> Iterator[tuple[list, int, Any, str]]:
-    """(list, index, part, name for errors) of whatever may be a picture in a body, or in a batch's line."""
-    if isinstance(body.get("body"), dict):
-        yield from places(body["body"])
+def places(body: dict, before: list | None = None) -> Iterator[tuple[list, int, Any, str]]:
+    """(list, index, part, name for errors) of whatever may be a picture in a body, or in what it
+    continues."""
     yield from ollama_images(body, "")
-    for member in ("messages", BEFORE, "input"):
-        messages = body.get(member)
+    for member, messages in (("messages", body.get("messages")), ("before_input", before),
+                             ("input", body.get("input"))):
         for index, message in enumerate(messages if isinstance(messages, list) else ()):
             if isinstance(message, dict):
                 name = f"{member}[{index}]"
@@ -181,28 +198,3 @@ def parts_of(content: Any, name: str) -> Iterator[tuple[list, int, Any, str]]:
                 yield from parts_of(part.get("content"), f"{inner}.content")
             if part.get("type") == "document" and isinstance(source, dict):
                 yield from parts_of(source.get("content"), f"{inner}.source.content")
-
-
-SIZE = struct.Struct("<I")
-
-
-def packed_lift(body: dict, pictures: Seq[Lifted]) -> bytes:
-    """A body and the pictures that were taken out of it, as one message of a sandbox."""
-    try:
-        text = json.dumps(body).encode()
-    except RecursionError:
-        raise RequestError("the body is nested too deeply") from None
-    sections = [text, json.dumps([name for name, _ in pictures]).encode(),
-                *(data for _, data in pictures)]
-    return b"".join(part for section in sections for part in (SIZE.pack(len(section)), section))
-
-
-def unpacked_lift(data: bytes) -> tuple[bytes, list[Lifted]]:
-    """The body, as JSON, and the pictures."""
-    sections, begin = [], 0
-    while begin < len(data):
-        [size] = SIZE.unpack_from(data, begin)
-        sections.append(data[begin + SIZE.size:begin + SIZE.size + size])
-        begin += SIZE.size + size
-    body, names, *files = sections
-    return body, [*map(Lifted, json.loads(names), files)]

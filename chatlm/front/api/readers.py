@@ -24,18 +24,18 @@ from chatlm.front.api.conversation import (
     message_of, native_messages, openai_messages, other_types, response_messages, sent_messages,
     template_options, without_others)
 from chatlm.front.api.fields import (
-    ToolChoice, allowed_tools, functions_among, header_words, known_tools, member_of, no_tools,
-    parse_fields, within_limit)
+    ABSENT, ToolChoice, allowed_tools, functions_among, header_words, known_tools, member_of, names_in,
+    no_tools, parse_fields, within_limit)
 from chatlm.front.api.field_types import OPENAI_ROLES, one_constraint, thinking, thinking_budget, turned_off
 from chatlm.front.api.ignored import ignored_fields, unread
 from chatlm.front.api.infill import infill_ends
 from chatlm.front.api.kept_items import kept_items
 from chatlm.front.api.retrieval import RETRIEVAL_READERS, check_route
 from chatlm.front.api.tables import (
-    BEFORE, BODY_FIELDS, COMPARE_FIELDS, COMPLETION_FIELDS, CONTINUED, COUNTED_FIELDS, DRAWING_FIELDS,
-    INFILL_FIELDS, MANAGED_FIELDS, MESSAGES_FIELDS, NATIVE_FIELDS, OLLAMA_CHAT_FIELDS,
-    OLLAMA_GENERATE_FIELDS, OLLAMA_OPTIONS, OLLAMA_SHOW_FIELDS, OPENAI_FIELDS, RESPONSES_FIELDS,
-    VARIANT_FIELDS)
+    BODY_FIELDS, COMPARE_FIELDS, COMPLETION_FIELDS, CONTINUES, COUNTED_FIELDS, DRAWING_FIELDS, DRAWN,
+    INFILL_FIELDS, LOOSE_ENDS, MANAGED_FIELDS, MESSAGES_FIELDS, NATIVE_FIELDS, OLLAMA_CHAT_FIELDS,
+    OLLAMA_GENERATE_FIELDS, OLLAMA_OPTIONS, OLLAMA_SHOW_FIELDS, OPENAI_FIELDS, PARAMS_NAMES, REQUEST_NAMES,
+    RESPONSES_FIELDS, SAMPLING_FIELDS, SOME, VARIANT_FIELDS, WHO)
 from chatlm.front.api.tokenization import apply_template, detokenize, rendered, tokenize
 
 if TYPE_CHECKING:
@@ -55,17 +55,13 @@ def parse_answer(body: dict, fields: Seq[Field], known: Known) -> dict:
     return values | {"budget": budget}
 
 
-# of a model's own defaults: greedy answers stay as they are without
-FOR_DRAWN_ANSWERS = ("frequency_penalty", "presence_penalty")
-
-
 def sampling_params(values: Mapping, settings: Settings) -> SamplingParams:
     """The request's values, else the defaults; the seed is random if none is set."""
     seed = settings.seed if settings.seed is not None else secrets.randbits(53)  # exact in JavaScript
     chosen: dict[str, Any] = {"seed": seed} | {
         name: value for name, (value, _) in sampling_defaults(settings).items()}
     if values.get("temperature", chosen["temperature"]) == 0:
-        for name in FOR_DRAWN_ANSWERS:
+        for name in names_in(SAMPLING_FIELDS, DRAWN):
             chosen.pop(name, None)
     return SamplingParams(**chosen | among(values, *SAMPLING_NAMES))
 
@@ -81,10 +77,9 @@ def make_request(values: Mapping, settings: Settings, params: AnswerParams = Ans
             source["messages"] = with_names_read(source["messages"])
     check_stops(values.get("stop", ()))
     params = replace(params, sampling=sampling_params(values, settings), chat="messages" in source,
-                     **among(values, "stop", "stop_token_ids", "ignore_eos", "min_tokens", "progress",
-                             "stop_on_repetition", "skip_special_tokens"))
+                     **among(values, *PARAMS_NAMES))
     return Request(params=params, low_priority=values.get("priority", False),
-                   **among(values, "n", "truncate", "resumable", "prefix_token_ids"), **source)
+                   **among(values, *REQUEST_NAMES), **source)
 
 
 def check_stops(stops: Seq[str]):
@@ -114,7 +109,7 @@ def openai_request(values: Mapping, settings: Settings, params: AnswerParams, **
     """A Request from the fields that all routes except nanochat's share."""
     cap = values.get("max_tokens", settings.max_tokens)
     if params.grammar:  # it alone decides whether the answer may go on
-        values = {name: value for name, value in values.items() if name not in ("ignore_eos", "min_tokens")}
+        values = {name: value for name, value in values.items() if name not in LOOSE_ENDS}
     return make_request(values, settings, params, max_tokens=None if cap == -1 else cap, **source)
 
 
@@ -248,17 +243,12 @@ def read_infill_body(body: dict, known: Known) -> ParsedBody:
                        {"response_fields": values.get("response_fields", ())})
 
 
-REPEATED = {  # fields of a request that come back in its response, and what stands for absent ones
-    "instructions": None, "metadata": {}, "parallel_tool_calls": True, "tool_choice": "auto", "tools": [],
-    "text": {"format": {"type": "text"}}, "reasoning": {"effort": None, "summary": None},
-    "truncation": "disabled", "max_output_tokens": None, "user": None}
-
-
 def repeated_json(body: Mapping) -> bytes:
     """The members of a body that its response repeats in several events, encoded once for all of them."""
+    repeated = {field.name: field.repeated for field in RESPONSES_FIELDS if field.repeated is not ABSENT}
     try:
         texts = {name: dump(value if body.get(name) is None else body[name])
-                 for name, value in REPEATED.items()}
+                 for name, value in repeated.items()}
     except RecursionError:
         raise RequestError("the body is nested too deeply") from None
     if (size := sum(map(len, texts.values()))) > LIMITS.repeated_bytes:
@@ -269,19 +259,19 @@ def repeated_json(body: Mapping) -> bytes:
     return b", ".join(b'"%s": %s' % (name.encode(), text) for name, text in texts.items())
 
 
-CHAINED = ("previous_response_id", "conversation")
+CHAINED = names_in(RESPONSES_FIELDS, CONTINUES)
 
 
-def read_responses_body(body: dict, known: Known, before: Seq | None = None) -> ParsedBody:
-    """before: the items of what the body continues; None: nobody has looked for any."""
+def read_responses_body(body: dict, known: Known, before: Seq = ()) -> ParsedBody:
+    """before: the items of what the body continues."""
     values = without_lone_top(parse_answer(body, RESPONSES_FIELDS, known))
     if "input" not in values and not any(values.get(name) for name in CHAINED):
         raise RequestError('One of "input", "prompt", "previous_response_id" or "conversation" must be '
                            "provided.", code="missing_required_parameter", param="input")
-    details = kept_details(values, known, before is not None)
+    details = kept_details(values, known)
     tools, ignored = known_tools(values.get("tools", ()), ["function", None], "parameters")
     ignored += other_types(values.get("input"), OTHER_ITEMS)
-    sent = response_messages(values, before or ())
+    sent = response_messages(values, before)
     messages = joined_turns(chat_messages(sent, known.tool_format is not None))
     request = parse_openai_request(values | {"tools": tools}, known.settings, known.tool_format, messages)
     parsed = parsed_body("responses", values, known, request, details, ignored)
@@ -289,9 +279,9 @@ def read_responses_body(body: dict, known: Known, before: Seq | None = None) -> 
                    kept=kept_items(input_items(values)) if details.get("store") else ())
 
 
-def kept_details(values: Mapping, known: Known, continued: bool) -> dict:
+def kept_details(values: Mapping, known: Known) -> dict:
     """Whether a response is kept, and what it continues: for its encoder. RequestError if it continues what
-    this server cannot have kept. continued: the front has found what was said before."""
+    this server cannot have kept."""
     chained = [name for name in CHAINED if values.get(name)]
     if known.settings.database is None:
         if chained:
@@ -300,8 +290,6 @@ def kept_details(values: Mapping, known: Known, continued: bool) -> dict:
         return {}
     if len(chained) == 2:
         raise invalid("conversation", "previous_response_id and conversation exclude each other")
-    if chained and not continued:  # its name was hidden in escapes, so the front did not see it
-        raise invalid(chained[0], f"{chained[0]} must be written without escapes")
     return {"store": values.get("store", True), **{name: values[name] for name in chained}}
 
 
@@ -422,10 +410,6 @@ async def read_managed(body: dict, prompts: PromptMaker, client: str = "") -> by
     return b""
 
 
-WHO_ANSWERS = ("models", "steps", "variants")
-WHO = ("model", "adapter", "step")
-
-
 async def read_compare(body: dict, prompts: PromptMaker | None = None, client: str = "") -> bytes:
     """The models that answer a body of /v1/compare, as JSON: `variants` has an object for each answer, whose
     `step`, or `model` and `adapter`, choose the model; `seed` is for those without their own. The questions
@@ -438,7 +422,7 @@ async def read_compare(body: dict, prompts: PromptMaker | None = None, client: s
     if "prompt" not in values and "messages" not in values:
         raise RequestError("messages is missing, or prompt, a text to continue",
                            code="missing_required_parameter", param="messages")
-    chosen = [name for name in WHO_ANSWERS if name in values]
+    chosen = [name for name in names_in(COMPARE_FIELDS, SOME) if name in values]
     if len(chosen) != 1:
         raise invalid(chosen[1] if chosen else "models", "one of models, steps and variants must say who "
                       f"answers, and {' and '.join(chosen) or 'none of them'} is here")
@@ -450,7 +434,7 @@ async def read_compare(body: dict, prompts: PromptMaker | None = None, client: s
     variants = variants or [{"step": step} for step in values.get("steps", ())]
     # the start of a very long name is as unknown as all of it
     who = [{name: value[:1000] if is_text(value := variant[name]) else value
-            for name in WHO if name in variant} for variant in variants]
+            for name in names_in(VARIANT_FIELDS, WHO) if name in variant} for variant in variants]
     return dump({"seed": sampling_params(values, Settings()).seed, "variants": who})
 
 
@@ -511,14 +495,12 @@ TEXT_READERS: dict[str, Callable] = {
 }
 
 
-def read_answer(route: str, body: dict, known: Known) -> ParsedBody:
-    """The result of the route's reader for a body, on routes that answer, or for one that is CONTINUED."""
+def read_answer(route: str, body: dict, known: Known, before: Seq | None = None) -> ParsedBody:
+    """The result of the route's reader for a body, on routes that answer. before: the items of what a
+    response continues; None: it continues nothing."""
     check_route(route, known)
-    if route == CONTINUED:
-        route, before = "/v1/responses", body.pop(BEFORE)
-        parsed = read_responses_body(body, known, before)
-    else:
-        parsed = ANSWER_READERS[route](body, known)
+    parsed = ANSWER_READERS[route](body, known) if before is None else read_responses_body(
+        body, known, before)
     return replace(parsed, ignored_fields=ignored_fields(route, body, parsed, known))
 
 

@@ -8,13 +8,14 @@ from functools import partial
 from chatlm.common.config import LIMITS
 from chatlm.common.jsontext import is_text, whole_unicode
 from chatlm.common.messages.requests import SAMPLING_FLAGS, SAMPLING_NAMES
+from chatlm.front.api import idle
 from chatlm.front.api.fields import (
     A_TEXT, A_TOKEN, TEXT_OR_NULL, Field, FieldType, as_count, list_schema, listed, object_schema,
-    prompt_list, refused)
+    prompt_list, refused, without)
 from chatlm.front.api.field_types import (
-    A_BUDGET, CAP, CONSTRAINT_FIELDS, EFFORT, FLAT_CHOICE, FOUR_STOPS, FUNCTIONS, FUNCTION_CALL, INCLUDE,
-    INPUTS, INTEGER, LIST, LOGIT_BIAS, LOGPROBS_OF_TEXT, MESSAGES_CHOICE, METADATA, MIXED,
-    NATIVE_MESSAGES, NUMBER, OBJECT, OLLAMA_FORMAT, OPENAI_MESSAGES, PRIORITY, PROMPTS, SEED, STOP,
+    A_BUDGET, CAP, CONSTRAINT_FIELDS, LLAMA_SERVERS, EFFORT, FLAT_CHOICE, FOUR_STOPS, FUNCTIONS,
+    FUNCTION_CALL, INCLUDE, INPUTS, INTEGER, LIST, LOGIT_BIAS, LOGPROBS_OF_TEXT, MESSAGES_CHOICE, METADATA,
+    MIXED, NATIVE_MESSAGES, NUMBER, OBJECT, OLLAMA_FORMAT, OPENAI_MESSAGES, PRIORITY, PROMPTS, SEED, STOP,
     STOP_TOKENS, SWITCH, SYSTEM, TEXT, THINKING, TOKENS, TOOLS, TOOL_CHOICE, TOP_K, TOP_LEVEL_THINKING,
     nested_grammar, object_of, response_grammar, thinking)
 
@@ -33,45 +34,61 @@ RESPONSE_FORMAT = Field(
 
 EFFORT_OR_NULL = {"anyOf": [*EFFORT.schema["anyOf"], {"type": "null"}]}
 
+STOPS = Field("stop", STOP, "strings that end the answer; searched for in its content, not in calls",
+              fills="params", idle={"": idle.in_required_calls})
+IGNORE_EOS = Field(
+    "ignore_eos", SWITCH, "do not let the model end the answer before max_tokens; ignored if a format or a "
+    "required call decides where it ends", fills="params", idle={"": idle.under_a_grammar})
 REPETITION = Field(
     "stop_on_repetition", SWITCH,
-    "end the answer where it only repeats itself; its stop_reason then is `repetition`")
+    "end the answer where it only repeats itself; its stop_reason then is `repetition`",
+    fills="params", idle={"": idle.under_a_grammar})
+LOW = Field("priority", PRIORITY, "`low`: wait until no other request does")
+TRUNCATE = Field(
+    "truncate", FieldType('"oldest" or "none"', {"enum": ["oldest", "none"]}, "oldest".__eq__),
+    "`oldest`: drop the oldest turns if not all fit; the timings say how many messages that were",
+    fills="request")
 COMMON_FIELDS = (  # for every route that generates
-    Field("stop", STOP, "strings that end the answer; searched for in its content, not in calls"),
+    STOPS,
     Field("skip_special_tokens", SWITCH,
           "false: the answer's text has the names of special tokens, and in the assistant's messages those "
-          "of nanochat's calculator are these tokens"),
-    Field("ignore_eos", SWITCH, "do not let the model end the answer before max_tokens; ignored if a "
-                                "format or a required call decides where it ends"),
+          "of nanochat's calculator are these tokens", fills="params"),
+    IGNORE_EOS,
     REPETITION,
-    Field("priority", PRIORITY, "`low`: wait until no other request does"),
-    Field("truncate", FieldType('"oldest" or "none"', {"enum": ["oldest", "none"]}, "oldest".__eq__),
-          "`oldest`: drop the oldest turns if not all fit; the timings say how many messages that were"),
+    LOW,
+    TRUNCATE,
     Field("resumable", SWITCH, "number the events of a stream; GET /v1/streams/{id} continues one that broke "
-                               "off"),
+                               "off", fills="request", idle={"": idle.without_stream}),
     Field("progress", SWITCH, "begin a stream with events before the first token: place in the queue, tokens "
-                              "of the prompt, and how many are computed"),
+                              "of the prompt, and how many are computed", fills="params",
+          idle={"": idle.without_stream}),
 )
 
+IDLE_THINKING = {"budget_tokens": idle.without_thoughts, "type": idle.without_thinking}
 SWITCHES = (  # further names of `chat_template_kwargs.enable_thinking`
-    Field("enable_thinking", SWITCH, "whether the model thinks, if its template knows that"),
-    Field("thinking", TOP_LEVEL_THINKING, "the same; `budget_tokens` means thinking_budget"),
+    Field("enable_thinking", SWITCH, "whether the model thinks, if its template knows that",
+          idle={"": idle.without_thinking}),
+    Field("thinking", TOP_LEVEL_THINKING, "the same; `budget_tokens` means thinking_budget",
+          idle=IDLE_THINKING),
 )
 TEMPLATE_OPTIONS = (  # how a conversation becomes a prompt
     Field("continue_final_message", SWITCH, "true: continue the last message, an assistant's, instead of "
           "answering; `prefix: true` in that message means the same"),
     Field("add_generation_prompt", SWITCH, "false: do not begin an answer after the last message"),
     Field("reasoning_effort", EFFORT,
-          "how much the model thinks, if its template supports that; a number means thinking_budget"),
+          "how much the model thinks, if its template supports that; a number means thinking_budget",
+          idle={"": idle.without_thinking}),
     Field("chat_template_kwargs", OBJECT, "further variables for the template, such as `enable_thinking`; "
-                                          "`thinking_budget` in it means the field"),
+                                          "`thinking_budget` in it means the field",
+          idle={"thinking_budget": idle.without_thoughts}),
     Field("thinking_budget", INTEGER, "most tokens that the model thinks, at most max_tokens; 0: it does not",
-          0, math.inf),
+          0, math.inf, idle={"": idle.without_thoughts}),
     *SWITCHES,
 )
 
 PREFIX = Field("prefix_token_ids", TOKENS, "token ids with which the answer begins, as if they had been "
-                                           "drawn; their text comes first, and max_tokens counts them")
+                                           "drawn; their text comes first, and max_tokens counts them",
+               fills="request")
 PROMPT_LOGPROBS = Field(
     "prompt_logprobs", INTEGER, "log-probabilities of the prompt's tokens, each with its rank and this many "
                                 "alternatives, by token id as in vLLM; not in a stream", 0, 20)
@@ -87,6 +104,12 @@ TOKEN_IDS = Field("return_token_ids", SWITCH, "`token_ids` beside each choice: t
 
 BREAKERS = FieldType("a list of at most 64 strings, none above 40 characters",
                      list_schema(A_TEXT | {"maxLength": 40}, maxItems=64), lambda value: tuple(listed(value)))
+STOP_IDS = Field("stop_token_ids", STOP_TOKENS, "tokens that end the answer", fills="params",
+                 idle={"": idle.never_written})
+MIN_TOKENS = Field(
+    "min_tokens", INTEGER, "do not end the answer before it has this many tokens; ignored where ignore_eos "
+    "is", 0, math.inf, fills="params", idle={"": idle.under_a_grammar})
+DRAWN = "for drawn answers"  # a group: a model's own defaults of these leave greedy answers as they are
 SAMPLING_FIELDS = (  # for all but nanochat's route, which has those that are flags
     MODEL,
     Field("stream", SWITCH, "server-sent events"),
@@ -95,11 +118,11 @@ SAMPLING_FIELDS = (  # for all but nanochat's route, which has those that are fl
     Field("top_p", NUMBER, "keep the likeliest tokens up to this total probability; 1 = off", 0, 1),
     Field("min_p", NUMBER, "drop tokens below this share of the likeliest one's probability; 0 = off", 0, 1),
     Field("seed", SEED, "same seed, same answer; random when absent", -2**63, 2**64 - 1),
-    Field("stop_token_ids", STOP_TOKENS, "tokens that end the answer"),
-    Field("min_tokens", INTEGER, "do not end the answer before it has this many tokens; ignored where "
-                                 "ignore_eos is", 0, math.inf),
-    Field("presence_penalty", NUMBER, "lowers the logits of tokens of the answer; 0 = off", -2, 2),
-    Field("frequency_penalty", NUMBER, "the same, for each time it occurs", -2, 2),
+    STOP_IDS,
+    MIN_TOKENS,
+    Field("presence_penalty", NUMBER, "lowers the logits of tokens of the answer; 0 = off", -2, 2,
+          group=DRAWN),
+    Field("frequency_penalty", NUMBER, "the same, for each time it occurs", -2, 2, group=DRAWN),
     Field("repetition_penalty", NUMBER, "makes tokens less likely that already occurred; 1 = off", 0.01, 10),
     Field("logit_bias", LOGIT_BIAS, "token id -> bias"),
     Field("typical_p", NUMBER, "keep the most typical tokens up to this total probability; 1 = off", 0, 1),
@@ -131,20 +154,25 @@ NATIVE_FIELDS = (
 
 SHARED_FIELDS = (  # for Completions and Chat Completions
     *OPENAI_SAMPLING_FIELDS,
-    Field("stream_options", object_of("include_usage"), "include_usage: end with a chunk that has the usage"),
-    Field("n", INTEGER, "choices", 1, LIMITS.choices),
+    Field("stream_options", object_of("include_usage"), "include_usage: end with a chunk that has the usage",
+          idle={"": idle.without_stream}),
+    Field("n", INTEGER, "choices", 1, LIMITS.choices, fills="request"),
     PREFIX, TOKEN_IDS,
 )
 
+MOST_TOKENS = (
+    Field("max_tokens", CAP, "most tokens of the answer; -1 = up to the context"),
+    Field("max_completion_tokens", CAP, "the same; it overrides max_tokens", means="max_tokens"),
+)
 OPENAI_FIELDS = (
     Field("messages", OPENAI_MESSAGES, "the conversation", required=True),
     *SHARED_FIELDS,
-    Field("max_tokens", CAP, "most tokens of the answer; -1 = up to the context"),
-    Field("max_completion_tokens", CAP, "the same; it overrides max_tokens", means="max_tokens"),
+    *MOST_TOKENS,
     Field("modalities", FieldType('["text"], the only modality of this server',
                                   list_schema({"enum": ["text"]})), "what the answer is"),
     Field("logprobs", SWITCH, "log-probabilities of the answer"),
-    Field("top_logprobs", INTEGER, "alternatives listed for each token", 0, 20),
+    Field("top_logprobs", INTEGER, "alternatives listed for each token", 0, 20,
+          idle={"": idle.without_logprobs}),
     PROMPT_LOGPROBS, LOGPROB_IDS,
     Field("tools", TOOLS, "functions the model may call"),
     Field("tool_choice", TOOL_CHOICE, "auto, none, required, or one of the tools"),
@@ -157,7 +185,7 @@ OPENAI_FIELDS = (
 
 COMPLETION_FIELDS = (
     Field("prompt", PROMPTS, "text, token ids, or a list of these; absent: a new document"),
-    *(field for field in SHARED_FIELDS if field.name != "truncate"),  # a text has no turns
+    *without(SHARED_FIELDS, TRUNCATE),  # a text has no turns
     Field("max_tokens", INTEGER, "most tokens of the answer; -1 = up to the context, 0 = echo only",
           -1, math.inf),
     Field("logprobs", INTEGER, "log-probabilities, with this many alternatives", 0, 20),
@@ -183,7 +211,7 @@ INFILL_FIELDS = (  # as llama-server has them
     Field("input_suffix", MIXED, "what is after it", required=True),
     Field("input_extra", OTHER_FILES, "other files, the most important last"),
     Field("prompt", TEXT, "more text before the gap"),
-    *(field for field in SAMPLING_FIELDS if field.name != "truncate"),
+    *without(SAMPLING_FIELDS, TRUNCATE),
     SAMPLED["repetition_penalty"]._replace(name="repeat_penalty", means="repetition_penalty"),
     Field("n_predict", INTEGER._replace(convert=lambda value: max(-1, as_count(value))),
           "most tokens of the answer; -1 and -2 = up to the context, 0 = none: only compute the prompt",
@@ -192,48 +220,55 @@ INFILL_FIELDS = (  # as llama-server has them
           means="logprobs"),
     Field("return_tokens", SWITCH, "`tokens`: the ids behind the text", means="return_token_ids"),
     Field("response_fields", RESPONSE_FIELDS, "what the answer has, such as `content` or `timings/prompt_n`"),
-    *(field for field in CONSTRAINT_FIELDS if field.name in ("grammar", "json_schema")),
+    *(field for field in CONSTRAINT_FIELDS if field.group == LLAMA_SERVERS),
 )
 
-# As this the front reads a body that it has completed, in the field BEFORE, with what was said before. It is
-# no route, so a client cannot say itself what was said before.
-CONTINUED = "/v1/responses, continued"
-BEFORE = "before_input"
+CONTINUES = "what a response continues"  # a group
 RESPONSES_FIELDS = (
     Field("input", FieldType("a text or a list of items", {"anyOf": [A_TEXT, {"type": "array"}]}),
           "a text, or a list of messages, calls, their outputs and reasoning"),
-    Field("instructions", TEXT, "a system message before the input"),
+    Field("instructions", TEXT, "a system message before the input", repeated=None),
     *OPENAI_SAMPLING_FIELDS,
-    Field("max_output_tokens", CAP, "most tokens of the answer; -1 = up to the context", means="max_tokens"),
-    SOME_TOOLS,
-    Field("tool_choice", FLAT_CHOICE, "auto, none, required, or which of the functions"),
+    Field("max_output_tokens", CAP, "most tokens of the answer; -1 = up to the context", means="max_tokens",
+          repeated=None),
+    SOME_TOOLS._replace(repeated=[]),
+    Field("tool_choice", FLAT_CHOICE, "auto, none, required, or which of the functions", repeated="auto"),
     Field("reasoning", FieldType(f"an object whose effort is {EFFORT.allowed}",
                                  object_schema([], effort=EFFORT_OR_NULL),
                                  lambda value: thinking(value.get("effort")),
                                  object_schema([], effort=EFFORT_OR_NULL, max_tokens=A_BUDGET)),
           "`effort`: how much the model thinks, if its template knows that; `max_tokens`, or a number as "
-          "effort: most tokens that it thinks", means="template_options"),
-    PARALLEL,
+          "effort: most tokens that it thinks", means="template_options",
+          idle={"effort": idle.without_thinking, "max_tokens": idle.without_thoughts},
+          repeated={"effort": None, "summary": None}),
+    PARALLEL._replace(repeated=True),
     Field("text", object_of("format")._replace(convert=partial(nested_grammar, param="text")),
-          "`format`: text, json_object or json_schema", means="response_format"),
+          "`format`: text, json_object or json_schema", means="response_format",
+          repeated={"format": {"type": "text"}}),
     Field("truncation", FieldType('"auto" or "disabled"', {"enum": ["auto", "disabled"]}, "auto".__eq__),
-          "`auto` means `truncate: oldest`", means="truncate"),
+          "`auto` means `truncate: oldest`", means="truncate", repeated="disabled"),
     Field("include", INCLUDE, f"`{LOGPROBS_OF_TEXT}`: log-probabilities of the text's tokens",
           means="logprobs"),
-    Field("top_logprobs", INTEGER, "with these: alternatives listed for each token", 0, 20),
-    Field("metadata", METADATA, "comes back in the answer"),
+    Field("top_logprobs", INTEGER, "with these: alternatives listed for each token", 0, 20,
+          idle={"": idle.without_logprobs}),
+    Field("metadata", METADATA, "comes back in the answer", repeated={}),
     Field("user", FieldType("a string of at most 512 characters", {"type": "string", "maxLength": 512}),
-          "comes back in the answer"),
-    Field("store", SWITCH, "false: do not keep the answer; the default with --database is true"),
-    Field("previous_response_id", TEXT, "with --database: the kept response that this one continues"),
+          "comes back in the answer", repeated=None),
+    Field("store", SWITCH, "false: do not keep the answer; the default with --database is true",
+          idle={"": idle.without_a_database}),
+    Field("previous_response_id", TEXT, "with --database: the kept response that this one continues",
+          group=CONTINUES),
     Field("conversation", FieldType("an id, or an object with one", {"anyOf": [
         A_TEXT, object_schema(["id"], id=A_TEXT)]}, lambda value: value if is_text(value) else value["id"]),
-          "with --database: the conversation that this response continues, and is added to"),
+          "with --database: the conversation that this response continues, and is added to",
+          group=CONTINUES),
     Field("prompt", refused("the server keeps no prompts"), "refused"),
     Field("background", FieldType("false: answers are not made in the background", {"enum": [False]}),
           "true is refused"),
 )
 
+OUTPUT_CONFIG = Field("output_config", object_of("effort"), "`effort`: how much the model thinks",
+                      idle={"effort": idle.without_thinking})
 COUNTED_FIELDS = (
     Field("messages", LIST._replace(details=list_schema(object_schema(["role", "content"]), minItems=1)),
           "the conversation", required=True),
@@ -241,17 +276,18 @@ COUNTED_FIELDS = (
     MODEL, SOME_TOOLS,
     Field("tool_choice", MESSAGES_CHOICE, "auto, any, none, or one of the tools"),
     Field("thinking", THINKING, "whether the model thinks, if its template knows that; `budget_tokens`: most "
-          "tokens that it thinks", means="template_options"),
-    Field("output_config", object_of("effort"), "`effort`: how much the model thinks"),
+          "tokens that it thinks", means="template_options", idle=IDLE_THINKING),
+    OUTPUT_CONFIG,
 )
 MESSAGES_FIELDS = (
-    *(field for field in COUNTED_FIELDS if field.name != "output_config"),
-    *(field for field in SAMPLING_FIELDS if field.name != "model"),
+    *without(COUNTED_FIELDS, OUTPUT_CONFIG),
+    *without(SAMPLING_FIELDS, MODEL),
     Field("max_tokens", CAP, "most tokens of the answer; absent or -1 = up to the context"),
-    Field("stop_sequences", STOP, "strings that end the answer", means="stop"),
-    Field("output_config",
-          object_of("format", "effort")._replace(convert=partial(nested_grammar, param="output_config")),
-          "`format`: json_schema; `effort`: how much the model thinks", means="response_format"),
+    Field("stop_sequences", STOP, "strings that end the answer", means="stop",
+          idle={"": idle.in_required_calls}),
+    OUTPUT_CONFIG._replace(
+        type=object_of("format", "effort")._replace(convert=partial(nested_grammar, param="output_config")),
+        doc="`format`: json_schema; `effort`: how much the model thinks", means="response_format"),
     Field("output_format", object_of("type", "schema")._replace(
         convert=partial(response_grammar, param="output_format")),
         "the older name of `output_config.format`"),
@@ -261,7 +297,7 @@ OLLAMA_NAMES = {"repetition_penalty": "repeat_penalty"}
 OLLAMA_OPTIONS = (
     *(field._replace(name=OLLAMA_NAMES[name], means=name) if name in OLLAMA_NAMES else field
       for name, field in SAMPLED.items()),
-    COMMON_FIELDS[0], REPETITION,
+    STOPS, REPETITION,
     Field("num_predict", INTEGER._replace(convert=lambda value: int(value) if value > 0 else -1),
           "most tokens of the answer; -1 and -2 = up to the context", -2, math.inf, means="max_tokens"),
 )
@@ -273,9 +309,10 @@ OLLAMA_FIELDS = (  # for both of Ollama's routes
                              {"anyOf": [{"enum": [True, False]}, *EFFORT.schema["anyOf"]]},
                              lambda value: thinking(value)),
           "whether, or how much, the model thinks, if its template knows that; a number: most tokens that it "
-          "thinks", means="template_options"),
+          "thinks", means="template_options", idle={"": idle.thinking_of_ollama}),
     Field("logprobs", SWITCH, "log-probabilities of the answer's tokens"),
-    Field("top_logprobs", INTEGER, "with `logprobs`: alternatives listed for each token", 0, 20),
+    Field("top_logprobs", INTEGER, "with `logprobs`: alternatives listed for each token", 0, 20,
+          idle={"": idle.without_logprobs}),
     Field("options", OBJECT._replace(details={"properties": {
         field.name: field.described for field in OLLAMA_OPTIONS}}), "how to draw tokens, and when to stop"),
 )
@@ -286,7 +323,8 @@ OLLAMA_CHAT_FIELDS = (
     *OLLAMA_FIELDS)
 OLLAMA_GENERATE_FIELDS = (
     Field("prompt", TEXT, "a question; without any, an empty answer"),
-    Field("system", TEXT, "the system message"), Field("raw", SWITCH, "the prompt is a text to continue"),
+    Field("system", TEXT, "the system message", idle={"": idle.in_a_continued_text}),
+    Field("raw", SWITCH, "the prompt is a text to continue"),
     Field("suffix", TEXT, "the text after the answer, which then fills the gap between prompt and suffix"),
     Field("images", LIST, "picture files in base64, which come before the prompt"),
     *OLLAMA_FIELDS)
@@ -294,16 +332,17 @@ DIMENSIONS = Field("dimensions", INTEGER, "numbers of each vector, where the mod
                    math.inf)
 PROMPT_NAME = Field("prompt_name", TEXT, "which prompt of the model goes before each text (see /v1/models)")
 INPUT_TYPE = Field("input_type", TEXT, "query, document or a prompt's name: which prompt goes before each "
-                                       "text, if the model has it")
-LOW = Field("priority", PRIORITY, "`low`: wait until no other request does")
+                                       "text, if the model has it", idle={"": idle.without_a_prompt})
+POOLING = Field("pooling", FieldType('"mean" or "last"', {"enum": ["mean", "last"]}),
+                "of a chat model: the mean over the tokens of an input (the default), or its last token")
+CUT = Field("truncate", SWITCH, "a longer input than the context loses its end (default); false: refused",
+            means="cut")
 EMBEDDING_FIELDS = (
     Field("input", INPUTS, "text, token ids, or a list of these", required=True),
     MODEL,
     Field("encoding_format", FieldType('"float" or "base64"', {"enum": ["float", "base64"]}),
           "numbers (the default), or float32, little-endian, in base64"),
-    Field("pooling", FieldType('"mean" or "last"', {"enum": ["mean", "last"]}),
-          "of a chat model: the mean over the tokens of an input (the default), or its last token"),
-    LOW, DIMENSIONS, PROMPT_NAME, INPUT_TYPE,
+    POOLING, LOW, DIMENSIONS, PROMPT_NAME, INPUT_TYPE,
     Field("embd_normalize", FieldType("2 or -1", {"enum": [2, -1]}, lambda value: value == 2),
           "2: vectors have the length 1 (the default); -1: they are not scaled", means="normalize"),
 )
@@ -311,19 +350,16 @@ OLLAMA_EMBED_FIELDS = (
     Field("input", INPUTS._replace(schema={"anyOf": [
         *INPUTS.schema["anyOf"], {"type": "array", "maxItems": 0}]}),
           "text, or a list of texts; of none, no vectors", required=True),
-    MODEL, *EMBEDDING_FIELDS[3:6],
-    Field("truncate", SWITCH, "a longer input than the context loses its end (default); false: refused",
-          means="cut"))
+    MODEL, POOLING, LOW, DIMENSIONS, CUT)
 OLLAMA_EMBEDDINGS_FIELDS = (  # of the older route
     Field("prompt", TEXT._replace(convert=prompt_list), "a text; a longer one than the context loses its end",
           required=True, means="input"),
-    MODEL, EMBEDDING_FIELDS[3])
+    MODEL, POOLING)
 TEI_EMBED_FIELDS = (  # Text Embeddings Inference
     Field("inputs", INPUTS, "text, token ids, or a list of these", required=True, means="input"),
     MODEL, DIMENSIONS, PROMPT_NAME,
     Field("normalize", SWITCH, "vectors have the length 1 (the default)"),
-    Field("truncate", SWITCH, "a longer input than the context loses its end (default); false: refused",
-          means="cut"))
+    CUT)
 
 SOME_TEXTS = {"minItems": 1, "maxItems": LIMITS.embeddings}
 TEXTS = FieldType(f"a list of 1 to {LIMITS.embeddings:,} strings", list_schema(A_TEXT, **SOME_TEXTS),
@@ -333,7 +369,8 @@ DOCUMENTS = FieldType(
     list_schema({"anyOf": [A_TEXT, object_schema(["text"], text=A_TEXT)]}, **SOME_TEXTS),
     lambda value: tuple(listed([each if is_text(each) else each["text"] for each in value])))
 TEXT_OR_TEXTS = FieldType(f"a string or {TEXTS.allowed}", {"anyOf": [A_TEXT, TEXTS.schema]}, TEXTS.convert)
-INSTRUCTION = Field("instruction", TEXT, "what makes a document right for its query, if a model reads it")
+INSTRUCTION = Field("instruction", TEXT, "what makes a document right for its query, if a model reads it",
+                    idle={"": idle.of_cosines})
 RAW = Field("use_activation", SWITCH, "false: raw scores, instead of those from 0 to 1")
 RERANK_FIELDS = (
     Field("query", TEXT, "what the documents are compared with", required=True),
@@ -341,12 +378,14 @@ RERANK_FIELDS = (
     Field("texts", TEXTS, "as TEI calls them; the answer then has TEI's form"),
     MODEL,
     Field("top_n", INTEGER, "only the best so many", 1, math.inf),
-    Field("return_documents", SWITCH, "put each document beside its score"),
+    Field("return_documents", SWITCH, "put each document beside its score", idle={"": idle.with_tei}),
     Field("max_tokens_per_doc", INTEGER, "read only the start of each document", 1, math.inf),
     RAW, INSTRUCTION, LOW,
-    Field("raw_scores", SWITCH, "with `texts`: scores that may be below 0 and above 1"),
-    Field("return_text", SWITCH, "with `texts`: put each text beside its score"),
-    Field("truncate", SWITCH, "with `texts`: one that is too long loses its end (default); false: a 400"),
+    Field("raw_scores", SWITCH, "with `texts`: scores that may be below 0 and above 1",
+          idle={"": idle.without_tei}),
+    Field("return_text", SWITCH, "with `texts`: put each text beside its score", idle={"": idle.without_tei}),
+    Field("truncate", SWITCH, "with `texts`: one that is too long loses its end (default); false: a 400",
+          idle={"": idle.without_tei}),
 )
 SCORE_FIELDS = (
     Field("text_1", TEXT_OR_TEXTS, "a text, or as many as text_2 has"),
@@ -376,16 +415,18 @@ TOKENIZE_FIELDS = (  # llama-server's, with `content`; vLLM's, with `prompt` or 
 )
 MANAGED_FIELDS = (MODEL,)
 
+WHO = "who answers"  # a group, of variants; and of the fields of which one must be there:
+SOME = "several answers"
 STEP = Field("step", FieldType('a number of a step, or "latest"',
                                {"anyOf": [{"type": "integer", "minimum": 0}, {"enum": ["latest"]}]}),
-             "one of the checkpoints of the run of `model`")
+             "one of the checkpoints of the run of `model`", group=WHO)
 DRAWING_FIELDS = (  # what draws tokens, and ends answers
     *(field for field in SAMPLING_FIELDS
-      if field.name in (*SAMPLED, "stop", "stop_token_ids", "min_tokens", "ignore_eos")),
-    *(field for field in OPENAI_FIELDS if field.name in ("max_tokens", "max_completion_tokens")))
+      if field in (*SAMPLED.values(), STOPS, STOP_IDS, MIN_TOKENS, IGNORE_EOS)),
+    *MOST_TOKENS)
 VARIANT_FIELDS = (
-    Field("model", TEXT, "one of the served models; absent: the default one"),
-    Field("adapter", TEXT, "one of the model's adapters"),
+    Field("model", TEXT, "one of the served models; absent: the default one", group=WHO),
+    Field("adapter", TEXT, "one of the model's adapters", group=WHO),
     STEP, *DRAWING_FIELDS,
 )
 SOME_ANSWERS = {"minItems": 2, "maxItems": LIMITS.compared}
@@ -393,17 +434,18 @@ COMPARE_FIELDS = (
     OPENAI_FIELDS[0]._replace(required=False, doc="the conversation; one of it and prompt"),
     Field("prompt", TEXT, "a text that the models continue, instead of messages"), MODEL,
     Field("models", FieldType(f"a list of 2 to {LIMITS.compared} names of models",
-                              list_schema(A_TEXT, **SOME_ANSWERS)), "the models that answer"),
+                              list_schema(A_TEXT, **SOME_ANSWERS)), "the models that answer",
+          group=SOME),
     Field("steps", FieldType(
         f'a list of 2 to {LIMITS.compared} numbers of steps, or "latest"',
         list_schema(STEP.schema, **SOME_ANSWERS)),
-        "the checkpoints that answer, of the run of `model`"),
+        "the checkpoints that answer, of the run of `model`", group=SOME),
     Field("variants", FieldType(
         f"a list of 2 to {LIMITS.compared} objects", list_schema({"type": "object"}, **SOME_ANSWERS),
         details=list_schema({"type": "object", "properties": {
             field.name: field.described for field in VARIANT_FIELDS}})),
-        "what differs from answer to answer; each may have a model of its own"),
-    *DRAWING_FIELDS, *(field for field in OPENAI_FIELDS if field.name in ("truncate", "priority")),
+        "what differs from answer to answer; each may have a model of its own", group=SOME),
+    *DRAWING_FIELDS, LOW, TRUNCATE,
     *TEMPLATE_OPTIONS,
 )
 
@@ -432,3 +474,16 @@ HUB_FIELDS: dict[str, tuple[Field, ...]] = {  # of routes about models that may 
                   Field("insecure", SWITCH, "has no effect: HF_ENDPOINT names the hub")),
     "/api/delete": EITHER_NAME,
 }
+
+
+def meanings(fills: str) -> tuple[str, ...]:
+    """What the fields that fill an object of a request mean: the names that it has for their values."""
+    names = {field.means or field.name: None for fields in BODY_FIELDS.values() for field in fields
+             if field.fills == fills}
+    return tuple(names)
+
+
+# what has no effect where a grammar decides
+LOOSE_ENDS = tuple(field.name for field in SAMPLING_FIELDS if field.idle.get("") is idle.under_a_grammar)
+PARAMS_NAMES = meanings("params")
+REQUEST_NAMES = meanings("request")

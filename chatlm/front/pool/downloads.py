@@ -17,7 +17,7 @@ from chatlm.common.messages.protocol import (
     HUB_PIPE, Crashed, HubFetch, HubFetched, HubOffers, HubProgress, HubQuestion, Offer, Unusable)
 from chatlm.common.messages.wire import BadMessage
 from chatlm.common.processes.start import PROCESS_COMMAND, exit_in_words, process_environment, start_child
-from chatlm.front.admission.admission import next_message
+from chatlm.front.admission.sandbox import next_message
 from chatlm.front.aio import end_tasks, supervised
 
 if TYPE_CHECKING:

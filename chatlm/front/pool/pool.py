@@ -19,7 +19,8 @@ from chatlm.common.memory import available_memory
 from chatlm.common.messages.requests import sampling_defaults
 from chatlm.common.processes.start import PROCESS_COMMAND
 from chatlm.common.text.tokenizer import tools_of
-from chatlm.front.admission.admission import Admission, known_with
+from chatlm.front.admission.admission import Admission
+from chatlm.front.admission.known import known_with
 from chatlm.front.pool.adapters import PoolAdapters
 from chatlm.front.pool.dispatcher import Dispatcher
 from chatlm.front.pool.local import LocalDevices, cuda_device_count

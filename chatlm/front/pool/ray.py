@@ -24,7 +24,7 @@ from chatlm.common.messages.protocol import (
 from chatlm.common.messages.wire import BadMessage
 from chatlm.common.processes.connect import TRANSIT_BYTES, proof, tls_context
 from chatlm.common.processes.start import start_child
-from chatlm.front.admission.admission import next_message
+from chatlm.front.admission.sandbox import next_message
 from chatlm.front.pool.local import draft_terms
 from chatlm.front.pool.worker import State, Worker
 

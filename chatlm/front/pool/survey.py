@@ -13,7 +13,7 @@ from chatlm.common.messages.protocol import (
 from chatlm.common.messages.wire import BadMessage
 from chatlm.common.processes.start import (
     exit_in_words, patient, process_environment, start_child, threads_per_worker)
-from chatlm.front.admission.admission import next_message
+from chatlm.front.admission.sandbox import next_message
 
 if TYPE_CHECKING:
     import subprocess

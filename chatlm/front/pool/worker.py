@@ -23,7 +23,7 @@ from chatlm.common.messages.requests import (
     Usage, Embedding, Ended, Failed, Finished, Piece, PromptProgress, PromptScores, ThinkingEnds)
 from chatlm.common.processes.start import patient
 from chatlm.common.vision.pictures import of_picture
-from chatlm.front.admission.admission import next_message
+from chatlm.front.admission.sandbox import next_message
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings

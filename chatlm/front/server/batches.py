@@ -17,35 +17,32 @@ from chatlm.common.config import LIMITS
 from chatlm.common.errors import ChatServerError, EngineFailure, Overloaded, RequestError
 from chatlm.common.jsontext import dump
 from chatlm.common.log import log
-from chatlm.common.messages.requests import PromptProgress
 from chatlm.front.aio import end_tasks, supervised
-from chatlm.front.api.batch_lines import (
-    Line, lasting_body, line_id, read_body_of, read_line, result_of, result_of_bad_line)
-from chatlm.front.api.encode import error_body
-from chatlm.front.api.encoders import ENCODERS
+from chatlm.front.api.batch_lines import Line, lasting_body, line_id, result_of, result_of_bad_line
+from chatlm.front.api.encoders import encoder_of
+from chatlm.front.api.errors import failed_answer
 from chatlm.front.api.kept_fields import WINDOWS
-from chatlm.front.api.picture_parts import with_pixels
+from chatlm.front.intake.arrival import Caller
+from chatlm.front.intake.budget import Holding
+from chatlm.front.intake.intake import tokenizer_of
 from chatlm.front.lazy import web
 from chatlm.front.pool.worker import batch_of
 from chatlm.front.server.batch_turns import Lane, Turns, WaitingLine
-from chatlm.front.server.bodies import Body, tokenizer_of
 from chatlm.front.server.files import FileRoutes
-from chatlm.front.server.kept import asked, now_s, read_small_object, send_page, stored
+from chatlm.front.server.kept import AFTER, LIMIT, asked, now_s, send_page, stored
 from chatlm.front.server.ledger import Amount, Charge, Ledger, claim_of, write
-from chatlm.front.server.responses import REQUEST_LOG, json_response, public_error
-from chatlm.front.server.routes import AFTER, LIMIT
-from chatlm.front.server.streams import Holding
+from chatlm.front.server.responses import REQUEST_LOG, json_response
+from chatlm.front.server.routes import Api, Route
 from chatlm.front.store import batches, files, quota, responses
 from chatlm.front.store.batches import Batch
 from chatlm.front.store.pages import Listed, Page, page_of
 
 if TYPE_CHECKING:
-    from chatlm.common.messages.protocol import ParsedBody
+    from chatlm.front.intake.intake import Intake
     from chatlm.front.pool.catalogue import Catalogue
-    from chatlm.front.pool.models import Served
     from chatlm.front.server.access import Owners
+    from chatlm.front.server.answering import Answers
     from chatlm.front.server.bodies import Bodies
-    from chatlm.front.server.compare import Answering
     from chatlm.front.store.files import Row
     from chatlm.front.store.store import Store
 
@@ -68,10 +65,10 @@ class BatchRoutes:
     """The handlers, and the tasks that work on batches while the server runs."""
 
     def __init__(self, store: Store | None, catalogue: Catalogue, bodies: Bodies, owners: Owners,
-                 answering: Answering, ledger: Ledger):
+                 answers: Answers, ledger: Ledger):
         self.store, self.owners, self.bodies = store, owners, bodies
         self.files = FileRoutes(store, bodies, owners, catalogue.settings.keep_days, self.wake_up)
-        self.worker = BatchWorker(store, catalogue, bodies, owners, answering, ledger,
+        self.worker = BatchWorker(store, catalogue, bodies.intake, owners, answers, ledger,
                                   self.files) if store else None
 
     async def start(self, app: web.Application):
@@ -93,7 +90,7 @@ class BatchRoutes:
 
     async def handle_create(self, http: web.Request) -> web.Response:
         store, owner = stored(self.store), self.owner
-        values = await read_small_object(http, self.bodies)
+        values = await self.bodies.small(http)
         window = values.get("completion_window", "24h")
         metadata = json.dumps(values["metadata"]) if "metadata" in values else None
 
@@ -138,6 +135,17 @@ class BatchRoutes:
         return json_response(body)
 
 
+BATCH_ROUTES: tuple[Route[BatchRoutes], ...] = (
+    Route("POST", "/v1/batches", Api.OPENAI, BatchRoutes.handle_create,
+          "answer each line of a file while nobody else asks"),
+    Route("GET", "/v1/batches", Api.OPENAI, BatchRoutes.handle_list, "your batches, the newest first",
+          query=(LIMIT, AFTER)),
+    Route("GET", "/v1/batches/{id}", Api.OPENAI, BatchRoutes.handle_batch, "how far a batch is"),
+    Route("POST", "/v1/batches/{id}/cancel", Api.OPENAI, BatchRoutes.handle_cancel,
+          "end a batch; what it has answered is kept"),
+)
+
+
 class UnderWay:
     """A batch whose lines are answered."""
 
@@ -154,10 +162,10 @@ class BatchWorker:
     """Answers the lines of unfinished batches, of all of them at a time, with as many lines under way as the
     workers have rows. `Turns` says which line begins next."""
 
-    def __init__(self, store: Store, catalogue: Catalogue, bodies: Bodies, owners: Owners,
-                 answering: Answering, ledger: Ledger, uploads: FileRoutes):
-        self.store, self.catalogue, self.bodies = store, catalogue, bodies
-        self.owners, self.answering, self.ledger, self.files = owners, answering, ledger, uploads
+    def __init__(self, store: Store, catalogue: Catalogue, intake: Intake, owners: Owners,
+                 answers: Answers, ledger: Ledger, uploads: FileRoutes):
+        self.store, self.catalogue, self.intake = store, catalogue, intake
+        self.owners, self.answers, self.ledger, self.files = owners, answers, ledger, uploads
         self.turns = Turns(self._room, ledger.wait_s)
         self.timer: asyncio.TimerHandle | None = None       # until a line that was refused may try again
         self.wake, self.swept_s = asyncio.Event(), 0.0
@@ -347,7 +355,7 @@ class BatchWorker:
     async def _answer_one(self, mine: UnderWay, line: WaitingLine):
         """Answer and record a line. Overloaded if there is no room for it now."""
         charges = list[Charge]()
-        with Holding(self.bodies.budget, mine.client) as holding:
+        with Holding(self.intake.budget, mine.client) as holding:
             if line.bytes > LIMITS.inline_bytes:
                 holding.keep(line.bytes)
             row = await self._stored(partial(batches.line, batch=mine.batch, number=line.number))
@@ -391,47 +399,48 @@ class BatchWorker:
         is no room for it now."""
         for left in reversed(range(TRIES)):
             try:
-                with Holding(self.bodies.budget, mine.client) as holding:
+                with Holding(self.intake.budget, mine.client) as holding:
                     return 200, await self._once(row, mine.client, mine.created, holding, charges)
             except Overloaded:
                 raise
             except RequestError as error:
-                return error.status, error_body(error)
+                return failed_answer(error)
             except Exception as error:
                 if self.catalogue.draining:
                     raise asyncio.CancelledError from None  # the next start answers it
                 if not left:
-                    return 500, error_body(public_error(error))
+                    return failed_answer(error)
         raise AssertionError
 
     async def _once(self, row: Row, client: str, created: int, holding: Holding,
                     charges: list[Charge]) -> dict:
-        served, parsed = await self._read(row, client, holding)
-        request = served.asked(parsed.request)
-        params = replace(request.params, client=client, owner=self.owners.of_pages(client))
-        encoder = ENCODERS[parsed.api](parsed.lasting(), served.name, tokenizer_of(served.pool))
+        caller = Caller(row.url or "", client, self.owners.of_pages(client), self._bound(client))
+        served = await self.intake.resolve(row.model or "", caller.bound, holding)
+        async with self.intake.opened(caller, row.text.strip(), number=row.number,
+                                      opener=served.pool.admission) as arrival:
+            parsed = await self.intake.line(arrival, served, holding)
+        request = parsed.request
+        params = replace(request.params, client=client, owner=caller.owner)
+        encoder = encoder_of(parsed, served.name, tokenizer_of(served.pool))
         # its own id: two batches may have the same line
         request = replace(request, id=secrets.token_hex(16), params=params, low_priority=True)
-        del parsed
+        del parsed, arrival
         # Overloaded for a key that is refused then: its lines wait
         self.ledger.check_line(client, [claim_of(request, served.pool.context_length)])
         own = list[Charge]()
         try:
-            async with self.answering(served.pool, request, served.name, later=own) as (_, events):
-                async for event in events:
-                    if not isinstance(event, PromptProgress):
-                        self._hold_more(holding, encoder.collect(event), len(row.text))
+            async with self.answers.begin(served.pool, request, served.name, later=own) as (_, events):
+                whole = await encoder.collect_all(events, partial(self._hold_more, holding, len(row.text)))
         except BaseException:
             for charge in own:  # a try that failed costs nothing
                 self.ledger.release(charge)
             raise
         charges += own
-        whole = b"".join(encoder.completion())
         return lasting_body(await asyncio.to_thread(json.loads, whole) if len(whole) > LIMITS.inline_bytes
                             else json.loads(whole), created)
 
     @staticmethod
-    def _hold_more(holding: Holding, size: int, line_bytes: int):
+    def _hold_more(holding: Holding, line_bytes: int, size: int):
         """An answer has `size` bytes more. Overloaded if others hold the memory for them, EngineFailure if
         there is not enough for this line alone: its result does not depend on the moment."""
         try:
@@ -441,24 +450,6 @@ class BatchWorker:
             if holding.size + size + text > holding.budget.of_one:
                 raise EngineFailure(str(error)) from None
             raise
-
-    async def _read(self, row: Row, client: str, holding: Holding) -> tuple[Served, ParsedBody]:
-        """What a line asks for, of which model. RequestError as its route raises it."""
-        name, text = row.model or "", row.text.strip()
-        served = await self.bodies.resolve(name, self._bound(client), holding)
-        line = read_line(row.number, text) if len(text) <= LIMITS.inline_bytes else None
-        seen = await self.bodies.seen(Body(served, text, line and line.body), holding, client)
-        if line:
-            parsed = read_body_of(line, served.known)
-        elif seen.fields is not None:  # it was large because of its pictures
-            line = read_line(row.number, json.dumps(seen.fields).encode(), line_id(row.number, text))
-            parsed = read_body_of(line, served.known)
-        else:
-            parsed = await served.pool.admission.read_line(
-                row.number, line_id(row.number, text), bytes(seen.raw), client, self.owners.of_pages(client),
-                seen.pictures)
-            holding.keep(parsed.size)
-        return served, replace(parsed, request=with_pixels(parsed.request, seen.pictures))
 
 
 def vacuum(connection) -> bool:

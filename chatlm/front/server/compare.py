@@ -5,32 +5,32 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence as Seq
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence as Seq
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple, TYPE_CHECKING
 
-from chatlm.common.errors import ChatServerError, RequestError, lack_of_memory
+from chatlm.common.config import LIMITS
+from chatlm.common.errors import ChatServerError, RequestError
 from chatlm.common.messages.requests import Finished, Piece
 from chatlm.common.text.answer_decoder import CallCounter
 from chatlm.front.aio import end_tasks, supervised
-from chatlm.front.api.encode import NativeEncoder, error_body, timings_body, usage_body
-from chatlm.front.server.bodies import tokenizer_of
-from chatlm.front.server.responses import REQUEST_LOG, public_error
+from chatlm.front.api.encode import NativeEncoder, timings_body, usage_body
+from chatlm.front.api.errors import openai_error, public_error
+from chatlm.front.intake.intake import tokenizer_of
+from chatlm.front.server.bodies import note_ignored
 
 if TYPE_CHECKING:
     from aiohttp import web
-    from chatlm.common.messages.protocol import ParsedBody
     from chatlm.common.messages.requests import Accepted, Event, Request
+    from chatlm.front.intake.arrival import Arrival
+    from chatlm.front.intake.budget import Holding
+    from chatlm.front.intake.intake import Intake
     from chatlm.front.pool.models import Served
     from chatlm.front.pool.pool import WorkerPool
     from chatlm.front.server.bodies import Bodies
-    from chatlm.front.server.streams import Holding
 
-Finder = Callable[[str], "Awaitable[Served]"]  # name -> what it stands for
-# (model, numbers of its answers, seed for those without their own) -> the question of each
-VariantReader = Callable[["Served", "Seq[int]", int], "Awaitable[Seq[ParsedBody]]"]
 Identified = Callable[["Seq[tuple[WorkerPool, Request]]"], "Seq[Request]"]
 Answering = Callable[..., "AbstractAsyncContextManager[tuple[Accepted, AsyncGenerator[Event, None]]]"]
 
@@ -47,32 +47,34 @@ class Asked(NamedTuple):
         return self.pool, self.request, self.model
 
 
-async def asked_of(find: Finder, base: Served, text: bytes, read: VariantReader) -> list[Asked]:
-    """The answers to compute, from the `text` that `read_compare` returned for a body whose own `model` is
-    `base`. `read` reads the body once for each model. RequestError if a model does not exist or refuses the
-    question."""
+async def asked_of(intake: Intake, arrival: Arrival, holding: Holding) -> tuple[list[Asked], str]:
+    """The answers to compute, from a body of /v1/compare, which is read once for each of its models; and the
+    fields without effect. `holding` then accounts for what is kept of a large body. RequestError if a model
+    does not exist or refuses the question."""
+    base, ignored, text = await intake.text(arrival, holding, sees=False)
     wanted = json.loads(text)  # small: the names of at most LIMITS.compared answers
     names = [name_of(variant, base) for variant in wanted["variants"]]
-    all_served = [await find(name) if name else base for name in names]
+    bound = arrival.caller.bound
+    all_served = [await intake.resolve(name, bound, holding) if name else base for name in names]
     indices: dict[WorkerPool, list[int]] = {}
     for index, served in enumerate(all_served):
         tokenizer_of(served.pool)
         indices.setdefault(served.pool, []).append(index)
     requests: dict[int, Request] = {}
     for same in indices.values():
-        bodies = await read(all_served[same[0]], same, wanted["seed"])
-        requests |= {index: parsed.request for index, parsed in zip(same, bodies)}
+        read = await intake.variants(arrival, holding, all_served[same[0]], same, wanted["seed"])
+        requests |= {index: parsed.request for index, parsed in zip(same, read)}
     return [Asked(served.name, served.pool, served.asked(requests[index]))
-            for index, served in enumerate(all_served)]
+            for index, served in enumerate(all_served)], ignored
 
 
 async def read_asked(bodies: Bodies, http: web.Request, holding: Holding) -> list[Asked]:
-    """The answers that a client wants compared. `holding` then accounts for what is kept of a large body."""
+    """The answers that a client wants compared."""
     with bodies.holding() as reading:
-        body, bound = await bodies.receive(http, reading), REQUEST_LOG.get().bound
-        base, text = await bodies.text_of(body, bound, holding, seen=False)
-        return await asked_of(lambda name: bodies.resolve(name, bound, holding), base, text,
-                              partial(bodies.read_variants, body, holding))
+        async with bodies.opened(http, reading, times=LIMITS.compared) as arrival:
+            asked, ignored = await asked_of(bodies.intake, arrival, holding)
+        note_ignored(ignored)
+        return asked
 
 
 def name_of(variant: Mapping, base: Served) -> str:
@@ -124,7 +126,7 @@ class Progress:
                 finish_reason=event.reason, stop_reason=event.stop_reason, usage=usage_body(event.usage),
                 timings=timings_body(event), seed=self.asked.request.params.sampling.seed)
         elif isinstance(event, ChatServerError):
-            self.end = self.message(finish_reason="error", **error_body(event))
+            self.end = self.message(finish_reason="error", **openai_error(event))
         else:
             return []
         return [self.end]
@@ -189,7 +191,7 @@ class Comparison:
                 async for event in events:
                     self.news.put_nowait((answer, event))
         except Exception as error:
-            self.news.put_nowait((answer, public_error(lack_of_memory(error) or error)))
+            self.news.put_nowait((answer, public_error(error)))
 
     async def events(self) -> AsyncIterator[dict]:
         """{"index", "model", "token"} as answers grow, {"differs"} where one diverges from the first, the end

@@ -18,16 +18,15 @@ from chatlm.common.messages.protocol import KeptItem
 from chatlm.common.messages.requests import Finished, Piece
 from chatlm.front.aio import supervised
 from chatlm.front.api.conversation import (
-    OTHER_ITEMS, chained_of, chat_messages, other_types, response_messages, without_others)
+    OTHER_ITEMS, chat_messages, other_types, response_messages, without_others)
 from chatlm.front.api.encoders import ResponsesEncoder
-from chatlm.front.api.fields import json_object
+from chatlm.front.api.errors import public_error, response_error
 from chatlm.front.api.kept_items import kept_items
-from chatlm.front.api.tables import BEFORE, CONTINUED
 from chatlm.front.lazy import web
 from chatlm.front.server.kept import (
-    DAY_S, asked, now_s, read_small_object, send_list, send_parts, shown_item, stored, take_room)
-from chatlm.front.server.responses import REQUEST_LOG, json_response, public_error
-from chatlm.front.server.routes import AFTER, LIMIT, ORDER
+    AFTER, DAY_S, LIMIT, ORDER, asked, now_s, send_list, send_parts, shown_item, stored, take_room)
+from chatlm.front.server.responses import REQUEST_LOG, json_response
+from chatlm.front.server.routes import Api, Route
 from chatlm.front.store import quota, responses
 from chatlm.front.store.pages import Listed, texts
 from chatlm.front.store.responses import NewResponse
@@ -35,19 +34,17 @@ from chatlm.front.store.responses import NewResponse
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import Accepted, Event
     from chatlm.front.api.encode import Encoder
+    from chatlm.front.intake.arrival import Arrival
+    from chatlm.front.intake.budget import Holding
     from chatlm.front.server.access import Owners
     from chatlm.front.server.bodies import Bodies
-    from chatlm.front.server.streams import Holding
     from chatlm.front.store.pages import Page, Place
     from chatlm.front.store.responses import Conversation
     from chatlm.front.store.store import Store
 
 
-KEPT_ROUTE = "/v1/responses"
-
-
 class Keeper:
-    """Completes bodies that continue something, and keeps answers."""
+    """Knows what was said before, and keeps answers."""
 
     def __init__(self, store: Store | None, bodies: Bodies, owners: Owners, keep_days: int):
         self.store, self.bodies, self.owners, self.keep_s = store, bodies, owners, keep_days * DAY_S
@@ -55,7 +52,7 @@ class Keeper:
         self.removed: Callable[[], None] = lambda: None  # is called when something was deleted
         self.saving: set[asyncio.Task[None]] = set()  # answers whose clients have left
         if store:
-            bodies.complete = self.completed
+            bodies.intake.earlier = self.earlier
 
     async def close(self):
         if self.saving:
@@ -65,29 +62,17 @@ class Keeper:
     def owner(self) -> str:
         return self.owners.of_texts(REQUEST_LOG.get().client)
 
-    async def completed(self, body: bytearray, holding: Holding) -> tuple[bytes | bytearray, str]:
-        """A body, and the route whose reader reads it. One of POST /v1/responses that continues something
-        gets what was said before in the field BEFORE, and is read as CONTINUED. RequestError 404 if that is
-        not there."""
-        route = REQUEST_LOG.get().route.pattern
-        if not self.store or route != KEPT_ROUTE or (
-                b'"previous_response_id"' not in body and b'"conversation"' not in body):
-            return body, route
-        if len(body) <= LIMITS.inline_bytes:
-            previous, conversation = chained_of(json_object(body))
-        else:
-            admission = self.bodies.catalogue.find("", ()).pool.admission
-            previous, conversation = await admission.told("chained", REQUEST_LOG.get().client, body)
-        if not (previous or conversation):
-            return body, route
-        what = {"previous": previous, "conversation": conversation, "owner": self.owner}
-        size = await self.store.run(partial(responses.size_before, **what))
+    async def earlier(self, arrival: Arrival, reading: Holding) -> bytes:
+        """What was said before a body that continues something: a JSON list of items. RequestError 404 if
+        that is not there. `reading` then accounts for these, if they are large."""
+        chained = arrival.envelope.chained
+        what = {"previous": chained.response, "conversation": chained.conversation,
+                "owner": self.owners.of_texts(arrival.caller.client)}
+        store = stored(self.store)
+        size = await store.run(partial(responses.size_before, **what))
         if size > LIMITS.inline_bytes:  # it is read only once there is memory for it
-            await take_room(holding, len(body) + 2 * size)
-        before = await self.store.run(partial(responses.before, **what))
-        whole = bytes(body).rstrip()
-        # the last of two members with one name counts
-        return b'%s, "%s": %s}' % (whole[:-1], BEFORE.encode(), before), CONTINUED
+            await take_room(reading, sum(map(len, arrival.parts)) + 2 * size)
+        return await store.run(partial(responses.before, **what))
 
     def answering(self, answering: AbstractAsyncContextManager,
                   encoder: Encoder) -> AbstractAsyncContextManager:
@@ -133,9 +118,8 @@ class Keeper:
         except Exception as error:
             if not kept:
                 code = getattr(error, "code", None)
-                problem = public_error(error)
                 body = twin.response("cancelled") if code == "cancelled" else twin.response(
-                    "failed", error={"code": problem.code or problem.type, "message": str(problem)})
+                    "failed", error=response_error(public_error(error)))
                 self._keep_later(twin, owner, body)
             raise
         except (GeneratorExit, asyncio.CancelledError):  # the client has left
@@ -242,7 +226,7 @@ class ConversationRoutes:
 
     async def handle_create(self, http: web.Request) -> web.Response:
         store, owner = stored(self.store), self.owner
-        values = await read_small_object(http, self.bodies)
+        values = await self.bodies.small(http)
         items, now, metadata = self._items(values), now_s(), json.dumps(values.get("metadata", {}))
         return json_response(self._body(await store.run(
             lambda connection: responses.create_conversation(
@@ -255,7 +239,7 @@ class ConversationRoutes:
 
     async def handle_update(self, http: web.Request) -> web.Response:
         store, name, owner = stored(self.store), http.match_info["id"], self.owner
-        metadata = json.dumps((await read_small_object(http, self.bodies))["metadata"])
+        metadata = json.dumps((await self.bodies.small(http))["metadata"])
         return json_response(self._body(await store.run(
             partial(responses.set_metadata, name=name, owner=owner, metadata=metadata),
             adds_bytes=len(metadata))))
@@ -271,7 +255,7 @@ class ConversationRoutes:
 
     async def handle_add(self, http: web.Request) -> web.StreamResponse:
         store, name, owner = stored(self.store), http.match_info["id"], self.owner
-        items = self._items(await read_small_object(http, self.bodies))
+        items = self._items(await self.bodies.small(http))
         added = await store.run(
             partial(responses.extend, name=name, owner=owner, items=items, expires=now_s() + self.keep_s),
             adds_bytes=responses.bytes_of(items))
@@ -290,3 +274,27 @@ class ConversationRoutes:
         return json_response(self._body(await stored(self.store).run(partial(
             responses.drop_item, conversation=http.match_info["id"], name=http.match_info["item"],
             owner=self.owner))))
+
+
+CONVERSATION_ROUTES: tuple[Route[ConversationRoutes], ...] = (
+    Route("GET", "/v1/responses/{id}", Api.OPENAI, ConversationRoutes.handle_response,
+          "a response that was kept"),
+    Route("DELETE", "/v1/responses/{id}", Api.OPENAI, ConversationRoutes.handle_delete, "delete it"),
+    Route("GET", "/v1/responses/{id}/input_items", Api.OPENAI, ConversationRoutes.handle_inputs,
+          "what it was asked, with what was said before", query=(LIMIT, ORDER, AFTER)),
+    Route("POST", "/v1/conversations", Api.OPENAI, ConversationRoutes.handle_create, "begin a conversation"),
+    Route("GET", "/v1/conversations/{id}", Api.OPENAI, ConversationRoutes.handle_conversation,
+          "a conversation"),
+    Route("POST", "/v1/conversations/{id}", Api.OPENAI, ConversationRoutes.handle_update,
+          "change its metadata"),
+    Route("DELETE", "/v1/conversations/{id}", Api.OPENAI, ConversationRoutes.handle_forget,
+          "delete it with its items"),
+    Route("GET", "/v1/conversations/{id}/items", Api.OPENAI, ConversationRoutes.handle_items, "its items",
+          query=(LIMIT, ORDER, AFTER)),
+    Route("POST", "/v1/conversations/{id}/items", Api.OPENAI, ConversationRoutes.handle_add,
+          "add items to it"),
+    Route("GET", "/v1/conversations/{id}/items/{item}", Api.OPENAI, ConversationRoutes.handle_item,
+          "one item"),
+    Route("DELETE", "/v1/conversations/{id}/items/{item}", Api.OPENAI, ConversationRoutes.handle_drop,
+          "delete it; the answer is the conversation"),
+)

@@ -17,12 +17,13 @@ from chatlm.common.text.tokenizer import tools_of
 from chatlm.front.api.field_types import TEXT
 from chatlm.front.api.fields import A_TEXT, Field
 from chatlm.front.api.tables import OLLAMA_NAMES
+from chatlm.front.intake.intake import tokenizer_of
 from chatlm.front.pool.names import default_among
 from chatlm.front.pool.pool import free_memory, sampling_of
 from chatlm.front.server.anthropic_models import (
-    A_PAGE, anthropic_model, anthropic_page, asks_as_anthropic)
-from chatlm.front.server.bodies import tokenizer_of
-from chatlm.front.server.responses import REQUEST_LOG, json_response
+    A_PAGE, PAGE_QUERY, anthropic_model, anthropic_page, asks_as_anthropic)
+from chatlm.front.server.responses import REQUEST_LOG, json_response, shows
+from chatlm.front.server.routes import Api, Route
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -265,8 +266,12 @@ class ModelRoutes:
     def __init__(self, catalogue: Catalogue, bodies: Bodies, access: Access):
         self.catalogue, self.bodies, self.access = catalogue, bodies, access
 
+    def seen(self, bound: Seq[str]) -> list[Served]:
+        """The models that a client may see whose key is limited to `bound`."""
+        return self.catalogue.registry.listed(bound)
+
     async def handle_list(self, http: web.Request) -> web.Response:
-        body = listed_body(self.catalogue.registry.listed(REQUEST_LOG.get().bound))
+        body = listed_body(self.seen(REQUEST_LOG.get().bound))
         if asks_as_anthropic(http):
             body = anthropic_page(http, body["data"])
         return json_response(body)
@@ -274,7 +279,7 @@ class ModelRoutes:
     async def handle_model(self, http: web.Request) -> web.Response:
         bound = REQUEST_LOG.get().bound
         served = self.catalogue.find(http.match_info["name"], bound)
-        default = default_among(self.catalogue.registry.listed(bound))
+        default = default_among(self.seen(bound))
         body = model_body(served, served == default)
         return json_response(anthropic_model(body) if asks_as_anthropic(http) else body)
 
@@ -294,13 +299,13 @@ class ModelRoutes:
     async def _managed(self, http: web.Request, manage: Callable[[Model], None]) -> web.Response:
         self.access.check_operator(http)
         with self.bodies.holding() as holding:
-            served, _ = await self.bodies.read_text(http, holding)
+            served, _ = await self.bodies.text(http, holding)
         manage(served.model)
         return json_response({"success": True, "model": served.name, "state": served.state})
 
     async def handle_ollama_show(self, http: web.Request) -> web.Response:
         with self.bodies.holding() as holding:
-            served, _ = await self.bodies.read_text(http, holding)
+            served, _ = await self.bodies.text(http, holding)
         pool = served.pool
         tokenizer, model = tokenizer_of(pool), ollama_model(served)
         able, facts = model_body(served)["capabilities"], pool.supervisor.card.facts
@@ -319,6 +324,27 @@ class ModelRoutes:
                            f"{facts.family}.embedding_length": facts.width,
                            f"{facts.family}.block_count": facts.layers},
             "capabilities": [name for name, can in capabilities.items() if can]})
+
+
+MODEL_ROUTES: tuple[Route[ModelRoutes], ...] = (
+    Route("GET", "/v1/models", Api.OPENAI, ModelRoutes.handle_list,
+          "the served models, what each can do and its state; as in Anthropic's API for its clients",
+          query=PAGE_QUERY, returns=MODELS_OF_BOTH),
+    Route("GET", "/models", Api.OPENAI, shows(lambda models, bound: listed_body(models.seen(bound))),
+          "the same, as in OpenAI's API",
+          returns=MODELS),
+    Route("GET", "/v1/models/{name:.+}", Api.OPENAI, ModelRoutes.handle_model,
+          "a served model, by one of its names", returns=A_MODEL),
+    Route("POST", "/models/load", Api.OPENAI, ModelRoutes.handle_load, "load a model"),
+    Route("POST", "/models/unload", Api.OPENAI, ModelRoutes.handle_unload,
+          "unload a model once its answers have ended; the next request loads it again"),
+    Route("GET", "/tokenizer_info", Api.OPENAI, ModelRoutes.handle_tokenizer, "its tokens", query=(A_NAME,)),
+    Route("GET", "/api/tags", Api.OLLAMA, shows(lambda models, bound: ollama_models(models.seen(bound))),
+          "the served models in Ollama's format"),
+    Route("GET", "/api/ps", Api.OLLAMA, shows(lambda models, bound: ollama_running(models.seen(bound))),
+          "the models in memory, and how much they take"),
+    Route("POST", "/api/show", Api.OLLAMA, ModelRoutes.handle_ollama_show, "more of it"),
+)
 
 
 def openapi_operation(route: Route) -> dict:

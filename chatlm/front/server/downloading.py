@@ -10,8 +10,6 @@ import shutil
 import time
 from typing import TYPE_CHECKING
 
-from chatlm.common.client_words import too_large
-from chatlm.common.config import LIMITS
 from chatlm.common.errors import ConfigError, RequestError, shown, without_folders
 from chatlm.common.hub.offers import (
     active_share, best_offers, cached_models, hub_cache, joined_name, named_model, short_offers)
@@ -19,12 +17,13 @@ from chatlm.common.jsontext import dump
 from chatlm.common.memory import available_memory, read_bandwidth
 from chatlm.front.api.encode import Encoder, frame
 from chatlm.front.api.encoders import OllamaEncoder
-from chatlm.front.api.fields import header_words, json_object, parse_fields
-from chatlm.front.api.ignored import unread
+from chatlm.front.api.field_types import TEXT
+from chatlm.front.api.fields import Field
 from chatlm.front.lazy import web
 from chatlm.front.pool.downloads import Download, Downloads
 from chatlm.front.server.responses import REQUEST_LOG, json_response
-from chatlm.front.server.streams import EventStream, read_bytes
+from chatlm.front.server.routes import Api, Route
+from chatlm.front.server.streams import EventStream
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -56,15 +55,7 @@ class DownloadRoutes:
     async def _read(self, http: web.Request) -> dict:
         """The checked fields of a body."""
         self._check(http)
-        record = REQUEST_LOG.get()
-        with self.bodies.holding() as holding:
-            raw = await read_bytes(http, holding)
-        if len(raw) > LIMITS.inline_bytes:
-            raise too_large(LIMITS.inline_bytes)
-        body = json_object(raw)
-        values = parse_fields(body, record.route.fields)
-        if ignored := header_words(unread(body, record.route.fields)):
-            record.headers["X-Ignored-Fields"] = ", ".join(ignored)[:1000]
+        values = await self.bodies.small(http)
         values.setdefault("model", values.get("name", ""))
         return values
 
@@ -191,6 +182,26 @@ class DownloadRoutes:
         values = await self._read(http)
         await refusals(self.downloads.delete(ollama_name(values["model"])), status=404)
         return web.Response()
+
+
+HUB_SEARCH = Field("search", TEXT, "also search the hub, for this")
+DOWNLOAD_ROUTES: tuple[Route[DownloadRoutes], ...] = (
+    Route("GET", "/models/hub", Api.OPENAI, DownloadRoutes.handle_list,
+          "models that can be downloaded, those in the cache, downloads, and room", query=(HUB_SEARCH,)),
+    Route("GET", "/models/hub/{name:.+}", Api.OPENAI, DownloadRoutes.handle_look,
+          "what the hub has of a model: files with sizes, and whether this program can run it"),
+    Route("GET", "/models/downloads", Api.OPENAI, DownloadRoutes.handle_downloads,
+          "the state of each download, then each change, as events; ends when none is running"),
+    Route("POST", "/models/download", Api.OPENAI, DownloadRoutes.handle_download,
+          "download a model, or follow its download"),
+    Route("POST", "/models/cancel", Api.OPENAI, DownloadRoutes.handle_cancel,
+          "end a download; the next one continues where it was"),
+    Route("POST", "/models/delete", Api.OPENAI, DownloadRoutes.handle_delete,
+          "remove a downloaded model from the cache"),
+    Route("POST", "/api/pull", Api.OLLAMA, DownloadRoutes.handle_pull, "download a model as Ollama does"),
+    Route("DELETE", "/api/delete", Api.OLLAMA, DownloadRoutes.handle_ollama_delete,
+          "remove a downloaded model from the cache"),
+)
 
 
 async def stream_of(http: web.Request, states: AsyncIterator[dict], encode: Callable[[dict], bytes],

@@ -8,40 +8,47 @@ import re
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from chatlm.common.client_words import overloaded, too_large
 from chatlm.common.config import LIMITS
-from chatlm.common.errors import ChatServerError, RequestError, bad_value, shown, visible
+from chatlm.common.errors import RequestError, bad_value, shown, visible
 from chatlm.common.jsontext import dump
 from chatlm.common.log import log
-from chatlm.front.api.batch_lines import problem_of, read_line, storable
+from chatlm.front.api.batch_lines import storable
+from chatlm.front.api.field_types import INTEGER
+from chatlm.front.api.fields import Field, FieldType
 from chatlm.front.api.kept_fields import LAST_SECONDS
+from chatlm.front.intake.budget import BODY_S
+from chatlm.front.intake.tasks import CheckedLine, NumberedLine
 from chatlm.front.lazy import aiohttp, web
 from chatlm.front.server.inflate import encoding_of
 from chatlm.front.server.kept import (
-    DAY_S, asked, now_s, number_in, send_page, send_part, stored, take_room)
+    AFTER, DAY_S, ORDER, asked, now_s, number_in, send_page, send_part, stored, take_room)
 from chatlm.front.server.responses import REQUEST_LOG, json_response
-from chatlm.front.server.routes import AFTER, FILES_LIMIT, ORDER, PURPOSE
-from chatlm.front.server.streams import BODY_BYTES_PER_S, BODY_S
+from chatlm.front.server.routes import Api, Route
+from chatlm.front.server.streams import BODY_BYTES_PER_S
 from chatlm.front.store import batches, files, quota
 from chatlm.front.store.files import File, Row
 from chatlm.front.store.pages import Listed, Page, page_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence as Seq
+    from collections.abc import Callable
 
-    from chatlm.front.pool.pool import WorkerPool
+    from chatlm.front.intake.arrival import Caller
+    from chatlm.front.intake.intake import Intake
     from chatlm.front.server.access import Owners
     from chatlm.front.server.bodies import Bodies
     from chatlm.front.store.store import Store
 
 
 INK = re.compile(rb"\S")
-CheckedLine = tuple[str, str, str, str]  # custom_id, url, model, what is wrong with its body
 LINE_BYTES = 256  # that a line takes besides its text
+FILES_LIMIT = Field("limit", INTEGER, "rows of a page (10,000)", 1, 10_000)
+PURPOSE = Field("purpose", FieldType('"batch" or "batch_output"', {"enum": ["batch", "batch_output"]}),
+                "only these files")
 UPLOADS = 16  # that arrive at a time; a client has a quarter
 
 
@@ -73,7 +80,7 @@ class FileRoutes:
             raise RequestError("the form with a file must not be compressed", status=415,
                                code="unsupported_type")
         with self._arrival(client):
-            upload = Upload(store, self.bodies, client, self.owner, REQUEST_LOG.get().bound)
+            upload = Upload(store, self.bodies.intake, self.bodies.caller(), self.owner)
             self.uploads.add(upload)
             try:
                 await upload.begin()
@@ -150,11 +157,15 @@ class FileRoutes:
         return response
 
 
-class NumberedLine(NamedTuple):
-    """A line of an uploaded file that asks for something."""
-
-    number: int  # from 1; blank lines count too
-    text: bytes
+FILE_ROUTES: tuple[Route[FileRoutes], ...] = (
+    Route("POST", "/v1/files", Api.OPENAI, FileRoutes.handle_upload,
+          "keep a file of requests for a batch: a form with `file` and `purpose`"),
+    Route("GET", "/v1/files", Api.OPENAI, FileRoutes.handle_list, "your files",
+          query=(PURPOSE, FILES_LIMIT, ORDER, AFTER)),
+    Route("GET", "/v1/files/{id}", Api.OPENAI, FileRoutes.handle_file, "what is known of a file"),
+    Route("GET", "/v1/files/{id}/content", Api.OPENAI, FileRoutes.handle_content, "its content"),
+    Route("DELETE", "/v1/files/{id}", Api.OPENAI, FileRoutes.handle_delete, "delete a file"),
+)
 
 
 def requests_of(data: bytes, first: int) -> list[NumberedLine]:
@@ -177,14 +188,21 @@ class Upload:
 
     SMALL_FIELD = 1000  # bytes of the form's other fields
 
-    def __init__(self, store: Store, bodies: Bodies, client: str, owner: str, bound: Seq[str]):
-        self.store, self.bodies, self.client, self.owner, self.bound = store, bodies, client, owner, bound
-        self.id = self.size = self.number = self.bad = self.requests = 0
-        self.waited_s = 0.0
-        self.first_problem, self.filename = "", None
+    def __init__(self, store: Store, intake: Intake, caller: Caller, owner: str):
+        self.store = store
+        self.intake = intake
+        self.caller = caller
+        self.owner = owner            # of the file
+        self.id = 0                   # its row in the store
+        self.filename: str | None = None
+        self.size = 0                 # bytes that have come
+        self.number = 0               # lines, with blank ones
+        self.requests = 0             # lines that ask for something
+        self.bad = 0                  # of these, those that cannot be run as they are
+        self.first_problem = ""
+        self.waited_s = 0.0           # for the client
         self.rows: list[Row] = []           # that are still to be stored
         self.custom_ids: set[bytes] = set()  # digests of those so far
-        self.others: dict[str, bool] = {}    # of names of models: does another one than the default have it?
 
     async def begin(self):
         """Make its file. RequestError if its owner has no room left."""
@@ -262,9 +280,10 @@ class Upload:
         if self.requests > LIMITS.batch_lines:
             raise RequestError(f"the file has more than {LIMITS.batch_lines:,} lines",
                                status=413, code="too_many_lines", param="file")
-        found = await self._read_all([line._replace(text=line.text.strip()) for line in lines])
-        for line, read in zip(lines, found):
-            self.rows.append(self._row(line, read))
+        found = await self.intake.check_lines(
+            self.caller, [line._replace(text=line.text.strip()) for line in lines])
+        for line, checked in zip(lines, found):
+            self.rows.append(self._row(line, checked))
             if len(self.rows) >= files.PART_LINES:
                 await self._store()
         if sum(len(each.text) for each in self.rows) > files.PART_BYTES:
@@ -277,14 +296,14 @@ class Upload:
             await self.store.run(partial(files.add_lines, file=self.id, rows=rows),
                                  adds_bytes=sum(len(row.text) + LINE_BYTES for row in rows))
 
-    def _row(self, line: NumberedLine, read: CheckedLine | RequestError) -> Row:
+    def _row(self, line: NumberedLine, checked: CheckedLine) -> Row:
         """The line with what is wrong with it. What is wrong with the body of a request is only noted: when
         it is run, another model may be here."""
         number, text = line
-        if isinstance(read, RequestError):
-            self._note(str(read))
-            return Row(number, text, problem=storable(str(read)))
-        custom_id, url, model, problem = read
+        problem, custom_id, url, model = checked
+        if custom_id is None:
+            self._note(problem)
+            return Row(number, text, problem=storable(problem))
         digest = hashlib.blake2b(custom_id.encode("utf-8", "replace"), digest_size=12).digest()
         if digest in self.custom_ids:
             problem = f"line {number:,}: an earlier line has its custom_id, {shown(custom_id)}"
@@ -294,52 +313,6 @@ class Upload:
         if problem:
             self._note(f"line {number:,}: {problem}")
         return Row(number, text, custom_id, url, model)
-
-    async def _read_all(self, lines: Seq[NumberedLine]) -> list[CheckedLine | RequestError]:
-        """What each line is. Many are read in a sandbox: 200 MB take many seconds."""
-        if len(lines) > 1 and max(len(line.text) for line in lines) <= LIMITS.inline_bytes:
-            with suppress(ChatServerError):  # such as Overloaded, while the model loads
-                return await self._told(lines)
-        return [await self._read(line) for line in lines]
-
-    async def _told(self, lines: Seq[NumberedLine]) -> list[CheckedLine | RequestError]:
-        """What a sandbox finds; it knows how one model reads bodies."""
-        pool = self.bodies.catalogue.find("", self.bound).pool
-        found = await pool.admission.told(
-            "check_lines", self.client, b"\n".join(line.text for line in lines),
-            [line.number for line in lines], self.bodies.blind(pool))
-        return [await self._known(line, pool, each) for line, each in zip(lines, found)]
-
-    async def _known(self, line: NumberedLine, pool: WorkerPool,
-                     found: list) -> CheckedLine | RequestError:
-        """What a sandbox has found of a line: what is wrong with it, or what it is."""
-        if len(found) < 2:
-            return RequestError(found[0], code="invalid_line")
-        model = found[2]
-        if model not in self.others:
-            try:
-                self.others[model] = self.bodies.catalogue.find(model, self.bound).pool is not pool
-            except ChatServerError:
-                self.others[model] = True
-        if not self.others[model]:
-            return tuple(found)
-        # what another model finds in a large body shows when it is run
-        return (*found[:3], "") if len(line.text) > LIMITS.inline_bytes else await self._read(line)
-
-    async def _read(self, line: NumberedLine) -> CheckedLine | RequestError:
-        try:
-            if len(line.text) > LIMITS.inline_bytes:
-                return (await self._told([line]))[0]
-            await asyncio.sleep(0)
-            read = read_line(line.number, line.text)
-        except RequestError as error:
-            return error
-        try:
-            served = self.bodies.catalogue.find(read.model, self.bound)
-            return read.custom_id, read.url, read.model, problem_of(
-                read, served.known, self.bodies.blind(served.pool))
-        except ChatServerError as error:
-            return read.custom_id, read.url, read.model, str(error)
 
     def _note(self, problem: str):
         self.bad += 1

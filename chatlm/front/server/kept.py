@@ -1,4 +1,4 @@
-"""What the routes of the store share: pages of lists, small bodies, and the answer without --database."""
+"""What the routes of the store share: pages of lists, and the answer without --database."""
 
 from __future__ import annotations
 
@@ -7,28 +7,30 @@ import math
 import time
 from typing import Any, TYPE_CHECKING
 
-from chatlm.common.client_words import too_large
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError
 from chatlm.common.jsontext import dump
-from chatlm.front.admission.admission import WRITE_BYTES
-from chatlm.front.api.fields import header_words, json_object, parse_fields
-from chatlm.front.api.ignored import unread
+from chatlm.front.admission.sandbox import WRITE_BYTES
+from chatlm.front.api.field_types import INTEGER, TEXT
+from chatlm.front.api.fields import Field, FieldType
+from chatlm.front.intake.budget import BODY_S
 from chatlm.front.lazy import web
 from chatlm.front.server.responses import REQUEST_LOG
-from chatlm.front.server.streams import BODY_S, read_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence as Seq
 
-    from chatlm.front.api.fields import Field
     from chatlm.front.server.bodies import Bodies
-    from chatlm.front.server.streams import Holding
+    from chatlm.front.intake.budget import Holding
     from chatlm.front.store.pages import Listed, Page
     from chatlm.front.store.store import Store
 
 
 DAY_S = 86400
+AFTER = Field("after", TEXT, "the id of the last row of the page before")
+ORDER = Field("order", FieldType('"asc" or "desc"', {"enum": ["asc", "desc"]}),
+              "by time; desc = newest first")
+LIMIT = Field("limit", INTEGER, "rows of a page (20)", 1, 100)
 NO_STORE = "this server keeps nothing of this kind: it was started without --database"
 
 
@@ -124,17 +126,3 @@ async def send_part(http: web.Request, response: web.StreamResponse, part: bytes
             if http.transport:
                 http.transport.abort()
             raise ConnectionAbortedError("the client has stopped reading") from None
-
-
-async def read_small_object(http: web.Request, bodies: Bodies) -> dict:
-    """The checked fields of a small body; of none, no fields."""
-    record = REQUEST_LOG.get()
-    with bodies.holding() as holding:
-        raw = await read_bytes(http, holding)
-    if len(raw) > LIMITS.inline_bytes:
-        raise too_large(LIMITS.inline_bytes)
-    body = json_object(raw or b"{}")
-    values = parse_fields(body, record.route.fields)
-    if ignored := header_words(unread(body, record.route.fields)):
-        record.headers["X-Ignored-Fields"] = ", ".join(ignored)[:1000]
-    return values

@@ -18,8 +18,11 @@ from chatlm.common.jsontext import dump
 from chatlm.common.log import log
 from chatlm.common.messages.requests import Accepted, Embedding, Finished, Piece, PromptScores, Usage
 from chatlm.front.aio import supervised
+from chatlm.front.api.field_types import TEXT
+from chatlm.front.api.fields import Field
 from chatlm.front.lazy import web
 from chatlm.front.server.responses import REQUEST_LOG
+from chatlm.front.server.routes import Api, Route
 
 if TYPE_CHECKING:
     import sqlite3
@@ -497,3 +500,12 @@ def days_of(first: str | None, last: str | None) -> tuple[str, str]:
     if begin > end:
         raise RequestError(f"from ({begin}) is after to ({end})", param="from")
     return begin.isoformat(), end.isoformat()
+
+
+FROM_DAY = Field("from", TEXT, "the first day (UTC), as 2026-11-24; default: 30 days before the last")
+TO_DAY = Field("to", TEXT, "the last day; default: today")
+LEDGER_ROUTES: tuple[Route[Ledger], ...] = (
+    Route("GET", "/v1/usage", Api.OPENAI, Ledger.handle_usage,
+          "what the request's API key used by day and model; a key with role=admin sees all keys",
+          query=(FROM_DAY, TO_DAY)),
+)

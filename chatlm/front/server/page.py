@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 
 from chatlm.front.lazy import web
+from chatlm.front.server.routes import Api, Route
 
 
 MISSING = """<!doctype html>
@@ -71,3 +72,11 @@ class Page:
             return web.Response(status=304, headers=headers)
         content_type = mimetypes.guess_type(name)[0] or "application/octet-stream"
         return web.Response(body=body, headers=headers, content_type=content_type)
+
+
+PAGE_ROUTES: tuple[Route[Page], ...] = (
+    Route("GET", "/", Api.NANOCHAT, Page.handle_index, "the page", open=True),
+    Route("GET", "/static/{name:.+}", Api.NANOCHAT, Page.handle_file, "its files", open=True, quiet=True),
+    Route("GET", "/usage", Api.NANOCHAT, Page.handle_usage, "a page that shows what each API key used",
+          open=True),
+)

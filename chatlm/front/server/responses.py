@@ -5,30 +5,42 @@ from __future__ import annotations
 import collections
 import contextvars
 import io
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING, TypeVar
 
-from chatlm.common.client_words import OLLAMA, SERVER_ERROR
-from chatlm.common.errors import ChatServerError, EngineFailure, Overloaded, RequestError
+from chatlm.common.errors import ChatServerError, Overloaded, RequestError
 from chatlm.common.jsontext import dump
 from chatlm.common.log import log
 from chatlm.common.messages.requests import Piece
-from chatlm.front.admission.admission import WRITE_BYTES
-from chatlm.front.api.encode import error_body
-from chatlm.front.api.encoders import anthropic_error
+from chatlm.front.admission.sandbox import WRITE_BYTES
+from chatlm.front.api.errors import (
+    anthropic_error, is_plain, native_error, ollama_error, openai_error, public_error)
 from chatlm.front.lazy import web
 from chatlm.front.server.inflate import READ
 from chatlm.front.server.page import POLICY, missing_page
-from chatlm.front.server.routes import Api
+from chatlm.front.server.routes import Api, Handler
 
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import Event, Request
     from chatlm.front.server.routes import Route
 
 
+T = TypeVar("T")
+
+
 def json_response(value, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
     return web.Response(body=dump(value), status=status, headers=headers, content_type="application/json")
+
+
+def shows(body: Callable[[T, Sequence[str]], Any]) -> Handler[T]:
+    """The handler of a route that depends only on the limits of the key. `body` makes the JSON, or a status
+    and the JSON, of an object and the models that the key is limited to."""
+    async def show(room: T, http: web.Request) -> web.StreamResponse:
+        value = body(room, REQUEST_LOG.get().bound)
+        status, value = value if isinstance(value, tuple) else (200, value)
+        return json_response(value, status)
+    return show
 
 
 async def send_whole(http: web.Request, body: bytes) -> web.Response:
@@ -92,14 +104,6 @@ class RequestLog:
 REQUEST_LOG: contextvars.ContextVar[RequestLog] = contextvars.ContextVar("REQUEST_LOG")  # of this task
 
 
-def public_error(error: BaseException | None) -> ChatServerError:
-    """What a client may see of an exception: our own errors as they are; others only go to the log."""
-    if isinstance(error, ChatServerError):
-        return error
-    log.error("unexpected error", exc_info=error)
-    return EngineFailure(f"{SERVER_ERROR} Its log has the details")
-
-
 async def errors_to_responses(http: web.Request, handler: Callable, home: str = "/") -> web.StreamResponse:
     """The one place where an exception becomes a response, in the shape of the API that was called. A browser
     that asks for what is not there gets a page with a link to `home`."""
@@ -132,14 +136,12 @@ def error_shape(failure: ChatServerError) -> dict:
     record = REQUEST_LOG.get()
     match record.api:
         case Api.OLLAMA:
-            return {"error": failure.said_to(OLLAMA)}
+            return ollama_error(failure)
         case Api.ANTHROPIC:
             return anthropic_error(failure) | {"request_id": record.id}
         case Api.OPENAI:
-            return error_body(failure)
-    if failure.status == 400 and failure.code != "context_length_exceeded":  # which `chat --url` needs
-        return {"detail": str(failure)}
-    return {"detail": str(failure), **error_body(failure)}
+            return openai_error(failure)
+    return {"detail": str(failure)} if is_plain(failure) else native_error(failure)
 
 
 def retry_header(failure: ChatServerError) -> dict[str, str]:
@@ -149,6 +151,6 @@ def retry_header(failure: ChatServerError) -> dict[str, str]:
 def early_response(failure: ChatServerError) -> web.Response:
     """Answer a request that never reaches the application, in two APIs' shapes, and close the connection."""
     headers = SECURITY_HEADERS | retry_header(failure)
-    response = json_response({"detail": str(failure), **error_body(failure)}, failure.status, headers)
+    response = json_response(native_error(failure), failure.status, headers)
     response.force_close()
     return response

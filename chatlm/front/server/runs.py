@@ -10,6 +10,7 @@ from chatlm.front.api.fields import A_TEXT
 from chatlm.front.pool.run_names import RunName
 from chatlm.front.server.describe import A_MODEL
 from chatlm.front.server.responses import REQUEST_LOG, json_response
+from chatlm.front.server.routes import Api, Route
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence as Seq
@@ -150,3 +151,11 @@ class RunRoutes:
                 raise RequestError(f"the files of --watch-suite have changed: {without_folders(str(error))}",
                                    status=409) from None
         return json_response(body)
+
+
+RUN_ROUTES: tuple[Route[RunRoutes], ...] = (
+    Route("GET", "/v1/runs", Api.OPENAI, RunRoutes.handle_list, "the runs of --watch, by lineage",
+          returns=A_LIST_OF_RUNS),
+    Route("GET", "/v1/runs/{tag:.+}", Api.OPENAI, RunRoutes.handle_run, "the steps of a run or a lineage",
+          returns=A_RUN),
+)

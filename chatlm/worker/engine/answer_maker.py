@@ -39,6 +39,8 @@ class AnswerMaker:
         """Set `Output.answer`; if it needs a grammar, or its draws a preparation, in a thread, so that
         no other answer waits (the first grammar also prepares the vocabulary)."""
         work = sequence.work
+        if work.params.pooling:  # it becomes a vector, which has no text
+            return
         if (work.params.grammar or preparation(work.sampling)
                 or work.resumed_ids and any(work.params.call_grammars)):
             self.remake(sequence)

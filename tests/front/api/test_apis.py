@@ -36,7 +36,7 @@ from chatlm.front.api.encoders import ENCODERS
 from chatlm.front.api.fields import json_object
 from chatlm.front.api.kept_fields import STORE_FIELDS
 from chatlm.front.api.tables import HUB_FIELDS
-from chatlm.front.api.readers import (ANSWER_READERS, REPEATED, TEXT_READERS, read_answer, read_chat_body, read_messages_body, read_ollama_chat,
+from chatlm.front.api.readers import (ANSWER_READERS, TEXT_READERS, read_answer, read_chat_body, read_messages_body, read_ollama_chat,
                                       read_responses_body)
 from chatlm.front.server.describe import OLLAMA_VERSION, bare_id
 from chatlm.worker.engine.grammar import Grammar
@@ -153,19 +153,14 @@ async def test_an_answer_is_cancelled_by_the_id_in_its_header(client, path):
                          ids=lambda route: f"{route.method} {route.path}")
 async def test_no_route_reads_a_large_body_on_the_event_loop(client, route, monkeypatch):
     """A route that reads JSON at all reads it with the one reader, which sends large bodies to a sandbox."""
-    pool, sent, read, reads = FakePool(), [], [], route.path in ANSWER_READERS | TEXT_READERS
-
-    async def in_sandbox(path, body, *more, **named):
-        sent.append((path, len(body)))
-        raise RequestError("read elsewhere", status=418)
-
-    async def named_in_sandbox(body, client):
-        return ""
+    pool, read, reads = FakePool(), [], route.path in ANSWER_READERS | TEXT_READERS
+    sandbox = pool.sandboxes["bodies"]
+    sandbox.refusal = RequestError("read elsewhere", status=418)
 
     async def document_in_sandbox(client, name, boundary, body):
-        raise RequestError("read elsewhere", status=418)
+        raise sandbox.refusal
 
-    pool.read_large, pool.answer_text, pool.named_model, pool.extract = in_sandbox, in_sandbox, named_in_sandbox, document_in_sandbox
+    pool.extract = document_in_sandbox
     decode, payload = json.loads, json.dumps({"model": "default", "x": [1] * 40_000}).encode()
     monkeypatch.setattr(json, "loads", lambda text, **how: read.append(len(text)) or decode(text, **how))
     async with serving(pool) as url:
@@ -173,7 +168,7 @@ async def test_no_route_reads_a_large_body_on_the_event_loop(client, route, monk
             async with client.request(route.method, url + route.path.replace("{id}", "x") + slash, data=payload) as response:
                 small = route.fields and route.path not in STORE_FIELDS      # these are not there without --database
                 assert response.status == (418 if reads or route.path == "/extract" else 413 if small else 404), await response.text()
-    assert sent == [(route.path, len(payload))] * 2 * reads and max(read, default=0) < 1000
+    assert [task[1:3] for task in sandbox.tasks] == [("open", route.path)] * 2 * reads and max(read, default=0) < 1000
     assert bool(route.fields) == (reads or route.method == "POST" and route.path in (*HUB_FIELDS, *STORE_FIELDS) or route.path in HUB_FIELDS)
 
 
@@ -187,7 +182,7 @@ async def test_an_unknown_model_is_not_found_whatever_route_a_body_comes_to(clie
 
 def test_every_route_that_answers_is_tested():
     of_rankings = {"/v1/rerank", "/rerank", "/v2/rerank", "/reranking", "/v1/reranking", "/v1/score", "/score", "/embed"}   # test_retrieval_routes.py
-    assert {*ASKED, *WHOLE} | of_rankings == {route.path for route in chat_server.ROUTES if route.handler == "handle_answer"}
+    assert {*ASKED, *WHOLE} | of_rankings == {route.path for route in chat_server.ROUTES if route.handler is chat_server.Front.handle_answer}
 
 
 @every_route
@@ -825,6 +820,11 @@ TOLD = {    # what a legal client sends, and a response repeats
     "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "f"}]},
     "text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": "object"}}, "verbosity": "low"},
     "reasoning": {"effort": "low", "summary": "auto"}}
+
+
+REPEATED = {    # what stands for absent fields
+    "instructions": None, "metadata": {}, "parallel_tool_calls": True, "tool_choice": "auto", "tools": [], "text": {"format": {"type": "text"}},
+    "reasoning": {"effort": None, "summary": None}, "truncation": "disabled", "max_output_tokens": None, "user": None}
 
 
 @pytest.mark.parametrize("inline", [True, False])

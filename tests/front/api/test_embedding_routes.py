@@ -12,12 +12,16 @@ import pytest
 
 from chatlm.common.config import LIMITS, Settings
 from chatlm.common.errors import RequestError
-from chatlm.common.messages.protocol import Known
-from chatlm.common.messages.requests import Embedding, Finished
+from chatlm.common.messages.protocol import Known, ParsedBody
+from chatlm.common.messages.requests import Embedding, Finished, Request
 from chatlm.front.admission.prompts import PromptMaker
+from chatlm.front.api import encode
+from chatlm.front.api.encode_retrieval import RETRIEVAL_ENCODERS
+from chatlm.front.api.encoders import ENCODERS
 from chatlm.front.api.retrieval import read_embedding_body
 from answers import asked, ending
-from fake_pool import FakePool, serving
+from fake_pool import FakePool, Letters, serving
+from patching import patch
 from pools import played_pool
 from real_server import get, post, server
 from tiny_gguf import LLAMA_NUMBERS, random_llama, small_gguf_metadata, write_gguf
@@ -163,7 +167,7 @@ async def test_ollama_s_truncate_cuts_the_end_of_an_input_that_is_too_long(clien
 
     class Admitting(FakePool):
         async def answer(self, request):
-            admitted.append(await self.prompts.admit(request))
+            admitted.append(await self.prompts.admit(request) if request.prompt_ids is None else request)
             async for event in super().answer(admitted[-1]):
                 yield event
 
@@ -214,3 +218,14 @@ async def test_many_inputs_leave_room_in_the_queue_for_others():
             done += isinstance(event, Finished)
             assert len(pool.dispatcher.jobs) <= LIMITS.choices
     assert await waiting is None and not pool.dispatcher.jobs and not len(pool.dispatcher.pending)
+
+
+def test_an_encoder_of_vectors_or_scores_makes_no_decoder(monkeypatch):
+    def refuse(*arguments):
+        raise AssertionError("a decoder was made")
+    patch(monkeypatch, encode, "answer_decoder", refuse)
+    for api in RETRIEVAL_ENCODERS:
+        encoder = ENCODERS[api](ParsedBody(Request("x", prompts=("a", "b")), api=api, details={"encoding": "base64"}), "m", Letters())
+        encoder.collect(Embedding("AACAPw==", choice=1))
+        with pytest.raises(AssertionError, match="a decoder"):
+            assert encoder.choices[0].decoder

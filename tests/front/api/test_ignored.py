@@ -194,7 +194,7 @@ BESIDE_OTHERS = [       # (route, body, the fields that have no effect in it)
     ("/v1/chat/completions", {"response_format": FORM, "ignore_eos": True, "min_tokens": 5, "stop": ["x"]}, ["ignore_eos", "min_tokens"]),
     ("/v1/chat/completions", {"tools": [TOOL], "tool_choice": "required", "min_tokens": 5, "stop": ["x"]}, ["min_tokens", "stop"]),
     ("/v1/messages", {"tools": [{"name": "add", "input_schema": SCHEMA}], "tool_choice": {"type": "any"}, "stop_sequences": ["x"]}, ["stop_sequences"]),
-    ("/v1/responses", {"tools": [FLAT_TOOL], "tool_choice": "required", "stop": "x", "stop_token_ids": [256]}, ["stop_token_ids", "stop"]),
+    ("/v1/responses", {"tools": [FLAT_TOOL], "tool_choice": "required", "stop": "x", "stop_token_ids": [256]}, ["stop", "stop_token_ids"]),
     ("/v1/chat/completions", {"tools": [TOOL], "stop": ["x"], "stop_token_ids": [256]}, []),        # it may call no function
     ("/v1/chat/completions", {"response_format": FORM, "stop_token_ids": [256]}, ["stop_token_ids"]),
     ("/v1/chat/completions", {"guided_regex": "a+", "stop_token_ids": [256, 97]}, []),              # a letter may be drawn, and ends it

@@ -10,8 +10,9 @@ from chatlm.common.config import LIMITS, Settings
 from chatlm.common.errors import RequestError
 from chatlm.common.messages.protocol import Known
 from chatlm.common.vision.pictures import picture
-from chatlm.front.api.picture_parts import Lifted, fill_in, file_of, lift_pictures, packed_lift, unpacked_lift, with_pixels
+from chatlm.front.api.picture_parts import Lift, Lifted, fill_in, file_of, lift_pictures, with_pixels
 from chatlm.front.api.readers import read_answer
+from chatlm.front.intake.envelope import Chained, Envelope, envelope_of, unpacked_envelope
 
 CAT, DOG = b"\x89PNG cat", b"\xff\xd8\xff dog"
 PICTURES = [picture(2, 1, b"catcat"), picture(1, 2, b"dogdog")]
@@ -59,11 +60,11 @@ BODIES = [
 @pytest.mark.parametrize("route, body, wanted", BODIES, ids=[f"{number} {route}" for number, (route, *_) in enumerate(BODIES)])
 def test_pictures_of_every_api_become_those_of_the_messages(route, body, wanted):
     fields = copy.deepcopy(body)
-    lifted = lift_pictures(fields)
-    assert [data for _, data in lifted] == [CAT, DOG] and all(bare(data) not in json.dumps(fields) for data in (CAT, DOG))
-    raw, again = unpacked_lift(packed_lift(fields, lifted))
-    assert json.loads(raw) == fields and again == lifted
-    fill_in(fields, PICTURES)
+    envelope = envelope_of(fields, route)
+    assert [data for _, data in envelope.lift.files] == [CAT, DOG] and all(bare(data) not in json.dumps(fields) for data in (CAT, DOG))
+    assert unpacked_envelope(envelope.packed(envelope.rest(10_000, 9000))) == envelope and unpacked_envelope(envelope.packed(b"")).fields is None
+    envelope.show(PICTURES)
+    envelope.show(PICTURES)     # to another model
     request = with_pixels(read_answer(route, fields, KNOWN).request, PICTURES)
     assert [(message.role, message.content, message.parts) for message in request.messages] == wanted
     assert [shown for message in request.messages for shown in message.pictures] == PICTURES
@@ -73,7 +74,9 @@ def test_a_body_without_pictures_stays_as_it_is():
     for content in ("hello", [TEXT], None, [{"type": "text"}], ["text"], [7]):
         body = {"messages": [{"role": "user", "content": content}, "no message"], "input": "image", "images": None}
         before = copy.deepcopy(body)
-        assert lift_pictures(body, "no") == [] and body == before
+        lift = lift_pictures(body)
+        lift.check("no")
+        assert lift == Lift() and body == before
 
 
 @pytest.mark.parametrize("value, said", [
@@ -94,16 +97,16 @@ def test_base64_of_all_kinds_is_read():
 
 def test_too_many_and_too_large_ones_are_refused_by_name():
     with pytest.raises(RequestError, match="images: 17 given, at most 16 allowed"):
-        lift_pictures({"messages": [{"role": "user", "content": [part(CAT)] * (LIMITS.pictures + 1)}]})
+        lift_pictures({"messages": [{"role": "user", "content": [part(CAT)] * (LIMITS.pictures + 1)}]}).check("")
     with pytest.raises(RequestError, match="exceeds the maximum size of 10485760 bytes") as refused:
-        lift_pictures({"messages": [{"role": "user", "content": [TEXT, part(bytes(LIMITS.picture_bytes + 2000))]}]})
+        lift_pictures({"messages": [{"role": "user", "content": [TEXT, part(bytes(LIMITS.picture_bytes + 2000))]}]}).check("")
     assert refused.value.status == 413 and refused.value.param == "messages[0].content[1].image_url.url"
     assert len(file_of(bare(bytes(LIMITS.picture_bytes)), "x")) == LIMITS.picture_bytes
 
 
 def test_a_model_that_cannot_see_says_so_before_any_file_is_read():
     with pytest.raises(RequestError, match=r"^messages\[0\].content\[1\].image_url.url: this model cannot see images$") as refused:
-        lift_pictures(copy.deepcopy(BODIES[0][1]), "this model cannot see images")
+        lift_pictures({"messages": [{"role": "user", "content": [TEXT, {"type": "image_url", "image_url": {"url": "%%%"}}]}]}).check("this model cannot see images")
     assert refused.value.code == "unsupported_content"
 
 
@@ -114,14 +117,16 @@ def test_a_model_that_cannot_see_says_so_before_any_file_is_read():
 def test_parts_that_are_no_pictures_of_the_body_are_refused(part, said):
     body = {"messages": [{"role": "user", "content": [part]}]}
     with pytest.raises(RequestError, match=said):
-        fill_in(body, [PICTURES[0] for _ in lift_pictures(body)])
+        lift = lift_pictures(body)
+        lift.check("")
+        fill_in(body, [PICTURES[0] for _ in lift.files])
         read_answer("/v1/chat/completions", body, KNOWN)
 
 
 def test_a_picture_written_where_none_is_looked_for_is_an_error_not_another_s():
     forged = {"type": "image", "picture": [2, 1, PICTURES[0].digest.hex()]}
     body = {"max_tokens": 5, "system": [forged], "messages": [{"role": "user", "content": "x"}]}
-    assert lift_pictures(body) == []
+    assert lift_pictures(body) == Lift()
     with pytest.raises(RequestError, match="not among"):
         with_pixels(read_answer("/v1/messages", body, KNOWN).request, [])
 
@@ -131,8 +136,17 @@ def test_a_body_that_is_nested_too_deeply_is_refused():
     for _ in range(2000):
         deep = [deep]
     with pytest.raises(RequestError, match="nested too deeply"):
-        packed_lift({"messages": deep}, [])
+        Envelope({"messages": deep}, "", False, Chained(), Lift([Lifted("x", b"data")])).rest(9, 9)
+
+
+def test_fields_that_are_large_without_their_pictures_stay_where_they_are():
+    envelope = envelope_of({"messages": [{"role": "user", "content": [part(CAT), {"type": "text", "text": "x" * 800}]}]}, "/v1/chat/completions")
+    size = len(json.dumps([envelope.fields, None]))
+    assert len(envelope.rest(size, size)) == size and envelope.rest(size, size - 1) == b""
 
 
 def test_packed_files_keep_their_names():
-    assert unpacked_lift(packed_lift({"a": "ü"}, [Lifted("x", b""), Lifted("y", b"\0\1")])) == (json.dumps({"a": "ü"}).encode(), [("x", b""), ("y", b"\0\1")])
+    lift = Lift([Lifted("x", b""), Lifted("y", b"\0\1")], "x", RequestError("no", status=413, code="large", param="z"))
+    came = unpacked_envelope(Envelope({"a": "ü"}, "ü", True, Chained(), lift).packed(json.dumps([{"a": "ü"}, None]).encode()))
+    assert came.fields == {"a": "ü"} and came.model == "ü" and came.lift.files == lift.files and came.lift.first == "x"
+    assert (str(came.lift.problem), came.lift.problem.status, came.lift.problem.code, came.lift.problem.param) == ("no", 413, "large", "z")

@@ -30,7 +30,7 @@ from chatlm.common.processes.connect import dial, tls_context
 from chatlm.common.processes.ray import ray_main
 from chatlm.common.processes.start import PROCESS_COMMAND
 from chatlm.common.program import program_bytes
-from chatlm.front.admission.admission import next_message
+from chatlm.front.admission.sandbox import next_message
 from chatlm.front.pool.pool import pool_of
 from chatlm.front.pool.ray import NodeShare, RayActor, node_shares
 from patching import patch

@@ -28,9 +28,10 @@ from chatlm.common.processes.start import PROCESS_COMMAND
 from chatlm.common.text.grammar import json_grammar
 from chatlm.common.text.history_forms import TEXT_ALONE
 from chatlm.common.text.tokenizer import compile_chat_template
-from chatlm.front.admission.admission import Sandbox, Turns, next_message, packed_body, unpacked_body
+from chatlm.front.intake.crossing import packed_body, unpacked_body
+from chatlm.front.admission.sandbox import Sandbox, Turns, next_message
 from chatlm.front.pool.pool import pool_of
-from chatlm.front.server import streams
+from chatlm.front.intake import budget as budgets
 from chatlm.worker.weights.gguf import gguf_text
 from chatlm.worker.weights.gguf_file import read_gguf
 import answers
@@ -94,6 +95,11 @@ async def open_pool(chat_text):
 
 async def said(pool, request):
     return "".join([event.text async for event in pool.answer(request) if isinstance(event, Piece)])
+
+
+def reading(route):
+    """The task of a text route."""
+    return "read", route, None, [], "", "text", [route]
 
 
 def ask(name, text="hello", **more):
@@ -317,8 +323,8 @@ async def test_what_made_the_prompt_does_not_stay_until_the_answer_ends(open_poo
 
 
 async def test_what_stays_of_large_bodies_is_in_the_budget_until_their_answers_end(open_pool, monkeypatch):
-    budget, followed = streams.Budget(4 * 650_000), asyncio.Event()
-    patch(monkeypatch, streams, "Budget", lambda total, share=4: budget)
+    budget, followed = budgets.Budget(4 * 650_000), asyncio.Event()
+    patch(monkeypatch, budgets, "Budget", lambda total, share=4: budget)
     pool = await open_pool(context_length=50_000)
     worker, unanswered = pool.workers[0], []
     answer, worker.send = worker.send, lambda message: unanswered.append(message)
@@ -386,7 +392,7 @@ async def test_a_refused_body_is_freed_without_the_garbage_collector(open_pool):
     gc.disable()
     try:
         try:
-            await pool.admission.sandboxes["bodies"].perform("a", "answer_text", "/detokenize", [], body=b"no JSON")
+            await pool.admission.sandboxes["bodies"].perform("a", *reading("/detokenize"), bodies=[b"no JSON"])
         except RequestError as error:
             refusal = weakref.ref(error)
         await asyncio.sleep(0)      # the loop lets go of the task that ended
@@ -415,13 +421,13 @@ async def test_a_client_that_leaves_costs_no_process_and_mixes_up_no_replies(ope
     pool = await open_pool()
     sandbox = pool.admission.sandboxes["bodies"]
     large = json.dumps({"content": "x " * 100_000}).encode()
-    leaving = [asyncio.ensure_future(sandbox.perform("a", "answer_text", "/tokenize", [], body=large)) for _ in range(4)]
+    leaving = [asyncio.ensure_future(sandbox.perform("a", *reading("/tokenize"), bodies=[large])) for _ in range(4)]
     while not sandbox.process:
         await asyncio.sleep(0)
     for task in leaving:
         task.cancel()
     pid = sandbox.process.pid
-    assert b'"tokens"' in await sandbox.perform("b", "answer_text", "/tokenize", [], body=b'{"content": "x"}')
+    assert b'"tokens"' in await sandbox.perform("b", *reading("/tokenize"), bodies=[b'{"content": "x"}'])
     assert sandbox.process.pid == pid
 
 
@@ -469,10 +475,10 @@ async def test_a_sandbox_that_dies_while_it_is_told_its_task_is_replaced_and_the
     pool = await open_pool()
     sandbox = pool.admission.sandboxes["bodies"]
     small, large = (json.dumps({"tokens": [5] * count}).encode() for count in (1, 100_000))
-    expected = [answered(await sandbox.perform("a", "answer_text", "/detokenize", [], body=body)) for body in (small, large)]
+    expected = [answered(await sandbox.perform("a", *reading("/detokenize"), bodies=[body])) for body in (small, large)]
     for body, text in zip((small, large), expected):
         os.kill(sandbox.process.pid, signal.SIGSTOP)
-        task = asyncio.ensure_future(sandbox.perform("a", "answer_text", "/detokenize", [], body=body))
+        task = asyncio.ensure_future(sandbox.perform("a", *reading("/detokenize"), bodies=[body]))
         for _ in range(20):     # until it has sent what the pipe holds; the rest waits
             await asyncio.sleep(0)
         assert sandbox.turns.held and (body is small or sandbox.writer.transport.get_write_buffer_size())
@@ -491,11 +497,11 @@ class Impatient(Sandbox):
 async def test_a_sandbox_that_hangs_before_it_has_read_its_task_is_replaced_and_the_task_done(chat_text, count):
     sandbox = Impatient(PROCESS_COMMAND, SandboxConfig(Known(Settings(), None), chat_text, 64, 5.0, 1 << 30))
     sandbox.waits, body = iter(()), json.dumps({"tokens": [5] * count}).encode()
-    expected = await sandbox.perform("a", "answer_text", "/detokenize", [], body=body)
+    expected = await sandbox.perform("a", *reading("/detokenize"), bodies=[body])
     hangs = sandbox.process
     os.kill(hangs.pid, signal.SIGSTOP)
     sandbox.waits = iter([0.1])
-    assert await sandbox.perform("a", "answer_text", "/detokenize", [], body=body) == expected and hangs.returncode == -signal.SIGKILL
+    assert await sandbox.perform("a", *reading("/detokenize"), bodies=[body]) == expected and hangs.returncode == -signal.SIGKILL
     await sandbox.close()
 
 
@@ -551,7 +557,7 @@ async def test_a_task_that_is_broken_is_an_honest_500(open_pool):
 async def test_a_sandbox_ends_with_its_front(chat_text):
     known = Known(Settings(), None)
     sandbox = Sandbox(PROCESS_COMMAND, SandboxConfig(known, chat_text, 64, 1.0, 1 << 30))
-    assert json.loads(await sandbox.perform("a", "answer_text", "/detokenize", [], body=b'{"tokens": [1]}'))
+    assert json.loads(await sandbox.perform("a", *reading("/detokenize"), bodies=[b'{"tokens": [1]}']))
     process = psutil.Process(sandbox.process.pid)
     sandbox.writer.close()
     await asyncio.to_thread(process.wait, 20)

@@ -264,7 +264,7 @@ async def place_of(path, settings, *pools):
         front = app.on_startup[-1].__self__
         async with connections.serving(app, listener):
             place = Place(f"http://127.0.0.1:{listener.getsockname()[1]}", store, settings)
-            place.wake_up, place.memory = front.wake_up, front.bodies.budget
+            place.wake_up, place.memory = front.wake_up, front.bodies.intake.budget
             yield place
 
 

@@ -170,7 +170,9 @@ async def test_the_native_limits_name_the_limit_and_the_value(client, messages, 
 
 @pytest.mark.parametrize("messages", [[{"role": "user", "content": "a"}] * 500, [{"role": "user", "content": "😀" * 8000}] * 4])
 async def test_the_native_limits_themselves_are_allowed(client, messages):
-    async with serving(FakePool()) as url:
+    pool = FakePool()
+    pool.context_length = 1 << 20
+    async with serving(pool) as url:
         assert (await ask(client, url + NATIVE, {"messages": messages}))[0] == 200
 
 

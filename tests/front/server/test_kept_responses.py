@@ -197,13 +197,12 @@ def test_what_cannot_be_continued_is_refused(running, more, said):
         ask(running, extra_body=more)
 
 
-def test_a_name_that_hides_in_escapes_continues_nothing(running):
+def test_a_name_with_escapes_continues_like_any(running):
     first = ask(running)
     body = json.dumps({"input": "x", "previous_response_id": first.id}).replace("previous_r", "previous\\u005fr")
     request = urllib.request.Request(f"{running.base_url}responses", body.encode(), {"Content-Type": "application/json"})
-    with pytest.raises(urllib.request.HTTPError) as found:
-        urllib.request.urlopen(request)
-    assert found.value.code == 400 and b"without escapes" in found.value.read()
+    second = json.load(urllib.request.urlopen(request))
+    assert second["previous_response_id"] == first.id and second["usage"]["input_tokens"] > first.usage.input_tokens
 
 
 @pytest.mark.parametrize("size", [0, 100_000])
@@ -213,12 +212,12 @@ def test_a_client_cannot_say_itself_what_was_said_before(model, tmp_path, size):
         mine, other = ask(client), client.with_options(api_key="second-key")
         theirs, conversation = ask(other), other.conversations.create()
         said = [{"role": "user", "content": "a forged turn"}]
-        for name, each in (("previous_response_id", mine.id), ("previous_response_id", theirs.id), ("conversation", conversation.id)):
+        for name, each in (("previous_response_id", theirs.id), ("conversation", conversation.id)):
             body = json.dumps({"input": "x", "before_input": said, name: each, "ignored": "y" * size}).replace(f'"{name[0]}', f'"\\u{ord(name[0]):04x}')
             request = urllib.request.Request(f"{client.base_url}responses", body.encode(), {"Content-Type": "application/json", "Authorization": "Bearer first-key"})
             with pytest.raises(urllib.error.HTTPError) as found:
                 urllib.request.urlopen(request)
-            assert found.value.code == 400 and b"without escapes" in found.value.read()
+            assert found.value.code == 404
         alone = [ask(client, extra_body={"before_input": said, "ignored": "y" * size} if forged else {}) for forged in (True, False)]
         assert alone[0].usage.input_tokens == alone[1].usage.input_tokens
         chained = [ask(client, previous_response_id=mine.id, extra_body={"before_input": said, "ignored": "y" * size} if forged else {}) for forged in (True, False)]

@@ -17,7 +17,7 @@ import pytest
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError
 from chatlm.common.messages.protocol import KeptItem
-from chatlm.front.admission.admission import WRITE_BYTES
+from chatlm.front.admission.sandbox import WRITE_BYTES
 from chatlm.front.server.batches import vacuum
 from chatlm.front.server.kept import joined_small
 from chatlm.front.store import batches, files, migrate, quota, responses

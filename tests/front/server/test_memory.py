@@ -13,7 +13,8 @@ from chatlm.common.config import Settings
 from chatlm.common.errors import Overloaded
 from chatlm.common.messages.requests import TokenLogprob
 from chatlm.front.server import streams
-from chatlm.front.server.streams import Budget, Holding
+from chatlm.front.intake import budget as budgets
+from chatlm.front.intake.budget import Budget, Holding
 from answers import said
 from fake_pool import FakePool, conversation, serving
 from patching import patch
@@ -37,12 +38,12 @@ async def unfinished(url, size, sent):
 async def test_bodies_beyond_the_budget_wait_and_small_ones_do_not(limits, monkeypatch):
     limits(held_bytes=4 * 400 * KB)
     budget = Budget(config.LIMITS.held_bytes)
-    patch(monkeypatch, streams, "Budget", lambda total, share=4: budget)
+    patch(monkeypatch, budgets, "Budget", lambda total, share=4: budget)
     async with serving(FakePool()) as url, aiohttp.ClientSession() as client:
         held = [await unfinished(url, 200 * KB, 100 * KB) for _ in range(2)]
         while budget.used < 400 * KB:
             await asyncio.sleep(0.01)
-        waiting = asyncio.ensure_future(client.post(url + "/v1/chat/completions", json=conversation("x" * 190 * KB)))
+        waiting = asyncio.ensure_future(client.post(url + "/v1/chat/completions", json=conversation() | {"padding": "x" * 190 * KB}))
         assert (await client.post(url + "/v1/chat/completions", json=conversation("x" * 20 * KB))).status == 200
         assert not waiting.done()
         held[0][1].close()
@@ -55,12 +56,12 @@ async def test_bodies_beyond_the_budget_wait_and_small_ones_do_not(limits, monke
 async def test_a_body_that_finds_no_room_is_503_with_when_to_come_back(limits, monkeypatch):
     limits(held_bytes=4 * 300 * KB)
     budget = Budget(config.LIMITS.held_bytes)
-    patch(monkeypatch, streams, "Budget", lambda total, share=4: budget)
+    patch(monkeypatch, budgets, "Budget", lambda total, share=4: budget)
     async with serving(FakePool()) as url, aiohttp.ClientSession() as client:
         _, writer = await unfinished(url, 200 * KB, 100 * KB)
         while not budget.used:
             await asyncio.sleep(0.01)
-        patch(monkeypatch, streams, "BODY_S", 0.3)
+        patch(monkeypatch, budgets, "BODY_S", 0.3)
         async with client.post(url + "/v1/chat/completions", json=conversation("x" * 200 * KB)) as response:
             assert response.status == 503 and int(response.headers["Retry-After"]) > 0
             assert "large bodies" in (await response.json())["error"]["message"]
@@ -68,7 +69,7 @@ async def test_a_body_that_finds_no_room_is_503_with_when_to_come_back(limits, m
 
 
 async def test_a_body_that_comes_too_slowly_is_408(limits, monkeypatch):
-    patch(monkeypatch, streams, "BODY_S", 0.2)
+    patch(monkeypatch, budgets, "BODY_S", 0.2)
     patch(monkeypatch, streams, "BODY_BYTES_PER_S", 1e9)
     async with serving(FakePool()) as url:
         reader, writer = await unfinished(url, 60 * KB, 10)
@@ -81,7 +82,7 @@ async def test_a_body_that_comes_too_slowly_is_408(limits, monkeypatch):
 
 
 async def test_one_client_holds_a_quarter_and_everything_is_given_back(limits, monkeypatch):
-    patch(monkeypatch, streams, "BODY_S", 0.01)
+    patch(monkeypatch, budgets, "BODY_S", 0.01)
     limits(inline_bytes=0)
     budget = Budget(400)
     with Holding(budget, "a") as mine:
@@ -146,7 +147,7 @@ async def test_a_whole_answer_beyond_the_budget_is_an_error_and_a_streamed_one_g
 
 async def test_a_whole_answer_counts_until_it_is_sent(monkeypatch):
     budget = Budget(config.LIMITS.held_bytes)
-    patch(monkeypatch, streams, "Budget", lambda total, share=4: budget)
+    patch(monkeypatch, budgets, "Budget", lambda total, share=4: budget)
     question = json.dumps(conversation("Hi")).encode()
     async with serving(FakePool(["x" * 500_000] * 60)) as url:         # more than sockets hold
         reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))

@@ -6,6 +6,8 @@ import io
 import json
 import random
 import struct
+import subprocess
+import sys
 import urllib.error
 import urllib.request
 import zlib
@@ -16,7 +18,7 @@ import pytest
 pytest.importorskip("torch")
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("transformers")
-from real_server import events, get, post, server    # noqa: E402
+from real_server import SCRIPT, events, get, post, server    # noqa: E402
 from tiny_sight import make_smolvlm, save_sight    # noqa: E402
 
 pytestmark = pytest.mark.timeout(120)
@@ -226,6 +228,16 @@ def test_of_two_models_the_one_that_cannot_see_names_the_other(folder, nanochat_
         compared = [json.loads(line[6:]) for line in post(f"{url}/v1/compare", asked(part(PHOTO), models=[sees, sees])) if line.startswith(b"data: {")]
         assert ["".join(event.get("token", "") for event in compared if event.get("index") == index) for index in (0, 1)] == [text, text]
         assert "cannot see images" in refusal(url, asked(part(PHOTO), models=[sees, blind]), "/v1/compare")[1]["message"]
+
+
+def test_the_command_batch_shows_the_model_what_a_server_shows_it(url, folder, tmp_path):
+    large = part(file_of((300, 200), seed=5))       # of 240 KB as base64: it is opened in a sandbox
+    lines = [{"custom_id": str(number), "url": "/v1/chat/completions", "body": asked(each)} for number, each in enumerate((part(PHOTO), large))]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = [sys.executable, str(SCRIPT), "batch", "--dtype", "float32", str(folder), str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl")]
+    subprocess.run(words, check=True, capture_output=True, timeout=100)
+    bodies = [json.loads(line)["response"]["body"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [body["choices"][0]["message"]["content"] for body in bodies] == [answer(url, each)[0] for each in (part(PHOTO), large)]
 
 
 @pytest.mark.slow

@@ -12,11 +12,12 @@ from chatlm.common.config import LIMITS, ApiKey, Settings
 from chatlm.common.errors import EngineFailure, Overloaded, RequestError
 from chatlm.front.pool.catalogue import Catalogue
 from chatlm.front.server.access import Access, AccessLog, Owners
+from chatlm.front.intake.budget import Holding
+from chatlm.front.intake.intake import Intake
 from chatlm.front.server.bodies import Bodies
 from chatlm.front.server.describe import ModelRoutes
 from chatlm.front.server.responses import REQUEST_LOG, RequestLog, error_shape
-from chatlm.front.server.routes import Api, Route, RouteTable
-from chatlm.front.server.streams import Holding
+from chatlm.front.server.routes import Api, Route, RouteTable, answer_nothing
 from fake_pool import FakePool, conversation
 from multidict import CIMultiDict
 
@@ -110,32 +111,34 @@ async def test_the_log_notes_row_and_id_of_a_request_and_an_id_of_another_is_not
 @pytest.mark.parametrize("body, api", [
     (conversation() | {"model": "fake-model"}, Api.OPENAI), (conversation(), Api.NANOCHAT), (conversation('"model": 1'), Api.NANOCHAT)])
 async def test_a_body_is_read_by_the_reader_of_its_route_and_may_be_of_openai_on_nanochat_s(body, api):
-    bodies, record = Bodies(Catalogue(Settings(), FakePool()), Owners(Settings())), logged("/chat/completions")
+    bodies, record = Bodies(Intake(Catalogue(Settings(), FakePool())), Owners(Settings())), logged("/chat/completions")
     with bodies.holding() as holding:
-        _, parsed = await bodies.parse(Arriving(body=json.dumps(body).encode()), holding)
+        _, parsed = await bodies.answer(Arriving(body=json.dumps(body).encode()), holding)
     assert record.api is api and parsed.api == {Api.OPENAI: "chat", Api.NANOCHAT: "native"}[api] and parsed.request.messages
 
 
 async def test_a_large_body_is_read_in_a_sandbox_for_its_owner():
-    pool, sent = FakePool(), []
+    pool, checked = FakePool(), []
 
-    async def read_large(*words):
-        sent.append((words[0], len(words[1]), *words[2:]))
+    async def check_grammar(params, client, owner):
+        checked.append((client, owner))
         raise RequestError("read elsewhere")
 
-    pool.read_large = read_large
+    pool.check_grammar = check_grammar
     settings = Settings(keys=KEYS)
-    bodies, _ = Bodies(Catalogue(settings, pool), Owners(settings)), logged("/v1/messages")
-    with Holding(bodies.budget, "alice") as holding:
+    bodies, _ = Bodies(Intake(Catalogue(settings, pool)), Owners(settings)), logged("/v1/messages")
+    body = json.dumps(conversation() | {"max_tokens": 1, "metadata": {"user_id": "x" * LIMITS.inline_bytes}}).encode()
+    with Holding(bodies.intake.budget, "alice") as holding:
         with pytest.raises(RequestError, match="elsewhere"):
-            await bodies.parse(Arriving(body=b"x" * (LIMITS.inline_bytes + 1)), holding)
-    assert sent == [("/v1/messages", LIMITS.inline_bytes + 1, "alice", Owners(settings).of_pages("alice"), ())] and not bodies.budget.used
+            await bodies.answer(Arriving(body=body), holding)
+    assert [task[:3] for task in pool.sandboxes["bodies"].tasks] == [("alice", name, "/v1/messages") for name in ("open", "read")]
+    assert checked == [("alice", Owners(settings).of_pages("alice"))] and not bodies.intake.budget.used
 
 
 async def test_the_model_is_described_to_who_asks_for_one_of_its_names():
     pool = FakePool()
     only = Catalogue(Settings(), pool)
-    models = ModelRoutes(only, Bodies(only, Owners(Settings())), Access(Settings()))
+    models = ModelRoutes(only, Bodies(Intake(only), Owners(Settings())), Access(Settings()))
     logged("/api/show")
     shown = json.loads((await models.handle_ollama_show(Arriving(body=b'{"model": "fake-model"}'))).body)
     facts = shown["model_info"]
@@ -148,5 +151,5 @@ async def test_the_model_is_described_to_who_asks_for_one_of_its_names():
 
 
 def test_a_row_says_all_of_a_route():
-    row = Route("POST", "/v1/files/{name:.+}", Api.OPENAI, "handle", "keeps a file")
+    row = Route("POST", "/v1/files/{name:.+}", Api.OPENAI, answer_nothing, "keeps a file")
     assert row.pattern == "/v1/files/{name}" and not (row.open or row.polled or row.fields)

@@ -366,7 +366,7 @@ def test_an_upload_that_is_only_beginning_is_not_taken_for_one_that_ended(tmp_pa
     async def run():
         store, states = opened(tmp_path / "a.db"), []
         routes = FileRoutes(store, None, None, 1, lambda: None)
-        upload = Upload(store, None, "a client", "", [])
+        upload = Upload(store, None, None, "")
 
         async def forget():
             def work(connection):

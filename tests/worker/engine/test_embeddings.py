@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from chatlm.common.messages.requests import Failed, SamplingParams
-from chatlm.worker.engine import host
+from chatlm.worker.engine import answer_maker, host
 from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.planners import TextPlanner
 from engines import Pieces, load, make_engine, pieces, tensors_of
@@ -103,6 +103,17 @@ def test_alone_in_a_batch_in_other_chunks_and_from_the_cache_they_are_the_same(n
         for found, wanted in zip(vectors(engine, answer, *works, ahead=ahead), expected, strict=True):
             assert np.abs(found - wanted).max() <= least
     assert pieces(engine, [answer])["answer"].tokens == drawn      # from the pages they left behind
+
+
+def test_no_answer_is_made_for_a_vector(nanochat_fixtures, monkeypatch):
+    made, make = [], answer_maker.Answer
+    monkeypatch.setattr(answer_maker, "Answer", lambda work, *more: made.append(work.id) or make(work, *more))
+    engine = make_engine(nanochat_fixtures / "gen5", num_pages=200, max_batch=8)
+    answer = assignment("answer", tuple(PROMPTS[0]), SamplingParams(), 5)
+    assert len(vectors(engine, answer, embedding("mean", PROMPTS[0]), embedding("last", PROMPTS[1], "last"))) == 2 and made == ["answer"]
+    engine.add(embedding("ending", PROMPTS[0]))
+    engine.end_thinking("ending")       # it has none
+    assert engine.cancel("ending")
 
 
 def test_the_last_state_is_found_in_the_prefix_cache_and_the_mean_is_computed_whole(nanochat_fixtures):

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable, Sequence as Seq
 from contextlib import suppress
 from functools import cached_property
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 from chatlm.common.client_words import too_large_to_count
 from chatlm.common.config import LIMITS
@@ -18,23 +18,40 @@ from chatlm.common.messages.protocol import (
 from chatlm.common.processes.child import join_parent
 from chatlm.common.text.tokenizer import compile_chat_template, fill_template
 
+if TYPE_CHECKING:
+    from chatlm.front.intake.envelope import Envelope
 
-TASKS_OF_BODIES = {"named_model": "bodies", "read_body": "bodies", "read_variants": "bodies",
-                   "chained": "bodies", "check_lines": "bodies", "read_line": "bodies",
-                   "answer_text": "bodies", "lift_pictures": "bodies", "extract": "documents",
-                   "decode_picture": "pictures"}  # what of Tasks has them
+
+# task -> the attribute of Tasks that has it
+PLACES = {**dict.fromkeys(("open", "read", "forget", "check_lines"), "bodies"), "extract": "documents",
+          "decode_picture": "pictures"}
 PREPARE_S = 5.0  # processor seconds a sandbox may take to compile a template or open a tokenizer
+
+
+class Shelf:
+    """Keeps the open body of one ticket, for whichever model its tasks are."""
+
+    def __init__(self):
+        self.ticket = 0
+        self.body: Envelope | None = None
+
+    def turn_to(self, ticket: int):
+        """A task with this ticket comes: drop the body unless it has the same one."""
+        if not ticket or ticket != self.ticket:
+            self.body = None
+        self.ticket = ticket
 
 
 class Tasks:
     """The tasks of a sandbox, for one model. Each imports what it needs: most sandboxes fill in templates,
     and should be small and soon there."""
 
-    def __init__(self, config: SandboxConfig):
+    def __init__(self, config: SandboxConfig, shelf: Shelf):
         self.config = config
+        self.shelf = shelf
 
     def task(self, name: str) -> Callable[..., Any]:
-        return getattr(getattr(self, TASKS_OF_BODIES[name]) if name in TASKS_OF_BODIES else self, name)
+        return getattr(getattr(self, PLACES[name]) if name in PLACES else self, name)
 
     @cached_property
     def template(self):
@@ -42,8 +59,8 @@ class Tasks:
 
     @cached_property
     def bodies(self):
-        from chatlm.front.api.body_tasks import BodyTasks
-        return BodyTasks(self.config)
+        from chatlm.front.intake.body_tasks import BodyTasks
+        return BodyTasks(self.config, self.shelf)
 
     @cached_property
     def documents(self):
@@ -59,8 +76,8 @@ class Tasks:
         """Do once what no task should pay for: jinja computes a template's constants when it compiles it."""
         if name == "fill_template":
             _ = self.template
-        elif name in TASKS_OF_BODIES:
-            getattr(self, TASKS_OF_BODIES[name]).prepare(name)
+        elif name in PLACES:
+            getattr(self, PLACES[name]).prepare(name)
 
     def fill_template(self, arguments: dict) -> Result:
         text = fill_template(self.template, arguments)
@@ -82,18 +99,22 @@ def sandbox_main(arguments: Seq[str]) -> int:
         os.nice(config.nice)
         limit_memory(config.memory)
         signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process whatever code is running
-        models = {config.number: Tasks(config)}  # the last used last
+        shelf = Shelf()
+        models = {config.number: Tasks(config, shelf)}  # the last used last
         give_memory_back()
         while True:
             [task] = run_task(channel.receive, True, 1)  # pyright: ignore[reportGeneralTypeIssues]  it refuses no message
             if isinstance(task, SandboxConfig):
                 models.pop(task.number, None)
-                models[task.number] = Tasks(task)
+                models[task.number] = Tasks(task, shelf)
                 for number in [*models][:-SANDBOX_MODELS]:
                     del models[number]
                 continue
             models[task.model] = tasks = models.pop(task.model)
-            bodies = run_task(channel.receive, True, 1) if task.name in TASKS_OF_BODIES else []
+            shelf.turn_to(task.ticket)
+            bodies = []
+            for _ in range(task.bodies):
+                bodies += run_task(channel.receive, True, 1)  # pyright: ignore[reportOperatorIssue]  nor is a body refused
             channel.send(Begun())
             signal.setitimer(signal.ITIMER_PROF, PREPARE_S)
             run_task(tasks.prepare, task.name)  # an error shows when the task itself fails

@@ -1,0 +1,206 @@
+"""The front's side of a sandbox: a process with limits, for work that a client can make slow."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+from collections.abc import Sequence as Seq
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any, TYPE_CHECKING
+
+from chatlm.common.client_words import shutting_down
+from chatlm.common.errors import ConfigError, EngineFailure, RequestError
+from chatlm.common.lanes import Lanes
+from chatlm.common.log import log
+from chatlm.common.messages.protocol import (
+    SANDBOX_MODELS, SANDBOX_OUT_OF_MEMORY, SANDBOX_PIPE, Begun, Body, Refused, Result, SandboxConfig, Task)
+from chatlm.common.messages.wire import HEADER, BadMessage, unpacked
+from chatlm.common.processes.start import exit_in_words, patient, start_child
+
+if TYPE_CHECKING:
+    from chatlm.common.messages.wire import Pipe
+
+
+WRITE_BYTES = 1 << 18  # large data is written in pieces of this size, so that others get a turn
+
+
+class Turns:
+    """A lock that clients hold in turn."""
+
+    def __init__(self):
+        self.held, self.lanes = False, Lanes()
+
+    async def take(self, client: str):
+        if not self.held:
+            self.held = True
+            return
+        self.lanes.append(client, turn := asyncio.get_running_loop().create_future())
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():  # it got the lock at the moment it was cancelled
+                self.give_back()
+            raise
+
+    def give_back(self):
+        while len(self.lanes):
+            if not (turn := self.lanes.pop()).done():
+                return turn.set_result(None)
+        self.held = False
+
+
+async def next_message(reader: asyncio.StreamReader, pipe: Pipe):
+    """The next message from a pipe. Read in parts: readexactly would copy 20 MB twice in one go.
+
+    A large one is decoded in a thread, so that others get a turn."""
+    kind, size = pipe.kind_and_size(await reader.readexactly(HEADER.size))
+    parts = []
+    while size:
+        if not (part := await reader.read(min(size, WRITE_BYTES))):
+            raise asyncio.IncompleteReadError(b"", size)
+        parts.append(part)
+        size -= len(part)
+    body = b"".join(parts)
+    return unpacked(kind, body) if len(body) <= WRITE_BYTES else await asyncio.to_thread(unpacked, kind, body)
+
+
+class Sandbox:
+    """A process for tasks that a client can make slow. It runs one at a time, with clients taking turns.
+
+    A task that exceeds its processor time or memory is refused. It ends the process, and the next task gets
+    a new one. If a process ends before it has begun a task, another one runs that task.
+
+    Tasks with one ticket are about one body. The process keeps what it made of it, so the body is sent with
+    the first of them, and again only if another task or another process came between. The process looks at
+    the ticket itself: were the front wrong about what it has, the task would fail, and never get another
+    client's body."""
+
+    PATIENCE_S = 60.0  # longest wait for a reply: a busy machine may give the task no processor
+    EXIT_S = 2.0       # longest wait for a process that has closed its pipe to exit
+    PROCESSES = 3      # that may end before they have begun a task, until the server gives it up
+    # Exit statuses of a process that exceeded a limit.
+    EXCESS = (-signal.SIGPROF, -signal.SIGABRT, -signal.SIGSEGV, -signal.SIGKILL)
+
+    config: SandboxConfig  # set before the first task
+
+    def __init__(self, command: Seq[str], config: SandboxConfig | None = None, single_use: bool = False):
+        """single_use: each task gets a process of its own; what breaks its libraries reaches no other."""
+        self.command, self.turns, self.single_use = command, Turns(), single_use
+        if config:
+            self.config = config
+        self.process: subprocess.Popen | None = None
+        self.configs: list[SandboxConfig] = []  # that the process has, the last used last
+        self.ticket = 0                         # of the body that the process has; 0: none
+        self.closed = self.begun = False
+
+    async def perform(self, client: str, name: str, *arguments, bodies: Seq[bytes | bytearray] = (),
+                      ticket: int = 0, config: SandboxConfig | None = None):
+        """Run a task, by default for the usual model, and return its value. RequestError if it refuses or
+        exceeds a limit. ticket: of `bodies`, if other tasks are about them too."""
+        await self.turns.take(client)
+        config = config or self.config
+        return await self._run(config, Task(name, list(arguments), config.number, ticket=ticket), bodies)
+
+    async def forget(self, ticket: int, config: SandboxConfig | None = None):
+        """Nobody will ask for the body with this ticket again: if the process still has it, it drops it."""
+        await self.turns.take("")
+        if self.closed or self.process is None or ticket != self.ticket:
+            self.turns.give_back()
+            return
+        config = config or self.config
+        await self._run(config, Task("forget", [], config.number), ())
+
+    async def _run(self, config: SandboxConfig, task: Task, bodies: Seq[bytes | bytearray]):
+        """Run a task for whoever has the turn, which it gives back."""
+        # it continues if its client leaves
+        exchange = asyncio.ensure_future(self._exchange(config, task, bodies))
+        exchange.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # else it is logged
+        exchange.add_done_callback(lambda ended: self.turns.give_back())
+        try:
+            return await asyncio.shield(exchange)
+        finally:
+            del exchange  # it holds its exception, whose traceback holds this frame, and so the body
+
+    async def start(self):
+        """Start the process unless it is running. Its configuration follows with the first task."""
+        if self.process is None:
+            self.configs = []
+            self.ticket = 0
+            environment = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+            self.process, ours = start_child(self.command, "sandbox", os.environ | environment)
+            self.reader, self.writer = await asyncio.open_connection(sock=ours)
+
+    async def _exchange(self, config: SandboxConfig, task: Task, bodies: Seq[bytes | bytearray]):
+        for process in range(1, self.PROCESSES + 1):
+            if self.closed:
+                raise shutting_down()
+            await self.start()
+            try:
+                reply = await asyncio.wait_for(self._ask(config, task, bodies), patient(self.PATIENCE_S))
+                break
+            except (asyncio.IncompleteReadError, ConnectionError, asyncio.TimeoutError, BadMessage) as error:
+                code = await self.stop(0.0 if isinstance(error, asyncio.TimeoutError) else self.EXIT_S)
+                if self.closed:  # which ended the process
+                    raise shutting_down() from None
+                if code == SANDBOX_OUT_OF_MEMORY or self.begun and code in self.EXCESS:
+                    raise RequestError(
+                        f"too complex: this takes more than {config.cpu_s:g} s of processor time "
+                        f"or {config.memory >> 20} MiB", code="too_complex") from None
+                if self.begun or process == self.PROCESSES:
+                    when = "" if self.begun else f" before it began, as {process - 1} before it"
+                    raise EngineFailure(
+                        f"the process that reads requests ended{when} (exit status {code})") from error
+                log.warning("a sandbox ended before it began its task, which another one runs (%s)",
+                            exit_in_words(code))
+        if self.single_use:
+            await self.stop()
+        match reply:
+            case Result(value):
+                return value
+            case Body(data):
+                return data
+            case Refused(message, _, ConfigError.type):
+                raise ConfigError(message)
+            case Refused(message, status, code, param, words):
+                raise RequestError(message, status=status, code=code, param=param, words=words)
+        raise BadMessage(f"unexpected message from a sandbox: {type(reply).__name__}")
+
+    async def _ask(self, config: SandboxConfig, task: Task, bodies: Seq[bytes | bytearray]):
+        """Send a task; returns the reply."""
+        self.begun = False
+        if task.ticket and task.ticket == self.ticket:
+            bodies = ()  # the process has them
+        messages: list[Any] = [replace(task, bodies=len(bodies)), *map(Body, bodies)]
+        if config not in self.configs:
+            messages.insert(0, config)
+        self.ticket = task.ticket
+        self.configs = [*(known for known in self.configs if known.number != config.number),
+                        config][-SANDBOX_MODELS:]
+        for message in messages:
+            packed = memoryview(SANDBOX_PIPE.packed(message))
+            for begin in range(0, len(packed), WRITE_BYTES):
+                self.writer.write(packed[begin:begin + WRITE_BYTES])
+                await self.writer.drain()
+        if not isinstance(message := await next_message(self.reader, SANDBOX_PIPE), Begun):
+            raise BadMessage(f"a sandbox said {type(message).__name__} before it had begun a task")
+        self.begun = True
+        return await next_message(self.reader, SANDBOX_PIPE)
+
+    async def stop(self, patience_s: float = 0.0) -> int | None:
+        """Kill the process, if any, unless it exits within patience_s; returns its exit status."""
+        process, self.process = self.process, None
+        if process is None:
+            return None
+        if writer := getattr(self, "writer", None):  # one that is being started has none yet
+            writer.close()
+        with suppress(subprocess.TimeoutExpired):
+            await asyncio.to_thread(process.wait, patience_s)
+        process.kill()
+        return await asyncio.to_thread(process.wait)
+
+    async def close(self):
+        self.closed = True
+        await self.stop()

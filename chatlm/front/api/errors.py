@@ -1,0 +1,64 @@
+"""An error on its way to a client: one conversion, and the body in which the clients of each API read it.
+
+Errors are raised deep, and `public_error` alone makes of an exception what a client may see. Three sinks send
+that: a response (`errors_to_responses`), the last frame of a stream (`Encoder.failed`), and the result of a
+line of a batch (`failed_answer`)."""
+
+from __future__ import annotations
+
+from chatlm.common.client_words import ANTHROPIC, OLLAMA, SERVER_ERROR, TOO_LONG
+from chatlm.common.errors import ChatServerError, EngineFailure, lack_of_memory
+from chatlm.common.log import log
+
+
+def public_error(error: BaseException | None) -> ChatServerError:
+    """What a client may see of an exception: our own errors as they are. Of others the log has the details,
+    and a client learns no more than whether memory is short."""
+    if isinstance(error, ChatServerError):
+        return error
+    lack = error and lack_of_memory(error)
+    if lack:
+        log.error("%s", lack, exc_info=error)
+        return EngineFailure(f"{SERVER_ERROR} It has too little memory; its log has the details")
+    log.error("unexpected error", exc_info=error)
+    return EngineFailure(f"{SERVER_ERROR} Its log has the details")
+
+
+def openai_error(error: ChatServerError) -> dict:
+    return {"error": {"message": str(error), "type": error.type, "param": error.param, "code": error.code}}
+
+
+def native_error(error: ChatServerError) -> dict:
+    """nanochat's, and OpenAI's for a client of that API whose base URL lacks /v1."""
+    return {"detail": str(error), **openai_error(error)}
+
+
+ANTHROPIC_ERRORS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error",
+                    404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error",
+                    500: "api_error", 503: "overloaded_error"}
+
+
+def anthropic_error(error: ChatServerError) -> dict:
+    kind = ANTHROPIC_ERRORS.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": error.said_to(ANTHROPIC)}}
+
+
+def ollama_error(error: ChatServerError) -> dict:
+    return {"error": error.said_to(OLLAMA)}
+
+
+def response_error(error: ChatServerError) -> dict:
+    """The member `error` of a response of OpenAI's Responses that has failed."""
+    return {"code": error.code or error.type, "message": str(error)}
+
+
+def is_plain(error: ChatServerError) -> bool:
+    """Is nanochat's `detail` all that its clients read of an error? `chat --url` needs the code of a prompt
+    that is too long."""
+    return error.status == 400 and error.code != TOO_LONG
+
+
+def failed_answer(error: BaseException) -> tuple[int, dict]:
+    """(status, body) of a line of a batch that has no answer: its endpoints are all OpenAI's."""
+    public = public_error(error)
+    return public.status, openai_error(public)

@@ -1,0 +1,81 @@
+"""When a field that is read has no effect on an answer: conditions, named by the rows of the tables."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from chatlm.common.text.formats import knows_of_thinking, thoughts_of
+
+if TYPE_CHECKING:
+    from chatlm.common.messages.protocol import Known, ParsedBody
+
+
+def under_a_grammar(parsed: ParsedBody, known: Known) -> bool:
+    """The grammar alone decides where the answer ends."""
+    return bool(parsed.request.params.grammar)
+
+
+def never_written(parsed: ParsedBody, known: Known) -> bool:
+    """None of the stop tokens can be part of what the grammar allows."""
+    params = parsed.request.params
+    return bool(params.grammar) and known.never_written.issuperset(params.stop_token_ids)
+
+
+def in_required_calls(parsed: ParsedBody, known: Known) -> bool:
+    """Required calls have no content beside them, in which alone stop strings are looked for."""
+    params = parsed.request.params
+    return bool(params.grammar) and params.grammar_param == "tools"
+
+
+def without_stream(parsed: ParsedBody, known: Known) -> bool:
+    return not parsed.stream
+
+
+def without_thoughts(parsed: ParsedBody, known: Known) -> bool:
+    """The model does not mark its thoughts, so none can be counted."""
+    return not thoughts_of(known.template)
+
+
+def without_thinking(parsed: ParsedBody, known: Known) -> bool:
+    """Nothing can turn the model's thinking on or off: neither its template nor, for a budget, its marks."""
+    if parsed.request.params.thinking_budget is not None:
+        return not thoughts_of(known.template)
+    return not knows_of_thinking(known.template)
+
+
+def without_logprobs(parsed: ParsedBody, known: Known) -> bool:
+    """Chat Completions refuses such a request."""
+    return parsed.request.params.logprobs is None
+
+
+def in_a_continued_text(parsed: ParsedBody, known: Known) -> bool:
+    """A text to continue has no conversation around it."""
+    return bool(parsed.request.prompts)
+
+
+def thinking_of_ollama(parsed: ParsedBody, known: Known) -> bool:
+    return without_thinking(parsed, known) or in_a_continued_text(parsed, known)
+
+
+def without_a_database(parsed: ParsedBody, known: Known) -> bool:
+    return known.settings.database is None
+
+
+def without_tei(parsed: ParsedBody, known: Known) -> bool:
+    """The field is one of Text Embeddings Inference, and the request is not in its form."""
+    return parsed.api in ("rerank", "llama rerank")
+
+
+def with_tei(parsed: ParsedBody, known: Known) -> bool:
+    return parsed.api == "tei rerank"
+
+
+def of_cosines(parsed: ParsedBody, known: Known) -> bool:
+    """Vectors are compared, which no instruction changes."""
+    return parsed.api == "cosines"
+
+
+def without_a_prompt(parsed: ParsedBody, known: Known) -> bool:
+    """The model has no prompt for these."""
+    retrieval = parsed.request.retrieval
+    return retrieval is not None and not retrieval.prompt

@@ -1,0 +1,95 @@
+"""The sandbox's tasks for bodies of requests, which import what reads them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence as Seq
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, TYPE_CHECKING
+
+from chatlm.common.messages.protocol import Body, Result, SandboxConfig
+from chatlm.common.messages.requests import Message
+from chatlm.common.text.load import open_tokenizer
+from chatlm.front.admission.prompts import PromptMaker
+from chatlm.front.intake.crossing import packed_body, unpacked_sizes
+from chatlm.front.intake.envelope import open_body
+from chatlm.front.intake.tasks import TASKS, NumberedLine, Reading, checked_lines
+
+if TYPE_CHECKING:
+    from chatlm.common.messages.protocol import ParsedBody
+    from chatlm.front.intake.envelope import Envelope
+    from chatlm.front.intake.sandboxed import Shelf
+
+
+class BodyTasks:
+    """One method for each task, for one model. The body that they are about is on the shelf."""
+
+    def __init__(self, config: SandboxConfig, shelf: Shelf):
+        self.config = config
+        self.shelf = shelf
+
+    def prepare(self, name: str):
+        """Do once what no task should pay for."""
+        if name == "read":
+            _ = self.prompts
+
+    @cached_property
+    def prompts(self) -> PromptMaker:
+        tokenizer = open_tokenizer(self.config.text)
+        tokenizer.forms = self.config.forms
+        return PromptMaker(tokenizer, self.config.context_length,
+                           scored_length=self.config.scored_length)
+
+    def open(self, route: str, number: int | None, most: int, *bodies: bytes) -> Body:
+        """What the front must know to choose a model; and the fields, if they take at most `most` bytes
+        without their pictures."""
+        envelope = self._opened(route, number, bodies)
+        rest = envelope.rest(sum(map(len, bodies)), most)
+        data = envelope.packed(rest)
+        envelope.lift.files = []  # the front decodes them
+        if rest:
+            self.shelf.body = None  # it is read there
+        return Body(data)
+
+    def _opened(self, route: str, number: int | None, bodies: Seq[bytes]) -> Envelope:
+        """A body that was sent is always opened anew; only if none was sent is the shelf's meant, which then
+        has this task's ticket (`Shelf.turn_to`)."""
+        if bodies:
+            self.shelf.body = open_body(route, number, *bodies)
+        assert self.shelf.body, "the front thinks that this process has the body"
+        return self.shelf.body
+
+    def forget(self) -> Result:
+        """Nothing: a task without a ticket has cleared the shelf."""
+        return Result(None)
+
+    def read(self, route: str, number: int | None, sizes: Seq, client: str, task: str, arguments: Seq,
+             *bodies: bytes) -> Body | Result:
+        """What one of TASKS makes of a body. sizes: of its pictures, which the front has decoded."""
+        envelope = self._opened(route, number, bodies)
+        envelope.show(unpacked_sizes(sizes))
+        reading = Reading(envelope, self.config.server, self.prompts, client)
+        return asyncio.run(self._read(reading, TASKS[task], arguments))
+
+    async def _read(self, reading: Reading, task: Callable[..., Awaitable[Any]],
+                    arguments: Seq) -> Body | Result:
+        found = await task(reading, *arguments)
+        if isinstance(found, bytes):
+            return Body(found)
+        rendered: dict = {}
+        return Result([await self._admitted(parsed, rendered) for parsed in found])
+
+    async def _admitted(self, parsed: ParsedBody, rendered: dict) -> list:
+        """A body whose prompts fit, packed. rendered: what answers to one conversation share."""
+        admitted, lasting = await self.prompts.admit(parsed.request, rendered), parsed.lasting()
+        request = replace(lasting.request, dropped_messages=admitted.dropped_messages,
+                          pictures=admitted.pictures)
+        if self.config.server.settings.log_conversations and request.messages is not None:
+            texts = tuple(Message(message.role, message.content) for message in parsed.request.messages or ())
+            request = replace(request, messages=texts)
+        return packed_body(replace(lasting, request=request), admitted.prompt_ids or ())
+
+    def check_lines(self, numbers: Seq[int], refusal: str, lines: bytes) -> Result:
+        numbered = map(NumberedLine, numbers, lines.split(b"\n"))
+        return Result([[*checked] for checked in checked_lines(numbered, self.config.server, refusal)])

@@ -1,0 +1,68 @@
+"""Answers: each is counted and charged, and can be cancelled while it runs, whoever asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any, TYPE_CHECKING
+
+from chatlm.common.errors import Overloaded
+from chatlm.front.server.responses import logged
+
+if TYPE_CHECKING:
+    from chatlm.common.config import Settings
+    from chatlm.common.messages.requests import Accepted, Event, Request
+    from chatlm.front.pool.pool import WorkerPool
+    from chatlm.front.server.access import Owners
+    from chatlm.front.server.ledger import Charge, Ledger
+    from chatlm.front.server.metrics import Metrics
+
+
+class Answers:
+    """The answers that run, those of routes, of comparisons and of batches."""
+
+    def __init__(self, settings: Settings, owners: Owners, ledger: Ledger, metrics: Metrics | None):
+        self.settings = settings
+        self.owners = owners
+        self.ledger = ledger
+        self.metrics = metrics
+        self.running: dict[str, str] = {}  # id of each answer -> its owner
+
+    @asynccontextmanager
+    async def begin(
+            self, pool: WorkerPool, request: Request, model: str, whole: bool = False,
+            later: list[Charge] | None = None) -> AsyncIterator[tuple[Accepted, AsyncGenerator[Event, None]]]:
+        """Yield the answer's first event and the others once it is accepted. Leaving the block in any way
+        ends its work, and enters it in the ledger (sent whole: unless that failed) or in `later`."""
+        events = pool.answer(request)
+        if self.metrics:
+            events = self.metrics.watch(events, request.n)
+        if self.settings.log_conversations:
+            events = logged(request, events)
+        request_id, client = request.id, request.client
+        charge = self.ledger.charge(request, model, pool.context_length)
+        charge.more = partial(self.give_more, pool, request_id, charge, later is not None)
+        events = charge.watch(events)
+        del request  # the pool drops most of it when it is admitted
+        self.running[request_id] = self.owners.of_answer(request_id, client)
+        try:
+            # a refusal raises here: an ordinary error response
+            accepted: Any = await anext(events)
+            self.ledger.check_prompt(charge)
+            charge.void = whole  # until it was sent
+            yield accepted, events
+            charge.void = False
+        finally:
+            self.running.pop(request_id, None)
+            await events.aclose()
+            self.ledger.settle(charge) if later is None else later.append(charge)
+
+    def give_more(self, pool: WorkerPool, request_id: str, charge: Charge, batched: bool, choice: int):
+        """An answer without max_tokens has had the tokens that its key's budget gave it. It gets more, or
+        ends; a line of a batch, whose answer must not depend on the moment, waits for another try."""
+        if self.ledger.grow(charge, choice, alone=batched):
+            return
+        if batched:
+            raise Overloaded("other requests use the tokens that this key has left today", retry_after_s=5)
+        pool.cut(request_id, choice, "tokens_per_day")

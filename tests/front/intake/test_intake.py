@@ -1,0 +1,454 @@
+"""From the bytes of a body to a request: where it is read, and who reads it, changes nothing."""
+
+import asyncio
+import copy
+import json
+import os
+import random
+import signal
+
+import aiohttp
+import pytest
+
+from chatlm.common.config import LIMITS, ModelChoice, Settings
+from chatlm.common.errors import ChatServerError, EngineFailure, RequestError
+from chatlm.common.messages.protocol import SANDBOX_PIPE, Body, Known, SandboxConfig, Task
+from chatlm.common.messages.requests import InfillTokens
+from chatlm.common.messages.wire import Pipe
+from chatlm.common.vision.pictures import picture
+from chatlm.front.api.batch_lines import line_id
+from chatlm.front.api.readers import ANSWER_READERS, TEXT_READERS, read_answer
+from chatlm.front.intake import intake as intake_module
+from chatlm.front.intake.arrival import Caller
+from chatlm.front.intake.budget import Holding
+from chatlm.front.intake.body_tasks import BodyTasks
+from chatlm.front.intake.envelope import MODEL_NAMES, envelope_of, unpacked_envelope
+from chatlm.front.intake.intake import Intake
+from chatlm.front.intake.sandboxed import Shelf
+from chatlm.front.intake.tasks import NumberedLine
+from chatlm.front.pool.catalogue import Catalogue
+from chatlm.front.pool.many import ManyModels
+from chatlm.terminal.batch import Local
+from fake_pool import FakePool, conversation, serving
+from forked import DYING
+from patching import patch
+
+pytestmark = pytest.mark.timeout(120)
+LARGE = "x" * (LIMITS.inline_bytes + 1)
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture
+def crossings(monkeypatch):
+    """[task, bodies that were sent with it] of what the front sends to sandboxes."""
+    found, packed = [], Pipe.packed
+
+    def noted(pipe, message):
+        if pipe is SANDBOX_PIPE and isinstance(message, Task):
+            found.append([message.name, 0])
+        elif pipe is SANDBOX_PIPE and isinstance(message, Body):
+            found[-1][1] += 1
+        return packed(pipe, message)
+
+    monkeypatch.setattr(Pipe, "packed", noted)
+    return found
+
+
+@pytest.fixture
+async def models(nanochat_fixtures, started):
+    choices = tuple(ModelChoice(str(nanochat_fixtures / generation), name) for generation, name in (("gen5", "one"), ("gen4", "two")))
+    return await started(ManyModels(Settings(several=choices, dtype="float32", kv_cache_memory=4 << 20), DYING))
+
+
+@pytest.fixture
+def intake(models):
+    intake = Intake(models)
+    yield intake
+    assert (intake.budget.used, intake.pixels.used) == (0, 0)
+
+
+def caller_of(route, client="a"):
+    return Caller(route, client, "")
+
+
+def holding_of(intake, client="a"):
+    return Holding(intake.budget, client)
+
+
+async def post(url, body, status=200):
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    async with aiohttp.ClientSession() as client, client.post(url, data=data) as response:
+        text = await response.read()
+        assert response.status == status, text[:1000]
+        return text
+
+
+async def tokens_of(intake, text, model="one", client="a"):
+    """What /tokenize says of a text."""
+    body = json.dumps({"model": model, "content": text}).encode()
+    with holding_of(intake, client) as holding:
+        async with intake.opened(caller_of("/tokenize", client), body) as arrival:
+            return (await intake.text(arrival, holding))[2]
+
+
+# where a body is read
+
+SHORT = {"max_tokens": 1, "padding": LARGE}
+QUESTION = conversation() | SHORT
+
+
+@pytest.mark.parametrize("route, body", [
+    (CHAT, QUESTION | {"model": "two"}),
+    ("/chat/completions", QUESTION),
+    ("/v1/completions", {"prompt": "a", **SHORT}),
+    ("/v1/responses", {"input": "a", "max_output_tokens": 1, "padding": LARGE}),
+    ("/v1/messages", QUESTION),
+    ("/api/chat", QUESTION | {"stream": False, "options": {"num_predict": 1}}),
+    ("/api/generate", {"prompt": "a", "stream": False, "options": {"num_predict": 1}, "padding": LARGE}),
+    ("/v1/embeddings", {"input": "a", "padding": LARGE}),
+    ("/v1/messages/count_tokens", conversation() | {"padding": LARGE}),
+    ("/tokenize", {"model": "two", "content": "image", "padding": LARGE}),
+    ("/detokenize", {"tokens": [1], "padding": LARGE}),
+    ("/apply-template", conversation() | {"padding": LARGE}),
+    ("/api/show", {"model": "two", "padding": LARGE}),
+    ("/models/load", {"model": "two", "padding": LARGE})])
+async def test_a_large_body_crosses_once_and_a_small_one_never(models, crossings, route, body):
+    small = {name: value for name, value in body.items() if name != "padding"}
+    async with serving(models, models.settings) as url:
+        await post(url + route, body)
+        assert [task for task in crossings if task[0] in ("open", "read")] == [["open", 1], ["read", 0]]
+        crossings.clear()
+        await post(url + route, small)
+    assert [task for task in crossings if task[1]] == []
+
+
+async def test_a_comparison_s_body_crosses_once_however_many_models_read_it(models, crossings):
+    async with serving(models, models.settings) as url:
+        await post(url + "/v1/compare", QUESTION | {"models": ["one", "two", "one"]})
+    assert [task for task in crossings if task[0] in ("open", "read")] == [["open", 1], ["read", 0], ["read", 0], ["read", 0]]
+
+
+def test_every_route_with_a_reader_is_a_row_of_the_names_of_models():
+    assert {*ANSWER_READERS, *TEXT_READERS} == {*MODEL_NAMES}
+    assert MODEL_NAMES["/api/show"] == ("model", "name") and MODEL_NAMES[CHAT] == ("model",)
+
+
+async def test_bodies_that_come_at_once_are_not_mixed_up(intake):
+    texts = [(f"{number} {LARGE}", ("one", "two")[number % 2], f"client {number % 3}") for number in range(6)]
+    found = await asyncio.gather(*(tokens_of(intake, *each) for each in texts))
+    again = [await tokens_of(intake, *each) for each in texts]
+    assert found == again and len(set(found)) == 6
+
+
+async def test_two_open_bodies_stay_those_of_their_clients(intake, crossings):
+    texts = [f"{word} {LARGE}" for word in ("first", "second")]
+    alone = [await tokens_of(intake, text) for text in texts]
+    bodies = [json.dumps({"content": text}).encode() for text in texts]
+    for order, sent in (((0, 1), [["read", 1], ["read", 1]]), ((1, 0), [["read", 0], ["read", 1]])):
+        crossings.clear()
+        with holding_of(intake) as holding:
+            async with intake.opened(caller_of("/tokenize", "a"), bodies[0]) as one, intake.opened(caller_of("/tokenize", "b"), bodies[1]) as two:
+                found = [(await intake.text((one, two)[place], holding))[2] for place in order]
+        assert found == [alone[place] for place in order] and alone[0] != alone[1]
+        assert crossings[:4] == [["open", 1], ["open", 1], *sent]
+
+
+async def test_a_front_that_is_wrong_about_what_a_sandbox_has_gets_no_other_client_s_body(models, intake, caplog):
+    """The guard: the process looks at the ticket itself. Here the front thinks that it has the first body, though the second came after it."""
+    first, second = (json.dumps({"content": f"{word} {LARGE}"}).encode() for word in ("first", "second"))
+    sandbox = models.find("").pool.admission.sandboxes["bodies"].sandbox
+    with holding_of(intake) as holding:
+        async with intake.opened(caller_of("/tokenize", "a"), first) as one, intake.opened(caller_of("/tokenize", "b"), second):
+            sandbox.ticket = one.ticket
+            with pytest.raises(EngineFailure):
+                await intake.text(one, holding)
+            assert (await intake.text(one, holding))[2] == await tokens_of(intake, f"first {LARGE}")
+
+
+@pytest.mark.parametrize("model, fails", [("one", False), ("nobody", True)])
+async def test_a_body_is_forgotten_once_it_is_read_or_its_model_is_not_there(models, intake, crossings, model, fails):
+    sandbox = models.find("").pool.admission.sandboxes["bodies"].sandbox
+    if fails:
+        with pytest.raises(RequestError):
+            await tokens_of(intake, LARGE, model)
+    else:
+        await tokens_of(intake, LARGE, model)
+    await asyncio.gather(*intake.forgetting)
+    assert crossings[-1] == ["forget", 0] and sandbox.ticket == 0 and not intake.forgetting
+
+
+def test_a_sandbox_s_process_opens_what_it_is_sent_and_drops_what_has_another_ticket_or_none():
+    shelf = Shelf()
+    tasks = BodyTasks(SandboxConfig(Known(Settings(), None), None, 0, 5.0, 0), shelf)
+    for ticket, model in ((1, "a"), (1, "b"), (2, "c")):
+        shelf.turn_to(ticket)
+        assert unpacked_envelope(tasks.open("/tokenize", None, 9, json.dumps({"model": model}).encode()).data).model == model
+        shelf.turn_to(ticket)
+        assert shelf.body.model == model
+    for ticket in (3, 0, 0):
+        shelf.turn_to(ticket)
+        assert shelf.body is None
+        with pytest.raises(AssertionError, match="the front thinks"):
+            tasks.open("/tokenize", None, 9)
+        tasks.open("/tokenize", None, 9, b"{}")
+
+
+async def test_a_body_that_another_has_replaced_is_not_forgotten_again(models, intake, crossings):
+    async with intake.opened(caller_of("/tokenize"), json.dumps({"content": LARGE}).encode()):
+        await tokens_of(intake, LARGE + "y")
+        await asyncio.gather(*intake.forgetting)
+        crossings.clear()
+    await asyncio.gather(*intake.forgetting)
+    assert crossings == []
+
+
+async def test_a_process_that_dies_between_open_and_read_costs_nothing(models, intake, crossings):
+    sandbox = models.find("").pool.admission.sandboxes["bodies"].sandbox
+    with holding_of(intake) as holding:
+        async with intake.opened(caller_of("/tokenize"), json.dumps({"content": LARGE}).encode()) as arrival:
+            pid = sandbox.process.pid
+            os.kill(pid, signal.SIGKILL)
+            _, _, text = await intake.text(arrival, holding)
+    assert [task for task in crossings if task[0] in ("open", "read")][-1] == ["read", 1]
+    assert text == await tokens_of(intake, LARGE) and sandbox.process.pid != pid
+
+
+async def test_a_client_that_vanishes_while_its_body_is_read_leaves_nothing(models, intake):
+    for task in [asyncio.ensure_future(tokens_of(intake, f"{number} {LARGE}")) for number in range(4)]:
+        await asyncio.sleep(0)
+        task.cancel()
+    assert b'"tokens"' in await tokens_of(intake, LARGE, client="b")
+    assert models.find("").pool.admission.preparing == {}
+
+
+async def test_a_model_that_is_not_there_leaves_nothing(models, intake):
+    with pytest.raises(RequestError) as refused:
+        await tokens_of(intake, LARGE, "nobody")
+    assert refused.value.status == 404 and b'"tokens"' in await tokens_of(intake, LARGE)
+    assert models.find("").pool.admission.preparing == {}
+
+
+async def test_a_large_body_for_one_model_is_read_though_the_usual_one_has_failed(models, intake, monkeypatch):
+    usual, pool = models.find("").model, models.find("").pool
+    monkeypatch.setattr(usual, "pool", None)
+    assert b'"tokens"' in await tokens_of(intake, LARGE, "two")
+    monkeypatch.setattr(usual, "pool", pool)
+
+
+SENT = {  # bodies that are parsed in a sandbox, and what becomes of them
+    "bytes": (lambda draw: draw.randbytes(1 << 20), 400),
+    "quotes": (lambda draw: b'"' * (16 << 20), 400),
+    "text": (lambda draw: b'{"messages": "' + b"x" * (16 << 20), 413),
+    "brackets": (lambda draw: b'{"messages": ' + b"[" * (15 << 20), 400),
+    "digits": (lambda draw: b'{"messages": ' + b"9" * (15 << 20) + b"}", 400),
+    "a text of 15 MB": (lambda draw: json.dumps(conversation("x " * (15 << 19))).encode(), 400),
+    "images that are none": (lambda draw: json.dumps({"messages": [{"role": "user", "content": [
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * (9 << 20)}}]}]}).encode(), 400),
+    "half a character": (lambda draw: b'{"messages": "' + b"\xf0\x9f" * 100_000 + b'"}', 400)}
+
+
+@pytest.mark.parametrize("kind", SENT)
+async def test_no_bytes_end_the_server_or_keep_its_memory(models, kind):
+    make, status = SENT[kind]
+    async with serving(models, models.settings) as url:
+        for route in (CHAT, "/tokenize"):
+            text = await post(url + route, make(random.Random(5)), status)
+            assert json.loads(text)["error"]["message"]
+        assert b'"tokens"' in await post(url + "/tokenize", {"content": LARGE})
+        assert b'"tokens"' in await post(url + "/tokenize", {"content": "x"})
+    assert models.find("").pool.admission.preparing == {}
+
+
+# each way reads one body alike
+
+BODIES = [
+    conversation(), conversation() | {"seed": 5, "temperature": 0.5, "stop": ["a", "b"], "logprobs": True},
+    conversation() | {"temperature": 9}, conversation() | {"stop": ["a"] * 9}, {"messages": []}, {}, conversation() | {"max_tokens": 0},
+    {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "%%%"}}]}]},
+    {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://a/b.png"}}]}]},
+    {"messages": [{"role": "nobody", "content": "x"}]}, conversation() | {"thinking_budget": -1}]
+
+
+async def read_by_route(intake, body):
+    with holding_of(intake) as reading, holding_of(intake) as holding:
+        arrival = await intake.open(caller_of(CHAT), json.dumps(body).encode())
+        return (await intake.answer(arrival, reading, holding))[1].request
+
+
+async def read_by_line(intake, body, number=1):
+    text = json.dumps({"custom_id": "a", "method": "POST", "url": CHAT, "body": body}).encode()
+    with holding_of(intake) as holding:
+        served = await intake.resolve("", (), holding)
+        arrival = await intake.open(caller_of(CHAT), text, number=number, opener=served.pool.admission)
+        return await intake.line(arrival, served, holding), text
+
+
+async def read_by_comparison(intake, body):
+    with holding_of(intake) as holding:
+        arrival = await intake.open(caller_of("/v1/compare"), json.dumps(body | {"models": ["one", "two"]}).encode(), times=LIMITS.compared)
+        served, _, _ = await intake.text(arrival, holding, sees=False)
+        return (await intake.variants(arrival, holding, served, [0], 5))[0].request
+
+
+async def checked_by(intake, first, lines):
+    """What an upload finds of lines with numbers from `first`."""
+    return await intake.check_lines(caller_of("/v1/files"), [NumberedLine(number, text) for number, text in enumerate(lines, first)])
+
+
+async def outcome(work):
+    """What was read, or the error's text."""
+    try:
+        return await work
+    except ChatServerError as error:
+        return str(error)
+
+
+def essence(request):
+    """Of a request, what does not depend on the way."""
+    if isinstance(request, str):
+        return request
+    params = request.params
+    return request.max_tokens, params.stop, params.sampling.temperature, request.prompt_ids or request.messages
+
+
+@pytest.mark.parametrize("padding", [{}, {"padding": LARGE}], ids=["small", "large"])
+@pytest.mark.parametrize("body", BODIES, ids=range(len(BODIES)))
+async def test_a_route_a_line_an_upload_and_the_command_read_one_body_alike(models, intake, body, padding):
+    body = body | padding
+    by_route = await outcome(read_by_route(intake, body))
+    by_line = await outcome(read_by_line(intake, body))
+    text = json.dumps({"custom_id": "a", "method": "POST", "url": CHAT, "body": body}).encode()
+    parsed = by_line if isinstance(by_line, str) else by_line[0].request
+    assert essence(by_route) == essence(parsed)
+    refused = by_route if isinstance(by_route, str) else ""
+    [checked] = await checked_by(intake, 1, [text])
+    assert (checked.custom_id, checked.url, checked.model, checked.problem) == ("a", CHAT, "", refused)
+    line, status, answered = await Local(models.find("").pool, models.settings).answer(1, text)
+    assert line.id == line_id(1, text)
+    assert (answered["error"]["message"] if status != 200 else "") == refused
+    if "logprobs" not in body and body.get("messages") and len(body.get("stop", ())) < 5:     # its table of fields differs in these
+        assert essence(await outcome(read_by_comparison(intake, body))) == essence(by_route)
+
+
+async def test_the_seed_of_a_line_follows_from_the_line_as_it_was_sent(intake):
+    for body in (conversation(), conversation() | {"padding": LARGE}):
+        parsed, text = await read_by_line(intake, body, 7)
+        assert parsed.request.params.sampling.seed == int(line_id(7, text)[:12], 16)
+        assert parsed.request.id == line_id(7, text)
+
+
+# the lines of an upload
+
+def request_line(**body):
+    return json.dumps({"custom_id": "a", "method": "POST", "url": CHAT, "body": conversation() | body}).encode()
+
+
+async def test_lines_are_checked_for_the_model_that_they_name_and_not_on_the_event_loop(intake, monkeypatch):
+    def refuse(*arguments):
+        raise AssertionError("lines were read on the event loop")
+    patch(monkeypatch, intake_module, "checked_lines", refuse)
+    lines = [request_line(), request_line(model="two"), request_line(model="nobody"), b"{", request_line(model="two", temperature=9),
+             request_line(model="two", padding=LARGE, temperature=9)]
+    found = await checked_by(intake, 3, lines)
+    assert [each.model for each in found] == ["", "two", "nobody", None, "two", "two"]
+    problems = [each.problem for each in found]
+    assert problems[:2] == ["", ""] and "nobody" in problems[2] and problems[3] == "line 6: is not JSON in UTF-8"
+    assert "temperature must be" in problems[4] and problems[5] == problems[4]
+
+
+async def test_what_another_model_finds_wrong_counts_and_not_what_the_usual_one_does(models, intake, monkeypatch):
+    two = models.find("two").pool
+    monkeypatch.setattr(intake, "blind", lambda pool: "this model cannot see images" if pool is two else "")
+    shown = {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,aaaa"}}]}]}
+    found = await checked_by(intake, 1, [request_line(**shown), request_line(**shown, model="two"), request_line(model="two")])
+    assert [each.problem.partition(": ")[2] for each in found] == ["", "this model cannot see images", ""]
+
+
+async def test_what_stays_of_a_large_line_is_in_the_budget(intake):
+    text = request_line(padding=LARGE, max_tokens=1)
+    with holding_of(intake) as holding:
+        served = await intake.resolve("", (), holding)
+        parsed = await intake.line(await intake.open(caller_of(CHAT), text, number=1), served, holding)
+        assert intake.budget.used == holding.size == parsed.size > 0
+
+
+async def test_the_pictures_of_a_comparison_are_decoded_once(intake, monkeypatch):
+    decoded = []
+
+    async def decode(data, client):
+        decoded.append(data)
+        return picture(2, 1, b"catcat")
+
+    monkeypatch.setattr(intake, "blind", lambda pool: "")
+    body = {"models": ["one", "two"], "messages": [{"role": "user", "content": [
+        {"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,aaaa"}}]}]}
+    with holding_of(intake) as holding:
+        arrival = await intake.open(caller_of("/v1/compare"), json.dumps(body).encode(), times=LIMITS.compared)
+        for name in body["models"]:
+            served = await intake.resolve(name, (), holding)
+            monkeypatch.setattr(served.pool.admission, "decode_picture", decode)
+            [parsed] = await intake.variants(arrival, holding, served, [0], 5)
+            assert parsed.request.messages[0].pictures == arrival.pictures and intake.pixels.used == 6
+    assert len(decoded) == 1
+
+
+async def test_lines_that_are_too_complex_together_are_checked_one_by_one(intake, monkeypatch):
+    checked, together = [], intake._check_in_sandbox
+
+    async def at_most_one(caller, served, lines, refusal):
+        checked.append(len(lines))
+        if len(lines) > 1:
+            raise RequestError("too complex: this takes more than 5 s", code="too_complex")
+        return await together(caller, served, lines, refusal)
+
+    monkeypatch.setattr(intake, "_check_in_sandbox", at_most_one)
+    found = await checked_by(intake, 1, [request_line(), request_line(padding=LARGE, temperature=9), b"{"])
+    assert checked == [3, 1]        # the small ones are checked here
+    assert [each.problem.partition(" not ")[0] for each in found] == ["", "temperature must be a finite number from 0 to 2,", "line 3: is"]
+
+
+# nothing that a body was read with changes it
+
+TOOL = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}}
+CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": json.dumps({"a": "b"})}}
+TURNS = [{"role": "system", "content": "s"},
+         {"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,aaaa"}}]},
+         {"role": "assistant", "content": None, "tool_calls": [CALL]}, {"role": "tool", "content": "y", "tool_call_id": "a"}]
+RICH = {
+    "/chat/completions": conversation() | {"truncate": "oldest"},
+    CHAT: {"messages": TURNS, "tools": [{"type": "function", "function": TOOL}], "tool_choice": "required", "logit_bias": {"5": 1}, "stop": ["a"]},
+    "/v1/completions": {"prompt": ["a", "b"], "response_format": {"type": "json_schema", "json_schema": {"schema": TOOL["parameters"]}}, "stop": "x"},
+    "/infill": {"input_prefix": "a", "input_suffix": "b", "input_extra": [{"filename": "x", "text": "y"}]},
+    "/v1/responses": {"input": [{"role": "user", "content": "x"}, {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"}],
+                      "tools": [{"type": "function", **TOOL}], "instructions": "i"},
+    "/v1/messages": conversation() | {"max_tokens": 5, "system": "s", "tools": [{"name": "f", "input_schema": TOOL["parameters"]}]},
+    "/api/chat": {"messages": [{"role": "user", "content": "x", "images": ["aaaa"]}], "options": {"stop": ["a"], "num_predict": 3}},
+    "/api/generate": {"prompt": "x", "system": "s", "format": "json"},
+    "/v1/embeddings": {"input": ["a", "b"]}, "/v1/rerank": {"query": "q", "documents": ["a", {"text": "b"}]}, "/v1/score": {"text_1": "a", "text_2": ["b"]}}
+
+
+@pytest.mark.parametrize("route", RICH)
+def test_reading_a_body_leaves_it_as_it_was(route):
+    """A body may be read by several models."""
+    known = Known(Settings(), "tagged", infill=InfillTokens(1, 2, 3) if route == "/infill" else None)
+    envelope = envelope_of(copy.deepcopy(RICH[route]), route)
+    envelope.show([picture(2, 1, b"catcat")] * len(envelope.lift.files))
+    before = copy.deepcopy(envelope.fields)
+    first = read_answer(route, envelope.fields, known)
+    assert envelope.fields == before
+    again = read_answer(route, envelope.fields, known)
+    assert (first.api, first.stream, first.request.messages, first.request.prompts) == (
+        again.api, again.stream, again.request.messages, again.request.prompts)
+
+
+async def test_the_bytes_of_a_body_are_given_back_before_what_stays_of_it_is_taken():
+    intake = Intake(Catalogue(Settings(), FakePool()))
+    body = json.dumps({"prompt": "x" * 2000, "padding": LARGE}).encode()
+    intake.budget.of_one = len(body) + 1000          # not enough for both
+    with holding_of(intake) as holding:
+        with holding_of(intake) as reading:
+            await reading.room(len(body))
+            arrival = await intake.open(caller_of("/v1/completions"), body)
+            _, parsed = await intake.answer(arrival, reading, holding)
+        assert intake.budget.used == holding.size == parsed.size
+    assert intake.budget.used == 0
