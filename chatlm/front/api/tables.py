@@ -160,14 +160,14 @@ SHARED_FIELDS = (  # for Completions and Chat Completions
     PREFIX, TOKEN_IDS,
 )
 
-MOST_TOKENS = (
+TOKEN_CAPS = (
     Field("max_tokens", CAP, "most tokens of the answer; -1 = up to the context"),
     Field("max_completion_tokens", CAP, "the same; it overrides max_tokens", means="max_tokens"),
 )
 OPENAI_FIELDS = (
     Field("messages", OPENAI_MESSAGES, "the conversation", required=True),
     *SHARED_FIELDS,
-    *MOST_TOKENS,
+    *TOKEN_CAPS,
     Field("modalities", FieldType('["text"], the only modality of this server',
                                   list_schema({"enum": ["text"]})), "what the answer is"),
     Field("logprobs", SWITCH, "log-probabilities of the answer"),
@@ -423,7 +423,7 @@ STEP = Field("step", FieldType('a number of a step, or "latest"',
 DRAWING_FIELDS = (  # what draws tokens, and ends answers
     *(field for field in SAMPLING_FIELDS
       if field in (*SAMPLED.values(), STOPS, STOP_IDS, MIN_TOKENS, IGNORE_EOS)),
-    *MOST_TOKENS)
+    *TOKEN_CAPS)
 VARIANT_FIELDS = (
     Field("model", TEXT, "one of the served models; absent: the default one", group=WHO),
     Field("adapter", TEXT, "one of the model's adapters", group=WHO),
