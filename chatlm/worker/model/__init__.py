@@ -1,2 +1,2 @@
-"""What a model is made of (`Model`), one forward for every family (`Transformer`), and which kernels compute
+"""What a model is (`Model`), one forward for every family (`Transformer`), and which kernels compute
 it."""

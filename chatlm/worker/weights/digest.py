@@ -103,7 +103,7 @@ def arithmetic_of(transformer: Transformer, settings: Settings) -> list[str]:
     version = getattr(sys.modules.get("torch"), "__version__", "")  # of what computes, if it does
     return [code.hexdigest(), version, seam(), str(sorted(kernels.names.items())),
             str(transformer.device.type), str(transformer.dtype), str(settings.dtype), str(settings.quantize),
-            settings.arithmetic, transformer.weight_types, repr(transformer.spec), repr(transformer.groups),
+            settings.arithmetic, transformer.weight_types, repr(transformer.model), repr(transformer.groups),
             repr(transformer.layout)]
 
 
