@@ -167,7 +167,7 @@ def measured_steps(model, threads, rows, context, steps):
             engine.step()
         found[count], broadcast[count] = round(statistics.median(times[2:]), 3), round(telling_ms(*orders[count][1:]), 3)
     return {"step_ms": found, "broadcast_ms": broadcast, "layers": model.spec.layers, "hidden": model.spec.width, "vocabulary": model.spec.vocab_size,
-            "uneven": {str(tp): round(unevenness(model.architecture, tp), 3) for tp in (2, 4, 8)}}
+            "uneven": {str(tp): round(unevenness(model.spec, tp), 3) for tp in (2, 4, 8)}}
 
 
 def telling_ms(batch, rows):
