@@ -261,7 +261,7 @@ def test_each_stage_keeps_the_states_and_the_keys_of_its_own_layers(name, stages
     assert sum(part.architecture.state_bytes for part in parts) == model.architecture.state_bytes == sum(
         state.nbytes for stage in made for layer in stage.states for state in layer) // 20
     assert sum(part.architecture.paged_layers for part in parts) == model.architecture.paged_layers
-    assert [model.spec.layer_input_size > 0 and part.architecture.opens for part in parts] == ["layer_embed" in part.tensors for part in parts]
+    assert [model.architecture.input.layers is not None and part.architecture.opens for part in parts] == ["layer_embed" in part.tensors for part in parts]
 
 
 @pytest.mark.parametrize("name, tp, words, stages", [
@@ -270,9 +270,10 @@ def test_each_stage_keeps_the_states_and_the_keys_of_its_own_layers(name, stages
 def test_published_shapes_of_gemma_4_are_divided_by_the_heads_of_each_layer(name, tp, words, stages, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(GEMMA4_CONFIGS[name]))
     spec = hf_spec(tmp_path / "config.json", None)[1]
-    own = [next(its for its in spec.attentions if bool(its.window) == limited) for limited in (True, False)]
-    last = [its if its.source is None else dataclasses.replace(its, source=0 if its.window else 1) for its in spec.attentions[-2:]]
-    few = dataclasses.replace(spec, layers=4, attentions=(*own, *last), double_layers=(2, 3) if spec.double_layers else ())
+    own = [next(layer for layer in spec.own_layers if bool(layer.mixer.window) == limited) for limited in (True, False)]
+    last = [layer if layer.mixer.source is None else dataclasses.replace(layer, mixer=dataclasses.replace(
+        layer.mixer, source=0 if layer.mixer.window else 1)) for layer in spec.own_layers[-2:]]
+    few = dataclasses.replace(spec, layers=4, own_layers=(*own, *last))
     for ranks in (2, 3, 8):
         check_every_part_is_given_out_once(few, ranks)
     with pytest.raises(ConfigError, match=f"cannot be divided among {tp} ranks: {words}"):
@@ -280,7 +281,7 @@ def test_published_shapes_of_gemma_4_are_divided_by_the_heads_of_each_layer(name
     for count in (2, stages):
         parts = [layers_of(model_of(spec), stage, count) for stage in range(count)]
         assert [*itertools.chain(*parts)] == [*range(spec.layers)] and all(parts)
-        assert all(its.source is None or its.source in part for part in parts for l in part if (its := spec.attentions[l]))
+        assert all(its.source is None or its.source in part for part in parts for l in part if (its := spec.own_layers[l].mixer))
     with pytest.raises(ConfigError, match=f"cannot be divided into {stages + 1} stages|the model has {stages} layers, which cannot be"):
         stage_model(loaded(spec, {}), 0, stages + 1)
 
