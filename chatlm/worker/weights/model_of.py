@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from chatlm.worker.model.blocks.attention import Attention, HeadNorms, Scores, ValueEmbed
+from chatlm.worker.model.blocks.attention import Attention, HeadNorms, Scores
 from chatlm.worker.model.blocks.experts import Experts, Router
-from chatlm.worker.model.blocks.extras import Keep, Lambdas, PictureRows
+from chatlm.worker.model.blocks.extras import Keep, PictureRows
 from chatlm.worker.model.blocks.feed_forward import FeedForward
-from chatlm.worker.model.blocks.input import Input, Join, Smear
+from chatlm.worker.model.blocks.input import Input, Join
 from chatlm.worker.model.blocks.layer import Layer
 from chatlm.worker.model.blocks.lm_head import LmHead
 from chatlm.worker.model.blocks.mixers import Mixer, ShortConv
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 
 def model_of(recipe: ModelSpec) -> Model:
+    layers = recipe.own_layers or tuple(layer_of(recipe, layer) for layer in range(recipe.layers))
     head = None
     if not recipe.of_texts:
-        head = LmHead(recipe.tied_head, recipe.head_bias, recipe.logit_scale, recipe.softcap,
-                      backout=recipe.backout_layer is not None)
-    layers = recipe.own_layers or tuple(layer_of(recipe, layer) for layer in range(recipe.layers))
+        keeps = any(isinstance(extra, Keep) for layer in layers for extra in layer.after)
+        head = LmHead(recipe.tied_head, recipe.head_bias, recipe.logit_scale, recipe.softcap, backout=keeps)
     model = Model(
         recipe.vocab_size, recipe.width, recipe.max_positions, recipe.own_input or input_of(recipe), layers,
         None if recipe.sum_norms else norm_of(recipe, stream_eps(recipe)), head,
@@ -70,15 +70,13 @@ def input_of(recipe: ModelSpec) -> Input | Join | None:
         return Join(RmsNorm(stream_eps(recipe)))
     if not recipe.opens:
         return None
-    norm, smear = None, None
+    norm = None
     if recipe.input_norm:
         norm = norm_of(recipe, recipe.norm_eps)
     if recipe.embedding_norm:
         norm = RmsNorm(recipe.norm_eps, weights=False)
-    if recipe.smear_channels:
-        smear = Smear(recipe.smear_channels, RmsNorm(recipe.norm_eps, weights=False))
     return Input(recipe.embedding_scale, recipe.residual_scale, positions=recipe.positions,
-                 types=recipe.token_types, norm=norm, smear=smear, keeps=recipe.residual_lambdas)
+                 types=recipe.token_types, norm=norm)
 
 
 def layer_of(recipe: ModelSpec, layer: int) -> Layer:
@@ -95,8 +93,6 @@ def layer_of(recipe: ModelSpec, layer: int) -> Layer:
         attention_norm=before if mixer and (layer > 0 or recipe.first_norm) else None,
         ffn_norm=before if feed and not recipe.one_norm else None,
         output_norm=after, down_norm=after, norms_of_sums=recipe.sum_norms, feed_reads=reads,
-        before=(Lambdas(),) if recipe.residual_lambdas else (),
-        after=(Keep(),) if layer == recipe.backout_layer else (),
         clamped=recipe.clamped)
 
 
@@ -116,15 +112,12 @@ def attention_of(recipe: ModelSpec, layer: int) -> Attention:
     when = "whole" if recipe.qk_norm_sizes else recipe.qk_norm
     norms = HeadNorms(when, recipe.head_eps, recipe.qk_norm_weights, recipe.qk_norm_sizes)
     sees = "text" if recipe.of_texts else "before"
-    scores = Scores(attn.q_scale, recipe.q_growth, recipe.qk_scale, attn.window, recipe.attention_softcap,
-                    recipe.sinks, sees, recipe.distance_buckets)
-    embed = None
-    if layer in recipe.value_embed_layers:
-        embed = ValueEmbed(recipe.vocab_size, recipe.ve_gate_channels, recipe.ve_gate_scale)
+    scores = Scores(attn.q_scale, recipe.q_growth, window=attn.window, softcap=recipe.attention_softcap,
+                    sinks=recipe.sinks, sees=sees, distances=recipe.distance_buckets)
     biases = {"qkv": recipe.qkv_bias, "output": recipe.output_bias}
     return Attention(
         attn.heads, attn.kv_heads, attn.head_size, attn.head_size, recipe.rope(layer), scores,
-        None if when == "none" else norms, attn.value_norm, embed=embed, gated=recipe.output_gate,
+        None if when == "none" else norms, attn.value_norm, gated=recipe.output_gate,
         biases=tuple(name for name, has_bias in biases.items() if has_bias))
 
 

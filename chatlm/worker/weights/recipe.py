@@ -87,14 +87,12 @@ class ModelSpec:
     rope_base: float = 10000.0
     rope_size: int | None = None      # rotated dims of each head; None = all D, 0 = none
     rope_direction: int = 1           # +1 textbook, -1 nanochat
-    rope_bfloat16: bool = False       # cos and sin rounded to bfloat16 (nanochat until 2026-03-04)
     rope_factors: tuple[float, ...] | None = None  # divides each of the rope_size/2 frequencies
     rope_scale: float = 1.0           # multiplies cos and sin (yarn, longrope)
     qk_norm: str = "none"             # "none" | "before_rope" | "after_rope"
     qk_norm_weights: bool = False
     qk_norm_sizes: tuple[int, ...] = ()  # (H * D, Hkv * D): q and k are normalized whole, before rope
     qk_norm_eps: float | None = None  # of this norm; None: norm_eps
-    qk_scale: float = 1.0             # multiplies q and k, after norm and rope
     q_scale: float = 1.0              # multiplies q alone, in addition to 1 / sqrt(D)
     attentions: tuple[Attention, ...] = ()  # of each layer, where they differ; see `attention`
     q_growth: tuple[float, ...] = ()  # (beta, n): and 1 + beta * ln(1 + position // n)
@@ -120,12 +118,6 @@ class ModelSpec:
     sinks: bool = False               # a logit for each query head, which attends to no value
     mixers: tuple[Mixer | None, ...] = ()  # of each layer, instead of attention; None, () = attention
     softcap: float = 0.0              # logits = c * tanh(logits / c); 0 = none
-    residual_lambdas: bool = False    # x = resid_lambdas[l] * x + x0_lambdas[l] * x0 before layer l
-    value_embed_layers: tuple[int, ...] = ()  # layers with value_embed and ve_gate
-    ve_gate_scale: float = 2.0
-    ve_gate_channels: int = 32
-    smear_channels: int = 0           # > 0: add the previous embedding, gated by this many channels
-    backout_layer: int | None = None  # subtract backout_lambda * (x after it) before the final norm
     answer_positions: int = 0         # > 0: prompt and answer end here; a longer text is only scored
     joins: bool = False               # a draft head: its input is a product of the embedding and a state of
                                       # another model, as which x is given
@@ -152,8 +144,7 @@ class ModelSpec:
         """How the heads of a layer turn."""
         attn = self.attention(layer)
         size = attn.head_size if attn.rope_size is None else attn.rope_size
-        return Rope(size, attn.rope_base, attn.rope_factors, attn.rope_scale, self.rope_direction,
-                    self.rope_bfloat16)
+        return Rope(size, attn.rope_base, attn.rope_factors, attn.rope_scale, self.rope_direction)
 
     @property
     def context_length(self) -> int:

@@ -18,6 +18,7 @@ from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.weights.huggingface import hf_spec
 from chatlm.worker.weights.load import open_model
 from chatlm.worker.weights.model_of import model_of
+from chatlm.worker.weights.nanochat import nanochat_spec
 from chatlm.worker.weights.recipe import ModelSpec, NoMixer
 from chatlm.worker.weights.shards import layers_of, refuse_ranks, shard_model, stage_model
 from attention_kinds import KINDS, kinds_model, loaded
@@ -77,8 +78,8 @@ PUBLISHED = {
                            max_positions=64), 256),
     "smollm2": (ModelSpec(vocab_size=49_152, layers=1, width=576, heads=9, kv_heads=3, head_size=64, ffn_size=1536,
                           max_positions=64), 32),
-    "relu2": (ModelSpec(vocab_size=65_536, layers=2, width=1280, heads=10, kv_heads=10, head_size=128, ffn_size=5120,
-                        max_positions=64, activation="relu2", value_embed_layers=(1,), smear_channels=24), 1)}
+    "nanochat": (nanochat_spec(dict(vocab_size=65_536, n_layer=2, n_head=10, n_kv_head=10, n_embd=1280, sequence_len=64, window_pattern="L",
+                                    short_seq_len=None), 5, 15.0), 1)}
 HYBRID = dict(vocab_size=1000, layers=2, heads=24, kv_heads=4, head_size=256, ffn_size=9216, max_positions=64)
 HYBRIDS = {
     "qwen3.5": (ModelSpec(width=2560, mixers=(DeltaRule(4, 24, 48, 128, 128), None), output_gate=True, **HYBRID), 256),
