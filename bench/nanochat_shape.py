@@ -10,6 +10,7 @@ import argparse
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -22,6 +23,7 @@ from chatlm.worker.model.batch import Batch
 from chatlm.worker.model.kernels import load_kernels
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.weights.model_of import model_of
+from chatlm.worker.weights.nanochat import nanochat_spec
 from chatlm.worker.weights.recipe import ModelSpec
 
 KINDS = {"bfloat16": None, "q8_0": "q8_0", "q4_0": "q4_0"}
@@ -30,12 +32,9 @@ KINDS = {"bfloat16": None, "q8_0": "q8_0", "q4_0": "q4_0"}
 def shape(depth: int) -> ModelSpec:
     """Generation 5 of nanochat at a depth: width 64 * depth, heads of 128, vocabulary 32,768."""
     width = 64 * depth
-    return ModelSpec(
-        vocab_size=32768, layers=depth, width=width, heads=width // 128, kv_heads=width // 128, head_size=128, ffn_size=4 * width,
-        max_positions=2048, norm_weights=False, embedding_norm=True, rope_base=100_000.0, rope_direction=-1, qk_norm="after_rope",
-        qk_scale=1.2, activation="relu2", softcap=15.0, residual_lambdas=True,
-        value_embed_layers=tuple(range((depth - 1) % 2, depth, 2)), ve_gate_scale=3.0, ve_gate_channels=12, smear_channels=24,
-        backout_layer=depth // 2)
+    config = dict(vocab_size=32768, n_layer=depth, n_head=width // 128, n_kv_head=width // 128, n_embd=width, sequence_len=2048,
+                  window_pattern="L", short_seq_len=None)
+    return replace(nanochat_spec(config, 5, softcap=15.0), max_positions=2048)
 
 
 def build(spec: ModelSpec, quantize: str | None) -> Transformer:

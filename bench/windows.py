@@ -19,8 +19,9 @@ from chatlm.worker.engine.kvcache import PagePool    # noqa: E402
 from chatlm.worker.engine.limits import StepLimits    # noqa: E402
 from chatlm.worker.engine.scheduler import Scheduler    # noqa: E402
 from chatlm.worker.engine.sequence import Assignment, Sequence    # noqa: E402
+from chatlm.worker.arrays.rotary import Rope  # noqa: E402
+from chatlm.worker.model.blocks.attention import Attention, Scores  # noqa: E402
 from chatlm.worker.model.pages import group_layers  # noqa: E402
-from chatlm.worker.weights.recipe import Attention  # noqa: E402
 
 MODELS = {              # layers, kv heads, head size, window, every n-th layer has no window, context
     "Gemma 3 1B": (26, 1, 256, 512, 6, 32768), "Gemma 3 4B": (34, 4, 256, 1024, 6, 32768), "Gemma 3 12B": (48, 8, 256, 1024, 6, 32768),
@@ -45,8 +46,9 @@ def most_held(windows, context, chunk=256):
 def main():
     print(f"{'model':12} {'context':>7} {'groups':>6} {'layers of a page':>16} {'pages':>6} {'MiB':>8} {'all kept, MiB':>13}")
     for name, (layers, kv_heads, head_size, window, every, context) in MODELS.items():
-        groups = group_layers([Attention(kv_heads, kv_heads, head_size, window=window * ((layer + 1) % every > 0))
-                               for layer in range(layers)], context)
+        windows = [window * ((layer + 1) % every > 0) for layer in range(layers)]
+        groups = group_layers([Attention(kv_heads, kv_heads, head_size, head_size, Rope(head_size), Scores(window=own)) for own in windows],
+                              context)
         slot, most = 2 * kv_heads * head_size * 2, most_held(groups.windows, context)
         print(f"{name:12} {context:7,} {len(groups.windows):6} {groups.depth:16} {most:6,} "
               f"{most * groups.depth * PAGE_SIZE * slot / 2**20:8,.1f} {layers * context * slot / 2**20:13,.1f}")

@@ -287,7 +287,7 @@ def test_a_window_that_the_meta_file_states_is_the_one_used(nanochat_fixtures, t
         stated["model_config"]["short_seq_len"] = length
         meta.write_text(json.dumps(stated))
         settings = Settings(model=str(model))
-        windows = [each.window for each in open_model(resolve_model(settings), settings).spec.attentions]
+        windows = [each.window for each in open_model(resolve_model(settings), settings).architecture.attentions]
         assert windows == [length + 1] * 3 + [513]
     for wrong in (0, -1, "512", 1.5, True):
         stated["model_config"]["short_seq_len"] = wrong

@@ -161,7 +161,7 @@ def test_steps_whose_graph_cannot_be_captured_run_op_by_op(emulation_library, na
 def test_a_device_that_is_lost_with_a_kernel_ends_the_start_in_one_line(nanochat_fixtures):
     """Nothing can be computed on torch's meta device, as on a GPU after an illegal access."""
     spec = engines.load(nanochat_fixtures / "gen1").spec
-    backend = backends.CudaBackend(spec, for_decode_core(), None, device="meta")
+    backend = backends.CudaBackend(backends.sizes_of(spec), for_decode_core(), None, device="meta")
     said = "^decode_core's linear raises .*CHAT_SERVER_KERNELS=reference serves"
     with pytest.raises(ConfigError, match=said):
         backend.ops(0, 0, None)

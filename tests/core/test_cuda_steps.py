@@ -338,7 +338,7 @@ def test_drafts_wait_for_prompts_where_only_few_rows_are_alike(nanochat_fixtures
     llama, gen1 = llama_like()[0], load(nanochat_fixtures / "gen1").spec
     for spec, able, older in ((llama, True, True), (gen5, False, False), (replace(llama, experts=4, experts_per_token=2), False, False),
                               (gen1, True, False), (replace(llama, post_norms=True), True, False)):
-        backend = backends.CudaBackend(spec, for_decode_core(), None, device="cpu")
+        backend = backends.CudaBackend(backends.sizes_of(spec), for_decode_core(), None, device="cpu")
         for norms, expected in ((False, older), (True, able)):          # an RMS norm alone is torch's; see NORMS_ROW_BY_ROW
             monkeypatch.setattr(cuda_backend, "NORMS_ROW_BY_ROW", norms)
             assert backend.few_rows_invariant is expected

@@ -5,16 +5,28 @@ import math
 
 import torch
 
+from chatlm.worker.arrays.rotary import Rope
+from chatlm.worker.model.blocks.attention import Attention, HeadNorms, Scores
+from chatlm.worker.model.blocks.feed_forward import FeedForward
+from chatlm.worker.model.blocks.layer import Layer
+from chatlm.worker.model.blocks.norms import RmsNorm
 from chatlm.worker.model.tensors import Cut, Unread
 from chatlm.worker.weights.model_of import model_of
-from chatlm.worker.weights.recipe import Attention, ModelSpec
+from chatlm.worker.weights.recipe import ModelSpec
 
-SLIDING = Attention(4, 2, 16, window=24, q_scale=4.0, value_norm=True)
-FULL = Attention(4, 1, 32, rope_base=1e6, rope_factors=(1.0,) * 4 + (math.inf,) * 12, q_scale=32**0.5, value_norm=True,
+
+def attention(heads, kv_heads, size, value_size=None, window=0):
+    """Attention as most models have it."""
+    return Attention(heads, kv_heads, size, value_size or size, Rope(size), Scores(window=window))
+
+
+NORMS = HeadNorms("before_rope", 1e-5)
+SLIDING = Attention(4, 2, 16, 16, Rope(16), Scores(scale=4.0, window=24), NORMS, value_norm=True)
+FULL = Attention(4, 1, 32, 32, Rope(32, 1e6, (1.0,) * 4 + (math.inf,) * 12), Scores(scale=32**0.5), NORMS, value_norm=True,
                  values_from_keys=True)
-PLAIN = Attention(4, 4, 16, rope_size=0)
-LARGE = Attention(4, 2, 512, rope_size=64)
-WIDE = Attention(4, 2, 32, own_value_size=16)
+PLAIN = Attention(4, 4, 16, 16, Rope(0), norms=NORMS)
+LARGE = Attention(4, 2, 512, 512, Rope(64), norms=NORMS)
+WIDE = Attention(4, 2, 32, 16, Rope(32), norms=NORMS)
 KINDS = {  # as Gemma 4 has them, and all that may differ
     "gemma 4": (SLIDING, FULL, SLIDING, FULL, *(dataclasses.replace(its, source=layer) for its, layer in (
         (SLIDING, 2), (SLIDING, 2), (FULL, 3)))),
@@ -22,11 +34,17 @@ KINDS = {  # as Gemma 4 has them, and all that may differ
     "all": (PLAIN, SLIDING, WIDE, FULL, SLIDING, dataclasses.replace(WIDE, source=2))}
 
 
-def kinds_model(name, seed=0, **changes):
+def with_attentions(attentions):
+    """The spec of a small model whose layers attend so."""
+    norm = RmsNorm(1e-5)
+    layers = tuple(Layer(its, FeedForward(64), attention_norm=norm, ffn_norm=norm) for its in attentions)
+    return ModelSpec(vocab_size=96, layers=len(layers), width=48, heads=4, kv_heads=2, head_size=16, ffn_size=64,
+                     max_positions=512, own_layers=layers)
+
+
+def kinds_model(name, seed=0):
     """A small random model -> its spec and tensors."""
-    attentions = KINDS[name]
-    spec = ModelSpec(vocab_size=96, layers=len(attentions), width=48, heads=4, kv_heads=2, head_size=16, ffn_size=64,
-                     max_positions=512, qk_norm="before_rope", qk_norm_weights=True, attentions=attentions, **changes)
+    spec = with_attentions(KINDS[name])
     random = torch.Generator().manual_seed(seed)
     return spec, {key: torch.randn(shape, generator=random) * (0.2 if len(shape) > 1 else 1.0)
                   for key, shape in model_of(spec).shapes().items()}

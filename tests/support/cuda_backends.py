@@ -14,9 +14,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from chatlm.worker.model.core_sizes import core_sizes
 from chatlm.worker.model.kernels import for_decode_core, load_kernels
 from chatlm.worker.ops.basic import linear_reference
 from chatlm.worker.weights.model_of import model_of
+from chatlm.worker.weights.recipe import ModelSpec
 from emulated_core import EmulatedCore
 
 decode_core = pytest.importorskip("decode_core", exc_type=ImportError, reason="the compiled core is not installed")
@@ -177,6 +179,11 @@ class TorchProducts(CudaBackend):
         product(x, weight, *rest, **more)
 
 
+def sizes_of(spec):
+    """What decode_core is told of a model: a spec's, or CoreSizes themselves."""
+    return core_sizes(model_of(spec)) if isinstance(spec, ModelSpec) else spec
+
+
 class Emulated:
     name, device = "emulation", torch.device("cpu")
 
@@ -186,7 +193,7 @@ class Emulated:
         self.made = CudaBackend if products else TorchProducts
 
     def backend(self, spec):
-        return self.made(spec, for_decode_core(), self.ops, stream=lambda: 0, device=self.device)
+        return self.made(sizes_of(spec), for_decode_core(), self.ops, stream=lambda: 0, device=self.device)
 
     def kernels(self, spec):
         """The kernels that load_kernels chooses for CUDA."""

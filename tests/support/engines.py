@@ -54,7 +54,7 @@ def make_engine(path, *, num_pages=600, max_batch=32, prefill_chunk=256, context
     limits = {"max_tokens": prefill_chunk + rows, "max_rows": rows}
     kernels = load_kernels("cpu", None if reference else model.architecture, **limits, fine=fine)
     kv = kv or kernels.kv_type("auto", model.dtype)
-    groups = group_layers(model.spec.by_layer, context_length or model.context_length, apart, kv)
+    groups = group_layers(model.architecture.by_layer, context_length or model.context_length, apart, kv)
     transformer = Transformer(model.architecture, dict(model.tensors), kernels, num_pages=num_pages, dtype=model.dtype, groups=groups, kv=kv,
                               num_slots=max_batch + FREE_ROWS + num_snapshots, read_adapter=adapter_reader(model), **limits)
     return Engine(transformer, text_load.open_tokenizer(model.text), kernels, num_pages=num_pages, max_batch=max_batch,

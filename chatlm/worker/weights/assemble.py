@@ -16,6 +16,7 @@ from chatlm.common.errors import ConfigError, require_library, shown
 from chatlm.worker.arrays.gguf_types import TYPES, block_of
 from chatlm.worker.arrays.kinds import FLOATS, as_kind, contiguous, floats, item_bytes, joined, kind_of
 from chatlm.worker.arrays.packed import RopePairs, dequantized
+from chatlm.worker.model.blocks.attention import Attention
 from chatlm.worker.model.blocks.mixers import DeltaRule
 from chatlm.worker.model.tensors import TILE_ROWS, Cut, MappedRows, Unread
 from chatlm.worker.weights.files import weight_files
@@ -28,6 +29,7 @@ from chatlm.worker.weights.safetensors_file import read_safetensors_file
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
+    from chatlm.worker.model.blocks.step import Block
     from chatlm.worker.weights.recipe import ModelSpec
 
 
@@ -54,17 +56,16 @@ def tensor_sources(spec: ModelSpec, table: Mapping[str, tuple[str, ...]], padded
 
     The file's vocabulary tensors have `padded` rows. Experts have either a tensor each, where a second {} in
     the name in `table` stands for the expert, or one tensor for all (experts, rows of each, ...)."""
-    E, vocabulary = spec.experts, (padded,)
+    E, vocabulary, model = spec.experts, (padded,), model_of(spec)
     split: dict[str, tuple[int, ...]] = {
         name: vocabulary for name in ("embed", "head", "value_embed", "layer_embed")}
     sources = {}
-    for ours, shape in model_of(spec).shapes().items():
+    for ours, shape in model.shapes().items():
         layer, _, part = ours.rpartition(".")
         if not (part == "head" and spec.tied_head):
             theirs, rows = table.get(part, (part,)), split.get(part, shape[:1])
             if part in ("qkv", "qkv_bias"):  # a layer may have no k or v of its own
-                q, k, v = spec.attention(int(layer)).parts
-                rows = tuple(filter(None, (q * (1 + spec.output_gate), k, v)))
+                rows = qkv_rows(model.layers[int(layer)].mixer)
                 theirs = theirs[:len(rows)]
             mixer = spec.mixers[int(layer)] if layer and spec.mixers else None
             if part in ("gate_up", "gate_up_bias", "shared_gate_up"):
@@ -93,6 +94,13 @@ def tensor_sources(spec: ModelSpec, table: Mapping[str, tuple[str, ...]], padded
     return sources
 
 
+def qkv_rows(attention: Block | None) -> tuple[int, ...]:
+    """The rows of q, with its gates, k and v, as far as the layer has them."""
+    assert isinstance(attention, Attention)
+    q, *kv = attention.runs
+    return q.length * (1 + attention.gated), *(run.length for run in kv)
+
+
 # not part of the text model
 IMAGES = ("vision_tower|vision_model|vision_embedder|visual|multi_modal_projector|connector|image_newline"
           "|embed_vision|audio_tower|embed_audio")
@@ -101,9 +109,15 @@ IMAGES = ("vision_tower|vision_model|vision_embedder|visual|multi_modal_projecto
 UNREAD = r".*\.rotary_emb\.|.*\.(attn|attention)\.(masked_)?bias$|.*\bposition_ids$"
 
 
+def layers_without_keys(spec: ModelSpec) -> dict[int, Attention]:
+    """How layers attend that read the keys and values of another layer, by their numbers."""
+    return {layer: attn for layer, attn in enumerate(model_of(spec).by_layer)
+            if isinstance(attn, Attention) and attn.source is not None}
+
+
 def without_shared(spec: ModelSpec, state: Mapping[str, Any]) -> dict[str, Any]:
     """A file's tensors without the keys and values that some files have for layers that read another's."""
-    layers = {str(l) for l in range(spec.layers) if (attn := spec.by_layer[l]) and attn.source is not None}
+    layers = {str(l) for l in layers_without_keys(spec)}
     return {name: tensor for name, tensor in state.items() if not layers or not (
         match := re.match(r"(?:model\.layers|blk)\.(\d+)\.(?:self_attn\.|attn_)[kv](?:_proj|_norm)?\.", name))
         or match[1] not in layers}
@@ -112,7 +126,7 @@ def without_shared(spec: ModelSpec, state: Mapping[str, Any]) -> dict[str, Any]:
 def unread_keys(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Hugging Face's key and value matrices of layers that read another's; an adapter may contain them."""
     return {f"model.layers.{l}.self_attn.{part}_proj.weight": (attn.kv_heads * size, spec.width)
-            for l, attn in enumerate(spec.by_layer) if attn and attn.source is not None
+            for l, attn in layers_without_keys(spec).items()
             for part, size in (("k", attn.head_size), ("v", attn.value_size))}
 
 

@@ -19,6 +19,7 @@ from chatlm.common.log import log
 from chatlm.worker.arrays.gguf_types import TYPES, block_of
 from chatlm.worker.arrays.packed import dequantize
 from chatlm.worker.weights.assemble import tensor_sources
+from chatlm.worker.weights.model_of import model_of
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
@@ -41,7 +42,7 @@ COPIES = ("nextn.embed_tokens.weight", "nextn.shared_head_head.weight")  # of th
 
 def head_spec(spec: ModelSpec, dense: bool) -> ModelSpec:
     """The spec of a model's draft head. dense: its layer has no experts, although the model has."""
-    layer = next(l for l, attn in enumerate(spec.by_layer) if attn)
+    layer = next(l for l, attn in enumerate(model_of(spec).by_layer) if attn)
     return replace(spec, layers=1, mixers=(), attentions=(spec.attention(layer),) if spec.attentions else (),
                    dense_layers=(0,) if dense else (), opens=False, joins=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence as Seq
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING
 
@@ -14,6 +15,8 @@ from chatlm.worker.weights.recipe import Mixer, ModelSpec
 from chatlm.worker.weights.rules import LAYER_TYPES, Rule
 
 if TYPE_CHECKING:
+    from chatlm.worker.model.blocks.input import Input
+    from chatlm.worker.model.blocks.layer import Layer
     from chatlm.worker.weights.lora import FileSlice
 
 
@@ -92,7 +95,10 @@ class Family(NamedTuple):
     restated: Callable[[Path, Mapping], Mapping] = lambda path, raw: raw
     complete: Callable[[Path, dict], dict] = lambda path, config: {}  # keys derived from a config
     fields_of: Callable[[Path, Mapping], dict] = lambda path, config: {}  # of ModelSpec, from a config
-    own_attentions: bool = False  # these have `attentions`, with windows and rotation
+    # a family of another structure builds these itself, from a complete config and the rest of the recipe
+    layers: Callable[[Path, Mapping, ModelSpec], tuple[Layer, ...]] | None = None
+    input: Callable[[Path, Mapping, ModelSpec], Input] | None = None
+    own_attentions: bool = False  # these have windows and rotation of their own
     # layers that are not rotated, from a config and their windows
     unrotated: Callable[[Mapping, Seq[int]], set[int]] = lambda config, windows: set()
     # a folder's rotary parameters, which its config has under this name, in the terms of ROPE_TYPES
@@ -106,6 +112,14 @@ class Family(NamedTuple):
                           slices: Mapping[str, list[FileSlice]]) -> dict[str, list[FileSlice]]:
         """`slices` by the names of a folder's tensors -> by those that adapters use."""
         return {called: at for name, at in slices.items() for called in self.in_adapters(spec, name)}
+
+    def with_own_blocks(self, path: Path, config: Mapping, recipe: ModelSpec) -> ModelSpec:
+        """The recipe with what the family builds itself."""
+        if self.layers:
+            recipe = replace(recipe, own_layers=self.layers(path, config, recipe))
+        if self.input:
+            recipe = replace(recipe, own_input=self.input(path, config, recipe))
+        return recipe
 
     @property
     def all_tensors(self) -> dict[str, tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""Gemma 4: how each of its layers attends, and its tensors, in a folder and in a GGUF file."""
+"""Gemma 4: its layers, which attend in ways of their own, and its tensors, in a folder and in a GGUF file."""
 
 from __future__ import annotations
 
@@ -8,15 +8,25 @@ import re
 from collections.abc import Mapping, Sequence as Seq
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import numpy
 
 from chatlm.common.errors import ConfigError, shown
-from chatlm.worker.weights.family import HEAD_NORMS, Family, Gguf, Header, separate_experts
-from chatlm.worker.weights.recipe import Attention
+from chatlm.worker.arrays.rotary import Rope
+from chatlm.worker.model.blocks.attention import Attention, HeadNorms, Scores
+from chatlm.worker.model.blocks.experts import ExpertsBesideDense, Router
+from chatlm.worker.model.blocks.extras import LayerInput, Scalar
+from chatlm.worker.model.blocks.feed_forward import FeedForward
+from chatlm.worker.model.blocks.input import Input, LayerInputs
+from chatlm.worker.model.blocks.layer import Layer
+from chatlm.worker.model.blocks.norms import RmsNorm
+from chatlm.worker.weights.family import Family, Gguf, Header, separate_experts
 from chatlm.worker.weights.rules import (
     LAYER_TYPES, MOST_CHANNELS, MOST_EXPERTS, MOST_HEADS, MOST_LAYERS, Rule, check_divides, checked)
+
+if TYPE_CHECKING:
+    from chatlm.worker.weights.recipe import ModelSpec
 
 FULL, LOCAL = LAYER_TYPES
 ROPE = {LOCAL: {"rope_type": "default", "rope_theta": 10_000.0},
@@ -101,7 +111,7 @@ def sizes_of_full_layers(path: Path, config: Mapping, types: Seq[str]) -> tuple[
 
 
 def rope_of(path: Path, name: str, rope: Any, size: int) -> dict:
-    """The fields of Attention that begin with rope_, from one type's entry in rope_parameters."""
+    """The base and the factors of a Rope, from one type's entry in rope_parameters."""
     if not isinstance(rope, dict):
         raise ConfigError(f"{path}: {name} is {shown(rope)}; it must be an object")
     type_ = checked(path, f"{name}.rope_type", rope.get("rope_type", "default"),
@@ -115,39 +125,61 @@ def rope_of(path: Path, name: str, rope: Any, size: int) -> dict:
     checked(path, f"{name}.partial_rotary_factor", part, Rule(float, 0, 1))
     turned = int(part * size // 2)
     if type_ == "default" or turned == size // 2:
-        return {"rope_base": base}
-    return {"rope_base": base, "rope_factors": (1.0,) * turned + (math.inf,) * (size // 2 - turned)}
+        return {"base": base}
+    return {"base": base, "factors": (1.0,) * turned + (math.inf,) * (size // 2 - turned)}
 
 
-def fields_of(path: Path, config: Mapping) -> dict:
-    """The fields of ModelSpec that no other family has: how each layer attends, and what else it adds.
+def layers_of(path: Path, config: Mapping, recipe: ModelSpec) -> tuple[Layer, ...]:
+    """Norms before and after each block. What follows attention is one dense block, which may be twice as
+    wide in layers that read others' keys, or experts beside a dense block. Then each layer adds its part of
+    the layer inputs, if the model has them, and multiplies x by a number."""
+    norm = RmsNorm(recipe.norm_eps)
+    P = config["hidden_size_per_layer_input"]
+    layers = []
+    for number, attention in enumerate(attentions_of(path, config, recipe)):
+        if recipe.experts:
+            dense = FeedForward(recipe.shared_size, recipe.activation, prefix="shared_")
+            feed = ExpertsBesideDense(
+                recipe.experts, recipe.ffn_size, Router(recipe.experts_per_token), dense, norm)
+        else:
+            is_double = config["use_double_wide_mlp"] and attention.source is not None
+            feed = FeedForward(recipe.ffn_size * (2 if is_double else 1), recipe.activation)
+        own_input = (LayerInput(P, number, recipe.layers, norm),) if P else ()
+        layers.append(Layer(attention, feed, attention_norm=norm, ffn_norm=norm, output_norm=norm,
+                            down_norm=norm, after=(*own_input, Scalar())))
+    return tuple(layers)
+
+
+def input_of(path: Path, config: Mapping, recipe: ModelSpec) -> Input:
+    """The embedding * sqrt(C), and P numbers for each layer."""
+    P, vocabulary = config["hidden_size_per_layer_input"], config["vocab_size_per_layer_input"]
+    if P and vocabulary != config["vocab_size"]:
+        raise ConfigError(f"{path}: vocab_size_per_layer_input is {shown(vocabulary)}; it must be "
+                          f"{config['vocab_size']}, like vocab_size")
+    layers = LayerInputs(P, recipe.layers, recipe.norm_eps * recipe.width) if P else None
+    return Input(scale=recipe.width**0.5, layers=layers)
+
+
+def attentions_of(path: Path, config: Mapping, recipe: ModelSpec) -> list[Attention]:
+    """How each layer attends. Full layers have heads of another size than sliding ones, and the last layers
+    read the keys and values of the last layer of their type that has some.
 
     `config` is complete; its `rope_of_types`, if there, has rope_of's result for each type of layer."""
-    layers, types = config["num_hidden_layers"], config["layer_types"]
+    types = config["layer_types"]
     for key in ("rope_scaling", "partial_rotary_factor"):
         if config[key] is not None:
             raise ConfigError(f"{path}: {key} is {shown(config[key])}; in a gemma4_text model "
                               "rope_parameters gives this for each type of layer")
-    if not isinstance(ropes := config["rope_parameters"], dict):
-        raise ConfigError(f"{path}: rope_parameters is {shown(ropes)}; it must be an object")
+    if not isinstance(config["rope_parameters"], dict):
+        raise ConfigError(f"{path}: rope_parameters is {shown(config['rope_parameters'])}; it must be an "
+                          "object")
     key = "num_kv_shared_layers"
-    shared: int = checked(path, key, config[key], Rule(int, 0, layers - 1))
-    size, kv_heads = sizes_of_full_layers(path, config, types)
-    heads, own = config["num_attention_heads"], types[:layers - shared]
-    sizes = {FULL: (size, kv_heads), LOCAL: (config["head_dim"], config["num_key_value_heads"])}
-    kinds, attentions = {}, []
-    for type_ in sorted({*types}):
-        size, kv_heads = sizes[type_]
-        check_divides(path, "num_attention_heads", heads, kv_heads, f"the number of kv heads of {type_}")
-        check_divides(path, f"the head size of {type_}", size, 2)
-        rope = config["rope_of_types"][type_] if "rope_of_types" in config else rope_of(
-            path, f"rope_parameters.{type_}", ropes.get(type_), size)
-        window = config["sliding_window"] if type_ == LOCAL else 0
-        if type_ == LOCAL:
-            checked(path, "sliding_window", window, Rule(int, 1))
-        kinds[type_] = Attention(  # the scale of scores is 1
-            heads, kv_heads, size, window=window, q_scale=size**0.5, value_norm=True,
-            values_from_keys=type_ == FULL and config["attention_k_eq_v"], **rope)
+    shared: int = checked(path, key, config[key], Rule(int, 0, recipe.layers - 1))
+    own = types[:recipe.layers - shared]
+    sizes = {FULL: sizes_of_full_layers(path, config, types),
+             LOCAL: (config["head_dim"], config["num_key_value_heads"])}
+    kinds = {type_: attention_of(path, config, recipe, type_, *sizes[type_]) for type_ in sorted({*types})}
+    attentions = []
     for layer, type_ in enumerate(types):
         if layer < len(own):
             attentions.append(kinds[type_])
@@ -157,14 +189,25 @@ def fields_of(path: Path, config: Mapping) -> dict:
         else:
             raise ConfigError(f"{path}: layer_types[{layer}] is {shown(type_)}, but none of the first "
                               f"{len(own)} layers is, and the others have no keys ({key} is {shared})")
-    P, vocabulary = config["hidden_size_per_layer_input"], config["vocab_size_per_layer_input"]
-    if P and vocabulary != config["vocab_size"]:
-        raise ConfigError(f"{path}: vocab_size_per_layer_input is {shown(vocabulary)}; it must be "
-                          f"{config['vocab_size']}, like vocab_size")
-    return {"attentions": tuple(attentions), "layer_input_size": P,
-            "double_layers": tuple(range(len(own), layers)) if config["use_double_wide_mlp"] else (),
-            "embedding_scale": config["hidden_size"]**0.5,
-            "expert_norms": bool(config["num_experts"])}
+    return attentions
+
+
+def attention_of(path: Path, config: Mapping, recipe: ModelSpec, type_: str, size: int,
+                 kv_heads: int) -> Attention:
+    """How layers of one type attend: scores are q k^T of normed heads, without another scale."""
+    check_divides(path, "num_attention_heads", recipe.heads, kv_heads, f"the number of kv heads of {type_}")
+    check_divides(path, f"the head size of {type_}", size, 2)
+    if "rope_of_types" in config:
+        rope = config["rope_of_types"][type_]
+    else:
+        rope = rope_of(path, f"rope_parameters.{type_}", config["rope_parameters"].get(type_), size)
+    window = 0
+    if type_ == LOCAL:
+        window = checked(path, "sliding_window", config["sliding_window"], Rule(int, 1))
+    return Attention(
+        recipe.heads, kv_heads, size, size, Rope(size, **rope), Scores(scale=size**0.5, window=window),
+        HeadNorms("before_rope", recipe.norm_eps), value_norm=True,
+        values_from_keys=type_ == FULL and config["attention_k_eq_v"])
 
 
 def repack(state: Mapping[str, numpy.ndarray]) -> dict[str, numpy.ndarray]:
@@ -207,11 +250,11 @@ def gguf_layers(header: Header) -> tuple[dict, dict]:
         for key in ("attention.value_length", "rope.dimension_count"):
             value(f"{key}{ending}", expected, low=expected, high=expected)
     value("rope.scaling.type", "none", choices=("none",))
-    rope: dict[str, dict] = {type_: {"rope_base": float(value(f"rope.freq_base{ending}", base))}
+    rope: dict[str, dict] = {type_: {"base": float(value(f"rope.freq_base{ending}", base))}
                              for type_, ending, base in zip(LAYER_TYPES, ("", "_swa"), (1e6, 1e4))}
     if (name := "rope_freqs.weight") in stored:
         factors = header.check(name, stored[name].data.tolist(), size // 2, high=1e31)
-        rope[LAYER_TYPES[0]]["rope_factors"] = tuple(
+        rope[LAYER_TYPES[0]]["factors"] = tuple(
             math.inf if factor > 1e29 else factor for factor in factors)
     more = {"global_head_dim": size, "num_global_key_value_heads": full_kv_heads, "rope_of_types": rope,
             "attention_k_eq_v": not any(
@@ -247,8 +290,8 @@ GGUF_KEYS = {
     "rope.dimension_count_swa": Rule(int), "rope.freq_base_swa": Rule(float, 2, 10**15),
     "embedding_length_per_layer_input": KEYS["hidden_size_per_layer_input"]}
 ROW = Family(
-    "Gemma 4", CONFIG, {"post_norms": True, "layer_scalars": True} | HEAD_NORMS, TENSORS, keys=KEYS,
-    repack=repack, aliases={"top_k_experts": "num_experts_per_tok"}, complete=complete, fields_of=fields_of,
+    "Gemma 4", CONFIG, {}, TENSORS, keys=KEYS, repack=repack,
+    aliases={"top_k_experts": "num_experts_per_tok"}, complete=complete, layers=layers_of, input=input_of,
     own_attentions=True, gguf=Gguf(
         "gemma4", names=GGUF_TENSORS, keys=GGUF_KEYS, layers=gguf_layers, repack=experts_apart,
         unsaid=lambda config: {"vocab_size_per_layer_input": config["vocab_size"]}))

@@ -195,11 +195,12 @@ def gguf_spec(path: Path, metadata: Mapping, stored: Mapping, context: int | Non
     if "norm_topk_prob" in config:
         config["norm_topk_prob"] = header.value("expert_weights_norm", config["norm_topk_prob"])
     spec = family_spec(path, family, config, gguf_rope(header, config, context))
-    return family, replace(spec, head_bias="output.bias" in stored, **{
+    spec = replace(spec, head_bias="output.bias" in stored, **{
         field: any(header.has(f"{name}.bias") for name in names.split()) for field, names in (
             ("qkv_bias", "attn_q attn_qkv"), ("output_bias", "attn_output"),
             ("norm_biases", "attn_norm attn_output_norm"),
             ("ffn_bias", "ffn_down_exps" if spec.experts and not spec.sum_norms else "ffn_down"))})
+    return family, row.with_own_blocks(path, config, spec)
 
 
 def family_of(path: Path, metadata: Mapping, stored: Mapping) -> tuple[Header, str]:

@@ -244,6 +244,7 @@ def described_spec(path: Path, raw: dict, context: int | None) -> tuple[str, Mod
     family, config = family_config(path, raw)
     complete_heads(path, config)
     spec = family_spec(path, family, config, hf_rope(path, family, config, context))
+    spec = FAMILIES[family].with_own_blocks(path, config, spec)
     if not spec.of_texts:
         rerankers.refuse_classifier(path, raw, family)
     return family, spec

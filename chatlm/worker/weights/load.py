@@ -67,6 +67,6 @@ def with_eyes(model: LoadedModel, source: ModelSource, settings: Settings, devic
     if eyes:
         model.spec = replace(
             model.spec, sees=True, deep_rows=len(eyes.deep), rope_axes=eyes.axes, two_sided=eyes.two_sided,
-            picture_pad=eyes.pad if model.spec.layer_input_size else None)
+            picture_pad=eyes.pad)
         model.text, model.eyes = replace(model.text, vision=eyes.vision), eyes
     return model

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from chatlm.worker.model.blocks.attention import Attention, HeadNorms, Scores, ValueEmbed
-from chatlm.worker.model.blocks.experts import Experts, ExpertsBesideDense, Router
-from chatlm.worker.model.blocks.extras import Extra, Keep, Lambdas, LayerInput, PictureRows, Scalar
+from chatlm.worker.model.blocks.attention import Attention, HeadNorms, Scores
+from chatlm.worker.model.blocks.experts import Experts, Router
+from chatlm.worker.model.blocks.extras import Keep, PictureRows
 from chatlm.worker.model.blocks.feed_forward import FeedForward
-from chatlm.worker.model.blocks.input import Input, Join, LayerInputs, Smear
+from chatlm.worker.model.blocks.input import Input, Join
 from chatlm.worker.model.blocks.layer import Layer
 from chatlm.worker.model.blocks.lm_head import LmHead
 from chatlm.worker.model.blocks.mixers import Mixer, ShortConv
@@ -23,17 +23,34 @@ if TYPE_CHECKING:
 
 
 def model_of(recipe: ModelSpec) -> Model:
+    layers = recipe.own_layers or tuple(layer_of(recipe, layer) for layer in range(recipe.layers))
     head = None
     if not recipe.of_texts:
-        head = LmHead(recipe.tied_head, recipe.head_bias, recipe.logit_scale, recipe.softcap,
-                      backout=recipe.backout_layer is not None)
-    return Model(
-        recipe.vocab_size, recipe.width, recipe.max_positions, input_of(recipe),
-        tuple(layer_of(recipe, layer) for layer in range(recipe.layers)),
+        keeps = any(isinstance(extra, Keep) for layer in layers for extra in layer.after)
+        head = LmHead(recipe.tied_head, recipe.head_bias, recipe.logit_scale, recipe.softcap, backout=keeps)
+    model = Model(
+        recipe.vocab_size, recipe.width, recipe.max_positions, recipe.own_input or input_of(recipe), layers,
         None if recipe.sum_norms else norm_of(recipe, stream_eps(recipe)), head,
         recipe.answer_positions, recipe.of_texts, recipe.embeds,
         distances=recipe.heads if recipe.distance_buckets else 0, rope_axes=recipe.rope_axes,
         residual_scale=recipe.residual_scale)
+    return with_sight(model, recipe) if recipe.sees else model
+
+
+def with_sight(model: Model, recipe: ModelSpec) -> Model:
+    """The same model with rows of pictures among its texts."""
+    assert isinstance(model.input, Input)
+    layer_inputs = model.input.layers and replace(model.input.layers, pad=recipe.picture_pad)
+    layers = []
+    for number, layer in enumerate(model.layers):
+        mixer, after = layer.mixer, layer.after
+        if isinstance(mixer, Attention):
+            if recipe.two_sided == "all" or recipe.two_sided == "windows" and mixer.window:
+                mixer = replace(mixer, scores=replace(mixer.scores, sees="pictures"))
+        if number < recipe.deep_rows:
+            after = (*after, PictureRows(number))
+        layers.append(replace(layer, mixer=mixer, after=after))
+    return replace(model, input=replace(model.input, sees=True, layers=layer_inputs), layers=tuple(layers))
 
 
 def stream_eps(recipe: ModelSpec) -> float:
@@ -53,18 +70,13 @@ def input_of(recipe: ModelSpec) -> Input | Join | None:
         return Join(RmsNorm(stream_eps(recipe)))
     if not recipe.opens:
         return None
-    norm, smear, layers = None, None, None
+    norm = None
     if recipe.input_norm:
         norm = norm_of(recipe, recipe.norm_eps)
     if recipe.embedding_norm:
         norm = RmsNorm(recipe.norm_eps, weights=False)
-    if recipe.smear_channels:
-        smear = Smear(recipe.smear_channels, RmsNorm(recipe.norm_eps, weights=False))
-    if recipe.layer_input_size:
-        layers = LayerInputs(recipe.layer_input_size, recipe.layers, recipe.norm_eps * recipe.width,
-                             recipe.picture_pad)
-    return Input(recipe.embedding_scale, recipe.residual_scale, recipe.sees, recipe.positions,
-                 recipe.token_types, norm, smear, layers, keeps=recipe.residual_lambdas)
+    return Input(recipe.embedding_scale, recipe.residual_scale, positions=recipe.positions,
+                 types=recipe.token_types, norm=norm)
 
 
 def layer_of(recipe: ModelSpec, layer: int) -> Layer:
@@ -81,21 +93,7 @@ def layer_of(recipe: ModelSpec, layer: int) -> Layer:
         attention_norm=before if mixer and (layer > 0 or recipe.first_norm) else None,
         ffn_norm=before if feed and not recipe.one_norm else None,
         output_norm=after, down_norm=after, norms_of_sums=recipe.sum_norms, feed_reads=reads,
-        before=(Lambdas(),) if recipe.residual_lambdas else (), after=extras_of(recipe, layer),
         clamped=recipe.clamped)
-
-
-def extras_of(recipe: ModelSpec, layer: int) -> tuple[Extra, ...]:
-    extras: list[Extra] = []
-    if recipe.layer_input_size:
-        extras.append(LayerInput(recipe.layer_input_size, layer, recipe.layers, RmsNorm(recipe.norm_eps)))
-    if recipe.layer_scalars:
-        extras.append(Scalar())
-    if layer < recipe.deep_rows:
-        extras.append(PictureRows(layer))
-    if layer == recipe.backout_layer:
-        extras.append(Keep())
-    return tuple(extras)
 
 
 def mixer_of(recipe: ModelSpec, layer: int) -> Attention | Mixer | None:
@@ -113,35 +111,23 @@ def attention_of(recipe: ModelSpec, layer: int) -> Attention:
     attn = recipe.attention(layer)
     when = "whole" if recipe.qk_norm_sizes else recipe.qk_norm
     norms = HeadNorms(when, recipe.head_eps, recipe.qk_norm_weights, recipe.qk_norm_sizes)
-    sees = "before"
-    if recipe.of_texts:
-        sees = "text"
-    elif recipe.two_sided == "all" or recipe.two_sided == "windows" and attn.window:
-        sees = "pictures"
-    scores = Scores(attn.q_scale, recipe.q_growth, recipe.qk_scale, attn.window, recipe.attention_softcap,
-                    recipe.sinks, sees, recipe.distance_buckets)
-    embed = None
-    if layer in recipe.value_embed_layers:
-        embed = ValueEmbed(recipe.vocab_size, recipe.ve_gate_channels, recipe.ve_gate_scale)
+    sees = "text" if recipe.of_texts else "before"
+    scores = Scores(attn.q_scale, recipe.q_growth, window=attn.window, softcap=recipe.attention_softcap,
+                    sinks=recipe.sinks, sees=sees, distances=recipe.distance_buckets)
     biases = {"qkv": recipe.qkv_bias, "output": recipe.output_bias}
     return Attention(
-        attn.heads, attn.kv_heads, attn.head_size, attn.value_size, recipe.rope(layer), scores,
-        None if when == "none" else norms, attn.value_norm, attn.values_from_keys, attn.source, embed,
-        recipe.output_gate, tuple(name for name, has_bias in biases.items() if has_bias))
+        attn.heads, attn.kv_heads, attn.head_size, attn.head_size, recipe.rope(layer), scores,
+        None if when == "none" else norms, attn.value_norm, gated=recipe.output_gate,
+        biases=tuple(name for name, has_bias in biases.items() if has_bias))
 
 
-def feed_of(recipe: ModelSpec, layer: int) -> FeedForward | Experts | ExpertsBesideDense | None:
+def feed_of(recipe: ModelSpec, layer: int) -> FeedForward | Experts | None:
     if layer in recipe.bare_layers:
         return None
     if not recipe.experts or layer in recipe.dense_layers:
         width = recipe.dense_size if recipe.experts else recipe.ffn_size
-        if layer in recipe.double_layers:
-            width *= 2
         return FeedForward(width, recipe.activation, recipe.ffn_bias, apart=recipe.clamped)
     shared = FeedForward(recipe.shared_size, recipe.activation, prefix="shared_")
-    if recipe.expert_norms:
-        return ExpertsBesideDense(recipe.experts, recipe.ffn_size, Router(recipe.experts_per_token), shared,
-                                  RmsNorm(recipe.norm_eps))
     return Experts(
         recipe.experts, recipe.ffn_size, router_of(recipe), recipe.activation,
         recipe.ffn_bias and not recipe.sum_norms, recipe.latent_size, shared if recipe.shared_size else None,

@@ -20,6 +20,13 @@ from chatlm.common.hub.nanochat import checkpoint_at, meta_of, nanochat_tokenize
 from chatlm.common.messages.requests import TextSpec
 from chatlm.common.text.load import NANOCHAT_CHAT_TOKENS
 from chatlm.worker.arrays.kinds import kind_of
+from chatlm.worker.arrays.rotary import Rope
+from chatlm.worker.model.blocks.attention import Attention, HeadNorms, Scores, ValueEmbed
+from chatlm.worker.model.blocks.extras import Keep, Lambdas
+from chatlm.worker.model.blocks.feed_forward import FeedForward
+from chatlm.worker.model.blocks.input import Input, Smear
+from chatlm.worker.model.blocks.layer import Layer
+from chatlm.worker.model.blocks.norms import RmsNorm
 from chatlm.worker.model.kernels import choose_backend
 from chatlm.worker.weights.adapters import Adaptable
 from chatlm.worker.weights.assemble import assembled, check_names_and_shapes, file_shapes, tensor_sources
@@ -38,30 +45,30 @@ if TYPE_CHECKING:
 
 
 class Generation(NamedTuple):
-    """One version of upstream's gpt.py (git log -p nanochat/gpt.py).
-
-    It has a date, the ModelSpec fields that set it apart, and the size of its short window where model_config
-    does not state it."""
+    """One version of upstream's gpt.py (git log -p nanochat/gpt.py): what sets it apart."""
 
     since: str
-    fields: dict
-    window_of: Callable[[int], int] = lambda length: length // 2
+    short_window: Callable[[int], int] = lambda length: length // 2  # where model_config does not state it
+    has_windows: bool = True
+    rope_base: float = 10_000.0
+    rope_bfloat16: bool = False
+    mixes_x0: bool = True           # into x, before each layer
+    value_gate: tuple[int, float] | None = None  # of value embeddings: the channels it reads, and its scale
+    qk_scale: float = 1.0
+    smear_channels: int = 0         # > 0: of the gate of the previous token's embedding
+    backs_out: bool = False         # x of the middle is subtracted at the end
 
 
 GENERATIONS = {
-    1: Generation("2025-10", dict(rope_bfloat16=True)),
-    2: Generation("2026-01-11", dict(rope_bfloat16=True, residual_lambdas=True)),
-    3: Generation("2026-01-17", dict(rope_bfloat16=True, residual_lambdas=True, ve_gate_channels=32,
-                                     ve_gate_scale=2.0)),
-    4: Generation("2026-03-09", dict(rope_base=100_000.0, residual_lambdas=True, ve_gate_channels=12,
-                                     ve_gate_scale=3.0, qk_scale=1.15),
-                  lambda length: -(-length // 3 // 128) * 128),
-    5: Generation("2026-03-14", dict(rope_base=100_000.0, residual_lambdas=True, ve_gate_channels=12,
-                                     ve_gate_scale=3.0, qk_scale=1.2, smear_channels=24),
-                  lambda length: -(-length // 4 // 128) * 128),
+    1: Generation("2025-10", has_windows=False, rope_bfloat16=True, mixes_x0=False),
+    2: Generation("2026-01-11", rope_bfloat16=True),
+    3: Generation("2026-01-17", rope_bfloat16=True, value_gate=(32, 2.0)),
+    4: Generation("2026-03-09", lambda length: -(-length // 3 // 128) * 128, rope_base=100_000.0,
+                  value_gate=(12, 3.0), qk_scale=1.15),
+    5: Generation("2026-03-14", lambda length: -(-length // 4 // 128) * 128, rope_base=100_000.0,
+                  value_gate=(12, 3.0), qk_scale=1.2, smear_channels=24, backs_out=True),
     # upstream's branch experiment_refactor (pull request 800); its model_config states the short window
-    6: Generation("2026-09", dict(rope_base=100_000.0, residual_lambdas=True, ve_gate_channels=12,
-                                  ve_gate_scale=3.0, qk_scale=1.2)),
+    6: Generation("2026-09", rope_base=100_000.0, value_gate=(12, 3.0), qk_scale=1.2, backs_out=True),
 }
 
 
@@ -169,24 +176,58 @@ SCORED_LENGTHS = 10  # upstream's rotary tables have so many times sequence_len
 
 
 def nanochat_spec(config: Mapping, number: int, softcap: float) -> ModelSpec:
-    generation, L = GENERATIONS[number], config["n_layer"]
-    # upstream's window of W covers the token itself and the W before it; the last layer has the long one
-    length, pattern = config["sequence_len"], config["window_pattern"]
-    stated = config["short_seq_len"] or generation.window_of(length)
-    short, long = (stated + 1, length + 1) if number > 1 else (0, 0)
-    windows = tuple(short if pattern[layer % len(pattern)] == "S" and layer < L - 1 else long
-                    for layer in range(L))
-    spec = ModelSpec(
-        vocab_size=config["vocab_size"], layers=L, width=config["n_embd"], heads=config["n_head"],
-        kv_heads=config["n_kv_head"], head_size=config["n_embd"] // config["n_head"],
-        ffn_size=4 * config["n_embd"],
+    generation, length, C = GENERATIONS[number], config["sequence_len"], config["n_embd"]
+    recipe = ModelSpec(
+        vocab_size=config["vocab_size"], layers=config["n_layer"], width=C, heads=config["n_head"],
+        kv_heads=config["n_kv_head"], head_size=C // config["n_head"], ffn_size=4 * C,
         max_positions=SCORED_LENGTHS * length, answer_positions=length,
         norm_eps=1.1920929e-07,  # torch's default for rms_norm in float32
-        norm_weights=False, embedding_norm=True, rope_direction=-1, qk_norm="after_rope", activation="relu2",
-        softcap=softcap,
-        value_embed_layers=tuple(range((L - 1) % 2, L, 2)) if number >= 3 else (),
-        backout_layer=L // 2 if number >= 5 else None, **generation.fields)
-    return spec.with_windows(windows)
+        norm_weights=False, softcap=softcap)
+    windows = windows_of(config, generation)
+    return replace(recipe, own_input=input_of(generation, recipe),
+                   own_layers=layers_of(generation, recipe, windows))
+
+
+def windows_of(config: Mapping, generation: Generation) -> list[int]:
+    """The window of each layer. Upstream's window of W covers the token itself and the W before it; the last
+    layer has the long one."""
+    L, length, pattern = config["n_layer"], config["sequence_len"], config["window_pattern"]
+    if not generation.has_windows:
+        return [0] * L
+    short = config["short_seq_len"] or generation.short_window(length)
+    is_short = [pattern[layer % len(pattern)] == "S" and layer < L - 1 for layer in range(L)]
+    return [short + 1 if each else length + 1 for each in is_short]
+
+
+def input_of(generation: Generation, recipe: ModelSpec) -> Input:
+    """x0: the norm of the embedding, and a part of that of the previous token."""
+    norm = RmsNorm(recipe.norm_eps, weights=False)
+    smear = None
+    if generation.smear_channels:
+        smear = Smear(generation.smear_channels, norm)
+    return Input(norm=norm, smear=smear, keeps=generation.mixes_x0)
+
+
+def layers_of(generation: Generation, recipe: ModelSpec, windows: list[int]) -> tuple[Layer, ...]:
+    """Norms have no weights. Every second layer, the last one included, adds an embedding of the token to
+    its values. x of the middle layer is kept for the end."""
+    H, Hkv, D, L = recipe.heads, recipe.kv_heads, recipe.head_size, recipe.layers
+    norm = RmsNorm(recipe.norm_eps, weights=False)
+    rope = Rope(D, generation.rope_base, direction=-1, bfloat16=generation.rope_bfloat16)
+    head_norms = HeadNorms("after_rope", recipe.norm_eps, weights=False)
+    feed = FeedForward(recipe.ffn_size, "relu2")
+    layers = []
+    for number, window in enumerate(windows):
+        embed = None
+        if generation.value_gate and number % 2 == (L - 1) % 2:
+            embed = ValueEmbed(recipe.vocab_size, *generation.value_gate)
+        scores = Scores(qk_scale=generation.qk_scale, window=window)
+        attention = Attention(H, Hkv, D, D, rope, scores, head_norms, embed=embed)
+        is_kept = generation.backs_out and number == L // 2
+        layers.append(Layer(
+            attention, feed, attention_norm=norm, ffn_norm=norm,
+            before=(Lambdas(),) if generation.mixes_x0 else (), after=(Keep(),) if is_kept else ()))
+    return tuple(layers)
 
 
 NANOCHAT_TENSORS = {  # our tensor (of layer {}) -> upstream's tensors whose rows it is made of

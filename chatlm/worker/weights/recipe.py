@@ -6,6 +6,8 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
 from chatlm.worker.arrays.rotary import Rope
+from chatlm.worker.model.blocks.input import Input
+from chatlm.worker.model.blocks.layer import Layer
 from chatlm.worker.model.blocks.mixers import DeltaRule, Mamba2, ShortConv
 
 
@@ -24,15 +26,11 @@ Mixer = ShortConv | DeltaRule | Mamba2 | NoMixer
 
 @dataclass(frozen=True)
 class Attention:
-    """How a layer attends: what it caches for each token, and which of that its queries see.
-
-    For each token it caches, for each of Hkv heads, a key of D numbers and a value of Dv. A layer with a
-    `source` caches nothing: its queries read the pages of that layer, whose sizes are its own."""
+    """How a layer attends, where layers differ."""
 
     heads: int                        # H, of queries
     kv_heads: int                     # Hkv
-    head_size: int                    # D, of queries and keys
-    own_value_size: int | None = None  # None: values are as wide as keys; see value_size
+    head_size: int                    # D
     window: int = 0                   # keys that a token sees, its own included; 0 = all
     rope_base: float = 10000.0
     rope_size: int | None = None      # rotated dims of each head; None = all D, 0 = none
@@ -40,26 +38,6 @@ class Attention:
     rope_scale: float = 1.0           # multiplies cos and sin (yarn, longrope)
     q_scale: float = 1.0              # multiplies q, in addition to 1 / sqrt(D)
     value_norm: bool = False          # RMS norm (without weight) of each head of v
-    values_from_keys: bool = False    # v is the product that k is made of, before its norm; no rows for v
-    source: int | None = None         # the earlier layer whose keys and values it reads; no rows for k and v
-
-    @property
-    def value_size(self) -> int:
-        """Dv."""
-        return self.head_size if self.own_value_size is None else self.own_value_size
-
-    @property
-    def slot_size(self) -> int:
-        """Numbers that it caches per token."""
-        return 0 if self.source is not None else self.kv_heads * (self.head_size + self.value_size)
-
-    @property
-    def parts(self) -> tuple[int, int, int]:
-        """The rows of qkv without gates: q, k, v."""
-        keys, values = self.kv_heads * self.head_size, self.kv_heads * self.value_size
-        if self.source is not None:
-            keys = values = 0
-        return self.heads * self.head_size, keys, 0 if self.values_from_keys else values
 
 
 Shapes = dict[str, tuple[int, ...]]
@@ -109,14 +87,12 @@ class ModelSpec:
     rope_base: float = 10000.0
     rope_size: int | None = None      # rotated dims of each head; None = all D, 0 = none
     rope_direction: int = 1           # +1 textbook, -1 nanochat
-    rope_bfloat16: bool = False       # cos and sin rounded to bfloat16 (nanochat until 2026-03-04)
     rope_factors: tuple[float, ...] | None = None  # divides each of the rope_size/2 frequencies
     rope_scale: float = 1.0           # multiplies cos and sin (yarn, longrope)
     qk_norm: str = "none"             # "none" | "before_rope" | "after_rope"
     qk_norm_weights: bool = False
     qk_norm_sizes: tuple[int, ...] = ()  # (H * D, Hkv * D): q and k are normalized whole, before rope
     qk_norm_eps: float | None = None  # of this norm; None: norm_eps
-    qk_scale: float = 1.0             # multiplies q and k, after norm and rope
     q_scale: float = 1.0              # multiplies q alone, in addition to 1 / sqrt(D)
     attentions: tuple[Attention, ...] = ()  # of each layer, where they differ; see `attention`
     q_growth: tuple[float, ...] = ()  # (beta, n): and 1 + beta * ln(1 + position // n)
@@ -127,10 +103,8 @@ class ModelSpec:
     dense_size: int = 0               # width of the feed-forward part of these
     shared_size: int = 0              # > 0: width of an additional expert that every token takes
     shared_gate: bool = False         # its output is multiplied by the sigmoid of another product
-    expert_norms: bool = False        # router, experts and shared expert have norms of their own
     experts_bias: bool = False        # added to what they add together
     bare_layers: tuple[int, ...] = ()  # layers without a feed-forward part
-    double_layers: tuple[int, ...] = ()  # whose feed-forward part is 2 F wide
     experts_per_token: int = 0        # those with the largest of the router's logits
     shares_sum_to_one: bool = True    # softmax over the chosen experts' logits; else over all experts'
     router_bias: bool = False
@@ -144,14 +118,6 @@ class ModelSpec:
     sinks: bool = False               # a logit for each query head, which attends to no value
     mixers: tuple[Mixer | None, ...] = ()  # of each layer, instead of attention; None, () = attention
     softcap: float = 0.0              # logits = c * tanh(logits / c); 0 = none
-    residual_lambdas: bool = False    # x = resid_lambdas[l] * x + x0_lambdas[l] * x0 before layer l
-    layer_scalars: bool = False       # x = scalar * x after each layer
-    layer_input_size: int = 0         # P > 0: each layer adds a vector of its own for each token, P wide
-    value_embed_layers: tuple[int, ...] = ()  # layers with value_embed and ve_gate
-    ve_gate_scale: float = 2.0
-    ve_gate_channels: int = 32
-    smear_channels: int = 0           # > 0: add the previous embedding, gated by this many channels
-    backout_layer: int | None = None  # subtract backout_lambda * (x after it) before the final norm
     answer_positions: int = 0         # > 0: prompt and answer end here; a longer text is only scored
     joins: bool = False               # a draft head: its input is a product of the embedding and a state of
                                       # another model, as which x is given
@@ -164,6 +130,8 @@ class ModelSpec:
                                       # and up are products of their own
     picture_pad: int | None = None    # of rows of pictures, layers get the inputs of this token: a step's
                                       # previous_token_ids are then it in such rows, elsewhere V
+    own_layers: tuple[Layer, ...] = ()  # what a family of another structure has built itself: then the fields
+    own_input: Input | None = None    # say nothing of layers, or of the input
     opens: bool = True                # False: a tower or a draft head, whose input others compute
 
     def attention(self, layer: int) -> Attention:
@@ -176,8 +144,7 @@ class ModelSpec:
         """How the heads of a layer turn."""
         attn = self.attention(layer)
         size = attn.head_size if attn.rope_size is None else attn.rope_size
-        return Rope(size, attn.rope_base, attn.rope_factors, attn.rope_scale, self.rope_direction,
-                    self.rope_bfloat16)
+        return Rope(size, attn.rope_base, attn.rope_factors, attn.rope_scale, self.rope_direction)
 
     @property
     def context_length(self) -> int:
@@ -188,17 +155,6 @@ class ModelSpec:
     def head_eps(self) -> float:
         """Of the norms of q and k."""
         return self.norm_eps if self.qk_norm_eps is None else self.qk_norm_eps
-
-    @property
-    def by_layer(self) -> tuple[Attention | None, ...]:
-        """How each layer attends; None: it has a mixer."""
-        mixers = self.mixers or (None,) * self.layers
-        return tuple(None if mixer else self.attention(l) for l, mixer in enumerate(mixers))
-
-    @property
-    def windows(self) -> tuple[int, ...]:
-        """For each layer, the keys that a token sees, including its own; 0 = all."""
-        return tuple(attn.window if attn else 0 for attn in self.by_layer)
 
     def with_windows(self, windows: Seq[int]) -> ModelSpec:
         """This spec with these windows, one for each layer."""

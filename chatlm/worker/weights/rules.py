@@ -193,7 +193,7 @@ def check_bytes(path: Path, sizes: Mapping[str, int]):
 
 def check_rotary_memory(path: Path, spec: ModelSpec, context_length: int):
     """ConfigError if the rotary tables of this context, computed in float64, do not fit into memory."""
-    tables = {spec.rope(layer) for layer in range(spec.layers)}
+    tables = {attn.rope for attn in model_of(spec).attentions}
     needed, free = 32 * context_length * sum(len(rope.frequencies) for rope in tables), available_memory()
     if needed > free:
         raise ConfigError(f"{path}: a context of {context_length:,} tokens needs {needed:,} bytes for its "

@@ -369,7 +369,7 @@ def gemma4_of_file(said: Said, model: ModelSpec) -> Eyes:
             said.tower("attention.layer_norm_epsilon", Rule(float, 0, 1)), 100.0, clamped),
         said.tower("patch_size", SIDE), said.tower("projector.scale_factor", Rule(int, 1, 64), 3),
         said.shapes.get("v.position_embd.weight", (2, 1))[1], "v.std_scale" in said.shapes,
-        not model.layer_input_size, 0)
+        not (model.own_input and model.own_input.layers), 0)
 
 
 def clamps_of(path: Path, names: Mapping[str, tuple[str, ...]], spec: ModelSpec,

@@ -179,7 +179,7 @@ async def test_what_the_limits_drop_and_what_the_context_drops_is_said_together(
 async def test_with_hardly_any_kv_memory_every_answer_under_load_is_as_alone(start_pool, nanochat_fixtures):
     roomy = await start_pool()
     model = load(nanochat_fixtures / "gen5")
-    page = PageLayout.of(group_layers(model.spec.by_layer, 0, apart=False), model.spec.by_layer, KvType("float32")).page_bytes
+    page = PageLayout.of(group_layers(model.architecture.by_layer, 0, apart=False), model.architecture.by_layer, KvType("float32")).page_bytes
     pool = await start_pool(kv_cache_memory=18 * page, max_batch=8)
     assert pool.context_length == 18 * PAGE_SIZE
     requests = [asked(f"r{i}", prompts=(tuple(range(i, 120 + 10 * i)),), max_tokens=60 + 5 * i, ignore_eos=True,

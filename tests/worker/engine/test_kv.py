@@ -8,7 +8,7 @@ from chatlm.common.config import PAGE_SIZE
 from chatlm.worker.engine.integrity import page_faults
 from chatlm.worker.engine.kvcache import PagePool
 from chatlm.worker.model.pages import PageLayout, group_layers
-from chatlm.worker.weights.recipe import Attention
+from attention_kinds import attention
 
 
 def faults(pool, tables):
@@ -156,7 +156,7 @@ def test_those_who_share_no_pages_find_their_own_only():
     (tuple(512 * (l % 6 < 5) for l in range(26)), 32768, [4, 4, 4, 4, 4, 4, 2], 4, (0, *[512] * 6)),        # Gemma 3 1B
     ((10, 20, 0, 300), 99, [2, 2], 2, (0, 20)), ((0,) + (9,) * 63, 99, [1, *[4] * 15, 3], 4, (0, *[9] * 16))])
 def test_layers_with_and_without_a_window_form_groups_of_equal_size(windows, context, groups, depth, reach):
-    attentions = [Attention(4, 2, 8, window=window) for window in windows or (0,) * 4]
+    attentions = [attention(4, 2, 8, window=window) for window in windows or (0,) * 4]
     made = group_layers(attentions, context)
     assert [len(each) for each in made.members] == groups and (made.depth, made.windows) == (depth, reach)
     assert sorted(l for each in made.members for l in each) == list(range(len(attentions)))

@@ -18,7 +18,7 @@ from chatlm.worker.model.kernels import Kernels, load_kernels
 from chatlm.worker.model.pages import KvType, PageLayout, group_layers
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.packed_kv import PackedKv, turned
-from chatlm.worker.weights.recipe import Attention
+from attention_kinds import attention
 from engines import forward_logits, make_batch, tokens_of
 from families import load, save_packed
 from nightly import by_day
@@ -36,7 +36,7 @@ def logits_of(folder, ids, kv, backend):
     model = load(folder)
     limits = {"max_tokens": 256, "max_rows": 8}
     kernels = load_kernels("cpu", model.architecture if backend == "decode_core" else None, **limits)
-    groups = group_layers(model.spec.by_layer, 512, kernels.backend.groups_layers, kv)
+    groups = group_layers(model.architecture.by_layer, 512, kernels.backend.groups_layers, kv)
     count = len(groups.windows)
     transformer = Transformer(model.architecture, dict(model.tensors), kernels, num_pages=20 * count, num_slots=20 * count,
                               dtype="float32", groups=groups, kv=kv, **limits)
@@ -69,14 +69,14 @@ def test_large_numbers_cost_no_others_their_precision_once_turned():
 
 
 def test_a_page_of_8_bits_has_34_bytes_for_32_numbers_and_tells_itself_from_others():
-    attentions = [Attention(8, 2, 64)] * 3
+    attentions = [attention(8, 2, 64)] * 3
     layouts = {}
     for kv in (KvType("bfloat16"), KvType("float16"), KvType("float32"), PACKED):
         layouts[PageLayout.of(group_layers(attentions, 0, kv=kv), attentions, kv)] = kv
     assert len(layouts) == 4
     sizes = [layout.page_bytes for layout in layouts]
     assert sizes == [PAGE_SIZE * 3 * 256 * size for size in (2, 2, 4, 34 / 32)]
-    mixed = [Attention(8, 2, 64), Attention(8, 1, 80)]
+    mixed = [attention(8, 2, 64), attention(8, 1, 80)]
     layout = PageLayout.of(group_layers(mixed, 0, kv=PACKED), mixed, PACKED)
     assert layout.types == ("q8_0", "float32") and layout.page_bytes == PAGE_SIZE * (256 * 34 // 32 + 4 * 160)
 
@@ -141,7 +141,7 @@ def test_heads_that_cannot_be_turned_stay_floats_and_the_log_or_an_error_says_so
     assert "layers stay float32: their heads have a size of 16, and q8_0 needs heads whose size is a power of two, at least 32" in caplog.text
     with pytest.raises(ConfigError, match="--kv-cache-dtype q8_0: all layers have heads of 16; q8_0 needs"):
         engine_of(made_model("llama2")[0], "--kv-cache-dtype", "q8_0")
-    wide = SimpleNamespace(attentions=[Attention(8, 2, 64), Attention(8, 2, 96), Attention(8, 2, 128, own_value_size=80)])
+    wide = SimpleNamespace(attentions=[attention(8, 2, 64), attention(8, 2, 96), attention(8, 2, 128, 80)])
     assert layers_of_floats(wide, PACKED).startswith("keys and values of 2 of 3 layers stay float32: their heads have a size of 80, 96, and")
     assert layers_of_floats(wide, KvType("float32")) == ""
     with pytest.raises(ConfigError, match="invalid choice: .q4_0. .choose from .auto., .bfloat16., .float32., .q8_0.."):

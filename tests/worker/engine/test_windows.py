@@ -137,7 +137,7 @@ def test_cuda_steps_give_pages_back_too(made_model, name, request, monkeypatch):
     monkeypatch.setattr(cuda_steps, "CudaQueue", lambda device: backends.HostQueue())
     folder, cases = made_model(name)
     model = load(folder)
-    groups = group_layers(model.spec.by_layer, 512)
+    groups = group_layers(model.architecture.by_layer, 512)
     kernels = emulated.kernels(model.spec)
     transformer = Transformer(model.architecture, dict(model.tensors), kernels, num_pages=60, max_tokens=68, max_rows=8, dtype="float32",
                               device=emulated.device, groups=groups)

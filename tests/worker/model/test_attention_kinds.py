@@ -12,9 +12,8 @@ from chatlm.worker.model.kernels import load_kernels, not_compiled
 from chatlm.worker.model.pages import KvType, PageLayout, group_layers
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.weights.model_of import model_of
-from chatlm.worker.weights.recipe import Attention
 from chatlm.worker.weights.shards import layers_of, stage_model
-from attention_kinds import FULL, KINDS, kinds_model, loaded
+from attention_kinds import FULL, KINDS, attention, kinds_model, loaded, with_attentions
 from arrays import arrays_of
 from engines import forward_logits, make_batch
 
@@ -37,11 +36,11 @@ def rms(x, eps=1e-5):
 
 def turned(its, x):
     """x (T, heads, D) rotated, pair by pair."""
-    size = its.head_size if its.rope_size is None else its.rope_size
+    size, rope = its.rope.size, its.rope
     out = x.copy()
     for i in range(size // 2):
-        factor = its.rope_factors[i] if its.rope_factors else 1.0
-        angle = np.arange(len(x))[:, None] * its.rope_base ** (-2 * i / size) / factor
+        factor = rope.factors[i] if rope.factors else 1.0
+        angle = np.arange(len(x))[:, None] * rope.base ** (-2 * i / size) / factor
         a, b = x[..., i], x[..., i + size // 2]
         out[..., i], out[..., i + size // 2] = a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)
     return out
@@ -52,10 +51,10 @@ def oracle(spec, tensors, ids):
     w, kept = {name: f64(tensor) for name, tensor in tensors.items()}, {}
     x, T = w["embed"][ids], len(ids)
     for l in range(spec.layers):
-        its = spec.attention(l)
+        its = spec.own_layers[l].mixer
         D, Dv, Hkv = its.head_size, its.value_size, its.kv_heads
         qkv = (rms(x) * w[f"{l}.attention_norm"]) @ w[f"{l}.qkv"].T
-        q = turned(its, rms(qkv[:, :its.heads * D].reshape(T, -1, D)) * w[f"{l}.q_norm"]) * its.q_scale / D**0.5
+        q = turned(its, rms(qkv[:, :its.heads * D].reshape(T, -1, D)) * w[f"{l}.q_norm"]) * its.scores.scale / D**0.5
         if its.source is None:
             k = qkv[:, its.heads * D:][:, :Hkv * D].reshape(T, Hkv, D)
             v = k if its.values_from_keys else qkv[:, -Hkv * Dv:].reshape(T, Hkv, Dv)
@@ -77,7 +76,7 @@ def oracle(spec, tensors, ids):
 @pytest.mark.parametrize("kv", [FLOATS, PACKED], ids=["float32", "q8_0"])
 def test_logits_are_those_of_the_definition_in_any_chunks_batches_and_groups_of_pages(name, apart, kv):
     spec, tensors = kinds_model(name)
-    groups = group_layers(spec.by_layer, 512, apart, kv)
+    groups = group_layers(model_of(spec).by_layer, 512, apart, kv)
     model, count = transformer(model_of(spec), tensors, groups, kv=kv), len(groups.windows)
     assert (count > 1) == apart and model.cache.nbytes == model.layout.page_bytes * (80 + groups.holes)
     assert model.layout.unit == kv.unit and {*model.layout.types} == ({"float32", "q8_0"} if kv.packed else {"float32"})
@@ -97,7 +96,7 @@ def test_logits_are_those_of_the_definition_in_any_chunks_batches_and_groups_of_
 def test_decode_core_computes_each_layers_own_heads_with_the_same_bits_in_any_batch(name, dtype, kv):
     pytest.importorskip("decode_core", exc_type=ImportError, reason="decode_core is not installed")
     spec, tensors = kinds_model(name)
-    groups, results = group_layers(spec.by_layer, 512, kv=kv or FLOATS), []
+    groups, results = group_layers(model_of(spec).by_layer, 512, kv=kv or FLOATS), []
     ids, other = (np.random.default_rng(seed).integers(0, 96, size).tolist() for seed, size in ((1, 150), (2, 33)))
     pages = np.random.default_rng(3).permutation(160).tolist()
     mine, its = pages[:10 * len(groups.windows)], pages[100:100 + 3 * len(groups.windows)]
@@ -121,11 +120,11 @@ def test_a_layer_that_reads_anothers_keys_has_neither_pages_nor_rows_for_keys():
     shapes = model_of(spec).shapes()
     assert shapes["4.qkv"] == (4 * 16, 48) and "4.k_norm" not in shapes and shapes["4.q_norm"] == (16,)
     assert shapes["1.qkv"] == (4 * 32 + 32, 48)                      # q and k; v is made of k
-    layout = PageLayout.of(group_layers(spec.by_layer, 512), spec.by_layer)
+    layout = PageLayout.of(group_layers(model_of(spec).by_layer, 512), model_of(spec).by_layer)
     assert [(layout.group[l], layout.offset[l]) for l in (4, 5, 6)] == [(layout.group[l], layout.offset[l]) for l in (2, 2, 3)]
-    whole = group_layers(spec.by_layer, 0, apart=False)
-    assert PageLayout.of(whole, spec.by_layer).size == 2 * (2 * 2 * 16) + 2 * (2 * 32)
-    assert PageLayout.of(whole, spec.by_layer, KvType("bfloat16")).page_bytes == 2 * PAGE_SIZE * 256
+    whole = group_layers(model_of(spec).by_layer, 0, apart=False)
+    assert PageLayout.of(whole, model_of(spec).by_layer).size == 2 * (2 * 2 * 16) + 2 * (2 * 32)
+    assert PageLayout.of(whole, model_of(spec).by_layer, KvType("bfloat16")).page_bytes == 2 * PAGE_SIZE * 256
 
 
 def test_what_decode_core_lacks_is_logged():
@@ -144,13 +143,13 @@ def gemma4(layers, every, shared, sliding, full):
 
 @pytest.mark.parametrize("attentions, groups, kept, most", [
     # E4B: 20 sliding layers of 2 x 256 and 4 full ones of 2 x 512 keep keys
-    (gemma4(42, 6, 18, Attention(8, 2, 256, window=512), Attention(8, 2, 512)), 7, 20 * 1024 + 4 * 2048, 1.0),
+    (gemma4(42, 6, 18, attention(8, 2, 256, window=512), attention(8, 2, 512)), 7, 20 * 1024 + 4 * 2048, 1.0),
     # E2B: 12 and 3, of one head
-    (gemma4(35, 5, 20, Attention(8, 1, 256, window=512), Attention(8, 1, 512)), 3, 12 * 512 + 3 * 1024, 1.0),
+    (gemma4(35, 5, 20, attention(8, 1, 256, window=512), attention(8, 1, 512)), 3, 12 * 512 + 3 * 1024, 1.0),
     # 26B-A4B: 25 of 8 x 256, 5 of 2 x 512
-    (gemma4(30, 6, 0, Attention(16, 8, 256, window=1024), Attention(16, 2, 512)), 14, 25 * 4096 + 5 * 2048, 1.3),
+    (gemma4(30, 6, 0, attention(16, 8, 256, window=1024), attention(16, 2, 512)), 14, 25 * 4096 + 5 * 2048, 1.3),
     # 31B: 50 of 16 x 256, 10 of 4 x 512
-    (gemma4(60, 6, 0, Attention(32, 16, 256, window=1024), Attention(32, 4, 512)), 11, 50 * 8192 + 10 * 4096, 1.0),
+    (gemma4(60, 6, 0, attention(32, 16, 256, window=1024), attention(32, 4, 512)), 11, 50 * 8192 + 10 * 4096, 1.0),
 ], ids=["E4B", "E2B", "26B-A4B", "31B"])
 def test_the_pages_of_published_sizes_waste_nothing_of_a_long_context(attentions, groups, kept, most):
     made = group_layers(attentions, 131_072)
@@ -170,7 +169,7 @@ def test_each_kinds_heads_are_divided_by_themselves():
     spec, _ = kinds_model("all")
     attentions = model_of(spec).by_layer
     assert [list(map(len, attentions[l].divided(1, 3, 1).values())) for l in (0, 1, 3)] == [[1, 1], [1, 1], [1, 1]]
-    full = model_of(dataclasses.replace(spec, attentions=(FULL,), layers=1)).by_layer[0]
+    full = model_of(with_attentions([FULL])).by_layer[0]
     assert [list(map(list, full.divided(rank, 2, 1).values())) for rank in range(2)] == [[[0, 1], [0]], [[2, 3], [0]]]
 
 

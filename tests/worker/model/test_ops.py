@@ -10,12 +10,12 @@ import torch
 from chatlm.common.config import PAGE_SIZE
 from chatlm.common.messages.requests import SamplingParams
 from chatlm.worker.arrays.kinds import Norm
+from chatlm.worker.arrays.rotary import Rope
 from chatlm.worker.model.kernels import load_kernels
 from chatlm.worker.ops import attention
 from chatlm.worker.ops.basic import GATES
 from chatlm.worker.ops.rows import SampleRow
 from chatlm.worker.ops.tensors import rope_tables
-from chatlm.worker.weights.recipe import ModelSpec
 from patching import patch
 
 KERNELS = load_kernels("cpu")
@@ -147,7 +147,7 @@ def rope_reference(qkv, positions, spec, q_norm, k_norm, value_embed, gate):
     norm_weights = np.stack([f64(q_norm)] * H + [f64(k_norm)] * Hkv) if q_norm is not None else 1.0
     if spec.qk_norm == "before_rope":
         qk = rms(qk) * norm_weights
-    rot = spec.rope_size or D
+    rot = spec.rope_size
     angle = np.outer(positions, spec.rope_base ** (-np.arange(0, rot, 2) / rot)) / np.array(spec.rope_factors or 1.0)
     cos, sin = np.cos(angle)[:, None], spec.rope_direction * np.sin(angle)[:, None]
     if spec.rope_bfloat16:
@@ -157,10 +157,13 @@ def rope_reference(qkv, positions, spec, q_norm, k_norm, value_embed, gate):
     if spec.qk_norm == "after_rope":
         qk = rms(qk) * norm_weights
     if value_embed is not None:
-        v = v + spec.ve_gate_scale * sigmoid(f64(gate))[..., None] * f64(value_embed).reshape(v.shape)
+        v = v + spec.gate_scale * sigmoid(f64(gate))[..., None] * f64(value_embed).reshape(v.shape)
     return qk[:, :H] * spec.qk_scale, qk[:, H:] * spec.qk_scale, v
 
 
+ROPE_CALL = dict(heads=4, kv_heads=2, head_size=8, max_positions=400, norm_eps=1e-5, qk_norm="none", qk_norm_weights=False,
+                 rope_size=8, rope_base=10_000.0, rope_factors=None, rope_direction=1, rope_bfloat16=False, qk_scale=1.0,
+                 embeds_values=False, gate_scale=2.0)
 ROPE_VARIANTS = {
     "plain": {},
     "other direction, rounded, scaled, norm after": dict(rope_direction=-1, rope_bfloat16=True, qk_norm="after_rope",
@@ -168,23 +171,23 @@ ROPE_VARIANTS = {
     "norm before with weights": dict(qk_norm="before_rope", qk_norm_weights=True),
     "part of the head": dict(rope_size=4, rope_base=100_000.0),
     "stretched frequencies": dict(rope_factors=(1.0, 1.0, 4.0, 8.0)),
-    "value embedding": dict(value_embed_layers=(0,), ve_gate_scale=3.0),
+    "value embedding": dict(embeds_values=True, gate_scale=3.0),
 }
 
 
 @pytest.mark.parametrize("variant", ROPE_VARIANTS)
 def test_rope_append_normalizes_rotates_gates_and_appends(variant):
-    spec = ModelSpec(vocab_size=8, layers=1, width=32, heads=4, kv_heads=2, head_size=8, ffn_size=8, max_positions=400,
-                     **ROPE_VARIANTS[variant])
+    spec = SimpleNamespace(**ROPE_CALL | ROPE_VARIANTS[variant])
+    spec.rope = lambda layer: Rope(spec.rope_size, spec.rope_base, spec.rope_factors, 1.0, spec.rope_direction, spec.rope_bfloat16)
     positions, slots = [0, 5, 6, 399], torch.tensor([40, 3, 17, 18])
     qkv, cache = random(4, 64, seed=1), torch.full((64, 2, 2, 8), 7.0)
     q_norm, k_norm = (random(8, seed=s) for s in (2, 3)) if spec.qk_norm_weights else (None, None)
-    value_embed, gate = (random(4, 16, seed=4), random(4, 2, seed=5)) if spec.value_embed_layers else (None, None)
+    value_embed, gate = (random(4, 16, seed=4), random(4, 2, seed=5)) if spec.embeds_values else (None, None)
     q, k, v = rope_reference(qkv, positions, spec, q_norm, k_norm, value_embed, gate)
     rotated = torch.full((4, 32), math.nan)
     KERNELS.rope_append(qkv, *rope_tables(spec, "cpu"), torch.tensor(positions), slots, cache, out=rotated, norm=spec.qk_norm,
                         q_norm=q_norm, k_norm=k_norm, eps=spec.norm_eps, post_scale=spec.qk_scale, value_embed=value_embed,
-                        gate=gate, gate_scale=spec.ve_gate_scale)
+                        gate=gate, gate_scale=spec.gate_scale)
     close(rotated.reshape(4, 4, 8), q)
     close(cache[slots, 0], k)
     close(cache[slots, 1], v)

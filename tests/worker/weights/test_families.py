@@ -83,7 +83,7 @@ def test_longrope_takes_its_short_factors_where_the_context_is_no_longer_than_th
     check(answers(transformer(short, kernels_of(backend, short.spec)), cases), cases)
     long = load(tmp_path, context_length=129)
     assert short.spec.rope_factors != long.spec.rope_factors == load(tmp_path).spec.rope_factors
-    page = PageLayout.of(group_layers(short.spec.by_layer, 0, apart=False), short.spec.by_layer, KvType("float32")).page_bytes
+    page = PageLayout.of(group_layers(short.architecture.by_layer, 0, apart=False), short.architecture.by_layer, KvType("float32")).page_bytes
     for pages, spec in ((8, short.spec), (9, long.spec)):       # where the KV cache makes the context short
         settings = Settings(model=str(tmp_path), dtype="float32", kv_cache_memory=pages * page, max_batch=2)
         made, engine = build_engine(resolve_model(settings), settings, torch.device("cpu"))
@@ -316,7 +316,7 @@ def test_a_line_says_before_loading_whether_the_model_fits_and_which_flag_helps(
     settings = Settings(model=str(default_model_path))
     model = open_model(resolve_model(settings), settings)
     kernels = load_kernels("cpu", model.architecture)
-    plan = plan_memory(model, model.architecture, kernels, group_layers(model.spec.by_layer, 0, apart=False), kernels.kv_type("auto", model.dtype),
+    plan = plan_memory(model, model.architecture, kernels, group_layers(model.architecture.by_layer, 0, apart=False), kernels.kv_type("auto", model.dtype),
                        RankAlone(), settings, torch.device("cpu"), {"max_tokens": 256 + 64, "max_rows": 64})
     _, engine, line = built(caplog, default_model_path, 4 << 30, monkeypatch)
     held = sum({id(weight): weight.nbytes for weight in engine.transformer.weights.values()}.values())
@@ -389,7 +389,7 @@ def test_published_configs_mean_what_transformers_takes_them_to_mean(name, tmp_p
     assert spec.head_size == head_size and spec.activation == activations.get(getattr(config, "hidden_act", ""), "geglu")
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     window = getattr(config, "sliding_window", None) or 0
-    assert (spec.windows or (0,) * spec.layers) == tuple(window * (kind == "sliding_attention") for kind in kinds)
+    assert model_of(spec).windows == tuple(window * (kind == "sliding_attention") for kind in kinds)
     unrotated = tuple(l for l in range(spec.layers) if spec.attention(l).rope_size == 0)
     assert unrotated == tuple(l for l, rotated in enumerate(getattr(config, "no_rope_layers", [])) if not rotated)
     nested = "full_attention" in config.rope_parameters

@@ -15,7 +15,12 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.messages.requests import SamplingParams
 from chatlm.worker.arrays.packed import RopePairs, unpermute_rope
 from chatlm.worker.arrays.rotary import query_scales
+from chatlm.worker.model.blocks.experts import ExpertsBesideDense, Router
+from chatlm.worker.model.blocks.extras import LayerInput
+from chatlm.worker.model.blocks.feed_forward import FeedForward
+from chatlm.worker.model.blocks.layer import Layer
 from chatlm.worker.model.blocks.mixers import DeltaRule, Mamba2, ShortConv
+from chatlm.worker.model.blocks.norms import RmsNorm
 from chatlm.worker.model.kernels import choose_backend, load_kernels, not_compiled
 from chatlm.worker.ops.attention import mean_squares_reference, norm_qk_reference, scale_rows_reference
 from chatlm.worker.ops.basic import gated_add_reference, sparse_routes
@@ -25,6 +30,7 @@ from chatlm.worker.weights.gguf_file import read_gguf
 from chatlm.worker.weights.huggingface import hf_spec, hf_text
 from chatlm.worker.weights.model_of import model_of
 from chatlm.worker.weights.recipe import ModelSpec, NoMixer
+from attention_kinds import attention
 from engines import forward_logits, make_batch, make_engine, run, tensors_of
 from families import GROWING, MODELS, TINY, answers, as_gguf, check, clear_cases, kernels_of, load, make_model, save, spec_of_changed_gguf, tiny_config, transformer, write_tokenizer
 from hub_configs import GRANITE_H_TINY, HUB_CONFIGS, LFM2_CONFIGS, QWEN3_NEXT, QWEN35_4B, QWEN36_35B
@@ -322,6 +328,7 @@ def test_the_published_config_of_granite_4_h_tiny_is_read(tmp_path):
 # --- what decode_core does not compile ---------------------------------------------------------------------------
 
 
+PLAIN, NORM = attention(4, 4, 16), RmsNorm(1e-5)
 SPEC = dict(vocab_size=64, layers=1, width=64, heads=4, kv_heads=4, head_size=16, ffn_size=64, max_positions=64)
 
 
@@ -359,7 +366,8 @@ def test_some_ops_are_compiled_for_a_cpu_alone_and_torch_computes_these_on_a_gpu
 @pytest.mark.parametrize("fields, words", [
     ({"qk_norm_sizes": (64, 64)}, "norm of all heads together"), ({"q_growth": (0.1, 16)}, "scale of queries by their position"),
     *(({"activation": name}, f"{name} feed-forward") for name in ("gelu", "reglu2", "quick_geglu", "gelu_erf", "gelu_tanh", "gelu_quick")),
-    ({"layer_input_size": 32}, "embedding of each layer"), ({"experts": 4, "shared_size": 64, "expert_norms": True}, "scale of experts")])
+    ({"own_layers": (Layer(PLAIN, FeedForward(64), after=(LayerInput(32, 0, 1, NORM),)),)}, "embedding of each layer"),
+    ({"own_layers": (Layer(PLAIN, ExpertsBesideDense(4, 64, Router(2), FeedForward(64, prefix="shared_"), NORM)),)}, "scale of experts")])
 def test_some_models_are_compiled_for_a_cpu_alone(fields, words):
     assert (not_compiled(model_of(ModelSpec(**SPEC | fields)), "cuda"), not_compiled(model_of(ModelSpec(**SPEC | fields)))) == (f"{words} on a GPU", "")
 

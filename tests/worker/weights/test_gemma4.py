@@ -56,18 +56,18 @@ def test_published_configs_mean_what_transformers_takes_them_to_mean(name, billi
     sizes = {key: int(np.prod(shape)) for key, shape in model_of(spec).shapes().items() if key != "head" and not key.endswith(".scalar")}
     assert sum(parameter.numel() for parameter in made.parameters()) == sum(sizes.values())
     assert round(sum(sizes.values()) / 1e9, 1) == billions
-    assert 2 * sum(its.slot_size for its in spec.by_layer) == kib << 10        # of keys and values for each token, in bfloat16
+    assert 2 * sum(its.slot_size for its in model_of(spec).by_layer) == kib << 10        # of keys and values for each token, in bfloat16
     own = config.num_hidden_layers - config.num_kv_shared_layers
-    for layer, (its, kind) in enumerate(zip(spec.attentions, config.layer_types)):
+    for layer, (its, kind) in enumerate(zip(model_of(spec).attentions, config.layer_types)):
         theirs, attention = config.per_layer_config[layer], made.model.layers[layer].self_attn
         assert (its.kv_heads, its.head_size, its.window) == (theirs.num_key_value_heads, theirs.head_dim, attention.sliding_window or 0)
-        assert its.q_scale == its.head_size**0.5 and its.value_norm and its.values_from_keys == (layer < own and attention.v_proj is None)
+        assert its.scores.scale == its.head_size**0.5 and its.value_norm and its.values_from_keys == (layer < own and attention.v_proj is None)
         source = max(l for l in range(own) if config.layer_types[l] == kind)
         assert its.source == (source if attention.is_kv_shared_layer else None)
         frequencies = getattr(made.model.rotary_emb, f"{kind}_inv_freq")
-        assert len(its.rope_factors or frequencies) == len(frequencies) == its.head_size // 2
-        assert (its.rope_factors or (1.0,) * len(frequencies)).count(1.0) == (64 if kind == "full_attention" else 128)
-    assert spec.embedding_scale == config.hidden_size**0.5 and spec.softcap == 30.0 and spec.max_positions == config.max_position_embeddings
+        assert len(its.rope.factors or frequencies) == len(frequencies) == its.head_size // 2
+        assert (its.rope.factors or (1.0,) * len(frequencies)).count(1.0) == (64 if kind == "full_attention" else 128)
+    assert spec.own_input.scale == config.hidden_size**0.5 and spec.softcap == 30.0 and spec.max_positions == config.max_position_embeddings
 
 
 @pytest.mark.parametrize("change, words", [
@@ -161,8 +161,8 @@ def test_a_unified_text_model_s_defaults_are_transformers(tmp_path):
         made = transformers.AutoModelForCausalLM.from_config(config)
     count = sum(int(np.prod(shape)) for key, shape in model_of(spec).shapes().items() if key != "head" and not key.endswith(".scalar"))
     assert family == config.model_type == "gemma4_unified_text" and sum(parameter.numel() for parameter in made.parameters()) == count
-    assert spec.max_positions == config.max_position_embeddings == 262_144 and spec.layer_input_size == 0 and spec.tied_head
-    assert spec.windows == tuple(1024 * (kind == "sliding_attention") for kind in config.layer_types)
+    assert spec.max_positions == config.max_position_embeddings == 262_144 and spec.own_input.layers is None and spec.tied_head
+    assert model_of(spec).windows == tuple(1024 * (kind == "sliding_attention") for kind in config.layer_types)
     assert not_compiled(model_of(spec)) == ""
 
 

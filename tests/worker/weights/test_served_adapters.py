@@ -100,7 +100,7 @@ def nanochat_checkpoint(model, folder, fixture):
 @pytest.mark.parametrize("upstream", [False, True], ids=["transformers", "upstream"])
 def test_an_adapter_served_with_a_nanochat_checkpoint_gives_the_logits_and_tokens_of_pefts_merged_model(upstream, tmp_path, nanochat_fixtures, monkeypatch):
     """Of transformers' names and of upstream's; and so does what is merged at load. transformers rotates in float32, the first generation in bfloat16."""
-    monkeypatch.setitem(nanochat.GENERATIONS, 1, nanochat.GENERATIONS[1]._replace(fields={}))
+    monkeypatch.setitem(nanochat.GENERATIONS, 1, nanochat.GENERATIONS[1]._replace(rope_bfloat16=False))
     model = make_model("nanochat", attention_bias=False, vocab_size=283, intermediate_size=256, rms_norm_eps=1.1920929e-07)
     folder, adapter = nanochat_checkpoint(model, tmp_path / "base", nanochat_fixtures / "gen1"), tmp_path / "adapter"
     cases = clear_cases(adapt(model, adapter, "all-linear", size=0.08), lengths=(9, 40))

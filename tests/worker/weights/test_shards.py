@@ -18,6 +18,7 @@ from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.weights.huggingface import hf_spec
 from chatlm.worker.weights.load import open_model
 from chatlm.worker.weights.model_of import model_of
+from chatlm.worker.weights.nanochat import nanochat_spec
 from chatlm.worker.weights.recipe import ModelSpec, NoMixer
 from chatlm.worker.weights.shards import layers_of, refuse_ranks, shard_model, stage_model
 from attention_kinds import KINDS, kinds_model, loaded
@@ -77,8 +78,8 @@ PUBLISHED = {
                            max_positions=64), 256),
     "smollm2": (ModelSpec(vocab_size=49_152, layers=1, width=576, heads=9, kv_heads=3, head_size=64, ffn_size=1536,
                           max_positions=64), 32),
-    "relu2": (ModelSpec(vocab_size=65_536, layers=2, width=1280, heads=10, kv_heads=10, head_size=128, ffn_size=5120,
-                        max_positions=64, activation="relu2", value_embed_layers=(1,), smear_channels=24), 1)}
+    "nanochat": (nanochat_spec(dict(vocab_size=65_536, n_layer=2, n_head=10, n_kv_head=10, n_embd=1280, sequence_len=64, window_pattern="L",
+                                    short_seq_len=None), 5, 15.0), 1)}
 HYBRID = dict(vocab_size=1000, layers=2, heads=24, kv_heads=4, head_size=256, ffn_size=9216, max_positions=64)
 HYBRIDS = {
     "qwen3.5": (ModelSpec(width=2560, mixers=(DeltaRule(4, 24, 48, 128, 128), None), output_gate=True, **HYBRID), 256),
@@ -261,7 +262,7 @@ def test_each_stage_keeps_the_states_and_the_keys_of_its_own_layers(name, stages
     assert sum(part.architecture.state_bytes for part in parts) == model.architecture.state_bytes == sum(
         state.nbytes for stage in made for layer in stage.states for state in layer) // 20
     assert sum(part.architecture.paged_layers for part in parts) == model.architecture.paged_layers
-    assert [model.spec.layer_input_size > 0 and part.architecture.opens for part in parts] == ["layer_embed" in part.tensors for part in parts]
+    assert [model.architecture.input.layers is not None and part.architecture.opens for part in parts] == ["layer_embed" in part.tensors for part in parts]
 
 
 @pytest.mark.parametrize("name, tp, words, stages", [
@@ -270,9 +271,10 @@ def test_each_stage_keeps_the_states_and_the_keys_of_its_own_layers(name, stages
 def test_published_shapes_of_gemma_4_are_divided_by_the_heads_of_each_layer(name, tp, words, stages, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(GEMMA4_CONFIGS[name]))
     spec = hf_spec(tmp_path / "config.json", None)[1]
-    own = [next(its for its in spec.attentions if bool(its.window) == limited) for limited in (True, False)]
-    last = [its if its.source is None else dataclasses.replace(its, source=0 if its.window else 1) for its in spec.attentions[-2:]]
-    few = dataclasses.replace(spec, layers=4, attentions=(*own, *last), double_layers=(2, 3) if spec.double_layers else ())
+    own = [next(layer for layer in spec.own_layers if bool(layer.mixer.window) == limited) for limited in (True, False)]
+    last = [layer if layer.mixer.source is None else dataclasses.replace(layer, mixer=dataclasses.replace(
+        layer.mixer, source=0 if layer.mixer.window else 1)) for layer in spec.own_layers[-2:]]
+    few = dataclasses.replace(spec, layers=4, own_layers=(*own, *last))
     for ranks in (2, 3, 8):
         check_every_part_is_given_out_once(few, ranks)
     with pytest.raises(ConfigError, match=f"cannot be divided among {tp} ranks: {words}"):
@@ -280,7 +282,7 @@ def test_published_shapes_of_gemma_4_are_divided_by_the_heads_of_each_layer(name
     for count in (2, stages):
         parts = [layers_of(model_of(spec), stage, count) for stage in range(count)]
         assert [*itertools.chain(*parts)] == [*range(spec.layers)] and all(parts)
-        assert all(its.source is None or its.source in part for part in parts for l in part if (its := spec.attentions[l]))
+        assert all(its.source is None or its.source in part for part in parts for l in part if (its := spec.own_layers[l].mixer))
     with pytest.raises(ConfigError, match=f"cannot be divided into {stages + 1} stages|the model has {stages} layers, which cannot be"):
         stage_model(loaded(spec, {}), 0, stages + 1)
 
