@@ -204,7 +204,7 @@ def plan_draft_head(target: LoadedModel, settings: Settings, device: Device, pre
 def shared_names(model: LoadedModel, divided: bool) -> tuple[str, ...]:
     """Which weights a draft head has of its model, which may be divided among ranks."""
     own = model.architecture
-    names = ("embed",) if own.head and own.head.tied else ("embed", "head")
+    names = ("embed",) if own.tied else ("embed", "head")
     return names if own.joins and not divided else ()
 
 

@@ -264,7 +264,7 @@ def model_facts(model: LoadedModel, config: WorkerConfig | SurveyConfig, weights
     """weights: the commonest type of its matrices in memory."""
     made, files, source = model.architecture, {"hf": "safetensors"}, config.source
     shapes = made.shapes()
-    if made.head and made.head.tied:  # the head is the embedding
+    if made.tied:  # the head is the embedding
         shapes.pop("head", None)
     return ModelFacts(model.family, files.get(source.kind, source.kind) if source else "",
                       sum(map(math.prod, shapes.values())), weights, weights_bytes, made.width,

@@ -177,7 +177,7 @@ def test_answers_of_adapters_and_of_their_base_are_the_reference_engines(backend
     expected = run(adapted(engine_on(load_kernels("cpu"), model), model[0]), works)
     plain = run(engine_on(load_kernels("cpu"), model), some_works(model[0].vocab_size))
     alike = {name for name in plain.tokens if expected.tokens[name] == plain.tokens[name]}
-    assert {work.id for work in works if not work.adapter} <= alike < {*plain.tokens}
+    assert {work.id for work in works if not work.params.adapter} <= alike < {*plain.tokens}
     engine = adapted(cuda_engine(backend, model, monkeypatch), model[0])
     same_answers(expected, answers(engine, works, [0, 2, 2, 5, 9, 9, 14]))
     same_answers(expected, answers(engine, works[1:2]))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from chatlm.worker.arrays.rotary import Rope
-from chatlm.worker.model.blocks.attention import Attention, HeadNorms, Scores
+from chatlm.worker.model.blocks.attention import Attention, HeadNorms
 from chatlm.worker.model.blocks.experts import Experts, Router
 from chatlm.worker.model.blocks.feed_forward import FeedForward
 from chatlm.worker.model.blocks.input import Input

@@ -27,7 +27,7 @@ from chatlm.worker.engine.keeper import Keeper, Reader
 from chatlm.worker.engine.kept import KeptPages, checksum
 from chatlm.worker.engine.states import StatePool
 from chatlm.worker.engine.warm_up import warm_up
-from chatlm.worker.model import spec
+from chatlm.worker.model import pages as model_pages
 from chatlm.worker.model.pages import KvType
 from chatlm.worker.process import keep_prefixes
 from chatlm.worker.weights.digest import arithmetic_of, files_of, fingerprint_of, profile_of, whole_digest
@@ -677,7 +677,7 @@ def test_what_is_no_file_of_a_store_is_left_alone(tmp_path, memory, caplog):
 @pytest.mark.parametrize("groups", [17, 33, 66])
 @torch.inference_mode()
 def test_a_model_with_many_groups_of_layers_keeps_and_restores_its_pages(tmp_path, memory, monkeypatch, groups):
-    monkeypatch.setattr(spec, "MOST_GROUPS", groups - 1)
+    monkeypatch.setattr(model_pages, "MOST_GROUPS", groups - 1)
     layers = 32 if groups == 17 else groups - 1
     folder = save(make_model("gemma3", num_hidden_layers=layers, layer_types=["sliding_attention"] * (layers - 1) + ["full_attention"]), tmp_path)
     def made():

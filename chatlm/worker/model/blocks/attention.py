@@ -151,29 +151,11 @@ class Attention(Block):
         return found | (self.embed.scratch(self.values) if self.embed else {})
 
     def compute(self, s: Step, read: Read, to: Sum):
-        k, b, inputs = s.k, s.b, s.inputs
-        q = b.of("q", self.queries)                                    # (T, H * D)
-        attended = b.of("attended", self.heads * self.value_size)      # (T, H * Dv)
-
-        qkv = self.project(s, read)                                    # (T, rows)
-        options = self.embed.compute(s, read) if self.embed else {}
-        if self.norms and self.norms.whole:
-            self.norm_whole(s, qkv)
-        k.rope_append(qkv, *s.rope, inputs.turns, inputs.slots, s.cache, out=q, **self.norm_options(s),
-                      **options, **self.rope_options)
-        if s.q_scale is not None:
-            k.scale_rows(q, s.q_scale, inputs.positions, out=q)
-        if s.pauses:
-            k.pause()
-        if self.scores.sees == "text":
-            distances = {"distances": s.distances} if self.scores.distances else {}
-            k.text_attention(q, s.cache, inputs.attention, self.window, out=attended, **distances)
-        else:
-            two_sided = {"two_sided": True} if self.scores.sees == "pictures" else {}
-            k.paged_attention(q, s.cache, inputs.attention, self.window, out=attended,
-                              softcap=self.scores.softcap, sinks=s.w.get("sinks"), **two_sided)
+        qkv = self.project(s, read)            # (T, rows)
+        q = self.turn(s, read, qkv)            # (T, H * D)
+        attended = self.attend(s, q)           # (T, H * Dv)
         if self.gated:
-            k.gate(attended, b.of("gates", self.queries), out=attended)
+            s.k.gate(attended, s.b.of("gates", self.queries), out=attended)
         to.product(s, attended, "output")
 
     def project(self, s: Step, read: Read):
@@ -187,6 +169,33 @@ class Attention(Block):
         s.product(read, "qkv", both, bias=bias)
         s.k.split_gates(both, self.head_size, gates=b.of("gates", self.queries), out=qkv)
         return qkv
+
+    def turn(self, s: Step, read: Read, qkv):
+        """q, normed and turned by its position; new keys and values go to the layer's pages."""
+        k, inputs, q = s.k, s.inputs, s.b.of("q", self.queries)
+        embed = self.embed.compute(s, read) if self.embed else {}
+        if self.norms and self.norms.whole:
+            self.norm_whole(s, qkv)
+        k.rope_append(qkv, *s.rope, inputs.turns, inputs.slots, s.cache, out=q, **self.norm_options(s),
+                      **embed, **self.rope_options)
+        if s.q_scale is not None:
+            k.scale_rows(q, s.q_scale, inputs.positions, out=q)
+        return q
+
+    def attend(self, s: Step, q):
+        """softmax(q k^T / sqrt(D)) v, of the keys and values in the pages."""
+        k, plan, scores = s.k, s.inputs.attention, self.scores
+        out = s.b.of("attended", self.heads * self.value_size)
+        if s.pauses:
+            k.pause()
+        if scores.sees == "text":
+            distances = {"distances": s.distances} if scores.distances else {}
+            k.text_attention(q, s.cache, plan, scores.window, out=out, **distances)
+            return out
+        two_sided = {"two_sided": True} if scores.sees == "pictures" else {}
+        k.paged_attention(q, s.cache, plan, scores.window, out=out, softcap=scores.softcap,
+                          sinks=s.w.get("sinks"), **two_sided)
+        return out
 
     def norm_whole(self, s: Step, qkv):
         """Norm q and k, each over all heads of all ranks."""
