@@ -65,8 +65,8 @@ class Chain:
         self.program, self.calls, self.floats = Program(T, R), [], {}
         self.faults: dict[str, str] = {}        # by op: "" = as the reference
         self.adapters: list[dict[str, Changed]] = [{}, {}]
-        self.spec = script.ModelSpec(vocab_size=200, layers=1, width=768, heads=4, kv_heads=2, head_size=HEAD_SIZE,
-                                     ffn_size=512, max_positions=PAGES * script.PAGE_SIZE)
+        self.spec = script.plain_sizes(vocab_size=200, layers=1, width=768, heads=4, kv_heads=2, head_size=HEAD_SIZE,
+                                       ffn_size=512, max_positions=PAGES * script.PAGE_SIZE)
 
     def call(self, name: str, *arguments: Any, width: int, rows: int = T, label: str = "", **options: Any):
         """Record an op with a new output of this many columns, and return the output."""

@@ -39,7 +39,7 @@ place.
 
 `check(script, threads, say)` proves and measures every op that can run here: see report.py.
 
-`spec` is chat_server's ModelSpec. `script` holds what this package uses of chat_server (`for_decode_core` in
+`spec` is chat_server's CoreSizes. `script` holds what this package uses of chat_server (`for_decode_core` in
 chatlm/worker/model/kernels.py): nothing of chatlm is imported here. torch is imported with a backend,
 not with this package.
 """

@@ -63,7 +63,7 @@ def read_bandwidth(size: int = 256 << 20) -> float:
 
 def time_cpu(script: SimpleNamespace) -> Iterator[Timed]:
     for sizes in (SMALL, LARGE):
-        spec = script.ModelSpec(**sizes)
+        spec = script.plain_sizes(**sizes)
         yield from time_row_ops(spec, script)
         yield time_attention(spec, script)
         yield time_attention(spec, script, packed=True)

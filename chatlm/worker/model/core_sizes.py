@@ -54,22 +54,22 @@ class CoreSizes:
     mixers: tuple[Any, ...]       # (): all layers attend
     by_layer: tuple[Attention | Mla | None, ...]
 
-    @staticmethod
-    def plain(vocab_size: int, layers: int, width: int, heads: int, kv_heads: int, head_size: int,
-              ffn_size: int, max_positions: int, experts: int = 0, experts_per_token: int = 0) -> CoreSizes:
-        """Of a model like Llama, or with experts: decode_core proves and times its kernels by them."""
-        norm = RmsNorm(1e-5)
-        attention = Attention(heads, kv_heads, head_size, head_size, Rope(head_size))
-        feed = Experts(experts, ffn_size, Router(experts_per_token)) if experts else FeedForward(ffn_size)
-        layer = Layer(attention, feed, norm, norm)
-        return core_sizes(Model(vocab_size, width, max_positions, Input(), (layer,) * layers, norm, LmHead()))
-
     def attention(self, layer: int) -> Attention | Mla:
         """How a layer attends, or the first that does."""
         return self.by_layer[layer] or next(attn for attn in self.by_layer if attn)
 
     def rope(self, layer: int) -> Rope:
         return self.attention(layer).rope
+
+
+def plain_sizes(vocab_size: int, layers: int, width: int, heads: int, kv_heads: int, head_size: int,
+                ffn_size: int, max_positions: int, experts: int = 0, experts_per_token: int = 0) -> CoreSizes:
+    """Those of a model like Llama, or with experts: decode_core proves and times its kernels by them."""
+    norm = RmsNorm(1e-5)
+    attention = Attention(heads, kv_heads, head_size, head_size, Rope(head_size))
+    feed = Experts(experts, ffn_size, Router(experts_per_token)) if experts else FeedForward(ffn_size)
+    layer = Layer(attention, feed, norm, norm)
+    return core_sizes(Model(vocab_size, width, max_positions, Input(), (layer,) * layers, norm, LmHead()))
 
 
 NO_ATTENTION = Attention(0, 0, 0, 0, Rope(0))

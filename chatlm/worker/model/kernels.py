@@ -38,7 +38,7 @@ from chatlm.worker.model.blocks.input import Input
 from chatlm.worker.model.blocks.mixers import DeltaRule, Mamba2, ShortConv
 from chatlm.worker.model.blocks.mla import Mla
 from chatlm.worker.model.blocks.norms import LayerNorm
-from chatlm.worker.model.core_sizes import CoreSizes, core_sizes
+from chatlm.worker.model.core_sizes import core_sizes, plain_sizes
 from chatlm.worker.model.pages import KvType
 from chatlm.worker.model.tensors import TILE_ROWS
 from chatlm.worker.ops.rows import SampleRow
@@ -412,7 +412,7 @@ def for_decode_core() -> ForDecodeCore:
         PAGE_SIZE=PAGE_SIZE, OPS=OPS, as_kind=as_kind, of_kind=of_kind, mapped_zeros=mapped_zeros,
         own_threads=own_threads,        token_places=token_places, dequantized=dequantized,
         dequantize=dequantize, unpermute_rope=unpermute_rope,
-        ModelSpec=CoreSizes.plain, DeltaRule=DeltaRule, Mamba2=Mamba2, Norm=Norm,
+        plain_sizes=plain_sizes, DeltaRule=DeltaRule, Mamba2=Mamba2, Norm=Norm,
         Sequences=Sequences, SampleRow=SampleRow, SamplingParams=SamplingParams,
         RowAdapters=RowAdapters, EagerSteps=EagerSteps, ConfigError=ConfigError)
 
