@@ -1,4 +1,4 @@
-// Linear attention that corrects what a key is bound to: chatlm/worker/model/spec.py's DeltaRule, chatlm/worker/ops/mixers.py's
+// Linear attention that corrects what a key is bound to: chatlm/worker/model/blocks/mixers.py's DeltaRule, chatlm/worker/ops/mixers.py's
 // delta_rule_reference.
 #pragma once
 

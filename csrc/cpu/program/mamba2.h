@@ -1,4 +1,4 @@
-// A state space that decays by the token: chatlm/worker/model/spec.py's Mamba2, chatlm/worker/ops/mixers.py's mamba2_reference.
+// A state space that decays by the token: chatlm/worker/model/blocks/mixers.py's Mamba2, chatlm/worker/ops/mixers.py's mamba2_reference.
 //
 //     convolve    (columns) u = silu of the convolution of p; step_run.cpp
 //     mamba2      (heads) y = S C + skip * v, times silu(z)
