@@ -17,6 +17,7 @@ import chat_server as cs
 from chatlm.common import core
 from chatlm.common.errors import ConfigError
 from chatlm.common.seam import seam_digest
+from chatlm.worker.model.core_sizes import core_sizes
 from chatlm.worker.model.kernels import Backend, EagerSteps, Steps, choose_backend, for_decode_core, load_kernels
 from chatlm.worker.weights.model_of import model_of
 from chatlm.worker.weights.recipe import ModelSpec
@@ -52,7 +53,8 @@ def test_a_backend_has_what_the_references_backend_has():
     from decode_core.cpu_backend import CpuBackend
     from decode_core.cuda_backend import CudaBackend
     names = {name for name in vars(Backend("cpu")) | vars(Backend) if not name.startswith("__")}
-    for backend in (CpuBackend(SPEC, for_decode_core()), CudaBackend(SPEC, for_decode_core(), None)):
+    sizes = core_sizes(model_of(SPEC))
+    for backend in (CpuBackend(sizes, for_decode_core()), CudaBackend(sizes, for_decode_core(), None)):
         assert [name for name in names if not hasattr(backend, name)] == []
         steps = {name for name in vars(EagerSteps) if not name.startswith("__")}
         kind = backend.make_steps.__annotations__["return"]
