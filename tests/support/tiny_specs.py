@@ -9,12 +9,14 @@ from pathlib import Path
 import encoders
 import nomic_experts
 from chatlm.common.errors import ConfigError
+from chatlm.worker.arrays.rotary import Rope
+from chatlm.worker.model.blocks.norms import LayerNorm
 from chatlm.worker.weights.draft_heads import head_spec
 from chatlm.worker.weights.huggingface import hf_spec
 from chatlm.worker.weights.model_of import model_of
 from chatlm.worker.weights.nanochat import GENERATIONS, nanochat_spec
-from chatlm.worker.weights.recipe import Attention, ModelSpec
 from chatlm.worker.weights.shards import layers_of, refuse_ranks
+from chatlm.worker.weights.towers import gemma4_layer, siglip_layer, tower_recipe
 from families import GROWING, MODELS, tiny_config
 
 ODD = {1, 2, 3, 5, 8, 10, 17, 18, 20, 24, 40, 48}
@@ -72,13 +74,12 @@ def encoder_spec(name):
 
 def tower_spec(clamped=None):
     """The tower of Gemma 4, or if `clamped` is None one like SigLIP's."""
-    sizes = dict(vocab_size=0, layers=2, width=64, heads=4, head_size=16, ffn_size=96, max_positions=64, of_texts=True, opens=False)
     if clamped is None:
-        return ModelSpec(**sizes, kv_heads=4, norm_eps=1e-6, layer_norms=True, norm_biases=True, qkv_bias=True, output_bias=True, ffn_bias=True,
-                         rope_size=0, activation="gelu_tanh")
-    attends = Attention(4, 2, 16, rope_base=100.0, q_scale=4.0, value_norm=True)
-    return ModelSpec(**sizes, kv_heads=2, post_norms=True, rope_base=100.0, qk_norm="before_rope", qk_norm_weights=True, activation="geglu",
-                     attentions=(attends, attends), clamped=clamped)
+        norm = LayerNorm(1e-6, bias=True)
+        layer = siglip_layer(4, 16, 96, norm, "gelu_tanh", Rope(0))
+        return tower_recipe(64, 4, 4, 16, 96, 64, (layer, layer), norm)
+    layer = gemma4_layer(4, 2, 16, 96, 1e-5, 100.0, clamped)
+    return tower_recipe(64, 4, 2, 16, 96, 64, (layer, layer), layer.ffn_norm)
 
 
 SIGHT = {       # family -> what differs where it sees

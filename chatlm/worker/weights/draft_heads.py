@@ -44,7 +44,7 @@ def head_spec(spec: ModelSpec, dense: bool) -> ModelSpec:
     """The spec of a model's draft head. dense: its layer has no experts, although the model has."""
     layer = next(l for l, attn in enumerate(model_of(spec).by_layer) if attn)
     return replace(spec, layers=1, mixers=(), attentions=(spec.attention(layer),) if spec.attentions else (),
-                   dense_layers=(0,) if dense else (), opens=False, joins=True)
+                   dense_layers=(0,) if dense else (), joins=True)
 
 
 def draft_head_of(settings: Settings, path: Path, make: Callable[[], LoadedModel | None]

@@ -19,7 +19,6 @@ from chatlm.worker.weights import qwen_towers
 from chatlm.worker.weights.assemble import check_names_and_shapes
 from chatlm.worker.weights.gguf import file_shape, gguf_tensors, readable
 from chatlm.worker.weights.gguf_file import check_gguf_types, read_gguf_file
-from chatlm.worker.weights.model_of import model_of
 from chatlm.worker.weights.rules import Rule, check_divides, checked
 from chatlm.worker.weights.towers import CLAMPS, FILE_TOWERS, clamps_of
 from chatlm.worker.weights.vision import SECTIONS, by_color, by_halves, tower_sources, unstored
@@ -127,7 +126,7 @@ def file_tensors(path: Path, settings: Settings, loaded: LoadedModel, device: st
     own = family.own(eyes, loaded.spec.width)
     layers = {name: source for name, source in sources.items() if name not in own}
     tensors: dict[str, Any] = dict(gguf_tensors(path, settings, spec, layers, stored, loaded.dtype,
-                                               choose_backend(device, model_of(spec)), False, False))
+                                               choose_backend(device, eyes.architecture), False, False))
     for ours, shape in own.items():
         [name] = family.file_names[ours]
         shape = shape[::-1] if name in turned else shape
@@ -145,4 +144,4 @@ def file_tensors(path: Path, settings: Settings, loaded: LoadedModel, device: st
             (len(data), form[-1]), [(second._replace(data=data), None)], "float32").reshape(form)
     if len(form) == 4:
         tensors["patch"] = by_color(tensors["patch"])
-    return tensors | unstored(eyes) | clamps_of(path, family.file_names, spec, numbers)
+    return tensors | unstored(eyes) | clamps_of(path, family.file_names, eyes.architecture, numbers)

@@ -28,10 +28,12 @@ def model_of(recipe: ModelSpec) -> Model:
     if not recipe.of_texts:
         keeps = any(isinstance(extra, Keep) for layer in layers for extra in layer.after)
         head = LmHead(recipe.tied_head, recipe.head_bias, recipe.logit_scale, recipe.softcap, backout=keeps)
+    norm = recipe.own_norm
+    if norm is None and not recipe.sum_norms:
+        norm = norm_of(recipe, stream_eps(recipe))
     model = Model(
         recipe.vocab_size, recipe.width, recipe.max_positions, recipe.own_input or input_of(recipe), layers,
-        None if recipe.sum_norms else norm_of(recipe, stream_eps(recipe)), head,
-        recipe.answer_positions, recipe.of_texts, recipe.embeds,
+        norm, head, recipe.answer_positions, recipe.of_texts, recipe.embeds,
         distances=recipe.heads if recipe.distance_buckets else 0, rope_axes=recipe.rope_axes,
         residual_scale=recipe.residual_scale)
     return with_sight(model, recipe) if recipe.sees else model
@@ -62,13 +64,13 @@ def stream_eps(recipe: ModelSpec) -> float:
 def norm_of(recipe: ModelSpec, eps: float) -> AnyNorm:
     if recipe.layer_norms:
         return LayerNorm(eps, recipe.norm_biases)
-    return RmsNorm(eps, recipe.norm_weights, apart=recipe.clamped)
+    return RmsNorm(eps, recipe.norm_weights)
 
 
 def input_of(recipe: ModelSpec) -> Input | Join | None:
     if recipe.joins:
         return Join(RmsNorm(stream_eps(recipe)))
-    if not recipe.opens:
+    if not recipe.vocab_size:
         return None
     norm = None
     if recipe.input_norm:
@@ -92,8 +94,7 @@ def layer_of(recipe: ModelSpec, layer: int) -> Layer:
         mixer, feed,
         attention_norm=before if mixer and (layer > 0 or recipe.first_norm) else None,
         ffn_norm=before if feed and not recipe.one_norm else None,
-        output_norm=after, down_norm=after, norms_of_sums=recipe.sum_norms, feed_reads=reads,
-        clamped=recipe.clamped)
+        output_norm=after, down_norm=after, norms_of_sums=recipe.sum_norms, feed_reads=reads)
 
 
 def mixer_of(recipe: ModelSpec, layer: int) -> Attention | Mixer | None:
@@ -117,7 +118,7 @@ def attention_of(recipe: ModelSpec, layer: int) -> Attention:
     biases = {"qkv": recipe.qkv_bias, "output": recipe.output_bias}
     return Attention(
         attn.heads, attn.kv_heads, attn.head_size, attn.head_size, recipe.rope(layer), scores,
-        None if when == "none" else norms, attn.value_norm, gated=recipe.output_gate,
+        None if when == "none" else norms, gated=recipe.output_gate,
         biases=tuple(name for name, has_bias in biases.items() if has_bias))
 
 
@@ -126,7 +127,7 @@ def feed_of(recipe: ModelSpec, layer: int) -> FeedForward | Experts | None:
         return None
     if not recipe.experts or layer in recipe.dense_layers:
         width = recipe.dense_size if recipe.experts else recipe.ffn_size
-        return FeedForward(width, recipe.activation, recipe.ffn_bias, apart=recipe.clamped)
+        return FeedForward(width, recipe.activation, recipe.ffn_bias)
     shared = FeedForward(recipe.shared_size, recipe.activation, prefix="shared_")
     return Experts(
         recipe.experts, recipe.ffn_size, router_of(recipe), recipe.activation,

@@ -59,8 +59,7 @@ def qwen_eyes(said: Said, model: ModelSpec, spec: ModelSpec, patch: int, shuffle
     # sides are rounded up from the fewest, and the longest picture is at least one row high
     longest = 1 + max(2 * fewest + 1, math.isqrt(side * fewest), min(math.isqrt(side * most), side // unit))
     vision = Vision("qwen3vl", model.vocab_size, MARKER, 0, most, unit=unit, fewest=fewest)
-    spec = replace(spec, rope_size=None, rope_base=10_000.0,
-                   max_positions=max(most, longest) * shuffle**2)
+    spec = replace(spec, max_positions=max(most, longest) * shuffle**2)
     return eyes_of(vision, spec, {}, patch, shuffle, "bicubic", mean, std, "merger", "bilinear",
                 "by_row_and_column", most=longest, hidden=spec.width * shuffle**2, grid=grid, deep=deep,
                 axes=said.sections())
@@ -74,7 +73,8 @@ def qwen_of_folder(said: Said, model: ModelSpec) -> Eyes:
     spec = siglip(
         said, said.tower("hidden_size", CHANNELS, 1152), said.tower("depth", LAYERS, 27),
         said.tower("num_heads", HEADS, 16), said.tower("intermediate_size", CHANNELS, 4304), 1, EPS,
-        ACTIVATIONS[said.tower("hidden_act", Rule(str, choices=tuple(ACTIVATIONS)), "gelu_pytorch_tanh")])
+        ACTIVATIONS[said.tower("hidden_act", Rule(str, choices=tuple(ACTIVATIONS)), "gelu_pytorch_tanh")],
+        rotates=True)
     area = Rule(int, 1, 1 << 40)
     pixels = (said.picture("size.shortest_edge", area, said.picture("min_pixels", area, 65_536)),
               said.picture("size.longest_edge", area, said.picture("max_pixels", area, 16_777_216)))
@@ -88,7 +88,7 @@ def qwen_of_file(said: Said, model: ModelSpec) -> Eyes:
     flags = said.tower("is_deepstack_layers", Rule(bool, many=True), [])
     area = Rule(int, 1, 1 << 40)
     pixels = said.picture("image_min_pixels", area, 65_536), said.picture("image_max_pixels", area, 1 << 24)
-    return qwen_eyes(said, model, siglip_of_file(said, 1), patch,
+    return qwen_eyes(said, model, siglip_of_file(said, 1, rotates=True), patch,
                      said.tower("spatial_merge_size", Rule(int, 1, 64), 2), (side // patch)**2,
                      tuple(layer for layer, flag in enumerate(flags) if flag), pixels)
 

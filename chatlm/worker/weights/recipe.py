@@ -9,6 +9,7 @@ from chatlm.worker.arrays.rotary import Rope
 from chatlm.worker.model.blocks.input import Input
 from chatlm.worker.model.blocks.layer import Layer
 from chatlm.worker.model.blocks.mixers import DeltaRule, Mamba2, ShortConv
+from chatlm.worker.model.blocks.norms import AnyNorm
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,6 @@ class Attention:
     rope_factors: tuple[float, ...] | None = None  # divides each of the rope_size/2 frequencies; inf stops it
     rope_scale: float = 1.0           # multiplies cos and sin (yarn, longrope)
     q_scale: float = 1.0              # multiplies q, in addition to 1 / sqrt(D)
-    value_norm: bool = False          # RMS norm (without weight) of each head of v
 
 
 Shapes = dict[str, tuple[int, ...]]
@@ -50,7 +50,7 @@ class ModelSpec:
     Sizes by letter: V vocab_size, L layers, C width, H heads, Hkv kv_heads, D head_size, F ffn_size.
     The loader crops padded vocabularies to V rows and un-permutes interleaved rotary pairs to half-split."""
 
-    vocab_size: int
+    vocab_size: int                   # 0: a tower, whose input others compute
     layers: int
     width: int
     heads: int
@@ -126,13 +126,11 @@ class ModelSpec:
     rope_axes: tuple[int, ...] = ()   # how many pairs turn by a picture's time, row and column, interleaved
     two_sided: str = ""               # layers in which rows of a picture see all of its rows: "all" of them,
                                       # those with "windows", or none
-    clamped: bool = False             # of a tower: what products read and give is bounded, see Clamps; gate
-                                      # and up are products of their own
     picture_pad: int | None = None    # of rows of pictures, layers get the inputs of this token: a step's
                                       # previous_token_ids are then it in such rows, elsewhere V
     own_layers: tuple[Layer, ...] = ()  # what a family of another structure has built itself: then the fields
-    own_input: Input | None = None    # say nothing of layers, or of the input
-    opens: bool = True                # False: a tower or a draft head, whose input others compute
+    own_input: Input | None = None    # say nothing of layers, of the input
+    own_norm: AnyNorm | None = None   # or of the last norm
 
     def attention(self, layer: int) -> Attention:
         """How a layer attends, if it has no mixer: from `attentions`, else from the spec's own fields."""

@@ -13,14 +13,21 @@ import numpy
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import ConfigError
 from chatlm.common.messages.requests import Vision
+from chatlm.worker.arrays.rotary import Rope
+from chatlm.worker.model.blocks.attention import Attention, HeadNorms, Scores
 from chatlm.worker.model.blocks.clamps import MOST
+from chatlm.worker.model.blocks.feed_forward import FeedForward
+from chatlm.worker.model.blocks.layer import Layer
+from chatlm.worker.model.blocks.norms import LayerNorm, RmsNorm
 from chatlm.worker.model.tower import Eyes
 from chatlm.worker.weights.layernorms import ACTIVATIONS, both
 from chatlm.worker.weights.model_of import model_of
-from chatlm.worker.weights.recipe import Attention, ModelSpec
+from chatlm.worker.weights.recipe import ModelSpec
 from chatlm.worker.weights.rules import MOST_CHANNELS, MOST_HEADS, MOST_LAYERS, ROPE_BASE, Rule
 
 if TYPE_CHECKING:
+    from chatlm.worker.model.blocks.model import Model
+    from chatlm.worker.model.blocks.norms import AnyNorm
     from chatlm.worker.weights.recipe import Shapes
 
 
@@ -92,14 +99,31 @@ SIGLIP_FILE = both({
     for ending, part in (("", "weight"), ("_bias", "bias"))} | {"places": ("v.position_embd.weight",)}
 
 
+def tower_recipe(width: int, heads: int, kv_heads: int, head_size: int, ffn_size: int, patches: int,
+                 layers: tuple[Layer, ...], norm: AnyNorm) -> ModelSpec:
+    """The recipe of a tower that has built its layers. norm: the last one, after these."""
+    return ModelSpec(0, len(layers), width, heads, kv_heads, head_size, ffn_size, patches, of_texts=True,
+                     own_layers=layers, own_norm=norm)
+
+
 def siglip(said: Said, width: int, layers: int, heads: int, ffn_size: int, patches: int, eps: float,
-           activation: str) -> ModelSpec:
-    """LayerNorms before each block, everything with a bias, every patch sees all others."""
+           activation: str, rotates: bool = False) -> ModelSpec:
+    """rotates: heads turn by the place of their patch."""
     said.divides("the tower's width", width, heads)
-    return ModelSpec(
-        0, layers, width, heads, heads, width // heads, ffn_size, patches, norm_eps=eps, layer_norms=True,
-        norm_biases=True, of_texts=True, qkv_bias=True, output_bias=True, ffn_bias=True, rope_size=0,
-        activation=activation, opens=False)
+    size = width // heads
+    norm = LayerNorm(eps, bias=True)
+    layer = siglip_layer(heads, size, ffn_size, norm, activation, Rope(size if rotates else 0))
+    return tower_recipe(width, heads, heads, size, ffn_size, patches, (layer,) * layers, norm)
+
+
+def siglip_layer(heads: int, head_size: int, ffn_size: int, norm: LayerNorm, activation: str,
+                 rope: Rope) -> Layer:
+    """LayerNorms before each block, everything with a bias, every patch sees all others (Zhai et al.,
+    "Sigmoid Loss for Language Image Pre-Training", 2023)."""
+    attention = Attention(heads, heads, head_size, head_size, rope, Scores(sees="text"),
+                          biases=("qkv", "output"))
+    feed = FeedForward(ffn_size, activation, biased=True)
+    return Layer(attention, feed, attention_norm=norm, ffn_norm=norm)
 
 
 def siglip_of_folder(said: Said, patches: int, width: int, layers: int, heads: int) -> ModelSpec:
@@ -112,11 +136,11 @@ def siglip_of_folder(said: Said, patches: int, width: int, layers: int, heads: i
         ACTIVATIONS[said.tower("hidden_act", Rule(str, choices=tuple(ACTIVATIONS)), "gelu_pytorch_tanh")])
 
 
-def siglip_of_file(said: Said, patches: int) -> ModelSpec:
+def siglip_of_file(said: Said, patches: int, rotates: bool = False) -> ModelSpec:
     return siglip(
         said, said.tower("embedding_length", CHANNELS), said.tower("block_count", LAYERS),
         said.tower("attention.head_count", HEADS), said.tower("feed_forward_length", CHANNELS), patches,
-        said.tower("attention.layer_norm_epsilon", Rule(float, 0, 1)), "gelu_tanh")
+        said.tower("attention.layer_norm_epsilon", Rule(float, 0, 1)), "gelu_tanh", rotates)
 
 
 def colors(said: Said) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -313,15 +337,28 @@ def gemma4_vision(said: Said, model: ModelSpec, unit: int, two_sided: bool) -> V
 
 def gemma4_spec(said: Said, patches: int, width: int, layers: int, heads: tuple[int, int, int], ffn_size: int,
                 eps: float, base: float, clamped: bool) -> ModelSpec:
-    """heads: of queries, of keys, and their size. Norms before and after each block, of q, k and v."""
+    """heads: of queries, of keys, and their size. base: of the heads' rotation by places."""
     count, kv_heads, size = heads
     said.divides("the number of heads", count, kv_heads)
     said.divides("the size of heads", size, 4)
-    attention = Attention(count, kv_heads, size, rope_base=base, q_scale=size**0.5, value_norm=True)
-    return ModelSpec(
-        0, layers, width, count, kv_heads, size, ffn_size, patches, norm_eps=eps, post_norms=True,
-        of_texts=True, rope_base=base, qk_norm="before_rope", qk_norm_weights=True, activation="geglu",
-        attentions=(attention,) * layers, opens=False, clamped=clamped)
+    layer = gemma4_layer(count, kv_heads, size, ffn_size, eps, base, clamped)
+    norm = RmsNorm(eps, apart=clamped)
+    return tower_recipe(width, count, kv_heads, size, ffn_size, patches, (layer,) * layers, norm)
+
+
+def gemma4_layer(heads: int, kv_heads: int, head_size: int, ffn_size: int, eps: float, base: float,
+                 clamped: bool) -> Layer:
+    """Norms before and after each block, of q, k and v; scores are q k^T without another scale.
+
+    clamped: what products read and give is bounded. Then norms, gate and up are computed apart, since a
+    bound comes before and after each product."""
+    before, after = RmsNorm(eps, apart=clamped), RmsNorm(eps)
+    attention = Attention(
+        heads, kv_heads, head_size, head_size, Rope(head_size, base),
+        Scores(scale=head_size**0.5, sees="text"), HeadNorms("before_rope", eps), value_norm=True)
+    feed = FeedForward(ffn_size, "geglu", apart=clamped)
+    return Layer(attention, feed, attention_norm=before, ffn_norm=before, output_norm=after, down_norm=after,
+                 clamped=clamped)
 
 
 def gemma4_eyes(said: Said, model: ModelSpec, spec: Callable[[int], ModelSpec], patch: int, shuffle: int,
@@ -372,13 +409,13 @@ def gemma4_of_file(said: Said, model: ModelSpec) -> Eyes:
         not (model.own_input and model.own_input.layers), 0)
 
 
-def clamps_of(path: Path, names: Mapping[str, tuple[str, ...]], spec: ModelSpec,
+def clamps_of(path: Path, names: Mapping[str, tuple[str, ...]], model: Model,
               numbers: Mapping[str, float]) -> dict[str, numpy.ndarray]:
     """The clamps of each layer from the numbers of a file, by their names there; none: the largest."""
-    if not spec.clamped:
+    if not any(layer.clamped for layer in model.layers):
         return {}
     found, parts = {}, (*names["qkv"], *(names[part][0] for part in ("output", "gate", "up", "down")))
-    for layer in range(spec.layers):
+    for layer in range(len(model.layers)):
         stems = [re.sub(r"(\.linear)?\.weight$", "", part.format(layer)) for part in parts]
         values = numpy.array([[numbers.get(stem + ending, MOST if ending.endswith("max") else -MOST)
                                for ending in CLAMPS] for stem in stems]).clip(-MOST, MOST)
@@ -402,7 +439,7 @@ GEMMA4 = TowerFamily(GEMMA4_NAMES, GEMMA4_FILE_NAMES, gemma4_own, gemma4_of_fold
 def bare_eyes(said: Said, model: ModelSpec, width: int, patch: int, grid: int, two_sided: bool,
               pad: int) -> Eyes:
     vision = gemma4_vision(said, model, patch, two_sided)
-    spec = ModelSpec(0, 0, width, 1, 1, 16, 16, vision.tokens, of_texts=True, opens=False)
+    spec = ModelSpec(0, 0, width, 1, 1, 16, 16, vision.tokens, of_texts=True)
     return eyes_of(vision, spec, {}, patch, 1, "bicubic", (0.0,) * 3, (1.0,) * 3, "gemma4_bare", "axes",
                 grid=grid, two_sided="windows" * two_sided, pad=pad)
 

@@ -128,7 +128,7 @@ def folder_tensors(folder: Path, settings: Settings, family: TowerFamily, eyes: 
     sources = tower_sources(family, family.names, eyes, width)
     check_names_and_shapes(folder, {name: tuple(tensor.shape) for name, tensor in state.items()}, sources)
     return dict(assembled(folder, settings, sources, state, dtype)) | unstored(eyes) | clamps_of(
-        folder, family.names, eyes.recipe, numbers)
+        folder, family.names, eyes.architecture, numbers)
 
 
 def by_halves(count: int, size: int) -> numpy.ndarray:
