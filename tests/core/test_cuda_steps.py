@@ -22,6 +22,7 @@ from chatlm.common.messages.requests import SamplingParams
 from chatlm.common.text.grammar import json_grammar
 from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.arrays.kinds import AdapterMatrix
+from chatlm.worker.arrays.rotary import Rope
 from chatlm.worker.engine.drafts import Draft
 from chatlm.worker.engine.engine import Engine
 from chatlm.worker.engine.integrity import check_integrity
@@ -31,7 +32,12 @@ from chatlm.worker.engine.scheduler import Scheduler
 from chatlm.worker.engine.sequence import Sequence
 from chatlm.worker.engine.warm_up import warm_up
 from chatlm.worker.model.batch import Batch
+from chatlm.worker.model.blocks.attention import Attention
+from chatlm.worker.model.blocks.experts import Experts, Router
+from chatlm.worker.model.blocks.feed_forward import FeedForward
+from chatlm.worker.model.blocks.layer import Layer
 from chatlm.worker.model.blocks.mixers import DeltaRule, Mamba2, ShortConv
+from chatlm.worker.model.blocks.norms import RmsNorm
 from chatlm.worker.model.kernels import for_decode_core, load_kernels
 from chatlm.worker.model.pages import KvType
 from chatlm.worker.model.transformer import Transformer
@@ -39,7 +45,7 @@ from chatlm.worker.ops.attention import attend_prompt
 from chatlm.worker.ops.rows import SampleRow
 from chatlm.worker.ops.sampling import sample_reference
 from chatlm.worker.weights.model_of import model_of
-from chatlm.worker.weights.recipe import ModelSpec, NoMixer
+from chatlm.worker.weights.recipe import ModelSpec
 from engines import draft_eagerly, load, make_batch, pieces, run, step_pieces, tensors_of
 from generations import GENERATIONS
 from near_tie import assert_same_tokens_or_near_tie
@@ -77,14 +83,17 @@ def llama_like(head_size=16):
     return spec, tensors
 
 
+NORM = RmsNorm(1e-5)
+EXPERTS = Experts(6, 32, Router(2, "sigmoid", sum_to_one=False, choice_bias=True, groups=(3, 2), scale=2.5), "relu2", latent=16,
+                  shared=FeedForward(64, "relu2", prefix="shared_"))
 HYBRIDS = {
     "short convolutions": dict(mixers=(ShortConv(3), None, ShortConv(4, bias=True)), experts=6, experts_per_token=2, ffn_size=32, dense_layers=(0,),
                                dense_size=64, sigmoid_router=True, choice_bias=True, qk_norm="before_rope", qk_norm_weights=True),
     "delta rules": dict(mixers=(DeltaRule(4, 2, 4, 16, 24, alternating=True), None, DeltaRule(3, 2, 4, 16, 24, gates_by_key=True, heads_by_key=True)),
                         output_gate=True, experts=6, experts_per_token=2, ffn_size=32, shared_size=64, shared_gate=True, rope_size=8),
-    "one part each": dict(mixers=(Mamba2(4, 6, 10, 8), NoMixer(), None), bare_layers=(0,), experts=6, experts_per_token=2, ffn_size=32, dense_layers=(2,),
-                          dense_size=64, shared_size=64, activation="relu2", latent_size=16, sigmoid_router=True, choice_bias=True, router_groups=(3, 2),
-                          share_scale=2.5, shares_sum_to_one=False, rope_size=0),
+    "one part each": dict(own_layers=(
+        Layer(Mamba2(4, 6, 10, 8), None, attention_norm=NORM), Layer(None, EXPERTS, ffn_norm=NORM),
+        Layer(Attention(6, 2, 16, 16, Rope(0)), FeedForward(64, "relu2"), attention_norm=NORM, ffn_norm=NORM))),
     "mamba": dict(mixers=(Mamba2(4, 6, 10, 8), Mamba2(3, 4, 16, 8, groups=2, taps_bias=False), None), rope_size=0)}
 
 

@@ -17,7 +17,7 @@ from chatlm.worker.arrays.gguf_types import TYPES, block_of
 from chatlm.worker.arrays.kinds import FLOATS, as_kind, contiguous, floats, item_bytes, joined, kind_of
 from chatlm.worker.arrays.packed import RopePairs, dequantized
 from chatlm.worker.model.blocks.attention import Attention
-from chatlm.worker.model.blocks.mixers import DeltaRule
+from chatlm.worker.model.blocks.mixers import DeltaRule, Mixer
 from chatlm.worker.model.tensors import TILE_ROWS, Cut, MappedRows, Unread
 from chatlm.worker.weights.files import weight_files
 from chatlm.worker.weights.finite import refuse_faults
@@ -67,7 +67,7 @@ def tensor_sources(spec: ModelSpec, table: Mapping[str, tuple[str, ...]], padded
             if part in ("qkv", "qkv_bias"):  # a layer may have no k or v of its own
                 rows = qkv_rows(model.layers[int(layer)].mixer)
                 theirs = theirs[:len(rows)]
-            mixer = spec.mixers[int(layer)] if layer and spec.mixers else None
+            mixer = model.layers[int(layer)].mixer if layer else None
             if part in ("gate_up", "gate_up_bias", "shared_gate_up"):
                 rows = (shape[0] // 2,) * 2
             if isinstance(mixer, DeltaRule) and part == "mix_in":
@@ -85,7 +85,8 @@ def tensor_sources(spec: ModelSpec, table: Mapping[str, tuple[str, ...]], padded
                 sources[ours] = shape, {theirs[0]: (shape[0] // spec.heads, spec.heads)}
                 continue
             if part == "taps":  # flattened, since no product uses it as a matrix
-                size = mixer.size if mixer else 1
+                assert isinstance(mixer, Mixer)
+                size = mixer.size
                 sources[ours] = shape, {theirs[0].format(layer): (shape[0] // size, size)}
                 continue
             rows = rows if len(rows) == len(theirs) else shape[:1]  # phi3 has one tensor for all

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple, TYPE_CHECKING
 import numpy
 
 from chatlm.worker.arrays.kinds import floats
-from chatlm.worker.weights.recipe import Mixer, ModelSpec
+from chatlm.worker.weights.recipe import ModelSpec
 from chatlm.worker.weights.rules import LAYER_TYPES, Rule
 
 if TYPE_CHECKING:
     from chatlm.worker.model.blocks.input import Input
     from chatlm.worker.model.blocks.layer import Layer
+    from chatlm.worker.model.blocks.mixers import Mixer
     from chatlm.worker.weights.lora import FileSlice
 
 
@@ -89,7 +90,8 @@ class Family(NamedTuple):
     activations: Mapping[str, str] = GATED  # hidden_act -> ModelSpec's activation
     interleaved: bool = False  # rotary pairs are adjacent, in a folder too
     needed: tuple[str, ...] = ()  # keys without which transformers would run another model
-    mixers: Mapping[str, Callable[[Path, Mapping], Mixer]] = {}  # layer types besides attention
+    # layer types besides attention; None: `layers` knows what they have instead
+    mixers: Mapping[str, Callable[[Path, Mapping], Mixer | None]] = {}
     aliases: dict[str, str] = {}  # its own keys -> the keys they replace
     # a config.json in the terms of `config`, where a family's own has others
     restated: Callable[[Path, Mapping], Mapping] = lambda path, raw: raw
@@ -114,9 +116,9 @@ class Family(NamedTuple):
         return {called: at for name, at in slices.items() for called in self.in_adapters(spec, name)}
 
     def with_own_blocks(self, path: Path, config: Mapping, recipe: ModelSpec) -> ModelSpec:
-        """The recipe with what the family builds itself."""
+        """The recipe with what the family builds itself; its own layers have taken over the mixers."""
         if self.layers:
-            recipe = replace(recipe, own_layers=self.layers(path, config, recipe))
+            recipe = replace(recipe, own_layers=self.layers(path, config, recipe), mixers=())
         if self.input:
             recipe = replace(recipe, own_input=self.input(path, config, recipe))
         return recipe

@@ -301,6 +301,7 @@ def gguf_slices(spec: ModelSpec, family: str, names: Mapping[str, tuple],
                 sources: Sources) -> dict[str, list[FileSlice]]:
     """Where a GGUF file stores the matrices of the model's folder; `names` is like HF_TENSORS."""
     table, ordered = FAMILIES[family].all_tensors, FAMILIES[family].ordered
+    layers = model_of(spec).layers
     slices = {name: [FileSlice(name)] for name in unread_keys(spec)}
     shapes = file_shapes(sources)
     for ours in sources:
@@ -309,7 +310,7 @@ def gguf_slices(spec: ModelSpec, family: str, names: Mapping[str, tuple],
                        for names_of in (table, names))
         if part == "layer_embed":  # it stays in its file
             continue
-        mixer = spec.mixers[int(layer)] if layer and spec.mixers else None
+        mixer = layers[int(layer)].mixer if layer else None
         if isinstance(mixer, DeltaRule) and part in ("mix_in", "mix_out"):
             slices |= linear_slices(mixer, theirs, own)
         else:

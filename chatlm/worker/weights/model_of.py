@@ -16,7 +16,6 @@ from chatlm.worker.model.blocks.lm_head import LmHead
 from chatlm.worker.model.blocks.mixers import Mixer, ShortConv
 from chatlm.worker.model.blocks.model import Model
 from chatlm.worker.model.blocks.norms import AnyNorm, LayerNorm, RmsNorm
-from chatlm.worker.weights.recipe import NoMixer
 
 if TYPE_CHECKING:
     from chatlm.worker.weights.recipe import ModelSpec
@@ -92,17 +91,15 @@ def layer_of(recipe: ModelSpec, layer: int) -> Layer:
         reads = "mixer's"
     return Layer(
         mixer, feed,
-        attention_norm=before if mixer and (layer > 0 or recipe.first_norm) else None,
-        ffn_norm=before if feed and not recipe.one_norm else None,
+        attention_norm=before if layer > 0 or recipe.first_norm else None,
+        ffn_norm=None if recipe.one_norm else before,
         output_norm=after, down_norm=after, norms_of_sums=recipe.sum_norms, feed_reads=reads)
 
 
-def mixer_of(recipe: ModelSpec, layer: int) -> Attention | Mixer | None:
+def mixer_of(recipe: ModelSpec, layer: int) -> Attention | Mixer:
     mixer = recipe.mixers[layer] if recipe.mixers else None
     if mixer is None:
         return attention_of(recipe, layer)
-    if isinstance(mixer, NoMixer):
-        return None
     if isinstance(mixer, ShortConv):
         return replace(mixer, channels=mixer.channels or recipe.width)
     return replace(mixer, eps=recipe.norm_eps)
@@ -122,17 +119,15 @@ def attention_of(recipe: ModelSpec, layer: int) -> Attention:
         biases=tuple(name for name, has_bias in biases.items() if has_bias))
 
 
-def feed_of(recipe: ModelSpec, layer: int) -> FeedForward | Experts | None:
-    if layer in recipe.bare_layers:
-        return None
+def feed_of(recipe: ModelSpec, layer: int) -> FeedForward | Experts:
     if not recipe.experts or layer in recipe.dense_layers:
         width = recipe.dense_size if recipe.experts else recipe.ffn_size
         return FeedForward(width, recipe.activation, recipe.ffn_bias)
     shared = FeedForward(recipe.shared_size, recipe.activation, prefix="shared_")
     return Experts(
         recipe.experts, recipe.ffn_size, router_of(recipe), recipe.activation,
-        recipe.ffn_bias and not recipe.sum_norms, recipe.latent_size, shared if recipe.shared_size else None,
-        recipe.shared_gate, recipe.experts_bias)
+        recipe.ffn_bias and not recipe.sum_norms, shared=shared if recipe.shared_size else None,
+        shared_gate=recipe.shared_gate, sum_bias=recipe.experts_bias)
 
 
 def router_of(recipe: ModelSpec) -> Router:
@@ -140,4 +135,4 @@ def router_of(recipe: ModelSpec) -> Router:
     if recipe.router_jitter is not None:
         kind = "jitter"
     return Router(recipe.experts_per_token, kind, recipe.shares_sum_to_one, recipe.router_bias,
-                  recipe.choice_bias, recipe.router_groups, recipe.share_scale, recipe.router_jitter or 0.0)
+                  recipe.choice_bias, scale=recipe.share_scale, jitter=recipe.router_jitter or 0.0)

@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError, shown
+from chatlm.worker.model.blocks.experts import Experts, Router
+from chatlm.worker.model.blocks.feed_forward import FeedForward
+from chatlm.worker.model.blocks.layer import Layer
 from chatlm.worker.model.blocks.mixers import Mamba2
+from chatlm.worker.model.blocks.norms import RmsNorm
 from chatlm.worker.weights.family import EXPERTS, Family, Gguf, Header, of_mixer, separate_experts
 from chatlm.worker.weights.granite import NO_LIMITS
-from chatlm.worker.weights.recipe import NoMixer
+from chatlm.worker.weights.model_of import mixer_of
 from chatlm.worker.weights.rules import (
     LAYER_TYPES, MOST_CHANNELS, MOST_EXPERTS, MOST_HEADS, MOST_LAYERS, SHARE_SCALE, Rule, check_divides,
     checked)
@@ -195,8 +199,9 @@ def in_adapters(spec: ModelSpec, name: str) -> tuple[str]:
     if not match:
         return (re.sub(r"^backbone\.", "model.", name),)
     layer, is_fed, is_norm, rest = int(match[1]), match[2] == "mlp", bool(match[3]), match[4]
-    mixes = [not isinstance(mixer, NoMixer) for mixer in spec.mixers]
-    part = sum(mixes[:layer + is_fed]) + sum(number not in spec.bare_layers for number in range(layer))
+    mixers = [each.mixer for each in spec.own_layers[:layer + is_fed] if each.mixer]
+    feeds = [each.feed for each in spec.own_layers[:layer] if each.feed]
+    part = len(mixers) + len(feeds)
     return (f"model.layers.{part}.{'norm' if is_norm else 'mixer'}.{rest}",)
 
 
@@ -221,21 +226,46 @@ def router_groups(path: Path, config: Mapping) -> tuple[int, int]:
     return count, kept
 
 
-def fields_of(path: Path, config: Mapping) -> dict:
-    fields = {"rope_size": 0, "bare_layers": tuple(config["bare_layers"])}
-    return fields if not config["num_experts"] else fields | {
-        "sigmoid_router": True, "choice_bias": True, "router_groups": router_groups(path, config),
-        "share_scale": config["routed_scaling_factor"], "latent_size": config["moe_latent_size"] or 0}
+def blocks_of(path: Path, config: Mapping, recipe: ModelSpec) -> tuple[Layer, ...]:
+    """A layer has a mixer, a feed-forward part, or both, each after a norm."""
+    norm = RmsNorm(recipe.norm_eps)
+    experts = experts_of(path, config, recipe) if recipe.experts else None
+    width = recipe.dense_size if experts else recipe.ffn_size
+    dense = FeedForward(width, recipe.activation, recipe.ffn_bias)
+    layers = []
+    for number, type_ in enumerate(config["layer_types"]):
+        mixer = None if type_ == "none" else mixer_of(recipe, number)
+        feed: FeedForward | Experts | None = experts or dense
+        if number in recipe.dense_layers:
+            feed = dense
+        if number in config["bare_layers"]:
+            feed = None
+        layers.append(Layer(mixer, feed, attention_norm=norm if mixer else None,
+                            ffn_norm=norm if feed else None))
+    return tuple(layers)
+
+
+def experts_of(path: Path, config: Mapping, recipe: ModelSpec) -> Experts:
+    """Experts that a router of sigmoids chooses and that may read and add to a product of x, beside one that
+    reads x itself."""
+    router = Router(recipe.experts_per_token, "sigmoid", recipe.shares_sum_to_one, choice_bias=True,
+                    groups=router_groups(path, config), scale=config["routed_scaling_factor"])
+    shared = None
+    if recipe.shared_size:
+        shared = FeedForward(recipe.shared_size, recipe.activation, prefix="shared_")
+    return Experts(recipe.experts, recipe.ffn_size, router, recipe.activation, biased=recipe.ffn_bias,
+                   latent=config["moe_latent_size"] or 0, shared=shared)
 
 
 FAMILIES = {"nemotron_h": Family(
     "Nemotron-H and Nemotron 3", CONFIG, {}, TENSORS, lambda config, layer: False, keys=KEYS, repack=repack,
     restated=in_pairs, needed=("layer_types",),
-    mixers={"mamba": mamba2_of, "none": lambda path, config: NoMixer()},
+    mixers={"mamba": mamba2_of, "none": lambda path, config: None}, layers=blocks_of,
     aliases={"layer_norm_epsilon": "rms_norm_eps", "mlp_hidden_act": "hidden_act",
              "n_routed_experts": "num_experts",
              "moe_shared_expert_intermediate_size": "shared_expert_intermediate_size"},
-    activations={"relu2": "relu2"}, fields_of=fields_of, in_adapters=in_adapters, gguf=Gguf(
+    fields_of=lambda path, config: {"rope_size": 0}, activations={"relu2": "relu2"},
+    in_adapters=in_adapters, gguf=Gguf(
         "nemotron_h nemotron_h_moe", permuted=True, names=GGUF_TENSORS, layers=gguf_layers,
         repack=repack_gguf, keys={
             "attention.layer_norm_epsilon": Rule(float, 0, 1, optional=True),

@@ -8,21 +8,8 @@ from dataclasses import dataclass, replace
 from chatlm.worker.arrays.rotary import Rope
 from chatlm.worker.model.blocks.input import Input
 from chatlm.worker.model.blocks.layer import Layer
-from chatlm.worker.model.blocks.mixers import DeltaRule, Mamba2, ShortConv
+from chatlm.worker.model.blocks.mixers import Mixer
 from chatlm.worker.model.blocks.norms import AnyNorm
-
-
-@dataclass(frozen=True)
-class NoMixer:
-    """Nothing: the layer has a feed-forward part alone, which reads x itself (Nemotron-H)."""
-
-    size = 1  # no earlier token matters
-
-    def states(self, C: int) -> tuple[tuple[int, ...], ...]:
-        return ()
-
-
-Mixer = ShortConv | DeltaRule | Mamba2 | NoMixer
 
 
 @dataclass(frozen=True)
@@ -104,16 +91,13 @@ class ModelSpec:
     shared_size: int = 0              # > 0: width of an additional expert that every token takes
     shared_gate: bool = False         # its output is multiplied by the sigmoid of another product
     experts_bias: bool = False        # added to what they add together
-    bare_layers: tuple[int, ...] = ()  # layers without a feed-forward part
     experts_per_token: int = 0        # those with the largest of the router's logits
     shares_sum_to_one: bool = True    # softmax over the chosen experts' logits; else over all experts'
     router_bias: bool = False
     router_jitter: float | None = None  # experts and shares are those of `sparse_routes`
     sigmoid_router: bool = False      # shares are the chosen experts' sigmoids, see `sigmoid_routes`
     choice_bias: bool = False         # added when a sigmoid_router chooses, but not in the shares
-    router_groups: tuple[int, int] = (1, 1)  # it chooses among the experts of so many groups
     share_scale: float = 1.0          # and multiplies its shares by this
-    latent_size: int = 0              # > 0: experts read and add to a product of x of this width
     output_gate: bool = False         # after each head's q, qkv has as many rows for a gate of its output
     sinks: bool = False               # a logit for each query head, which attends to no value
     mixers: tuple[Mixer | None, ...] = ()  # of each layer, instead of attention; None, () = attention

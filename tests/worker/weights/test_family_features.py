@@ -15,7 +15,7 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.messages.requests import SamplingParams
 from chatlm.worker.arrays.packed import RopePairs, unpermute_rope
 from chatlm.worker.arrays.rotary import query_scales
-from chatlm.worker.model.blocks.experts import ExpertsBesideDense, Router
+from chatlm.worker.model.blocks.experts import Experts, ExpertsBesideDense, Router
 from chatlm.worker.model.blocks.extras import LayerInput
 from chatlm.worker.model.blocks.feed_forward import FeedForward
 from chatlm.worker.model.blocks.layer import Layer
@@ -29,7 +29,7 @@ from chatlm.worker.weights.gguf import gguf_text
 from chatlm.worker.weights.gguf_file import read_gguf
 from chatlm.worker.weights.huggingface import hf_spec, hf_text
 from chatlm.worker.weights.model_of import model_of
-from chatlm.worker.weights.recipe import ModelSpec, NoMixer
+from chatlm.worker.weights.recipe import ModelSpec
 from attention_kinds import attention
 from engines import forward_logits, make_batch, make_engine, run, tensors_of
 from families import GROWING, MODELS, TINY, answers, as_gguf, check, clear_cases, kernels_of, load, make_model, save, spec_of_changed_gguf, tiny_config, transformer, write_tokenizer
@@ -111,7 +111,7 @@ def test_a_published_nemotron_h_has_as_many_weights_as_transformers(tmp_path):
     count = sum(math.prod(shape) for shape in model_of(spec).shapes().values())
     assert sum(p.numel() for p in made.parameters()) == count and round(count / 1e9, 1) == 8.9
     assert spec.layers == 31 and model_of(spec).paged_layers == 4 and spec.rope_size == 0
-    assert spec.bare_layers == (3, 7, 11, 16, 21, 24)       # before another Mamba layer, or before attention
+    assert [number for number, layer in enumerate(spec.own_layers) if not layer.feed] == [3, 7, 11, 16, 21, 24]       # before another Mamba layer, or before attention
     listed = {key: value for key, value in NANO_9B.items() if key not in ("hybrid_override_pattern", "num_hidden_layers")}
     names = {"M": "linear_attention", "*": "full_attention", "-": "mlp"}
     assert spec_of(tmp_path, listed | {"layers_block_type": [names[kind] for kind in NANO_9B["hybrid_override_pattern"]]}) == spec
@@ -155,15 +155,17 @@ def test_a_published_nemotron_3_has_as_many_weights_as_transformers(config, bill
         made = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path))
     count = sum(math.prod(shape) for name, shape in model_of(spec).shapes().items() if not name.endswith("choice_bias"))
     assert sum(p.numel() for p in made.parameters()) == count and round(count / 1e9, 1) == billions
-    assert (spec.layers, spec.experts_per_token, spec.share_scale, spec.shares_sum_to_one) == (layers, config["num_experts_per_tok"], 2.5, True)
-    assert spec.sigmoid_router and spec.choice_bias and spec.router_groups == (1, 1) and spec.latent_size == (config.get("moe_latent_size") or 0)
-    assert not_compiled(model_of(spec)) == "" and not any(isinstance(mixer, NoMixer) for mixer in spec.mixers)
+    assert len(spec.own_layers) == layers and all(layer.mixer for layer in spec.own_layers)
+    experts = spec.own_layers[0].feed
+    assert experts.router == Router(config["num_experts_per_tok"], "sigmoid", choice_bias=True, scale=2.5)
+    assert experts.latent == (config.get("moe_latent_size") or 0) and not_compiled(model_of(spec)) == ""
 
 
 def test_parts_of_one_kind_after_another_are_layers_of_their_own(tmp_path):
     spec = spec_of(tmp_path, NANO_30B | {"hybrid_override_pattern": "EM-E*E-M", "num_hidden_layers": 8})
-    assert [type(mixer).__name__ for mixer in spec.mixers] == ["NoMixer", "Mamba2", "NoMixer", "NoneType", "NoMixer", "Mamba2"]
-    assert (spec.bare_layers, spec.dense_layers, spec.dense_size) == ((5,), (1, 4), 1856)
+    assert [type(layer.mixer).__name__ for layer in spec.own_layers] == ["NoneType", "Mamba2", "NoneType", "Attention", "NoneType", "Mamba2"]
+    assert [type(layer.feed).__name__ for layer in spec.own_layers] == ["Experts", "FeedForward", "Experts", "Experts", "FeedForward", "NoneType"]
+    assert {layer.feed.width for layer in spec.own_layers if layer.feed} == {1856}
 
 
 def test_the_draft_heads_of_nemotron_3_are_left_out_and_its_newer_names_are_known(tmp_path):
@@ -194,7 +196,8 @@ def test_the_draft_heads_of_nemotron_3_are_left_out_and_its_newer_names_are_know
 def test_what_is_wrong_in_the_metadata_of_a_nemotron_3_is_named(key, value, words, tmp_path):
     changes = {f"nemotron_h_moe.{key}": value} | ({"nemotron_h_moe.expert_group_count": 4} if "group" in key else {})
     if not words:
-        assert spec_of_changed_gguf(tmp_path, "nemotron3", changes)[1].latent_size == (33 if "latent" in key else 0)
+        spec = spec_of_changed_gguf(tmp_path, "nemotron3", changes)[1]
+        assert spec.own_layers[0].feed.latent == (33 if "latent" in key else 0)
         return
     with pytest.raises(ConfigError) as caught:
         spec_of_changed_gguf(tmp_path, "nemotron3", changes)
@@ -337,7 +340,7 @@ SPEC = dict(vocab_size=64, layers=1, width=64, heads=4, kv_heads=4, head_size=16
     ({"mixers": (DeltaRule(4, 2, 4, 16, 8),)}, "for delta rule with head sizes that are not multiples of 16"),
     ({"mixers": (Mamba2(4, 3, 8, 16),)}, "for Mamba layer whose heads or channels are not multiples of 16"),
     ({"mixers": (Mamba2(4, 3, 16, 4),)}, "for Mamba layer whose heads or channels"),
-    ({"experts": 4, "latent_size": 40}, "for experts that read a width not a multiple of 16")])
+    ({"own_layers": (Layer(PLAIN, Experts(4, 64, Router(2), latent=40)),)}, "for experts that read a width not a multiple of 16")])
 def test_torch_computes_what_decode_core_has_no_op_for_and_the_log_says_so(fields, words, caplog):
     assert choose_backend("cpu", model_of(ModelSpec(**SPEC))).name != "torch/reference" and not not_compiled(model_of(ModelSpec(**SPEC)))
     assert {name.partition("/")[0] for name in load_kernels("cpu", model_of(ModelSpec(**SPEC))).names.values()} == {"decode_core"}
@@ -350,8 +353,8 @@ def test_torch_computes_what_decode_core_has_no_op_for_and_the_log_says_so(field
     ({"experts": 4, "sigmoid_router": True}, "router of sigmoids"), ({"mixers": (ShortConv(3),)}, "short convolution"),
     ({"mixers": (DeltaRule(4, 2, 4, 16, 32),)}, "delta rule"), ({"mixers": (Mamba2(4, 3, 16, 8),)}, "Mamba layer"),
     ({"layers": 2, "mixers": (ShortConv(3), None), "experts": 4, "sigmoid_router": True}, "short convolution and router of sigmoids"),
-    ({"layers": 2, "mixers": (NoMixer(), None), "activation": "relu2"}, ""),
-    ({"experts": 4, "sigmoid_router": True, "activation": "relu2", "latent_size": 32, "router_groups": (2, 1)}, "router of sigmoids"),
+    ({"layers": 2, "own_layers": (Layer(None, FeedForward(64, "relu2")), Layer(PLAIN, FeedForward(64, "relu2")))}, ""),
+    ({"own_layers": (Layer(PLAIN, Experts(4, 64, Router(2, "sigmoid", groups=(2, 1)), "relu2", latent=32)),)}, "router of sigmoids"),
     ({"output_gate": True}, ""), ({"experts": 4, "shared_size": 64, "shared_gate": True}, "")])
 @pytest.mark.skipif(decode_core() is None, reason="not built")
 def test_some_ops_are_compiled_for_a_cpu_alone_and_torch_computes_these_on_a_gpu(fields, words, caplog, monkeypatch):

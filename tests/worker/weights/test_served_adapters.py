@@ -201,6 +201,14 @@ def test_adapters_of_nemotron_may_name_its_parts_as_nvidia_does_and_a_part_that_
         read(tmp_path / "adapter")
 
 
+def test_adapters_of_a_nemotron_without_mamba_layers_change_the_parts_that_they_name(tmp_path):
+    model = make_model("nemotron-h", layers_block_type=["full_attention", "mlp", "full_attention", "mlp"])
+    adapt(model, tmp_path / "adapter", targets=["o_proj", "up_proj"])
+    expected = {"0.output", "0.up", "1.output", "1.up"}
+    assert set(adapter_reader(load(save(model, tmp_path / "base")))(tmp_path / "adapter")) == expected
+    assert set(adapter_reader(load(as_gguf(tmp_path / "base.gguf", model)))(tmp_path / "adapter")) == expected
+
+
 def broken(folder):
     """(how to break a good adapter, what the error says)"""
     config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"

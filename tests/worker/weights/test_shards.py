@@ -12,16 +12,20 @@ import torch
 from chatlm.common.config import Settings
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.find import resolve_model
+from chatlm.worker.model.blocks.experts import Experts, Router
+from chatlm.worker.model.blocks.feed_forward import FeedForward
+from chatlm.worker.model.blocks.layer import Layer
 from chatlm.worker.model.blocks.mixers import DeltaRule, Mamba2, ShortConv
+from chatlm.worker.model.blocks.norms import RmsNorm
 from chatlm.worker.model.kernels import load_kernels
 from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.weights.huggingface import hf_spec
 from chatlm.worker.weights.load import open_model
 from chatlm.worker.weights.model_of import model_of
 from chatlm.worker.weights.nanochat import nanochat_spec
-from chatlm.worker.weights.recipe import ModelSpec, NoMixer
+from chatlm.worker.weights.recipe import ModelSpec
 from chatlm.worker.weights.shards import layers_of, refuse_ranks, shard_model, stage_model
-from attention_kinds import KINDS, kinds_model, loaded
+from attention_kinds import KINDS, attention, kinds_model, loaded
 from engines import forward_logits, make_batch
 from families import MODELS, as_gguf, load, make_model, save
 from generations import GENERATIONS
@@ -81,6 +85,8 @@ PUBLISHED = {
     "nanochat": (nanochat_spec(dict(vocab_size=65_536, n_layer=2, n_head=10, n_kv_head=10, n_embd=1280, sequence_len=64, window_pattern="L",
                                     short_seq_len=None), 5, 15.0), 1)}
 HYBRID = dict(vocab_size=1000, layers=2, heads=24, kv_heads=4, head_size=256, ffn_size=9216, max_positions=64)
+NORM = RmsNorm(1e-5)
+EXPERTS = Experts(4, 9216, Router(2, "sigmoid", choice_bias=True), "relu2", latent=512, shared=FeedForward(4096, "relu2", prefix="shared_"))
 HYBRIDS = {
     "qwen3.5": (ModelSpec(width=2560, mixers=(DeltaRule(4, 24, 48, 128, 128), None), output_gate=True, **HYBRID), 256),
     "qwen3.5-gguf": (ModelSpec(width=2560, mixers=(DeltaRule(4, 24, 48, 128, 128, alternating=True), None), output_gate=True, **HYBRID), 256),
@@ -88,9 +94,9 @@ HYBRIDS = {
     "granite4h": (ModelSpec(width=1536, mixers=(Mamba2(4, 48, 64, 128, bias=True), None), **HYBRID), 256),
     "groups": (ModelSpec(width=1536, mixers=(Mamba2(4, 48, 64, 128, groups=4), None), **HYBRID), 256),
     "lfm2": (ModelSpec(width=2048, mixers=(ShortConv(3, bias=True), None), **HYBRID), 256),
-    "nemotron3": (ModelSpec(width=1536, mixers=(Mamba2(4, 48, 64, 128, groups=4), NoMixer(), None, None), activation="relu2", experts=4, experts_per_token=2,
-                            dense_layers=(1,), dense_size=2048, shared_size=4096, latent_size=512, sigmoid_router=True, choice_bias=True,
-                            **HYBRID | {"layers": 4}), 256)}
+    "nemotron3": (ModelSpec(width=1536, own_layers=(
+        Layer(Mamba2(4, 48, 64, 128, groups=4), EXPERTS, attention_norm=NORM, ffn_norm=NORM), Layer(None, FeedForward(2048, "relu2"), ffn_norm=NORM),
+        *(Layer(attention(24, 4, 256), EXPERTS, attention_norm=NORM, ffn_norm=NORM),) * 2), **HYBRID | {"layers": 4}), 256)}
 
 
 @pytest.mark.parametrize("tp", [1, 2, 3, 4, 6, 8])
