@@ -146,7 +146,10 @@ def test_a_search_that_the_hub_leaves_waiting_shows_that_it_looks_and_names_no_r
     search(page, "a")
     expect(region(page).get_by_role("status")).to_have_text("Looking…")
     expect(region(page)).not_to_contain_text("The hub has nothing")
-    search(page, "b")
+    with page.expect_request(lambda request: "search" in request.url and request.url.endswith("b")):
+        search(page, "b")
+    page.evaluate("0")                                          # the request's route has been called by now
+    assert len(held) == 2
     for route in reversed(held):                                # the answer for a comes last, and is old news
         route.fulfill(json=known | {"found": [{"model": "org/" + route.request.url[-1], "bytes": 0, "kind": "gguf", "here": 0}]})
     expect(row(page, "org/b")).to_contain_text("see its files")
