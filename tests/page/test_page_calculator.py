@@ -156,9 +156,8 @@ def test_compared_answers_have_cards_too(page, held_front):
     assert page.evaluate("lastNode().calculator") == CALLS
 
 
-def test_a_model_without_a_template_gets_its_marks_back(page, held_front, monkeypatch):
-    monkeypatch.setattr(held_front.pool.tokenizer, "has_chat_template", False)      # all FakePools share it
-    held_front.pool.chats = False
+def test_a_model_without_a_template_gets_its_marks_back(page, held_front):
+    held_front.pool.tokenizer.has_chat_template = held_front.pool.chats = False
     held_front.pool.pieces = APPLES
     held_front.admit(100)
     open_page(page, held_front.url)

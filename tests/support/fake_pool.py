@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import copy
 import json
 from types import SimpleNamespace
 
@@ -90,10 +91,11 @@ class FakePool:
     supervisor = SimpleNamespace(ready_workers=(), load_for_request=lambda: None, card=SimpleNamespace(facts=ModelFacts("llama", "gguf", 134_515_008, "q4_1", 98_000_000, 576, 30), longest=4096))
     adapters = SimpleNamespace(serving={}, gone=set(), nbytes=0)
     dispatcher = SimpleNamespace(wanted=SimpleNamespace(is_set=lambda: True))
-    prompts = PromptMaker(tokenizer, context_length, run=run_in_thread_if_long)
 
     def __init__(self, pieces=("Hello", ", ", "world!"), *, reason="stop", stop_reason="eos", refuse=None, gate=None):
         self.pieces, self.reason, self.stop_reason, self.refuse, self.gate = pieces, reason, stop_reason, refuse, gate
+        self.tokenizer = copy.copy(self.tokenizer)      # its own: tests change what it says of its template
+        self.prompts = PromptMaker(self.tokenizer, self.context_length, run=run_in_thread_if_long)
         self.ready, self.draining, self.open, self.requests = True, False, 0, []
         self.cancelled, self.closed = {}, False
         self.cuts = {}      # (id, choice) of answers that were ended -> why
