@@ -16,12 +16,6 @@ namespace dc_device {
 constexpr int TILE_OUTPUTS = 16, TILE_ROWS = 8, TILE_COLUMNS = 32;
 constexpr int TILES_AHEAD = 2;              // a warp loads so many before it multiplies the first
 
-DC_DEVICE float as_float(uint32_t bits) {
-    union { uint32_t bits; float value; } same;
-    same.bits = bits;
-    return same.value;
-}
-
 // Two floats rounded to bfloat16, the first in the low half.
 DC_DEVICE uint32_t bf16_pair(float first, float second) {
 #ifdef __CUDACC__
@@ -41,7 +35,8 @@ struct SplitEight {
         DC_UNROLL
         for (int i = 0; i < 4; i++) {
             high[i] = bf16_pair(x[2 * i], x[2 * i + 1]);
-            low[i] = bf16_pair(x[2 * i] - as_float(high[i] << 16), x[2 * i + 1] - as_float(high[i] & 0xffff0000u));
+            const bf16 first{static_cast<uint16_t>(high[i])}, second{static_cast<uint16_t>(high[i] >> 16)};
+            low[i] = bf16_pair(x[2 * i] - to_float(first), x[2 * i + 1] - to_float(second));
         }
     }
 };

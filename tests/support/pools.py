@@ -6,12 +6,13 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from chatlm.common.config import Settings
+from chatlm.common.config import ModelChoice, Settings
 from chatlm.common.messages.protocol import ModelCard
 from chatlm.common.messages.requests import Finished, Message, Piece, SamplingParams
 from chatlm.common.processes.start import PROCESS_COMMAND
 from chatlm.front.admission.prompts import PromptMaker
 from chatlm.front.pool.local import LocalDevices
+from chatlm.front.pool.many import ManyModels
 from chatlm.front.pool.pool import WorkerPool, pool_of
 from chatlm.front.pool.prefixes import Prefixes
 from chatlm.front.pool.worker import State, Worker
@@ -43,6 +44,13 @@ async def started():
         pids = [worker.process.pid for part in parts for worker in part.workers if worker.process]
         await pool.close()
         assert not any(psutil.pid_exists(pid) for pid in pids)
+
+
+@pytest.fixture
+async def one_and_two(nanochat_fixtures, started):
+    """ManyModels of two tiny models, "one" and "two"."""
+    choices = tuple(ModelChoice(str(nanochat_fixtures / generation), name) for generation, name in (("gen5", "one"), ("gen4", "two")))
+    return await started(ManyModels(Settings(several=choices, dtype="float32", kv_cache_memory=4 << 20), DYING))
 
 
 @pytest.fixture

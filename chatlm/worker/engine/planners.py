@@ -107,7 +107,10 @@ class PromptPlanner:
     never starves; the rest go to the shortest prompts, so that a long one never stalls them."""
 
     def __init__(self, queue: RunQueue, limits: StepLimits, lane: BackgroundLane, times: Times):
-        self.queue, self.limits, self.lane, self.times = queue, limits, lane, times
+        self.queue = queue
+        self.limits = limits
+        self.lane = lane
+        self.times = times
 
     def add_to(self, plan: StepPlan):
         prompts = [sequence for sequence in plan.answers if sequence.prefilling]
@@ -155,7 +158,10 @@ class TextPlanner:
     STEP_S = 0.1   # about how long one is then
 
     def __init__(self, queue: RunQueue, limits: StepLimits, prompts: PromptPlanner, times: Times):
-        self.queue, self.limits, self.prompts, self.times = queue, limits, prompts, times
+        self.queue = queue
+        self.limits = limits
+        self.prompts = prompts
+        self.times = times
         self.last_s = 0.0  # when a step last embedded texts
 
     def due(self, plan: StepPlan) -> bool:
@@ -197,12 +203,17 @@ class BackgroundPlanner:
 
     def __init__(self, queue: RunQueue, limits: StepLimits, lane: BackgroundLane, prompts: PromptPlanner,
                  times: Times):
-        self.queue, self.limits, self.lane, self.prompts, self.times = queue, limits, lane, prompts, times
+        self.queue = queue
+        self.limits = limits
+        self.lane = lane
+        self.prompts = prompts
+        self.times = times
 
     def add_to(self, plan: StepPlan):
         if self.limits.stages > 1 or not plan.beside or not plan.chunks:
             return
-        has_drafts, rows = plan.has_drafts, self._rows_left(plan)
+        has_drafts = plan.has_drafts
+        rows = self._rows_left(plan)
         times = self.times.of(plan.on_host)
         room = self.lane.room_beside(times, plan.tokens, max(min(rows, self.limits.max_batch), 0))
         if not room:
@@ -217,7 +228,8 @@ class BackgroundPlanner:
                 if len(chunks) == room:
                     break
         plan.chunks += chunks
-        left, prompts = room - len(chunks), [sequence for sequence in prompts if sequence.pages]
+        left = room - len(chunks)
+        prompts = [sequence for sequence in prompts if sequence.pages]
         if prompts and left and (self.limits.exact_rows or not has_drafts):
             plan.chunks += self.prompts.share(prompts, rows - len(chunks), left, beside=True)
 

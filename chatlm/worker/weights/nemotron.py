@@ -198,7 +198,10 @@ def in_adapters(spec: ModelSpec, name: str) -> tuple[str]:
     match = re.fullmatch(r"layers\.(\d+)\.(mixer|mlp)(_norm)?\.(.*)", name)
     if not match:
         return (re.sub(r"^backbone\.", "model.", name),)
-    layer, is_fed, is_norm, rest = int(match[1]), match[2] == "mlp", bool(match[3]), match[4]
+    layer = int(match[1])
+    is_fed = match[2] == "mlp"
+    is_norm = bool(match[3])
+    rest = match[4]
     mixers = [each.mixer for each in spec.own_layers[:layer + is_fed] if each.mixer]
     feeds = [each.feed for each in spec.own_layers[:layer] if each.feed]
     part = len(mixers) + len(feeds)

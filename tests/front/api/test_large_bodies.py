@@ -7,13 +7,12 @@ import threading
 
 import pytest
 
-from chatlm.common.config import LIMITS, ModelChoice, Settings
+from chatlm.common.config import LIMITS
 from chatlm.common.messages.protocol import SANDBOX_PIPE
 from chatlm.common.messages.wire import Pipe
 from chatlm.front.api.tables import BODY_FIELDS
-from chatlm.front.pool.many import ManyModels
 from fake_pool import frames, serving
-from forked import DYING
+from pools import one_and_two as models     # noqa: F401  a fixture
 
 HI = [{"role": "user", "content": "hello"}]
 BODIES = {  # of each route; what makes one large comes to it
@@ -51,12 +50,6 @@ def parsed_here(monkeypatch):
     monkeypatch.setattr(json, "loads", noted_loads)
     monkeypatch.setattr(Pipe, "packed", noted_packed)
     return found
-
-
-@pytest.fixture
-async def models(nanochat_fixtures, started):
-    choices = tuple(ModelChoice(str(nanochat_fixtures / generation), name) for generation, name in (("gen5", "one"), ("gen4", "two")))
-    return await started(ManyModels(Settings(several=choices, dtype="float32", kv_cache_memory=4 << 20), DYING))
 
 
 def test_each_route_with_a_body_is_tried_here():

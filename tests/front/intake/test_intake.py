@@ -10,7 +10,7 @@ import signal
 import aiohttp
 import pytest
 
-from chatlm.common.config import LIMITS, ModelChoice, Settings
+from chatlm.common.config import LIMITS, Settings
 from chatlm.common.errors import ChatServerError, EngineFailure, RequestError
 from chatlm.common.messages.protocol import SANDBOX_PIPE, Body, Known, SandboxConfig, Task
 from chatlm.common.messages.requests import InfillTokens
@@ -27,11 +27,10 @@ from chatlm.front.intake.intake import Intake
 from chatlm.front.intake.sandboxed import Shelf
 from chatlm.front.intake.tasks import NumberedLine
 from chatlm.front.pool.catalogue import Catalogue
-from chatlm.front.pool.many import ManyModels
 from chatlm.terminal.batch import Local
 from fake_pool import FakePool, conversation, serving
-from forked import DYING
 from patching import patch
+from pools import one_and_two as models     # noqa: F401  a fixture
 
 pytestmark = pytest.mark.timeout(120)
 LARGE = "x" * (LIMITS.inline_bytes + 1)
@@ -52,12 +51,6 @@ def crossings(monkeypatch):
 
     monkeypatch.setattr(Pipe, "packed", noted)
     return found
-
-
-@pytest.fixture
-async def models(nanochat_fixtures, started):
-    choices = tuple(ModelChoice(str(nanochat_fixtures / generation), name) for generation, name in (("gen5", "one"), ("gen4", "two")))
-    return await started(ManyModels(Settings(several=choices, dtype="float32", kv_cache_memory=4 << 20), DYING))
 
 
 @pytest.fixture

@@ -180,7 +180,8 @@ class ExpertsBesideDense(Block):
         return {"router_norm": norm * len(norm)**-0.5}
 
     def compute(self, s: Step, read: Read, to: Sum):
-        k, b, w, eps = s.k, s.b, s.w, self.norm.eps
+        k, b, w = s.k, s.b, s.w
+        eps = self.norm.eps
         x = to.residual(s)
 
         k.linear(x, w["router"], norm=Norm(w["router_norm"], eps), out=b.routing)  # (T, E)

@@ -33,7 +33,8 @@ class Smear:
                 "smear_lambda": vector(1)}
 
     def compute(self, s: Step, look_up):
-        k, b, w, before = s.k, s.b, s.w, s.inputs.previous_token_ids
+        k, b, w = s.k, s.b, s.w
+        before = s.inputs.previous_token_ids
         look_up(s, before, out=b.previous)
         self.norm.apply(s, b.previous, "", out=b.previous)
         k.smear(b.x, b.previous, before, w["smear_gate"], w["smear_lambda"], out=b.x)
