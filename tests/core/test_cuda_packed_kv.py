@@ -122,7 +122,7 @@ def test_logits_over_packed_pages_are_the_references(gpu, changes):
     """Prompts in chunks, together with decode rows, through windows; float pages differ more."""
     spec, tensors = small_model(**changes)
     if changes:
-        spec, tensors = spec.with_windows((24, 0)), tensors | {f"{l}.sinks": torch.linspace(-2, 3, 4) for l in range(2)}
+        spec, tensors = backends.with_windows(spec, (24, 0)), tensors | {f"{l}.sinks": torch.linspace(-2, 3, 4) for l in range(2)}
     tokens, pages, logits = np.random.default_rng(4).integers(0, spec.vocab_size, 200).tolist(), [3, 1, 4, 2, 5, 6, 7, 0, 9, 8, 10, 11, 13], []
     for kernels, device, kv in ((load_kernels("cpu"), "cpu", PACKED), (gpu.kernels(spec), gpu.device, PACKED), (load_kernels("cpu"), "cpu", None)):
         model = Transformer(model_of(spec), {name: t.to(device) for name, t in tensors.items()}, kernels, num_pages=16, max_tokens=120, kv=kv,

@@ -603,7 +603,7 @@ def test_logits_of_prompts_chunks_and_decode_rows_are_the_references(backend, na
 def test_prompts_with_sinks_or_caps_compute_few_scores_at_once(backend, monkeypatch):
     """So that a long context needs no memory for all scores of a chunk; beyond a window, and the rows that are left over."""
     spec, tensors = llama_like()
-    spec = replace(spec, sinks=True, attention_softcap=4.0).with_windows((24, 0))
+    spec = backends.with_windows(replace(spec, sinks=True, attention_softcap=4.0), (24, 0))
     tensors = tensors | {f"{l}.sinks": torch.linspace(-2, 3, 6) for l in range(2)}
     tokens, logits, most = np.random.default_rng(4).integers(0, spec.vocab_size, 100).tolist(), [], 6 * 100 * 30
     monkeypatch.setattr(cuda_prompts, "SCRATCH", most)
@@ -668,7 +668,7 @@ def flash_attention(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, wi
 def test_prompts_are_attended_by_varlen_attn_where_torch_has_it(emulation_library, monkeypatch):
     """With the window that flash means; caps and sinks, and what fails its proof, do without."""
     monkeypatch.setattr(proof, "CUDA_PROOFS", {"prompt_attention": prove_prompts})
-    spec, calls = llama_like()[0].with_windows((24, 0)), []
+    spec, calls = backends.with_windows(llama_like()[0], (24, 0)), []
     emulated = backends.Emulated(emulation_library)
 
     def proved(varlen, **changes):
@@ -698,7 +698,7 @@ def test_prompts_are_attended_by_varlen_attn_where_torch_has_it(emulation_librar
 def test_large_windows_are_proved_too(emulation_library, monkeypatch):
     """Larger than what a proof has keys: an attention that knows no window is found."""
     monkeypatch.setattr(decode_core.cuda, "SAMPLE_THREADS", 32)
-    spec = llama_like()[0].with_windows((4096, 0))
+    spec = backends.with_windows(llama_like()[0], (4096, 0))
 
     class NoWindow(backends.EmulatedOps):
         def paged_attention(self, *arguments, window, **more):

@@ -179,6 +179,11 @@ class TorchProducts(CudaBackend):
         product(x, weight, *rest, **more)
 
 
+def with_windows(spec, windows):
+    """A spec with these windows, one for each layer."""
+    return replace(spec, attentions=tuple(replace(spec.attention(l), window=window) for l, window in enumerate(windows)))
+
+
 def sizes_of(spec):
     """What decode_core is told of a model: a spec's, or CoreSizes themselves."""
     return core_sizes(model_of(spec)) if isinstance(spec, ModelSpec) else spec

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from chatlm.worker.arrays.rotary import Rope
 from chatlm.worker.model.blocks.input import Input
@@ -137,8 +136,3 @@ class ModelSpec:
     def head_eps(self) -> float:
         """Of the norms of q and k."""
         return self.norm_eps if self.qk_norm_eps is None else self.qk_norm_eps
-
-    def with_windows(self, windows: Seq[int]) -> ModelSpec:
-        """This spec with these windows, one for each layer."""
-        return replace(self, attentions=tuple(
-            replace(self.attention(l), window=window) for l, window in enumerate(windows)))
