@@ -198,8 +198,12 @@ class Front:
     """The HTTP side of a pool and its handlers of routes; `errors_to_responses` answers every error."""
 
     def __init__(self, catalogue: Catalogue, settings: Settings, store: Store | None = None):
-        self.catalogue, self.settings, self.store = catalogue, settings, store
-        self.access, self.owners, self.ledger = Access(settings), Owners(settings), Ledger(settings, store)
+        self.catalogue = catalogue
+        self.settings = settings
+        self.store = store
+        self.access = Access(settings)
+        self.owners = Owners(settings)
+        self.ledger = Ledger(settings, store)
         self.bodies = Bodies(Intake(catalogue), self.owners)
         self.models, self.page = ModelRoutes(catalogue, self.bodies, self.access), Page(page_files())
         self.runs = RunRoutes(catalogue)
@@ -325,7 +329,8 @@ class Front:
     async def handle_stream(self, http: web.Request) -> web.StreamResponse:
         """GET /v1/streams/{id}: from event ?from=N, or after a reconnecting EventSource's Last-Event-ID."""
         request_id = bare_id(http.match_info["id"])
-        last, wanted = http.headers.get("Last-Event-ID", ""), http.query.get("from", "0")
+        last = http.headers.get("Last-Event-ID", "")
+        wanted = http.query.get("from", "0")
         if not re.fullmatch("[0-9]{1,15}", last or wanted):
             raise bad_value("Last-Event-ID" if last else "from", last or wanted, "the number of an event")
         owner = self.owners.of_answer(request_id, REQUEST_LOG.get().client)
@@ -347,7 +352,8 @@ class Front:
     async def handle_cancel(self, http: web.Request) -> web.Response:
         """POST /v1/cancel/{id}: the id comes from the answer's X-Request-Id header or from its chunks; a
         comparison's means all of its answers. With ?reasoning=true they only stop thinking."""
-        request_id, client = bare_id(http.match_info["id"]), REQUEST_LOG.get().client
+        request_id = bare_id(http.match_info["id"])
+        client = REQUEST_LOG.get().client
         only_thinking = ONLY_THINKING.read(http.query.get("reasoning", "false"))
         ids = [one for one in self.compared.get(request_id, [request_id])
                if self.answers.running.get(one) == self.owners.of_answer(one, client)]
@@ -517,7 +523,8 @@ async def serve_forever(settings: Settings, catalogue: Catalogue | None = None) 
         except Exception:
             await catalogue.close()
             raise
-        room, routes = room_for_connections(settings), RouteTable(ROUTES, settings.prefix)
+        room = room_for_connections(settings)
+        routes = RouteTable(ROUTES, settings.prefix)
         async with serving(create_app(catalogue, settings, store), listener, room, routes.is_polled):
             try:
                 if await first_of(catalogue.wait_ready(), drain.wait()) == 0:
@@ -538,7 +545,8 @@ def run_command(settings: Settings) -> int:
     check_library("aiohttp", "chat_server")
     if not settings.url:  # a model is loaded here
         check_library("numpy", "chat_server")
-    start, status = torchrun(settings), 1
+    start = torchrun(settings)
+    status = 1
     if start and settings.serves_many:
         raise ConfigError("several models under torchrun: its ranks compute one model")
     if start and start.rank:

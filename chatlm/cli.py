@@ -157,13 +157,17 @@ SWITCH_WORDS = {"1": True, "true": True, "yes": True, "on": True,
 def as_words(value, key: str, flag: Flag | None = None, many: bool = False) -> list[str]:
     """A --config value as the words of a flag, or of a key that has no flag and takes text.
     ConfigError if it has the wrong type."""
-    types, allowed = (int, float, str), "a number or text"
+    types = (int, float, str)
+    allowed = "a number or text"
     if flag is None or flag.is_text:
-        types, allowed = (str,), "text in quotes"
+        types = (str,)
+        allowed = "text in quotes"
         if flag and flag.off:
-            types, allowed = (bool, int, str), "text in quotes, true or false"
+            types = (bool, int, str)
+            allowed = "text in quotes, true or false"
     elif flag.parse is None:
-        types, allowed = (bool, int, str), "true or false"
+        types = (bool, int, str)
+        allowed = "true or false"
     many = many or flag is not None and flag.many
     words = value if many and isinstance(value, list) else [value]
     if not all(type(word) in types for word in words):
@@ -191,7 +195,8 @@ def read_config(file: str | None) -> tuple[dict[str, list[str]], list[dict]]:
         return {}, []
     tomllib = require_library("tomllib" if sys.version_info >= (3, 11) else "tomli", "--config")
     flags = {name: flag for flag in FLAGS for name in flag.names}
-    words, tables = {}, []
+    words = {}
+    tables = []
     try:
         for name, value in tomllib.loads(read_operators(file)).items():
             if name == "models" and isinstance(value, list) and all(isinstance(item, dict) for item in value):
@@ -273,9 +278,11 @@ def unflagged_value(parser: CommandLine, flag: Flag, environment: Mapping[str, s
                     config: Mapping[str, list[str]]):
     """The value of a flag that was not given: from its environment variable, --config, or its default."""
     name = flag.field
-    origin, words = f"--config: {name}", config.get(name)
+    origin = f"--config: {name}"
+    words = config.get(name)
     if text := environment.get(flag.variable, "").strip():
-        origin, words = flag.variable, re.split(r"\s*,\s*", text) if flag.many else [text]
+        origin = flag.variable
+        words = re.split(r"\s*,\s*", text) if flag.many else [text]
     if words is None:
         return flag.default
     return parsed_words(parser, flag, origin, words)
@@ -325,7 +332,8 @@ def switched(flag: Flag, word: str) -> str:
 def with_bare_values(words: Seq[str]) -> list[str]:
     """The words with the value of each flag that was given like a switch: argparse would take the word after
     it for its value."""
-    flags, found = {f"--{name}": flag for flag in FLAGS if flag.off for name in flag.names}, []
+    flags = {f"--{name}": flag for flag in FLAGS if flag.off for name in flag.names}
+    found = []
     for place, word in enumerate(words):
         name, equals, value = word.partition("=")
         flag = flags.get(name)
@@ -349,7 +357,8 @@ def may_be_model(word: str) -> bool:
 
 def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settings:
     """Settings from words and environment. ConfigError if invalid; SystemExit for --help and --version."""
-    words, command = with_bare_values(argv), "serve"
+    words = with_bare_values(argv)
+    command = "serve"
     if words and words[0] in PROGRAM_COMMANDS:
         command = words.pop(0).replace("server", "serve")
     usage, opening, examples = (text.replace(PROGRAM, program_command()) for text in HELP[command])
@@ -413,7 +422,8 @@ def parse_command_line(argv: Seq[str], environment: Mapping[str, str]) -> Settin
                 raise ConfigError(f"--{name.replace('_', '-')} is for the checkpoints of --watch: give that "
                                   "folder too")
     elif command in SEVERAL and models:  # each word of `compare`, `score` and `eval` is a MODEL
-        values["model"], values["several"] = None, tuple(ModelChoice(name, name) for name in models)
+        values["model"] = None
+        values["several"] = tuple(ModelChoice(name, name) for name in models)
     return Settings(command=command, **values)
 
 

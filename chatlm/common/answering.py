@@ -41,7 +41,9 @@ class Word:
         """OSError if it cannot be mapped."""
         with open(path, "r+b", buffering=0) as file:
             self.memory = mmap.mmap(file.fileno(), mmap.PAGESIZE)
-        self.until, self.sliced, self.noted = ctypes.c_int64.from_buffer(self.memory), 0, 0
+        self.until = ctypes.c_int64.from_buffer(self.memory)
+        self.sliced = 0
+        self.noted = 0
 
     @property
     def address(self) -> int:

@@ -109,7 +109,9 @@ for name, source in marshal.load(sys.stdin.buffer).items():
     made[name] = importlib.util.MAGIC_NUMBER + flags + hashed + marshal.dumps(code)
 marshal.dump([sys.implementation.cache_tag, made], sys.stdout.buffer, 2)
 """
-CHECKED, UNCHECKED = 3, 1           # whether Python compares the source's hash; what PEP 552 says
+# whether Python compares the source's hash; what PEP 552 says
+CHECKED = 3
+UNCHECKED = 1
 SELDOM = "pygments", "huggingface_hub", "fsspec", "httpx2", "httpcore2", "anyio", "click", "urllib3", "pip"
 
 
@@ -244,12 +246,15 @@ def needed_glibc(packed: Seq[Libraries]) -> str:
 
 def copy_model(path: Path, file: BinaryIO) -> Model:
     """Copy a GGUF file; of a bundle that begins with one, that."""
-    name, left = path.stem, path.stat().st_size
+    name = path.stem
+    left = path.stat().st_size
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as bundle:
             if model := contents_of(bundle).model:
-                name, left = model.name, model.size
-    digest, size = hashlib.sha256(), left
+                name = model.name
+                left = model.size
+    digest = hashlib.sha256()
+    size = left
     with open(path, "rb") as source:
         while left and (data := source.read(min(left, 1 << 20))):
             digest.update(data)

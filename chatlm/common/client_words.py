@@ -68,7 +68,8 @@ def quota_used(reason: str, retry_after_s: int) -> Overloaded:
     """A key has used its tokens. Clients need not try again soon."""
     refused = Overloaded(f"You exceeded your current quota: {reason}. Please try again in {retry_after_s}s.",
                          retry_after_s=retry_after_s, status=429)
-    refused.code = refused.type = "insufficient_quota"
+    refused.code = "insufficient_quota"
+    refused.type = "insufficient_quota"
     return refused
 
 

@@ -37,7 +37,9 @@ class RequestError(ChatServerError):
     def __init__(self, message: str, *, status: int = 400, code: str | None = None, param: str | None = None,
                  words: Mapping[str, str] | None = None):
         super().__init__(message)
-        self.status, self.code, self.param = status, code, param
+        self.status = status
+        self.code = code
+        self.param = param
         self.words = words or {}
 
 
@@ -80,10 +82,12 @@ class Overloaded(ChatServerError):
     def __init__(self, message: str, *, retry_after_s: int = 1, status: int = 503,
                  words: Mapping[str, str] | None = None):
         super().__init__(message)
-        self.retry_after_s, self.status = retry_after_s, status
+        self.retry_after_s = retry_after_s
+        self.status = status
         self.words = words or {}
         if status == 429:
-            self.type, self.code = "rate_limit_error", "rate_limit_exceeded"
+            self.type = "rate_limit_error"
+            self.code = "rate_limit_exceeded"
 
 
 class EngineFailure(ChatServerError):
@@ -167,7 +171,8 @@ def lack_of_memory(error: BaseException) -> ConfigError | None:
             isinstance(error, (MemoryError, SystemError)) or getattr(error, "errno", None) == errno.ENOMEM
             or re.search(words, str(error), re.IGNORECASE)):
         return None
-    reason, free = named(error).splitlines()[0], available_memory() >> 20
+    reason = named(error).splitlines()[0]
+    free = available_memory() >> 20
     return ConfigError(f"not enough memory ({reason}): {free:,} MiB are free within this process's limits "
                        "(ulimit -v, cgroup). Raise them, or choose a smaller model, --context-length, "
                        "--kv-cache-memory or, on a GPU, --gpu-memory-utilization")

@@ -105,7 +105,8 @@ def read_text_of(path: str, flag: str) -> str:
 def first_of_pipe(opened: int) -> bytes:
     """The first bytes of a pipe. A shell's pipe has its writer from the start, and may be empty; a named
     pipe's writer may take up to WRITER_S to open it."""
-    shells, deadline_s = False, time.monotonic() + WRITER_S
+    shells = False
+    deadline_s = time.monotonic() + WRITER_S
     with suppress(OSError):  # without /proc, we wait for both kinds
         shells = os.readlink(f"/proc/self/fd/{opened}").startswith("pipe:")
     try:

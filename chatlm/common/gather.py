@@ -128,7 +128,8 @@ def core_installed(python: str) -> dict[str, bytes]:
     if core.SEAM != seam():
         raise ConfigError("a bundle with libraries needs decode_core, and the installed one has another "
                           f"version; run `{pip_command('.')}` again")
-    folder, library = Path(core.__file__).parent, Path(core._core.__file__)
+    folder = Path(core.__file__).parent
+    library = Path(core._core.__file__)
     return {f"decode_core/{path.name}": path.read_bytes() for path in (library, *folder.glob("*.py"))}
 
 
@@ -168,7 +169,8 @@ def files_of_wheel(wheel: Path) -> dict[str, bytes]:
 def core_of_wheel(wheels: Path, python: str) -> dict[str, bytes]:
     """The compiled core of chat_server's wheel for a Python. ConfigError unless there is one, made from what
     runs here."""
-    tag, machine = f"cp{python.replace('.', '')}", PLATFORM.split()[1]
+    tag = f"cp{python.replace('.', '')}"
+    machine = PLATFORM.split()[1]
     found = sorted(wheels.glob(f"chat_server-*-{tag}-{tag}-*{machine}.whl"))
     if not found:
         raise ConfigError(f"--wheels {wheels}: there is no chat_server-*-{tag}-{tag}-*{machine}.whl")

@@ -241,7 +241,9 @@ def write_tree(tree: Path, bundle: zipfile.ZipFile, libraries: Libraries):
     write_new(f"{tree}/lock", bytes(mmap.PAGESIZE))
     hold(tree / "lock")
     check_executable(tree)
-    site, note, made = f"{tree}/site", {}, set()
+    site = f"{tree}/site"
+    note = {}
+    made = set()
     os.mkdir(site, 0o700)
     for name, data in packed_files(bundle, libraries):
         for folder in [parent.as_posix() for parent in Path(name).parents[-2::-1]]:
@@ -308,7 +310,8 @@ def checked_tree(tree: Path) -> Path:
 
 
 def check_tree(tree: Path):
-    note, site = noted(tree), str(tree / "site") + "/"
+    note = noted(tree)
+    site = str(tree / "site") + "/"
     check_ours(tree.lstat(), tree)
     for folder, names in folders_of(note).items():
         path = Path(site + folder)
@@ -361,7 +364,8 @@ def other_files(tree: Path, bundle: zipfile.ZipFile, libraries: Libraries) -> li
             return (tree / "site" / name).read_bytes() != data
         except OSError:
             return True
-    packed, found = set[str](), list[str]()
+    packed = set[str]()
+    found = list[str]()
     for name, data in packed_files(bundle, libraries):
         packed.add(name)
         if differs(name, data):
@@ -399,7 +403,8 @@ def only_one(lock: Path) -> Iterator[bool]:
     is alone."""
     import fcntl
     with open(os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "wb") as file:
-        deadline_s, alone = time.monotonic() + UNPACKING_S, False
+        deadline_s = time.monotonic() + UNPACKING_S
+        alone = False
         while not alone and time.monotonic() < deadline_s:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -51,7 +51,8 @@ def read_bandwidth(threads: int, size: int = 64 << 20, rounds: int = 3) -> float
         with mmap.mmap(-1, 2 * size) as area:
             place = ctypes.addressof(ctypes.c_char.from_buffer(area))
             ctypes.memset(place, 1, 2 * size)  # else all of it is one page of zeros
-            part, best_s = size // threads, math.inf
+            part = size // threads
+            best_s = math.inf
             for _ in range(rounds):
                 readers = [threading.Thread(target=compare, args=(
                     place + index * part, place + size + index * part, part)) for index in range(threads)]

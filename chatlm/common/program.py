@@ -73,7 +73,8 @@ def program_bytes(start: int = 0) -> bytes:
 def program_digest(root: Path | None = None) -> str:
     """A digest of the sources, the same on any machine, bundled or not."""
     import hashlib
-    root, digest = root or program_root(), hashlib.sha256()
+    root = root or program_root()
+    digest = hashlib.sha256()
     script = in_program(root, SCRIPT)
     sources = program_sources(root) | ({SCRIPT: script.read_bytes()} if script.is_file() else {})
     for name, text in sources.items():
@@ -98,7 +99,8 @@ def other_program() -> Path | None:
 
 def program_stamp() -> tuple:
     """A stamp of the sources on disk, which a newly started process would read."""
-    root, stamps = program_root(), []
+    root = program_root()
+    stamps = []
     for path in [root] if root.is_file() else sorted((root / "chatlm").rglob("*.py")):
         with suppress(OSError):
             now = os.stat(path)

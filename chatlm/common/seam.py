@@ -13,7 +13,8 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator
 
-KERNELS, REFERENCES = "chatlm/worker/model/kernels.py", "chatlm/worker/ops/references.py"
+KERNELS = "chatlm/worker/model/kernels.py"
+REFERENCES = "chatlm/worker/ops/references.py"
 
 
 def seam_digest(read: Callable[[str], str]) -> str:

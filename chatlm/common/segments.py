@@ -36,7 +36,10 @@ MOST_GROUPS = 256               # of layers, as bits
 HEADER = struct.Struct(f"<4sH{MOST_GROUPS // 8}s16s16s16s{PAGE_SIZE}IQ16s")
 GUARD_BYTES = 8
 HEADER_BYTES = HEADER.size + GUARD_BYTES
-PAGE, STATE, MODEL = 0, 1, 2    # contents of a record: KV pages, a snapshot of states, the name of a model
+# contents of a record: KV pages, a snapshot of states, the name of a model
+PAGE = 0
+STATE = 1
+MODEL = 2
 ROOT = bytes(16)                # the parent of the first page of a prefix
 SUFFIX = ".pages"
 
@@ -114,15 +117,22 @@ class Segment:
     def __init__(self, path: str | Path, name: str, file: FileIO | None = None):
         """file: an open file in memory. A store's files are opened only for use, so that a deleted one is
         gone."""
-        self.path, self.name, self.file = path, name, file
-        self.size = self.used_ns = 0       # when last looked at
+        self.path = path
+        self.name = name
+        self.file = file
+        # when last looked at
+        self.size = 0
+        self.used_ns = 0
         self.entries: list[Entry] = []     # all but MODEL records
         self.last = b""                    # the key of its last page
         self.forget()
 
     def forget(self):
         """Forget its content."""
-        self.id, self.end, self.entries, self.last = b"", 0, [], b""
+        self.id = b""
+        self.end = 0
+        self.entries = []
+        self.last = b""
 
     @contextmanager
     def opened(self, writable: bool = False) -> Iterator[int]:
@@ -164,7 +174,8 @@ class Segment:
             return False
         self.forget()
         if magic == MAGIC:
-            self.id, self.end = id_, HEAD.size
+            self.id = id_
+            self.end = HEAD.size
         return True
 
     def news(self, descriptor: int) -> Iterator[tuple[Record, Entry]]:
@@ -203,7 +214,8 @@ class Segment:
     def read(self, entry: Entry) -> tuple[Record, memoryview] | None:
         """The record at an entry's offset, if its payload has the entry's size, else None. The caller checks
         its key and checksum."""
-        view, done = memoryview(bytearray(HEADER_BYTES + entry.size)), 0
+        view = memoryview(bytearray(HEADER_BYTES + entry.size))
+        done = 0
         with self.opened() as descriptor:
             while done < len(view):
                 if not (count := os.preadv(descriptor, [view[done:]], entry.begin + done)):
@@ -242,7 +254,8 @@ def write_whole(descriptor: int, data, offset: int):
     view = memoryview(data).cast("B")
     while len(view):
         count = os.pwrite(descriptor, view, offset)
-        view, offset = view[count:], offset + count
+        view = view[count:]
+        offset = offset + count
 
 
 # The store: a folder of segments

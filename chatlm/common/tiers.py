@@ -31,7 +31,9 @@ class Tier:
 
     def __init__(self, limit: int, segment_bytes: int, most_segments: int, elsewhere: Container[bytes] = ()):
         """elsewhere: keys of records that another tier also has; they may leave this one in any order."""
-        self.limit, self.segment_bytes, self.most_segments = limit, segment_bytes, most_segments
+        self.limit = limit
+        self.segment_bytes = segment_bytes
+        self.most_segments = most_segments
         self.elsewhere = elsewhere
         self.only: bytes | None = None       # a profile; records of others are ignored
         self.segments: dict[str, Segment] = {}
@@ -77,7 +79,8 @@ class Tier:
                     segment.has_its_id):  # it may have been refilled within 4 ms
                 return
             self._resize(segment, status.st_size)
-            segment.used_ns, before = status.st_mtime_ns, segment.entries
+            segment.used_ns = status.st_mtime_ns
+            before = segment.entries
             with segment.opened() as descriptor:
                 if segment.restarted(descriptor):
                     self._forget(segment, before)
@@ -176,7 +179,8 @@ class Tier:
                 segment = self.segments.get(heapq.heappop(queue)[1])
                 if segment is None:
                     continue
-                on, floor = self.index.get(segment.parent), max(hanging.get(segment, {}).values(), default=0)
+                on = self.index.get(segment.parent)
+                floor = max(hanging.get(segment, {}).values(), default=0)
                 if segment.size <= floor and segment.entries or missing <= 0 and floor:
                     continue
                 wanted = max(missing, self.limit // self.SHARE, segment.size if crowded and not floor else 0)
@@ -248,7 +252,11 @@ def prune(folder: Path, most_bytes: int) -> int:
 def listed_store(folder: Path, most_bytes: int | None = None) -> list[str]:
     """Lines that list a store's contents, after pruning it to `most_bytes`, if given. ConfigError if it
     cannot be read."""
-    tier, pages, states, sizes, used_s = Tier(0, 0, 0), Counter(), Counter(), Counter(), {}
+    tier = Tier(0, 0, 0)
+    pages = Counter()
+    states = Counter()
+    sizes = Counter()
+    used_s = {}
     try:
         pruned = None if most_bytes is None else prune(folder, most_bytes)
         tier.look_at_folder(folder)

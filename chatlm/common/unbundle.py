@@ -62,7 +62,8 @@ def verified(path: Path) -> Iterator[str]:
 
 def sha256_of(path: Path, size: int | None = None) -> str:
     """Of a file, or of its first bytes."""
-    digest, left = hashlib.sha256(), path.stat().st_size if size is None else size
+    digest = hashlib.sha256()
+    left = path.stat().st_size if size is None else size
     with open(path, "rb") as file:
         while left and (data := file.read(min(left, 1 << 20))):
             digest.update(data)

@@ -11,7 +11,9 @@ from typing import Any
 from chatlm.common.errors import ChatServerError, lack_of_memory
 from chatlm.common.log import log
 
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0  # before work that failed is run again
+# before work that failed is run again
+FIRST_PAUSE_S = 1.0
+LONGEST_PAUSE_S = 60.0
 
 
 async def supervised(what: str, work: Callable[[], Any],
@@ -27,7 +29,8 @@ async def supervised(what: str, work: Callable[[], Any],
             return await work()
         except Exception as error:
             error = lack_of_memory(error) or error
-            again, known = failed(error), isinstance(error, ChatServerError)
+            again = failed(error)
+            known = isinstance(error, ChatServerError)
             if again or not known:  # otherwise the program ends with this error and prints it
                 log.error("%s failed: %s", what, error, exc_info=None if known else error)
             if not again:
@@ -74,7 +77,9 @@ async def all_of(*works):
 
 async def interruptible(work):
     """The result of an awaitable, or None if Ctrl-C cancelled it. Nothing else is cancelled."""
-    task, loop, stopped = asyncio.ensure_future(work), asyncio.get_running_loop(), asyncio.Event()
+    task = asyncio.ensure_future(work)
+    loop = asyncio.get_running_loop()
+    stopped = asyncio.Event()
     loop.add_signal_handler(signal.SIGINT, lambda: (stopped.set(), task.cancel()))
     try:
         return await task
@@ -88,7 +93,8 @@ async def interruptible(work):
 
 def stop_signals() -> tuple[asyncio.Event, asyncio.Event]:
     """(drain, now): the first SIGINT or SIGTERM sets drain, the next one sets now."""
-    drain, now = asyncio.Event(), asyncio.Event()
+    drain = asyncio.Event()
+    now = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(
             number, lambda: (now if drain.is_set() else drain).set())

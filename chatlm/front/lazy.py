@@ -11,7 +11,8 @@ class LazyModule:
     """A module imported at the first use of one of its names."""
 
     def __init__(self, name: str, purpose: str):
-        self._name, self._purpose = name, purpose
+        self._name = name
+        self._purpose = purpose
 
     def __getattr__(self, attribute: str):
         value = getattr(require_library(self._name, self._purpose), attribute)

@@ -54,7 +54,8 @@ async def batch(settings: Settings) -> int:
     if settings.texts is None or settings.output is None or settings.output == "-":
         raise ConfigError("batch takes a FILE of JSON lines and -o FILE: for example "
                           f"`{program_command()} batch MODEL requests.jsonl -o answers.jsonl`")
-    began_s, progress = time.monotonic(), ProgressDisplay()
+    began_s = time.monotonic()
+    progress = ProgressDisplay()
     source = Source(Path(settings.texts).expanduser())
     with Output(settings.output, source) as output:
         before = len(output.done)
@@ -76,7 +77,8 @@ async def batch(settings: Settings) -> int:
             finally:
                 progress.close()
         failed = output.finish()
-    new, spent = len(output.done) - before, duration(time.monotonic() - began_s)
+    new = len(output.done) - before
+    spent = duration(time.monotonic() - began_s)
     errors = f", {failed:,} of all with errors" if failed else ""
     print(f"{new:,} lines in {spent}{errors}; {visible(settings.output)} has {source.count:,}",
           file=sys.stderr)

@@ -179,14 +179,16 @@ class Output:
 
     def _take_up(self, reading: BinaryIO):
         head = head_of(reading.readline(LONGEST_HEAD)) or {}
-        created, run = head.get("created"), head.get("run")
+        created = head.get("created")
+        run = head.get("run")
         if type(created) is not int or not re.fullmatch("[0-9a-f]{16}", str(run)):
             raise self._foreign(self.part)
         self._lock()
         if head.get("input") != self.source.digest:
             raise ConfigError(f"{shown_path(self.part)} is of another input; delete it to begin again, or "
                               "choose another -o")
-        self.created, self.run = created, str(run)
+        self.created = created
+        self.run = str(run)
         self._read(reading)
 
     def _lock(self):

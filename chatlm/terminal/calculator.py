@@ -41,7 +41,8 @@ class MarkedText:
         """What to show of a delta."""
         if delta.kind != "calculator":
             space = " " * (self.follows and not delta.text[:1].isspace())
-            self.follows, self.last = False, delta.text[-1:] or self.last
+            self.follows = False
+            self.last = delta.text[-1:] or self.last
             return space + delta.text if delta.text else ""
         if not (shown := call_text(json.loads(delta.text))):
             return ""
@@ -55,7 +56,8 @@ def split_at_calls(text: str, calls: Iterable[Mapping], begin: int = 0) -> list[
     deltas = list[Delta]()
     for call in calls:
         place = min(max(call["start"] - begin, 0), len(text))
-        before, text = text[:place], text[place:]
+        before = text[:place]
+        text = text[place:]
         begin += place
         others = {name: value for name, value in call.items() if name != "start"}
         deltas += [Delta("text", before)] * bool(before) + [Delta("calculator", json.dumps(others))]
@@ -91,7 +93,8 @@ def calls_of_event(sent) -> list[dict]:
 
 def joined_calls(texts: Seq[str], calls: Seq[list[dict]], between: str) -> list[dict]:
     """The calls of several texts that become one."""
-    found, begin = list[dict](), 0
+    found = list[dict]()
+    begin = 0
     for text, own in zip(texts, calls):
         found += moved(own, begin)
         begin += len(text) + len(between)

@@ -51,7 +51,8 @@ def duration(seconds: float) -> str:
 
 def summary(done: Finished, seconds: float) -> str:
     """For example: 156 tokens in 4.2 s, 37 tok/s, first token after 0.2 s."""
-    count, speed = done.usage.completion_tokens, done.tokens_per_second
+    count = done.usage.completion_tokens
+    speed = done.tokens_per_second
     parts = [f"{count} {'token' if count == 1 else 'tokens'} in {duration(seconds)}"]
     if speed:
         parts.append(f"{speed:.{0 if speed >= 10 else 1}f} tok/s")
@@ -114,7 +115,8 @@ def usage_of(done: Finished) -> dict[str, int]:
 
 async def receive(pool: Pool, request: Request, reply: Reply, writer):
     """Show an answer as it arrives; `reply` keeps what arrived, even if the answer fails or is cancelled."""
-    began_s, counter = time.monotonic(), CallCounter()
+    began_s = time.monotonic()
+    counter = CallCounter()
     try:
         async with aclosing(pool.answer(request)) as events:
             async for event in events:
@@ -127,7 +129,8 @@ async def receive(pool: Pool, request: Request, reply: Reply, writer):
                 elif isinstance(event, PromptProgress):
                     writer.progress(event)
                 elif isinstance(event, Finished):
-                    reply.done, reply.seconds = event, time.monotonic() - began_s
+                    reply.done = event
+                    reply.seconds = time.monotonic() - began_s
     finally:
         writer.close()
 
@@ -150,7 +153,8 @@ class Chat:
     """The `chat` command. The user types messages or COMMANDS; each command is a method here."""
 
     def __init__(self, pool: Pool, settings: Settings, conversation: Conversation | None = None):
-        self.pool, self.settings = pool, settings
+        self.pool = pool
+        self.settings = settings
         self.in_turns = chats_in_turns(settings, pool)
         self.terminal = Terminal(settings, [*(f"/{name} " for name in COMMANDS),
                                             *(f"/set {name} " for name in SETTABLE)])
@@ -159,8 +163,10 @@ class Chat:
         self.kept = settings.history and (self.terminal.interactive or settings.continue_)
         self.files: set[Path] = set()  # files that hold only this conversation: /save may overwrite them
         self.draft = ""                # the initial text of the next prompt
-        self.failed = self.left = False
-        self.answers = self.tokens = 0
+        self.failed = False
+        self.left = False
+        self.answers = 0
+        self.tokens = 0
 
     async def run(self) -> int:
         """Run until the user leaves. Returns the exit status: 1 if a message from a pipe failed."""
@@ -168,7 +174,8 @@ class Chat:
         about.append("/help lists the commands; Ctrl-C stops the answer")
         self.note("\n".join([*self.pool.describe(), *about, *self.conversation.lines()]))
         while not self.left:
-            draft, self.draft = self.draft, ""
+            draft = self.draft
+            self.draft = ""
             if (text := await self.terminal.read(draft)) is None:
                 break
             try:
@@ -209,7 +216,8 @@ class Chat:
 
     async def ask(self, text: str, parent: str | None = "", pictures: Seq[dict] = ()):
         """Send a message below the leaf, or below `parent`. It is dropped if there is no answer."""
-        chat, before = self.conversation, self.conversation.leaf
+        chat = self.conversation
+        before = self.conversation.leaf
         parent = before if parent == "" else parent
         question = chat.add({"role": "user", "content": text, "parent": parent,
                              **({"pictures": [*pictures]} if pictures else {})})
@@ -222,8 +230,11 @@ class Chat:
 
     async def answer(self, last: dict):
         """Answer a question, or continue an answer. If this stops or fails, what arrived is kept."""
-        chat, reply, before = self.conversation, Reply(), self.conversation.leaf
-        chat.leaf, cut = last["id"], last["role"] == "assistant"
+        chat = self.conversation
+        reply = Reply()
+        before = self.conversation.leaf
+        chat.leaf = last["id"]
+        cut = last["role"] == "assistant"
         seed = {"seed": last["seed"]} if cut and type(last.get("seed")) is int else {}
         messages = chat.messages()
         if any((message.more or {}).get("pictures") for message in messages):
@@ -235,7 +246,8 @@ class Chat:
             source = {"prompts": (chat.last_text(),)}
         request = new_request(with_own_sampling(self.settings, self.pool), seed | chat.parameters,
                               progress=self.terminal.interactive, **source)
-        chat.leaf, note = before, "interrupted"
+        chat.leaf = before
+        note = "interrupted"
         try:
             with self.terminal.unechoed(partial(self.pool.end_thinking, request.id)):
                 begun = marked(last["content"], calls_in(last), as_code) if cut else ""
@@ -269,7 +281,8 @@ class Chat:
         if reply.done:
             node["timings"] = timings_body(reply.done) | usage_of(reply.done) | {
                 "finish_reason": reply.done.reason}
-            self.answers, self.tokens = self.answers + 1, self.tokens + reply.done.usage.completion_tokens
+            self.answers = self.answers + 1
+            self.tokens = self.tokens + reply.done.usage.completion_tokens
         else:
             node["note"] = note
         if last["role"] == "user":
@@ -320,14 +333,16 @@ class Chat:
 
     def slash_show(self, value: str):
         """/show: model, system message, parameters, context"""
-        chat, default = self.conversation, dataclasses.asdict(self.settings)
+        chat = self.conversation
+        default = dataclasses.asdict(self.settings)
         default |= {name: value for name, (value, origin) in sampling_of(self.pool, self.settings).items()
                     if origin != "usual" or not self.settings.url}
         rows = {"model": self.pool.model_name, "system": chat.system, "messages": len(chat.path())}
         rows |= {name: chat.parameters.get(name, default.get(name)) for name in SETTABLE}
         facts = [node["timings"] for node in chat.path() if isinstance(node.get("timings"), dict)] or [{}]
         used = [facts[-1].get(name, 0) for name in ("prompt_tokens", "completion_tokens")]
-        length, used = self.pool.context_length, sum(count for count in used if isinstance(count, int))
+        length = self.pool.context_length
+        used = sum(count for count in used if isinstance(count, int))
         rows["context"] = f"{used:,}{f' of {length:,}' if isinstance(length, int) else ''} tokens"
         self.note("\n".join(f"{name:12} {'-' if row in (None, '') else row}" for name, row in rows.items()))
 
@@ -504,7 +519,9 @@ def taken_as_model(settings: Settings) -> str:
 
 async def generate(settings: Settings) -> int:
     """The `generate` command: one answer on stdout, its speed on stderr. No template: text completion."""
-    text, reply, writer = prompt_text(settings), Reply(), PlainWriter(silent=settings.json)
+    text = prompt_text(settings)
+    reply = Reply()
+    writer = PlainWriter(silent=settings.json)
     turns = [Message("system", settings.system)] if settings.system else []
     async with open_pool(settings) as pool:
         settings = with_own_sampling(settings, pool)

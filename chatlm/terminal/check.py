@@ -122,10 +122,12 @@ class Examination:
     """Runs the doctor's process, and another one for the checks that are left if a check ends it."""
 
     def __init__(self, config: DoctorConfig, progress: Callable[[str, float], None]):
-        self.config, self.progress = config, progress
+        self.config = config
+        self.progress = progress
         self.opened: Opened | None = None
         self.left = list[str]()  # the names of the checks that are not done; the first is under way
-        self.limit_s, self.began_s = OPENING_S, time.monotonic()
+        self.limit_s = OPENING_S
+        self.began_s = time.monotonic()
         self.examined = list[Examined]()
 
     async def run(self) -> Report:
@@ -137,7 +139,9 @@ class Examination:
         """Note what a process finds, and why it has ended if it could not make all checks."""
         process, ours = start_child(PROCESS_COMMAND, "doctor", process_environment(self.config.threads))
         reader, writer = await asyncio.open_connection(sock=ours)
-        late, cut, self.limit_s = False, False, OPENING_S
+        late = False
+        cut = False
+        self.limit_s = OPENING_S
         try:
             writer.write(DOCTOR_PIPE.packed(replace(
                 self.config, skip=tuple(one.check for one in self.examined))))
@@ -164,9 +168,11 @@ class Examination:
         match message:
             case Opened():
                 if self.opened is None:
-                    self.opened, self.left = message, [*message.checks]
+                    self.opened = message
+                    self.left = [*message.checks]
             case Examining(name, limit_s):
-                self.limit_s, self.began_s = limit_s, time.monotonic()
+                self.limit_s = limit_s
+                self.began_s = time.monotonic()
                 done = len(self.examined)
                 self.progress(f"checking: {name}", done / (done + len(self.left)))
             case Examined(name):

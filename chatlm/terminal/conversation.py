@@ -39,7 +39,8 @@ def title_of(text: str) -> str:
 
 def known_parameters(parameters) -> dict:
     """The parameters of a file that are known and have valid values."""
-    parameters, known = parameters if isinstance(parameters, dict) else {}, {}
+    parameters = parameters if isinstance(parameters, dict) else {}
+    known = {}
     for name, parse in PARAMETERS.items():
         with suppress(ValueError, TypeError, argparse.ArgumentTypeError):
             if not isinstance(value := parameters.get(name), (dict, list, bool)):
@@ -67,13 +68,15 @@ class Conversation:
 
     def __init__(self, system: str = "", parameters: Mapping | None = None, fields=None):
         self.fields = {"title": "", "created": now_ms(), "pinned": False, **(fields or {})}
-        self.system, self.parameters = system, dict(parameters or {})
+        self.system = system
+        self.parameters = dict(parameters or {})
         self.nodes: dict[str, dict] = {}
         self.leaf: str | None = None
 
     def path(self) -> list[dict]:
         """The nodes from the first message to the leaf; a file's parents may form a cycle."""
-        path, node = {}, self.nodes.get(self.leaf or "")
+        path = {}
+        node = self.nodes.get(self.leaf or "")
         while node and node["id"] not in path:
             path[node["id"]] = node
             node = self.nodes.get(node["parent"])
@@ -81,7 +84,8 @@ class Conversation:
 
     def add(self, node: dict) -> dict:
         node = {"id": secrets.token_hex(16), "created": now_ms()} | node
-        self.nodes[node["id"]], self.leaf = node, node["id"]
+        self.nodes[node["id"]] = node
+        self.leaf = node["id"]
         self.fields["title"] = self.title or title_of(node["content"])
         return node
 
@@ -148,7 +152,8 @@ def read_chats(text: str) -> list[Conversation]:
 
 def read_chat(chat, index: int) -> Conversation:
     chat = dict(chat) if isinstance(chat, dict) else {}
-    listed, leaf = chat.pop("nodes", chat.pop("messages", None)), chat.pop("leaf", None)
+    listed = chat.pop("nodes", chat.pop("messages", None))
+    leaf = chat.pop("leaf", None)
     if not isinstance(listed, list):
         raise ValueError('it has no list "messages" of {role, content}, and no "nodes"')
     old = chat.pop("settings", None)  # format version 1

@@ -53,7 +53,9 @@ async def embed(settings: Settings) -> int:
         taken = f"; {settings.model} was taken as MODEL" if settings.model and settings.texts is None else ""
         raise ConfigError("embed takes a MODEL, a FILE of JSON lines and -o FILE: for example "
                           f"`{program_command()} embed MODEL texts.jsonl -o vectors.jsonl`{taken}")
-    began_s, count, progress = time.monotonic(), 0, ProgressDisplay()
+    began_s = time.monotonic()
+    count = 0
+    progress = ProgressDisplay()
     with open_texts(settings.texts) as source, Vectors(settings.output, source) as vectors:
         async with open_pool(settings) as pool:
             assert not isinstance(pool, RemotePool)  # the command has no --url
@@ -127,9 +129,13 @@ def batches_of(path: str, source: BinaryIO) -> Iterator[Batch]:
     """The texts of a file of JSON lines: each a string, or an object with a `text`. Empty lines are skipped.
     ConfigError for any other line."""
     size = os.fstat(source.fileno()).st_size if path != "-" else 0
-    texts, first, number, read = [], 1, 0, 0
+    texts = []
+    first = 1
+    number = 0
+    read = 0
     while line := source.readline(LONGEST_LINE + 1):
-        number, read = number + 1, read + len(line)
+        number = number + 1
+        read = read + len(line)
         if len(line) > LONGEST_LINE:
             raise ConfigError(f"{visible(path)}: line {number:,} has more than {LONGEST_LINE >> 20} MiB")
         if line.strip():
@@ -196,7 +202,8 @@ class Vectors:
     def write(self, vectors: list[list[float]]):
         with self._named_errors():
             for vector in vectors:
-                self.width, self.count = len(vector), self.count + 1
+                self.width = len(vector)
+                self.count = self.count + 1
                 self.file.write(struct.pack(f"<{len(vector)}f", *vector) if self.is_array else
                                 b"[%s]\n" % ", ".join([f"{number:.9g}" for number in vector]).encode())
 

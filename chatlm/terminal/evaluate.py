@@ -204,11 +204,13 @@ def split_before(begin: int, tokens: Seq[int], count: int) -> list[list[int]]:
 
 def in_requests(texts: Seq[str]) -> Iterator[list[str]]:
     """Texts that fit one body of /tokenize."""
-    together, size = list[str](), 0
+    together = list[str]()
+    size = 0
     for text in texts:
         if together and size + len(text) > LIMITS.tokenized_characters // 2:
             yield together
-            together, size = [], 0
+            together = []
+            size = 0
         together.append(text)
         size += len(text)
     yield together
@@ -280,10 +282,12 @@ def show(name: str, checkpoint: Mapping[str, str | int], what: Suite | Texts,
     if isinstance(found, BpbResult):
         result = f"{found.bits_per_byte:.6f} bits per byte ({found.texts.metric}): {found.bytes:,} bytes, "
         result += f"{found.rows:,} row(s) of {found.targets:,} tokens, {duration(found.seconds)}"
-        body, lines = found.as_json(), [f"== {title}: {found.texts.name}", result]
+        body = found.as_json()
+        lines = [f"== {title}: {found.texts.name}", result]
     else:
         assert isinstance(what, Suite)
-        body, lines = as_json(what, found), table(title, what, found)
+        body = as_json(what, found)
+        lines = table(title, what, found)
         if what.left_out:
             body["left_out"] = what.left_out
     if settings.json:

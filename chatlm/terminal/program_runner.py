@@ -26,15 +26,22 @@ from contextlib import suppress
 from typing import BinaryIO, NamedTuple
 
 MEMORY_BYTES = 256 << 20     # upstream's, of addresses, data and the stack
-FILE_BYTES, OPEN_FILES = 16 << 20, 64
+FILE_BYTES = 16 << 20
+OPEN_FILES = 64
 CPU_S = 6                    # above the time limit, for what outlives this process
 GRACE_S = 2.0                # that a process has to say how the program went, after its time
 HEADER_BYTES = 8             # before the program on standard input: how long it is
 
-RIGHT, WRONG, NOT_STARTED = 0, 1, 2  # statuses of process 1 of a namespace
+# statuses of process 1 of a namespace
+RIGHT = 0
+WRONG = 1
+NOT_STARTED = 2
 
-CLONE_NEWUSER, CLONE_NEWPID = 0x10000000, 0x20000000
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 1, 4, 36
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWPID = 0x20000000
+PR_SET_PDEATHSIG = 1
+PR_SET_DUMPABLE = 4
+PR_SET_CHILD_SUBREAPER = 36
 
 # The program's own process, which sets its limits itself: between fork and exec little is safe to do. What is
 # taken away is what nanochat's execution.py takes away, and what starts or signals processes by another name.
@@ -171,7 +178,8 @@ def call_linux(name: str, *arguments: int) -> bool:
 
 def enter_namespace() -> bool:
     """Let this process's children begin a namespace of process ids of their own, if the system allows it."""
-    user, group = os.getuid(), os.getgid()
+    user = os.getuid()
+    group = os.getgid()
     if call_linux("unshare", CLONE_NEWUSER | CLONE_NEWPID):
         # ids stay what they are; without this they read as nobody's, which does no harm
         with suppress(OSError):

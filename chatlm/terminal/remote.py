@@ -47,7 +47,9 @@ class RemotePool:
         self.on_progress: Callable[[str, float], None] = lambda stage, fraction: None
         self.client: Any = None
         self.model: dict = {}  # its entry in /v1/models
-        self.native = self.reached = False  # has it only nanochat's route? has it answered yet?
+        # has it only nanochat's route? has it answered yet?
+        self.native = False
+        self.reached = False
 
     async def start(self):
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=6 * PING_S)
@@ -75,7 +77,8 @@ class RemotePool:
 
     async def _choose(self, models: list[dict]) -> dict:
         """The server's first model, or the one that MODEL names; ConfigError if it has none."""
-        name, ids = self.wanted, [str(model.get("id")) for model in models]
+        name = self.wanted
+        ids = [str(model.get("id")) for model in models]
         if name is None or name in ids:
             return models[ids.index(name) if name else 0] if models else {}
         if (model := await self.get(f"v1/models/{quote(name)}")).get("id"):  # an alias
@@ -198,7 +201,8 @@ def content_of(message: Message) -> str | list[dict]:
 
 
 def native_body(request: Request) -> dict:
-    params, sampling = request.params, request.params.sampling
+    params = request.params
+    sampling = request.params.sampling
     messages = request.messages or (Message("user", str(request.prompts[0])),)
     return {"messages": [{"role": message.role, "content": content_of(message),
                           **calculator_member(calculations_of(message))} for message in messages],

@@ -86,7 +86,9 @@ async def compare(settings: Settings) -> int:
                           "question comes after -p")
     if len({*names}) < len(names):
         raise ConfigError("compare: each MODEL must be different; /v1/compare takes `variants` of one")
-    text, columns, turn = prompt_text(settings), [Column() for _ in names], 0
+    text = prompt_text(settings)
+    columns = [Column() for _ in names]
+    turn = 0
     system = [{"role": "system", "content": settings.system}] if settings.system else []
     body = {"models": names, "messages": [*system, {"role": "user", "content": text}],
             **{name: value for name in PARAMETERS if (value := getattr(settings, name)) is not None}}
@@ -110,7 +112,8 @@ async def compare(settings: Settings) -> int:
 
 def show(column: Column, name: str) -> bool:
     """Print the new part of an answer; True once it is complete."""
-    new, column.new = column.new, ""
+    new = column.new
+    column.new = ""
     if not column.began and (new or column.end):
         column.began = True
         print(f"== {visible(name)}", flush=True)
@@ -182,7 +185,8 @@ async def score(settings: Settings) -> int:
         one_model = replace(settings, model=choice.path or None, several=())
         async with open_pool(one_model) as pool:
             assert not isinstance(pool, RemotePool)  # the command has no --url
-            name, began_s = choice.path or pool.model_name, time.monotonic()
+            name = choice.path or pool.model_name
+            began_s = time.monotonic()
             scored = await score_text(PoolScorer(pool), text)
         if settings.json:
             print(json.dumps({"model": name, **pool.checkpoint, **scored.as_json()}), flush=True)

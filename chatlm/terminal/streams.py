@@ -25,7 +25,9 @@ async def server_events(content) -> AsyncGenerator[tuple[int | None, dict], None
     """(number, if the server numbers them, JSON object) of each event up to [DONE].
 
     An event is complete at the empty line after it. ValueError if one is not a JSON object."""
-    number, data, rest = None, [], b""
+    number = None
+    data = []
+    rest = b""
     async for chunk in content.iter_any():
         *lines, rest = (rest + chunk).split(b"\n")
         for line in lines:
@@ -42,7 +44,8 @@ async def server_events(content) -> AsyncGenerator[tuple[int | None, dict], None
                     if not isinstance(event := json.loads(b"\n".join(data)), dict):
                         raise ValueError("an event is not a JSON object")
                     yield number, event
-                number, data = None, []
+                number = None
+                data = []
 
 
 class EventStream:
@@ -53,7 +56,9 @@ class EventStream:
     RESUME_S = (0.2, 0.5, 1, 2, 5, 5, 5, 5)  # pauses before each attempt to resume; GRACE_S is longer
 
     def __init__(self, pool: RemotePool, ends: Callable[[dict], Any], request_id: str = ""):
-        self.pool, self.ends, self.request_id = pool, ends, request_id
+        self.pool = pool
+        self.ends = ends
+        self.request_id = request_id
         self.response: Any = None
         self.next: int | None = None  # number of the next event, if the server numbers them
         self.whole = False            # whether the last event has arrived
@@ -61,7 +66,8 @@ class EventStream:
 
     async def post(self, *routes: tuple[str, dict]) -> str:
         """Post to the first of these routes that the server has; returns its path. Raises its error."""
-        headers, last = {"X-Request-Id": self.request_id} if self.request_id else {}, routes[-1][0]
+        headers = {"X-Request-Id": self.request_id} if self.request_id else {}
+        last = routes[-1][0]
         for path, body in routes:
             self.response = await self.pool.ask("POST", path, json=body, headers=headers)
             if self.response.status != 200:
@@ -119,7 +125,9 @@ class AnswerReader:
 
     def __init__(self):
         self.ending: dict = {}  # finish_reason, usage, timings ... as they arrive
-        self.pieces, self.begin_s, self.first_s = 0, time.monotonic(), 0.0
+        self.pieces = 0
+        self.begin_s = time.monotonic()
+        self.first_s = 0.0
         self.characters = 0  # of its text so far
 
     @staticmethod
@@ -148,7 +156,8 @@ class AnswerReader:
         reasoning = body.get("reasoning") or delta.get("reasoning_content") or delta.get("reasoning")
         text = body.get("token") or delta.get("content") or delta.get("text")
         deltas = (Delta("reasoning", str(reasoning)),) if reasoning else ()
-        text, calls = str(text or ""), calls_of_event(body.get("calculator") or delta.get("calculator"))
+        text = str(text or "")
+        calls = calls_of_event(body.get("calculator") or delta.get("calculator"))
         deltas = (*deltas, *split_at_calls(text, calls, self.characters))
         self.characters += len(text)
         if not deltas:
@@ -160,7 +169,8 @@ class AnswerReader:
     def finished(self) -> Finished:
         """The server's final statistics; missing ones are measured here, counting a piece as a token."""
         done = self.ending
-        usage, timings = done.get("usage") or {}, done.get("timings") or {}
+        usage = done.get("usage") or {}
+        timings = done.get("timings") or {}
         prompt, completion = (usage.get(f"{name}_tokens_details") or {} for name in ("prompt", "completion"))
         since_first_s = time.monotonic() - self.first_s
         speed = (self.pieces - 1) / since_first_s if self.pieces > 1 and since_first_s > 0.1 else None

@@ -43,7 +43,8 @@ def markdown_library() -> tuple[Any, Any]:
     class Code(markdown.CodeBlock):
         def __rich_console__(self, console, options) -> Iterator[Any]:
             whole = options.max_width == console.width  # not in a list: long lines stay whole, for copying
-            code, overflow = str(self.text).rstrip("\n"), "ignore" if whole else "fold"
+            code = str(self.text).rstrip("\n")
+            overflow = "ignore" if whole else "fold"
             yield Text(code, "cyan", no_wrap=whole, overflow=overflow)
 
     class Markdown(markdown.Markdown):
@@ -64,7 +65,8 @@ def markdown_blocks(text: str, style: str) -> list[tuple[int, Any]]:
             if part.type == "softbreak":
                 part.type = "hardbreak"
             elif part.type == "text_special":  # a backslash before anything else is LaTeX's
-                part.type, part.content = "text", part.content if part.content in "*_`#~|>" else part.markup
+                part.type = "text"
+                part.content = part.content if part.content in "*_`#~|>" else part.markup
         blocks[-1][1].parsed.append(token)
     return blocks
 
@@ -76,12 +78,17 @@ class MarkdownWriter:
 
     def __init__(self, console, before: str = "", hint: bool = False):
         from rich import live, segment
-        self.console, self.segment, self.waiting = console, segment, "..."
+        self.console = console
+        self.segment = segment
+        self.waiting = "..."
         self.hint = "Tab: answer now" if hint else ""  # shown while it thinks
-        self.text, self.style, self.begun = "", "dim", False
+        self.text = ""
+        self.style = "dim"
+        self.begun = False
         self.marks = MarkedText(as_code, before)
         if blocks := markdown_blocks(before := before.translate(TERMINAL_CONTROLS), "none"):
-            self.text, self.style = before.split("\n", blocks[-1][0])[-1], "none"
+            self.text = before.split("\n", blocks[-1][0])[-1]
+            self.style = "none"
         self.live = live.Live(self, console=console, refresh_per_second=10, transient=True,
                               vertical_overflow="visible")
         self.live.start(refresh=True)
@@ -96,7 +103,8 @@ class MarkdownWriter:
     def push(self, event: Piece):
         for delta in event.deltas:
             thinks = delta.kind == "reasoning"
-            text, style = delta.text if thinks else self.marks.push(delta), "dim" if thinks else "none"
+            text = delta.text if thinks else self.marks.push(delta)
+            style = "dim" if thinks else "none"
             if style != self.style:
                 self._write(markdown_blocks(self.text, self.style), "")
                 self.style = style
@@ -141,7 +149,9 @@ class PlainWriter:
     """Prints an answer as it arrives; a model's control characters never reach a terminal."""
 
     def __init__(self, silent: bool):
-        self.silent, self.last, self.marks = silent, "\n", MarkedText()
+        self.silent = silent
+        self.last = "\n"
+        self.marks = MarkedText()
 
     def progress(self, event: PromptProgress):
         pass
@@ -180,7 +190,8 @@ class Terminal:
 
     def __init__(self, settings: Settings, words: list[str]):
         self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
-        self.session = self.console = None
+        self.session = None
+        self.console = None
         self.as_json = settings.json
         self.lines: asyncio.Queue[str | None] = asyncio.Queue()
         self.work: asyncio.Future | None = None  # started by a key pressed during an answer
@@ -309,7 +320,8 @@ class Terminal:
         except (OSError, ValueError, termios.error):  # not a terminal
             yield
             return
-        silent, loop = copy.deepcopy(before), asyncio.get_running_loop()
+        silent = copy.deepcopy(before)
+        loop = asyncio.get_running_loop()
         silent[3] = silent[3] & ~termios.ECHO | termios.NOFLSH  # otherwise a signal drops typed input
         silent[6][termios.VQUIT] = b"\t"
         loop.add_signal_handler(signal.SIGQUIT, self._run_soon, on_tab)

@@ -75,7 +75,8 @@ def check_gpu(device: Device):
     if device.index >= (count := torch.cuda.device_count()):
         raise ConfigError(f"{device} is missing: the driver shows {count} GPU(s){among}")
     try:
-        name, has = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+        name = torch.cuda.get_device_name(device)
+        has = torch.cuda.get_device_capability(device)
         built_for = [int(version) for version in re.findall("[0-9]+", " ".join(torch.cuda.get_arch_list()))]
         if built_for and has < (needs := divmod(min(built_for), 10)):
             raise ConfigError("{} ({}) is too old: its compute capability is {}.{}, this torch needs {}.{}"
@@ -95,7 +96,8 @@ def lack_of_gpu_memory(error: Exception, config: WorkerConfig) -> ConfigError | 
     match = re.search(r"CUDA out of memory. Tried to allocate ([\d.]+ [KMGT]?i?B)", str(error))
     if not match:
         return None
-    settings, wanted = config.settings, size(match[1])
+    settings = config.settings
+    wanted = size(match[1])
     free, total = gpu_memory(Device(config.device))
     lacking = max(wanted - free, 0) + total // 100  # 1 % for what fragmentation loses
     cache = settings.kv_cache_memory
@@ -164,7 +166,8 @@ def build_engine(source: ModelSource, settings: Settings, device: Device,
         model.notes += (CANNOT_CHAT,)
     elif tokenizer.continues_texts:
         model.notes += (IS_BASE,)
-    state_bytes, chunk = model.architecture.state_bytes, prefill_chunk(settings, device)
+    state_bytes = model.architecture.state_bytes
+    chunk = prefill_chunk(settings, device)
     draft_help = draft_help or DraftHelp()
     texts = draft_help.texts(settings.draft_text)
     drafts = plan_drafters(model, settings, device, chunk, progress, draft_help)
@@ -209,7 +212,8 @@ def build_transformer(
     """Load the weights, or a rank's shards of them, and allocate the KV pages. Also returns the number of
     pages, the longest text they hold, and how many sequences may run at once. drafts: what must fit too."""
     ranks = ranks or RankAlone()
-    whole, model = model.architecture, share_of_rank(model, ranks, settings)
+    whole = model.architecture
+    model = share_of_rank(model, ranks, settings)
     if model.dtype is None and not choose_backend(device, model.architecture).as_stored:
         # torch computes this share of a model that decode_core would compute, and reads no packed matrices
         settings = replace(settings, dtype=Backend(device.type).dtype)
@@ -274,7 +278,8 @@ def plan_model(model: LoadedModel, whole: Model, settings: Settings, device: Dev
     """How a rank will compute its shard of a model, of which the `whole` is given too: the kernels, the
     layers that share pages, the limits of a step, and the memory needed, also for what drafts. No weight is
     read. """
-    own, rows = model.architecture, max(settings.max_batch, FREE_ROWS)
+    own = model.architecture
+    rows = max(settings.max_batch, FREE_ROWS)
     limits = {"max_tokens": step_tokens(own, settings, device) + rows, "max_rows": rows}
     if own.of_texts and (ranks.stages > 1 or ranks.tp > 1):
         raise ConfigError("--tp and --pp: a model that embeds whole texts runs in one process")
@@ -283,7 +288,8 @@ def plan_model(model: LoadedModel, whole: Model, settings: Settings, device: Dev
     kernels = load_kernels(
         device, own, **limits, quantize=settings.quantize, whole=whole, fine=settings.arithmetic == "fine",
         join=ranks.join and partial(ranks.join, part_bytes=4 * part))
-    whole, own = kernels.computed(whole), kernels.computed(own)
+    whole = kernels.computed(whole)
+    own = kernels.computed(own)
     # all stages have the same tables
     apart = kernels.backend.groups_layers and ranks.stages == 1 and not own.of_texts
     kv = KvType("float32") if own.of_texts else kernels.kv_type(settings.kv_cache_dtype, model.dtype)
@@ -303,7 +309,8 @@ def plan_memory(model: LoadedModel, whole: Model, kernels: Kernels, groups: Laye
     """The plan for a rank's shard of a model, of which the `whole` is given too.
 
     Each rank has its own GPU, but the ranks of a replica share their machine's memory."""
-    shared, own = device.type != "cuda", kernels.computed(model.architecture)
+    shared = device.type != "cuda"
+    own = kernels.computed(model.architecture)
     state_bytes = model.architecture.state_bytes
     page_bytes = page_layout(own, groups, kv).page_bytes
     if shared and not whole.of_texts:
@@ -314,7 +321,8 @@ def plan_memory(model: LoadedModel, whole: Model, kernels: Kernels, groups: Laye
                                    for size in (page_bytes, whole.state_bytes))
     buffers = own.buffer_sizes(limits["max_tokens"], limits["max_rows"], "float32").values()
     activations = sum(rows * columns * item_bytes(kind) for rows, columns, kind in buffers)
-    copies, pool = ranks.here if shared else 1, PagePool(0, groups.windows)
+    copies = ranks.here if shared else 1
+    pool = PagePool(0, groups.windows)
     token_bytes = kv.unit * sum(kv.slot_size(attn) for attn in whole.attentions)
     shapes = model.architecture.shapes()
     floats = any(len(shapes[name]) > 1 and is_float(tensor, shapes[name])

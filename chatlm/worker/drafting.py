@@ -105,7 +105,8 @@ class DraftPlan(NamedTuple):
              progress: Progress = no_progress) -> DraftModel | DraftHead:
         """Read its weights. stop_tokens, num_pages: of the model that it drafts for, `target`. A draft head
         has that model's embedding and output matrix, unless ranks have parts of these."""
-        model, device = self.model, target.device
+        model = self.model
+        device = target.device
         num_pages = -(-num_pages // len(target.groups.windows))
         shared = shared_names(model, target.model.rows is not None)
         transformer = Transformer(
@@ -240,15 +241,18 @@ def refuse_to_draft(model: LoadedModel, target: LoadedModel):
 def first_difference(target: Tokenizer, draft: Tokenizer) -> str:
     """The first token id that two tokenizers read differently, in words; "" if there is none. Ids at the end
     that only one of them has are padding if they are few."""
-    names, own_names = target.special_names, draft.special_names
-    size, own_size = target.vocab_size, draft.vocab_size
+    names = target.special_names
+    own_names = draft.special_names
+    size = target.vocab_size
+    own_size = draft.vocab_size
     if isinstance(target, PieceTokenizer) and isinstance(draft, PieceTokenizer) and (
             target.table == draft.table and names == own_names):
         return ""  # without reading each: 150,000 take a second
     if abs(size - own_size) > max(size, own_size) // 100:
         return f"it has {own_size:,} tokens, the model {size:,}"
     for token in range(min(size, own_size)):
-        theirs, ours = (names.get(token), target.piece(token)), (own_names.get(token), draft.piece(token))
+        theirs = (names.get(token), target.piece(token))
+        ours = (own_names.get(token), draft.piece(token))
         if theirs != ours:
             return "token {} is {} to it, and {} to the model".format(
                 token, *(shown(name or piece.decode(errors="replace")) for name, piece in (ours, theirs)))

@@ -68,7 +68,8 @@ def run_rank(channel: Channel, config: RankConfig):
     if (isa := os.environ.get("DECODE_CORE_ISA")) and decode_core() is None:
         raise ConfigError(f"rank 0 uses decode_core with {isa} instructions, but this machine cannot: "
                           "install it here, or set DECODE_CORE_ISA or CHAT_SERVER_KERNELS for rank 0")
-    device, ranks = prepare_device(config), OtherRank(channel, config)
+    device = prepare_device(config)
+    ranks = OtherRank(channel, config)
     bind_to_node(config, config.rank)
 
     def progress(activity: str, fraction: float):
@@ -111,14 +112,16 @@ def run_worker(channel: Channel, config: WorkerConfig):
 
 
 def start_engine(channel: Channel, config: WorkerConfig) -> Engine:
-    settings, ranks = config.settings, None
+    settings = config.settings
+    ranks = None
 
     def progress(activity: str, fraction: float):
         channel.send(Loading(f"{activity} on {config.device}", fraction))
 
     if ranks_per_replica(settings) > 1:
         ranks = gather_ranks(config, progress)  # processes that it starts may run where this one still may
-    device, bound = prepare_device(config), bind_to_node(config, 0)
+    device = prepare_device(config)
+    bound = bind_to_node(config, 0)
     files, fingerprint = fingerprinted_files(config)
     draft_help = DraftHelp(config.drafts)
     model, engine = build_engine(
@@ -150,7 +153,8 @@ def bind_to_node(config: WorkerConfig | RankConfig, rank: int) -> str:
     Returns a line for the log, or "". Before it loads: what it touches first lies on that node."""
     if Device(config.device).type != "cpu":
         return ""
-    here, started = ranks_here(config.settings), torchrun(config.settings)
+    here = ranks_here(config.settings)
+    started = torchrun(config.settings)
     index = config.place[0] * here + (started.local_rank if started else rank)
     return place(index, config.place[1] * here, config.threads)
 
@@ -201,15 +205,21 @@ def keep_prefixes(engine: Engine, config: WorkerConfig, files: list[Path], finge
 
 def describe_model(model: LoadedModel, engine: Engine, config: WorkerConfig, bound: str) -> ModelCard:
     """bound: what `bind_to_node` said."""
-    pages, device, layout = engine.pool.num_pages, engine.transformer.device, engine.transformer.layout
-    groups, context, page_bytes = engine.transformer.groups, engine.context_length, layout.page_bytes
+    pages = engine.pool.num_pages
+    device = engine.transformer.device
+    layout = engine.transformer.layout
+    groups = engine.transformer.groups
+    context = engine.context_length
+    page_bytes = layout.page_bytes
     hardware = f"{device} with {config.threads} thread(s)" if device.type == "cpu" else str(device)
     if engine.ranks:
-        stages, tp = engine.ranks.stages, engine.ranks.tp
+        stages = engine.ranks.stages
+        tp = engine.ranks.tp
         hardware = f"{stages * tp} ranks (--pp {stages} --tp {tp}), each on {hardware}"
     if device.type == "cuda":
         torch = require_library("torch", "--device-type cuda")
-        total, ours = torch.cuda.mem_get_info(device)[1], torch.cuda.memory_allocated(device)
+        total = torch.cuda.mem_get_info(device)[1]
+        ours = torch.cuda.memory_allocated(device)
         hardware += (f" ({torch.cuda.get_device_name(device)}, {total / 1e9:,.1f} GB; "
                      f"weights and buffers {(ours - pages * page_bytes) / 1e9:,.2f} GB)")
     kernels = dict(engine.kernels.names)
@@ -245,7 +255,8 @@ def describe_model(model: LoadedModel, engine: Engine, config: WorkerConfig, bou
 
 def token_bytes(transformer: Transformer) -> str:
     """The bytes that this rank's layers cache per token, and how many outlast the windows, in words."""
-    kept, lasting = kept_bytes(transformer), kept_bytes(transformer, lasting=True)
+    kept = kept_bytes(transformer)
+    lasting = kept_bytes(transformer, lasting=True)
     types = " and ".join(dict.fromkeys(filter(None, transformer.layout.types)))
     once = f", {lasting:,} once out of all windows" if lasting < kept else ""
     return f"{types}, {kept:,} bytes a token{once}"
@@ -253,7 +264,8 @@ def token_bytes(transformer: Transformer) -> str:
 
 def kept_bytes(transformer: Transformer, lasting: bool = False) -> int:
     """Bytes that this rank's layers cache per token; `lasting`: once it is outside all windows."""
-    kv, layout = transformer.kv, transformer.layout
+    kv = transformer.kv
+    layout = transformer.layout
     return layout.unit * sum(
         kv.slot_size(attn) for l, attn in enumerate(transformer.model.by_layer)
         if attn and not (lasting and transformer.groups.windows[layout.group[l]]))
@@ -262,7 +274,9 @@ def kept_bytes(transformer: Transformer, lasting: bool = False) -> int:
 def model_facts(model: LoadedModel, config: WorkerConfig | SurveyConfig, weights: str,
                 weights_bytes: int) -> ModelFacts:
     """weights: the commonest type of its matrices in memory."""
-    made, files, source = model.architecture, {"hf": "safetensors"}, config.source
+    made = model.architecture
+    files = {"hf": "safetensors"}
+    source = config.source
     shapes = made.shapes()
     if made.tied:  # the head is the embedding
         shapes.pop("head", None)
@@ -342,7 +356,8 @@ class Inbox:
     """What the answers of each request share, kept until the front announces that it has no more of them."""
 
     def __init__(self, engine: Engine, tell: Callable[[AdapterLoaded], None] = lambda message: None):
-        self.engine, self.tell = engine, tell
+        self.engine = engine
+        self.tell = tell
         self.params: dict[str, AnswerParams] = {}                 # by request
         # by request, then by index: its ids, and what it shows
         self.prompts: dict[str, dict[int, tuple[tuple[int, ...], tuple[Picture, ...]]]] = {}
@@ -355,7 +370,8 @@ class Inbox:
     def obey(self, message):
         match message:
             case NewRequest(id, params):
-                self.params[id], self.prompts[id] = params, {}
+                self.params[id] = params
+                self.prompts[id] = {}
             case NewPicture() | NewPrompt():
                 self.note_prompt(message)
             case NewAnswer(id, request, prompt, choice, most, resumed, scored, ends, sent, low):

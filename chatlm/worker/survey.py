@@ -42,7 +42,8 @@ def surveyed(config: SurveyConfig) -> Surveyed:
     device = Device(config.device)
     if device.type == "cuda":
         check_gpu(device)
-    source, settings = config.source, config.settings
+    source = config.source
+    settings = config.settings
     model = open_model(source, settings, device)
     draft_help = DraftHelp(config.drafts)
     drafts = plan_drafters(model, settings, device, prefill_chunk(settings, device), draft_help=draft_help)

@@ -19,7 +19,9 @@ from .sampling import SampleBatch, Sampler, batch_of, sample
 from .seam import SEAM, backend_for, check, cuda_ops
 from .tiles import Arena, Matrix, embed, multiply
 
-set_threads, get_threads, set_isa = _core.set_threads, _core.get_threads, _core.set_isa
+set_threads = _core.set_threads
+get_threads = _core.get_threads
+set_isa = _core.set_isa
 
 
 def info() -> dict:

@@ -21,7 +21,8 @@ class PackedAdapter(_core.Adapter):
 
     def __init__(self, count: int) -> None:
         super().__init__(count)
-        self.nbytes = self.free = 0
+        self.nbytes = 0
+        self.free = 0
 
     def hold(self, *sizes: int) -> None:
         """Parts of these sizes, one after the other: each goes to the last segment, or to a new one."""
@@ -97,5 +98,6 @@ def packed_tiles(b: numpy.ndarray, gated: bool, kind: str) -> tuple[list[tuple[i
     until = numpy.maximum.accumulate
     needed = until(used, 1) & until(used[:, ::-1], 1)[:, ::-1]          # from the first that is used to the last
     counts = 2 * needed.sum(1)
-    offsets, firsts = (counts.cumsum() - counts) * TILE_ROWS, 2 * needed.argmax(1)
+    offsets = (counts.cumsum() - counts) * TILE_ROWS
+    firsts = 2 * needed.argmax(1)
     return [*zip(offsets.tolist(), firsts.tolist(), counts.tolist())], pairs(by_pair, kind)[needed]

@@ -70,14 +70,23 @@ class CpuBackend:
     else float32; packed, it is (P, Hkv, 2, 17 * D) bytes.
     """
 
-    row_invariant = few_rows_invariant = quantizes = groups_layers = turns = True
+    row_invariant = True
+    few_rows_invariant = True
+    quantizes = True
+    groups_layers = True
+    turns = True
     tensors = False
-    activations, dtype, stored_dtype, short_floats, packs_kv = "float32", "bfloat16", None, "float16", True
+    activations = "float32"
+    dtype = "bfloat16"
+    stored_dtype = None
+    short_floats = "float16"
+    packs_kv = True
     converted = staticmethod(converted)
     program: Program        # what `ops` record
 
     def __init__(self, spec: Any, script: SimpleNamespace):
-        self.spec, self.script = spec, script
+        self.spec = spec
+        self.script = script
         self.name = f"decode_core/{_core.isa()}"
         self.as_stored = functools.partial(as_stored, script=script)
         self.held_bytes = functools.partial(held_bytes, row_bytes=tile_row_bytes)
@@ -116,7 +125,8 @@ class CpuBackend:
         return whole, [its and pages(layer, its) for layer, its in enumerate(spec.by_layer)]
 
     def join(self, path: str, rank: int, patience_s: float) -> dict[str, Callable]:
-        program, ranks = self.program, Ranks(path, rank, patience_s)
+        program = self.program
+        ranks = Ranks(path, rank, patience_s)
         return {"all_reduce": lambda x, out, residual=None: program.all_reduce(x, ranks, out, residual),
                 "all_gather": lambda x, out: program.all_gather(x, ranks, out)}
 
@@ -152,7 +162,8 @@ class ProgramSteps:
     ahead = True
 
     def __init__(self, program: Program, transformer: Any):
-        self.program, self.transformer = program, transformer
+        self.program = program
+        self.transformer = transformer
         self.sampling: Any = None           # the SampleBatch of the step before
 
     def start(self, batch: Any, rows: Sequence[Any]) -> int:

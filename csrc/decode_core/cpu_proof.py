@@ -20,9 +20,14 @@ from .weights import KINDS, QuantizedMatrix, pack
 
 FLOATS = {name: getattr(torch, dtype) for dtype, name in KINDS.items()}
 WINDOWS = (0, 20)
-T, R, PAGES = 32, 4, 40         # tokens and logit rows that the proof's buffers hold; pages of its cache
+# tokens and logit rows that the proof's buffers hold; pages of its cache
+T = 32
+R = 4
+PAGES = 40
 SLOTS = 4                       # of states
-HEAD_SIZE, BLOCK = 64, 32       # q8_0 has a scale for each block of a head
+# q8_0 has a scale for each block of a head
+HEAD_SIZE = 64
+BLOCK = 32
 HADAMARD = functools.reduce(torch.kron, [torch.tensor([[1.0, 1], [1, -1]])] * 6) / HEAD_SIZE**0.5
 STATES = {"short_conv": 2, "delta_rule": 4, "mamba2": 4}     # which argument of an op they are
 
@@ -62,7 +67,9 @@ class Chain:
     def __init__(self, script: SimpleNamespace, cache_type: torch.dtype):
         self.cache_type = cache_type
         self.script, self.dice = script, Dice(torch.device("cpu"), 4)
-        self.program, self.calls, self.floats = Program(T, R), [], {}
+        self.program = Program(T, R)
+        self.calls = []
+        self.floats = {}
         self.faults: dict[str, str] = {}        # by op: "" = as the reference
         self.adapters: list[dict[str, Changed]] = [{}, {}]
         self.spec = script.plain_sizes(vocab_size=200, layers=1, width=768, heads=4, kv_heads=2, head_size=HEAD_SIZE,
@@ -77,9 +84,13 @@ class Chain:
         return out
 
     def record(self) -> None:
-        p, spec, dice = self.program, self.spec, self.dice
-        C, qkv_size = spec.width, (spec.heads + 2 * spec.kv_heads) * spec.head_size
-        table, weight = dice.normal(spec.vocab_size, C), 1 + dice.normal(C) / 4
+        p = self.program
+        spec = self.spec
+        dice = self.dice
+        C = spec.width
+        qkv_size = (spec.heads + 2 * spec.kv_heads) * spec.head_size
+        table = dice.normal(spec.vocab_size, C)
+        weight = 1 + dice.normal(C) / 4
         one = torch.tensor([0.7]), torch.tensor([0.3])
         x = self.call("embed", table, p.token_ids, width=C)
         previous = self.call("embed", table, p.previous_token_ids, width=C)
@@ -97,7 +108,8 @@ class Chain:
         norm = self.script.Norm(weight, 1e-5)
         for kind in COLUMNS:
             self.products(kind, x, norm)
-        qkv_weight, head = self.matrix("f32", "qkv", qkv_size), self.matrix("f32", "head", 5008)
+        qkv_weight = self.matrix("f32", "qkv", qkv_size)
+        head = self.matrix("f32", "head", 5008)
         qkv = self.call("linear", x, qkv_weight, width=qkv_size, label="linear f32")
         norms = [1 + dice.normal(heads * spec.head_size) / 4 for heads in (spec.heads, spec.kv_heads)]
         means = self.call("mean_squares", qkv, *norms, [2 * len(norm) for norm in norms], width=2)
@@ -145,7 +157,8 @@ class Chain:
         return packed
 
     def attention(self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: torch.Tensor, kept: str, norm_at: str) -> None:
-        p, options = self.program, {"width": 256, "label": f"paged_attention{kept}"}
+        p = self.program
+        options = {"width": 256, "label": f"paged_attention{kept}"}
         q = self.call("rope_append", qkv, cos, sin, p.positions, p.slots, cache, width=256, label=f"rope_append{kept}", norm=norm_at)
         for window in WINDOWS:
             self.call("paged_attention", q, cache, p.attention, window, **options)
@@ -158,7 +171,9 @@ class Chain:
 
     def packed_cache(self) -> torch.Tensor:
         """Pages of q8_0, random values of about 1."""
-        shape, count, generator = (PAGES, self.spec.kv_heads, 2), self.script.PAGE_SIZE * HEAD_SIZE, self.dice.generator
+        shape = (PAGES, self.spec.kv_heads, 2)
+        count = self.script.PAGE_SIZE * HEAD_SIZE
+        generator = self.dice.generator
         codes = torch.randint(1, 256, (*shape, count), generator=generator, dtype=torch.uint8)      # those of keys are + 128
         codes[:, :, 1] ^= 128
         scales = (1 + torch.rand(*shape, count // BLOCK, generator=generator)) / 100
@@ -166,9 +181,13 @@ class Chain:
 
     def experts(self, x: torch.Tensor, norm: Any) -> None:
         """Those of a layer, with everything before and after them, in floats: of packed weights the products are proved."""
-        E, F, dice = 6, 64, self.dice
-        gate_up, up = self.matrix("f32", "expert_gate_up", 2 * E * F), self.matrix("f32", "expert_up", E * F)
-        down, down_bias = self.matrix("f32", "expert_down", E * self.spec.width, F), dice.normal(E * self.spec.width) / 4
+        E = 6
+        F = 64
+        dice = self.dice
+        gate_up = self.matrix("f32", "expert_gate_up", 2 * E * F)
+        up = self.matrix("f32", "expert_up", E * F)
+        down = self.matrix("f32", "expert_down", E * self.spec.width, F)
+        down_bias = dice.normal(E * self.spec.width) / 4
         logits = self.call("linear", x, self.matrix("f32", "router", E), width=E, label="linear f32")
         router: dict[str, Any]
         for activation, router in (("swiglu", {"sum_to_one": False}), ("clamped_swiglu", {"sum_to_one": True}),
@@ -185,17 +204,20 @@ class Chain:
         """Products of floats to which adapters of every type add something, those of half of their ranks to half of the rows."""
         N = 80
         for kind, activation in (("f32", None), ("f16", "swiglu"), ("bf16", "relu2"), ("bf16", "geglu")):
-            name, gated = f"{kind} {activation}", activation in ("swiglu", "geglu")
+            name = f"{kind} {activation}"
+            gated = activation in ("swiglu", "geglu")
             rows, packed = (2 * N, "gate_up") if gated else (N, "output")
             for ranks, adapter in zip((16, 5), self.adapters):
-                a, b = self.dice.normal(ranks, self.spec.width), self.dice.normal(rows, ranks)
+                a = self.dice.normal(ranks, self.spec.width)
+                b = self.dice.normal(rows, ranks)
                 b[:rows // 2, ranks // 2:] = 0
                 adapter[name] = Changed(a.to(FLOATS[kind]), b.to(FLOATS[kind]), 0.1 + self.dice.normal(ranks) / 20)
             self.call("linear", x, self.matrix("f32", packed, rows), width=N, label="linear adapters", norm=norm, activation=activation, adapted=name)
 
     def delta_rule(self, x: torch.Tensor, alternating: bool, by_key: bool) -> None:
         """One of odd sizes, on the first columns of x."""
-        mixer, dice = self.script.DeltaRule(4, 2, 4, 32, 48, alternating, by_key, by_key), self.dice
+        mixer = self.script.DeltaRule(4, 2, 4, 32, 48, alternating, by_key, by_key)
+        dice = self.dice
         (mixed, width), (channels, *_) = mixer.widths(self.spec.width), mixer.parts
         part = self.call("linear", x, self.matrix("f32", "mix_in", mixed), width=mixed, label="linear f32")
         weights = {"taps": dice.normal(4 * channels), "decay": -dice.normal(4).exp(), "dt_bias": dice.normal(4), "mix_norm": dice.normal(48)}
@@ -204,7 +226,8 @@ class Chain:
 
     def mamba2(self, x: torch.Tensor, groups: int = 2, **part: int) -> None:
         """One of odd sizes, or a rank's part of one."""
-        mixer, dice = self.script.Mamba2(3, heads=6, head_size=80, state_size=24, groups=groups, **part), self.dice
+        mixer = self.script.Mamba2(3, heads=6, head_size=80, state_size=24, groups=groups, **part)
+        dice = self.dice
         (mixed, width), (_, channels, heads) = mixer.widths(self.spec.width), mixer.parts
         columns = self.call("linear", x, self.matrix("f32", "mix_in", mixed), width=mixed, label="linear f32")
         weights = {"taps": dice.normal(3 * channels), "taps_bias": dice.normal(channels), "decay": -dice.normal(heads).exp(),
@@ -217,9 +240,11 @@ class Chain:
 
     def products(self, kind: str, x: torch.Tensor, norm: Any) -> None:
         """A product with everything before and after it, and one with gates."""
-        label, N = f"linear {kind}", 80
+        label = f"linear {kind}"
+        N = 80
         try:
-            plain, gates = self.matrix(kind, "output", N), self.matrix(kind, "gate_up", 2 * N)
+            plain = self.matrix(kind, "output", N)
+            gates = self.matrix(kind, "gate_up", 2 * N)
         except ImportError:                 # the gguf package is missing
             self.faults[label] = NO_GGUF
             return
@@ -274,7 +299,8 @@ class Chain:
 
     def compare(self, call: SimpleNamespace, arguments: list, options: dict, out: torch.Tensor,
                 before: dict[int, torch.Tensor]) -> str:
-        reference, want = self.script.references[call.name], torch.empty_like(out)
+        reference = self.script.references[call.name]
+        want = torch.empty_like(out)
         scale = self.spec.head_size**0.5            # our queries are scaled by 1 / this already
         if call.name == "rope_append":
             qkv, *tables, cache = arguments
@@ -307,11 +333,14 @@ class Chain:
         """A layer's cache as the references have it: floats, or the packed keys and values."""
         if cache.dtype != torch.uint8:
             return self.slot_major(cache.float())
-        Hkv, size, D = self.spec.kv_heads, self.script.PAGE_SIZE, HEAD_SIZE
+        Hkv = self.spec.kv_heads
+        size = self.script.PAGE_SIZE
+        D = HEAD_SIZE
         slot_bytes = 2 * Hkv * (D + 2 * D // BLOCK)
         layout = SimpleNamespace(size=slot_bytes, unit=1, types=("q8_0",), place=lambda layer, count: (0, slot_bytes))
         _, [pages] = self.script.references["make_cache"](self.spec, layout, PAGES, cache.device)
-        codes, scales = cache[..., :size * D], cache[..., size * D:].view(torch.float16).unflatten(-1, (D // BLOCK, size))
+        codes = cache[..., :size * D]
+        scales = cache[..., size * D:].view(torch.float16).unflatten(-1, (D // BLOCK, size))
         keys = codes[:, :, 0].unflatten(-1, (D // 4, size, 4)).permute(0, 3, 1, 2, 4) ^ 128
         values = codes[:, :, 1].unflatten(-1, (size, D)).permute(0, 2, 1, 3)
         for part, (kept, its) in enumerate(zip(pages, (keys, values))):
@@ -321,7 +350,8 @@ class Chain:
 
     def slot_major(self, cache: torch.Tensor) -> torch.Tensor:
         """A layer's cache as the references have it: (P * PAGE_SIZE, 2, Hkv, D)."""
-        size, D = self.script.PAGE_SIZE, self.spec.head_size
+        size = self.script.PAGE_SIZE
+        D = self.spec.head_size
         k = cache[:, :, 0].unflatten(-1, (D, size)).permute(0, 3, 1, 2)
         v = cache[:, :, 1].unflatten(-1, (size, D)).permute(0, 2, 1, 3)
         return torch.stack((k, v), 2).flatten(0, 1)
@@ -355,8 +385,11 @@ def prove_cpu(script: SimpleNamespace) -> dict[str, str]:
 def prove_texts(script: SimpleNamespace, cache_type: torch.dtype, text: list[int]) -> dict[str, str]:
     """The same of attention in models that see whole texts, of which three are computed together."""
     chain = Chain(script, cache_type)
-    p, dice, heads = chain.program, chain.dice, chain.spec.heads
-    width, cache = (heads + 2 * chain.spec.kv_heads) * HEAD_SIZE, chain.float_cache()
+    p = chain.program
+    dice = chain.dice
+    heads = chain.spec.heads
+    width = (heads + 2 * chain.spec.kv_heads) * HEAD_SIZE
+    cache = chain.float_cache()
     qkv = chain.call("embed", dice.normal(chain.spec.vocab_size, width), p.token_ids, width=width)
     q = chain.call("rope_append", qkv, *script.rope_tables(chain.spec, torch.device("cpu")), p.positions, p.slots, cache, width=256, norm="none")
     for window in WINDOWS:
@@ -365,7 +398,8 @@ def prove_texts(script: SimpleNamespace, cache_type: torch.dtype, text: list[int
     batch = SimpleNamespace(
         token_ids=[7, *text, 3, 4], previous_token_ids=[-1] * 24, starts=[0, 1, 22, 24], lengths=[1, 21, 2],
         tables=[[2], [30, 25], [7]], logit_rows=[], state_reads=[], write_rows=[], write_slots=[], ahead=[])
-    inputs, before = chain.inputs(batch), {id(cache): cache.clone()}
+    inputs = chain.inputs(batch)
+    before = {id(cache): cache.clone()}
     p.finish(p.start(batch.token_ids, batch.previous_token_ids, batch.starts, batch.lengths, batch.tables, []))
     for call in chain.calls:
         arguments = [chain.real(argument, inputs) for argument in call.arguments]

@@ -8,9 +8,14 @@ torch is not imported: a tensor is anything with is_cuda, device, dtype, shape, 
 
 from types import SimpleNamespace
 
-PAGE_SIZE, CHUNK_SIZE = 16, 64
-MOST_SPANS, MERGED = 128, 16            # of attention: parts of a row side by side, and in one merge; a row's bits depend on both
-MAX_VOCABULARY, MAX_ROWS, MAX_HEAD_SIZE = 1 << 18, 65535, 256
+PAGE_SIZE = 16
+CHUNK_SIZE = 64
+# of attention: parts of a row side by side, and in one merge; a row's bits depend on both
+MOST_SPANS = 128
+MERGED = 16
+MAX_VOCABULARY = 1 << 18
+MAX_ROWS = 65535
+MAX_HEAD_SIZE = 256
 LEAST_CAPABILITY = 80                   # ten times the least that setup.py's NVCC_FLAGS compile for
 SAMPLE_THREADS = 1024                   # of a row's block; tests try others, which must give the same tokens
 SAMPLE_ROW_BYTES = 72                   # dc::SampleRow of csrc/contract.h
@@ -27,10 +32,14 @@ OWN = ("u4_g32", "u4_g128")              # of these, types that no GGUF file has
 FLOATS = {"bfloat16": (8, 16), "float16": (8, 16), "float32": (8, 32)}          # of matrices that no file has packed
 BLOCK_CODES = {kind: code for code, kind in enumerate([*BLOCKS, *FLOATS])}
 MAX_PRODUCT_ROWS = 8                    # of x in one multiply
-MAX_EXPERTS, FEW_PAIRS, MANY_PAIRS = 1024, 4, 64            # pairs: of one item, for x in float32 and in bfloat16
+# pairs: of one item, for x in float32 and in bfloat16
+MAX_EXPERTS = 1024
+FEW_PAIRS = 4
+MANY_PAIRS = 64
 GATES = {None: 0, "swiglu": 1, "geglu": 2, "clamped_swiglu": 3}
 ACTIVATIONS = GATES | {"relu2": 4}
-LOGITS, CACHES = ("float32", "bfloat16"), ("float32", "float16", "bfloat16", "int8")
+LOGITS = ("float32", "bfloat16")
+CACHES = ("float32", "float16", "bfloat16", "int8")
 
 
 def attention_workspace(rows: int, heads: int, kv_heads: int, head_size: int, table_width: int) -> tuple[int, int]:
@@ -79,8 +88,12 @@ class CudaOps:
         Contiguous, but for the `loose` first axes, whose strides are passed to the kernels.
         """
         try:
-            on_device, dtype, size = tensor.is_cuda, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
-            strides, address, device = tuple(tensor.stride()), tensor.data_ptr(), tensor.device.index
+            on_device = tensor.is_cuda
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            size = tuple(tensor.shape)
+            strides = tuple(tensor.stride())
+            address = tensor.data_ptr()
+            device = tensor.device.index
         except (AttributeError, TypeError):
             raise ValueError(f"{name}: must be a CUDA tensor, not {type(tensor).__name__}") from None
         if not on_device or device != self.core.cuda_current_device():
@@ -110,7 +123,8 @@ class CudaOps:
         per_load = 16 // SIZES[cache.dtype]
         if cache.shape[3] % 16 or not 0 < cache.shape[3] <= MAX_HEAD_SIZE:
             raise ValueError(f"{name}: must be (P, Hkv, 16, D), D a multiple of 16 up to 256, not {cache.shape}")
-        D, packed = cache.shape[3], cache.dtype == "int8"
+        D = cache.shape[3]
+        packed = cache.dtype == "int8"
         if packed and (D < PACKED_BLOCK or D & (D - 1) or any(step % PACKED_BLOCK for step in cache.strides[:3])):
             raise ValueError(f"{name}: of int8 must have a D that is a power of two from {PACKED_BLOCK}, not {D}")
         if cache.address % 16 or any(step % per_load for step in cache.strides[:3]):
@@ -134,7 +148,8 @@ class CudaOps:
     def turn(self, x, out, *, stream: int):
         """x (B, H, D) float32 times the normalized Hadamard matrix -> out (B, H, D) float32 or bfloat16; D is a power of two."""
         heads = self.tensor("x", x, ("float32",), None, None, None)
-        y, D = self.tensor("out", out, LOGITS, *heads.shape), heads.shape[2]
+        y = self.tensor("out", out, LOGITS, *heads.shape)
+        D = heads.shape[2]
         if not PACKED_BLOCK <= D <= MAX_HEAD_SIZE or D & (D - 1):
             raise ValueError(f"x: must have a D that is a power of two from {PACKED_BLOCK} to {MAX_HEAD_SIZE}, not {D}")
         call(self.core.cuda_turn, heads.address, heads.shape[0] * heads.shape[1], D, y.address, CODES[y.dtype], stream)
@@ -354,7 +369,8 @@ class CudaOps:
         B, width = x_at.shape
         if B > MAX_ROWS:
             raise ValueError(f"x: must have at most {MAX_ROWS} rows, not {B}")
-        tables, made = self.tensor("adapters", adapters, ("int64",), B), self.tensor("sums", sums, ("float32",), B, MAX_RANKS)
+        tables = self.tensor("adapters", adapters, ("int64",), B)
+        made = self.tensor("sums", sums, ("float32",), B, MAX_RANKS)
         weight, eps = norm or (None, 0.0)
         scale = 0 if weight is None else self.tensor("norm", weight, ("float32",), width).address
         call(self.core.cuda_shrink, tables.address, matrix, x_at.address, CODES[x_at.dtype], x_at.strides[0], B, int(norm is not None),
@@ -365,8 +381,10 @@ class CudaOps:
 
         y (B, N, or with a gate 2 N) float32: the product with its bias; residual (B, N) float32.
         """
-        made, before = self.tensor("sums", sums, ("float32",), None, MAX_RANKS), self.tensor("y", y, ("float32",), None, None, loose=1)
-        B, tables = made.shape[0], self.tensor("adapters", adapters, ("int64",), *made.shape[:1])
+        made = self.tensor("sums", sums, ("float32",), None, MAX_RANKS)
+        before = self.tensor("y", y, ("float32",), None, None, loose=1)
+        B = made.shape[0]
+        tables = self.tensor("adapters", adapters, ("int64",), *made.shape[:1])
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation: must be one of {', '.join(map(str, ACTIVATIONS))}, not {activation!r}")
         halves = 2 if GATES.get(activation) else 1

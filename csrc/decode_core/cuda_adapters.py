@@ -32,7 +32,8 @@ class StepAdapters:
     """In the place of chat_server's RowAdapters, where the device knows which rows have which adapter."""
 
     def __init__(self, numbers: dict[str, int], tokens: torch.Tensor, logit_rows: torch.Tensor):
-        self.numbers, self.tokens = numbers, tokens
+        self.numbers = numbers
+        self.tokens = tokens
         self.logits = torch.index_select(tokens, 0, logit_rows)
 
     def of_matrix(self, name: str) -> RowsOfMatrix:
@@ -44,17 +45,23 @@ class AdapterOps:
     """Packs adapters, and adds what they add; `kernels` is a cuda.CudaOps."""
 
     def __init__(self, kernels: Any, stream: Callable[[], int]):
-        self.kernels, self.stream = kernels, stream
+        self.kernels = kernels
+        self.stream = stream
         # of matrices, in the order of their first use: a table ends with the last one its adapter has
         self.numbers: dict[str, int] = {}
 
     def pack(self, matrices: Mapping[str, Any], device: Any) -> PackedAdapter:
-        adapter, places = PackedAdapter(), {}
+        adapter = PackedAdapter()
+        places = {}
         for name, its in matrices.items():
-            a, b = its.a, its.b
+            a = its.a
+            b = its.b
             if a.dtype != b.dtype or a.dtype not in TYPES:
-                a, b = a.float(), b.float()
-            a, turned, scales = a.to(device).contiguous(), b.T.to(device).contiguous(), its.scales.to(device, torch.float32).contiguous()
+                a = a.float()
+                b = b.float()
+            a = a.to(device).contiguous()
+            turned = b.T.to(device).contiguous()
+            scales = its.scales.to(device, torch.float32).contiguous()
             adapter[name] = type(its)(a, turned.T, scales)
             number = self.numbers.setdefault(name, len(self.numbers))
             places[number] = [a.data_ptr(), turned.data_ptr(), scales.data_ptr(), *a.shape, TYPES.index(a.dtype)]

@@ -40,18 +40,31 @@ class CudaBackend:
     not compute, and why.
     """
 
-    name, row_invariant, quantizes, groups_layers = "decode_core/cuda", False, False, True
+    name = "decode_core/cuda"
+    row_invariant = False
+    quantizes = False
+    groups_layers = True
     join = None
-    activations, dtype, stored_dtype, short_floats, packs_kv, turns = None, "bfloat16", "bfloat16", "", True, False
+    activations = None
+    dtype = "bfloat16"
+    stored_dtype = "bfloat16"
+    short_floats = ""
+    packs_kv = True
+    turns = False
     tensors = True
     converted = staticmethod(functools.partial(converted, kept_types=KEPT_ON_CUDA))
 
     def __init__(self, spec: Any, script: SimpleNamespace, kernels: Any,
                  stream: Callable[[], int] = current_stream, device: Any = "cuda"):
-        self.spec, self.script, self.kernels, self.stream = spec, script, kernels, stream
-        self.device, self.references = device, CudaReferences(spec, script)
+        self.spec = spec
+        self.script = script
+        self.kernels = kernels
+        self.stream = stream
+        self.device = device
+        self.references = CudaReferences(spec, script)
         self.prompts = PromptAttention(script, device)
-        self.adapters, self.mixture = AdapterOps(kernels, stream), ExpertOps(kernels, script, stream)
+        self.adapters = AdapterOps(kernels, stream)
+        self.mixture = ExpertOps(kernels, script, stream)
         self.products = ProductOps(kernels, script, stream, self.adapters)
         self.as_stored = functools.partial(as_stored, script=script, device=device)
         self.held_bytes = functools.partial(held_bytes, row_bytes=file_row_bytes, kept_types=KEPT_ON_CUDA)
@@ -79,7 +92,8 @@ class CudaBackend:
 
         Not without `sample`: GraphSteps alone makes each draft a row of its own.
         """
-        spec, ours = self.spec, {"linear", "rope_append", "paged_attention", "sample"}
+        spec = self.spec
+        ours = {"linear", "rope_append", "paged_attention", "sample"}
         fits = spec.width % 8 == spec.ffn_size % 8 == 0 and not (spec.experts or spec.smear_channels or spec.mixers)
         norms = NORMS_ROW_BY_ROW or not (spec.embedding_norm or spec.post_norms)      # all others are in a kernel of ours
         return fits and norms and not ours & self.faults.keys()
@@ -143,15 +157,19 @@ class CudaBackend:
 
     def plan(self, batch, windows, table, lengths, workspace) -> CudaPlan:
         """The plan of a step whose tables and lengths are on the device already; waits for nothing."""
-        decode, size = self.script.decode_rows(batch), self.script.PAGE_SIZE
+        decode = self.script.decode_rows(batch)
+        size = self.script.PAGE_SIZE
         prompts = {window: prompts_of(batch, decode, table, window, size) for window in set(windows)}
         return CudaPlan(decode, table, lengths, prompts, *workspace)
 
     def paged_attention(self, q, cache, plan, window, out, softcap=0.0, sinks=None):
         """softmax(q k) v over each row's own pages: q (T, H * D) float32, scaled -> out (T, H * D)."""
-        heads, first = q.unflatten(1, (-1, cache.shape[-1])), slice(plan.decode)        # (T, H, D)
+        # (T, H, D)
+        heads = q.unflatten(1, (-1, cache.shape[-1]))
+        first = slice(plan.decode)
         if plan.decode:
-            table, lengths = plan.table[first], plan.lengths[first]
+            table = plan.table[first]
+            lengths = plan.lengths[first]
             if "paged_attention" in self.faults:
                 self.references.attend(heads[first], cache, table, lengths, out[first], window, softcap, sinks)
             else:
@@ -161,7 +179,8 @@ class CudaBackend:
         for prompt in plan.prompts[window]:
             kv = gathered(cache, prompt.pages)                                  # (2, Hkv, n, PAGE_SIZE, D)
             kv = kv.flatten(2, 3)[:, :, :prompt.end - prompt.first]
-            own, packed = out[prompt.rows], isinstance(cache, PackedPages)
+            own = out[prompt.rows]
+            packed = isinstance(cache, PackedPages)
             made = torch.empty_like(own, dtype=torch.float32) if packed else own
             self.prompts.attend(heads[prompt.rows].to(cache.dtype), kv, prompt, made, window, softcap, grouped_sinks)
             if packed:

@@ -31,7 +31,9 @@ class ExpertOps:
     """`experts` with its reference's interface, also for packed matrices; `kernels` is a cuda.CudaOps."""
 
     def __init__(self, kernels: Any, script: SimpleNamespace, stream: Callable[[], int]):
-        self.kernels, self.script, self.stream = kernels, script, stream
+        self.kernels = kernels
+        self.script = script
+        self.stream = stream
         self.slots: torch.Tensor | None = None      # (T,) int64 of the step under way; rows with -1 are padding
 
     def experts(self, x, logits, gate_up, down, out, *, norm, biases, activation, chosen, sum_to_one,
@@ -44,7 +46,8 @@ class ExpertOps:
         shares, routed = self.group(*chosen_by, E, cuda.MANY_PAIRS if many else cuda.FEW_PAIRS)
         y = torch.nn.functional.rms_norm(x, x.shape[-1:], norm.weight, norm.eps) if norm else x
         y = y.to(torch.bfloat16 if many else torch.float32)         # (T, C)
-        hidden, added = y.new_empty(pairs, down.shape[1]), torch.empty(pairs, C, device=x.device)
+        hidden = y.new_empty(pairs, down.shape[1])
+        added = torch.empty(pairs, C, device=x.device)
         up_bias, down_bias = biases
         if len(parts) == 1 and cuda.GATES.get(activation):
             self.multiply(y, *routed, *parts[0], hidden, gate=activation, bias=up_bias)

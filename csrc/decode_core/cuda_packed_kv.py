@@ -29,7 +29,8 @@ class PackedPages(NamedTuple):
     def within(cls, memory: torch.Tensor, shape: tuple[int, ...]) -> PackedPages:
         """In the bytes of `memory`: all codes, then all scales."""
         count = len(memory) * PACKED_BLOCK // (PACKED_BLOCK + 2)
-        codes, scales = memory[:count].view(torch.int8), memory[count:].view(torch.float16)
+        codes = memory[:count].view(torch.int8)
+        scales = memory[count:].view(torch.float16)
         return cls(codes.view(shape), scales.view(*shape[:-1], shape[-1] // PACKED_BLOCK))
 
 

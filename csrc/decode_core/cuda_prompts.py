@@ -37,7 +37,8 @@ def prompts_of(batch: Any, first: int, table: torch.Tensor, window: int, page_si
     """The sequences from number `first` on. With a window, the pages are those that it overlaps."""
     prompts = []
     for i in range(first, len(batch.lengths)):
-        rows, end = slice(batch.starts[i], batch.starts[i + 1]), batch.lengths[i]
+        rows = slice(batch.starts[i], batch.starts[i + 1])
+        end = batch.lengths[i]
         start = end - (rows.stop - rows.start)
         page = max(0, start + 1 - window) // page_size if window else 0
         prompts.append(Prompt(rows, table[i, page:-(-end // page_size)], page * page_size, start, end))
@@ -58,7 +59,8 @@ class PromptAttention:
     or the device is no GPU: there is no such kernel for a CPU."""
 
     def __init__(self, script: SimpleNamespace, device: Any):
-        self.script, self.fused = script, True
+        self.script = script
+        self.fused = True
         self.varlen = flash() if torch.device(device).type == "cuda" else None
 
     def attend(self, q, kv, prompt: Prompt, out, window: int, softcap=0.0, sinks=None) -> None:

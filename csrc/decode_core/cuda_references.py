@@ -18,7 +18,8 @@ class CudaReferences:
     """
 
     def __init__(self, spec: Any, script: SimpleNamespace):
-        self.spec, self.script = spec, script
+        self.spec = spec
+        self.script = script
 
     def rope_append(self, qkv, cos, sin, positions, slots, cache, out, **options) -> None:
         """As CudaBackend.rope_append; qkv (T, (H + 2 Hkv) * D) is overwritten."""
@@ -35,7 +36,8 @@ class CudaReferences:
         # padding (slot -1) writes what some other row writes, or if all rows are padding, what is there
         source = torch.where(slots < 0, slots.argmax(), order)
         slots = slots[source]
-        pages, offsets = slots.clamp(min=0) // page_size, slots.clamp(min=0) % page_size
+        pages = slots.clamp(min=0) // page_size
+        offsets = slots.clamp(min=0) % page_size
         written = (slots >= 0)[:, None, None, None]
         for memory, values in kept:
             before = memory[:, pages, :, offsets]                                            # (T, 2, Hkv, D)

@@ -59,10 +59,12 @@ class StepShape(NamedTuple):
 
     def layout(self) -> Iterator[tuple[str, str, list[int], int, int]]:
         """Name, type, shape, first and last byte of each field."""
-        sizes, end = self._asdict() | {"9": 9}, 0
+        sizes = self._asdict() | {"9": 9}
+        end = 0
         for name, kind, letters in STEP_FIELDS:
             shape = [sizes[letter] for letter in letters]
-            begin, end = end, end + math.prod(shape) * (8 if kind == "int64" else 4)
+            begin = end
+            end = end + math.prod(shape) * (8 if kind == "int64" else 4)
             yield name, kind, shape, begin, end
 
     def bytes(self, lists: bool = True) -> int:
@@ -125,15 +127,18 @@ def with_parts(fields: SimpleNamespace, plans: Sequence[CudaPlan]) -> None:
     fields.parts = [SimpleNamespace(token_ids=fields.token_ids, positions=fields.positions, turns=fields.positions, slots=slots,
                                     attention=plan)
                     for slots, plan in zip(fields.slots, plans)]
-    fields.slots, fields.attention = fields.parts[0].slots, plans[0]
-    fields.adapters, fields.turns = None, fields.positions
+    fields.slots = fields.parts[0].slots
+    fields.attention = plans[0]
+    fields.adapters = None
+    fields.turns = fields.positions
 
 
 class CudaQueue:
     """What only CUDA has: a stream whose work runs in order, concurrently with the caller, and graphs of such work."""
 
     def __init__(self, device):
-        self.device, self.stream = device, torch.cuda.Stream(device)
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()      # graphs never run side by side, so they share memory
 
     def pinned(self, size: int, dtype):
@@ -209,11 +214,15 @@ class GraphSteps:
 
     def __init__(self, transformer: Any, backend: Any, *, max_batch: int, context_length: int,
                  queue: Any = None):
-        self.transformer, self.spec = transformer, transformer.spec
-        self.backend, self.script = backend, backend.script
+        self.transformer = transformer
+        self.spec = transformer.spec
+        self.backend = backend
+        self.script = backend.script
         self.queue = queue or CudaQueue(transformer.device)
-        self.windows, self.count = transformer.windows, len(transformer.groups.windows)
-        most, max_pages = len(transformer.buffers["x"]), -(-context_length // self.script.PAGE_SIZE)
+        self.windows = transformer.windows
+        self.count = len(transformer.groups.windows)
+        most = len(transformer.buffers["x"])
+        max_pages = -(-context_length // self.script.PAGE_SIZE)
         drafted = MAX_PRODUCT_ROWS if backend.few_rows_invariant else 0
         self.max_rows = max(max_batch, min(drafted, len(transformer.buffers["logits"])))
         # a graph's grid covers the longest table: 64 pages are 1,024 tokens. Texts beyond the context are only scored, op by op
@@ -309,7 +318,8 @@ class GraphSteps:
 
     def _queue(self, batch: Any, graph: Graph | None, sampling: Any, draws: bool = True) -> Ticket:
         self.staging.reverse()
-        staging, count = self.staging[0], len(batch.logit_rows)
+        staging = self.staging[0]
+        count = len(batch.logit_rows)
         if staging.done:            # long since, unless that step was given up
             self.queue.wait(staging.done)
         lists = (len(sampling.count_ids), len(sampling.bias_ids)) if sampling else (0, 0)
@@ -324,7 +334,8 @@ class GraphSteps:
                 inputs = inputs.new_empty(shape.bytes())
                 staging.fields.clear()
             host = self._host_fields(staging, shape, keep=graph is not None)
-            adapted, adapters = any(batch.adapters), None
+            adapted = any(batch.adapters)
+            adapters = None
             tables = self._adapter_tables(batch) if adapted else None
             fill_step(host, batches, [self.script.token_places(own) for own in batches], sampling, tables or ())
             if adapted and tables is None:
@@ -368,7 +379,8 @@ class GraphSteps:
 
     def _graph(self, batch: Any, sampling: Any) -> Graph | None:
         """The smallest graph that holds a step of decode rows; None for any other step."""
-        rows, pages = len(batch.lengths), max(map(len, batch.tables)) // self.count
+        rows = len(batch.lengths)
+        pages = max(map(len, batch.tables)) // self.count
         if not len(batch.token_ids) == len(batch.logit_rows) == rows:
             return None
         if sampling and max(len(sampling.count_ids), len(sampling.bias_ids)) > LIST_CAPACITY:
@@ -415,7 +427,8 @@ class GraphSteps:
 
     def _draw(self, fields: SimpleNamespace) -> None:
         """A token for each row of the logits; captured too."""
-        R, lists = len(fields.logit_rows), [getattr(fields, name) for name in LISTS]
+        R = len(fields.logit_rows)
+        lists = [getattr(fields, name) for name in LISTS]
         self.backend.draw(self.transformer.buffers["logits"][:R], fields.records, lists, self.tokens[:R])
 
 

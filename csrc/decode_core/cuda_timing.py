@@ -54,7 +54,8 @@ def time_cuda(backend: Any, queue: Any, ops: Iterable[str], cold: int = 1 << 30,
 
 def cuda_layers(backend: Any, device: torch.device, rows: int, cold: int, calls: int) -> torch.Tensor:
     """Enough layers of pages to be cold, for this many rows of CONTEXT keys."""
-    spec, size = backend.spec, backend.script.PAGE_SIZE
+    spec = backend.spec
+    size = backend.script.PAGE_SIZE
     shape = 2, rows * CONTEXT // size, spec.kv_heads, size, spec.head_size
     layers = min(calls, max(1, cold // (4 * rows * CONTEXT * spec.kv_heads * spec.head_size)))
     return torch.full((layers, *shape), 0.01, dtype=torch.bfloat16, device=device)
@@ -62,9 +63,15 @@ def cuda_layers(backend: Any, device: torch.device, rows: int, cold: int, calls:
 
 def time_cuda_attention(backend: Any, device: torch.device, rows: int, cold: int, calls: int) -> tuple:
     """(what a graph does, in words, in how many calls, bytes of each)"""
-    spec, dice, cache = backend.spec, Dice(device, 9), cuda_layers(backend, device, rows, cold, calls)
-    H, Hkv, D, width = spec.heads, spec.kv_heads, spec.head_size, CONTEXT // backend.script.PAGE_SIZE
-    q, out = dice.normal(rows, H, D), torch.empty(rows, H * D, dtype=cache.dtype, device=device)
+    spec = backend.spec
+    dice = Dice(device, 9)
+    cache = cuda_layers(backend, device, rows, cold, calls)
+    H = spec.heads
+    Hkv = spec.kv_heads
+    D = spec.head_size
+    width = CONTEXT // backend.script.PAGE_SIZE
+    q = dice.normal(rows, H, D)
+    out = torch.empty(rows, H * D, dtype=cache.dtype, device=device)
     table = dice.order(rows * width, torch.int32).view(rows, width)
     lengths = torch.full((rows,), CONTEXT, dtype=torch.int32, device=device)
     workspace = backend.workspace(rows, width, device)
@@ -74,10 +81,16 @@ def time_cuda_attention(backend: Any, device: torch.device, rows: int, cold: int
 
 def time_cuda_prompt(backend: Any, device: torch.device) -> tuple:
     """A prompt without a prefix. Long ones are bound by their arithmetic, not by the bytes that are counted."""
-    spec, dice = backend.spec, Dice(device, 9)
-    H, Hkv, D, half = spec.heads, spec.kv_heads, spec.head_size, torch.bfloat16
-    q, kv = dice.normal(CONTEXT, H, D, dtype=half), dice.normal(2, Hkv, CONTEXT, D, dtype=half)
-    prompt, out = Prompt(slice(0, CONTEXT), None, 0, 0, CONTEXT), torch.empty(CONTEXT, H * D, dtype=half, device=device)
+    spec = backend.spec
+    dice = Dice(device, 9)
+    H = spec.heads
+    Hkv = spec.kv_heads
+    D = spec.head_size
+    half = torch.bfloat16
+    q = dice.normal(CONTEXT, H, D, dtype=half)
+    kv = dice.normal(2, Hkv, CONTEXT, D, dtype=half)
+    prompt = Prompt(slice(0, CONTEXT), None, 0, 0, CONTEXT)
+    out = torch.empty(CONTEXT, H * D, dtype=half, device=device)
     return (lambda: backend.prompts.attend(q, kv, prompt, out, 0), f"{CONTEXT} tokens, {H}/{Hkv} heads of {D}",
             2 * q.nbytes + kv.nbytes)
 
@@ -85,7 +98,8 @@ def time_cuda_prompt(backend: Any, device: torch.device) -> tuple:
 def time_cuda_linear(backend: Any, device: torch.device, rows: int, cold: int, calls: int,
                      kind: str) -> tuple:
     width = max(256, backend.spec.width // 256 * 256)
-    outputs, few = min(8192, 2 * backend.spec.ffn_size), 128
+    outputs = min(8192, 2 * backend.spec.ffn_size)
+    few = 128
     if kind in cuda.FLOATS:
         part = Dice(device, 9).normal(few, width, dtype=getattr(torch, kind))
     else:
@@ -93,18 +107,26 @@ def time_cuda_linear(backend: Any, device: torch.device, rows: int, cold: int, c
     blocks = part.repeat(-(-outputs // few), 1)[:outputs]
     count = min(calls, -(-cold // blocks.nbytes))
     copies = [blocks.clone() if kind in cuda.FLOATS else PackedMatrix([(kind, blocks.clone())], width) for _ in range(count)]
-    x, out = Dice(device, 9).normal(rows, width), torch.empty(rows, outputs, device=device)
+    x = Dice(device, 9).normal(rows, width)
+    out = torch.empty(rows, outputs, device=device)
     return (lambda: [backend.products.linear(x, matrix, out) for matrix in copies],
             f"{rows} x {width} -> {outputs}", count, blocks.nbytes)
 
 
 def time_cuda_experts(backend: Any, device: torch.device, rows: int, calls: int) -> tuple:
     """A layer whose experts take turns: together they are larger than a cache. One is a quarter as wide as the dense part."""
-    spec, dice, few = backend.spec, Dice(device, 9), 32
-    E, chosen, C, F = spec.experts, spec.experts_per_token, spec.width, spec.ffn_size // 4 // 32 * 32 or 32
+    spec = backend.spec
+    dice = Dice(device, 9)
+    few = 32
+    E = spec.experts
+    chosen = spec.experts_per_token
+    C = spec.width
+    F = spec.ffn_size // 4 // 32 * 32 or 32
     matrices = [PackedMatrix([("mxfp4", torch.from_numpy(random_blocks("mxfp4", few, columns)).to(device).repeat(outputs // few, 1))],
                              columns) for outputs, columns in ((2 * E * F, C), (E * C, F))]
-    x, out, norm = dice.normal(rows, C), torch.empty(rows, C, device=device), backend.script.Norm(None, 1e-5)
+    x = dice.normal(rows, C)
+    out = torch.empty(rows, C, device=device)
+    norm = backend.script.Norm(None, 1e-5)
     experts = torch.arange(rows * chosen, device=device).view(rows, chosen)
     logits = [torch.zeros(rows, E, device=device).scatter_(1, (experts + call * rows * chosen) % E, 1.0) for call in range(calls)]
     more = dict(norm=norm, biases=(None, None), activation="swiglu", chosen=chosen, sum_to_one=True)
@@ -114,17 +136,22 @@ def time_cuda_experts(backend: Any, device: torch.device, rows: int, calls: int)
 
 
 def time_cuda_rope(backend: Any, device: torch.device, rows: int, cold: int, calls: int) -> tuple:
-    spec, cache = backend.spec, cuda_layers(backend, device, rows, cold, calls)
-    H, Hkv, D = spec.heads, spec.kv_heads, spec.head_size
+    spec = backend.spec
+    cache = cuda_layers(backend, device, rows, cold, calls)
+    H = spec.heads
+    Hkv = spec.kv_heads
+    D = spec.head_size
     cos, sin = backend.script.rope_tables(spec, device)
     qkv = Dice(device, 9).normal(rows, (H + 2 * Hkv) * D, dtype=cache.dtype)
-    q, positions = torch.empty(rows, H * D, device=device), torch.arange(rows, device=device)
+    q = torch.empty(rows, H * D, device=device)
+    positions = torch.arange(rows, device=device)
     return (lambda: [backend.rope_append(qkv, cos, sin, positions, positions, layer, q) for layer in cache],
             f"{rows} rows, {H}/{Hkv} heads of {D}", len(cache), qkv.nbytes + q.nbytes + 4 * rows * Hkv * D)
 
 
 def time_cuda_sample(backend: Any, device: torch.device, rows: int, cold: int, calls: int) -> tuple:
-    script, V = backend.script, backend.spec.vocab_size
+    script = backend.script
+    V = backend.spec.vocab_size
     logits = Dice(device, 9).normal(rows, V)
     drawn = [script.SampleRow(script.SamplingParams(seed=i, top_k=50), 1) for i in range(rows)]
     draw = backend.drawing(logits, SampleBatch(drawn, V))

@@ -78,7 +78,9 @@ class ProductOps:
     """
 
     def __init__(self, kernels: Any, script: SimpleNamespace, stream: Callable[[], int], adapters: AdapterOps | None = None):
-        self.kernels, self.script, self.stream = kernels, script, stream
+        self.kernels = kernels
+        self.script = script
+        self.stream = stream
         self.adapters = adapters or AdapterOps(kernels, stream)
 
     def embed(self, table, ids, out, part=None) -> None:
@@ -118,7 +120,8 @@ class ProductOps:
         self.script.finish_linear(y, out, activation, residual)
 
     def few(self, x, weight, out, norm=None, bias=None, activation=None, residual=None) -> None:
-        parts, begin = parts_of(weight), 0
+        parts = parts_of(weight)
+        begin = 0
         if len(parts) > 1 and cuda.GATES.get(activation):       # gates and ups of different types
             both = torch.empty(len(x), weight.shape[0], device=x.device)
             self.few(x, weight, both, norm, bias)
@@ -133,7 +136,8 @@ class ProductOps:
 
     def many(self, x, weight: PackedMatrix) -> torch.Tensor:
         """x (T, K) W^T in bfloat16."""
-        x, begin = x.to(torch.bfloat16), 0
+        x = x.to(torch.bfloat16)
+        begin = 0
         y = torch.empty(len(x), weight.shape[0], dtype=x.dtype, device=x.device)
         for kind, blocks in weight.parts:
             for rows in blocks.split(max(1, PANEL // weight.shape[1])):

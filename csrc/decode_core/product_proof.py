@@ -13,7 +13,9 @@ from .random_blocks import random_blocks
 from .tiles import COLUMNS, SOURCES, Arena, Matrix, multiply
 from .weights import file_values
 
-N, K = 80, 768                  # rows and columns of the weights
+# rows and columns of the weights
+N = 80
+K = 768
 T = 32                          # rows of x
 PACKED_TOLERANCE = 3e-2         # of the largest value: x is int8 there; 1e-2 is the usual error
 FLOAT_TOLERANCE = 1e-3

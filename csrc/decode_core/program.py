@@ -35,8 +35,11 @@ from .tiles import ACTIVATIONS, COLUMNS, GATES, KINDS, TILE_ROWS, Matrix, check_
 
 NONE = (0, 0)               # no buffer
 KINDS_OF_FLOATS = ("f32", "f16", "bf16")
-TOKENS, LOGIT_ROWS = "max_tokens", "max_rows"
-MAX_EXPERTS, MAX_CHOSEN, MAX_TAPS = _core.MAX_EXPERTS, _core.MAX_CHOSEN, _core.MAX_TAPS
+TOKENS = "max_tokens"
+LOGIT_ROWS = "max_rows"
+MAX_EXPERTS = _core.MAX_EXPERTS
+MAX_CHOSEN = _core.MAX_CHOSEN
+MAX_TAPS = _core.MAX_TAPS
 
 
 def number(value: Any) -> float:
@@ -104,7 +107,8 @@ class Marker:
     """A step's own data, standing for an array when recording; slots and attention are those of one group of layers."""
 
     def __init__(self, name: str, group: int = 0):
-        self.name, self.group = name, group
+        self.name = name
+        self.group = group
 
     def __repr__(self):
         return f"<program.{self.name}>" if not self.group else f"<program.parts[{self.group}].{self.name}>"
@@ -126,7 +130,8 @@ class Program:
 
     def __init__(self, max_tokens: int, max_rows: int, fine: bool = False):
         """fine: products with quantized matrices take every block of their x with 16 bits (`decode_core.multiply`)."""
-        self._program, self.fine = _core.Program(max_tokens, max_rows), fine
+        self._program = _core.Program(max_tokens, max_rows)
+        self.fine = fine
         self._buffers = Buffers(max_tokens, max_rows)
         self.logits = None
         self.adapters = AdaptedMatrices()
@@ -143,7 +148,8 @@ class Program:
         if ids not in (self.token_ids, self.previous_token_ids, self.positions):
             raise ValueError(f"ids: must be program.token_ids, program.previous_token_ids or program.positions, not {ids!r}")
         if isinstance(table, Matrix):
-            own, shape = {"tiles": table.tiles}, (table.rows, table.columns)
+            own = {"tiles": table.tiles}
+            shape = (table.rows, table.columns)
         else:
             address, dtype, shape, _ = look_at("table", table, tuple(CODES), None, None)
             own = {"table": address, "table_type": CODES[dtype]}
@@ -330,7 +336,8 @@ class Program:
         """x times its position's scale, of scales (max_positions) float32 -> out, which may be x."""
         _is_marker("positions", positions, self.positions)
         x_at, rows_of = self._buffers.read("x", x, 16)
-        scales_at, out_at = vector("scales", scales, "float32", len(scales)), self._buffers.written("out", out, rows_of, x_at[1])
+        scales_at = vector("scales", scales, "float32", len(scales))
+        out_at = self._buffers.written("out", out, rows_of, x_at[1])
         self._record("scale_rows", rows_of, (x, scales, out), x=x_at, scales=scales_at, max_positions=len(scales), out=out_at)
 
     def softcap(self, logits, cap: float, out) -> None:
@@ -355,7 +362,8 @@ class Program:
         x_at, rows_of = self._buffers.read("x", x)
         if rows_of != TOKENS or x_at[1] != 3 * C or C % 16 or not 1 <= before < MAX_TAPS or not slots:
             raise ValueError(f"states: must be (slots, 1 to {MAX_TAPS - 1}, a third of x's columns, a multiple of 16), not {(slots, before, C)}")
-        taps_at, bias_at = vector("taps", taps, "float32", (before + 1) * C), 0 if bias is None else vector("bias", bias, "float32", C)
+        taps_at = vector("taps", taps, "float32", (before + 1) * C)
+        bias_at = 0 if bias is None else vector("bias", bias, "float32", C)
         out_at = self._buffers.written("out", out, TOKENS, C)
         self._record("short_conv", TOKENS, (x, taps, state, out, bias), x=x_at, taps=taps_at, size=before + 1, bias=bias_at, states=address,
                      num_slots=slots, out=out_at)
@@ -368,7 +376,11 @@ class Program:
                     as in short_conv
         """
         _is_marker("sequences", sequences, self.sequences)
-        K, Hk, Hv, Dk, Dv = mixer.size, mixer.key_heads, mixer.value_heads, mixer.key_size, mixer.value_size
+        K = mixer.size
+        Hk = mixer.key_heads
+        Hv = mixer.value_heads
+        Dk = mixer.key_size
+        Dv = mixer.value_size
         if not 2 <= K <= MAX_TAPS or min(Hk, Dk, Dv) < 1 or Hv < 1 or Hv % Hk or Dk % 16 or Dv % 16:
             raise ValueError(f"mixer: must have 2 to {MAX_TAPS} taps, heads of multiples of 16, value heads a multiple of key heads, not {mixer}")
         past, S = states
@@ -396,9 +408,12 @@ class Program:
                     float32; slots as in short_conv
         """
         _is_marker("sequences", sequences, self.sequences)
-        K, sizes = mixer.size, (mixer.heads, mixer.head_size, mixer.state_size, mixer.groups)
+        K = mixer.size
+        sizes = (mixer.heads, mixer.head_size, mixer.state_size, mixer.groups)
         H, P, N, G = sizes
-        inner, channels, all_heads = H * P, H * P + 2 * G * N, mixer.of_heads or H
+        inner = H * P
+        channels = H * P + 2 * G * N
+        all_heads = mixer.of_heads or H
         if (not 2 <= K <= MAX_TAPS or min(sizes) < 1 or all_heads % G or P % 16 or channels % 16
                 or not 0 <= mixer.first_head <= all_heads - H):
             raise ValueError(f"mixer: must have 2 to {MAX_TAPS} taps, heads a multiple of groups, head_size and "
@@ -417,7 +432,8 @@ class Program:
         if (u := self._convolved.get(channels)) is None:
             u = self._convolved[channels] = numpy.empty((self._buffers.limits[TOKENS], channels), numpy.float32)
         out_at = self._buffers.written("out", out, TOKENS, inner)
-        u_at, p_at = (u.ctypes.data, channels), (x_at[0] + inner * u.itemsize, x_at[1])
+        u_at = (u.ctypes.data, channels)
+        p_at = (x_at[0] + inner * u.itemsize, x_at[1])
         self._record("convolve", TOKENS, (x, past, S, out, *(weights[name] for name in sized)), x=p_at, taps=at["taps"], size=K,
                      bias=at.get("taps_bias", 0), states=past_at, num_slots=slots, out=u_at)
         self._record("mamba2", TOKENS, x=x_at, u=u_at, heads=H, head_size=P, state_size=N, groups=G, first_head=mixer.first_head,
@@ -441,13 +457,16 @@ class Program:
         squares_at, rows_of = self._buffers.read("squares", squares)
         if rows_of != TOKENS or squares_at[1] < mixer.groups:
             raise ValueError(f"squares: must be (max_tokens, at least {mixer.groups}), not {squares_at[1]} columns")
-        weight_at, out_at = vector("weight", weight, "float32", x_at[1]), self._buffers.written("out", out, TOKENS, x_at[1])
+        weight_at = vector("weight", weight, "float32", x_at[1])
+        out_at = self._buffers.written("out", out, TOKENS, x_at[1])
         self._record("norm_groups", TOKENS, (x, weight, squares, out), x=x_at, weight=weight_at, squares=squares_at, eps=float(eps), out=out_at, **sizes)
 
     def _of_groups(self, name: str, x, mixer) -> tuple[tuple[int, int], dict[str, int]]:
         """A buffer of a Mamba layer's heads, and what says to which groups these belong."""
         x_at, rows_of = self._buffers.read(name, x)
-        H, P, all_heads = mixer.heads, mixer.head_size, mixer.of_heads or mixer.heads
+        H = mixer.heads
+        P = mixer.head_size
+        all_heads = mixer.of_heads or mixer.heads
         if rows_of != TOKENS or x_at[1] != H * P or P % 16 or all_heads % mixer.groups or not 0 <= mixer.first_head <= all_heads - H:
             raise ValueError(f"{name}: must be (max_tokens, {H * P}), of heads of a multiple of 16, in whole groups, not {x_at[1]} columns of {mixer}")
         return x_at, {"heads": H, "head_size": P, "first_head": mixer.first_head, "group_heads": all_heads // mixer.groups}
@@ -533,7 +552,8 @@ class Program:
         After it, or an all_gather, x must be written again before it is read: a product writes where other ranks read it."""
         x_at, rows_of = self._buffers.read("x", x, 16)
         residual_at = NONE if residual is None else self._buffers.read_like("residual", residual, rows_of, x_at[1])
-        handle, out_at = handle_of(ranks), self._buffers.written("out", out, rows_of, x_at[1])
+        handle = handle_of(ranks)
+        out_at = self._buffers.written("out", out, rows_of, x_at[1])
         self._record("all_reduce", rows_of, (x, handle, out, residual), x=x_at, ranks=handle, residual=residual_at, out=out_at)
         if x_at[0] != out_at[0]:
             self._buffers.lose(x_at)
@@ -541,7 +561,8 @@ class Program:
     def all_gather(self, x, ranks, out) -> None:
         """All ranks' x concatenated -> out, which may be shorter and is not x."""
         x_at, rows_of = self._buffers.read("x", x)
-        handle, out_at = handle_of(ranks), self._buffers.written("out", out, rows_of)
+        handle = handle_of(ranks)
+        out_at = self._buffers.written("out", out, rows_of)
         check_gathered(out_at[1], x_at[1], ranks.count)
         if out_at[0] == x_at[0]:
             raise ValueError("out: may not be x")
@@ -611,7 +632,9 @@ class Program:
 
     def _record_row(self, op: str, given: Mapping[str, Any], **options: Any) -> None:
         """Record one whose row says all that must be checked."""
-        rows_of, widths, fields = "", {}, {}
+        rows_of = ""
+        widths = {}
+        fields = {}
         for role, name, columns in fields_of(op):
             value = given[name]
             if role == "field":
@@ -648,7 +671,8 @@ def recorder(op: str) -> Callable[..., None]:
     def record(*given, **named) -> None:
         arguments = signature.bind(*given, **named).arguments
         arguments.pop("self")._record_row(op, arguments)
-    record.__name__, record.__doc__ = op, f"See its reference, {op}_reference of chat_server."
+    record.__name__ = op
+    record.__doc__ = f"See its reference, {op}_reference of chat_server."
     setattr(record, "__signature__", signature)
     return record
 

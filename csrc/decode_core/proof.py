@@ -29,12 +29,14 @@ from .random_blocks import random_blocks
 log = logging.getLogger("chat_server.decode_core")
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 DTYPES = (torch.float32, torch.bfloat16)        # of a model on CUDA
-PAGES, VOCABULARY = 40, 5003
+PAGES = 40
+VOCABULARY = 5003
 
 def differs(got: torch.Tensor, want: torch.Tensor, what: str, tolerance: float = 0.0) -> str:
     """In words, how far `got` is from `want`; "" if within the tolerance of its type. NaN is not."""
     want = want.to(torch.float32)
-    scale, error = float(want.abs().max()), float((got.to(torch.float32) - want).abs().max())
+    scale = float(want.abs().max())
+    error = float((got.to(torch.float32) - want).abs().max())
     if error <= max(tolerance, TOLERANCES[got.dtype]) * scale:
         return ""
     return f"{what} differs by {error / max(scale, 1e-30):.1e} of the largest value"
@@ -117,8 +119,12 @@ def windows_of(spec: Any, most: int) -> set[int]:
 
 def prove_rope_append(backend: Any, device: torch.device) -> str:
     """Rows of padding between others, in every type of a model's activations and cache."""
-    spec, script, dice = backend.spec, backend.script, Dice(device, 1)
-    H, Hkv, D = spec.heads, spec.kv_heads, spec.head_size
+    spec = backend.spec
+    script = backend.script
+    dice = Dice(device, 1)
+    H = spec.heads
+    Hkv = spec.kv_heads
+    D = spec.head_size
     cos, sin = script.rope_tables(dataclasses.replace(spec, max_positions=64), device)
     positions = torch.tensor([0, 63, 7, 0, 30], device=device)
     slots = torch.tensor([17, 3, PAGES * script.PAGE_SIZE - 1, -1, 250], device=device)
@@ -133,7 +139,8 @@ def prove_rope_append(backend: Any, device: torch.device) -> str:
             embeds = {"value_embed": dice.normal(5, Hkv * D, dtype=dtype),
                       "gate": dice.normal(5, Hkv, dtype=dtype)}
         qkv = dice.normal(5, (H + 2 * Hkv) * D, dtype=dtype)
-        q, want_q = torch.empty(5, H * D, device=device), torch.empty(5, H * D, device=device)
+        q = torch.empty(5, H * D, device=device)
+        want_q = torch.empty(5, H * D, device=device)
         wide = {name: tensor.float() for name, tensor in embeds.items()}
         places = cos, sin, positions, slots
         backend.references.rope_append(copied(qkv), *places, want, want_q, **options, **wide)
@@ -146,8 +153,11 @@ def prove_rope_append(backend: Any, device: torch.device) -> str:
 
 def prove_attention(backend: Any, device: torch.device) -> str:
     """Rows of one key to several merges, and padding, through every window of the model; also with its sinks."""
-    spec, script, dice = backend.spec, backend.script, Dice(device, 2)
-    H, D = spec.heads, spec.head_size
+    spec = backend.spec
+    script = backend.script
+    dice = Dice(device, 2)
+    H = spec.heads
+    D = spec.head_size
     lengths = torch.tensor([1, 1100, 0, 33], dtype=torch.int32, device=device)
     for kind, dtype, cache, wide in caches_of(spec, dice, script):
         q = dice.normal(4, H, D) * D**-0.5
@@ -170,18 +180,24 @@ def prove_attention(backend: Any, device: torch.device) -> str:
 
 def prove_prompts(backend: Any, device: torch.device) -> str:
     """A first chunk and a later one through every window of the model, without and with its sinks: each token as a decode row."""
-    spec, script, dice = backend.spec, backend.script, Dice(device, 6)
-    H, D, size = spec.heads, spec.head_size, script.PAGE_SIZE
+    spec = backend.spec
+    script = backend.script
+    dice = Dice(device, 6)
+    H = spec.heads
+    D = spec.head_size
+    size = script.PAGE_SIZE
     batch = SimpleNamespace(starts=[0, 70, 90], lengths=[70, 301])
     spans = [[0, 70], [281, 301]]                              # of the new tokens
     for dtype in DTYPES:
-        cache, q = cache_of(spec, dice, dtype, script), (dice.normal(90, H, D) * D**-0.5).to(dtype)
+        cache = cache_of(spec, dice, dtype, script)
+        q = (dice.normal(90, H, D) * D**-0.5).to(dtype)
         table = torch.stack([dice.order(PAGES, torch.int32)[:19] for _ in spans])
         sinks = [None, dice.normal(H)] if spec.sinks else [None]
         for window, extra in itertools.product(windows_of(spec, 100), sinks):
             grouped = None if extra is None else extra.view(spec.kv_heads, -1)
             for number, prompt in enumerate(prompts_of(batch, 0, table, window, size)):
-                rows, lengths = q[prompt.rows], torch.arange(*spans[number], device=device) + 1
+                rows = q[prompt.rows]
+                lengths = torch.arange(*spans[number], device=device) + 1
                 got, want = (torch.empty(len(rows), H * D, dtype=out_dtype, device=device) for out_dtype in (dtype, torch.float32))
                 backend.references.attend(rows.float(), cache.float(), table[number].expand(len(rows), -1), lengths, want, window,
                                           spec.attention_softcap, extra)
@@ -203,7 +219,8 @@ def prove_sample(backend: Any, device: torch.device) -> str:
     rows = [script.SampleRow(script.SamplingParams(seed=i, **params), 10 + i, context, columns // 14)
             for i, params in enumerate(cases)]
     logits = Dice(device, 3).normal(len(rows), columns) * 3
-    got, want = backend.sample(logits, rows), script.references["sample"](logits, rows)
+    got = backend.sample(logits, rows)
+    want = script.references["sample"](logits, rows)
     return "" if got == want else f"draws the tokens {got}, not {want}"
 
 
@@ -223,8 +240,12 @@ def matrices(script: SimpleNamespace, dice: Dice, N: int, K: int, kinds: Any) ->
 def prove_linear(backend: Any, device: torch.device) -> str:
     """Weights of every type: packed ones as floats bit for bit, a row of the embedding, few and many rows of x; then all that
     comes before and after a product, where the norm has more columns than W."""
-    script, dice, N, K = backend.script, Dice(device, 4), 20, 512
-    ids, linear = torch.tensor([3, -1, 19], device=device), script.references["linear"]
+    script = backend.script
+    dice = Dice(device, 4)
+    N = 20
+    K = 512
+    ids = torch.tensor([3, -1, 19], device=device)
+    linear = script.references["linear"]
     for kind, matrix, want in matrices(script, dice, N, K, (*cuda.BLOCKS, *cuda.FLOATS)):
         if kind in cuda.BLOCKS:
             rows = torch.empty(3, K, device=device)
@@ -232,7 +253,8 @@ def prove_linear(backend: Any, device: torch.device) -> str:
             if not torch.equal(rows, want[ids.clamp(min=0)]):
                 return f"{kind}: weights differ from the reference's"
         for count in (1, 2, 3, cuda.MAX_PRODUCT_ROWS, cuda.MAX_PRODUCT_ROWS + 1):
-            x, got = dice.normal(count, K), torch.empty(count, N, device=device)
+            x = dice.normal(count, K)
+            got = torch.empty(count, N, device=device)
             backend.products.linear(x, matrix, got)
             many = 2e-2 if count > cuda.MAX_PRODUCT_ROWS else 0.0           # in bfloat16
             if fault := differs(got, x @ want.T, f"{kind}: the product of {count} rows", many):
@@ -240,7 +262,9 @@ def prove_linear(backend: Any, device: torch.device) -> str:
     for kind, matrix, want in matrices(script, dice, N, K, ("bfloat16", "float32", "q4_0")):
         for dtype, activation in itertools.product(DTYPES, cuda.ACTIVATIONS):
             outputs = N // 2 if cuda.GATES.get(activation) else N
-            x, bias, residual = dice.normal(3, K + 64, dtype=dtype), dice.normal(N), dice.normal(3, outputs)
+            x = dice.normal(3, K + 64, dtype=dtype)
+            bias = dice.normal(N)
+            residual = dice.normal(3, outputs)
             norm = script.Norm(1 + dice.normal(K + 64) / 4 if kind == "float32" else None, 1e-5)
             got, expected = (torch.empty(3, outputs, device=device, dtype=made) for made in (dtype, torch.float32))
             backend.products.linear(x, matrix, got, norm, bias, activation, residual)
@@ -252,14 +276,20 @@ def prove_linear(backend: Any, device: torch.device) -> str:
 
 def prove_experts(backend: Any, device: torch.device) -> str:
     """Gates and ups of every type, downs as floats; few pairs for each expert, and many: of mxfp4 more than an item holds."""
-    spec, script, dice = backend.spec, backend.script, Dice(device, 5)
+    spec = backend.spec
+    script = backend.script
+    dice = Dice(device, 5)
     if not spec.experts:
         return ""
-    E, C, F = 5, 256, 16
-    biases, norm = (dice.normal(2 * E * F), dice.normal(E * C)), 1 + dice.normal(C) / 4
+    E = 5
+    C = 256
+    F = 16
+    biases = (dice.normal(2 * E * F), dice.normal(E * C))
+    norm = 1 + dice.normal(C) / 4
     for kind in (*cuda.FLOATS, *cuda.BLOCKS):
         dtype = torch.float32 if kind == "float32" else torch.bfloat16
-        gate_up, down = dice.normal(2 * E * F, C, dtype=dtype), dice.normal(E * C, F, dtype=dtype)
+        gate_up = dice.normal(2 * E * F, C, dtype=dtype)
+        down = dice.normal(E * C, F, dtype=dtype)
         wide = gate_up.float()
         if kind in cuda.BLOCKS:
             blocks = torch.from_numpy(random_blocks(kind, 2 * E * F, C))
@@ -270,12 +300,15 @@ def prove_experts(backend: Any, device: torch.device) -> str:
             gate_up = PackedMatrix([(kind, blocks.to(device))], C)
         many = 80 if kind == "mxfp4" else 11
         for rows, activation, sum_to_one in ((3, "swiglu", False), (many, "clamped_swiglu", True)):
-            x, logits = dice.normal(rows, C), (2 * dice.normal(rows, E)).round()        # equals among them
+            # equals among them
+            x = dice.normal(rows, C)
+            logits = (2 * dice.normal(rows, E)).round()
             logits[:, 3] += 4
             # gates and ups of about 1: a gate may make more of an error of larger ones
             options = dict(norm=script.Norm(norm / (C**0.5 * wide.std()), 1e-5), biases=biases,
                            activation=activation, chosen=2, sum_to_one=sum_to_one)
-            got, want = torch.empty_like(x), torch.empty_like(x)
+            got = torch.empty_like(x)
+            want = torch.empty_like(x)
             script.references["experts"](x, logits, wide, down.float(), want, **options)
             backend.mixture.experts(x, logits, gate_up, down, got, **options)
             if fault := differs(got, want, f"{kind}: {rows} rows", 1e-3 if rows == 3 else 2e-2):
@@ -285,7 +318,11 @@ def prove_experts(backend: Any, device: torch.device) -> str:
 
 def prove_adapters(backend: Any, device: torch.device) -> str:
     """Rows of two adapters, of one that has not the matrix, and of none; in every type, before and after a norm."""
-    script, dice, N, K, B = backend.script, Dice(device, 7), 20, 96, 5
+    script = backend.script
+    dice = Dice(device, 7)
+    N = 20
+    K = 96
+    B = 5
     for kind, dtype in itertools.product((torch.float32, torch.float16, torch.bfloat16), DTYPES):
         matrices = {}
         for slot, (name, rank) in enumerate([("proof", 3), ("proof", 70), ("other", 2)], 1):
@@ -293,14 +330,18 @@ def prove_adapters(backend: Any, device: torch.device) -> str:
         packs = {slot: backend.adapters.pack({name: its}, device) for slot, (name, its) in matrices.items()}
         owners = [2, 0, 1, 3, 2]
         rows = torch.tensor([packs[slot].table.data_ptr() if slot else 0 for slot in owners], device=device)
-        x, y = dice.normal(B, K + 32, dtype=dtype), dice.normal(B, N)
-        norm, want = script.Norm(1 + dice.normal(K + 32) / 4, 1e-5), copied(y)
+        x = dice.normal(B, K + 32, dtype=dtype)
+        y = dice.normal(B, N)
+        norm = script.Norm(1 + dice.normal(K + 32) / 4, 1e-5)
+        want = copied(y)
         for row, slot in enumerate(owners):
             name, its = matrices.get(slot, ("", None))
             if name == "proof":
                 normed = torch.nn.functional.rms_norm(x[row].float(), (K + 32,), norm.weight, norm.eps)
                 want[row] += its.b.float() @ (its.scales * (its.a.float() @ normed[:K]))
-        activation, residual, out = "swiglu" if dtype == torch.float32 else None, dice.normal(B, N), torch.empty(B, N, device=device)
+        activation = "swiglu" if dtype == torch.float32 else None
+        residual = dice.normal(B, N)
+        out = torch.empty(B, N, device=device)
         residual, out = (residual[:, :N // 2], out[:, :N // 2]) if activation else (residual, out)
         script.finish_linear(want, ended := torch.empty_like(out), activation, residual)
         backend.adapters.finish(x, norm, y, RowsOfMatrix(backend.adapters.numbers["proof"], rows), out, activation, residual)

@@ -24,11 +24,13 @@ class RankMemory:
 
     def __init__(self, count: int, part_bytes: int):
         if hasattr(os, "memfd_create"):
-            self._fd, self._file = os.memfd_create("decode_core-ranks"), None
+            self._fd = os.memfd_create("decode_core-ranks")
+            self._file = None
             self.path = f"/proc/{os.getpid()}/fd/{self._fd}"
         else:
             self._file = tempfile.NamedTemporaryFile(prefix="decode_core-ranks-")
-            self._fd, self.path = self._file.fileno(), self._file.name
+            self._fd = self._file.fileno()
+            self.path = self._file.name
         try:
             _core.prepare_ranks(self._fd, count, part_bytes)
             self._ranks = _core.Ranks(self._fd, -1, PATIENCE_S)
@@ -66,7 +68,9 @@ class Ranks:
             self.handle = _core.Ranks(fd, rank, patience_s)         # maps the file
         finally:
             os.close(fd)
-        self.rank, self.count, self.part_bytes = self.handle.rank, self.handle.count, self.handle.part_bytes
+        self.rank = self.handle.rank
+        self.count = self.handle.count
+        self.part_bytes = self.handle.part_bytes
 
     def all_reduce(self, x, out, residual=None) -> None:
         """residual + the sum of all ranks' x (rows, C) -> out; both may be out, rows * C a multiple of 16."""

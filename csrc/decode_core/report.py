@@ -27,7 +27,9 @@ class Report:
     """Says it line by line. `run` tells whether no op was found wrong."""
 
     def __init__(self, script: SimpleNamespace, threads: int, say: Callable[[str], None]):
-        self.script, self.threads, self.say = script, threads, say
+        self.script = script
+        self.threads = threads
+        self.say = say
         self.wrong = 0
 
     def run(self) -> bool:

@@ -14,7 +14,8 @@ ROW = numpy.dtype([         # struct SampleRow of csrc/contract.h
     ("seed", "u8"), ("position", "i8"), ("top_p", "u8"), ("inverse_temperature", "f4"), ("min_z", "f4"), ("top_k", "i4"),
     ("choice", "u4"), ("repetition", "f4"), ("inverse_repetition", "f4"), ("frequency", "f4"), ("presence", "f4"),
     ("count_begin", "i4"), ("count_end", "i4"), ("bias_begin", "i4"), ("bias_end", "i4")])
-EXP_CUTOFF, FLOAT_MAX = -27.7, 3.4028234663852886e38
+EXP_CUTOFF = -27.7
+FLOAT_MAX = 3.4028234663852886e38
 MAX_VOCABULARY = 2**27      # sums of weights stay below 2^63 and offsets within 32 bits
 
 
@@ -59,7 +60,8 @@ class SampleBatch:
 
     def __init__(self, rows, vocab_size: int):
         _require(0 < vocab_size <= MAX_VOCABULARY, "vocab_size", vocab_size, f"in 1..{MAX_VOCABULARY}")
-        self.vocab_size, self.params = vocab_size, [row.params for row in rows]
+        self.vocab_size = vocab_size
+        self.params = [row.params for row in rows]
         with numpy.errstate(over="ignore"):             # 1 / a tiny repetition penalty is infinite
             self.records = numpy.array([_record(p, f"rows[{i}]", vocab_size) for i, p in enumerate(self.params)], ROW)
         self.positions = self.records["position"]
@@ -72,12 +74,14 @@ class SampleBatch:
         with numpy.errstate(over="ignore"):
             self.bias_values = numpy.array([value for _, value in flat], numpy.float32)
         ends = numpy.cumsum([len(pairs) for pairs in biases], dtype=numpy.int64)
-        self.records["bias_end"], self.records["bias_begin"][1:] = ends, ends[:-1]
+        self.records["bias_end"] = ends
+        self.records["bias_begin"][1:] = ends[:-1]
         self.penalized = [p.repetition_penalty != 1 or bool(p.frequency_penalty or p.presence_penalty) for p in self.params]
         self.any_penalized = any(self.penalized)
         self.count_ids = self.counts = numpy.zeros(0, numpy.int32)
         self.tokens = numpy.zeros(len(self.params), numpy.int32)
-        self._count_begins, self._count_ends = self.records["count_begin"], self.records["count_end"]
+        self._count_begins = self.records["count_begin"]
+        self._count_ends = self.records["count_end"]
         self._addresses = tuple(map(_address, (self.records, self.count_ids, self.counts, self.bias_ids, self.bias_values,
                                                self.tokens)))
         self.update(rows)
@@ -91,7 +95,8 @@ class SampleBatch:
         if self.any_penalized:
             lists = [(row.tokens if on else [], row.prompt_tokens) for row, on in zip(rows, self.penalized)]
             ends, ids, counts = _core.count_tokens(lists, self.vocab_size)
-            self._count_ends[:], self._count_begins[1:] = ends, ends[:-1]
+            self._count_ends[:] = ends
+            self._count_begins[1:] = ends[:-1]
             self.count_ids, self.counts = numpy.frombuffer(ids, numpy.int32), numpy.frombuffer(counts, numpy.int32)
             records, _, _, *others = self._addresses
             self._addresses = records, _address(self.count_ids), _address(self.counts), *others
@@ -117,7 +122,8 @@ def sample(logits, batch: SampleBatch, tokens=None):
                                                   rows_apart=True)
     records, count_ids, counts, bias_ids, bias_values, batch_tokens = batch._addresses
     if tokens is None:
-        tokens, tokens_at = batch.tokens, batch_tokens
+        tokens = batch.tokens
+        tokens_at = batch_tokens
     else:
         tokens_at = vector("tokens", tokens, "int32", rows, writable=True)
     _core.sample(address, rows, columns, stride, records, count_ids, counts, bias_ids, bias_values, tokens_at)

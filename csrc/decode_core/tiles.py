@@ -20,7 +20,8 @@ FROM_FILES = tuple(_core.file_types())          # kinds that rows of floats cann
 SOURCES = {"f32": ("float32",), "f16": ("float16",), "bf16": ("bfloat16", "uint16")}    # what the rows may be besides uint8
 ACTIVATIONS = {None: 0} | {name: number for number, (name, _) in enumerate(_core.activations(), 1)}      # as csrc/activations.def lists them
 GATES = tuple(name for name, gated in _core.activations() if gated)
-TILE_ROWS, LIMIT = 16, 1 << 31
+TILE_ROWS = 16
+LIMIT = 1 << 31
 
 
 def _kind(name: str, kind) -> int:
@@ -72,7 +73,9 @@ class Matrix:
             raise ValueError(f"kind: must be one for each of {-(-rows // TILE_ROWS)} tiles, and none of {', '.join(SOURCES)}")
         else:
             self.tiles = arena._arena.allocate_mixed(codes, rows, columns)
-        self.rows, self.columns, self.arena = rows, columns, arena
+        self.rows = rows
+        self.columns = columns
+        self.arena = arena
         self.finite = True          # neither what was filled in nor what is held has a NaN or an infinity
         self.kind = " with ".join(sorted(set(self.kinds)))
 
@@ -167,7 +170,8 @@ def multiply(x, matrix: Matrix, *, norm=None, bias=None, activation=None, residu
     out_at, _, (_, width), out_stride = look_at("out", out, FLOAT32, rows, None, rows_apart=True, writable=True)
     if not 1 <= width <= most:
         raise ValueError(f"out: must have 1 to {most} columns, not {width}")
-    residual_at, residual_stride = 0, 0
+    residual_at = 0
+    residual_stride = 0
     if residual is not None:
         residual_at, _, _, residual_stride = look_at("residual", residual, FLOAT32, rows, width, rows_apart=True)
     matrix.tiles.multiply(x_at, rows, x_stride, *before, residual_at, residual_stride, code, out_at, out_stride, width, bool(fine),

@@ -22,7 +22,9 @@ from .tiles import COLUMNS, SOURCES, Arena, Matrix
 
 COLD = 96 << 20         # bytes of copies that are used in turn, so that no cache holds them
 RUNS = 5
-CONTEXT, ROWS = 1024, 64        # keys of attention; rows of the ops between products
+# keys of attention; rows of the ops between products
+CONTEXT = 1024
+ROWS = 64
 SMALL = dict(vocab_size=49152, layers=1, width=576, heads=9, kv_heads=3, head_size=64, ffn_size=1536,
              max_positions=CONTEXT)     # the default model
 LARGE = dict(vocab_size=128256, layers=1, width=4096, heads=32, kv_heads=8, head_size=128, ffn_size=14336,
@@ -94,12 +96,16 @@ def phases(run: Callable[[], dict], word: str = "") -> float:
 
 def time_row_ops(spec: Any, script: SimpleNamespace, times: int = 16) -> Iterator[Timed]:
     """Each op many times over the same rows, which a cache holds."""
-    C, rot = spec.width, spec.head_size
-    qkv_size, kv_size = (spec.heads + 2 * spec.kv_heads) * rot, 2 * spec.kv_heads * rot
+    C = spec.width
+    rot = spec.head_size
+    qkv_size = (spec.heads + 2 * spec.kv_heads) * rot
+    kv_size = 2 * spec.kv_heads * rot
     shape = ROWS // script.PAGE_SIZE, spec.kv_heads, 2, script.PAGE_SIZE * rot
     cache = numpy.zeros(shape, numpy.float16)
-    gate, weight = normal(6, 1, 24), normal(7, C)
-    cos, sin = normal(8, spec.max_positions, rot // 2), normal(9, spec.max_positions, rot // 2)
+    gate = normal(6, 1, 24)
+    weight = normal(7, C)
+    cos = normal(8, spec.max_positions, rot // 2)
+    sin = normal(9, spec.max_positions, rot // 2)
     ops = {             # what it does with x and out; values that a row's op moves
         "embed": (lambda p, x, out: p.embed(table, p.token_ids, out), 2 * C),
         "rms_norm": (lambda p, x, out: p.rms_norm(x, None, 1e-5, out), 2 * C),
@@ -113,7 +119,8 @@ def time_row_ops(spec: Any, script: SimpleNamespace, times: int = 16) -> Iterato
                         qkv_size + qkv_size - kv_size + kv_size // 2)}
     for name, (record, moved) in ops.items():
         width = qkv_size if name == "rope_append" else C
-        table, program = normal(10, ROWS, width), Program(ROWS, 1)
+        table = normal(10, ROWS, width)
+        program = Program(ROWS, 1)
         x = zeros(ROWS, width)
         out = zeros(ROWS, width - kv_size if name == "rope_append" else width)
         program.embed(table, program.token_ids, x)
@@ -125,13 +132,15 @@ def time_row_ops(spec: Any, script: SimpleNamespace, times: int = 16) -> Iterato
 
 def time_attention(spec: Any, script: SimpleNamespace, packed: bool = False) -> Timed:
     """A decode row over enough layers to be cold."""
-    size, block = spec.head_size, script.PAGE_SIZE * spec.head_size
+    size = spec.head_size
+    block = script.PAGE_SIZE * spec.head_size
     block = block * 17 // 16 if packed else block           # bytes: with 2 of scale for each 32
     shape = CONTEXT // script.PAGE_SIZE, spec.kv_heads, 2, block
     kind = numpy.dtype(numpy.uint8 if packed else numpy.float16)
     layer = math.prod(shape) * kind.itemsize
     caches = numpy.full((max(1, COLD // layer), *shape), 33 if packed else 0.01, kind)      # scales of 0.01 too
-    q, out = zeros(1, spec.heads * size), zeros(1, spec.heads * size)
+    q = zeros(1, spec.heads * size)
+    out = zeros(1, spec.heads * size)
     program = Program(1, 1)
     program.embed(numpy.ones((1, spec.heads * size), numpy.float32), program.token_ids, q)
     for cache in caches:
@@ -142,8 +151,10 @@ def time_attention(spec: Any, script: SimpleNamespace, packed: bool = False) -> 
 
 
 def time_sample(spec: Any, script: SimpleNamespace) -> Timed:
-    V, program = spec.vocab_size, Program(1, 1)
-    x, logits = zeros(1, V), zeros(1, V)
+    V = spec.vocab_size
+    program = Program(1, 1)
+    x = zeros(1, V)
+    logits = zeros(1, V)
     program.embed(normal(7, 1, V) * 3, program.token_ids, x)
     program.gather_rows(x, program.logit_rows, logits)
     program.sample(logits)
@@ -154,7 +165,8 @@ def time_sample(spec: Any, script: SimpleNamespace) -> Timed:
 
 def time_product(kind: str, rows: int, columns: int, script: SimpleNamespace) -> Timed:
     """One row of x times weights that come from memory; the matrix repeats a few rows at the same cost."""
-    arena, few = Arena(1 << 20), 512
+    arena = Arena(1 << 20)
+    few = 512
     first = Matrix(arena, kind, rows, columns)
     if kind in SOURCES:
         part = script.as_kind(normal(8, few, columns), SOURCES[kind][0])

@@ -59,7 +59,8 @@ def becomes(tensors: Sequence[Any], rows: Sequence[int], kept_types: Sequence[st
     kinds = [tensor.tensor_type.name for tensor in tensors]
     if len(set(kinds)) == 1 and kinds[0] in FLOATS:
         return ["BF16" if kind == "F32" else kind for kind in kinds]
-    kept, row = [kind if kind in kept_types else CONVERTED for kind in kinds], 0
+    kept = [kind if kind in kept_types else CONVERTED for kind in kinds]
+    row = 0
     for i, count in enumerate(rows[:-1] if len(set(kept)) > 1 else ()):
         row += count
         if row % TILE_ROWS:                         # the next one begins within a tile, which has one type
@@ -182,7 +183,8 @@ def in_whole_tiles(pieces: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
 def place(pieces: Sequence[tuple[str, Any]], rows_together: int) -> list[tuple[str, Any, int, int]]:
     """(kind, rows, first tile, step) of pieces whose rows follow each other in a matrix of `rows_together` rows, or in one of
     twice as many: gates and then ups, whose tiles alternate."""
-    placed, row = [], 0
+    placed = []
+    row = 0
     step = 1 + (sum(len(rows) for _, rows in pieces) > rows_together)
     for kind, rows in pieces:
         begin = 0
@@ -190,5 +192,6 @@ def place(pieces: Sequence[tuple[str, Any]], rows_together: int) -> list[tuple[s
             half, within = divmod(row, rows_together)
             count = min(len(rows) - begin, rows_together - within)
             placed.append((kind, rows[begin:begin + count], half + within // TILE_ROWS * step, step))
-            begin, row = begin + count, row + count
+            begin = begin + count
+            row = row + count
     return placed

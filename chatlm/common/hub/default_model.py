@@ -68,11 +68,13 @@ def cannot_store(cache: Path, error: Exception) -> ConfigError:
         return lack_of_memory(error) or ConfigError(
             f"cannot store the default model in {cache}, or read it there: {error}. Set HOME to a folder "
             f"that this user may write to, or give MODEL (--help says what it may be)")
-    room, remedy = f"{shutil.disk_usage(cache).free:,} are free", "Make room"
+    room = f"{shutil.disk_usage(cache).free:,} are free"
+    remedy = "Make room"
     if error.errno == errno.EDQUOT:
         room = "the user's quota is smaller"
     if error.errno == errno.EFBIG:
-        room, remedy = "this process may not write files that large", "Raise that limit (ulimit -f)"
+        room = "this process may not write files that large"
+        remedy = "Raise that limit (ulimit -f)"
     return ConfigError(f"no room for the default model in {cache} ({error.strerror}): its download takes "
                        f"{DOWNLOAD_BYTES:,} bytes there, and {room}. {remedy}, set HOME to a "
                        f"folder on a larger disk, or give MODEL (--help says what it may be)")
@@ -83,7 +85,8 @@ def check_default_model(path: Path, progress: Progress):
 
     Every start compares its size. The SHA-256 (0.1 s) is computed only when the file has changed: `.verified`
     beside it records the state last checked. If that cannot be written, every start computes it."""
-    status, note = path.stat(), path.with_name(".verified")
+    status = path.stat()
+    note = path.with_name(".verified")
     state = f"{DEFAULT_FILE_SHA256} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
     with suppress(OSError, ValueError):
         if note.read_text() == state:

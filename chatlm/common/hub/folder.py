@@ -79,11 +79,13 @@ def named_models(folder: Path, found: Seq[Files], unable: Container[str] = (),
     used = {*names, *(alias for alias, count in aliases.items() if count > 1)}
     named = []
     for choice in choices:
-        name, number = choice.name, 2
+        name = choice.name
+        number = 2
         if names[name] > 1 or name in taken:
             name = path_name(folder, Path(choice.path))
         while name in taken or any(name == other.name for other in named):  # odd characters were replaced
-            name, number = f"{choice.name}-{number}", number + 1
+            name = f"{choice.name}-{number}"
+            number = number + 1
         named.append(replace(choice, name=name, aliases=tuple(
             alias for alias in choice.aliases if alias not in used and alias not in taken)))
     return named
@@ -91,7 +93,8 @@ def named_models(folder: Path, found: Seq[Files], unable: Container[str] = (),
 
 def numbered(files: Files, last: bool, several: bool) -> ModelChoice:
     """A step of a run."""
-    name, tag = files.name, shown_name(files.tag)
+    name = files.name
+    tag = shown_name(files.tag)
     aliases = [f"{tag}@{files.step}", *[f"{tag}@latest"] * last, *[name] * (last and several)]
     return replace(files.choice, name=f"{name}@{files.step}" if several else name,
                    aliases=tuple(aliases))
@@ -143,7 +146,8 @@ def folders_below(folder: Path, links: int = MOST_LINKS, depth: int = 1000,
         above = above | {here}
         for entry in reversed(found):  # so that the first is popped next
             if entry.name in folders and not entry.name.startswith("."):
-                there, left = identity(folders[entry.name]), links - entry.is_symlink()
+                there = identity(folders[entry.name])
+                left = links - entry.is_symlink()
                 if there not in above and left >= 0:
                     waiting.append((path / entry.name, there, above, left, depth - 1))
 
@@ -162,7 +166,8 @@ def folder_status(entry: os.DirEntry) -> os.stat_result | None:
 
 def models_in(folder: Path, names: Seq[str]) -> Iterator[Files]:
     def model(path: Path, name: str, files: Seq[Path], step: int | None = None, tag: str = "") -> Files:
-        stamp, name = stamp_of(files), shown_name(name)
+        stamp = stamp_of(files)
+        name = shown_name(name)
         trouble = "" if stamp else next(filter(None, map(trouble_with, files)), "")
         return Files(path, stamp, trouble and f"{name} is not served: {trouble}", name, step, tag)
 

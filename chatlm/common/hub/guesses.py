@@ -26,7 +26,8 @@ def near_model(model: str) -> str:
 
 def near_path(model: str) -> str:
     """A model that is in the folder in which this one is not."""
-    path, names = Path(model).expanduser(), list[str]()
+    path = Path(model).expanduser()
+    names = list[str]()
     with suppress(OSError, RuntimeError):
         for entry in path.parent.iterdir():
             if entry.suffix.lower() == ".gguf" or (entry / "config.json").exists():

@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 
 SPLIT_GGUF = r"-\d{5}-of-\d{5}(?=\.gguf$)"  # of one part of a model in several files
 BESIDE_MODEL = r"(?i).*(?<![a-z])(mmproj|imatrix)(?![a-z])[^/]*"  # encoders of images, and of quantizers
-WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # in one file; of several
+# in one file; of several
+WHOLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 FOLDER_FILES = {"config.json", "generation_config.json", INDEX, "tokenizer.json", "added_tokens.json",
                 "tokenizer_config.json", "special_tokens_map.json",
                 "chat_template.jinja", "chat_template.json",
@@ -108,7 +110,8 @@ def load_hub(purpose: str):
 @contextlib.contextmanager
 def hub_errors(hub, repository: str) -> Iterator[None]:
     """What the library raises becomes a ConfigError that says what the user must do."""
-    errors, endpoint = hub.errors, hub.constants.ENDPOINT
+    errors = hub.errors
+    endpoint = hub.constants.ENDPOINT
     try:
         yield
         return
@@ -154,7 +157,8 @@ def fetch(repository: str, file: str, report: Report, bounds: Bounds) -> Path:
             return cached_from_hub(hub, repository, file, why_unreachable(hub, error.args[0]))
         disk = DiskCheck(hub, repository, plan, report, bounds)
         disk.check(0)
-        looked, done = "config.json" not in plan.names, 0
+        looked = "config.json" not in plan.names
+        done = 0
         for name in plan.missing:
             if not looked and name not in FOLDER_FILES:
                 looked = refuse_early(repository, hub_path(hub, repository, ["config.json"], plan.revision))
@@ -247,9 +251,13 @@ class DiskCheck:
     EVERY_BYTES = 16 << 20
 
     def __init__(self, hub, repository: str, plan: Plan, report: Report, bounds: Bounds):
-        self.hub, self.repository, self.plan = hub, repository, plan
-        self.report, self.bounds = report, bounds
-        self.folder, self.checked = Path(hub.constants.HF_HUB_CACHE), 0
+        self.hub = hub
+        self.repository = repository
+        self.plan = plan
+        self.report = report
+        self.bounds = bounds
+        self.folder = Path(hub.constants.HF_HUB_CACHE)
+        self.checked = 0
 
     def check(self, done: int):
         """ConfigError if the bytes after `done` have no room."""
@@ -261,7 +269,8 @@ class DiskCheck:
             raise no_hub_room(self.hub, self.repository, f"{left:,} bytes")
         if self.bounds.disk is None:
             return
-        used, others = cache_bytes(self.folder), self.bounds.reserved
+        used = cache_bytes(self.folder)
+        others = self.bounds.reserved
         if used + left + others > self.bounds.disk:
             raise ConfigError(
                 f"no room for {self.repository}: --models-disk allows {self.bounds.disk:,} bytes, models in "
@@ -291,7 +300,8 @@ def hub_files(repository: str, file: str, names: Iterable[str]) -> list[str]:
     config.json, weights and so on.
 
     `file` is the GGUF file's or the checkpoint's name, or the end of the first before .gguf: `Q8_0`."""
-    parts, names = collections.defaultdict(list), set(names)
+    parts = collections.defaultdict(list)
+    names = set(names)
     for name in sorted(name for name in names if name.lower().endswith(".gguf")):
         parts[re.sub(SPLIT_GGUF, "", name, flags=re.IGNORECASE)].append(name)
     ggufs = models_among(parts)  # without the numbers of parts
@@ -455,7 +465,8 @@ def download_from_hub(hub, repository: str, name: str, disk: DiskCheck, before: 
 
     The library itself begins a file again when its process ended in the middle. So a file is first written
     beside the cache's blobs, where the next start finds it; then the library finds a complete blob."""
-    plan, note = disk.plan, partial(disk.note, before)
+    plan = disk.plan
+    note = partial(disk.note, before)
 
     class Bar(contextlib.AbstractContextManager):
         """The part of tqdm's interface that the library uses."""
@@ -463,7 +474,8 @@ def download_from_hub(hub, repository: str, name: str, disk: DiskCheck, before: 
         look_at = HEADER_BYTES if name == plan.names[0] and name.lower().endswith(".gguf") else sys.maxsize
 
         def __init__(self, *_, initial: int = 0, total: int | None = None, **__):
-            self.n, self.total = initial, total
+            self.n = initial
+            self.total = total
 
         def update(self, count: int = 1):
             self.n += count
@@ -478,12 +490,14 @@ def download_from_hub(hub, repository: str, name: str, disk: DiskCheck, before: 
         def __getattr__(self, name: str):
             return lambda *_, **__: None
 
-    url, cache = hub.hf_hub_url(repository, name, revision=plan.revision), hub_folder(hub, repository)
+    url = hub.hf_hub_url(repository, name, revision=plan.revision)
+    cache = hub_folder(hub, repository)
     note("downloading", 0)
     remote = hub.get_hf_file_metadata(url, timeout=10)
     disk.correct(name, remote.size or 0, before)
     etag = check_safe(repository, remote.etag)
-    blob, part = cache / "blobs" / etag, cache / f".chat_server.{etag}"
+    blob = cache / "blobs" / etag
+    part = cache / f".chat_server.{etag}"
     largest = hub.constants.MAX_HTTP_DOWNLOAD_SIZE  # beyond it the library uses a protocol of its own
     if 1 << 20 < (remote.size or 0) <= largest and not blob.exists():
         blob.parent.mkdir(parents=True, exist_ok=True)

@@ -152,7 +152,8 @@ def published(names: Collection[str], file: str = "") -> list[str]:
     found = []
     for name in names:
         path = Path(name)
-        step, meta = step_of(path.name), str(meta_of(path))
+        step = step_of(path.name)
+        meta = str(meta_of(path))
         tokenizer = next((str(place) for place in tokenizers_near(path, names) if str(place) in names), "")
         if step is not None and file in ("", name, path.name) and meta in names and tokenizer:
             place = place_of(Path("/repository") / path.parent, [path.name])

@@ -35,7 +35,9 @@ SEARCH_S = 10.0          # that a search may take
 MOST_BEST = 3            # models that are offered as those that fit best
 MOST_HEADER = 64 << 20   # of a GGUF file: beyond that the download itself looks
 CONFIG_BYTES = 1 << 20   # of a config.json
-SPEAK_S, SPEAK_BYTES = 0.1, 4 << 20  # between two reports of progress; whichever comes first
+# between two reports of progress; whichever comes first
+SPEAK_S = 0.1
+SPEAK_BYTES = 4 << 20
 BUSY_S = 3.0             # that a process which was just ended may still hold its lock
 
 
@@ -118,7 +120,8 @@ def models_found(hub, text: str) -> list:
     """What the hub's search answers. HfApi.list_models is not used: without a network it tries for 23 s."""
     words = [("search", text), ("sort", "downloads"), ("direction", "-1"), ("limit", str(MOST_FOUND))]
     fields = [("expand[]", name) for name in ("tags", "gated", "downloads", "gguf", "safetensors")]
-    session, url = hub.utils.get_session(), f"{hub.constants.ENDPOINT}/api/models"
+    session = hub.utils.get_session()
+    url = f"{hub.constants.ENDPOINT}/api/models"
     for query in (words + fields, words + [("full", "true")]):  # a mirror may not know the fields
         answer = session.get(url, params=query, headers=hub.utils.build_hf_headers(), timeout=SEARCH_S)
         if answer.status_code != 400:
@@ -136,7 +139,8 @@ def estimated_bytes(name: str, model: dict, kind: str) -> int:
     files, one of about 4.9 bits for a weight, as Q4_K_M."""
     counted = model.get(kind)
     counted = counted if isinstance(counted, dict) else {}
-    parameters, total = counted.get("parameters"), counted.get("total")
+    parameters = counted.get("parameters")
+    total = counted.get("total")
     if kind == "safetensors" and isinstance(parameters, dict):
         return int(sum(count * BITS.get(str(of_type).upper(), 16) // 8
                        for of_type, count in parameters.items() if isinstance(count, int)))
@@ -321,7 +325,8 @@ def delete_model(repository: str, file: str) -> int:
     if folder.is_symlink() or not folder.is_dir():
         raise ConfigError(f"{repository} is not in the cache")
 
-    before, began_s = folder_bytes(folder), time.monotonic()
+    before = folder_bytes(folder)
+    began_s = time.monotonic()
 
     def busy(stage: str, fraction: float):
         if time.monotonic() - began_s > BUSY_S:
@@ -372,13 +377,15 @@ QUESTIONS: dict[str, Callable[..., list[Offer]]] = {"search": search, "look": lo
 def hub_main(arguments: Seq[str]) -> int:
     """The role `hub`: answer questions, or download a model."""
     channel = join_parent(arguments, HUB_PIPE)
-    last, spoke_s = HubProgress("", 0, 0), 0.0
+    last = HubProgress("", 0, 0)
+    spoke_s = 0.0
 
     def report(stage: str, done: int, whole: int):
         nonlocal last, spoke_s
         news = stage != last.stage or done - last.done >= SPEAK_BYTES
         if news or time.monotonic() - spoke_s >= SPEAK_S:
-            last, spoke_s = HubProgress(stage, done, whole), time.monotonic()
+            last = HubProgress(stage, done, whole)
+            spoke_s = time.monotonic()
             channel.send(last)
 
     def answer(message) -> HubOffers | HubFetched:

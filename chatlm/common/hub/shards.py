@@ -15,7 +15,9 @@ from typing import Any
 from chatlm.common.errors import ConfigError, named, require_library, shown
 from chatlm.common.files import read_small
 
-BUFFERED, TOGETHER = 1000, 128  # documents to choose from; encoded at once
+# documents to choose from; encoded at once
+BUFFERED = 1000
+TOGETHER = 128
 MOST_GROUP_BYTES = 1 << 30      # a row group, which is read as a whole; upstream's have some megabytes
 
 

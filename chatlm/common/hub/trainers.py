@@ -21,11 +21,14 @@ from chatlm.common.errors import shown
 from chatlm.common.hub.nanochat import meta_of, step_of
 
 NANOGPT_FILE = "ckpt.pt"
-LITGPT_FILE, LITGPT_CONFIG = "lit_model.pth", "model_config.yaml"
+LITGPT_FILE = "lit_model.pth"
+LITGPT_CONFIG = "model_config.yaml"
 BUILD_NANOGPT = "build-nanogpt"
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".distcp")
 MOST_PICKLED = 1 << 20  # bytes of a pickle that are looked at: names come first, and tensors take none of it
-MOST_DEPTH, MOST_ENTRIES = 4, 2000  # of folders that are searched for a checkpoint of which an error tells
+# of folders that are searched for a checkpoint of which an error tells
+MOST_DEPTH = 4
+MOST_ENTRIES = 2000
 OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # a file of torch.save until 2020
 
 TO_FOLDER = "convert it to a Hugging Face folder (config.json, *.safetensors, tokenizer.json)"
@@ -170,7 +173,8 @@ def trainer_of_zip(path: Path) -> Trainer | None:
 def names_in(path: Path) -> tuple[dict[str, None], set[str]]:
     """The texts in the pickle of a torch.save file, in order, and the names of the classes in it. Nothing is
     unpickled; of a damaged file there may be none."""
-    texts, classes = dict[str, None](), set[str]()
+    texts = dict[str, None]()
+    classes = set[str]()
     with suppress(zipfile.BadZipFile, ValueError, KeyError, RuntimeError, NotImplementedError, EOFError):
         with zipfile.ZipFile(path) as archive:
             [name] = (name for name in archive.namelist() if name.endswith("/data.pkl"))

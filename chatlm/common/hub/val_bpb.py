@@ -27,7 +27,9 @@ MOST_TARGETS = 1 << 17    # tokens that are scored for a comparison, unless LEAS
 LEAST_ROWS = 8            # of fewer rows, which are not all, the spread says nothing
 MOST_ROWS = 1024          # each is a request to a worker
 PACKING_S = 20.0          # upstream's shards take one or two seconds, and a server that ends waits for it
-BF16, FLOAT32 = 1e-3, 1e-4  # how far apart two computations of the same rows may be, relative
+# how far apart two computations of the same rows may be, relative
+BF16 = 1e-3
+FLOAT32 = 1e-4
 MOST_PACKED = 1 << 22     # tokens of the rows among which some are chosen
 DEVIATIONS = 3.5          # standard errors by which some of the rows may differ from all of them
 DRIFT = 5e-3              # and the first MOST_PACKED tokens from later ones, relative
@@ -158,7 +160,8 @@ def chosen_rows(evaluation: Evaluation, shard: Path,
     stride = max(min(evaluation.rows, MOST_PACKED // evaluation.targets) // wanted, 1)
     first = stride // 2
     packed = packed_rows(shard, encode, evaluation.targets)
-    rows, ends_s = list[list[int]](), time.monotonic() + PACKING_S
+    rows = list[list[int]]()
+    ends_s = time.monotonic() + PACKING_S
     for number, row in enumerate(islice(packed, first + wanted * stride)):
         if number % stride == first and len(rows) < wanted:
             rows.append(row)
@@ -184,7 +187,8 @@ def compare(evaluation: Evaluation, scores: Seq[RowScore], shard: Path, precise:
 def standard_error(scores: Seq[RowScore], evaluation: Evaluation) -> float:
     """Of bits per byte over these rows, as an estimate of those of training: a part of the same rows, or
     others of the same texts."""
-    count, size = len(scores), sum(row.bytes for row in scores)
+    count = len(scores)
+    size = sum(row.bytes for row in scores)
     if count < 2 or not size:
         return math.inf
     bits = [row.nats / math.log(2) for row in scores]

@@ -66,7 +66,8 @@ def is_stale(meta: Mapping[str, Any], step: int) -> bool:
     Where only the size of the model says how long training lasts, a step that is saved in turn counts as not
     the last one."""
     config = part_of(meta, "user_config")
-    eval_every, save_every = config.get("eval_every"), config.get("save_every")
+    eval_every = config.get("eval_every")
+    save_every = config.get("save_every")
     if type(eval_every) is not int or eval_every > 0 and step % eval_every == 0:
         return False
     in_turn = type(save_every) is int and save_every > 0 and step % save_every == 0

@@ -483,7 +483,8 @@ class ParsedBody:
     @property
     def size(self) -> int:
         """Roughly how many bytes it holds here until its answer ends, if it was read in a sandbox."""
-        request, params = self.request, self.request.params
+        request = self.request
+        params = self.request.params
         texts = [*[prompt for prompt in request.prompts if isinstance(prompt, str)], params.grammar,
                  *[message.content for message in request.messages or ()], *params.call_grammars]
         texts += self.details.get("documents") or ()

@@ -59,7 +59,8 @@ def plain(value):
 @functools.cache
 def restorer(annotation) -> Callable[[Any], Any] | None:
     """A function that undoes `plain` and JSON for a value of this type; None where nothing needs undoing."""
-    kind, inside = typing.get_origin(annotation), typing.get_args(annotation)
+    kind = typing.get_origin(annotation)
+    inside = typing.get_args(annotation)
     if kind is types.UnionType and all(hasattr(member, "type") for member in inside):
         by_type = {member._field_defaults["type"]: object_restorer(member) for member in inside}
         return lambda values: by_type[values[-1]](values)
@@ -82,7 +83,8 @@ def restorer(annotation) -> Callable[[Any], Any] | None:
 
 @functools.cache
 def object_restorer(kind: type) -> Callable[[list], Any]:
-    named_tuple, hints = hasattr(kind, "_fields"), typing.get_type_hints(kind)
+    named_tuple = hasattr(kind, "_fields")
+    hints = typing.get_type_hints(kind)
     names = kind._fields if named_tuple else [field.name for field in dataclasses.fields(kind)]
     return fields_restorer([hints[name] for name in names], partial(tuple.__new__, kind) if named_tuple else
                            lambda values: kind(**dict(zip(names, values))))
@@ -113,7 +115,8 @@ class Pipe:
     here, so it is the same in every process, whichever modules the process has imported, in any order."""
 
     def __init__(self, *kinds: type):
-        self.kinds, self.numbers = kinds, {kind: number for number, kind in enumerate(kinds)}
+        self.kinds = kinds
+        self.numbers = {kind: number for number, kind in enumerate(kinds)}
 
     def packed(self, message) -> bytes:
         """A RAW message has one field, whose bytes are the body."""
@@ -159,7 +162,8 @@ class Channel:
     def receive(self, wait: bool, most: float = math.inf, patience_s: float | None = None) -> list[Any]:
         """The waiting messages, at most `most`; with `wait`, at least one, unless none arrives within
         `patience_s`. EOFError if the front has ended."""
-        messages, patience_ms = [], None if patience_s is None else 1e3 * patience_s
+        messages = []
+        patience_ms = None if patience_s is None else 1e3 * patience_s
         unread = getattr(self.connection, "pending", lambda: 0)  # what TLS has decrypted ahead
         while len(messages) < most and (
                 unread() or self.poll.poll(patience_ms if wait and not messages else 0)):

@@ -28,7 +28,9 @@ def tls_context(folder: str | None, server: bool) -> ssl.SSLContext | None:
     if not folder:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version, context.check_hostname = ssl.TLSVersion.TLSv1_3, False  # nodes have no names
+    # nodes have no names
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.check_hostname = False
     context.verify_mode = ssl.CERT_REQUIRED
     if server:
         context.num_tickets = 0  # otherwise the worker could read bytes that are not a message
@@ -52,7 +54,9 @@ def admit_front(where: str) -> socket.socket:
     """In a worker on another machine: listen, print port and secret to stdout, and return the first
     connection that knows the secret."""
     host, _, folder = where.partition(",")
-    secret, context, calm = secrets.token_bytes(32), tls_context(folder, True), CalmLog()
+    secret = secrets.token_bytes(32)
+    context = tls_context(folder, True)
+    calm = CalmLog()
     log.addHandler(calm)  # while anybody can connect: the front's settings have not arrived yet
     try:
         with listen(host) as listener, Door(listener, secret, context) as door:
@@ -86,11 +90,14 @@ class Door:
     sending nothing, or a byte now and then. If there are too many, the address with the most loses its
     oldest. Nothing from peers that are not admitted is decoded."""
 
-    PROOF_S, MOST = 5.0, 256
+    PROOF_S = 5.0
+    MOST = 256
 
     def __init__(self, listener: socket.socket, secret: bytes, context: ssl.SSLContext | None = None,
                  first: Pipe | None = None):
-        self.listener, self.secret, self.context = listener, secret, context
+        self.listener = listener
+        self.secret = secret
+        self.context = context
         self.first = first  # a message of this pipe must follow the proof, within the same time
         self.newcomers: dict[socket.socket, Newcomer] = {}  # the oldest first
         self.selector = selectors.DefaultSelector()
@@ -203,7 +210,9 @@ def dial(host: str, port: int, secret: bytes) -> socket.socket:
     connection = socket.create_connection((host, port), timeout=20)
     try:
         watch_peer(connection)
-        theirs, nonce, proven = bytearray(32), secrets.token_bytes(32), bytearray(32)
+        theirs = bytearray(32)
+        nonce = secrets.token_bytes(32)
+        proven = bytearray(32)
         receive_into(connection, theirs, deadline_s)
         connection.sendall(nonce + proof(secret, "front", theirs + nonce))
         receive_into(connection, proven, deadline_s)

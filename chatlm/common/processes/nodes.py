@@ -28,7 +28,8 @@ def listed(text: str) -> set[int]:
 def numa_nodes(cpus: Iterable[int], root: Path = SYS) -> Nodes:
     """The nodes of these CPUs, {} where the system does not say. Nodes that only have memory are left out, as
     are CPUs that are offline or not ours: `cpus` are those that may run this process."""
-    ours, folder = frozenset(cpus), root / "devices/system/node"
+    ours = frozenset(cpus)
+    folder = root / "devices/system/node"
     try:
         nodes = {node: ours & listed((folder / f"node{node}/cpulist").read_text())
                  for node in sorted(listed((folder / "online").read_text()))}
@@ -59,7 +60,8 @@ def place(index: int, count: int, threads: int, root: Path = SYS) -> str:
     shares = shares_of_nodes(count, [*nodes])
     for share in shares:
         cpus = frozenset[int]().union(*map(nodes.__getitem__, share))
-        cores, needed = physical_cores(cpus, root / "devices/system/cpu"), threads * shares.count(share)
+        cores = physical_cores(cpus, root / "devices/system/cpu")
+        needed = threads * shares.count(share)
         if cores < needed:
             return (f"NUMA: {named(share)} has {cores} core(s) for {needed} threads, so no process is bound "
                     "to a node")

@@ -49,7 +49,8 @@ def replica_actor() -> type:
                 for old in folders.iterdir():
                     if old != folder and old.stat().st_mtime < time.time() - 7 * 86400:
                         shutil.rmtree(old, ignore_errors=True)
-            path, part = folder / "chatlm.pyz", folder / str(os.getpid())
+            path = folder / "chatlm.pyz"
+            part = folder / str(os.getpid())
             part.write_bytes(program)
             part.replace(path)
             environment = {"GOMP_SPINCOUNT": "2000", "MALLOC_ARENA_MAX": "1"} | os.environ
@@ -95,7 +96,10 @@ class RayCluster:
     """In the Ray process: carries out the front's requests to the cluster."""
 
     def __init__(self, ray, channel: Channel, tls: str):
-        self.ray, self.channel, self.tls, self.listed_s = ray, channel, tls, 0.0
+        self.ray = ray
+        self.channel = channel
+        self.tls = tls
+        self.listed_s = 0.0
         self.strategies = importlib.import_module("ray.util.scheduling_strategies")
         start = model.size if (model := own_contents().model) else 0
         self.actor, self.program = ray.remote(replica_actor()), ray.put(program_bytes(start))

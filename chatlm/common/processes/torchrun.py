@@ -41,8 +41,10 @@ class Torchrun(NamedTuple):
 
 def torchrun(settings: Settings) -> Torchrun | None:
     """torchrun's variables, if it started this process as one rank of a replica; else None."""
-    ranks, count = ranks_per_replica(settings), os.environ.get("WORLD_SIZE", "1")
-    elastic, wanted = "TORCHELASTIC_RUN_ID", [name.upper() for name in Torchrun._fields]
+    ranks = ranks_per_replica(settings)
+    count = os.environ.get("WORLD_SIZE", "1")
+    elastic = "TORCHELASTIC_RUN_ID"
+    wanted = [name.upper() for name in Torchrun._fields]
     if settings.url or count == "1" or ranks == 1 and elastic not in os.environ:
         return None
     if missing := [name for name in (*wanted, elastic) if not os.environ.get(name)]:
@@ -90,7 +92,8 @@ class RankStore:
 
     def __init__(self):
         distributed = importlib.import_module("torch.distributed")
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        host = os.environ["MASTER_ADDR"]
+        port = int(os.environ["MASTER_PORT"])
         self.store = distributed.PrefixStore("chat_server", distributed.TCPStore(
             host, port, is_master=False, timeout=datetime.timedelta(minutes=1)))
 
@@ -127,7 +130,8 @@ def same_on_all_nodes(settings: Settings) -> str:
 def serve_rank(settings: Settings, start: Torchrun) -> int:
     """In a process of torchrun that is not rank 0: act as this rank for one worker after another, each time
     in a new process, until the front ends. Returns the front's exit status."""
-    life, problem = 0, None
+    life = 0
+    problem = None
     if os.environ.get("GROUP_RANK") == "0":  # torchrun also signals the front, which ends after its answers
         for ending in (signal.SIGINT, signal.SIGTERM):
             signal.signal(ending, signal.SIG_IGN)
@@ -139,7 +143,8 @@ def serve_rank(settings: Settings, start: Torchrun) -> int:
             if (coming := store.life) != life and store.look(f"{coming}/0"):
                 try:
                     live_as_rank(settings, start, store, coming)
-                    life, problem = coming, None
+                    life = coming
+                    problem = None
                 except (EOFError, OSError) as error:  # rank 0 may have ended: wait for the next one
                     if problem != (problem := str(error)):
                         log.warning("rank %d cannot reach the others: %s", start.rank, problem)
@@ -157,8 +162,10 @@ def live_as_rank(settings: Settings, start: Torchrun, store: RankStore, life: in
     (host, port, secret, theirs), rank = store.look(f"{life}/0"), start.rank
     if theirs != (own := same_on_all_nodes(settings)):
         raise ConfigError(f"rank 0 has {theirs}, but rank {rank} has {own}: all nodes need the same")
-    secret, next_rank = bytes.fromhex(secret), rank + settings.tensor_parallel_size
-    before = after = None
+    secret = bytes.fromhex(secret)
+    next_rank = rank + settings.tensor_parallel_size
+    before = None
+    after = None
     with contextlib.ExitStack() as stack:
         if rank >= settings.tensor_parallel_size:
             with listen(address_towards(host, port)) as listener, Door(listener, secret) as door:

@@ -25,21 +25,25 @@ class CallFinder:
 
     def __init__(self, tokenizer: Tokenizer):
         assert tokenizer.tool_tokens
-        self.tokenizer, self.ids = tokenizer, tokenizer.tool_tokens
+        self.tokenizer = tokenizer
+        self.ids = tokenizer.tool_tokens
         self.part = ""                     # what is being written: expression, result or neither
         self.tokens: list[int] = []        # of that part
         self.expression: str | None = None  # of a call whose result may follow
 
     def push(self, token: int) -> tuple[list[dict], bool]:
         """The calls that are known to be over now, and whether the token belongs to a call."""
-        ids, over = self.ids, list[dict]()
+        ids = self.ids
+        over = list[dict]()
         if token not in ids:
             if self.part:
                 self.tokens.append(token)
                 return over, True
             return self.finish() if self.expression is not None else over, False
         if token == ids.python_end and self.part == "expression":
-            self.expression, self.part, self.tokens = self._text(), "", []
+            self.expression = self._text()
+            self.part = ""
+            self.tokens = []
         elif token == ids.output_end and self.part == "result":
             over = [{"expression": self.expression, "result": self._text()}]
             self._begin("")
@@ -55,7 +59,9 @@ class CallFinder:
 
     def finish(self) -> list[dict]:
         """No more of the open call comes. Returns it, if there is one."""
-        expression, part, text = self.expression, self.part, self._text()
+        expression = self.expression
+        part = self.part
+        text = self._text()
         self._begin("")
         if part == "expression":
             return [{"expression": text, "result": None, "cut": True}]
@@ -64,7 +70,9 @@ class CallFinder:
         return [] if expression is None else [{"expression": expression, "result": None}]
 
     def _begin(self, part: str):
-        self.part, self.tokens, self.expression = part, [], None
+        self.part = part
+        self.tokens = []
+        self.expression = None
 
     def _text(self) -> str:
         return self.tokenizer.decode(self.tokens)
@@ -127,7 +135,9 @@ class CallCounter:
     """Places an answer's calls in its text as that arrives."""
 
     def __init__(self):
-        self.characters = self.calls = 0  # so far
+        # so far
+        self.characters = 0
+        self.calls = 0
 
     def place(self, delta: Delta) -> dict | None:
         """The call that a delta is, with where it stands; None for any other delta."""

@@ -71,7 +71,8 @@ def said_tokens(tokenizer: Tokenizer, message: Message) -> list[int]:
         return tokenizer.encode(content)
     if (message.more or {}).get("special_tokens"):
         return named_tokens(tokenizer, content)
-    tokens, begin = list[int](), 0
+    tokens = list[int]()
+    begin = 0
     for call in calculations_of(message):
         tokens += tokenizer.encode(content[begin:call["start"]])
         tokens += call_tokens(tokenizer, call)
@@ -80,7 +81,9 @@ def said_tokens(tokenizer: Tokenizer, message: Message) -> list[int]:
 
 
 def call_tokens(tokenizer: Tokenizer, call: Mapping) -> list[int]:
-    ids, expression, result = tokenizer.tool_tokens, call.get("expression"), call.get("result")
+    ids = tokenizer.tool_tokens
+    expression = call.get("expression")
+    result = call.get("result")
     assert ids
     if "stray" in call:
         return [getattr(ids, call["stray"])]
@@ -94,7 +97,8 @@ def call_tokens(tokenizer: Tokenizer, call: Mapping) -> list[int]:
 
 def with_names(content: str, calls: Seq[Mapping]) -> str:
     """A text with its calls in it, whose marks are spelled out as in a raw prompt."""
-    text, begin = "", 0
+    text = ""
+    begin = 0
     for call in calls:
         text += content[begin:call["start"]]
         begin = call["start"]
@@ -108,7 +112,8 @@ def with_names(content: str, calls: Seq[Mapping]) -> str:
 
 def named_tokens(tokenizer: Tokenizer, content: str) -> list[int]:
     """The tokens of a text in which the names of the calculator's four mean these. All others are text."""
-    ids, tokens = tokenizer.tool_tokens, list[int]()
+    ids = tokenizer.tool_tokens
+    tokens = list[int]()
     assert ids
     by_name = {tokenizer.special_names[token]: token for token in ids}
     for part in re.split(f"({'|'.join(map(re.escape, by_name))})", content):

@@ -58,7 +58,9 @@ class Opening:
     """Reads the beginnings of calls. Text that only looks like a call stays text."""
 
     def __init__(self, scanner: Scanner, deltas: Deltas, names: Seq[str]):
-        self.scanner, self.deltas, self.names = scanner, deltas, names
+        self.scanner = scanner
+        self.deltas = deltas
+        self.names = names
 
     def read(self, head: Callable[[str], re.Match | bool], begin: str, end: str,
              may_be_call: Callable[[str], bool] = lambda text: False
@@ -103,9 +105,12 @@ class JsonCalls:
     KEYS = ("name", "type", "id", "function", "arguments", "parameters")
 
     def __init__(self, scanner: Scanner, deltas: Deltas, names: Seq[str], call_format: CallFormat):
-        self.scanner, self.deltas, self.names = scanner, deltas, names
+        self.scanner = scanner
+        self.deltas = deltas
+        self.names = names
         self.opening = Opening(scanner, deltas, names)
-        self.untagged, self.lead = call_format.untagged, call_format.lead
+        self.untagged = call_format.untagged
+        self.lead = call_format.lead
         self.begin, self.end, *self.around = map(scanner.sign, call_format.marks)
         self.starts = (self.begin,)
         call_id, separator = (re.escape(scanner.sign(marker)) for marker in ("[CALL_ID]", "<｜tool▁sep｜>"))
@@ -117,7 +122,8 @@ class JsonCalls:
     def read(self, begin: str) -> Iterator[None]:
         """Read calls up to the marker that ends them, or while more follow. begin: the marker before them, or
         "" if they are the whole answer."""
-        scanner, end = self.scanner, self.end if begin else ""
+        scanner = self.scanner
+        end = self.end if begin else ""
 
         def head(text: str) -> re.Match | bool:
             match = self.HEAD.match(text) or self.named_head.match(text)
@@ -151,16 +157,20 @@ class JsonCalls:
     def _copy_object(self, write: Callable[[str], None], depth: int, end: str) -> Iterator[None]:
         """Write text up to the end of a JSON object, `depth` brackets away. A token that ends the call also
         ends an incomplete object."""
-        quoted = escaped = False
+        quoted = False
+        escaped = False
         while True:
             length = 0
             for length, character in enumerate(self.scanner.held, 1):
                 if character == end:
-                    length, depth = length - 1, 0
+                    length = length - 1
+                    depth = 0
                 elif quoted:
-                    quoted, escaped = escaped or character != '"', character == "\\" and not escaped
+                    quoted = escaped or character != '"'
+                    escaped = character == "\\" and not escaped
                 else:
-                    quoted, depth = character == '"', depth + (character in "{[") - (character in "}]")
+                    quoted = character == '"'
+                    depth = depth + (character in "{[") - (character in "}]")
                 if depth == 0:
                     break
             write(self.scanner.take(length))
@@ -176,7 +186,9 @@ class TaggedCalls:
 
     def __init__(self, scanner: Scanner, deltas: Deltas, names: Seq[str], call_format: CallFormat,
                  types: Seq[Mapping[str, str]] = ()):
-        self.scanner, self.deltas, self.names = scanner, deltas, names
+        self.scanner = scanner
+        self.deltas = deltas
+        self.names = names
         self.types = dict(zip(names, types))  # of the functions' parameters
         self.lead = call_format.lead
         self.opening = Opening(scanner, deltas, names)
@@ -190,7 +202,8 @@ class TaggedCalls:
 
         assert call_format.tags
         parameter, value_end, _ = call_format.tags
-        most, end = LIMITS.parameter_characters, re.escape(self.end)
+        most = LIMITS.parameter_characters
+        end = re.escape(self.end)
         key = re.escape(scanner.signs(parameter).strip()).replace("\\\n", r"\s*")
         key = key.replace(r"\{name\}", rf"([^<>\ud800-\udfff]{{1,{most}}})")
         # the line break before a value is dropped
@@ -204,7 +217,10 @@ class TaggedCalls:
 
     def read(self, begin: str) -> Iterator[None]:
         """Read calls up to their end. begin: the text before them, or the beginning of a call without tag."""
-        scanner, end, bare, tagged = self.scanner, self.end, self.bare, begin == self.begin
+        scanner = self.scanner
+        end = self.end
+        bare = self.bare
+        tagged = begin == self.begin
         scanner.held = scanner.held if tagged else bare + scanner.held
 
         def head(text: str) -> re.Match | bool:
@@ -234,7 +250,9 @@ class TaggedCalls:
     def _parameters(self, types: Mapping[str, str]) -> Iterator[None]:
         """Read parameters up to the text after the last, which is removed, or up to the end of the call,
         which is kept. Strings are written as they arrive, other values once they are complete."""
-        scanner, deltas, before = self.scanner, self.deltas, "{"
+        scanner = self.scanner
+        deltas = self.deltas
+        before = "{"
         while True:
             while not (match := self.step.search(scanner.held)):
                 # no parameter began before
@@ -244,7 +262,8 @@ class TaggedCalls:
             if not match[1]:
                 return deltas.arguments("{}" if before == "{" else "}")
             name = match[1].strip()
-            key, before = f"{before}{as_json(name)}: ", ", "
+            key = f"{before}{as_json(name)}: "
+            before = ", "
             if (wanted := types.get(name, types.get("", ""))) == "string":
                 deltas.arguments(key + '"')
                 sign = yield from scanner.until(
@@ -254,13 +273,16 @@ class TaggedCalls:
                 deltas.arguments('"')
             else:
                 length, rest = yield from self._find_end()
-                value, scanner.held = scanner.spelled(scanner.held[:length]), scanner.held[rest:]
+                value = scanner.spelled(scanner.held[:length])
+                scanner.held = scanner.held[rest:]
                 deltas.arguments(key + typed_value(value, wanted))
 
     def _find_end(self) -> Generator[None, None, tuple[int, int]]:
         """The ends of a value and of the sign that ends it: the first sign outside of JSON strings, or the
         very first if a string never ends."""
-        scanner, first, searched = self.scanner, None, 0
+        scanner = self.scanner
+        first = None
+        searched = 0
         longest = max(map(len, self.stops))
         while True:
             if match := self.stop.search(scanner.held, searched):

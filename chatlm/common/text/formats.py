@@ -98,7 +98,8 @@ class CallFormat:
         return self.calls.replace("{calls}", between.join(map(self._written, calls)))
 
     def _written(self, call: Mapping) -> str:
-        name, arguments = call["function"]["name"], call["function"]["arguments"]
+        name = call["function"]["name"]
+        arguments = call["function"]["arguments"]
         number = call.get("id", "").rpartition(":")[2]
         parts = {"name": name, "quoted": as_json(name), "digit": number, "arguments": as_json(arguments)}
         if self.notation:

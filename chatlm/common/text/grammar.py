@@ -73,9 +73,11 @@ def check_grammar(source: str, param: str):
     """RequestError, about the field `param`, if no answer can match the grammar or it costs too much.
 
     The check itself may take long, and as much memory as the same grammar takes in a worker."""
-    llguidance, vocabulary = importlib.import_module("llguidance"), byte_vocabulary()
+    llguidance = importlib.import_module("llguidance")
+    vocabulary = byte_vocabulary()
     source = with_markers(source, {})
-    limits, before = llguidance.LLParserLimits(**GRAMMAR_LIMITS), heap_bytes()
+    limits = llguidance.LLParserLimits(**GRAMMAR_LIMITS)
+    before = heap_bytes()
     # a terminal that nothing matches is found only where an answer comes to it, so each is tried alone too
     alone = [f"start: {name}\n{name}: {text}" for name, text in INTERSECTION.findall(source)]
     for tried in (*alone, source):

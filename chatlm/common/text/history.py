@@ -24,8 +24,10 @@ To call a function, write
 {{"name": "the function", "arguments": {{...}}}}
 </tool_call>
 You then get what it returns in <tool_response>. Where no function helps, answer in words."""
-CALL_BEGIN, CALL_END = "<tool_call>\n", "\n</tool_call>"
-RESULT_BEGIN, RESULT_END = "<tool_response>\n", "\n</tool_response>"
+CALL_BEGIN = "<tool_call>\n"
+CALL_END = "\n</tool_call>"
+RESULT_BEGIN = "<tool_response>\n"
+RESULT_END = "\n</tool_response>"
 
 
 def with_generic_tools(messages: Seq[Message], tools: Seq[dict], has_system: bool = True) -> list[Message]:
@@ -33,13 +35,17 @@ def with_generic_tools(messages: Seq[Message], tools: Seq[dict], has_system: boo
     the first message) describes them, and calls and their results are text in tags."""
     turns: list[Message] = []
     for message in messages:
-        role, content, more = message.role, message.content, {**(message.more or {})}
+        role = message.role
+        content = message.content
+        more = {**(message.more or {})}
         calls = more.pop("tool_calls", ())
         texts = [content, *(f"{CALL_BEGIN}{json.dumps(call['function'], ensure_ascii=False)}{CALL_END}"
                             for call in calls)]
         content = "\n".join(filter(None, texts))
         if is_result := role == "tool":
-            role, content, more = "user", f"{RESULT_BEGIN}{content}{RESULT_END}", {}
+            role = "user"
+            content = f"{RESULT_BEGIN}{content}{RESULT_END}"
+            more = {}
         if turns and turns[-1].role == role and (
                 is_result or calls or turns[-1].content.endswith((CALL_END, RESULT_END))):
             last = turns.pop()  # many templates want roles to alternate
@@ -244,7 +250,8 @@ def result_of_call(mark: str) -> str:
 
 def counted_ids(dialogue: list[dict], mark: str = ""):
     """Kimi's ids of calls name the function and count the calls."""
-    ids, numbers = {}, itertools.count()
+    ids = {}
+    numbers = itertools.count()
     for call in calls_in(dialogue):
         old = call.get("id")
         call["id"] = ids[old] = f"functions.{call['function']['name']}:{next(numbers)}"
@@ -266,13 +273,16 @@ def marked_for_gemma(dialogue: list[dict], mark: str):
     for message in dialogue:
         if message.get("tool_calls") and message["content"]:
             function = message["tool_calls"][0]["function"]
-            text, sign = message["content"].strip(), before_call(mark)
-            function["name"], message["content"] = sign + text + sign + function["name"], ""
+            text = message["content"].strip()
+            sign = before_call(mark)
+            function["name"] = sign + text + sign + function["name"]
+            message["content"] = ""
 
 
 def as_gemma(text: str, mark: str) -> str:
     """Put texts before the calls whose names contain them; results of calls repeat the names."""
-    said, sign = f"{before_call(mark)}(.*?){before_call(mark)}", re.escape("<|tool_call>call:")
+    said = f"{before_call(mark)}(.*?){before_call(mark)}"
+    sign = re.escape("<|tool_call>call:")
     text = re.sub(sign + said, r"\1<|tool_call>call:", text, flags=re.DOTALL)
     return re.sub(said, "", text, flags=re.DOTALL)
 
@@ -294,7 +304,8 @@ def arguments_of(function: dict, notation: Notation) -> str:
 
 def marked_for_harmony(dialogue: list[dict], mark: str):
     """Mark what gpt-oss's template would lose or quote, so that as_harmony can restore it."""
-    preamble, result = before_call(mark), result_of_call(mark)
+    preamble = before_call(mark)
+    result = result_of_call(mark)
     for message in dialogue:
         if message["role"] == "tool":
             message["content"] = result + message["content"] + result
@@ -307,7 +318,8 @@ def marked_for_harmony(dialogue: list[dict], mark: str):
 def as_harmony(text: str, mark: str) -> str:
     """Correct gpt-oss's template where it differs from OpenAI's renderer: results of calls in quotes, text
     before a call as reasoning or not at all, blank lines after instructions."""
-    preamble, result = before_call(mark), result_of_call(mark)
+    preamble = before_call(mark)
+    result = result_of_call(mark)
     resolve = partial(re.sub, flags=re.DOTALL)
     text = resolve(f'"{result}(.*?){result}"', lambda quoted: json.loads(f'"{quoted[1]}"'), text)
     text = resolve(rf"(<\|start\|>assistant(?:(?!<\|start\|>).)*?){preamble}(.*?){preamble}",

@@ -160,7 +160,10 @@ class FormFinder:
                  arguments: Callable[[Seq[Message], Seq[dict], HistoryForm], dict]):
         """mark: as in history.py. mend: corrects what the template writes. arguments: what to fill it in
         with."""
-        self.template, self.mark, self.mend, self.arguments = template, mark, mend, arguments
+        self.template = template
+        self.mark = mark
+        self.mend = mend
+        self.arguments = arguments
 
     def find(self) -> Filling[Forms]:
         """The forms for requests without functions, and for those with."""

@@ -257,7 +257,8 @@ class HuggingFaceTokenizer(Tokenizer):
             messages = [self.shown_pictures.signed(message) for message in messages]
             if not self.native_tools:
                 has_system = "ystem role not supported" not in (self.spec.chat_template or "")
-                messages, tools = with_generic_tools(messages, tools, has_system), ()
+                messages = with_generic_tools(messages, tools, has_system)
+                tools = ()
             dialogue = self._mark_specials(
                 [{"role": message.role, "content": message.content, **without_own(message.more)}
                  for message in messages])
@@ -278,7 +279,9 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def thinking_options(self, options: Mapping) -> dict:
         """The template's arguments about thinking: families have different names for them."""
-        effort, budget, thinks = options.get("reasoning_effort"), options.get("thinking_budget"), {}
+        effort = options.get("reasoning_effort")
+        budget = options.get("thinking_budget")
+        thinks = {}
         if effort:
             thinks = {"reasoning_effort": self.call_format.efforts.get(effort, effort),
                       "enable_thinking": effort != "none", "thinking": effort != "none"}

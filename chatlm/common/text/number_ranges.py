@@ -82,7 +82,8 @@ def reached(bound: int | float, direction: int) -> Decimal:
 def bounds_of(schemas: Iterable[Mapping], whole: bool) -> Bounds:
     """The bounds that all of these schemas set together, for integers only if `whole`. ValueError for what is
     no bound."""
-    lows, highs = [], []
+    lows = []
+    highs = []
     for schema in schemas:
         lows += limits_of(schema, "minimum", "exclusiveMinimum", 1, whole)
         highs += limits_of(schema, "maximum", "exclusiveMaximum", -1, whole)
@@ -92,7 +93,8 @@ def bounds_of(schemas: Iterable[Mapping], whole: bool) -> Bounds:
 def limits_of(schema: Mapping, reach: str, exclude: str, direction: int, whole: bool) -> Iterator[Decimal]:
     """What one schema says with its keywords for a bound that is allowed and for one that is not. In drafts
     before 6 the second is true or false, about the first."""
-    allowed, excluded = number_of(schema, reach), schema.get(exclude)
+    allowed = number_of(schema, reach)
+    excluded = schema.get(exclude)
     if excluded is True:
         allowed, excluded = None, allowed
     elif excluded is not False:
@@ -114,7 +116,8 @@ def multiples_of(schemas: Iterable[Mapping]) -> list[int | float]:
 
 
 def is_multiple(number: int | float, of: int | float) -> bool:
-    one, other = exactly(number), exactly(of)
+    one = exactly(number)
+    other = exactly(of)
     places = max(decimals_of(one), decimals_of(other))
     with localcontext(Context(prec=MOST_PRECISION)):
         return int(one.scaleb(places)) % int(other.scaleb(places)) == 0
@@ -204,7 +207,8 @@ def positive_pattern(first: int, last: int, places: int) -> str:
     (first, before), (last, after) = divmod(first, 10**places), divmod(last, 10**places)
     if not places:
         return f"(?:{whole_pattern(first, last)})"
-    before, after = f"{before:0{places}}", f"{after:0{places}}"
+    before = f"{before:0{places}}"
+    after = f"{after:0{places}}"
     anything = rf"(?:\.[0-9]{{1,{places}}})?"
     if first == last:
         return f"(?:{first}{fraction_between(before, after, places)})"
@@ -247,7 +251,8 @@ def at_least(digits: str, places: int) -> str:
     """Digits after a point that say as much as these or more."""
     if not digits.strip("0"):
         return any_digits(places)
-    digit, rest = int(digits[0]), f"{digits[0]}{at_least(digits[1:], places)}"
+    digit = int(digits[0])
+    rest = f"{digits[0]}{at_least(digits[1:], places)}"
     return rest if digit == 9 else f"(?:{one_of(digit + 1, 9)}{any_digits(places)}|{rest})"
 
 
@@ -255,7 +260,8 @@ def at_most(digits: str, places: int) -> str:
     """Digits after a point, or none, that say as much as these or less."""
     if not digits.strip("0"):
         return f"0{{0,{places}}}"
-    digit, rest = int(digits[0]), f"{digits[0]}{at_most(digits[1:], places)}"
+    digit = int(digits[0])
+    rest = f"{digits[0]}{at_most(digits[1:], places)}"
     return f"(?:{rest})?" if digit == 0 else f"(?:{one_of(0, digit - 1)}{any_digits(places)}|{rest})?"
 
 
@@ -263,7 +269,8 @@ def between(before: str, after: str, places: int) -> str:
     """Digits after a point that say at least `before` (which is not 0) and at most `after`."""
     if not before.strip("0"):
         return at_most(after, places)
-    low, high = int(before[0]), int(after[0])
+    low = int(before[0])
+    high = int(after[0])
     if low == high:
         return f"{low}{between(before[1:], after[1:], places)}"
     parts = [f"{low}{at_least(before[1:], places)}", f"{high}{at_most(after[1:], places)}"]
@@ -274,7 +281,8 @@ def between(before: str, after: str, places: int) -> str:
 
 def whole_pattern(first: int, last: int) -> str:
     """Integers from `first`, at least 0, to `last`, without zeros before them."""
-    shortest, longest = len(str(first)), len(str(last))
+    shortest = len(str(first))
+    longest = len(str(last))
     if shortest == longest:
         return same_length(str(first), str(last))
     parts = [same_length(str(first), "9" * shortest), same_length("1" + "0" * (longest - 1), str(last))]
@@ -287,7 +295,9 @@ def same_length(first: str, last: str) -> str:
     """Numbers between two of the same length, and as long."""
     if not first:
         return ""
-    low, high, rest = int(first[0]), int(last[0]), len(first) - 1
+    low = int(first[0])
+    high = int(last[0])
+    rest = len(first) - 1
     some = f"[0-9]{{{rest}}}" if rest else ""
     if not first[1:].strip("0") and not last[1:].strip("9"):
         return one_of(low, high) + some

@@ -29,7 +29,8 @@ def text_with(pattern: str) -> str:
     """A regular expression for a whole text in which this one is found anywhere."""
     if not (end := re.search(r"(?<!\\)(?:\\\\)*(\$?)\Z", pattern)):
         raise unreadable(pattern, "it ends within an escape")
-    first, last = "^" if pattern.startswith("^") else "", end[1]
+    first = "^" if pattern.startswith("^") else ""
+    last = end[1]
     inside = pattern.removeprefix(first).removesuffix(last) if "|" not in pattern else pattern
     return f"{'' if first else '(?s:.*)'}(?:{inside}){'' if last else '(?s:.*)'}"
 
@@ -61,7 +62,8 @@ def check_regex(pattern: str):
 def is_found(pattern: str, text: str) -> bool:
     """Is a schema's pattern found in this text? ValueError as for check_patterns. 6 us for 8 characters, and
     0.5 ms where the pattern is new."""
-    matcher, letters = searcher(pattern).deep_copy(), text.encode("utf-8", "replace")
+    matcher = searcher(pattern).deep_copy()
+    letters = text.encode("utf-8", "replace")
     return matcher.try_consume_tokens([*letters]) == len(letters) and matcher.is_accepting()
 
 
@@ -73,7 +75,9 @@ def searcher(pattern: str):
 
 def matcher_of(regex: str, pattern: str):
     """A matcher for whole texts; ValueError about `pattern`, from which the expression was made."""
-    pattern, regex = whole_unicode(pattern), whole_unicode(regex)  # lark_grammar refuses lone surrogates
+    # lark_grammar refuses lone surrogates
+    pattern = whole_unicode(pattern)
+    regex = whole_unicode(regex)
     llguidance = importlib.import_module("llguidance")
     limits = llguidance.LLParserLimits(**GRAMMAR_LIMITS)
     # the pattern alone comes first: what is wrong with it is said in its own terms

@@ -26,7 +26,8 @@ class ShownPictures:
 
     def __init__(self, spec: TextSpec, mark: str):
         template = spec.chat_template or ""
-        self.vision, self.sign = spec.vision, mark + "\ue004" + mark
+        self.vision = spec.vision
+        self.sign = mark + "\ue004" + mark
         self.lists = "image" in template and re.search(r"\btype\b", template) is not None
         self.only_lists = self.lists and "string" not in template  # it reads texts letter by letter
         marker = self.vision.marker if self.vision else ""

@@ -95,7 +95,9 @@ class StopFinder:
 
     def finish(self) -> str:
         """Release the text held back, since no stop string continues here."""
-        text, self.held, self.state = self.held, "", 0
+        text = self.held
+        self.held = ""
+        self.state = 0
         return text
 
 
@@ -106,7 +108,8 @@ class StreamDecoder:
     tokens."""
 
     def __init__(self, tokenizer: Tokenizer, marks: Mapping[int, str] | None = None):
-        self.tokenizer, self.marks = tokenizer, marks or {}
+        self.tokenizer = tokenizer
+        self.marks = marks or {}
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
@@ -124,7 +127,10 @@ class Prose:
 
     def __init__(self, scanner: Scanner, deltas: Deltas, calls: JsonCalls | TaggedCalls | ValueCalls,
                  thoughts: tuple[str, str] = ("", "")):
-        self.scanner, self.deltas, self.thoughts, self.calls = scanner, deltas, thoughts, calls
+        self.scanner = scanner
+        self.deltas = deltas
+        self.thoughts = thoughts
+        self.calls = calls
         self.think, self.end = map(scanner.sign, thoughts)
         self.heading = HEADINGS.get(thoughts[0], "")
         self.thought = False  # has the prompt ended the reasoning?
@@ -133,12 +139,15 @@ class Prose:
 
     def after_prompt(self, text: str) -> str:
         """The end of the prompt, which an answer continues and which may be inside reasoning."""
-        begin, end = text.rfind(self.think), text.rfind(self.end)
+        begin = text.rfind(self.think)
+        end = text.rfind(self.end)
         self.thought = self.deltas.stripping = end > begin
         return text[begin:] if begin > end else ""
 
     def read(self) -> Iterator[None]:
-        scanner, deltas, calls = self.scanner, self.deltas, self.calls
+        scanner = self.scanner
+        deltas = self.deltas
+        calls = self.calls
         # reasoning that is spelled out can only come first
         signs = {self.end, *calls.starts, *calls.around, self.think if self.think in MARKS.values() else ""}
         while True:
@@ -159,7 +168,8 @@ class Prose:
                 yield from calls.read(sign)
 
     def _reasoning(self) -> Iterator[None]:
-        scanner, deltas = self.scanner, self.deltas
+        scanner = self.scanner
+        deltas = self.deltas
         deltas.begin("reasoning")
         if self.heading:
             yield from self._undecided(*(headings := (self.heading + "\n", self.heading + self.end)))
@@ -191,9 +201,11 @@ class Prose:
         opening, closing = (f"<[{name}]>" for name in self.thoughts)
         opening += f' "{self.heading}\\n"' if self.heading else ""
         markers = (*self.thoughts, *(MARKERS[mark] for mark in self.call_marks))
-        thought, rule = f"{any_token(self.scanner, markers)} {closing} BLANK", "BLANK: /\\n{0,2}/"
+        thought = f"{any_token(self.scanner, markers)} {closing} BLANK"
+        rule = "BLANK: /\\n{0,2}/"
         if self.thoughts[1] not in self.scanner.markers:
-            thought, rule = "thought", f"thought[suffix={json.dumps(self.thoughts[1])}]: /(?s:.*)/"
+            thought = "thought"
+            rule = f"thought[suffix={json.dumps(self.thoughts[1])}]: /(?s:.*)/"
         thought = thought if self.deltas.part == "reasoning" else f"({opening} {thought})?"
         return f"start: {thought} content\n{rule}"
 
@@ -204,7 +216,9 @@ class Harmony:
     HEADER_CHARACTERS = 300  # a header has fewer
 
     def __init__(self, scanner: Scanner, deltas: Deltas, names: Seq[str] = ()):
-        self.scanner, self.deltas, self.names = scanner, deltas, names
+        self.scanner = scanner
+        self.deltas = deltas
+        self.names = names
         self.in_header = True
         self.start, self.channel, _, self.message, *self.ends = map(scanner.sign, HARMONY)
 
@@ -212,7 +226,8 @@ class Harmony:
         return text
 
     def read(self) -> Iterator[None]:
-        scanner, deltas = self.scanner, self.deltas
+        scanner = self.scanner
+        deltas = self.deltas
         while True:
             header = yield from self._header()
             channel = (header.rpartition(self.start)[2].partition(self.channel)[2].split() or ["final"])[0]
@@ -233,7 +248,9 @@ class Harmony:
 
     def _header(self) -> Generator[None, None, str]:
         """Read a message's header and return it; "" where there is none, and all is text."""
-        scanner, self.in_header, self.deltas.part = self.scanner, True, "text"
+        scanner = self.scanner
+        self.in_header = True
+        self.deltas.part = "text"
         while self.message not in scanner.held and len(scanner.held) <= self.HEADER_CHARACTERS:
             rest = scanner.held.rpartition(self.start)[2].removeprefix("assistant")
             if scanner.over and not scanner.cut and self.channel not in rest:
@@ -268,7 +285,9 @@ class AnswerReader:
     other call comes once it is complete. What looks like a call but is none stays text."""
 
     def __init__(self, tokenizer: Tokenizer, names: Seq[str] = (), types: Seq[Mapping[str, str]] = ()):
-        self.tokenizer, self.names, call_format = tokenizer, names, tokenizer.call_format
+        self.tokenizer = tokenizer
+        self.names = names
+        call_format = tokenizer.call_format
         self.scanner, self.deltas = scanner, deltas = Scanner(tokenizer), Deltas()
         if call_format.thoughts:
             self.parts = Harmony(scanner, deltas, names)
@@ -311,7 +330,8 @@ class AnswerReader:
 
     def grammar(self, params: AnswerParams) -> str:
         """The grammar of a whole answer, whose content, or calls, `params.grammar` describes."""
-        source, markers = with_markers(params.grammar, self.scanner.markers), self.scanner.markers
+        source = with_markers(params.grammar, self.scanner.markers)
+        markers = self.scanner.markers
         first = self.tokenizer.thoughts and self.parts.reasoning_grammar(params.grammar_param == "tools")
         return with_markers(f"{first}\ncontent: %lark {{\n{source}\n}}", markers) if first else source
 

@@ -19,14 +19,18 @@ class Scanner:
     nothing is left to do. If a marker is a token of the vocabulary, its mark stands for it (see MARKS)."""
 
     def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer, self.markers = tokenizer, tokenizer.markers
+        self.tokenizer = tokenizer
+        self.markers = tokenizer.markers
         self.held = ""                # text not read yet
         self.closing = ""             # what the answer lacks here if it ends
-        self.over = self.cut = False  # no more text comes; cut: there was no room for more
+        # no more text comes; cut: there was no room for more
+        self.over = False
+        self.cut = False
 
     def finish(self, cut: bool):
         """The text is complete. Whatever is open is closed, or dropped if the answer was cut."""
-        self.over, self.cut = True, cut
+        self.over = True
+        self.cut = cut
         if self.closing:
             self.held = "" if cut else self.held + self.closing
 
@@ -45,7 +49,8 @@ class Scanner:
 
     def take(self, length: int) -> str:
         """Read the next `length` characters."""
-        text, self.held = self.spelled(self.held[:length]), self.held[length:]
+        text = self.spelled(self.held[:length])
+        self.held = self.held[length:]
         return text
 
     def until(self, write: Callable[[str], None], *signs: str,
@@ -88,7 +93,8 @@ class Deltas:
 
     def begin(self, part: str):
         """Another part begins."""
-        self.part, self.stripping = part, True
+        self.part = part
+        self.stripping = True
         self.space = "\n\n" if part in self.kinds and self.kinds[-1] != "call" else ""
 
     def write(self, text: str):
@@ -96,7 +102,9 @@ class Deltas:
         text = text.lstrip() if self.stripping else text
         if not text:
             return
-        text, self.space, self.stripping = self.space + text, "", False
+        text = self.space + text
+        self.space = ""
+        self.stripping = False
         if self.part == "reasoning":
             self.space = text[len(text.rstrip()):]
             text = text.rstrip()
@@ -119,14 +127,18 @@ class Deltas:
         self.kinds = [other for other in self.kinds if other != kind] + [kind]
         if not name and self.unread and self.unread[-1].kind == kind:
             last = self.unread.pop()
-            text, name = last.text + text, last.name
+            text = last.text + text
+            name = last.name
         self.unread.append(Delta(kind, text, name))
 
     def take(self) -> list[Delta]:
         """The parts added since the last time."""
-        unread, self.unread = self.unread, []
+        unread = self.unread
+        self.unread = []
         return unread
 
     def forget(self):
         """Drop what was read so far, which belongs to the prompt."""
-        self.unread, self.kinds, self.space = [], [], ""
+        self.unread = []
+        self.kinds = []
+        self.space = ""

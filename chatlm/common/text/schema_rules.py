@@ -52,7 +52,8 @@ A_DAY = "[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])"
 A_TIME = r"([01][0-9]|2[0-3]):[0-5][0-9]:([0-5][0-9]|60)(\.[0-9]+)?([Zz]|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
 A_LABEL = "[0-9A-Za-z]([0-9A-Za-z-]{0,61}[0-9A-Za-z])?"
 A_HOST = rf"{A_LABEL}(\.{A_LABEL})*"
-A_BYTE, A_WORD = "(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])", "[0-9A-Fa-f]{1,4}"
+A_BYTE = "(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
+A_WORD = "[0-9A-Fa-f]{1,4}"
 STRING_FORMATS = {  # those that JSON grammars know
     "date": A_DAY, "time": A_TIME, "date-time": f"{A_DAY}[Tt]{A_TIME}", "hostname": A_HOST,
     "duration": "P([0-9]+[YMWD])+(T([0-9]+[HMS])+)?|PT([0-9]+[HMS])+",
@@ -89,7 +90,8 @@ def text_rule(rule: str, text: str, sign: str, ends: Iterable[str]) -> tuple[str
 def written(value, notation: Notation) -> str:
     """Exactly this value. ValueError if JSON does not have it."""
     finite_json(value)
-    text, quote = notation.text(value), notation.quote
+    text = notation.text(value)
+    quote = notation.quote
     return f" <[{quote}]> ".join(map(literal, [text] if quote == JSON.quote else text.split(quote)))
 
 
@@ -113,7 +115,9 @@ class SchemaRules:
     (no value can fit) has None for a rule."""
 
     def __init__(self, name: str, root: Mapping, notation: Notation = JSON):
-        self.name, self.schemas, self.notation = name, SchemaForms(root), notation
+        self.name = name
+        self.schemas = SchemaForms(root)
+        self.notation = notation
         self.raw = notation.quote != JSON.quote  # are strings written without escapes?
         self.comma, self.colon = (" ".join(map(as_json, text)) for text in (notation.comma, notation.colon))
         self.lines: list[str] = []
@@ -176,7 +180,8 @@ class SchemaRules:
     def choices(self, form: Form) -> Iterator[str]:
         """The values of a form, of each type that they may have."""
         self.schemas.spend()
-        types, values = types_among(form), values_among(form)
+        types = types_among(form)
+        values = values_among(form)
         if values is not None:
             if text := self.listed(values, form):
                 yield text
@@ -216,7 +221,8 @@ class SchemaRules:
         if members_of(form, PART_KEYWORDS):
             values = [value for value in values if not isinstance(value, (dict, list))]
         if said := members_of(form, NUMBER_KEYWORDS):
-            bounds, multiples = bounds_of(said, False), multiples_of(said)
+            bounds = bounds_of(said, False)
+            multiples = multiples_of(said)
             values = [value for value in values if not is_number(value) or bounds.allow(value) and all(
                 is_multiple(value, multiple) for multiple in multiples)]
         texts = [self.string(form)] if self.raw and any(map(is_text, values)) else []
@@ -277,7 +283,8 @@ class SchemaRules:
     def number(self, name: str, form: Form) -> str:
         """Numbers or integers; between bounds they have no exponents, and fractions of 8 digits or more."""
         said = members_of(form, NUMBER_KEYWORDS)
-        bounds, multiples = bounds_of(said, name == "integer"), multiples_of(said)
+        bounds = bounds_of(said, name == "integer")
+        multiples = multiples_of(said)
         if bounds.allow_all() and not multiples:
             return f"JSON_{name.upper()}"
         places = [count for multiple in multiples if (count := decimal_places(multiple)) is not None]
@@ -289,7 +296,8 @@ class SchemaRules:
             {"multipleOf": multiple} for multiple in multiples]}) if low <= high else ""
 
     def array(self, form: Form) -> str:
-        heads, tails = [], []
+        heads = []
+        tails = []
         for schema in form:
             items = schema.get("items")
             heads.append(items if isinstance(items, list) else keyword(schema, "prefixItems") or [])
@@ -308,7 +316,8 @@ class SchemaRules:
                 most = index
                 break
             places.append(item)
-        text, item = "", None
+        text = ""
+        item = None
         if most > len(places):
             item = self.rule(*(tail for tail in tails if tail is not None))
         if item:
@@ -328,12 +337,14 @@ class SchemaRules:
     def members(self, form: Form, is_bare: bool, colon: str) -> str | None:
         """What is in objects of the declared keys, and of others only if a schema says so or none declares
         any; None if nothing fits. Have the keys no quotes?"""
-        names, patterns = self.possible_keys(form), key_patterns(form)
+        names = self.possible_keys(form)
+        patterns = key_patterns(form)
         if names is None:
             return None
         self.schemas.spend(1 + len(names) // 8 + sum(map(len, patterns)) // 1000)
         self.schemas.spend(1 + len(patterns) * (50 * bool(names) + len(names) // 2))
-        quote, any_key = "" if is_bare else '"', self.any_key(form, is_bare)
+        quote = "" if is_bare else '"'
+        any_key = self.any_key(form, is_bare)
         keys = {}
         for pattern in patterns if any_key else ():
             self.patterns[pattern] = None
@@ -370,7 +381,8 @@ class SchemaRules:
 
     def any_key(self, form: Form, is_bare: bool) -> str:
         """The terminal of a key that no schema declares; "" if there can be none."""
-        terminal, quote = ANY_KEY[is_bare], "" if is_bare else as_json('"')
+        terminal = ANY_KEY[is_bare]
+        quote = "" if is_bare else as_json('"')
         text = self.other_names(form)
         return text and (terminal if text == ANY_TEXT else self.shared(
             f"{terminal} & ({quote} ({text}) {quote})", True))
@@ -424,7 +436,8 @@ class SchemaRules:
                 text = f"JSON_SPACE {extra} {others} JSON_SPACE"
                 after[count] = text if least else f"({text})?"
         for (member, required), counts in reversed([*zip(members, reached)]):
-            ends, after = after, {}
+            ends = after
+            after = {}
             for count in counts:
                 choices = [] if (end := ends[min(count + 1, cap)]) is None else [
                     f"{self.comma} {member} {end}" if count else f"{member} {end}"]

@@ -130,9 +130,11 @@ def says_nothing(name: str, schema: Mapping) -> bool:
 
 def has_one_item_at_most(schema: Mapping) -> bool:
     most = keyword(schema, "maxItems")
-    first, items = schema.get("prefixItems"), schema.get("items")
+    first = schema.get("prefixItems")
+    items = schema.get("items")
     if isinstance(items, list):
-        first, items = items, schema.get("additionalItems")
+        first = items
+        items = schema.get("additionalItems")
     return most is not None and most <= 1 or fits_nothing(items) and len(first or ()) <= 1
 
 
@@ -175,7 +177,8 @@ def schemas_of_key(form: Form, name: str | None, patterns: Collection[str] = ())
     keys are true."""
     schemas = []
     for schema in form:
-        declared, by_pattern = keyword(schema, "properties") or {}, keyword(schema, "patternProperties") or {}
+        declared = keyword(schema, "properties") or {}
+        by_pattern = keyword(schema, "patternProperties") or {}
         said = [declared[name]] if name in declared else []
         said += [by_pattern[pattern] for pattern in patterns if pattern in by_pattern]
         other = schema.get("additionalProperties")
@@ -258,7 +261,8 @@ class SchemaForms:
         self.spend()
         base, _, path = reference.partition("#")
         if path and not path.startswith("/"):
-            base, path = f"#{path}", ""
+            base = f"#{path}"
+            path = ""
         if base in ("", self.root.get("$id")) or base not in self.named:
             return referred(reference, self.root)
         return referred(f"#{path}", self.named[base])
@@ -336,7 +340,8 @@ def plain_schema(schema, schemas: SchemaForms, above: frozenset[int] = frozenset
     try:
         forms = schemas.forms_of(schema)
         form = next((form for form in forms if types_of([form]) - {"null"}), ())
-        types, values = types_of(forms), values_among(form)
+        types = types_of(forms)
+        values = values_among(form)
     except (ValueError, LookupError, RecursionError):
         return outside
     said = {name: value for part in (*reversed(form), outside) for name, value in part.items()
@@ -344,13 +349,16 @@ def plain_schema(schema, schemas: SchemaForms, above: frozenset[int] = frozenset
     if types == JSON_TYPES.keys():
         types = {name for name, words in TYPE_KEYWORDS.items() if not said.keys().isdisjoint(words)}
     elif "null" in types and len(types) > 1:
-        types, said["nullable"] = types - {"null"}, True
+        types = types - {"null"}
+        said["nullable"] = True
     if values is not None:
         said["enum"] = [value for value in values if value is not None]
     wider = {"integer"} if "number" in types else set()
     if names := [name for name in JSON_TYPES if name in types - wider]:
         said["type"] = names[0] if len(names) == 1 else names
-    members, items, ids = said.pop("properties", None), said.pop("items", None), frozenset(map(id, form))
+    members = said.pop("properties", None)
+    items = said.pop("items", None)
+    ids = frozenset(map(id, form))
     if isinstance(members, dict) and not ids & above:
         said["properties"] = {name: plain_schema(part, schemas, above | ids)
                               for name, part in members.items()}

@@ -88,7 +88,8 @@ class Tokenizer:
 
     def encode_with_specials(self, text: str, begins: bool = True) -> list[int]:
         """Encode text in which the names of special tokens mean the tokens."""
-        tokens, end = [], 0
+        tokens = []
+        end = 0
         for special in self.special_pattern.finditer(text):
             before, after = self.swallows.get(special[0], (False, False))
             part = text[end:special.start()]
@@ -149,7 +150,8 @@ class Tokenizer:
     def marks(self, with_calls: bool) -> dict[int, str]:
         """The tokens that separate the parts of an answer, and the characters that stand for them."""
         calls = self.call_format.markers if with_calls or self.call_format.thoughts else ()
-        wanted, markers = {*(self.thoughts or ()), *calls}, self.markers
+        wanted = {*(self.thoughts or ()), *calls}
+        markers = self.markers
         return {markers[name]: MARKS[name] for name in wanted & markers.keys()}
 
     def whole_text(self, token: int) -> str | None:
@@ -185,7 +187,9 @@ class Tokenizer:
         ends = sorted(self.stop_tokens) or [self.spec.eos_token or 0]
 
         class Words:
-            eos_token_id, bos_token_id, tokens = ends[0], self.spec.bos_token, pieces
+            eos_token_id = ends[0]
+            bos_token_id = self.spec.bos_token
+            tokens = pieces
             special_token_ids = special
 
             def __call__(words, text: bytes) -> list[int]:

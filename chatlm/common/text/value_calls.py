@@ -67,11 +67,14 @@ class ValueCalls:
 
     def __init__(self, scanner: Scanner, deltas: Deltas, names: Seq[str], call_format: CallFormat,
                  types: Seq[Mapping[str, str]] = ()):
-        self.scanner, self.deltas, self.names = scanner, deltas, names
+        self.scanner = scanner
+        self.deltas = deltas
+        self.names = names
         self.types = dict(zip(names, types))  # of the functions' parameters, in their order
         self.opening = Opening(scanner, deltas, names)
         self.begin, self.end, *self.around = map(scanner.sign, call_format.marks)
-        self.starts, self.lead = (self.begin,), call_format.lead
+        self.starts = (self.begin,)
+        self.lead = call_format.lead
         self.over = MARKS[call_format.marks[1]]
         self.ends = self.over + (self.begin if self.begin in MARKERS else "")  # end a call, whatever is open
         assert call_format.notation
@@ -84,7 +87,8 @@ class ValueCalls:
         self.head = re.compile(r"[\s,\[]*" + re.escape(before).replace(r"\{name\}", name))
         self.closers = "]}" if self.closing == "}" else ")]}"
         ends = rf"[,{re.escape(self.closers)}{self.ends}]|{re.escape(self.end)}"
-        self.value_end, self.name_end = re.compile(ends), re.compile(f"[=:]|{ends}")
+        self.value_end = re.compile(ends)
+        self.name_end = re.compile(f"[=:]|{ends}")
         self.call_end = re.compile("|".join(map(re.escape, (self.end, self.over, self.begin))))
 
     def read(self, begin: str) -> Iterator[None]:
@@ -107,7 +111,8 @@ class ValueCalls:
 
     def _next_call(self) -> Generator[None, None, re.Match | None]:
         """The head of another call of the same list, which is not read; None if what ends them was read."""
-        scanner, searched = self.scanner, 0
+        scanner = self.scanner
+        searched = 0
         while True:
             if (match := self.head.match(scanner.held)) and match[1] in self.names:
                 return match
@@ -126,7 +131,8 @@ class ValueCalls:
     def _arguments(self, types: Mapping[str, str]) -> Iterator[None]:
         """Read arguments up to the bracket that closes them, which is removed, or what ends the call, which
         is not."""
-        scanner, brackets = self.scanner, [Bracket(self.closing, False)]
+        scanner = self.scanner
+        brackets = [Bracket(self.closing, False)]
         while brackets:
             sign = yield from self._next()
             if sign and sign not in self.closers:
@@ -142,8 +148,12 @@ class ValueCalls:
 
     def _member(self, brackets: list[Bracket], types: Mapping[str, str]) -> Iterator[None]:
         """Read a value and its name, or the bracket that begins it."""
-        scanner, write, inside = self.scanner, self.deltas.arguments, brackets[-1]
-        is_parameter, place, wanted = len(brackets) == 1, inside.count, ""
+        scanner = self.scanner
+        write = self.deltas.arguments
+        inside = brackets[-1]
+        is_parameter = len(brackets) == 1
+        place = inside.count
+        wanted = ""
         inside.count += 1
         write(", " if place else "{" if is_parameter else "")
         if not inside.is_list:
@@ -171,7 +181,8 @@ class ValueCalls:
     def _name(self, wanted: str) -> Generator[None, None, tuple[str, str]]:
         """A name, and what is after it is removed; or "" and the JSON of a value that has none, which is of
         the types that are `wanted`, or twice "" where a list or object begins."""
-        scanner, value = self.scanner, ""
+        scanner = self.scanner
+        value = ""
         if scanner.held[0] in CLOSING:
             return "", ""
         if quote := (yield from self._quote()):
@@ -199,7 +210,8 @@ class ValueCalls:
 
     def _until(self, end: re.Pattern) -> Generator[None, None, str]:
         """Read text up to its end mark, which stays unread."""
-        scanner, searched = self.scanner, 0
+        scanner = self.scanner
+        searched = 0
         while not (match := end.search(scanner.held, searched)):
             searched = max(0, len(scanner.held) - len(self.end))
             yield

@@ -40,7 +40,8 @@ def in_proportion(size: Size, longest: int) -> Size:
     if width >= height:
         width, height = longest, int(longest / (width / height))
         return width, max(height + height % 2, 1)
-    width, height = int(longest * (width / height)), longest
+    width = int(longest * (width / height))
+    height = longest
     return max(width + width % 2, 1), height
 
 
@@ -58,21 +59,25 @@ def in_tiles(size: Size, tile: int) -> Size:
 
 
 LARGEST = 4096  # pixels of a side, before a picture is cut into tiles
-AROUND, WHOLE = "<fake_token_around_image>", "<global-img>"
+AROUND = "<fake_token_around_image>"
+WHOLE = "<global-img>"
 
 
 def idefics3(vision: Vision, size: Size) -> Layout:
     """SmolVLM, Idefics3: tiles in raster order, then the whole as one tile (Idefics3Processor)."""
-    tile, tokens = vision.tile, vision.tokens
+    tile = vision.tile
+    tokens = vision.tokens
     size = in_proportion(size, min(vision.longest, LARGEST))
     alone = (f"{AROUND}{WHOLE}", tokens, AROUND)
     if not vision.splits:
         return Layout((size, (tile, tile)), 0, 0, None, alone)
     cut = in_tiles(size, tile)
-    columns, rows = cut[0] // tile, cut[1] // tile
+    columns = cut[0] // tile
+    rows = cut[1] // tile
     if columns * rows == 1:
         return Layout((size, cut), 0, 0, None, alone)
-    parts, before = list[str | int](), ""
+    parts = list[str | int]()
+    before = ""
     for row in range(1, rows + 1):
         for column in range(1, columns + 1):
             parts += [f"{before}{AROUND}<row_{row}_col_{column}>", tokens]
@@ -99,12 +104,15 @@ def closest_grid(size: Size, fewest: int, most: int, tile: int) -> tuple[int, in
     the last of which the picture fills more than half."""
     grids = sorted({(columns, rows) for columns in range(1, most + 1) for rows in range(1, most + 1)
                     if fewest <= columns * rows <= most}, key=lambda grid: grid[0] * grid[1])
-    ratio, best, least = size[0] / size[1], (1, 1), math.inf
+    ratio = size[0] / size[1]
+    best = (1, 1)
+    least = math.inf
     for grid in grids:
         difference = abs(ratio - grid[0] / grid[1])
         if difference < least or difference == least and (
                 size[0] * size[1] > 0.5 * tile * tile * grid[0] * grid[1]):
-            best, least = grid, difference
+            best = grid
+            least = difference
     return best
 
 
@@ -112,14 +120,16 @@ def lfm2(vision: Vision, size: Size) -> Layout:
     """LFM2-VL: whole, with sides that are multiples of `unit`; a large one is cut into tiles, and this is one
     more (Lfm2VlProcessor)."""
     unit, (fewest, most) = vision.unit, vision.tiles
-    begin, end = "<|image_start|>", "<|image_end|>"
+    begin = "<|image_start|>"
+    end = "<|image_end|>"
     whole = in_units(size, unit, vision.fewest, vision.tokens)
     rows_of_whole = whole[0] * whole[1] // unit**2
     area = math.prod(max(unit // 2, round(side / unit) * unit) for side in size)
     if not vision.splits or most == 1 or area <= vision.tokens * unit**2 * vision.whole_from:
         return Layout((whole,), 0, 0, None, (begin, rows_of_whole, end))
     columns, rows = closest_grid(size, fewest, most, vision.tile)
-    sizes, parts = ((columns * vision.tile, rows * vision.tile),), list[str | int]()
+    sizes = ((columns * vision.tile, rows * vision.tile),)
+    parts = list[str | int]()
     if columns * rows == 1:
         return Layout(sizes, 0, 0, None, (begin, (vision.tile // unit)**2, end))
     for row in range(1, rows + 1):
@@ -134,7 +144,8 @@ def lfm2(vision: Vision, size: Size) -> Layout:
 def qwen3vl(vision: Vision, size: Size) -> Layout:
     """Qwen3-VL, Qwen3.5: whole, with sides that are multiples of `unit` (Qwen2VLImageProcessor)."""
     width, height = in_units(size, vision.unit, vision.fewest, vision.tokens)
-    columns, rows = width // vision.unit, height // vision.unit
+    columns = width // vision.unit
+    rows = height // vision.unit
     return Layout(((width, height),), 0, 0, None, ("<|vision_start|>", columns * rows, "<|vision_end|>"),
                   grid=(columns, rows))
 
@@ -152,9 +163,11 @@ def gemma4(vision: Vision, size: Size) -> Layout:
     factor = math.sqrt(vision.tokens * vision.unit**2 / (width * height))
     columns, rows = (math.floor(factor * side / vision.unit) for side in size)
     if not rows:  # so long that a unit is more than its height
-        columns, rows = min(width // height, vision.tokens), 1
+        columns = min(width // height, vision.tokens)
+        rows = 1
     elif not columns:
-        columns, rows = 1, min(height // width, vision.tokens)
+        columns = 1
+        rows = min(height // width, vision.tokens)
     return Layout(((columns * vision.unit, rows * vision.unit),), 0, 0, None,
                   ("<|image>", columns * rows, "<image|>"))
 

@@ -41,7 +41,8 @@ def row_ids(vision: Vision, digest: bytes, count: int) -> list[int]:
     """The ids that stand for a picture's rows: hashes of its pixels, the settings and the row's number.
 
     So equal ids mean equal rows, wherever tokens are compared: in the prefix cache, the store, and drafts."""
-    seed, room = digest + repr(vision).encode(), MOST_IDS - vision.first_id
+    seed = digest + repr(vision).encode()
+    room = MOST_IDS - vision.first_id
     numbers = struct.unpack(f"<{count}I", hashlib.shake_128(seed).digest(4 * count))
     return [vision.first_id + number % room for number in numbers]
 

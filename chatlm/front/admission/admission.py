@@ -86,12 +86,14 @@ class Admission:
     def __init__(self, check_capacity: Callable[[str, str, bool], None], shared: Desk | None = None):
         """shared: the desk that a server's models share, if it has several."""
         desk = shared or Desk()
-        self.check_capacity, self.number = check_capacity, next(desk.numbers)
+        self.check_capacity = check_capacity
+        self.number = next(desk.numbers)
         self.prompts: PromptMaker | None = None  # set once there is a tokenizer
         self.expected: tuple[TextSpec, asyncio.Future] | None = None  # what a worker is reading
         self.sandboxes: dict[str, Sandbox | SharedSandbox] = {
             name: SharedSandbox(sandbox) if shared else sandbox for name, sandbox in desk.sandboxes.items()}
-        self.preparing, self.valid_grammars = desk.preparing, desk.valid_grammars
+        self.preparing = desk.preparing
+        self.valid_grammars = desk.valid_grammars
         for name in ("documents", "pictures"):
             self._configure(name, Known(Settings(), None), TextSpec("", b""))  # whatever the model
 

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from chatlm.common.text.tokenizer import Tokenizer
 
 
-REPOSITORY, THIS_FILE = "myproject\n", "filename\n"  # llama-server has these two names for all
+# llama-server has these two names for all
+REPOSITORY = "myproject\n"
+THIS_FILE = "filename\n"
 SNIPPET = "\n\n--- snippet ---\n\n"                  # and this before a file, where no token is
 BEFORE_SHARE = 3 / 4  # of the room for the text around the gap, if neither side fits
 
@@ -45,7 +47,8 @@ class InfillMaker:
     SLICE_CHARACTERS = 1 << 16  # longer texts are encoded from the gap outwards, in slices, until enough is
 
     def __init__(self, tokenizer: Tokenizer, context_length: int):
-        self.tokenizer, self.context_length = tokenizer, context_length
+        self.tokenizer = tokenizer
+        self.context_length = context_length
 
     def prompts(self, request: Request, infill: Infill) -> tuple[tuple[tuple[int, ...], ...], bool]:
         """The prompt of each gap, and whether one was cut, which leaves room for max_tokens or for a quarter
@@ -67,7 +70,8 @@ class InfillMaker:
         if cut and not infill.cut:
             raise too_long(most, self.context_length, "prompt and suffix", names[0], "more than ")
         kept = min(len(left), max(int(room * BEFORE_SHARE), room - len(right)))
-        left, right = left[len(left) - kept:], right[:room - kept]
+        left = left[len(left) - kept:]
+        right = right[:room - kept]
         files, files_cut = self.files(infill.files, room - len(left) - len(right))
         ids = [*files, prefix, *left, suffix, *right, middle]
         return self.tokenizer.with_bos(ids), cut or files_cut
@@ -75,14 +79,17 @@ class InfillMaker:
     def files(self, files: Seq[tuple[str, str]] | None, most: int) -> tuple[list[int], bool]:
         """At most `most` tokens of a repository before the gap, the last ones, and whether these are not
         all."""
-        found, count, cut = list[list[int]](), 0, False
+        found = list[list[int]]()
+        count = 0
+        cut = False
         for token, text in self.lines_of(files) if files is not None else ():
             if count >= most:
                 cut = True
                 break
             ids, text_cut = self.nearest(text, most - count, at_end=True)
             found.append(ids if token is None else [token, *ids])
-            count, cut = count + len(found[-1]), cut or text_cut
+            count = count + len(found[-1])
+            cut = cut or text_cut
         ids = list(itertools.chain(*reversed(found)))
         return ids[max(0, len(ids) - most):], cut or count > most
 
@@ -99,7 +106,10 @@ class InfillMaker:
 
     def nearest(self, part: Part, most: int, at_end: bool = False) -> tuple[list[int], bool]:
         """At most `most` tokens of a part, those at its start or end, and whether these are not all."""
-        found, count, cut, pieces = list[list[int]](), 0, False, pieces_of(part)
+        found = list[list[int]]()
+        count = 0
+        cut = False
+        pieces = pieces_of(part)
         for piece in reversed(pieces) if at_end else pieces:
             if count > most:
                 break
@@ -116,7 +126,8 @@ class InfillMaker:
     def near(self, text: str, most: int, at_end: bool) -> str:
         """The start or end of a text, with over twice as many tokens as `most` if it is longer than that: so
         few are encoded, and what is cut at a slice's end is cut from the prompt too."""
-        count = taken = 0
+        count = 0
+        taken = 0
         while taken < len(text) > self.SLICE_CHARACTERS:
             if count > 2 * most:
                 return text[-taken:] if at_end else text[:taken]

@@ -44,10 +44,13 @@ class PromptMaker:
 
     def __init__(self, tokenizer: Tokenizer, context_length: int, *, scored_length: int = 0,
                  fill: Callable[[dict, str], Any] | None = None, run: Callable[..., Any] = run_here):
-        self.tokenizer, self.context_length, self.run = tokenizer, context_length, run
+        self.tokenizer = tokenizer
+        self.context_length = context_length
+        self.run = run
         self.scored_length = scored_length or context_length  # of a prompt that is only scored
         self.fill = fill or self._fill_here
-        self.infills, embedder = InfillMaker(tokenizer, context_length), tokenizer.spec.embedder
+        self.infills = InfillMaker(tokenizer, context_length)
+        embedder = tokenizer.spec.embedder
         self.retrievals = embedder and RetrievalMaker(tokenizer, embedder, context_length, self._text_of)
 
     async def _fill_here(self, arguments: dict, client: str) -> str:
@@ -76,7 +79,8 @@ class PromptMaker:
             prompts, dropped = await self.run(fill, infill_size(request.prompts, request.infill))
         elif request.messages is None:
             encode = partial(self._encode_prompts, request)
-            prompts, dropped = await self.run(encode, sum(map(len, request.prompts))), 0
+            prompts = await self.run(encode, sum(map(len, request.prompts)))
+            dropped = 0
         else:
             prompts, dropped, pictures = await self._cut_to_fit(
                 request, request.messages, {} if rendered is None else rendered)
@@ -105,7 +109,8 @@ class PromptMaker:
                        dropped_messages=request.dropped_messages + dropped)
 
     def _check_prefix(self, request: Request):
-        name, params = "prefix_token_ids", request.params
+        name = "prefix_token_ids"
+        params = request.params
         prefix = checked_ids(request.prefix_token_ids, self.tokenizer, name)
         ends = {*params.stop_token_ids, *(() if params.ignore_eos else self.tokenizer.stop_tokens)}
         if ending := [token for token in prefix if token in ends]:
@@ -132,7 +137,8 @@ class PromptMaker:
                      options: Mapping = NO_OPTIONS) -> tuple[int, ...]:
         tokenizer = self.tokenizer
         texts = [message.content + text_in(calculations_of(message)) for message in messages]
-        size, pictures = sum(map(len, texts)) + 50 * len(texts), pictures_of(messages)
+        size = sum(map(len, texts)) + 50 * len(texts)
+        pictures = pictures_of(messages)
         check_pictures(tokenizer.spec.vision, len(pictures))
         await self.run(lambda: self._start_of("".join(texts), "messages"), size)
         if not tokenizer.templated:
@@ -155,7 +161,8 @@ class PromptMaker:
         if len(messages) > self.context_length:  # refused unrendered: each is at least one token
             raise too_long(len(messages), self.context_length, "messages", "messages", "at least ")
         roles = [message.role for message in messages]
-        question, cuts = last_question(roles), cut_points(roles)
+        question = last_question(roles)
+        cuts = cut_points(roles)
 
         async def without(cut: int) -> tuple[tuple[int, ...], int, tuple[Picture, ...]]:
             if cut not in rendered:
@@ -175,9 +182,11 @@ class PromptMaker:
             room = max(self.context_length // 4, len(request.prefix_token_ids) + 1)
             return length + min(request.max_tokens or math.inf, room) <= self.context_length
 
-        low = high = 0
+        low = 0
+        high = 0
         if request.truncate and len(cuts) > 1 and not await fits(0):
-            low, high = 1, len(cuts) - 1
+            low = 1
+            high = len(cuts) - 1
         while low < high:
             middle = (low + high) // 2
             low, high = (low, middle) if await fits(middle) else (middle + 1, high)
@@ -210,7 +219,8 @@ class PromptMaker:
 
     def answer_length(self, request: Request, prompt_ids: tuple[int, ...]) -> int:
         """Most tokens the answer may have. RequestError 400 if the prompt is empty or leaves no room."""
-        room, pooling = self._longest(request) - len(prompt_ids), bool(request.params.pooling)
+        room = self._longest(request) - len(prompt_ids)
+        pooling = bool(request.params.pooling)
         alone = pooling or request.max_tokens == 0  # it may fill the context
         if not prompt_ids:
             raise RequestError(f"the {request.source} is empty", param=request.source)

@@ -30,9 +30,11 @@ def task_of(pooling: str) -> str:
 def check_task(embedder: Embedder | None, task: str):
     """RequestError, which says what the model can do, if it cannot do the task: answer, embed or rank."""
     if embedder is None:
-        able, does = ("answer", "embed"), "this model answers, and makes vectors of texts (/v1/embeddings)"
+        able = ("answer", "embed")
+        does = "this model answers, and makes vectors of texts (/v1/embeddings)"
     else:
-        able, does = (task_of(embedder.pooling),), RANKS if embedder.pooling == "rank" else EMBEDS
+        able = (task_of(embedder.pooling),)
+        does = RANKS if embedder.pooling == "rank" else EMBEDS
     if task not in able:
         raise RequestError(f"{does}; {CANNOT[task]}", code="unsupported_task", param="model")
 
@@ -59,7 +61,9 @@ class RetrievalMaker:
 
     def __init__(self, tokenizer: Tokenizer, embedder: Embedder, context_length: int,
                  start_of: Callable[..., str]):
-        self.tokenizer, self.embedder, self.start_of = tokenizer, embedder, start_of
+        self.tokenizer = tokenizer
+        self.embedder = embedder
+        self.start_of = start_of
         self.longest = min(embedder.longest, context_length)
 
     def prompts(self, request: Request, retrieval: Retrieval) -> tuple[tuple[int, ...], ...]:
@@ -87,12 +91,15 @@ class RetrievalMaker:
 
     def text(self, text: str | Seq[int], retrieval: Retrieval, param: str, index: int) -> Seq[int]:
         """The index-th text between its special tokens; token ids stay as they are."""
-        own, begins, ends = self.embedder, (), ()
+        own = self.embedder
+        begins = ()
+        ends = ()
         ids: Seq[int] = text if not isinstance(text, str) else ()
         if isinstance(text, str):
             text = self.start_of(text, param, retrieval.cut)
             ids = self.tokenizer.encode(retrieval.prompt + text)
-            begins, ends = own.begins, own.ends
+            begins = own.begins
+            ends = own.ends
         room = self.longest - len(begins) - len(ends)
         if len(ids) > room and not retrieval.cut:
             raise self.too_long(f"{param}[{index}]", len(ids) + len(begins) + len(ends), param)
@@ -111,7 +118,8 @@ class RetrievalMaker:
     def head(self, query: str, retrieval: Retrieval) -> Head:
         """What is read of a query, before each of its documents. RequestError if it leaves no room for
         one."""
-        own, query = self.embedder, self.start_of(query, "query")
+        own = self.embedder
+        query = self.start_of(query, "query")
         instruction = own.instruction if retrieval.instruction is None else retrieval.instruction
         before, place, after = own.form.partition("{document}")
         text = PLACES.sub(lambda place: query if place[1] == "query" else instruction, before)
@@ -123,7 +131,8 @@ class RetrievalMaker:
 
     def pair(self, head: Head, document: str, retrieval: Retrieval) -> Seq[int]:
         """A query and a document between their special tokens. Only the document is ever cut."""
-        own, encode = self.embedder, self.tokenizer.encode
+        own = self.embedder
+        encode = self.tokenizer.encode
         document = self.start_of(document, "documents", retrieval.cut)
         if own.form:  # as one text: a token may have the end of the one and the start of the other
             ids = encode(head.text + document + head.after, begins=not own.begins)

@@ -31,7 +31,8 @@ class Turns:
     """A lock that clients hold in turn."""
 
     def __init__(self):
-        self.held, self.lanes = False, Lanes()
+        self.held = False
+        self.lanes = Lanes()
 
     async def take(self, client: str):
         if not self.held:
@@ -88,13 +89,16 @@ class Sandbox:
 
     def __init__(self, command: Seq[str], config: SandboxConfig | None = None, single_use: bool = False):
         """single_use: each task gets a process of its own; what breaks its libraries reaches no other."""
-        self.command, self.turns, self.single_use = command, Turns(), single_use
+        self.command = command
+        self.turns = Turns()
+        self.single_use = single_use
         if config:
             self.config = config
         self.process: subprocess.Popen | None = None
         self.configs: list[SandboxConfig] = []  # that the process has, the last used last
         self.ticket = 0                         # of the body that the process has; 0: none
-        self.closed = self.begun = False
+        self.closed = False
+        self.begun = False
 
     async def perform(self, client: str, name: str, *arguments, bodies: Seq[bytes | bytearray] = (),
                       ticket: int = 0, config: SandboxConfig | None = None):
@@ -191,7 +195,8 @@ class Sandbox:
 
     async def stop(self, patience_s: float = 0.0) -> int | None:
         """Kill the process, if any, unless it exits within patience_s; returns its exit status."""
-        process, self.process = self.process, None
+        process = self.process
+        self.process = None
         if process is None:
             return None
         if writer := getattr(self, "writer", None):  # one that is being started has none yet

@@ -61,7 +61,9 @@ def read_line(number: int, text: bytes) -> Line:
         raise refuse("is not JSON in UTF-8") from None
     if not isinstance(fields, dict):
         raise refuse(f"must be an object, not {shown(fields)}")
-    custom_id, url, body = fields.get("custom_id"), fields.get("url"), fields.get("body")
+    custom_id = fields.get("custom_id")
+    url = fields.get("url")
+    body = fields.get("body")
     if not is_text(custom_id) or not 0 < len(custom_id) <= 512 or storable(custom_id) != custom_id:
         raise refuse("custom_id must be a text of at most 512 characters")
     if fields.get("method", "POST") != "POST":

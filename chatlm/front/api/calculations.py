@@ -23,7 +23,8 @@ def read_calculations(sent: Any, text: str, name: str) -> list[dict]:
         return []
     if not isinstance(sent, list):
         raise bad_value(name, sent, "a list of calls of the calculator")
-    calls, before = list[dict](), 0
+    calls = list[dict]()
+    before = 0
     for index, call in enumerate(sent):
         place = f"{name}[{index}]"
         if not isinstance(call, dict):
@@ -64,7 +65,8 @@ def is_nanochats(content: list) -> bool:
 
 def read_nanochat_parts(content: list, name: str) -> tuple[str, list[dict]]:
     """The text and the calls of such a content. Its texts stand one behind the other without a line break."""
-    text, calls = "", list[dict]()
+    text = ""
+    calls = list[dict]()
     for index, part in enumerate(content):
         place = f"{name}[{index}]"
         kind, said = (part.get("type"), part.get("text")) if isinstance(part, dict) else (None, None)
@@ -84,7 +86,8 @@ def read_nanochat_parts(content: list, name: str) -> tuple[str, list[dict]]:
 
 def calls_in_parts(content: Any, name: str) -> list[dict]:
     """The calls beside the texts of a content's parts, which will stand on lines of their own."""
-    calls, begin = list[dict](), 0
+    calls = list[dict]()
+    begin = 0
     for index, part in enumerate(content if isinstance(content, list) else ()):
         text = part.get("text") if isinstance(part, dict) else None
         text = text if is_text(text) else ""

@@ -77,9 +77,11 @@ def tag_rules(rule: str, root: Mapping, call_format: CallFormat) -> Iterator[str
     """Lines of a grammar in which `rule` is the arguments of a function with these parameters."""
     assert call_format.tags
     start, end, loose_lines = call_format.tags
-    marker, choices = A_MARKER.match(end), []
+    marker = A_MARKER.match(end)
+    choices = []
     end, after = (marker[0], end[marker.end():]) if marker else (end, "")
-    sign, ends = as_rule(end), (end.strip(), call_format.marks[1])
+    sign = as_rule(end)
+    ends = (end.strip(), call_format.marks[1])
     allowed_name = rf"(?!\s)[^<>\n]{{1,{LIMITS.parameter_characters}}}(?<!\s)"
     rules = SchemaRules(rule.replace("arguments", "s"), root)
     head, middle, tail = (as_rule(text, loose_lines) for text in (*start.split("{name}"), after))
@@ -88,7 +90,8 @@ def tag_rules(rule: str, root: Mapping, call_format: CallFormat) -> Iterator[str
             continue
         if (known := rules.possible_keys(form)) is None:
             continue
-        wanted, other_names = [], rules.other_names(form)
+        wanted = []
+        other_names = rules.other_names(form)
         for name in [*known, *([None] if other_names and has_other_keys(form) else [])]:
             parameter = f"{rule}_{len(choices)}_{len(wanted)}"
             if name is None:
@@ -123,7 +126,8 @@ def tag_rules(rule: str, root: Mapping, call_format: CallFormat) -> Iterator[str
 
 def tag_grammar(start: str, functions: Seq[Mapping], call_format: CallFormat) -> str:
     """The same as schema_grammar for arguments in tags."""
-    lines, characters = [start, JSON_TERMINALS], 0
+    lines = [start, JSON_TERMINALS]
+    characters = 0
     try:
         for index, function in enumerate(functions):
             for line in tag_rules(f"arguments{index}", parameters_of(function), call_format):
@@ -147,7 +151,8 @@ def arguments_schema(function: Mapping) -> dict:
 
 def tool_grammar(tools: Seq[dict], tool_format: str, parallel: bool) -> str:
     """A grammar that allows only calls of the tools: one, or with `parallel` up to MOST_ITEMS."""
-    functions, call_format = [tool["function"] for tool in tools], CALL_FORMATS[tool_format]
+    functions = [tool["function"] for tool in tools]
+    call_format = CALL_FORMATS[tool_format]
     as_part = functools.partial(as_rule, loose_lines=bool(call_format.tags and call_format.tags.loose_lines))
     before, of_one, after = re.split(r"(?s)(\{(?:name|quoted)\}.*\{arguments\})", call_format.call)
     of_any = " | ".join(as_part(
@@ -165,7 +170,8 @@ def tool_grammar(tools: Seq[dict], tool_format: str, parallel: bool) -> str:
 
 def call_grammar(function: Mapping, tool_format: str) -> str:
     """A grammar for the arguments of one call, and what ends them."""
-    start, call_format = 'start: (" " | "\\n")? arguments0', CALL_FORMATS[tool_format]
+    start = 'start: (" " | "\\n")? arguments0'
+    call_format = CALL_FORMATS[tool_format]
     if call_format.typed:
         start += " " + as_rule(call_format.around_arguments[1].strip() or call_format.marks[1])
     if call_format.tags:

@@ -95,7 +95,8 @@ def native_messages(messages: list, truncate: bool = False) -> tuple[tuple[Messa
     """Messages within the native API's limits, and how many of the oldest were dropped to fit."""
     within_limit("messages", len(messages), LIMITS.truncated_messages if truncate else LIMITS.messages,
                  "messages")
-    sent, parsed = list(sent_messages(messages, NATIVE_ROLES)), []
+    sent = list(sent_messages(messages, NATIVE_ROLES))
+    parsed = []
     kept = newest_turns(sent) if truncate else sent
     within_limit("messages", len(kept), LIMITS.messages, "messages")
     for name, role, fields in kept:
@@ -121,10 +122,13 @@ def newest_turns(sent: list[SentMessage]) -> list[SentMessage]:
         return math.inf if limited and length > LIMITS.message_characters else length
 
     fixed = [size(message) for message in sent if message.role == "system"]
-    count, characters, first = len(fixed), sum(fixed), len(sent)
+    count = len(fixed)
+    characters = sum(fixed)
+    first = len(sent)
     for start in reversed(turn_starts([message.role for message in sent])):
         turn = [size(message) for message in sent[start:first] if message.role != "system"]
-        count, characters = count + len(turn), characters + sum(turn)
+        count = count + len(turn)
+        characters = characters + sum(turn)
         if first < len(sent) and (count > LIMITS.messages or characters > LIMITS.total_characters):
             break
         first = start
@@ -163,7 +167,8 @@ def chat_messages(sent: Iterable[SentMessage], with_tools: bool) -> tuple[Messag
     for name, role, fields in sent:
         if role == "tool" and not with_tools:
             raise no_tools(name)
-        calls, more = fields.get("tool_calls"), {}
+        calls = fields.get("tool_calls")
+        more = {}
         if not calls and role == "assistant" and fields.get("function_call"):
             calls = [{"function": fields["function_call"]}]
         if calls and not with_tools:
@@ -267,7 +272,8 @@ def joined_turns(messages: Iterable[Message]) -> tuple[Message, ...]:
     turns: list[Message] = []
     for message in messages:
         last = turns[-1] if turns and turns[-1].role == message.role else Message("", "")
-        before, more = last.more or {}, message.more or {}
+        before = last.more or {}
+        more = message.more or {}
         if last.role == "system" and len(turns) == 1:
             turns[-1] = replace(last, content=f"{last.content}\n\n{message.content}")
         elif last.role == "assistant" and not (message.content and (last.content or "tool_calls" in before)):
@@ -377,7 +383,8 @@ def message_of(role: str, content, more: Mapping, name: str) -> Message:
     pictures = [*map(picture_in, content)] if isinstance(content, list) else []
     if not any(pictures):
         return Message(role, content_text(content, name), more or None)
-    shown, parts = [], list[str | int]()
+    shown = []
+    parts = list[str | int]()
     for index, (part, picture) in enumerate(zip(content, pictures)):
         parts.append(part_text(part, f"{name}[{index}]") if picture is None else len(shown))
         shown += [picture] if picture else []

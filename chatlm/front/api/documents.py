@@ -22,8 +22,12 @@ from chatlm.common.errors import ConfigError, RequestError, named, require_libra
 from chatlm.common.invocation import pip_command
 from chatlm.common.messages.protocol import Result
 
-UNPACKED_BYTES, MEMBERS = 256 << 20, 10_000  # most that an archive may hold
-ROW_CELLS, ROWS = 256, 100_000               # of a sheet, those that are read
+# most that an archive may hold
+UNPACKED_BYTES = 256 << 20
+MEMBERS = 10_000
+# of a sheet, those that are read
+ROW_CELLS = 256
+ROWS = 100_000
 PACKAGES = "markdownify", "mammoth", "openpyxl", "pypdfium2", "python-pptx"  # the extra `documents`
 FORMATS = "PDF, DOCX, PPTX, XLSX, EPUB and HTML"
 
@@ -154,7 +158,8 @@ def read_epub(data: bytes) -> Document:
     names = set(archive.namelist())
     container = ElementTree.fromstring(archive.read("META-INF/container.xml"))
     package = next(each.attrib["full-path"] for each in container.iter() if each.tag.endswith("}rootfile"))
-    tree, folder = ElementTree.fromstring(archive.read(package)), posixpath.dirname(package)
+    tree = ElementTree.fromstring(archive.read(package))
+    folder = posixpath.dirname(package)
     items = {each.attrib["id"]: posixpath.normpath(
         posixpath.join(folder, urllib.parse.unquote(each.attrib["href"])))
         for each in tree.iter() if each.tag.endswith("}item")}
@@ -178,7 +183,8 @@ def markdown_of(html: str | bytes) -> str:
     """HTML as Markdown: headings, lists, tables, code; without links, pictures, scripts and styles."""
     markdownify = library("markdownify", "HTML")
     soup_of = library("bs4", "HTML").BeautifulSoup
-    soup, whole = seen(soup_of(html, "lxml")), seen(soup_of(html, "html.parser"))
+    soup = seen(soup_of(html, "lxml"))
+    whole = seen(soup_of(html, "html.parser"))
     if len(soup.get_text()) < 0.9 * len(whole.get_text()):  # it ends where elements nest 256 times
         soup = whole
     try:
@@ -258,7 +264,11 @@ def extracted(data: bytes, name: str, cpu_s: float) -> Extracted:
 
 def joined(kind: str, document: Document, deadline_s: float) -> Extracted:
     """The text of a document's parts, up to the limit and to the deadline (of processor time)."""
-    texts, empty, room, number, cut = [], [], LIMITS.extracted_characters, 0, ""
+    texts = []
+    empty = []
+    room = LIMITS.extracted_characters
+    number = 0
+    cut = ""
     of = f" of {document.pages:,}" if document.pages else ""
     for number, part in enumerate(document.parts, 1):
         text = clean(part)

@@ -52,7 +52,9 @@ class Block:
     """A part of an answer: text, reasoning, or a call of a function."""
 
     def __init__(self, kind: str, index: int, name: str):
-        self.kind, self.index, self.name = kind, index, name
+        self.kind = kind
+        self.index = index
+        self.name = name
         self.id, self.texts = secrets.token_hex(12), list[str]()  # see Encoder.derive_ids
         self.calculator: list[dict] = []  # calls of the calculator, in text
         self.characters = 0               # of its text so far
@@ -84,7 +86,8 @@ class Choice:
         self.logprobs: dict[str, list[bytes]] = {}  # for a whole body, in JSON
         self.prompt_logprobs: list[bytes] = []      # also
         self.echoed = False                         # whether the prompt has been put before its text
-        self.tokenizer, self.skips_specials = tokenizer, skips_specials
+        self.tokenizer = tokenizer
+        self.skips_specials = skips_specials
         self.offset = 0                             # of its text so far, for text_offset
         self.counter = CallCounter()                # of the calculator's calls in all of its text
         self.calculator: list[dict] = []            # these, for a whole body
@@ -131,11 +134,14 @@ PROGRESS_FIELDS = "queue_position", "prompt_tokens", "prompt_tokens_done"
 class Encoder:
     """Turns the events of an answer into the bytes its API sends."""
 
-    ping, content_type = b": ping\n\n", "text/event-stream; charset=utf-8"
+    ping = b": ping\n\n"
+    content_type = "text/event-stream; charset=utf-8"
     repeated_bytes = 0
 
     def __init__(self, parsed: ParsedBody, model: str, tokenizer: Tokenizer | None = None):
-        self.parsed, self.model, self.request = parsed, model, parsed.request
+        self.parsed = parsed
+        self.model = model
+        self.request = parsed.request
         self.tokenizer: Tokenizer = tokenizer  # pyright: ignore[reportAttributeAccessIssue]  who needs it has it
         self.repeated_bytes = len(parsed.repeated)
         skips = self.request.params.skip_special_tokens
@@ -252,7 +258,8 @@ class BlockEncoder(Encoder):
 
     def _grow(self, delta: Delta) -> bytes:
         before = self.blocks[-1] if self.blocks else None
-        block, more = self.choices[0].block(delta), b""
+        block = self.choices[0].block(delta)
+        more = b""
         if block is not before:
             more = (self.closed(before) if before else b"") + self.opened(block)
         if not delta.text:

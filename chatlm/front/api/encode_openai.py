@@ -23,7 +23,9 @@ NOTHING = Piece()
 class OpenAIEncoder(Encoder):
     """Turns events into chunks of a stream, or into one body. Both OpenAI routes share this."""
 
-    id_prefix = chunk_object = whole_object = ""
+    id_prefix = ""
+    chunk_object = ""
+    whole_object = ""
     logprobs_beside: Mapping = {}  # fields of `logprobs` besides those of logprobs_body
     scores_above = False           # is `prompt_logprobs` beside the choices, or in each?
     logprobs_body: Callable[[Choice, Seq[TokenLogprob]], dict]
@@ -51,8 +53,10 @@ class OpenAIEncoder(Encoder):
     def take(self, choice: Choice, event: Piece | PromptScores | Finished) -> Piece:
         """What to send, with the log-probabilities of its tokens. Those of a stop string are left out, unless
         the prompt was scored too."""
-        held, choice.held = choice.held, ()
-        ids, choice.held_ids = choice.held_ids, ()
+        held = choice.held
+        choice.held = ()
+        ids = choice.held_ids
+        choice.held_ids = ()
         if isinstance(event, Finished):
             choice.done = event
             params = self.request.params
@@ -64,7 +68,8 @@ class OpenAIEncoder(Encoder):
         ids += event.tokens if self.parsed.token_ids else ()
         if event.deltas:
             return event._replace(tokens=ids, logprobs=held) if held or ids else event
-        choice.held, choice.held_ids = held, ids
+        choice.held = held
+        choice.held_ids = ids
         return NOTHING
 
     def entries(self, logprobs: Seq[TokenLogprob]) -> list[dict]:
@@ -131,7 +136,9 @@ class OpenAIEncoder(Encoder):
     def collect(self, event: Piece | PromptScores | Finished) -> int:
         """Keep an event for `completion`; returns roughly how many bytes that takes."""
         choice = self.choices[event.choice]
-        part, size, top = self.take(choice, event), 100, self.parsed.details.get("prompt_logprobs")
+        part = self.take(choice, event)
+        size = 100
+        top = self.parsed.details.get("prompt_logprobs")
         if isinstance(event, PromptScores) and top is not None:
             unwanted = [] if choice.prompt_logprobs else [None] * self.first_scored(choice)
             encoded = dump(unwanted + self.prompt_entries(event.logprobs, top))[1:-1]
@@ -175,7 +182,9 @@ class OpenAIEncoder(Encoder):
 class ChatEncoder(OpenAIEncoder):
     """`/v1/chat/completions`."""
 
-    id_prefix, chunk_object, whole_object = "chatcmpl-", "chat.completion.chunk", "chat.completion"
+    id_prefix = "chatcmpl-"
+    chunk_object = "chat.completion.chunk"
+    whole_object = "chat.completion"
     logprobs_beside = {"refusal": None}
     scores_above = True
 
@@ -185,7 +194,8 @@ class ChatEncoder(OpenAIEncoder):
 
     def body(self, choice: Choice, part: Piece, whole: bool = False) -> dict:
         message: dict = {}
-        text, reasoning = part.text, part.joined("reasoning")
+        text = part.text
+        reasoning = part.joined("reasoning")
         if whole:
             calls = [self.call_body(call, call.text) for call in choice.calls]
             message = {"role": "assistant", "content": None if calls and not text else text, "refusal": None}
@@ -246,7 +256,9 @@ class FunctionEncoder(ChatEncoder):
 class CompletionEncoder(OpenAIEncoder):
     """`/v1/completions`; `echo` puts the prompt before each answer."""
 
-    id_prefix, chunk_object, whole_object = "cmpl-", "text_completion", "text_completion"
+    id_prefix = "cmpl-"
+    chunk_object = "text_completion"
+    whole_object = "text_completion"
 
     def prompt(self, choice: Choice) -> str | tuple[int, ...]:
         return self.request.prompts[choice.index // self.request.n]
@@ -280,7 +292,9 @@ class CompletionEncoder(OpenAIEncoder):
         prompt = self.prompt(choice)
         # Special tokens appear as text only in an echoed prompt.
         written = prompt if self.parsed.echo and isinstance(prompt, str) else ""
-        texts, offsets, tops = [], [], []
+        texts = []
+        offsets = []
+        tops = []
         for token, logprob, top, *_ in listed(logprobs, self.request.params):
             texts.append(token_text(self.tokenizer, token)[0])
             offsets.append(choice.offset)

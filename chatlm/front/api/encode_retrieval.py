@@ -42,7 +42,8 @@ class EmbeddingsEncoder(Encoder):
         return dump(more) if "nothing" in self.parsed.details else b""
 
     def completion(self) -> Iterator[bytes]:
-        count, api = self.usage().prompt_tokens, self.parsed.api
+        count = self.usage().prompt_tokens
+        api = self.parsed.api
         if api == "ollama embeddings":
             yield b'{"embedding": %s}' % self.vectors[0]
             return
@@ -51,11 +52,13 @@ class EmbeddingsEncoder(Encoder):
             return
         if api == "ollama embed":
             seconds = max(choice.done.ttft_ms for choice in self.choices) / 1e3
-            name, form = "embeddings", b"%(vector)s"
+            name = "embeddings"
+            form = b"%(vector)s"
             more = {"model": self.model, "total_duration": int(seconds * 1e9), "load_duration": 0,
                     "prompt_eval_count": count}
         else:
-            name, form = "data", b'{"object": "embedding", "index": %(index)d, "embedding": %(vector)s}'
+            name = "data"
+            form = b'{"object": "embedding", "index": %(index)d, "embedding": %(vector)s}'
             more = {"object": "list", "model": self.model,
                     "usage": {"prompt_tokens": count, "total_tokens": count}}
         yield dump(more)[:-1] + b', "%s": [' % name.encode()
@@ -100,13 +103,16 @@ class ScoresEncoder(Encoder):
     def cosines(self) -> list[float]:
         """Of pairs of vectors of length 1: the first texts come before the second ones."""
         pairs = self.parsed.details["pairs"]
-        first, second = self.found[:-pairs], self.found[-pairs:]
+        first = self.found[:-pairs]
+        second = self.found[-pairs:]
         first = first * pairs if len(first) == 1 else first
         return [math.fsum(map(operator.mul, a, b)) for a, b in zip(first, second)]
 
     def ranked(self, score: str, document: Callable[[str], dict]) -> list[dict]:
         """The best pairs, highest first; of equal ones the earlier comes first."""
-        details, scores, raw = self.parsed.details, self.scores, self.raw
+        details = self.parsed.details
+        scores = self.scores
+        raw = self.raw
         best = sorted(range(len(scores)), key=lambda index: (-raw[index], index))[:details["top"]]
         texts: Seq[str] | None = details["documents"]
         return [{"index": index, score: scores[index], **(document(texts[index]) if texts else {})}

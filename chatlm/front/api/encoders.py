@@ -37,7 +37,8 @@ class ResponsesEncoder(BlockEncoder):
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        sampling, kept = self.request.params.sampling, self.parsed.details
+        sampling = self.request.params.sampling
+        kept = self.parsed.details
         self.numbers = itertools.count()
         self.scored = self.request.params.logprobs is not None
         self.tokens = TokensOfText(self.tokenizer, self.request.params.skip_special_tokens)
@@ -140,7 +141,9 @@ class ResponsesEncoder(BlockEncoder):
             block.frame, next(self.numbers), logprobs, dump(text), more)
 
     def closed(self, block: Block) -> bytes:
-        event, place, text = self.ITEMS[block.kind][3] + ".done", self.place(block), block.text
+        event = self.ITEMS[block.kind][3] + ".done"
+        place = self.place(block)
+        text = block.text
         if block.kind == "call":
             done = self.event(event, **place, name=block.name, arguments=text)
         else:
@@ -251,7 +254,9 @@ class MessagesEncoder(BlockEncoder):
 class OllamaEncoder(BlockEncoder):
     """Ollama's `/api/chat` and `/api/generate`: JSON objects, one on each line; a call comes whole."""
 
-    ping, content_type = b"", "application/x-ndjson"  # each line must be an object, so none is a ping
+    # each line must be an object, so none is a ping
+    ping = b""
+    content_type = "application/x-ndjson"
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -286,7 +291,8 @@ class OllamaEncoder(BlockEncoder):
 
     def taken(self) -> list[bytes]:
         """The log-probabilities that the next line has."""
-        held, self.held = self.held, []
+        held = self.held
+        self.held = []
         if not self.parsed.stream:
             self.logprobs += held
         return held
@@ -315,7 +321,8 @@ class OllamaEncoder(BlockEncoder):
         return self.line(self.members(calls=[self.call_body(block)]), self.taken())
 
     def ended(self) -> dict:
-        done, usage = self.choices[0].done, self.usage()
+        done = self.choices[0].done
+        usage = self.usage()
         decoding_s = (usage.completion_tokens - 1) / done.tokens_per_second if done.tokens_per_second else 0.0
         dropped = {"dropped_messages": done.dropped_messages} if done.dropped_messages else {}
         return {"done": True, "done_reason": done.reason, **dropped,

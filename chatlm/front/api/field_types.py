@@ -109,7 +109,8 @@ def structured_outputs(value: dict) -> tuple[str, str]:
     types = {field.name.removeprefix("guided_"): field.type for field in CONSTRAINT_FIELDS[:4]}
     (language, constraint), *others = constraints.items() or [("", None)]
     if language == "json_object" and constraint is True and not others:
-        language, constraint = "json", {"type": "object"}
+        language = "json"
+        constraint = {"type": "object"}
     if others or language not in types or not matches(types[language].schema, constraint):
         raise bad_value("structured_outputs", value, "an object with one of json, regex, choice, grammar and "
                                                      "json_object: true")
@@ -304,7 +305,8 @@ EFFORT_BUDGETS = "reasoning_effort", "reasoning.effort", "output_config.effort",
 def thinking_budget(body: Mapping, fields: Iterable[Field]) -> dict[str, int]:
     """The limit of tokens for thinking, under the name of the field that sets it; {} if there is none.
     RequestError if two fields differ."""
-    known, chosen = {field.name for field in fields}, {}
+    known = {field.name for field in fields}
+    chosen = {}
     for path in (*BUDGETS, *EFFORT_BUDGETS):
         value = member_of(body, path) if path.partition(".")[0] in known else None
         if value is not None and (path in BUDGETS or is_number(value)):

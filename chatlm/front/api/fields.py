@@ -169,7 +169,8 @@ def known_tools(tools: Seq[dict], types: Seq[str | None],
     """The functions among tools, as Chat Completions has them, and the types of the others.
 
     Functions are of these `types`, and their parameters are in the member `schema`."""
-    functions, others = [], []
+    functions = []
+    others = []
     for index, tool in enumerate(tools):
         if tool.get("type") not in types:
             others.append(str(tool["type"]))
@@ -216,7 +217,8 @@ def object_schema(required: Seq[str], **properties: dict) -> dict:
     return {"type": "object", "required": required, "properties": properties}
 
 
-A_TEXT, TEXT_OR_NULL = {"type": "string"}, {"type": ["string", "null"]}
+A_TEXT = {"type": "string"}
+TEXT_OR_NULL = {"type": ["string", "null"]}
 A_TOKEN = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
 TEXT_OR_TOKEN = {"anyOf": [A_TEXT, A_TOKEN]}
 A_FUNCTION = object_schema(
@@ -251,7 +253,8 @@ def within_limit(what: str, count: int, limit: int, param: str):
 
 def functions_among(tools: Seq[dict]) -> tuple[tuple[dict, ...], tuple[str, ...]]:
     """The functions among tools of Chat Completions, and the types of the others."""
-    functions, others = [], []
+    functions = []
+    others = []
     for index, tool in enumerate(tools):
         if matches(A_FUNCTION, tool):
             functions.append(tool)

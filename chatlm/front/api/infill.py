@@ -48,7 +48,9 @@ class InfillEncoder(OpenAIEncoder):
         super().__init__(*arguments)
         # for a whole body
         self.texts, self.tokens, self.probabilities = list[str](), list[int](), list[dict]()
-        self.prompt_tokens, self.predicted, self.has_new_line = 0, 0, False
+        self.prompt_tokens = 0
+        self.predicted = 0
+        self.has_new_line = False
 
     def start(self, accepted: Accepted) -> bytes:
         self.prompt_tokens = accepted.prompt_tokens
@@ -70,7 +72,8 @@ class InfillEncoder(OpenAIEncoder):
         return part
 
     def encode(self, event: Piece | Finished) -> bytes:
-        choice, part = self.choices[0], self.received(event)
+        choice = self.choices[0]
+        part = self.received(event)
         more = frame(self.part(part)) if part.deltas or part.tokens or part.logprobs else b""
         return more + (frame(self.final(choice)) if choice.done else b"")
 
@@ -85,7 +88,9 @@ class InfillEncoder(OpenAIEncoder):
         yield dump(self.final(self.choices[0], "".join(self.texts)))
 
     def final(self, choice: Choice, content: str = "") -> dict:
-        done, usage, request = choice.done, self.usage(), self.request
+        done = choice.done
+        usage = self.usage()
+        request = self.request
         by_text = done.stop_reason in request.params.stop
         sampling = asdict(request.params.sampling)
         sampling["repeat_penalty"] = sampling.pop("repetition_penalty")
@@ -109,8 +114,10 @@ class InfillEncoder(OpenAIEncoder):
     def timings(self, done: Finished) -> dict:
         """llama-server's names for how long the prompt and the answer took."""
         usage = self.usage()
-        computed, predicted = usage.prompt_tokens - usage.cached_tokens, usage.completion_tokens
-        prompt_ms, speed = done.ttft_ms - done.queue_ms, done.tokens_per_second
+        computed = usage.prompt_tokens - usage.cached_tokens
+        predicted = usage.completion_tokens
+        prompt_ms = done.ttft_ms - done.queue_ms
+        speed = done.tokens_per_second
         predicted_ms = (predicted - 1) / speed * 1e3 if speed else 0.0
         return {"cache_n": usage.cached_tokens, "prompt_n": computed, "prompt_ms": round(prompt_ms, 3),
                 "prompt_per_token_ms": round(prompt_ms / max(computed, 1), 3),

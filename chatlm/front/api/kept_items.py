@@ -25,7 +25,8 @@ def kept_items(items: Iterable[Mapping], own_ids: bool = False) -> tuple[KeptIte
     kept = []
     for item in items:
         whole = understood(item)
-        name, sent = PREFIXES[whole["type"]] + secrets.token_hex(12), item.get("id")
+        name = PREFIXES[whole["type"]] + secrets.token_hex(12)
+        sent = item.get("id")
         if own_ids and is_text(sent) and AN_ID.fullmatch(sent):
             name = sent
         try:
@@ -37,13 +38,15 @@ def kept_items(items: Iterable[Mapping], own_ids: bool = False) -> tuple[KeptIte
 
 def understood(item: Mapping) -> dict:
     """The members of an item that response_messages reads, in the form in which items are shown."""
-    kind, status = item.get("type") or "message", item.get("status")
+    kind = item.get("type") or "message"
+    status = item.get("status")
     kept = {"type": kind, "status": status if status in STATUSES else "completed"}
     if kind == "message":
         text_type = "output_text" if item["role"] == "assistant" else "input_text"
         return kept | {"role": item["role"], "content": parts(item.get("content"), text_type)}
     if kind == "reasoning":
-        summary, content = item.get("summary"), item.get("content")
+        summary = item.get("summary")
+        content = item.get("content")
         return kept | {"summary": [] if content else parts(summary, "summary_text"),
                        "content": parts(content, "reasoning_text")}
     call_id = item.get("call_id")

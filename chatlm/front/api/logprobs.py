@@ -21,7 +21,8 @@ def token_text(tokenizer: Tokenizer, token: int) -> tuple[str, list[int] | None]
     """A token as log-probabilities show it, and its bytes.
 
     Special tokens show their name; a piece of a character is escaped as OpenAI does."""
-    text, spelled = tokenizer.whole_text(token), tokenizer.token_bytes(token)
+    text = tokenizer.whole_text(token)
+    spelled = tokenizer.token_bytes(token)
     if text is None:
         text = "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
     return text, None if token in tokenizer.special_names else list(spelled)
@@ -49,7 +50,8 @@ class TokensOfText:
     these. A step may bring tokens of several of them, and tokens whose text comes with a later step."""
 
     def __init__(self, tokenizer: Tokenizer, skips_specials: bool = True):
-        self.tokenizer, self.skips_specials = tokenizer, skips_specials
+        self.tokenizer = tokenizer
+        self.skips_specials = skips_specials
         self.calls = CallFinder(tokenizer) if skips_specials and tokenizer and tokenizer.tool_tokens else None
         # behind no text so far, each with the bytes that it has in the answer
         self.waiting: list[tuple[TokenLogprob, bytes]] = []
@@ -66,11 +68,15 @@ class TokensOfText:
 
     def take(self, added: str) -> tuple[TokenLogprob, ...]:
         """Those behind the answer's next text, reasoning or call. Those before it are behind none."""
-        whole, text = b"".join(spelled for _, spelled in self.waiting), added.encode("utf-8", "replace")
+        whole = b"".join(spelled for _, spelled in self.waiting)
+        text = added.encode("utf-8", "replace")
         begin = whole.find(text)
         if begin < 0:  # a call that was rewritten, or bytes that are no characters: all that there is
-            begin, text = 0, whole
-        found, first, after = [], 0, 0
+            begin = 0
+            text = whole
+        found = []
+        first = 0
+        after = 0
         for index, (one, piece) in enumerate(self.waiting, 1):
             last = first + len(piece)
             if piece and first < begin + len(text) and last > begin:

@@ -17,7 +17,9 @@ def passage_parts(block: dict, name: str) -> list[dict]:
     """The parts of a block of type document or search_result: what it is called, then what it says.
     RequestError for what is no text, such as a PDF."""
     if block["type"] == "search_result":
-        heads, content, where = ("title", "source"), block.get("content"), f"{name}.content"
+        heads = ("title", "source")
+        content = block.get("content")
+        where = f"{name}.content"
     else:
         heads, (content, where) = ("title", "context"), content_of(block.get("source"), f"{name}.source")
     head = [Field(f"{name}.{member}", TEXT, "").read(block[member]) for member in heads
@@ -48,7 +50,8 @@ def parts_of(content, name: str) -> Iterator[dict]:
         if picture_in(part):
             yield part
             continue
-        place, kind = f"{name}[{index}]", part.get("type") if isinstance(part, dict) else None
+        place = f"{name}[{index}]"
+        kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text":
             raise RequestError(f"{place} must be a text or, in a document, an image, not "
                                f"{shown(kind or part)}", code="unsupported_content", param=place)

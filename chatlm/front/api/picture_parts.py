@@ -52,7 +52,8 @@ def sent_in(part: Any, name: str) -> tuple[Any, str] | None:
     """What a part says of its picture, and the name of that for errors; None if it is no picture."""
     if is_text(part):   # Ollama's
         return part, name
-    kind, value = part.get("type"), part.get("image_url")
+    kind = part.get("type")
+    value = part.get("image_url")
     if kind in ("image_url", "input_image"):
         if value is None and part.get("file_id"):
             raise RequestError(f"{name}.file_id: this server keeps no pictures; send {FORM}, in image_url",
@@ -193,7 +194,8 @@ def parts_of(content: Any, name: str) -> Iterator[tuple[list, int, Any, str]]:
     for index, part in enumerate(content if isinstance(content, list) else ()):
         if isinstance(part, dict):
             yield content, index, part, f"{name}[{index}]"
-            inner, source = f"{name}[{index}]", part.get("source")
+            inner = f"{name}[{index}]"
+            source = part.get("source")
             if part.get("type") == "tool_result":
                 yield from parts_of(part.get("content"), f"{inner}.content")
             if part.get("type") == "document" and isinstance(source, dict):

@@ -48,7 +48,8 @@ if TYPE_CHECKING:
 def parse_answer(body: dict, fields: Seq[Field], known: Known) -> dict:
     """The checked fields of a body with a conversation to answer. Where thinking is turned off and the
     template cannot be told, it ends as soon as it begins."""
-    values, budget = parse_fields(body, fields), thinking_budget(body, fields)
+    values = parse_fields(body, fields)
+    budget = thinking_budget(body, fields)
     off = not budget and turned_off(body, fields)
     if off and thoughts_of(known.template) and not knows_of_thinking(known.template):
         budget = {off: 0}
@@ -117,10 +118,12 @@ def parse_openai_request(values: Mapping, settings: Settings, tool_format: str |
                          messages: tuple[Message, ...] | None = None) -> Request:
     """The checked OPENAI_FIELDS as a Request; its tools are functions. `tool_format` is how the model writes
     calls, if it can. Other APIs have parsed their `messages` and template options."""
-    logprobs, top = values.get("logprobs", False), values.get("top_logprobs", 0)
+    logprobs = values.get("logprobs", False)
+    top = values.get("top_logprobs", 0)
     if top and not logprobs:
         raise invalid("top_logprobs", "top_logprobs needs logprobs: true")
-    choice, tools = values.get("tool_choice", ToolChoice()), values.get("tools", ())
+    choice = values.get("tool_choice", ToolChoice())
+    tools = values.get("tools", ())
     required = choice.mode == "required"
     if choice.mode != "none" and (tools or required) and tool_format is None:
         raise no_tools("tools" if tools else "tool_choice")
@@ -130,13 +133,16 @@ def parse_openai_request(values: Mapping, settings: Settings, tool_format: str |
     if parallel is None:
         parallel = values.get("parallel_tool_calls", not required)
     if required:
-        grammar, param = tool_grammar(tools, tool_format or "", parallel), "tools"
+        grammar = tool_grammar(tools, tool_format or "", parallel)
+        param = "tools"
     options = values.get("template_options", {})
     if messages is None:
         messages = openai_messages(values["messages"], tool_format is not None)
         options = template_options(values)
     functions = [tool["function"] for tool in tools]
-    names, types, strict = tuple(function["name"] for function in functions), (), ()
+    names = tuple(function["name"] for function in functions)
+    types = ()
+    strict = ()
     if not grammar and any(function.get("strict") is True for function in functions):
         param = "tools"
         strict = tuple(call_grammar(function, tool_format or "") if function.get("strict") is True else ""
@@ -165,7 +171,8 @@ def read_native_body(body: dict, known: Known) -> ParsedBody:
     """nanochat's body; one that names a model comes from a client of OpenAI whose base URL lacks /v1."""
     if body.get("model") is not None:
         return read_chat_body(body, known)
-    values, settings = parse_answer(body, NATIVE_FIELDS, known), known.settings
+    values = parse_answer(body, NATIVE_FIELDS, known)
+    settings = known.settings
     messages, dropped = native_messages(values["messages"], values.get("truncate", False))
     return ParsedBody(make_request(
         values, settings, messages=messages, dropped_messages=dropped,
@@ -187,7 +194,9 @@ def read_chat_body(body: dict, known: Known) -> ParsedBody:
 
 def read_completion_body(body: dict, known: Known) -> ParsedBody:
     values = parse_fields(body, COMPLETION_FIELDS)
-    n, logprobs, suffix = values.get("n", 1), values.get("logprobs"), values.get("suffix")
+    n = values.get("n", 1)
+    logprobs = values.get("logprobs")
+    suffix = values.get("suffix")
     prompts = values.get("prompt", ("",) if suffix else (NEW_DOCUMENT,))
     if values.get("best_of", n) != n:
         raise RequestError("best_of must equal n", code="unsupported_best_of", param="best_of")
@@ -200,21 +209,25 @@ def read_completion_body(body: dict, known: Known) -> ParsedBody:
         if params.prompt_logprobs is not None:
             raise invalid("echo", "echo and logprobs exclude each other where there is a suffix, since the "
                                   "model reads the suffix before the answer")
-        values, infill = values | infill_ends(values, known, "suffix"), Infill((suffix,))
+        values = values | infill_ends(values, known, "suffix")
+        infill = Infill((suffix,))
     request = openai_request(values, known.settings, params, prompts=prompts, infill=infill)
     return scored_body("completion", values, known, request)
 
 
 def scored_body(api: str, values: Mapping, known: Known, request: Request) -> ParsedBody:
     """With vLLM's `logprob_token_ids` and `prompt_logprobs`, if they are asked for."""
-    params, starts = request.params, values.get("prompt_logprobs_start", ())
+    params = request.params
+    starts = values.get("prompt_logprobs_start", ())
     if named := values.get("logprob_token_ids", ()):
         if params.logprobs is None:
             raise invalid("logprob_token_ids", "logprob_token_ids needs logprobs")
         params = replace(params, logprob_ids=named)
-    top, details = values.get("prompt_logprobs"), {}
+    top = values.get("prompt_logprobs")
+    details = {}
     if starts:
-        name, count = "prompt_logprobs_start", len(request.prompts)
+        name = "prompt_logprobs_start"
+        count = len(request.prompts)
         if top is None or params.prompt_logprobs is not None:
             raise invalid(name, f"{name} needs prompt_logprobs, and excludes logprobs of an echo")
         starts = starts * count if len(starts) == 1 else starts
@@ -442,11 +455,13 @@ def read_variants(body: dict, indices: Seq[int], seed: int, known: Known) -> lis
     """The questions of some answers of a body of /v1/compare, all by one model. They share the messages that
     are read here. Log-probabilities are requested to show how likely a differing token was."""
     values: dict[str, Any] = {"seed": seed, **parse_answer(body, COMPARE_FIELDS, known)}
-    text, messages = values.get("prompt"), ()
+    text = values.get("prompt")
+    messages = ()
     if text is None:
         messages = openai_messages(values["messages"], known.tool_format is not None)
         values["template_options"] = template_options(values)
-    variants, read = values.get("variants", ()), []
+    variants = values.get("variants", ())
+    read = []
     for index in indices:
         answered = values | parse_fields(variants[index] if variants else {}, DRAWING_FIELDS)
         if text is None:
@@ -458,7 +473,8 @@ def read_variants(body: dict, indices: Seq[int], seed: int, known: Known) -> lis
 
 
 async def count_tokens(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
-    values, tool_format = parse_fields(body, COUNTED_FIELDS), prompts.tokenizer.tool_format
+    values = parse_fields(body, COUNTED_FIELDS)
+    tool_format = prompts.tokenizer.tool_format
     messages, tools, _ = anthropic_prompt(values, tool_format)
     if values.get("tool_choice", ToolChoice()).mode == "none":
         tools = ()

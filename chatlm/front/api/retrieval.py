@@ -40,11 +40,13 @@ def asked_of(values: Mapping, texts: Seq[Any], params: AnswerParams, retrieval: 
 
 def read_embedding_body(body: dict, known: Known, api: str = "embeddings") -> ParsedBody:
     """OpenAI's Embeddings API, or with another `api` one of Ollama's or TEI's."""
-    values, embedder = parse_fields(body, EMBEDDING_BODIES[api]), known.embedder
+    values = parse_fields(body, EMBEDDING_BODIES[api])
+    embedder = known.embedder
     params = AnswerParams(pooling=pooling_of(values, embedder), dimensions=dimensions_of(values, known),
                           normalized=values.get("normalize", api != "ollama embeddings"))
     retrieval = Retrieval(prompt_of(values, embedder), cut=values.get("cut", api != "embeddings"))
-    name, inputs = EMBEDDING_BODIES[api][0].name, values["input"]
+    name = EMBEDDING_BODIES[api][0].name
+    inputs = values["input"]
     if api.startswith("ollama") and inputs in ((), ("",)):
         return ParsedBody(asked_of(values, (), params, retrieval), stream=False, api=api,
                           details={"nothing": True})
@@ -68,13 +70,16 @@ def pooling_of(values: Mapping, embedder: Embedder | None) -> str:
 def dimensions_of(values: Mapping, known: Known) -> int:
     """How many numbers a vector keeps; 0: all. RequestError for what the model was not trained for, with the
     width that its vectors have."""
-    asked, embedder = values.get("dimensions"), known.embedder
+    asked = values.get("dimensions")
+    embedder = known.embedder
     if asked is None:
         return embedder.dimensions if embedder else 0
     if embedder is None:
-        width, why = known.width, "a chat model's vectors have the width of its hidden states"
+        width = known.width
+        why = "a chat model's vectors have the width of its hidden states"
     else:
-        width, why = embedder.size, "this model's vectors cannot be cut"
+        width = embedder.size
+        why = "this model's vectors cannot be cut"
     if not width:
         raise Overloaded("the model is still loading", retry_after_s=2)
     least = embedder.least if embedder and embedder.least else width
@@ -86,7 +91,8 @@ def dimensions_of(values: Mapping, known: Known) -> int:
 
 def prompt_of(values: Mapping, embedder: Embedder | None) -> str:
     """The text that goes before each input. RequestError for the name of one that the model does not have."""
-    prompts, name = dict(embedder.prompts if embedder else ()), values.get("prompt_name")
+    prompts = dict(embedder.prompts if embedder else ())
+    name = values.get("prompt_name")
     if name is not None and name not in prompts:
         raise bad_value("prompt_name", name, f"one of {', '.join(map(shown, prompts))}" if prompts else
                         "left out: this model has no prompts")
@@ -102,7 +108,8 @@ def read_rerank_body(body: dict, known: Known, api: str = "rerank") -> ParsedBod
     if ("texts" in values) == ("documents" in values):
         raise invalid("documents", "documents is missing" if "texts" not in values else
                       "documents and texts exclude each other: they are two APIs' names for the same")
-    documents, embedder = values.get("documents", values.get("texts", ())), known.embedder
+    documents = values.get("documents", values.get("texts", ()))
+    embedder = known.embedder
     if not values["query"].strip():
         raise invalid("query", "the query is empty")
     cuts = values.get("truncate", True) if api == "tei rerank" else api == "rerank"
@@ -126,10 +133,12 @@ def instruction_of(values: Mapping, embedder: Embedder | None) -> str | None:
 
 def read_score_body(body: dict, known: Known) -> ParsedBody:
     """vLLM's: scores of pairs. A reranker reads each pair; an embedder's are the cosines of vectors."""
-    values, embedder = parse_fields(body, SCORE_FIELDS), known.embedder
+    values = parse_fields(body, SCORE_FIELDS)
+    embedder = known.embedder
     if missing := [name for name in ("text_1", "text_2") if name not in values]:
         raise RequestError(f"{missing[0]} is missing", code="missing_required_parameter", param=missing[0])
-    first, second = values["text_1"], values["text_2"]
+    first = values["text_1"]
+    second = values["text_2"]
     if len(first) not in (1, len(second)):
         raise invalid("text_1", f"text_1 has {len(first):,} texts and text_2 has {len(second):,}; it must "
                                 "have one, or as many")

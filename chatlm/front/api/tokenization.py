@@ -79,7 +79,8 @@ def pieces_body(tokenizer: Tokenizer, tokens: Seq[int]) -> list[dict]:
 
 async def detokenize(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
     """The response of /detokenize; special tokens appear by name."""
-    tokens, tokenizer = parse_fields(body, DETOKENIZE_FIELDS)["tokens"], prompts.tokenizer
+    tokens = parse_fields(body, DETOKENIZE_FIELDS)["tokens"]
+    tokenizer = prompts.tokenizer
     checked_ids(tokens, tokenizer, "tokens")
 
     def shown_twice() -> bytes:  # for llama-server's clients and vLLM's
@@ -95,7 +96,8 @@ def piece_body(tokenizer: Tokenizer, token: int) -> str | list[int]:
 
 
 async def apply_template(body: dict, prompts: PromptMaker, client: str = "") -> bytes:
-    values, tokenizer = parse_fields(body, TEMPLATE_FIELDS), prompts.tokenizer
+    values = parse_fields(body, TEMPLATE_FIELDS)
+    tokenizer = prompts.tokenizer
     tokens = await conversation_ids(values, prompts, client)
     pieces = {"tokens": pieces_body(tokenizer, tokens)} if values.get("with_pieces") else {}
     return dump({"prompt": tokenizer.show(tokens), **pieces})

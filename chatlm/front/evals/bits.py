@@ -42,7 +42,8 @@ def windows_of(ids: Seq[int], context: int) -> Iterator[Window]:
     """Windows that begin half a context apart. The very first token is not scored, since nothing precedes it.
     Every other token is scored once, in the first window that contains it; from the second window on, at
     least half a context precedes it."""
-    stride, scored = max(context // 2, 1), 1
+    stride = max(context // 2, 1)
+    scored = 1
     for begin in range(0, len(ids), stride):
         end = min(begin + context, len(ids))
         if end > scored:
@@ -56,7 +57,8 @@ async def score_text(scorer: PoolScorer, text: str, windows: int = WINDOWS) -> S
 
     windows: how many are computed at a time."""
     ids = await asyncio.to_thread(scorer.tokenizer.encode, text)
-    size, logprobs = len(text.encode()), array.array("d")
+    size = len(text.encode())
+    logprobs = array.array("d")
     if not scorer.begin:
         size -= len(scorer.tokenizer.token_bytes(ids[0]))
     waiting = [*windows_of([*scorer.begin, *ids], scorer.room)]

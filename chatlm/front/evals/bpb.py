@@ -91,8 +91,8 @@ def validation_shard() -> Path:
 
 async def packed_rows(texts: Texts, scorer: Scorer, targets: int) -> AsyncGenerator[list[int], None]:
     """Rows of targets + 1 tokens, without end: after the last document comes the first."""
-    packer, batches = Packer(), itertools.chain.from_iterable(
-        texts.documents() for _ in itertools.count())
+    packer = Packer()
+    batches = itertools.chain.from_iterable(texts.documents() for _ in itertools.count())
     if not next(texts.documents(), None):
         raise ConfigError(f"{texts.path} has no texts")
     while True:
@@ -129,9 +129,12 @@ def targets_of(scorer: Scorer) -> int:
 async def run_bpb(scorer: Scorer, texts: Texts, most: int | None, kept: Kept,
                   progress: Callable[[str, float], None]) -> BpbResult:
     """Score the rows that are not among `kept`: `most` of them, or as many as upstream does."""
-    began_s, targets, done = time.monotonic(), targets_of(scorer), 0
+    began_s = time.monotonic()
+    targets = targets_of(scorer)
+    done = 0
     if texts.is_plain:
-        rows, count = plain_rows(texts, scorer, targets), most
+        rows = plain_rows(texts, scorer, targets)
+        count = most
     else:
         rows = packed_rows(texts, scorer, targets)
         count = most or max(SPLIT_TOKENS // targets, 1)
@@ -166,7 +169,9 @@ class Shared:
     """One stream of rows for several readers."""
 
     def __init__(self, rows: AsyncGenerator[list[int], None], most: int | None):
-        self.rows, self.most, self.place = rows, most, 0
+        self.rows = rows
+        self.most = most
+        self.place = 0
         self.turn = asyncio.Lock()
 
     async def numbered(self) -> AsyncGenerator[tuple[int, list[int]], None]:
@@ -177,5 +182,6 @@ class Shared:
                 row = await anext(self.rows, None)
                 if row is None:
                     return
-                place, self.place = self.place, self.place + 1
+                place = self.place
+                self.place = self.place + 1
             yield place, row

@@ -16,7 +16,10 @@ from chatlm.common.files import read_small
 from chatlm.common.hub.find import nanochat_base
 
 MULTIPLE_CHOICE, SCHEMA, LANGUAGE_MODELING = KINDS = "multiple_choice", "schema", "language_modeling"
-TASKS, BASELINES, ROWS = "core.yaml", "eval_meta_data.csv", "eval_data"  # the names in a bundle
+# the names in a bundle
+TASKS = "core.yaml"
+BASELINES = "eval_meta_data.csv"
+ROWS = "eval_data"
 FETCHES = "python -m scripts.base_eval --eval core"  # what upstream fetches the bundle with
 
 
@@ -64,7 +67,8 @@ def read_suite(word: str, flag: str = "--suite") -> Suite:
 
 
 def read_bundle(folder: Path, name: str) -> Suite:
-    listed, table = read_small(folder / TASKS), read_small(folder / BASELINES)
+    listed = read_small(folder / TASKS)
+    table = read_small(folder / BASELINES)
     digest = hashlib.sha256(listed + table)
     baselines = read_baselines(folder / BASELINES, table)
     tasks = []
@@ -99,17 +103,20 @@ def read_baselines(path: Path, data: bytes) -> dict[str, float]:
 
 
 def read_task(folder: Path, number: int, entry: Mapping, baselines: Mapping[str, float]) -> Task:
-    where, label = f"{folder / TASKS}: task {number}", entry.get("label")
+    where = f"{folder / TASKS}: task {number}"
+    label = entry.get("label")
     if not isinstance(label, str):
         raise ConfigError(f"{where} has no label")
-    kind, shots = entry.get("icl_task_type"), entry.get("num_fewshot")
+    kind = entry.get("icl_task_type")
+    shots = entry.get("num_fewshot")
     where = f"{folder / TASKS}: {shown(label)}"
     if kind not in KINDS:
         raise ConfigError(f"{where}: icl_task_type is {shown(kind)}; known are {', '.join(KINDS)}")
     if not (isinstance(shots, list) and shots and type(shots[0]) is int and shots[0] >= 0):
         raise ConfigError(f"{where}: num_fewshot is {shown(shots)}; it must be a list whose first number "
                           "counts")
-    uri, delimiter = entry.get("dataset_uri"), entry.get("continuation_delimiter", " ")
+    uri = entry.get("dataset_uri")
+    delimiter = entry.get("continuation_delimiter", " ")
     if not isinstance(uri, str) or not isinstance(delimiter, str):
         raise ConfigError(f"{where}: dataset_uri and continuation_delimiter must be texts")
     path = folder / ROWS / uri
@@ -170,7 +177,8 @@ def read_rows(task: Task) -> list[dict]:
 
 
 def read_row(task: Task, number: int, line: bytes) -> dict:
-    where, row = f"{task.path}: line {number}", None
+    where = f"{task.path}: line {number}"
+    row = None
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:

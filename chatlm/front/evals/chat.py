@@ -67,7 +67,9 @@ class Problem(NamedTuple):
 
 def chat_suite(runs_code: bool) -> Suite:
     """The tasks whose data are here; ChatCORE needs all. ConfigError if none are."""
-    tasks, left_out, digest = [], [], hashlib.sha256()
+    tasks = []
+    left_out = []
+    digest = hashlib.sha256()
     for source in SOURCES.values():
         if source.kind == PROGRAM and not runs_code:
             left_out.append(f"{source.label}: it runs programs that the model writes, only with "
@@ -90,7 +92,8 @@ def chat_suite(runs_code: bool) -> Suite:
 def drawn_problems(task: Task, most: int | None) -> list[Problem]:
     """A task's items in upstream's order. ConfigError names the first broken row."""
     source = SOURCES[task.label]
-    rows, problems = read_table(source.files, source.columns), []
+    rows = read_table(source.files, source.columns)
+    problems = []
     if not rows:
         raise ConfigError(f"{task.path} has no rows")
     for number in permutation(SEED, len(rows))[:most]:
@@ -163,7 +166,8 @@ class ChatJudge:
     """Judges the items of a task. runs: runs programs; without it there may be none of them."""
 
     def __init__(self, scorer: Scorer, runs: Runs | None = None):
-        self.scorer, self.runs = scorer, runs
+        self.scorer = scorer
+        self.runs = runs
         self.tokens: dict[str, int] = {}  # of letters
 
     async def judged(self, task: Task, problem: Problem) -> Mapping[str, Any]:

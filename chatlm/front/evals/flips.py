@@ -27,7 +27,8 @@ class Verdicts(NamedTuple):
 def flips(before: Verdicts, after: Verdicts) -> dict[str, Any]:
     """The items that only one of two models of the same suite got right; at most MOST_SHOWN with their texts.
     Reads the tasks' files: ConfigError if these are broken by now."""
-    gained = lost = 0
+    gained = 0
+    lost = 0
     shown: list[dict[str, Any]] = []
     for task in after.suite.tasks:
         pairs = enumerate(zip(before.right.get(task.label, ""), after.right.get(task.label, "")))

@@ -27,7 +27,8 @@ class ForwardCheck:
     each that comes. One that agrees speaks for the run's earlier ones; if one does not, they are compared
     too. Each has then `own_val_bpb` and, where it does not agree, a `warning`."""
 
-    kind, key = FORWARD, ""
+    kind = FORWARD
+    key = ""
 
     def __init__(self):
         self.agreed_s: dict[str, float] = {}  # by run: when the newest checkpoint that agrees was saved
@@ -48,7 +49,8 @@ class ForwardCheck:
 
     async def find(self, work: Work) -> Result:
         """Compare a checkpoint, if its shard is here and can be read."""
-        model, evaluation = work.model, work.model.evaluation
+        model = work.model
+        evaluation = work.model.evaluation
         assert evaluation is not None and model.source is not None
         path = model.source.path
         lack = why_not(model, work.pool, evaluation)
@@ -87,7 +89,8 @@ class ForwardCheck:
             log.warning("%s", text)
 
     async def _compare(self, work: Work, evaluation: Evaluation, shard: Path) -> Comparison:
-        model, scorer = work.model, PoolScorer(work.pool, work.yields)
+        model = work.model
+        scorer = PoolScorer(work.pool, work.yields)
         scores = list[RowScore]()
         for row in await self._rows(run_of(model), evaluation, shard, scorer):
             [found] = await scorer.score([row], [1], 0)
@@ -103,7 +106,8 @@ class ForwardCheck:
             raise ConfigError(f"cannot read {shard}: {error.strerror}") from None
         key = run, shard, status.st_size, status.st_mtime_ns, evaluation.targets, evaluation.rows
         if key != self.rows[0]:
-            begin, encode = scorer.begin, scorer.tokenizer.encode
+            begin = scorer.begin
+            encode = scorer.tokenizer.encode
             self.rows = key, await asyncio.to_thread(
                 chosen_rows, evaluation, shard, lambda text: begin + encode(text))
         return self.rows[1]
@@ -115,7 +119,8 @@ def run_of(model: Model) -> str:
 
 def why_not(model: Model, pool: WorkerPool, evaluation: Evaluation) -> str:
     """Why a model as it is served cannot be compared; "" if it can."""
-    settings, scorer = model.settings, PoolScorer(pool)
+    settings = model.settings
+    scorer = PoolScorer(pool)
     if settings.quantize or settings.kv_cache_dtype.startswith("q"):
         return "it is served in fewer bits than it was trained in"
     if evaluation.targets >= scorer.longest:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-LOW_32, LOW_64, LOW_128 = (1 << 32) - 1, (1 << 64) - 1, (1 << 128) - 1
+LOW_32 = (1 << 32) - 1
+LOW_64 = (1 << 64) - 1
+LOW_128 = (1 << 128) - 1
 MULTIPLIER = 0x2360ED051FC65DA44385DF649FCCF645
 
 
@@ -15,7 +17,8 @@ class Hash:
     """SeedSequence's hash of 32-bit words, whose constant changes with each of them."""
 
     def __init__(self, constant: int, multiplier: int):
-        self.constant, self.multiplier = constant, multiplier
+        self.constant = constant
+        self.multiplier = multiplier
 
     def __call__(self, word: int) -> int:
         word ^= self.constant
@@ -49,7 +52,8 @@ def random_words(seed: int) -> Iterator[int]:
     state = (increment + (high << 64 | low)) * MULTIPLIER + increment & LOW_128
     while True:
         state = state * MULTIPLIER + increment & LOW_128
-        turn, value = state >> 122, (state >> 64 ^ state) & LOW_64
+        turn = state >> 122
+        value = (state >> 64 ^ state) & LOW_64
         value = value >> turn | value << (64 - turn) & LOW_64
         yield value & LOW_32
         yield value >> 32
@@ -57,7 +61,8 @@ def random_words(seed: int) -> Iterator[int]:
 
 def permutation(seed: int, count: int) -> list[int]:
     """The numbers below `count`, which is below 2**32, in the order of numpy's generator."""
-    order, words = list(range(count)), random_words(seed)
+    order = list(range(count))
+    words = random_words(seed)
     for last in range(count - 1, 0, -1):
         mask = (1 << last.bit_length()) - 1
         other = next(word & mask for word in words if word & mask <= last)

@@ -82,7 +82,8 @@ async def run_task(scorer: Scorer, task: Task, most: int | None, kept: Kept,
                    runs: Runs | None = None) -> TaskResult:
     """Judge the items of a task that are not among `kept`. runs: runs programs, for a task that needs it.
     ConfigError if an item cannot be judged."""
-    began_s, rows = time.monotonic(), await asyncio.to_thread(drawn_items, task, most)
+    began_s = time.monotonic()
+    rows = await asyncio.to_thread(drawn_items, task, most)
     judge = ChatJudge(scorer, runs)
     left = iter([index for index in range(len(rows)) if kept.find(task.label, index) is None])
     words = f"{task.label} ({task.shots}-shot)" if task.kind in KINDS else task.label
@@ -117,7 +118,8 @@ async def judged(scorer: Scorer, task: Task, rows: list[dict], index: int) -> Ma
     spans = [fitted(span, scorer.longest) for span in whole]
     asked = [place for place, span in enumerate(spans) if not span.empty]
     top = 2 if task.kind == LANGUAGE_MODELING else 0
-    ids, starts = [spans[place].ids for place in asked], [spans[place].start for place in asked]
+    ids = [spans[place].ids for place in asked]
+    starts = [spans[place].start for place in asked]
     by_place = dict(zip(asked, await scorer.score(ids, starts, top) if asked else ()))
     verdict = verdict_of(task.kind, item, [by_place.get(place, []) for place in range(len(spans))])
     cut = any(len(span.ids) < len(one.ids) for span, one in zip(spans, whole))

@@ -33,7 +33,11 @@ if TYPE_CHECKING:
     from chatlm.front.evals.run_log import RunLog
 
 
-WRITTEN, FORWARD, TEXT, SAMPLES, SUITE = "written", "forward", "text", "samples", "suite"
+WRITTEN = "written"
+FORWARD = "forward"
+TEXT = "text"
+SAMPLES = "samples"
+SUITE = "suite"
 KINDS = WRITTEN, FORWARD, TEXT, SAMPLES, SUITE  # of results, in the order in which they are shown
 # what each line has, whatever its result
 NAMES = "tag", "lineage", "stage", "step", "weights_digest", "folder", "saved_s", "computed_with"
@@ -105,7 +109,8 @@ class RunResults:
 
     def __init__(self, folder: Path | None, run_log: RunLog | None = None):
         """folder: --results; None keeps results only in memory."""
-        self.folder, self.run_log = folder, run_log
+        self.folder = folder
+        self.run_log = run_log
         self.asked: dict[str, str] = {WRITTEN: ""}  # by kind: the key whose results are shown
         self.folders: dict[str, dict[tuple[int, str], StepResults]] = {}  # by folder; by step and digest
         self.of_weights: dict[str, dict[tuple[str, str, str], Result]] = {}  # by digest
@@ -307,7 +312,8 @@ def result_in(line: bytes) -> tuple[StepOfRun, Result] | None:
     """The result in a line; None if it has none, or is broken."""
     with suppress(ValueError, RecursionError, TypeError, KeyError, AttributeError):
         found = json.loads(line)
-        digest, number = found["weights_digest"], found["step"]
+        digest = found["weights_digest"]
+        number = found["step"]
         if not (isinstance(digest, str) and digest) or type(number) is not int:
             return None
         names = [found.get(name) for name in ("tag", "lineage", "stage", "folder", "computed_with")]
@@ -326,7 +332,9 @@ def result_of(found: Mapping[str, Any]) -> Result | None:
     wrong."""
     fields = {name: value for name, value in found.items() if name not in NAMES}
     if "text_digest" in found:
-        bits, size, tokens = found["bits"], found["bytes"], found["tokens"]
+        bits = found["bits"]
+        size = found["bytes"]
+        tokens = found["tokens"]
         if not (is_number(bits) and type(size) is type(tokens) is int and size > 0):
             return None
         return text_result(str(found["text_digest"]), Score(bits, size, tokens))

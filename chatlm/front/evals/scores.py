@@ -96,10 +96,13 @@ class PoolScorer:
     LOOK_S = 0.01  # how often it looks for other requests
 
     def __init__(self, pool: WorkerPool, yields: Callable[[], None] | None = None):
-        self.pool, self.yields = pool, yields
+        self.pool = pool
+        self.yields = yields
         card = pool.supervisor.card
-        self.digest, self.arithmetic = card.facts.digest, card.facts.arithmetic
-        self.longest, self.room = card.longest, card.context_length
+        self.digest = card.facts.digest
+        self.arithmetic = card.facts.arithmetic
+        self.longest = card.longest
+        self.room = card.context_length
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -114,7 +117,8 @@ class PoolScorer:
         return [] if token is None else [token]
 
     async def encode(self, texts: Seq[str]) -> list[list[int]]:
-        tokenizer, begin = self.tokenizer, self.begin
+        tokenizer = self.tokenizer
+        begin = self.begin
         return await asyncio.to_thread(lambda: [begin + tokenizer.encode(text) for text in texts])
 
     async def score(self, prompts: Seq[Seq[int]], starts: Seq[int], top: int) -> list[list[TokenLogprob]]:

@@ -132,7 +132,10 @@ class SuiteDuty:
     def __init__(self, suite: Suite, most: int | None, folder: Path | None,
                  unkept: Callable[[Path, OSError], None]):
         """ConfigError for a task that cannot be read."""
-        self.suite, self.most, self.folder, self.unkept = suite, most, folder, unkept
+        self.suite = suite
+        self.most = most
+        self.folder = folder
+        self.unkept = unkept
         self.key = suite_key(suite.digest, most)
         for task in suite.tasks:
             drawn_items(task, most)  # what is broken is said at once
@@ -145,7 +148,8 @@ class SuiteDuty:
         model.verdicts = Verdicts(self.suite, self.most, result.verdicts)
 
     async def find(self, work: Work) -> Result:
-        suite, model = self.suite, work.model
+        suite = self.suite
+        model = work.model
         scorer = PoolScorer(work.pool, work.yields)
         name = kept_name(model.settings, scorer, model.name, suite, self.most)
         kept = await asyncio.to_thread(Kept, self.folder, name, self.unkept)
@@ -170,7 +174,9 @@ class StepWork:
     needs. What was found is kept in the checkpoint's model and in the results of its run."""
 
     def __init__(self, many: ManyModels, models: Mapping[Step, Model]):
-        self.many, self.models, settings = many, models, many.settings
+        self.many = many
+        self.models = models
+        settings = many.settings
         self.failed: set[tuple[Step, str]] = set()
         self.steps: WeakKeyDictionary[Model, tuple[StepOfRun, str]] = WeakKeyDictionary()  # see `described`
         self.duties: list[Duty] = [ForwardCheck()]
@@ -248,7 +254,8 @@ class StepWork:
             if not self._may_load(model):
                 raise Postponed("other models need the memory")
 
-        pool, was_loaded = Served(model).pool, model.state == "ready"
+        pool = Served(model).pool
+        was_loaded = model.state == "ready"
         try:
             result = await duty.find(Work(model, pool, check_room))
             await self.results.add(of_run, result._replace(made_by=made_by))
@@ -263,7 +270,8 @@ class StepWork:
 
     def _may_load(self, model: Model) -> bool:
         """Is it loaded, or is there free memory for it that no other model waits for?"""
-        place, residency = model.place, self.many.residency
+        place = model.place
+        residency = self.many.residency
         return place is not None and (
             place.serves or place.missing <= residency.budget - residency.used
             and not any(other.waits for other in residency.places if other is not place))
@@ -287,14 +295,16 @@ def kept_folder(settings: Settings) -> Path | None:
 def described(step: Step, model: Model, pool: WorkerPool) -> tuple[StepOfRun, str]:
     """The names of a checkpoint in its results, and a digest of all that decides them beside its weights and
     what was asked: its other files, and how it is computed here."""
-    files, saved_ns = [], [0]
+    files = []
+    saved_ns = [0]
     for name, size, time_ns in step.stamp:
         if name.endswith(WEIGHTS):
             saved_ns.append(time_ns)
         elif size <= SMALL_FILE:
             with suppress(OSError):
                 files.append(hashlib.sha256(Path(name).read_bytes()).hexdigest())
-    card, settings = pool.supervisor.card, model.settings
+    card = pool.supervisor.card
+    settings = model.settings
     key = json.dumps([files, card.facts.arithmetic, card.context_length, card.longest, settings.dtype,
                       settings.quantize, settings.kv_cache_dtype, settings.softcap])
     made_by = hashlib.sha256(key.encode()).hexdigest()[:24]

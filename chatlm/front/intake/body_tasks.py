@@ -82,7 +82,8 @@ class BodyTasks:
 
     async def _admitted(self, parsed: ParsedBody, rendered: dict) -> list:
         """A body whose prompts fit, packed. rendered: what answers to one conversation share."""
-        admitted, lasting = await self.prompts.admit(parsed.request, rendered), parsed.lasting()
+        admitted = await self.prompts.admit(parsed.request, rendered)
+        lasting = parsed.lasting()
         request = replace(lasting.request, dropped_messages=admitted.dropped_messages,
                           pictures=admitted.pictures)
         if self.config.server.settings.log_conversations and request.messages is not None:

@@ -21,7 +21,9 @@ class Budget:
     One client may hold a quarter of them, or what `total // share` is."""
 
     def __init__(self, total: int, share: int = 4):
-        self.total, self.used, self.freed = total, 0, asyncio.Event()
+        self.total = total
+        self.used = 0
+        self.freed = asyncio.Event()
         self.of_one = total // share
         self.of_client: Counter[str] = Counter()
 
@@ -48,7 +50,10 @@ class Holding:
     The first LIMITS.inline_bytes of an answer are free."""
 
     def __init__(self, budget: Budget, client: str):
-        self.budget, self.client, self.size, self.free = budget, client, 0, LIMITS.inline_bytes
+        self.budget = budget
+        self.client = client
+        self.size = 0
+        self.free = LIMITS.inline_bytes
         self.others = ExitStack()  # whatever else the request holds until it ends
 
     def __enter__(self) -> Holding:

@@ -38,7 +38,8 @@ def unpacked_body(values: Seq, vocab_size: int) -> ParsedBody:
     """What packed_body packed. Equal ids are one object, so that each takes 8 bytes; where there are
     pictures, whose rows have ids beyond the vocabulary, each is its own. Made piece by piece: other threads
     get no turn within one call of C."""
-    parsed, prompts = object_restorer(ParsedBody)(values[0]), []
+    parsed = object_restorer(ParsedBody)(values[0])
+    prompts = []
     object_of = int if parsed.request.pictures else integers(vocab_size).__getitem__
     for data in map(base64.b64decode, values[1]):
         prompts.append(prompt := [])

@@ -72,7 +72,8 @@ class Envelope:
 
     def packed(self, rest: bytes) -> bytes:
         """For the front. rest: the fields as JSON; b"": they stay here."""
-        line, problem = self.line, self.lift.problem
+        line = self.line
+        problem = self.lift.problem
         head = {"model": self.model[:LONGEST_NAME], "names_model": self.names_model, "chained": self.chained,
                 "line": line and [line.number, line.custom_id, line.url, line.id],
                 "names": [name for name, _ in self.lift.files], "first": self.lift.first,

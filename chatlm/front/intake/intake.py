@@ -201,7 +201,8 @@ class Intake:
         if sum(map(len, parts)) <= most:
             return Arrival(caller, parts, open_body(caller.route, number, *parts), number)
         admission = opener or self.catalogue.find("", caller.bound).pool.admission
-        sandbox, ticket = admission.sandboxes["bodies"], next(self.tickets)
+        sandbox = admission.sandboxes["bodies"]
+        ticket = next(self.tickets)
         with admission.prepare(caller.client):
             data: Any = await sandbox.perform(
                 caller.client, "open", caller.route, number, most, bodies=parts, ticket=ticket)
@@ -236,7 +237,8 @@ class Intake:
     async def see(self, arrival: Arrival, served: Served, holding: Holding):
         """Decode a body's pictures, once however many models see them. Their pixels are held as long as
         `holding`. RequestError if the model cannot see, or a picture cannot be read."""
-        envelope, client = arrival.envelope, arrival.caller.client
+        envelope = arrival.envelope
+        client = arrival.caller.client
         envelope.lift.check(self.blind(served.pool))
         if not envelope.lift.files or arrival.pictures:
             return
@@ -256,7 +258,8 @@ class Intake:
 
     async def _read(self, arrival: Arrival, served: Served, task: str, *arguments) -> Any:
         """What one of TASKS makes of a body, here or in a sandbox: nothing else chooses."""
-        admission, caller = served.pool.admission, arrival.caller
+        admission = served.pool.admission
+        caller = arrival.caller
         if arrival.is_here and (admission.prompts or task != "text"):
             reading = Reading(arrival.envelope, served.known, admission.prompts, caller.client)
             return await TASKS[task](reading, *arguments)

@@ -64,7 +64,8 @@ class PoolAdapters:
 
     def __init__(self, settings: Settings, workers: Seq[Worker]):
         """ConfigError for faults of --adapter that show without reading weights."""
-        self.settings, self.workers = settings, workers
+        self.settings = settings
+        self.workers = workers
         named, self.folders = named_adapters(settings.adapter)
         self.all: dict[str, Adapter] = {}      # by id: all that a worker may still have
         self.serving: dict[str, Adapter] = {}  # by name
@@ -164,7 +165,8 @@ class PoolAdapters:
         if not problem:
             adapter.problems.pop(worker.gpu, None)
             adapter.loaded.add(worker.gpu)
-            adapter.nbytes, adapter.digest = message.nbytes, message.digest
+            adapter.nbytes = message.nbytes
+            adapter.digest = message.digest
             if not adapter.retired and self.serving.get(adapter.name) is not adapter:
                 self._switch(adapter)
             log.info("the adapter %s: %.1f MB from %s", adapter.name, message.nbytes / 1e6,
@@ -192,7 +194,8 @@ class PoolAdapters:
 
     def _note_problem(self, adapter: Adapter, problem: str):
         """Log the problem once, until the files change."""
-        folder, older = adapter.files.path, self.serving.get(adapter.name)
+        folder = adapter.files.path
+        older = self.serving.get(adapter.name)
         stays = bool(older and older is not adapter and older.loaded)
         stamp = adapter.files.stamp
         if self.watch.sightings.refuse(stamp, for_good=adapter_stamp(folder) == stamp):
@@ -232,7 +235,8 @@ class AdapterWatch:
         await self.sightings.run(self.update)
 
     async def update(self, settled: Iterable[AdapterFiles]):
-        adapters, there = self.adapters, self.sightings.there
+        adapters = self.adapters
+        there = self.sightings.there
         for adapter in [adapter for adapter in adapters.serving.values() if adapter.watched]:
             if adapter.files.path not in there:
                 log.info("the adapter %s was removed", adapter.name)
@@ -247,7 +251,8 @@ class AdapterWatch:
     def follow(self, adapter: Adapter) -> bool:
         """Serve an adapter's current files, if they are not the version that a worker was to load. Returns
         whether they are served."""
-        adapters, now = self.adapters, adapter_at(adapter.files.path, adapter.name)
+        adapters = self.adapters
+        now = adapter_at(adapter.files.path, adapter.name)
         if (not now.stamp or adapters.settings.ray_address or now.stamp == adapter.files.stamp
                 or self.sightings.refused.get(now.stamp)):
             return False

@@ -23,7 +23,8 @@ class Catalogue:
     """The catalogue of one model, whose pool speaks for the server. `ManyModels` is the one for several."""
 
     def __init__(self, settings: Settings, *pools: WorkerPool):
-        self.settings, self.draining = settings, False
+        self.settings = settings
+        self.draining = False
         self.on_progress: Callable[[str, float], None] = lambda stage, fraction: None  # stage, share
         self.registry = Registry(*(
             Model(settings, pool, ModelChoice("", aliases=settings.served_model_name)) for pool in pools))

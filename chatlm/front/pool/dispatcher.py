@@ -80,7 +80,8 @@ TEXTS = 16  # of a request that waits count as one answer for --max-queue
 def waiting_of(models: Iterable[Dispatcher], low: bool = True) -> Counter[str]:
     """What each client has waiting: answers and, since a request may have 2,048 texts, TEXTS of these as
     one. low: with jobs in the background, which keep no others out."""
-    waiting, texts = Counter(), Counter()
+    waiting = Counter()
+    texts = Counter()
     for job in (job for model in models for job in model.pending):
         if job.request.low_priority and not low:
             break  # they come last
@@ -117,7 +118,9 @@ class Dispatcher:
                  changed: Callable[[], None] = lambda: None):
         """all_models: the dispatchers of a server's models, to which this one is added; they share limits
         and turns. changed: called when a job arrives, ends or is moved."""
-        self.settings, self.workers, self.adapters = settings, workers, adapters
+        self.settings = settings
+        self.workers = workers
+        self.adapters = adapters
         self.all_models = [] if all_models is None else all_models
         self.all_models.append(self)
         self.jobs: dict[str, Job] = {}  # waiting and running
@@ -134,7 +137,8 @@ class Dispatcher:
         share of the model is loaded; None: all.
 
         Raises EngineFailure (workers died too often), Overloaded (shutdown) and RequestError (cancelled)."""
-        events, prompts = asyncio.Queue(), request.prompt_ids or ()
+        events = asyncio.Queue()
+        prompts = request.prompt_ids or ()
         jobs = [Job(request, ids, length, events, arrived_s, choice, [*request.prefix_token_ids])
                 for choice, (ids, length) in
                 enumerate(pair for pair in zip(prompts, lengths) for _ in range(request.n))]
@@ -147,7 +151,8 @@ class Dispatcher:
             lengths_of_prompts = tuple(map(len, prompts))
             yield Accepted(sum(lengths_of_prompts), lengths_of_prompts if len(prompts) > 1 else ())
             others = {job.choice: jobs[job.choice + 1:job.choice + request.n] for job in jobs[::request.n]}
-            turn_s, left = time.monotonic(), len(jobs)
+            turn_s = time.monotonic()
+            left = len(jobs)
             untold = request.params.progress  # the length of the prompt
             while left:
                 waited = events.empty()

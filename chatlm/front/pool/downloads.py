@@ -82,8 +82,12 @@ class Download:
 
     def __init__(self, name: str, asked: str, on_change: Callable[[], None] = lambda: None):
         """name: of the hub; asked: the name by which it was asked for, such as a short one."""
-        self.name, self.asked, self.on_change = name, asked, on_change
-        self.state, self.done, self.whole = "waiting", 0, 0
+        self.name = name
+        self.asked = asked
+        self.on_change = on_change
+        self.state = "waiting"
+        self.done = 0
+        self.whole = 0
         self.error = ""    # why it failed
         self.note = ""     # what remains to be done to use it
         self.served = False
@@ -112,7 +116,8 @@ class Download:
     async def states(self) -> AsyncIterator[dict]:
         """Its body now and after each change, until it has ended. One that was slow to read misses some."""
         while True:
-            changed, running = self._changed, self.running
+            changed = self._changed
+            running = self.running
             yield self.body
             if not running:
                 return
@@ -128,13 +133,19 @@ class Download:
 class Downloads:
     """The downloads of a server, by the names that models have at the hub."""
 
-    MOST_RUNNING, MOST_WAITING, MOST_KEPT = 2, 50, 50
-    QUESTION_S, MOST_QUESTIONS = 90.0, 8
+    MOST_RUNNING = 2
+    MOST_WAITING = 50
+    MOST_KEPT = 50
+    QUESTION_S = 90.0
+    MOST_QUESTIONS = 8
 
     def __init__(self, settings: Settings, catalogue: Catalogue, command: Seq[str] = PROCESS_COMMAND):
-        self.settings, self.catalogue, self.process = settings, catalogue, HubProcess(command)
+        self.settings = settings
+        self.catalogue = catalogue
+        self.process = HubProcess(command)
         self.known: dict[str, Download] = {}
-        self.running, self.asking = asyncio.Semaphore(self.MOST_RUNNING), asyncio.Semaphore(2)
+        self.running = asyncio.Semaphore(self.MOST_RUNNING)
+        self.asking = asyncio.Semaphore(2)
         self.questions = 0
         self.planning = asyncio.Lock()  # one at a time is measured against what has room
         self.deleting: set[str] = set()

@@ -33,7 +33,8 @@ class FolderWatch:
     WATCH_S = 3.0  # between two scans
 
     def __init__(self, many: ManyModels):
-        self.many, self.registry = many, many.registry
+        self.many = many
+        self.registry = many.registry
         self.folder = Path(many.settings.models or "").expanduser()
         self.sightings = Sightings(lambda: find_models(self.folder, self._going_on),
                                    lambda: [model.stamp for model in self._mine.values()], self.WATCH_S)
@@ -91,8 +92,12 @@ class FolderWatch:
             self.registry.models.remove(model)
         elif model.pool or model.reason:
             log.info("the files of the model %s have changed", model.name)
-        pool, place = model.pool, model.place
-        model.pool, model.place, model.source, model.reason = None, None, None, ""
+        pool = model.pool
+        place = model.place
+        model.pool = None
+        model.place = None
+        model.source = None
+        model.reason = ""
         return pool, place
 
     async def _open(self, choice: ModelChoice, files: Files, old: Model | None):
@@ -122,7 +127,8 @@ class FolderWatch:
 
     def name_models(self):
         """Name the models after their current files: `latest` goes to the newest step that can be served."""
-        there, mine = self.sightings.there, self._mine
+        there = self.sightings.there
+        mine = self._mine
         for path in mine.keys() - there.keys():  # dropped once it is no longer in memory
             mine[path].rename(mine[path].name, ())
         for files, choice in self._named():
@@ -130,7 +136,8 @@ class FolderWatch:
 
     def _named(self, new: Seq[Files] = ()) -> Iterator[tuple[Files, ModelChoice]]:
         """What is served, and these new files, with the names that they should have."""
-        there, mine = self.sightings.there, self._mine
+        there = self.sightings.there
+        mine = self._mine
         shown = [files for files in there.values() if files.path in mine or files in new]
         unable = {str(files.path) for files in shown if files.path not in mine or not mine[files.path].pool}
         return zip(shown, named_models(self.folder, shown, unable, self._taken(there)))

@@ -38,7 +38,10 @@ class LocalDevices:
                  first: int = 0, prefixes: Prefixes | None = None, draft_stamp: Stamp | None = None):
         """source: the model's files, if known; first: the number of the first worker; prefixes: memory for
         prefixes that outlive workers; draft_stamp: see DraftTerms."""
-        self.settings, self.command, self.source, self.prefixes = settings, command, source, prefixes
+        self.settings = settings
+        self.command = command
+        self.source = source
+        self.prefixes = prefixes
         self.renews = source is None  # else changed files get a new pool
         self.draft_stamp = draft_stamp
         self.workers = [Worker(settings, self, gpu, device)
@@ -68,9 +71,12 @@ class LocalDevices:
         environment = process_environment(threads, worker.nice)
         worker.process, ours = start_child(self.command, "worker", environment)
         reader, worker.writer = await asyncio.open_connection(sock=ours)
-        shared, size, more = (), 0, 0
+        shared = ()
+        size = 0
+        more = 0
         if self.prefixes:
-            shared, size = self.prefixes.paths, self.prefixes.bytes
+            shared = self.prefixes.paths
+            size = self.prefixes.bytes
             more = self.prefixes.bytes - self.prefixes.used
         secretless = replace(self.settings, keys=(), api_key=(), prefix_memory=more)
         return reader, WorkerConfig(secretless, self.source, worker.device, threads, shared, size,
@@ -111,7 +117,8 @@ def choose_devices(settings: Settings) -> list[str]:
 
     Raises ConfigError for more than one GPU replica without CUDA."""
     cuda = cuda_device_count() if settings.device_type in ("auto", "cuda") else 0
-    wanted, ranks = settings.num_gpus or "1", ranks_here(settings)
+    wanted = settings.num_gpus or "1"
+    ranks = ranks_here(settings)
     if wanted != "auto" and not (re.fullmatch("[0-9]{1,4}", wanted) and 1 <= int(wanted) <= 1024):
         raise ConfigError(f"--num-gpus {wanted}: must be a number from 1, or `auto`")
     if cuda:
@@ -142,7 +149,8 @@ def niceness(settings: Settings) -> int | None:
 def cuda_device_count() -> int:
     """How many GPUs this process may use: from CUDA_VISIBLE_DEVICES and device files, since asking the driver
     takes 1 s. None without torch."""
-    files, visible = device_files() if torch_installed() else 0, os.environ.get("CUDA_VISIBLE_DEVICES")
+    files = device_files() if torch_installed() else 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return files
     # the driver ignores an invalid entry and all after it: -1, an empty one, 9 of 8
@@ -153,7 +161,8 @@ def cuda_device_count() -> int:
 
 def shown_gpus(count: int) -> str:
     """How many GPUs there are, for errors, and whether CUDA_VISIBLE_DEVICES hides others."""
-    visible, files = os.environ.get("CUDA_VISIBLE_DEVICES"), device_files()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    files = device_files()
     if not torch_installed():
         return f"GPUs need the Python package torch; install with: {pip_command('torch')}"
     if visible is not None and files > count:

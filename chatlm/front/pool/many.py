@@ -61,7 +61,8 @@ class ManyModels(Catalogue):
         super().__init__(settings)
         self.step_work = step_work
         self.residency = Residency(0)
-        self.became_ready, self.failure = asyncio.Event(), None
+        self.became_ready = asyncio.Event()
+        self.failure = None
         self.opener = Opener(settings, command, self.residency, self.became_ready.is_set)
         self.stage = ("finding the models", 0.0)
         self.closing = False
@@ -151,11 +152,14 @@ class ManyModels(Catalogue):
 
     def fail(self, model: Model, error: ChatServerError | None):
         """A worker of the model could not start: fail its requests and free its memory."""
-        pool, place = model.pool, model.place
+        pool = model.pool
+        place = model.place
         if pool is None or self.closing:
             return
         changed = isinstance(error, Changed)
-        model.reason, model.pool, model.place = str(error), None, None
+        model.reason = str(error)
+        model.pool = None
+        model.place = None
         model.failed_s = -math.inf if changed else time.monotonic()
         if changed and model.run:
             model.reason = ""  # RunWatch reads them once they no longer change
@@ -234,7 +238,8 @@ class ManyModels(Catalogue):
             await self.remove(pool, model.place)
 
     async def close(self):
-        self.draining = self.closing = True
+        self.draining = True
+        self.closing = True
         await end_tasks(self.tasks)
         await asyncio.gather(*(pool.close() for pool in self.pools), self.opener.survey.close(),
                              self.opener.desk.close())
@@ -271,7 +276,8 @@ class ManyModels(Catalogue):
         return [step for step in steps if not bound or any(is_among(name, [step["model"]]) for name in bound)]
 
     async def _try_again(self, model: Model):
-        before, error = model.reason, await self.opener.open(model)
+        before = model.reason
+        error = await self.opener.open(model)
         if error and str(error) != before:
             log.error("the model %s cannot be served: %s", model.name, error)
         if model in self.registry.models:
@@ -298,7 +304,8 @@ class ManyModels(Catalogue):
             body["loading"] = {"stage": "waiting for the first checkpoint in "
                                         f"{Path(self.settings.watch or '').absolute().name}", "fraction": 0.0}
         if looping := [loop for one in bodies for loop in one.get("crash_loops", ())]:
-            body["crash_loops"], body["status"] = looping, "degraded" if ready else status
+            body["crash_loops"] = looping
+            body["status"] = "degraded" if ready else status
         return 200 if ready else 503, body
 
     def stats(self, seen: Seq[Served]) -> dict:
@@ -319,7 +326,8 @@ class ManyModels(Catalogue):
 
     def describe(self) -> list[str]:
         models = self.registry.models
-        default, states = default_among(self.registry.listed()), Counter(model.state for model in models)
+        default = default_among(self.registry.listed())
+        states = Counter(model.state for model in models)
         default = default and default.model
         failed = f", {states['failed']} of them failed" if states["failed"] else ""
         beside = " in addition to the prefixes" if self.opener.prefixes.bytes else ""

@@ -30,9 +30,13 @@ class Model:
     def __init__(self, settings: Settings, pool: WorkerPool | None, choice: ModelChoice = ModelChoice("")):
         """settings: this model's own; pool: None while it cannot be served. If `choice` has no name, the
         pool's is used."""
-        self.settings, self.pool, self.choice = settings, pool, choice
+        self.settings = settings
+        self.pool = pool
+        self.choice = choice
         self.place: Place | None = None      # its share of memory, if it is one of several models
-        self.reason, self.failed_s = "", 0.0  # why and when it failed, for the operator
+        # why and when it failed, for the operator
+        self.reason = ""
+        self.failed_s = 0.0
         self.source: ModelSource | None = None
         self.stamp: tuple = ()               # of its files, if --models found it
         self.run: RunName | None = None      # of a checkpoint that --watch found

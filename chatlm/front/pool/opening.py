@@ -41,14 +41,19 @@ class Opener:
     #     grep -E "^(Rss|Pss|Private_Dirty)" /proc/PID/smaps_rollup    (pid: from workers in /stats)
     # with decode_core 239, 181 and 154 MiB; without it, CHAT_SERVER_KERNELS=reference, 279, 225 and 180. The
     # part that is not private is the libraries' files, which processes share and the system can drop.
-    PROCESS_BYTES, GPU_PROCESS_BYTES = 200 << 20, 600 << 20
+    PROCESS_BYTES = 200 << 20
+    GPU_PROCESS_BYTES = 600 << 20
 
     def __init__(self, settings: Settings, command: Seq[str], residency: Residency,
                  started: Callable[[], bool] = lambda: False):
         """started: does the server run? From then on a model is served without drafts that it cannot have."""
-        self.settings, self.command, self.residency = settings, command, residency
+        self.settings = settings
+        self.command = command
+        self.residency = residency
         self.started = started
-        self.desk, self.survey, self.workers = Desk(), Survey(command), 0
+        self.desk = Desk()
+        self.survey = Survey(command)
+        self.workers = 0
         self.dispatchers: list[Dispatcher] = []
         self.prefixes = Prefixes(settings)
         budget = settings.models_memory  # None on a GPU: the survey reads how much it has
@@ -83,7 +88,8 @@ class Opener:
             if not path.exists():
                 raise
             model = Model(settings, None, replace(choice, name=choice.name or path.stem))
-            model.reason, model.failed_s = str(error), time.monotonic()
+            model.reason = str(error)
+            model.failed_s = time.monotonic()
             return model
         model = Model(settings, None, replace(choice, name=choice.name or source.name))
         model.source = replace(source, name=model.name)
@@ -119,9 +125,13 @@ class Opener:
         except ChatServerError as error:
             if pool:
                 await self.close_pool(pool)
-            model.pool, model.reason, model.failed_s = None, str(error), time.monotonic()
+            model.pool = None
+            model.reason = str(error)
+            model.failed_s = time.monotonic()
             return error
-        model.pool, model.place, model.reason = pool, place, ""
+        model.pool = pool
+        model.place = place
+        model.reason = ""
         return None
 
     async def _pool(self, model: Model, surveyed: Surveyed, draft_stamp: Stamp) -> WorkerPool:

@@ -93,8 +93,11 @@ class WorkerPool:
         """desk, dispatchers: shared by the models of a server with several. prefixes: memory that outlives
         the workers; several models share it, and their catalogue starts and closes it. changed: called when
         jobs come and go, by whoever decides when the model is loaded; None: the next job loads it."""
-        self.prefixes, self.alone = prefixes, desk is None
-        self.settings, self.placement, self.workers = settings, placement, placement.workers
+        self.prefixes = prefixes
+        self.alone = desk is None
+        self.settings = settings
+        self.placement = placement
+        self.workers = placement.workers
         self.admission = Admission(self._check_capacity, desk)
         self.changed = changed or self._load_for_jobs
         self.adapters = PoolAdapters(settings, self.workers)
@@ -108,7 +111,8 @@ class WorkerPool:
         self.version = ServedVersion(self.supervisor)
         self.on_progress: Callable[[str, float], None] = lambda stage, fraction: None
         self.draining = False
-        self.started_s, self.created = time.monotonic(), int(time.time())
+        self.started_s = time.monotonic()
+        self.created = int(time.time())
 
     async def start(self):
         if self.prefixes and self.alone:
@@ -311,7 +315,8 @@ class WorkerPool:
         return 200 if self.ready else 503, body
 
     def stats(self) -> dict:
-        ready, card = self.supervisor.ready_workers, self.supervisor.card
+        ready = self.supervisor.ready_workers
+        card = self.supervisor.card
         busy = sum(bool(worker.jobs) for worker in ready)
         return {"total_workers": len(self.workers), "available_workers": len(ready) - busy,
                 "busy_workers": busy, "tensor_parallel_size": self.settings.tensor_parallel_size,

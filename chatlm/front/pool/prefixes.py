@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 
 SHARE = 0.1             # share of the free memory for prefixes, without --prefix-memory
 STAGING_BYTES = 64 << 20  # the least memory when prefixes are stored on disk
-LEAST_SEGMENTS, SEGMENTS = 32, 256  # in memory, which is also the most conversations kept there
+# in memory, which is also the most conversations kept there
+LEAST_SEGMENTS = 32
+SEGMENTS = 256
 
 
 class Prefixes:
@@ -140,15 +142,20 @@ class StoreWriter:
     HEAD_BYTES = 2048         # of a segment, including its model's name
 
     def __init__(self, folder: Path, limit: int):
-        self.folder, self.limit = folder, limit
+        self.folder = folder
+        self.limit = limit
         self.memory = Tier(0, 0, 0)
         self.tier = self._unseen()
         # by segment in memory: its first key, and how many of its entries are finished
         self.seen: dict[Segment, tuple[bytes, int]] = {}
         self.thread: threading.Thread | None = None
-        self.stopping, self.deadline_s = threading.Event(), 0.0
-        self.trouble, self.retry_s = "", 0.0
-        self.pages = self.bytes = 0          # written so far
+        self.stopping = threading.Event()
+        self.deadline_s = 0.0
+        self.trouble = ""
+        self.retry_s = 0.0
+        # written so far
+        self.pages = 0
+        self.bytes = 0
 
     def _unseen(self) -> Tier:
         """The store before its first scan."""
@@ -158,7 +165,8 @@ class StoreWriter:
 
     def start(self, memory: Seq[Segment], memory_bytes: int, busy: Callable[[], bool]):
         """memory_bytes: limit of all segments in memory together."""
-        self.memory, self.busy = Tier(memory_bytes, 0, len(memory)), busy
+        self.memory = Tier(memory_bytes, 0, len(memory))
+        self.busy = busy
         for segment in memory:
             self.memory.add(segment)
         self.tier = self._unseen()
@@ -218,12 +226,15 @@ class StoreWriter:
     def _store_some(self, entries: Seq[Entry]) -> int:
         """Store about one batch, each record after those that it continues. Returns how many are finished."""
         wanted: list[Entry] = []
-        known, size, count = set[bytes](), 0, 0
+        known = set[bytes]()
+        size = 0
+        count = 0
         for entry in entries:
             chain = self._missing(entry, known)
             wanted += chain
             known |= {each.key for each in chain}
-            size, count = size + sum(each.size for each in chain), count + 1
+            size = size + sum(each.size for each in chain)
+            count = count + 1
             if size >= self.BATCH_BYTES:
                 break
         while wanted:
@@ -233,7 +244,8 @@ class StoreWriter:
 
     def _missing(self, entry: Entry, known: Container[bytes]) -> list[Entry]:
         """A record and its predecessors that are not in the store; none if a predecessor is lost."""
-        chain, key = list[Entry](), entry.key
+        chain = list[Entry]()
+        key = entry.key
         while key and key not in self.tier.index and key not in known:
             if key not in self.memory.index:  # newer than the last scan?
                 self.memory.look_at_all()
@@ -255,7 +267,8 @@ class StoreWriter:
         while not self.tier.make_room(size + self.HEAD_BYTES, header, target):
             if len(run) == 1:
                 return
-            size, run[:] = size - (run[-1].end - run[-1].begin), run[:-1]
+            size = size - (run[-1].end - run[-1].begin)
+            run[:] = run[:-1]
         for segment in (*([target] if target else []), None):
             segment = segment or self._new()
             with self.tier.writing(segment, header) as descriptor:
@@ -265,7 +278,8 @@ class StoreWriter:
             return
 
     def _copy(self, source: Segment, run: list[Entry], segment: Segment, descriptor: int):
-        before, count = segment.end, 0
+        before = segment.end
+        count = 0
         try:
             # the lock keeps others from cutting it: every record that is in the store must be complete
             with locked(descriptor_of(source), wait=True):
@@ -278,7 +292,8 @@ class StoreWriter:
                     count += 1
             os.fdatasync(descriptor)
             os.utime(descriptor, ns=(source.used_ns, source.used_ns))
-            self.pages, self.bytes = self.pages + count, self.bytes + segment.end - before
+            self.pages = self.pages + count
+            self.bytes = self.bytes + segment.end - before
         except OSError:
             os.ftruncate(descriptor, before)
             raise

@@ -53,7 +53,8 @@ def node_shares(settings: Settings, nodes: Seq[Node]) -> tuple[int, list[NodeSha
         wanted = 0 if settings.num_gpus in (None, "auto") else int(settings.num_gpus)
         rows = [[NodeShare(node, 0.0, ranks, MANY_THREADS)] * (node.gpus // ranks) for node in nodes]
     else:
-        nodes, wanted = [node for node in nodes if node.cpus >= ranks], settings.num_workers
+        nodes = [node for node in nodes if node.cpus >= ranks]
+        wanted = settings.num_workers
         count = max(-(-wanted // max(len(nodes), 1)), 1)  # replicas per node
         rows = [[NodeShare(node, node.cpus // count, 0, max(int(node.cpus) // (count * ranks), 1))] * count
                 for node in nodes]
@@ -70,7 +71,9 @@ class RayActor:
     def __init__(self, share: NodeShare, tell: Callable[[Any], None]):
         """tell: sends a message to the Ray process."""
         self.request = StartActor(secrets.token_hex(16), share.node.id, share.cpus, share.gpus)
-        self.tell, self.reason = tell, ""  # why it ended
+        # why it ended
+        self.tell = tell
+        self.reason = ""
         self.address: asyncio.Future[ActorAddress] = asyncio.get_running_loop().create_future()
         self.writer: asyncio.StreamWriter | None = None
 
@@ -78,7 +81,8 @@ class RayActor:
         context = tls_context(tls, False)
         reader, self.writer = await asyncio.open_connection(address.host, address.port, ssl=context)
         self.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, TRANSIT_BYTES)
-        secret, nonce = bytes.fromhex(address.secret), secrets.token_bytes(32)
+        secret = bytes.fromhex(address.secret)
+        nonce = secrets.token_bytes(32)
         nonces = await reader.readexactly(32) + nonce
         self.writer.write(nonce + proof(secret, "front", nonces))
         if not hmac.compare_digest(await reader.readexactly(32), proof(secret, "worker", nonces)):
@@ -112,18 +116,22 @@ class RayNodes:
     an actor wait until it is back."""
 
     CONNECT_S = 20.0
-    RETRY_S, SILENT_S = 5.0, 10.0
+    RETRY_S = 5.0
+    SILENT_S = 10.0
     source: ModelSource | None = None  # the nodes find the model
     renews = True
 
     def __init__(self, settings: Settings, command: Seq[str]):
-        self.settings, self.command = settings, command
+        self.settings = settings
+        self.command = command
         self.workers: list[Worker] = []
         self.shares: dict[Worker, NodeShare] = {}
         self.numbers = itertools.count()
         self.nodes: Seq[Node] | None = None  # None until Ray has listed them
         self.writer: asyncio.StreamWriter | None = None  # to the Ray process
-        self.problem, self.heard_s = "", 0.0  # when it last listed the nodes
+        # when it last listed the nodes
+        self.problem = ""
+        self.heard_s = 0.0
 
     async def start(self, supervisor: Supervisor):
         supervisor.run("talking to Ray", partial(self._follow, supervisor))
@@ -200,7 +208,8 @@ class RayNodes:
         actors = {actor.request.actor: actor for _, actor in self._actors()}
         match message:
             case Nodes(nodes):
-                self.problem, self.heard_s = "", time.monotonic()
+                self.problem = ""
+                self.heard_s = time.monotonic()
                 if nodes != self.nodes:
                     self.nodes = nodes
                     self._match_nodes(nodes, supervisor)

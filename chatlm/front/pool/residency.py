@@ -53,8 +53,12 @@ class Place:
                  idle_s: float = 0.0):
         """own_size: bytes without adapters; cache: how many of these are KV pages; pinned: only the operator
         unloads it; idle_s: unload it after this many seconds without a request, 0 = never."""
-        self.name, self.pool, self.own_size, self.cache = name, pool, own_size, cache
-        self.pinned, self.idle_s = pinned, idle_s
+        self.name = name
+        self.pool = pool
+        self.own_size = own_size
+        self.cache = cache
+        self.pinned = pinned
+        self.idle_s = idle_s
         self.stay = Stay.OUT
         self.empties = True  # can its workers release KV pages alone?
         self.asked = pinned  # was loading requested other than by a job?
@@ -109,11 +113,13 @@ class Place:
 
     def take(self):
         """Take the missing bytes: load, or get the KV pages back."""
-        before, dispatcher = self.stay, self.pool.dispatcher
+        before = self.stay
+        dispatcher = self.pool.dispatcher
         log.info("loading %s (%s)" if before is Stay.OUT else "%s gets its KV pages back (%s)", self.name,
                  shown_bytes(self.missing))
         self.become(Stay.IN)
-        self.asked, self.taken_s = False, time.monotonic()
+        self.asked = False
+        self.taken_s = time.monotonic()
         if before is Stay.OUT:
             self.pool.supervisor.load()
             return
@@ -178,7 +184,8 @@ class Residency:
     def admit(self, place: Place, more: int = 0):
         """Add a model, or allow a known one to grow by `more` bytes. NoRoom if it, or another model next to
         it, could then never be loaded."""
-        size, room = place.size + more, self.room_beside_pinned(place)
+        size = place.size + more
+        room = self.room_beside_pinned(place)
         others = [other for other in self.places if other is not place]
         largest = max((other for other in others if not other.pinned), key=lambda other: other.size,
                       default=None)
@@ -246,11 +253,13 @@ class Residency:
         free = self.budget - self.used + sum(coming(other) for other in self.places)
         others = sorted((other for other in self.places if other is not place and may_leave(other, now)),
                         key=self._rank)
-        spare, leave = sum(spare_of(other) for other in others), list[Place]()
+        spare = sum(spare_of(other) for other in others)
+        leave = list[Place]()
         for other in others:
             if free + spare < missing:
                 leave.append(other)
-                free, spare = free + other.bytes, spare - spare_of(other)
+                free = free + other.bytes
+                spare = spare - spare_of(other)
         if free + spare < missing:
             return math.inf
         for other in others:
@@ -286,7 +295,8 @@ def may_leave(place: Place, now: float) -> bool:
     """May others have its bytes? Not while it loads, nor in the first seconds after that."""
     if place.stay not in (Stay.IN, Stay.EMPTIED) or place.pinned:
         return False
-    workers, supervisor = place.pool.workers, place.pool.supervisor
+    workers = place.pool.workers
+    supervisor = place.pool.supervisor
     begin_s = min((worker.ready_s for worker in supervisor.ready_workers), default=(
         place.taken_s if any(worker.crashes_in_row for worker in workers) else math.inf))
     return now - max(begin_s, place.taken_s) >= max(Residency.KEEP_S, supervisor.load_s)

@@ -64,7 +64,8 @@ class RunNames:
     def _name_of(self, step: Step, folders: set[str]) -> RunName:
         """The names of a step's run, whose path stands in for a name that is taken. A folder that really has
         the name of a stage, such as `d4-base`, comes first."""
-        place, run = step.place, step.run
+        place = step.place
+        run = step.run
         inside = run.is_relative_to(self.folder) and run != self.folder
         path = str(run.relative_to(self.folder)) if inside else run.name
         taken = {name.run for name in self.known.values()} | {name.lineage for name in self.known.values()}

@@ -20,7 +20,8 @@ class ServedVersion:
     PATIENCE_S = 60.0  # how long a request waits for a new version
 
     def __init__(self, supervisor: Supervisor):
-        self.supervisor, self.version = supervisor, supervisor.version
+        self.supervisor = supervisor
+        self.version = supervisor.version
 
     @property
     def number(self) -> int:
@@ -29,7 +30,8 @@ class ServedVersion:
     async def current(self):
         """Wait until the tokenizer belongs to the version that the workers have or will read. Overloaded if
         that takes too long, or if no worker can read it."""
-        supervisor, version = self.supervisor, self.version
+        supervisor = self.supervisor
+        version = self.version
         may_be_old = supervisor.asleep and supervisor.prepared or version.cannot_open
         for worker in supervisor.workers[:1] if may_be_old else ():
             if worker.placement.renews and (source := await asyncio.to_thread(worker.placement.now)):

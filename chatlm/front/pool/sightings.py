@@ -31,7 +31,9 @@ class Sightings(Generic[T]):
                  watch_s: float):
         """find: runs in a thread; ConfigError or OSError if the folder cannot be read. taken: returns the
         versions that the caller serves. watch_s: seconds between two scans."""
-        self.find, self.taken, self.watch_s = find, taken, watch_s
+        self.find = find
+        self.taken = taken
+        self.watch_s = watch_s
         self.there: dict[Path, T] = {}         # as last seen, in order
         self.looked = False
         self.refused: dict[Stamp, bool] = {}   # versions that cannot be served; True: for good
@@ -54,14 +56,16 @@ class Sightings(Generic[T]):
     def compare(self, found: Iterable[T]) -> list[T]:
         """Compare the result of a scan with the last one. Returns what is offered: versions that have not
         changed since and are neither served nor refused for good."""
-        found, before = [*found], self.there.values()
+        found = [*found]
+        before = self.there.values()
         self.note("files", {each.path: each.trouble for each in found if each.trouble})
         seen = [each for each in found if each.stamp]
         now = [known for each in found for known in ([each] if each.stamp else [
             last for last in before if each.path in (last.path, *last.path.parents)])]
         still = {each.stamp for each in before} if self.looked else {
             each.stamp for each in seen if time.time() - each.changed_s > self.OLD_S}
-        self.looked, self.there = True, {each.path: each for each in now}
+        self.looked = True
+        self.there = {each.path: each for each in now}
         self.refused = {each.stamp: self.refused[each.stamp] for each in now if each.stamp in self.refused}
         self.whole &= self.refused.keys()
         done = {*self.taken(), *(stamp for stamp, for_good in self.refused.items() if for_good)}

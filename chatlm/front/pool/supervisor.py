@@ -57,8 +57,10 @@ class Supervisor:
         """prepare: awaited once, with the card of the first worker that has read the model; expect: called
         with the text that it will have.
         report: called with the stage and share of loading."""
-        self.settings, self.workers = settings, workers
-        self.dispatcher, self.adapters = dispatcher, adapters
+        self.settings = settings
+        self.workers = workers
+        self.dispatcher = dispatcher
+        self.adapters = adapters
         self.prepare, self.report, self.expect, self.stamp = prepare, report, expect, program_stamp()
         self.version = Version(workers, dispatcher)
         self.closing = False
@@ -87,7 +89,8 @@ class Supervisor:
 
     def give_up(self, error: ChatServerError):
         """Start-up has failed."""
-        self.failure, self.closing = self.failure or error, True
+        self.failure = self.failure or error
+        self.closing = True
         self.version.close()
         self.became_ready.set()
         self.gave_up()
@@ -211,7 +214,8 @@ class Supervisor:
                     self.run("opening the tokenizer", partial(self.expect, text))
             case ModelCard():
                 message = replace(message, text=worker.text or message.text)
-                worker.place, worker.text = message.place, None
+                worker.place = message.place
+                worker.text = None
                 self._note_drafts(worker, message.without)
                 if self.card.kernels and of_other_files(message, self.card):  # on a node of Ray's
                     return self._refuse(worker)
@@ -225,10 +229,12 @@ class Supervisor:
             case Ready(gauges, faults):
                 worker.become(State.READY)
                 self.adapters.greet(worker)
-                worker.gauges, worker.kernel_faults = gauges, faults
+                worker.gauges = gauges
+                worker.kernel_faults = faults
                 if len(self.workers) > 1:
                     log.info("%s is ready: %s", worker.where, worker.place)
-                self.asleep, self.load_s = False, worker.ready_s - worker.spawned_s
+                self.asleep = False
+                self.load_s = worker.ready_s - worker.spawned_s
                 self.dispatcher.use.note()
                 self._check_ready()
                 self.dispatcher.dispatch()
@@ -340,7 +346,8 @@ class Supervisor:
 
     def unload(self):
         """End the workers until `load`."""
-        self.asleep, self.loading = True, ("unloaded", 0.0)
+        self.asleep = True
+        self.loading = ("unloaded", 0.0)
         self.wanted.clear()
         for worker in self.workers:
             worker.cannot_start = ""  # the next request has it tried again

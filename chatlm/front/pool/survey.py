@@ -26,7 +26,8 @@ class Survey:
     PATIENCE_S = 300.0
 
     def __init__(self, command: Seq[str]):
-        self.command, self.turn = command, asyncio.Lock()
+        self.command = command
+        self.turn = asyncio.Lock()
         self.process: subprocess.Popen | None = None
 
     async def of(self, config: SurveyConfig) -> Surveyed:
@@ -62,7 +63,8 @@ class Survey:
         return message
 
     async def _end(self) -> int | None:
-        process, self.process = self.process, None
+        process = self.process
+        self.process = None
         if process is None:
             return None
         self.writer.close()

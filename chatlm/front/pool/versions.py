@@ -36,7 +36,8 @@ class Version:
     LOOK_S = 0.5  # between two checks whether other workers still need the old version
 
     def __init__(self, workers: Seq[Worker], dispatcher: Dispatcher):
-        self.workers, self.dispatcher = workers, dispatcher
+        self.workers = workers
+        self.dispatcher = dispatcher
         self.number = 0
         self.card = NO_CARD
         self.opened = asyncio.Event()  # set while there is a tokenizer for this version
@@ -63,7 +64,8 @@ class Version:
 
     async def may_read(self, worker: Worker) -> ConfigError | None:
         """Wait until a worker may read the current files. Returns why, if this pool may not serve them."""
-        waits, placement = False, worker.placement
+        waits = False
+        placement = worker.placement
         if not placement.renews and placement.source and await asyncio.to_thread(placement.gone):
             return Changed(which_changed(placement.source))
         while not self.closed and (source := await asyncio.to_thread(placement.now)):

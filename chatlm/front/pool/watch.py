@@ -69,7 +69,8 @@ class RunWatch:
 
     def __init__(self, many: ManyModels,
                  step_work: Callable[[ManyModels, Mapping[Step, Model]], CheckpointWork]):
-        self.many, self.registry = many, many.registry
+        self.many = many
+        self.registry = many.registry
         self.folder = Path(many.settings.watch or "").expanduser().absolute()
         self.models: dict[Step, Model] = {}  # being served
         self.sightings = Sightings(  # folders without any file of a checkpoint are ignored
@@ -144,9 +145,11 @@ class RunWatch:
             self.follow()
 
     async def _open_one(self, step: Step, name: str):
-        path, merged = str(step.path), {}
+        path = str(step.path)
+        merged = {}
         if step.adapts:  # served as its base with the adapter merged
-            path, merged = base_of(step.path), {"lora": (str(step.path),)}
+            path = base_of(step.path)
+            merged = {"lora": (str(step.path),)}
         name = self.registry.renamed(ModelChoice(str(step.path), name)).name
         choice = ModelChoice(path, name, changes={
             "source": None, "model_tag": None, "step": None, **merged})
@@ -160,7 +163,8 @@ class RunWatch:
         if model.pool is None:
             return self._refuse(step, f"the checkpoint {name} is not served: {model.reason}",
                                 is_whole=isinstance(failure, NoRoom))
-        model.run, model.step = self.names.of(step.run), step.step
+        model.run = self.names.of(step.run)
+        model.step = step.step
         model.written, model.stale = written_beside(step.path)
         model.saved_s, model.evaluation = step.changed_s, evaluation_of(step.path)
         self.registry.add(model)
@@ -215,7 +219,8 @@ class RunWatch:
             able = {step.step: model for step, model in self.models.items() if step.run == run and model.pool}
             if not able:
                 continue
-            newest, holder = able[max(able)], self.last.get(run)
+            newest = able[max(able)]
+            holder = self.last.get(run)
             if newest is holder:
                 continue
             if holder and in_use(holder, self.many.residency) and newest.state != "ready":
@@ -243,7 +248,8 @@ def order(model: Model) -> tuple:
 
 def in_use(model: Model, residency: Residency) -> bool:
     """Is it in memory and recently used, and is there memory for a second one like it?"""
-    place, pool = model.place, model.pool
+    place = model.place
+    pool = model.pool
     if not (pool and place and place.taken and pool.dispatcher.in_use):
         return False
     return 2 * place.size <= residency.room_beside_pinned(place)

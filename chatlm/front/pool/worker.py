@@ -74,7 +74,8 @@ class Job:
     @cached_property
     def prefixes(self) -> dict[int, int]:
         """hash -> length of the prompt's first 64, 128, 256 .. tokens, to find a worker with them cached."""
-        owner, ids = (self.request.params.owner, self.request.params.adapter), self.prompt_ids
+        owner = (self.request.params.owner, self.request.params.adapter)
+        ids = self.prompt_ids
         return {hash((owner, ids[:64 << n])): 64 << n for n in range(16) if 64 << n <= len(ids)}
 
     @property
@@ -107,7 +108,8 @@ class Job:
     def leave_worker(self):
         """Wait for another worker, which continues after the last event of this one."""
         self.worker = None
-        self.left_s, self.spent_s = self.left_s + self.spent_s, 0.0
+        self.left_s = self.left_s + self.spent_s
+        self.spent_s = 0.0
         self.note_thinking_ends(len(self.output_ids) + 1 if self.thinking else None)
 
     def note_thinking_ends(self, position: int | None):
@@ -138,7 +140,8 @@ class Job:
                 self.spent_s = event.spent_s
                 self.thinking = deltas[-1].kind == "reasoning" if deltas else self.thinking
                 if self.request.max_tokens == 0:  # scoring only; the worker draws a token all the same
-                    event, tokens = Piece(), ()
+                    event = Piece()
+                    tokens = ()
                 self.output_ids += tokens
                 return event._replace(choice=self.choice, gpu=gpu, spent_s=self.left_s + self.spent_s)
             case Embedding():
@@ -155,19 +158,26 @@ class Job:
                 return EngineFailure(message)
 
     def _note_time(self):
-        self.failovers, self.last_token_s = 0, time.monotonic()
+        self.failovers = 0
+        self.last_token_s = time.monotonic()
         if self.first_token_s is None:
             self.first_token_s = self.last_token_s
 
     def _finished(self, end: Ended, gpu: int) -> Finished:
-        first_s, dispatched_s = self.first_token_s or self.last_token_s, self.dispatched_s or self.arrived_s
-        count, seconds = len(self.output_ids), self.last_token_s - first_s
+        first_s = self.first_token_s or self.last_token_s
+        dispatched_s = self.dispatched_s or self.arrived_s
+        count = len(self.output_ids)
+        seconds = self.last_token_s - first_s
         drawn = count - len(self.request.prefix_token_ids)
-        most, reason, cause = self.request.max_tokens, end.reason, end.stop_reason
+        most = self.request.max_tokens
+        reason = end.reason
+        cause = end.stop_reason
         usage = replace(end.usage, prompt_tokens=len(self.prompt_ids), completion_tokens=count,
                         compute_s=self.left_s + end.usage.compute_s)
         if most == 0:
-            reason, cause, usage = "length", "max_tokens", replace(usage, reasoning_tokens=0)
+            reason = "length"
+            cause = "max_tokens"
+            usage = replace(usage, reasoning_tokens=0)
         elif reason == "length" and (most is None or most > count):
             cause = "context_length"
         return Finished(reason, cause, usage,
@@ -274,9 +284,15 @@ class Worker:
 
     def __init__(self, settings: Settings, placement: Launcher, gpu: int, device: str = "cpu",
                  node: str = ""):
-        self.settings, self.placement = settings, placement
-        self.gpu, self.device, self.node = gpu, device, node  # node: its machine, if it runs on Ray
-        self.state, self.problem = State.LOADING, ""  # problem: why it is left out
+        self.settings = settings
+        self.placement = placement
+        # node: its machine, if it runs on Ray
+        self.gpu = gpu
+        self.device = device
+        self.node = node
+        # problem: why it is left out
+        self.state = State.LOADING
+        self.problem = ""
         self.text: TextSpec | None = None    # of the card to come
         self.place = ""                      # in words: its device and what it holds there
         self.jobs: dict[str, Job] = {}
@@ -292,7 +308,9 @@ class Worker:
         self.cannot_start = ""               # why the next will not be either, as far as is known
         self.without: tuple[str, ...] = ()   # what it drafts without: flags, each with the reason
         self.nice: int | None = None         # its niceness; None: the front's
-        self.spawned_s = self.ready_s = self.slowest_step_s = 0.0
+        self.spawned_s = 0.0
+        self.ready_s = 0.0
+        self.slowest_step_s = 0.0
         self.awaited_s: float | None = None  # when the wait for its next message began; None: no wait
         self.recent: deque[tuple[float, int]] = deque()  # (time, tokens) of the last seconds
         self.prefixes: dict[int, int] = {}   # Job.prefixes of the jobs assigned to it
@@ -308,7 +326,9 @@ class Worker:
         if state is State.DEAD and self.state in (State.UNLOADED, State.LEFT_OUT):
             return
         assert state in NEXT_STATES[self.state], f"{self.where}: {self.state.value} -> {state.value}"
-        self.state, self.problem, now = state, problem, time.monotonic()
+        self.state = state
+        self.problem = problem
+        now = time.monotonic()
         if state is State.LOADING:
             self.spawned_s = self.awaited_s = now
         elif state is State.READY:
@@ -366,7 +386,8 @@ class Worker:
     def assign(self, job: Job):
         """Have it compute an answer; send only the parts of the request that it does not have yet."""
         self.jobs[job.worker_id] = job
-        job.worker, job.assigned_s = self, time.monotonic()
+        job.worker = self
+        job.assigned_s = time.monotonic()
         for message in job.messages(self.known.get(job.request.id)):
             self.send(message)
         self.known.setdefault(job.request.id, set()).add(job.prompt)
@@ -400,8 +421,11 @@ class Worker:
 
     def forget_process(self) -> list[Job]:
         """Reset everything that its process knew, after its end. Returns the jobs that it held."""
-        jobs, self.jobs = list(self.jobs.values()), {}
-        self.gauges, self.awaited_s, self.cache = NO_GAUGES, None, CacheState.HELD
+        jobs = list(self.jobs.values())
+        self.jobs = {}
+        self.gauges = NO_GAUGES
+        self.awaited_s = None
+        self.cache = CacheState.HELD
         self.prefixes.clear()
         self.known.clear()
         return jobs

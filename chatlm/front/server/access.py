@@ -81,7 +81,8 @@ class Access:
 
     def cors_headers(self, http: web.Request) -> dict[str, str]:
         """Headers that let a page of another origin read the response, if --cors-origin names that origin."""
-        allowed, origin = self.settings.cors_origin, http.headers.get("Origin")
+        allowed = self.settings.cors_origin
+        origin = http.headers.get("Origin")
         if origin is None or not origin.isascii() or not {origin, "*"} & set(allowed):
             return {"Vary": "Origin"} if allowed else {}
         return {"Access-Control-Allow-Origin": origin, "Vary": "Origin",
@@ -102,7 +103,8 @@ class Access:
         makes the server work.
 
         Browsers send Origin with every post, but Sec-Fetch-Site only to addresses that they trust."""
-        origin, site = http.headers.get("Origin"), http.headers.get("Sec-Fetch-Site", "none")
+        origin = http.headers.get("Origin")
+        site = http.headers.get("Sec-Fetch-Site", "none")
         foreign = origin is not None and not self.is_own(http, origin)
         if foreign or (works or http.method not in ("GET", "HEAD")) and site not in ("none", "same-origin"):
             self.check_admitted(http)
@@ -179,12 +181,15 @@ class AccessLog:
     """A middleware: one line in the log per request."""
 
     def __init__(self, routes: RouteTable, taken: Callable[[str], bool], metrics: Metrics | None):
-        self.routes, self.taken, self.metrics = routes, taken, metrics
+        self.routes = routes
+        self.taken = taken
+        self.metrics = metrics
 
     async def log(self, http: web.Request, handler: Callable) -> web.StreamResponse:
         """Log one line per request, polls and the page's files only at debug level. 499: the client left
         before the response."""
-        began_s, status = time.monotonic(), 499
+        began_s = time.monotonic()
+        status = 499
         wanted = re.sub(r"[^A-Za-z0-9._-]", "", http.headers.get("X-Request-Id", ""))[:64]
         request_id = wanted if wanted and not self.taken(wanted) else secrets.token_hex(16)
         route = self.routes.row_of(http)

@@ -40,7 +40,8 @@ class Answers:
             events = self.metrics.watch(events, request.n)
         if self.settings.log_conversations:
             events = logged(request, events)
-        request_id, client = request.id, request.client
+        request_id = request.id
+        client = request.client
         charge = self.ledger.charge(request, model, pool.context_length)
         charge.more = partial(self.give_more, pool, request_id, charge, later is not None)
         events = charge.watch(events)

@@ -66,7 +66,9 @@ class BatchRoutes:
 
     def __init__(self, store: Store | None, catalogue: Catalogue, bodies: Bodies, owners: Owners,
                  answers: Answers, ledger: Ledger):
-        self.store, self.owners, self.bodies = store, owners, bodies
+        self.store = store
+        self.owners = owners
+        self.bodies = bodies
         self.files = FileRoutes(store, bodies, owners, catalogue.settings.keep_days, self.wake_up)
         self.worker = BatchWorker(store, catalogue, bodies.intake, owners, answers, ledger,
                                   self.files) if store else None
@@ -89,7 +91,8 @@ class BatchRoutes:
         return self.owners.of_texts(REQUEST_LOG.get().client)
 
     async def handle_create(self, http: web.Request) -> web.Response:
-        store, owner = stored(self.store), self.owner
+        store = stored(self.store)
+        owner = self.owner
         values = await self.bodies.small(http)
         window = values.get("completion_window", "24h")
         metadata = json.dumps(values["metadata"]) if "metadata" in values else None
@@ -112,7 +115,9 @@ class BatchRoutes:
         return json_response(body)
 
     async def handle_list(self, http: web.Request) -> web.StreamResponse:
-        limit, owner, after = asked(http, LIMIT, 20), self.owner, asked(http, AFTER, "")
+        limit = asked(http, LIMIT, 20)
+        owner = self.owner
+        after = asked(http, AFTER, "")
 
         def read(connection) -> Page:
             rows = files.listed(connection, "batches", Batch._fields, owner, after)
@@ -121,12 +126,15 @@ class BatchRoutes:
         return await send_page(http, self.bodies, await stored(self.store).run(read))
 
     async def handle_batch(self, http: web.Request) -> web.Response:
-        name, owner = http.match_info["id"], self.owner
+        name = http.match_info["id"]
+        owner = self.owner
         return json_response(await stored(self.store).run(
             lambda connection: batches.shown_batch(connection, batches.found(connection, name, owner))))
 
     async def handle_cancel(self, http: web.Request) -> web.Response:
-        name, owner, now = http.match_info["id"], self.owner, now_s()
+        name = http.match_info["id"]
+        owner = self.owner
+        now = now_s()
         body = await stored(self.store).run(lambda connection: batches.shown_batch(
             connection, batches.cancel(connection, name, owner, now)))
         if self.worker and (stop := self.worker.stops.get(name)):
@@ -150,7 +158,8 @@ class UnderWay:
     """A batch whose lines are answered."""
 
     def __init__(self, batch: Batch, client: str, created: int):
-        self.batch, self.client = batch, client
+        self.batch = batch
+        self.client = client
         self.created = created                 # when its input was uploaded
         self.tasks: set[asyncio.Task[None]] = set()
         self.left = 0                          # lines that were read from the store and have no result yet
@@ -164,11 +173,17 @@ class BatchWorker:
 
     def __init__(self, store: Store, catalogue: Catalogue, intake: Intake, owners: Owners,
                  answers: Answers, ledger: Ledger, uploads: FileRoutes):
-        self.store, self.catalogue, self.intake = store, catalogue, intake
-        self.owners, self.answers, self.ledger, self.files = owners, answers, ledger, uploads
+        self.store = store
+        self.catalogue = catalogue
+        self.intake = intake
+        self.owners = owners
+        self.answers = answers
+        self.ledger = ledger
+        self.files = uploads
         self.turns = Turns(self._room, ledger.wait_s)
         self.timer: asyncio.TimerHandle | None = None       # until a line that was refused may try again
-        self.wake, self.swept_s = asyncio.Event(), 0.0
+        self.wake = asyncio.Event()
+        self.swept_s = 0.0
         self.stops: dict[str, asyncio.Event] = {}           # of each batch under way: was it cancelled?
         self.under_way: dict[str, UnderWay] = {}
         self.tasks: dict[str, asyncio.Task[None]] = {}
@@ -209,7 +224,8 @@ class BatchWorker:
     async def _sweep(self):
         """Delete what has expired, in small pieces, and give its bytes back; no longer than SWEEPING_S, after
         which batches may begin."""
-        now, until_s = now_s(), time.monotonic() + SWEEPING_S
+        now = now_s()
+        until_s = time.monotonic() + SWEEPING_S
         await self._stored(lambda connection: batches.forget(
             connection, now, self.files.keep_s, self.files.held()))
         for piece in (partial(responses.forget, now=now), files.purge, responses.purge, vacuum):
@@ -234,7 +250,8 @@ class BatchWorker:
         if batch.status == "validating" and not await self._stored(
                 lambda connection: batches.begin(connection, batch, now_s())):
             return
-        stop, status = self.stops[batch.name], "completed"
+        stop = self.stops[batch.name]
+        status = "completed"
         if batch.status == "cancelling":
             stop.set()
         lines = asyncio.ensure_future(self._answer_all(batch, client))
@@ -265,9 +282,11 @@ class BatchWorker:
         """Note for some lines without a result that the time is over; False if there are none."""
         if batches.named(connection, batch.name).status != "in_progress":
             return False
-        lines, results = batches.waiting_lines(connection, batch, 0, files.PART_LINES), []
+        lines = batches.waiting_lines(connection, batch, 0, files.PART_LINES)
+        results = []
         for number, _, _ in lines:
-            row, error = batches.line(connection, batch, number), RequestError(EXPIRED[1], code=EXPIRED[0])
+            row = batches.line(connection, batch, number)
+            error = RequestError(EXPIRED[1], code=EXPIRED[0])
             results.append((number, encoded(result_of_bad_line(number, error, row.custom_id)), True))
         batches.record(connection, batch, results)
         return bool(lines)
@@ -276,7 +295,8 @@ class BatchWorker:
         """Answer and record the lines that have no result. A few of them wait in memory at a time."""
         created = (await self._stored(partial(files.named, name=batch.input))).created
         mine = self.under_way[batch.name] = UnderWay(batch, client, created)
-        last, more = 0, True
+        last = 0
+        more = True
         try:
             while more or mine.left:
                 if more and mine.left < PAGE_LINES // 2:

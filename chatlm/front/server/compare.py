@@ -86,7 +86,8 @@ def name_of(variant: Mapping, base: Served) -> str:
                                "choose one that --watch serves as `model`, or use `models`",
                                code="no_run", param="steps")
         return f"{tag}@{step}"
-    name, adapter = variant.get("model") or "", variant.get("adapter")
+    name = variant.get("model") or ""
+    adapter = variant.get("adapter")
     return f"{name or base.model.name}@{adapter}" if adapter else name
 
 
@@ -106,7 +107,9 @@ class Progress:
         self.index, self.asked, self.tokenizer = index, asked, tokenizer_of(asked.pool)
         self.tokens = list[tuple[bytes, float]]()  # spelling and probability of each
         self.end: dict | None = None               # its last event
-        self.stopped = self.differs = False        # did it end by itself? Does it differ from the first?
+        # did it end by itself? Does it differ from the first?
+        self.stopped = False
+        self.differs = False
         self.counter = CallCounter()               # of the calculator's calls
         self.equal = 0                             # length of the prefix that it shares with the first
 
@@ -142,7 +145,8 @@ class Progress:
         while ((mine := self.at(self.equal)) and (theirs := first.at(self.equal))
                and mine[0] == theirs[0]):
             self.equal += 1
-        mine, theirs = self.at(self.equal), first.at(self.equal)
+        mine = self.at(self.equal)
+        theirs = first.at(self.equal)
         ended = mine is None and self.stopped or theirs is None and first.stopped
         if (mine is None or theirs is None) and not (ended and (mine or theirs)):
             return None
@@ -157,7 +161,8 @@ class Comparison:
 
     def __init__(self, asked: Seq[Asked], answering: Answering = plain_answering):
         self.answers = [Progress(index, one) for index, one in enumerate(asked)]
-        self.answering, self.news = answering, asyncio.Queue()
+        self.answering = answering
+        self.news = asyncio.Queue()
         self.accepted = asyncio.Event()  # are all of them? Before that nothing of any is read, nor charged
         self.early: list[tuple[Progress, Event | ChatServerError]] = []
 

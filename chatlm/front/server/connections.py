@@ -42,7 +42,8 @@ class ConnectionTable:
     SURPLUS = 32
 
     def __init__(self, limit: int):
-        self.limit, self.limit_of_network = limit, max(1, limit // 4)
+        self.limit = limit
+        self.limit_of_network = max(1, limit // 4)
         self.all: dict[Any, None] = {}  # a set ordered by last request, like the next two
         self.networks: dict[str, dict[Any, None]] = {}
         self.surplus: dict[Any, None] = {}
@@ -63,7 +64,8 @@ class ConnectionTable:
         self.surplus[connection] = None
 
     def _append(self, connection):
-        self.all[connection] = self.networks.setdefault(connection.network, {})[connection] = None
+        self.all[connection] = None
+        self.networks.setdefault(connection.network, {})[connection] = None
 
     def _close(self, connection):
         self.remove(connection)
@@ -199,7 +201,8 @@ def room_for_connections(settings: Settings) -> int:
     import resource
     kept = (128 + 2 * settings.num_workers + ConnectionTable.SURPLUS + 2 * ACCEPTED_AT_ONCE
             + segments_in_memory())
-    wanted, limits = kept + LIMITS.connections, resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = kept + LIMITS.connections
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     soft, hard = (wanted if limit == resource.RLIM_INFINITY else min(limit, wanted) for limit in limits)
     with suppress(OSError, ValueError):
         if soft < hard:
@@ -217,7 +220,8 @@ async def serving(app: web.Application, listener: socket.socket, connections: in
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=2.0)
     loop = asyncio.get_running_loop()
     await runner.setup()
-    table, server = ConnectionTable(connections), runner.server
+    table = ConnectionTable(connections)
+    server = runner.server
     assert server
     server.request_factory = with_single_slashes(server.request_factory)
     early = partial(refuse_early, server.request_handler, table, is_polled)

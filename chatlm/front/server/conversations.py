@@ -47,7 +47,10 @@ class Keeper:
     """Knows what was said before, and keeps answers."""
 
     def __init__(self, store: Store | None, bodies: Bodies, owners: Owners, keep_days: int):
-        self.store, self.bodies, self.owners, self.keep_s = store, bodies, owners, keep_days * DAY_S
+        self.store = store
+        self.bodies = bodies
+        self.owners = owners
+        self.keep_s = keep_days * DAY_S
         self.routes = ConversationRoutes(self)
         self.removed: Callable[[], None] = lambda: None  # is called when something was deleted
         self.saving: set[asyncio.Task[None]] = set()  # answers whose clients have left
@@ -135,7 +138,9 @@ class Keeper:
         task.add_done_callback(self.saving.discard)
 
     async def _keep(self, twin: ResponsesEncoder, owner: str, body: bytes):
-        details, now, output = twin.parsed.details, now_s(), list[KeptItem]()
+        details = twin.parsed.details
+        now = now_s()
+        output = list[KeptItem]()
         for block in twin.blocks:
             item = twin.item(block)
             output.append(KeptItem(item.pop("id"), dump(item)))
@@ -149,7 +154,10 @@ class ConversationRoutes:
     """The handlers of kept responses and of conversations."""
 
     def __init__(self, keeper: Keeper):
-        self.keeper, self.store, self.bodies, self.keep_s = keeper, keeper.store, keeper.bodies, keeper.keep_s
+        self.keeper = keeper
+        self.store = keeper.store
+        self.bodies = keeper.bodies
+        self.keep_s = keeper.keep_s
 
     @property
     def owner(self) -> str:
@@ -164,7 +172,8 @@ class ConversationRoutes:
         return self.store
 
     async def handle_response(self, http: web.Request) -> web.StreamResponse:
-        name, owner = http.match_info["id"], self.owner
+        name = http.match_info["id"]
+        owner = self.owner
         store = self._store_of(name)
         if http.query.get("stream", "false") != "false":
             raise bad_value("stream", http.query["stream"], "false: a response is kept once it has ended")
@@ -173,7 +182,8 @@ class ConversationRoutes:
             return await send_parts(http, [await self._read(place, holding)])
 
     async def handle_delete(self, http: web.Request) -> web.Response:
-        name, owner = http.match_info["id"], self.owner
+        name = http.match_info["id"]
+        owner = self.owner
         await self._store_of(name).run(partial(responses.delete, name=name, owner=owner))
         self.keeper.removed()
         return json_response({"id": name, "object": "response", "deleted": True})
@@ -195,7 +205,8 @@ class ConversationRoutes:
 
     async def _send_items(self, http: web.Request, find: Callable[..., Page]) -> web.StreamResponse:
         """A page of the items that `find` finds in the store."""
-        limit, after = asked(http, LIMIT, 20), asked(http, AFTER, "")
+        limit = asked(http, LIMIT, 20)
+        after = asked(http, AFTER, "")
         ascending = asked(http, ORDER, "desc") == "asc"
         store = stored(self.store)
         page = await store.run(partial(find, name=http.match_info["id"], owner=self.owner, after=after,
@@ -225,9 +236,12 @@ class ConversationRoutes:
         return kept_items(without_others(items, OTHER_ITEMS), own_ids=True)
 
     async def handle_create(self, http: web.Request) -> web.Response:
-        store, owner = stored(self.store), self.owner
+        store = stored(self.store)
+        owner = self.owner
         values = await self.bodies.small(http)
-        items, now, metadata = self._items(values), now_s(), json.dumps(values.get("metadata", {}))
+        items = self._items(values)
+        now = now_s()
+        metadata = json.dumps(values.get("metadata", {}))
         return json_response(self._body(await store.run(
             lambda connection: responses.create_conversation(
                 connection, owner, now, now + self.keep_s, metadata, items),
@@ -238,7 +252,9 @@ class ConversationRoutes:
             responses.conversation_named, name=http.match_info["id"], owner=self.owner))))
 
     async def handle_update(self, http: web.Request) -> web.Response:
-        store, name, owner = stored(self.store), http.match_info["id"], self.owner
+        store = stored(self.store)
+        name = http.match_info["id"]
+        owner = self.owner
         metadata = json.dumps((await self.bodies.small(http))["metadata"])
         return json_response(self._body(await store.run(
             partial(responses.set_metadata, name=name, owner=owner, metadata=metadata),
@@ -254,7 +270,9 @@ class ConversationRoutes:
         return await self._send_items(http, responses.items)
 
     async def handle_add(self, http: web.Request) -> web.StreamResponse:
-        store, name, owner = stored(self.store), http.match_info["id"], self.owner
+        store = stored(self.store)
+        name = http.match_info["id"]
+        owner = self.owner
         items = self._items(await self.bodies.small(http))
         added = await store.run(
             partial(responses.extend, name=name, owner=owner, items=items, expires=now_s() + self.keep_s),

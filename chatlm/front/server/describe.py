@@ -123,8 +123,10 @@ def kind_of(tokenizer: Tokenizer) -> str:
 
 def abilities(tokenizer: Tokenizer) -> dict[str, bool]:
     """What the model can do; an embedder or a reranker does nothing else."""
-    embedder, chats = tokenizer.spec.embedder, tokenizer.has_chat_template
-    answers, ranks = embedder is None, embedder is not None and embedder.pooling == "rank"
+    embedder = tokenizer.spec.embedder
+    chats = tokenizer.has_chat_template
+    answers = embedder is None
+    ranks = embedder is not None and embedder.pooling == "rank"
     able = {"chat": chats, "completion": True, "completions": True,
             "infill": not tokenizer.infill_tokens.missing, "logprobs": True,
             "tools": tokenizer.tool_format is not None,
@@ -151,7 +153,10 @@ def model_body(served: Served, is_default: bool = True) -> dict:
     if served.failed:
         return {"id": served.name, "object": "model", "created": int(time.time()), "owned_by": "chat_server",
                 "state": served.state, "reason": served.public_reason, "aliases": served.aliases}
-    model, pool, adapter, tokenizer = served.model, served.pool, served.adapter, served.pool.tokenizer
+    model = served.model
+    pool = served.pool
+    adapter = served.adapter
+    tokenizer = served.pool.tokenizer
     if tokenizer is None or not pool.ready and not model.place:
         raise Overloaded("the model is not ready")
     able = abilities(tokenizer)
@@ -200,7 +205,9 @@ def tokenizer_body(tokenizer: Tokenizer) -> dict:
 def ollama_model(served: Served) -> dict:
     """A model as Ollama's routes describe one. Its clients expect a tag in the name."""
     pool = served.pool
-    card, name, facts = model_body(served), served.name, pool.supervisor.card.facts
+    card = model_body(served)
+    name = served.name
+    facts = pool.supervisor.card.facts
     name = name if ":" in name else name + ":latest"
     count = facts.parameters
     size = f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.2f}M"
@@ -236,7 +243,8 @@ def ollama_running(seen: Iterable[Served]) -> dict:
 
 def ollama_loaded(served: Served) -> list[dict]:
     """A model as Ollama's /api/ps describes it if it is in memory; [] otherwise."""
-    pool, settings = served.pool, served.model.settings
+    pool = served.pool
+    settings = served.model.settings
     workers = [worker for worker in pool.stats()["workers"] if worker["state"] == "ready"]
     if not workers:
         return []
@@ -264,7 +272,9 @@ class ModelRoutes:
     """The handlers of routes about models."""
 
     def __init__(self, catalogue: Catalogue, bodies: Bodies, access: Access):
-        self.catalogue, self.bodies, self.access = catalogue, bodies, access
+        self.catalogue = catalogue
+        self.bodies = bodies
+        self.access = access
 
     def seen(self, bound: Seq[str]) -> list[Served]:
         """The models that a client may see whose key is limited to `bound`."""
@@ -307,8 +317,10 @@ class ModelRoutes:
         with self.bodies.holding() as holding:
             served, _ = await self.bodies.text(http, holding)
         pool = served.pool
-        tokenizer, model = tokenizer_of(pool), ollama_model(served)
-        able, facts = model_body(served)["capabilities"], pool.supervisor.card.facts
+        tokenizer = tokenizer_of(pool)
+        model = ollama_model(served)
+        able = model_body(served)["capabilities"]
+        facts = pool.supervisor.card.facts
         capabilities = {"completion": able["completion"], "tools": able["tools"], "insert": able["infill"],
                         "thinking": able["reasoning"], "vision": able["vision"],
                         "embedding": able["embedding"] and not able["completion"]}

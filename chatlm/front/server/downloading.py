@@ -44,7 +44,9 @@ class DownloadRoutes:
     """The handlers. Only an operator may call any of them: they say what is on this machine's disk."""
 
     def __init__(self, catalogue: Catalogue, bodies: Bodies, access: Access):
-        self.catalogue, self.bodies, self.access = catalogue, bodies, access
+        self.catalogue = catalogue
+        self.bodies = bodies
+        self.access = access
         self.downloads = Downloads(catalogue.settings, catalogue)
         self.bandwidth = 0.0  # bytes of memory that this machine reads per second; 0: not known
         self.measure_after_s = 0.0
@@ -113,7 +115,8 @@ class DownloadRoutes:
 
     def _room(self) -> tuple[dict, int]:
         """Bytes free, and the most that a model may take in memory."""
-        cache, memory = hub_cache(), self._memory()
+        cache = hub_cache()
+        memory = self._memory()
         there = next(path for path in (cache, *cache.parents) if path.exists())
         return {"memory": memory, "disk": shutil.disk_usage(there).free,
                 "models_disk": self.downloads.settings.models_disk}, memory
@@ -249,7 +252,8 @@ def ollama_lines(download: Download) -> Callable[[dict], bytes]:
 
     def lines(state: dict) -> bytes:
         nonlocal last
-        model, word = state["model"], state["state"]
+        model = state["model"]
+        word = state["state"]
         stages = {"waiting": "pulling manifest", "looking": "pulling manifest",
                   "downloading": f"pulling {model}", "checking": "verifying sha256 digest",
                   "opening": "writing manifest", "done": "success"}

@@ -57,7 +57,10 @@ class FileRoutes:
 
     def __init__(self, store: Store | None, bodies: Bodies, owners: Owners, keep_days: int,
                  removed: Callable[[], None]):
-        self.store, self.bodies, self.owners, self.removed = store, bodies, owners, removed
+        self.store = store
+        self.bodies = bodies
+        self.owners = owners
+        self.removed = removed
         self.keep_s = keep_days * DAY_S
         self.uploads = set[Upload]()          # that arrive
         self.arriving: Counter[str] = Counter()
@@ -72,7 +75,8 @@ class FileRoutes:
 
     async def handle_upload(self, http: web.Request) -> web.Response:
         """POST /v1/files: a form with `purpose` and `file`, in any order."""
-        store, client = stored(self.store), REQUEST_LOG.get().client
+        store = stored(self.store)
+        client = REQUEST_LOG.get().client
         if http.content_type != "multipart/form-data":
             raise RequestError("the body must be a form (multipart/form-data) with purpose and file",
                                status=415, code="unsupported_type")
@@ -103,10 +107,13 @@ class FileRoutes:
             self.arriving[client] -= 1
 
     async def handle_list(self, http: web.Request) -> web.StreamResponse:
-        store, limit = stored(self.store), asked(http, FILES_LIMIT, 10_000)
-        ascending, purpose = asked(http, ORDER, "desc") == "asc", asked(http, PURPOSE, "")
+        store = stored(self.store)
+        limit = asked(http, FILES_LIMIT, 10_000)
+        ascending = asked(http, ORDER, "desc") == "asc"
+        purpose = asked(http, PURPOSE, "")
         chosen = f" AND state = {files.THERE}{f' AND purpose = {purpose!r}' if purpose else ''}"
-        owner, after = self.owner, asked(http, AFTER, "")
+        owner = self.owner
+        after = asked(http, AFTER, "")
 
         def read(connection) -> Page:
             rows = files.listed(connection, "files", File._fields, owner, after, ascending, chosen)
@@ -122,7 +129,8 @@ class FileRoutes:
         return json_response((await self.found(http)).body)
 
     async def handle_delete(self, http: web.Request) -> web.Response:
-        name, owner = http.match_info["id"], self.owner
+        name = http.match_info["id"]
+        owner = self.owner
 
         def delete(connection) -> File:
             file = files.found(connection, name, owner)
@@ -136,7 +144,8 @@ class FileRoutes:
         return json_response({"id": file.name, "object": "file", "deleted": True})
 
     async def handle_content(self, http: web.Request) -> web.StreamResponse:
-        store, file = stored(self.store), await self.found(http)
+        store = stored(self.store)
+        file = await self.found(http)
         longest = await store.run(partial(files.longest_line, file=file.id))
         with self.bodies.holding() as holding:
             await take_room(holding, 2 * longest + files.PART_BYTES)
@@ -147,7 +156,8 @@ class FileRoutes:
                                                "X-Request-Id": REQUEST_LOG.get().id})
         response.content_length = file.bytes
         await response.prepare(http)
-        last, sent = 0, 0
+        last = 0
+        sent = 0
         while http.method == "GET" and sent < file.bytes:
             part, last = await store.run(partial(files.content, file=file.id, after=last))
             if not part:  # it was deleted meanwhile: the client sees that the body is too short
@@ -171,7 +181,9 @@ FILE_ROUTES: tuple[Route[FileRoutes], ...] = (
 def requests_of(data: bytes, first: int) -> list[NumberedLine]:
     """The lines that are not blank; `first` is the number of the first line. Blank ones cost no more than the
     search for what is none."""
-    found, start, number = list[NumberedLine](), 0, first
+    found = list[NumberedLine]()
+    start = 0
+    number = first
     while inked := INK.search(data, start):
         begin = data.rfind(b"\n", start, inked.start()) + 1 or start
         end = data.find(b"\n", inked.start()) + 1 or len(data)
@@ -291,7 +303,8 @@ class Upload:
         await asyncio.sleep(0)  # others get a turn
 
     async def _store(self):
-        rows, self.rows = self.rows, []
+        rows = self.rows
+        self.rows = []
         if rows:
             await self.store.run(partial(files.add_lines, file=self.id, rows=rows),
                                  adds_bytes=sum(len(row.text) + LINE_BYTES for row in rows))

@@ -46,12 +46,14 @@ def percentiles(now: Buckets, before: Buckets) -> list[float | None]:
 
 
 def milliseconds_at(counts: Buckets, wanted: float) -> float:
-    low, below = 0.0, 0.0
+    low = 0.0
+    below = 0.0
     for bound, count in counts:
         if count >= wanted:
             part = (wanted - below) / max(1.0, count - below)
             return 1e3 * (low if bound == float("inf") else low + (bound - low) * part)
-        low, below = bound, count
+        low = bound
+        below = count
     return 1e3 * low
 
 
@@ -70,7 +72,8 @@ class History:
     A task looks at what /stats and /metrics count anyway; no request does anything for it."""
 
     def __init__(self, catalogue: Catalogue, metrics: Metrics | None):
-        self.catalogue, self.metrics = catalogue, metrics
+        self.catalogue = catalogue
+        self.metrics = metrics
         self.began_s = time.time()
         self.interval_s = FIRST_INTERVAL_S
         self.samples: list[Sample] = []
@@ -102,7 +105,8 @@ class History:
         if self.metrics is None:
             return [None for _ in SHARES]
         buckets = self.metrics.buckets(name)
-        before, self._before[name] = self._before.get(name, []), buckets
+        before = self._before.get(name, [])
+        self._before[name] = buckets
         return percentiles(buckets, before)
 
     def add(self, sample: Sample):

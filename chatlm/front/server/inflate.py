@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 
 SLICE_BYTES = 1 << 18  # inflated in one go: this takes about a millisecond, in which nobody gets a turn
-GZIP, ZLIB, RAW = 31, 15, -15  # zlib's wbits: what is around the data
+# zlib's wbits: what is around the data
+GZIP = 31
+ZLIB = 15
+RAW = -15
 READ = "gzip, deflate"
 
 

@@ -104,11 +104,13 @@ async def send_parts(http: web.Request, parts: Seq[bytes | memoryview]) -> web.S
 
 def joined_small(parts: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
     """The parts, of which small ones are joined: to write each would take long."""
-    small, size = list[bytes | memoryview](), 0
+    small = list[bytes | memoryview]()
+    size = 0
     for part in parts:
         if size + len(part) > WRITE_BYTES:
             yield b"".join(small)
-            small, size = [], 0
+            small = []
+            size = 0
         if len(part) > WRITE_BYTES:
             yield part
         else:

@@ -138,14 +138,17 @@ class Charge:
     sent (`answering`)."""
 
     def __init__(self, request: Request, row: Row, context_length: int = 0):
-        self.row, self.n, self.prompts = row, request.n, max(len(request.prompts), 1)
+        self.row = row
+        self.n = request.n
+        self.prompts = max(len(request.prompts), 1)
         self.claim = claim_of(request, context_length)
         self.ended: dict[int, Usage] = {}        # of answers that have, by choice
         self.drawn: Counter[int] = Counter()     # tokens of the others that were sent
         self.held: Counter[int] = Counter()      # those that have no text yet, such as half a character
         self.granted: dict[int, int] = {}        # of those without max_tokens: what they may have
         self.spent_s: dict[int, float] = {}      # of these
-        self.begun, self.void = False, False
+        self.begun = False
+        self.void = False
         self.prompt_tokens: tuple[int, ...] = ()  # of each prompt, once they are counted
         # an answer without max_tokens has had all that was granted: more of it is, or it is ended
         self.more: Callable[[int], None] = lambda choice: None
@@ -232,13 +235,16 @@ class Ledger:
     their results."""
 
     def __init__(self, settings: Settings, store: Store | None):
-        self.settings, self.store, self.since = settings, store, int(time.time())
+        self.settings = settings
+        self.store = store
+        self.since = int(time.time())
         self.rows: dict[Row, Amount] = {}        # all of them without a database, else those not written yet
         self.totals: dict[bool, Amount] = defaultdict(Amount)  # of this run, in the background and before it
         self.used: Counter[tuple[str, str]] = Counter()        # (day, key) -> tokens, for budgets
         self.running: dict[str, dict[Charge, None]] = defaultdict(dict)  # of keys that have one, in order
         self.pledges: dict[str, Charge] = {}     # by the ids of requests that are about to run
-        self.news, self.writer = asyncio.Event(), None
+        self.news = asyncio.Event()
+        self.writer = None
         self.closing = False
 
     async def open(self, app: web.Application | None = None):
@@ -323,7 +329,8 @@ class Ledger:
         while not self.closing or self.rows:
             await self.news.wait()
             self.news.clear()
-            rows, self.rows = self.rows, {}
+            rows = self.rows
+            self.rows = {}
             try:
                 if rows:
                     await self.store.run(partial(write, rows=rows.items()))
@@ -373,7 +380,8 @@ class Ledger:
         key = self.key_of(client)
         if not key or not key.refused or key.tokens_per_day is None:
             return
-        reserved, left = self.reserved(key), key.tokens_per_day - self.used[today(), key.name]
+        reserved = self.reserved(key)
+        left = key.tokens_per_day - self.used[today(), key.name]
         if reserved and reserved + beyond_one(claims) >= left // 2:
             raise self._refusal(key, beyond_one(claims))
 
@@ -403,7 +411,8 @@ class Ledger:
 
     def _refusal(self, key: ApiKey, needed: int) -> Overloaded:
         """Why a key is refused. needed: tokens that its request takes at least."""
-        until, budget = seconds_to_midnight(), key.tokens_per_day or 0
+        until = seconds_to_midnight()
+        budget = key.tokens_per_day or 0
         left = budget - self.used[today(), key.name]
         if self._fits(key, 0, needed):
             return rate_limited("the requests of this API key that run may use all that is left of its "
@@ -474,7 +483,8 @@ def read(connection: sqlite3.Connection, first: str, last: str,
 def shown_rows(found: Iterable[tuple[Row, Amount]]) -> tuple[Amount, bytes]:
     """The sum of all rows, and the members of a JSON list of them, made one by one: other threads get no turn
     within one call of C."""
-    total, rows = Amount(), list[bytes]()
+    total = Amount()
+    rows = list[bytes]()
     for row, amount in found:
         total.add(amount)
         rows.append(dump(row._asdict() | body_of(amount)))

@@ -92,7 +92,8 @@ class Metrics:
             yield families.CounterMetricFamily(f"chat_server_{name}", doc, prefixes.get(name, 0))
         yield families.GaugeMetricFamily("chat_server_prefix_memory_bytes", "memory that keeps prefixes",
                                          prefixes.get("memory_bytes", 0))
-        gauge, counter = families.GaugeMetricFamily, families.CounterMetricFamily
+        gauge = families.GaugeMetricFamily
+        counter = families.CounterMetricFamily
         scores = gauge("chat_server_bits_per_byte", "how well a checkpoint predicts --watch-text",
                        labels=["model"])
         for name, value in stats.get("bits_per_byte", {}).items():
@@ -143,7 +144,8 @@ class Metrics:
 
     async def watch(self, events: AsyncGenerator[Event, None], n: int) -> AsyncGenerator[Event, None]:
         """Pass the events on, count and time them; each prompt has `n` answers."""
-        began_s, reason = time.monotonic(), "cancelled"
+        began_s = time.monotonic()
+        reason = "cancelled"
         last_s: dict[int, float] = {}  # by choice
         try:
             async for event in events:

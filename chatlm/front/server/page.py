@@ -41,7 +41,8 @@ class Page:
     COMPRESSED = (".js", ".css")
 
     def __init__(self, files: Mapping[str, bytes]):
-        self.files, self.compressed = files, {}
+        self.files = files
+        self.compressed = {}
         self.tags = {name: hashlib.sha256(data).hexdigest()[:16] for name, data in files.items()}
 
     async def handle_index(self, http: web.Request, name: str = "index.html") -> web.Response:
@@ -58,12 +59,14 @@ class Page:
         name = http.match_info["name"]
         if (body := self.files.get(name)) is None:
             raise web.HTTPNotFound
-        tag, headers = self.tags[name], {"Vary": "Accept-Encoding"}
+        tag = self.tags[name]
+        headers = {"Vary": "Accept-Encoding"}
         if name.endswith(self.COMPRESSED) and re.search(r"\bgzip\b(?!;q=0)",
                                                         http.headers.get("Accept-Encoding", "")):
             if name not in self.compressed:
                 self.compressed[name] = gzip.compress(body)
-            body, tag = self.compressed[name], f"{tag}-gzip"
+            body = self.compressed[name]
+            tag = f"{tag}-gzip"
             headers["Content-Encoding"] = "gzip"
         headers["ETag"] = f'"{tag}"'
         if name == "preview.html":

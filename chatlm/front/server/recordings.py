@@ -23,17 +23,26 @@ class Recording:
     All but the newest frames are compressed."""
 
     PART = 32                          # frames compressed together
-    OWN_BYTES, FRAME_BYTES = 1000, 50  # Python's overhead per recording and per frame, in bytes
+    # Python's overhead per recording and per frame, in bytes
+    OWN_BYTES = 1000
+    FRAME_BYTES = 50
 
     def __init__(self, request_id: str, owner: str, client: str,
                  failure: Callable[[ChatServerError], bytes]):
         """failure: the frame that ends a stream of the answer's API after an error."""
-        self.id, self.owner, self.client = request_id, owner, client
+        self.id = request_id
+        self.owner = owner
+        self.client = client
         self.failure = failure
-        self.size, self.length = self.OWN_BYTES, 0
+        self.size = self.OWN_BYTES
+        self.length = 0
         self.task: asyncio.Task | None = None
-        self.dropped, self.parts, self.tail = 0, [], []  # parts forgotten, parts kept, newest frames
-        self.followers, self.ended = 0, False
+        # parts forgotten, parts kept, newest frames
+        self.dropped = 0
+        self.parts = []
+        self.tail = []
+        self.followers = 0
+        self.ended = False
         self.news: asyncio.Event = asyncio.Event()
         self.timer: asyncio.TimerHandle  # forgets it KEPT_S after its end
 
@@ -53,10 +62,12 @@ class Recording:
             self._pack()
         self.news.set()
         # thousands may be kept, so free what is no longer needed
-        self.news = self.task = None  # pyright: ignore[reportAttributeAccessIssue]  nobody waits for news now
+        self.news = None  # pyright: ignore[reportAttributeAccessIssue]  nobody waits for news now
+        self.task = None
 
     def _pack(self):
-        frames, self.tail = self.tail[:self.PART], self.tail[self.PART:]
+        frames = self.tail[:self.PART]
+        self.tail = self.tail[self.PART:]
         text = b"".join(frames)
         self.parts.append(zlib.compress(text, 1))
         self.size += len(self.parts[-1]) - len(text) - len(frames) * self.FRAME_BYTES
@@ -119,7 +130,8 @@ class Recordings:
     def start(self, recording: Recording, frames: AsyncIterator[bytes],
               work: contextlib.AsyncExitStack) -> Recording:
         """Record an answer in its own task, which closes `work` when it ends."""
-        request_id, client = recording.id, recording.client
+        request_id = recording.id
+        client = recording.client
         self.all[request_id] = recording
         self._resize(client, recording.size)
         record = partial(self._record, recording, frames, work)

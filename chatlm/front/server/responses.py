@@ -71,7 +71,8 @@ SECURITY_HEADERS = {
 async def logged(request: Request, events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
     """--log-conversations: pass the events on, then log the texts of the conversation."""
     answers: dict[int, list[str]] = collections.defaultdict(list)
-    request_id, turns = request.id, [[message.role, message.content] for message in request.messages or ()]
+    request_id = request.id
+    turns = [[message.role, message.content] for message in request.messages or ()]
     del request  # its tools are not logged
     try:
         async for event in events:

@@ -69,7 +69,8 @@ class RouteTable:
     """Finds the row of a request. Paths of requests begin with `prefix`, paths of rows do not."""
 
     def __init__(self, rows: Iterable[Route], prefix: str = ""):
-        self.prefix, self.by_method = prefix, {(row.method, row.pattern): row for row in rows}
+        self.prefix = prefix
+        self.by_method = {(row.method, row.pattern): row for row in rows}
         self.rows = {row.pattern: row for row in self.by_method.values()}
 
     def row_of(self, http: web.Request) -> Route:

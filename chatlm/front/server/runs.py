@@ -91,7 +91,8 @@ def list_of_runs(seen: Seq[Served], removed: Seq[dict] = ()) -> dict:
 def run_body(name: str, seen: Seq[Served], removed: Seq[dict] = ()) -> dict:
     """The response of /v1/runs/{tag}: checkpoints of a run or a lineage, and their metrics. RequestError 404
     for no such."""
-    found, steps = runs_named(name, seen, removed), []
+    found = runs_named(name, seen, removed)
+    steps = []
     for run, of_run in found.items():
         there = [step_body(run, served) for served in of_run]
         gone = [step for step in removed if step["run"] == run.run]

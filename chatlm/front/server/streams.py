@@ -23,7 +23,8 @@ BODY_BYTES_PER_S = 32_768  # a body may not be slower than this for longer than 
 async def arriving(http: web.Request) -> AsyncGenerator[bytes, None]:
     """The parts of a body. RequestError 408 if it pauses for BODY_S or is too slow, 400 if its chunks are
     broken."""
-    began_s, size = time.monotonic(), 0
+    began_s = time.monotonic()
+    size = 0
     while True:
         try:
             part = await asyncio.wait_for(http.content.readany(), BODY_S)
@@ -49,8 +50,10 @@ def check_size(size: int, most: int):
 async def read_bytes(http: web.Request, holding: Holding, most: int = 0) -> bytearray:
     """The body, inflated if it is compressed. RequestError 413 above `most` bytes (0: LIMITS.body_bytes), 415
     if it is compressed otherwise than with gzip or deflate, and as `arriving` and `inflated` say."""
-    encoding, most = encoding_of(http), most or LIMITS.body_bytes
-    body, length = bytearray(), http.content_length or 0
+    encoding = encoding_of(http)
+    most = most or LIMITS.body_bytes
+    body = bytearray()
+    length = http.content_length or 0
     check_size(length, most)
     # how large a compressed body becomes is not known before
     expected = length if length and not encoding else most
@@ -79,7 +82,10 @@ class EventStream:
 
     def __init__(self, http: web.Request, request_id: str, form: type[Encoder] | Encoder = Encoder,
                  patient: bool = False):
-        self.http, self.form, self.patient = http, form, patient  # patient: sending may wait for the reader
+        # patient: sending may wait for the reader
+        self.http = http
+        self.form = form
+        self.patient = patient
         self.response = web.StreamResponse(
             headers={**STREAM_HEADERS, "Content-Type": form.content_type, "X-Request-Id": request_id})
         self.most_unsent = LIMITS.outbox_bytes + 2 * form.repeated_bytes  # a stream begins with two of them

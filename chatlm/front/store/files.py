@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     import sqlite3
 
 
-WRITTEN, THERE, DELETED = 0, 1, 2
+WRITTEN = 0
+THERE = 1
+DELETED = 2
 PART_BYTES = 1 << 20    # of a file, read or written at a time
 PART_LINES = 500
 
@@ -105,11 +107,13 @@ def longest_line(connection: sqlite3.Connection, file: int) -> int:
 
 def content(connection: sqlite3.Connection, file: int, after: int) -> tuple[bytes, int]:
     """(the next part of its content, the number of the last line of that): those after line `after`."""
-    parts, size = list[bytes](), 0
+    parts = list[bytes]()
+    size = 0
     for number, text in connection.execute(
             "SELECT number, text FROM lines WHERE file = ? AND number > ? ORDER BY number", (file, after)):
         parts.append(text)
-        after, size = number, size + len(text)
+        after = number
+        size = size + len(text)
         if size >= PART_BYTES:
             break
     return b"".join(parts), after
@@ -119,7 +123,8 @@ def listed(connection: sqlite3.Connection, table: str, fields: Seq[str], owner: 
            ascending: bool = False, more: str = "") -> Iterator[tuple]:
     """The rows of an owner after the one called `after`. RequestError for an unknown `after`. more: a
     condition on rows."""
-    condition, values = f"owner = ?{more}", [owner]
+    condition = f"owner = ?{more}"
+    values = [owner]
     if after:
         place = connection.execute(f"SELECT id, owner FROM {table} WHERE name = ?", (after,)).fetchone()
         if place is None or not owns(owner, place[1]):
@@ -141,7 +146,8 @@ def purge(connection: sqlite3.Connection) -> bool:
     row = connection.execute("SELECT id FROM files WHERE state = ? LIMIT 1", (DELETED,)).fetchone()
     if row is None:
         return False
-    last, size = None, 0
+    last = None
+    size = 0
     for last, length in connection.execute(
             "SELECT number, LENGTH(text) FROM lines WHERE file = ? ORDER BY number LIMIT ?",
             (*row, PART_LINES)):

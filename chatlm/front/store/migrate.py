@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     import sqlite3
 
 
-MOVED_ROWS, MOVED_BYTES = 500, 4 << 20  # at once
+# at once
+MOVED_ROWS = 500
+MOVED_BYTES = 4 << 20
 ITEM_BYTES = 256
 PREFIXES = {"message": "msg_", "reasoning": "rs_", "function_call": "fc_", "function_call_output": "fco_"}
 
@@ -30,7 +32,8 @@ def move_kept(connection: sqlite3.Connection) -> bool:
 
 def some(cursor: sqlite3.Cursor, texts: slice) -> list[tuple]:
     """The next rows, as many as are moved at once."""
-    rows, size = [], 0
+    rows = []
+    size = 0
     for row in cursor:
         rows.append(row)
         size += sum(map(len, row[texts]))

@@ -45,7 +45,8 @@ class Page(NamedTuple):
 
 def page_of(rows: Iterable[Place] | Iterable[Listed], limit: int) -> Page:
     """The first `limit` of `rows`, or those before the page is too large."""
-    shown, size = [], 0
+    shown = []
+    size = 0
     for row in rows:
         size += row.bytes
         if len(shown) == limit or shown and size > PAGE_BYTES:

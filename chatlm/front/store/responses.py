@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 
 MOST_TURNS = 10_000           # of a chain of responses
-INPUT, OUTPUT, WHOLE = 0, 1, 2  # what a part of a response is
+# what a part of a response is
+INPUT = 0
+OUTPUT = 1
+WHOLE = 2
 ITEM_BYTES = 256              # that a row takes besides its text
 TABLES = (("responses", "parts", "response"), ("conversations", "items", "conversation"))  # and their texts
 
@@ -142,7 +145,8 @@ def inputs(connection: sqlite3.Connection, name: str, owner: str, after: str, as
            limit: int) -> Page:
     """A page of what a response was asked, also by what it continues."""
     responses = chain(connection, name, owner)
-    own, order = responses[0], "ASC" if ascending else "DESC"
+    own = responses[0]
+    order = "ASC" if ascending else "DESC"
     if ascending:
         responses.reverse()
     begin = None
@@ -264,7 +268,8 @@ def items(connection: sqlite3.Connection, name: str, owner: str, after: str, asc
           limit: int) -> Page:
     """A page of a conversation's items."""
     row = conversation_named(connection, name, owner)
-    condition, begin = "", ()
+    condition = ""
+    begin = ()
     if after:
         begin = connection.execute("SELECT id FROM items WHERE conversation = ? AND name = ?",
                                    (row.id, after)).fetchone()
@@ -336,7 +341,9 @@ def _purge_parts(connection: sqlite3.Connection, parts: str, column: str, owner:
                  most: int) -> int | None:
     """Remove some of the texts of a row. Returns how many of `most` rows that was worth, where PART_BYTES are
     worth PART_LINES; None if there are none left."""
-    last, size, count = None, 0, 0
+    last = None
+    size = 0
+    count = 0
     for last, length in connection.execute(
             f"SELECT id, LENGTH(body) FROM {parts} WHERE {column} = ? ORDER BY id LIMIT ?", (owner, most)):
         size += length

@@ -158,7 +158,9 @@ HELD = {"files": "({row}.state < 2) * ({row}.bytes + 512)",
 
 def counted(table: str, size: str) -> str:
     """Count the rows of a table, and what becomes of them."""
-    old, new, there = size.format(row="OLD"), size.format(row="NEW"), size.format(row=table)
+    old = size.format(row="OLD")
+    new = size.format(row="NEW")
+    there = size.format(row=table)
     return f"""
 INSERT INTO holdings (owner, bytes) SELECT owner, SUM({there}) FROM {table} WHERE true GROUP BY owner
     ON CONFLICT (owner) DO UPDATE SET bytes = bytes + excluded.bytes;

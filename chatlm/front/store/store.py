@@ -64,7 +64,9 @@ class Store:
         self.path, self.absolute = path, path.absolute()
         self.waiting: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._serve, name="store", daemon=True)
-        self.closed = self.damaged = False  # damaged: that was found after the start
+        # damaged: that was found after the start
+        self.closed = False
+        self.damaged = False
         self.added_bytes = 0                # of what clients keep, in the transaction that runs
 
     def open(self):
@@ -167,7 +169,8 @@ class Store:
             (version,) = connection.execute("PRAGMA user_version").fetchone()
             if version == len(STEPS):
                 return False
-            step, more = STEPS[version], False
+            step = STEPS[version]
+            more = False
             if callable(step):
                 more = step(connection)
             else:

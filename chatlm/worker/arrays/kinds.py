@@ -81,7 +81,8 @@ def bits_of(array: numpy.ndarray) -> numpy.ndarray:
 def e4m3_values() -> numpy.ndarray:
     """The value of each of the 256 codes, float32."""
     codes = numpy.arange(256)
-    exponents, fractions = codes >> 3 & 15, codes & 7
+    exponents = codes >> 3 & 15
+    fractions = codes & 7
     sizes = numpy.where(exponents, 2.0**(exponents - 7) * (1 + fractions / 8), 2.0**-6 * fractions / 8)
     sizes[codes & 127 == 127] = math.nan
     return (sizes * numpy.where(codes & 128, -1, 1)).astype(numpy.float32)

@@ -100,7 +100,8 @@ def dequantized(shape: tuple[int, ...], parts: Seq[tuple[Any, RopePairs | None]]
     """Stack `parts`, each (tensor, pairs to unpermute or None), into one matrix of any float type `kind`.
 
     The values are bit-equal to gguf.dequantize rounded to the type."""
-    out, row = empty(shape, kind), 0
+    out = empty(shape, kind)
+    row = 0
     step = max(1, DEQUANTIZE_ELEMENTS // math.prod(shape[1:]))
     for tensor, pairs in parts:
         data = unpermute_rope(numpy.asarray(tensor.data), pairs)

@@ -21,7 +21,8 @@ def lanczos(x: numpy.ndarray) -> numpy.ndarray:
 
 
 def bicubic(x: numpy.ndarray) -> numpy.ndarray:
-    x, a = numpy.abs(x), -0.5
+    x = numpy.abs(x)
+    a = -0.5
     near = ((a + 2) * x - (a + 3)) * x * x + 1
     far = (((x - 5) * x + 8) * x - 4) * a
     return numpy.where(x < 1, near, numpy.where(x < 2, far, 0.0))
@@ -59,7 +60,8 @@ def taps_of(size: int, wanted: int, name: str) -> tuple[numpy.ndarray, numpy.nda
 
 def resized_rows(image: numpy.ndarray, wanted: int, name: str) -> numpy.ndarray:
     """uint8 (N, K, 3) -> (wanted, K, 3)."""
-    others, image = image.shape[1:], numpy.ascontiguousarray(image).reshape(len(image), -1)
+    others = image.shape[1:]
+    image = numpy.ascontiguousarray(image).reshape(len(image), -1)
     taps, weights = taps_of(len(image), wanted, name)
     made = numpy.empty((wanted, image.shape[1]), numpy.uint8)
     step = max(1, (1 << 20) // max(image.shape[1], 1))  # rows at once: sums that stay in the cache

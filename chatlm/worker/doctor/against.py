@@ -36,7 +36,9 @@ TEXT_TOKENS = 1024     # of the text
 FEWER = 3 * CHUNK      # tokens for trying tensors of one kind
 SKIPPED = 8            # the first tokens, which no context precedes
 KINDS_S = 90.0         # seconds for trying the original's tensors, one kind after the other
-MOST_KL, BROKEN_KL = 0.3, 1.5    # nats: a usual 4-bit file of a model of 135 million weights has 0.08
+# nats: a usual 4-bit file of a model of 135 million weights has 0.08
+MOST_KL = 0.3
+BROKEN_KL = 1.5
 FAR = 0.5              # of a tensor from its original, relative to its length; 2 bits: up to 0.4
 KINDS = {"embedding and head": ("embed", "head", "layer_embed", "value_embed"),
          "attention": ("qkv", "mix_in"), "attention output": ("output", "mix_out"),
@@ -104,7 +106,8 @@ def distances(own: LoadedModel, original: LoadedModel) -> dict[str, float]:
         rows = min(tensor.cut.full[0], other.cut.full[0])
         heads = head_rows(own)
         step = max((1 << 24) // tensor.cut.full[1] // heads, 1) * heads
-        apart = length = 0.0
+        apart = 0.0
+        length = 0.0
         for begin in range(0, rows, step):
             span = range(begin, min(begin + step, rows))
             ours, theirs = (floats(joined_parts(one.less(Cut(
@@ -178,7 +181,9 @@ def log_shares(logits: numpy.ndarray) -> numpy.ndarray:
 
 def compare(transformer: Transformer, judged: Seq[numpy.ndarray], ids: Seq[int]) -> Compared:
     """judged: the original's `log_shares`, step by step."""
-    kl, same, surprise = list[float](), list[bool](), (list[float](), list[float]())
+    kl = list[float]()
+    same = list[bool]()
+    surprise = (list[float](), list[float]())
     for at, q, p in zip(range(0, len(ids), CHUNK), logits_of(transformer, ids[:-1]), judged):
         V = min(q.shape[1], p.shape[1])
         rows = slice(max(SKIPPED - at, 0), None)
@@ -220,7 +225,9 @@ def predictions(patient: Patient, original: Patient, far: Mapping[str, float]) -
 def kinds_that_cost(patient: Patient, original: Patient, own: Transformer, judged: Seq[numpy.ndarray],
                     ids: Seq[int], far: Mapping[str, float], until: float) -> Findings:
     """How much smaller the KL is with the original's tensors of one kind, on the beginning of the text."""
-    regained, left, base = dict[str, float](), list[str](), compare(own, judged, ids).kl
+    regained = dict[str, float]()
+    left = list[str]()
+    base = compare(own, judged, ids).kl
     for kind, parts in KINDS.items():
         if all(far[name] < 1e-6 for name in far if name.rpartition(".")[2] in parts):
             continue  # they are the original's
@@ -239,7 +246,8 @@ def kinds_that_cost(patient: Patient, original: Patient, own: Transformer, judge
 def with_kind(patient: Patient, original: Patient, own: Transformer, judged: Seq[numpy.ndarray],
               parts: Seq[str], ids: Seq[int]) -> float | None:
     """The KL of the model with the original's tensors of these parts; None if it has none of them."""
-    model, other = opened(patient), opened(original)
+    model = opened(patient)
+    other = opened(original)
     names = [name for name in model.tensors if name.rpartition(".")[2] in parts and name in other.tensors
              and not reordered(model, other, name)]
     if not names or {"embed", "head"} & {*names} and model.architecture.tied != other.architecture.tied:

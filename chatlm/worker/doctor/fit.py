@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 
 CONTEXTS = 4096, 32_768        # and the model's own
 TRIED_BYTES = 3 << 30          # of weights: larger models take long to load, and their speed is estimated
-PROMPT, ANSWER, TRIAL_S = 128, 32, 2.0
+PROMPT = 128
+ANSWER = 32
+TRIAL_S = 2.0
 
 
 class Plan(NamedTuple):
@@ -56,7 +58,8 @@ class Plan(NamedTuple):
 
     def longest(self, free: int, most: int) -> int:
         """The longest context that fits in this much memory, in whole KiB of tokens; 0 if none."""
-        low, high = 0, most // 1024
+        low = 0
+        high = most // 1024
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if self.memory.taken + self.cache(
@@ -70,9 +73,12 @@ def gigabytes(size: float) -> str:
 
 def check_fit(patient: Patient) -> Findings:
     """Memory: weights, and a sequence of several lengths, against what is free here."""
-    model, settings, free = patient.model, patient.settings, available_memory()
+    model = patient.model
+    settings = patient.settings
+    free = available_memory()
     plan = Plan.of(model, settings)
-    taken, most = plan.memory.taken, model.context_length
+    taken = plan.memory.taken
+    most = model.context_length
     if model.architecture.of_texts:
         yield note(f"takes {gigabytes(taken)}, of {gigabytes(free)} that are free", bytes=taken, free=free)
         return
@@ -115,7 +121,8 @@ def with_cache(patient: Patient, kind: str) -> Plan | None:
 
 def lighter_flags(patient: Patient, plan: Plan) -> list[tuple[str, int]]:
     """(a flag that makes the weights smaller, the bytes that the model then takes)."""
-    found, taken = [], plan.memory.taken
+    found = []
+    taken = plan.memory.taken
     if patient.settings.dtype == "float32":
         found.append(("--dtype bfloat16", taken - plan.memory.weights // 2))
     if plan.memory.quantizes:
@@ -139,7 +146,8 @@ def check_speed(patient: Patient) -> Findings:
     quicker = "--quantize q4_k" if fits_blocks(model, "q4_k") else "--quantize q4_0"
     advice = f"{quicker} is faster, and loses a little" if plan.memory.quantizes else ""
     if plan.memory.weights > TRIED_BYTES:
-        read, bandwidth = bytes_per_token(model, patient.settings), read_bandwidth(patient.threads)
+        read = bytes_per_token(model, patient.settings)
+        bandwidth = read_bandwidth(patient.threads)
         speed = bandwidth / read
         yield note(f"about {speed:,.1f} tokens per second for one answer, estimated: a token reads "
                    f"{gigabytes(read)}, and {patient.threads} threads read {gigabytes(bandwidth)} a second",
@@ -194,7 +202,8 @@ def trial(patient: Patient) -> tuple[float, float]:
 
     compute(0, prompt)  # the first step pays what only it must
     prompt_s = timed(lambda: compute(0, prompt))
-    began, answered = time.perf_counter(), 0
+    began = time.perf_counter()
+    answered = 0
     for at in range(prompt, length):
         compute(at, at + 1)
         answered += 1

@@ -108,7 +108,8 @@ def compared_on(patient: Patient, settings: Settings, evaluation: Evaluation,
     begin = [token for token in (patient.text.bos_token,) if token is not None]
     rows = chosen_rows(evaluation, shard, lambda text: begin + patient.tokenizer.encode(text))
     scores = list[RowScore]()
-    ends_s, ends_cpu_s = time.monotonic() + LIMIT_S, time.process_time() + LIMIT_CPU_S
+    ends_s = time.monotonic() + LIMIT_S
+    ends_cpu_s = time.process_time() + LIMIT_CPU_S
     for score in row_scores(patient, settings, rows, evaluation.targets):
         scores.append(score)
         if time.monotonic() > ends_s or time.process_time() > ends_cpu_s:
@@ -135,7 +136,8 @@ def row_scores(patient: Patient, settings: Settings, rows: Iterable[Seq[int]],
 
 def nats_of(transformer: Transformer, row: Seq[int]) -> numpy.ndarray:
     """(len(row) - 1,): what each token after the first one costs."""
-    ids, found = row[:-1], []
+    ids = row[:-1]
+    found = []
     for begin in range(0, len(ids), CHUNK):
         end = min(begin + CHUNK, len(ids))
         logits = transformer.arrays.numpy(step(transformer, ids, begin, end, range(end - begin)))

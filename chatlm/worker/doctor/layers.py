@@ -119,10 +119,12 @@ def exchanged_layers(features: Features) -> tuple[int, int, float] | None:
             continue  # there is no order to see
         for i, j in itertools.combinations(range(L), 2):
             order = [*range(L)]
-            order[i], order[j] = j, i
+            order[i] = j
+            order[j] = i
             near = {k for at in (i, j) for k in (at - 1, at) if 0 <= k < L - 1}
             gains = numpy.sum([alike[:, order[k], order[k + 1]] - alike[:, k, k + 1] for k in near], 0)
-            gain, least = float(gains.mean()), best[0] if best else LEAST_GAIN
+            gain = float(gains.mean())
+            least = best[0] if best else LEAST_GAIN
             if gain > least and (gains > 0).mean() >= 0.8:
                 best = gain, layers[i], layers[j]
     return best and (best[1], best[2], best[0])
@@ -180,7 +182,8 @@ def pairs_of_others(model: Model, kinds: Mapping[str, Seq[Portrait]]) -> float:
             attn = model.by_layer[one.layer] if one.part == "qkv" and one.layer is not None else None
             if not attn or one.index > 1 or attn.gated:
                 continue
-            D, rotated = attn.head_size, attn.rope.size
+            D = attn.head_size
+            rotated = attn.rope.size
             if one.rows.size % D or rotated < 32 or rotated % 4 or not (one.rows > 0).all():
                 continue
             heads = numpy.log(one.rows).reshape(-1, D)[:, :rotated]
@@ -194,7 +197,8 @@ def pairs_of_others(model: Model, kinds: Mapping[str, Seq[Portrait]]) -> float:
         return 0.0
     for name, (least, sure) in LEAST_APART.items():
         other = numpy.concatenate(apart[name])
-        gap, ratio = own - other, float(other.mean() / max(float(own.mean()), 1e-9))
+        gap = own - other
+        ratio = float(other.mean() / max(float(own.mean()), 1e-9))
         if ratio < least and gap.mean() > sure * gap.std() / math.sqrt(len(gap)):
             return ratio
     return 0.0

@@ -30,7 +30,9 @@ class Patient:
 
     def __init__(self, source: ModelSource, settings: Settings, against: ModelSource | None = None,
                  threads: int = 1):
-        self.source, self.settings, self.threads = source, settings, threads
+        self.source = source
+        self.settings = settings
+        self.threads = threads
         self.original = against and Patient(against, replace(settings, quantize=None, lora=()),
                                             threads=threads)
 

@@ -96,7 +96,8 @@ def drawn(portrait: Portrait, tensor: Unread | MappedRows, heads: int, every: in
             values = tensor.alone(portrait.name, Cut.whole((math.prod(shape),)))  # may be one of q, k and v
             draw_vector(portrait, floats(numpy.asarray(joined_parts(values))).reshape(-1))
             return portrait
-        rows, columns = math.prod(shape[:-1]), shape[-1]
+        rows = math.prod(shape[:-1])
+        columns = shape[-1]
         step = max(CHUNK // columns // heads, 1) * heads
         portrait.rows, portrait.columns = numpy.full(rows, numpy.nan), numpy.zeros(columns)
         usual = list[float]()
@@ -122,7 +123,8 @@ def rows_of(model: LoadedModel, ours: str, span: range) -> numpy.ndarray:
     if isinstance(tensor, MappedRows):
         return tensor.look_up(numpy.arange(span.start, span.stop))
     (name, shape), = tensor.of[1].items()
-    rows, columns = math.prod(shape[:-1]), shape[-1]
+    rows = math.prod(shape[:-1])
+    columns = shape[-1]
     return floats(joined_parts(tensor.alone(name, Cut((rows, columns), (len(span), columns), 0, [span]))))
 
 
@@ -131,7 +133,8 @@ def joined_parts(values) -> numpy.ndarray:
 
 
 def draw_vector(portrait: Portrait, values: numpy.ndarray):
-    portrait.values, portrait.read = values, len(values)
+    portrait.values = values
+    portrait.read = len(values)
     portrait.bad = int((~numpy.isfinite(values)).sum())
 
 
@@ -153,7 +156,8 @@ def draw_chunk(portrait: Portrait, values: numpy.ndarray, begin: int, usual: lis
     portrait.read += n
     lean = numpy.abs(values.sum(1)) / numpy.sqrt(numpy.maximum(total, 1e-30) * K)
     if (row := int(numpy.nan_to_num(lean).argmax())) + 1 and lean[row] > portrait.leaning:
-        portrait.leaning, portrait.leaning_row = float(lean[row]), begin + row
+        portrait.leaning = float(lean[row])
+        portrait.leaning_row = begin + row
     portrait.usual_leaning = min(portrait.usual_leaning, float(numpy.median(lean)))
     largest = numpy.maximum.reduceat(squares, range(0, K, width), 1)
     even = (sums > 0) & (numpy.abs(sums - width * largest) <= 1e-5 * sums)  # all of one magnitude

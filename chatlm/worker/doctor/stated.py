@@ -44,7 +44,8 @@ def check_types(patient: Patient) -> Findings:
 
 def check_rope(patient: Patient) -> Findings:
     """Rotary scaling against the context."""
-    scaling, context = stated_scaling(patient), patient.model.context_length
+    scaling = stated_scaling(patient)
+    context = patient.model.context_length
     kind, factor, original = (scaling.get(key) for key in ("type", "factor", "original"))
     own = patient.settings.context_length
     if factor and original and not own and kind in ("yarn", "linear", "llama3"):
@@ -95,12 +96,14 @@ def stated_scaling(patient: Patient) -> dict[str, Any]:
 
 
 SAMPLED = 192       # rows of a head that are looked for in the embedding
-SAME, OTHER = 0.9, 0.5
+SAME = 0.9
+OTHER = 0.5
 
 
 def check_head(patient: Patient) -> Findings:
     """A head that is not the embedding although it should be, or the embedding in another order."""
-    model, made = patient.floats, patient.floats.architecture
+    model = patient.floats
+    made = patient.floats.architecture
     if patient.kind == "hf" and not made.tied and not made.of_texts and says_tied(patient):
         name = FAMILIES[model.family].all_tensors["head"][0]
         yield error("config.json says that the head is the embedding (tie_word_embeddings), but the files "
@@ -111,7 +114,8 @@ def check_head(patient: Patient) -> Findings:
     V = made.vocab_size
     chosen = numpy.sort(numpy.random.default_rng(0).permutation(V)[:SAMPLED])
     head = numpy.concatenate([unit(rows_of(model, "head", range(row, row + 1))) for row in chosen.tolist()])
-    best, at = numpy.full(len(chosen), -2.0), numpy.zeros(len(chosen), int)
+    best = numpy.full(len(chosen), -2.0)
+    at = numpy.zeros(len(chosen), int)
     own = numpy.zeros(len(chosen))
     step = max(1, (1 << 22) // made.width)
     for begin in range(0, V, step):
@@ -120,8 +124,10 @@ def check_head(patient: Patient) -> Findings:
         here = (chosen >= span.start) & (chosen < span.stop)
         own[here] = alike[here, chosen[here] - begin]
         alike[here, chosen[here] - begin] = -2.0
-        found, value = alike.argmax(1), alike.max(1)
-        at, best = numpy.where(value > best, begin + found, at), numpy.maximum(best, value)
+        found = alike.argmax(1)
+        value = alike.max(1)
+        at = numpy.where(value > best, begin + found, at)
+        best = numpy.maximum(best, value)
     moved = (best > SAME) & (own < OTHER)
     if moved.mean() > 0.5:
         shift = numpy.unique((at - chosen)[moved])

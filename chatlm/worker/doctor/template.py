@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from chatlm.worker.doctor.patient import Patient
 
 WHERE = "chat template"
-COMPILE_S, FILL_S = 5.0, 0.5  # what a server's sandbox allows: PREPARE_S, Admission.TEMPLATE_S
+# what a server's sandbox allows: PREPARE_S, Admission.TEMPLATE_S
+COMPILE_S = 5.0
+FILL_S = 0.5
 # Words that no template has; each must come out exactly once
 SYSTEM, FIRST, ANSWER, SECOND, REPLY, THIRD, PARTIAL = (
     f"zq{name}qz" for name in ("system", "first", "answer", "second", "reply", "third", "partial"))
@@ -109,7 +111,8 @@ def check_template(patient: Patient) -> Findings:
     if tokenizer.continues_texts:
         yield note("it is a base checkpoint, which was not taught to chat: it continues texts, unless it is "
                    "asked to chat", WHERE)
-    chats, began_s = Chats(tokenizer), time.process_time()
+    chats = Chats(tokenizer)
+    began_s = time.process_time()
     if patient.text.kind == "hf":
         try:
             getattr(tokenizer, "template")
@@ -199,9 +202,11 @@ def ends(patient: Patient, chats: Chats) -> Findings:
     """Does the template end answers with a token that ends them here, and begin them with none?"""
     if chats.turns.refused:
         return
-    tokenizer, named = chats.tokenizer, chats.tokenizer.named_tokens
+    tokenizer = chats.tokenizer
+    named = chats.tokenizer.named_tokens
     stops = {tokenizer.show([token]) for token in tokenizer.stop_tokens}
-    after, before = chats.around(ANSWER, SECOND), chats.around(FIRST, ANSWER)
+    after = chats.around(ANSWER, SECOND)
+    before = chats.around(FIRST, ANSWER)
     written = names_in(tokenizer, after)
     if not written:
         yield note("the template writes no token after an answer", WHERE)
@@ -246,7 +251,9 @@ def names_in(tokenizer: Tokenizer, text: str) -> list[str]:
 
 def begins(patient: Patient, chats: Chats) -> Findings:
     """BOS: once, where the model expects it."""
-    tokenizer, bos, ids = chats.tokenizer, patient.text.bos_token, chats.one.ids
+    tokenizer = chats.tokenizer
+    bos = patient.text.bos_token
+    ids = chats.one.ids
     if bos is None:
         return
     name = quoted(tokenizer.show([bos]))
@@ -260,7 +267,8 @@ def begins(patient: Patient, chats: Chats) -> Findings:
 
 def expects_bos(patient: Patient) -> bool:
     """Whether texts of this vocabulary begin with BOS, whatever the file says of chats."""
-    text, metadata = patient.text, patient.metadata
+    text = patient.text
+    metadata = patient.metadata
     if text.add_bos or patient.kind != "gguf":
         return text.add_bos
     return metadata.get("tokenizer.ggml.model") == "llama" or metadata.get("tokenizer.ggml.pre") in (
@@ -280,7 +288,8 @@ def unused(patient: Patient, chats: Chats) -> Findings:
 
 
 def features(patient: Patient, chats: Chats) -> Iterator:
-    tokenizer, thinks = chats.tokenizer, chats.tokenizer.thoughts
+    tokenizer = chats.tokenizer
+    thinks = chats.tokenizer.thoughts
     for difference in differences(tokenizer.forms):
         yield warning(difference, WHERE, "the model may know another form from its training")
     switched = chats.thoughtless.text not in ("", chats.one.text)

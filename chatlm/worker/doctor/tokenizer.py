@@ -45,7 +45,8 @@ def check_vocabulary(patient: Patient) -> Findings:
         if twice := [token for token, count in counts.items() if count > 1 and token]:
             yield warning(f"{len(twice):,} tokens are there more than once: {quoted_texts(twice)}", where,
                           "only the last of each is ever encoded")
-    vocab, added = patient.vocab, patient.pipeline.get("added_tokens", [])
+    vocab = patient.vocab
+    added = patient.pipeline.get("added_tokens", [])
     by_id: dict[int, str] = {}
     for text, token in vocab.items():
         if by_id.setdefault(token, text) != text:
@@ -62,7 +63,8 @@ def check_vocabulary(patient: Patient) -> Findings:
     ids = {*by_id, *(entry["id"] for entry in added)}
     if ids and (holes := max(ids) + 1 - len(ids)):
         yield note(f"{holes:,} ids below {max(ids):,} have no token", where)
-    rows, count = patient.model.architecture.vocab_size, patient.tokenizer.vocab_size
+    rows = patient.model.architecture.vocab_size
+    count = patient.tokenizer.vocab_size
     if rows > count + 8192:
         yield note(f"the model can draw {rows:,} tokens, of which the tokenizer knows {count:,}", where)
 
@@ -79,7 +81,8 @@ def check_added_tokens(patient: Patient) -> Findings:
 
 def check_ends(patient: Patient) -> Findings:
     """Which tokens begin a text and end an answer."""
-    tokenizer, text = patient.tokenizer, patient.text
+    tokenizer = patient.tokenizer
+    text = patient.text
     ends = sorted(tokenizer.stop_tokens)
     if not ends and text.kind != "characters" and not text.embedder:
         yield error("no token ends an answer, so answers end only where they are cut off",
@@ -141,11 +144,12 @@ def check_merges(patient: Patient) -> Findings:
     """Merges in the order of the tokens that they make, as training writes both, and none missing."""
     if patient.text.kind == "nanochat":
         yield from check_ranks(patient)
-    model, where = patient.pipeline.get("model", {}), "merges"
+    model = patient.pipeline.get("model", {})
+    where = "merges"
     if model.get("type") != "BPE":
         return
-    vocab, pairs = model["vocab"], [merge.split(" ", 1) if isinstance(merge, str) else merge
-                                    for merge in model["merges"]]
+    vocab = model["vocab"]
+    pairs = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
     made = [vocab.get("".join(pair), 0) for pair in pairs]
     if again := [pair for pair, count in Counter(map(tuple, pairs)).items() if count > 1]:
         yield warning(f"{len(again):,} merges are there more than once: "
@@ -177,7 +181,8 @@ def check_ranks(patient: Patient) -> Findings:
 
 def check_round_trips(patient: Patient) -> Findings:
     """Each of HARD_TEXTS is encoded and decoded; what is lost, nobody can ask the model about."""
-    tokenizer, lost = patient.tokenizer, list[str]()
+    tokenizer = patient.tokenizer
+    lost = list[str]()
     if not covers_all(patient):
         yield note("the vocabulary does not have all characters, so texts are not compared")
         return
@@ -226,7 +231,9 @@ def accepted_forms(patient: Patient, text: str) -> set[str]:
 
 
 SAMPLED = 30_000       # tokens
-FEW, MANY = 0.03, 0.2  # shares of tokens that no text becomes: of Qwen 2 1.3 %, of other published ones less
+# shares of tokens that no text becomes: of Qwen 2 1.3 %, of other published ones less
+FEW = 0.03
+MANY = 0.2
 LEAST = 8
 
 
@@ -236,7 +243,8 @@ def check_reach(patient: Patient) -> Findings:
     if patient.pipeline.get("model", {}).get("type") != "BPE":
         return
     tokenizer = merging(patient)
-    tried, missed = 0, list[str]()
+    tried = 0
+    missed = list[str]()
     for token, text in sampled_texts(patient, tokenizer):
         tried += 1
         if tokenizer.encode(text) != [token]:
@@ -262,7 +270,8 @@ def merging(patient: Patient) -> Tokenizer:
 def sampled_texts(patient: Patient, tokenizer: Tokenizer) -> Iterator[tuple[int, str]]:
     """Ordinary tokens and their texts, where these are whole characters that begin a text as they are."""
     spaced = any(tokenizer.token_bytes(token).startswith(b" ") for token in tokenizer.encode("a")[:1])
-    tokens, names = range(tokenizer.vocab_size), added_texts(tokenizer)
+    tokens = range(tokenizer.vocab_size)
+    names = added_texts(tokenizer)
     for token in tokens[::max(len(tokens) // SAMPLED, 1)]:
         if token in tokenizer.added or token in tokenizer.special_names:
             continue
@@ -286,7 +295,8 @@ def added_texts(tokenizer: Tokenizer) -> Seq[str]:
 def check_likeness(patient: Patient) -> Findings:
     """Does it encode as the published tokenizer that it is like?"""
     tokenizer = patient.tokenizer
-    names, byte_level = added_texts(tokenizer), getattr(tokenizer, "byte_level", True)
+    names = added_texts(tokenizer)
+    byte_level = getattr(tokenizer, "byte_level", True)
 
     def skipped(text: str) -> bool:
         """Has it added tokens, or a space at its beginning, where converters of sentencepiece differ?"""

@@ -23,7 +23,8 @@ class AdapterSlots:
     """A slot number for each adapter, the same in all ranks; batches use it. It is never reused."""
 
     def __init__(self, transformer: Transformer, ranks: RankZero | None):
-        self.transformer, self.ranks = transformer, ranks
+        self.transformer = transformer
+        self.ranks = ranks
         self.slots: dict[str, int] = {}      # by id
         self.digests: dict[int, str] = {}    # of their files, by slot
         self.sizes: dict[int, int] = {}      # bytes, by slot
@@ -64,7 +65,9 @@ class AdapterSlots:
         except BaseException:
             self._forget(slot)
             raise
-        self.slots[adapter_id], self.digests[slot], self.sizes[slot] = slot, digest, nbytes
+        self.slots[adapter_id] = slot
+        self.digests[slot] = digest
+        self.sizes[slot] = nbytes
         return nbytes, digest
 
     def drop(self, adapter_id: str) -> int:

@@ -28,15 +28,21 @@ class RepeatedCalls:
 
     def __init__(self):
         self.before = ("", "")     # the name and the arguments of the previous call
-        self.name, self.parts = "", []
+        self.name = ""
+        self.parts = []
         self.repeated = 0          # how many characters of the previous call were repeated
-        self.holding = self.complete = False  # complete: all of them were
+        # complete: all of them were
+        self.holding = False
+        self.complete = False
 
     def push(self, more: Delta) -> Delta:
         """What can be sent now."""
         if more.name:
-            self.before, self.name, self.parts = (self.name, "".join(self.parts)), more.name, []
-            self.repeated, self.holding = 0, self.name == self.before[0]
+            self.before = (self.name, "".join(self.parts))
+            self.name = more.name
+            self.parts = []
+            self.repeated = 0
+            self.holding = self.name == self.before[0]
         self.parts.append(more.text)
         if not self.holding:
             return more
@@ -62,9 +68,15 @@ class AnswerText:
         self.unsent: list[Delta] = []
         # the calculator's calls behind text that is held back, each with the number of characters before it
         self.pinned: deque[tuple[int, Delta]] = deque()
-        self.read = self.shown = 0   # characters of content so far, and those of them that can be sent
-        self.count = self.calls = 0  # tokens and calls so far
-        self.reasoning_tokens = self.thoughts = 0  # tokens of reasoning, with its markers and without
+        # characters of content so far, and those of them that can be sent
+        self.read = 0
+        self.shown = 0
+        # tokens and calls so far
+        self.count = 0
+        self.calls = 0
+        # tokens of reasoning, with its markers and without
+        self.reasoning_tokens = 0
+        self.thoughts = 0
         self.repeated = RepeatedCalls() if params.grammar and params.grammar_param == "tools" else None
 
     @property
@@ -87,7 +99,8 @@ class AnswerText:
 
     def push(self, token: int):
         """Turn a token into reasoning, content or calls."""
-        text, reader = self.decoder.push(token), self.reader
+        text = self.decoder.push(token)
+        reader = self.reader
         self.count += 1
         if not reader:  # everything is content
             return self._add_content(text)
@@ -110,7 +123,8 @@ class AnswerText:
 
     def take(self) -> tuple[Delta, ...]:
         """What is new since the last call."""
-        unsent, self.unsent = tuple(self.unsent), []
+        unsent = tuple(self.unsent)
+        self.unsent = []
         return unsent
 
     def _add_read(self):
@@ -144,7 +158,8 @@ class AnswerText:
         end = self.shown + len(text)
         while self.pinned and self.pinned[0][0] <= end:
             place, call = self.pinned.popleft()
-            before, text = text[:place - self.shown], text[place - self.shown:]
+            before = text[:place - self.shown]
+            text = text[place - self.shown:]
             self._add(Delta("text", before))
             self._add(call)
             self.shown = place
@@ -173,7 +188,8 @@ class Constraint:
 
     def __init__(self, params: AnswerParams, tokenizer: Tokenizer, grammar: Grammar | None,
                  compiled: Callable[[str], Grammar] | None):
-        self.grammar, self.param = grammar, params.grammar_param
+        self.grammar = grammar
+        self.param = params.grammar_param
         self.compiled = compiled       # makes a grammar from its source
         self.of_calls = {name: with_markers(source, tokenizer.markers) for name, source in zip(
             params.tool_names, params.call_grammars) if source}
@@ -199,7 +215,8 @@ class Constraint:
     def resume(self, token: int, room: int, chosen: bool):
         """Feed the grammar a token of an earlier worker, or one that the client has chosen."""
         if self.grammar and not self.grammar.feed(token) and chosen:
-            self.misfit, self.grammar = True, None
+            self.misfit = True
+            self.grammar = None
         self.closing(token, room)
 
     def closing(self, token: int, room: int) -> list[int] | None:
@@ -207,7 +224,8 @@ class Constraint:
         would be too few to do so; None if the token may stay."""
         if not self.closes or not self.grammar or token in self.grammar.ends:
             return None
-        before, self.way_to_end = self.way_to_end, None
+        before = self.way_to_end
+        self.way_to_end = None
         if room > self.closing_room:
             return None
         with suppress(LookupError):
@@ -235,7 +253,8 @@ class Answer:
 
     def __init__(self, work: Assignment, tokenizer: Tokenizer, grammar: Grammar | None = None,
                  compiled: Callable[[str], Grammar] | None = None, most: int | None = None):
-        self.work, self.text = work, AnswerText(work, tokenizer)
+        self.work = work
+        self.text = AnswerText(work, tokenizer)
         self.constraint = Constraint(work.params, tokenizer, grammar, compiled)
         self.thinking_ends = work.thinking_ends  # its reasoning ends after this many tokens; None: no limit
         self.thinking_ended = False    # did `_end_of_thinking` end it?
@@ -278,7 +297,8 @@ class Answer:
         Returns the tokens added: it and any forced after it; near the limit, those forced in its place."""
         limit = "max_tokens" if generated + room >= self.work.max_tokens else "context_length"
         if self.owed and not self.constraint.holds:
-            owed, self.owed = self.owed[:room + 1], []
+            owed = self.owed[:room + 1]
+            self.owed = []
             self._force(owed, room + 1)
             if len(owed) > room:
                 self._end("length", limit)
@@ -321,10 +341,12 @@ class Answer:
         return closing
 
     def _end(self, reason: str, cause: str):
-        self.reason, self.stop_reason = reason, cause
+        self.reason = reason
+        self.stop_reason = cause
         self.text.finish(cut=reason == "length")
         if reason == "length" and self.text.stops.stopped_by is not None:
-            self.reason, self.stop_reason = "stop", self.text.stops.stopped_by
+            self.reason = "stop"
+            self.stop_reason = self.text.stops.stopped_by
 
     def _force(self, tokens: Seq[int], room: int):
         for count, token in enumerate(tokens, 1):
@@ -353,7 +375,8 @@ class Answer:
 
     def hold_call(self):
         """Hold the arguments that begin here to their grammar, unless their first token already broke it."""
-        constraint, reader = self.constraint, self.text.reader
+        constraint = self.constraint
+        reader = self.text.reader
         assert reader and reader.deltas.begun_call and constraint.compiled
         (_, read, name), reader.deltas.begun_call = reader.deltas.begun_call, None
         grammar = constraint.compiled(constraint.of_calls[name])
@@ -374,7 +397,8 @@ class Answer:
     def _end_of_thinking(self) -> list[int]:
         """The tokens that end its reasoning here, if it has used up its budget or the client asked to end it;
         usually none. Never in the middle of a character."""
-        text, params = self.text, self.work.params
+        text = self.text
+        params = self.work.params
         if not text.reader or not text.thinking or text.decoder.utf8.getstate()[0]:
             return []
         asked = self.thinking_ends is not None and text.count >= self.thinking_ends

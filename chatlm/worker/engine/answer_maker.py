@@ -27,12 +27,14 @@ class AnswerMaker:
     Slow work happens in threads that serve clients in turn; `Output.preparing` is then the future that the
     sequence must wait for before it may run."""
 
-    KEPT_GRAMMARS, KEPT_GRAMMAR_BYTES = 16, 64 << 20
+    KEPT_GRAMMARS = 16
+    KEPT_GRAMMAR_BYTES = 64 << 20
     MASK_PATIENCE_S = 0.004  # how long a step waits for the masks of its rows
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
-        self.compiling, self.masking = FairThread("grammars", nice=10), FairThread("masks")
+        self.compiling = FairThread("grammars", nice=10)
+        self.masking = FairThread("masks")
         self.grammars: OrderedDict[tuple[str, str], Grammar] = OrderedDict()  # LRU, by owner and source
 
     def make(self, sequence: Sequence):
@@ -94,7 +96,8 @@ class AnswerMaker:
 
     def _prepare(self, sequence: Sequence):
         """Make the answer, or give an existing one the grammar that it needs now."""
-        work, answer = sequence.work, sequence.output.answer
+        work = sequence.work
+        answer = sequence.output.answer
         try:
             if sequence.output.kept is None and (prepare := preparation(work.sampling)):
                 sequence.output.kept = prepare(work.sampling, self.tokenizer, sequence.tokens)

@@ -28,7 +28,8 @@ class BackgroundLane:
     def __init__(self, ahead: bool = False, recorded: bool = False):
         """ahead: do interactive steps begin before the last one's tokens are known? recorded: are steps
         recorded by their rows, so that prompts among them make them slow?"""
-        self.ahead, self.recorded = ahead, recorded
+        self.ahead = ahead
+        self.recorded = recorded
         self.room = 1   # what the last step beside interactive answers had
         self.steps = 0  # beside interactive answers
         self.word: Word | None = None  # of workers that compute on the same processors

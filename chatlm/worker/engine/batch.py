@@ -60,7 +60,9 @@ def turns_of(plan: Seq[Chunk]) -> list[int]:
         return []
     turns = list[int]()
     for chunk in plan:
-        first, count, sight = chunk.sequence.computed, len(chunk.ids) - 1, chunk.sequence.sight
+        first = chunk.sequence.computed
+        count = len(chunk.ids) - 1
+        sight = chunk.sequence.sight
         turns += sight.turned(first, count, len(turns)) if sight and sight.turns else range(
             first, first + count)
     return turns
@@ -74,7 +76,9 @@ def sample_rows(plan: Seq[Chunk], eos_tokens: frozenset[int]) -> list[SampleRow]
 def sample_row(sequence: Sequence, eos_tokens: frozenset[int], offset: int = 0) -> SampleRow:
     """How to draw a sequence's next token, or the one `offset` after it: parameters, absolute position, and
     the tokens that penalties count."""
-    work, params, sampling = sequence.work, sequence.work.params, sequence.work.sampling
+    work = sequence.work
+    params = sequence.work.params
+    sampling = sequence.work.sampling
     if sequence.generated + offset < params.min_tokens and not params.ignore_eos:
         banned = tuple((token, -math.inf) for token in sorted(eos_tokens | set(params.stop_token_ids)))
         sampling = replace(sampling, logit_bias=sampling.logit_bias + banned)
@@ -83,7 +87,8 @@ def sample_row(sequence: Sequence, eos_tokens: frozenset[int], offset: int = 0) 
 
 def shown_rows(plan: Seq[Chunk]) -> list[tuple[int, numpy.ndarray, numpy.ndarray | None]]:
     """The rows of pictures in a step, as show_pictures takes them."""
-    found, begin = [], 0
+    found = []
+    begin = 0
     for chunk in plan:
         if sight := chunk.sequence.sight:
             found += [(begin + first, *rows)

@@ -98,7 +98,8 @@ def evaluate_node(node: ast.expr, depth: int) -> Any:
         case ast.IfExp(condition, chosen, other):
             return evaluate_node(chosen if evaluate_node(condition, depth - 1) else other, depth - 1)
         case ast.Compare(left, [ast.In() | ast.NotIn() as operation], [right]):
-            part, whole = evaluate_node(left, depth - 1), evaluate_node(right, depth - 1)
+            part = evaluate_node(left, depth - 1)
+            whole = evaluate_node(right, depth - 1)
             return operator.contains(whole, part) == isinstance(operation, ast.In)
         case ast.Call(ast.Attribute(owner, name), [] | [_], []):
             value = evaluate_node(owner, depth - 1)
@@ -126,12 +127,14 @@ class CalculatorTool:
     `<|output_start|>` result `<|output_end|>` (upstream nanochat/engine.py, Engine.generate)."""
 
     def __init__(self, tokenizer: Tokenizer, ids: ToolTokens):
-        self.tokenizer, self.ids = tokenizer, ids
+        self.tokenizer = tokenizer
+        self.ids = ids
         self.expression: list[int] | None = None  # tokens since python_start
 
     def continue_prompt(self, prompt_ids: Seq[int]) -> list[int]:
         """Read the call that a prompt ends in, if it does; returns the tokens to force behind the prompt."""
-        latest, forced = prompt_ids[-CALCULATOR_CHARACTERS:], list[int]()
+        latest = prompt_ids[-CALCULATOR_CHARACTERS:]
+        forced = list[int]()
         end = len(latest) - (latest[-1:] == (self.ids.python_end,))
         for place in range(end - 1, -1, -1):
             if latest[place] in self.tokenizer.special_names:
@@ -142,7 +145,8 @@ class CalculatorTool:
 
     def feed(self, token: int) -> list[int]:
         """Read one token of the answer; returns the tokens to force after it (usually none)."""
-        ids, expression = self.ids, self.expression
+        ids = self.ids
+        expression = self.expression
         if token == ids.python_start:
             self.expression = []
         elif token == ids.python_end:

@@ -33,7 +33,8 @@ class Addresses:
 
     def note(self, key: Key, serial: int):
         if (address := self[key[0]]) is not None:
-            self.of[serial], self.keys[serial] = page_address(address, key[1]), key
+            self.of[serial] = page_address(address, key[1])
+            self.keys[serial] = key
 
     def forget(self, serial: int):
         self.of.pop(serial, None)
@@ -44,7 +45,8 @@ class PageBytes:
     """The bytes of a model's KV pages and states."""
 
     def __init__(self, transformer: Transformer, num_pages: int):
-        layout, memory = transformer.layout, transformer.cache
+        layout = transformer.layout
+        memory = transformer.cache
         depth = layout.size // layout.own if layout.own else 1
         pages = num_pages + transformer.groups.holes
         # (layers of a page, pages, bytes): a page is a column if its layers are not contiguous
@@ -67,7 +69,8 @@ class PageBytes:
         return numpy.concatenate([state[slot] for state in self.states])
 
     def put_state(self, slot: int, payload: memoryview):
-        data, begin = numpy.asarray(payload, numpy.uint8), 0
+        data = numpy.asarray(payload, numpy.uint8)
+        begin = 0
         for state in self.states:
             state[slot] = data[begin:begin + state.shape[1]]
             begin += state.shape[1]
@@ -82,9 +85,13 @@ class Copier:
 
     def __init__(self, pool: PagePool, kept: KeptPages, memory: PageBytes, counts: dict[str, int],
                  look_at_store: Callable[[], None]):
-        self.pool, self.kept, self.memory, self.counts = pool, kept, memory, counts
+        self.pool = pool
+        self.kept = kept
+        self.memory = memory
+        self.counts = counts
         self.look_at_store = look_at_store
-        self.retry_s, self.trouble = 0.0, ""
+        self.retry_s = 0.0
+        self.trouble = ""
         self.full_s = 0.0   # since when memory has been full; 0: it is not
         self.looked_s = -self.LOOK_S
         self.waits = False  # for the store, to take pages out of memory
@@ -93,10 +100,14 @@ class Copier:
 
     def copy(self):
         """Keep the pages filled so far. Call it while no step is under way."""
-        pool, states, now, began_s = self.pool, self.pool.states, time.monotonic(), time.thread_time()
+        pool = self.pool
+        states = self.pool.states
+        now = time.monotonic()
+        began_s = time.thread_time()
         if not self.kept.profile or now < self.retry_s or not (pool.fresh or states and states.fresh):
             return
-        left, self.copied = self.STEP_BYTES, 0
+        left = self.STEP_BYTES
+        self.copied = 0
         if now - self.looked_s > self.LOOK_S:
             self.looked_s = now
             self.kept.look_at_memory()
@@ -133,9 +144,11 @@ class Copier:
 
     def _keep_chain(self, serial: int | str) -> bool:
         """Keep a page, and any before it that are no longer kept. False if there is no room."""
-        chain, addresses = [], self.pool.addresses
+        chain = []
+        addresses = self.pool.addresses
         while addresses and not isinstance(serial, str):
-            address, key = addresses[serial], addresses.keys.get(serial)
+            address = addresses[serial]
+            key = addresses.keys.get(serial)
             if address is None or key is None:
                 return True
             if self.kept.key(PAGE, address) in self.kept:
@@ -143,7 +156,8 @@ class Copier:
             chain.append((key, address))
             serial = key[0]
         for (serial, tokens), address in reversed(chain):
-            content, parent = self.pool.index.get((serial, tokens)), addresses and addresses[serial]
+            content = self.pool.index.get((serial, tokens))
+            parent = addresses and addresses[serial]
             if content is None or not self._is_whole(content) or parent is None:
                 return True
             if not self._keep_page(content, address, ROOT if isinstance(serial, str) else parent, tokens):
@@ -167,7 +181,8 @@ class Copier:
         return True
 
     def _keep_state(self, serial: int | str):
-        states, address = self.pool.states, self.pool.addresses and self.pool.addresses[serial]
+        states = self.pool.states
+        address = self.pool.addresses and self.pool.addresses[serial]
         if (states is None or address is None or serial not in states
                 or self.kept.key(STATE, address) in self.kept or not self._keep_chain(serial)):
             return

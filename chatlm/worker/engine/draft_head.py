@@ -41,7 +41,8 @@ class Shown(NamedTuple):
     def span(self, begin: int, end: int) -> numpy.ndarray:
         """Those at positions [begin, end), zeros where they are missing."""
         found = numpy.zeros((end - begin, self.rows.shape[1]), numpy.float32)
-        low, high = max(begin, self.first), min(end, self.first + len(self.rows))
+        low = max(begin, self.first)
+        high = min(end, self.first + len(self.rows))
         if low < high:
             found[low - begin:high - begin] = self.rows[low - self.first:high - self.first]
         return found
@@ -61,22 +62,27 @@ class Part(NamedTuple):
 class DraftHead:
     """Drafts with a model's own head, for several sequences together in a batch."""
 
-    name, sees_states = "mtp", True
+    name = "mtp"
+    sees_states = True
     MOST_SHOWN = 16  # states that wait for the next draft; a step of the head computes more at once
 
     def __init__(self, transformer: Transformer, *, num_pages: int, max_batch: int, prefill_chunk: int,
                  stop_tokens: frozenset[int]):
-        self.transformer, self.followers = transformer, Followers(num_pages)
-        self.stop_tokens, self.prefill_chunk = stop_tokens, prefill_chunk
+        self.transformer = transformer
+        self.followers = Followers(num_pages)
+        self.stop_tokens = stop_tokens
+        self.prefill_chunk = prefill_chunk
         self.max_rows = len(transformer.buffers["logits"])
         self.longest = min(transformer.model.max_positions, num_pages * self.followers.pool.page_size)
         self.steps = transformer.kernels.backend.make_steps(transformer, max_batch, self.longest)
         self.shown: dict[Sequence, Shown] = {}
-        self.computed, self.gaps = 0, itertools.count()
+        self.computed = 0
+        self.gaps = itertools.count()
 
     def line(self) -> str:
         """What a start says of it."""
-        pool, transformer = self.followers.pool, self.transformer
+        pool = self.followers.pool
+        transformer = self.transformer
         cache_bytes = pool.num_pages * transformer.layout.page_bytes
         return f"Draft head: one layer; KV cache: {pool.num_pages:,} pages ({cache_bytes / 2**20:,.0f} MiB)"
 
@@ -105,7 +111,8 @@ class DraftHead:
 
     def _part(self, sequence: Sequence, own: Sequence, known: int) -> Part | None:
         """The next entries of a sequence, up to `known` tokens; None if they cannot be computed."""
-        begin, end = own.computed, min(known, own.computed + self.prefill_chunk)
+        begin = own.computed
+        end = min(known, own.computed + self.prefill_chunk)
         if begin >= end or end > self.longest or not self.followers.grow(own, end):
             return None
         shown = self.shown[sequence]
@@ -117,7 +124,8 @@ class DraftHead:
         """Draft up to so many tokens for each of these sequences, whose tokens must all be known, and whose
         states up to the last token but one have been seen."""
         self.followers.release_waiting()
-        found, left = {}, self.prefill_chunk
+        found = {}
+        left = self.prefill_chunk
         drafting: list[tuple[Sequence, Part, int]] = []
         for sequence, length in wanted.items():
             if follower := self.followers.guessed(sequence):
@@ -138,7 +146,8 @@ class DraftHead:
         drawn = self._draw([part for _, part, _ in drafting], [length for *_, length in drafting])
         for (sequence, part, _), tokens in zip(drafting, drawn):
             follower = self.followers.of[sequence]
-            follower.begin, follower.guess = part.end, tokens
+            follower.begin = part.end
+            follower.guess = tokens
             found[sequence] = self._useful(tokens)
         return found
 
@@ -168,7 +177,8 @@ class DraftHead:
 
     def _compute(self, parts: Seq[Part], rows: Seq[SampleRow]) -> list[int]:
         """A step of the head; returns what it drew: a token for each part that draws, as `rows` say."""
-        batch, transformer = Batch([], [], [0], [], [], []), self.transformer
+        batch = Batch([], [], [0], [], [], [])
+        transformer = self.transformer
         for part in parts:
             batch.token_ids.extend(part.token_ids)
             batch.previous_token_ids.extend([-1, *part.token_ids[:-1]])
@@ -179,5 +189,6 @@ class DraftHead:
                 batch.logit_rows.append(len(batch.token_ids) - 1)
         given = transformer.arrays.numpy(transformer.buffers["x"][:len(batch.token_ids)])
         states = numpy.concatenate([part.states for part in parts])
-        given[:, :states.shape[1]], given[:, states.shape[1]:] = states, 0.0
+        given[:, :states.shape[1]] = states
+        given[:, states.shape[1]:] = 0.0
         return self.steps.finish(self.steps.start(batch, rows))

@@ -49,7 +49,8 @@ class Followers:
         if (follower := self.of.get(sequence)) is None:
             own = Sequence(work, sequence.tokens, sequence.limit)
             if of_adapter:
-                own.adapter, own.adapter_digest = sequence.adapter, sequence.adapter_digest
+                own.adapter = sequence.adapter
+                own.adapter_digest = sequence.adapter_digest
                 own.serial = own.root
             own.pages, own.serial = self.pool.match_prefix(own.tokens, own.root)
             own.filled = len(own.pages)
@@ -65,7 +66,8 @@ class Followers:
     def settle(self, follower: Follower):
         """Count as computed what was drafted and turned out right; the last token is always computed again,
         since its logits are needed, and the last drafted one never was."""
-        own, guess = follower.own, follower.guess[:-1]
+        own = follower.own
+        guess = follower.guess[:-1]
         known = own.tokens[follower.begin:len(own.tokens) - 1]
         right = next((i for i, (token, guessed) in enumerate(zip(known, guess)) if token != guessed),
                      min(len(known), len(guess)))
@@ -104,22 +106,27 @@ class Followers:
 class DraftModel:
     """Drafts with a model of its own, for several sequences in a batch: k tokens in k small steps."""
 
-    name, sees_states = "model", False
+    name = "model"
+    sees_states = False
 
     def __init__(self, transformer: Transformer, *, num_pages: int, max_batch: int, prefill_chunk: int,
                  vocab_size: int, stop_tokens: frozenset[int], called: str = ""):
         """vocab_size, stop_tokens: of the model that it drafts for."""
         self.called = called
-        self.transformer, self.followers = transformer, Followers(num_pages)
-        self.vocab_size, self.stop_tokens = vocab_size, stop_tokens
-        self.prefill_chunk, self.max_rows = prefill_chunk, len(transformer.buffers["logits"])
+        self.transformer = transformer
+        self.followers = Followers(num_pages)
+        self.vocab_size = vocab_size
+        self.stop_tokens = stop_tokens
+        self.prefill_chunk = prefill_chunk
+        self.max_rows = len(transformer.buffers["logits"])
         self.longest = min(transformer.model.max_positions, num_pages * self.followers.pool.page_size)
         self.steps = transformer.kernels.backend.make_steps(transformer, max_batch, self.longest)
         self.computed = 0  # tokens in the first step of the last draft
 
     def line(self) -> str:
         """What a start says of it."""
-        pool, transformer = self.followers.pool, self.transformer
+        pool = self.followers.pool
+        transformer = self.transformer
         cache_bytes = pool.num_pages * transformer.layout.page_bytes
         model = transformer.model
         return (f"Draft model {self.called}: width {model.width}, {len(model.layers)} layers, weights in "
@@ -145,7 +152,8 @@ class DraftModel:
             return found
         drawn = self._draw(plan, [(follower.own, length) for _, follower, length in drafting])
         for (sequence, follower, _), tokens in zip(drafting, drawn):
-            follower.begin, follower.guess = len(follower.own.tokens), tokens
+            follower.begin = len(follower.own.tokens)
+            follower.guess = tokens
             found[sequence] = self._useful(tokens)
         return found
 
@@ -161,7 +169,8 @@ class DraftModel:
     def _plan(self, wanted: Mapping[Sequence, int]
               ) -> tuple[list[Chunk], list[tuple[Sequence, Follower, int]]]:
         """The chunks of the first step, those of one token first, and the sequences among them that draft."""
-        left, size = self.prefill_chunk, self.followers.pool.page_size
+        left = self.prefill_chunk
+        size = self.followers.pool.page_size
         own_size = self.transformer.model.vocab_size
         plan: list[tuple[Chunk, Sequence, Follower, int]] = []
         for sequence, length in wanted.items():
@@ -188,7 +197,8 @@ class DraftModel:
         """Compute the chunks, then a token at a time of those that draft; returns what each of these drew.
 
         A step starts before the one before it is finished, where the kernels can do that."""
-        steps, drawn = self.steps, [[] for _ in drafting]
+        steps = self.steps
+        drawn = [[] for _ in drafting]
         waiting: list[tuple[list[int], object]] = []  # (who draws in it, its ticket) of steps under way
 
         def finish(most: int):
@@ -203,11 +213,13 @@ class DraftModel:
         for chunk in plan:
             self.followers.tables.advance(chunk.sequence, chunk.count)
         for ahead in range(1, max((length for _, length in drafting), default=0)):
-            before, members = members, [i for i in members if drafting[i][1] > ahead]
+            before = members
+            members = [i for i in members if drafting[i][1] > ahead]
             finish(1)
             batch = Batch([], [], [0], [], [], [])
             for i in members:
-                own, known = drafting[i][0], drawn[i]
+                own = drafting[i][0]
+                known = drawn[i]
                 batch.token_ids.append(~before.index(i))
                 batch.previous_token_ids.append(known[-1] if known else own.tokens[-1])
                 batch.starts.append(len(batch.token_ids))

@@ -58,7 +58,9 @@ class Acceptance:
     """How often a drafted token was right if all before it were, by source, by what the source thought of its
     chance, and by its place in the draft."""
 
-    TRUST, MEMORY = 4.0, 200.0  # TRUST: tokens that the source's own estimate counts as
+    # TRUST: tokens that the source's own estimate counts as
+    TRUST = 4.0
+    MEMORY = 200.0
     # small chances of being wrong are told apart by their order of magnitude
     BUCKETS = [min(int(-2 * math.log2(1.001 - i / 128)), 14) for i in range(129)]
     PLACES = [0, 1, 2, 3, 3, 3, 3, 3]  # later ones: 4
@@ -69,9 +71,13 @@ class Acceptance:
 
     def measured(self, draft: Draft) -> tuple[list[float], list[list[float]]]:
         """The chances as they were measured, and each token's counts; of fewer tokens if chances are tiny."""
-        before, chance, chances, found = 1.0, 1.0, [], []
+        before = 1.0
+        chance = 1.0
+        chances = []
+        found = []
         for i, own in enumerate(draft.chances):
-            share, before = min(own / before, 1.0), own
+            share = min(own / before, 1.0)
+            before = own
             source = draft.source if i >= draft.forced else Forced.name
             key = source, self.BUCKETS[int(share * 128)], self.PLACES[i] if i < 8 else 4
             if (counts := self.counts.get(key)) is None:
@@ -95,13 +101,16 @@ class Acceptance:
 class Record:
     """What drafts gave one sequence, against what was expected of them."""
 
-    MEMORY, PRIOR = 0.9, 2.0
+    MEMORY = 0.9
+    PRIOR = 2.0
 
     def __init__(self):
         self.proposed = NO_DRAFT               # the newest draft, before it was cut
         self.chances: list[float] = []         # of its tokens, as measured for all sequences
         self.counts: list[list[float]] = []    # see Acceptance.measured
-        self.expected = self.right = 0.0       # tokens, the newest count most
+        # tokens, the newest count most
+        self.expected = 0.0
+        self.right = 0.0
 
     @property
     def factor(self) -> float:
@@ -131,7 +140,8 @@ def joined(forced: Draft, draft: Draft) -> Draft:
 class Forced:
     """What a grammar leaves no choice about."""
 
-    name, CHANCE = "forced", 0.99
+    name = "forced"
+    CHANCE = 0.99
 
     def begin(self, sequence: Sequence): ...
     def judge(self, sequence: Sequence, draft: Draft, verified: int, accepted: int): ...
@@ -178,14 +188,16 @@ class Drafting:
 
     def __init__(self, sources: Iterable[Source], times: Times | None = None):
         self.sources = {source.name: source for source in sources}
-        self.drafted, self.accepted = DraftCounts(), DraftCounts()
+        self.drafted = DraftCounts()
+        self.accepted = DraftCounts()
         self.acceptance = Acceptance()
         self.times = times or Times()
         self.records: dict[Sequence, Record] = {}
         self.first_id: int | None = None  # from here on ids are no tokens
 
     def begin(self, sequence: Sequence):
-        sequence.drafts, self.records[sequence] = True, Record()
+        sequence.drafts = True
+        self.records[sequence] = Record()
         for source in self.sources.values():
             source.begin(sequence)
 
@@ -237,7 +249,9 @@ class Drafting:
                     measured = draft._replace(tokens=draft.tokens[:len(chances)], chances=tuple(
                         min(factor * chance, 0.99) for chance in chances))
                     if measured.worth > best[sequence].worth:
-                        record.proposed, record.chances, record.counts = draft, chances, counts
+                        record.proposed = draft
+                        record.chances = chances
+                        record.counts = counts
                         best[sequence] = sequence.draft = measured  # later sources see it
         for sequence, count in zip(best, self._counts(list(best.values()), times, rows, most, other_s)):
             sequence.draft = best[sequence].first(count)
@@ -250,11 +264,14 @@ class Drafting:
         if not ranked:
             return [0] * len(drafts)
         times = step_times.expected(rows, rows + len(ranked))
-        tokens, best, chosen = float(rows), rows / (times[0] + other_s), 0
+        tokens = float(rows)
+        best = rows / (times[0] + other_s)
+        chosen = 0
         for count, (chance, _, _) in enumerate(ranked, 1):
             tokens += chance
             if (rate := tokens / (times[count] + other_s)) > best:
-                best, chosen = rate, count
+                best = rate
+                chosen = count
         counts = [0] * len(drafts)
         for _, _, j in ranked[:chosen]:
             counts[j] += 1
@@ -271,12 +288,14 @@ class Drafting:
             draft = sequence.draft
             self.sources[draft.source].judge(sequence, draft, verified, accepted)
             drafted, right = (by_source(draft, count) for count in (verified, accepted))
-            self.drafted, self.accepted = self.drafted + drafted, self.accepted + right
+            self.drafted = self.drafted + drafted
+            self.accepted = self.accepted + right
             sequence.output.usage += Usage(drafted=drafted, accepted=right)
 
     def _measure(self, record: Record, came: Seq[int]):
         """Note which of a draft's first tokens were right, as far as the tokens that came show it."""
-        known = right = 0
+        known = 0
+        right = 0
         for token, guess in zip(came, record.proposed.tokens[:len(record.chances)]):
             known += 1
             if token != guess:

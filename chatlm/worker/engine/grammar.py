@@ -43,10 +43,13 @@ class Grammar:
         llguidance = require_library("llguidance", "constrained decoding")
         limits = llguidance.LLParserLimits(**GRAMMAR_LIMITS)
         self.matcher = llguidance.LLMatcher(tokenizer.grammar_vocabulary, source, log_level=0, limits=limits)
-        self.tokenizer, self.ends = tokenizer, tokenizer.stop_tokens
+        self.tokenizer = tokenizer
+        self.ends = tokenizer.stop_tokens
         self.bytes = tokenizer.byte_tokens
         self.source, self.lexer = source, object()  # lexer: the same one in its copies
-        self.fed, self.renewed = [], False          # fed: the tokens so far
+        # fed: the tokens so far
+        self.fed = []
+        self.renewed = False
         self.follows_drafts = True
         self.size = 0                 # bytes, shared with its copies
         self.masks: Future = Future()  # the masks of the next token and after a draft's, each as bytes
@@ -54,18 +57,24 @@ class Grammar:
     def copy(self) -> Grammar:
         """An independent copy in the same state (10 us; compiling takes up to 1 s)."""
         twin = copy.copy(self)
-        twin.matcher, twin.masks, twin.fed = self.matcher.deep_copy(), Future(), []
+        twin.matcher = self.matcher.deep_copy()
+        twin.masks = Future()
+        twin.fed = []
         return twin
 
     def renew(self, fresh: Grammar) -> Grammar:
         """Bring `fresh`, a new copy of the same grammar, to the state of this one."""
-        fresh.renewed, fresh.follows_drafts, fresh.fed = not self.follows_drafts, False, self.fed
+        fresh.renewed = not self.follows_drafts
+        fresh.follows_drafts = False
+        fresh.fed = self.fed
         fresh.matcher.consume_tokens(fresh.fed)
         return fresh
 
     def compute_masks(self, draft: Seq[int] = ()) -> list[bytes]:
         """The mask of the next token, and that after each token of a draft, up to one that is not allowed."""
-        matcher, masks, fed = self.matcher, [self.matcher.compute_bitmask()], 0
+        matcher = self.matcher
+        masks = [self.matcher.compute_bitmask()]
+        fed = 0
         for token in draft:
             if not masks[-1][token >> 3] >> (token & 7) & 1 or token in self.ends:
                 break
@@ -121,7 +130,9 @@ class Grammar:
     def way_to_end(self, most: int) -> list[int] | None:
         """The tokens of a short way from here to where the answer may end; None if it takes more than `most`.
         Tries bytes (3 us each), beginning with those that end something. LookupError if there is no way."""
-        matcher, way, one = self.matcher.deep_copy(), bytearray(), self.bytes
+        matcher = self.matcher.deep_copy()
+        way = bytearray()
+        one = self.bytes
 
         def fitting(several: Iterable[int]) -> Iterator[int]:
             return (byte for byte in several if byte in one and matcher.validate_tokens([one[byte]]))
@@ -161,8 +172,9 @@ class FairThread:
     """A thread that serves clients in turn."""
 
     def __init__(self, name: str, nice: int = 0):
-        self.thread, self.lock, self.lanes = (
-            ThreadPoolExecutor(1, name, lower_priority, (nice,)), threading.Lock(), Lanes())
+        self.thread = ThreadPoolExecutor(1, name, lower_priority, (nice,))
+        self.lock = threading.Lock()
+        self.lanes = Lanes()
         self.mean_s = 0.0  # moving average of the time a task takes
 
     def submit(self, client: str, work: Callable, *arguments) -> Future:

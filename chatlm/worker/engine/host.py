@@ -29,7 +29,10 @@ class HostSteps:
 
     def __init__(self, transformer: Transformer, steps, answers: AnswerMaker,
                  emit: Callable[[Sequence, WorkerEvent], None], head: Head = Head()):
-        self.transformer, self.steps, self.answers, self.emit = transformer, steps, answers, emit
+        self.transformer = transformer
+        self.steps = steps
+        self.answers = answers
+        self.emit = emit
         self.head = head
 
     def run(self, plan: Seq[Chunk]) -> tuple[list[Chunk], Callable[[], list[int]]]:
@@ -44,7 +47,8 @@ class HostSteps:
         for chunk, (first, last) in zip(plan, itertools.pairwise(batch.starts)):
             if chunk.sequence.pooling:
                 pool(self.transformer, chunk, first, last, self.head.pools)
-        late, deadline_s = [], time.monotonic() + self.answers.MASK_PATIENCE_S
+        late = []
+        deadline_s = time.monotonic() + self.answers.MASK_PATIENCE_S
         for chunk in plan:
             if chunk.draws and not self.answers.masked(chunk.sequence, deadline_s):
                 late.append(chunk)  # computed again once its mask is ready
@@ -56,10 +60,12 @@ class HostSteps:
 
     def _token_types(self, plan: Seq[Chunk]) -> list[int]:
         """The type of each token of a step: 1 in the second text of a pair, else 0."""
-        embedder, types = self.answers.tokenizer.spec.embedder, []
+        embedder = self.answers.tokenizer.spec.embedder
+        types = []
         between = embedder.between[:1] if embedder else ()
         for chunk in plan:
-            tokens, second = chunk.sequence.tokens, len(chunk.sequence.tokens)
+            tokens = chunk.sequence.tokens
+            second = len(chunk.sequence.tokens)
             if chunk.sequence.pooling == "rank" and self.transformer.model.token_types > 1:
                 second = next((i + 1 for i, token in enumerate(tokens) if (token,) == between), second)
             types += [int(i >= second) for i in range(len(tokens))]
@@ -69,7 +75,9 @@ class HostSteps:
         """Score prompts, ban tokens the grammars reject, draw, and record logprobs.
 
         spans: chunks and their rows of the logits (R, V)."""
-        drawn, plan, arrays = [], [chunk for chunk, _ in spans], self.transformer.arrays
+        drawn = []
+        plan = [chunk for chunk, _ in spans]
+        arrays = self.transformer.arrays
         for chunk, mine in spans:
             if chunk.sequence.scoring:
                 if scores := score_prompt(chunk, arrays.numpy(logits[mine.start:mine.stop])):
@@ -92,7 +100,8 @@ class HostSteps:
         for at, (chunk, i) in enumerate(draws):
             void = i > 0 and (void or tokens[at - 1] != chunk.draft[i - 1])
             if at in lines and not void:
-                output, own = chunk.sequence.output, chunk.sequence.work.params
+                output = chunk.sequence.output
+                own = chunk.sequence.work.params
                 output.logprobs[i:] = [logprob_of(penalize(lines[at], rows[at]), tokens[at],
                                                   own.logprobs or 0, own.logprob_ids)]
         return tokens
@@ -101,9 +110,11 @@ class HostSteps:
 def pool(transformer: Transformer, chunk: Chunk, first: int, last: int, of_pairs: str = "last"):
     """Pool the hidden states of a chunk, the rows [first, last) of the step; `of_pairs`: how those of a pair
     are pooled. They are added one by one, so that the sum has the same bits however the prompt was split."""
-    output, pooling = chunk.sequence.output, chunk.sequence.pooling
+    output = chunk.sequence.output
+    pooling = chunk.sequence.pooling
     pooling = of_pairs if pooling == "rank" else pooling
-    size, computed = len(chunk.sequence.tokens), chunk.sequence.computed
+    size = len(chunk.sequence.tokens)
+    computed = chunk.sequence.computed
     unpooled = min(chunk.sequence.work.params.unpooled, size - 1)
     start = min(first + max(unpooled - computed, 0), last)  # of the rows that count
     rows = {"mean": (start, last), "cls": (start, start + 1), "last": (last - 1, last)}[pooling]
@@ -150,8 +161,10 @@ def logprob_of(logits: numpy.ndarray, token: int, top: int, named: Seq[int] = ()
 def score_prompt(chunk: Chunk, logits) -> tuple[TokenLogprob, ...]:
     """Log-probabilities of the prompt tokens one after the chunk's last, from their logits (rows, V).
     Skips those already scored: a sequence that was preempted, or whose worker died, starts over."""
-    sequence, first = chunk.sequence, chunk.sequence.computed + chunk.count - len(logits)
-    ids, top = sequence.work.prompt_ids, sequence.work.params.prompt_logprobs
+    sequence = chunk.sequence
+    first = chunk.sequence.computed + chunk.count - len(logits)
+    ids = sequence.work.prompt_ids
+    top = sequence.work.params.prompt_logprobs
     output = sequence.output
     scores = [TokenLogprob(ids[0], None)] if output.scored == 0 else []
     for position, line in enumerate(logits, first + 1):

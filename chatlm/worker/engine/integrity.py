@@ -49,11 +49,13 @@ def count_faults(kind: str, refs: Seq[int], free: Seq[int], cached: Iterable[int
                  holdings: Iterable[tuple[str, Iterable[int]]]) -> list[str]:
     """Faults of numbered pages or slots: those whose reference count is not their number of holders, and
     those not in exactly one state. holdings: (name, its numbers) of each holder; names are unique."""
-    holders, faults = defaultdict(list), []
+    holders = defaultdict(list)
+    faults = []
     for name, numbers in holdings:
         for number in numbers:
             holders[number].append(name)
-    times, cached = Counter(free), {*cached}
+    times = Counter(free)
+    cached = {*cached}
     for number, counted in enumerate(refs):
         found = holders[number]
         if counted != len(found):
@@ -81,7 +83,9 @@ def page_faults(pool: PagePool, tables: Iterable[tuple[str, Seq[int]]]) -> list[
 
 def index_faults(pool: PagePool) -> list[str]:
     """Faults of the prefix index: entries and pages that do not point to each other, and leftovers."""
-    faults, free, serials = [], {*pool.free}, set()
+    faults = []
+    free = {*pool.free}
+    serials = set()
     for page, key in enumerate(pool.keys):
         if key is None and page in pool.evictable:
             faults.append(f"page {page} is cached, but has no entry in the prefix index")
@@ -126,7 +130,8 @@ def state_faults(pool: PagePool, states: StatePool,
 
 def queue_faults(queue: RunQueue, restorations: Seq[Restoration] = ()) -> list[str]:
     """Faults of the sequences, and of the pages and states that they and restorations hold."""
-    pool, faults = queue.pool, []
+    pool = queue.pool
+    faults = []
     everyone = [*queue.running, *queue.waiting]
     for sequence, times in Counter(everyone).items():
         if times > 1:
@@ -160,7 +165,9 @@ def follower_faults(followers: Followers) -> list[str]:
 
 def table_faults(pool: PagePool, sequence: Sequence) -> list[str]:
     """Faults of a sequence's table: pages indexed under another group or other tokens."""
-    faults, size, name = [], pool.page_size, f"the table of answer {sequence.work.id}"
+    faults = []
+    size = pool.page_size
+    name = f"the table of answer {sequence.work.id}"
     if len(sequence.pages) % pool.groups:
         faults.append(f"{name} has {len(sequence.pages)} entries in {pool.groups} groups")
     for index, page in enumerate(sequence.pages):
@@ -176,7 +183,8 @@ def table_faults(pool: PagePool, sequence: Sequence) -> list[str]:
 def adapter_faults(engine: Engine) -> list[str]:
     """Faults of the slots of adapters, in this rank."""
     known: AdapterSlots = engine.adapters
-    tensors, reading = {*engine.transformer.adapters}, {slot for slot, _ in known.reading.values()}
+    tensors = {*engine.transformer.adapters}
+    reading = {slot for slot, _ in known.reading.values()}
     owners = defaultdict(list)
     for adapter_id, slot in [*known.slots.items(), *((id, slot) for id, (slot, _) in known.reading.items())]:
         owners[slot].append(adapter_id)

@@ -50,12 +50,15 @@ class Restoration:
 class Pace:
     """How long computing and reading take, as measured so far: for which kept pages does it pay to wait?"""
 
-    GRACE_S, GRACE_SHARE = 0.03, 0.05  # a prompt waits this long, or this share of what it may save
+    # a prompt waits this long, or this share of what it may save
+    GRACE_S = 0.03
+    GRACE_SHARE = 0.05
     OVERHEAD_S = 0.0005   # of a restoration
     MEMORY_BYTE_S = 3e-10  # to read a byte of memory
 
     def __init__(self, page_size: int, times: Times):
-        self.page_size, self.times = page_size, times
+        self.page_size = page_size
+        self.times = times
         self.byte_s = 1e-9  # to read a byte of the store
 
     def pays(self, pages: int, size: int, on_disk: bool) -> bool:
@@ -78,10 +81,13 @@ class Reader:
     """Threads that read kept pages ahead of the engine, and look at what other workers have stored."""
 
     LEAST_READ_BYTES = 1 << 20  # a smaller read does not update the measured speed
-    BATCHES, BATCH_BYTES = 32, 4 << 20  # read ahead of the engine
+    # read ahead of the engine
+    BATCHES = 32
+    BATCH_BYTES = 4 << 20
 
     def __init__(self, kept: KeptPages, pace: Pace):
-        self.kept, self.pace = kept, pace
+        self.kept = kept
+        self.pace = pace
         self.threads = ThreadPoolExecutor(2, "prefixes")
         self.arrived: deque[tuple[Restoration, list[tuple[Record, memoryview]] | None]] = deque()
         self.news = threading.Event()
@@ -113,22 +119,28 @@ class Reader:
     def _read(self, restoration: Restoration):
         """In a thread: read its records in batches, at most BATCHES ahead of the engine."""
         try:
-            batch, size, disk_bytes, disk_s = [], 0, 0, 0.0
+            batch = []
+            size = 0
+            disk_bytes = 0
+            disk_s = 0.0
             keys = [self.kept.key(PAGE, address) for address in restoration.addresses[restoration.begin:]]
             if restoration.restores_state:  # first: the pages are useless without it
                 keys.insert(0, self.kept.key(STATE, restoration.addresses[-1]))
             for key in keys:
-                on_disk, began_s = self.kept.on_disk(key), time.monotonic()
+                on_disk = self.kept.on_disk(key)
+                began_s = time.monotonic()
                 restoration.read_began_s = began_s
                 if restoration.over or (read := self.kept.read(key)) is None:
                     break
                 batch.append(read)
                 size += read[0].size
                 if on_disk:
-                    disk_bytes, disk_s = disk_bytes + read[0].size, disk_s + time.monotonic() - began_s
+                    disk_bytes = disk_bytes + read[0].size
+                    disk_s = disk_s + time.monotonic() - began_s
                 if size >= self.BATCH_BYTES:
                     self._hand_over(restoration, batch)
-                    batch, size = [], 0
+                    batch = []
+                    size = 0
             if batch:
                 self._hand_over(restoration, batch)
             if disk_bytes >= self.LEAST_READ_BYTES:
@@ -157,7 +169,9 @@ class Keeper:
     STEP_BYTES = 64 << 20  # copied into pages between two steps
 
     def __init__(self, pool: PagePool, transformer: Transformer, kept: KeptPages, times: Times):
-        self.pool, self.kept, self.memory = pool, kept, PageBytes(transformer, pool.num_pages)
+        self.pool = pool
+        self.kept = kept
+        self.memory = PageBytes(transformer, pool.num_pages)
         pool.addresses = Addresses()
         self.pace = Pace(pool.page_size, times)
         self.reader = Reader(kept, self.pace)
@@ -198,11 +212,17 @@ class Keeper:
 
     def _start_restoring(self, sequence: Sequence) -> Restoration:
         """Start to restore the kept pages of a sequence; it is over at once if that would not pay."""
-        pool, kept, size = self.pool, self.kept, self.pool.page_size
-        tokens, owner = sequence.tokens, sequence.root
+        pool = self.pool
+        kept = self.kept
+        size = self.pool.page_size
+        tokens = sequence.tokens
+        owner = sequence.root
         table, serial = pool.match_prefix(tokens, owner)
-        begin, end, most = len(table) // pool.groups, 0, (len(tokens) - 1) // size
-        address, addresses = owner_address(owner), []
+        begin = len(table) // pool.groups
+        end = 0
+        most = (len(tokens) - 1) // size
+        address = owner_address(owner)
+        addresses = []
         kept.look_at_memory()
         for row in range(most):
             address = page_address(address, tokens[row * size:(row + 1) * size])
@@ -251,7 +271,8 @@ class Keeper:
                 self._end(restoration)
 
     def _adopt_page(self, restoration: Restoration, record: Record, payload: memoryview):
-        pool, size = self.pool, self.pool.page_size
+        pool = self.pool
+        size = self.pool.page_size
         row = len(restoration.pages) // pool.groups
         tokens = tuple(restoration.tokens[row * size:(row + 1) * size])
         present = [group for group in range(pool.groups) if record.groups >> group & 1]
@@ -263,7 +284,8 @@ class Keeper:
                 or (pages := pool.allocate(len(needed))) is None):
             restoration.over = True  # the pages restored so far remain usable
             return
-        parts, table = self.memory.parts(payload, len(present)), [pool.hole] * pool.groups
+        parts = self.memory.parts(payload, len(present))
+        table = [pool.hole] * pool.groups
         for group, page in zip(needed, pages):
             self.memory.rows[:, page] = parts[present.index(group)]
             table[group] = page
@@ -287,7 +309,8 @@ class Keeper:
         if restoration not in self.restorations:
             return
         self.restorations.remove(restoration)
-        restoration.over, states = True, self.pool.states
+        restoration.over = True
+        states = self.pool.states
         if states and restoration.slot is not None:
             if len(restoration.pages) == len(restoration.addresses) * self.pool.groups:
                 states.keep(restoration.serial, restoration.slot, None)

@@ -32,7 +32,9 @@ def owner_address(owner: str) -> bytes:
     return hashlib.blake2b(owner.encode(), digest_size=16, person=b"owner").digest()
 
 
-ROWS, COLUMNS = 16, 130  # of words; not a multiple of a disk sector, so swapped sectors are detected
+# of words; not a multiple of a disk sector, so swapped sectors are detected
+ROWS = 16
+COLUMNS = 130
 
 
 def checksum(payload) -> bytes:
@@ -58,7 +60,9 @@ class KeptPages:
 
     def __init__(self, memory: Seq[str], memory_bytes: int, store: Path | None, name: str):
         """memory: paths of segments; memory_bytes: their limit together; name: the model's name."""
-        self.folder, self.name, self.profile = store, name, b""
+        self.folder = store
+        self.name = name
+        self.profile = b""
         self.store = Tier(0, 0, 0)
         self.memory = Tier(memory_bytes, memory_bytes // self.SEGMENTS, len(memory), self.store.index)
         for path in memory:
@@ -84,7 +88,8 @@ class KeptPages:
     def look_at_store(self):
         """Scan the store, at most once per LOOK_S."""
         if self.folder and self.may_look:
-            self.looked_s, self.store.only = time.monotonic(), self.profile
+            self.looked_s = time.monotonic()
+            self.store.only = self.profile
             with suppress(OSError):  # no folder, no records
                 self.store.look_at_folder(self.folder)
 
@@ -134,7 +139,8 @@ class KeptPages:
         tier = self.memory if key in self.memory.index else self.store
         if (entry := tier.index.get(key)) is None:
             return None
-        read, damage = None, ""
+        read = None
+        damage = ""
         try:
             read = entry.segment.read(entry)
         except FileNotFoundError:

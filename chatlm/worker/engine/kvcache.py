@@ -56,7 +56,9 @@ class PagePool:
 
     def __init__(self, num_pages: int, windows: Seq[int] = (0,), states: StatePool | None = None):
         self.states = states
-        self.num_pages, self.windows, self.groups = num_pages, tuple(windows), len(windows)
+        self.num_pages = num_pages
+        self.windows = tuple(windows)
+        self.groups = len(windows)
         self.hole = num_pages  # stands in tables for a page that is missing or was released
         self.free = list(range(num_pages - 1, -1, -1))
         self.refs = [0] * num_pages
@@ -79,7 +81,8 @@ class PagePool:
 
     def pages_for(self, length: int, chunk: int) -> int:
         """The most pages that a sequence of `length` tokens holds if computed in chunks of `chunk`."""
-        whole, size = -(-length // self.page_size), self.page_size
+        whole = -(-length // self.page_size)
+        size = self.page_size
         return sum(min(whole, -(-(window + chunk) // size) + 1) if window else whole
                    for window in self.windows)
 
@@ -88,7 +91,11 @@ class PagePool:
 
         The match never includes the last token, since its logits must be computed.
         Returns the prefix's table and the serial of its last content."""
-        chain, begins, matched, serial, size = [], [0] * self.groups, 0, root, self.page_size
+        chain = []
+        begins = [0] * self.groups
+        matched = 0
+        serial = root
+        size = self.page_size
         for start in range(0, len(tokens) - size, size):
             content = self.index.get((serial, tuple(tokens[start:start + size])))
             if content is None:
@@ -210,7 +217,8 @@ class PageTables:
 
     def missing(self, sequence: Sequence, whole: int, near: int) -> list[int]:
         """The entries of a sequence's table without a page, up to row `whole`; with a window, to `near`."""
-        groups, have = self.pool.groups, len(sequence.pages) // self.pool.groups
+        groups = self.pool.groups
+        have = len(sequence.pages) // self.pool.groups
         if have >= whole and (sequence.filled >= near or not self.holes):
             return []
         return [index * groups + group for group, window in enumerate(self.pool.windows)
@@ -218,7 +226,8 @@ class PageTables:
 
     def fill(self, sequence: Sequence, entries: Seq[int], pages: Seq[int], near: int):
         """Put pages into entries of a sequence's table; in layers with a window, up to row `near`."""
-        table, groups = sequence.pages, self.pool.groups
+        table = sequence.pages
+        groups = self.pool.groups
         rows = max(entries, default=-1) // groups + 1
         table += [self.pool.hole] * (rows * groups - len(table))
         for entry, page in zip(entries, pages):
@@ -232,8 +241,10 @@ class PageTables:
     def advance(self, sequence: Sequence, count: int):
         """Count its next `count` tokens as computed: add the pages that they fill to the prefix index, and
         release those that no later token sees."""
-        size, groups = self.pool.page_size, self.pool.groups
-        before, sequence.computed = sequence.computed, sequence.computed + count
+        size = self.pool.page_size
+        groups = self.pool.groups
+        before = sequence.computed
+        sequence.computed = sequence.computed + count
         for index in range(before // size, sequence.computed // size):
             tokens = sequence.tokens[index * size:(index + 1) * size]
             pages = sequence.pages[index * groups:(index + 1) * groups]
@@ -254,7 +265,9 @@ class PageTables:
         self.pool.release(sequence.pages)
         if self.states:
             self.states.release(sequence)
-        sequence.pages, sequence.computed, sequence.filled = [], 0, 0
+        sequence.pages = []
+        sequence.computed = 0
+        sequence.filled = 0
         sequence.serial = sequence.root
 
 

@@ -29,7 +29,10 @@ LENGTHS = 3, 4, 6, 8, 12, 16, 24, 32, 48, 64  # to which a longer match is measu
 LONGEST = 32   # tokens proposed
 PLACES = 8     # of a sequence's last tokens that are kept, in all texts
 LEAST = 0.05   # chance below which a token is not proposed
-TRUST, MOST_TRUST, LEAST_TRUST = 0.25, 16.0, 2.0  # see Place
+# see Place
+TRUST = 0.25
+MOST_TRUST = 16.0
+LEAST_TRUST = 2.0
 BULK = 48      # from so many tokens on, numpy is faster than a loop
 BETWEEN = -1   # follows each text of a store; it is no token
 TOKEN_BYTES = 200  # about what a store takes for a token: its number, its place and its key in a dictionary
@@ -51,7 +54,9 @@ class Text:
 
     def index(self, end: int):
         """Index the places up to, not including, `end`: a token must follow each."""
-        tokens, last, before = self.tokens, self.last, self.before
+        tokens = self.tokens
+        last = self.last
+        before = self.before
         begin = len(before)
         if end - begin >= BULK:
             return self._index_many(begin, end)
@@ -67,7 +72,9 @@ class Text:
         again = keys[order[1:]] == keys[order[:-1]]
         previous = numpy.zeros(len(keys), dtype=numpy.int64)
         previous[order[1:][again]] = begin + order[:-1][again]
-        listed, chained, last = keys.tolist(), previous.tolist(), self.last
+        listed = keys.tolist()
+        chained = previous.tolist()
+        last = self.last
         for i in numpy.flatnonzero(previous == 0).tolist():  # runs that are new among these
             chained[i] = last.get(listed[i], 0)
         self.before += chained
@@ -75,7 +82,8 @@ class Text:
 
     def places(self, key: int, most: int) -> list[int]:
         """The latest places after a run."""
-        found, place = [], self.last.get(key, 0)
+        found = []
+        place = self.last.get(key, 0)
         while place and len(found) < most:
             found.append(place)
             place = self.before[place]
@@ -172,7 +180,9 @@ class Place(NamedTuple):
     def moved_on(self, new: Seq[int]) -> list[Place]:
         """The place after the tokens that came, if they are those of the text; else, if it matched long, the
         places where the text may go on as if a token had been replaced, inserted or left out."""
-        text, end, many = self.text.tokens, self.end, len(new)
+        text = self.text.tokens
+        end = self.end
+        many = len(new)
         if text[end:end + many] == new:
             return [self._replace(end=end + many, length=self.length + many)]
         same = common_length(text[end:end + many], new)
@@ -180,7 +190,8 @@ class Place(NamedTuple):
         rest = new[same + 1:]
         if trust < LEAST_TRUST or len(rest) > 1:
             return []
-        at, found = end + same, []
+        at = end + same
+        found = []
         for skipped, used in ((1, rest), (0, rest), (1, new[same:]), (2, new[same:])):
             begin = at + skipped
             if text[begin:begin + len(used)] == used and begin + len(used) < len(text):
@@ -200,7 +211,8 @@ class Follower:
 
     def move_on(self) -> list[Place]:
         """The places that the last tokens were found at, the longest matches first."""
-        tokens, length = self.tokens, len(self.tokens)
+        tokens = self.tokens
+        length = len(self.tokens)
         if length < RUN:
             return []
         self.own.index(length)
@@ -215,7 +227,8 @@ class Follower:
                         kept[key] = moved
         self.seen = length
         tail = tokens[-LENGTHS[-1]:]
-        packed, run = array("i", tail), run_key(*tail[-RUN:])
+        packed = array("i", tail)
+        run = run_key(*tail[-RUN:])
         for text in self.texts:
             same = tail if text is self.own else packed
             for end in text.places(run, PLACES):
@@ -237,9 +250,13 @@ class Follower:
         first = max(votes, key=votes.__getitem__)
         best, length = next((way, length) for way, length in ways if way[0] == first)
         leaving = sorted((common_length(best, way), match * match) for way, match in ways)
-        left, support, chance, chances = 0, sum(votes.values()), 1.0, []
+        left = 0
+        support = sum(votes.values())
+        chance = 1.0
+        chances = []
         for token in best:
-            i, total = len(chances), support
+            i = len(chances)
+            total = support
             while leaving[left][0] <= i:  # the best way itself never leaves
                 support -= leaving[left][1]
                 left += 1

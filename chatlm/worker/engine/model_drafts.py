@@ -39,10 +39,13 @@ class Rate:
     """How often a drafted token of a sequence is right if all before it are; older drafts count less."""
 
     MEMORY = 0.9           # weight of what was known, with each draft
-    RIGHT, OF = 1.4, 2.0   # what is assumed before anything is known
+    # what is assumed before anything is known
+    RIGHT = 1.4
+    OF = 2.0
 
     def __init__(self):
-        self.right, self.judged = 0.0, 0.0
+        self.right = 0.0
+        self.judged = 0.0
 
     @property
     def share(self) -> float:
@@ -56,11 +59,14 @@ class Rate:
 def best_length(share: float, draft_s: float, step_s: Seq[float], most: int) -> int:
     """How many tokens to draft, one after the other in `draft_s` each, if each is right with this probability
     and a step that verifies k takes step_s[k]: what gives the most tokens in a second; 0 if that is none."""
-    best, best_speed, tokens = 0, 1 / step_s[0], 1.0
+    best = 0
+    best_speed = 1 / step_s[0]
+    tokens = 1.0
     for length in range(1, most + 1):
         tokens += share ** length
         if (speed := tokens / (step_s[length] + length * draft_s)) > best_speed:
-            best, best_speed = length, speed
+            best = length
+            best_speed = speed
     return best
 
 
@@ -69,12 +75,17 @@ class ModelDrafts:
     as many, to see whether that is still so. Answers that begin meanwhile wait as long: a second model would
     have to compute their prompts too."""
 
-    FIRST, LONGEST = 4, 7  # tokens of a draft before anything is measured, and at most
-    REST, LONGEST_SEEN, LONGEST_REST = 64, 256, 4096
+    # tokens of a draft before anything is measured, and at most
+    FIRST = 4
+    LONGEST = 7
+    REST = 64
+    LONGEST_SEEN = 256
+    LONGEST_REST = 4096
     MOST_COMPUTED = 8      # tokens for each that drafts, in a first step that is measured: else with prompts
 
     def __init__(self, drafter: Drafter):
-        self.drafter, self.name = drafter, drafter.name
+        self.drafter = drafter
+        self.name = drafter.name
         self.times = StepTimes()       # of the model's steps
         self.draft_rows = 1            # in a step of the model, at most
         self.draft_times = StepTimes()  # of a draft's steps, by how many draft
@@ -84,7 +95,8 @@ class ModelDrafts:
 
     def plan_by(self, times: StepTimes, draft_rows: int):
         """Choose lengths by these times of the engine's steps, and by the rows that these may have."""
-        self.times, self.draft_rows = times, draft_rows
+        self.times = times
+        self.draft_rows = draft_rows
 
     def begin(self, sequence: Sequence):
         self.rates[sequence] = Rate()
@@ -124,7 +136,8 @@ class ModelDrafts:
     def _length(self, sequence: Sequence, beside: int) -> int:
         """How many tokens to draft for a sequence, one of so many; 0 if another source has drafted more that
         is likely right than this one would."""
-        most, share = min(self.LONGEST, self.draft_rows // beside - 1), self.rates[sequence].share
+        most = min(self.LONGEST, self.draft_rows // beside - 1)
+        share = self.rates[sequence].share
         if most < 1 or len(sequence.tokens) < self.resting[sequence]:
             return 0
         best = min(most, self.FIRST)
@@ -164,7 +177,8 @@ def mark_shown(plan: Seq[Chunk], models: Seq[ModelDrafts]):
 
 def shown_by(chunks: Seq[Chunk]) -> list[ShownRows]:
     """Whose hidden states a step shows that starts now."""
-    found, row = [], 0
+    found = []
+    row = 0
     for chunk in chunks:
         end = row + chunk.count + len(chunk.draft)
         if chunk.sequence.shown:

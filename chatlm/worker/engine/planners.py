@@ -67,7 +67,8 @@ class DecodingPlanner:
     An answer is left out if the token being drawn brings it to its limit."""
 
     def __init__(self, queue: RunQueue, limits: StepLimits):
-        self.queue, self.limits = queue, limits
+        self.queue = queue
+        self.limits = limits
 
     def add_to(self, plan: StepPlan):
         grown = [sequence for sequence in self._able(plan.answers) if self.queue.grow(sequence)]
@@ -81,7 +82,8 @@ class DecodingPlanner:
 
     def _able(self, answers: Seq[Sequence]) -> list[Sequence]:
         """The answers whose next token this step draws."""
-        may_run, stages = self.queue.may_run, self.limits.stages
+        may_run = self.queue.may_run
+        stages = self.limits.stages
         able = [sequence for sequence in answers
                 if sequence.decodes and len(sequence.tokens) < sequence.limit and may_run(sequence)]
         if stages == 1:
@@ -176,7 +178,8 @@ class TextPlanner:
 
     def add_to(self, plan: StepPlan):
         self.last_s = time.monotonic()
-        waiting, left = self._waiting(plan), self._most_tokens(plan)
+        waiting = self._waiting(plan)
+        left = self._most_tokens(plan)
         if not self.limits.of_texts:
             plan.chunks += self.prompts.share(waiting, self.limits.max_rows, left)
             return
@@ -218,7 +221,8 @@ class BackgroundPlanner:
         room = self.lane.room_beside(times, plan.tokens, max(min(rows, self.limits.max_batch), 0))
         if not room:
             return
-        chunks, prompts = list[Chunk](), list[Sequence]()
+        chunks = list[Chunk]()
+        prompts = list[Sequence]()
         for sequence in filter(self.lane.joins, plan.beside):
             if sequence.prefilling:
                 prompts.append(sequence)

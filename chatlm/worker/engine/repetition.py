@@ -28,8 +28,10 @@ class RepetitionFinder:
         return len(self.tokens) >= LEAST and self._is_repeated()
 
     def _is_repeated(self) -> bool:
-        tokens, count = self.tokens, len(self.tokens)
-        text, size = tokens.tobytes(), tokens.itemsize
+        tokens = self.tokens
+        count = len(self.tokens)
+        text = tokens.tobytes()
+        size = tokens.itemsize
         last = text[-SEEN * size:]
         end = len(text) - size  # an earlier occurrence of the last tokens ends here at the latest
         while (start := text.rfind(last, 0, end)) >= 0 and start % size:

@@ -29,20 +29,28 @@ class Reports:
     MOST_KNOWN = 4096  # answers whose first piece was sent
 
     def __init__(self, channel: Channel, engine: Engine, gauges: Callable[[Engine], dict], interval_s: float):
-        self.channel, self.engine, self.gauges, self.interval_s = channel, engine, gauges, interval_s
+        self.channel = channel
+        self.engine = engine
+        self.gauges = gauges
+        self.interval_s = interval_s
         self.events: list[tuple[str, WorkerEvent]] = []
         self.begun: set[str] = set()
-        self.sent_s = self.gauged_s = self.called_s = self.beside_s = 0.0
+        self.sent_s = 0.0
+        self.gauged_s = 0.0
+        self.called_s = 0.0
+        self.beside_s = 0.0
 
     def add(self, events: Iterable[tuple[str, WorkerEvent]]):
         self.events += events
 
     def send(self):
         """Send what is due. Called once in each step, while it is computed."""
-        now_s, running = time.monotonic(), self.engine.queue.running
+        now_s = time.monotonic()
+        running = self.engine.queue.running
         low = {sequence.work.id for sequence in running if sequence.work.background}
         beside = len(low) < len(running)  # interactive answers
-        quick, self.called_s = now_s - self.called_s < self.interval_s, now_s
+        quick = now_s - self.called_s < self.interval_s
+        self.called_s = now_s
         held: list[tuple[str, WorkerEvent]] = []
         news = self.events
         if beside and quick and now_s - self.beside_s < self.BESIDE_S:
@@ -58,7 +66,8 @@ class Reports:
         if len(self.begun) > self.MOST_KNOWN or not self.engine.busy:
             self.begun.clear()
         self.begun |= {id for id, event in news if type(event) is Piece}
-        self.events, self.sent_s = held, now_s
+        self.events = held
+        self.sent_s = now_s
 
     def _goes_on(self, id: str, event: WorkerEvent) -> bool:
         return type(event) is Piece and id in self.begun

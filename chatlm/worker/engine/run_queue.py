@@ -26,7 +26,9 @@ class RunQueue:
     than rows."""
 
     def __init__(self, pool: PagePool, limits: StepLimits, lane: BackgroundLane):
-        self.pool, self.limits, self.lane = pool, limits, lane
+        self.pool = pool
+        self.limits = limits
+        self.lane = lane
         self.tables = PageTables(pool)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission
@@ -98,7 +100,8 @@ class RunQueue:
     def grow_spare(self, sequence: Sequence, count: int) -> int:
         """Give a running sequence pages for `count` more tokens, as far as nobody else needs these pages now;
         returns how many of these tokens fit."""
-        groups, length = self.pool.groups, len(sequence.tokens)
+        groups = self.pool.groups
+        length = len(sequence.tokens)
         slots = len(sequence.pages) // groups * self.pool.page_size
         while length + count > slots and self.pool.available >= groups * (len(self.running) + 1):
             sequence.pages += self.pool.take(groups)
@@ -128,7 +131,9 @@ class RunQueue:
 
     def catch_up(self, sequence: Sequence):
         """Skip tokens whose pages have entered the prefix index since the sequence was admitted."""
-        pool, size, groups = self.pool, self.pool.page_size, self.pool.groups
+        pool = self.pool
+        size = self.pool.page_size
+        groups = self.pool.groups
         if self.tables.holes or pool.states or sequence.computed % size or sequence.uncached:
             return
         while (row := sequence.computed // size) < (len(sequence.tokens) - 1) // size:
@@ -175,7 +180,8 @@ class RunQueue:
     def _has_row(self, background: bool, peers: int) -> bool:
         """May one more run in this lane, of which so many do? An interactive sequence takes the state of one
         in the background, since there are no more states than rows."""
-        most, count = self.limits.max_batch, len(self.running)
+        most = self.limits.max_batch
+        count = len(self.running)
         if background:
             is_alone = peers == count
             return count < most and (is_alone or peers < self.lane.room)
@@ -190,14 +196,20 @@ class RunQueue:
     def _let_in(self, sequence: Sequence) -> bool:
         """Give a waiting sequence the pages of its cached prefix, and those that it lacks; False if there are
         not enough."""
-        pool, size, length = self.pool, self.pool.page_size, len(sequence.tokens)
-        chunk, known = self.limits.prefill_chunk, sequence.cacheable
+        pool = self.pool
+        size = self.pool.page_size
+        length = len(sequence.tokens)
+        chunk = self.limits.prefill_chunk
+        known = sequence.cacheable
         if self.limits.of_texts:  # a step computes it whole
-            chunk, known = size * pool.num_pages, 0
+            chunk = size * pool.num_pages
+            known = 0
         matched, serial = pool.match_prefix(sequence.tokens[:known], sequence.root)
         cached = len(matched) // pool.groups
-        sequence.pages, sequence.filled = matched, cached
-        whole, near = -(-length // size), -(-min(length, cached * size + chunk) // size)
+        sequence.pages = matched
+        sequence.filled = cached
+        whole = -(-length // size)
+        near = -(-min(length, cached * size + chunk) // size)
         missing = self.tables.missing(sequence, whole, near)
         # it may later hold more pages than it takes now
         needed = max(len(missing), pool.pages_for(length, chunk) - self.tables.held(sequence))
@@ -207,7 +219,8 @@ class RunQueue:
         self.waiting.remove(sequence)
         self.running.append(sequence)
         self.tables.fill(sequence, missing, pool.take(len(missing)), near)
-        sequence.serial, sequence.computed = serial, cached * size
+        sequence.serial = serial
+        sequence.computed = cached * size
         if self.tables.states:
             self.tables.states.begin(sequence, sequence.computed)
         output = sequence.output
@@ -241,8 +254,10 @@ class RunQueue:
             return True
         if not peers:
             return False
-        holdings, victim = holdings_of(self.tables, peers), richest(self.tables, peers)
-        rich, client = victim.work.params.client, newcomer.work.params.client
+        holdings = holdings_of(self.tables, peers)
+        victim = richest(self.tables, peers)
+        rich = victim.work.params.client
+        client = newcomer.work.params.client
         if rich == client or (holdings[rich] - self.tables.held(victim)
                               < holdings[client] + needed + self.tables.held(newcomer)):
             return False

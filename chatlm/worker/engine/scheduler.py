@@ -26,7 +26,8 @@ class Scheduler:
     def __init__(self, pool: PagePool, limits: StepLimits, times: Times | None = None,
                  lane: BackgroundLane | None = None):
         """times: what was measured of steps; lane: how much of a step the background may have."""
-        self.pool, self.limits = pool, limits
+        self.pool = pool
+        self.limits = limits
         self.times = times or Times()
         self.lane = lane or BackgroundLane()
         self.queue = RunQueue(pool, limits, self.lane)

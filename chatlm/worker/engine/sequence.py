@@ -225,7 +225,8 @@ class Chunk(NamedTuple):
     @property
     def ids(self) -> list[int]:
         """The token before, -1 at the beginning, and those that are computed; of rows of pictures one id."""
-        first, tokens = self.sequence.computed, self.sequence.tokens
+        first = self.sequence.computed
+        tokens = self.sequence.tokens
         ids = [tokens[first - 1] if first else -1, *tokens[first:first + self.count], *self.draft]
         return self.sequence.sight.as_one_id(ids) if self.sequence.sight else ids
 

@@ -45,8 +45,12 @@ class Sight:
                  two_sided: bool = False, first_turn: int = 0):
         """two_sided: rows of a picture see all of its rows, and must be computed in one step. first_turn: the
         row of the rotary tables with the turn of a step's first row; 0: all turn by their position."""
-        self.first_id, self.places, self.two_sided = first_id, places, two_sided
-        self.owners, self.seen = owners, seen  # of each place: (number of the picture, row)
+        self.first_id = first_id
+        self.places = places
+        self.two_sided = two_sided
+        # of each place: (number of the picture, row)
+        self.owners = owners
+        self.seen = seen
         self.first_turn = first_turn
         self.begins = [place for place, (_, row) in zip(places, owners) if row == 0]  # of each picture
         self.turns = list[int]()  # by which the first row of each turns, and what follows the last
@@ -117,7 +121,8 @@ class Sight:
 
     def spans(self, first: int, end: int) -> list[tuple[int, int]]:
         """(first place, that after the last) of each picture with rows among the tokens [first, end)."""
-        found, at = [], 0
+        found = []
+        at = 0
         while at < len(self.places) and self.places[at] < end:
             count = self.seen[self.owners[at][0]].layout.tokens
             if (last := self.places[at] + count) > first:
@@ -141,7 +146,8 @@ class Pictures:
 
     def __init__(self, tower: Tower | None, first_turn: int = 0):
         """tower: None: the model sees nothing, and no sequence has a sight. first_turn: see Sight."""
-        self.tower, self.first_turn = tower, first_turn
+        self.tower = tower
+        self.first_turn = first_turn
         self.seen: OrderedDict[bytes, Seen] = OrderedDict()
         self.resizing = ThreadPoolExecutor(1, "pictures")
         self.tiles: dict[bytes, Future[list[numpy.ndarray]]] = {}  # of pictures that are wanted
@@ -174,7 +180,8 @@ class Pictures:
                   and (seen := sequence.sight.unknown(sequence.computed))]
         if not wanted or self.tower is None:
             if self.tiles or self.work:
-                self.tiles, self.work = {}, None
+                self.tiles = {}
+                self.work = None
             return
         seen = wanted[0]
         if self.work is None or self.work[0] is not seen:

@@ -29,7 +29,8 @@ class StatePool:
     INTERVAL = 1024  # tokens between snapshots
 
     def __init__(self, num_slots: int, most_snapshots: int):
-        self.num_slots, self.most_snapshots = num_slots, most_snapshots
+        self.num_slots = num_slots
+        self.most_snapshots = most_snapshots
         self.free = list(range(num_slots - 1, -1, -1))
         self.refs = [0] * num_slots
         self.passed: OrderedDict[int | str, int] = OrderedDict()  # serial of a content -> slot
@@ -105,7 +106,8 @@ class StateTables:
     """The states of running sequences."""
 
     def __init__(self, pool: StatePool, page_size: int):
-        self.pool, self.page_size = pool, page_size
+        self.pool = pool
+        self.page_size = page_size
 
     def end_of_prompt(self, sequence: Sequence) -> int:
         """The end of the last page that a prompt continuing this one can share."""
@@ -122,8 +124,11 @@ class StateTables:
         there is no slot for it now.
 
         It writes to the slot it reads, unless the slot has other holders or the step may be repeated."""
-        sequence, states, pool = chunk.sequence, chunk.sequence.states.slots, self.pool
-        begin, end = sequence.computed, sequence.computed + chunk.count
+        sequence = chunk.sequence
+        states = chunk.sequence.states.slots
+        pool = self.pool
+        begin = sequence.computed
+        end = sequence.computed + chunk.count
         for tokens in [tokens for tokens in states if tokens != begin]:
             pool.release(states.pop(tokens))  # of drafts that were wrong, and of steps that are repeated
         own = states.get(begin)
@@ -148,7 +153,9 @@ class StateTables:
     def pass_content(self, sequence: Sequence, end: int):
         """A content, sequence.serial, has been filled up to `end`. Keep the state there if a snapshot is due,
         or if it is the last in the answer so far."""
-        pool, serial, states = self.pool, sequence.serial, sequence.states
+        pool = self.pool
+        serial = sequence.serial
+        states = sequence.states
         is_end = end == self.end_of_prompt(sequence)
         if (slot := states.slots.get(end)) is None:
             return

@@ -9,7 +9,9 @@ class StepTimes:
     """How long a step takes by its rows, as measured; rows never seen are estimated from those that were."""
 
     SLOPE = 0.05  # of a row, in steps of one row, until two numbers of rows were measured
-    FASTER, SLOWER = 0.3, 0.05  # weight of a measurement below and above the mean: others use the machine too
+    # weight of a measurement below and above the mean: others use the machine too
+    FASTER = 0.3
+    SLOWER = 0.05
     MEMORY = 50   # measurements after which a number of rows counts no more than now
     RENEWED = 16  # measurements after which the estimates are made again
 
@@ -38,7 +40,8 @@ class StepTimes:
         slope = max((high_s - low_s) / (high - low), 0.01 * low_s) if high > low else self.SLOPE * low_s / low
         points = [(0, max(low_s - slope * low, 0.1 * low_s)), *known,
                   (last + 1, high_s + slope * max(last + 1 - high, 0))]
-        found, place = [], 0
+        found = []
+        place = 0
         for rows in range(last + 1):
             while points[place + 1][0] <= rows:
                 place += 1

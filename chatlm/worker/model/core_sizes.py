@@ -77,10 +77,12 @@ NO_ATTENTION = Attention(0, 0, 0, 0, Rope(0))
 
 def core_sizes(model: Model) -> CoreSizes:
     attn = model.attentions[0] if model.attentions else NO_ATTENTION
-    norms, scores = attn.norms or HeadNorms("none", 0.0, weights=False), attn.scores
+    norms = attn.norms or HeadNorms("none", 0.0, weights=False)
+    scores = attn.scores
     embeds = {layer: each.embed for layer, each in enumerate(model.by_layer) if each and each.embed}
     first = model.input if isinstance(model.input, Input) else Input()
-    feed, experts = model.feed, model.experts
+    feed = model.feed
+    experts = model.experts
     return CoreSizes(
         model.vocab_size, model.width, model.max_positions, model.context_length, model.opens, model.closes,
         model.of_texts, model.tied, attn.heads, attn.kv_heads, attn.head_size,

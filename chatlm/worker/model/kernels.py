@@ -101,7 +101,10 @@ class EagerSteps:
 class Backend:
     """Computes a model's steps: here torch, op by op. decode_core's backends have the same attributes."""
 
-    name, row_invariant, quantizes, groups_layers = "torch/reference", False, False, True
+    name = "torch/reference"
+    row_invariant = False
+    quantizes = False
+    groups_layers = True
     few_rows_invariant = False  # does a row keep its bits in any step of up to FREE_ROWS that all draw?
     activations: str | None = None  # type of every activation buffer; None: _allocate chooses
     faults: Mapping[str, str] = {}  # compiled ops that their references replace -> why
@@ -327,7 +330,8 @@ def not_compiled(model: Model, device="cpu") -> str:
 
 
 def refused_anywhere(model: Model, most: Most) -> dict[str, bool]:
-    attentions, experts = model.attentions, feeds_of(model, Experts, ExpertsBesideDense)
+    attentions = model.attentions
+    experts = feeds_of(model, Experts, ExpertsBesideDense)
     return {
         "latent attention": any(isinstance(attn, Mla) for attn in attentions),
         "heads of this size": any(
@@ -343,7 +347,8 @@ def refused_anywhere(model: Model, most: Most) -> dict[str, bool]:
 
 def refused_on_cpu(model: Model) -> dict[str, bool]:
     """Of a model that is padded."""
-    feeds, experts = feeds_of(model, FeedForward, Experts, ExpertsBesideDense), feeds_of(model, Experts)
+    feeds = feeds_of(model, FeedForward, Experts, ExpertsBesideDense)
+    experts = feeds_of(model, Experts)
     return {
         "embedding of each layer with a width not a multiple of 16": any(
             extra.size % 16 for extra in layer_inputs_of(model)),
@@ -362,8 +367,10 @@ ONLY_ON_CPU = ("gelu", "reglu2", "quick_geglu", "gelu_erf", "gelu_tanh", "gelu_q
 
 
 def refused_on_gpu(model: Model) -> dict[str, bool]:
-    attentions, norms = model.attentions, [norm for layer in model.layers for norm in layer.norms.values()]
-    dense, experts = feeds_of(model, FeedForward), feeds_of(model, Experts, ExpertsBesideDense)
+    attentions = model.attentions
+    norms = [norm for layer in model.layers for norm in layer.norms.values()]
+    dense = feeds_of(model, FeedForward)
+    experts = feeds_of(model, Experts, ExpertsBesideDense)
     latents = [each.latent for each in experts if isinstance(each, Experts)]
     activations = dict.fromkeys(feed.activation for feed in (*dense, *feeds_of(model, Experts)))
     return {

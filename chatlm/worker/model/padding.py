@@ -53,7 +53,9 @@ class Padding(NamedTuple):
 
     def of_blocks(self, matrix: Any) -> Any:
         """A QuantizedMatrix of decode_core; if columns move, it becomes Q8_0, or floats if no block fits."""
-        parts, rows, columns = matrix.parts, self.places[0], self.places[1]
+        parts = matrix.parts
+        rows = self.places[0]
+        columns = self.places[1]
         if columns is not None:
             gguf = require_library("gguf", "packed weights")
             blocks = [(SimpleNamespace(tensor_type=TYPES[kind.upper()], data=data), None)
@@ -69,7 +71,8 @@ class Padding(NamedTuple):
 
     def rows_of_blocks(self, parts: list[numpy.ndarray], rows: numpy.ndarray) -> list[numpy.ndarray]:
         """Each part with rows of zeros after its own; zero bytes are a block of zeros in every type."""
-        done, made = 0, []
+        done = 0
+        made = []
         for data in parts:
             first = int(rows[done]) if done else 0
             end = int(rows[done + len(data)]) if done + len(data) < len(rows) else self.shape[0]

@@ -154,7 +154,9 @@ class PageLayout(NamedTuple):
     @classmethod
     def of(cls, groups: LayerGroups, attentions: Seq[Cached | None], kv: KvType = KvType()) -> PageLayout:
         """The layout for a rank's attentions; the groups are the whole model's."""
-        offsets, size, sizes = {}, 0, [kv.slot_size(attn) if attn else 0 for attn in attentions]
+        offsets = {}
+        size = 0
+        sizes = [kv.slot_size(attn) if attn else 0 for attn in attentions]
         for group, members in enumerate(groups.members):
             starts = itertools.accumulate((sizes[l] for l in members), initial=0)
             offsets |= {l: (group, start) for l, start in zip(members, starts)}

@@ -36,7 +36,8 @@ def spread(size: int, wanted: int) -> numpy.ndarray:
     wide = max(scale, 1.0)
     centre = (numpy.arange(wanted)[:, None] + 0.5) * scale
     taps = numpy.arange(size)
-    first, last = (centre - wide + 0.5).astype(int), (centre + wide + 0.5).astype(int)
+    first = (centre - wide + 0.5).astype(int)
+    last = (centre + wide + 0.5).astype(int)
     weights = numpy.maximum(1 - numpy.abs((taps + 0.5 - centre) / wide), 0) * (taps >= first) * (taps < last)
     return (weights / weights.sum(1, keepdims=True)).astype(numpy.float32)
 

@@ -38,7 +38,8 @@ class Cut(NamedTuple):
 
     def apply(self, stacked: Iterable[Any]) -> Iterator[tuple[int, Any]]:
         """Cut a tensor given as several with its rows: (index of one, the part of it), .."""
-        begin = rows = 0
+        begin = 0
+        rows = 0
         for index, tensor in enumerate(stacked):
             if self.axis:  # packed columns take less than one byte each
                 parts = [tensor[:, slice(*(edge * tensor.shape[1] // self.full[1] for edge in (
@@ -99,7 +100,9 @@ class MappedRows:
 
     def __init__(self, table: numpy.ndarray, kind: str,
                  values: Callable[[numpy.ndarray], numpy.ndarray] = floats):
-        self.table, self.kind, self.values = table, kind, values
+        self.table = table
+        self.kind = kind
+        self.values = values
         advise((table,), "MADV_RANDOM")  # or a row would bring 128 KiB of its neighbours
 
     @property
@@ -118,7 +121,9 @@ class MappedRows:
         """Ask the system to read these rows ahead while others are computed."""
         if not hasattr(mmap, "MADV_WILLNEED"):
             return
-        start, size, page = address_of(self.table), self.table[0].nbytes, mmap.PAGESIZE
+        start = address_of(self.table)
+        size = self.table[0].nbytes
+        page = mmap.PAGESIZE
         last = 0
         for row in sorted(row for row in {*ids} if row < len(self.table)):  # neighbours in one call
             begin = max((start + row * size) // page * page, last)
@@ -157,9 +162,12 @@ def advise(mapped: Iterable[Any], advice: str):
     releases their memory (later accesses read the file again)."""
     if hasattr(mmap, advice):
         for tensor in filter(is_mapped, mapped):
-            begin, steps = address_of(tensor), zip(tensor.shape, tensor.strides)  # or every other row
+            # or every other row
+            begin = address_of(tensor)
+            steps = zip(tensor.shape, tensor.strides)
             end = begin + tensor.itemsize + sum((count - 1) * step for count, step in steps)
-            first, last = -(-begin // mmap.PAGESIZE), end // mmap.PAGESIZE
+            first = -(-begin // mmap.PAGESIZE)
+            last = end // mmap.PAGESIZE
             if first < last:
                 madvise(first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE, getattr(mmap, advice))
 

@@ -76,11 +76,15 @@ class Product:
 
     def __init__(self, model: Model, device: Device, rows: int, name: str, tensors: dict,
                  dtype: str | None, quantize: str | None, adds: bool = False, activation: str | None = None):
-        weight, bias = values_of(tensors.pop(name)), tensors.pop(f"{name}_bias", None)
+        weight = values_of(tensors.pop(name))
+        bias = tensors.pop(f"{name}_bias", None)
         self.kernels = kernels = load_kernels(device, model, max_tokens=rows, max_rows=1, quantize=quantize)
-        self.arrays, self.activation = kernels.arrays_on(device), activation
+        self.arrays = kernels.arrays_on(device)
+        self.activation = activation
         with self.arrays.computing():
-            size, columns = len(weight), rounded_up(weight.shape[1], 32)  # as tiles want
+            # as tiles want
+            size = len(weight)
+            columns = rounded_up(weight.shape[1], 32)
             weight = numpy.pad(weight, ((0, 0), (0, columns - weight.shape[1])))
             self.weight = kernels.pack(name, self.arrays.of(weight, dtype or "float32"))
             self.bias = None if bias is None else self.arrays.of(values_of(bias), "float32")
@@ -121,7 +125,8 @@ def values_of(tensor: Any) -> numpy.ndarray:
 
 def whole_text(count: int) -> Batch:
     """A step of one text of `count` rows."""
-    zeros, pages = [0] * count, list(range(-(-count // PAGE_SIZE)))
+    zeros = [0] * count
+    pages = list(range(-(-count // PAGE_SIZE)))
     return Batch(zeros, zeros, [0, count], [count], [pages], [], True, [0])
 
 
@@ -132,9 +137,13 @@ class Tower:
     def __init__(self, eyes: Eyes, device: Device, *, dtype: str | None, quantize: str | None, part: float):
         """quantize: the type that layers' float matrices become. part: the most work between two pauses, as
         `layer_work` counts it, unless one layer has more."""
-        self.eyes, model, tensors = eyes, eyes.architecture, dict(eyes.tensors)
+        self.eyes = eyes
+        model = eyes.architecture
+        tensors = dict(eyes.tensors)
         self.eps = model.norm.eps if model.norm else 0.0
-        self.projector, self.square, self.rows = PROJECTORS[eyes.projector], eyes.shuffle**2, eyes.patches
+        self.projector = PROJECTORS[eyes.projector]
+        self.square = eyes.shuffle**2
+        self.rows = eyes.patches
         self.values = {name: values_of(tensors.pop(name)) for name in (
             "places", *self.projector.values,
             *(name for i in range(len(eyes.deep)) for name in deep_norm(i)))}
@@ -145,7 +154,8 @@ class Tower:
                           activation=activation)
             for deep in ("", *(f"_{i}" for i in range(len(eyes.deep))))
             for each, activation in self.projector.products.items() for name in (f"{each}{deep}",)}
-        self.stages, self.turned = list[Transformer](), (0, 0)
+        self.stages = list[Transformer]()
+        self.turned = (0, 0)
         layers = len(model.layers)
         step = max(1, min(int(part / layer_work(model, self.rows, bool(quantize))), layers))
         self.ends = {*range(step, layers, step), *(layer + 1 for layer in eyes.deep), layers}
@@ -187,7 +197,8 @@ class Tower:
                         rows: list[numpy.ndarray]) -> Generator[None, None, numpy.ndarray]:
         """The last layer's output for this input; `rows` gets what projectors make of others' (deepstack)."""
         count, width = first.shape
-        arrays, x = self.stages[0].arrays, self.stages[0].buffers["x"]
+        arrays = self.stages[0].arrays
+        x = self.stages[0].buffers["x"]
         arrays.put(first, x[:count, :width])
         for end, stage in zip(sorted(self.ends), self.stages):
             stage.forward(whole_text(count))
@@ -208,7 +219,8 @@ class Tower:
         """Let the layers rotate by the places in a grid of patches, which are positions of a text to them."""
         if (rows, columns) == self.turned:
             return
-        self.turned, rope = (rows, columns), self.stages[0].unpadded.attentions[0].rope
+        self.turned = (rows, columns)
+        rope = self.stages[0].unpadded.attentions[0].rope
         angles = by_squares(ANGLES[self.eyes.angles](rope, rows, columns), rows, columns, self.eyes.shuffle)
         for table in {id(table): table for stage in self.stages for table in stage.rope_tables}.values():
             for values, part in zip((numpy.cos(angles), numpy.sin(angles)), table):
@@ -216,8 +228,10 @@ class Tower:
 
     def patches_of(self, tile: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
         """uint8 (H, W, 3) -> (patches, numbers of one) float32, and what is added to their rows."""
-        eyes, p = self.eyes, self.eyes.patch
-        rows, columns = tile.shape[0] // p, tile.shape[1] // p
+        eyes = self.eyes
+        p = self.eyes.patch
+        rows = tile.shape[0] // p
+        columns = tile.shape[1] // p
         values = tile * numpy.float32(1 / 255)
         values = (values - numpy.array(eyes.mean, numpy.float32)) / numpy.array(eyes.std, numpy.float32)
         patches = values.reshape(rows, p, columns, p, 3).swapaxes(1, 2).reshape(rows * columns, p * p * 3)
@@ -243,7 +257,8 @@ ATTENTION_COST = 4.0  # of one in attention
 
 def layer_work(model: Model, rows: int, quantized: bool) -> float:
     """Of one layer of a tower with so many rows, in multiplications with quantized weights."""
-    C, feed = model.width, model.layers[0].feed if model.layers else None
+    C = model.width
+    feed = model.layers[0].feed if model.layers else None
     hidden = (1 + halves(feed.activation)) * feed.width if isinstance(feed, FeedForward) else 0
     products = rows * (4.0 * C * C + C * hidden)
     return products * (1 if quantized else FLOATS_COST) + 2.0 * rows * rows * C * ATTENTION_COST

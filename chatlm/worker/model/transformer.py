@@ -106,7 +106,8 @@ class Transformer:
     def _pack(self, tensors: dict, dtype: str | None, shared: Mapping[str, Any], progress: Progress) -> dict:
         """Read each weight that is not shared and move it to the device, matrices in the kernels' layout; a
         tied head is the embedding."""
-        weights, expected = {**shared}, self.model.tensors()
+        weights = {**shared}
+        expected = self.model.tensors()
         names = [name for name in expected if name not in shared]
         tied = self.model.tied
         self.layer_embed: MappedRows | None = None
@@ -169,7 +170,8 @@ class Transformer:
 
         (rows, C) float64. The norm is computed here, row by row: identical in any batch and with all kernels.
         """
-        C, norm = self.unpadded.width, self.model.norm
+        C = self.unpadded.width
+        norm = self.model.norm
         x = self.arrays.numpy(self.buffers[buffer][first:last]).astype(numpy.float64)
         if norm is None:
             return x[:, :C]
@@ -186,7 +188,8 @@ class Transformer:
         columns = (batch.token_ids, batch.previous_token_ids, *token_places(batch), batch.logit_rows)
         tensors = [self.arrays.of(numpy.array(column, numpy.int64)) for column in columns]
         turns = self.arrays.of(numpy.array(batch.turns, numpy.int64)) if batch.turns else tensors[2]
-        count, parts = len(self.groups.windows), []
+        count = len(self.groups.windows)
+        parts = []
         for group in range(count):
             mine = batch
             if count > 1:
@@ -203,7 +206,9 @@ class Transformer:
         """The model: T new tokens -> b.logits (R, V).
 
         Every op writes into a given buffer, so that the steps can be recorded or captured as a CUDA graph."""
-        model, outer, buffers = self.model, self.outer_step, Buffers(**vars(b))
+        model = self.model
+        outer = self.outer_step
+        buffers = Buffers(**vars(b))
         for step in (outer, *self.steps):
             step.begin(self.kernels, buffers, inputs)
         if model.input:
@@ -241,7 +246,9 @@ class Transformer:
         return {growth: self.arrays.of(query_scales(growth, self.model.max_positions)) for growth in growths}
 
     def _layer_step(self, number: int) -> Step:
-        model, attn, w = self.model, self.model.by_layer[number], self.weights
+        model = self.model
+        attn = self.model.by_layer[number]
+        w = self.weights
         step = Step(self.layers[number], number, model.vocab_size)
         step.states = self.states[number]
         step.resid_lambdas, step.x0_lambdas = w.get("resid_lambdas"), w.get("x0_lambdas")
@@ -256,7 +263,8 @@ class Transformer:
 
     def _outer_step(self, dtype: str | None) -> Step:
         """For what comes before and after all layers."""
-        model, w = self.model, dict(self.weights)
+        model = self.model
+        w = dict(self.weights)
         scale = model.head.scale if model.head else 1.0
         for name in ("final_norm", "final_norm_bias"):
             norm = w.get(name)
@@ -285,7 +293,9 @@ def show_pictures(transformer: Transformer, rows: ShownPictures):
     turn by these."""
     if not (rows or transformer.shown):
         return
-    model, put, C = transformer.model, transformer.arrays.put, transformer.unpadded.width
+    model = transformer.model
+    put = transformer.arrays.put
+    C = transformer.unpadded.width
     transformer.shown = bool(rows)
     for number, name in enumerate(model.picture_buffers):
         buffer = transformer.buffers[name]
@@ -329,7 +339,9 @@ def distance_biases(buckets: numpy.ndarray, model: Model) -> numpy.ndarray:
 
     A bucket has one distance below 8, and from there on as many as make it a constant factor wide, up to
     128 (transformers' MPNetEncoder.relative_position_bucket, in its arithmetic)."""
-    reach, exact, half = model.max_positions + PAGE_SIZE, DISTANCE_BUCKETS // 4, DISTANCE_BUCKETS // 2
+    reach = model.max_positions + PAGE_SIZE
+    exact = DISTANCE_BUCKETS // 4
+    half = DISTANCE_BUCKETS // 2
     distance = numpy.arange(-reach, reach)
     size = numpy.abs(distance).astype(numpy.float32)
     with numpy.errstate(divide="ignore"):

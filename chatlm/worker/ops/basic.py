@@ -91,7 +91,8 @@ def fastest_dtype(device) -> torch.dtype:
 
 def clamped_swiglu(gate, up):
     """gpt-oss's gate, with the constants of all its models."""
-    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+    gate = gate.clamp(max=7.0)
+    up = up.clamp(-7.0, 7.0)
     return gate * torch.sigmoid(1.702 * gate) * (up + 1)
 
 
@@ -131,7 +132,8 @@ def linear_reference(x, weight, out, norm=None, bias=None, activation=None, resi
     if norm:
         x = normed(x, norm)
     added = list(adapter_products(x, adapted))
-    x, bias = x[:, :weight.shape[1]].to(weight.dtype), bias if bias is None else bias.to(weight.dtype)
+    x = x[:, :weight.shape[1]].to(weight.dtype)
+    bias = bias if bias is None else bias.to(weight.dtype)
     if weight.is_mkldnn:
         y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     else:
@@ -167,7 +169,8 @@ def experts_reference(x, logits, gate_up, down, out, *, norm, biases, activation
     which `sparse_routes` chooses. Each share is multiplied by the expert's of `scales` (E), if given.
     gate_up (2 * E * F, C) holds the gates of all experts and then their ups, down (E * C, F); `biases` are of
     these two, or None. An activation of UNGATED has no gates: gate_up is (E * F, C)."""
-    E, logits = logits.shape[1], logits.float()
+    E = logits.shape[1]
+    logits = logits.float()
     if jitter is not None:
         ids, shares = sparse_routes(logits, jitter)
     elif sigmoids:
@@ -175,8 +178,10 @@ def experts_reference(x, logits, gate_up, down, out, *, norm, biases, activation
     else:
         ids, shares = routes(logits, chosen, sum_to_one)
     shares = shares if scales is None else shares * scales[ids]
-    y, halves = (normed(x, norm) if norm else x).to(gate_up.dtype), 1 + (activation in GATES)
-    gate_up, down = gate_up.unflatten(0, (halves, E, -1)), down.unflatten(0, (E, -1))
+    y = (normed(x, norm) if norm else x).to(gate_up.dtype)
+    halves = 1 + (activation in GATES)
+    gate_up = gate_up.unflatten(0, (halves, E, -1))
+    down = down.unflatten(0, (E, -1))
     up_bias, down_bias = (bias if bias is None else bias.to(y.dtype) for bias in biases)
     total = torch.zeros_like(out)
     for expert in ids.unique().tolist():
@@ -228,7 +233,8 @@ def sparse_routes(logits, jitter):
     """Ids and shares (T, 2): the experts with the two largest logits, each shared by a softmax over it and
     the lower ones whose distance to it is at most 2 * jitter of the larger of both's size (SparseMixer; Liu
     et al., "GRIN", 2024). The shares' sum is not 1."""
-    left, found = logits, []
+    left = logits
+    found = []
     for _ in range(2):
         largest, best = left.max(-1, keepdim=True)
         far = (largest - logits) / logits.abs().clamp(min=largest) > 2 * jitter
@@ -302,7 +308,8 @@ def make_cache_reference(spec, layout, num_pages, device):
     """KV pages of all layers: their memory, and for each layer what rope_append and paged_attention receive.
 
     `layout` is the PageLayout. A layer that reads another's pages gets those, one with a mixer gets None."""
-    slots, layers = num_pages * PAGE_SIZE, []
+    slots = num_pages * PAGE_SIZE
+    layers = []
     whole = zeroed((slots * layout.size * layout.unit,), torch.uint8, device)
     for l, attn in enumerate(spec.by_layer):
         begin, stride = (places * layout.unit for places in layout.place(l, slots))  # bytes
@@ -315,7 +322,8 @@ def make_cache_reference(spec, layout, num_pages, device):
             layers.append((keys, values))
             continue
         memory = whole.view(getattr(torch, layout.types[l]))
-        begin, stride = begin // memory.itemsize, stride // memory.itemsize
+        begin = begin // memory.itemsize
+        stride = stride // memory.itemsize
         if attn.value_size != attn.head_size or PACKED.keys() & set(layout.types):
             begins = begin, begin + (0 if attn.values_in_keys else attn.kv_heads * attn.head_size)
             layers.append(tuple(

@@ -16,7 +16,8 @@ def absorb(x, k_up, cos, sin, positions, scale, out):
     x (T, H * (plain + turned)) has for each head the numbers that do not turn, then those that do. k_up
     (H * kept, plain) has each head's matrix, whose product with the first is the query of a latent. The
     others turn by the rows `positions` (T,) of cos and sin -> out (T, H * (kept + turned))."""
-    plain, turned = k_up.shape[1], 2 * cos.shape[-1]
+    plain = k_up.shape[1]
+    turned = 2 * cos.shape[-1]
     heads = x.float().unflatten(1, (-1, plain + turned))  # (T, H, plain + turned)
     own = k_up.float().unflatten(0, (heads.shape[1], -1))  # (H, kept, plain)
     latent = torch.einsum("thd,hcd->thc", heads[..., :plain], own)
@@ -27,7 +28,9 @@ def absorb(x, k_up, cos, sin, positions, scale, out):
 def append(x, weight, eps, cos, sin, positions, slots, cache):
     """x (T, kept + turned): RMS norm of the first numbers, the others turn -> the keys of the cache at
     `slots` (T,)."""
-    keys, kept = slots_of(cache)[0], len(weight)  # (slots, 1, kept + turned)
+    # (slots, 1, kept + turned)
+    keys = slots_of(cache)[0]
+    kept = len(weight)
     assert isinstance(keys, torch.Tensor)  # no packed type has this size
     latent = torch.nn.functional.rms_norm(x[:, None, :kept].float(), (kept,), weight, eps)
     rotated = turn(x[:, None, kept:].float(), cos, sin, positions)

@@ -49,7 +49,8 @@ def short_conv_reference(x, taps, states, sequences, out, bias=None):
 
 def convolve(s, taps, state, sequences):
     """The sum over j of taps[j] * s[t - K + 1 + j], (T, C); s (T, C), state (slots, K - 1, C)."""
-    taps, total = taps.view(-1, s.shape[1]), torch.empty_like(s)
+    taps = taps.view(-1, s.shape[1])
+    total = torch.empty_like(s)
     if isinstance(sequences, OneEach):
         columns = torch.cat((sequences.before(state), s[:, None]), 1)  # (T, K, C)
         sequences.write(state, columns[:, 1:])
@@ -92,7 +93,9 @@ def delta_rule_reference(x, weights, mixer, eps, states, sequences, out):
 
     `weights` has taps, decay, dt_bias and mix_norm; `states` are (slots, K - 1, channels) and
     (slots, Hv, Dk, Dv)."""
-    H, D, Hk = mixer.value_heads, mixer.key_size, mixer.key_heads
+    H = mixer.value_heads
+    D = mixer.key_size
+    Hk = mixer.key_heads
     p, z, b, a = split_projections(x.float(), mixer)
     u = functional.silu(convolve(p, weights["taps"], states[0], sequences))
     q, k, v = u.split((Hk * D, Hk * D, mixer.parts[1]), 1)
@@ -100,7 +103,10 @@ def delta_rule_reference(x, weights, mixer, eps, states, sequences, out):
     q, k = (part * torch.rsqrt((part * part).sum(-1, keepdim=True) + 1e-6) for part in (q, k))
     heads = torch.arange(H, device=x.device)
     heads = heads % Hk if mixer.alternating else heads // (H // Hk)
-    q, k, v = q[:, heads] * D**-0.5, k[:, heads], v.unflatten(1, (H, -1))  # (T, Hv, Dk or Dv)
+    # (T, Hv, Dk or Dv)
+    q = q[:, heads] * D**-0.5
+    k = k[:, heads]
+    v = v.unflatten(1, (H, -1))
     beta = torch.sigmoid(b)[..., None]
     decay = torch.exp(weights["decay"] * functional.softplus(a + weights["dt_bias"]))[..., None, None]
 
@@ -118,7 +124,9 @@ def delta_rule_reference(x, weights, mixer, eps, states, sequences, out):
 
 def split_projections(x, mixer):
     """A DeltaRule's p, z, b and a, (T, mixer.parts) each."""
-    Hk, D, r = mixer.key_heads, mixer.key_size, mixer.value_heads // mixer.key_heads
+    Hk = mixer.key_heads
+    D = mixer.key_size
+    r = mixer.value_heads // mixer.key_heads
     p, z, b, a = x.split(mixer.parts, 1)
     if mixer.heads_by_key:
         values = r * mixer.value_size
@@ -127,7 +135,8 @@ def split_projections(x, mixer):
         p = torch.cat((q, k, v), 1)
     if mixer.gates_by_key:
         gates = torch.cat((b, a), 1).unflatten(1, (Hk, 2, r))
-        b, a = gates[:, :, 0].flatten(1), gates[:, :, 1].flatten(1)
+        b = gates[:, :, 0].flatten(1)
+        a = gates[:, :, 1].flatten(1)
     return p, z, b, a
 
 
@@ -137,14 +146,17 @@ def mamba2_reference(x, weights, mixer, eps, states, sequences, out):
     `weights` has taps, decay, dt_bias, skip, mix_norm and perhaps taps_bias; `states` are
     (slots, K - 1, channels) and (slots, H, N, P). If ranks share groups, out is not yet normalized."""
     inner, _, H = mixer.parts
-    G, N = mixer.groups, mixer.state_size
+    G = mixer.groups
+    N = mixer.state_size
     z, p, dt = x.float().split(mixer.parts, 1)
     u = convolve(p, weights["taps"], states[0], sequences)
     u = functional.silu(u + weights["taps_bias"] if mixer.taps_bias else u)
     v, B, C = u.split((inner, G * N, G * N), 1)
     group = groups_of_heads(mixer, x.device)
     B, C = (part.unflatten(1, (G, N))[:, group] for part in (B, C))  # (T, H, N)
-    v, dt = v.unflatten(1, (H, -1)), functional.softplus(dt + weights["dt_bias"])  # (T, H, P), (T, H)
+    # (T, H, P), (T, H)
+    v = v.unflatten(1, (H, -1))
+    dt = functional.softplus(dt + weights["dt_bias"])
     decay = torch.exp(weights["decay"] * dt)[..., None, None]
 
     def advance(S, t):  # (H, N, P)

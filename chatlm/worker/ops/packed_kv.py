@@ -39,7 +39,8 @@ class PackedKv(NamedTuple):
     @classmethod
     def within(cls, memory: torch.Tensor, slots: int, heads: int, size: int, begin: int, stride: int):
         """The view of some bytes of a cache, its slots `stride` apart, and where the next one begins."""
-        blocks, end = size // PACKED_BLOCK, begin + heads * size
+        blocks = size // PACKED_BLOCK
+        end = begin + heads * size
         codes = memory.view(torch.int8).as_strided((slots, heads, size), (stride, size, 1), begin)
         scales = memory.view(torch.float16).as_strided(
             (slots, heads, blocks), (stride // 2, blocks, 1), end // 2)

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 EXP_CUTOFF = -27.7            # below this z the weight is 0 and the id is dropped
 LOG2_E = 1.44269504088896341  # as float32
-LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4  # as float32; n * LN2_HIGH is exact for n up to 40
+# as float32; n * LN2_HIGH is exact for n up to 40
+LN2_HIGH = 0.693359375
+LN2_LOW = -2.12194440e-4
 EXP_TERMS = tuple(1 / math.factorial(k) for k in range(7, -1, -1))  # as float32, highest power first
 LN2 = 0.6931471805599453      # float64, as are the constants below
 SQRT_HALF = 0.7071067811865476
@@ -43,16 +45,20 @@ XTC_LANE = 2**34 - 4  # no token's id: the noise that decides whether XTC acts
 
 def philox(counters: Iterable[numpy.ndarray], keys: Iterable[numpy.ndarray]) -> numpy.ndarray:
     """Philox4x32-10: four counters, two keys -> (4, *shape) random words; all are 32-bit words in uint64."""
-    low, shift = numpy.uint64(0xFFFFFFFF), numpy.uint64(32)
+    low = numpy.uint64(0xFFFFFFFF)
+    shift = numpy.uint64(32)
     m0, m1 = (numpy.uint64(m) for m in PHILOX_MULTIPLIERS)
     c0, c1, c2, c3 = counters
     k0, k1 = keys
     for _ in range(10):
-        product0, product1 = c0 * m0, c2 * m1
-        c0, c1, c2, c3 = ((product1 >> shift) ^ c1 ^ k0, product1 & low,
-                          (product0 >> shift) ^ c3 ^ k1, product0 & low)
-        k0, k1 = ((k0 + numpy.uint64(PHILOX_KEY_STEPS[0])) & low,
-                  (k1 + numpy.uint64(PHILOX_KEY_STEPS[1])) & low)
+        product0 = c0 * m0
+        product1 = c2 * m1
+        c0 = (product1 >> shift) ^ c1 ^ k0
+        c1 = product1 & low
+        c2 = (product0 >> shift) ^ c3 ^ k1
+        c3 = product0 & low
+        k0 = (k0 + numpy.uint64(PHILOX_KEY_STEPS[0])) & low
+        k1 = (k1 + numpy.uint64(PHILOX_KEY_STEPS[1])) & low
     return numpy.stack((c0, c1, c2, c3))
 
 
@@ -61,9 +67,11 @@ def uniform_noise(ids, seed, position, choice) -> numpy.ndarray:
 
     seed, position and choice are numbers, or arrays that broadcast with ids. x is lane id % 4 of Philox with
     the seed as key and (id / 4, position, choice) as counter: random access, no state."""
-    low, shift = numpy.uint64(0xFFFFFFFF), numpy.uint64(32)
+    low = numpy.uint64(0xFFFFFFFF)
+    shift = numpy.uint64(32)
     seed, position, choice = (numpy.asarray(value, dtype=numpy.uint64) for value in (seed, position, choice))
-    groups, lanes = (ids // 4).astype(numpy.uint64), ids % 4
+    groups = (ids // 4).astype(numpy.uint64)
+    lanes = ids % 4
     words = philox((groups, position & low, position >> shift, choice), (seed & low, seed >> shift))
     x = numpy.take_along_axis(words, lanes[None], axis=0)[0]
     return (x.astype(numpy.float64) + 0.5) * 2.0**-32
@@ -115,7 +123,8 @@ def penalize(logits: numpy.ndarray, row: SampleRow) -> numpy.ndarray:
 
     Repetition applies to prompt and answer tokens (positive logits * (1/r), others * r); then frequency *
     count and presence are subtracted for the answer's tokens; then the bias is added."""
-    p, f32 = row.params, numpy.float32
+    p = row.params
+    f32 = numpy.float32
     steps = host_steps(p, PENALTY)
     if not (p.logit_bias or p.frequency_penalty or p.presence_penalty or p.repetition_penalty != 1 or steps):
         return logits
@@ -139,7 +148,10 @@ def penalize(logits: numpy.ndarray, row: SampleRow) -> numpy.ndarray:
 
 
 # What a step of ON_HOST comes after
-PENALTY, VOCABULARY, TOP_K, MIN_P = "penalty", "vocabulary", "top-k", "min-p"
+PENALTY = "penalty"
+VOCABULARY = "vocabulary"
+TOP_K = "top-k"
+MIN_P = "min-p"
 
 
 class HostStep(NamedTuple):
@@ -192,7 +204,8 @@ def keep_typical(logits: numpy.ndarray, params: SamplingParams, position: int) -
     z, weights, total = probability_weights(logits)
     alive = numpy.flatnonzero(weights)
     alive = alive[numpy.argsort(-logits[alive], kind="stable")]
-    z, weights = z[alive].astype(numpy.float64), weights[alive]
+    z = z[alive].astype(numpy.float64)
+    weights = weights[alive]
     mean = in_order(z * weights.astype(numpy.float64)) / total
     order = numpy.argsort(numpy.abs(z - mean), kind="stable")
     most = numpy.uint64(total * round(params.typical_p * 2**32) >> 32)  # exact, as in keep_top_p
@@ -288,14 +301,18 @@ breakers_of = functools.lru_cache(maxsize=16)(Breakers)
 
 def suffix_matches(tokens: Seq[int]) -> list[int]:
     """For each index, how many tokens up to it are those at the end of all (Z-algorithm, linear)."""
-    back, count = tokens[::-1], len(tokens)
-    lengths, left, right = [0] * count, 0, 0
+    back = tokens[::-1]
+    count = len(tokens)
+    lengths = [0] * count
+    left = 0
+    right = 0
     for k in range(1, count):
         length = min(right - k, lengths[k - left]) if k < right else 0
         if k + length >= right:
             while k + length < count and back[length] == back[k + length]:
                 length += 1
-            left, right = k, k + length
+            left = k
+            right = k + length
         lengths[k] = length
     return lengths[::-1]
 
@@ -333,13 +350,15 @@ class Repetition:
         if not 0 <= last < len(tokens) or self.ids[last] != tokens[last] or len(tokens) - last > 256:
             return self._read(tokens)
         for token in tokens[self.count:]:
-            n, first = self.count, max(1, self.count + 1 - self.window)
+            n = self.count
+            first = max(1, self.count + 1 - self.window)
             if n == len(self.ids):
                 self.ids, self.matches = (numpy.concatenate((old, old)) for old in (self.ids, self.matches))
             longer = self.matches[first - 1:n - 1] + 1
             self.matches[first:n] = longer * (self.ids[first:n] == token)
             self.matches[0] = self.ids[0] == token
-            self.ids[n], self.count = token, n + 1
+            self.ids[n] = token
+            self.count = n + 1
             for tail in self.breakers.tails:
                 if tail <= n and self.breakers.include(self.ids[n - tail:n + 1]):
                     self.broken = max(self.broken or (0, 0), (n - tail, tail))
@@ -347,15 +366,18 @@ class Repetition:
     def continuations(self, allowed: int) -> tuple[numpy.ndarray, numpy.ndarray]:
         """The ids that would continue a repetition of at least `allowed` tokens, and the length of the
         longest one for each. Tokens that are breakers continue none."""
-        size, ids = min(self.count, self.window), self.ids[:self.count]
-        first, longest = self.count - size, size
+        size = min(self.count, self.window)
+        ids = self.ids[:self.count]
+        first = self.count - size
+        longest = size
         if self.broken and self.broken[0] >= first:
             longest = self.count - 1 - sum(self.broken)
         if size <= allowed or longest < allowed:
             return ids[:0], ids[:0]
         lengths = numpy.minimum(self.matches[first:self.count - 1], numpy.arange(1, size, dtype=numpy.int32))
         repeats = numpy.flatnonzero(lengths >= allowed)
-        following, lengths = ids[first + 1:][repeats], numpy.minimum(lengths[repeats], longest)
+        following = ids[first + 1:][repeats]
+        lengths = numpy.minimum(lengths[repeats], longest)
         best = numpy.full(following.max(initial=0) + 1, -1, dtype=numpy.int32)
         numpy.maximum.at(best, following, lengths)
         found = numpy.flatnonzero(best >= 0)
@@ -366,16 +388,19 @@ class Repetition:
 def penalize_repetition(logits: numpy.ndarray, row: SampleRow):
     """DRY, "don't repeat yourself" (by p-e-w, 2024): a token that would continue a repetition of n tokens
     loses dry_multiplier * dry_base ** (n - dry_allowed_length)."""
-    p, repetition = row.params, row.kept or Repetition(row.params, None, row.tokens)
+    p = row.params
+    repetition = row.kept or Repetition(row.params, None, row.tokens)
     repetition.update(row.tokens)
     ids, lengths = repetition.continuations(p.dry_allowed_length)
     exponents = lengths.astype(numpy.int64) - p.dry_allowed_length
     if p.dry_base > 1.000001:  # as in llama.cpp
         exponents = numpy.minimum(exponents, int(LOG_FLOAT_MAX / math.log(p.dry_base)))
-    powers, square = numpy.ones(len(ids)), p.dry_base
+    powers = numpy.ones(len(ids))
+    square = p.dry_base
     while exponents.any():  # by squaring: a library's pow differs from machine to machine
         powers = numpy.where(exponents & 1, powers * square, powers)
-        square, exponents = min(square * square, FLOAT_MAX), exponents >> 1
+        square = min(square * square, FLOAT_MAX)
+        exponents = exponents >> 1
     logits[ids] -= numpy.minimum(p.dry_multiplier * powers, FLOAT_MAX).astype(numpy.float32)
 
 
@@ -401,7 +426,8 @@ def survivors(logits: numpy.ndarray, params: SamplingParams, position: int = 0) 
 
     `logits` have been cleaned and penalized. The position, with the seed, decides what a step does that acts
     now and then."""
-    f32, top = numpy.float32, logits.max()
+    f32 = numpy.float32
+    top = logits.max()
     if top == -math.inf:
         return numpy.zeros(1, dtype=numpy.int64), numpy.zeros(1, dtype=f32)
     inverse_temperature = f32(min(1 / params.temperature, FLOAT_MAX) if params.temperature > 0 else 1)
@@ -420,10 +446,12 @@ def survivors(logits: numpy.ndarray, params: SamplingParams, position: int = 0) 
     keep = weights > 0
     if params.min_p > 0:
         keep &= z >= f32(math.log(min(params.min_p, 1.0)))
-    ids, z = ids[keep], z[keep]
+    ids = ids[keep]
+    z = z[keep]
     for step in host_steps(params, MIN_P):
         keep = step(logits[ids], params, position)
-        ids, z = ids[keep], z[keep]
+        ids = ids[keep]
+        z = z[keep]
     order = numpy.argsort(ids)
     return ids[order], z[order]
 
@@ -434,7 +462,9 @@ def keep_top_p(ids, z, weights, top_p, logits):
     target = max(1, total * round(top_p * 2**32) >> 32)  # exact: needs a 128-bit product
     # all ids lighter than this together weigh less than may be dropped
     heavy = weights >= max(1, -(-(total - target) // len(ids)))
-    ids, z, weights = ids[heavy], z[heavy], weights[heavy]
+    ids = ids[heavy]
+    z = z[heavy]
+    weights = weights[heavy]
     order = numpy.lexsort((ids, -logits[ids]))
     count = int(numpy.searchsorted(numpy.cumsum(weights[order]), numpy.uint64(target))) + 1
     order = order[:count]
@@ -444,9 +474,11 @@ def keep_top_p(ids, z, weights, top_p, logits):
 def draw(kept: Seq[tuple], rows: Seq[SampleRow]) -> numpy.ndarray:
     """argmax of z + Gumbel noise over each row's survivors (ids, z), ids ascending; lower ids win ties."""
     longest = max(len(ids) for ids, _ in kept)
-    ids, z = numpy.zeros((len(rows), longest), dtype=numpy.int64), numpy.full((len(rows), longest), -math.inf)
+    ids = numpy.zeros((len(rows), longest), dtype=numpy.int64)
+    z = numpy.full((len(rows), longest), -math.inf)
     for i, (some, their_z) in enumerate(kept):
-        ids[i, :len(some)], z[i, :len(some)] = some, their_z
+        ids[i, :len(some)] = some
+        z[i, :len(some)] = their_z
     streams = numpy.array([(row.params.seed, row.position, row.params.choice) for row in rows],
                           dtype=numpy.uint64)
     scores = z + gumbel(uniform_noise(ids, *streams.T[:, :, None]))  # (R, longest)

@@ -40,7 +40,8 @@ class ProcessLinks:
     finds_models = False
 
     def __init__(self, config: WorkerConfig):
-        count, tp = ranks_per_replica(config.settings), config.settings.tensor_parallel_size
+        count = ranks_per_replica(config.settings)
+        tp = config.settings.tensor_parallel_size
         between = [socket.socketpair() for _ in range(count - tp)]  # from rank n to rank n + tp
         self.after = between[0][0] if between else None
         self.processes: list[subprocess.Popen] = []
@@ -82,11 +83,14 @@ class ProcessLinks:
 class TcpLinks:
     """Links under torchrun: the other ranks connect by TCP, from this machine or others."""
 
-    finds_models, pids = True, ("self",)
+    finds_models = True
+    pids = ("self",)
 
     def __init__(self, config: WorkerConfig, progress: Progress):
-        self.settings, self.progress = config.settings, progress
-        self.count, self.tp = ranks_per_replica(self.settings), self.settings.tensor_parallel_size
+        self.settings = config.settings
+        self.progress = progress
+        self.count = ranks_per_replica(self.settings)
+        self.tp = self.settings.tensor_parallel_size
         self.store, self.secret = RankStore(), secrets.token_bytes(32)
         self.arrived: dict[int, tuple[RankArrival, Channel]] = {}
         self.after: socket.socket | None = None

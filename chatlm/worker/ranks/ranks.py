@@ -44,7 +44,11 @@ if TYPE_CHECKING:
 class RankAlone:
     """The ranks of a model in a single process."""
 
-    rank, tp, stages, here = 0, 1, 1, 1  # here: how many of the ranks are on this machine
+    # here: how many of the ranks are on this machine
+    rank = 0
+    tp = 1
+    stages = 1
+    here = 1
     join: Any = None  # makes the ops that communicate with the other ranks of the stage
     before: socket.socket | None = None
     after: socket.socket | None = None
@@ -53,7 +57,8 @@ class RankAlone:
         return pages
 
     def divide(self, settings: Settings):
-        self.tp, self.stages = settings.tensor_parallel_size, settings.pipeline_parallel_size
+        self.tp = settings.tensor_parallel_size
+        self.stages = settings.pipeline_parallel_size
         self.here = ranks_here(settings)
 
 
@@ -69,7 +74,9 @@ class OtherRank(RankAlone):
     """The ranks as seen by one other than rank 0."""
 
     def __init__(self, channel: Channel, config: RankConfig):
-        self.channel, self.config, self.rank = channel, config, config.rank
+        self.channel = channel
+        self.config = config
+        self.rank = config.rank
         self.divide(config.settings)
         self.before, self.after = (
             None if end is None else socket.socket(fileno=end) for end in (config.before, config.after))
@@ -87,15 +94,19 @@ class RankZero(RankAlone):
     """The ranks as seen by rank 0."""
 
     def __init__(self, config: WorkerConfig, links: Links, progress: Progress = no_progress):
-        self.config, self.links, self.progress = config, links, progress
+        self.config = config
+        self.links = links
+        self.progress = progress
         self.divide(config.settings)
         self.checksums: list[deque[int]] = [deque() for _ in range(self.tp)]  # of the ranks that draw
-        self.channels, self.after = links.channels, links.after
+        self.channels = links.channels
+        self.after = links.after
         self.meeting: Any = None  # what the ranks of each stage meet in: memory, a folder or keys
 
     def join(self, backend, part_bytes: int) -> dict[str, Callable]:
         """Prepare what the ranks of each stage meet in, and send them their RankConfig."""
-        config, environment = self.config, {"CHAT_SERVER_KERNELS": os.environ.get("CHAT_SERVER_KERNELS", "")}
+        config = self.config
+        environment = {"CHAT_SERVER_KERNELS": os.environ.get("CHAT_SERVER_KERNELS", "")}
         if core := decode_core():
             isa = core.info()["isa"]
             # another machine may lack amx

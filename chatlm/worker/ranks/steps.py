@@ -81,10 +81,13 @@ class DrawnTokens:
     """A checksum of what a rank's steps drew; `note` receives it every COMPARED_STEPS steps."""
 
     def __init__(self, note: Callable[[int], None]):
-        self.note, self.checksum, self.steps = note, 0, 0
+        self.note = note
+        self.checksum = 0
+        self.steps = 0
 
     def add(self, tokens: list[int]) -> list[int]:
-        self.checksum, self.steps = zlib.crc32(repr(tokens).encode(), self.checksum), self.steps + 1
+        self.checksum = zlib.crc32(repr(tokens).encode(), self.checksum)
+        self.steps = self.steps + 1
         if self.steps % COMPARED_STEPS == 0:
             self.note(self.checksum)
         return tokens
@@ -100,8 +103,12 @@ class RankSteps:
 
     def __init__(self, steps: Steps, transformer: Transformer, broadcast: Callable[[RankStep], None],
                  note: Callable[[int], None]):
-        self.steps, self.transformer, self.broadcast = steps, transformer, broadcast
-        self.ahead, self.prepare, self.drawn = steps.ahead, steps.prepare, DrawnTokens(note)
+        self.steps = steps
+        self.transformer = transformer
+        self.broadcast = broadcast
+        self.ahead = steps.ahead
+        self.prepare = steps.prepare
+        self.drawn = DrawnTokens(note)
 
     def start(self, batch: Batch, rows: Seq[SampleRow]):
         self.broadcast(rank_step(batch, rows))
@@ -121,7 +128,9 @@ class Stage:
     computed, and passes its own result on; the last stage draws."""
 
     def __init__(self, steps: Steps, transformer: Transformer, ranks: RankAlone):
-        self.steps, self.transformer, self.ranks = steps, transformer, ranks
+        self.steps = steps
+        self.transformer = transformer
+        self.ranks = ranks
 
     def compute(self, batch: Batch, rows: Seq[SampleRow] | None):
         """The drawn tokens; without `rows` the logits; None before the last stage."""
@@ -135,7 +144,8 @@ class Stage:
             raise
 
     def _compute(self, batch: Batch, rows: Seq[SampleRow] | None):
-        transformer, T = self.transformer, len(batch.token_ids)
+        transformer = self.transformer
+        T = len(batch.token_ids)
         for name in () if transformer.model.opens else transformer.passed_on(0):
             buffer = transformer.buffers[name][:T]
             received = numpy.empty(tuple(buffer.shape), numpy.float32)
@@ -158,8 +168,11 @@ class StagedSteps:
     ahead = True
 
     def __init__(self, stage: Stage, ranks: RankZero, note: Callable[[int], None]):
-        self.stage, self.ranks, self.drawn = stage, ranks, DrawnTokens(note)
-        self.thread, self.prepare = ThreadPoolExecutor(1, "stage"), lambda progress: None
+        self.stage = stage
+        self.ranks = ranks
+        self.drawn = DrawnTokens(note)
+        self.thread = ThreadPoolExecutor(1, "stage")
+        self.prepare = lambda progress: None
 
     def start(self, batch: Batch, rows: Seq[SampleRow]) -> Future:
         self.ranks.broadcast(rank_step(batch, rows))
@@ -172,7 +185,9 @@ class StagedSteps:
     def forward(self, batch: Batch):
         self.ranks.broadcast(RankStep(batch, None))
         self.thread.submit(self.stage.compute, batch, None).result()
-        buffers, arrays, data = self.stage.transformer.buffers, self.stage.transformer.arrays, bytearray()
+        buffers = self.stage.transformer.buffers
+        arrays = self.stage.transformer.arrays
+        data = bytearray()
         logits = buffers["logits"][:len(batch.logit_rows)]
         states = buffers["x"][:len(batch.token_ids) if batch.states else 0]
         count, more = (math.prod(rows.shape) for rows in (logits, states))
@@ -188,7 +203,8 @@ def received_steps(channel: Channel, transformer: Transformer) -> Iterator[RankS
     """The steps that rank 0 sends, until it is gone. Adapters are read in a thread meanwhile; the first step
     that uses one waits for it."""
     same = functools.lru_cache(1024)(lambda params: params)  # decode_core compares them by identity
-    thread, reading = reading_thread(), dict[int, Future]()
+    thread = reading_thread()
+    reading = dict[int, Future]()
     with suppress(EOFError, ConnectionError, TimeoutError):
         while True:
             [step] = channel.receive(wait=True, most=1)
@@ -221,7 +237,8 @@ def follow(channel: Channel, steps: RankSteps):
 
 def follow_stage(channel: Channel, stage: Stage, drawn: DrawnTokens):
     """Compute this stage of the steps that rank 0 sends; one rank of the last stage replies."""
-    closes, speaks = stage.transformer.model.closes, stage.ranks.rank % stage.ranks.tp == 0
+    closes = stage.transformer.model.closes
+    speaks = stage.ranks.rank % stage.ranks.tp == 0
     for step in received_steps(channel, stage.transformer):
         computed: Any = stage.compute(step.batch, step.rows)
         if not closes:

@@ -54,7 +54,8 @@ class AdapterReader:
 
     def __init__(self, model: LoadedModel, adaptable: Adaptable):
         """Keeps no tensor of the model: they may be read and discarded afterwards."""
-        self.adaptable, first = adaptable, adaptable.first_layer
+        self.adaptable = adaptable
+        first = adaptable.first_layer
         whole = model_of(model.spec).tensors()
         self.adapted = {name for name, tensor in whole.items() if tensor.adapted}
         self.cuts: dict[str, tuple[str, Cut]] = {}  # ours -> the whole model's name, the rank's part
@@ -66,7 +67,8 @@ class AdapterReader:
     def read(self, folder: Path) -> dict[str, AdapterMatrix]:
         """Our matrices' names -> what the adapter adds to their products. ConfigError if this adapter can
         only be merged."""
-        slices, unread = self.adaptable.slices(), self.adaptable.ignored
+        slices = self.adaptable.slices()
+        unread = self.adaptable.ignored
         shapes = file_shapes(self.adaptable.sources) | unread
         whole = {theirs: (sum(shapes[file_slice.name][0] for file_slice in at), *shapes[at[0].name][1:])
                  for theirs, at in slices.items()}
@@ -102,7 +104,8 @@ class AdapterReader:
 
 def rows_before(shapes: Iterable[tuple[int, ...]]) -> list[int]:
     """For each of the parts that make up a matrix, how many rows precede it."""
-    rows, before = 0, []
+    rows = 0
+    before = []
     for shape in shapes:
         before.append(rows)
         rows += shape[0]
@@ -116,7 +119,8 @@ def joined(parts: list[Part], cut: Cut) -> AdapterMatrix:
     kind = kind if kind in FLOATS else "float32"
     a = kinds.joined([as_kind(part.change.a, kind) for part in parts])
     b = zeros((cut.full[0], len(a)), kind)
-    scales, rank = numpy.empty(len(a), numpy.float32), 0
+    scales = numpy.empty(len(a), numpy.float32)
+    rank = 0
     for first, (own_a, own_b, scaling, _) in parts:
         ranks = slice(rank, rank := rank + len(own_a))
         bits_of(b)[first:first + len(own_b), ranks] = bits_of(as_kind(own_b, kind))

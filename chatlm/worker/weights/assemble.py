@@ -56,14 +56,17 @@ def tensor_sources(spec: ModelSpec, table: Mapping[str, tuple[str, ...]], padded
 
     The file's vocabulary tensors have `padded` rows. Experts have either a tensor each, where a second {} in
     the name in `table` stands for the expert, or one tensor for all (experts, rows of each, ...)."""
-    E, vocabulary, model = spec.experts, (padded,), model_of(spec)
+    E = spec.experts
+    vocabulary = (padded,)
+    model = model_of(spec)
     split: dict[str, tuple[int, ...]] = {
         name: vocabulary for name in ("embed", "head", "value_embed", "layer_embed")}
     sources = {}
     for ours, shape in model.shapes().items():
         layer, _, part = ours.rpartition(".")
         if not (part == "head" and spec.tied_head):
-            theirs, rows = table.get(part, (part,)), split.get(part, shape[:1])
+            theirs = table.get(part, (part,))
+            rows = split.get(part, shape[:1])
             if part in ("qkv", "qkv_bias"):  # a layer may have no k or v of its own
                 rows = qkv_rows(model.layers[int(layer)].mixer)
                 theirs = theirs[:len(rows)]
@@ -145,7 +148,8 @@ class Mxfp4:
     tensor_type = SimpleNamespace(name="MXFP4")
 
     def __init__(self, blocks: numpy.ndarray, scales: numpy.ndarray):
-        self.blocks, self.scales = blocks, scales
+        self.blocks = blocks
+        self.scales = scales
         self.shape = *scales.shape[:2], 32 * scales.shape[2]
 
     def __getitem__(self, index) -> Mxfp4:
@@ -157,7 +161,9 @@ class Mxfp4:
         made: Any = numpy.empty((*self.scales.shape, 17), numpy.uint8)
         made[..., 0] = self.scales
         for blocks, to in zip(self.blocks, made):  # one expert at a time avoids large temporaries
-            first, second = blocks[..., :8], blocks[..., 8:]  # columns 0 to 15, 16 to 31
+            # columns 0 to 15, 16 to 31
+            first = blocks[..., :8]
+            second = blocks[..., 8:]
             to[..., 1::2] = first & 15 | second << 4
             to[..., 2::2] = first >> 4 | second & 240
         return made.reshape(-1, made.shape[2] * 17)
@@ -221,10 +227,13 @@ def assembled(path: Path, settings: Settings, sources: Sources, state: Mapping, 
         return make(cut.shape, cut_stored([(tensor, None) for tensor in stored], cut))
 
     def unread(shape: tuple[int, ...], theirs: Mapping[str, tuple[int, ...]]) -> Unread:
-        parts, target = [state[name] for name in theirs], "float32" if len(shape) == 1 else dtype
-        size, whole = math.prod(shape) * item_bytes(target), Cut.whole(shape)
+        parts = [state[name] for name in theirs]
+        target = "float32" if len(shape) == 1 else dtype
+        size = math.prod(shape) * item_bytes(target)
+        whole = Cut.whole(shape)
         packed = isinstance(parts[0], Mxfp4)
-        make, mapped = read_packed if packed else partial(read, target), tuple(parts)
+        make = read_packed if packed else partial(read, target)
+        mapped = tuple(parts)
         if packed:
             mapped = tuple(tensor for part in parts for tensor in (part.blocks, part.scales))
             size = math.prod(shape) * 17 // 32 if as_stored else size
@@ -232,7 +241,8 @@ def assembled(path: Path, settings: Settings, sources: Sources, state: Mapping, 
             mapped = tuple(tensor for part in parts for tensor in (
                 part.layout.mapped if isinstance(part, PackedWeight) else (part,)))
             if as_stored and (held := tile_bytes(parts)):
-                make, size = partial(read_tiles, as_stored), held
+                make = partial(read_tiles, as_stored)
+                size = held
         check = partial(refuse_faults, path, settings, theirs, make)
         return Unread(whole, partial(make, theirs), size, mapped, check, (make, theirs))
 
@@ -248,7 +258,8 @@ def assembled(path: Path, settings: Settings, sources: Sources, state: Mapping, 
 
 def tile_bytes(parts: Seq[Any]) -> int:
     """What packed matrices take that form one, as tiles; 0 if they do not go together, or into none."""
-    kinds, row = {getattr(getattr(part, "layout", None), "kind", "") for part in parts}, 0
+    kinds = {getattr(getattr(part, "layout", None), "kind", "") for part in parts}
+    row = 0
     for part in parts[:-1] if len(kinds) > 1 else ():
         row += len(part)
         if row % TILE_ROWS:  # the next one begins within a tile, which has one type
@@ -280,7 +291,8 @@ def unscaled(path: Path, scales: Mapping[str, numpy.ndarray], block: Seq[int], n
              weight: numpy.ndarray) -> numpy.ndarray:
     """FP8 weights (N, K) times their scales: one for all, one for each row, or one for each block. A vector
     (N,) has one for all, or one for each value."""
-    values, scale = floats(weight), floats(scales[name])
+    values = floats(weight)
+    scale = floats(scales[name])
     if scale.size == 1:
         return values * scale.reshape(())
     if weight.ndim == 1 and scale.shape == weight.shape:

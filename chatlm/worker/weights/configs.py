@@ -167,7 +167,8 @@ def family_config(path: Path, raw: Mapping) -> tuple[str, dict]:
 
 def with_layers_of_now(raw: Mapping) -> Mapping:
     """A config whose keys describe its layers in transformers' current form."""
-    types, pattern = raw.get("layer_types"), raw.get("sliding_window_pattern")
+    types = raw.get("layer_types")
+    pattern = raw.get("sliding_window_pattern")
     if raw.get("sliding_window", False) is not False and not raw["sliding_window"]:
         raw = {**raw, "sliding_window": None}  # 0
     if raw.get("mamba_d_head") == "auto":
@@ -218,7 +219,8 @@ def complete_heads(path: Path, config: dict, names: Mapping[str, str] = {}):
 def family_spec(path: Path, family: str, config: dict, rope: Mapping) -> ModelSpec:
     """The spec of a checked config; `rope` has max_positions, the fields that begin with rope_, and perhaps
     local_rope_base, the base of layers with a window, which then have no factors."""
-    row, layers = FAMILIES[family], config["num_hidden_layers"]
+    row = FAMILIES[family]
+    layers = config["num_hidden_layers"]
     types = config.get("layer_types") or [
         LAYER_TYPES[bool(row.has_window(config, layer))] for layer in range(layers)]
     checked(path, "layer_types", types,
@@ -228,7 +230,8 @@ def family_spec(path: Path, family: str, config: dict, rope: Mapping) -> ModelSp
     fields: dict[str, Any] = {
         "ffn_bias": config.get("mlp_bias", False), "activation": row.activations[config["hidden_act"]],
         "mixers": mixers_of(path, row, config, types), **row.fields, **rope, **experts}
-    local_base, unrotated = fields.pop("local_rope_base", None), row.unrotated(config, windows)
+    local_base = fields.pop("local_rope_base", None)
+    unrotated = row.unrotated(config, windows)
     if config.get("attention_bias"):
         fields |= {"qkv_bias": True, "output_bias": config.get("attention_out_bias",
                                                                row.fields.get("output_bias", True))}
@@ -286,7 +289,8 @@ def feed_forward_fields(path: Path, config: Mapping) -> tuple[int, dict]:
 
 def expert_fields(path: Path, config: Mapping) -> tuple[int, dict]:
     """F and the spec's expert fields, also for a model that could have experts but has none."""
-    layers, chosen = config["num_hidden_layers"], "num_experts_per_tok"
+    layers = config["num_hidden_layers"]
+    chosen = "num_experts_per_tok"
     numbers = config["num_experts"], config["num_local_experts"]
     experts = next((number for number in numbers if number is not None), 128)  # as in transformers
     shared = config.get("shared_intermediate_size") or config.get("shared_expert_intermediate_size") or 0
@@ -358,29 +362,35 @@ def scaled_rope(path: Path, name: str, rope: Mapping, base: float, size: int, po
         length = min(max(context or 0, positions), int(max(factor, 1) * positions))
         stretched = base * (factor * length / positions - (factor - 1))**(size / max(size - 2, 1))
         return fields | {"max_positions": length, "rope_base": stretched}
-    original, half = value("original_max_position_embeddings", positions), size // 2
+    original = value("original_max_position_embeddings", positions)
+    half = size // 2
     factor = value("factor", positions / original if rope_type in ("yarn", "longrope") else None)
     growth = math.log(max(factor, 1))
     frequencies = base ** -(numpy.arange(0, size, 2) / size)
     if rope_type == "linear":
         factors = numpy.full(half, factor)
     elif rope_type == "longrope":
-        both, is_long = ("short", "long"), (context or positions) > original
+        both = ("short", "long")
+        is_long = (context or positions) > original
         factors = [numpy.asarray(value(f"{length}_factor", None, half)) for length in both][is_long]
         own = value("attention_factor") or rope.get(key := f"{both[is_long]}_mscale") and value(key)
         fields["rope_scale"] = own or math.sqrt(1 + growth / math.log(original))
     else:  # 1 keeps a frequency, 0 divides it by the factor
         if rope_type == "llama3":
-            low, high = value("low_freq_factor"), value("high_freq_factor")
+            low = value("low_freq_factor")
+            high = value("high_freq_factor")
             kept = (original * frequencies / (2 * math.pi) - low) / (high - low or 1e-3)
         else:
             low, high = (size * math.log(original / (2 * math.pi * value(key, turns))) / (2 * math.log(base))
                          for key, turns in (("beta_fast", 32.0), ("beta_slow", 1.0)))
             if value("truncate", True):
-                low, high = math.floor(low), math.ceil(high)
-            low, high = max(low, 0), min(high, size - 1)
+                low = math.floor(low)
+                high = math.ceil(high)
+            low = max(low, 0)
+            high = min(high, size - 1)
             kept = 1 - (numpy.arange(half) - low) / (high - low or 1e-3)
-            over, under = value("mscale"), value("mscale_all_dim")
+            over = value("mscale")
+            under = value("mscale_all_dim")
             over, under = (over, under) if over and under else (1, 0)
             fields["rope_scale"] = value("attention_factor") or (
                 (0.1 * over * growth + 1) / (0.1 * under * growth + 1))

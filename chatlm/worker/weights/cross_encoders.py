@@ -30,7 +30,8 @@ def folder_head(path: Path, config: Mapping, spec: ModelSpec, state: Mapping[str
     or more than one label."""
     def dense(name: str, activation: str = "identity", **norm: Any) -> Dense:
         rows = spec.width if name.endswith("dense") else 1
-        weight, bias = one(f"{name}.weight", (rows, spec.width)), maybe(f"{name}.bias", (rows,))
+        weight = one(f"{name}.weight", (rows, spec.width))
+        bias = maybe(f"{name}.bias", (rows,))
         return Dense(weight, bias, activation, **norm)
 
     def one(name: str, shape: tuple[int, ...]) -> numpy.ndarray:
@@ -60,7 +61,8 @@ def folder_head(path: Path, config: Mapping, spec: ModelSpec, state: Mapping[str
 def makes_probabilities(path: Path, config: Mapping) -> bool:
     """Are the scores of a folder's cross-encoder followed by a sigmoid? Its files may say that none is:
     sentence-transformers has written it into three places, of which the latest counts first."""
-    key, latest = "sbert_ce_default_activation_function", path.with_name("config_sentence_transformers.json")
+    key = "sbert_ce_default_activation_function"
+    latest = path.with_name("config_sentence_transformers.json")
     more = config.get("sentence_transformers")
     name = read_json(latest, needed=False).get("activation_fn")
     if name is not None:
@@ -89,7 +91,8 @@ def gguf_head(path: Path, metadata: Mapping, spec: ModelSpec, pooling: str,
         return floating(path, name, stored.get(name), shape, value)
 
     if pooling != "rank":
-        layers, width = [], spec.width
+        layers = []
+        width = spec.width
         for name in sorted(name for name in stored if re.fullmatch(r"dense_\d\.weight", name)):
             layers.append(Dense(one(name, (int(stored[name].shape[1]), width))))
             width = int(stored[name].shape[1])

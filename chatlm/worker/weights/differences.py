@@ -18,7 +18,8 @@ IGNORED = {"vocab_size", "tied_head", "max_positions", "answer_positions", "sees
 def differences(own: ModelSpec, original: ModelSpec) -> Iterator[tuple[str, str, str]]:
     """(field, own value, the original's) of everything that the two say differently, in words."""
     for field in dataclasses.fields(own):
-        ours, theirs = getattr(own, field.name), getattr(original, field.name)
+        ours = getattr(own, field.name)
+        theirs = getattr(original, field.name)
         if field.name not in IGNORED and not about_equal(ours, theirs):
             yield field.name, *in_words(ours, theirs)
 

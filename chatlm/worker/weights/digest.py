@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from chatlm.common.messages.requests import ModelSource
     from chatlm.worker.model.transformer import Transformer
 
-SAMPLES, SAMPLE_BYTES = 256, 4096  # of each file
+# of each file
+SAMPLES = 256
+SAMPLE_BYTES = 4096
 KNOWN_DIGESTS = "weights.json"  # in a store: fingerprint of files -> their digest
 
 
@@ -75,7 +77,8 @@ def whole_digest(files: list[Path], fingerprint: str, store: Path | None) -> str
     caches. OSError if the files no longer match the fingerprint."""
     if store is None:
         return fingerprint
-    known, path = {}, store / KNOWN_DIGESTS
+    known = {}
+    path = store / KNOWN_DIGESTS
     with suppress(OSError, ValueError):
         known = dict(json.loads(path.read_text()))
     if not isinstance(digest := known.get(fingerprint), str):
@@ -93,7 +96,8 @@ def whole_digest(files: list[Path], fingerprint: str, store: Path | None) -> str
 
 def arithmetic_of(transformer: Transformer, settings: Settings) -> list[str]:
     """Everything but the weights that may change the bits of a page, or their layout."""
-    code, core = hashlib.sha256(), decode_core()
+    code = hashlib.sha256()
+    core = decode_core()
     for name, text in program_sources().items():
         if name.startswith(tuple(f"chatlm/worker/{room}/" for room in ("model", "ops", "weights", "arrays"))):
             code.update(name.encode() + text)

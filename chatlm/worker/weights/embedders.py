@@ -86,7 +86,8 @@ def gguf_embedder(path: Path, metadata: Mapping, text: TextSpec, family: str,
                         usual_prompts(str(metadata.get("general.name")), path.name))
     if pooling not in CAUSAL:
         return None
-    end, adds = text.eos_token, metadata.get("tokenizer.ggml.add_eos_token", pooling == "last")
+    end = text.eos_token
+    adds = metadata.get("tokenizer.ggml.add_eos_token", pooling == "last")
     tokens = metadata["tokenizer.ggml.tokens"]
     if family == "qwen3" and "<|endoftext|>" in tokens:  # whichever token its answers would end with
         end = tokens.index("<|endoftext|>")
@@ -102,9 +103,13 @@ def folder_embedder(folder: Path, pipeline, family: str, spec: ModelSpec,
     Without a modules.json it takes the mean. `pipeline` is its tokenizer of the library `tokenizers`, `names`
     what the model is called. ConfigError for a module, or a pooling, that this server does not have."""
     path = folder / "modules.json"
-    pooling, dense, normalized, pools_prompt = "mean", [], False, True
+    pooling = "mean"
+    dense = []
+    normalized = False
+    pools_prompt = True
     for index, module in enumerate(modules_of(path) if path.exists() else []):
-        kind, place = str(module.get("type")).rpartition(".")[2], module.get("path", "")
+        kind = str(module.get("type")).rpartition(".")[2]
+        place = module.get("path", "")
         if not isinstance(place, str) or not re.fullmatch(r"[\w-][\w .-]*|", place, re.ASCII):
             raise ConfigError(f"{path}: [{index}].path is {shown(place)}; it must be the name of a folder "
                               "there")
@@ -208,7 +213,8 @@ def prompts_of(path: Path, prompts: Any) -> dict[str, str]:
 
 def longest_of(folder: Path, positions: int) -> int:
     """The most tokens of a text, special ones included: the least of what the files say."""
-    path, other = folder / "sentence_bert_config.json", folder / "tokenizer_config.json"
+    path = folder / "sentence_bert_config.json"
+    other = folder / "tokenizer_config.json"
     config = read_json(path, needed=False)
     if config.get("do_lower_case"):
         raise ConfigError(f"{path}: do_lower_case is true; this server does not change the letters of texts")
@@ -239,8 +245,11 @@ def frame_of(folder: Path, pipeline) -> tuple[tuple[int, ...], tuple[int, ...], 
         return found
 
     a, b = (pipeline.encode(text, add_special_tokens=False).ids for text in "ab")
-    one, pair = pipeline.encode("a").ids, pipeline.encode("a", "b").ids
-    at, first = inside(one, a, 0), inside(pair, a, 0)
+    one = pipeline.encode("a").ids
+    pair = pipeline.encode("a", "b").ids
+    at = inside(one, a, 0)
+    first = inside(pair, a, 0)
     second = inside(pair, b, first + len(a))
-    begins, ends = one[:at], one[at + len(a):]
+    begins = one[:at]
+    ends = one[at + len(a):]
     return tuple(begins), tuple(pair[first + len(a):second]), tuple(ends)

@@ -17,7 +17,8 @@ LONGEST_WORD = 100  # characters; a longer one is unknown
 def text_of_encoder(value: Callable[..., Any]) -> TextSpec:
     """The tokenizer (as the text of a tokenizer.json) of metadata that `value` reads and checks."""
     tokens = value("ggml.tokens")
-    types, last = value("ggml.token_type", [1] * len(tokens), len(tokens)), len(tokens) - 1
+    types = value("ggml.token_type", [1] * len(tokens), len(tokens))
+    last = len(tokens) - 1
     names = ("bos", "cls"), ("eos", "seperator"), ("unknown",)  # as llama.cpp spells it
 
     def token_of(*names: str) -> int | None:

@@ -41,9 +41,11 @@ def multiplied(path: Path, tensor: Tensor, factor: Tensor) -> Tensor:
                           f"{' or '.join(map(str, sorted(allowed)))}, and none may be NaN or infinite")
     if (factors == 1).all():
         return tensor
-    columns, rows = int(tensor.shape[0]), tensor.data.reshape(-1, tensor.data.shape[-1])
+    columns = int(tensor.shape[0])
+    rows = tensor.data.reshape(-1, tensor.data.shape[-1])
     each = numpy.repeat(factors, len(rows) // len(factors))[:, None]
-    gguf, parts = require_library("gguf", "packed weights"), []
+    gguf = require_library("gguf", "packed weights")
+    parts = []
     for begin in range(0, len(rows), ROWS):
         values = floats(dequantize(tensor.tensor_type, rows[begin:begin + ROWS])).reshape(-1, columns)
         parts.append(gguf.quantize(values * each[begin:begin + ROWS], TYPES["Q8_0"]))

@@ -99,7 +99,8 @@ def qwen_window(config: Mapping, layer: int) -> bool:
 
 def rotated_smollm3(path: Path, config: Mapping) -> dict:
     """Which layers rotate: all but every fourth, unless the config says."""
-    layers, every = config["num_hidden_layers"], config["no_rope_layer_interval"]
+    layers = config["num_hidden_layers"]
+    every = config["no_rope_layer_interval"]
     rotated = config["no_rope_layers"] or [int((layer + 1) % every > 0) for layer in range(layers)]
     return {"no_rope_layers": checked(path, "no_rope_layers", rotated, NO_ROPE["no_rope_layers"], layers)}
 
@@ -117,7 +118,8 @@ def rope_of_hunyuan(path: Path, name: str, config: Mapping, rope: dict) -> dict:
     """Its dynamic scaling is another base, whatever the length."""
     if not rope.get("alpha") or (rope.get("rope_type") or rope.get("type")) != "dynamic":
         return rope
-    size, alpha = config["head_dim"], checked(path, f"{name}.alpha", rope["alpha"], Rule(float, 1, 10**6))
+    size = config["head_dim"]
+    alpha = checked(path, f"{name}.alpha", rope["alpha"], Rule(float, 1, 10**6))
     theta = rope.get("rope_theta", config["rope_theta"])
     checked(path, "rope_theta", theta, ROPE_BASE)
     return {"rope_theta": theta * alpha**(size / max(size - 2, 1))}

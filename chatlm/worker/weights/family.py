@@ -203,10 +203,12 @@ def layers_of_kinds(header: Header, other: str) -> tuple[dict, dict]:
     """`Gguf.layers` of a family in which some layers have type `other` instead of attention.
 
     The metadata become those of a model of attention alone, without a draft head."""
-    key, more = "attention.head_count_kv", {}
+    key = "attention.head_count_kv"
+    more = {}
     layers: int = header.value("block_count") - header.value("nextn_predict_layers", 0)
     changes: dict[str, Any] = {"block_count": layers}
-    heads, recurrent = header.raw(key), header.value("attention.recurrent_layers")
+    heads = header.raw(key)
+    recurrent = header.value("attention.recurrent_layers")
     if isinstance(heads, list) and not all(heads):  # 0 for layers of the other type
         recurrent = [not count for count in heads]
         full = next(filter(None, heads), 0)

@@ -25,13 +25,15 @@ def weight_files(folder: Path) -> list[Path]:
     """The files that the index names, or model.safetensors, or without either a numbered set. ConfigError
     if one is missing. Beside a whole model.safetensors, an index of files that are not there counts for
     nothing."""
-    index, there = folder / "model.safetensors.index.json", sorted(
-        path.name for path in folder.glob("*.safetensors"))
-    names, origin = [WHOLE], "it must have"
+    index = folder / "model.safetensors.index.json"
+    there = sorted(path.name for path in folder.glob("*.safetensors"))
+    names = [WHOLE]
+    origin = "it must have"
     sets = [match for name in there if (match := re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.safetensors", name))]
     numbered = next((match for match in sets if match[1] == "model"), sets[0] if sets else None)
     if index.exists():
-        files, origin = read_json(index).get("weight_map"), f"{index.name} names"
+        files = read_json(index).get("weight_map")
+        origin = f"{index.name} names"
         if not isinstance(files, dict) or not files or not all(
                 isinstance(name, str) and Path(name).name == name for name in files.values()):
             raise ConfigError(f"{index}: weight_map must map each tensor to a file name in this folder")
@@ -99,7 +101,8 @@ def beginning(path: Path) -> tuple[bytes, int]:
     """A file's first bytes, and its size; ConfigError if it cannot be read or is only a pointer."""
     try:
         with open(path, "rb") as file:
-            begin, size = file.read(1000), os.fstat(file.fileno()).st_size
+            begin = file.read(1000)
+            size = os.fstat(file.fileno()).st_size
     except OSError as error:
         raise cannot_read(path, error) from None
     refuse_pointer(path, begin)

@@ -32,7 +32,8 @@ def all_below(values: numpy.ndarray, most: float = math.inf) -> bool:
     limit = int(as_kind(numpy.array([most], numpy.float32), kind_of(values)).view(numpy.ndarray).view(
         f"u{values.itemsize}")[0])
     bits = contiguous(bits_of(values)).reshape(-1).view(f"i{values.itemsize}")
-    step, sign = CHECKED_BYTES // values.itemsize, 1 << (8 * values.itemsize - 1)
+    step = CHECKED_BYTES // values.itemsize
+    sign = 1 << (8 * values.itemsize - 1)
     chunks = (bits[begin:begin + step] for begin in range(0, len(bits), step))
     return all(chunk.max() < limit and chunk.view(f"u{values.itemsize}").max() < sign + limit
                for chunk in chunks)
@@ -74,16 +75,19 @@ def refuse_faults(path: Path, settings: Settings, theirs: Mapping[str, tuple[int
 
     Only the rank's part is checked, without the rows that pad a file's vocabulary."""
     most = MOST_QUANTIZED if packed and settings.quantize else math.inf
-    fault, names = fault_of(made, most), list(theirs)
+    fault = fault_of(made, most)
+    names = list(theirs)
     if not fault and packed:
         fault = "a value that becomes infinite when packed"
     for name in names if fault and len(names) > 1 else ():
-        shape, axes = theirs[name], len(cut.shape)
+        shape = theirs[name]
+        axes = len(cut.shape)
         rows = math.prod(shape[:len(shape) - axes + 1])  # of all experts
         with numpy.errstate(all="ignore"):
             alone = fault_of(read([name], Cut.whole((rows, *shape[len(shape) - axes + 1:]))), most)
         if alone:
-            names, fault = [name], alone
+            names = [name]
+            fault = alone
             break
     if fault:
         raise ConfigError(f"{path}: {names[0]} has {fault}")

@@ -73,7 +73,8 @@ GGUF_TENSORS: dict[str, tuple[str, ...]] = {
 
 def complete(path: Path, config: Mapping) -> dict:
     """A checked config, expressed in other families' keys."""
-    layers, experts = config["num_hidden_layers"], config["enable_moe_block"]
+    layers = config["num_hidden_layers"]
+    experts = config["enable_moe_block"]
     types = config["layer_types"] or [LAYER_TYPES[(layer + 1) % 6 > 0] for layer in range(layers)]
     return {"layer_types": [*types[:-1], FULL],  # whatever the file says about the last one
             "rope_parameters": config["rope_parameters"] or ROPE,
@@ -86,7 +87,8 @@ def sizes_of_full_layers(path: Path, config: Mapping, types: Seq[str]) -> tuple[
     layer since 5.23, before that once."""
     names = {"head_dim": "global_head_dim", "num_key_value_heads": "num_global_key_value_heads"}
     rules = {"head_dim": KEYS["global_head_dim"], "num_key_value_heads": KEYS["num_global_key_value_heads"]}
-    listed, key = config["per_layer_config"], "per_layer_config"
+    listed = config["per_layer_config"]
+    key = "per_layer_config"
     if listed is None:
         own = {name: config[theirs] for name, theirs in names.items()}
         if not config["attention_k_eq_v"]:
@@ -106,7 +108,8 @@ def sizes_of_full_layers(path: Path, config: Mapping, types: Seq[str]) -> tuple[
             raise ConfigError(f"{path}: {key} has the key {shown(unknown[0])}; known are {', '.join(names)}")
         own = {name: checked(path, f"{key}.{full[0]}.{name}", size, rules[name])
                for name, size in own.items()}
-    size, kv_heads = own.get("head_dim"), own.get("num_key_value_heads")
+    size = own.get("head_dim")
+    kv_heads = own.get("num_key_value_heads")
     return size or config["head_dim"], kv_heads or config["num_key_value_heads"]
 
 
@@ -152,7 +155,8 @@ def layers_of(path: Path, config: Mapping, recipe: ModelSpec) -> tuple[Layer, ..
 
 def input_of(path: Path, config: Mapping, recipe: ModelSpec) -> Input:
     """The embedding * sqrt(C), and P numbers for each layer."""
-    P, vocabulary = config["hidden_size_per_layer_input"], config["vocab_size_per_layer_input"]
+    P = config["hidden_size_per_layer_input"]
+    vocabulary = config["vocab_size_per_layer_input"]
     if P and vocabulary != config["vocab_size"]:
         raise ConfigError(f"{path}: vocab_size_per_layer_input is {shown(vocabulary)}; it must be "
                           f"{config['vocab_size']}, like vocab_size")
@@ -218,7 +222,10 @@ def repack(state: Mapping[str, numpy.ndarray]) -> dict[str, numpy.ndarray]:
 
 def gguf_layers(header: Header) -> tuple[dict, dict]:
     """The metadata become those of sliding layers alone; the others are in what a config.json would say."""
-    path, own, value, stored = header.path, header.own, header.value, header.stored
+    path = header.path
+    own = header.own
+    value = header.value
+    stored = header.stored
     layers: int = value("block_count")
     pattern = "attention.sliding_window_pattern"
     shared: int = value("attention.shared_kv_layers", 0, high=layers - 1)

@@ -122,7 +122,8 @@ def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
         as_stored = None if settings.dtype else backend.as_stored
         dtype = None if as_stored else float_type(settings, backend)
         called = source.name, str(metadata.get("general.name") or "")
-        slices, pair = partial(gguf_slices, spec, family, names, sources), Pair.of(names)
+        slices = partial(gguf_slices, spec, family, names, sources)
+        pair = Pair.of(names)
         spec, sources, added, adapted, tied = merge_adapters(
             settings, spec, sources, file_shapes(sources) | unread_keys(spec),
             slices() if settings.lora else {}, called, pair, Pair.in_adapters(row, spec), (stored, given))
@@ -130,7 +131,8 @@ def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
         tensors = gguf_tensors(source.path, settings, spec, sources, stored, dtype, backend,
                                row.gguf.permuted, row.interleaved, added)
         text, vocabulary = gguf_texts(source.path, metadata)
-        ranking, head = None, Head()
+        ranking = None
+        head = Head()
 
         def draft_head() -> LoadedModel | None:
             if (found := gguf_head(spec, row, given)) is None:
@@ -229,7 +231,8 @@ def vocabulary_of(header: Header) -> int:
 
 def layer_types_of(header: Header, config: Mapping) -> dict:
     """The layer_types of a config.json, if the metadata say which layers have a window."""
-    key, layers = "attention.sliding_window_pattern", config["num_hidden_layers"]
+    key = "attention.sliding_window_pattern"
+    layers = config["num_hidden_layers"]
     pattern = header.raw(key)
     if pattern is None:
         none = "layer_types" in config and "sliding_window" in config and not config["sliding_window"]
@@ -248,10 +251,13 @@ MSCALE_UNKNOWN = ("%s: yarn multiplies queries and keys by %.3f, as usual. This 
 
 def gguf_rope(header: Header, config: Mapping, context: int | None) -> dict:
     """Like hf_rope, from the scaling's keys, phi3's two lists of factors, or llama 3's single one."""
-    head_size, row = config["head_dim"], FAMILIES[GGUF_FAMILIES[header.own[:-1]]]
+    head_size = config["head_dim"]
+    row = FAMILIES[GGUF_FAMILIES[header.own[:-1]]]
     if row.own_attentions:
         return {"max_positions": config["max_position_embeddings"]}
-    partial, value, own = "partial_rotary_factor" in row.config, header.value, header.own
+    partial = "partial_rotary_factor" in row.config
+    value = header.value
+    own = header.own
     lists = {name: header.check(name, header.stored[name].data.tolist())
              for name in ROPE_TENSORS if name in header.stored}
     size = value("rope.dimension_count", head_size, low=2 if partial else head_size, high=head_size)
@@ -273,7 +279,8 @@ def gguf_rope(header: Header, config: Mapping, context: int | None) -> dict:
 
 def gguf_scaling(header: Header, row: Family, config: Mapping, lists: Mapping[str, Seq[float]]) -> dict:
     """The rope_scaling of a config.json; `lists`: those of ROPE_TENSORS that the file has."""
-    value, scaling = header.value, header.value("rope.scaling.type", "none")
+    value = header.value
+    scaling = header.value("rope.scaling.type", "none")
     rope = {"original_max_position_embeddings": value("rope.scaling.original_context_length")}
     if "rope_factors_long.weight" in lists:
         return rope | {"rope_type": "longrope", "attention_factor": value("rope.scaling.attn_factor", 1.0),
@@ -300,7 +307,8 @@ def gguf_scaling(header: Header, row: Family, config: Mapping, lists: Mapping[st
 def gguf_slices(spec: ModelSpec, family: str, names: Mapping[str, tuple],
                 sources: Sources) -> dict[str, list[FileSlice]]:
     """Where a GGUF file stores the matrices of the model's folder; `names` is like HF_TENSORS."""
-    table, ordered = FAMILIES[family].all_tensors, FAMILIES[family].ordered
+    table = FAMILIES[family].all_tensors
+    ordered = FAMILIES[family].ordered
     layers = model_of(spec).layers
     slices = {name: [FileSlice(name)] for name in unread_keys(spec)}
     shapes = file_shapes(sources)
@@ -332,7 +340,10 @@ def is_norm(part: str, shape: tuple[int, ...]) -> bool:
 def linear_slices(mixer: DeltaRule, theirs: Seq[str], own: Seq[str]) -> dict[str, list[FileSlice]]:
     """Where a GGUF file stores a folder's linear attention matrices: Qwen3.5's value heads are in another
     order there, and Qwen3-Next's rows are not grouped by key head."""
-    Hk, D, Dv, r = mixer.key_heads, mixer.key_size, mixer.value_size, mixer.value_heads // mixer.key_heads
+    Hk = mixer.key_heads
+    D = mixer.key_size
+    Dv = mixer.value_size
+    r = mixer.value_heads // mixer.key_heads
     p, z, *_ = mixer.parts
     if mixer.gates_by_key and len(own) > len(theirs):
         *qkv, gates = numpy.split(numpy.arange(p + z).reshape(Hk, -1), (D, 2 * D, 2 * D + r * Dv), 1)
@@ -362,7 +373,8 @@ def gguf_tensors(path: Path, settings: Settings, spec: ModelSpec, sources: Sourc
         parts = [merged(stored[name], part, added[name], part if interleaved else None, dtype is None)
                  if name in added else (as_rows(stored[name], cut.shape), part)
                  for name, part in zip(theirs, own)]
-        parts, matrix = cut_stored(parts, cut), len(cut.shape) == 2
+        parts = cut_stored(parts, cut)
+        matrix = len(cut.shape) == 2
         return (as_stored(cut.shape, parts) if as_stored and matrix else
                 dequantized(cut.shape, parts, dtype if dtype and matrix else "float32"))
 
@@ -382,7 +394,8 @@ def gguf_tensors(path: Path, settings: Settings, spec: ModelSpec, sources: Sourc
 
 
 def mapped_table(tensor) -> MappedRows:
-    table, gguf_type = numpy.asarray(tensor.data), tensor.tensor_type
+    table = numpy.asarray(tensor.data)
+    gguf_type = tensor.tensor_type
     if gguf_type.name in ("F32", "F16", "BF16"):
         return mapped_rows(dequantize(gguf_type, table))
     return MappedRows(table, gguf_type.name.lower(),
@@ -417,8 +430,8 @@ MIXED_BYTES = 0.6  # per weight in a typical Q4_K_M file
 
 def growth(tensors: Mapping[str, Unread | MappedRows], stored: Mapping, packed: bool) -> str:
     """A note if the weights take much more memory than `stored`, the file's tensors to be read; "" if not."""
-    held, on_disk = sum(tensor.nbytes for tensor in tensors.values()), sum(
-        tensor.n_bytes for tensor in stored.values())
+    held = sum(tensor.nbytes for tensor in tensors.values())
+    on_disk = sum(tensor.n_bytes for tensor in stored.values())
     if held < 1.1 * on_disk:
         return ""
     small = MIXED_BYTES * sum(tensor.n_elements for tensor in stored.values())
@@ -445,7 +458,8 @@ def gguf_texts(path: Path, metadata: Mapping) -> tuple[TextSpec, Vocabulary | No
         found = gguf_value(path, metadata, f"tokenizer.{name}", *default, **bounds)
         return list(found) if isinstance(found, Texts) else found
 
-    model, tokens = value("ggml.model"), value("ggml.tokens")
+    model = value("ggml.model")
+    tokens = value("ggml.tokens")
     if model in ("bert", "t5"):
         return text_of_encoder(value), None
     token_types = list(value("ggml.token_type", [1] * len(tokens), len(tokens)))

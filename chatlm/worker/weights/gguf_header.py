@@ -18,7 +18,9 @@ from chatlm.worker.arrays.gguf_types import NUMBERED, REPACKED, ROWS, GgufType, 
 from chatlm.worker.weights.rules import MOST_TENSORS, MOST_TOKENS
 
 VERSIONS = 2, 3
-STRING, ARRAY = 8, 9  # types of values
+# types of values
+STRING = 8
+ARRAY = 9
 NUMBERS = {0: "B", 1: "b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "?", 10: "<Q", 11: "<q", 12: "<d"}
 DTYPES = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "I8": "i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
 LENGTH = struct.Struct("<Q")
@@ -30,7 +32,9 @@ class Texts(Sequence):
     lives while others are made leaves holes of 10 MB in a process's memory."""
 
     def __init__(self, spelled: bytes, ends: array):
-        self.spelled, self.ends = spelled, ends  # each string after its length; ends[0]: 0
+        # each string after its length; ends[0]: 0
+        self.spelled = spelled
+        self.ends = ends
 
     def __len__(self) -> int:
         return len(self.ends) - 1
@@ -39,7 +43,8 @@ class Texts(Sequence):
         return list(self)[index]
 
     def __iter__(self) -> Iterator[str]:
-        spelled, size = self.spelled, LENGTH.size
+        spelled = self.spelled
+        size = LENGTH.size
         for begin, end in itertools.pairwise(self.ends):
             yield spelled[begin + size:end].decode("utf-8", "replace")
 
@@ -95,7 +100,8 @@ class FileHeader:
         # copy on write, because torch does not accept read-only memory
         self.path, self.file = path, numpy.memmap(path, numpy.uint8, "c")
         self.partial, self.size = bool(size), size or len(self.file)
-        self.buffer, self.at = memoryview(self.file.data), 0
+        self.buffer = memoryview(self.file.data)
+        self.at = 0
         self.metadata: dict[str, Any] = {}
         self.tensors: dict[str, Tensor] = {}
         self.read()
@@ -108,7 +114,8 @@ class FileHeader:
             raise ValueError("its byte order differs from this machine's")
         if version not in VERSIONS:
             raise ValueError(f"it has version {version}; {' and '.join(map(str, VERSIONS))} are known")
-        count, keys = self.number("<Q"), self.number("<Q")
+        count = self.number("<Q")
+        keys = self.number("<Q")
         self.metadata = {"GGUF.version": version, "GGUF.tensor_count": count, "GGUF.kv_count": keys}
         for _ in range(keys):
             name = self.text()
@@ -121,7 +128,8 @@ class FileHeader:
 
     def take(self, size: int) -> memoryview:
         check_end(self.path, len(self.buffer), end := self.at + size)
-        part, self.at = self.buffer[self.at:end], end
+        part = self.buffer[self.at:end]
+        self.at = end
         return part
 
     def number(self, form: str) -> Any:
@@ -135,7 +143,8 @@ class FileHeader:
             return self.text()
         if kind != ARRAY:
             return self.number(self.form_of(kind))
-        kind, count = self.number("<I"), self.number("<Q")
+        kind = self.number("<I")
+        count = self.number("<Q")
         if count > MOST_TOKENS or kind == ARRAY:
             raise ValueError(f"an array has {count:,} values of type {kind}; at most {MOST_TOKENS:,} are "
                              "allowed, and no nested arrays")
@@ -151,9 +160,13 @@ class FileHeader:
         return NUMBERS[kind]
 
     def texts(self, count: int) -> Texts:
-        buffer, begin, size, length_at = self.buffer, self.at, len(self.buffer), LENGTH.unpack_from
+        buffer = self.buffer
+        begin = self.at
+        size = len(self.buffer)
+        length_at = LENGTH.unpack_from
         check_end(self.path, size, begin + LENGTH.size * count)
-        at, ends = begin, array("Q", (0,))
+        at = begin
+        ends = array("Q", (0,))
         for _ in range(count):
             at += LENGTH.size + (length_at(buffer, at)[0] if at + LENGTH.size <= size else 0)
             if at > size:
@@ -162,9 +175,11 @@ class FileHeader:
         return Texts(bytes(self.take(at - begin)), ends)
 
     def tensor_info(self) -> TensorInfo:
-        name, dimensions = self.take(self.number("<Q")), self.number("<I")
+        name = self.take(self.number("<Q"))
+        dimensions = self.number("<I")
         sizes = numpy.frombuffer(self.take(LENGTH.size * dimensions), "<u8").tolist()
-        number, offset = self.number("<I"), self.number("<Q")
+        number = self.number("<I")
+        offset = self.number("<Q")
         return TensorInfo(str(name, "utf-8"), sizes, number, offset)
 
     def map_tensors(self, infos: list[TensorInfo]):
@@ -180,10 +195,13 @@ class FileHeader:
         for info, size, end in zip(infos, sizes, ends):
             if info.name in self.tensors:
                 raise ValueError(f"the tensor {shown(info.name)} is there twice")
-            kind, shape = NUMBERED[info.number], numpy.array(info.sizes, numpy.uint64)
-            begin, data = end - size, numpy.empty(0)
+            kind = NUMBERED[info.number]
+            shape = numpy.array(info.sizes, numpy.uint64)
+            begin = end - size
+            data = numpy.empty(0)
             if self.partial:
-                begin = size = 0
+                begin = 0
+                size = 0
             else:
                 data = rows_of(self.file[begin:end], kind.name, info.sizes)
             self.tensors[info.name] = Tensor(info.name, kind, shape, math.prod(info.sizes), size, begin, data)

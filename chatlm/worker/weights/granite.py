@@ -47,7 +47,8 @@ def mamba2_of(path: Path, config: Mapping) -> Mamba2:
     if config["time_step_limit"] not in NO_LIMITS:
         raise ConfigError(f"{path}: time_step_limit is {shown(config['time_step_limit'])}; it must be "
                           "[0.0, Infinity]")
-    heads, groups = config["mamba_n_heads"], config["mamba_n_groups"]
+    heads = config["mamba_n_heads"]
+    groups = config["mamba_n_groups"]
     check_divides(path, "mamba_n_heads", heads, groups, "mamba_n_groups")
     head_size = config["mamba_d_head"] or config["mamba_expand"] * config["hidden_size"] // heads
     return Mamba2(config["mamba_d_conv"], heads, head_size, config["mamba_d_state"], groups,

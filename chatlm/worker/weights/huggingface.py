@@ -59,7 +59,8 @@ def hf_rope(path: Path, family: str, config: Mapping, context: int | None) -> di
     if row.own_attentions:
         return {"max_positions": config["max_position_embeddings"]}
     name = "rope_scaling" if config["rope_scaling"] else "rope_parameters"
-    rope, local = config[name] or {}, {}
+    rope = config[name] or {}
+    local = {}
     if "rope_local_base_freq" in config and isinstance(rope, dict) and rope.keys() & set(LAYER_TYPES):
         rope, local = (rope.get(layer_type) or {} for layer_type in LAYER_TYPES)
     for scaling in (rope, local):
@@ -106,11 +107,11 @@ def open_folder(source: ModelSource, settings: Settings, device, config: Path, r
     tensors by transformers' names, and the scales of those in FP8."""
     family, spec = described_spec(config, raw, settings.context_length)
     names = source.name, str(source.path), str(raw.get("_name_or_path") or "")
-    state, scales = with_prefix(*read_tensors())
     called = source.name, source.path.name, names[2]
+    state, scales = with_prefix(*read_tensors())
     spec, embeds, score = purpose_of_folder(source.path, raw, family, spec, called, state)
-    row = FAMILIES[family]
-    whole, pair = state, Pair.of(row.all_tensors)
+    row, whole = FAMILIES[family], state
+    pair = Pair.of(row.all_tensors)
     spec, state, scales = head_of_folder(config, spec, row, row.repack(state), scales)
     given = whole | {name: state[name] for name in pair if name in state}, scales
     sources = tensor_sources(spec, row.all_tensors, spec.vocab_size)
@@ -122,7 +123,8 @@ def open_folder(source: ModelSource, settings: Settings, device, config: Path, r
     check_names_and_shapes(source.path, {name: tuple(tensor.shape) for name, tensor in state.items()},
                            sources)
     backend = choose_backend(device, model_of(spec))
-    as_stored, dtype = None if settings.dtype else backend.as_stored, float_type(settings, backend)
+    as_stored = None if settings.dtype else backend.as_stored
+    dtype = float_type(settings, backend)
     if spec.of_texts and as_stored:  # vectors are compared with those of others: nothing is rounded
         dtype = max(kinds_in(state), key=item_bytes, default=dtype)
     matrices, slices = for_adapters(row, spec, sources)
@@ -152,7 +154,8 @@ def open_folder(source: ModelSource, settings: Settings, device, config: Path, r
 
     tensors = assembled(source.path, settings, sources, state, dtype, partial(changed, scales, added),
                         as_stored, kept)
-    text, head = hf_text(source.path, spec.vocab_size), Head()
+    text = hf_text(source.path, spec.vocab_size)
+    head = Head()
     text, ranking = rerankers.of_folder(
         source.path, raw, family, called, spec, text, state, score)
     if embeds and ranking is None:
@@ -253,7 +256,8 @@ def described_spec(path: Path, raw: dict, context: int | None) -> tuple[str, Mod
 def hf_template(folder: Path, options: Mapping) -> str | None:
     """The chat template: chat_template.jinja, else chat_template.json or the one in the tokenizer's
     `options`. Of several named ones it is `default`, with `tool_use` for chats with tools."""
-    path, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    path = folder / "chat_template.jinja"
+    config = folder / "tokenizer_config.json"
     others = {other.stem: other for other in sorted(folder.glob("additional_chat_templates/*.jinja"))}
     if path.exists():
         return template_of(read_text(path), read_text(others["tool_use"]) if "tool_use" in others else None)
@@ -294,7 +298,8 @@ def hf_text(folder: Path, vocab_size: int) -> TextSpec:
     pipeline = getattr(tokenizer, "pipeline")  # of a HuggingFaceTokenizer
     named = with_named_tokens(folder, payload, pipeline, options, vocab_size)
     if named is not payload:
-        tokenizer, payload = open_tokenizer(TextSpec("hf", named)), named
+        tokenizer = open_tokenizer(TextSpec("hf", named))
+        payload = named
         pipeline = getattr(tokenizer, "pipeline")
     if tokenizer.vocab_size > vocab_size:
         raise ConfigError(f"{folder}: tokenizer.json has {tokenizer.vocab_size:,} tokens, the model "
@@ -309,7 +314,9 @@ def hf_text(folder: Path, vocab_size: int) -> TextSpec:
         lists = [value if isinstance(value, list) else [value] for value in values if value is not None]
         return checked(folder, f"{name}_token_id", sum(lists, []), Rule(int, 0, vocab_size - 1, many=True))
 
-    bos, eos, adds = ids("bos"), ids("eos"), options.get("add_bos_token")
+    bos = ids("bos")
+    eos = ids("eos")
+    adds = options.get("add_bos_token")
     if not isinstance(adds, bool):
         adds = pipeline.encode("").ids[:1] == bos[:1] != []
     return TextSpec("hf", payload, template, stop_tokens=frozenset(eos), bos_token=bos[0] if bos else None,

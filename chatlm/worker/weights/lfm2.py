@@ -55,7 +55,8 @@ MIXERS = {"conv": lambda path, config: ShortConv(config["conv_L_cache"], config[
 
 def complete(path: Path, config: Mapping) -> dict:
     """The width of its feed-forward part and its layers' types, which older files state differently."""
-    layers, width = range(config["num_hidden_layers"]), config["intermediate_size"]
+    layers = range(config["num_hidden_layers"])
+    width = config["intermediate_size"]
     attention = layers if config["full_attn_idxs"] is None else config["full_attn_idxs"]
     types = config["layer_types"] or [LAYER_TYPES[0] if layer in attention else "conv" for layer in layers]
     multiple = config["block_multiple_of"]

@@ -58,7 +58,9 @@ ONLY: dict[str, tuple[Any, Any]] = {
                      "lm_head_bias"), (False, False)),
     **dict.fromkeys(("attention_logit_softcapping", "final_logit_softcapping", "latent_attention",
                      "rope_local_base_freq"), (None, None))}
-LLAMA, EXPERTS, NEOX = "LLaMAMLP", "LLaMAMoE", "GptNeoxMLP"
+LLAMA = "LLaMAMLP"
+EXPERTS = "LLaMAMoE"
+NEOX = "GptNeoxMLP"
 LLAMAS_BLOCK = {"parallel_residual": (False, True), "norm_class_name": ("RMSNorm", "LayerNorm")}
 # Likewise in a block of this mlp_class_name.
 ONLY_WITH: dict[str, dict[str, tuple[Any, Any]]] = {
@@ -220,7 +222,8 @@ class LitModel(NamedTuple):
 
     def family(self) -> str:
         """The model_type that computes the same."""
-        config, windows = self.config, self.windows()
+        config = self.config
+        windows = self.windows()
         if config["mlp_class_name"] == NEOX:
             if self.groups != config["n_head"]:
                 raise refused(self.path, "n_query_groups", self.groups, f"n_head in a model with {NEOX}")
@@ -258,7 +261,8 @@ class LitModel(NamedTuple):
 
     def config_json(self) -> dict:
         """The config.json of the same model."""
-        config, family = self.config, self.family()
+        config = self.config
+        family = self.family()
         self.check_sizes()
         if family == "gpt_neox":
             return self.neox_config_json()
@@ -321,12 +325,14 @@ class LitModel(NamedTuple):
 
     def padded_vocabulary(self) -> int:
         """The rows of the vocabulary's matrices."""
-        size, multiple = self.config["vocab_size"], self.config["padding_multiple"]
+        size = self.config["vocab_size"]
+        multiple = self.config["padding_multiple"]
         return self.config["padded_vocab_size"] or -(-size // multiple) * multiple
 
     def rope_scaling(self) -> dict | None:
         """The rope_scaling of a config.json."""
-        adjustments, ratio = self.config["rope_adjustments"] or {}, self.config["rope_condense_ratio"]
+        adjustments = self.config["rope_adjustments"] or {}
+        ratio = self.config["rope_condense_ratio"]
         if not isinstance(adjustments, dict) or not set(adjustments) <= {*LLAMA3_ROPE}:
             raise refused(self.path, "rope_adjustments", list(adjustments) if isinstance(adjustments, dict)
                           else adjustments, f"missing, or have only {', '.join(LLAMA3_ROPE)}")

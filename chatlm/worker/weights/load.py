@@ -68,5 +68,6 @@ def with_eyes(model: LoadedModel, source: ModelSource, settings: Settings, devic
         model.spec = replace(
             model.spec, sees=True, deep_rows=len(eyes.deep), rope_axes=eyes.axes, two_sided=eyes.two_sided,
             picture_pad=eyes.pad)
-        model.text, model.eyes = replace(model.text, vision=eyes.vision), eyes
+        model.text = replace(model.text, vision=eyes.vision)
+        model.eyes = eyes
     return model

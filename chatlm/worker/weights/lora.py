@@ -159,7 +159,8 @@ def fitting_changes(folder: Path, config: dict, shapes: Mapping[str, tuple],
                     tied: Seq[str] = ()) -> dict[str, list[Change | Copy]]:
     """What an adapter with this config changes in matrices of these shapes. See peft's tuners/lora: scaling
     is alpha / rank, or alpha / sqrt(rank) with rslora."""
-    path, tensors = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    path = folder / "adapter_config.json"
+    tensors = folder / "adapter_model.safetensors"
     modules, copies = lora_pairs(tensors)
     config |= {key: fitted_values(path, config[key], modules) for key in ("rank_pattern", "alpha_pattern")}
     targets = config.get("target_modules")
@@ -168,7 +169,8 @@ def fitting_changes(folder: Path, config: dict, shapes: Mapping[str, tuple],
     for name in saved:
         if not any(f".{copy.rpartition('.')[0]}".endswith(f".{name}") for copy in copies):
             raise ConfigError(f"{tensors}: {shown(name)} of modules_to_save is missing")
-    targeted, changes = targeted_modules(path, targets, modules), fitting_copies(tensors, copies, shapes)
+    targeted = targeted_modules(path, targets, modules)
+    changes = fitting_copies(tensors, copies, shapes)
     share_copies(changes, tied, saved)
     # peft adds the head to an embedding that it shall stay tied to, and does not name it
     ties = config.get("ensure_weight_tying") and any("Aembedding_" in modules[module] for module in targeted)
@@ -193,7 +195,8 @@ def fitting_copies(path: Path, copies: Mapping[str, numpy.ndarray],
     for name, tensor in copies.items():
         if shapes.get(name) != tuple(tensor.shape):
             has = f"is {shapes[name]}" if name in shapes else "does not exist"
-            kind, named = "matrix" if tensor.ndim > 1 else "vector", printable(name.removesuffix(".weight"))
+            kind = "matrix" if tensor.ndim > 1 else "vector"
+            named = printable(name.removesuffix(".weight"))
             raise ConfigError(f"{path} contains a whole {kind} {named} {tuple(tensor.shape)}, which in this "
                               f"model {has}: it was made for another")
         fitting[name] = [Copy(tensor)]
@@ -273,7 +276,9 @@ def matching(path: Path, patterns: Seq[str], texts: Iterable[str], before: str =
     """For each regular expression from a file, the texts that `before` and then it match in full. If any of
     them repeats something, another process does this, since some expressions would take years. ConfigError
     for these, and for invalid ones."""
-    texts, wholes, pattern = list(texts), [f"{before}(?:{pattern})" for pattern in patterns], ""
+    texts = list(texts)
+    wholes = [f"{before}(?:{pattern})" for pattern in patterns]
+    pattern = ""
     try:
         for pattern in patterns:
             re.compile(pattern)

@@ -46,7 +46,10 @@ class FileSays:
 
     def __init__(self, path: Path, metadata: Mapping[str, Any], shapes: dict[str, tuple[int, ...]],
                  model_path: Path):
-        self.path, self.metadata, self.shapes, self.model_path = path, metadata, shapes, model_path
+        self.path = path
+        self.metadata = metadata
+        self.shapes = shapes
+        self.model_path = model_path
 
     def picture(self, key: str, rule: Rule, default: Any = None, length: int | None = None) -> Any:
         key = f"clip.vision.{key}"

@@ -44,7 +44,8 @@ def with_sight(model: Model, recipe: ModelSpec) -> Model:
     layer_inputs = model.input.layers and replace(model.input.layers, pad=recipe.picture_pad)
     layers = []
     for number, layer in enumerate(model.layers):
-        mixer, after = layer.mixer, layer.after
+        mixer = layer.mixer
+        after = layer.after
         if isinstance(mixer, Attention):
             if recipe.two_sided == "all" or recipe.two_sided == "windows" and mixer.window:
                 mixer = replace(mixer, scores=replace(mixer.scores, sees="pictures"))
@@ -81,7 +82,8 @@ def input_of(recipe: ModelSpec) -> Input | Join | None:
 
 
 def layer_of(recipe: ModelSpec, layer: int) -> Layer:
-    mixer, feed = mixer_of(recipe, layer), feed_of(recipe, layer)
+    mixer = mixer_of(recipe, layer)
+    feed = feed_of(recipe, layer)
     before = norm_of(recipe, stream_eps(recipe)) if recipe.pre_norms else None
     after = RmsNorm(recipe.norm_eps) if recipe.post_norms else None
     if recipe.sum_norms:

@@ -93,7 +93,8 @@ def decoder_tokens(folder: Path, options: Mapping,
                    special: Mapping[str, dict]) -> Iterator[tuple[int, dict]]:
     """The ids and tokens of added_tokens_decoder, in order, or of an older added_tokens.json. A token that is
     named by its role is special, whatever is said of it here."""
-    path, stated = folder / "tokenizer_config.json", options.get(DECODER)
+    path = folder / "tokenizer_config.json"
+    stated = options.get(DECODER)
     if stated is None:
         path = folder / "added_tokens.json"
         pairs = [(token_id, {"content": text}) for text, token_id in read_json(path, needed=False).items()]

@@ -176,7 +176,9 @@ SCORED_LENGTHS = 10  # upstream's rotary tables have so many times sequence_len
 
 
 def nanochat_spec(config: Mapping, number: int, softcap: float) -> ModelSpec:
-    generation, length, C = GENERATIONS[number], config["sequence_len"], config["n_embd"]
+    generation = GENERATIONS[number]
+    length = config["sequence_len"]
+    C = config["n_embd"]
     recipe = ModelSpec(
         vocab_size=config["vocab_size"], layers=config["n_layer"], width=C, heads=config["n_head"],
         kv_heads=config["n_kv_head"], head_size=C // config["n_head"], ffn_size=4 * C,
@@ -191,7 +193,9 @@ def nanochat_spec(config: Mapping, number: int, softcap: float) -> ModelSpec:
 def windows_of(config: Mapping, generation: Generation) -> list[int]:
     """The window of each layer. Upstream's window of W covers the token itself and the W before it; the last
     layer has the long one."""
-    L, length, pattern = config["n_layer"], config["sequence_len"], config["window_pattern"]
+    L = config["n_layer"]
+    length = config["sequence_len"]
+    pattern = config["window_pattern"]
     if not generation.has_windows:
         return [0] * L
     short = config["short_seq_len"] or generation.short_window(length)
@@ -211,7 +215,10 @@ def input_of(generation: Generation, recipe: ModelSpec) -> Input:
 def layers_of(generation: Generation, recipe: ModelSpec, windows: list[int]) -> tuple[Layer, ...]:
     """Norms have no weights. Every second layer, the last one included, adds an embedding of the token to
     its values. x of the middle layer is kept for the end."""
-    H, Hkv, D, L = recipe.heads, recipe.kv_heads, recipe.head_size, recipe.layers
+    H = recipe.heads
+    Hkv = recipe.kv_heads
+    D = recipe.head_size
+    L = recipe.layers
     norm = RmsNorm(recipe.norm_eps, weights=False)
     rope = Rope(D, generation.rope_base, direction=-1, bfloat16=generation.rope_bfloat16)
     head_norms = HeadNorms("after_rope", recipe.norm_eps, weights=False)
@@ -262,11 +269,14 @@ class TokenizerUnpickler(PlainUnpickler):
 
 def read_encoding(data: bytes) -> tuple[str, dict[bytes, int], dict[str, int]]:
     """(pattern, ranks, special tokens) of a pickled tiktoken Encoding; no two tokens share an id."""
-    state, ids = vars(TokenizerUnpickler(io.BytesIO(data)).load()), Rule(int, 0, MOST_TOKENS - 1)
+    state = vars(TokenizerUnpickler(io.BytesIO(data)).load())
+    ids = Rule(int, 0, MOST_TOKENS - 1)
     names = {"name", "pat_str", "mergeable_ranks", "special_tokens"}
     if set(state) != names or type(state["pat_str"]) is not str:
         raise ValueError(f"its state is {sorted(state)}, or the pattern is not text")
-    pattern, ranks, specials = state["pat_str"], state["mergeable_ranks"], state["special_tokens"]
+    pattern = state["pat_str"]
+    ranks = state["mergeable_ranks"]
+    specials = state["special_tokens"]
     for table, key_type in ((ranks, bytes), (specials, str)):
         if (type(table) is not dict or set(map(type, table)) != {key_type}
                 or not ids.allows(list(table.values()))):
@@ -299,7 +309,8 @@ def read_nanochat_tokenizer(model_path: Path, vocab_size: int) -> TextSpec:
     if missing or size != vocab_size:
         raise ConfigError(f"{path} does not fit {model_path}: it has {size} tokens, the model {vocab_size}; "
                           f"missing special tokens: {', '.join(missing) or 'none'}")
-    bos, end = specials["<|bos|>"], specials["<|assistant_end|>"]
+    bos = specials["<|bos|>"]
+    end = specials["<|assistant_end|>"]
     payload = json.dumps((pattern, {piece.decode("latin-1"): token for piece, token in ranks.items()},
                           specials)).encode()
     refuse_endless(path, TextSpec("nanochat", payload))

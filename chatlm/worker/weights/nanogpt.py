@@ -66,7 +66,8 @@ def open_nanogpt(source: ModelSource, settings: Settings, device) -> LoadedModel
     dtype = float_type(settings, choose_backend(device, model_of(spec)))
     matrices = {name: shape for name, shape in file_shapes(sources).items()
                 if ".wpe." not in name}
-    slices, names = {name: [FileSlice(name)] for name in matrices}, (source.name, str(source.path))
+    slices = {name: [FileSlice(name)] for name in matrices}
+    names = (source.name, str(source.path))
     spec, sources, added, adapted, tied = merge_adapters(
         settings, spec, sources, matrices, slices, names, pair, pair, (state,))
 
@@ -126,7 +127,9 @@ def without_tied_head(state: dict[str, Any]) -> dict[str, Any]:
 
 def nanogpt_spec(args: Mapping, vocab_size: int, tied: bool) -> ModelSpec:
     """`vocab_size` is the tokenizer's: rows beyond it are padding, and such ids are never drawn."""
-    C, H, biased = args["n_embd"], args["n_head"], args["bias"]
+    C = args["n_embd"]
+    H = args["n_head"]
+    biased = args["bias"]
     return ModelSpec(
         vocab_size=vocab_size, layers=args["n_layer"], width=C, heads=H, kv_heads=H, head_size=C // H,
         ffn_size=4 * C, max_positions=args["block_size"], positions=args["block_size"], rope_size=0,
@@ -137,7 +140,8 @@ def nanogpt_spec(args: Mapping, vocab_size: int, tied: bool) -> ModelSpec:
 def nanogpt_text(path: Path, config, vocab_size: int) -> TextSpec:
     """The tokenizer: meta.pkl next to the checkpoint, or where nanoGPT's data/<dataset> lies next to its
     folder; for GPT-2's vocabulary the files of its BPE next to the checkpoint."""
-    folder, looked_for = path.parent, [path.with_name("meta.pkl")]
+    folder = path.parent
+    looked_for = [path.with_name("meta.pkl")]
     dataset = config.get("dataset") if isinstance(config, dict) else None
     if isinstance(dataset, str) and dataset not in ("", "..") and Path(dataset).name == dataset:
         looked_for.append(folder.parent / "data" / dataset / "meta.pkl")
@@ -185,7 +189,8 @@ def characters_of(path: Path) -> TextSpec:
 
 def gpt2_text(vocabulary: Path, merges: Path) -> TextSpec:
     """GPT-2's BPE from its two files, as a tokenizer.json."""
-    tokens, end = read_json(vocabulary), "<|endoftext|>"
+    tokens = read_json(vocabulary)
+    end = "<|endoftext|>"
     ids = Rule(int, 0, MOST_TOKENS - 1)
     if not ids.allows(list(tokens.values())) or type(tokens.get(end)) is not int:
         raise ConfigError(f"{vocabulary} does not map tokens, {end} among them, to ids, each {ids.allowed}")

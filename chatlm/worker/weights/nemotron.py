@@ -89,7 +89,9 @@ GGUF_TENSORS = {ours: tuple(f"blk.{{}}.{name}" for name in theirs.split()) for o
 def layers_of_parts(fed: Iterable[bool]) -> list[int]:
     """The layer of each part: a feed-forward part belongs to the Mamba or attention that it follows, if it
     does; else it is a layer of its own."""
-    parts, number, numbers = list(fed), -1, []
+    parts = list(fed)
+    number = -1
+    numbers = []
     for is_fed, was_fed in zip(parts, (True, *parts)):
         number += was_fed or not is_fed
         numbers.append(number)
@@ -100,7 +102,8 @@ def layers_of(kinds: Seq[str]) -> dict:
     """What a config says of layers of two parts that are made of parts of these kinds; `bare_layers` are
     those without a feed-forward part."""
     numbers = layers_of_parts(kind in FED for kind in kinds)
-    types, fed = {}, {}
+    types = {}
+    fed = {}
     for number, kind in zip(numbers, kinds):
         (fed if kind in FED else types)[number] = kind
     layers = range(numbers[-1] + 1)
@@ -140,7 +143,8 @@ def renumbered(state: Mapping[str, Any], parts: str, names: Callable[[bool, str]
     places = dict(zip(order, layers_of_parts(fed[number] for number in order)))
 
     def renamed(name: str) -> str:
-        number, rest = int(found[name][1]), found[name][2]
+        number = int(found[name][1])
+        rest = found[name][2]
         return names(fed[number], rest).replace("{}", str(places[number]), 1)
 
     return {renamed(name) if name in found else name: tensor for name, tensor in state.items()}
@@ -171,7 +175,8 @@ def repack_gguf(stored: Mapping[str, Any]) -> dict[str, Any]:
 def gguf_layers(header: Header) -> tuple[dict, dict]:
     """The metadata become those of layers of two parts."""
     count: int = header.value("block_count") - header.value("nextn_predict_layers", 0)
-    sparse, kinds = header.value("expert_count", 0, low=0) > 0, []
+    sparse = header.value("expert_count", 0, low=0) > 0
+    kinds = []
     for number in range(count):
         mixes = [kind for part, kind in (("ssm_in", "mamba"), ("attn_q", LAYER_TYPES[0]))
                  if f"blk.{number}.{part}.weight" in header.stored]
@@ -219,7 +224,9 @@ def mamba2_of(path: Path, config: Mapping) -> Mamba2:
 
 def router_groups(path: Path, config: Mapping) -> tuple[int, int]:
     """In how many groups its experts are, and of how many it chooses, checked."""
-    experts, count, kept = config["num_experts"], config["n_group"], config["topk_group"]
+    experts = config["num_experts"]
+    count = config["n_group"]
+    kept = config["topk_group"]
     if count == 1:
         return 1, 1
     check_divides(path, "the number of experts", experts, 2 * count if experts < 2 * count else count,

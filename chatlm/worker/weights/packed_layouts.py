@@ -45,10 +45,13 @@ class Layout(Protocol):
 class PackedWeight:
     """Some rows of a packed matrix, in place of an array (N, K): what they mean is made when it is needed."""
 
-    ndim, kind = 2, "packed"
+    ndim = 2
+    kind = "packed"
 
     def __init__(self, layout: Layout, title: str, rows: range | None = None):
-        self.layout, self.title = layout, title  # the format's
+        # the format's
+        self.layout = layout
+        self.title = title
         self.rows = range(layout.shape[0]) if rows is None else rows
 
     @property
@@ -95,7 +98,8 @@ def unpacked(words: numpy.ndarray, bits: int, count: int, begin: int = 0,
     """Codes [begin, end) of the `count` in each row of 32-bit words (n, W), (n, end - begin) uint8.
 
     They are a little-endian stream, or with fewer codes, as older files have them, whole ones a word."""
-    end, stream = count if end is None else end, words.shape[1] == -(-count * bits // 32)
+    end = count if end is None else end
+    stream = words.shape[1] == -(-count * bits // 32)
     each, width = (32, bits) if stream else (32 // bits, 1)  # codes, and the words that they fill
     first = begin // each * each
     words = contiguous(words[:, first // each * width:-(-end // each) * width])
@@ -173,7 +177,8 @@ class Grouped:
     def __post_init__(self):
         group = min(self.group, self.shape[1])
         whole = self.order is None and self.shape[1] % group == 0
-        fits, wide = whole and group % 32 == 0, whole and group % 128 == 0
+        fits = whole and group % 32 == 0
+        wide = whole and group % 128 == 0
         if self.zeros is None:
             self.kind = fits * ("Q4_0" if self.bits <= 4 else "Q8_0" if self.bits == 8 else "")
         else:
@@ -186,7 +191,8 @@ class Grouped:
     def values(self, begin: int, end: int) -> numpy.ndarray:
         made = self.codes(begin, end).astype(numpy.float32)  # (n, K)
         zeros: Any = self.middle if self.zeros is None else contiguous(self.zeros(begin, end))
-        scales, G = contiguous(floats(self.scales[begin:end])), self.scales.shape[1]
+        scales = contiguous(floats(self.scales[begin:end]))
+        G = self.scales.shape[1]
         if self.order is None and self.shape[1] == G * min(self.group, self.shape[1]):
             by_group = made.reshape(len(made), G, -1)
             by_group -= zeros if self.zeros is None else zeros[..., None]
@@ -199,7 +205,8 @@ class Grouped:
 
     def blocks(self, begin: int, end: int) -> numpy.ndarray:
         columns, size = block_of(self.kind)
-        n, count = end - begin, self.shape[1] // columns
+        n = end - begin
+        count = self.shape[1] // columns
         scales = self.scales[begin:end]
         if self.divisor != 1:
             scales = floats(scales) / numpy.float32(self.divisor)
@@ -307,8 +314,10 @@ class Codebook(WithoutTiles):
 
     def values(self, begin: int, end: int) -> numpy.ndarray:
         K = self.shape[1]
-        first, last = begin * K // self.block, -(-end * K // self.block)
-        start, stop = first * self.block, min(last * self.block, self.shape[0] * K)
+        first = begin * K // self.block
+        last = -(-end * K // self.block)
+        start = first * self.block
+        stop = min(last * self.block, self.shape[0] * K)
         codes = nibbles(self.packed[None, start // 2:-(-stop // 2)], high_first=True)[0, :stop - start]
         scales = self.scales(first, last).repeat(self.block)[:len(codes)]
         return (self.levels[codes] * scales)[begin * K - start:end * K - start].reshape(-1, K)

@@ -38,7 +38,8 @@ def preview_eyes(path: Path, size: int):
     """ConfigError if no mmproj that this server knows fits the model of a GGUF file of `size` bytes."""
     with readable(path):
         metadata = read_gguf_file(path, size)[0]
-        architecture, tokens = metadata.get("general.architecture"), {*metadata["tokenizer.ggml.tokens"]}
+        architecture = metadata.get("general.architecture")
+        tokens = {*metadata["tokenizer.ggml.tokens"]}
     if not any(architecture in family.architectures and family.token in tokens
                for family in (FILE_TOWERS | qwen_towers.FILE_TOWERS).values()):
         raise ConfigError(f"what models of the architecture {shown(architecture)} with its tokens see images "

@@ -99,12 +99,14 @@ class Stored(NamedTuple):
         return tuple(self.tensors.values())
 
 
-FLOAT, WHOLE = " ".join(FLOATS), "int32 int64"
+FLOAT = " ".join(FLOATS)
+WHOLE = "int32 int64"
 
 
 def awq(stored: Stored) -> Layout:
     qweight = stored.take("qweight", "int32", None, None)
-    K, N = qweight.shape[0], 8 * qweight.shape[1]
+    K = qweight.shape[0]
+    N = 8 * qweight.shape[1]
     group, G = groups_of(stored.quantization.get("group_size q_group_size", GROUP_SIZE, 128), K)
     stored.check_group("qweight", group, K)
     scales = stored.take("scales", FLOAT, G, N)
@@ -142,7 +144,8 @@ def gptq(stored: Stored) -> Layout:
     later = its.stated.get("checkpoint_format") == "gptq_v2"
     symmetric = its.get("sym", Rule(bool), True)
     qweight = stored.take("qweight", "int32", None, None)
-    K, N = 32 * qweight.shape[0] // bits, qweight.shape[1]
+    K = 32 * qweight.shape[0] // bits
+    N = qweight.shape[1]
     group, G = groups_of(its.get("group_size", GROUP_SIZE, -1), K)
     scales = stored.take("scales", FLOAT, G, N)
 
@@ -193,7 +196,8 @@ class CtGroup(NamedTuple):
 
 def ct_groups(quantization: Quantization) -> list[CtGroup]:
     """Its groups, at least one. ConfigError for one of another form."""
-    groups, found = quantization.stated.get("config_groups"), []
+    groups = quantization.stated.get("config_groups")
+    found = []
     where = f"{quantization.path}: {quantization.key}.config_groups"
     if not isinstance(groups := {} if groups is None else groups, dict):
         raise ConfigError(f"{where} is {shown(groups)}; it must be an object")
@@ -223,7 +227,8 @@ def ct_group(quantization: Quantization, module: str) -> CtGroup:
 
 
 def ct_bits(stored: Stored) -> tuple[int, CtGroup]:
-    group, its = ct_group(stored.quantization, stored.module), stored.quantization
+    group = ct_group(stored.quantization, stored.module)
+    its = stored.quantization
     key = f"{its.key}.config_groups.{printable(group.name)}.weights.num_bits"
     return checked(its.path, key, group.weights.get("num_bits"), Rule(int, 1, 8)), group
 
@@ -308,7 +313,8 @@ def rows_between(tensor: numpy.ndarray, begin: int, end: int) -> numpy.ndarray:
 
 def nvfp4(stored: Stored, codes: str = "weight_packed", factor: str = "weight_global_scale") -> Layout:
     packed = stored.take(codes, "uint8", None, None)
-    N, K = packed.shape[0], 2 * packed.shape[1]
+    N = packed.shape[0]
+    K = 2 * packed.shape[1]
     if K % 16:
         stored.refuse(codes, "of whole groups of 16 inputs")
     scales = stored.take("weight_scale", "float8_e4m3fn", N, K // 16)
@@ -344,7 +350,8 @@ def codebook(stored: Stored, name: str) -> Layout:
     N, K, block, inner, offset = codebook_state(stored, f"weight.quant_state.bitsandbytes__{name}")
     if len(packed) != -(-N * K // 2):
         stored.refuse("weight", f"{-(-N * K // 2)} bytes, for {N} x {K} codes")
-    levels, count = stored.take("weight.quant_map", FLOAT, 16), -(-N * K // block)
+    levels = stored.take("weight.quant_map", FLOAT, 16)
+    count = -(-N * K // block)
     if stored.given("weight.nested_absmax") or inner:
         absmax = stored.take("weight.absmax", "uint8", count)
         table = floats(stored.take("weight.nested_quant_map", FLOAT, 256))
@@ -447,8 +454,10 @@ def check_quantization(path: Path, config: Mapping) -> Quantization | None:
     """`quantization_of`. ConfigError if no row of PACKINGS reads such weights."""
     if (found := quantization_of(path, config)) is None:
         return None
-    stated, reason = found.stated, ""
-    method, layout = stated.get("quant_method"), stated.get("format")
+    stated = found.stated
+    reason = ""
+    method = stated.get("quant_method")
+    layout = stated.get("format")
     if not isinstance(method, str) or method not in METHODS:
         reason = f"{found.key}.quant_method is {shown(method)}"
     elif method == "awq" and (version := str(stated.get("version") or "gemm").lower()) != "gemm":
@@ -481,7 +490,8 @@ def join_packed(folder: Path, state: Mapping[str, numpy.ndarray]) -> dict[str, A
     if stated is None or stated.method in (*FP8_METHODS, "mxfp4"):  # gpt-oss' own, which its family reads
         return dict(state)
     quantization = check_quantization(path, config) or stated
-    joined, used = {}, set()
+    joined = {}
+    used = set()
     for module, packing in packed_modules(quantization.method, state):
         endings = packing.codes, *packing.needed.split(), *packing.others.split()
         names = {ending: f"{module}.{ending}" for ending in endings if f"{module}.{ending}" in state}

@@ -37,7 +37,8 @@ EXPERT_TENSORS = expert_tensors("experts.{}", "gate") | SHARED_GATE
 
 
 def delta_rule(path: Path, config: Mapping) -> DeltaRule:
-    keys, values = config["linear_num_key_heads"], config["linear_num_value_heads"]
+    keys = config["linear_num_key_heads"]
+    values = config["linear_num_value_heads"]
     check_divides(path, "linear_num_value_heads", values, keys, "linear_num_key_heads")
     return DeltaRule(config["linear_conv_kernel_dim"], keys, values, config["linear_key_head_dim"],
                      config["linear_value_head_dim"], config.get("alternating", False))

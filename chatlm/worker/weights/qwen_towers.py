@@ -55,7 +55,8 @@ def qwen_eyes(said: Said, model: ModelSpec, spec: ModelSpec, patch: int, shuffle
         said.refuse(f"deepstack is after the layers {list(deep)}; there are {spec.layers}, and {MOST_DEEP} "
                     "are the most")
     most = min(max(pixels[1] // unit**2, 1), MOST_ROWS)
-    fewest, side = min(-(-pixels[0] // unit**2), most), LIMITS.picture_side
+    fewest = min(-(-pixels[0] // unit**2), most)
+    side = LIMITS.picture_side
     # sides are rounded up from the fewest, and the longest picture is at least one row high
     longest = 1 + max(2 * fewest + 1, math.isqrt(side * fewest), min(math.isqrt(side * most), side // unit))
     vision = Vision("qwen3vl", model.vocab_size, MARKER, 0, most, unit=unit, fewest=fewest)
@@ -67,7 +68,8 @@ def qwen_eyes(said: Said, model: ModelSpec, spec: ModelSpec, patch: int, shuffle
 
 def qwen_of_folder(said: Said, model: ModelSpec) -> Eyes:
     scaled(said, 3)
-    patch, shuffle = said.tower("patch_size", SIDE, 16), said.tower("spatial_merge_size", Rule(int, 1, 64), 2)
+    patch = said.tower("patch_size", SIDE, 16)
+    shuffle = said.tower("spatial_merge_size", Rule(int, 1, 64), 2)
     said.tower("temporal_patch_size", Rule(int, 2, 2), 2)
     said.tower("in_channels", Rule(int, 3, 3), 3)
     spec = siglip(
@@ -84,7 +86,8 @@ def qwen_of_folder(said: Said, model: ModelSpec) -> Eyes:
 
 
 def qwen_of_file(said: Said, model: ModelSpec) -> Eyes:
-    side, patch = said.tower("image_size", SIDE), said.tower("patch_size", SIDE)
+    side = said.tower("image_size", SIDE)
+    patch = said.tower("patch_size", SIDE)
     flags = said.tower("is_deepstack_layers", Rule(bool, many=True), [])
     area = Rule(int, 1, 1 << 40)
     pixels = said.picture("image_min_pixels", area, 65_536), said.picture("image_max_pixels", area, 1 << 24)

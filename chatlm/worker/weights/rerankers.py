@@ -103,7 +103,8 @@ def of_gguf(path: Path, metadata: Mapping, family: str, spec: ModelSpec, text: T
             stored: Mapping[str, Any], classes: Any) -> tuple[TextSpec, numpy.ndarray | None]:
     """The same of a GGUF file; `classes`: its tensor CLASSES. Older files are those of a chat model."""
     own = f"{metadata['general.architecture']}."
-    pooling, key = pooling_of_gguf(path, own, metadata), f"{own}classifier.output_labels"
+    pooling = pooling_of_gguf(path, own, metadata)
+    key = f"{own}classifier.output_labels"
     named = NAMED.search(f"{metadata.get('general.name')} {path.name}")
     if pooling != "rank" and not (pooling == "none" and named and family in FAMILIES):
         if classes is not None and spec.tied_head:
@@ -117,7 +118,8 @@ def of_gguf(path: Path, metadata: Mapping, family: str, spec: ModelSpec, text: T
         head = stored["token_embd.weight" if spec.tied_head else "output.weight"]
         rows = ids_of(path, text, ["yes", "no"])
     else:
-        head, labels = classes, metadata.get(key, ["yes", "no"])
+        head = classes
+        labels = metadata.get(key, ["yes", "no"])
         if sorted(map(str, labels)) != ["no", "yes"] or classes.shape.tolist() != [spec.width, 2]:
             shape = tuple(reversed(classes.shape.tolist()))
             raise ConfigError(f"{path}: {CLASSES} is {shape} and {key} is {shown(labels)}; "
@@ -149,7 +151,8 @@ def as_reranker(path: Path, text: TextSpec, spec: ModelSpec, template: Any) -> T
         raise ConfigError(f"{path}: its chat template `rerank` is {shown(template)}; it must have {{query}} "
                           "and then {document}, once each, and no other braces")
     tokenizer = open_tokenizer(text)
-    query, end = template.index("{query}"), template.index("{document}") + len("{document}")
+    query = template.index("{query}")
+    end = template.index("{document}") + len("{document}")
     start = max([0, *(special.end() for special in tokenizer.special_pattern.finditer(template, 0, query))])
     form = template[start:end].replace(WEB_SEARCH, "{instruction}")
     embedder = Embedder("rank", 1, spec.max_positions, form=form,

@@ -43,7 +43,8 @@ MODERN_TENSORS = both({
 def gguf_modern(header: Header) -> tuple[dict, dict]:
     """Which layers see all of a text: the first of every three, where llama.cpp counts from the other end."""
     changes, _ = gguf_epsilon(header)
-    period, layers = header.raw("attention.sliding_window_pattern", 3), header.value("block_count")
+    period = header.raw("attention.sliding_window_pattern", 3)
+    layers = header.value("block_count")
     if type(period) is int and period > 0:
         changes["attention.sliding_window_pattern"] = [layer % period > 0 for layer in range(layers)]
     return changes, {}
@@ -113,7 +114,9 @@ def restated(path: Path, raw: Mapping, fixed: Mapping[str, Any]) -> Mapping:
 
 def nomic_moe_fields(path: Path, config: Mapping) -> dict[str, Any]:
     """Every so many layers, from the second on, one has experts instead of a feed-forward part."""
-    every, layers, experts = config["moe_every_n_layers"], config["num_hidden_layers"], config["num_experts"]
+    every = config["moe_every_n_layers"]
+    layers = config["num_hidden_layers"]
+    experts = config["num_experts"]
     dense = tuple(layer for layer in range(layers) if layer % every != 1 % every)
     chosen = config["num_experts_per_tok"]
     return {"token_types": config["type_vocab_size"], "experts": experts, "experts_per_token": chosen,
@@ -127,7 +130,8 @@ def repack_nomic_moe(state: Mapping[str, numpy.ndarray]) -> dict[str, numpy.ndar
     for name in [name for name in kept if name.endswith("mlp.router.layer.weight")]:
         first, second = (name.replace("router.layer.weight", f"experts.mlp.{part}") for part in ("w1", "w2"))
         if first in kept and second in kept and kept[first].ndim == kept[second].ndim == 2:
-            experts, width = len(kept[name]), kept[first].shape[1]
+            experts = len(kept[name])
+            width = kept[first].shape[1]
             kept[f"{first}.weight"] = kept.pop(first).reshape(experts, -1, width)
             down = kept.pop(second).reshape(experts, -1, width).swapaxes(1, 2)
             kept[f"{second}.weight"] = numpy.ascontiguousarray(down)

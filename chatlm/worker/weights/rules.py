@@ -73,8 +73,13 @@ def float_type(settings: Settings, backend) -> str:
 
 
 # Limits far above any real model; sizes beyond them would take long even to compare with the file.
-MOST_LAYERS, MOST_TENSORS, MOST_HEADS, MOST_CHANNELS = 10_000, 1 << 17, 1 << 16, 1 << 20
-MOST_TOKENS, MOST_POSITIONS, MOST_EXPERTS = 1 << 24, 1 << 26, 1 << 12
+MOST_LAYERS = 10_000
+MOST_TENSORS = 1 << 17
+MOST_HEADS = 1 << 16
+MOST_CHANNELS = 1 << 20
+MOST_TOKENS = 1 << 24
+MOST_POSITIONS = 1 << 26
+MOST_EXPERTS = 1 << 12
 LAYER_TYPES = ("full_attention", "sliding_attention")  # of config.json
 
 
@@ -92,7 +97,8 @@ class Rule(NamedTuple):
         types = set(map(type, values))
         if self.value_type in (str, bool):
             return types <= {self.value_type} and (not self.choices or set(values) <= set(self.choices))
-        low, high = max(self.low, -sys.float_info.max), min(self.high, sys.float_info.max)
+        low = max(self.low, -sys.float_info.max)
+        high = min(self.high, sys.float_info.max)
         return types <= {int, self.value_type} and all(low <= value <= high for value in values)  # NaN fails
 
     @property
@@ -115,14 +121,17 @@ def checked(path: Path, key: str, value: V | None, rule: Rule, length: int | Non
     result: Any = value
     if value is None and rule.optional:
         return result
-    must, values = rule.allowed, result if rule.many else [result]
+    must = rule.allowed
+    values = result if rule.many else [result]
     if rule.many and (not isinstance(value, list) or len(value) != (length or len(value))):
         must = must.replace("list of", f"list of {length:,}") if length else must
     elif rule.allows(values):
         return result
     elif rule.many:
         wrong = next(i for i, entry in enumerate(values) if not rule.allows([entry]))
-        key, value, must = f"{key}[{wrong}]", values[wrong], rule._replace(many=False).allowed
+        key = f"{key}[{wrong}]"
+        value = values[wrong]
+        must = rule._replace(many=False).allowed
     raise ConfigError(f"{path}: {key} is {'missing' if value is None else shown(value)}; it must be {must}")
 
 
@@ -143,7 +152,8 @@ DEFAULT_SAMPLING = {"temperature": 0.3, "min_p": 0.1, "frequency_penalty": 0.2, 
 def own_sampling(path: Path, stated: Mapping, prefix: str = "") -> dict:
     """The fields `sampling`, `sampling_origin` and `notes` of a LoadedModel, from the values in its file: a
     generation_config.json, or with a `prefix` GGUF metadata. A bad value is left out, with a note."""
-    sampling, notes = {}, []
+    sampling = {}
+    notes = []
     for ours, (hf_key, gguf_key, rule) in SAMPLING_KEYS.items():
         key = prefix + gguf_key if prefix else hf_key
         try:
@@ -156,7 +166,8 @@ def own_sampling(path: Path, stated: Mapping, prefix: str = "") -> dict:
         sampling = {"temperature": 0.0}
     origin = (prefix.rstrip(".") or path.name) if sampling else ""
     if not sampling and path.name == DEFAULT_FILE:
-        sampling, origin = DEFAULT_SAMPLING, "measured by bench/endings.py"
+        sampling = DEFAULT_SAMPLING
+        origin = "measured by bench/endings.py"
     return {"sampling": sampling, "sampling_origin": origin, "notes": tuple(notes)}
 
 
@@ -194,7 +205,8 @@ def check_bytes(path: Path, sizes: Mapping[str, int]):
 def check_rotary_memory(path: Path, spec: ModelSpec, context_length: int):
     """ConfigError if the rotary tables of this context, computed in float64, do not fit into memory."""
     tables = {attn.rope for attn in model_of(spec).attentions}
-    needed, free = 32 * context_length * sum(len(rope.frequencies) for rope in tables), available_memory()
+    needed = 32 * context_length * sum(len(rope.frequencies) for rope in tables)
+    free = available_memory()
     if needed > free:
         raise ConfigError(f"{path}: a context of {context_length:,} tokens needs {needed:,} bytes for its "
                           f"rotary tables, and {free:,} are free; give a shorter --context-length")

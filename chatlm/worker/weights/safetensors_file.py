@@ -43,7 +43,8 @@ def read_safetensors_file(path: Path) -> dict[str, numpy.ndarray]:
 
 
 def array_of(data: numpy.ndarray, dtype: str, shape: list[int], offsets: list[int]) -> numpy.ndarray:
-    kind, part = KINDS.get(dtype), data[slice(*offsets)]
+    kind = KINDS.get(dtype)
+    part = data[slice(*offsets)]
     if kind is None:
         raise ValueError(f"arrays of type {dtype} are not supported")
     if address_of(part) % item_bytes(kind):

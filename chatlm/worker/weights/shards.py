@@ -50,11 +50,14 @@ def dense_feeds(model: Model) -> list[FeedForward]:
 def refuse_heads(mixer: Mixer, tp: int, most: int):
     """ConfigError if the heads of a layer that keeps a state cannot be divided evenly among `tp` ranks; all
     else in the model can be divided among up to `most`."""
-    count, heads = 0, ""
+    count = 0
+    heads = ""
     if isinstance(mixer, DeltaRule):
-        count, heads = mixer.key_heads, "key heads in its linear attention"
+        count = mixer.key_heads
+        heads = "key heads in its linear attention"
     if isinstance(mixer, Mamba2):
-        count, heads = mixer.heads, "heads in its Mamba layers"
+        count = mixer.heads
+        heads = "heads in its Mamba layers"
     if count % tp:
         allowed = [str(ranks) for ranks in range(1, min(count, most) + 1) if count % ranks == 0]
         raise ConfigError(f"the model cannot be divided among {tp} ranks: it has {count} {heads}, so "
@@ -76,7 +79,8 @@ def shard_model(model: LoadedModel, rank: int, tp: int, quantize: str | None = N
     """The share of one of `tp` ranks of a model not yet read, packed as --quantize says."""
     if tp == 1:
         return model
-    whole, tensors = model.architecture, dict(model.tensors)
+    whole = model.architecture
+    tensors = dict(model.tensors)
     packed_together = 256 if "_k" in (quantize or "") else 32 if quantize else 0
     own, parts = whole.of_rank(rank, tp, block_for(whole, tp, max(model.block, packed_together)))
     shapes = whole.shapes()
@@ -92,7 +96,9 @@ def shard_model(model: LoadedModel, rank: int, tp: int, quantize: str | None = N
 def layers_of(model: Model, stage: int, stages: int) -> range:
     """The layers of a stage; layers that share keys stay together. The head counts as the number of layers
     that have as many weights."""
-    attn, feed, layers = model.attentions[0], model.feed, len(model.layers)
+    attn = model.attentions[0]
+    feed = model.feed
+    layers = len(model.layers)
     width = feed.width if feed else 0
     if isinstance(feed, Experts):
         width = feed.width * feed.router.chosen + (feed.shared.width if feed.shared else 0)
@@ -121,8 +127,10 @@ def stage_model(model: LoadedModel, stage: int, stages: int) -> LoadedModel:
         raise ConfigError(f"the model has {len(whole.layers)} layers, which cannot be divided into {stages} "
                           "stages")
     mine = layers_of(whole, stage, stages)
-    own, first = whole.of_layers(mine), mine.start
-    given, tensors = {"head": model.tensors["embed"]} | model.tensors, {}
+    own = whole.of_layers(mine)
+    first = mine.start
+    given = {"head": model.tensors["embed"]} | model.tensors
+    tensors = {}
     for name, shape in own.shapes().items():
         layer, dot, part = name.partition(".")
         tensors[name] = given[f"{int(layer) + first}.{part}" if dot else name]

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 def weight_bytes(model: LoadedModel, quantize: str | None, without: Seq[str] = ()) -> int:
     """About how many bytes a model's weights will take; --quantize applies to float matrices."""
-    shapes, total = model.architecture.shapes(), 0
+    shapes = model.architecture.shapes()
+    total = 0
     for name, tensor in model.tensors.items():
         if name in without:
             continue

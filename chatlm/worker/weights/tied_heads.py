@@ -45,7 +45,9 @@ def head_of_folder(path: Path, spec: ModelSpec, row: Family, state: Mapping[str,
     """The spec, tensors and scales of a folder whose config says that the head is the embedding.
 
     Of both, one is enough. A head that differs from the embedding is the model's own, as in transformers."""
-    pair, state, scales = Pair.of(row.all_tensors), dict(state), dict(scales)
+    pair = Pair.of(row.all_tensors)
+    state = dict(state)
+    scales = dict(scales)
     if not spec.tied_head or pair.head not in state:
         return spec, state, scales
     if pair.embed not in state:

@@ -80,7 +80,8 @@ class StandIn:
 
 def set_attributes(unpickler: Any):
     """A state dict has the attribute _metadata, which nothing needs. Beside it only stand-ins have any."""
-    state, owner = unpickler.stack.pop(), unpickler.stack[-1]
+    state = unpickler.stack.pop()
+    owner = unpickler.stack[-1]
     if isinstance(owner, StandIn):
         owner.attributes = state if isinstance(state, dict) else {}
     elif type(owner) is not OrderedDict:

@@ -78,9 +78,13 @@ def eyes_of(vision: Vision, spec: ModelSpec, *more, **named) -> Eyes:
     return Eyes(vision, model_of(spec), *more, recipe=spec, **named)
 
 
-TOKENS, TILES = Rule(int, 1, 1 << 14), Rule(int, 1, 64)  # of a picture
+# of a picture
+TOKENS = Rule(int, 1, 1 << 14)
+TILES = Rule(int, 1, 64)
 SIDE = Rule(int, 1, 1 << 14)  # in pixels
-CHANNELS, LAYERS, HEADS = Rule(int, 16, MOST_CHANNELS), Rule(int, 1, MOST_LAYERS), Rule(int, 1, MOST_HEADS)
+CHANNELS = Rule(int, 16, MOST_CHANNELS)
+LAYERS = Rule(int, 1, MOST_LAYERS)
+HEADS = Rule(int, 1, MOST_HEADS)
 FILTERS = {1: "lanczos", 2: "bilinear", 3: "bicubic"}  # by the numbers that Pillow has for them
 
 SIGLIP = both({
@@ -173,7 +177,8 @@ def of_grid(eyes: Eyes, width: int) -> Shapes:
 
 
 def idefics3_of_folder(said: Said, model: ModelSpec) -> Eyes:
-    side, patch = said.tower("image_size", SIDE, 32), said.tower("patch_size", SIDE, 32)
+    side = said.tower("image_size", SIDE, 32)
+    patch = said.tower("patch_size", SIDE, 32)
     shuffle = said.model("scale_factor", Rule(int, 1, 64), 2)
     patches = square_grid(said, side, patch, shuffle)
     spec, (mean, std) = siglip_of_folder(said, patches, 1152, 12, 16), colors(said)
@@ -189,7 +194,8 @@ def idefics3_of_folder(said: Said, model: ModelSpec) -> Eyes:
 
 
 def idefics3_of_file(said: Said, model: ModelSpec) -> Eyes:
-    side, patch = said.tower("image_size", SIDE), said.tower("patch_size", SIDE)
+    side = said.tower("image_size", SIDE)
+    patch = said.tower("patch_size", SIDE)
     shuffle = said.tower("projector.scale_factor", Rule(int, 1, 64))
     patches = square_grid(said, side, patch, shuffle)
     spec, (mean, std) = siglip_of_file(said, patches), colors(said)
@@ -206,8 +212,10 @@ IDEFICS3 = TowerFamily(
 def lfm2_eyes(said: Said, model: ModelSpec, spec: Callable[[int], ModelSpec], patch: int, shuffle: int,
               projector: str, hidden: int, grid: int) -> Eyes:
     """spec: of the most patches in a tile."""
-    unit, color = patch * shuffle, colors(said)
-    tile, tokens = said.picture("tile_size", SIDE, 512), said.picture("max_image_tokens", TOKENS, 256)
+    unit = patch * shuffle
+    color = colors(said)
+    tile = said.picture("tile_size", SIDE, 512)
+    tokens = said.picture("max_image_tokens", TOKENS, 256)
     tiles = said.picture("min_tiles", TILES, 2), said.picture("max_tiles", TILES, 10)
     said.divides("tile_size", tile, unit)
     if tiles[0] > tiles[1]:
@@ -229,7 +237,8 @@ def lfm2_of_folder(said: Said, model: ModelSpec) -> Eyes:
     said.model("vision_feature_layer", Rule(int, -1, -1), -1)
     said.model("projector_hidden_act", Rule(str, choices=("gelu",)), "gelu")
     said.model("projector_bias", Rule(bool), True)
-    patch, shuffle = said.tower("patch_size", SIDE, 16), said.model("downsample_factor", Rule(int, 1, 64), 2)
+    patch = said.tower("patch_size", SIDE, 16)
+    shuffle = said.model("downsample_factor", Rule(int, 1, 64), 2)
     said.picture("encoder_patch_size", Rule(int, patch, patch), patch)
     said.picture("downsample_factor", Rule(int, shuffle, shuffle), shuffle)
     normed = said.model("projector_use_layernorm", Rule(bool), True)
@@ -240,7 +249,8 @@ def lfm2_of_folder(said: Said, model: ModelSpec) -> Eyes:
 
 
 def lfm2_of_file(said: Said, model: ModelSpec) -> Eyes:
-    side, patch = said.tower("image_size", SIDE), said.tower("patch_size", SIDE)
+    side = said.tower("image_size", SIDE)
+    patch = said.tower("patch_size", SIDE)
     return lfm2_eyes(
         said, model, lambda patches: siglip_of_file(said, patches), patch,
         said.tower("projector.scale_factor", Rule(int, 1, 64), 2),
@@ -249,7 +259,8 @@ def lfm2_of_file(said: Said, model: ModelSpec) -> Eyes:
 
 
 def lfm2_own(eyes: Eyes, width: int) -> Shapes:
-    joined, H = eyes.recipe.width * eyes.shuffle**2, eyes.hidden
+    joined = eyes.recipe.width * eyes.shuffle**2
+    H = eyes.hidden
     norm: Shapes = {"join_norm": (joined,), "join_norm_bias": (joined,)} if eyes.projector == "lfm2" else {}
     return of_grid(eyes, width) | {
         "places": (eyes.grid, eyes.recipe.width), "widen": (H, joined), "widen_bias": (H,),
@@ -269,7 +280,8 @@ def gemma3_eyes(said: Said, model: ModelSpec, spec: ModelSpec, side: int, patch:
 
 
 def gemma3_of_folder(said: Said, model: ModelSpec) -> Eyes:
-    side, patch = said.tower("image_size", SIDE, 896), said.tower("patch_size", SIDE, 14)
+    side = said.tower("image_size", SIDE, 896)
+    patch = said.tower("patch_size", SIDE, 14)
     tokens = said.model("mm_tokens_per_image", TOKENS, 256)
     said.divides("image_size", side, patch)
     shuffle = max(side // patch // max(math.isqrt(tokens), 1), 1)
@@ -283,7 +295,8 @@ def gemma3_of_folder(said: Said, model: ModelSpec) -> Eyes:
 
 
 def gemma3_of_file(said: Said, model: ModelSpec) -> Eyes:
-    side, patch = said.tower("image_size", SIDE), said.tower("patch_size", SIDE)
+    side = said.tower("image_size", SIDE)
+    patch = said.tower("patch_size", SIDE)
     shuffle = said.tower("projector.scale_factor", Rule(int, 1, 64), 4)
     spec = siglip_of_file(said, square_grid(said, side, patch, shuffle))
     return gemma3_eyes(said, model, spec, side, patch, shuffle)
@@ -352,7 +365,8 @@ def gemma4_layer(heads: int, kv_heads: int, head_size: int, ffn_size: int, eps: 
 
     clamped: what products read and give is bounded. Then norms, gate and up are computed apart, since a
     bound comes before and after each product."""
-    before, after = RmsNorm(eps, apart=clamped), RmsNorm(eps)
+    before = RmsNorm(eps, apart=clamped)
+    after = RmsNorm(eps)
     attention = Attention(
         heads, kv_heads, head_size, head_size, Rope(head_size, base),
         Scores(scale=head_size**0.5, sees="text"), HeadNorms("before_rope", eps), value_norm=True)
@@ -414,7 +428,8 @@ def clamps_of(path: Path, names: Mapping[str, tuple[str, ...]], model: Model,
     """The clamps of each layer from the numbers of a file, by their names there; none: the largest."""
     if not any(layer.clamped for layer in model.layers):
         return {}
-    found, parts = {}, (*names["qkv"], *(names[part][0] for part in ("output", "gate", "up", "down")))
+    found = {}
+    parts = (*names["qkv"], *(names[part][0] for part in ("output", "gate", "up", "down")))
     for layer in range(len(model.layers)):
         stems = [re.sub(r"(\.linear)?\.weight$", "", part.format(layer)) for part in parts]
         values = numpy.array([[numbers.get(stem + ending, MOST if ending.endswith("max") else -MOST)
@@ -459,7 +474,8 @@ def bare_of_file(said: Said, model: ModelSpec) -> Eyes:
 
 
 def bare_own(eyes: Eyes, width: int) -> Shapes:
-    C, numbers = eyes.recipe.width, 3 * eyes.patch**2
+    C = eyes.recipe.width
+    numbers = 3 * eyes.patch**2
     sizes = {"patch_norm": numbers, "patch_out_norm": C, "place_norm": C}
     return {"patch": (C, numbers), "patch_bias": (C,), "places": (2, eyes.grid, C), "project": (width, C)} | {
         f"{name}{ending}": (size,) for name, size in sizes.items() for ending in ("", "_bias")}

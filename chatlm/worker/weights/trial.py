@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 
 MOST_SPLITS = 8          # more would take too long, however fast each is
-OPEN_S, TRIAL_S = 60, 5  # processor seconds to open a tokenizer, which may be large, and for the texts
+# processor seconds to open a tokenizer, which may be large, and for the texts
+OPEN_S = 60
+TRIAL_S = 5
 MEMORY = 2 << 30         # bytes
 WALL_S = 600             # on a machine too busy to run it
 
@@ -39,9 +41,11 @@ def refuse_endless(path: Path, spec: TextSpec):
     try:
         done = subprocess.run([*PROCESS_COMMAND, "trial", spec.kind], input=spec.payload, env=environment,
                               capture_output=True, timeout=WALL_S)
-        status, reason = done.returncode, done.stdout.decode("utf-8", "replace").strip()
+        status = done.returncode
+        reason = done.stdout.decode("utf-8", "replace").strip()
     except subprocess.TimeoutExpired:
-        status, reason = 1, ""
+        status = 1
+        reason = ""
     if status:
         raise ConfigError(f"{path}: " + (reason or (
             f"a short text takes more than {TRIAL_S} s of processor time or {MEMORY >> 20:,} MiB")))

@@ -35,7 +35,8 @@ class FolderSays:
     """A `Said` of config.json, and of preprocessor_config.json or else processor_config.json."""
 
     def __init__(self, folder: Path):
-        self.folder, self.config_path = folder, folder / "config.json"
+        self.folder = folder
+        self.config_path = folder / "config.json"
         self.config, self.shapes = read_json(self.config_path), dict[str, tuple[int, ...]]()
 
     @cached_property
@@ -66,7 +67,8 @@ class FolderSays:
         text = self.config.get("text_config")
         text = text if isinstance(text, dict) else {}
         rope = text.get("rope_parameters") or text.get("rope_scaling")
-        rope, where = rope if isinstance(rope, dict) else {}, "text_config.rope_parameters"
+        rope = rope if isinstance(rope, dict) else {}
+        where = "text_config.rope_parameters"
         if rope.get("mrope_interleaved", True) is not True:
             raise ConfigError(f"{self.config_path}: {where}.mrope_interleaved must be true")
         return tuple(checked(self.config_path, f"{where}.mrope_section", rope.get("mrope_section"),

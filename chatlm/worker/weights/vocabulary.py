@@ -29,7 +29,8 @@ def vocabulary_from(texts: Seq[str], added: list[dict], decoder: dict | None) ->
     if len(own) < len(texts):
         return None
     for token in added:
-        id, content = token["id"], token["content"]
+        id = token["id"]
+        content = token["content"]
         if not content or own.setdefault(content, len(own)) != id:
             return None
     if len({token["id"] for token in added}) < len(added):

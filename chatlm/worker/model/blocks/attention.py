@@ -66,7 +66,9 @@ class ValueEmbed:
 
     def compute(self, s: Step, read: Read) -> dict[str, Any]:
         """What rope_append adds to v."""
-        k, b, w = s.k, s.b, s.w
+        k = s.k
+        b = s.b
+        w = s.w
         k.embed(w["value_embed"], s.inputs.token_ids, out=b.value)     # (T, Hkv * Dv)
         k.linear(read.x, w["ve_gate"], norm=read.norm, out=b.gate)     # (T, Hkv)
         return {"value_embed": b.value, "gate": b.gate, "gate_scale": self.scale}
@@ -160,7 +162,8 @@ class Attention(Block):
 
     def project(self, s: Step, read: Read):
         """q, k and v of each token; the gates of heads go to a buffer of their own."""
-        b, bias = s.b, s.w.get("qkv_bias")
+        b = s.b
+        bias = s.w.get("qkv_bias")
         qkv = b.of("qkv", self.rows)
         if not self.gated:
             s.product(read, "qkv", qkv, bias=bias)
@@ -172,7 +175,9 @@ class Attention(Block):
 
     def turn(self, s: Step, read: Read, qkv):
         """q, normed and turned by its position; new keys and values go to the layer's pages."""
-        k, inputs, q = s.k, s.inputs, s.b.of("q", self.queries)
+        k = s.k
+        inputs = s.inputs
+        q = s.b.of("q", self.queries)
         embed = self.embed.compute(s, read) if self.embed else {}
         if self.norms and self.norms.whole:
             self.norm_whole(s, qkv)
@@ -184,7 +189,9 @@ class Attention(Block):
 
     def attend(self, s: Step, q):
         """softmax(q k^T / sqrt(D)) v, of the keys and values in the pages."""
-        k, plan, scores = s.k, s.inputs.attention, self.scores
+        k = s.k
+        plan = s.inputs.attention
+        scores = self.scores
         out = s.b.of("attended", self.heads * self.value_size)
         if s.pauses:
             k.pause()
@@ -199,7 +206,9 @@ class Attention(Block):
 
     def norm_whole(self, s: Step, qkv):
         """Norm q and k, each over all heads of all ranks."""
-        k, means, norms = s.k, s.b.means, self.norms
+        k = s.k
+        means = s.b.means
+        norms = self.norms
         assert norms
         weights = {"q_norm": s.w.get("q_norm"), "k_norm": s.w.get("k_norm")}
         k.mean_squares(qkv, **weights, sizes=norms.sizes, out=means)   # (T, 2)
@@ -227,10 +236,12 @@ class Attention(Block):
 
         The additional numbers are zeros, so scores and sums stay what they were. What divides by D must
         know: scores, and the norms of each head."""
-        D, wide = self.head_size, rounded_up(self.head_size)
+        D = self.head_size
+        wide = rounded_up(self.head_size)
         if D == wide:
             return self
-        norms, qk_scale = self.norms, self.scores.qk_scale
+        norms = self.norms
+        qk_scale = self.scores.qk_scale
         if norms and not norms.whole:
             norms = replace(norms, eps=norms.eps * (D / wide), count=D)
             qk_scale *= 1 if norms.weights else math.sqrt(D / wide)
@@ -246,7 +257,8 @@ class Attention(Block):
         with some of its query heads."""
         group = self.heads // self.kv_heads
         firsts = [number * self.kv_heads // tp for number in range(tp)]
-        first, sharing = firsts[rank], firsts.count(firsts[rank])
+        first = firsts[rank]
+        sharing = firsts.count(firsts[rank])
         own = range(first, max(first + 1, (rank + 1) * self.kv_heads // tp))
         turn = rank - firsts.index(first)  # among those with the same kv heads
         begin = first * group + group * turn // sharing

@@ -81,7 +81,8 @@ def matrix(rows: int | Axis, columns: int | Axis, packed: bool = True, **more) -
 
 def padded_places(axis: Axis, padded: Axis) -> numpy.ndarray:
     """Where the numbers along an axis go in the padded one, which has the same runs in larger sizes."""
-    places, begin = [], 0
+    places = []
+    begin = 0
     for run, wide in zip(axis, padded):
         units = numpy.arange(run.count * run.parts)
         places.append((begin + units[:, None] * wide.size + numpy.arange(run.size)).ravel())
@@ -110,7 +111,8 @@ def rank_part(tensor: Tensor, divided: Divided) -> RankPart:
 
 def rank_ranges(axis: Axis, divided: Divided) -> tuple[range, ...]:
     """A rank's numbers along an axis, a range for each run."""
-    ranges, begin = [], 0
+    ranges = []
+    begin = 0
     for run in axis:
         own = divided.get(run.of, range(run.count))
         ranges.append(range(begin + own.start * run.unit, begin + own.stop * run.unit))

@@ -67,7 +67,8 @@ class Experts(Block):
         return "expert_up" if self.activation in UNGATED else "expert_gate_up"
 
     def tensors(self, C: int) -> Tensors:
-        E, X = self.count, self.latent or C
+        E = self.count
+        X = self.latent or C
         columns = Run(self.width, of="columns")
         matrices = {self.up: matrix((columns,) * (halves(self.activation) * E), X),
                     "expert_down": matrix((Run(X),) * E, (columns,))}
@@ -91,7 +92,9 @@ class Experts(Block):
         return found | (self.shared.scratch(C) if self.shared else {})
 
     def compute(self, s: Step, read: Read, to: Sum):
-        k, b, w = s.k, s.b, s.w
+        k = s.k
+        b = s.b
+        w = s.w
         # if products read x as it is, the op that computes the result also adds x to it
         residual = read.x if to.adds_directly(s) and read.x is to.residual(s) else None
         total = b.added if residual is None else to.out(s)             # (T, C)
@@ -104,7 +107,8 @@ class Experts(Block):
         else:
             self.add_experts(s, read, total, residual=residual is not None)
         if self.sum_bias:  # a table with one row, that of tokens of type 0, which all are
-            table, types = w["experts_bias"].reshape(1, -1), s.inputs.previous_token_ids
+            table = w["experts_bias"].reshape(1, -1)
+            types = s.inputs.previous_token_ids
             k.embed(table, types, out=b.previous, part=(0, s.vocab_size))
             k.mix(total, b.previous, 1.0, 1.0, out=total)
         if self.shared:
@@ -163,7 +167,8 @@ class ExpertsBesideDense(Block):
     NORMS = "experts_norm", "experts_down_norm", "shared_down_norm"
 
     def tensors(self, C: int) -> Tensors:
-        E, columns = self.count, Run(self.width, of="columns")
+        E = self.count
+        columns = Run(self.width, of="columns")
         found = self.router.tensors(E, C)
         found |= {"router_norm": vector(C), "experts_scale": vector(E),
                  "expert_gate_up": matrix((columns,) * (2 * E), C),
@@ -180,7 +185,9 @@ class ExpertsBesideDense(Block):
         return {"router_norm": norm * len(norm)**-0.5}
 
     def compute(self, s: Step, read: Read, to: Sum):
-        k, b, w = s.k, s.b, s.w
+        k = s.k
+        b = s.b
+        w = s.w
         eps = self.norm.eps
         x = to.residual(s)
 

@@ -60,7 +60,9 @@ class LayerInput(Extra):
         return {"input": Buffer(self.size), "layer_inputs": Buffer(self.layers * self.size)}
 
     def compute(self, s: Step):
-        k, b, w = s.k, s.b, s.w
+        k = s.k
+        b = s.b
+        w = s.w
         k.linear(b.x, w["input_gate"], out=b.input)                    # (T, P)
         k.gate_input(b.input, b.layer_inputs, self.number * self.size, out=b.input)
         k.linear(b.input, w["input_out"], out=b.added)                 # (T, C)

@@ -33,7 +33,9 @@ class Smear:
                 "smear_lambda": vector(1)}
 
     def compute(self, s: Step, look_up):
-        k, b, w = s.k, s.b, s.w
+        k = s.k
+        b = s.b
+        w = s.w
         before = s.inputs.previous_token_ids
         look_up(s, before, out=b.previous)
         self.norm.apply(s, b.previous, "", out=b.previous)
@@ -63,7 +65,10 @@ class LayerInputs:
         return dict.fromkeys(("layer_inputs", "layer_rows"), Buffer(self.columns))
 
     def compute(self, s: Step):
-        k, b, w, inputs = s.k, s.b, s.w, s.inputs
+        k = s.k
+        b = s.b
+        w = s.w
+        inputs = s.inputs
         if self.pad is None:
             k.look_up(s.layer_embed, inputs.token_ids, out=b.layer_rows)
         else:
@@ -111,7 +116,10 @@ class Input:
         return found | (self.layers.scratch() if self.layers else {})
 
     def compute(self, s: Step):
-        k, b, w, inputs = s.k, s.b, s.w, s.inputs
+        k = s.k
+        b = s.b
+        w = s.w
+        inputs = s.inputs
         self.look_up(s, inputs.token_ids, out=b.x)
         if s.embedding_scale != 1:
             k.mix(b.x, b.x, s.embedding_scale, 0.0, out=b.x)
@@ -136,7 +144,8 @@ class Input:
 
     def look_up(self, s: Step, ids, out):
         """The embeddings (T, C) of some ids."""
-        k, table = s.k, s.w["embed"]
+        k = s.k
+        table = s.w["embed"]
         if self.sees:  # rows of pictures have the id after the last one: nothing is looked up for them
             return k.embed(table, ids, out=out, part=(0, s.vocab_size + 1))
         if self.rows is None:
@@ -170,7 +179,9 @@ class Join:
         return dict.fromkeys(("x", "previous", "added"), Buffer(C))
 
     def compute(self, s: Step):
-        k, b, w = s.k, s.b, s.w
+        k = s.k
+        b = s.b
+        w = s.w
         k.embed(w["embed"], s.inputs.token_ids, out=b.previous)
         embedded = self.norm.read(s, b.previous, "join_embed_norm")
         state = self.norm.read(s, b.x, "join_hidden_norm")

@@ -35,7 +35,9 @@ class LmHead:
         return found
 
     def compute(self, s: Step, norm: AnyNorm):
-        k, b, w = s.k, s.b, s.w
+        k = s.k
+        b = s.b
+        w = s.w
         if self.backout:
             k.backout(b.x, b.middle, w["backout_lambda"], out=b.x)
         k.gather_rows(b.x, s.inputs.logit_rows, out=b.last)            # (R, C)

@@ -125,7 +125,8 @@ class DeltaRule(Block):
     @functools.cached_property
     def parts(self) -> tuple[int, int, int, int]:
         """The rows of mix_in: p, z, b, a."""
-        keys, values = self.key_heads * self.key_size, self.value_heads * self.value_size
+        keys = self.key_heads * self.key_size
+        values = self.value_heads * self.value_size
         return 2 * keys + values, values, self.value_heads, self.value_heads
 
     @property
@@ -138,7 +139,8 @@ class DeltaRule(Block):
         return sum(self.parts), self.parts[1]
 
     def tensors(self, C: int) -> Tensors:
-        r, values = self.values_per_key, self.value_runs(self.value_size)
+        r = self.values_per_key
+        values = self.value_runs(self.value_size)
         rows = self.channel_runs() + values
         if self.heads_by_key:
             rows = (Run(self.key_heads, 2 * (self.key_size + r * self.value_size), "keys"),)
@@ -213,7 +215,8 @@ class Mamba2(Block):
         return sum(self.parts), self.parts[0]
 
     def tensors(self, C: int) -> Tensors:
-        inner, heads = Run(self.heads, self.head_size, "heads"), Run(self.heads, of="heads")
+        inner = Run(self.heads, self.head_size, "heads")
+        heads = Run(self.heads, of="heads")
         found = {"mix_in": matrix((inner, *self.channel_runs(), heads), C, adapted=True),
                  "taps": vector(self.channel_runs(self.size)), "mix_norm": vector((inner,)),
                  "mix_out": matrix(C, (inner,), adapted=True)}
@@ -241,7 +244,9 @@ class Mamba2(Block):
         run(s, read, self.widths(0), self.mix, to)
 
     def mix(self, s: Step, x, out):
-        k, b, w = s.k, s.b, s.w
+        k = s.k
+        b = s.b
+        w = s.w
         if not self.of_heads:
             return k.mamba2(x, w, self, self.eps, s.states, s.inputs.sequences, out=out)
         k.mamba2(x, w, self, self.eps, s.states, s.inputs.sequences, out=b.unnormed)
@@ -252,12 +257,14 @@ class Mamba2(Block):
     def divided(self, rank: int, tp: int, block: int) -> Divided:
         """Some heads with the B and C of their groups, or of all groups if whole ones cannot be
         distributed."""
-        count, G = self.heads // tp, self.groups
+        count = self.heads // tp
+        G = self.groups
         groups = range(G) if G % tp else range(rank * G // tp, (rank + 1) * G // tp)
         return {"heads": range(rank * count, (rank + 1) * count), "groups": groups}
 
     def of_rank(self, divided: Divided) -> Mamba2:
-        heads, groups = divided["heads"], divided["groups"]
+        heads = divided["heads"]
+        groups = divided["groups"]
         own = replace(self, heads=len(heads), groups=len(groups))
         if len(groups) < self.groups or len(heads) == self.heads:
             return own

@@ -93,7 +93,10 @@ class Mla(Block):
                 "attended": Buffer(self.heads * self.head_values, short=True)}
 
     def compute(self, s: Step, read: Read, to: Sum):
-        k, b, w, inputs = s.k, s.b, s.w, s.inputs
+        k = s.k
+        b = s.b
+        w = s.w
+        inputs = s.inputs
         queries = b.of("queries", self.queries)                        # (T, H * (plain + turned))
         kv = b.of("kv", self.head_size)                                # (T, kept + turned)
         q = b.of("q", self.heads * self.head_size)                     # (T, H * (kept + turned))

@@ -214,7 +214,8 @@ class Model:
 
     def widened(self) -> Model:
         """With a width that is a multiple of 16, unless a norm without weights would see the zeros."""
-        C, wide = self.width, rounded_up(self.width)
+        C = self.width
+        wide = rounded_up(self.width)
         norms = [norm for layer in self.layers for norm in layer.norms.values()]
         norms += [self.norm, self.input.norm if self.input else None]
         if C == wide or any(isinstance(norm, RmsNorm) and not norm.weights for norm in norms):
@@ -236,7 +237,8 @@ class Model:
 
     def paddings(self) -> dict[str, Padding]:
         """The tensors that padding changes, by name."""
-        own, padded = self.tensors(), self.padded().tensors()
+        own = self.tensors()
+        padded = self.padded().tensors()
         return {name: padding_of(tensor, padded[name]) for name, tensor in own.items()
                 if tensor.shape != padded[name].shape}
 
