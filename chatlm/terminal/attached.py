@@ -14,7 +14,7 @@ from chatlm.common.files import read_small
 from chatlm.common.messages.requests import Message
 from chatlm.front.admission.admission import Admission
 from chatlm.front.api.picture_parts import file_of
-from chatlm.front.api.pictures import format_of
+from chatlm.front.api.picture_files import format_of
 
 if TYPE_CHECKING:
     from chatlm.front.pool.pool import WorkerPool

@@ -257,7 +257,7 @@ def response_messages(values: Mapping, earlier: Seq = ()) -> Iterator[SentMessag
                 code="unsupported_item", param=name)
 
 
-def chained_of(body: Mapping) -> tuple[str, str]:
+def continued_ids(body: Mapping) -> tuple[str, str]:
     """What a body continues: previous_response_id, and the id of a conversation; "" if neither."""
     conversation = body.get("conversation")
     if isinstance(conversation, dict):

@@ -11,7 +11,7 @@ from chatlm.common.config import LIMITS
 from chatlm.common.errors import Overloaded, RequestError, bad_value, invalid, shown
 from chatlm.common.messages.protocol import ParsedBody
 from chatlm.common.messages.requests import AnswerParams, Request, Retrieval
-from chatlm.front.admission.retrieval import check_task, task_of
+from chatlm.front.admission.retrieval_prompts import check_task, task_for
 from chatlm.front.api.fields import parse_fields, within_limit
 from chatlm.front.api.tables import (
     EMBEDDING_FIELDS, OLLAMA_EMBED_FIELDS, OLLAMA_EMBEDDINGS_FIELDS, RERANK_FIELDS, SCORE_FIELDS,
@@ -171,7 +171,7 @@ def check_route(route: str, known: Known):
         return
     task = TASKS.get(route, "answer")
     if route in SCORES:
-        task = task_of(known.embedder.pooling) if known.embedder else "rank"
+        task = task_for(known.embedder.pooling) if known.embedder else "rank"
     check_task(known.embedder, task)
 
 

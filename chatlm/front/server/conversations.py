@@ -55,7 +55,7 @@ class Keeper:
         self.removed: Callable[[], None] = lambda: None  # is called when something was deleted
         self.saving: set[asyncio.Task[None]] = set()  # answers whose clients have left
         if store:
-            bodies.intake.earlier = self.earlier
+            bodies.intake.earlier_items = self.earlier
 
     async def close(self):
         if self.saving:
