@@ -19,7 +19,7 @@ from chatlm.common.messages.requests import Finished, Piece
 from chatlm.front.aio import supervised
 from chatlm.front.api.conversation import (
     OTHER_ITEMS, chat_messages, other_types, response_messages, without_others)
-from chatlm.front.api.encoders import ResponsesEncoder
+from chatlm.front.api.encode_responses import ResponsesEncoder
 from chatlm.front.api.errors import public_error, response_error
 from chatlm.front.api.kept_items import kept_items
 from chatlm.front.lazy import web
