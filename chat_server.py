@@ -157,7 +157,7 @@ from chatlm.front.api.field_types import INTEGER, SWITCH
 from chatlm.front.api.fields import Field
 from chatlm.front.intake.intake import Intake, tokenizer_of
 from chatlm.front.lazy import web
-from chatlm.front.pool.local import check_nice, niceness
+from chatlm.front.pool.local_devices import check_nice, niceness
 from chatlm.front.pool.catalogue import Catalogue
 from chatlm.front.pool.pool import pool_of
 from chatlm.front.server.access import Access, AccessLog, Owners, is_loopback, listen_on, server_urls

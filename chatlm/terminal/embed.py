@@ -22,7 +22,7 @@ from chatlm.common.log import ProgressDisplay
 from chatlm.common.messages.requests import Embedding
 from chatlm.front.api.encode_retrieval import numbers_of
 from chatlm.front.api.retrieval_readers import check_route, read_embedding_body
-from chatlm.front.pool.pool import known_of
+from chatlm.front.pool.pool import known_about
 from chatlm.terminal.chat import duration
 from chatlm.terminal.output_path import named_errors, output_path, shown_path
 from chatlm.terminal.remote import RemotePool, open_pool
@@ -93,7 +93,7 @@ async def embedded(pool: WorkerPool, settings: Settings,
 
 
 async def vectors_of(pool: WorkerPool, settings: Settings, batch: Batch) -> list[list[float]]:
-    known = known_of(pool, settings)
+    known = known_about(pool, settings)
     body = {"inputs": batch.texts, "truncate": settings.truncate, "dimensions": settings.dimensions,
             "prompt_name": settings.prompt_name}
     found: list[list[float]] = [[]] * len(batch.texts)

@@ -11,7 +11,7 @@ from chatlm.common.messages.protocol import ModelCard
 from chatlm.common.messages.requests import Finished, Message, Piece, SamplingParams
 from chatlm.common.processes.start import PROCESS_COMMAND
 from chatlm.front.admission.prompts import PromptMaker
-from chatlm.front.pool.local import LocalDevices
+from chatlm.front.pool.local_devices import LocalDevices
 from chatlm.front.pool.many import ManyModels
 from chatlm.front.pool.pool import WorkerPool, pool_of
 from chatlm.front.pool.prefixes import Prefixes

@@ -23,12 +23,10 @@ from chatlm.common.errors import ConfigError, RequestError, named, require_libra
 from chatlm.common.invocation import pip_command
 from chatlm.common.messages.protocol import Result
 
-# most that an archive may hold
-UNPACKED_BYTES = 256 << 20
-MEMBERS = 10_000
-# of a sheet, those that are read
-ROW_CELLS = 256
-ROWS = 100_000
+UNPACKED_BYTES = 256 << 20  # an archive may hold at most this much,
+MEMBERS = 10_000            # in at most so many files
+ROWS = 100_000              # this many rows of a sheet are read,
+ROW_CELLS = 256             # and this many cells of a row
 PACKAGES = "markdownify", "mammoth", "openpyxl", "pypdfium2", "python-pptx"  # the extra `documents`
 FORMATS = "PDF, DOCX, PPTX, XLSX, EPUB and HTML"
 

@@ -270,11 +270,11 @@ class StepWork:
 
     def _may_load(self, model: Model) -> bool:
         """Is it loaded, or is there free memory for it that no other model waits for?"""
-        place = model.place
+        place = model.share
         residency = self.many.residency
         return place is not None and (
             place.serves or place.missing <= residency.budget - residency.used
-            and not any(other.waits for other in residency.places if other is not place))
+            and not any(other.waits for other in residency.shares if other is not place))
 
 
 def kept_folder(settings: Settings) -> Path | None:

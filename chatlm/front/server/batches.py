@@ -18,7 +18,7 @@ from chatlm.common.errors import ChatServerError, EngineFailure, Overloaded, Req
 from chatlm.common.jsontext import dump
 from chatlm.common.log import log
 from chatlm.front.aio import end_tasks, supervised
-from chatlm.front.api.batch_lines import Line, lasting_body, line_id, result_of, result_of_bad_line
+from chatlm.front.api.batch_lines import Line, lasting_body, line_id, result_of_bad_line
 from chatlm.front.api.encoders import encoder_of
 from chatlm.front.api.errors import failed_answer
 from chatlm.front.api.kept_fields import WINDOWS
@@ -26,7 +26,6 @@ from chatlm.front.intake.arrival import Caller
 from chatlm.front.intake.budget import Holding
 from chatlm.front.intake.intake import tokenizer_of
 from chatlm.front.lazy import web
-from chatlm.front.pool.worker import batch_of
 from chatlm.front.server.batch_turns import Lane, Turns, WaitingLine
 from chatlm.front.server.files import FileRoutes
 from chatlm.front.server.kept import AFTER, LIMIT, asked, now_s, send_page, stored
@@ -343,7 +342,8 @@ class BatchWorker:
             pool = self.catalogue.find(model).pool if model else None
         except ChatServerError:
             pool = None
-        return SPARE + sum(map(batch_of, pool.supervisor.ready_workers if pool else ()))
+        workers = pool.supervisor.ready_workers if pool else ()
+        return SPARE + sum(worker.rows for worker in workers)
 
     def _begin_lines(self):
         """Begin the lines that may, and come back when one that was refused may try again."""
@@ -397,7 +397,7 @@ class BatchWorker:
             return row.number, encoded(result_of_bad_line(row.number, error, row.custom_id)), True
         status, body = await self._answer(row, mine, charges)
         line = Line(row.number, row.custom_id or "", endpoint, {}, line_id(row.number, row.text.strip()))
-        return row.number, encoded(result_of(line, status, body)), status != 200
+        return row.number, encoded(line.result(status, body)), status != 200
 
     async def _record(self, batch: Batch, result: tuple[int, bytes, bool], charges: Seq[Charge]):
         """Note a result and what it used, at once: so a line that is answered again after a crash is charged

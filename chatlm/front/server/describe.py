@@ -157,7 +157,7 @@ def model_body(served: Served, is_default: bool = True) -> dict:
     pool = served.pool
     adapter = served.adapter
     tokenizer = served.pool.tokenizer
-    if tokenizer is None or not pool.ready and not model.place:
+    if tokenizer is None or not pool.ready and not model.share:
         raise Overloaded("the model is not ready")
     able = abilities(tokenizer)
     facts = pool.supervisor.card.facts
@@ -170,7 +170,7 @@ def model_body(served: Served, is_default: bool = True) -> dict:
             "family": facts.family, "format": facts.format,
             "default": is_default, "pinned": model.choice.pin,
             "weights_digest": facts.digest + (f"+{adapter.digest}" if adapter else ""),
-            "arithmetic": facts.arithmetic, **pool.checkpoint, **model.of_run, "owned_by": "chat_server",
+            "arithmetic": facts.arithmetic, **pool.checkpoint, **model.run_fields, "owned_by": "chat_server",
             **({"better": better_model(free_memory(pool))} if only_demonstrates(served.name) else {}),
             "root": pool.model_name,
             "parent": pool.model_name if adapter else None, "tools": tools_of(tokenizer),
@@ -264,7 +264,7 @@ def stats_body(catalogue: Catalogue, seen: Seq[Served]) -> dict:
              "context_length": served.pool.context_length, "running": sum(
                  worker["running"] for worker in served.pool.stats()["workers"]),
              "queue_depth": served.pool.stats()["queue_depth"]}),
-         **served.model.of_run, "default": served == default, "pinned": served.model.choice.pin}
+         **served.model.run_fields, "default": served == default, "pinned": served.model.choice.pin}
         for served in seen]}
 
 

@@ -17,7 +17,7 @@ from chatlm.common.config import Settings
 from chatlm.common.errors import ConfigError, EngineFailure
 from chatlm.common.messages.protocol import ModelCard, WorkerConfig
 from chatlm.common.messages.requests import ModelSource
-from chatlm.front.pool import local
+from chatlm.front.pool import local_devices
 from chatlm.front.pool.pool import pool_of
 from chatlm.worker.build import MemoryPlan, check_gpu, lack_of_gpu_memory
 from chatlm.worker.process import busy_share, device_use
@@ -36,7 +36,7 @@ def box(monkeypatch):
     def fake(*words):
         there = [word for word in words if word != "missing"]
         monkeypatch.setenv("GPU_BOX", json.dumps(there))
-        patch(monkeypatch, local, "cuda_device_count", lambda: len(words))
+        patch(monkeypatch, local_devices, "cuda_device_count", lambda: len(words))
         monkeypatch.setattr(torch, "zeros", torch.zeros)        # fake_cuda replaces it
         monkeypatch.setattr(torch, "cuda", gpu_box_worker.fake_cuda(there))
         return [BAD[word].format(gpu, len(there)) if word in BAD else "" for gpu, word in enumerate(words)]

@@ -19,16 +19,16 @@ from chatlm.common.config import Settings
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.steps import find_steps
 from chatlm.front.evals.step_work import StepWork
-from chatlm.front.pool.local import check_nice
+from chatlm.front.pool.local_devices import check_nice
 from chatlm.front.evals.bundle import read_suite
 from chatlm.front.evals.kept import Kept
 from chatlm.front.evals.run import as_json, run_task
 from chatlm.front.evals.scores import PoolScorer
-from chatlm.front.pool.local import niceness
+from chatlm.front.pool.local_devices import niceness
 from chatlm.front.pool.many import ManyModels
 from chatlm.front.pool.pool import pool_of
 from chatlm.front.pool.residency import Residency
-from chatlm.front.pool.watch import RunWatch
+from chatlm.front.pool.run_watch import RunWatch
 from fake_pool import frames, serving
 from forked import DYING
 from real_server import get, post, server
