@@ -98,7 +98,7 @@ def line_of(error: Exception) -> str:
 def gpu_memory_error(error: Exception, config) -> ConfigError | None:
     if "torch" not in sys.modules:
         return None
-    from chatlm.worker.build import lack_of_gpu_memory
+    from chatlm.worker.device import lack_of_gpu_memory
     return lack_of_gpu_memory(error, config)
 
 

@@ -28,14 +28,14 @@ from chatlm.common.messages.protocol import (
     Loading, ModelCard, ModelText, NO_GAUGES, NewAnswer, NewPicture, NewPrompt, NewRequest, Ping, Ready)
 from chatlm.common.messages.requests import DRAFT_SOURCES, Failed, ModelFacts, ThinkingEnds
 from chatlm.common.messages.wire import BadMessage
-from chatlm.common.processes.nodes import advice, place
+from chatlm.common.processes.nodes import advice
 from chatlm.common.processes.start import threads_per_worker
-from chatlm.common.processes.torchrun import ranks_here, torchrun
+from chatlm.common.processes.torchrun import ranks_here
 from chatlm.common.segments import MOST_GROUPS
 from chatlm.common.vision.pictures import picture_of
 from chatlm.worker.arrays.kinds import Device
-from chatlm.worker.build import (
-    build_engine, build_transformer, gpu_memory, lack_of_gpu_memory, prepare_device)
+from chatlm.worker.build import build_engine, build_transformer
+from chatlm.worker.device import bind_to_node, gpu_memory, lack_of_gpu_memory, prepare_device
 from chatlm.worker.drafting import DraftHelp
 from chatlm.worker.engine.engine import failure_text
 from chatlm.worker.engine.integrity import check_integrity
@@ -146,17 +146,6 @@ def start_engine(channel: Channel, config: WorkerConfig) -> Engine:
     CalmLog.over_bar = False
     channel.send(Ready(gauges(engine), engine.kernels.backend.faults))
     return engine
-
-
-def bind_to_node(config: WorkerConfig | RankConfig, rank: int) -> str:
-    """Bind a rank that computes on a CPU to its NUMA node, if several processes compute on several nodes.
-    Returns a line for the log, or "". Before it loads: what it touches first lies on that node."""
-    if Device(config.device).type != "cpu":
-        return ""
-    here = ranks_here(config.settings)
-    started = torchrun(config.settings)
-    index = config.place[0] * here + (started.local_rank if started else rank)
-    return place(index, config.place[1] * here, config.threads)
 
 
 def share_word(engine: Engine, path: str, apart: bool = False):

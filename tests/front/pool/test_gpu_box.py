@@ -19,7 +19,8 @@ from chatlm.common.messages.protocol import ModelCard, WorkerConfig
 from chatlm.common.messages.requests import ModelSource
 from chatlm.front.pool import local
 from chatlm.front.pool.pool import pool_of
-from chatlm.worker.build import MemoryPlan, check_gpu, lack_of_gpu_memory
+from chatlm.worker.build import MemoryPlan
+from chatlm.worker.device import check_gpu, lack_of_gpu_memory
 from chatlm.worker.process import busy_share, device_use
 from patching import patch
 from pools import collect, greedy, tiny_settings
