@@ -38,7 +38,7 @@ from chatlm.worker.build import build_engine    # noqa: E402
 from chatlm.worker.engine import engine as engine_module    # noqa: E402
 from chatlm.worker.engine.sequence import Assignment    # noqa: E402
 from chatlm.worker.engine.warm_up import warm_up    # noqa: E402
-from chatlm.worker.process import gauges    # noqa: E402
+from chatlm.worker.gauges import Gauges    # noqa: E402
 from chatlm.worker.engine.reports import Reports    # noqa: E402
 
 
@@ -104,7 +104,7 @@ def ask(engine, prompt, tokens, dice):
 
 def stepper(engine, channel, interval_s=0.008):
     """A function that does a step as a worker does."""
-    reports = Reports(channel, engine, gauges, interval_s)
+    reports = Reports(channel, engine, Gauges(engine).read, interval_s)
     return lambda: reports.add(engine.step(reports.send))
 
 

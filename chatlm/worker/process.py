@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import logging
 import math
 import os
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -25,17 +23,16 @@ from chatlm.common.log import CalmLog, log
 from chatlm.common.memory import give_memory_back
 from chatlm.common.messages.protocol import (
     AdapterLoaded, CacheEmptied, Cancel, DropAdapter, EmptyCache, EndOfRequest, EndThinking, LoadAdapter,
-    Loading, ModelCard, ModelText, NO_GAUGES, NewAnswer, NewPicture, NewPrompt, NewRequest, Ping, Ready)
-from chatlm.common.messages.requests import DRAFT_SOURCES, Failed, ModelFacts, ThinkingEnds
+    Loading, ModelCard, ModelText, NewAnswer, NewPicture, NewPrompt, NewRequest, Ping, Ready)
+from chatlm.common.messages.requests import Failed, ModelFacts, ThinkingEnds
 from chatlm.common.messages.wire import BadMessage
 from chatlm.common.processes.nodes import advice
 from chatlm.common.processes.start import threads_per_worker
 from chatlm.common.processes.torchrun import ranks_here
 from chatlm.common.segments import MOST_GROUPS
 from chatlm.common.vision.pictures import picture_of
-from chatlm.worker.arrays.kinds import Device
 from chatlm.worker.build import build_engine, build_transformer
-from chatlm.worker.device import bind_to_node, gpu_memory, lack_of_gpu_memory, prepare_device
+from chatlm.worker.device import bind_to_node, lack_of_gpu_memory, prepare_device
 from chatlm.worker.drafting import DraftHelp
 from chatlm.worker.engine.engine import failure_text
 from chatlm.worker.engine.integrity import check_integrity
@@ -44,6 +41,7 @@ from chatlm.worker.engine.kept import KeptPages
 from chatlm.worker.engine.reports import Reports
 from chatlm.worker.engine.sequence import Assignment
 from chatlm.worker.engine.warm_up import warm_up, warm_up_more, warm_up_soon
+from chatlm.worker.gauges import Gauges
 from chatlm.worker.ranks.messages import RankDrew
 from chatlm.worker.ranks.ranks import OtherRank, gather_ranks
 from chatlm.worker.ranks.steps import DrawnTokens, RankSteps, Stage, follow, follow_stage
@@ -144,7 +142,7 @@ def start_engine(channel: Channel, config: WorkerConfig) -> Engine:
         share_word(engine, config.answering, bool(bound))
     give_memory_back()
     CalmLog.over_bar = False
-    channel.send(Ready(gauges(engine), engine.kernels.backend.faults))
+    channel.send(Ready(Gauges(engine).read(), engine.kernels.backend.faults))
     return engine
 
 
@@ -244,20 +242,11 @@ def describe_model(model: LoadedModel, engine: Engine, config: WorkerConfig, bou
 
 def token_bytes(transformer: Transformer) -> str:
     """The bytes that this rank's layers cache per token, and how many outlast the windows, in words."""
-    kept = kept_bytes(transformer)
-    lasting = kept_bytes(transformer, lasting=True)
+    kept = transformer.token_bytes()
+    lasting = transformer.token_bytes(lasting=True)
     types = " and ".join(dict.fromkeys(filter(None, transformer.layout.types)))
     once = f", {lasting:,} once out of all windows" if lasting < kept else ""
     return f"{types}, {kept:,} bytes a token{once}"
-
-
-def kept_bytes(transformer: Transformer, lasting: bool = False) -> int:
-    """Bytes that this rank's layers cache per token; `lasting`: once it is outside all windows."""
-    kv = transformer.kv
-    layout = transformer.layout
-    return layout.unit * sum(
-        kv.slot_size(attn) for l, attn in enumerate(transformer.model.by_layer)
-        if attn and not (lasting and transformer.groups.windows[layout.group[l]]))
 
 
 def model_facts(model: LoadedModel, config: WorkerConfig | SurveyConfig, weights: str,
@@ -274,67 +263,6 @@ def model_facts(model: LoadedModel, config: WorkerConfig | SurveyConfig, weights
                       len(made.layers),
                       sampled_digest(source.path, config.settings.lora) if source else "",
                       config.settings.arithmetic)
-
-
-def gauges(engine: Engine) -> dict[str, float | None]:
-    pids = engine.ranks.links.pids if engine.ranks else ("self",)
-    used, total, utilization = device_use(engine.transformer.device, int(time.monotonic()), pids)
-    mapped = engine.transformer.layer_embed
-    return {**NO_GAUGES, **keeper_gauges(engine.keeper), "running": len(engine.queue.running),
-            "queued": len(engine.queue.waiting), "max_batch": engine.limits.max_batch,
-            "kv_pages_used": engine.pool.num_pages - engine.pool.available,
-            "kv_pages_total": engine.pool.num_pages, "kv_token_bytes": kept_bytes(engine.transformer),
-            **state_gauges(engine), "mapped_bytes": mapped.file_bytes if mapped else 0,
-            "adapter_bytes": sum(engine.adapters.sizes.values()),
-            "preemptions": engine.queue.preemptions,
-            "drafted_tokens": engine.drafting.drafted.total,
-            "accepted_tokens": engine.drafting.accepted.total,
-            **{f"{name}_{source}": getattr(getattr(engine.drafting, name), source)
-               for source in DRAFT_SOURCES for name in ("drafted", "accepted")},
-            "memory_used": used, "memory_total": total, "utilization": utilization}
-
-
-def keeper_gauges(keeper: Keeper | None) -> dict[str, float]:
-    return {**keeper.counts, "prefill_saved_s": round(keeper.saved_s, 3),
-            "keeping_s": round(keeper.copier.spent_s, 3)} if keeper else {}
-
-
-def state_gauges(engine: Engine) -> dict[str, int]:
-    """Gauges of the states that layers keep for sequences; all 0 if all layers are attention."""
-    if (states := engine.pool.states) is None:
-        return dict.fromkeys(("states_used", "states_total", "state_snapshots", "state_bytes"), 0)
-    return {"states_used": states.num_slots - len(states.free), "states_total": states.num_slots,
-            "state_snapshots": states.snapshots, "state_bytes": engine.state_bytes}
-
-
-@functools.cache
-def busy_share(device: Device) -> Callable[[], float | None]:
-    """A function that returns the share of time a GPU was busy, or None without nvidia-ml-py."""
-    try:
-        nvml = importlib.import_module("pynvml")
-        nvml.nvmlInit()
-        torch = importlib.import_module("torch")
-        uuid = torch.cuda.get_device_properties(device).uuid
-        handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
-        nvml.nvmlDeviceGetUtilizationRates(handle)
-    except Exception as error:  # not installed, a driver without support, a slice of a GPU (MIG)
-        log.info("no utilization of %s, which needs nvidia-ml-py and a whole GPU: %s", device, error)
-        return lambda: None
-    return lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100
-
-
-@functools.lru_cache(1)
-def device_use(device: Device, second: int, pids: tuple) -> tuple[int, int, float | None]:
-    """(used bytes, total bytes, share of time busy) of the GPU; otherwise these processes' resident sets, the
-    machine's memory and None. Cached by `second`, so it is read at most once a second, not every step."""
-    if device.type == "cuda":
-        free, total = gpu_memory(device)
-        return total - free, total, busy_share(device)()
-    used = 0
-    with suppress(OSError):  # not Linux
-        used = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids)
-    page = os.sysconf("SC_PAGE_SIZE")
-    return used * page, os.sysconf("SC_PHYS_PAGES") * page, None
 
 
 LOADING_S = 0.05  # between checks of adapters that are being read, while nothing is computed
@@ -435,7 +363,7 @@ def run_engine(channel: Channel, engine: Engine, config: WorkerConfig):
     inbox = Inbox(engine, channel.send)
     checks_integrity = os.environ.get("CHAT_SERVER_CHECK_INTEGRITY") == "1"  # slow: for soaks
 
-    reports = Reports(channel, engine, gauges, config.settings.stream_interval / 1000)
+    reports = Reports(channel, engine, Gauges(engine).read, config.settings.stream_interval / 1000)
 
     while True:
         inbox.end_loading()

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence as Seq
 from dataclasses import replace
 from typing import NamedTuple, Protocol, TYPE_CHECKING
 
-from chatlm.common.messages.requests import DraftCounts, Usage
+from chatlm.common.messages.requests import DRAFT_SOURCES, DraftCounts, Usage
 from chatlm.worker.engine.times import StepTimes, Times
 
 if TYPE_CHECKING:
@@ -194,6 +194,15 @@ class Drafting:
         self.times = times or Times()
         self.records: dict[Sequence, Record] = {}
         self.first_id: int | None = None  # from here on ids are no tokens
+
+    def gauges(self) -> dict[str, float]:
+        """Tokens that were drafted and accepted, in all and by source."""
+        gauges: dict[str, float] = {}
+        for name, counts in (("drafted", self.drafted), ("accepted", self.accepted)):
+            gauges[f"{name}_tokens"] = counts.total
+            for source in DRAFT_SOURCES:
+                gauges[f"{name}_{source}"] = getattr(counts, source)
+        return gauges
 
     def begin(self, sequence: Sequence):
         sequence.drafts = True

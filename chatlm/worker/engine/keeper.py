@@ -181,6 +181,10 @@ class Keeper:
         self.saved_s = 0.0     # computing time
         self.copier = Copier(pool, kept, self.memory, self.counts, self.reader.look_at_store)
 
+    def gauges(self) -> dict[str, float]:
+        return {**self.counts, "prefill_saved_s": round(self.saved_s, 3),
+                "keeping_s": round(self.copier.spent_s, 3)}
+
     def begin(self, profile: Callable[[], bytes], patience_s: float):
         """Identify the weights and scan what is kept, in a thread; wait for it at most `patience_s`."""
         def learn():

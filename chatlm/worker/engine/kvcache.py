@@ -75,6 +75,11 @@ class PagePool:
     def available(self) -> int:
         return len(self.free) + len(self.evictable)
 
+    def gauges(self) -> dict[str, float]:
+        """Also those of the states; a pool without states has no such gauges."""
+        pages = {"kv_pages_used": self.num_pages - self.available, "kv_pages_total": self.num_pages}
+        return pages | self.states.gauges() if self.states else pages
+
     def first_seen(self, position: int, window: int) -> int:
         """The index of the first page that the token at `position` sees in layers with this window."""
         return max(0, position + 1 - window) // self.page_size if window else 0

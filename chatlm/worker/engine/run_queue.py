@@ -36,6 +36,10 @@ class RunQueue:
         self.gates: list[Callable[[Sequence], bool]] = []   # must one that is ready wait all the same?
         self.on_end: list[Callable[[Sequence], None]] = []  # called with each that is removed
 
+    def gauges(self) -> dict[str, float]:
+        return {"running": len(self.running), "queued": len(self.waiting), "max_batch": self.limits.max_batch,
+                "preemptions": self.preemptions}
+
     def add(self, sequence: Sequence):
         sequence.output.added_s = time.monotonic()
         self.waiting.append(sequence)

@@ -45,6 +45,10 @@ class StatePool:
     def snapshots(self) -> int:
         return len(self.passed) + len(self.ends)
 
+    def gauges(self) -> dict[str, float]:
+        return {"states_used": self.num_slots - len(self.free), "states_total": self.num_slots,
+                "state_snapshots": self.snapshots}
+
     def allocate(self, evict: bool = True) -> int | None:
         """Take a slot, evicting snapshots if needed and allowed; None if all are held."""
         while evict and not self.free and self.snapshots:
