@@ -37,7 +37,7 @@ from chatlm.common.messages.wire import Channel    # noqa: E402
 from chatlm.worker.build import build_engine    # noqa: E402
 from chatlm.worker.engine import engine as engine_module    # noqa: E402
 from chatlm.worker.engine.sequence import Assignment    # noqa: E402
-from chatlm.worker.engine.warm_up import warm_up    # noqa: E402
+from chatlm.worker.engine.warm_up import WarmUp    # noqa: E402
 from chatlm.worker.gauges import Gauges    # noqa: E402
 from chatlm.worker.engine.reports import Reports    # noqa: E402
 
@@ -148,7 +148,7 @@ def main():
     settings, best = Settings(model=arguments.model, drafts="none"), None
     with torch.inference_mode():
         engine = build_engine(resolve_model(settings, no_progress), settings, torch.device("cpu"))[1]
-        warm_up(engine, lambda fraction: None)
+        WarmUp(engine).complete(lambda fraction: None)
         decode_core._core.force_schedule(arguments.width, False)
         ours, theirs = socket.socketpair()
         reader = subprocess.Popen(["cat"], stdin=theirs, stdout=subprocess.DEVNULL)

@@ -77,8 +77,9 @@ class PagePool:
 
     def gauges(self) -> dict[str, float]:
         """Also those of the states; a pool without states has no such gauges."""
-        pages = {"kv_pages_used": self.num_pages - self.available, "kv_pages_total": self.num_pages}
-        return pages | self.states.gauges() if self.states else pages
+        gauges: dict[str, float] = {
+            "kv_pages_used": self.num_pages - self.available, "kv_pages_total": self.num_pages}
+        return gauges | self.states.gauges() if self.states else gauges
 
     def first_seen(self, position: int, window: int) -> int:
         """The index of the first page that the token at `position` sees in layers with this window."""
