@@ -172,7 +172,7 @@ class Keeper:
         self.pool = pool
         self.kept = kept
         self.memory = PageBytes(transformer, pool.num_pages)
-        pool.addresses = Addresses()
+        pool.note_addresses(Addresses())
         self.pace = Pace(pool.page_size, times)
         self.reader = Reader(kept, self.pace)
         self.restorations: list[Restoration] = []

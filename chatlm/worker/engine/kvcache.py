@@ -75,6 +75,11 @@ class PagePool:
     def available(self) -> int:
         return len(self.free) + len(self.evictable)
 
+    def note_addresses(self, addresses: Addresses):
+        """From now on give each content an address by which a later process finds it, and list the new ones
+        in `fresh`."""
+        self.addresses = addresses
+
     def gauges(self) -> dict[str, float]:
         """Also those of the states; a pool without states has no such gauges."""
         gauges: dict[str, float] = {
