@@ -62,8 +62,10 @@ class PoolAdapters:
     Pipes keep their order, so an answer may follow at once. A new version of an adapter replaces the old one
     once it is loaded; running answers finish on the old one, which is then dropped."""
 
-    def __init__(self, settings: Settings, workers: Seq[Worker]):
-        """ConfigError for faults of --adapter that show without reading weights."""
+    def __init__(self, settings: Settings, workers: Seq[Worker],
+                 taken: Callable[[], Seq[str]] = lambda: ()):
+        """taken: names that an adapter may not have. ConfigError for faults of --adapter that show without
+        reading weights."""
         self.settings = settings
         self.workers = workers
         named, self.folders = named_adapters(settings.adapter)
@@ -73,8 +75,8 @@ class PoolAdapters:
         self.held: Counter[str] = Counter()    # id -> number of requests that use it
         self.numbers = itertools.count(1)
         self.started = False                   # from then on, no problem ends the server
-        self.taken: Callable[[], Seq[str]] = lambda: ()  # names that an adapter may not have
-        self.admit: Callable[[int], None] = lambda nbytes: None  # ConfigError: no room for that much more
+        self.taken = taken
+        self.admit: Callable[[int], None] = lambda nbytes: None  # see ask_for_room
         for files in named:
             self.serve(files, required=True)
         self.watch = AdapterWatch(self)
@@ -83,6 +85,15 @@ class PoolAdapters:
     def nbytes(self) -> int:
         """Bytes of all adapters in all workers."""
         return len(self.workers) * sum(adapter.bytes for adapter in self.all.values())
+
+    def ask_for_room(self, admit: Callable[[int], None]):
+        """Ask before adapters take more memory, in bytes; ConfigError says that there is no room for it."""
+        self.admit = admit
+
+    def avoid_names(self, taken: Callable[[], Seq[str]]):
+        """From now on these are the names that an adapter may not have; see refuse_names."""
+        self.taken = taken
+        self.refuse_names()
 
     def refuse_names(self):
         """ConfigError if a required adapter has the model's name; others with that name are not served."""

@@ -144,10 +144,8 @@ class ManyModels(Catalogue):
         """Accept requests for a model that has been opened."""
         if model.pool and model.place:
             pool = model.pool
-            pool.adapters.taken = partial(names_beside, model, self.registry.models)
-            pool.adapters.refuse_names()
-            pool.supervisor.gave_up = lambda: self.fail(model, pool.supervisor.failure)
-            pool.draining = self.draining
+            pool.join(taken=partial(names_beside, model, self.registry.models),
+                      gave_up=partial(self.fail, model), draining=self.draining)
             self.run(f"starting the pool of {model.name}", pool.start)
 
     def fail(self, model: Model, error: ChatServerError | None):

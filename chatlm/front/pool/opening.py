@@ -121,7 +121,7 @@ class Opener:
             place = Place(model.name, pool, size, cache=cache, pinned=model.choice.pin,
                           idle_s=0.0 if model.choice.pin else model.settings.idle_unload)
             self.residency.admit(place)
-            pool.adapters.admit = partial(self.residency.admit, place)
+            pool.adapters.ask_for_room(partial(self.residency.admit, place))
         except ChatServerError as error:
             if pool:
                 await self.close_pool(pool)
