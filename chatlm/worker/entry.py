@@ -40,11 +40,15 @@ def run_survey(channel: Channel, config: SurveyConfig):
     survey_models(channel, config)
 
 
+# the loop, and what reads the models that most servers have
+IMPORTED_AHEAD = "chatlm.worker.process", "chatlm.worker.weights.gguf_model", "chatlm.worker.weights.mmproj"
+
+
 def worker_main(run: Callable[[Channel, Any], None], pipe: Pipe, arguments: Seq[str]) -> int:
     """Join the parent and `run` until the other end hangs up."""
     channel = join_parent(arguments, pipe)
     with suppress(ImportError):  # if it was started ahead; what is missing is said below
-        for module in ("chatlm.worker.process", "chatlm.worker.weights.gguf"):
+        for module in IMPORTED_AHEAD:
             importlib.import_module(module)
     reserve = mmap.mmap(-1, 32 << 20)  # address space reserved for reporting that memory ran out
     try:
