@@ -55,8 +55,8 @@ The rooms, each above those that it may import
 Life of a request
 
     AccessLog.log > errors_to_responses > Access.guard > Front.handle_answer > Bodies.answer > read_bytes
-        > Intake.opened > open_body > Intake.resolve > Intake.see > read_native_body > native_messages
-        > Answers.begin > WorkerPool.answer > PromptMaker.admit > Tokenizer.render
+        > Intake.opened > open_body > Intake.resolve > Intake.decode_pictures > read_native_body
+        > native_messages > Answers.begin > WorkerPool.answer > PromptMaker.admit > Tokenizer.render
         > Dispatcher.dispatch > Worker.assign > Pipe.packed                                     front process
         > Inbox.obey > Engine.add > Scheduler.schedule > make_batch > EagerSteps.start
         > Transformer.forward > sample_reference > RunQueue.advance > Answer.push
@@ -295,7 +295,7 @@ class Front:
         left."""
         request = encoder.request
         async with AsyncExitStack() as work:
-            work.enter_context(holding.handed_over())
+            work.enter_context(holding.hand_over())
             accepted, events = await work.enter_async_context(answering)
             frames = self.frames(accepted, events, encoder)
             await work.enter_async_context(aclosing(frames))
