@@ -97,7 +97,7 @@ def greedy(name, max_tokens=40, text="hello", **changes):
 
 def work_of(job):
     """What a worker's engine gets for a job, through the messages that cross the pipe."""
-    from chatlm.worker.process import Inbox
+    from chatlm.worker.inbox import Inbox
     works = []
     inbox = Inbox(SimpleNamespace(add=works.append))
     for message in job.messages(None):

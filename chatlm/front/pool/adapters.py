@@ -64,8 +64,10 @@ class PoolAdapters:
     A new version of an adapter replaces the old one once it is loaded. Running answers finish with the old
     one, which is dropped after them."""
 
-    def __init__(self, settings: Settings, workers: Seq[Worker]):
-        """Raises ConfigError for faults of --adapter that show without reading weights."""
+    def __init__(self, settings: Settings, workers: Seq[Worker],
+                 names_in_use: Callable[[], Seq[str]] = lambda: ()):
+        """names_in_use: returns the names that an adapter may not have. Raises ConfigError for faults of
+        --adapter that show without reading weights."""
         self.settings = settings
         self.workers = workers
         named, self.folders = named_adapters(settings.adapter)
@@ -75,9 +77,8 @@ class PoolAdapters:
         self.uses: Counter[str] = Counter()    # id -> number of requests that use it
         self.numbers = itertools.count(1)
         self.started = False                   # True: no problem of an adapter ends the server any more
-        self.names_in_use: Callable[[], Seq[str]] = lambda: ()  # names that an adapter may not have
-        # raises ConfigError if there is no room for that many more bytes
-        self.admit: Callable[[int], None] = lambda nbytes: None
+        self.names_in_use = names_in_use
+        self.admit: Callable[[int], None] = lambda nbytes: None  # see ask_for_room
         for files in named:
             self.serve(files, required=True)
         self.watch = AdapterWatch(self)
@@ -86,6 +87,16 @@ class PoolAdapters:
     def nbytes(self) -> int:
         """Bytes of all adapters in all workers."""
         return len(self.workers) * sum(adapter.bytes for adapter in self.all.values())
+
+    def ask_for_room(self, admit: Callable[[int], None]):
+        """From now on, call this before adapters take that many more bytes. It raises ConfigError if there is
+        no room."""
+        self.admit = admit
+
+    def avoid_names(self, names_in_use: Callable[[], Seq[str]]):
+        """From now on, these are the names that an adapter may not have: see refuse_names."""
+        self.names_in_use = names_in_use
+        self.refuse_names()
 
     def refuse_names(self):
         """Raise ConfigError if a required adapter has the model's name. Others with that name are not

@@ -147,10 +147,8 @@ class ManyModels(Catalogue):
         """Accept requests for a model that has been opened."""
         if model.pool and model.share:
             pool = model.pool
-            pool.adapters.names_in_use = partial(names_beside, model, self.registry.models)
-            pool.adapters.refuse_names()
-            pool.supervisor.on_give_up = lambda: self.fail(model, pool.supervisor.failure)
-            pool.draining = self.draining
+            pool.join(names_in_use=partial(names_beside, model, self.registry.models),
+                      gave_up=partial(self.fail, model), draining=self.draining)
             self.run(f"starting the pool of {model.name}", pool.start)
 
     def fail(self, model: Model, error: ChatServerError | None):

@@ -124,7 +124,7 @@ class Opener:
             share = MemoryShare(model.name, pool, size, cache=cache, pinned=model.choice.pin,
                           idle_s=0.0 if model.choice.pin else model.settings.idle_unload)
             self.residency.admit(share)
-            pool.adapters.admit = partial(self.residency.admit, share)
+            pool.adapters.ask_for_room(partial(self.residency.admit, share))
         except ChatServerError as error:
             if pool:
                 await self.close_pool(pool)

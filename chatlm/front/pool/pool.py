@@ -107,10 +107,8 @@ class WorkerPool:
         self.workers = placement.workers
         self.admission = Admission(self._check_capacity, shared)
         self.changed = changed or self._load_for_jobs
-        self.adapters = PoolAdapters(settings, self.workers)
+        self.adapters = PoolAdapters(settings, self.workers, self._own_names)
         self.dispatcher = Dispatcher(settings, self.workers, self.adapters, dispatchers, self.changed)
-        self.adapters.names_in_use = lambda: accepted_names(
-            [self.model_name, *settings.served_model_name], settings.model)
         self.supervisor = Supervisor(
             settings, self.workers, self.dispatcher, self.adapters, prepare=self._open_tokenizer,
             expect=self._expect,
@@ -120,6 +118,18 @@ class WorkerPool:
         self.draining = False
         self.started_s = time.monotonic()
         self.created = int(time.time())
+
+    def join(self, names_in_use: Callable[[], Seq[str]], gave_up: Callable[[ChatServerError], None],
+             draining: bool):
+        """From now on, serve beside the other models of a server. names_in_use: returns the names that no
+        adapter may have. gave_up: called with the error if a worker cannot start. draining: is the server
+        about to end?"""
+        self.adapters.avoid_names(names_in_use)
+        self.supervisor.tell_failure_to(gave_up)
+        self.draining = draining
+
+    def _own_names(self) -> list[str]:
+        return accepted_names([self.model_name, *self.settings.served_model_name], self.settings.model)
 
     async def start(self):
         if self.prefixes and self.alone:

@@ -74,7 +74,7 @@ class Supervisor:
         self.loading = ("starting", 0.0)     # stage, share
         self.became_ready = asyncio.Event()  # also set when start-up failed
         self.failure: ChatServerError | None = None
-        self.on_give_up: Callable[[], None] = lambda: None  # called after a failure
+        self.tell_failure: Callable[[ChatServerError], None] = lambda error: None  # see tell_failure_to
         self.served_s = time.monotonic()     # when a worker was last ready, or no request waited for one
         self.load_s = 0.0                    # seconds from start to ready of the last worker
         self.tasks: set[asyncio.Task] = set()
@@ -92,13 +92,17 @@ class Supervisor:
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
+    def tell_failure_to(self, gave_up: Callable[[ChatServerError], None]):
+        """Have this called if start-up fails, or if a worker that is needed again later cannot start."""
+        self.tell_failure = gave_up
+
     def give_up(self, error: ChatServerError):
         """Note that start-up has failed."""
         self.failure = self.failure or error
         self.closing = True
         self.version.close()
         self.became_ready.set()
-        self.on_give_up()
+        self.tell_failure(self.failure)
 
     @property
     def ready_workers(self) -> list[Worker]:

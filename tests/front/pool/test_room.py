@@ -118,7 +118,7 @@ def test_an_adapter_that_takes_more_in_a_worker_than_it_seemed_to_is_refused_whe
     place = MemoryShare("base", pool, 10 << 20)
     residency = Residency(place.size + 3 * old.nbytes)
     residency.admit(place)
-    adapters.admit = lambda more: residency.admit(place, more)
+    adapters.ask_for_room(lambda more: residency.admit(place, more))
     for version, nbytes in ((old, 1000), (new, old.nbytes), (new, 4 * old.nbytes)):
         adapters.serve(version)
         [adapter] = [adapter for adapter in adapters.all.values() if not adapter.loaded]
