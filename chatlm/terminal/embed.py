@@ -20,7 +20,7 @@ from chatlm.common.invocation import program_command
 from chatlm.common.jsontext import is_text
 from chatlm.common.log import ProgressDisplay
 from chatlm.common.messages.requests import Embedding
-from chatlm.front.api.encode_retrieval import numbers_of
+from chatlm.front.api.encode_retrieval import decoded_vector
 from chatlm.front.api.retrieval_readers import check_route, read_embedding_body
 from chatlm.front.pool.pool import known_about
 from chatlm.terminal.chat import duration
@@ -103,7 +103,7 @@ async def vectors_of(pool: WorkerPool, settings: Settings, batch: Batch) -> list
         async with aclosing(pool.answer(request)) as events:
             async for event in events:
                 if isinstance(event, Embedding):
-                    found[event.choice] = numbers_of(event)
+                    found[event.choice] = decoded_vector(event)
     except RequestError as error:
         last = batch.first + len(batch.texts) - 1
         raise RequestError(f"lines {batch.first:,} to {last:,} of {visible(settings.texts or '')}: {error}",

@@ -120,7 +120,7 @@ class Admission:
         tokenizer = await (opening if opening and text == card.text else self._open_text(card.text, settings))
         known = known_with(replace(settings, keys=(), api_key=()), tokenizer, card.facts)
         self._configure("bodies", known, card.text, card.context_length, card.scored_length, tokenizer.forms)
-        self.prompts = self._prompts_of(tokenizer, card.context_length, card.scored_length)
+        self.prompts = self._prompt_maker(tokenizer, card.context_length, card.scored_length)
 
     async def _open_text(self, text: TextSpec, settings: Settings) -> Tokenizer:
         """Open the model's tokenizer, in a thread. Gives the chat template to the sandboxes and tries it."""
@@ -133,7 +133,7 @@ class Admission:
         tokenizer = await asyncio.to_thread(open_tokenizer, text)
         await asyncio.to_thread(trim_heap)  # give back what the tokenizer was built from
         if tokenizer.templated:
-            prompts = self._prompts_of(tokenizer)
+            prompts = self._prompt_maker(tokenizer)
             try:
                 await prompts.render([Message("user", "hello")], (), "")
             except RequestError as error:  # the template may accept other chats
@@ -156,7 +156,7 @@ class Admission:
             known, text, context_length, limits.cpu_s, limits.memory_bytes, limits.nice, self.number,
             scored_length, forms)
 
-    def _prompts_of(self, tokenizer: Tokenizer, context_length: int = 0,
+    def _prompt_maker(self, tokenizer: Tokenizer, context_length: int = 0,
                     scored_length: int = 0) -> PromptMaker:
         return PromptMaker(
             tokenizer, context_length, scored_length=scored_length, run=run_in_thread_if_long,

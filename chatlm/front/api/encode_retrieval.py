@@ -32,7 +32,7 @@ class EmbeddingsEncoder(Encoder):
             return 0
         vector = dump(event.vector)
         if self.parsed.details["encoding"] == "float":  # nine digits tell all float32 numbers apart
-            vector = b"[%s]" % ",".join(["%.9g" % number for number in numbers_of(event)]).encode()
+            vector = b"[%s]" % ",".join(["%.9g" % number for number in decoded_vector(event)]).encode()
         self.vectors[event.choice] = vector
         return len(vector)
 
@@ -70,7 +70,7 @@ class EmbeddingsEncoder(Encoder):
         yield b"]}"
 
 
-def numbers_of(event: Embedding) -> list[float]:
+def decoded_vector(event: Embedding) -> list[float]:
     return [number for number, in struct.iter_unpack("<f", base64.b64decode(event.vector))]
 
 
@@ -86,7 +86,7 @@ class ScoresEncoder(Encoder):
         if not isinstance(event, Embedding):
             self.choices[event.choice].done = event
             return 0
-        numbers = numbers_of(event)
+        numbers = decoded_vector(event)
         self.numbers[event.choice] = numbers
         return 100 + 32 * len(numbers)
 

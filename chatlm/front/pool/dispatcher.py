@@ -48,7 +48,7 @@ class WaitingQueue:
         ranked = sorted(self.lanes.by_client, key=operator.itemgetter(0))
         return itertools.chain.from_iterable(map(self.lanes.by_client.__getitem__, ranked))
 
-    def _lane_of(self, job: Job) -> tuple[int, str]:
+    def _lane(self, job: Job) -> tuple[int, str]:
         """A job's rank and client. Jobs whose worker died share a lane, whoever their client is."""
         low = job.request.low_priority
         if job.failovers:
@@ -59,10 +59,10 @@ class WaitingQueue:
         return rank, job.request.client
 
     def append(self, job: Job):
-        self.lanes.append(self._lane_of(job), job)
+        self.lanes.append(self._lane(job), job)
 
     def append_first(self, job: Job):
-        self.lanes.append_first(self._lane_of(job), job)
+        self.lanes.append_first(self._lane(job), job)
 
     def first(self, rows: Mapping[tuple[bool, str], int] = types.MappingProxyType({})) -> Job | None:
         """The next job. rows: (is it in the background?, client) -> how many rows the client has."""
@@ -76,10 +76,10 @@ class WaitingQueue:
 
     def take(self, job: Job):
         """Remove the job, which must be the first of its client."""
-        self.lanes.take(self._lane_of(job))
+        self.lanes.take(self._lane(job))
 
     def remove(self, job: Job):
-        self.lanes.remove(self._lane_of(job), job)
+        self.lanes.remove(self._lane(job), job)
 
 
 TEXTS = 16  # that many texts of a request count as one waiting answer for --max-queue

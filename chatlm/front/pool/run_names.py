@@ -56,12 +56,12 @@ class RunNames:
         folders = {step.tag for step in steps}
         for step in steps:
             if step.run not in self.known:
-                self.known[step.run] = self._name_of(step, folders)
+                self.known[step.run] = self._make_name(step, folders)
 
     def of(self, run: Path) -> RunName:
         return self.known[run]
 
-    def _name_of(self, step: Step, folders: set[str]) -> RunName:
+    def _make_name(self, step: Step, folders: set[str]) -> RunName:
         """The names of a step's run. If its name is taken, its path is used instead; a folder that is called
         like a stage, such as `d4-base`, has the first right to that name."""
         place = step.place
