@@ -13,7 +13,7 @@ from typing import NamedTuple, TYPE_CHECKING
 from chatlm.common.errors import RequestError
 from chatlm.common.jsontext import is_text
 from chatlm.front.api.batch_lines import Line, read_line
-from chatlm.front.api.conversation import continued_ids
+from chatlm.front.api.message_readers import continued_ids
 from chatlm.front.api.fields import json_object
 from chatlm.front.api.picture_parts import Lift, Lifted, fill_in, lift_pictures
 from chatlm.front.api.tables import BODY_FIELDS

@@ -17,7 +17,7 @@ from chatlm.common.log import log
 from chatlm.common.messages.protocol import KeptItem
 from chatlm.common.messages.requests import Finished, Piece
 from chatlm.front.aio import supervised
-from chatlm.front.api.conversation import (
+from chatlm.front.api.message_readers import (
     OTHER_ITEMS, chat_messages, other_types, response_messages, without_others)
 from chatlm.front.api.encode_responses import ResponsesEncoder
 from chatlm.front.api.errors import public_error, response_error
