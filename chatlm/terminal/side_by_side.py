@@ -43,7 +43,7 @@ class Column:
         self.parts = {"token": "", "reasoning": ""}
         self.calls: list[dict] = []         # of the calculator, in its text
         self.marks = MarkedText()
-        self.new = ""                       # what of it has not been shown
+        self.new = ""                       # text that has not been shown yet
         self.began = False                  # has its name been shown?
         self.end: dict[str, Any] = {}
         self.differs: dict | None = None
@@ -89,9 +89,13 @@ async def compare(settings: Settings) -> int:
     text = prompt_text(settings)
     columns = [Column() for _ in names]
     turn = 0
-    system = [{"role": "system", "content": settings.system}] if settings.system else []
-    body = {"models": names, "messages": [*system, {"role": "user", "content": text}],
-            **{name: value for name in PARAMETERS if (value := getattr(settings, name)) is not None}}
+    messages = []
+    if settings.system:
+        messages.append({"role": "system", "content": settings.system})
+    messages.append({"role": "user", "content": text})
+    parameters = {name: getattr(settings, name) for name in PARAMETERS}
+    body = {"models": names, "messages": messages,
+            **{name: value for name, value in parameters.items() if value is not None}}
     async with aclosing(answers_of(settings, body)) as events:
         async for event in events:
             if "done" in event:
