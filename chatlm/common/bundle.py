@@ -235,14 +235,14 @@ def write_bundle(path: Path, wanted: Wanted) -> str:
         with suppress(OSError):
             part.unlink(missing_ok=True)
     if packed:
-        contents = f"with the libraries for {' and '.join(map(str, packed))}{needed_glibc(packed)}"
+        about = f"with the libraries for {' and '.join(map(str, packed))}{needed_glibc(packed)}"
     elif core:
-        contents = f"with decode_core for {PLATFORM}"
+        about = f"with decode_core for {PLATFORM}"
     else:
-        contents = f"without decode_core, {problem}"
+        about = f"without decode_core, {problem}"
     if model:
-        contents += f" and the model {model.name}"
-    return f"{path}: {size / 1e6:.1f} MB, {contents}"
+        about += f" and the model {model.name}"
+    return f"{path}: {size / 1e6:.1f} MB, {about}"
 
 
 def needed_glibc(packed: Seq[Libraries]) -> str:

@@ -19,7 +19,7 @@ from chatlm.front.evals.bpb import BpbResult, Texts, read_texts, run_bpb
 from chatlm.front.evals.bundle import Suite, read_suite
 from chatlm.front.evals.chat import chat_suite
 from chatlm.front.evals.items import NEAR_TIE
-from chatlm.front.evals.kept import Kept, kept_name, results_folder
+from chatlm.front.evals.answers_file import AnswersFile, answers_file_name, results_folder
 from chatlm.front.evals.run import TaskResult, as_json, mean_of, run_task
 from chatlm.front.evals.samples import FREE_SAMPLES, FREE_TOKENS, PROMPTS, SAMPLE_TOKENS
 from chatlm.front.evals.scores import FREE, GREEDY, NO_CHAT, PoolScorer, cut_as_upstream
@@ -265,7 +265,8 @@ async def evaluate(settings: Settings) -> int:
             if what is None or folder is None:
                 await show_samples(scorer, name, pool.checkpoint, settings.json)
                 continue
-            kept = Kept(folder, kept_name(one_model, scorer, name, what, settings.max_per_task))
+            file_name = answers_file_name(one_model, scorer, name, what, settings.max_per_task)
+            kept = AnswersFile(folder, file_name)
             progress = ProgressDisplay()
             try:
                 if isinstance(what, Suite):

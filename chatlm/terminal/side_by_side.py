@@ -24,7 +24,7 @@ from chatlm.front.intake.arrival import Caller
 from chatlm.front.intake.budget import Holding
 from chatlm.front.intake.intake import Intake, tokenizer_of
 from chatlm.front.pool.many import ManyModels
-from chatlm.front.server.compare import Comparison, asked_of, with_ids
+from chatlm.front.server.compare import Comparison, contestants_of, with_ids
 from chatlm.front.server.describe import kind_of
 from chatlm.terminal.calculator import MarkedText, calls_of_event
 from chatlm.terminal.chat import NO_ROLES, duration, prompt_text
@@ -170,9 +170,9 @@ async def answers_of(settings: Settings, body: dict) -> AsyncGenerator[dict, Non
         with Holding(intake.budget, "") as holding:
             caller = Caller("/v1/compare", client="", owner="")
             async with intake.opened(caller, dump(body), times=LIMITS.compared) as arrival:
-                asked, _ = await asked_of(intake, arrival, holding)
-            asked = with_ids(asked, lambda works: [request for _, request in works])
-            async with Comparison(asked) as comparison:
+                contestants, _ = await contestants_of(intake, arrival, holding)
+            contestants = with_ids(contestants, lambda works: [request for _, request in works])
+            async with Comparison(contestants) as comparison:
                 async for event in comparison.events():
                     yield event
     finally:

@@ -23,7 +23,7 @@ from chatlm.common.hub.shards import BUFFERED, Packer, documents_of, last_shard
 from chatlm.front.aio import all_of
 
 if TYPE_CHECKING:
-    from chatlm.front.evals.kept import Kept
+    from chatlm.front.evals.answers_file import AnswersFile
     from chatlm.front.evals.scores import Scorer
 
 FETCHES = "python -m nanochat.dataset -n 1"  # what upstream fetches the validation shard with
@@ -126,7 +126,7 @@ def targets_of(scorer: Scorer) -> int:
     return min(MOST_TARGETS, scorer.room - 1)
 
 
-async def run_bpb(scorer: Scorer, texts: Texts, most: int | None, kept: Kept,
+async def run_bpb(scorer: Scorer, texts: Texts, most: int | None, kept: AnswersFile,
                   progress: Callable[[str, float], None]) -> BpbResult:
     """Score the rows that are not among `kept`: `most` of them, or as many as upstream does."""
     began_s = time.monotonic()

@@ -16,7 +16,7 @@ from chatlm.front.evals.items import NEAR_TIE, BadItem, examples_of, fitted, pro
 
 if TYPE_CHECKING:
     from chatlm.front.evals.chat import Runs
-    from chatlm.front.evals.kept import Kept
+    from chatlm.front.evals.answers_file import AnswersFile
     from chatlm.front.evals.scores import Scorer
 
 
@@ -77,7 +77,7 @@ def drawn_items(task: Task, most: int | None) -> list:
     return drawn_problems(task, most) if task.kind in CHAT_KINDS else drawn_rows(task, most)
 
 
-async def run_task(scorer: Scorer, task: Task, most: int | None, kept: Kept,
+async def run_task(scorer: Scorer, task: Task, most: int | None, kept: AnswersFile,
                    progress: Callable[[str, float], None], at_once: int = AT_ONCE,
                    runs: Runs | None = None) -> TaskResult:
     """Judge the items of a task that are not among `kept`. runs: runs programs, for a task that needs it.

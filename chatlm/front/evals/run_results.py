@@ -26,7 +26,7 @@ from chatlm.common.hub.nanochat import AS_TRAINED
 from chatlm.common.hub.written import is_number
 from chatlm.common.log import log
 from chatlm.front.evals.bits import Score
-from chatlm.front.evals.kept import file_word
+from chatlm.front.evals.answers_file import file_word
 from chatlm.front.pool.run_names import RunName
 
 if TYPE_CHECKING:

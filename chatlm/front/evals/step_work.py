@@ -22,7 +22,7 @@ from chatlm.front.evals.bundle import read_suite
 from chatlm.front.evals.chat import chat_suite
 from chatlm.front.evals.flips import Verdicts
 from chatlm.front.evals.forward_check import ForwardCheck
-from chatlm.front.evals.kept import Kept, kept_name, results_folder
+from chatlm.front.evals.answers_file import AnswersFile, answers_file_name, results_folder
 from chatlm.front.evals.run import as_json, drawn_items, mean_of, run_task
 from chatlm.front.evals.run_log import RunLog
 from chatlm.front.evals.run_results import (
@@ -151,8 +151,8 @@ class SuiteDuty:
         suite = self.suite
         model = work.model
         scorer = PoolScorer(work.pool, work.yields)
-        name = kept_name(model.settings, scorer, model.name, suite, self.most)
-        kept = await asyncio.to_thread(Kept, self.folder, name, self.unkept)
+        name = answers_file_name(model.settings, scorer, model.name, suite, self.most)
+        kept = await asyncio.to_thread(AnswersFile, self.folder, name, self.unkept)
         try:
             results = [await run_task(scorer, task, self.most, kept, lambda stage, fraction: None, at_once=1)
                        for task in suite.tasks]
