@@ -164,9 +164,9 @@ from chatlm.front.server.access import Access, AccessLog, Owners, is_loopback, l
 from chatlm.front.server.answering import Answers
 from chatlm.front.server.batches import BATCH_ROUTES, BatchRoutes
 from chatlm.front.server.bodies import DOCUMENT_ROUTES, Bodies
-from chatlm.front.server.compare import Comparison, read_asked, with_ids
+from chatlm.front.server.compare import Comparison, read_contestants, with_ids
 from chatlm.front.server.connections import room_for_connections, serving
-from chatlm.front.server.conversations import CONVERSATION_ROUTES, Keeper
+from chatlm.front.server.conversations import CONVERSATION_ROUTES, ResponseKeeper
 from chatlm.front.server.describe import (
     MODEL_ROUTES, ModelRoutes, alive_body, bare_id, ollama_version, openapi_document, readiness_body,
     stats_body)
@@ -213,7 +213,7 @@ class Front:
         self.compared: dict[str, list[str]] = {}  # id of a running comparison -> ids of its answers
         self.recordings = Recordings()
         self.downloads = DownloadRoutes(catalogue, self.bodies, self.access)
-        self.kept = Keeper(store, self.bodies, self.owners, settings.keep_days)
+        self.kept = ResponseKeeper(store, self.bodies, self.owners, settings.keep_days)
         self.metrics: Metrics | None = None
         with suppress(ConfigError):  # prometheus_client is missing: /metrics says so
             self.metrics = Metrics(catalogue, self.ledger)
@@ -274,12 +274,13 @@ class Front:
     async def handle_compare(self, http: web.Request) -> web.StreamResponse:
         """POST /v1/compare: several models answer the same question, in one stream."""
         with self.bodies.holding() as holding:
-            asked = with_ids(await read_asked(self.bodies, http, holding), self.identified)
+            contestants = await read_contestants(self.bodies, http, holding)
+            contestants = with_ids(contestants, self.identified)
             request_id = REQUEST_LOG.get().id
-            self.compared[request_id] = [one.request.id for one in asked]
+            self.compared[request_id] = [one.request.id for one in contestants]
             try:
-                with self.ledger.pledged([one.work for one in asked]):
-                    async with (Comparison(asked, self.answers.begin) as comparison,
+                with self.ledger.pledged([one.work for one in contestants]):
+                    async with (Comparison(contestants, self.answers.begin) as comparison,
                                 EventStream(http, request_id) as stream):
                         async for event in comparison.events():
                             await stream.send(frame(event))
