@@ -1,4 +1,4 @@
-"""A step's plan as one batch for the model, and how each of its rows is drawn."""
+"""A step's plan as one batch for the model, and how a token is drawn from each of its rows of logits."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def make_batch(plan: Seq[Chunk], model: Model | None = None) -> Batch:
     """Flatten the plan into one forward pass of a model, sequence after sequence."""
     adapters = [chunk.sequence.adapter for chunk in plan]
-    shown = any(chunk.sequence.pooling or chunk.sequence.shown for chunk in plan)
-    batch = Batch([], [], [0], [], [], [], shown, [], [], [], adapters if any(adapters) else [])
+    reads_hidden = any(chunk.sequence.pooling or chunk.sequence.needs_hidden for chunk in plan)
+    batch = Batch([], [], [0], [], [], [], reads_hidden, [], [], [], adapters if any(adapters) else [])
     token_ids, previous_token_ids, starts, lengths, tables, logit_rows, _, reads, *writes, _, _ = batch
     for chunk in plan:
         first, (before, *ids) = chunk.sequence.computed, chunk.ids
@@ -37,7 +37,7 @@ def make_batch(plan: Seq[Chunk], model: Model | None = None) -> Batch:
 
 
 def of_pictures(batch: Batch, plan: Seq[Chunk], model: Model) -> Batch:
-    """A batch with what rows of pictures need besides."""
+    """The batch with what rows of pictures need too."""
     if model.picture_pad is not None:
         batch.previous_token_ids[:] = pad_ids(batch.token_ids, model.picture_pad, model.vocab_size)
     ahead = [0] * len(batch.token_ids)
@@ -74,8 +74,8 @@ def sample_rows(plan: Seq[Chunk], eos_tokens: frozenset[int]) -> list[SampleRow]
 
 
 def sample_row(sequence: Sequence, eos_tokens: frozenset[int], offset: int = 0) -> SampleRow:
-    """How to draw a sequence's next token, or the one `offset` after it: parameters, absolute position, and
-    the tokens that penalties count."""
+    """How to draw a sequence's next token, or the one `offset` tokens after it: with which parameters, at
+    which absolute position, and which tokens penalties count."""
     work = sequence.work
     params = sequence.work.params
     sampling = sequence.work.sampling
@@ -85,7 +85,7 @@ def sample_row(sequence: Sequence, eos_tokens: frozenset[int], offset: int = 0) 
     return SampleRow(sampling, len(sequence.tokens) + offset, *sequence.counted, sequence.output.kept)
 
 
-def shown_rows(plan: Seq[Chunk]) -> list[tuple[int, numpy.ndarray, numpy.ndarray | None]]:
+def picture_rows(plan: Seq[Chunk]) -> list[tuple[int, numpy.ndarray, numpy.ndarray | None]]:
     """The rows of pictures in a step, as show_pictures takes them."""
     found = []
     begin = 0
