@@ -31,9 +31,8 @@ class RepeatedCalls:
         self.name = ""
         self.parts = []
         self.repeated = 0          # how many characters of the previous call were repeated
-        # complete: all of them were
-        self.holding = False
-        self.complete = False
+        self.holding = False       # does the call repeat the previous one so far?
+        self.complete = False      # were all of its characters repeated?
 
     def push(self, more: Delta) -> Delta:
         """What can be sent now."""
@@ -68,15 +67,12 @@ class AnswerText:
         self.unsent: list[Delta] = []
         # the calculator's calls behind text that is held back, each with the number of characters before it
         self.pinned: deque[tuple[int, Delta]] = deque()
-        # characters of content so far, and those of them that can be sent
-        self.read = 0
-        self.shown = 0
-        # tokens and calls so far
-        self.count = 0
-        self.calls = 0
-        # tokens of reasoning, with its markers and without
-        self.reasoning_tokens = 0
-        self.thoughts = 0
+        self.read = 0    # characters of content so far,
+        self.shown = 0   # and those of them that could be sent
+        self.count = 0   # tokens so far
+        self.calls = 0   # calls so far
+        self.reasoning_tokens = 0  # tokens of reasoning, with its markers,
+        self.thoughts = 0          # and without
         self.repeated = RepeatedCalls() if params.grammar and params.grammar_param == "tools" else None
 
     @property
@@ -259,7 +255,7 @@ class Answer:
         self.thinking_ends = work.thinking_ends  # its reasoning ends after this many tokens; None: no limit
         self.thinking_ended = False    # did `_end_of_thinking` end it?
         self.tool = CalculatorTool(tokenizer, tokenizer.tool_tokens) if tokenizer.tool_tokens else None
-        # to write before anything is drawn: what the calculator says to the prompt, or to a chosen beginning
+        # tokens to write before any is drawn: the calculator's result for the prompt or a chosen beginning
         self.owed = self.tool.continue_prompt(work.prompt_ids) if self.tool else []
         self.repetition = RepetitionFinder() if work.params.stop_on_repetition else None
         self.repeats_itself = False

@@ -20,23 +20,27 @@ def make_batch(plan: Seq[Chunk], model: Model | None = None) -> Batch:
     """Flatten the plan into one forward pass of a model, sequence after sequence."""
     adapters = [chunk.sequence.adapter for chunk in plan]
     reads_hidden = any(chunk.sequence.pooling or chunk.sequence.needs_hidden for chunk in plan)
-    batch = Batch([], [], [0], [], [], [], reads_hidden, [], [], [], adapters if any(adapters) else [])
-    token_ids, previous_token_ids, starts, lengths, tables, logit_rows, _, reads, *writes, _, _ = batch
+    batch = Batch([], [], [0], [], [], [], reads_hidden, state_reads=[], write_rows=[], write_slots=[],
+                  adapters=adapters if any(adapters) else [])
     for chunk in plan:
-        first, (before, *ids) = chunk.sequence.computed, chunk.ids
-        reads.append(chunk.reads)
-        writes[0].extend(len(token_ids) + token for token, _ in chunk.writes)
-        writes[1].extend(slot for _, slot in chunk.writes)
-        token_ids += ids
-        previous_token_ids += [before, *ids[:-1]]
-        starts.append(len(token_ids))
-        lengths.append(first + len(ids))
-        tables.append(chunk.sequence.pages)
-        logit_rows += range(len(token_ids) - chunk.rows, len(token_ids))
-    return of_pictures(batch, plan, model) if model and model.sees else batch
+        before, *ids = chunk.ids
+        begin = len(batch.token_ids)
+        end = begin + len(ids)
+        batch.token_ids.extend(ids)
+        batch.previous_token_ids.append(before)
+        batch.previous_token_ids.extend(ids[:-1])
+        batch.starts.append(end)
+        batch.lengths.append(chunk.sequence.computed + len(ids))
+        batch.tables.append(chunk.sequence.pages)
+        batch.logit_rows.extend(range(end - chunk.rows, end))
+        batch.state_reads.append(chunk.reads)
+        for token, slot in chunk.writes:
+            batch.write_rows.append(begin + token)
+            batch.write_slots.append(slot)
+    return with_pictures(batch, plan, model) if model and model.sees else batch
 
 
-def of_pictures(batch: Batch, plan: Seq[Chunk], model: Model) -> Batch:
+def with_pictures(batch: Batch, plan: Seq[Chunk], model: Model) -> Batch:
     """The batch with what rows of pictures need too."""
     if model.picture_pad is not None:
         batch.previous_token_ids[:] = pad_ids(batch.token_ids, model.picture_pad, model.vocab_size)
@@ -63,8 +67,10 @@ def turns_of(plan: Seq[Chunk]) -> list[int]:
         first = chunk.sequence.computed
         count = len(chunk.ids) - 1
         sight = chunk.sequence.sight
-        turns += sight.turned(first, count, len(turns)) if sight and sight.turns else range(
-            first, first + count)
+        if sight and sight.turns:
+            turns += sight.turned(first, count, len(turns))
+        else:
+            turns += range(first, first + count)
     return turns
 
 

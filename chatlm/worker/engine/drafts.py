@@ -55,8 +55,8 @@ class DraftSource(Protocol):
 
 
 class Acceptance:
-    """How often a drafted token was right if all before it were, by source, by what the source thought of its
-    chance, and by its place in the draft."""
+    """How often a drafted token was right if all before it were: by its source, by the chance that the source
+    gave it, and by its place in the draft."""
 
     # TRUST: tokens that the source's own estimate counts as
     TRUST = 4.0
@@ -70,7 +70,8 @@ class Acceptance:
         self.counts: dict[tuple[str, int, int], list[float]] = {}  # [tokens, right ones]; new ones weigh most
 
     def measured(self, draft: Draft) -> tuple[list[float], list[list[float]]]:
-        """The chances as they were measured, and each token's counts; of fewer tokens if chances are tiny."""
+        """The chances of a draft's tokens as measured, and the counts of each; tokens with tiny chances are
+        left out."""
         before = 1.0
         chance = 1.0
         chances = []
@@ -90,7 +91,7 @@ class Acceptance:
         return chances, found
 
     def note(self, found: list[list[float]], right: int, known: int):
-        """Of a draft's first `known` tokens, the first `right` ones were right, and at most one was not."""
+        """The first `right` of a draft's first `known` tokens were right; at most one was not."""
         for i, counts in enumerate(found[:known]):
             if counts[0] >= self.MEMORY:
                 counts[:] = counts[0] * 0.75, counts[1] * 0.75
@@ -108,9 +109,8 @@ class DraftRecord:
         self.proposed = NO_DRAFT               # the newest draft, before it was cut
         self.chances: list[float] = []         # of its tokens, as measured for all sequences
         self.counts: list[list[float]] = []    # see Acceptance.measured
-        # tokens, the newest count most
-        self.expected = 0.0
-        self.right = 0.0
+        self.expected = 0.0  # tokens that were expected to be right; the newest count most
+        self.right = 0.0     # tokens that were
 
     @property
     def factor(self) -> float:
@@ -122,13 +122,14 @@ class DraftRecord:
 
 
 def can_draft(sequence: Sequence) -> bool:
-    """Can its next tokens be drafted: is it known to the sources, is only its newest token not computed, and
-    is its text and its grammar at hand?"""
+    """Can its next tokens be drafted? The sources must know it, only its newest token may be pending, and its
+    text and grammar must be ready."""
     return sequence.drafts and not sequence.finished and sequence.pending == 1 and sequence.output.ready
 
 
 def joined(forced: Draft, draft: Draft) -> Draft:
-    """What is forced, with the rest of another draft of the same sequence where that agrees."""
+    """The forced tokens, followed by the rest of another draft of the same sequence if it begins with
+    them."""
     count = len(forced.tokens)
     if draft.tokens[:count] != forced.tokens or len(draft.tokens) == count:
         return forced
@@ -182,9 +183,9 @@ class Drafting:
     """Asks the sources, keeps the best draft of each sequence, cuts it to what pays, and counts what was
     drafted and accepted.
 
-    A drafted token pays if the step that also verifies it gives more tokens a second: the chance that it and
-    all before are right against the time that one more row takes. Both are measured. A draft that is not
-    verified is measured too: the tokens that come show whether it was right."""
+    A drafted token pays if a step that also verifies it gives more tokens a second: if the chance that it and
+    all before it are right outweighs the time of one more row. Both are measured. So is a draft that was not
+    verified: the tokens that come show whether it was right."""
 
     def __init__(self, sources: Iterable[DraftSource], times: Times | None = None,
                  vocab_end: int | None = None):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from chatlm.worker.model.transformer import Transformer
 
 
-class Embedder:
+class Pooler:
     """Pools the hidden states (C,) float64 of a text while its chunks are computed: their mean, the first or
     the last. A model's head turns what is pooled into a vector, or into the score of a pair."""
 

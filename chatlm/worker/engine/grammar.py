@@ -47,8 +47,7 @@ class Grammar:
         self.ends = tokenizer.stop_tokens
         self.bytes = tokenizer.byte_tokens
         self.source, self.lexer = source, object()  # lexer: the same one in its copies
-        # fed: the tokens so far
-        self.fed = []
+        self.fed = []          # the tokens so far
         self.renewed = False
         self.follows_drafts = True
         self.size = 0                 # bytes, shared with its copies

@@ -17,7 +17,7 @@ from chatlm.worker.ops.sampling import clean_logits, penalize, sample_each, top_
 if TYPE_CHECKING:
     from chatlm.common.messages.requests import WorkerEvent
     from chatlm.worker.engine.answer_maker import AnswerMaker
-    from chatlm.worker.engine.embedding import Embedder
+    from chatlm.worker.engine.embedding import Pooler
     from chatlm.worker.engine.sequence import Chunk, Sequence
     from chatlm.worker.model.transformer import Transformer
     from chatlm.worker.ops.rows import SampleRow
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 class HostSteps:
     """Steps whose logits or hidden states the host needs. No other step may be under way meanwhile."""
 
-    def __init__(self, transformer: Transformer, steps, answers: AnswerMaker, embedder: Embedder,
+    def __init__(self, transformer: Transformer, steps, answers: AnswerMaker, pooler: Pooler,
                  emit: Callable[[Sequence, WorkerEvent], None]):
         self.transformer = transformer
         self.steps = steps
         self.answers = answers
-        self.embedder = embedder
+        self.pooler = pooler
         self.emit = emit
 
     def run(self, plan: Seq[Chunk]) -> tuple[list[Chunk], Callable[[], list[int]]]:
@@ -45,7 +45,7 @@ class HostSteps:
         self.transformer.arrays.wait(logits)
         for chunk, (first, last) in zip(plan, itertools.pairwise(batch.starts)):
             if chunk.sequence.pooling:
-                self.embedder.pool(chunk, first, last)
+                self.pooler.pool(chunk, first, last)
         late = self._without_mask(plan)
         rows = itertools.accumulate((chunk.rows for chunk in plan), initial=0)
         spans = [(chunk, range(first, last))

@@ -50,10 +50,9 @@ class Restoration:
 class Pace:
     """Whether it pays to wait for kept pages, by how long computing and reading have taken so far."""
 
-    # a prompt waits this long, or this share of what it may save
-    GRACE_S = 0.03
-    GRACE_SHARE = 0.05
-    OVERHEAD_S = 0.0005   # of a restoration
+    GRACE_S = 0.03         # a prompt waits this long in any case,
+    GRACE_SHARE = 0.05     # or this share of the time that it may save
+    OVERHEAD_S = 0.0005    # of a restoration
     MEMORY_BYTE_S = 3e-10  # to read a byte of memory
 
     def __init__(self, page_size: int, times: Times):
@@ -95,9 +94,8 @@ class Reader:
     """Threads that read kept pages ahead of the engine, and look at what other workers have stored."""
 
     LEAST_READ_BYTES = 1 << 20  # a smaller read does not update the measured speed
-    # read ahead of the engine
-    BATCHES = 32
-    BATCH_BYTES = 4 << 20
+    BATCHES = 32            # read ahead of the engine,
+    BATCH_BYTES = 4 << 20   # of at least so many bytes each
 
     def __init__(self, kept: KeptPages, pace: Pace):
         self.kept = kept

@@ -39,10 +39,9 @@ class Drafter(Protocol):
 class Rate:
     """How often a drafted token of a sequence is right if all before it are; older drafts count less."""
 
-    MEMORY = 0.9           # weight of what was known, with each draft
-    # what is assumed before anything is known
-    RIGHT = 1.4
-    OF = 2.0
+    MEMORY = 0.9  # weight of what was known, with each draft
+    RIGHT = 1.4   # tokens assumed to be right before anything is known,
+    OF = 2.0      # of so many
 
     def __init__(self):
         self.right = 0.0
@@ -79,13 +78,12 @@ class ModelDrafts:
     many, and so on, to see whether drafts pay now. Answers that begin meanwhile rest as long, since a second
     model would have to compute their prompts too."""
 
-    # tokens of a draft before anything is measured, and at most
-    FIRST = 4
-    LONGEST = 7
-    REST = 64
-    LONGEST_WATCHED = 256
-    LONGEST_REST = 4096
-    MOST_COMPUTED = 8      # tokens for each that drafts, in a first step that is measured: else with prompts
+    FIRST = 4              # tokens of a draft before anything is measured,
+    LONGEST = 7            # and at most
+    REST = 64              # tokens of the first rest,
+    LONGEST_REST = 4096    # and of the longest
+    LONGEST_WATCHED = 256  # the longest rest during which hidden states are read all the time
+    MOST_COMPUTED = 8      # tokens for each sequence in a first step that is timed; with more it has prompts
 
     def __init__(self, drafter: Drafter):
         self.drafter = drafter
@@ -108,9 +106,10 @@ class ModelDrafts:
 
     def begin(self, sequence: Sequence):
         self.rates[sequence] = Rate()
-        # it does not see: of a prompt with pictures it drafts nothing
-        self.resting[sequence] = sys.maxsize if sequence.sight else (
-            len(sequence.tokens) + self.rest if self.rest else 0)
+        if sequence.sight:
+            self.resting[sequence] = sys.maxsize  # it sees no pictures, and drafts nothing after them
+        else:
+            self.resting[sequence] = len(sequence.tokens) + self.rest if self.rest else 0
 
     def end(self, sequence: Sequence):
         self.drafter.end(sequence)

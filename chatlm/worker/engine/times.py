@@ -9,12 +9,11 @@ class StepTimes:
     """How long a step takes by its number of rows. Numbers that were never measured are estimated from those
     that were."""
 
-    SLOPE = 0.05  # of a row, in steps of one row, until two numbers of rows were measured
-    # weight of a measurement below and above the mean: others use the machine too
-    FASTER = 0.3
-    SLOWER = 0.05
-    MEMORY = 50   # measurements after which a number of rows counts no more than now
-    RENEWED = 16  # measurements after which the estimates are made again
+    SLOPE = 0.05   # of a row, in steps of one row, until two numbers of rows were measured
+    FASTER = 0.3   # weight of a measurement below the mean,
+    SLOWER = 0.05  # and above it: others use the machine too
+    MEMORY = 50    # measurements after which a number of rows counts no more than now
+    RENEWED = 16   # measurements after which the estimates are made again
 
     def __init__(self):
         self.measured: dict[int, tuple[float, int]] = {}  # rows -> (seconds, how often it was measured)

@@ -136,8 +136,8 @@ def test_it_starts_over_when_its_pages_are_taken_or_a_step_failed(nanochat_fixtu
         assert first.computed
         engine.queue.preempt(first)
         engine.step(), engine.step()
-        pool = engine.embedder.pool
-        monkeypatch.setattr(engine.embedder, "pool", lambda *chunk: pool(*chunk) or 1 / 0)
+        pool = engine.pooler.pool
+        monkeypatch.setattr(engine.pooler, "pool", lambda *chunk: pool(*chunk) or 1 / 0)
         with pytest.raises(ZeroDivisionError):
             engine.step()
         monkeypatch.undo()
