@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence as Seq
 from chatlm.common.errors import RequestError
 from chatlm.common.messages.requests import Delta
 from chatlm.common.text.calculations import moved
-from chatlm.front.api.calculations import read_calculations, what_was_called
+from chatlm.front.api.earlier_calculations import read_calculation, read_calculations
 
 
 def call_text(call: Mapping) -> str:
@@ -85,7 +85,7 @@ def calls_of_event(sent) -> list[dict]:
     for call in sent if isinstance(sent, list) else ():
         if isinstance(call, dict) and type(call.get("start")) is int:
             try:
-                calls.append({"start": call["start"], **what_was_called(call, "calculator")})
+                calls.append({"start": call["start"], **read_calculation(call, "calculator")})
             except RequestError:
                 continue
     return calls

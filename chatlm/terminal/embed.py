@@ -21,7 +21,7 @@ from chatlm.common.jsontext import is_text
 from chatlm.common.log import ProgressDisplay
 from chatlm.common.messages.requests import Embedding
 from chatlm.front.api.encode_retrieval import numbers_of
-from chatlm.front.api.retrieval import check_route, read_embedding_body
+from chatlm.front.api.retrieval_readers import check_route, read_embedding_body
 from chatlm.front.pool.pool import known_of
 from chatlm.terminal.chat import duration
 from chatlm.terminal.output_path import named_errors, output_path, shown_path

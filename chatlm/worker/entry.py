@@ -49,13 +49,15 @@ def run_doctor(channel: Channel, config: DoctorConfig):
 AHEAD = {  # what a process imports while it waits for its first message, by its pipe
     WORKER_PIPE: "chatlm.worker.process", RANK_PIPE: "chatlm.worker.other_rank",
     SURVEY_PIPE: "chatlm.worker.survey", DOCTOR_PIPE: "chatlm.worker.doctor.examine"}
+# modules that read the models which most servers have
+READERS_AHEAD = "chatlm.worker.weights.gguf_model", "chatlm.worker.weights.mmproj"
 
 
 def worker_main(run: Callable[[Channel, Any], None], pipe: Pipe, arguments: Seq[str]) -> int:
     """Join the parent and `run` until the other end hangs up."""
     channel = join_parent(arguments, pipe)
     with suppress(ImportError):  # it may have been started ahead; what is missing is said below
-        for module in (AHEAD[pipe], "chatlm.worker.weights.gguf"):
+        for module in (AHEAD[pipe], *READERS_AHEAD):
             importlib.import_module(module)
     reserve = mmap.mmap(-1, 32 << 20)  # address space reserved for reporting that memory ran out
     try:

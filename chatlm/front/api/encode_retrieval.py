@@ -1,4 +1,4 @@
-"""Answers that are vectors of texts, rankings of documents or scores of pairs, as each API writes them."""
+"""Encoders of answers that are vectors of texts, rankings of documents or scores of pairs."""
 
 from __future__ import annotations
 
@@ -37,9 +37,12 @@ class EmbeddingsEncoder(Encoder):
         return len(vector)
 
     def without_work(self) -> bytes:
-        more = {"model": self.model, "embeddings": [], "total_duration": 0, "load_duration": 0,
-                "prompt_eval_count": 0} if self.parsed.api == "ollama embed" else {"embedding": []}
-        return dump(more) if "nothing" in self.parsed.details else b""
+        if "nothing" not in self.parsed.details:
+            return b""
+        if self.parsed.api == "ollama embed":
+            return dump({"model": self.model, "embeddings": [], "total_duration": 0, "load_duration": 0,
+                         "prompt_eval_count": 0})
+        return dump({"embedding": []})
 
     def completion(self) -> Iterator[bytes]:
         count = self.usage().prompt_tokens
@@ -76,14 +79,15 @@ class ScoresEncoder(Encoder):
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        self.found: list[list[float]] = [[]] * len(self.choices)
+        self.numbers: list[list[float]] = [[]] * len(self.choices)  # a score, or a vector, for each prompt
 
     def collect(self, event: Embedding | Finished) -> int:
-        """Keep a score, or a vector to compare; returns the bytes that it takes."""
+        """Keep a score, or a vector to compare; returns how many bytes it takes."""
         if not isinstance(event, Embedding):
             self.choices[event.choice].done = event
             return 0
-        self.found[event.choice] = numbers = numbers_of(event)
+        numbers = numbers_of(event)
+        self.numbers[event.choice] = numbers
         return 100 + 32 * len(numbers)
 
     def completion(self) -> Iterator[bytes]:
@@ -93,7 +97,7 @@ class ScoresEncoder(Encoder):
     @property
     def raw(self) -> list[float]:
         """The logits of the pairs, in the order in which they were sent."""
-        return [number for number, in self.found]
+        return [number for number, in self.numbers]
 
     @property
     def scores(self) -> list[float]:
@@ -101,10 +105,11 @@ class ScoresEncoder(Encoder):
 
     @property
     def cosines(self) -> list[float]:
-        """Of pairs of vectors of length 1: the first texts come before the second ones."""
+        """The cosines of pairs. The vectors, of length 1, are first those of all first texts, then those of
+        all second texts."""
         pairs = self.parsed.details["pairs"]
-        first = self.found[:-pairs]
-        second = self.found[-pairs:]
+        first = self.numbers[:-pairs]
+        second = self.numbers[-pairs:]
         first = first * pairs if len(first) == 1 else first
         return [math.fsum(map(operator.mul, a, b)) for a, b in zip(first, second)]
 

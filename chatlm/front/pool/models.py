@@ -232,7 +232,7 @@ class Served(NamedTuple):
                                code="model_failed", param="model")
         return self.model.pool
 
-    def asked(self, request: Request) -> Request:
+    def with_versions(self, request: Request) -> Request:
         """The request with the versions of the files and of the adapter that it holds."""
         adapter = self.adapter.id if self.adapter else ""
         return replace(request, version=self.version, params=replace(request.params, adapter=adapter))

@@ -467,7 +467,7 @@ class BatchWorker:
             holding.grow(size)
         except Overloaded as error:
             text = line_bytes if line_bytes > LIMITS.inline_bytes else 0
-            if holding.size + size + text > holding.budget.of_one:
+            if holding.size + size + text > holding.budget.per_client:
                 raise EngineFailure(str(error)) from None
             raise
 

@@ -64,7 +64,7 @@ async def asked_of(intake: Intake, arrival: Arrival, holding: Holding) -> tuple[
     for same in indices.values():
         read = await intake.variants(arrival, holding, all_served[same[0]], same, wanted["seed"])
         requests |= {index: parsed.request for index, parsed in zip(same, read)}
-    return [Asked(served.name, served.pool, served.asked(requests[index]))
+    return [Asked(served.name, served.pool, served.with_versions(requests[index]))
             for index, served in enumerate(all_served)], ignored
 
 

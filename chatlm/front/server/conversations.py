@@ -19,7 +19,7 @@ from chatlm.common.messages.requests import Finished, Piece
 from chatlm.front.aio import supervised
 from chatlm.front.api.conversation import (
     OTHER_ITEMS, chat_messages, other_types, response_messages, without_others)
-from chatlm.front.api.encoders import ResponsesEncoder
+from chatlm.front.api.encode_responses import ResponsesEncoder
 from chatlm.front.api.errors import public_error, response_error
 from chatlm.front.api.kept_items import kept_items
 from chatlm.front.lazy import web
@@ -55,7 +55,7 @@ class Keeper:
         self.removed: Callable[[], None] = lambda: None  # is called when something was deleted
         self.saving: set[asyncio.Task[None]] = set()  # answers whose clients have left
         if store:
-            bodies.intake.earlier = self.earlier
+            bodies.intake.earlier_items = self.earlier
 
     async def close(self):
         if self.saving:

@@ -16,7 +16,7 @@ from chatlm.common.hub.offers import (
 from chatlm.common.jsontext import dump
 from chatlm.common.memory import available_memory, read_bandwidth
 from chatlm.front.api.encode import Encoder, frame
-from chatlm.front.api.encoders import OllamaEncoder
+from chatlm.front.api.encode_ollama import OllamaEncoder
 from chatlm.front.api.field_types import TEXT
 from chatlm.front.api.fields import Field
 from chatlm.front.lazy import web

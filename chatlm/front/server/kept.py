@@ -85,7 +85,7 @@ async def take_room(holding: Holding, size: int):
     """Take the bytes of what is read or sent whole, if it is large; no more than one client may have at all,
     for which it would wait in vain."""
     if size > LIMITS.inline_bytes:
-        await holding.room(min(size, holding.budget.of_one - holding.size))
+        await holding.wait_for(min(size, holding.budget.per_client - holding.size))
 
 
 async def send_parts(http: web.Request, parts: Seq[bytes | memoryview]) -> web.StreamResponse:

@@ -9,8 +9,7 @@ from functools import cached_property
 from typing import Any, TYPE_CHECKING
 
 from chatlm.common.text.load import open_tokenizer
-from chatlm.worker.weights.gguf import readable
-from chatlm.worker.weights.gguf_file import read_gguf
+from chatlm.worker.weights.gguf_file import read_gguf, readable
 from chatlm.worker.weights.litgpt import config_json
 from chatlm.worker.weights.load import open_model
 from chatlm.worker.weights.rules import read_json

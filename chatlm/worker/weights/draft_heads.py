@@ -18,19 +18,18 @@ from chatlm.common.errors import ConfigError
 from chatlm.common.log import log
 from chatlm.worker.arrays.gguf_types import TYPES, block_of
 from chatlm.worker.arrays.packed import dequantize
-from chatlm.worker.weights.assemble import tensor_sources
 from chatlm.worker.weights.model_of import model_of
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.worker.weights.assemble import Sources
     from chatlm.worker.weights.family import Family
     from chatlm.worker.weights.recipe import ModelSpec
     from chatlm.worker.weights.rules import LoadedModel
 
 
 JOINED = ("join_embed", "join_hidden", "join_embed_norm", "join_hidden_norm")
-TABLE = {name: (f"{name}.weight",) for name in JOINED}
+Table = dict[str, tuple[str, ...]]
+TABLE: Table = {name: (f"{name}.weight",) for name in JOINED}
 FOLDER_NAMES = {"mtp.norm.weight": "model.norm.weight",
                 "mtp.pre_fc_norm_embedding.weight": "join_embed_norm.weight",
                 "mtp.pre_fc_norm_hidden.weight": "join_hidden_norm.weight"}
@@ -64,9 +63,9 @@ def draft_head_of(settings: Settings, path: Path, make: Callable[[], LoadedModel
 
 def folder_head(spec: ModelSpec, row: Family, state: Mapping[str, numpy.ndarray],
                 scales: Mapping[str, numpy.ndarray]
-                ) -> tuple[ModelSpec, Sources, dict[str, numpy.ndarray], dict[str, numpy.ndarray]] | None:
-    """The spec of a folder's draft head, its tensors' sources, the tensors and their scales, under the names
-    that a model of one layer has; None without one."""
+                ) -> tuple[ModelSpec, Table, dict[str, numpy.ndarray], dict[str, numpy.ndarray]] | None:
+    """The spec of a folder's draft head, our tensors -> those of a model of one layer, and these tensors and
+    their scales by such names; None without one."""
     fc = state.get("mtp.fc.weight")
     if not row.has_draft_head or not isinstance(fc, numpy.ndarray) or "mtp.fc.weight" in scales:
         return None
@@ -82,12 +81,11 @@ def folder_head(spec: ModelSpec, row: Family, state: Mapping[str, numpy.ndarray]
     own |= {name: state[name] for name in shared if name in state}
     own = row.repack(own) | {"join_embed.weight": fc[:, :spec.width],
                              "join_hidden.weight": fc[:, spec.width:]}
-    of_head = head_spec(spec, dense)
-    return of_head, tensor_sources(of_head, row.all_tensors | TABLE, spec.vocab_size), own, named(scales)
+    return head_spec(spec, dense), row.all_tensors | TABLE, own, named(scales)
 
 
 def gguf_head(spec: ModelSpec, row: Family, stored: Mapping[str, Any]
-              ) -> tuple[ModelSpec, Sources, dict[str, Any]] | None:
+              ) -> tuple[ModelSpec, Table, dict[str, Any]] | None:
     """The same of a GGUF file, whose draft head is the layer after the model's."""
     prefix = f"blk.{spec.layers}."
     if not row.has_draft_head or (joint := stored.get(f"{prefix}nextn.eh_proj.weight")) is None:
@@ -102,8 +100,7 @@ def gguf_head(spec: ModelSpec, row: Family, stored: Mapping[str, Any]
         if name in stored:
             own.setdefault(name, stored[name])
     own |= {f"{name}.weight": half for name, half in zip(JOINED, halves(joint))}
-    of_head = head_spec(spec, dense)
-    return of_head, tensor_sources(of_head, row.gguf_names | TABLE, spec.vocab_size), own
+    return head_spec(spec, dense), row.gguf_names | TABLE, own
 
 
 def halves(tensor: Any) -> tuple[Any, Any]:

@@ -1,4 +1,4 @@
-"""GGUF files as models: spec, tensors, tokenizer."""
+"""What a GGUF file says: the recipe of its model, and its tokenizer as a tokenizer.json."""
 
 from __future__ import annotations
 
@@ -6,170 +6,36 @@ import itertools
 import json
 import math
 import operator
-import re
-import struct
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence as Seq
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence as Seq
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, TYPE_CHECKING
 
-import numpy
 
-from chatlm.common.errors import ConfigError, cannot_read, named, require_library, shown
+from chatlm.common.errors import ConfigError, shown
 from chatlm.common.log import log
 from chatlm.common.messages.requests import InfillTokens, TextSpec
 from chatlm.common.text.formats import template_of
-from chatlm.worker.arrays.gguf_types import TYPES, GgufType, block_of
-from chatlm.worker.arrays.kinds import floats, item_bytes
-from chatlm.worker.arrays.packed import RopePairs, dequantize, dequantized, unpermute_rope
-from chatlm.worker.model.blocks.mixers import DeltaRule
-from chatlm.worker.model.head import Head
-from chatlm.worker.model.kernels import choose_backend
-from chatlm.worker.model.tensors import TILE_ROWS, Cut, MappedRows, Unread
-from chatlm.worker.weights import cross_encoders, rerankers
-from chatlm.worker.weights.adapters import Adaptable
-from chatlm.worker.weights.assemble import (
-    as_rows, check_names_and_shapes, cut_stored, file_shapes, mapped_rows, packed_together, tensor_sources,
-    unread_keys, without_shared)
 from chatlm.worker.weights.configs import (
     HF_DEFAULTS, complete_heads, family_spec, growing_queries, scaled_rope, unsupported)
 from chatlm.worker.weights.control_tokens import END_TOKENS, misnamed
-from chatlm.worker.weights.draft_heads import draft_head_of, gguf_head
-from chatlm.worker.weights.embedders import gguf_embedder, pooling_of_gguf
+from chatlm.worker.weights.embedders import pooling_of_gguf
 from chatlm.worker.weights.encoder_text import text_of_encoder
-from chatlm.worker.weights.factors import with_factors
 from chatlm.worker.weights.families import FAMILIES, GGUF_FAMILIES
-from chatlm.worker.weights.family import Family, Header, is_one_more
-from chatlm.worker.weights.finite import refuse_faults
-from chatlm.worker.weights.gguf_file import (
-    GGUF_OWN, GGUF_SIZES, ROPE_TENSORS, check_gguf_types, gguf_value, read_gguf, refuse_unknown)
+from chatlm.worker.weights.family import Family, Header
+from chatlm.worker.weights.gguf_file import GGUF_OWN, GGUF_SIZES, ROPE_TENSORS, gguf_value, refuse_unknown
 from chatlm.worker.weights.gguf_header import Texts
-from chatlm.worker.weights.lora import FileSlice, fused_slices
-from chatlm.worker.weights.model_of import model_of
 from chatlm.worker.weights.pipelines import (
     CONTROL, USER_DEFINED, byte_level_pipeline, merges_of_scores, sentencepiece_pipeline)
 from chatlm.worker.weights.rules import (
-    LAYER_TYPES, LoadedModel, Rule, check_divides, checked, float_type, own_sampling,
-    suppressed_in, warn_of_templates)
+    LAYER_TYPES, Rule, check_divides, checked, suppressed_in, warn_of_templates)
 from chatlm.worker.weights.splits import PRE_TOKENIZERS
-from chatlm.worker.weights.tied_heads import Pair, merge_adapters
 from chatlm.worker.weights.vocabulary import vocabulary_from
 
 if TYPE_CHECKING:
-    from chatlm.common.config import Settings
-    from chatlm.common.messages.requests import ModelSource
-    from chatlm.worker.model.kernels import Backend
-    from chatlm.worker.weights.assemble import Sources
-    from chatlm.worker.weights.lora import Change, Copy
     from chatlm.worker.weights.recipe import ModelSpec
     from chatlm.worker.weights.vocabulary import Vocabulary
-
-
-def file_shape(name: str, tensor) -> tuple[int, ...]:
-    """The shape of a gguf_header.Tensor, rows first; vectors of Mamba layers may be (H, 1), (groups, ..).
-
-    llama.cpp's converter writes a shared expert's gate as (1, width), llama-quantize as (width,)."""
-    if name.endswith(".ffn_gate_inp_shexp.weight"):
-        return 1, int(tensor.n_elements)
-    vector = name.endswith((".ssm_a", ".ssm_d", ".ssm_norm.weight"))
-    return (int(tensor.n_elements),) if vector else tuple(reversed(tensor.shape.tolist()))
-
-
-@contextmanager
-def readable(path: Path) -> Iterator[None]:
-    """Turns the errors of reading a GGUF file into ConfigError."""
-    try:
-        yield
-    except OSError as error:
-        raise cannot_read(error.filename or path, error) from None
-    except (ValueError, LookupError, TypeError, OverflowError, RecursionError, struct.error) as error:
-        reason = "a tensor's shape does not match its bytes" if "reshape" in str(error) else named(error)
-        raise ConfigError(f"{path} is not a readable GGUF file: {reason}") from None
-
-
-def open_gguf(source: ModelSource, settings: Settings, device) -> LoadedModel:
-    with readable(source.path):
-        metadata, stored = read_gguf(source.path)
-        types = Counter(tensor.tensor_type.name for tensor in stored.values())
-        family, spec = gguf_spec(source.path, metadata, stored, settings.context_length)
-        architecture = metadata["general.architecture"]
-        check_gguf_types(source.path, stored)
-        stored = with_factors(source.path, stored)
-        stored = FAMILIES[family].gguf.repack(stored)
-        given = stored
-        if metadata.get(f"{architecture}.nextn_predict_layers"):  # a draft head is no layer of the model
-            stored = {name: tensor for name, tensor in stored.items()
-                      if not (layer := re.match(r"blk\.(\d+)\.", name)) or int(layer[1]) < spec.layers}
-        stored = without_shared(spec, stored)
-        heads = {name: tensor for name, tensor in stored.items() if re.match(r"(cls|dense_\d)\.", name)}
-        classes = None if spec.of_texts else stored.pop(rerankers.CLASSES, None)
-        if spec.of_texts:
-            stored = {name: tensor for name, tensor in stored.items() if name not in heads}
-        row = FAMILIES[family]
-        names = row.gguf_names
-        sources = tensor_sources(spec, names, spec.vocab_size)
-        check_names_and_shapes(
-            source.path, {name: file_shape(name, tensor) for name, tensor in stored.items()
-                          if name not in ROPE_TENSORS},  # they became spec.rope_factors
-            sources)
-        backend = choose_backend(device, model_of(spec))
-        if spec.of_texts and types.keys() == {"F32"}:  # else it would become bfloat16
-            settings = replace(settings, dtype=settings.dtype or "float32")
-        as_stored = None if settings.dtype else backend.as_stored
-        dtype = None if as_stored else float_type(settings, backend)
-        called = source.name, str(metadata.get("general.name") or "")
-        slices = partial(gguf_slices, spec, family, names, sources)
-        pair = Pair.of(names)
-        spec, sources, added, adapted, tied = merge_adapters(
-            settings, spec, sources, file_shapes(sources) | unread_keys(spec),
-            slices() if settings.lora else {}, called, pair, Pair.in_adapters(row, spec), (stored, given))
-        slices = partial(gguf_slices, spec, family, names, sources)
-        tensors = gguf_tensors(source.path, settings, spec, sources, stored, dtype, backend,
-                               row.gguf.permuted, row.interleaved, added)
-        text, vocabulary = gguf_texts(source.path, metadata)
-        ranking = None
-        head = Head()
-
-        def draft_head() -> LoadedModel | None:
-            if (found := gguf_head(spec, row, given)) is None:
-                return None
-            own, sources, stored = found
-            shapes = {name: file_shape(name, tensor) for name, tensor in stored.items()}
-            check_names_and_shapes(source.path, shapes, sources)
-            tensors = gguf_tensors(source.path, settings, own, sources, stored, dtype, backend,
-                                   row.gguf.permuted, row.interleaved)
-            return LoadedModel(own, tensors, text, source.name, "", dtype, family=architecture)
-
-        drafter = draft_head_of(settings, source.path, draft_head)
-        if not spec.of_texts:
-            text, ranking = rerankers.of_gguf(source.path, metadata, family, spec, text, stored, classes)
-        if embedder := gguf_embedder(source.path, metadata, text, family, spec):
-            if spec.of_texts:
-                head = cross_encoders.gguf_head(source.path, metadata, spec, embedder.pooling, heads)
-            embedder = embedder._replace(size=head.size or embedder.size)
-            text = replace(text, embedder=embedder, chat_template=None)
-    description = f"{architecture}, {spec.layers} layers, width {spec.width}, " + \
-        ", ".join(f"{count} {name}" for name, count in types.most_common())
-    if dtype is None:
-        description += backend.converted(sources, stored)
-    description += adapted
-    block = max(packed_together(tensor) for name, tensor in stored.items() if ".ffn_down" in name)
-    mapped = sources["layer_embed"][1] if "layer_embed" in sources else ()
-    held = {name: tensor for name, tensor in stored.items() if name not in mapped}
-    pairs = RopePairs(spec.head_size, spec.rope_size or spec.head_size)
-    own_pairs = pairs if row.interleaved else None
-    adaptable = Adaptable((*settings.served_model_name, *called), sources, slices, lambda name, rows: (
-        unpermute_rope(rows, own_pairs if re.search(r"attn_[qk]\.", name) else None)), unread_keys(spec),
-        tied=tied)
-    return LoadedModel(spec, tensors, text, source.name, description, dtype, block=max(block, TILE_ROWS),
-                       family=architecture, adaptable=adaptable, head=head, ranking=ranking,
-                       vocabulary=vocabulary, draft_head=drafter,
-                       grows=growth(tensors, held, dtype is None),
-                       **own_sampling(source.path, metadata, "general.sampling."))
 
 
 def gguf_spec(path: Path, metadata: Mapping, stored: Mapping, context: int | None) -> tuple[str, ModelSpec]:
@@ -302,144 +168,6 @@ def gguf_scaling(header: Header, row: Family, config: Mapping, lists: Mapping[st
     elif row.gguf.mscale_unknown:
         log.info(MSCALE_UNKNOWN, header.path, 0.1 * math.log(max(factor, 1)) + 1)
     return rope
-
-
-def gguf_slices(spec: ModelSpec, family: str, names: Mapping[str, tuple],
-                sources: Sources) -> dict[str, list[FileSlice]]:
-    """Where a GGUF file stores the matrices of the model's folder; `names` is like HF_TENSORS."""
-    table = FAMILIES[family].all_tensors
-    ordered = FAMILIES[family].ordered
-    layers = model_of(spec).layers
-    slices = {name: [FileSlice(name)] for name in unread_keys(spec)}
-    shapes = file_shapes(sources)
-    for ours in sources:
-        layer, _, part = ours.rpartition(".")
-        theirs, own = ([name.format(layer) for name in names_of.get(part, ()) if "expert" not in part]
-                       for names_of in (table, names))
-        if part == "layer_embed":  # it stays in its file
-            continue
-        mixer = layers[int(layer)].mixer if layer else None
-        if isinstance(mixer, DeltaRule) and part in ("mix_in", "mix_out"):
-            slices |= linear_slices(mixer, theirs, own)
-        else:
-            rows = {at: ordered(spec, name, numpy.arange(shapes[at][0])) for name, at in zip(theirs, own)
-                    if ordered and at in shapes}
-            slices |= {name: [FileSlice(at, rows.get(at, slice(None)))] for name, at in zip(theirs, own)
-                       if len(shapes.get(at, ())) == 2}
-            slices |= {name: [FileSlice(at, plus=float(is_one_more(FAMILIES[family], name)))]
-                       for name, at in zip(theirs, own) if is_norm(part, shapes.get(at, ()))}
-    slices = fused_slices(slices, shapes, FAMILIES[family].fused, spec.layers)
-    return FAMILIES[family].named_by_adapters(spec, slices)
-
-
-def is_norm(part: str, shape: tuple[int, ...]) -> bool:
-    """Is our tensor a norm's weight or bias, which a GGUF file has in the folder's order?"""
-    return len(shape) == 1 and part.removesuffix("_bias").endswith("norm")
-
-
-def linear_slices(mixer: DeltaRule, theirs: Seq[str], own: Seq[str]) -> dict[str, list[FileSlice]]:
-    """Where a GGUF file stores a folder's linear attention matrices: Qwen3.5's value heads are in another
-    order there, and Qwen3-Next's rows are not grouped by key head."""
-    Hk = mixer.key_heads
-    D = mixer.key_size
-    Dv = mixer.value_size
-    r = mixer.value_heads // mixer.key_heads
-    p, z, *_ = mixer.parts
-    if mixer.gates_by_key and len(own) > len(theirs):
-        *qkv, gates = numpy.split(numpy.arange(p + z).reshape(Hk, -1), (D, 2 * D, 2 * D + r * Dv), 1)
-        rows = numpy.concatenate([part.flatten() for part in qkv]), gates.flatten()
-        return {theirs[0]: [*map(FileSlice, own, rows)], theirs[1]: [FileSlice(own[2])]}
-    heads = numpy.arange(Hk * r)
-    heads = heads.reshape(Hk, r).T.flatten() if mixer.alternating else heads
-    values = (heads[:, None] * Dv + numpy.arange(Dv)).flatten()
-    if len(own) == 1:
-        return {theirs[0]: [FileSlice(own[0], columns=values)]}
-    rows = numpy.concatenate((numpy.arange(p - z), p - z + values)), values, heads, heads
-    return {name: [file_slice] for name, file_slice in zip(theirs, map(FileSlice, own, rows))}
-
-
-def gguf_tensors(path: Path, settings: Settings, spec: ModelSpec, sources: Sources, stored: Mapping,
-                 dtype: str | None, backend: Backend, permuted: bool, interleaved: bool,
-                 added: Mapping[str, list[Change | Copy]] = {}) -> dict[str, Unread | MappedRows]:
-    """Our tensors as `dtype`; None: the backend's `as_stored` makes the matrices, in the file's type or one
-    close to it."""
-    as_stored = backend.as_stored if dtype is None else None
-    held_bytes = getattr(backend, "held_bytes", file_bytes)  # older builds of decode_core lack it
-    pairs = RopePairs(spec.head_size, spec.rope_size or spec.head_size)
-
-    def read(theirs: Iterable[str], cut: Cut):
-        own = [pairs if (permuted or interleaved) and re.search(r"attn_[qk]\.", name) else None
-               for name in theirs]
-        parts = [merged(stored[name], part, added[name], part if interleaved else None, dtype is None)
-                 if name in added else (as_rows(stored[name], cut.shape), part)
-                 for name, part in zip(theirs, own)]
-        parts = cut_stored(parts, cut)
-        matrix = len(cut.shape) == 2
-        return (as_stored(cut.shape, parts) if as_stored and matrix else
-                dequantized(cut.shape, parts, dtype if dtype and matrix else "float32"))
-
-    def unread(shape: tuple[int, ...], theirs: Mapping[str, tuple[int, ...]]) -> Unread:
-        mapped = tuple(stored[name].data for name in theirs)
-        size = math.prod(shape) * (item_bytes(dtype) if dtype and len(shape) > 1 else 4)
-        if dtype is None and len(shape) == 2:
-            types = [merged_type(stored[name], True) if name in added else stored[name].tensor_type
-                     for name in theirs]
-            size = held_bytes([SimpleNamespace(tensor_type=gguf_type, shape=stored[name].shape)
-                               for name, gguf_type in zip(theirs, types)])
-        check = partial(refuse_faults, path, settings, theirs, read)
-        return Unread(Cut.whole(shape), partial(read, theirs), size, mapped, check, (read, theirs))
-
-    return {ours: mapped_table(stored[next(iter(source[1]))]) if ours == "layer_embed" else unread(*source)
-            for ours, source in sources.items()}
-
-
-def mapped_table(tensor) -> MappedRows:
-    table = numpy.asarray(tensor.data)
-    gguf_type = tensor.tensor_type
-    if gguf_type.name in ("F32", "F16", "BF16"):
-        return mapped_rows(dequantize(gguf_type, table))
-    return MappedRows(table, gguf_type.name.lower(),
-                      lambda rows: floats(dequantize(gguf_type, rows)).reshape(len(rows), -1))
-
-
-def merged(tensor, pairs: RopePairs | None, changes: Iterable[Change | Copy], own_pairs: RopePairs | None,
-           packed: bool) -> tuple[Any, None]:
-    """Part of a matrix with its adapters' changes, whose rows have `own_pairs`; a `packed` one becomes
-    Q8_0. A vector stays one of floats."""
-    values = dequantized(tuple(reversed(tensor.shape.tolist())), [(tensor, pairs)], "float32")
-    for change in changes:
-        values = change.on(values, partial(unpermute_rope, pairs=own_pairs))
-    gguf_type = merged_type(tensor, packed)
-    data = require_library("gguf", "an adapter").quantize(values, gguf_type)
-    return SimpleNamespace(tensor_type=gguf_type, data=data, shape=tensor.shape), None
-
-
-def merged_type(tensor, packed: bool) -> GgufType:
-    return TYPES["Q8_0" if packed and tensor.tensor_type.name not in ("F32", "F16", "BF16") else "F32"]
-
-
-def file_bytes(tensors: Seq) -> int:
-    """The tensors' size in a GGUF file."""
-    sizes = [block_of(tensor.tensor_type.name) for tensor in tensors]
-    return sum(math.prod(tensor.shape.tolist()) // block * size
-               for tensor, (block, size) in zip(tensors, sizes))
-
-
-MIXED_BYTES = 0.6  # per weight in a typical Q4_K_M file
-
-
-def growth(tensors: Mapping[str, Unread | MappedRows], stored: Mapping, packed: bool) -> str:
-    """A note if the weights take much more memory than `stored`, the file's tensors to be read; "" if not."""
-    held = sum(tensor.nbytes for tensor in tensors.values())
-    on_disk = sum(tensor.n_bytes for tensor in stored.values())
-    if held < 1.1 * on_disk:
-        return ""
-    small = MIXED_BYTES * sum(tensor.n_elements for tensor in stored.values())
-    reason = "types that have no kernels here become Q8_0, and TQ1_0 takes 2 bits a weight" if packed else (
-        "torch dequantizes its matrices, which decode_core would keep packed")
-    smaller = f"; a file of type Q4_K_M would take about {small / 1e9:,.2f} GB" if packed else ""
-    return (f"The file's {on_disk / 1e9:,.2f} GB of weights take {held / 1e9:,.2f} GB in memory: "
-            f"{reason}{smaller if small < 0.9 * held else ''}")
 
 
 MOST_NAMED = 8

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from chatlm.common.errors import ConfigError, shown
+from chatlm.common.errors import ConfigError, cannot_read, named, shown
 from chatlm.common.files import check_regular
 from chatlm.common.hub.huggingface import SPLIT_GGUF
 from chatlm.worker.arrays.gguf_types import WITHOUT_VALUES
@@ -20,6 +22,18 @@ from chatlm.worker.weights.splits import PRE_TOKENIZERS
 
 
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turns the errors of reading a GGUF file into ConfigError."""
+    try:
+        yield
+    except OSError as error:
+        raise cannot_read(error.filename or path, error) from None
+    except (ValueError, LookupError, TypeError, OverflowError, RecursionError, struct.error) as error:
+        reason = "a tensor's shape does not match its bytes" if "reshape" in str(error) else named(error)
+        raise ConfigError(f"{path} is not a readable GGUF file: {reason}") from None
 
 
 def read_gguf(path: Path) -> tuple[dict, dict]:

@@ -2,13 +2,14 @@
 
 litgpt has one block for all its models (github.com/Lightning-AI/litgpt, litgpt/model.py), which its Config
 describes. A model that computes what a Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE or Pythia does
-becomes a config.json of that family and tensors of its names, and `open_folder` does the rest. Any other is
+becomes a config.json of that family and tensors of its names, and `folder_model` does the rest. Any other is
 refused by the key that differs."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING
 
@@ -18,19 +19,19 @@ from chatlm.common.errors import ConfigError, named, require_library, shown
 from chatlm.common.files import read_small
 from chatlm.common.hub.trainers import LITGPT_CONFIG, LITGPT_FILE
 from chatlm.common.log import log
+from chatlm.worker.weights.checkpoint_model import plain_state, without_tied_head
 from chatlm.worker.weights.families import FAMILIES
-from chatlm.worker.weights.huggingface import open_folder
-from chatlm.worker.weights.nanochat import plain_state
-from chatlm.worker.weights.nanogpt import without_tied_head
+from chatlm.worker.weights.folder_model import FolderConfig, folder_model
 from chatlm.worker.weights.rules import (
     LAYER_TYPES, MOST_CHANNELS, MOST_EXPERTS, MOST_HEADS, MOST_LAYERS, MOST_POSITIONS, MOST_TOKENS, ROPE_BASE,
-    LoadedModel, Rule, check_divides, checked)
+    Rule, check_divides, checked)
 from chatlm.worker.weights.tied_heads import Pair, equal
 from chatlm.worker.weights.torch_file import load_checkpoint
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.requests import ModelSource, TextSpec
+    from chatlm.worker.weights.folder_model import FolderModel
 
 COUNT = Rule(int, 1, MOST_CHANNELS, optional=True)
 KEYS: dict[str, tuple[Any, Rule]] = {  # of model_config.yaml: litgpt's default, what is allowed
@@ -98,7 +99,7 @@ MOST_YAML_BYTES = 1 << 16  # litgpt's have 1 to 2 KB; a parser takes seconds for
 LLAMA3_ROPE = "factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len"
 
 
-def open_litgpt(source: ModelSource, settings: Settings, device) -> LoadedModel:
+def read_litgpt_model(source: ModelSource, settings: Settings) -> FolderModel:
     path = source.path / LITGPT_CONFIG
     model = LitModel(path, model_config(path))
     raw = model.config_json()
@@ -107,9 +108,9 @@ def open_litgpt(source: ModelSource, settings: Settings, device) -> LoadedModel:
     if pair.head in state and equal(state[pair.head], state.get(pair.embed)):
         del state[pair.head]  # converted from a model with one matrix for both
     raw["tie_word_embeddings"] = pair.head not in state
-    opened = open_folder(source, settings, device, path, raw, lambda: (state, {}))
-    opened.text = in_prompt_style(source.path / "prompt_style.yaml", opened.text)
-    return opened
+    config = FolderConfig.of(path, raw, settings.context_length)
+    style = source.path / "prompt_style.yaml"
+    return folder_model(source, config, state, {}, partial(in_prompt_style, style))
 
 
 def config_json(folder: Path) -> dict:

@@ -17,9 +17,10 @@ from chatlm.worker.arrays.packed import dequantized
 from chatlm.worker.model.kernels import choose_backend
 from chatlm.worker.weights import qwen_towers
 from chatlm.worker.weights.assemble import check_names_and_shapes
-from chatlm.worker.weights.gguf import file_shape, gguf_tensors, readable
-from chatlm.worker.weights.gguf_file import check_gguf_types, read_gguf_file
+from chatlm.worker.weights.gguf_file import check_gguf_types, read_gguf_file, readable
+from chatlm.worker.weights.gguf_tensors import GgufTensors, file_shape
 from chatlm.worker.weights.rules import Rule, check_divides, checked
+from chatlm.worker.weights.stored_model import Storage
 from chatlm.worker.weights.towers import CLAMPS, FILE_TOWERS, clamps_of
 from chatlm.worker.weights.vision import SECTIONS, by_color, by_halves, tower_sources, unstored
 
@@ -128,8 +129,9 @@ def file_tensors(path: Path, settings: Settings, loaded: LoadedModel, device: st
     check_names_and_shapes(path, shapes, sources)
     own = family.own(eyes, loaded.spec.width)
     layers = {name: source for name, source in sources.items() if name not in own}
-    tensors: dict[str, Any] = dict(gguf_tensors(path, settings, spec, layers, stored, loaded.dtype,
-                                               choose_backend(device, eyes.architecture), False, False))
+    backend = choose_backend(device, eyes.architecture)
+    storage = Storage(backend, loaded.dtype, None if loaded.dtype else backend.as_stored)
+    tensors: dict[str, Any] = dict(GgufTensors(path, settings, stored, storage).of(layers))
     for ours, shape in own.items():
         [name] = family.file_names[ours]
         shape = shape[::-1] if name in turned else shape

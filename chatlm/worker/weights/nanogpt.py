@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence as Seq
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 import numpy
 
@@ -17,22 +17,14 @@ from chatlm.common.files import read_small, read_text
 from chatlm.common.hub.trainers import BUILD_NANOGPT, is_build_nanogpt
 from chatlm.common.messages.requests import TextSpec
 from chatlm.common.text.load import open_tokenizer
-from chatlm.worker.arrays.kinds import address_of
-from chatlm.worker.model.kernels import choose_backend
-from chatlm.worker.weights.adapters import Adaptable
-from chatlm.worker.weights.assemble import (
-    UNREAD, assembled, check_names_and_shapes, file_shapes, tensor_sources)
+from chatlm.worker.weights.assemble import UNREAD
+from chatlm.worker.weights.checkpoint_model import CheckpointModel, plain_state, without_tied_head
 from chatlm.worker.weights.huggingface import hf_text
 from chatlm.worker.weights.layernorms import GPT2_TENSORS
-from chatlm.worker.weights.lora import FileSlice
-from chatlm.worker.weights.model_of import model_of
-from chatlm.worker.weights.nanochat import (
-    PLAIN_TENSORS, plain_state, tensor_words)
 from chatlm.worker.weights.recipe import ModelSpec
 from chatlm.worker.weights.rules import (
-    MOST_CHANNELS, MOST_HEADS, MOST_LAYERS, MOST_POSITIONS, MOST_TOKENS, LoadedModel, Rule, check_divides,
-    checked, float_type, read_json)
-from chatlm.worker.weights.tied_heads import Pair, merge_adapters
+    MOST_CHANNELS, MOST_HEADS, MOST_LAYERS, MOST_POSITIONS, MOST_TOKENS, Rule, check_divides, checked,
+    read_json)
 from chatlm.worker.weights.torch_file import PlainUnpickler, StandIn, load_checkpoint
 from chatlm.worker.weights.trial import refuse_endless
 
@@ -45,44 +37,30 @@ MODEL_ARGS = {
     "n_embd": Rule(int, 2, MOST_CHANNELS), "block_size": Rule(int, 16, MOST_POSITIONS),
     "vocab_size": Rule(int, 1, MOST_TOKENS), "bias": Rule(bool), "dropout": Rule(float, 0, 1)}
 GPT2_TOKENS = 50_257
+HEAD = "lm_head.weight"
 BPE_FILES = ("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")  # on the hub; by OpenAI
 
 
-def open_nanogpt(source: ModelSource, settings: Settings, device) -> LoadedModel:
+def read_nanogpt_model(source: ModelSource, settings: Settings) -> CheckpointModel:
     is_build = is_build_nanogpt(source.path)
     checkpoint = load_checkpoint(source.path, stand_ins=is_build)
-    args = build_args(source.path, checkpoint) if is_build else model_args(
-        source.path, checkpoint.get("model_args"), "model_args")
+    if is_build:
+        args = build_args(source.path, checkpoint)
+    else:
+        args = model_args(source.path, checkpoint.get("model_args"), "model_args")
     state = own_tensors(source.path, checkpoint.get("model"))
     text = nanogpt_text(source.path, checkpoint.get("config"), args["vocab_size"])
-    spec = nanogpt_spec(args, open_tokenizer(text).vocab_size, "lm_head.weight" not in state)
+    spec = nanogpt_spec(args, open_tokenizer(text).vocab_size, HEAD not in state)
     if is_build:
         spec = replace(spec, activation="gelu_tanh")
-    table = GPT2_TENSORS | {"head": ("lm_head.weight",)}
-    pair = Pair.of(table)
-    sources = tensor_sources(spec, table, args["vocab_size"])
-    check_names_and_shapes(source.path, {name: tuple(tensor.shape) for name, tensor in state.items()},
-                           sources)
-    dtype = float_type(settings, choose_backend(device, model_of(spec)))
-    matrices = {name: shape for name, shape in file_shapes(sources).items()
-                if ".wpe." not in name}
-    slices = {name: [FileSlice(name)] for name in matrices}
-    names = (source.name, str(source.path))
-    spec, sources, added, adapted, tied = merge_adapters(
-        settings, spec, sources, matrices, slices, names, pair, pair, (state,))
-
-    def changed(name: str, tensor: numpy.ndarray) -> numpy.ndarray:
-        for change in added.get(name, ()):
-            tensor = change.on(tensor)
-        return tensor
-
-    tensors = assembled(source.path, settings, sources, state, dtype, changed)
-    adaptable = Adaptable((*settings.served_model_name, *names), sources, lambda: slices,
-                          lambda name, rows: rows, {}, tied=tied)
     trainer = BUILD_NANOGPT if is_build else "nanoGPT"
-    description = f"{trainer}, {spec.layers} layers, width {spec.width}{adapted}"
-    return LoadedModel(spec, tensors, text, source.name, description, dtype, family="nanogpt",
-                       adaptable=adaptable)
+    return CheckpointModel(source, "nanogpt", trainer, spec, GPT2_TENSORS | {"head": (HEAD,)},
+                           args["vocab_size"], state, text, names_in_adapters)
+
+
+def names_in_adapters(name: str, shape: tuple[int, ...]) -> Seq[str]:
+    """How adapters may call a tensor. They cannot change the positions."""
+    return () if ".wpe." in name else (name,)
 
 
 def build_args(path: Path, checkpoint: Mapping) -> dict:
@@ -114,15 +92,6 @@ def own_tensors(path: Path, state) -> dict[str, numpy.ndarray]:
     own = {str(name).removeprefix("_orig_mod."): tensor for name, tensor in state.items()
            if not re.match(UNREAD, str(name))}
     return plain_state(path, without_tied_head(own))
-
-
-def without_tied_head(state: dict[str, Any]) -> dict[str, Any]:
-    """A state dict without a head that is the embedding, stored once."""
-    both = state.get("lm_head.weight"), state.get("transformer.wte.weight")
-    plain = all(tensor_words(tensor) in PLAIN_TENSORS for tensor in both)
-    if not plain or len({address_of(tensor) for tensor in both if tensor is not None}) != 1:
-        return state
-    return {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}
 
 
 def nanogpt_spec(args: Mapping, vocab_size: int, tied: bool) -> ModelSpec:

@@ -9,8 +9,8 @@ from chatlm.common.errors import ConfigError, printable, shown
 from chatlm.common.files import Truncated
 from chatlm.worker.weights import qwen_towers
 from chatlm.worker.weights.families import GGUF_FAMILIES
-from chatlm.worker.weights.gguf import gguf_spec, gguf_text, readable
-from chatlm.worker.weights.gguf_file import ROPE_TENSORS, check_gguf_types, read_gguf_file
+from chatlm.worker.weights.gguf import gguf_spec, gguf_text
+from chatlm.worker.weights.gguf_file import ROPE_TENSORS, check_gguf_types, read_gguf_file, readable
 from chatlm.worker.weights.huggingface import hf_spec, hf_text
 from chatlm.worker.weights.towers import FILE_TOWERS
 

@@ -3,7 +3,7 @@ change only one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence as Seq
+from collections.abc import Mapping, Sequence as Seq
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING
@@ -12,6 +12,7 @@ import numpy
 
 from chatlm.common.log import log
 from chatlm.worker.arrays.kinds import floats
+from chatlm.worker.weights.assemble import file_shapes, unread_keys
 from chatlm.worker.weights.lora import Change, Copy, FileSlice, read_adapters
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from chatlm.worker.weights.assemble import Sources
     from chatlm.worker.weights.family import Family
     from chatlm.worker.weights.recipe import ModelSpec
+    from chatlm.worker.weights.stored_model import StoredModel
 
 COMPARED_ROWS = 1024  # at a time: a float32 copy of all would take gigabytes
 
@@ -79,33 +81,35 @@ def equal(one: Any, other: Any) -> bool:
 
 
 class Merged(NamedTuple):
-    """A model's files once adapters are merged into them."""
+    """A model in its files once adapters are merged into it."""
 
-    spec: ModelSpec
+    stored: StoredModel
     sources: Sources
-    added: dict[str, list[Change | Copy]]  # what changes in each of the file's tensors
+    added: dict[str, list[Change | Copy]]  # what changes in each of the files' tensors
     described: str
     tied: Seq[str]  # Hugging Face's names of an embedding and of the head that it still is
 
 
-def merge_adapters(settings: Settings, spec: ModelSpec, sources: Sources, shapes: Mapping[str, tuple],
-                   slices: Mapping[str, list[FileSlice]], names: Iterable[str], pair: Pair, theirs: Pair,
-                   tables: Iterable[dict[str, Any]]) -> Merged:
-    """`read_adapters`. Where they divide a tied pair (`theirs` in a folder, `pair` in the file), the model
-    gets a head of its own, which in the file's `tables` of tensors is still the embedding."""
-    if not spec.tied_head:
-        return Merged(spec, sources, *read_adapters(settings, shapes, slices, names), ())
-    shapes = {**shapes, pair.head: shapes[pair.embed]}
-    slices = {**slices, theirs.head: [FileSlice(pair.head)]}
-    added, described = read_adapters(settings, shapes, slices, names, theirs)
+def merge_adapters(settings: Settings, stored: StoredModel, sources: Sources) -> Merged:
+    """Read the adapters of --lora. Where they make a tied head and the embedding different matrices, the
+    model gets a head of its own, which in the files is still the embedding."""
+    targets = stored.targets(sources)
+    tied = targets.tied if stored.spec.tied_head else ()
+    if not settings.lora:
+        return Merged(stored, sources, {}, "", tied)
+    shapes = file_shapes(sources) | unread_keys(stored.spec)
+    slices = targets.slices()
+    if not tied:
+        return Merged(stored, sources, *read_adapters(settings, shapes, slices, stored.names), tied)
+    pair = Pair.of(stored.table)
+    shapes[pair.head] = shapes[pair.embed]
+    slices[targets.tied.head] = [FileSlice(pair.head)]
+    added, described = read_adapters(settings, shapes, slices, stored.names, tied)
     if not divided_by(added, pair):
-        return Merged(spec, sources, added, described, theirs)
-    for table in tables:
-        if pair.embed in table:
-            table[pair.head] = table[pair.embed]
+        return Merged(stored, sources, added, described, tied)
     shape, in_file = sources["embed"]
     sources = {**sources, "head": (shape, {pair.head: in_file[pair.embed]})}
-    return Merged(replace(spec, tied_head=False), sources, added, described, ())
+    return Merged(stored.with_own_head(), sources, added, described, ())
 
 
 def divided_by(added: dict[str, list[Change | Copy]], pair: Pair) -> bool:

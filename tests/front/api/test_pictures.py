@@ -12,7 +12,7 @@ from chatlm.common.config import LIMITS    # noqa: E402
 from chatlm.common.errors import RequestError    # noqa: E402
 from chatlm.common.messages.protocol import NewPicture    # noqa: E402
 from chatlm.common.vision.pictures import picture, picture_of    # noqa: E402
-from chatlm.front.api.pictures import PictureTasks, pixels_of    # noqa: E402
+from chatlm.front.api.picture_files import PictureTasks, pixels_of    # noqa: E402
 
 
 def noise(mode="RGB", size=(37, 23), seed=0):

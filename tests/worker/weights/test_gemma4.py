@@ -27,8 +27,9 @@ from chatlm.worker.build import build_engine
 from chatlm.worker.model.kernels import choose_backend, load_kernels, not_compiled
 from chatlm.worker.model.tensors import MappedRows, advise
 from chatlm.worker.gauges import Gauges
-from chatlm.worker.weights.gguf import gguf_text, mapped_table
+from chatlm.worker.weights.gguf import gguf_text
 from chatlm.worker.weights.gguf_file import read_gguf
+from chatlm.worker.weights.gguf_tensors import mapped_table
 from chatlm.worker.weights.huggingface import hf_spec
 from chatlm.worker.weights.model_of import model_of
 from engines import tensors_of, tokens_of
