@@ -14,7 +14,7 @@ import numpy
 
 from chatlm.common.errors import ConfigError
 from chatlm.common.memory import available_memory
-from chatlm.worker.build import plan_model, prefill_chunk
+from chatlm.worker.memory_plan import plan_model, prefill_chunk
 from chatlm.worker.doctor.findings import Findings, error, note, warning
 from chatlm.worker.doctor.running import CPU, ready, step
 from chatlm.worker.engine.kvcache import PagePool
@@ -24,7 +24,7 @@ from chatlm.worker.weights.sizes import weight_bytes
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.worker.build import MemoryPlan
+    from chatlm.worker.memory_plan import MemoryPlan
     from chatlm.worker.doctor.patient import Patient
     from chatlm.worker.model.kernels import Kernels
     from chatlm.worker.model.pages import LayerGroups
@@ -42,15 +42,14 @@ class FitPlan(NamedTuple):
 
     kernels: Kernels
     groups: LayerGroups
-    limits: dict[str, int]
     memory: MemoryPlan
     chunk: int
 
     @classmethod
     def of(cls, model: LoadedModel, settings: Settings) -> FitPlan:
         settings = replace(settings, drafts="none")
-        kernels, groups, limits, memory = plan_model(model, model.architecture, settings, CPU, RankAlone())
-        return cls(kernels, groups, limits, memory, prefill_chunk(settings, CPU))
+        plan = plan_model(model, model.architecture, settings, CPU, RankAlone())
+        return cls(plan.kernels, plan.groups, plan.memory, prefill_chunk(settings, CPU))
 
     def cache(self, context: int) -> int:
         """The bytes of one sequence's keys, values and states."""

@@ -19,7 +19,7 @@ from chatlm.common.messages.protocol import ModelCard, WorkerConfig
 from chatlm.common.messages.requests import ModelSource
 from chatlm.front.pool import local_devices
 from chatlm.front.pool.pool import make_pool
-from chatlm.worker.build import MemoryPlan
+from chatlm.worker.memory_plan import MemoryPlan
 from chatlm.worker.device import check_gpu, lack_of_gpu_memory
 from chatlm.worker.device_use import DeviceUse
 from patching import patch
