@@ -17,14 +17,14 @@ from chatlm.common.errors import ConfigError, printable
 from chatlm.worker.arrays import kinds
 from chatlm.worker.arrays.kinds import FLOATS, AdapterMatrix, as_kind, bits_of, contiguous, kind_of, zeros
 from chatlm.worker.model.tensors import Cut, Unread
-from chatlm.worker.weights.assemble import file_shapes
 from chatlm.worker.weights.lora import Change, read_adapter
 from chatlm.worker.weights.model_of import model_of
+from chatlm.worker.weights.sources import file_shapes
 
 if TYPE_CHECKING:
-    from chatlm.worker.weights.assemble import Sources
     from chatlm.worker.weights.lora import FileSlice
     from chatlm.worker.weights.rules import LoadedModel
+    from chatlm.worker.weights.sources import Sources
 
 MERGE = "--lora merges it into the weights at load"
 

@@ -15,9 +15,9 @@ import numpy
 from chatlm.common.errors import ConfigError, printable, shown
 from chatlm.common.log import log
 from chatlm.worker.model.blocks.mixers import Mixer
-from chatlm.worker.weights.assemble import fp8_block
 from chatlm.worker.weights.families import FAMILIES, TEXT_TYPES, VISION
 from chatlm.worker.weights.family import GATED, Family
+from chatlm.worker.weights.fp8 import fp8_block
 from chatlm.worker.weights.recipe import Attention, ModelSpec
 from chatlm.worker.weights.rules import (
     LAYER_TYPES, MOST_CHANNELS, MOST_EXPERTS, MOST_HEADS, MOST_LAYERS, MOST_POSITIONS, MOST_TOKENS, ROPE_BASE,

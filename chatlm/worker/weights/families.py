@@ -8,9 +8,9 @@ from pathlib import Path
 from chatlm.worker.arrays.kinds import kind_of
 from chatlm.worker.weights import (
     encoders, gemma4, granite, layernorms, lfm2, nemotron, qwen35, rotary_encoders)
-from chatlm.worker.weights.assemble import Mxfp4
 from chatlm.worker.weights.family import (
     AFTER_ATTENTION, EXPERTS, HEAD_NORMS, QWEN_EXPERTS, SHARED_GATE, Family, Gguf, Header, expert_tensors)
+from chatlm.worker.weights.mxfp4 import Mxfp4
 from chatlm.worker.weights.rules import ROPE_BASE, Rule, checked
 
 

@@ -16,10 +16,10 @@ from chatlm.common.hub.stamps import mmproj_of
 from chatlm.worker.arrays.packed import dequantized
 from chatlm.worker.model.kernels import choose_backend
 from chatlm.worker.weights import qwen_towers
-from chatlm.worker.weights.assemble import check_names_and_shapes
 from chatlm.worker.weights.gguf_file import check_gguf_types, read_gguf_file, readable
 from chatlm.worker.weights.gguf_tensors import GgufTensors, file_shape
 from chatlm.worker.weights.rules import Rule, check_divides, checked
+from chatlm.worker.weights.sources import check_names_and_shapes
 from chatlm.worker.weights.stored_model import Storage
 from chatlm.worker.weights.towers import CLAMPS, FILE_TOWERS, clamps_of
 from chatlm.worker.weights.vision import SECTIONS, by_color, by_halves, tower_sources, unstored

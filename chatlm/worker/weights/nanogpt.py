@@ -17,7 +17,6 @@ from chatlm.common.files import read_small, read_text
 from chatlm.common.hub.trainers import BUILD_NANOGPT, is_build_nanogpt
 from chatlm.common.messages.requests import TextSpec
 from chatlm.common.text.load import open_tokenizer
-from chatlm.worker.weights.assemble import UNREAD
 from chatlm.worker.weights.checkpoint_model import CheckpointModel, plain_state, without_tied_head
 from chatlm.worker.weights.huggingface import hf_text
 from chatlm.worker.weights.layernorms import GPT2_TENSORS
@@ -25,6 +24,7 @@ from chatlm.worker.weights.recipe import ModelSpec
 from chatlm.worker.weights.rules import (
     MOST_CHANNELS, MOST_HEADS, MOST_LAYERS, MOST_POSITIONS, MOST_TOKENS, Rule, check_divides, checked,
     read_json)
+from chatlm.worker.weights.safetensors_folder import UNREAD
 from chatlm.worker.weights.torch_file import PlainUnpickler, StandIn, load_checkpoint
 from chatlm.worker.weights.trial import refuse_endless
 

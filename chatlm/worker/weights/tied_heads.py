@@ -12,14 +12,14 @@ import numpy
 
 from chatlm.common.log import log
 from chatlm.worker.arrays.kinds import floats
-from chatlm.worker.weights.assemble import file_shapes, unread_keys
 from chatlm.worker.weights.lora import Change, Copy, FileSlice, read_adapters
+from chatlm.worker.weights.sources import file_shapes, unread_keys
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.worker.weights.assemble import Sources
     from chatlm.worker.weights.family import Family
     from chatlm.worker.weights.recipe import ModelSpec
+    from chatlm.worker.weights.sources import Sources
     from chatlm.worker.weights.stored_model import StoredModel
 
 COMPARED_ROWS = 1024  # at a time: a float32 copy of all would take gigabytes

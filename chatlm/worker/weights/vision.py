@@ -14,17 +14,19 @@ from chatlm.common.errors import ConfigError, shown
 from chatlm.worker.arrays.kinds import FLOATS, bits_of, floats, kind_of, of_kind
 from chatlm.worker.model.projectors import PROJECTORS
 from chatlm.worker.weights import qwen_towers
-from chatlm.worker.weights.assemble import IMAGES, assembled, check_names_and_shapes, tensor_sources
+from chatlm.worker.weights.array_tensors import ArrayTensors
 from chatlm.worker.weights.files import weight_files
 from chatlm.worker.weights.rules import Rule, check_divides, checked, read_json
 from chatlm.worker.weights.safetensors_file import read_safetensors_file
+from chatlm.worker.weights.safetensors_folder import IMAGES
+from chatlm.worker.weights.sources import check_names_and_shapes, tensor_sources
 from chatlm.worker.weights.towers import CLAMPS, TOWERS, clamps_of
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.worker.model.tower import Eyes
-    from chatlm.worker.weights.assemble import Sources
     from chatlm.worker.weights.recipe import ModelSpec
+    from chatlm.worker.weights.sources import Sources
     from chatlm.worker.weights.towers import TowerFamily
 
 
@@ -129,7 +131,8 @@ def folder_tensors(folder: Path, settings: Settings, family: TowerFamily, eyes: 
             state[name] = floats(state[name]) + numpy.float32(more)
     sources = tower_sources(family, family.names, eyes, width)
     check_names_and_shapes(folder, {name: tuple(tensor.shape) for name, tensor in state.items()}, sources)
-    return dict(assembled(folder, settings, sources, state, dtype)) | unstored(eyes) | clamps_of(
+    tensors: dict[str, Any] = dict(ArrayTensors(folder, settings, state, dtype).of(sources))
+    return tensors | unstored(eyes) | clamps_of(
         folder, family.names, eyes.architecture, numbers)
 
 
