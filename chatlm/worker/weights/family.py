@@ -103,7 +103,7 @@ class Family(NamedTuple):
     own_attentions: bool = False  # these have windows and rotation of their own
     # layers that are not rotated, from a config and their windows
     unrotated: Callable[[Mapping, Seq[int]], set[int]] = lambda config, windows: set()
-    # a folder's rotary parameters, which its config has under this name, in the terms of ROPE_TYPES
+    # a folder's rotary parameters, which its config has under this name, in the terms of SCALINGS
     rope_of: Callable[[Path, str, Mapping, dict], dict] = lambda path, name, config, rope: rope
     queries_grow: bool = False  # by llama_4_scaling_beta among the rotary parameters
     fused: Seq[tuple[str, tuple[str, ...]]] = ()  # (a matrix that `repack` splits, what its rows become)

@@ -12,13 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
-
 from chatlm.common.errors import ConfigError, shown
 from chatlm.common.log import log
 from chatlm.common.messages.requests import InfillTokens, TextSpec
 from chatlm.common.text.formats import template_of
-from chatlm.worker.weights.configs import (
-    HF_DEFAULTS, complete_heads, family_spec, growing_queries, scaled_rope, unsupported)
+from chatlm.worker.weights.configs import HF_DEFAULTS, complete_heads, family_spec, unsupported
 from chatlm.worker.weights.control_tokens import END_TOKENS, misnamed
 from chatlm.worker.weights.embedders import pooling_of_gguf
 from chatlm.worker.weights.encoder_text import text_of_encoder
@@ -28,6 +26,7 @@ from chatlm.worker.weights.gguf_file import GGUF_OWN, GGUF_SIZES, ROPE_TENSORS, 
 from chatlm.worker.weights.gguf_header import Texts
 from chatlm.worker.weights.pipelines import (
     CONTROL, USER_DEFINED, byte_level_pipeline, merges_of_scores, sentencepiece_pipeline)
+from chatlm.worker.weights.rope_scaling import growing_queries, scaled_rope
 from chatlm.worker.weights.rules import (
     LAYER_TYPES, Rule, check_divides, checked, suppressed_in, warn_of_templates)
 from chatlm.worker.weights.splits import PRE_TOKENIZERS

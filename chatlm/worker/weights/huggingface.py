@@ -15,10 +15,10 @@ from chatlm.common.messages.requests import TextSpec
 from chatlm.common.text.formats import template_of
 from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.weights import rerankers
-from chatlm.worker.weights.configs import (
-    HF_KEYS, complete_heads, family_config, family_spec, growing_queries, scaled_rope)
+from chatlm.worker.weights.configs import HF_KEYS, complete_heads, family_config, family_spec
 from chatlm.worker.weights.families import FAMILIES
 from chatlm.worker.weights.named_tokens import tokenizer_options, with_named_tokens
+from chatlm.worker.weights.rope_scaling import growing_queries, scaled_rope
 from chatlm.worker.weights.rules import (
     LAYER_TYPES, Rule, check_divides, checked, read_json, suppressed_in, warn_of_templates)
 from chatlm.worker.weights.trial import refuse_endless
