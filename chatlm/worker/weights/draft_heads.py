@@ -40,7 +40,7 @@ COPIES = ("nextn.embed_tokens.weight", "nextn.shared_head_head.weight")  # of th
 
 
 def head_spec(spec: ModelSpec, dense: bool) -> ModelSpec:
-    """The spec of a model's draft head. dense: its layer has no experts, although the model has."""
+    """The spec of a model's draft head. `dense`: its layer has no experts, although the model has."""
     layer = next(l for l, attn in enumerate(model_of(spec).by_layer) if attn)
     return replace(spec, layers=1, mixers=(), attentions=(spec.attention(layer),) if spec.attentions else (),
                    dense_layers=(0,) if dense else (), joins=True)
@@ -48,8 +48,8 @@ def head_spec(spec: ModelSpec, dense: bool) -> ModelSpec:
 
 def draft_head_of(settings: Settings, path: Path, make: Callable[[], LoadedModel | None]
                   ) -> LoadedModel | None:
-    """The draft head that `make` opens, where drafts may come from one. A faulty one is an error only if
-    --drafts asks for it."""
+    """The draft head that `make` opens, where drafts may come from one. One that is faulty is an error only
+    if --drafts asks for it."""
     if settings.drafts not in ("mtp", "auto"):
         return None
     try:
@@ -104,8 +104,8 @@ def gguf_head(spec: ModelSpec, row: Family, stored: Mapping[str, Any]
 
 
 def halves(tensor: Any) -> tuple[Any, Any]:
-    """A gguf_header.Tensor with the first half of the columns, and one with the others; as floats if a block
-    is in both."""
+    """The first half of a gguf_header.Tensor's columns, and the second; as floats if a block has columns of
+    both."""
     columns, rows = map(int, tensor.shape)
     if columns % (2 * block_of(tensor.tensor_type.name)[0]):
         data = numpy.asarray(dequantize(tensor.tensor_type, tensor.data), numpy.float32)

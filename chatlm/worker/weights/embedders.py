@@ -1,4 +1,4 @@
-"""What the files of a model that was trained to embed texts say of it: pooling, lengths, prompts, tokens."""
+"""What the files of a model that embeds texts say about it: pooling, lengths, prompts, special tokens."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def usual_prompts(*names: str) -> tuple[tuple[str, str], ...]:
 
 
 def pooling_of_gguf(path: Path, own: str, metadata: Mapping) -> str:
-    """A GGUF file's pooling: none, mean, last or rank, or cls of a model that sees whole texts. ConfigError
-    for one that such a model cannot have.
+    """A GGUF file's pooling: none, mean, last or rank; of a model whose tokens see the whole text, also cls.
+    ConfigError for one that such a model cannot have.
 
     `own` is the architecture and a dot. Without the key, llama.cpp's default is none: a chat model."""
     number = metadata.get(f"{own}pooling_type", 0)
@@ -73,7 +73,8 @@ def gguf_embedder(path: Path, metadata: Mapping, text: TextSpec, family: str,
                   spec: ModelSpec) -> Embedder | None:
     """How a GGUF file's model embeds texts; None if it chats or ranks.
 
-    Older files of Qwen3-Embedding lack add_eos_token, but the token that is pooled must be the end token."""
+    Older files of Qwen3-Embedding do not say add_eos_token, but the token that is pooled must be the end
+    token."""
     pooling = pooling_of_gguf(path, f"{metadata['general.architecture']}.", metadata)
     if spec.of_texts:
         begins, between, ends = frame_of(path, pipeline_of(path, text))
@@ -99,9 +100,11 @@ def gguf_embedder(path: Path, metadata: Mapping, text: TextSpec, family: str,
 
 def folder_embedder(folder: Path, pipeline, family: str, spec: ModelSpec,
                     names: Seq[str] = ()) -> tuple[Embedder, Head]:
-    """How the model of a folder that sentence-transformers has written embeds texts, and its Dense modules.
-    Without a modules.json it takes the mean. `pipeline` is its tokenizer of the library `tokenizers`, `names`
-    what the model is called. ConfigError for a module, or a pooling, that this server does not have."""
+    """How the model of a sentence-transformers folder embeds texts, and its Dense modules.
+
+    Without a modules.json it takes the mean. `pipeline` is the folder's tokenizer in the library
+    `tokenizers`, `names` are what the model is called. ConfigError for a module or a pooling that this server
+    does not have."""
     path = folder / "modules.json"
     pooling = "mean"
     dense = []
@@ -147,7 +150,7 @@ def folder_embedder(folder: Path, pipeline, family: str, spec: ModelSpec,
 
 
 def folder_dense(folder: Path, width: int) -> Dense:
-    """A Dense module: what its activation makes of weight x + bias."""
+    """A Dense module: its activation of weight x + bias."""
     path = folder / "config.json"
     config = read_json(path)
     size = checked(path, "in_features", config.get("in_features"), Rule(int, width, width))
@@ -177,8 +180,8 @@ def modules_of(path: Path) -> list[dict]:
 
 
 def folder_pooling(path: Path, of_texts: bool = False) -> str:
-    """What a Pooling module makes of the hidden states of a text's tokens: mean or last, or, where a token
-    sees the whole text, cls."""
+    """How a Pooling module combines the hidden states of a text's tokens: mean or last; where a token sees
+    the whole text, also cls."""
     config = read_json(path)
     modes = config.get("pooling_mode")
     modes = modes if isinstance(modes, list) else [modes] if modes else [
@@ -194,7 +197,7 @@ def folder_pooling(path: Path, of_texts: bool = False) -> str:
 
 
 def pools_prompts(path: Path) -> bool:
-    """Does a Pooling module count the tokens of a prompt? They are read by the model in either case."""
+    """Does a Pooling module count the tokens of a prompt? The model reads them in either case."""
     pools = checked(path, "include_prompt", read_json(path).get("include_prompt"), Rule(bool, optional=True))
     return pools is not False
 
@@ -212,7 +215,7 @@ def prompts_of(path: Path, prompts: Any) -> dict[str, str]:
 
 
 def longest_of(folder: Path, positions: int) -> int:
-    """The most tokens of a text, special ones included: the least of what the files say."""
+    """The most tokens that a text may have, special ones included: the lowest limit that the files state."""
     path = folder / "sentence_bert_config.json"
     other = folder / "tokenizer_config.json"
     config = read_json(path, needed=False)
@@ -234,9 +237,9 @@ def pipeline_of(path: Path, text: TextSpec) -> Any:
 
 def frame_of(folder: Path, pipeline) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """The special tokens that a tokenizer of the library `tokenizers` puts before a text, between the texts
-    of a pair, and after either. ConfigError if it does anything else."""
+    of a pair, and after either. ConfigError if it changes a text in any other way."""
     def inside(whole: list[int], part: list[int], first: int) -> int:
-        """Where `part` is in `whole`, from `first` on."""
+        """The position of `part` in `whole`, searched from `first` on."""
         found = next((at for at in range(first, len(whole) - len(part) + 1)
                       if whole[at:at + len(part)] == part), None)
         if found is None or not part:

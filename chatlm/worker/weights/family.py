@@ -1,4 +1,4 @@
-"""`Family`: all that may differ between families of models, on the side of a folder and of a GGUF file."""
+"""`Family`: everything in which families of models may differ, in a folder and in a GGUF file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Header(NamedTuple):
-    """A GGUF file's metadata and tensors; `key` is one of its architecture's, without that name."""
+    """A GGUF file's metadata and tensors. Methods take the keys of its architecture, without that name."""
 
     path: Path
     metadata: Mapping
@@ -31,7 +31,7 @@ class Header(NamedTuple):
 
     @property
     def own(self) -> str:
-        """What its architecture's keys begin with."""
+        """What the keys of its architecture begin with."""
         return f"{self.metadata['general.architecture']}."
 
     def raw(self, key: str, default=None) -> Any:
@@ -41,7 +41,7 @@ class Header(NamedTuple):
         return self.read(self.path, self.metadata, self.own + key, *default, **bounds)
 
     def check(self, name: str, value: Any, *length: int, **bounds) -> Any:
-        """A value from elsewhere if the rule for this key or tensor allows it."""
+        """A value that was found elsewhere, if the rule for this key or tensor allows it."""
         return self.read(self.path, {}, name, value, *length, **bounds)
 
     def has(self, ending: str) -> bool:
@@ -73,7 +73,7 @@ GATED = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gel
 class Family(NamedTuple):
     """How a family differs from llama (see transformers' modeling_<name>.py): a row of FAMILIES.
 
-    A `config` is a config.json with all defaults filled in; of a GGUF file it has the metadata's values."""
+    A `config` is a config.json with all defaults filled in. Of a GGUF file it has the metadata's values."""
 
     title: str         # the common names of its models
     config: dict       # its own config.json keys and their defaults
@@ -112,11 +112,11 @@ class Family(NamedTuple):
 
     def named_by_adapters(self, spec: ModelSpec,
                           slices: Mapping[str, list[FileSlice]]) -> dict[str, list[FileSlice]]:
-        """`slices` by the names of a folder's tensors -> by those that adapters use."""
+        """`slices` by the names of a folder's tensors -> the same by the names that adapters use."""
         return {called: at for name, at in slices.items() for called in self.in_adapters(spec, name)}
 
     def with_own_blocks(self, path: Path, config: Mapping, recipe: ModelSpec) -> ModelSpec:
-        """The recipe with what the family builds itself; its own layers have taken over the mixers."""
+        """The recipe with the blocks that the family builds itself. Such layers have their mixers in them."""
         if self.layers:
             recipe = replace(recipe, own_layers=self.layers(path, config, recipe), mixers=())
         if self.input:
@@ -140,7 +140,7 @@ class Family(NamedTuple):
 
 
 def is_one_more(row: Family, name: str) -> bool:
-    """Does a norm of a folder multiply by 1 + w? A GGUF file has the sum."""
+    """Does a folder's norm multiply by 1 + w? A GGUF file has the sum."""
     return row.one_more and re.search(r"(?<!linear_attn\.)norm\.weight$", name) is not None
 
 
@@ -164,7 +164,8 @@ SHARED_GATE = {"shared_gate": ("model.layers.{}.mlp.shared_expert_gate.weight",)
 
 
 def expert_tensors(experts: str, router: str, parts: Seq[str] = ("weight",)) -> dict[str, tuple[str, ...]]:
-    """Rows of HF_TENSORS for a family's router and experts; `experts` has {} if each has its own tensors."""
+    """Rows of HF_TENSORS for a family's router and experts. `experts` has a {} if each expert has its own
+    tensors."""
     names = {"router": router, "expert_gate_up": f"{experts}.gate_proj {experts}.up_proj",
              "expert_down": f"{experts}.down_proj"}
     return {f"{ours}_bias" if part == "bias" else ours: tuple(
@@ -173,7 +174,8 @@ def expert_tensors(experts: str, router: str, parts: Seq[str] = ("weight",)) -> 
 
 
 def of_mixer(name: str, tensor: numpy.ndarray) -> numpy.ndarray:
-    """A folder's tensor in GGUF's form: convolutions (C, 1, taps) as (C, taps), and the decay."""
+    """A folder's tensor as a GGUF file has it: convolutions (C, 1, taps) as (C, taps), and the decay of
+    A_log."""
     if re.search(r"\.(conv|conv1d)\.weight$", name) and tensor.ndim == 3:
         return tensor[:, 0]
     if not name.endswith(".A_log"):
@@ -182,14 +184,14 @@ def of_mixer(name: str, tensor: numpy.ndarray) -> numpy.ndarray:
 
 
 def in_two(tensor: numpy.ndarray, axis: int) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """The halves along an axis; if its length is odd the first is longer."""
+    """The two halves along an axis. Of an odd length the first is longer."""
     middle = -(-tensor.shape[axis] // 2)
     before = (slice(None),) * (axis % tensor.ndim)
     return tensor[(*before, slice(middle))], tensor[(*before, slice(middle, None))]
 
 
 def separate_experts(name: str, tensor: numpy.ndarray) -> dict[str, numpy.ndarray]:
-    """A folder's tensor; if it has the matrices of all experts, one of each."""
+    """A folder's tensor; one that has the matrices of all experts becomes one for each."""
     stem, _, part = name.rpartition(".")
     if not stem.endswith(".experts") or tensor.ndim != 3:
         return {name: tensor}
@@ -200,7 +202,7 @@ def separate_experts(name: str, tensor: numpy.ndarray) -> dict[str, numpy.ndarra
 
 
 def layers_of_kinds(header: Header, other: str) -> tuple[dict, dict]:
-    """`Gguf.layers` of a family in which some layers have type `other` instead of attention.
+    """`Gguf.layers` of a family in which some layers have the type `other` instead of attention.
 
     The metadata become those of a model of attention alone, without a draft head."""
     key = "attention.head_count_kv"

@@ -1,4 +1,4 @@
-"""Which files hold a folder's weights, and what is wrong with one that cannot be read."""
+"""Which files hold a model's weights, and what is wrong with a file that cannot be read."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ WHOLE = "model.safetensors"
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that the index names, or model.safetensors, or without either a numbered set. ConfigError
-    if one is missing. Beside a whole model.safetensors, an index of files that are not there counts for
-    nothing."""
+    """A folder's weights: the files that the index names, else model.safetensors, else a numbered set.
+    ConfigError if one is missing.
+
+    An index of files that are not there does not count beside a whole model.safetensors."""
     index = folder / "model.safetensors.index.json"
     there = sorted(path.name for path in folder.glob("*.safetensors"))
     names = [WHOLE]

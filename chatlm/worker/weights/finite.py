@@ -1,4 +1,4 @@
-"""NaN and infinity in weights are refused."""
+"""Weights with NaN or infinity are refused."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CHECKED_BYTES = 1 << 17  # at a time, so that a second look finds them in the ca
 
 
 def all_below(values: numpy.ndarray, most: float = math.inf) -> bool:
-    """Whether no value is NaN, or `most` or more in magnitude.
+    """Are all values numbers of a magnitude below `most`?
 
     It compares the bits as integers: 10 GB/s on one core, where isfinite takes 0.4."""
     values = values if kind_of(values) in FLOATS else floats(values)
@@ -40,7 +40,7 @@ def all_below(values: numpy.ndarray, most: float = math.inf) -> bool:
 
 
 def scales_are_finite(packing: str, rows) -> bool:
-    """Whether all scales of packed rows (n, bytes of a row) uint8, an array or a tensor, are finite."""
+    """Are all scales of packed rows finite? Rows are (n, bytes of a row) uint8, in an array or a tensor."""
     block = BLOCKS[packing]
     if not block.scale_bytes:
         return True
@@ -54,7 +54,8 @@ def scales_are_finite(packing: str, rows) -> bool:
 
 
 def fault_of(made, most: float = math.inf) -> str:
-    """What is wrong with what an `Unread` made, in words, or "". Floats of matrices must be below `most`."""
+    """What is wrong with the result of an `Unread`, in words, or "". Floats of matrices must be below
+    `most`."""
     for packing, rows in getattr(made, "parts", ()):
         if not scales_are_finite(packing, rows):
             return f"a {packing.upper()} scale that is NaN or infinite"
@@ -70,10 +71,11 @@ def fault_of(made, most: float = math.inf) -> str:
 
 def refuse_faults(path: Path, settings: Settings, theirs: Mapping[str, tuple[int, ...]],
                   read: Callable[[Iterable[str], Cut], Any], cut: Cut, made, packed: bool):
-    """ConfigError if what `read` made of `theirs`, the file's tensors and their shapes, has NaN or infinity,
-    or will when `packed`. It names the first such tensor.
+    """ConfigError if a tensor has NaN or infinity, or will have it once it is `packed`. The error names the
+    first of the files' tensors that is at fault.
 
-    Only the rank's part is checked, without the rows that pad a file's vocabulary."""
+    `made` is what `read` made of the files' tensors `theirs` (name -> shape). Only the rank's part is
+    checked, without the rows that pad a file's vocabulary."""
     most = MOST_QUANTIZED if packed and settings.quantize else math.inf
     fault = fault_of(made, most)
     names = list(theirs)

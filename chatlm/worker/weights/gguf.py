@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 def gguf_spec(path: Path, metadata: Mapping, stored: Mapping, context: int | None) -> tuple[str, ModelSpec]:
-    """The row of FAMILIES and the spec, built as if from a config.json with the metadata's values."""
+    """The row of FAMILIES and the recipe, made as if from a config.json with the metadata's values."""
     header, family = family_of(path, metadata, stored)
     changes, instead = FAMILIES[family].gguf.layers(header)
     changed = {header.own + key: value for key, value in changes.items()}
@@ -71,7 +71,8 @@ def gguf_spec(path: Path, metadata: Mapping, stored: Mapping, context: int | Non
 
 
 def family_of(path: Path, metadata: Mapping, stored: Mapping) -> tuple[Header, str]:
-    """The header, and the row of FAMILIES of its architecture. ConfigError if this is no model for it."""
+    """A header, and the row of FAMILIES of its architecture. ConfigError if the file is not a model of a
+    known one."""
     if metadata.get("general.type", "model") != "model":
         raise ConfigError(f"{path} is not a model: its general.type is {shown(metadata['general.type'])}. "
                           "Give the GGUF file of the model itself")
@@ -84,7 +85,7 @@ def family_of(path: Path, metadata: Mapping, stored: Mapping) -> tuple[Header, s
 
 
 def vocabulary_of(header: Header) -> int:
-    """The rows of the embedding, which may be padded."""
+    """The rows of the embedding. There may be more than tokens, as padding."""
     tokens = len(gguf_value(header.path, header.metadata, "tokenizer.ggml.tokens"))
     embedding = header.stored["token_embd.weight"].shape if "token_embd.weight" in header.stored else ()
     size = int(embedding[1]) if len(embedding) > 1 else tokens
@@ -115,7 +116,8 @@ MSCALE_UNKNOWN = ("%s: yarn multiplies queries and keys by %.3f, as usual. This 
 
 
 def gguf_rope(header: Header, config: Mapping, context: int | None) -> dict:
-    """Like hf_rope, from the scaling's keys, phi3's two lists of factors, or llama 3's single one."""
+    """The rotary fields of a recipe, as `hf_rope` makes them: from the scaling's keys, phi3's two lists of
+    factors, or llama 3's single one."""
     head_size = config["head_dim"]
     row = FAMILIES[GGUF_FAMILIES[header.own[:-1]]]
     if row.own_attentions:
@@ -143,7 +145,8 @@ def gguf_rope(header: Header, config: Mapping, context: int | None) -> dict:
 
 
 def gguf_scaling(header: Header, row: Family, config: Mapping, lists: Mapping[str, Seq[float]]) -> dict:
-    """The rope_scaling of a config.json; `lists`: those of ROPE_TENSORS that the file has."""
+    """What the metadata say of scaling, as a config.json's rope_scaling. `lists`: those of ROPE_TENSORS that
+    the file has."""
     value = header.value
     scaling = header.value("rope.scaling.type", "none")
     rope = {"original_max_position_embeddings": value("rope.scaling.original_context_length")}
@@ -179,8 +182,8 @@ def gguf_text(path: Path, metadata: Mapping) -> TextSpec:
 
 
 def gguf_texts(path: Path, metadata: Mapping) -> tuple[TextSpec, Vocabulary | None]:
-    """The tokenizer (as the text of a tokenizer.json), chat template and stop tokens from the metadata; and
-    what that text says, if it is of a decoder."""
+    """The tokenizer (as the text of a tokenizer.json), the chat template and the tokens that end answers. Of
+    a decoder also its vocabulary."""
     def value(name: str, *default, **bounds) -> Any:
         found = gguf_value(path, metadata, f"tokenizer.{name}", *default, **bounds)
         return list(found) if isinstance(found, Texts) else found
@@ -229,8 +232,8 @@ def gguf_texts(path: Path, metadata: Mapping) -> tuple[TextSpec, Vocabulary | No
 
 
 def gguf_infill(metadata: Mapping, vocab_size: int) -> InfillTokens:
-    """The infill tokens that the metadata name, the first three under either of two names. As in llama.cpp,
-    ids outside the vocabulary are ignored."""
+    """The infill tokens that the metadata name; the first three may have either of two names. Ids outside the
+    vocabulary are ignored, as in llama.cpp."""
     ids: dict[str, int] = {}
     for keys in ("prefix suffix middle", "fim_pre fim_suf fim_mid fim_pad fim_rep fim_sep"):
         for name, key in zip(InfillTokens._fields, keys.split()):

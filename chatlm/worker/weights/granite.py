@@ -56,7 +56,7 @@ def mamba2_of(path: Path, config: Mapping) -> Mamba2:
 
 
 def fields_of(path: Path, config: Mapping) -> dict:
-    """The multipliers, and whether it rotates at all."""
+    """The multipliers of a recipe, and no rotation if the config asks for none."""
     fields = {"embedding_scale": config["embedding_multiplier"],
               "residual_scale": config["residual_multiplier"], "logit_scale": 1 / config["logits_scaling"]}
     if config["attention_multiplier"]:
@@ -65,7 +65,8 @@ def fields_of(path: Path, config: Mapping) -> dict:
 
 
 def repack(state: Mapping) -> dict:
-    """Its folders fuse gate and up. A feed-forward part becomes a shared expert if there are others."""
+    """Granite's folders fuse gate and up. The dense feed-forward part becomes a shared expert where there are
+    other experts."""
     shared = "mlp.shared_expert." if any(".block_sparse_moe." in name for name in state) else "mlp."
     repacked = {}
     for name, tensor in state.items():

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 
 def hf_rope(path: Path, family: str, config: Mapping, context: int | None) -> dict:
-    """`scaled_rope` for a config.json with rope_scaling, or rope_parameters by layer type or for all."""
+    """The rotary fields of a recipe, from a config.json with rope_scaling, or with rope_parameters for all
+    layers or by type."""
     row = FAMILIES[family]
     if row.own_attentions:
         return {"max_positions": config["max_position_embeddings"]}
@@ -75,7 +76,7 @@ def hf_spec(path: Path, context: int | None) -> tuple[str, ModelSpec]:
 
 
 def described_spec(path: Path, raw: dict, context: int | None) -> tuple[str, ModelSpec]:
-    """`hf_spec` of a file that says what `raw`, a config.json, does."""
+    """`hf_spec` of any file that says what `raw`, a config.json, does."""
     family, config = family_config(path, raw)
     complete_heads(path, config)
     spec = family_spec(path, family, config, hf_rope(path, family, config, context))
@@ -86,8 +87,8 @@ def described_spec(path: Path, raw: dict, context: int | None) -> tuple[str, Mod
 
 
 def hf_template(folder: Path, options: Mapping) -> str | None:
-    """The chat template: chat_template.jinja, else chat_template.json or the one in the tokenizer's
-    `options`. Of several named ones it is `default`, with `tool_use` for chats with tools."""
+    """The chat template: from chat_template.jinja, else from chat_template.json or the tokenizer's `options`.
+    Of several named ones it takes `default`, and `tool_use` for chats with tools."""
     path = folder / "chat_template.jinja"
     config = folder / "tokenizer_config.json"
     others = {other.stem: other for other in sorted(folder.glob("additional_chat_templates/*.jinja"))}
@@ -108,7 +109,7 @@ def hf_template(folder: Path, options: Mapping) -> str | None:
 
 
 def hf_text(folder: Path, vocab_size: int) -> TextSpec:
-    """tokenizer.json, the chat template, and the tokens that other files there name as bos and eos."""
+    """tokenizer.json, the chat template, and the tokens that other files name as bos and eos."""
     path = folder / "tokenizer.json"
     if not path.exists():
         raise ConfigError(f"{folder} has no tokenizer.json"

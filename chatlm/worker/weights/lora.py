@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 
 class FileSlice(NamedTuple):
-    """The part of a Hugging Face matrix that a file stores in its matrix `name`: which rows and columns, in
-    the file's order."""
+    """The rows and columns of a Hugging Face matrix that a file stores in its matrix `name`, in the file's
+    order."""
 
     name: str
     rows: Any = slice(None)     # or indices
@@ -37,7 +37,7 @@ class FileSlice(NamedTuple):
 
 
 class Change(NamedTuple):
-    """What an adapter adds to a weight (N, K): scaling * b @ a, with the rows in Hugging Face's order."""
+    """What an adapter adds to a weight (N, K): scaling * b @ a, with rows in Hugging Face's order."""
 
     a: Any           # (rank, K)
     b: Any           # (N, rank)
@@ -49,17 +49,17 @@ class Change(NamedTuple):
         return product.T if self.embedding else product
 
     def at(self, part: FileSlice) -> Change:
-        """The part that changes one of the file's matrices; an embedding is never split."""
+        """The part that changes one of the file's matrices. An embedding is never split."""
         return self if self.embedding else self._replace(a=self.a[:, part.columns], b=self.b[part.rows])
 
     def on(self, weight: numpy.ndarray, turned: Callable = lambda rows: rows) -> numpy.ndarray:
-        """The weight plus the change, whose rows are `turned` (reordered) first."""
+        """The weight plus the change, whose rows `turned` reorders first."""
         return floats(weight) + turned(self.delta())
 
 
 class Copy(NamedTuple):
-    """A whole matrix (N, K) or vector (N,) that replaces the model's. peft saves the embedding and the head
-    if it cannot tell whether they are still the base's, and what modules_to_save names."""
+    """A whole matrix (N, K) or vector (N,) that replaces the model's. peft saves what modules_to_save names,
+    and the embedding and the head if it cannot tell whether they are still the base's."""
 
     weight: Any
 
@@ -83,8 +83,8 @@ LORA_INERT = set("""alpha_pattern auto_mapping base_model_name_or_path corda_con
 
 def fused_slices(slices: Mapping[str, list[FileSlice]], shapes: Mapping[str, tuple],
                  fused: Iterable[tuple[str, tuple[str, ...]]], layers: int) -> dict[str, list[FileSlice]]:
-    """`slices` by Hugging Face's names, and those of matrices `fused` in the folder, each with the rows of
-    several. `shapes` are by the file's names."""
+    """`slices` (by Hugging Face's names) and more for each matrix that the folder stores `fused`, made of the
+    slices of its parts. `shapes` are by the file's names."""
     more = {}
     for theirs, parts in ((name.format(layer), [part.format(layer) for part in parts])
                           for name, parts in fused for layer in range(layers)):
@@ -98,10 +98,10 @@ def fused_slices(slices: Mapping[str, list[FileSlice]], shapes: Mapping[str, tup
 def read_adapters(settings: Settings, shapes: Mapping[str, tuple], slices: Mapping[str, list[FileSlice]],
                   names: Iterable[str] = (),
                   tied: Seq[str] = ()) -> tuple[dict[str, list[Change | Copy]], str]:
-    """What the --lora folders change in each matrix of a file, copies first, and a description.
+    """What the --lora folders change in each matrix of a file, copies first, and a description for the log.
 
-    `shapes` are by the file's names, `slices` by Hugging Face's; `names` are the model's own, as far as
-    known. `tied`: Hugging Face's names of an embedding and of the head that it is."""
+    `shapes` are by the file's names, `slices` by Hugging Face's. `names` are what the model is called, as far
+    as known. `tied`: Hugging Face's names of an embedding and of the head that is the same matrix."""
     whole = {theirs: (sum(shapes[file_slice.name][0] for file_slice in at), *shapes[at[0].name][1:])
              for theirs, at in slices.items()}
     added, described = add_adapters(settings, whole, names, tied)
@@ -114,7 +114,7 @@ def read_adapters(settings: Settings, shapes: Mapping[str, tuple], slices: Mappi
 
 def add_adapters(settings: Settings, shapes: Mapping[str, tuple], names: Iterable[str],
                  tied: Seq[str] = ()) -> tuple[dict[str, list[Change | Copy]], str]:
-    """Like read_adapters, by Hugging Face's names."""
+    """Like `read_adapters`, by Hugging Face's names."""
     added: dict[str, list[Change | Copy]] = {}
     folders = [Path(folder).expanduser() for folder in settings.lora]
     for folder in folders:
@@ -130,7 +130,7 @@ def add_adapters(settings: Settings, shapes: Mapping[str, tuple], names: Iterabl
 
 
 def other_base(base, names: Iterable[str]) -> str:
-    """A note on an adapter that was made for a model with another name; "" if it was not."""
+    """A note that an adapter was made for a model with another name; "" if it was not."""
     if not is_other_base(base, names := [*names]):
         return ""
     return (f"this adapter was made for {shown(base)} (base_model_name_or_path), but the model is "
@@ -139,8 +139,8 @@ def other_base(base, names: Iterable[str]) -> str:
 
 def read_adapter(folder: Path, shapes: Mapping[str, tuple], names: Iterable[str] = (),
                  tied: Seq[str] = ()) -> dict[str, list[Change | Copy]]:
-    """What one adapter changes in each matrix. One made for a model with another name is refused if it does
-    not fit; if it does, a warning says so, since the name may be a folder on another machine."""
+    """What one adapter changes in each matrix. If it was made for a model with another name, it is refused if
+    it does not fit. If it fits, a warning says so: the name may be a folder on another machine."""
     path = folder / "adapter_config.json"
     config = lora_config(path)
     other = other_base(config.get("base_model_name_or_path"), names)
@@ -157,7 +157,7 @@ def read_adapter(folder: Path, shapes: Mapping[str, tuple], names: Iterable[str]
 
 def fitting_changes(folder: Path, config: dict, shapes: Mapping[str, tuple],
                     tied: Seq[str] = ()) -> dict[str, list[Change | Copy]]:
-    """What an adapter with this config changes in matrices of these shapes. See peft's tuners/lora: scaling
+    """What an adapter with this config changes in matrices of these shapes. As in peft's tuners/lora, scaling
     is alpha / rank, or alpha / sqrt(rank) with rslora."""
     path = folder / "adapter_config.json"
     tensors = folder / "adapter_model.safetensors"
@@ -190,7 +190,8 @@ def fitting_changes(folder: Path, config: dict, shapes: Mapping[str, tuple],
 
 def fitting_copies(path: Path, copies: Mapping[str, numpy.ndarray],
                    shapes: Mapping[str, tuple]) -> dict[str, list[Change | Copy]]:
-    """Whole matrices and vectors of an adapter's file, checked."""
+    """The whole matrices and vectors of an adapter's file. ConfigError if the model has none of that name and
+    shape."""
     fitting: dict[str, list[Change | Copy]] = {}
     for name, tensor in copies.items():
         if shapes.get(name) != tuple(tensor.shape):
@@ -204,8 +205,8 @@ def fitting_copies(path: Path, copies: Mapping[str, numpy.ndarray],
 
 
 def share_copies(changes: dict[str, list[Change | Copy]], tied: Seq[str], saved: Iterable[str]):
-    """A whole embedding or head of a model that ties them is both, unless modules_to_save names it: such a
-    matrix was trained alone."""
+    """In a model that ties them, a whole embedding or head is both. If modules_to_save names it, it was
+    trained alone, and is not."""
     for name, other in (tied, reversed(tied)) if tied else ():
         trained = any(f".{name}".endswith(f".{module}.weight") for module in saved)
         if name in changes and other not in changes and not trained:
@@ -213,7 +214,7 @@ def share_copies(changes: dict[str, list[Change | Copy]], tied: Seq[str], saved:
 
 
 def lora_pairs(path: Path) -> tuple[dict[str, dict[str, numpy.ndarray]], dict[str, numpy.ndarray]]:
-    """From an adapter's file: module -> its matrices A and B; and name -> a whole matrix or vector."""
+    """An adapter's file: module -> its matrices A and B; and name -> a whole matrix or vector."""
     modules: dict[str, dict[str, numpy.ndarray]] = {}
     copies: dict[str, numpy.ndarray] = {}
     for name, tensor in read_safetensors_file(path).items():
@@ -238,12 +239,12 @@ def lora_pairs(path: Path) -> tuple[dict[str, dict[str, numpy.ndarray]], dict[st
 
 
 def of_language_model(module: str) -> str:
-    """A module's name in a language model alone, as transformers calls it today."""
+    """A module's name in a language model without images, as transformers calls it today."""
     return re.sub(r"^backbone\.", "model.", module.replace("language_model.", "", 1))
 
 
 def lora_config(path: Path) -> dict:
-    """An adapter_config.json that only asks for a product to be added to the weights, checked."""
+    """An adapter_config.json, checked: it may ask only for products that are added to the weights."""
     config = read_json(path)
     checked(path, "peft_type", config.get("peft_type"), Rule(str, choices=("LORA",)))
     for key, rule in LORA_KEYS.items():
@@ -273,9 +274,9 @@ for pattern in patterns:
 
 
 def matching(path: Path, patterns: Seq[str], texts: Iterable[str], before: str = "") -> list[set[str]]:
-    """For each regular expression from a file, the texts that `before` and then it match in full. If any of
-    them repeats something, another process does this, since some expressions would take years. ConfigError
-    for these, and for invalid ones."""
+    """For each regular expression of a file, the texts that match it in full after `before`. ConfigError for
+    one that is invalid or takes too long. Some would take years, so any that repeat something run in another
+    process."""
     texts = list(texts)
     wholes = [f"{before}(?:{pattern})" for pattern in patterns]
     pattern = ""
@@ -308,7 +309,8 @@ def fitted_values(path: Path, patterns: Mapping[str, float], modules: Iterable[s
 
 
 def targeted_modules(path: Path, targets, modules: Iterable[str]) -> set[str]:
-    """The modules that target_modules names: by a regular expression, or by a list of names or their ends."""
+    """The modules that target_modules names: by a regular expression, or by a list of names or ends of
+    names."""
     if isinstance(targets, str):
         return set(modules) if targets == "all-linear" else matching(path, [targets], modules)[0]
     ends = checked(path, "target_modules", targets, Rule(str, many=True, optional=True)) or ()

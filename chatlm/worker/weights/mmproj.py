@@ -1,4 +1,5 @@
-"""What a GGUF model sees pictures with: the file that llama.cpp calls mmproj, beside the model or named."""
+"""What a GGUF model sees pictures with: the file that llama.cpp calls mmproj, beside the model or named by
+--mmproj."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def gguf_eyes(model: Path, settings: Settings, loaded: LoadedModel, device: str) -> Eyes | None:
-    """None if there is no such file."""
+    """What the model sees with; None if there is no such file."""
     path = mmproj_of(model, settings)
     if path is None:
         return None
@@ -94,7 +95,7 @@ def eyes_of(path: Path, model: Path, settings: Settings, loaded: LoadedModel, de
 
 def file_tensors(path: Path, settings: Settings, loaded: LoadedModel, device: str, family: TowerFamily,
                  eyes: Eyes, stored: dict[str, Any]) -> dict[str, Any]:
-    """The tensors of Eyes. Layers stay as stored, all else becomes floats."""
+    """The tensors of Eyes. Layers stay as stored, everything else becomes floats."""
     spec = eyes.recipe
     stored = {name: tensor for name, tensor in stored.items()
               if not name.startswith(("a.", "mm.a."))}  # audio is not heard

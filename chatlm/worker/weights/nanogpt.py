@@ -1,4 +1,4 @@
-"""nanoGPT's checkpoints: ckpt.pt, with a vocabulary of characters or GPT-2's; and those of build-nanogpt."""
+"""Checkpoints of nanoGPT, whose vocabulary is of characters or GPT-2's, and of build-nanogpt."""
 
 from __future__ import annotations
 
@@ -64,7 +64,8 @@ def names_in_adapters(name: str, shape: tuple[int, ...]) -> Seq[str]:
 
 
 def build_args(path: Path, checkpoint: Mapping) -> dict:
-    """build-nanogpt pickles the sizes as an object of its class GPTConfig. All its layers have biases."""
+    """The sizes of a model, which build-nanogpt pickles as an object of its class GPTConfig. All its layers
+    have biases."""
     config = checkpoint.get("config")
     stated = config.attributes if isinstance(config, StandIn) else {}
     plain = {str(name): value if isinstance(value, (int, float, str)) else type(value).__name__
@@ -86,7 +87,7 @@ def model_args(path: Path, stated, key: str) -> dict:
 
 
 def own_tensors(path: Path, state) -> dict[str, numpy.ndarray]:
-    """The model's tensors without masks, and without a head that is the embedding, as nanoGPT makes it."""
+    """The model's tensors, without masks and without a head that is the embedding."""
     if not isinstance(state, dict):
         raise ConfigError(f"{path}: model is {shown(state)}; it must be a state dict")
     own = {str(name).removeprefix("_orig_mod."): tensor for name, tensor in state.items()
@@ -95,7 +96,7 @@ def own_tensors(path: Path, state) -> dict[str, numpy.ndarray]:
 
 
 def nanogpt_spec(args: Mapping, vocab_size: int, tied: bool) -> ModelSpec:
-    """`vocab_size` is the tokenizer's: rows beyond it are padding, and such ids are never drawn."""
+    """`vocab_size` is the tokenizer's. Rows beyond it are padding, whose ids are never drawn."""
     C = args["n_embd"]
     H = args["n_head"]
     biased = args["bias"]
@@ -107,8 +108,8 @@ def nanogpt_spec(args: Mapping, vocab_size: int, tied: bool) -> ModelSpec:
 
 
 def nanogpt_text(path: Path, config, vocab_size: int) -> TextSpec:
-    """The tokenizer: meta.pkl next to the checkpoint, or where nanoGPT's data/<dataset> lies next to its
-    folder; for GPT-2's vocabulary the files of its BPE next to the checkpoint."""
+    """The tokenizer: meta.pkl beside the checkpoint, or in nanoGPT's data/<dataset> beside its folder. For
+    GPT-2's vocabulary, its files beside the checkpoint."""
     folder = path.parent
     looked_for = [path.with_name("meta.pkl")]
     dataset = config.get("dataset") if isinstance(config, dict) else None

@@ -1,6 +1,6 @@
-"""Packed safetensors: what config.json says of them, and which of a folder's tensors form one matrix.
+"""Packed safetensors: what config.json says of them, and which of a folder's tensors form a matrix.
 
-A row of PACKINGS is a format; chatlm/worker/weights/packed_layouts.py has their arithmetic."""
+A row of PACKINGS is a format. chatlm/worker/weights/packed_layouts.py has the arithmetic."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CT_TYPES = [("float", 4), ("float", 8), *(("int", bits) for bits in range(1, 9))
 
 
 class Quantization(NamedTuple):
-    """A folder's `quantization_config`, of which `key` is the name in `path`."""
+    """A folder's `quantization_config`, or what stands for it. `key` is its name in `path`."""
 
     path: Path
     key: str
@@ -48,8 +48,8 @@ class Quantization(NamedTuple):
         return checked(self.path, f"{self.key}.{name}", self.stated.get(name, default), rule)
 
     def matches(self, key: str, pattern: str, module: str) -> bool:
-        """Does a module's name begin with this regular expression, which is under `key`? ConfigError if it
-        is none, or one that could take any time."""
+        """Does a module's name begin with a regular expression, which stands under `key`? ConfigError for one
+        that is invalid or could take any time."""
         try:
             expression = re.compile(pattern)
         except (re.error, OverflowError, RecursionError):
@@ -62,7 +62,8 @@ class Quantization(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """The tensors that form a matrix, by the endings of their names; `module` is what these begin with."""
+    """The tensors that form a matrix, by the endings of their names. `module` is what all these names begin
+    with."""
 
     folder: Path
     module: str
@@ -70,7 +71,7 @@ class Stored(NamedTuple):
     quantization: Quantization
 
     def error(self, ending: str, words: str) -> ConfigError:
-        """One that says this of a tensor."""
+        """An error that says this of a tensor."""
         return ConfigError(f"{self.folder}: {printable(f'{self.module}.{ending}')} {words}")
 
     def refuse(self, ending: str, must: str) -> NoReturn:
@@ -79,7 +80,8 @@ class Stored(NamedTuple):
         raise self.error(ending, f"{its}; it must be {must}")
 
     def take(self, ending: str, kinds: str, *shape: int | None) -> numpy.ndarray:
-        """A tensor, whose type is one of `kinds` and whose shape is this one. None: any size but 0."""
+        """A tensor whose type is one of `kinds` and whose shape is this one. None stands for any size but
+        0."""
         tensor = self.tensors.get(ending)
         if tensor is None or kind_of(tensor) not in kinds.split() or len(tensor.shape) != len(shape) or any(
                 have != want if want is not None else have == 0 for have, want in zip(tensor.shape, shape)):
@@ -119,13 +121,13 @@ GROUP_SIZE = Rule(int, -1, MOST_CHANNELS)
 
 
 def groups_of(size: int, K: int) -> tuple[int, int]:
-    """How many of K columns share a scale, and how many such groups there are; of size -1 there is one."""
+    """How many of K columns share a scale, and how many such groups there are. Size -1 means one group."""
     size = K if size < 1 else size
     return size, -(-K // size)
 
 
 def overridden(quantization: Quantization, module: str) -> Quantization:
-    """GPTQ's settings of a module: those of the first rule in `dynamic` that matches its name."""
+    """GPTQ's settings of a module: those of the first rule in `dynamic` that matches its name count first."""
     if not isinstance(rules := quantization.stated.get("dynamic") or {}, dict):
         raise ConfigError(f"{quantization.path}: {quantization.key}.dynamic is {shown(rules)}; it must be an "
                           "object")
@@ -166,8 +168,8 @@ def gptq(stored: Stored) -> Layout:
 
 def refuse_points(stored: Stored, ending: str, decode: Callable[[numpy.ndarray], numpy.ndarray],
                   usual: tuple[int, ...]):
-    """ConfigError if weights that are said to be symmetric have a tensor of other zero points, of which some
-    are looked at."""
+    """ConfigError if weights that are said to be symmetric have a tensor of other zero points. It looks at
+    some of them."""
     points = stored.tensors.get(ending)
     if points is not None and points.size and not any(
             (decode(points.reshape(*points.shape[:1] or (1,), -1)[:1]) == one).all() for one in usual):
@@ -176,7 +178,7 @@ def refuse_points(stored: Stored, ending: str, decode: Callable[[numpy.ndarray],
 
 
 def order_of(stored: Stored, ending: str, K: int, group: int, G: int) -> numpy.ndarray | None:
-    """The group of each column, if they are in another order than the groups."""
+    """The group of each column, if the columns are not in the order of the groups."""
     if not stored.given(ending):
         return None
     order = stored.take(ending, WHOLE, K)
@@ -195,7 +197,7 @@ class CtGroup(NamedTuple):
 
 
 def ct_groups(quantization: Quantization) -> list[CtGroup]:
-    """Its groups, at least one. ConfigError for one of another form."""
+    """compressed-tensors' groups of modules, at least one. ConfigError for a group of another form."""
     groups = quantization.stated.get("config_groups")
     found = []
     where = f"{quantization.path}: {quantization.key}.config_groups"
@@ -215,7 +217,7 @@ def ct_groups(quantization: Quantization) -> list[CtGroup]:
 
 
 def ct_group(quantization: Quantization, module: str) -> CtGroup:
-    """The group of a module: one that targets its name comes before one that targets its class."""
+    """The group of a module. A group that targets its name comes before one that targets its class."""
     groups = ct_groups(quantization)
 
     def matches(target: str) -> bool:
@@ -234,7 +236,7 @@ def ct_bits(stored: Stored) -> tuple[int, CtGroup]:
 
 
 def ct_columns(stored: Stored, its: CtGroup, N: int, K: int) -> tuple[numpy.ndarray, int]:
-    """The scales (N, G) and how many columns share one."""
+    """The scales (N, G), and how many columns share one."""
     scales = stored.tensors.get("weight_scale")
     if its.weights.get("strategy") == "tensor" and scales is not None and scales.size == 1:
         return numpy.broadcast_to(floats(scales).reshape(1, 1), (N, 1)), K
@@ -280,13 +282,13 @@ def ct_zeros(points: numpy.ndarray, bits: int, N: int, begin: int, end: int) -> 
 
 
 def usual_order(stored: Stored) -> bool:
-    """Is there an order of columns? One of -1 stands for none."""
+    """Does the file state an order of columns? One of -1 stands for none."""
     order = stored.tensors.get("weight_g_idx")
     return order is not None and not (kind_of(order) in WHOLE.split() and (order == -1).all())
 
 
 def sizes_in(stored: Stored) -> tuple[int, int]:
-    """(N, K) of weight_shape."""
+    """(N, K), from weight_shape."""
     N, K = map(int, stored.take("weight_shape", WHOLE, 2))
     if not (0 < N <= 1 << 24 and 0 < K <= MOST_CHANNELS):
         raise stored.error("weight_shape", f"is {[N, K]}; these are no numbers of outputs and inputs")
@@ -332,7 +334,8 @@ def mxfp4(stored: Stored, codes: str = "weight_packed") -> Layout:
 
 
 def codebook_state(stored: Stored, ending: str) -> tuple[int, int, int, int | None, float]:
-    """(N, K, the blocksize, that of the scales of scales, what is added to them): JSON in bytes."""
+    """(N, K, the blocksize, the blocksize of the scales' scales, what is added to the scales), from JSON in
+    bytes."""
     try:
         state = json.loads(stored.take(ending, "uint8", None).tobytes())
         [N, K], block, inner = state["shape"], state["blocksize"], state.get("nested_blocksize")
@@ -381,7 +384,8 @@ def llm_int8(stored: Stored) -> Layout:
 
 
 class Packing(NamedTuple):
-    """A format: the tensor that has its codes, by ending and type, those that belong to it, its layout."""
+    """A format: the ending and the type of the tensor that has its codes, the tensors beside it, its
+    layout."""
 
     title: str
     methods: str
@@ -416,7 +420,7 @@ UNREAD_SCALES = r".*\.(input|output|[kqv])_(global_)?(scale|zero_point)(_inv)?$"
 
 
 def quantization_of(path: Path, config: Mapping) -> Quantization | None:
-    """What a config.json, or another file beside it, says of its folder's quantization."""
+    """What config.json, or another file beside it, says of a folder's quantization."""
     text = config.get("text_config")
     for key, holder in (("", config), ("text_config.", text if isinstance(text, dict) else {})):
         if (stated := holder.get("quantization_config")) is not None:
@@ -435,13 +439,14 @@ def quantization_of(path: Path, config: Mapping) -> Quantization | None:
 
 
 def only_of_cache(stated: Mapping) -> bool:
-    """Does it only say how others keep keys and values?"""
+    """Does it say only how others keep keys and values?"""
     own = [key for key, value in stated.items() if value not in (None, "", [], {})]
     return bool(own) and all(key.startswith("kv_cache") for key in own)
 
 
 def with_method(stated: Mapping) -> Mapping:
-    """bitsandbytes' older configs do not name their method, and modelopt has a name for each of its own."""
+    """bitsandbytes' older configs do not name their method, and modelopt has a name for each of its
+    formats."""
     method = stated.get("quant_method")
     if method is None and (stated.get("load_in_4bit") or stated.get("load_in_8bit")):
         method = "bitsandbytes"
@@ -483,7 +488,7 @@ def check_quantization(path: Path, config: Mapping) -> Quantization | None:
 
 
 def join_packed(folder: Path, state: Mapping[str, numpy.ndarray]) -> dict[str, Any]:
-    """A folder's tensors, where those that form a packed matrix have become one PackedWeight, `.weight`."""
+    """A folder's tensors. Those that form a packed matrix become one PackedWeight, `.weight`."""
     path = folder / "config.json"
     config = read_json(path, needed=False)
     stated = quantization_of(path, config)
@@ -525,8 +530,8 @@ def without_zero_biases(state: Mapping[str, Any], expected: Mapping[str, Any]) -
 
 
 def origin_of(state: Mapping[str, Any], tiles: bool) -> str:
-    """In words, which formats a folder's matrices have, and how many of them are multiplied out. `tiles`: do
-    kernels read packed weights?"""
+    """In words, which formats a folder's matrices have, and how many of them are multiplied out. `tiles`:
+    kernels read packed weights."""
     found = [tensor for tensor in state.values() if isinstance(tensor, PackedWeight)]
     if not found:
         return ""

@@ -45,7 +45,7 @@ FILE_NAMES = SIGLIP_FILE | both({
 
 def qwen_eyes(said: Said, model: ModelSpec, spec: ModelSpec, patch: int, shuffle: int, grid: int,
               deep: tuple[int, ...], pixels: tuple[int, int]) -> Eyes:
-    """spec: of the tower, with any number of patches. pixels: of a picture, the fewest and the most."""
+    """`spec` is the tower's, with any number of patches. `pixels`: the fewest and the most of a picture."""
     unit, (mean, std) = patch * shuffle, colors(said)
     said.divides("the size of the tower's heads", spec.head_size, 4)
     if round(grid**0.5)**2 != grid:

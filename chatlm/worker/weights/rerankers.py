@@ -1,7 +1,7 @@
-"""Qwen3-Reranker: a causal model that answers whether a document is right for a query with yes or no.
+"""Qwen3-Reranker: a causal model that answers yes or no, whether a document is right for a query.
 
-Its score is the logit of "yes" minus that of "no" after a prompt with both, so a pair needs the last hidden
-state and one row instead of a head (https://arxiv.org/abs/2506.05176)."""
+Its score is the logit of "yes" minus that of "no" after a prompt with both. So a pair of texts needs only its
+last hidden state and one row in place of the head (https://arxiv.org/abs/2506.05176)."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ CANNOT = ("such a model scores or labels texts and writes none; of causal models
 
 
 def refuse_classifier(path: Path, config: Mapping, family: str):
-    """ConfigError for a config.json of a causal model that classifies, or gives rewards: it has no matrix
-    that makes tokens."""
+    """ConfigError for a config.json of a causal model that classifies or gives rewards: no matrix of it makes
+    tokens."""
     for name in architectures_of(config):
         may_rank = family in FAMILIES and name.endswith("ForSequenceClassification")
         if CLASSIFIERS.search(name) and not may_rank:
@@ -57,10 +57,10 @@ def architectures_of(config: Mapping) -> list[str]:
 
 
 def score_of(folder: Path, config: Mapping, family: str, names: Seq[str], score: Any, has_head: bool) -> Any:
-    """A folder's tensor SCORE if it is what the model ranks by; None of one that chats. ConfigError of any
-    other.
+    """A folder's tensor SCORE, if that is what the model ranks by; None of a model that chats. ConfigError of
+    any other.
 
-    `has_head`: is there a matrix that makes tokens?"""
+    `has_head`: there is a matrix that makes tokens."""
     said = architectures_of(config)
     scores = any(map(CLASSIFIERS.search, said))
     if score is None or not scores and (has_head or said):
@@ -76,8 +76,9 @@ def score_of(folder: Path, config: Mapping, family: str, names: Seq[str], score:
 
 def of_folder(folder: Path, config: Mapping, family: str, names: Seq[str], spec: ModelSpec, text: TextSpec,
               state: Mapping[str, Any], score: Any) -> tuple[TextSpec, numpy.ndarray | None]:
-    """The text of a folder's reranker, and the row (C,) that makes a hidden state a score; the text alone of
-    any other model. `score`: its tensor SCORE, if it has one. ConfigError if it ranks in another way."""
+    """The text of a folder's reranker, and the row (C,) that makes a score of a hidden state; the text and
+    None of any other model. `score`: its tensor SCORE, if it has one. ConfigError if it ranks in another
+    way."""
     classifies = score is not None
     if family not in FAMILIES or not (classifies or config.get("classifier_from_token")
                                       or any(map(NAMED.search, names))):
@@ -101,7 +102,8 @@ def of_folder(folder: Path, config: Mapping, family: str, names: Seq[str], spec:
 
 def of_gguf(path: Path, metadata: Mapping, family: str, spec: ModelSpec, text: TextSpec,
             stored: Mapping[str, Any], classes: Any) -> tuple[TextSpec, numpy.ndarray | None]:
-    """The same of a GGUF file; `classes`: its tensor CLASSES. Older files are those of a chat model."""
+    """Like `of_folder`, of a GGUF file. `classes`: its tensor CLASSES. Older files of rerankers look like
+    those of a chat model."""
     own = f"{metadata['general.architecture']}."
     pooling = pooling_of_gguf(path, own, metadata)
     key = f"{own}classifier.output_labels"
@@ -132,7 +134,7 @@ def of_gguf(path: Path, metadata: Mapping, family: str, spec: ModelSpec, text: T
 
 
 def ids_of(path: Path, text: TextSpec, words: Seq[str]) -> list[int]:
-    """The tokens of these words. ConfigError if one of them is not a single token."""
+    """The token of each of these words. ConfigError if a word is not a single token."""
     tokenizer = open_tokenizer(text)
     ids = [tokenizer.encode(word, begins=False) for word in words]
     if wrong := [word for word, tokens in zip(words, ids) if len(tokens) != 1]:
@@ -142,10 +144,10 @@ def ids_of(path: Path, text: TextSpec, words: Seq[str]) -> list[int]:
 
 
 def as_reranker(path: Path, text: TextSpec, spec: ModelSpec, template: Any) -> TextSpec:
-    """The text of a reranker: what the template has around the query and the document. ConfigError for one
-    that is no such template.
+    """The text of a reranker: what the template has around the query and the document. ConfigError if it is
+    no such template.
 
-    What comes before the last special token that precedes the query is the same for all pairs."""
+    Whatever precedes the last special token before the query is the same for all pairs."""
     if not isinstance(template, str) or not re.fullmatch(
             r"[^{}]*\{query\}[^{}]*\{document\}[^{}]*", template):
         raise ConfigError(f"{path}: its chat template `rerank` is {shown(template)}; it must have {{query}} "

@@ -1,5 +1,5 @@
 """Models whose output matrix is the embedding: files that have one of the two or both, and adapters that
-change only one."""
+change only one of them."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ COMPARED_ROWS = 1024  # at a time: a float32 copy of all would take gigabytes
 
 
 class Pair(NamedTuple):
-    """The names of both matrices in a file."""
+    """The names of both matrices."""
 
     embed: str
     head: str
 
     @classmethod
     def of(cls, table: Mapping[str, Seq[str]]) -> Pair:
-        """As `tensor_sources` has them."""
+        """As a table of names for `tensor_sources` has them."""
         return cls(table["embed"][0], table["head"][0])
 
     @classmethod
@@ -46,7 +46,8 @@ def head_of_folder(path: Path, spec: ModelSpec, row: Family, state: Mapping[str,
                    scales: Mapping[str, Any]) -> tuple[ModelSpec, dict[str, Any], dict[str, Any]]:
     """The spec, tensors and scales of a folder whose config says that the head is the embedding.
 
-    Of both, one is enough. A head that differs from the embedding is the model's own, as in transformers."""
+    One of the two matrices is enough. A head that differs from the embedding is the model's own, as in
+    transformers."""
     pair = Pair.of(row.all_tensors)
     state = dict(state)
     scales = dict(scales)
@@ -68,7 +69,7 @@ def head_of_folder(path: Path, spec: ModelSpec, row: Family, state: Mapping[str,
 
 
 def equal(one: Any, other: Any) -> bool:
-    """Have two of a file's matrices the same values? Packed ones are never compared: they are seldom
+    """Do two of a file's matrices have the same values? Packed ones are never compared, since few are
     exact."""
     if one is None or other is None:
         return one is other
@@ -113,8 +114,8 @@ def merge_adapters(settings: Settings, stored: StoredModel, sources: Sources) ->
 
 
 def divided_by(added: dict[str, list[Change | Copy]], pair: Pair) -> bool:
-    """Do adapters make the head another matrix than the embedding? If not, `added` has for the embedding what
-    both become."""
+    """Do adapters make the head and the embedding different matrices? If not, `added` has for the embedding
+    what both become."""
     both = added.get(pair.embed, []), added.get(pair.head, [])
     copies = [change for changes in both for change in changes if isinstance(change, Copy)]
     if any(isinstance(change, Change) for changes in both for change in changes) or len(copies) == 1:

@@ -1,4 +1,5 @@
-"""The families of what sees pictures, each a row of `TOWERS`: names of tensors, and what files say."""
+"""The families of towers, which see pictures: each a row of `TOWERS`, with the names of its tensors and what
+its files say."""
 
 from __future__ import annotations
 
@@ -37,20 +38,20 @@ class Said(Protocol):
     shapes: dict[str, tuple[int, ...]]  # of the tensors of a GGUF file; of a folder's none
 
     def tower(self, key: str, rule: Rule, default: Any = None) -> Any:
-        """Of config.json's vision_config, or of a GGUF file's keys that begin with clip.vision."""
+        """From config.json's vision_config, or a GGUF file's keys that begin with clip.vision."""
 
     def model(self, key: str, rule: Rule, default: Any = None) -> Any:
-        """Of the rest of config.json; a GGUF file has none of these."""
+        """From the rest of config.json. A GGUF file has none of these."""
 
     def picture(self, key: str, rule: Rule, default: Any = None, length: int | None = None) -> Any:
-        """Of preprocessor_config.json, where the key may be a path such as size.longest_edge; in a GGUF file
-        as `tower`."""
+        """From preprocessor_config.json, where the key may be a path such as size.longest_edge. A GGUF file
+        has it where `tower` looks."""
 
     def divides(self, key: str, value: int, by: int):
-        """ConfigError unless `by` divides the value of a key."""
+        """ConfigError unless the value of a key is a multiple of `by`."""
 
     def sections(self) -> tuple[int, ...]:
-        """Of M-RoPE: how many pairs of a head of the text model turn by time, row and column."""
+        """M-RoPE: how many pairs of a text model's head turn by time, row and column."""
         ...
 
     def refuse(self, problem: str):
@@ -105,14 +106,14 @@ SIGLIP_FILE = both({
 
 def tower_recipe(width: int, heads: int, kv_heads: int, head_size: int, ffn_size: int, patches: int,
                  layers: tuple[Layer, ...], norm: AnyNorm) -> ModelSpec:
-    """The recipe of a tower that has built its layers. norm: the last one, after these."""
+    """The recipe of a tower that has built its layers itself. `norm` comes after the last one."""
     return ModelSpec(0, len(layers), width, heads, kv_heads, head_size, ffn_size, patches, of_texts=True,
                      own_layers=layers, own_norm=norm)
 
 
 def siglip(said: Said, width: int, layers: int, heads: int, ffn_size: int, patches: int, eps: float,
            activation: str, rotates: bool = False) -> ModelSpec:
-    """rotates: heads turn by the place of their patch."""
+    """`rotates`: heads turn by the place of their patch."""
     said.divides("the tower's width", width, heads)
     size = width // heads
     norm = LayerNorm(eps, bias=True)
@@ -131,7 +132,7 @@ def siglip_layer(heads: int, head_size: int, ffn_size: int, norm: LayerNorm, act
 
 
 def siglip_of_folder(said: Said, patches: int, width: int, layers: int, heads: int) -> ModelSpec:
-    """patches: of a tile, at most. The others: defaults."""
+    """`patches`: the most in a tile. The others are defaults."""
     said.tower("num_channels", Rule(int, 3, 3), 3)
     return siglip(
         said, said.tower("hidden_size", CHANNELS, width), said.tower("num_hidden_layers", LAYERS, layers),
@@ -148,7 +149,7 @@ def siglip_of_file(said: Said, patches: int, rotates: bool = False) -> ModelSpec
 
 
 def colors(said: Said) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each."""
+    """The mean and the standard deviation of each color."""
     rule = Rule(float, -10, 10, many=True)
     mean, std = (tuple(said.picture(f"image_{name}", rule, [0.5] * 3, 3)) for name in ("mean", "std"))
     if not all(std):
@@ -157,20 +158,20 @@ def colors(said: Said) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def scaled(said: Said, filters: int):
-    """Numbers of colors must become 0 to 1, and pictures be resized with this filter."""
+    """ConfigError unless colors become 0 to 1, and pictures are resized with this filter."""
     said.picture("resample", Rule(int, filters, filters), filters)
     said.picture("rescale_factor", Rule(float, 1 / 255 - 1e-9, 1 / 255 + 1e-9), 1 / 255)
 
 
 def square_grid(said: Said, side: int, patch: int, shuffle: int) -> int:
-    """The patches of a tile of side * side pixels, of which shuffle * shuffle become a row."""
+    """The patches of a tile of side * side pixels. shuffle * shuffle of them become one row."""
     said.divides("image_size", side, patch)
     said.divides("image_size / patch_size", side // patch, shuffle)
     return (side // patch) ** 2
 
 
 def of_grid(eyes: Eyes, width: int) -> Shapes:
-    """A patch's product, a row for each place, and a product for the rows of a square."""
+    """A product for each patch, a row for its place, and a product for the rows of each square."""
     C = eyes.recipe.width
     return {"patch": (C, 3 * eyes.patch**2), "patch_bias": (C,), "places": (eyes.patches, C),
             "project": (width, C * eyes.shuffle**2)}
@@ -211,7 +212,7 @@ IDEFICS3 = TowerFamily(
 
 def lfm2_eyes(said: Said, model: ModelSpec, spec: Callable[[int], ModelSpec], patch: int, shuffle: int,
               projector: str, hidden: int, grid: int) -> Eyes:
-    """spec: of the most patches in a tile."""
+    """`spec`: with the most patches of a tile."""
     unit = patch * shuffle
     color = colors(said)
     tile = said.picture("tile_size", SIDE, 512)
@@ -350,7 +351,7 @@ def gemma4_vision(said: Said, model: ModelSpec, unit: int, two_sided: bool) -> V
 
 def gemma4_spec(said: Said, patches: int, width: int, layers: int, heads: tuple[int, int, int], ffn_size: int,
                 eps: float, base: float, clamped: bool) -> ModelSpec:
-    """heads: of queries, of keys, and their size. base: of the heads' rotation by places."""
+    """`heads`: of queries, of keys, and their size. `base`: of the heads' rotation by places."""
     count, kv_heads, size = heads
     said.divides("the number of heads", count, kv_heads)
     said.divides("the size of heads", size, 4)
@@ -361,10 +362,10 @@ def gemma4_spec(said: Said, patches: int, width: int, layers: int, heads: tuple[
 
 def gemma4_layer(heads: int, kv_heads: int, head_size: int, ffn_size: int, eps: float, base: float,
                  clamped: bool) -> Layer:
-    """Norms before and after each block, of q, k and v; scores are q k^T without another scale.
+    """Norms before and after each block, and of q, k and v. Scores are q k^T without another scale.
 
-    clamped: what products read and give is bounded. Then norms, gate and up are computed apart, since a
-    bound comes before and after each product."""
+    `clamped`: what products read and give is bounded. Then norms, gate and up are computed apart, since
+    bounds come before and after each product."""
     before = RmsNorm(eps, apart=clamped)
     after = RmsNorm(eps)
     attention = Attention(
@@ -384,7 +385,7 @@ def gemma4_eyes(said: Said, model: ModelSpec, spec: Callable[[int], ModelSpec], 
 
 
 def gemma4_text(said: Said) -> tuple[bool, int]:
-    """Do rows of a picture see each other, and whose layers' inputs have they?"""
+    """Whether rows of a picture see each other, and which token's layer inputs they get."""
     rule = Rule(str, choices=("vision",), optional=True)
     ahead = said.model("text_config.use_bidirectional_attention", rule)
     return ahead == "vision", said.model("text_config.pad_token_id", Rule(int, 0, 1 << 24), 0)
@@ -425,7 +426,8 @@ def gemma4_of_file(said: Said, model: ModelSpec) -> Eyes:
 
 def clamps_of(path: Path, names: Mapping[str, tuple[str, ...]], model: Model,
               numbers: Mapping[str, float]) -> dict[str, numpy.ndarray]:
-    """The clamps of each layer from the numbers of a file, by their names there; none: the largest."""
+    """The clamps of each layer, from a file's numbers by their names there. Where it has none they are the
+    largest number."""
     if not any(layer.clamped for layer in model.layers):
         return {}
     found = {}

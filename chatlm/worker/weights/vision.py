@@ -1,4 +1,4 @@
-"""What a folder sees pictures with: the settings and the tensors of a row of TOWERS."""
+"""What a folder sees pictures with: what its files say of a row of TOWERS, and its tensors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SECTIONS = Rule(int, 0, 1024, many=True)  # of M-RoPE
 
 
 class FolderSays:
-    """A `Said` of config.json, and of preprocessor_config.json or else processor_config.json."""
+    """`Said` of a config.json, and of preprocessor_config.json or else processor_config.json."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -81,14 +81,14 @@ class FolderSays:
 
 
 def value_at(raw: Any, path: str, default: Any) -> Any:
-    """A value in objects in objects, whose names are joined by dots."""
+    """A value in nested objects. The path joins their names by dots."""
     value = reduce(lambda value, name: value.get(name) if isinstance(value, dict) else None, path.split("."),
                    raw)
     return default if value is None else value
 
 
 def folder_eyes(folder: Path, settings: Settings, model: ModelSpec, dtype: str) -> Eyes | None:
-    """None if the folder sees nothing, or nothing that this program knows."""
+    """What the folder sees with; None if it has nothing, or nothing that this program knows."""
     said = FolderSays(folder)
     if (family := (TOWERS | qwen_towers.TOWERS).get(said.config.get("model_type", ""))) is None:
         return None
@@ -137,20 +137,20 @@ def folder_tensors(folder: Path, settings: Settings, family: TowerFamily, eyes: 
 
 
 def by_halves(count: int, size: int) -> numpy.ndarray:
-    """The order of rows, of heads of this size, that makes a first and a second half of pairs of those of
-    each half."""
+    """An order of rows for heads of this size. In the file each half of a head has its own first and second
+    half of pairs; here the first halves come first."""
     order = numpy.arange(count).reshape(-1, 2, 2, size // 4)
     return order.swapaxes(1, 2).reshape(-1)
 
 
 def unstored(eyes: Eyes) -> dict[str, Any]:
-    """What stages have that no file does: a last norm that nothing reads."""
+    """The tensors of a stage that no file has: a last norm, which nothing reads."""
     return {} if PROJECTORS[eyes.projector].normed else {
         "final_norm": numpy.ones(eyes.recipe.width, numpy.float32)}
 
 
 def tower_sources(family: TowerFamily, names: Any, eyes: Eyes, width: int) -> Sources:
-    """Our tensors -> their shapes, and the file's."""
+    """The sources of a tower's layers and of its own tensors."""
     layers = tensor_sources(eyes.recipe, names, 0)
     stored = {ours: source for ours, source in layers.items()
               if ours not in unstored(eyes) and not ours.endswith(".clamps")}
@@ -159,6 +159,6 @@ def tower_sources(family: TowerFamily, names: Any, eyes: Eyes, width: int) -> So
 
 
 def by_color(kernel: numpy.ndarray) -> numpy.ndarray:
-    """A convolution's (C, 3, p, p) -> (C, p * p * 3): the numbers of a patch by row, column, color."""
+    """A convolution's (C, 3, p, p) as (C, p * p * 3): the numbers of a patch by row, column and color."""
     return numpy.ascontiguousarray(kernel.transpose(0, 2, 3, 1)).reshape(
         len(kernel), math.prod(kernel.shape[1:]))
