@@ -207,10 +207,13 @@ def names_in_adapters(name: str, shape: tuple[int, ...]) -> Seq[str]:
     """How adapters may call a tensor. They cannot change vectors."""
     if len(shape) != 2:
         return ()
-    in_transformers = name
+    return name, name_in_transformers(name)
+
+
+def name_in_transformers(name: str) -> str:
     for upstream, theirs in IN_TRANSFORMERS.items():
-        in_transformers = in_transformers.replace(upstream, theirs)
-    return name, in_transformers
+        name = name.replace(upstream, theirs)
+    return name
 
 
 class TokenizerUnpickler(PlainUnpickler):
