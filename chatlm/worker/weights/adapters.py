@@ -17,7 +17,7 @@ from chatlm.common.errors import ConfigError, printable
 from chatlm.worker.arrays import kinds
 from chatlm.worker.arrays.kinds import FLOATS, AdapterMatrix, as_kind, bits_of, contiguous, kind_of, zeros
 from chatlm.worker.model.tensors import Cut, Unread
-from chatlm.worker.weights.lora import Change, read_adapter
+from chatlm.worker.weights.lora import Change, read_adapter, whole_shapes
 from chatlm.worker.weights.model_of import model_of
 from chatlm.worker.weights.sources import file_shapes
 
@@ -73,9 +73,9 @@ class AdapterReader:
         slices = self.adaptable.slices()
         unread = self.adaptable.ignored
         shapes = file_shapes(self.adaptable.sources) | unread
-        whole = {theirs: (sum(shapes[file_slice.name][0] for file_slice in at), *shapes[at[0].name][1:])
-                 for theirs, at in slices.items()}
-        for embed, head in [self.adaptable.tied] if self.adaptable.tied else ():
+        whole = whole_shapes(shapes, slices)
+        if self.adaptable.tied:
+            embed, head = self.adaptable.tied
             whole[head] = whole[embed]
         parts: dict[str, list[Part]] = {}  # by the whole model's names
         rows = {theirs: (ours, before) for ours, (_, all_of) in self.adaptable.sources.items()
