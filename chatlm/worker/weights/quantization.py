@@ -171,7 +171,8 @@ def gptq(stored: Stored) -> Layout:
     else:
         qzeros = stored.take("qzeros", "int32", G, -(-N * bits // 32))
     order = order_of(stored, "g_idx", K, group, G)
-    return Grouped((N, K), bits, group, codes, scales.T, stored.mapped, None if is_symmetric else zeros, order)
+    return Grouped((N, K), bits, group, codes, scales.T, stored.mapped, None if is_symmetric else zeros,
+                   order)
 
 
 def refuse_points(stored: Stored, ending: str, decode: Callable[[numpy.ndarray], numpy.ndarray],

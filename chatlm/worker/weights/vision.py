@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from functools import cached_property, reduce
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn, TYPE_CHECKING
 
@@ -82,15 +83,17 @@ class FolderSays:
 
 def value_at(raw: Any, path: str, default: Any) -> Any:
     """A value in nested objects. The path joins their names by dots."""
-    value = reduce(lambda value, name: value.get(name) if isinstance(value, dict) else None, path.split("."),
-                   raw)
+    value = raw
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
     return default if value is None else value
 
 
 def folder_eyes(folder: Path, settings: Settings, model: ModelSpec, dtype: str) -> Eyes | None:
     """What the folder sees with; None if it has nothing, or nothing that this program knows."""
     said = FolderSays(folder)
-    if (family := (TOWERS | qwen_towers.TOWERS).get(said.config.get("model_type", ""))) is None:
+    family = (TOWERS | qwen_towers.TOWERS).get(said.config.get("model_type", ""))
+    if family is None:
         return None
     eyes = family.of_folder(said, model)
     return eyes._replace(tensors=folder_tensors(folder, settings, family, eyes, model.width, dtype))
@@ -99,41 +102,55 @@ def folder_eyes(folder: Path, settings: Settings, model: ModelSpec, dtype: str) 
 def folder_tensors(folder: Path, settings: Settings, family: TowerFamily, eyes: Eyes, width: int,
                    dtype: str) -> dict[str, Any]:
     """The tensors of Eyes, yet to be read."""
-    found = {}
-    for path in weight_files(folder):
-        found |= {re.sub(r"^(model\.)?(vision_tower\.)?(vision_model\.|connector\.)?", "", name): tensor
-                  for name, tensor in read_safetensors_file(path).items()
-                  if re.match(rf"(model\.)?({IMAGES})\b", name)}
-    state = {name: tensor for name, tensor in found.items()
-             if not name.startswith(("head.", "audio_tower.", "embed_audio."))}
+    state = tower_state(folder)
     numbers = {name: float(floats(state.pop(name)).reshape(())) for name in [*state] if name.endswith(CLAMPS)}
     for name, tensor in state.items():
         if kind_of(tensor) not in FLOATS:
             raise ConfigError(f"{folder}: {shown(name)} is of type {kind_of(tensor)}; what sees images must "
                               f"be {', '.join(FLOATS)}")
+    state = in_our_layout(state, family, eyes.recipe.head_size)
+    sources = tower_sources(family, family.names, eyes, width)
+    check_names_and_shapes(folder, {name: tuple(tensor.shape) for name, tensor in state.items()}, sources)
+    tensors: dict[str, Any] = dict(ArrayTensors(folder, settings, state, dtype).of(sources))
+    return tensors | unstored(eyes) | clamps_of(folder, family.names, eyes.architecture, numbers)
+
+
+def tower_state(folder: Path) -> dict[str, Any]:
+    """A folder's tensors of what sees pictures, by their names from the tower's or the projector's on."""
+    state = {}
+    for path in weight_files(folder):
+        for name, tensor in read_safetensors_file(path).items():
+            if re.match(rf"(model\.)?({IMAGES})\b", name):
+                name = re.sub(r"^(model\.)?(vision_tower\.)?(vision_model\.|connector\.)?", "", name)
+                state[name] = tensor
+    return {name: tensor for name, tensor in state.items()
+            if not name.startswith(("head.", "audio_tower.", "embed_audio."))}
+
+
+def in_our_layout(state: Mapping[str, Any], family: TowerFamily, head_size: int) -> dict[str, Any]:
+    """A folder's tensors with rows, columns and values as ours have them."""
+    state = dict(state)
     [kernel] = family.names["patch"]
-    if (weight := state.get(kernel)) is not None and len(weight.shape) == 4:
+    weight = state.get(kernel)
+    if weight is not None and len(weight.shape) == 4:
         state[kernel] = of_kind(by_color(bits_of(weight)), kind_of(weight))
     if weight is not None and len(weight.shape) == 5:  # a picture is a film of so many equal ones
         state[kernel] = by_color(floats(weight).sum(axis=2))
-    for name in state if family.axes else ():
-        if re.search(family.axes, name):
+    for name in state:
+        if family.axes and re.search(family.axes, name):
             rows = bits_of(state[name])
-            state[name] = of_kind(rows[by_halves(len(rows), eyes.recipe.head_size)], kind_of(state[name]))
+            state[name] = of_kind(rows[by_halves(len(rows), head_size)], kind_of(state[name]))
     for ours in (*family.transposed, *family.swapped):
         [name] = family.names[ours]
-        if (weight := state.get(name)) is not None and len(weight.shape) > 1:
+        weight = state.get(name)
+        if weight is not None and len(weight.shape) > 1:
             swapped = numpy.ascontiguousarray(bits_of(weight).swapaxes(0, 1))
             state[name] = of_kind(swapped, kind_of(weight))
     for ours, more in family.added.items():
         [name] = family.names[ours]
         if name in state:
             state[name] = floats(state[name]) + numpy.float32(more)
-    sources = tower_sources(family, family.names, eyes, width)
-    check_names_and_shapes(folder, {name: tuple(tensor.shape) for name, tensor in state.items()}, sources)
-    tensors: dict[str, Any] = dict(ArrayTensors(folder, settings, state, dtype).of(sources))
-    return tensors | unstored(eyes) | clamps_of(
-        folder, family.names, eyes.architecture, numbers)
+    return state
 
 
 def by_halves(count: int, size: int) -> numpy.ndarray:
@@ -145,17 +162,20 @@ def by_halves(count: int, size: int) -> numpy.ndarray:
 
 def unstored(eyes: Eyes) -> dict[str, Any]:
     """The tensors of a stage that no file has: a last norm, which nothing reads."""
-    return {} if PROJECTORS[eyes.projector].normed else {
-        "final_norm": numpy.ones(eyes.recipe.width, numpy.float32)}
+    if PROJECTORS[eyes.projector].normed:
+        return {}
+    return {"final_norm": numpy.ones(eyes.recipe.width, numpy.float32)}
 
 
 def tower_sources(family: TowerFamily, names: Any, eyes: Eyes, width: int) -> Sources:
     """The sources of a tower's layers and of its own tensors."""
-    layers = tensor_sources(eyes.recipe, names, 0)
-    stored = {ours: source for ours, source in layers.items()
-              if ours not in unstored(eyes) and not ours.endswith(".clamps")}
-    return stored | {
-        ours: (shape, {names[ours][0]: shape}) for ours, shape in family.own(eyes, width).items()}
+    sources: Sources = {}
+    for ours, source in tensor_sources(eyes.recipe, names, 0).items():
+        if ours not in unstored(eyes) and not ours.endswith(".clamps"):
+            sources[ours] = source
+    for ours, shape in family.own(eyes, width).items():
+        sources[ours] = shape, {names[ours][0]: shape}
+    return sources
 
 
 def by_color(kernel: numpy.ndarray) -> numpy.ndarray:
