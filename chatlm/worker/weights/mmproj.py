@@ -40,7 +40,7 @@ def gguf_eyes(model: Path, settings: Settings, loaded: LoadedModel, device: str)
     if not path.is_file():
         raise ConfigError(f"--mmproj {path}: there is no such file")
     with readable(path):
-        return eyes_of(path, model, settings, loaded, device, *read_gguf_file(path))
+        return eyes_in_file(path, model, settings, loaded, device, *read_gguf_file(path))
 
 
 class FileSays:
@@ -78,8 +78,8 @@ class FileSays:
         raise ConfigError(f"{self.path}: clip.vision.{problem}")
 
 
-def eyes_of(path: Path, model: Path, settings: Settings, loaded: LoadedModel, device: str,
-            metadata: Mapping[str, Any], stored: dict[str, Any]) -> Eyes:
+def eyes_in_file(path: Path, model: Path, settings: Settings, loaded: LoadedModel, device: str,
+                 metadata: Mapping[str, Any], stored: dict[str, Any]) -> Eyes:
     if metadata.get("general.architecture") != "clip":
         raise ConfigError(f"{path}: general.architecture is {shown(metadata.get('general.architecture'))}; a "
                           "file that sees images has clip")

@@ -82,8 +82,10 @@ def shard_model(model: LoadedModel, rank: int, tp: int, quantize: str | None = N
         return model
     whole = model.architecture
     tensors = dict(model.tensors)
-    packed_together = 256 if "_k" in (quantize or "") else 32 if quantize else 0
-    own, parts = whole.of_rank(rank, tp, block_for(whole, tp, max(model.block, packed_together)))
+    block = model.block
+    if quantize:
+        block = max(block, 256 if "_k" in quantize else 32)
+    own, parts = whole.of_rank(rank, tp, block_for(whole, tp, block))
     shapes = whole.shapes()
     for name, shape in own.shapes().items():
         part = parts[name]
@@ -97,17 +99,10 @@ def shard_model(model: LoadedModel, rank: int, tp: int, quantize: str | None = N
 def layers_of(model: Model, stage: int, stages: int) -> range:
     """The layers of a stage. Layers that share keys stay together. The head counts like as many layers as
     have its weights."""
-    attn = model.attentions[0]
-    feed = model.feed
     layers = len(model.layers)
-    width = feed.width if feed else 0
-    if isinstance(feed, Experts):
-        width = feed.width * feed.router.chosen + (feed.shared.width if feed.shared else 0)
-    if isinstance(feed, ExpertsBesideDense):
-        width = feed.width * feed.router.chosen + feed.dense.width
-    layer = model.width * (2 * (attn.heads + attn.kv_heads) * attn.head_size + 3 * width)
-    total = layers + model.vocab_size * model.width / layer
+    total = layers + model.vocab_size * model.width / weights_of_layer(model)
     sources = {l: attn.source for l, attn in enumerate(model.by_layer) if attn and attn.source is not None}
+    # the layers with which a stage may begin
     firsts = [l for l in range(1, layers)
               if all(source >= l for reader, source in sources.items() if reader >= l)]
     if len(firsts) < stages - 1:
@@ -117,6 +112,18 @@ def layers_of(model: Model, stage: int, stages: int) -> range:
             for n in range(1, stages)]
     ends = [0, *(firsts[cut - 1] for cut in cuts), layers]
     return range(ends[stage], ends[stage + 1])
+
+
+def weights_of_layer(model: Model) -> int:
+    """About how many weights a step reads of a layer."""
+    attn = model.attentions[0]
+    feed = model.feed
+    width = feed.width if feed else 0
+    if isinstance(feed, Experts):
+        width = feed.width * feed.router.chosen + (feed.shared.width if feed.shared else 0)
+    if isinstance(feed, ExpertsBesideDense):
+        width = feed.width * feed.router.chosen + feed.dense.width
+    return model.width * (2 * (attn.heads + attn.kv_heads) * attn.head_size + 3 * width)
 
 
 def stage_model(model: LoadedModel, stage: int, stages: int) -> LoadedModel:
