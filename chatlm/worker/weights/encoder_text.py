@@ -26,9 +26,9 @@ def text_of_encoder(value: Callable[..., Any]) -> TextSpec:
         ids = (value(f"ggml.{name}_token_id", high=last) for name in names)
         return next((token for token in ids if token is not None), None)
 
-    wordpiece = value("ggml.model") == "bert"
-    begin, end, unknown = (token_of(*(reversed(keys) if wordpiece else keys)) for keys in names)
-    if wordpiece:
+    is_wordpiece = value("ggml.model") == "bert"
+    begin, end, unknown = (token_of(*(reversed(keys) if is_wordpiece else keys)) for keys in names)
+    if is_wordpiece:
         tokens = [word_of(token, token_type) for token, token_type in zip(tokens, types)]
         unknown = index_of(tokens, "[UNK]") if unknown is None else unknown
         lower = value("ggml.normalizer.lowercase", not any(re.search("^[A-Z]", token) for token in tokens))
@@ -36,17 +36,26 @@ def text_of_encoder(value: Callable[..., Any]) -> TextSpec:
     else:
         scores = value("ggml.scores", None, len(tokens))
         unknown = index_of(tokens, "<unk>") if unknown is None else unknown
-        pipeline = unigram_pipeline(tokens, scores, unknown, charsmap_of(value), value(
-            "ggml.remove_extra_whitespaces", True), value("ggml.add_space_prefix", True))
+        pipeline = unigram_pipeline(
+            tokens, scores, unknown, charsmap_of(value), value("ggml.remove_extra_whitespaces", True),
+            value("ggml.add_space_prefix", True))
     begins = [begin] if begin is not None and value("ggml.add_bos_token", True) else []
     ends = [end] if end is not None and value("ggml.add_eos_token", True) else []
-    pipeline |= {"version": "1.0", "post_processor": framed(tokens, begins, ends, twice=not wordpiece),
-                 "added_tokens": [{"id": i, "content": token, "special": True, "normalized": False,
-                                   "single_word": False, "lstrip": False, "rstrip": False}
-                                  for i, (token, token_type) in enumerate(zip(tokens, types))
-                                  if token and token_type == CONTROL]}
+    pipeline |= {"version": "1.0",
+                 "post_processor": framed(tokens, begins, ends, twice=not is_wordpiece),
+                 "added_tokens": added_tokens(tokens, types)}
     return TextSpec("hf", json.dumps(pipeline, ensure_ascii=False).encode(), None,
                     frozenset(ends), begin, end, add_bos=bool(begins))
+
+
+def added_tokens(tokens: Seq[str], types: Seq[int]) -> list[dict]:
+    """The control tokens, as a tokenizer.json lists them."""
+    added = []
+    for token_id, (token, token_type) in enumerate(zip(tokens, types)):
+        if token and token_type == CONTROL:
+            added.append({"id": token_id, "content": token, "special": True, "normalized": False,
+                          "single_word": False, "lstrip": False, "rstrip": False})
+    return added
 
 
 def index_of(tokens: Seq[str], name: str) -> int:

@@ -52,18 +52,18 @@ class Header(NamedTuple):
 class Gguf(NamedTuple):
     """What is unusual about a family's GGUF files."""
 
-    architectures: str = ""  # its names in general.architecture
-    permuted: bool = False   # q and k have adjacent rotary pairs, unlike a folder's
-    variants: dict[str, str] = {}  # metadata that makes it another row: expert_count -> mixtral
-    names: dict[str, tuple[str, ...]] = {}  # of tensors, where they are not those of GGUF_NAMES
-    keys: Mapping[str, Rule] = {}           # metadata that no other family may have
-    ignored: frozenset[str] = frozenset()   # metadata that converters write in vain
-    # changes that make the metadata those of plain layers, and what a config.json would say instead
+    architectures: str = ""  # what general.architecture calls it, one or several names
+    permuted: bool = False   # rows of q and k have adjacent rotary pairs; in a folder they do not
+    variants: dict[str, str] = {}  # a key, unless it is 0 -> the row that it means: expert_count -> mixtral
+    names: dict[str, tuple[str, ...]] = {}  # of tensors that GGUF_NAMES names otherwise
+    keys: Mapping[str, Rule] = {}           # of metadata that only this family may have
+    ignored: frozenset[str] = frozenset()   # metadata that converters write and nobody needs
+    # -> changes that make the metadata those of plain layers, and what a config.json would say of others
     layers: Callable[[Header], tuple[dict, dict]] = lambda header: ({}, {})
-    unsaid: Callable[[Mapping], dict] = lambda config: {}  # what files imply but do not state
+    unsaid: Callable[[Mapping], dict] = lambda config: {}  # keys of a config that files imply
     repack: Callable[[dict], dict] = lambda stored: stored  # a file's tensors as `names` expects them
-    mscale_unknown: bool = False     # with yarn, see MSCALE_UNKNOWN
-    strips_specials: bool = False    # spaces after special tokens are dropped, in a sentencepiece vocabulary
+    mscale_unknown: bool = False     # files with yarn do not say all of it; see MSCALE_UNKNOWN
+    strips_specials: bool = False    # sentencepiece vocabularies drop the spaces after special tokens
 
 
 GATED = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu",
@@ -77,37 +77,37 @@ class Family(NamedTuple):
 
     title: str         # the common names of its models
     config: dict       # its own config.json keys and their defaults
-    fields: dict = {}  # of ModelSpec
+    fields: dict = {}  # of ModelSpec, where they are not the defaults
     tensors: dict[str, tuple[str, ...]] = {}  # where its files differ from HF_TENSORS
     has_window: Callable[[Mapping, int], Any] = lambda config, layer: config.get("sliding_window")
     gguf: Gguf = Gguf()
-    keys: Mapping[str, Rule] = {}  # rules for keys of its own in `config` that are not bool
+    keys: Mapping[str, Rule] = {}  # of keys in `config` that are not bool
     one_more: bool = False  # its norms multiply by 1 + w
-    has_draft_head: bool = False  # may its files have one of the form of weights/draft_heads.py?
+    has_draft_head: bool = False  # its files may have one, as weights/draft_heads.py describes it
     repack: Callable[[dict], dict] = lambda state: state  # a folder's tensors as `tensors` expects them
-    # of a folder's matrix or bias, the rows in our order; None: they have it
+    # (spec, name, rows) of a folder's matrix or bias -> the rows in our order; None: they have it already
     ordered: Callable[[ModelSpec, str, numpy.ndarray], numpy.ndarray] | None = None
     activations: Mapping[str, str] = GATED  # hidden_act -> ModelSpec's activation
     interleaved: bool = False  # rotary pairs are adjacent, in a folder too
-    needed: tuple[str, ...] = ()  # keys without which transformers would run another model
-    # layer types besides attention; None: `layers` knows what they have instead
+    needed: tuple[str, ...] = ()  # keys that must be stated: transformers' default is another model
+    # layer types other than attention -> what makes their mixer; None: `layers` does
     mixers: Mapping[str, Callable[[Path, Mapping], Mixer | None]] = {}
-    aliases: dict[str, str] = {}  # its own keys -> the keys they replace
-    # a config.json in the terms of `config`, where a family's own has others
+    aliases: dict[str, str] = {}  # its own keys -> the usual keys that they replace
+    # a config.json in the terms of `config`, if the family's own has others
     restated: Callable[[Path, Mapping], Mapping] = lambda path, raw: raw
     complete: Callable[[Path, dict], dict] = lambda path, config: {}  # keys derived from a config
     fields_of: Callable[[Path, Mapping], dict] = lambda path, config: {}  # of ModelSpec, from a config
-    # a family of another structure builds these itself, from a complete config and the rest of the recipe
+    # what a family of another structure builds itself, from a complete config and the rest of the recipe
     layers: Callable[[Path, Mapping, ModelSpec], tuple[Layer, ...]] | None = None
     input: Callable[[Path, Mapping, ModelSpec], Input] | None = None
-    own_attentions: bool = False  # these have windows and rotation of their own
-    # layers that are not rotated, from a config and their windows
+    own_attentions: bool = False  # such layers have windows and rotation of their own
+    # (config, windows of layers) -> the layers whose heads do not turn
     unrotated: Callable[[Mapping, Seq[int]], set[int]] = lambda config, windows: set()
-    # a folder's rotary parameters, which its config has under this name, in the terms of SCALINGS
+    # (path, name, config, the rotary parameters under that name) -> the same in the terms of SCALINGS
     rope_of: Callable[[Path, str, Mapping, dict], dict] = lambda path, name, config, rope: rope
-    queries_grow: bool = False  # by llama_4_scaling_beta among the rotary parameters
-    fused: Seq[tuple[str, tuple[str, ...]]] = ()  # (a matrix that `repack` splits, what its rows become)
-    # by which names adapters call a tensor of `tensors`: those of modules, where files have others
+    queries_grow: bool = False  # rotary parameters may have llama_4_scaling_beta
+    fused: Seq[tuple[str, tuple[str, ...]]] = ()  # (a matrix that `repack` splits, the matrices of its rows)
+    # what adapters call a tensor of `tensors`: they use the modules' names, where files have others
     in_adapters: Callable[[ModelSpec, str], Seq[str]] = lambda spec, name: (name,)
 
     def named_by_adapters(self, spec: ModelSpec,
