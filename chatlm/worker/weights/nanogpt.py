@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence as Seq
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 import numpy
 
@@ -115,20 +115,23 @@ def nanogpt_text(path: Path, config, vocab_size: int) -> TextSpec:
     dataset = config.get("dataset") if isinstance(config, dict) else None
     if isinstance(dataset, str) and dataset not in ("", "..") and Path(dataset).name == dataset:
         looked_for.append(folder.parent / "data" / dataset / "meta.pkl")
-    if found := next((meta for meta in looked_for if meta.exists()), None):
-        return fitting(found, path, characters_of(found), vocab_size)
+    for meta in looked_for:
+        if meta.exists():
+            return fitting(meta, path, characters_of(meta), vocab_size)
     if (folder / "tokenizer.json").exists():
         return fitting(folder / "tokenizer.json", path, hf_text(folder, vocab_size), vocab_size)
     for vocabulary, merges in BPE_FILES:
         if (folder / vocabulary).exists() and (folder / merges).exists():
             text = gpt2_text(folder / vocabulary, folder / merges)
             return fitting(folder / vocabulary, path, text, vocab_size)
-    needs = (f"{folder} needs GPT-2's tokenizer.json, or its vocab.json and merges.txt"
-             if vocab_size >= GPT2_TOKENS else "looked for " + ", ".join(map(str, looked_for)))
+    needs = "looked for " + ", ".join(map(str, looked_for))
+    if vocab_size >= GPT2_TOKENS:
+        needs = f"{folder} needs GPT-2's tokenizer.json, or its vocab.json and merges.txt"
     raise ConfigError(f"the tokenizer of {path} is missing: the model has {vocab_size:,} tokens; {needs}")
 
 
 def fitting(path: Path, model: Path, text: TextSpec, vocab_size: int) -> TextSpec:
+    """The text. ConfigError if the tokenizer at `path` has more tokens than the model."""
     if (size := open_tokenizer(text).vocab_size) > vocab_size:
         raise ConfigError(f"{path} does not fit {model}: it has {size:,} tokens, the model {vocab_size:,}")
     return text
@@ -144,9 +147,7 @@ def characters_of(path: Path) -> TextSpec:
     try:
         meta = MetaUnpickler(io.BytesIO(data)).load()
         ids, characters = (meta[key] for key in ("stoi", "itos"))
-        if not (type(ids) is type(characters) is dict and set(map(type, ids)) == {str}
-                and set(map(len, ids)) == {1} and sorted(ids.values()) == [*range(len(ids))]
-                and characters == {token: character for character, token in ids.items()}):
+        if not are_each_others(ids, characters):
             raise ValueError("stoi does not give each of some characters one of the ids from 0 on, or itos "
                              "is another table")
         payload = json.dumps([characters[token] for token in range(len(ids))])
@@ -155,6 +156,15 @@ def characters_of(path: Path) -> TextSpec:
         raise lack_of_memory(error) or ConfigError(
             f"{path} is not nanoGPT's vocabulary of characters: {named(error)}") from None
     return TextSpec("characters", payload.encode())
+
+
+def are_each_others(ids: Any, characters: Any) -> bool:
+    """Does one table give each character an id, from 0 on, and the other each id its character?"""
+    if not type(ids) is type(characters) is dict or set(map(type, ids)) != {str}:
+        return False
+    if set(map(len, ids)) != {1} or sorted(ids.values()) != [*range(len(ids))]:
+        return False
+    return characters == {token: character for character, token in ids.items()}
 
 
 def gpt2_text(vocabulary: Path, merges: Path) -> TextSpec:

@@ -58,8 +58,8 @@ def head_of_folder(path: Path, spec: ModelSpec, row: Family, state: Mapping[str,
             if pair.head in tensors:
                 tensors[pair.embed] = tensors.pop(pair.head)
         return spec, state, scales
-    scale = scales.get(pair.head), scales.get(pair.embed)
-    if equal(state[pair.head], state[pair.embed]) and equal(*scale):
+    have_same_scales = equal(scales.get(pair.head), scales.get(pair.embed))
+    if have_same_scales and equal(state[pair.head], state[pair.embed]):
         for tensors in (state, scales):
             tensors.pop(pair.head, None)
         return spec, state, scales
@@ -77,8 +77,11 @@ def equal(one: Any, other: Any) -> bool:
         return False
     if not one.ndim:
         return bool(floats(one) == floats(other))
-    return all(numpy.array_equal(floats(one[row:row + COMPARED_ROWS]), floats(other[row:row + COMPARED_ROWS]))
-               for row in range(0, len(one), COMPARED_ROWS))
+    for first in range(0, len(one), COMPARED_ROWS):
+        rows = slice(first, first + COMPARED_ROWS)
+        if not numpy.array_equal(floats(one[rows]), floats(other[rows])):
+            return False
+    return True
 
 
 class Merged(NamedTuple):
