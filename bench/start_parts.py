@@ -87,8 +87,8 @@ def start_by_parts():
     engine = build.Engine(transformer, tokenizer, transformer.kernels, num_pages=pages, max_batch=settings.max_batch,
                           context_length=context, prefill_chunk=build.prefill_chunk(settings, device), drafts=settings.drafts)
     parts.note("engine")
-    from chatlm.worker.engine.warm_up import warm_up_soon
-    warm_up_soon(engine)
+    from chatlm.worker.engine.warm_up import WarmUp
+    WarmUp(engine).begin()
     parts.note("warm-up: a token")
     del model
     process.give_memory_back()

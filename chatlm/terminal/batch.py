@@ -19,8 +19,7 @@ from chatlm.common.errors import (
 from chatlm.common.invocation import program_command
 from chatlm.common.log import ProgressDisplay, tell
 from chatlm.front.aio import end_tasks
-from chatlm.front.api.batch_lines import (
-    Line, body_alone, lasting_body, read_line, result_of, result_of_bad_line)
+from chatlm.front.api.batch_lines import Line, lasting_body, read_line, result_of_bad_line
 from chatlm.front.api.encoders import encoder_of
 from chatlm.front.api.errors import failed_answer, openai_error
 from chatlm.front.intake.arrival import Caller
@@ -137,7 +136,7 @@ async def result_for(number: int, text: bytes, answer: Answer, created: int) -> 
         line, status, body = await answer(number, text)
     except RequestError as error:  # it is no line of a batch
         return Result(number, result_of_bad_line(number, error), True)
-    return Result(number, result_of(line, status, lasting_body(body, created)), status != 200)
+    return Result(number, line.result(status, lasting_body(body, created)), status != 200)
 
 
 async def patiently(work: Callable[[], Awaitable[T]]) -> T:
@@ -224,7 +223,7 @@ class Remote:
 
     async def _answer(self, line: Line) -> tuple[int, dict]:
         seeds = {"seed": line.seed} if line.url in self.seeded else {}
-        body = seeds | body_alone(line) | self.more
+        body = seeds | line.body_alone() | self.more
         async with await self.pool.ask("POST", line.url[1:], json=body, timeout=self.patient,
                                        headers={"X-Request-Id": line.id}) as response:
             text = await whole_body(self.pool.url, response)

@@ -321,10 +321,13 @@ class Chat:
         if name.lower() == "system":
             return self.slash_system(text.strip())
         text = text.strip()
-        if (known := settable(name)) is None:
+        known = settable(name)
+        if known is None:
             raise ValueError(f"/set takes one of {', '.join(SETTABLE)}{did_you_mean(name, SETTABLE)}")
+        chosen = {}
         try:
-            chosen = {known: PARAMETERS[known](text) if known in PARAMETERS else [text]} if text else {}
+            if text:
+                chosen[known] = PARAMETERS[known](text) if known in PARAMETERS else [text]
         except argparse.ArgumentTypeError as error:
             raise ValueError(f"/set {name}: {error}") from None
         self.conversation.parameters.pop(known, None)
@@ -404,10 +407,13 @@ class Chat:
 
     async def slash_continue(self, value: str):
         """/continue: continue an answer that was cut off"""
-        if not (path := self.conversation.path()) or path[-1]["role"] != "assistant":
+        path = self.conversation.path()
+        if not path or path[-1]["role"] != "assistant":
             raise ValueError("there is no answer to continue")
-        if (path[-1]["content"] or calls_in(path[-1])) and (self.pool.continues or not self.in_turns):
-            await self.answer(path[-1])
+        last = path[-1]
+        has_text = last["content"] or calls_in(last)
+        if has_text and (self.pool.continues or not self.in_turns):
+            await self.answer(last)
         else:
             await self.ask("Please continue.")
 
@@ -510,7 +516,7 @@ def prompt_text(settings: Settings) -> str:
 
 
 def taken_as_model(settings: Settings) -> str:
-    """What to say first where there is no prompt: a word that may have been meant as one."""
+    """The beginning of the error when there is no prompt: names a word that may have been meant as one."""
     if settings.model is None:
         return ""
     example = f"{program_command()} {settings.command} -p {shlex.quote(settings.model)}"

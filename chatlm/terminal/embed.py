@@ -20,9 +20,9 @@ from chatlm.common.invocation import program_command
 from chatlm.common.jsontext import is_text
 from chatlm.common.log import ProgressDisplay
 from chatlm.common.messages.requests import Embedding
-from chatlm.front.api.encode_retrieval import numbers_of
-from chatlm.front.api.retrieval import check_route, read_embedding_body
-from chatlm.front.pool.pool import known_of
+from chatlm.front.api.encode_retrieval import decoded_vector
+from chatlm.front.api.retrieval_readers import check_route, read_embedding_body
+from chatlm.front.pool.pool import known_about
 from chatlm.terminal.chat import duration
 from chatlm.terminal.output_path import named_errors, output_path, shown_path
 from chatlm.terminal.remote import RemotePool, open_pool
@@ -93,7 +93,7 @@ async def embedded(pool: WorkerPool, settings: Settings,
 
 
 async def vectors_of(pool: WorkerPool, settings: Settings, batch: Batch) -> list[list[float]]:
-    known = known_of(pool, settings)
+    known = known_about(pool, settings)
     body = {"inputs": batch.texts, "truncate": settings.truncate, "dimensions": settings.dimensions,
             "prompt_name": settings.prompt_name}
     found: list[list[float]] = [[]] * len(batch.texts)
@@ -103,7 +103,7 @@ async def vectors_of(pool: WorkerPool, settings: Settings, batch: Batch) -> list
         async with aclosing(pool.answer(request)) as events:
             async for event in events:
                 if isinstance(event, Embedding):
-                    found[event.choice] = numbers_of(event)
+                    found[event.choice] = decoded_vector(event)
     except RequestError as error:
         last = batch.first + len(batch.texts) - 1
         raise RequestError(f"lines {batch.first:,} to {last:,} of {visible(settings.texts or '')}: {error}",

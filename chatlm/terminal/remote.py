@@ -79,9 +79,12 @@ class RemotePool:
         """The server's first model, or the one that MODEL names; ConfigError if it has none."""
         name = self.wanted
         ids = [str(model.get("id")) for model in models]
-        if name is None or name in ids:
-            return models[ids.index(name) if name else 0] if models else {}
-        if (model := await self.get(f"v1/models/{quote(name)}")).get("id"):  # an alias
+        if name is None:
+            return models[0] if models else {}
+        if name in ids:
+            return models[ids.index(name)]
+        model = await self.get(f"v1/models/{quote(name)}")  # it may be an alias
+        if model.get("id"):
             return model
         has = f"it has {', '.join(ids)}{did_you_mean(name, ids)}" if ids else "it does not list its models"
         raise ConfigError(f"MODEL {name}: the server at {self.url} has no such model; {has}")

@@ -84,7 +84,8 @@ class EventStream:
                 async with aclosing(server_events(self.response.content)) as events:
                     async for number, event in events:
                         if number is not None:
-                            self.next, self.pauses_s = number + 1, iter(self.RESUME_S)
+                            self.next = number + 1
+                            self.pauses_s = iter(self.RESUME_S)
                         self.whole = self.whole or bool(self.ends(event))
                         yield event
                         if event.get("done"):
@@ -216,7 +217,8 @@ async def compared_at(pool: RemotePool, body: dict) -> AsyncGenerator[dict, None
 
 def object_in(body: dict, name: str) -> dict:
     """The JSON object in a member of `body`; {} if there is none."""
-    return member if isinstance(member := body.get(name), dict) else {}
+    member = body.get(name)
+    return member if isinstance(member, dict) else {}
 
 
 def connection_errors() -> tuple[type[Exception], ...]:

@@ -9,9 +9,10 @@ from chatlm.common.core import kernels_line
 from chatlm.common.errors import ConfigError, lack_of_memory, named
 from chatlm.common.messages.protocol import Crashed, ModelCard, Surveyed, Unusable
 from chatlm.worker.arrays.kinds import Device
-from chatlm.worker.build import check_gpu, plan_model, prefill_chunk, share_of_rank
+from chatlm.worker.build import plan_model, prefill_chunk, share_of_rank
+from chatlm.worker.card import model_facts
+from chatlm.worker.device import check_gpu
 from chatlm.worker.drafting import DraftHelp, plan_drafters
-from chatlm.worker.process import model_facts
 from chatlm.worker.ranks.ranks import PlannedRank
 from chatlm.worker.weights.load import open_model
 

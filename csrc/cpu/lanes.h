@@ -1,9 +1,10 @@
 // Sixteen float lanes with one meaning on every instruction set.
 //
 // A file that includes this defines DC_ISA (avx512, avx2, neon or portable) and is compiled with the flags of that instruction
-// set; aarch64 always has NEON, so there DC_NEON tells a file for it from a portable one. Every function rounds once, as IEEE 754 says, so a kernel written with these lanes gives the
-// same bits everywhere: that is why even `portable` computes a true fused multiply-add. Nothing here may call an inline
-// function of the standard library: the linker might then keep the copy that was compiled for the wider instruction set.
+// set; aarch64 always has NEON, so there DC_NEON tells a file for it from a portable one. Every function rounds once, as
+// IEEE 754 says, so a kernel written with these lanes gives the same bits everywhere: that is why even `portable` computes a
+// true fused multiply-add. Nothing here may call an inline function of the standard library: the linker might then keep the
+// copy that was compiled for the wider instruction set. Lanes of whole numbers are in cpu/sample/whole_lanes.h.
 #pragma once
 
 #include <cstdint>
@@ -78,6 +79,9 @@ DC_INLINE float fma1(float a, float b, float c) {
 #endif
 
 // ---- sixteen lanes. maximum(a, b) is a > b ? a : b, so b where either is NaN, as x86 has it.
+//
+// A comparison gives a Chosen: the lanes where it holds, in the form that this instruction set selects by. No lane with a NaN
+// is chosen. `bitmask` makes a number of it: bit i is lane i.
 
 #if defined(__AVX512F__)
 
@@ -118,6 +122,10 @@ DC_INLINE Lanes keep(Lanes a, int begin, int end, float other) {    // lanes out
     __mmask16 mask = __mmask16(((1u << end) - 1) & ~((1u << begin) - 1));
     return {_mm512_mask_mov_ps(_mm512_set1_ps(other), mask, a.v)};
 }
+struct Chosen { __mmask16 v; };
+DC_INLINE Chosen at_least(Lanes a, Lanes b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ)}; }
+DC_INLINE Chosen above(Lanes a, Lanes b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ)}; }
+DC_INLINE uint32_t bitmask(Chosen lanes) { return lanes.v; }
 constexpr int QUERIES_IN_REGISTERS = 12;
 constexpr int REGISTERS = 32;
 
@@ -170,6 +178,16 @@ DC_INLINE Lanes keep(Lanes a, int begin, int end, float other) {
     for (int i = 0; i < 16; i++) x[i] = i >= begin && i < end ? x[i] : other;
     return load(x);
 }
+struct Chosen { __m256 lo, hi; };
+DC_INLINE Chosen at_least(Lanes a, Lanes b) {
+    return {_mm256_cmp_ps(a.lo, b.lo, _CMP_GE_OQ), _mm256_cmp_ps(a.hi, b.hi, _CMP_GE_OQ)};
+}
+DC_INLINE Chosen above(Lanes a, Lanes b) {
+    return {_mm256_cmp_ps(a.lo, b.lo, _CMP_GT_OQ), _mm256_cmp_ps(a.hi, b.hi, _CMP_GT_OQ)};
+}
+DC_INLINE uint32_t bitmask(Chosen lanes) {
+    return uint32_t(_mm256_movemask_ps(lanes.lo)) | uint32_t(_mm256_movemask_ps(lanes.hi)) << 8;
+}
 constexpr int QUERIES_IN_REGISTERS = 6;
 constexpr int REGISTERS = 8;                    // pairs of ymm
 
@@ -217,6 +235,23 @@ DC_INLINE Lanes keep(Lanes a, int begin, int end, float other) {
     return load(x);
 }
 #undef DC_EACH
+struct Chosen { uint32x4_t v[4]; };             // all bits of a lane, or none
+DC_INLINE Chosen at_least(Lanes a, Lanes b) {
+    Chosen lanes;
+    for (int i = 0; i < 4; i++) lanes.v[i] = vcgeq_f32(a.v[i], b.v[i]);
+    return lanes;
+}
+DC_INLINE Chosen above(Lanes a, Lanes b) {
+    Chosen lanes;
+    for (int i = 0; i < 4; i++) lanes.v[i] = vcgtq_f32(a.v[i], b.v[i]);
+    return lanes;
+}
+DC_INLINE uint32_t bitmask(Chosen lanes) {
+    const uint16_t bits[8] = {1, 2, 4, 8, 16, 32, 64, 128};
+    const uint16x8_t low = vcombine_u16(vmovn_u32(lanes.v[0]), vmovn_u32(lanes.v[1]));
+    const uint16x8_t high = vcombine_u16(vmovn_u32(lanes.v[2]), vmovn_u32(lanes.v[3]));
+    return vaddvq_u16(vandq_u16(low, vld1q_u16(bits))) | uint32_t(vaddvq_u16(vandq_u16(high, vld1q_u16(bits)))) << 8;
+}
 constexpr int QUERIES_IN_REGISTERS = 6;
 constexpr int REGISTERS = 8;                    // fours of q registers
 
@@ -263,7 +298,7 @@ DC_INLINE Lanes operator+(Lanes a, Lanes b) { DC_EACH(a.v[i] + b.v[i]); }
 DC_INLINE Lanes operator-(Lanes a, Lanes b) { DC_EACH(a.v[i] - b.v[i]); }
 DC_INLINE Lanes operator*(Lanes a, Lanes b) { DC_EACH(a.v[i] * b.v[i]); }
 DC_INLINE Lanes operator/(Lanes a, Lanes b) { DC_EACH(a.v[i] / b.v[i]); }
-DC_INLINE Lanes maximum(Lanes a, Lanes b) { DC_EACH(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+DC_INLINE Lanes maximum(const Lanes& a, const Lanes& b) { DC_EACH(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
 DC_INLINE Lanes zero_below(Lanes x, Lanes limit, Lanes a) {
     DC_EACH(x.v[i] < limit.v[i] ? 0.0f : a.v[i]);
 }
@@ -274,6 +309,23 @@ DC_INLINE Lanes keep(Lanes a, int begin, int end, float other) {
     DC_EACH(i >= begin && i < end ? a.v[i] : other);
 }
 #undef DC_EACH
+struct Chosen { int32_t v[16]; };               // -1, or 0; taken by reference, as `maximum` does: GCC would copy the arrays
+DC_INLINE Chosen at_least(const Lanes& a, const Lanes& b) {
+    Chosen lanes;
+    for (int i = 0; i < 16; i++) lanes.v[i] = -int32_t(a.v[i] >= b.v[i]);
+    return lanes;
+}
+DC_INLINE Chosen above(const Lanes& a, const Lanes& b) {
+    Chosen lanes;
+    for (int i = 0; i < 16; i++) lanes.v[i] = -int32_t(a.v[i] > b.v[i]);
+    return lanes;
+}
+DC_INLINE uint32_t bitmask(const Chosen& lanes) {
+    constexpr uint32_t bits[16] = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
+    uint32_t mask = 0;
+    for (int i = 0; i < 16; i++) mask |= uint32_t(lanes.v[i]) & bits[i];
+    return mask;
+}
 constexpr int QUERIES_IN_REGISTERS = 4;
 constexpr int REGISTERS = 8;
 

@@ -1,13 +1,15 @@
 """rope_append and paged_attention: checked calls of the compiled kernels, for numpy arrays and torch CPU tensors.
 
-A layer's KV cache is one array (P, Hkv, 2, 16 * D) of float32, float16 or bfloat16: P pages of 16 positions, which may be apart; of the two
-blocks of a page and kv head the first is K transposed, [D][16], the second V, [16][D]. One of uint8, (P, Hkv, 2, 17 * D) with D a power of
-two of at least 32, is of the type q8_0: keys and values turned by a Hadamard matrix, as attention.h says. `plan_attention` once per step, then per
-layer `rope_append` and `paged_attention`; a wrong argument is a ValueError that names it.
+A layer's KV cache is one array (P, Hkv, 2, 16 * D) of float32, float16 or bfloat16: P pages of 16 positions, with gaps between pages
+or without. A page has two blocks for each kv head: K transposed, [D][16], then V, [16][D]. A cache of uint8, (P, Hkv, 2, 17 * D)
+with D a power of two from 32 on, is of the type q8_0: its keys and values are turned by a Hadamard matrix, as attention.h says.
+
+Call `plan_attention` once a step, then `rope_append` and `paged_attention` for each layer. A wrong argument raises a ValueError that
+names it.
 """
 
 from . import _core
-from .arrays import CACHE_CODES, FLOAT32, look_at, vector
+from .arrays import CACHE_CODES, FLOAT32, look_at, vector, vector_or_none
 
 PAGE_SIZE = 16
 MAX_HEAD_SIZE = 512
@@ -28,18 +30,20 @@ def check_cache(cache) -> tuple:
 
 
 def appended(columns: int, H: int, Hkv: int, D: int) -> tuple[int, bool] | None:
-    """For a qkv of this many columns: the kv heads written to the cache, and whether v is made from k. None: it is not such a qkv."""
+    """(kv heads that go into the cache, is v made from k?) for a qkv of this many columns; None if no qkv has so many."""
     return {0: (0, False), Hkv * D: (Hkv, True), 2 * Hkv * D: (Hkv, False)}.get(columns - H * D)
 
 
 def rope_append(qkv, cos, sin, positions, slots, cache, q_out, *, value_embed=None, gate=None, **options):
     """Everything between the qkv product and attention: q -> q_out (T, H, D) float32, k and v -> the pages of `cache`.
 
-    qkv (T, (H + 2 Hkv) * D) float32, rows may be apart; of (H + Hkv) * D columns, v is made of what k is, and of H * D, nothing goes
-    into the pages, which are another layer's; positions, slots (T,) int64, slot = page * 16 + offset,
-    -1 leaves a row alone; cos, sin (max_positions, rot / 2) float32, rot <= D;
-    v += gate_scale * sigmoid(gate) * value_embed with gate (T, Hkv) and value_embed (T, Hkv * D) float32;
-    options: rope_job's.
+    qkv         (T, (H + 2 Hkv) * D) float32, rows may be apart. With (H + Hkv) * D columns, v is made of what k is made of.
+                With H * D columns, nothing goes into the pages, which belong to another layer
+    cos, sin    (max_positions, rot / 2) float32, rot <= D
+    positions   (T,) int64
+    slots       (T,) int64: page * 16 + offset; -1 leaves a row alone
+    gate, value_embed   (T, Hkv) and (T, Hkv * D) float32, or None: v += gate_scale * sigmoid(gate) * value_embed
+    options     those of rope_job
     """
     layer = _, _, _, Hkv, D, _ = check_cache(cache)
     q_at, _, (T, H, _), _ = look_at("q_out", q_out, FLOAT32, None, None, D, writable=True)
@@ -63,14 +67,23 @@ def rope_append(qkv, cos, sin, positions, slots, cache, q_out, *, value_embed=No
 def rope_job(cache: tuple, qkv: tuple, q: tuple, cos, sin, indices: tuple[int, int], value: tuple, gate: tuple,
              appends: tuple[int, bool], *, norm="none", q_norm=None, k_norm=None, eps=1e-5, post_scale=1.0, q_scale=1.0,
              gate_scale=1.0, value_norm=False):
-    """-> what the kernel reads, and max_positions.
+    """What the kernel reads, and max_positions. The caller has checked the arrays:
 
-    Looked at already: cache as from check_cache; qkv (address, stride); q (address, T, H); indices: addresses of
-    positions and slots; value and gate (address, stride); appends: as `appended` says. norm "none", "before_rope" or "after_rope" with q_norm, k_norm (D,)
-    float32 or None; then q and k times post_scale, q also times q_scale / sqrt(D);
-    with value_norm v is normalized, without weights.
+    cache           what check_cache gives
+    qkv, value, gate    (address, stride) of each
+    q               (address, T, H)
+    indices         addresses of positions and slots
+    appends         what `appended` gives
+
+    norm            "none", "before_rope" or "after_rope", with q_norm and k_norm (D,) float32 or None
+    post_scale      a factor of q and of k after norm and rotation
+    q_scale         another factor of q, besides 1 / sqrt(D)
+    value_norm      is v normalized, without weights?
     """
-    (cache_at, cache_code, pages, _, D, apart), (kv_heads, from_keys), (qkv_at, row_stride), (q_at, T, H) = cache, appends, qkv, q
+    cache_at, cache_code, pages, _, D, apart = cache
+    kv_heads, from_keys = appends
+    qkv_at, row_stride = qkv
+    q_at, T, H = q
     cos_at, _, table, _ = look_at("cos", cos, FLOAT32, None, None)
     if not 0 < 2 * table[1] <= D:
         raise ValueError(f"cos: must be (max_positions, rot / 2) with rot <= {D}, not {table}")
@@ -79,8 +92,8 @@ def rope_job(cache: tuple, qkv: tuple, q: tuple, cos, sin, indices: tuple[int, i
         raise ValueError(f"norm: must be one of {', '.join(NORMS)}, not {norm!r}")
     if kv_heads:
         check_together("q_norm", q_norm, "k_norm", k_norm)
-    q_norm_at, k_norm_at = (0 if weight is None else vector(name, weight, "float32", D)
-                            for name, weight in (("q_norm", q_norm), ("k_norm", k_norm)))
+    q_norm_at = vector_or_none("q_norm", q_norm, "float32", D)
+    k_norm_at = vector_or_none("k_norm", k_norm, "float32", D)
     job = _core.rope_job(
         T, row_stride, H, kv_heads, D, table[1], NORMS[norm], eps, post_scale,
         q_scale * D**-0.5, gate_scale, value[1], gate[1], cache_code, table[0], pages, qkv_at,
@@ -94,7 +107,7 @@ def check_together(one: str, first, other: str, second) -> None:
 
 
 def sinks_at(sinks, heads: int) -> int:
-    return 0 if sinks is None else vector("sinks", sinks, "float32", heads)
+    return vector_or_none("sinks", sinks, "float32", heads)
 
 
 def check_softcap(softcap) -> float:
@@ -104,20 +117,22 @@ def check_softcap(softcap) -> float:
 
 
 def plan_attention(tables, lengths, starts, heads: int, kv_heads: int, num_pages: int):
-    """What a step's attention reads, checked once and used by every layer.
+    """What the attention of a step reads. It is checked once and used by every layer.
 
-    Rows starts[i] .. starts[i + 1] of the step are the newest of the lengths[i] positions of sequence i, whose pages are
-    tables[i]; length 0 is padding, whose rows become 0. Lists of integers; a page must be below num_pages.
+    All are lists of integers. Rows starts[i] .. starts[i + 1] of the step are the newest of the lengths[i] positions of sequence
+    i. Its pages are tables[i], each below num_pages. Length 0 is padding, whose rows become 0.
     """
     return _core.plan_attention(tables, lengths, starts, heads, kv_heads, num_pages)
 
 
 def paged_attention(q, cache, plan, out, *, window=0, softcap=0.0, sinks=None):
-    """softmax(q k) v of each row over its own pages: q (T, H, D) float32 as rope_append left it -> out (T, H * D).
+    """softmax(q k) v of each row over the pages of its sequence -> out (T, H * D) float32.
 
-    out is float32; window counts the keys that a row sees, itself included, 0 or -1 = all; with a softcap c, scores
-    become c * tanh(scores / c); sinks (H,) float32 are one more score for each head, whose value is 0. The bits of a row
-    depend on its own q, keys and values alone: not on the batch, the chunk, the threads or the instruction set.
+    q           (T, H, D) float32, as rope_append left it
+    window      how many keys a row sees, its own included; 0 or -1: all
+    softcap     c > 0: scores become c * tanh(scores / c)
+    sinks       None, or (H,) float32: one more score for each head, whose value is 0
+    The bits of a row depend on its own q, keys and values alone: not on the batch, the chunk, the threads or the instruction set.
     """
     cache_at, cache_code, pages, Hkv, D, apart = check_cache(cache)
     if not isinstance(plan, _core.AttentionPlan):

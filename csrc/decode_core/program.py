@@ -1,19 +1,21 @@
-"""Program: a model's step recorded once as a list of ops over fixed buffers, then run by compiled threads alone.
+"""Program: a model's step, recorded once as a list of ops over fixed buffers and then run by compiled threads alone.
 
-csrc/ops.def lists the ops. The methods here check what a row there cannot say; other ops get their methods from their rows.
+csrc/ops.def has a row for each op. Where the row says all that must be checked, the method that records the op is made
+from the row. The other ops have a method here, which checks the rest.
 
     program = Program(max_tokens=512, max_rows=64)
     program.embed(table, program.token_ids, x)                          # x (512, C) float32: numpy or torch CPU, contiguous
     program.linear(x, qkv_matrix, qkv, norm=(weight, 1e-5)); ...        # see each method
-    program.gather_rows(x, program.logit_rows, last)                    # last (64, C): from here on, rows that have logits
+    program.gather_rows(x, program.logit_rows, last)                    # last (64, C): from here on, only rows that have logits
     program.linear(last, head_matrix, logits, norm=(weight, 1e-5)); program.sample(logits)
 
     ticket = program.start(token_ids, previous, starts, lengths, tables, logit_rows, sampling)
     tokens = program.finish(ticket)
 
-One recording serves every step of T <= max_tokens tokens and R <= max_rows logit rows: an op runs over the step's T rows, or
-over its R rows when what it reads came through `gather_rows`. The bits of a row depend on that row alone: not on the batch, the
-threads or the instruction set. A wrong argument is a ValueError that names it, when recording and before anything runs.
+One recording serves every step of T <= max_tokens tokens and R <= max_rows logit rows. An op runs over the step's T rows. If
+what it reads came through `gather_rows`, it runs over the R logit rows. The bits of a row depend on that row alone: not on the
+batch, the threads or the instruction set. A wrong argument raises a ValueError that names it while the op is recorded, before
+anything runs.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from typing import Any
 import numpy
 
 from . import _core
-from .arrays import CACHE_CODES, CODES, FLOAT32, look_at, vector
+from .arrays import CACHE_CODES, CODES, FLOAT32, look_at, vector, vector_or_none
 from .adapters import AdaptedMatrices
 from .attention import PAGE_SIZE, appended, check_cache, check_softcap, check_together, rope_job, sinks_at
 from .ranks import Ranks, check_gathered
@@ -43,19 +45,19 @@ MAX_TAPS = _core.MAX_TAPS
 
 
 def number(value: Any) -> float:
-    """A number, or that of an array that has one."""
+    """The number itself, or the only element of an array."""
     return float(value.item() if hasattr(value, "item") else value)
 
 
 class Buffers:
-    """The arrays that recorded ops read and write: kept alive, and what their rows are, TOKENS or LOGIT_ROWS.
+    """The arrays that recorded ops read and write.
 
-    An op may read only what an earlier one has written."""
+    They are kept alive. Each has rows of one sort, TOKENS or LOGIT_ROWS, and an op may read only what an earlier op wrote."""
 
     def __init__(self, max_tokens: int, max_rows: int):
         self.limits = {TOKENS: max_tokens, LOGIT_ROWS: max_rows}
-        self.rows_of: dict[int, str] = {}       # address of a buffer that has been written -> its rows
-        self.lost: set[int] = set()             # buffers that the other ranks may have instead
+        self.rows_of: dict[int, str] = {}       # address of a buffer that an op has written -> the sort of its rows
+        self.lost: set[int] = set()             # addresses of buffers that other ranks may have written since
         self.kept: list = []
 
     def keep(self, *arrays) -> None:
@@ -71,7 +73,7 @@ class Buffers:
         return address, width
 
     def written(self, name: str, array, rows_of: str, columns: int | None = None) -> tuple[int, int]:
-        """(address, columns) of a buffer that an op writes for every such row."""
+        """(address, columns) of a buffer that an op writes, for all rows of this sort."""
         buffer = self.look(name, array, rows_of, columns, writable=True)
         if self.rows_of.setdefault(buffer[0], rows_of) != rows_of:
             raise ValueError(f"{name}: holds rows of {self.rows_of[buffer[0]]} already")
@@ -79,7 +81,7 @@ class Buffers:
         return buffer
 
     def read(self, name: str, array, multiple: int = 1) -> tuple[tuple[int, int], str]:
-        """((address, columns), its rows) of a buffer that an earlier op wrote."""
+        """((address, columns), sort of rows) of a buffer that an earlier op wrote."""
         address = look_at(name, array, FLOAT32, None, None)[0]
         if (rows_of := self.rows_of.get(address)) is None:
             raise ValueError(f"{name}: no op has written it yet")
@@ -91,20 +93,26 @@ class Buffers:
         return buffer, rows_of
 
     def read_like(self, name: str, array, rows_of: str, columns: int) -> tuple[int, int]:
-        """(address, columns) of one that has the rows and columns of what it goes with."""
-        buffer, its = self.read(name, array)
-        if its != rows_of or buffer[1] != columns:
+        """(address, columns) of a buffer that must have these rows and columns."""
+        buffer, own_rows = self.read(name, array)
+        if own_rows != rows_of or buffer[1] != columns:
             raise ValueError(f"{name}: must be ({rows_of} = {self.limits[rows_of]}, {columns}), as what it "
                              "goes with")
         return buffer
 
+    def read_like_or_none(self, name: str, array, rows_of: str, columns: int) -> tuple[int, int]:
+        """The same, or NONE without an array."""
+        return NONE if array is None else self.read_like(name, array, rows_of, columns)
+
     def lose(self, buffer: tuple[int, int]) -> None:
-        """The other ranks may have it from here on, until an op writes it again."""
+        """Other ranks may overwrite the buffer from here on. No op may read it until one writes it again."""
         self.lost.add(buffer[0])
 
 
 class Marker:
-    """A step's own data, standing for an array when recording; slots and attention are those of one group of layers."""
+    """Stands for an array that only a step brings, while ops are recorded.
+
+    Slots and attention belong to one group of layers."""
 
     def __init__(self, name: str, group: int = 0):
         self.name = name
@@ -114,36 +122,38 @@ class Marker:
         return f"<program.{self.name}>" if not self.group else f"<program.parts[{self.group}].{self.name}>"
 
 
-MOST_GROUPS = 64            # of layers whose pages have tables of their own
+MOST_GROUPS = 64            # of layers; the pages of each have tables of their own
 
 
 class Program:
-    """See the module. Everything recorded is kept alive; a step under way is waited for when the Program goes.
+    """See the module. A Program keeps alive what was recorded, and waits for a running step before it goes.
 
-    Layers may form groups whose pages have tables of their own: `parts[group]` has a group's slots and attention.
+    Layers may form groups whose pages have tables of their own. `parts[group]` has the slots and attention of a group.
     """
 
     parts: tuple[type[Program] | SimpleNamespace, ...]
     token_ids, previous_token_ids, positions, slots, attention, logit_rows, sequences = map(
         Marker, ("token_ids", "previous_token_ids", "positions", "slots", "attention", "logit_rows", "sequences"))
-    turns = positions           # by which rope_append turns, where a step brings no others
+    turns = positions           # rope_append turns by them if a step brings no other rows of cos and sin
 
     def __init__(self, max_tokens: int, max_rows: int, fine: bool = False):
-        """fine: products with quantized matrices take every block of their x with 16 bits (`decode_core.multiply`)."""
+        """fine: products with quantized matrices round every block of x to 16 bits (`decode_core.multiply`)."""
         self._program = _core.Program(max_tokens, max_rows)
         self.fine = fine
         self._buffers = Buffers(max_tokens, max_rows)
         self.logits = None
         self.adapters = AdaptedMatrices()
-        # by width: what mamba2's convolutions give, one layer's at a time
+        # width -> the result of a mamba2 convolution; all layers of a width share it
         self._convolved: dict[int, numpy.ndarray] = {}
 
     # ---- recording
 
     def embed(self, table, ids, out, part=None) -> None:
-        """Rows `ids` (token_ids, previous_token_ids or positions) of a Matrix or a plain (V, C) table -> out; a negative id: row 0.
+        """Rows `ids` (token_ids, previous_token_ids or positions) of a table -> out. A negative id gives row 0.
 
-        part        (first, V): the table has only the rows from `first` on, of V; other ids give -0.0, which changes no sum
+        table       a Matrix, or plain values (V, C)
+        part        (first, V): the table has only the rows from `first` on, of V in all; other ids give -0.0, which changes
+                    no sum
         """
         if ids not in (self.token_ids, self.previous_token_ids, self.positions):
             raise ValueError(f"ids: must be program.token_ids, program.previous_token_ids or program.positions, not {ids!r}")
@@ -161,10 +171,11 @@ class Program:
                      previous_ids=ids is self.previous_token_ids, by_position=ids is self.positions, out=out_at, **own)
 
     def look_up(self, table, ids, out, part=None) -> None:
-        """Rows `ids` (token_ids, previous_token_ids) of a table that stays in its file -> out (max_tokens, K); a negative id: row 0.
-        part as in `embed`, from row 0 on.
+        """Rows `ids` (token_ids or previous_token_ids) of a table that stays in its file -> out (max_tokens, K).
 
-        `table.kind` is a type of weights, `table.table` its N rows: floats (N, K), or GGUF blocks (N, bytes of a row) uint8.
+        A negative id gives row 0.
+        table       .kind is a type of weights, .table its N rows: floats (N, K), or GGUF blocks (N, bytes of a row) uint8
+        part        as in `embed`, with `first` 0
         """
         if table.kind in KINDS_OF_FLOATS:
             return self.embed(table.table, ids, out, part)
@@ -181,9 +192,10 @@ class Program:
                      first_row=0, vocabulary=(part or (0, rows))[1], previous_ids=ids is self.previous_token_ids, out=out_at)
 
     def layer_inputs(self, projected, rows, weight, eps: float, out) -> None:
-        """(weight * rms(each part of projected) + sqrt(P) * rows) / sqrt(2) -> out, which may be projected, all (max_tokens, L * P).
+        """(weight * rms(each part of projected) + sqrt(P) * rows) / sqrt(2) -> out, which may be projected.
 
-        weight (P); a layer's part is P wide, a multiple of 16.
+        projected, rows, out    (max_tokens, L * P): a part for each of L layers
+        weight                  (P), P a multiple of 16
         """
         x_at, rows_of = self._buffers.read("projected", projected, 16)
         other_at = self._buffers.read_like("rows", rows, rows_of, x_at[1])
@@ -198,15 +210,16 @@ class Program:
                      out=out_at)
 
     def gate_input(self, gate, inputs, first: int, out) -> None:
-        """gelu(gate) * inputs[:, first:first + P] -> out, which may be gate, both (max_tokens, P); gelu by its tanh."""
-        (x_at, rows_of), (inputs_at, its_rows) = self._buffers.read("gate", gate, 16), self._buffers.read("inputs", inputs, 16)
-        if rows_of != TOKENS or its_rows != TOKENS or first % 16 or not 0 <= first <= inputs_at[1] - x_at[1]:
+        """gelu(gate) * inputs[:, first:first + P] -> out, which may be gate, both (max_tokens, P). gelu is that of tanh."""
+        x_at, gate_rows = self._buffers.read("gate", gate, 16)
+        inputs_at, inputs_rows = self._buffers.read("inputs", inputs, 16)
+        if gate_rows != TOKENS or inputs_rows != TOKENS or first % 16 or not 0 <= first <= inputs_at[1] - x_at[1]:
             raise ValueError(f"first: must be a multiple of 16 that leaves {x_at[1]} of {inputs_at[1]} columns of tokens, not {first!r}")
         out_at = self._buffers.written("out", out, TOKENS, x_at[1])
         self._record("gate_input", TOKENS, (gate, inputs, out), gate=x_at, inputs=inputs_at, first=first, out=out_at)
 
     def given(self, x) -> None:
-        """x (max_tokens, C): the caller that starts a step has written its rows, while no earlier step is running."""
+        """The caller writes x (max_tokens, C) itself before it starts a step, while no earlier step is running."""
         self._buffers.keep(x)
         self._buffers.written("x", x, TOKENS)
 
@@ -219,12 +232,12 @@ class Program:
         self._record("gather_rows", LOGIT_ROWS, (x, out), x=x_at, out=self._buffers.written("out", out, LOGIT_ROWS, x_at[1]))
 
     def linear(self, x, matrix, out, norm=None, bias=None, activation=None, residual=None, adapted=None) -> None:
-        """out = residual + activation(norm(x) W^T + bias + what the rows' adapters add); residual may be out, x may not.
+        """out = residual + activation(norm(x) W^T + bias + what the rows' adapters add). residual may be out, x may not.
 
         norm        None, or (weight or None, eps): RMS norm over the whole width of x
-        activation  None or one of ACTIVATIONS; of those in GATES tiles alternate gate and up, and out is half as wide
-        adapted     None, or the name by which adapters (`make_adapter`) call the matrix
-        A matrix narrower than x takes the first columns of (the normalized) x.
+        activation  None or one of ACTIVATIONS; with one of GATES, tiles alternate gate and up, and out is half as wide
+        adapted     None, or the name that adapters have for the matrix (`make_adapter`)
+        A matrix narrower than x takes the first columns of x after the norm.
         """
         check_matrix(matrix)
         x_at, rows_of = self._buffers.read("x", x)
@@ -238,8 +251,10 @@ class Program:
             raise ValueError(f"out: must have 1 to {most} columns, not {out_at[1]}")
         if out_at[0] == x_at[0]:
             raise ValueError("out: may not be x")
-        residual_at = NONE if residual is None else self._buffers.read_like("residual", residual, rows_of, out_at[1])
-        number = -1 if adapted is None or matrix.columns % 16 else self.adapters.record(adapted, matrix, activation in GATES)
+        residual_at = self._buffers.read_like_or_none("residual", residual, rows_of, out_at[1])
+        number = -1
+        if adapted is not None and matrix.columns % 16 == 0:
+            number = self.adapters.record(adapted, matrix, activation in GATES)
         has_norm, norm_at, eps, bias_at = before
         self._record("linear", rows_of, (x, matrix, out, norm and norm[0], bias, residual), x=x_at, tiles=matrix.tiles, norm=has_norm,
                      norm_weight=norm_at, eps=eps, bias=bias_at, activation=code, residual=residual_at, adapted=number, fine=self.fine, out=out_at)
@@ -247,19 +262,31 @@ class Program:
     def experts(self, x, logits, gate_up, down, out, *, norm, biases, activation, chosen: int, sum_to_one: bool,
                 residual: bool = True, sigmoids: bool = False, choice_bias=None, groups: tuple[int, int] = (1, 1), share_scale: float = 1.0,
                 scales=None, jitter=None) -> None:
-        """x (unless not `residual`) + the sum over each row's experts of share * (activation(norm(x) gate_up^T + bias) down^T + bias) -> out, which may be x.
+        """x + the sum over a row's experts of share * (activation(norm(x) gate_up^T + bias) down^T + bias) -> out.
 
-        A row's experts are the `chosen` ones with the largest of its logits (max_tokens, E), of equal ones the lower ids; their
-        shares are the softmax over their logits, or over all E unless sum_to_one. With `sigmoids`, choice_bias (E) (or None),
-        `groups` and `share_scale` they are those of chat_server's `sigmoid_routes`. Each share is
-        multiplied by the expert's of `scales` (E), if given. With `jitter` they are those with the largest logits, shared as
-        chat_server's `sparse_routes` says. Without `norm`, x is read as it is. gate_up (2 * E * F, C) holds all experts' gates and ups, whose tiles alternate,
-        or (E * F, C) rows of an activation without gates; down (E * C, F); biases of each, in the order of the tiles' rows, or None.
+        out may be x. Without `residual`, x is not added.
+
+        Which experts a row has, and their shares:
+        logits      (max_tokens, E): the `chosen` largest of a row, of equal ones the lower ids. Shares are the softmax over
+                    the logits of these, or over all E unless `sum_to_one`
+        sigmoids    experts and shares are those of chat_server's `sigmoid_routes`, with `choice_bias` (E) or None, `groups`
+                    and `share_scale`
+        jitter      None, or the experts have shares as chat_server's `sparse_routes` says
+        scales      None, or (E): each share is multiplied by the expert's
+
+        What they compute:
+        norm        None, or (weight or None, eps): RMS norm of x
+        gate_up     (2 * E * F, C): gates and ups of all experts, whose tiles alternate; (E * F, C) with an activation without gates
+        down        (E * C, F)
+        biases      of gate_up and of down, each None or in the order of the tiles' rows
         """
         for name, matrix in (("gate_up", gate_up), ("down", down)):
             check_matrix(matrix, name)
-        (x_at, rows_of), (logits_at, logits_rows) = self._buffers.read("x", x, 16), self._buffers.read("logits", logits)
-        (C, F), E = (x_at[1], down.columns), logits_at[1]
+        x_at, rows_of = self._buffers.read("x", x, 16)
+        logits_at, logits_rows = self._buffers.read("logits", logits)
+        C = x_at[1]
+        F = down.columns
+        E = logits_at[1]
         if rows_of != TOKENS or logits_rows != TOKENS or E > MAX_EXPERTS:
             raise ValueError(f"logits: must be of tokens, for at most {MAX_EXPERTS} experts")
         if not isinstance(chosen, int) or not 1 <= chosen <= min(E, MAX_CHOSEN):
@@ -269,15 +296,17 @@ class Program:
         count, kept_groups = groups
         if kept_groups < 1 or count > 1 and (E % count or E < 2 * count or not -(-chosen // (E // count)) <= kept_groups <= count):
             raise ValueError(f"groups: must be numbers of groups of at least 2 of {E} experts, of which those kept have {chosen}, not {groups!r}")
-        for name, matrix, shape in (("gate_up", gate_up, ((1 + (activation in GATES)) * E * F, C)), ("down", down, (E * C, F))):
+        halves = 2 if activation in GATES else 1
+        for name, matrix, shape in (("gate_up", gate_up, (halves * E * F, C)), ("down", down, (E * C, F))):
             if (matrix.rows, matrix.columns) != shape or F % TILE_ROWS:
                 raise ValueError(f"{name}: must be {shape} for {E} experts, F a multiple of {TILE_ROWS}, not {(matrix.rows, matrix.columns)}")
-        (weight, eps) = norm or (None, 0.0)
-        norm_at = 0 if weight is None else vector("norm", weight, "float32", C)
-        up_bias_at, down_bias_at = (0 if bias is None else vector("biases", bias, "float32", matrix.rows)
-                                    for bias, matrix in zip(biases, (gate_up, down), strict=True))
-        choice_bias_at = 0 if choice_bias is None else vector("choice_bias", choice_bias, "float32", E)
-        scales_at = 0 if scales is None else vector("scales", scales, "float32", E)
+        weight, eps = norm or (None, 0.0)
+        up_bias, down_bias = biases
+        norm_at = vector_or_none("norm", weight, "float32", C)
+        up_bias_at = vector_or_none("biases", up_bias, "float32", gate_up.rows)
+        down_bias_at = vector_or_none("biases", down_bias, "float32", down.rows)
+        choice_bias_at = vector_or_none("choice_bias", choice_bias, "float32", E)
+        scales_at = vector_or_none("scales", scales, "float32", E)
         out_at = self._buffers.written("out", out, TOKENS, C)
         routing = _core.Routing(E, chosen, bool(sum_to_one), bool(sigmoids), self._buffers.limits[TOKENS])
         kept = x, logits, gate_up, down, out, weight, *biases, choice_bias, scales, routing
@@ -306,7 +335,9 @@ class Program:
                      smear_lambda=number(smear_lambda), out=out_at)
 
     def mean_squares(self, qkv, q_norm, k_norm, sizes, out) -> None:
-        """The squares of all q and of all k of each row of qkv (max_tokens, q and k and v), over `sizes` -> the first two columns of out."""
+        """Of each row of qkv (max_tokens, q and k and v): the sum of the squares of q, and of k, over `sizes` -> out.
+
+        The two sums are the first two columns of out."""
         qkv_at, columns = self._of_whole_heads(qkv, q_norm, k_norm)
         out_at = self._buffers.written("out", out, TOKENS)
         if out_at[1] < 2 or not all(float(size) > 0 for size in sizes):
@@ -314,26 +345,29 @@ class Program:
         self._record("mean_squares", TOKENS, (qkv, out), x=qkv_at, q_size=float(sizes[0]), k_size=float(sizes[1]), out=out_at, **columns)
 
     def norm_qk(self, qkv, q_norm, k_norm, means, eps: float, out) -> None:
-        """All q of each row of qkv over the root of their mean square, times q_norm (their columns), and all k -> out, which may be qkv.
-        means as mean_squares gives them, summed over the ranks."""
+        """q of each row of qkv over the root of its mean square, times q_norm, and k likewise -> out, which may be qkv.
+
+        means       what mean_squares gives, summed over the ranks"""
         qkv_at, columns = self._of_whole_heads(qkv, q_norm, k_norm)
         means_at, rows_of = self._buffers.read("means", means)
         if rows_of != TOKENS or means_at[1] < 2:
             raise ValueError(f"means: must be (max_tokens, at least 2), not {means_at[1]} columns")
-        weights = {name: vector(name, weight, "float32", columns[f"{name[0]}_columns"]) for name, weight in (("q_norm", q_norm), ("k_norm", k_norm))}
+        weights = {"q_norm": vector("q_norm", q_norm, "float32", columns["q_columns"]),
+                   "k_norm": vector("k_norm", k_norm, "float32", columns["k_columns"])}
         out_at = self._buffers.written("out", out, TOKENS, qkv_at[1])
         self._record("norm_qk", TOKENS, (qkv, q_norm, k_norm, means, out), x=qkv_at, means=means_at, eps=float(eps), out=out_at, **weights, **columns)
 
     def _of_whole_heads(self, qkv, q_norm, k_norm) -> tuple[tuple[int, int], dict[str, int]]:
-        """A buffer of q, k and v, and how many columns q and k have, as their weights."""
+        """(address, columns) of qkv, and how many columns q and k have: as many as their weights."""
         qkv_at, rows_of = self._buffers.read("qkv", qkv)
         columns = {"q_columns": len(q_norm), "k_columns": len(k_norm)}
-        if rows_of != TOKENS or any(count % 16 or not count for count in columns.values()) or sum(columns.values()) > qkv_at[1]:
+        whole = all(count > 0 and count % 16 == 0 for count in columns.values())
+        if rows_of != TOKENS or not whole or sum(columns.values()) > qkv_at[1]:
             raise ValueError(f"q_norm, k_norm: must have multiples of 16 columns, together at most qkv's {qkv_at[1]}, not {[*columns.values()]}")
         return qkv_at, columns
 
     def scale_rows(self, x, scales, positions, out) -> None:
-        """x times its position's scale, of scales (max_positions) float32 -> out, which may be x."""
+        """Each row of x times the scale of its position -> out, which may be x. scales (max_positions) float32."""
         _is_marker("positions", positions, self.positions)
         x_at, rows_of = self._buffers.read("x", x, 16)
         scales_at = vector("scales", scales, "float32", len(scales))
@@ -352,8 +386,8 @@ class Program:
         """x (max_tokens, 3 C) = b, c, u;  s = b * u;  c_t * (sum over j of taps[j] * s[t - K + 1 + j] + bias) -> out (max_tokens, C).
 
         taps        (K * C) float32, the oldest token's first; K from 2 to 64
-        states      one array (slots, K - 1, C) float32: s of the last K - 1 tokens, oldest first; which slots a step reads and
-                    writes it says itself, and one that it reads for a sequence it may write for that one alone
+        states      one array (slots, K - 1, C) float32: s of the last K - 1 tokens, oldest first. A step says which slots it
+                    reads and writes. A slot that it reads for a sequence it may write for that sequence alone
         bias        (C) float32 or None
         """
         _is_marker("sequences", sequences, self.sequences)
@@ -363,13 +397,15 @@ class Program:
         if rows_of != TOKENS or x_at[1] != 3 * C or C % 16 or not 1 <= before < MAX_TAPS or not slots:
             raise ValueError(f"states: must be (slots, 1 to {MAX_TAPS - 1}, a third of x's columns, a multiple of 16), not {(slots, before, C)}")
         taps_at = vector("taps", taps, "float32", (before + 1) * C)
-        bias_at = 0 if bias is None else vector("bias", bias, "float32", C)
+        bias_at = vector_or_none("bias", bias, "float32", C)
         out_at = self._buffers.written("out", out, TOKENS, C)
         self._record("short_conv", TOKENS, (x, taps, state, out, bias), x=x_at, taps=taps_at, size=before + 1, bias=bias_at, states=address,
                      num_slots=slots, out=out_at)
 
     def delta_rule(self, x, weights, mixer, eps: float, states, sequences, out) -> None:
-        """x (max_tokens, p and z and b and a) -> out (max_tokens, Hv * Dv), token by token: see chat_server's DeltaRule, which `mixer` is.
+        """x (max_tokens, p and z and b and a) -> out (max_tokens, Hv * Dv), token by token.
+
+        mixer       chat_server's DeltaRule, which says what is computed
 
         weights     taps (K * channels), the oldest token's first, decay (Hv), dt_bias (Hv) and mix_norm (Dv), float32
         states      p of the last K - 1 tokens (slots, K - 1, channels), oldest first, and S (slots, Hv, Dk, Dv), float32; slots
@@ -398,12 +434,13 @@ class Program:
                      taps=taps, decay=decay, dt_bias=dt_bias, norm=mix_norm, epsilon=float(eps), past=past_at, states=S_at, num_slots=slots, out=out_at)
 
     def mamba2(self, x, weights, mixer, eps: float, states, sequences, out) -> None:
-        """x (max_tokens, z and p and dt) -> out (max_tokens, H * P), token by token: see chat_server's Mamba2,
-        which `mixer` is.
+        """x (max_tokens, z and p and dt) -> out (max_tokens, H * P), token by token.
+
+        mixer       chat_server's Mamba2, which says what is computed
 
         weights     taps (K * channels), the oldest token's first, taps_bias (channels) if mixer.taps_bias,
-                    decay (H), dt_bias (H), skip (H) and mix_norm (H * P), float32; where ranks share groups
-                    (mixer.of_heads) out is without the norm, which group_squares and norm_groups are for
+                    decay (H), dt_bias (H), skip (H) and mix_norm (H * P), float32. If ranks share groups
+                    (mixer.of_heads), out has no norm yet: group_squares and norm_groups make it
         states      p of the last K - 1 tokens (slots, K - 1, channels), oldest first, and S (slots, H, N, P),
                     float32; slots as in short_conv
         """
@@ -429,8 +466,9 @@ class Program:
         if mixer.taps_bias:
             sized["taps_bias"] = channels
         at = {name: vector(name, weights[name], "float32", size) for name, size in sized.items()}
-        if (u := self._convolved.get(channels)) is None:
-            u = self._convolved[channels] = numpy.empty((self._buffers.limits[TOKENS], channels), numpy.float32)
+        if channels not in self._convolved:
+            self._convolved[channels] = numpy.empty((self._buffers.limits[TOKENS], channels), numpy.float32)
+        u = self._convolved[channels]
         out_at = self._buffers.written("out", out, TOKENS, inner)
         u_at = (u.ctypes.data, channels)
         p_at = (x_at[0] + inner * u.itemsize, x_at[1])
@@ -442,8 +480,9 @@ class Program:
             self._record("rms_norm", TOKENS, x=out_at, weight=at["mix_norm"], eps=float(eps), groups=G, out=out_at)
 
     def group_squares(self, x, mixer, out) -> None:
-        """The sums of the squares of each group's columns in x (max_tokens, H * P), which mamba2 left without
-        its norm -> out (max_tokens, >= groups), 0 where no head of the group is here."""
+        """The sum of the squares of each group's columns in x (max_tokens, H * P) -> out (max_tokens, >= groups).
+
+        x is what mamba2 gave without the norm. A group of which no head is here has the sum 0."""
         x_at, sizes = self._of_groups("x", x, mixer)
         out_at = self._buffers.written("out", out, TOKENS)
         if out_at[1] < mixer.groups:
@@ -451,8 +490,9 @@ class Program:
         self._record("group_squares", TOKENS, (x, out), x=x_at, out=out_at, **sizes)
 
     def norm_groups(self, x, weight, squares, mixer, eps: float, out) -> None:
-        """weight (H * P) * x over the root mean square of its group -> out, which may be x; squares as
-        group_squares gives them, summed over the ranks."""
+        """weight (H * P) * x over the root mean square of x's group -> out, which may be x.
+
+        squares     what group_squares gives, summed over the ranks"""
         x_at, sizes = self._of_groups("x", x, mixer)
         squares_at, rows_of = self._buffers.read("squares", squares)
         if rows_of != TOKENS or squares_at[1] < mixer.groups:
@@ -472,8 +512,9 @@ class Program:
         return x_at, {"heads": H, "head_size": P, "first_head": mixer.first_head, "group_heads": all_heads // mixer.groups}
 
     def split_gates(self, x, head_size: int, gates, out) -> None:
-        """x (max_tokens, 2 * H * D + the rest), of each head D columns and then those of its gate -> gates (max_tokens, H * D)
-        and out (max_tokens, H * D + the rest)."""
+        """Take the gates out of x (max_tokens, 2 * H * D + the rest), where each head's D columns are followed by its gate's.
+
+        -> gates (max_tokens, H * D), and out (max_tokens, H * D + the rest)."""
         x_at, rows_of = self._buffers.read("x", x)
         gates_at = self._buffers.written("gates", gates, rows_of)
         if gates_at[1] % head_size or x_at[1] <= 2 * gates_at[1]:
@@ -484,9 +525,9 @@ class Program:
         self._record("split_gates", rows_of, (x, gates, out), x=x_at, head_size=head_size, gates=gates_at, out=out_at)
 
     def rope_append(self, qkv, cos, sin, positions, slots, cache, out, *, value_embed=None, gate=None, **options) -> None:
-        """decode_core.rope_append with the step's positions and slots: qkv -> out (max_tokens, H * D) and one layer's cache.
+        """decode_core.rope_append at the step's positions and slots: qkv -> out (max_tokens, H * D) and one layer's cache.
 
-        Each layer may have its own heads and head size."""
+        Each layer may have its own numbers of heads and its own head size."""
         _is_marker("positions", positions, self.positions)
         _is_marker("slots", slots, self.parts[getattr(slots, "group", 0)].slots)
         qkv_at, rows_of = self._buffers.read("qkv", qkv)
@@ -500,25 +541,29 @@ class Program:
         if (appends := appended(qkv_at[1], H, Hkv, D)) is None:
             raise ValueError(f"qkv: must be (max_tokens, (H + 2 * {Hkv}) * {D}), not {qkv_at[1]} columns")
         check_together("value_embed", value_embed, "gate", gate)
-        value_at = NONE if value_embed is None else self._buffers.read_like("value_embed", value_embed, rows_of, Hkv * D)
-        gate_at = NONE if gate is None else self._buffers.read_like("gate", gate, rows_of, Hkv)
+        value_at = self._buffers.read_like_or_none("value_embed", value_embed, rows_of, Hkv * D)
+        gate_at = self._buffers.read_like_or_none("gate", gate, rows_of, Hkv)
         job, max_positions = rope_job(layer, qkv_at, (out_at[0], 0, H), cos, sin, (0, 0),
                                       value_at, gate_at, appends, **options)
         kept = qkv, cos, sin, cache, out, value_embed, gate, options.get("q_norm"), options.get("k_norm")
         self._record("rope_append", TOKENS, kept, qkv=qkv_at, job=job, max_positions=max_positions, num_pages=pages, group=slots.group, out=out_at)
 
     def text_attention(self, q, cache, attention, window: int, out, distances=None) -> None:
-        """softmax(q k + distances) v of each row over all positions of its text, or those up to `window` away: q (max_tokens, H * D) as
-        rope_append left it -> out, as wide. Each sequence of a step is then a whole text, whose length is that of its rows.
+        """softmax(q k + distances) v of each row over the positions of its text -> out, as wide as q.
 
-        distances   None, or (H, 2 * reach) float32: what is added to a score, at reach + (the key's position - the row's); a text
-                    then has at most reach - 16 positions
+        Each sequence of a step is then a whole text: it has as many rows as positions.
+        q           (max_tokens, H * D), as rope_append left it
+        window      positions farther away are not seen; 0: all are
+        distances   None, or (H, 2 * reach) float32: a score gets the element at reach + (the key's position - the row's). A text
+                    may then have at most reach - 16 positions
         """
         self._attend(q, cache, attention, window, out, of_texts=True, distances=distances)
 
     def paged_attention(self, q, cache, attention, window: int, out, softcap: float = 0.0, sinks=None, two_sided: bool = False) -> None:
-        """softmax(q k) v of each row over its own pages: q (max_tokens, H * D) as rope_append left it -> out, as wide. `two_sided`: rows see
-        what a step's `ahead` says, too."""
+        """softmax(q k) v of each row over the pages of its sequence -> out, as wide as q.
+
+        q           (max_tokens, H * D), as rope_append left it
+        two_sided   rows also see later positions, as a step's `ahead` says"""
         self._attend(q, cache, attention, window, out, softcap, sinks, two_sided=two_sided)
 
     def _attend(self, q, cache, attention, window: int, out, softcap: float = 0.0, sinks=None, of_texts: bool = False,
@@ -543,15 +588,16 @@ class Program:
                      group=attention.group, page_stride=apart, of_texts=of_texts, two_sided=two_sided, out=out_at, **more)
 
     def pause(self) -> None:
-        """Wait while an answer is written elsewhere on this machine: see pause_while."""
+        """Wait while an answer is written elsewhere on this machine, as `pause_while` says."""
         self._record("pause", TOKENS)
 
     def all_reduce(self, x, ranks, out, residual=None) -> None:
-        """residual + the sum of all ranks' x -> out; both may be out. Every rank's program must have it in the same position.
+        """residual + the sum of all ranks' x -> out. x and residual may be out.
 
-        After it, or an all_gather, x must be written again before it is read: a product writes where other ranks read it."""
+        All ranks' programs must have the same exchanges in the same order. After an exchange no op may read x before one
+        writes it again, because products write where other ranks read."""
         x_at, rows_of = self._buffers.read("x", x, 16)
-        residual_at = NONE if residual is None else self._buffers.read_like("residual", residual, rows_of, x_at[1])
+        residual_at = self._buffers.read_like_or_none("residual", residual, rows_of, x_at[1])
         handle = handle_of(ranks)
         out_at = self._buffers.written("out", out, rows_of, x_at[1])
         self._record("all_reduce", rows_of, (x, handle, out, residual), x=x_at, ranks=handle, residual=residual_at, out=out_at)
@@ -559,7 +605,7 @@ class Program:
             self._buffers.lose(x_at)
 
     def all_gather(self, x, ranks, out) -> None:
-        """All ranks' x concatenated -> out, which may be shorter and is not x."""
+        """All ranks' x side by side -> out, which may be narrower. out may not be x."""
         x_at, rows_of = self._buffers.read("x", x)
         handle = handle_of(ranks)
         out_at = self._buffers.written("out", out, rows_of)
@@ -570,7 +616,7 @@ class Program:
         self._buffers.lose(x_at)
 
     def sample(self, logits) -> None:
-        """The last op: a token for each logit row, in the steps that bring a SampleBatch."""
+        """Draw a token for each logit row, in steps that bring a SampleBatch. This op is the last."""
         x_at, rows_of = self._buffers.read("logits", logits)
         if rows_of != LOGIT_ROWS:
             raise ValueError("logits: must come from rows that were gathered")
@@ -581,21 +627,24 @@ class Program:
 
     def start(self, token_ids, previous, starts, lengths, tables, logit_rows, sampling=None, all_rows=False, states=([], [], []),
               adapters=(), ahead=(), turns=()) -> int:
-        """Queue a step and return its ticket; at most two may be unfinished. Lists of integers, copied:
+        """Queue a step and return its ticket. At most two steps may be unfinished. All lists are of integers, and copied.
 
-        token_ids   T ids; ~i (-1 - i): what row i of the step started before draws, which may still be running
-        previous    T ids of the tokens before those; -1: none (position 0); -2 - i: what row i of the step before draws
-        starts, lengths, tables     rows starts[i] .. starts[i + 1] are the newest of the lengths[i] positions of sequence i,
-                    whose pages are tables[i] (with groups of layers, a page of each in turn); length 0 is padding, which writes nothing
-        logit_rows  R rows of the T that get logits, and a token each when `sampling`, a SampleBatch of R rows, is given; what
-                    its penalties count is what it holds now. A row of position < 0 draws nothing.
-        states      where layers keep states: (the slot that each sequence's are read from, unless its first row is at position 0;
-                    rows, ascending, after which they are written; into these slots)
-        adapters    what `adapters.pack` gave, or None, for each sequence; () where none has one
-        turns       T rows of the tables cos and sin by which the tokens turn; () where these are their positions
-        ahead       (), or of each row the position before which it sees all others, even those after itself, in ops that are two-sided;
-                    0: it sees those up to itself
-        all_rows    compute the last layer for every row, not only for those with logits: its output holds them until the next step
+        token_ids   T ids. ~i (-1 - i) is the token that row i of the step before draws; that step may still be running
+        previous    T ids of the tokens before those. -1: there is none (position 0). -2 - i: the token that row i of the step
+                    before draws
+        starts, lengths, tables     rows starts[i] .. starts[i + 1] are the newest of the lengths[i] positions of sequence i.
+                    Its pages are tables[i]; with groups of layers, a page of each group in turn. Length 0 is padding, which
+                    writes nothing
+        logit_rows  the R of the T rows that get logits
+        sampling    None, or a SampleBatch of R rows: a token is drawn for each, except where a row's position is below 0.
+                    Penalties count what the batch holds at this call
+        states      for layers that keep states: (the slot from which each sequence's states are read, unless its first row is
+                    at position 0; the rows after which they are written, ascending; the slots into which they are written)
+        adapters    for each sequence what `adapters.pack` gave, or None; () if no sequence has an adapter
+        turns       the T rows of cos and sin by which the tokens turn; () if these are the positions
+        ahead       for two-sided ops: each row sees all positions below its number here, even those after itself. 0: it sees
+                    those up to itself. (): so does every row
+        all_rows    compute the last layer for every row, not only for those with logits. Its output holds them until the next step
         """
         if sampling is not None:
             sampling = sample_arguments(sampling, self.logits)
@@ -604,14 +653,16 @@ class Program:
                                    write_slots, list(adapters), list(ahead), list(turns))
 
     def finish(self, ticket: int) -> list[int]:
-        """Wait for a step (without the GIL) -> its tokens, one a logit row; [] for a step without sampling.
+        """Wait for a step, without the GIL -> its tokens, one for each logit row; [] for a step without sampling.
 
-        `logits` then holds its logits until the next step begins. RuntimeError if the step failed.
+        `logits` holds the step's logits until the next step begins. RuntimeError if the step failed.
         """
         return self._program.finish(ticket)
 
     def times(self) -> list[dict]:
-        """The last steps, oldest first: {"tokens", "logit_rows", "width", "stalled", "us", "phases": [(what, us)], "kinds": {what: us}}."""
+        """What the last steps took, oldest first.
+
+        Each is {"tokens", "logit_rows", "width", "stalled", "us", "phases": [(op, us)], "kinds": {op: us}}."""
         return self._program.times()
 
     def describe(self) -> list[str]:
@@ -624,14 +675,14 @@ class Program:
         self._program.record(op, rows_of == LOGIT_ROWS, **fields)
 
     def layer_norm(self, x, weight, bias, eps, out, count: int = 0) -> None:
-        """chat_server's layer_norm_reference; with `count`, of the first so many columns of x, whose others are zeros."""
+        """chat_server's layer_norm_reference. With `count`, only the first `count` columns of x count, and the others are zeros."""
         _, columns = self._buffers.read("x", x, 16)[0]
         if not isinstance(count, int) or not 0 <= count <= columns:
             raise ValueError(f"count: must be 0 or up to {columns} columns, not {count!r}")
         self._record_row("layer_norm", {"x": x, "weight": weight, "bias": bias, "eps": eps, "out": out}, count=count)
 
     def _record_row(self, op: str, given: Mapping[str, Any], **options: Any) -> None:
-        """Record one whose row says all that must be checked."""
+        """Record an op whose row says all that must be checked."""
         rows_of = ""
         widths = {}
         fields = {}
@@ -641,8 +692,10 @@ class Program:
                 fields[name] = number(value)
             elif role == "writes":
                 fields[name] = self._buffers.written(name, value, rows_of, widths[columns])
+            elif role == "weights or none":
+                fields[name] = vector_or_none(name, value, "float32", widths[columns])
             elif role != "reads":
-                fields[name] = 0 if value is None and role == "weights or none" else vector(name, value, "float32", widths[columns])
+                fields[name] = vector(name, value, "float32", widths[columns])
             elif rows_of:
                 fields[name] = self._buffers.read_like(name, value, rows_of, widths.get(columns) or int(columns))
             else:
@@ -658,13 +711,20 @@ def fields_of(op: str) -> list[tuple[str, str, str]]:
 
 
 def says_all(op: str) -> bool:
-    """Does its row say all that must be checked: buffers and weights of known widths, and floats?"""
+    """Does the op's row say all that must be checked? Then it has only buffers and weights of known widths, and floats."""
     fields = fields_of(op)
-    return bool(fields) and fields[0][0] == "reads" and all(what == "float" if role == "field" else role != "states" and what != "any" for role, _, what in fields)
+    if not fields or fields[0][0] != "reads":
+        return False
+    for role, _, what in fields:
+        if role == "states" or what == "any":
+            return False
+        if role == "field" and what != "float":
+            return False
+    return True
 
 
 def recorder(op: str) -> Callable[..., None]:
-    """The method of Program that records such an op."""
+    """The method of Program that records an op by its row."""
     names = ["self", *(name for _, name, _ in fields_of(op))]
     signature = inspect.Signature([inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names])
 
@@ -682,8 +742,13 @@ for _op in _core.OPS:
         setattr(Program, _op, recorder(_op))
 
 
-Program.parts = (Program, *(SimpleNamespace(token_ids=Program.token_ids, positions=Program.positions, turns=Program.turns, slots=Marker("slots", group),
-                                            attention=Marker("attention", group)) for group in range(1, MOST_GROUPS)))
+def part_of(group: int) -> SimpleNamespace:
+    """The markers of a group of layers: its own slots and attention, and the step's ids and positions."""
+    return SimpleNamespace(token_ids=Program.token_ids, positions=Program.positions, turns=Program.turns,
+                           slots=Marker("slots", group), attention=Marker("attention", group))
+
+
+Program.parts = (Program, *map(part_of, range(1, MOST_GROUPS)))
 
 
 def _is_marker(name: str, value, wanted: Marker) -> None:
@@ -698,7 +763,7 @@ def handle_of(ranks):
 
 
 def sample_arguments(batch, logits) -> tuple:
-    """What a step takes of a SampleBatch whose tokens are drawn from these logits."""
+    """What the compiled half takes of a SampleBatch, whose tokens are drawn from these logits."""
     if not isinstance(batch, SampleBatch):
         raise ValueError(f"sampling: must be a SampleBatch, not {type(batch).__name__}")
     if logits is None:

@@ -2,12 +2,12 @@
 
     memory = RankMemory(count=2, part_bytes=max_tokens * C * 4)         # the parent's; starts the ranks with memory.path
     ranks = Ranks(memory.path, rank)                                    # in each rank's process
-    program.all_reduce(partial, ranks, x, residual=x)                   # recorded; or at once: ranks.all_reduce(...)
-    memory.poison()                                                     # all ranks leave their waits with a RuntimeError
+    program.all_reduce(partial, ranks, x, residual=x)                   # recorded; ranks.all_reduce(...) does it at once
+    memory.poison()                                                     # all ranks stop waiting, with a RuntimeError
 
-A sum is added in the order of the ranks, so its bits depend on their number alone. No wait is endless: a rank that waits
-sees within a moment that another's process has ended or that the memory is poisoned, and gives up after `patience_s`. From
-then on every exchange fails at once; to continue, start again with new processes and a new memory.
+A sum is added in the order of the ranks, so its bits depend on their number alone. No wait is endless: a waiting rank sees
+within a moment that the process of another has ended or that the memory is poisoned, and it gives up after `patience_s`. From
+then on every exchange fails at once. To continue, start new processes with a new memory.
 """
 
 import os
@@ -16,7 +16,7 @@ import tempfile
 from . import _core
 from .arrays import FLOAT32, look_at
 
-PATIENCE_S = 60.0           # more than the longest that a rank computes between two exchanges
+PATIENCE_S = 60.0           # longer than any rank computes between two exchanges
 
 
 class RankMemory:
@@ -43,7 +43,7 @@ class RankMemory:
         self._ranks.poison()
 
     def why(self) -> str:
-        """Why the ranks can no longer exchange anything, "" while they can."""
+        """Why the ranks can no longer exchange anything; "" while they can."""
         return self._ranks.why()
 
     def _close(self) -> None:
@@ -58,7 +58,7 @@ class RankMemory:
 
 
 class Ranks:
-    """A rank's end. Every rank makes the same calls, in the same order and with the same shapes, from one thread at a time."""
+    """A rank's end. All ranks make the same calls in the same order with the same shapes, each from one thread at a time."""
 
     def __init__(self, path: str, rank: int, patience_s: float = PATIENCE_S):
         if not isinstance(rank, int) or rank < 0:
@@ -73,23 +73,28 @@ class Ranks:
         self.part_bytes = self.handle.part_bytes
 
     def all_reduce(self, x, out, residual=None) -> None:
-        """residual + the sum of all ranks' x (rows, C) -> out; both may be out, rows * C a multiple of 16."""
+        """residual + the sum of all ranks' x (rows, C) -> out. x and residual may be out; rows * C is a multiple of 16."""
         rows, columns = self._shape(x)
         if rows * columns % 16:
             raise ValueError(f"x: must be a multiple of 16 numbers, not {(rows, columns)}")
-        others = [(0, 0) if array is None else (look_at(name, array, FLOAT32, rows, columns, writable=name == "out")[0], columns)
-                  for name, array in (("out", out), ("residual", residual))]
-        self.handle.exchange(True, rows, (look_at("x", x, FLOAT32, rows, columns)[0], columns), *others)
+        out_at = (0, 0)
+        if out is not None:
+            out_at = (look_at("out", out, FLOAT32, rows, columns, writable=True)[0], columns)
+        residual_at = (0, 0)
+        if residual is not None:
+            residual_at = (look_at("residual", residual, FLOAT32, rows, columns)[0], columns)
+        x_at = (look_at("x", x, FLOAT32, rows, columns)[0], columns)
+        self.handle.exchange(True, rows, x_at, out_at, residual_at)
 
     def all_gather(self, x, out) -> None:
-        """All ranks' x (rows, C) side by side -> out (rows, at most count * C), whose end may lack some."""
+        """All ranks' x (rows, C) side by side -> out (rows, up to count * C): the last columns may be left out."""
         rows, columns = self._shape(x)
         out_at, _, (_, width), _ = look_at("out", out, FLOAT32, rows, None, writable=True)
         check_gathered(width, columns, self.count)
         self.handle.exchange(False, rows, (look_at("x", x, FLOAT32, rows, columns)[0], columns), (out_at, width), (0, 0))
 
     def poison(self) -> None:
-        """What this rank has to do cannot be done: let the others know."""
+        """Tell the other ranks that this one cannot go on."""
         self.handle.poison()
 
     def why(self) -> str:
@@ -108,7 +113,7 @@ def check_gathered(width: int, columns: int, count: int) -> None:
 
 
 def all_reduce_reference(parts: list, residual=None):
-    """What all_reduce gives to every rank: numpy arrays, float32, one a rank."""
+    """What all_reduce gives to every rank. parts: each rank's x, numpy arrays of float32."""
     total = parts[0].copy()
     for part in parts[1:]:
         total = total + part

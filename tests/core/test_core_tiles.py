@@ -13,7 +13,8 @@ from record import agree, exact  # noqa: E402
 import row_ops  # noqa: E402
 
 ISAS = [*decode_core.info()["offered_isas"], *decode_core._core.isas_for_tests()]
-LAYOUT = {                  # GGUF's blocks; those whose scales are no float16 have them in `s`
+# GGUF's blocks; those whose scales are no float16 have them in `s`. The seeds of a type's digests are its place here: new types come last
+LAYOUT = {
     "q8_0": [("d", "<f2"), ("q", "i1", 32)], "q4_0": [("d", "<f2"), ("q", "u1", 16)],
     "q4_1": [("d", "<f2"), ("m", "<f2"), ("q", "u1", 16)], "q5_0": [("d", "<f2"), ("q", "u1", 20)],
     "q5_1": [("d", "<f2"), ("m", "<f2"), ("q", "u1", 20)],
@@ -732,3 +733,11 @@ def test_cuda_numbers_the_types_of_blocks_as_the_list_of_weights_does():
     from decode_core import _core, cuda
     packed = [(kind, (columns, _core.row_bytes(code, columns))) for code, (kind, columns) in enumerate(_core.weight_types()) if columns > 1]
     assert [*cuda.BLOCKS.items()] == packed[:len(cuda.BLOCKS)] and [kind for kind, _ in packed[len(cuda.BLOCKS):]] == _core.file_types()
+
+
+def test_every_type_of_the_list_of_weights_has_its_blocks_in_chatlm():
+    from chatlm.worker.arrays import gguf_types, packed
+    from decode_core import _core
+    blocks = {kind: (columns, _core.row_bytes(code, columns)) for code, (kind, columns) in enumerate(_core.weight_types()) if columns > 1}
+    assert {kind: (gguf_types.block_of(kind.upper())[0], block.bytes) for kind, block in packed.BLOCKS.items()} == blocks
+    assert {kind: gguf_types.block_of(kind.upper()) for kind in blocks} == blocks

@@ -79,7 +79,7 @@ class Traffic:
                 scheduler.times.rows.note(rows, 1 + dice.choice([0.0, 0.004, 0.03, 0.2]) * rows)
                 scheduler.times.host_rows.note(rows, 1.5 + 0.01 * rows)
         if awaits:
-            scheduler.queue.gates.append(lambda sequence: not sequence.uncached and awaits(sequence))
+            scheduler.queue.add_gate(lambda sequence: not sequence.uncached and awaits(sequence))
         scheduler.times.token_s = dice.choice([0.0, 0.0001, 0.002, 0.05])
         scheduler.lane.ahead, scheduler.lane.recorded = dice.random() < 0.5, dice.random() < 0.3
         scheduler.lane.TRIAL = 7

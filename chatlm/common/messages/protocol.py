@@ -17,7 +17,7 @@ from chatlm.common.messages.wire import Pipe, wire_message
 class DraftTerms(NamedTuple):
     """What a worker does if it cannot have what drafts for its model."""
 
-    needed: bool = True  # does its start fail then? Else it goes without, since answers stay the same
+    needed: bool = True  # its start fails then; else it goes without, because answers stay the same
     stamp: tuple[tuple[str, int, int], ...] | None = None  # of the only version of --draft-model that has
                          # room; (): none has, None: any may have
     failed: str = ""     # why it goes without from the start: with them its last process could not begin
@@ -424,7 +424,7 @@ SANDBOX_PIPE = Pipe(SandboxConfig, Task, Body, Begun, Result, Refused)
 RAY_PIPE = Pipe(RayConfig, StartActor, EndActor, Nodes, ActorAddress, ActorEnded, Unusable)
 
 
-NO_GAUGES = dict.fromkeys((  # of a worker that is not running
+NO_GAUGES = dict.fromkeys((  # the gauges of a worker that is not running
     "running", "queued", "max_batch", "kv_pages_used", "kv_pages_total", "kv_token_bytes", "states_used",
     "states_total", "state_snapshots", "state_bytes", "mapped_bytes", "adapter_bytes", "preemptions",
     "drafted_tokens", "accepted_tokens", *(f"{name}_{source}" for source in DRAFT_SOURCES

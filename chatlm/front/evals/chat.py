@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from pathlib import Path
     from chatlm.front.evals.scores import Scorer
 
-LETTERS, NUMBER, PROGRAM = CHAT_KINDS = "letters", "number", "program"
+LETTERS = "letters"
+NUMBER = "number"
+PROGRAM = "program"
+CHAT_KINDS = LETTERS, NUMBER, PROGRAM
 FETCHES = "python -m scripts.chat_eval -i sft -a"  # and the task: what upstream fetches its data with
 ANSWER_TOKENS = 512
 SEED = 42                 # of the order of the rows

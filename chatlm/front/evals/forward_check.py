@@ -1,4 +1,5 @@
-"""Does the forward that serves the checkpoints of a run give them the loss that their training measured?"""
+"""Checks that the forward which serves a run's checkpoints gives them the loss that their training
+measured."""
 
 from __future__ import annotations
 
@@ -17,22 +18,24 @@ from chatlm.front.evals.scores import PoolScorer
 
 if TYPE_CHECKING:
     from chatlm.common.text.tokenizer import Tokenizer
-    from chatlm.front.evals.step_work import Work
+    from chatlm.front.evals.step_work import DutyWork
     from chatlm.front.pool.models import Model
     from chatlm.front.pool.pool import WorkerPool
 
 
 class ForwardCheck:
-    """Compares the val_bpb that base training wrote with our own, of the newest checkpoint of each run and of
-    each that comes. One that agrees speaks for the run's earlier ones; if one does not, they are compared
-    too. Each has then `own_val_bpb` and, where it does not agree, a `warning`."""
+    """Compares the val_bpb that base training wrote with our own.
+
+    It compares the newest checkpoint of each run, and each new one. If that one agrees, the run's earlier
+    checkpoints count as right; if not, they are compared too. A compared checkpoint has `own_val_bpb` and, if
+    it does not agree, a `warning`."""
 
     kind = FORWARD
     key = ""
 
     def __init__(self):
         self.agreed_s: dict[str, float] = {}  # by run: when the newest checkpoint that agrees was saved
-        self.said: set[tuple[str, str]] = set()  # runs and what was said of them
+        self.said: set[tuple[str, str]] = set()  # (run, warning) that the log has already
         self.rows: tuple[tuple, list[list[int]]] = ((), [])  # of the last shard, for the next checkpoint
 
     def done(self, model: Model) -> bool:
@@ -47,7 +50,7 @@ class ForwardCheck:
             run = run_of(model)
             self.agreed_s[run] = max(model.saved_s, self.agreed_s.get(run, -1.0))
 
-    async def find(self, work: Work) -> Result:
+    async def find(self, work: DutyWork) -> Result:
         """Compare a checkpoint, if its shard is here and can be read."""
         model = work.model
         evaluation = work.model.evaluation

@@ -25,10 +25,10 @@ from chatlm.front.intake.budget import BODY_S
 from chatlm.front.intake.tasks import CheckedLine, NumberedLine
 from chatlm.front.lazy import aiohttp, web
 from chatlm.front.server.inflate import encoding_of
-from chatlm.front.server.kept import (
-    AFTER, DAY_S, ORDER, asked, now_s, number_in, send_page, send_part, stored, take_room)
 from chatlm.front.server.responses import REQUEST_LOG, json_response
 from chatlm.front.server.routes import Api, Route
+from chatlm.front.server.stored_lists import (
+    AFTER, DAY_S, ORDER, now_s, number_in, query_value, send_page, send_part, stored, take_room)
 from chatlm.front.server.streams import BODY_BYTES_PER_S
 from chatlm.front.store import batches, files, quota
 from chatlm.front.store.files import File, Row
@@ -108,12 +108,12 @@ class FileRoutes:
 
     async def handle_list(self, http: web.Request) -> web.StreamResponse:
         store = stored(self.store)
-        limit = asked(http, FILES_LIMIT, 10_000)
-        ascending = asked(http, ORDER, "desc") == "asc"
-        purpose = asked(http, PURPOSE, "")
+        limit = query_value(http, FILES_LIMIT, 10_000)
+        ascending = query_value(http, ORDER, "desc") == "asc"
+        purpose = query_value(http, PURPOSE, "")
         chosen = f" AND state = {files.THERE}{f' AND purpose = {purpose!r}' if purpose else ''}"
         owner = self.owner
-        after = asked(http, AFTER, "")
+        after = query_value(http, AFTER, "")
 
         def read(connection) -> Page:
             rows = files.listed(connection, "files", File._fields, owner, after, ascending, chosen)

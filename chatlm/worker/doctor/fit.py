@@ -1,4 +1,5 @@
-"""What a model takes in memory at which context, whether that is here, and how fast it answers here."""
+"""Checks how much memory a model takes at which context, whether this machine has it, and how fast the model
+is here."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ TRIAL_S = 2.0
 
 
 class Plan(NamedTuple):
-    """The memory of a model with some settings, on a CPU."""
+    """The memory that a model takes with some settings, on a CPU."""
 
     kernels: Kernels
     groups: LayerGroups
@@ -52,12 +53,12 @@ class Plan(NamedTuple):
         return cls(kernels, groups, limits, memory, prefill_chunk(settings, CPU))
 
     def cache(self, context: int) -> int:
-        """Bytes of the keys, values and states of one sequence."""
+        """The bytes of one sequence's keys, values and states."""
         pages = PagePool(0, self.groups.windows).pages_for(context, self.chunk)
         return pages * self.memory.page_bytes + self.memory.state_bytes
 
     def longest(self, free: int, most: int) -> int:
-        """The longest context that fits in this much memory, in whole KiB of tokens; 0 if none."""
+        """The longest context that fits in this much memory, a multiple of 1,024 tokens; 0 if none fits."""
         low = 0
         high = most // 1024
         while low < high:
@@ -107,7 +108,7 @@ def check_fit(patient: Patient) -> Findings:
 
 
 def dict_of(needed: dict[int, int]) -> dict[str, int]:
-    """For JSON, whose keys are texts."""
+    """The plan as an object of JSON."""
     return {str(context): size for context, size in needed.items()}
 
 
@@ -132,7 +133,7 @@ def lighter_flags(patient: Patient, plan: Plan) -> list[tuple[str, int]]:
 
 
 def fits_blocks(model: LoadedModel, kind: str) -> bool:
-    """Types of 256 columns need rows that they divide."""
+    """Whether all rows can be divided into blocks of 256 columns, as some types need."""
     return not kind.endswith("_k") or model.architecture.width % 256 == 0
 
 
@@ -166,7 +167,8 @@ def check_speed(patient: Patient) -> Findings:
 
 
 def bytes_per_token(model: LoadedModel, settings: Settings) -> int:
-    """Of weights that each token of one sequence reads: no embedding, and of experts those chosen."""
+    """The bytes of weights that each token of one sequence reads: all but the embedding, and of experts only
+    the chosen ones."""
     made = model.architecture
     idle = ["layer_embed"] if made.tied else ["embed", "layer_embed"]
     experts = [name for name in model.tensors if name.rpartition(".")[2].startswith("expert_")]
@@ -177,7 +179,8 @@ def bytes_per_token(model: LoadedModel, settings: Settings) -> int:
 
 
 def read_bandwidth(threads: int, size: int = 64 << 20) -> float:
-    """Bytes per second that this many threads read from memory together: the best of three."""
+    """The bytes per second that this many threads read from memory together; the best of three
+    measurements."""
     parts = [numpy.ones(size // 8, numpy.uint64) for _ in range(threads)]
     with ThreadPoolExecutor(threads) as pool:
         def once() -> float:

@@ -32,6 +32,9 @@ class AdapterSlots:
         self.thread = reading_thread()
         self.last = 0
 
+    def gauges(self) -> dict[str, float]:
+        return {"adapter_bytes": sum(self.sizes.values())}
+
     def load(self, adapter_id: str, folder: Path) -> tuple[int, str]:
         """`begin`, then `end`."""
         self.begin(adapter_id, folder)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence as Seq
 from dataclasses import replace
 from typing import NamedTuple, Protocol, TYPE_CHECKING
 
-from chatlm.common.messages.requests import DraftCounts, Usage
+from chatlm.common.messages.requests import DRAFT_SOURCES, DraftCounts, Usage
 from chatlm.worker.engine.times import StepTimes, Times
 
 if TYPE_CHECKING:
@@ -164,11 +164,11 @@ def fitting(sequence: Sequence, draft: Draft) -> Draft:
     return draft.first(grammar.fitting(draft.tokens)) if grammar and draft.tokens else draft
 
 
-def of_vocabulary(draft: Draft, first_id: int | None) -> Draft:
-    """As much of a draft as are tokens; from first_id on ids are rows of pictures, which texts may have."""
-    if first_id is None or not draft.tokens or max(draft.tokens) < first_id:
+def tokens_of(draft: Draft, vocab_end: int | None) -> Draft:
+    """The draft up to its first id that is no token: texts may contain ids of rows of pictures."""
+    if vocab_end is None or not draft.tokens or max(draft.tokens) < vocab_end:
         return draft
-    return draft.first(next(i for i, token in enumerate(draft.tokens) if token >= first_id))
+    return draft.first(next(i for i, token in enumerate(draft.tokens) if token >= vocab_end))
 
 
 def by_source(draft: Draft, count: int) -> DraftCounts:
@@ -186,14 +186,24 @@ class Drafting:
     all before are right against the time that one more row takes. Both are measured. A draft that is not
     verified is measured too: the tokens that come show whether it was right."""
 
-    def __init__(self, sources: Iterable[Source], times: Times | None = None):
+    def __init__(self, sources: Iterable[Source], times: Times | None = None, vocab_end: int | None = None):
+        """vocab_end: ids from here on stand for rows of pictures; None: there are none."""
         self.sources = {source.name: source for source in sources}
         self.drafted = DraftCounts()
         self.accepted = DraftCounts()
         self.acceptance = Acceptance()
         self.times = times or Times()
         self.records: dict[Sequence, Record] = {}
-        self.first_id: int | None = None  # from here on ids are no tokens
+        self.vocab_end = vocab_end
+
+    def gauges(self) -> dict[str, float]:
+        """Tokens that were drafted and accepted, in all and by source."""
+        gauges: dict[str, float] = {}
+        for name, counts in (("drafted", self.drafted), ("accepted", self.accepted)):
+            gauges[f"{name}_tokens"] = counts.total
+            for source in DRAFT_SOURCES:
+                gauges[f"{name}_{source}"] = getattr(counts, source)
+        return gauges
 
     def begin(self, sequence: Sequence):
         sequence.drafts = True
@@ -242,7 +252,7 @@ class Drafting:
                     forced[sequence] = draft
                 elif forced.get(sequence, NO_DRAFT).tokens:
                     draft = joined(forced[sequence], draft)
-                if (draft := fitting(sequence, of_vocabulary(draft, self.first_id))).tokens:
+                if (draft := fitting(sequence, tokens_of(draft, self.vocab_end))).tokens:
                     record = self.records[sequence]
                     chances, counts = self.acceptance.measured(draft)
                     factor = record.factor

@@ -172,7 +172,7 @@ class Keeper:
         self.pool = pool
         self.kept = kept
         self.memory = PageBytes(transformer, pool.num_pages)
-        pool.addresses = Addresses()
+        pool.note_addresses(Addresses())
         self.pace = Pace(pool.page_size, times)
         self.reader = Reader(kept, self.pace)
         self.restorations: list[Restoration] = []
@@ -180,6 +180,10 @@ class Keeper:
             ("restored_tokens", "restored_bytes", "kept_pages", "kept_bytes", "missed_pages"), 0)
         self.saved_s = 0.0     # computing time
         self.copier = Copier(pool, kept, self.memory, self.counts, self.reader.look_at_store)
+
+    def gauges(self) -> dict[str, float]:
+        return {**self.counts, "prefill_saved_s": round(self.saved_s, 3),
+                "keeping_s": round(self.copier.spent_s, 3)}
 
     def begin(self, profile: Callable[[], bytes], patience_s: float):
         """Identify the weights and scan what is kept, in a thread; wait for it at most `patience_s`."""

@@ -75,6 +75,17 @@ class PagePool:
     def available(self) -> int:
         return len(self.free) + len(self.evictable)
 
+    def note_addresses(self, addresses: Addresses):
+        """From now on give each content an address by which a later process finds it, and list the new ones
+        in `fresh`."""
+        self.addresses = addresses
+
+    def gauges(self) -> dict[str, float]:
+        """Also those of the states; a pool without states has no such gauges."""
+        gauges: dict[str, float] = {
+            "kv_pages_used": self.num_pages - self.available, "kv_pages_total": self.num_pages}
+        return gauges | self.states.gauges() if self.states else gauges
+
     def first_seen(self, position: int, window: int) -> int:
         """The index of the first page that the token at `position` sees in layers with this window."""
         return max(0, position + 1 - window) // self.page_size if window else 0

@@ -98,6 +98,10 @@ class ModelDrafts:
         self.times = times
         self.draft_rows = draft_rows
 
+    def prepare_steps(self):
+        """Record the model's steps, where they can be recorded before they run."""
+        self.drafter.steps.prepare(lambda fraction: None)
+
     def begin(self, sequence: Sequence):
         self.rates[sequence] = Rate()
         # it does not see: of a prompt with pictures it drafts nothing

@@ -28,7 +28,7 @@ class Reports:
     BESIDE_S = 0.25    # between pieces of the background, beside interactive answers
     MOST_KNOWN = 4096  # answers whose first piece was sent
 
-    def __init__(self, channel: Channel, engine: Engine, gauges: Callable[[Engine], dict], interval_s: float):
+    def __init__(self, channel: Channel, engine: Engine, gauges: Callable[[], dict], interval_s: float):
         self.channel = channel
         self.engine = engine
         self.gauges = gauges
@@ -62,7 +62,7 @@ class Reports:
             return
         shows = not self.engine.busy or now_s - self.gauged_s > self.GAUGES_S
         self.gauged_s = now_s if shows else self.gauged_s
-        self.channel.send(Stepped(together(news), self.gauges(self.engine) if shows else {}))
+        self.channel.send(Stepped(together(news), self.gauges() if shows else {}))
         if len(self.begun) > self.MOST_KNOWN or not self.engine.busy:
             self.begun.clear()
         self.begun |= {id for id, event in news if type(event) is Piece}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence as Seq
+from collections.abc import Callable, Iterator, Sequence as Seq
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from chatlm.common.messages.requests import Usage
@@ -33,8 +34,30 @@ class RunQueue:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission
         self.preemptions = 0
-        self.gates: list[Callable[[Sequence], bool]] = []   # must one that is ready wait all the same?
-        self.on_end: list[Callable[[Sequence], None]] = []  # called with each that is removed
+        self.gates: list[Callable[[Sequence], bool]] = []   # see add_gate
+        self.on_end: list[Callable[[Sequence], None]] = []  # see tell_ends_to
+
+    def add_gate(self, must_wait: Callable[[Sequence], bool]):
+        """Have a sequence that is ready wait all the same, as long as this says so."""
+        self.gates.append(must_wait)
+
+    @contextmanager
+    def without_gates(self) -> Iterator[None]:
+        """Meanwhile no gate keeps a ready sequence waiting."""
+        gates = self.gates
+        self.gates = []
+        try:
+            yield
+        finally:
+            self.gates = gates
+
+    def tell_ends_to(self, ended: Callable[[Sequence], None]):
+        """Call this with each sequence that is removed, however it ended."""
+        self.on_end.append(ended)
+
+    def gauges(self) -> dict[str, float]:
+        return {"running": len(self.running), "queued": len(self.waiting), "max_batch": self.limits.max_batch,
+                "preemptions": self.preemptions}
 
     def add(self, sequence: Sequence):
         sequence.output.added_s = time.monotonic()

@@ -13,6 +13,7 @@ from chatlm.worker.engine.run_queue import RunQueue
 from chatlm.worker.engine.times import Times
 
 if TYPE_CHECKING:
+    from chatlm.common.answering import Word
     from chatlm.worker.engine.sequence import Chunk
 
 
@@ -35,6 +36,10 @@ class Scheduler:
         self.prompts = PromptPlanner(self.queue, limits, self.lane, self.times)
         self.texts = TextPlanner(self.queue, limits, self.prompts, self.times)
         self.background = BackgroundPlanner(self.queue, limits, self.lane, self.prompts, self.times)
+
+    def give_way_to(self, word: Word):
+        """Background work waits from now on while other workers on the same processors write answers."""
+        self.lane.give_way_to(word)
 
     def schedule(self) -> list[Chunk]:
         """Plan the next step. A sequence may have no chunk in it: an answer that the token being drawn brings

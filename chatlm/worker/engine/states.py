@@ -16,6 +16,8 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from chatlm.worker.engine.facts import StateFacts
+
 if TYPE_CHECKING:
     from chatlm.worker.engine.sequence import Chunk, Sequence
 
@@ -44,6 +46,13 @@ class StatePool:
     @property
     def snapshots(self) -> int:
         return len(self.passed) + len(self.ends)
+
+    def facts(self, bytes_each: int) -> StateFacts:
+        return StateFacts(self.num_slots, self.most_snapshots, bytes_each)
+
+    def gauges(self) -> dict[str, float]:
+        return {"states_used": self.num_slots - len(self.free), "states_total": self.num_slots,
+                "state_snapshots": self.snapshots}
 
     def allocate(self, evict: bool = True) -> int | None:
         """Take a slot, evicting snapshots if needed and allowed; None if all are held."""

@@ -16,7 +16,7 @@
 //     FINE_APART               of the others: see tiles.h, numerics
 //     EXPANDS                  its codes are made before a product (grids.h): `put_block` takes 32 columns of a row from a file, not `codes`
 //
-// Adding a type: its row in weights.def, a struct here, and its quantizer in quantize.cpp.
+// csrc/README.md says what else a type needs.
 // A file that includes this defines DC_ISA.
 #pragma once
 

@@ -8,8 +8,8 @@ import pytest
 
 from chatlm.common.config import Settings
 from chatlm.common.messages.requests import AnswerParams, Piece, Request, SamplingParams
-from chatlm.front.api.calculations import with_names_read
-from chatlm.front.api.conversation import openai_messages
+from chatlm.front.api.earlier_calculations import with_names_read
+from chatlm.front.api.message_readers import openai_messages
 from chatlm.front.pool.pool import pool_of
 from chatlm.front.store.store import open_store
 from fake_pool import serving

@@ -367,7 +367,7 @@ async def test_a_request_has_the_version_of_its_adapter_that_was_served_when_it_
         may_render.set()
         assert await asked == before != await text_of(client, url, "ad0")
         pool.adapters.drop_unused()
-        assert [*pool.adapters.all.values()] == [pool.adapters.serving["ad0"]] and not pool.adapters.held
+        assert [*pool.adapters.all.values()] == [pool.adapters.serving["ad0"]] and not pool.adapters.uses
 
 
 async def test_a_server_is_not_ready_before_its_adapters_are(model, tmp_path):

@@ -32,7 +32,7 @@ from chatlm.common.processes.start import PROCESS_COMMAND
 from chatlm.common.program import program_bytes
 from chatlm.front.admission.sandbox import next_message
 from chatlm.front.pool.pool import pool_of
-from chatlm.front.pool.ray import NodeShare, RayActor, node_shares
+from chatlm.front.pool.ray_nodes import NodeShare, RayActor, node_shares
 from patching import patch
 from pools import collect, greedy, tiny_settings
 

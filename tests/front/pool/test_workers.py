@@ -20,9 +20,9 @@ from chatlm.common.messages.requests import Accepted, Finished, Message, Piece, 
 from chatlm.common.processes.start import cpu_quota, physical_cores, threads_per_worker
 from chatlm.common.text import load
 from chatlm.front.admission import prompts
-from chatlm.front.pool import local
+from chatlm.front.pool import local_devices
 from chatlm.front.pool.catalogue import Catalogue
-from chatlm.front.pool.local import choose_devices
+from chatlm.front.pool.local_devices import choose_devices
 from chatlm.front.pool.pool import pool_of
 from chatlm.front.pool.worker import Worker
 from answers import asked
@@ -380,7 +380,7 @@ def torch_there(monkeypatch):
     ({"num_gpus": "9" * 5000}, "--num-gpus 9"), ({"device_type": "cuda"}, "no CUDA device"),
 ])
 def test_more_gpus_than_there_are_is_a_config_error(changes, message, monkeypatch, torch_there):
-    patching.patch(monkeypatch, local, "cuda_device_count", lambda: 0)
+    patching.patch(monkeypatch, local_devices, "cuda_device_count", lambda: 0)
     with pytest.raises(ConfigError, match=message):
         choose_devices(Settings(**changes))
 
@@ -389,11 +389,11 @@ def test_more_gpus_than_there_are_is_a_config_error(changes, message, monkeypatc
     (None, 8), ("", 0), ("-1", 0), ("0,1", 2), (" 0 , 1", 2), ("0,9", 1), ("9", 0), ("0,-1,2", 1), ("0,,1", 1), ("GPU-5,GPU-6,GPU-7", 3), ("MIG-5", 1)])
 def test_gpus_that_are_hidden_or_not_there_are_told_by_the_variable(visible, count, monkeypatch, torch_there):
     """As the driver reads it: what follows an entry that is not there does not count."""
-    patching.patch(monkeypatch, local, "device_files", lambda: 8)
+    patching.patch(monkeypatch, local_devices, "device_files", lambda: 8)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert local.cuda_device_count() == count
+    assert local_devices.cuda_device_count() == count
     said = "this machine has 8 CUDA" if visible is None else f"CUDA_VISIBLE_DEVICES={visible} shows {count} of 8 GPU"
     with pytest.raises(ConfigError, match=f"--num-gpus 9, but {said}"):
         choose_devices(Settings(num_gpus="9"))
@@ -403,7 +403,7 @@ def test_gpus_that_are_hidden_or_not_there_are_told_by_the_variable(visible, cou
 
 
 def test_replicas_on_gpus_are_counted_without_importing_torch(monkeypatch, torch_there):
-    patching.patch(monkeypatch, local, "cuda_device_count", lambda: 8)
+    patching.patch(monkeypatch, local_devices, "cuda_device_count", lambda: 8)
     assert choose_devices(Settings(num_gpus="auto")) == [f"cuda:{gpu}" for gpu in range(8)]
     assert choose_devices(Settings(num_gpus="3")) == ["cuda:0", "cuda:1", "cuda:2"]
     assert choose_devices(Settings(device_type="cpu", num_workers=2)) == ["cpu", "cpu"]

@@ -397,7 +397,7 @@ async def test_whether_an_answer_fits_into_memory_does_not_depend_on_the_others(
     settings = Settings(keys=(key_called("k"), key_called("l")))
     fits, large = pool_called("fits", pieces=["a" * 50_000] * 3), pool_called("large", pieces=["a" * 50_000] * 9)
     async with place_of(tmp_path / "store.db", settings, fits, large) as place:
-        place.memory.of_one = 200_000        # what one client may hold: two answers of the one kind, none of the other
+        place.memory.per_client = 200_000        # what one client may hold: two answers of the one kind, none of the other
         names = [await place.begun("k", "fits", 30), await place.begun("k", "large", 3), await place.begun("l", "fits", 30)]
         place.wake_up()
         counts = [(batch.completed, batch.failed) for batch in [await place.until(name, lambda batch: batch.status == "completed") for name in names]]

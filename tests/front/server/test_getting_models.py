@@ -231,7 +231,7 @@ async def test_what_a_model_is_served_with_is_not_deleted(several, client, hub, 
 
 async def test_a_model_that_can_never_be_loaded_is_kept_and_says_why(client, hub, models):
     async with serving(models, models.settings) as url:
-        models.residency.budget = models.registry.models[0].place.size
+        models.residency.budget = models.registry.models[0].share.size
         async with client.post(url + "/models/download", json={"model": "org/large", "stream": True}) as response:
             last = frames(await response.read())[-1]
         assert last["state"] == "done" and not last["served"] and "it cannot be served" in last["note"] and str(hub_cache()) not in last["note"]

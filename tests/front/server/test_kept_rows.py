@@ -19,7 +19,7 @@ from chatlm.common.errors import RequestError
 from chatlm.common.messages.protocol import KeptItem
 from chatlm.front.admission.sandbox import WRITE_BYTES
 from chatlm.front.server.batches import vacuum
-from chatlm.front.server.kept import joined_small
+from chatlm.front.server.stored_lists import joined_small
 from chatlm.front.store import batches, files, migrate, quota, responses
 from chatlm.front.store.pages import PAGE_BYTES, texts
 from chatlm.front.store.responses import NewResponse
