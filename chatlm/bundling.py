@@ -49,7 +49,7 @@ def parse_bundle_words(words: Seq[str]) -> argparse.Namespace:
                              "from it")
     parser.add_argument("--unpack", metavar="FOLDER", default=None, type=file_name,
                         help="unpack the bundle that runs into a new folder, where it needs no cache")
-    values = parser.parse_args(joined(words))
+    values = parser.parse_args(join_args(words))
     for name, value in vars(values).items():
         if value == "":                         # as of a variable that a script has not set
             parser.error(f"{'FILE' if name == 'file' else '--' + name.replace('_', '-')}: it is empty")
@@ -77,7 +77,7 @@ def parse_bundle_words(words: Seq[str]) -> argparse.Namespace:
     return values
 
 
-def joined(words: Seq[str]) -> list[str]:
+def join_args(words: Seq[str]) -> list[str]:
     """The words with --args and its value in one: argparse takes a value such as --no-drafts for a flag."""
     words = list(words)
     if "--args" in words[:-1]:

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from chatlm.common.errors import named
+from chatlm.common.errors import error_text
 from chatlm.common.invocation import pip_command
 from chatlm.common.program import in_program, program_root
 from chatlm.common.seam import seam_digest
@@ -50,7 +50,7 @@ def find_core() -> tuple[Any, str]:
         if reason := re.search("isa: (.*)", str(error)):
             problem = f"DECODE_CORE_ISA={os.environ.get('DECODE_CORE_ISA')}: {reason[1]}"
         elif compiled_half() or not isinstance(error, ImportError):
-            problem = f"the installed decode_core cannot be loaded ({named(error)})"
+            problem = f"the installed decode_core cannot be loaded ({error_text(error)})"
         return None, problem
 
 

@@ -102,7 +102,7 @@ def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
     return f"; did you mean {prefix}{near[0]}?" if near else ""
 
 
-def named(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
     """An exception in words, with its type where the text alone is unclear, as for a KeyError."""
     says_enough = type(error) in (Exception, ValueError, RuntimeError)
     return f"{'' if says_enough else type(error).__name__}: {error}".strip(": ")
@@ -171,7 +171,7 @@ def lack_of_memory(error: BaseException) -> ConfigError | None:
             isinstance(error, (MemoryError, SystemError)) or getattr(error, "errno", None) == errno.ENOMEM
             or re.search(words, str(error), re.IGNORECASE)):
         return None
-    reason = named(error).splitlines()[0]
+    reason = error_text(error).splitlines()[0]
     free = available_memory() >> 20
     return ConfigError(f"not enough memory ({reason}): {free:,} MiB are free within this process's limits "
                        "(ulimit -v, cgroup). Raise them, or choose a smaller model, --context-length, "

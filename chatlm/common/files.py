@@ -12,7 +12,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from chatlm.common.errors import ConfigError, cannot_read, named
+from chatlm.common.errors import ConfigError, cannot_read, error_text
 
 WRITER_S = 5.0          # how long a named pipe may have no writer
 MOST_BYTES = 256 << 20  # the largest tokenizer.json of a published model has 33 MB
@@ -59,7 +59,7 @@ def parse_json(path: Path, data: bytes):
         return json.loads(data)
     except (ValueError, RecursionError) as error:
         refuse_cut_json(path, data)
-        raise ConfigError(f"{path} is not valid JSON: {named(error)}") from None
+        raise ConfigError(f"{path} is not valid JSON: {error_text(error)}") from None
 
 
 def refuse_cut_json(path: Path, data: bytes):

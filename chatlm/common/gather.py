@@ -52,7 +52,7 @@ def gather(pythons: Seq[str], wheels: Path | None) -> Iterator[Gathered]:
     wheels: a folder with a wheel of chat_server for each, whose compiled core is taken."""
     for python in pythons or (THIS_PYTHON,):
         interpreter = interpreter_of(python)
-        platform = asked(interpreter, "from chatlm.common.unpack import PLATFORM; print(PLATFORM)")
+        platform = run_python(interpreter, "from chatlm.common.unpack import PLATFORM; print(PLATFORM)")
         core = core_of_wheel(wheels, python) if wheels else core_installed(python)
         libraries = fetched_libraries(interpreter, python) if pythons else installed_libraries()
         yield Gathered(python, platform, interpreter, dict(sorted((libraries | core).items())))
@@ -63,13 +63,13 @@ def interpreter_of(python: str) -> str:
     if python == THIS_PYTHON:
         return sys.executable
     found = shutil.which(f"python{python}")
-    if not found or asked(found, "import sys; print('{}.{}'.format(*sys.version_info))") != python:
+    if not found or run_python(found, "import sys; print('{}.{}'.format(*sys.version_info))") != python:
         raise ConfigError(f"--pythons {python}: the command python{python} is not here; pip needs it, and so "
                           "does bytecode")
     return found
 
 
-def asked(interpreter: str, code: str) -> str:
+def run_python(interpreter: str, code: str) -> str:
     """What another Python prints, which finds our modules; "" if it fails."""
     start = f"import sys; sys.path.insert(0, {str(program_root())!r})"
     done = subprocess.run([interpreter, "-c", f"{start}; {code}"],

@@ -65,7 +65,8 @@ async def batch(settings: Settings) -> int:
                 return 0
             answer = Remote(pool).answer if isinstance(pool, RemotePool) else Local(pool, settings).answer
             try:
-                async with aclosing(answered(source.lines(output.done), answer, output.created)) as results:
+                left = source.lines(output.done)
+                async with aclosing(answer_lines(left, answer, output.created)) as results:
                     async for result in results:
                         output.write(result)
                         progress(f"answering {source.count:,} lines", len(output.done) / source.count)
@@ -114,7 +115,7 @@ def weights_of(model: dict) -> str:
     return str(model.get("weights_digest") or "")
 
 
-async def answered(lines: Iterator[tuple[int, bytes]], answer: Answer,
+async def answer_lines(lines: Iterator[tuple[int, bytes]], answer: Answer,
                    created: int) -> AsyncGenerator[BatchResult, None]:
     """The results of lines as they come, TOGETHER at a time."""
     under_way: set[asyncio.Task[BatchResult]] = set()

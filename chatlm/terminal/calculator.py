@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence as Seq
 
 from chatlm.common.errors import RequestError
 from chatlm.common.messages.requests import Delta
-from chatlm.common.text.calculations import moved
+from chatlm.common.text.calculations import shift_calls
 from chatlm.front.api.earlier_calculations import read_calculation, read_calculations
 
 
@@ -103,6 +103,6 @@ def joined_calls(texts: Seq[str], calls: Seq[list[dict]], between: str) -> list[
     found = list[dict]()
     begin = 0
     for text, own in zip(texts, calls):
-        found += moved(own, begin)
+        found += shift_calls(own, begin)
         begin += len(text) + len(between)
     return found

@@ -28,7 +28,7 @@ from chatlm.common.messages.requests import (
     SAMPLING_DEFAULTS, AnswerParams, Finished, Message, Piece, PromptProgress, Request)
 from chatlm.common.streams import lack_of_space
 from chatlm.common.text.answer_decoder import CallCounter
-from chatlm.common.text.calculations import calculations_of, moved, without_unfinished
+from chatlm.common.text.calculations import calculations_of, shift_calls, without_unfinished
 from chatlm.front.aio import interruptible
 from chatlm.front.api.encode import calculator_member, timings_body
 from chatlm.front.api.readers import sampling_params, with_thinking_budget
@@ -275,7 +275,7 @@ class Chat:
         if last["role"] == "assistant":
             begun = Message("assistant", last["content"], {"calculator": calls_in(last)})
             # a call that was cut is written again
-            calls = [*calculations_of(without_unfinished(begun)), *moved(calls, len(last["content"]))]
+            calls = [*calculations_of(without_unfinished(begun)), *shift_calls(calls, len(last["content"]))]
         if calls or "calculator" in last:
             node["calculator"] = calls
         if reply.done:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from chatlm.common.config import LIMITS, ModelChoice
-from chatlm.common.errors import ConfigError, EngineFailure, named, shown, visible
+from chatlm.common.errors import ConfigError, EngineFailure, error_text, shown, visible
 from chatlm.common.jsontext import is_number, is_text
 from chatlm.common.log import ProgressDisplay
 from chatlm.common.messages.requests import SAMPLING_DEFAULTS, SamplingParams, TokenLogprob
@@ -78,7 +78,7 @@ class RemoteScorer:
             yield found
         except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise EngineFailure(f"{self.pool.url} does not answer like a chat_server: {path}: "
-                                f"{named(error)}") from None
+                                f"{error_text(error)}") from None
 
     async def encode(self, texts: Seq[str]) -> list[list[int]]:
         found = list[list[int]]()

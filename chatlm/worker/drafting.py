@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, TYPE_CHECKING
 
-from chatlm.common.errors import ConfigError, named, shown
+from chatlm.common.errors import ConfigError, error_text, shown
 from chatlm.common.files import read_text_of
 from chatlm.common.hub.find import of_draft_model, resolve_model
 from chatlm.common.hub.local import no_progress
@@ -58,7 +58,7 @@ class DraftHelp:
         except Exception as error:  # also of a file that is broken in an unexpected way
             if self.terms.needed:
                 raise
-            reason = str(error) if isinstance(error, ConfigError) else named(error)
+            reason = str(error) if isinstance(error, ConfigError) else error_text(error)
             self.leave_out(flag, reason)
 
     def leave_out(self, flag: str, reason: str):

@@ -12,7 +12,8 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from chatlm.common.errors import ConfigError, RanksFailed, lack_of_memory, named, printable, require_library
+from chatlm.common.errors import (
+    ConfigError, RanksFailed, error_text, lack_of_memory, printable, require_library)
 from chatlm.common.log import CalmLog, log, start_logging
 from chatlm.common.messages.doctor import DOCTOR_PIPE
 from chatlm.common.messages.protocol import SURVEY_PIPE, WORKER_PIPE, Crashed, Loading, Unusable
@@ -83,7 +84,7 @@ def worker_main(run: Callable[[Channel, Any], None], pipe: Pipe, arguments: Seq[
         if isinstance(error, ConfigError):
             channel.send(Unusable(str(error)))
         elif pipe is WORKER_PIPE:
-            channel.send(Crashed(printable(f"{named(error)} ({line_of(error)})"),
+            channel.send(Crashed(printable(f"{error_text(error)} ({line_of(error)})"),
                                  traceback.format_exc()[-1 << 16:]))
         else:
             raise

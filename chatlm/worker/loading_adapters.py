@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chatlm.common.errors import ConfigError, named
+from chatlm.common.errors import ConfigError, error_text
 from chatlm.common.log import log
 from chatlm.common.messages.protocol import AdapterLoaded
 
@@ -79,5 +79,5 @@ class LoadingAdapters:
             return AdapterLoaded(adapter_id, str(error))
         except Exception as error:  # a file broken in an unexpected way affects no other answer
             log.exception("an adapter could not be loaded")
-            return AdapterLoaded(adapter_id, f"{folder}: {named(error)}")
+            return AdapterLoaded(adapter_id, f"{folder}: {error_text(error)}")
         return AdapterLoaded(adapter_id, "", nbytes, digest)

@@ -6,7 +6,7 @@ import traceback
 from typing import TYPE_CHECKING
 
 from chatlm.common.core import kernels_line
-from chatlm.common.errors import ConfigError, lack_of_memory, named
+from chatlm.common.errors import ConfigError, lack_of_memory, error_text
 from chatlm.common.messages.protocol import Crashed, ModelCard, Surveyed, Unusable
 from chatlm.worker.arrays.kinds import Device
 from chatlm.worker.card import model_facts
@@ -34,7 +34,7 @@ def survey_models(channel: Channel, config: SurveyConfig):
         except Exception as error:
             error = lack_of_memory(error) or error
             channel.send(Unusable(str(error)) if isinstance(error, ConfigError) else
-                         Crashed(named(error), traceback.format_exc()[-1 << 16:]))
+                         Crashed(error_text(error), traceback.format_exc()[-1 << 16:]))
         [config] = channel.receive(wait=True, most=1)
 
 

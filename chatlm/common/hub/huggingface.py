@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TYPE_CHECKING
 
-from chatlm.common.errors import ConfigError, named, require_library, shown
+from chatlm.common.errors import ConfigError, error_text, require_library, shown
 from chatlm.common.hub.guesses import near_model
 from chatlm.common.hub.local import FULL, download_lock, has_room, sha256_of
 from chatlm.common.hub.nanochat import published
@@ -94,7 +94,7 @@ def why_unreachable(hub, error: BaseException) -> str:
     """Why the hub cannot be asked, as part of a sentence."""
     if hub.constants.is_offline_mode():
         return "HF_HUB_OFFLINE is set"
-    return f"{hub.constants.ENDPOINT} cannot be reached ({named(error)})"
+    return f"{hub.constants.ENDPOINT} cannot be reached ({error_text(error)})"
 
 
 def load_hub(purpose: str):
@@ -131,7 +131,7 @@ def hub_errors(hub, repository: str) -> Iterator[None]:
     except Exception as error:
         if getattr(error, "errno", None) in FULL:
             raise no_hub_room(hub, repository, "more") from None
-        reason = named(error)
+        reason = error_text(error)
     raise ConfigError(f"{repository} cannot be downloaded: {reason}")
 
 
@@ -577,7 +577,7 @@ def download_from_hub(hub, repository: str, name: str, disk: DiskCheck, before: 
                     if file.tell() == start:
                         raise ConfigError(
                             f"the download of {name} of {repository} broke at byte {start:,} of "
-                            f"{remote.size:,}: {named(error)}. The next start continues there") from None
+                            f"{remote.size:,}: {error_text(error)}. The next start continues there") from None
             if not blob.exists():  # else another process has downloaded it
                 file.flush()
                 os.fsync(file.fileno())

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence as Seq
 from pathlib import Path
 from typing import Any
 
-from chatlm.common.errors import ConfigError, named, require_library, shown
+from chatlm.common.errors import ConfigError, error_text, require_library, shown
 from chatlm.common.files import read_small
 
 # documents to choose from; encoded at once
@@ -76,7 +76,7 @@ def read_lines(path: Path) -> list[dict]:
         try:
             rows.append(json.loads(line))
         except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{path}: line {number} is not JSON: {named(error)}") from None
+            raise ConfigError(f"{path}: line {number} is not JSON: {error_text(error)}") from None
     return rows
 
 

@@ -65,14 +65,14 @@ def place(index: int, count: int, threads: int, root: Path = SYS) -> str:
         cores = physical_cores(cpus, root / "devices/system/cpu")
         needed = threads * shares.count(share)
         if cores < needed:
-            return (f"NUMA: {named(share)} has {cores} core(s) for {needed} threads, so no process is bound "
-                    "to a node")
+            return (f"NUMA: {node_list(share)} has {cores} core(s) for {needed} threads, so no process is "
+                    "bound to a node")
     own = shares[index]
     try:
         bind(frozenset[int]().union(*map(nodes.__getitem__, own)))
     except OSError as error:
         return f"NUMA: processes are not bound to nodes: {error.strerror}"
-    return f"NUMA: {count} processes are bound to {named([*nodes])}, this one to {named(own)}"
+    return f"NUMA: {count} processes are bound to {node_list([*nodes])}, this one to {node_list(own)}"
 
 
 def bind(cpus: frozenset[int]):
@@ -84,7 +84,7 @@ def bind(cpus: frozenset[int]):
                 os.sched_setaffinity(int(thread), cpus)
 
 
-def named(nodes: Seq[int]) -> str:
+def node_list(nodes: Seq[int]) -> str:
     return f"node{'s' * (len(nodes) > 1)} {', '.join(map(str, nodes))}"
 
 

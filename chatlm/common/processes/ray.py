@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Any, TYPE_CHECKING
 
 from chatlm.common.contents import own_contents
-from chatlm.common.errors import named, require_library
+from chatlm.common.errors import error_text, require_library
 from chatlm.common.messages.protocol import (
     RAY_PIPE, ActorAddress, ActorEnded, EndActor, Node, Nodes, StartActor, Unusable)
 from chatlm.common.messages.wire import BadMessage
@@ -88,7 +88,8 @@ def ray_main(arguments: Seq[str]) -> int:
         RayCluster(ray, channel, config.tls).run()
     except Exception as error:
         with suppress(OSError):  # the front itself may be gone
-            channel.send(Unusable(f"--ray-address {config.address}: {str(error).strip() or named(error)}"))
+            reason = str(error).strip() or error_text(error)
+            channel.send(Unusable(f"--ray-address {config.address}: {reason}"))
     return 1
 
 
@@ -139,7 +140,7 @@ class RayCluster:
         try:
             value = self.ray.get(reference)
         except Exception as error:  # the actor has ended, with its node or by itself
-            self.channel.send(ActorEnded(name, (str(error).strip() or named(error)).splitlines()[0]))
+            self.channel.send(ActorEnded(name, (str(error).strip() or error_text(error)).splitlines()[0]))
             return
         if actor:
             self.channel.send(ActorAddress(name, *value))

@@ -35,7 +35,7 @@ def calculations_of(message: Message) -> list[dict]:
     return (message.more or {}).get("calculator", [])
 
 
-def moved(calls: Iterable[dict], by: int) -> list[dict]:
+def shift_calls(calls: Iterable[dict], by: int) -> list[dict]:
     """Calls in a text that now stands `by` characters later in another one."""
     return [{**call, "start": call["start"] + by} for call in calls]
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 
 from chatlm.common.messages.requests import Message
-from chatlm.common.text.calculations import calculations_of, moved, with_calls
+from chatlm.common.text.calculations import calculations_of, shift_calls, with_calls
 from chatlm.common.text.notations import PYTHON, Notation
 
 
@@ -51,7 +51,7 @@ def with_generic_tools(messages: Seq[Message], tools: Seq[dict], has_system: boo
             last = turns.pop()  # many templates want roles to alternate
             before = f"{last.content}\n" if last.content else ""
             more = with_calls({**(last.more or {}), **more},
-                              [*calculations_of(last), *moved(more.get("calculator", ()), len(before))])
+                              [*calculations_of(last), *shift_calls(more.get("calculator", ()), len(before))])
             content = before + content
         turns.append(Message(role, content, more or None))
     if tools:

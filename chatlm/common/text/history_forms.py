@@ -107,15 +107,15 @@ class Trial(NamedTuple):
     arguments: Seq[str] = ()   # the calls' values, which must appear
 
 
-def asked(text: str) -> Message:
+def user_message(text: str) -> Message:
     return Message("user", text)
 
 
-def answered(text: str) -> Message:
+def assistant_message(text: str) -> Message:
     return Message("assistant", text)
 
 
-def called(text: str, *arguments: dict | str, first: int = 0) -> Message:
+def assistant_calls(text: str, *arguments: dict | str, first: int = 0) -> Message:
     """An assistant's message with a call for each of the arguments. `first`: the number of the first call."""
     calls = [{"id": f"zqcall{number}qz", "type": "function", "function": {"name": NAME, "arguments": given}}
              for number, given in enumerate(arguments, first)]
@@ -144,19 +144,23 @@ def usual_with_ids(changed: Callable[[str], dict]) -> Trial:
 
 ONE, *BOTH = ({ARGUMENT: value} for value in VALUES)
 USUAL = Trial((  # one call, then two calls at once with equal results
-    asked(ASKED), called("", ONE), result_of(0, RESULT), answered(ANSWER),
-    asked(MORE), called("", *BOTH, first=1), result_of(1, TWICE), result_of(2, TWICE)),
+    user_message(ASKED), assistant_calls("", ONE), result_of(0, RESULT), assistant_message(ANSWER),
+    user_message(MORE), assistant_calls("", *BOTH, first=1), result_of(1, TWICE), result_of(2, TWICE)),
     {RESULT: 1, TWICE: 2}, VALUES)
-BESIDE_TEXT = Trial((asked(ASKED), called(SAID, ONE), result_of(0, RESULT)), {RESULT: 1}, VALUES[:1])
+BESIDE_TEXT = Trial((user_message(ASKED), assistant_calls(SAID, ONE), result_of(0, RESULT)),
+                    {RESULT: 1}, VALUES[:1])
 UNUSUAL = {  # a switch of the form, and the conversation that it is for; tried if a template does not show it
-    "wraps_text": Trial((asked(ASKED), called("", f'{{"{ARGUMENT}": "{CUT}'), result_of(0, RESULT)),
+    "wraps_text": Trial((user_message(ASKED), assistant_calls("", f'{{"{ARGUMENT}": "{CUT}'),
+                         result_of(0, RESULT)),
                         {RESULT: 1}, (CUT,)),
     "nine_character_ids": usual_with_ids(lambda given: {"id": "call_" + given[-3:]}),
     "gives_ids": usual_with_ids(lambda given: {}),
-    "moves_orphans": Trial((asked(ASKED), result_of(8, TWICE), called("", ONE), result_of(0, RESULT),
-                            answered(ANSWER), asked(MORE), result_of(9, TWICE)),
+    "moves_orphans": Trial((user_message(ASKED), result_of(8, TWICE), assistant_calls("", ONE),
+                            result_of(0, RESULT),
+                            assistant_message(ANSWER), user_message(MORE), result_of(9, TWICE)),
                            {RESULT: 1, TWICE: 2}, VALUES[:1]),
-    "answers_results": Trial((asked(ASKED), called("", ONE), result_of(0, RESULT), asked(MORE)),
+    "answers_results": Trial((user_message(ASKED), assistant_calls("", ONE), result_of(0, RESULT),
+                              user_message(MORE)),
                              {RESULT: 1, MORE: 1}, VALUES[:1])}
 
 

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any, TYPE_CHECKING, TypeVar
 
 from chatlm.common.errors import (
-    ConfigError, RequestError, lack_of_memory, named, printable, require_library)
+    ConfigError, RequestError, lack_of_memory, error_text, printable, require_library)
 from chatlm.common.jsontext import whole_unicode
 from chatlm.common.log import log
 from chatlm.common.messages.requests import Message
@@ -457,4 +457,4 @@ def open_tokenizer(spec: TextSpec) -> Tokenizer:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise lack_of_memory(error) or ConfigError(
-            f"the model's tokenizer is broken: {named(error)}") from None
+            f"the model's tokenizer is broken: {error_text(error)}") from None

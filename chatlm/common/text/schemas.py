@@ -86,7 +86,7 @@ def parts_of(schema) -> Iterator[Mapping]:
         yield from parts_of(member)
 
 
-def referred(reference: str, root: Mapping):
+def follow_path(reference: str, root: Mapping):
     """The schema that a $ref with a path in `root` leads to."""
     base, _, path = reference.partition("#")
     first, *steps = urllib.parse.unquote(path).split("/", 64)
@@ -320,7 +320,7 @@ class SchemaForms:
                 anchors[f"#{part['$anchor']}"] = part
         return ids | anchors
 
-    def referred(self, reference: str):
+    def follow_path(self, reference: str):
         """The schema that a $ref leads to."""
         self.spend()
         base, _, path = reference.partition("#")
@@ -328,8 +328,8 @@ class SchemaForms:
             base = f"#{path}"
             path = ""
         if base in ("", self.root.get("$id")) or base not in self.named:
-            return referred(reference, self.root)
-        return referred(f"#{path}", self.named[base])
+            return follow_path(reference, self.root)
+        return follow_path(f"#{path}", self.named[base])
 
     def target(self, schema):
         """The schema itself. If it does nothing but refer to another one: that one."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence as Seq
 from functools import cached_property
 from typing import Any, NamedTuple, TYPE_CHECKING
 
-from chatlm.common.errors import ConfigError, RequestError, named, require_library
+from chatlm.common.errors import ConfigError, RequestError, error_text, require_library
 from chatlm.common.text.formats import CALL_FORMATS, MARKS, NO_CALLS, CallFormat
 from chatlm.common.text.infill import infill_tokens_of
 
@@ -228,7 +228,7 @@ def compile_chat_template(source: str):
         raise ConfigError(
             f"the model's chat template does not parse: line {error.lineno}: {error.message}") from None
     except Exception as error:  # from Python's compiler: nested too deeply, too many nested blocks
-        raise ConfigError(f"the model's chat template cannot be compiled: {named(error)}") from None
+        raise ConfigError(f"the model's chat template cannot be compiled: {error_text(error)}") from None
 
 
 def fill_template(template, arguments: dict) -> str:

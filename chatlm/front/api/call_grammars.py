@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from chatlm.common.config import LIMITS
-from chatlm.common.errors import named, shown
+from chatlm.common.errors import error_text, shown
 from chatlm.common.jsontext import JSON_TYPES, as_json, is_text
 from chatlm.common.text.formats import A_MARKER, CALL_FORMATS, MARKS, CallFormat
 from chatlm.common.text.grammar import lark_grammar, schema_grammar, unusable_schema
@@ -183,7 +183,7 @@ def tag_grammar(start: str, functions: Seq[Mapping], call_format: CallFormat) ->
         raise unusable_schema("it is nested too deeply", "tools") from None
     except (ValueError, LookupError) as error:
         raise unusable_schema("parameters must be properties of one object, each with a schema: "
-                              + named(error), "tools") from None
+                              + error_text(error), "tools") from None
     return lark_grammar("\n".join(lines), "tools")
 
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 from chatlm.common.config import LIMITS
-from chatlm.common.errors import ConfigError, RequestError, named, require_library, shown
+from chatlm.common.errors import ConfigError, RequestError, error_text, require_library, shown
 from chatlm.common.invocation import pip_command
 from chatlm.common.messages.protocol import SandboxResult
 
@@ -93,7 +93,7 @@ def open_archive(data: bytes) -> zipfile.ZipFile:
         archive = zipfile.ZipFile(io.BytesIO(data))
         members = archive.infolist()
     except (zipfile.BadZipFile, ValueError, OverflowError, OSError, NotImplementedError) as error:
-        raise refusal(f"the file is damaged: {named(error)}") from None
+        raise refusal(f"the file is damaged: {error_text(error)}") from None
     if len(members) > MEMBERS or sum(member.file_size for member in members) > UNPACKED_BYTES:
         raise refusal(f"unpacked, the file has more than {UNPACKED_BYTES >> 20} MiB or {MEMBERS:,} parts",
                       "too_complex")
@@ -259,7 +259,7 @@ def extract_text(data: bytes, name: str, cpu_s: float) -> Extracted:
     except (RequestError, MemoryError):
         raise
     except Exception as error:  # each library has its own errors for a broken file
-        raise refusal(f"the {kind} file is damaged: {named(error)[:200]}") from None
+        raise refusal(f"the {kind} file is damaged: {error_text(error)[:200]}") from None
 
 
 def join_parts(kind: str, document: Document, deadline_s: float) -> Extracted:

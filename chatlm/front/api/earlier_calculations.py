@@ -11,7 +11,7 @@ from typing import Any
 from chatlm.common.errors import bad_value
 from chatlm.common.jsontext import is_text, whole_unicode
 from chatlm.common.messages.requests import Message
-from chatlm.common.text.calculations import STRAY_MARKS, moved, with_calls
+from chatlm.common.text.calculations import STRAY_MARKS, shift_calls, with_calls
 
 
 A_CALL = 'an object with "start", and with texts or null as "expression" and "result"'
@@ -97,7 +97,7 @@ def calls_in_parts(content: Any, name: str) -> list[dict]:
         text = text if is_text(text) else ""
         if isinstance(part, dict) and part.get("calculator") is not None:
             own = read_calculations(part["calculator"], whole_unicode(text), f"{name}[{index}].calculator")
-            calls += moved(own, begin)
+            calls += shift_calls(own, begin)
         begin += len(whole_unicode(text)) + 1
     return calls
 

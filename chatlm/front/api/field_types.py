@@ -10,14 +10,14 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 
 from chatlm.common.config import LIMITS
-from chatlm.common.errors import RequestError, bad_value, invalid, named, printable
+from chatlm.common.errors import RequestError, bad_value, invalid, error_text, printable
 from chatlm.common.jsontext import is_number, is_text, whole_unicode
 from chatlm.common.text.calculations import STRAY_MARKS
 from chatlm.common.text.grammar import json_grammar, lark_grammar, require_llguidance
 from chatlm.common.text.patterns import check_regex, in_slashes
 from chatlm.front.api.fields import (
     A_FUNCTION, A_TEXT, A_TOKEN, TEXT_OR_NULL, TEXT_OR_TOKEN, Field, FieldType, as_count, as_list, as_prompts,
-    list_schema, matches, object_schema, read_choice, refused, value_at)
+    list_schema, matches, object_schema, read_choice, refused_field, value_at)
 
 
 RESPONSE_FORMATS = ("text", "json_object", "json_schema", "json", "regex")
@@ -102,7 +102,7 @@ def other_grammar(value, language: str, param: str) -> tuple[str, str]:
     except RequestError:
         raise
     except Exception as error:  # a library's own, for a grammar or schema that does not parse
-        raise RequestError(f"{param} cannot be used: {printable(named(error))[:300]}",
+        raise RequestError(f"{param} cannot be used: {printable(error_text(error))[:300]}",
                            code="invalid_grammar", param=param) from None
     return lark_grammar(grammar, param), param
 
@@ -292,7 +292,7 @@ CONSTRAINT_FIELDS = (  # vLLM's and llama-server's; a request may have one of th
     constraint("json_schema", "json", "a JSON schema", {"type": "object"})._replace(group=LLAMA_SERVERS),
     Field("structured_outputs", OBJECT._replace(convert=structured_outputs),
           "one of json, regex, choice, grammar and json_object"),
-    *(Field(name, refused("answers cannot be held to it"), "refused") for name in (
+    *(Field(name, refused_field("answers cannot be held to it"), "refused") for name in (
         "guided_whitespace_pattern", "structural_tag", "regex", "ebnf")),
 )
 

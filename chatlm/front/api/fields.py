@@ -127,7 +127,7 @@ def bound_in_words(bound: float) -> str:
     return str(int(bound)) if bound < math.inf and bound % 1 == 0 else f"{bound:g}"
 
 
-def refused(reason: str) -> FieldType:
+def refused_field(reason: str) -> FieldType:
     """The type of a field that no request may have."""
     return FieldType(f"left out: {reason}", {"enum": [None]})
 

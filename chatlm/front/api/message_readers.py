@@ -14,7 +14,7 @@ from chatlm.common.config import LIMITS
 from chatlm.common.errors import RequestError, bad_value, invalid, shown
 from chatlm.common.jsontext import as_json, is_text, whole_unicode
 from chatlm.common.messages.requests import Message
-from chatlm.common.text.calculations import calculations_of, moved, text_in, with_calls
+from chatlm.common.text.calculations import calculations_of, shift_calls, text_in, with_calls
 from chatlm.front.admission.prompts import turn_starts
 from chatlm.front.api.earlier_calculations import is_nanochats, read_nanochat_parts, with_calculations
 from chatlm.front.api.fields import A_FUNCTION, Field, list_schema, matches, no_tools, within_limit
@@ -322,7 +322,7 @@ def joined_answers(first: Message, second: Message) -> Message:
     calls = [*before.get("tool_calls", ()), *after.get("tool_calls", ())]
     if calls:
         more["tool_calls"] = calls
-    calculations = [*calculations_of(first), *moved(calculations_of(second), len(first.content))]
+    calculations = [*calculations_of(first), *shift_calls(calculations_of(second), len(first.content))]
     more = with_calls(more, calculations)
     return Message(first.role, first.content + second.content, more or None)
 

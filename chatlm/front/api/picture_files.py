@@ -10,7 +10,7 @@ from typing import Any
 
 from chatlm.common.client_words import DAMAGED_IMAGE
 from chatlm.common.config import LIMITS
-from chatlm.common.errors import ConfigError, RequestError, named, require_library
+from chatlm.common.errors import ConfigError, RequestError, error_text, require_library
 from chatlm.common.messages.protocol import Body
 from chatlm.common.vision.pictures import of_picture, picture
 
@@ -61,7 +61,7 @@ def open_picture(data: bytes) -> tuple[Any, str]:
 
 
 def damaged(name: str, error: Exception) -> RequestError:
-    return refusal(f"{DAMAGED_IMAGE}: it is a damaged {name}: {named(error)[:200]}")
+    return refusal(f"{DAMAGED_IMAGE}: it is a damaged {name}: {error_text(error)[:200]}")
 
 
 def check_size(width: int, height: int):

@@ -11,7 +11,7 @@ from chatlm.common.messages.requests import SAMPLING_FLAGS, SAMPLING_NAMES
 from chatlm.front.api import idle
 from chatlm.front.api.fields import (
     A_TEXT, A_TOKEN, TEXT_OR_NULL, Field, FieldType, as_count, as_list, as_prompts, list_schema,
-    object_schema, refused, without)
+    object_schema, refused_field, without)
 from chatlm.front.api.field_types import (
     A_BUDGET, CAP, CONSTRAINT_FIELDS, LLAMA_SERVERS, EFFORT, FLAT_CHOICE, FOUR_STOPS, FUNCTIONS,
     FUNCTION_CALL, INCLUDE, INPUTS, INTEGER, LIST, LOGIT_BIAS, LOGPROBS_OF_TEXT, MESSAGES_CHOICE, METADATA,
@@ -263,7 +263,7 @@ RESPONSES_FIELDS = (
         A_TEXT, object_schema(["id"], id=A_TEXT)]}, lambda value: value if is_text(value) else value["id"]),
           "with --database: the conversation that this response continues, and is added to",
           group=CONTINUES),
-    Field("prompt", refused("the server keeps no prompts"), "refused"),
+    Field("prompt", refused_field("the server keeps no prompts"), "refused"),
     Field("background", FieldType("false: answers are not made in the background", {"enum": [False]}),
           "true is refused"),
 )

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from chatlm.common.errors import ConfigError, named, require_library, shown
+from chatlm.common.errors import ConfigError, error_text, require_library, shown
 from chatlm.common.files import read_small
 from chatlm.common.hub.find import nanochat_base
 
@@ -89,7 +89,7 @@ def read_tasks(path: Path, data: bytes) -> list[Mapping]:
     try:
         entries = yaml.safe_load(data)["icl_tasks"]
     except (yaml.YAMLError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise ConfigError(f"{path} is not a list of tasks below icl_tasks: {named(error)}") from None
+        raise ConfigError(f"{path} is not a list of tasks below icl_tasks: {error_text(error)}") from None
     if not (isinstance(entries, list) and entries and all(isinstance(entry, Mapping) for entry in entries)):
         raise ConfigError(f"{path}: icl_tasks is not a list of tasks")
     return entries
@@ -102,7 +102,7 @@ def read_baselines(path: Path, data: bytes) -> dict[str, float]:
         return {row["Eval Task"]: 0.01 * float(row["Random baseline"]) for row in rows}
     except (UnicodeDecodeError, KeyError, ValueError, TypeError, csv.Error) as error:
         raise ConfigError(f"{path} has no usable columns `Eval Task` and `Random baseline`: "
-                          f"{named(error)}") from None
+                          f"{error_text(error)}") from None
 
 
 def read_task(folder: Path, number: int, entry: Mapping, baselines: Mapping[str, float]) -> Task:
@@ -185,7 +185,7 @@ def read_row(task: Task, number: int, line: bytes) -> dict:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{where} is not JSON: {named(error)}") from None
+        raise ConfigError(f"{where} is not JSON: {error_text(error)}") from None
     wrong = [name for name, fits in FIELDS[task.kind].items()
              if not (isinstance(row, dict) and fits(row.get(name)))]
     if wrong:

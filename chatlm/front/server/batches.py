@@ -28,7 +28,7 @@ from chatlm.front.intake.intake import loaded_tokenizer
 from chatlm.front.lazy import web
 from chatlm.front.server.batch_turns import Lane, Turns, WaitingLine
 from chatlm.front.server.files import FileRoutes
-from chatlm.front.server.stored_lists import AFTER, LIMIT, now_s, query_value, send_page, stored
+from chatlm.front.server.stored_lists import AFTER, LIMIT, now_s, query_value, send_page, require_store
 from chatlm.front.server.ledger import Amount, Charge, Ledger, claim_of, write
 from chatlm.front.server.responses import REQUEST_LOG, json_response
 from chatlm.front.server.routes import Api, Route
@@ -90,7 +90,7 @@ class BatchRoutes:
         return self.owners.of_texts(REQUEST_LOG.get().client)
 
     async def handle_create(self, http: web.Request) -> web.Response:
-        store = stored(self.store)
+        store = require_store(self.store)
         owner = self.owner
         values = await self.bodies.small(http)
         window = values.get("completion_window", "24h")
@@ -98,7 +98,7 @@ class BatchRoutes:
 
         def create(connection) -> dict:
             quota.check(connection, owner)
-            source = files.found(connection, values["input_file_id"], owner, "input_file_id")
+            source = files.file_of_owner(connection, values["input_file_id"], owner, "input_file_id")
             if source.purpose != "batch":
                 raise RequestError(f"the purpose of {source.name} is {source.purpose}, not batch",
                                    code="invalid_value", param="input_file_id")
@@ -119,22 +119,25 @@ class BatchRoutes:
         after = query_value(http, AFTER, "")
 
         def read(connection) -> ListPage:
-            rows = files.listed(connection, "batches", Batch._fields, owner, after)
+            rows = files.list_rows(connection, "batches", Batch._fields, owner, after)
             bodies = (batches.shown_batch(connection, Batch(*row)) for row in rows)
             return page_of((Listed(body["id"], dump(body)) for body in bodies), limit)
-        return await send_page(http, self.bodies, await stored(self.store).run(read))
+        return await send_page(http, self.bodies, await require_store(self.store).run(read))
 
     async def handle_batch(self, http: web.Request) -> web.Response:
         name = http.match_info["id"]
         owner = self.owner
-        return json_response(await stored(self.store).run(
-            lambda connection: batches.shown_batch(connection, batches.found(connection, name, owner))))
+
+        def read(connection) -> dict:
+            return batches.shown_batch(connection, batches.batch_of_owner(connection, name, owner))
+
+        return json_response(await require_store(self.store).run(read))
 
     async def handle_cancel(self, http: web.Request) -> web.Response:
         name = http.match_info["id"]
         owner = self.owner
         now = now_s()
-        body = await stored(self.store).run(lambda connection: batches.shown_batch(
+        body = await require_store(self.store).run(lambda connection: batches.shown_batch(
             connection, batches.cancel(connection, name, owner, now)))
         if self.worker and (stop := self.worker.stops.get(name)):
             stop.set()
@@ -252,7 +255,7 @@ class BatchWorker:
 
     async def _work(self, batch: Batch, client: str):
         """Bring a batch to its end, from whatever state it is in."""
-        batch = await self._stored(partial(batches.named, name=batch.name))
+        batch = await self._stored(partial(batches.batch_named, name=batch.name))
         if batch.status == "validating":
             has_begun = await self._stored(lambda connection: batches.begin(connection, batch, now_s()))
             if not has_begun:
@@ -280,7 +283,8 @@ class BatchWorker:
 
     @staticmethod
     def _end(connection, batch: Batch, status: str):
-        if batches.named(connection, batch.name).status == "cancelling":  # since the last line was recorded
+        # it may have been cancelled since the last line was recorded
+        if batches.batch_named(connection, batch.name).status == "cancelling":
             status = "cancelled"
         batches.end(connection, batch, status, now_s())
         log.info("%s is %s", batch.name, status)
@@ -288,7 +292,7 @@ class BatchWorker:
     @staticmethod
     def _expire_some(batch: Batch, connection) -> bool:
         """Give some lines without a result the result that their time is over. False if there are none."""
-        if batches.named(connection, batch.name).status != "in_progress":
+        if batches.batch_named(connection, batch.name).status != "in_progress":
             return False
         lines = batches.waiting_lines(connection, batch, 0, files.PART_LINES)
         results = []
@@ -301,7 +305,7 @@ class BatchWorker:
 
     async def _answer_all(self, batch: Batch, client: str):
         """Answer and record all lines that have no result. Only a few of them wait in memory at a time."""
-        created = (await self._stored(partial(files.named, name=batch.input))).created
+        created = (await self._stored(partial(files.file_named, name=batch.input))).created
         mine = UnderWay(batch, client, created)
         self.under_way[batch.name] = mine
         last = 0

@@ -26,7 +26,8 @@ from chatlm.front.lazy import web
 from chatlm.front.server.responses import REQUEST_LOG, json_response
 from chatlm.front.server.routes import Api, Route
 from chatlm.front.server.stored_lists import (
-    AFTER, DAY_S, LIMIT, ORDER, now_s, query_value, send_list, send_parts, shown_item, stored, take_room)
+    AFTER, DAY_S, LIMIT, ORDER, now_s, query_value, require_store, send_list, send_parts, shown_item,
+    take_room)
 from chatlm.front.store import quota, responses
 from chatlm.front.store.pages import Listed, texts
 from chatlm.front.store.responses import NewResponse
@@ -73,7 +74,7 @@ class ResponseKeeper:
         chained = arrival.envelope.chained
         what = {"previous": chained.response, "conversation": chained.conversation,
                 "owner": self.owners.of_texts(arrival.caller.client)}
-        store = stored(self.store)
+        store = require_store(self.store)
         size = await store.run(partial(responses.size_before, **what))
         if size > LIMITS.inline_bytes:  # wait until there is memory for it
             await take_room(reading, sum(map(len, arrival.parts)) + 2 * size)
@@ -93,7 +94,7 @@ class ResponseKeeper:
         parsed = encoder.parsed
         copies = 2 if parsed.details.get("conversation") else 1
         size = copies * responses.bytes_of(parsed.kept) + len(parsed.repeated) + responses.ITEM_BYTES
-        await stored(self.store).run(partial(
+        await require_store(self.store).run(partial(
             quota.check, owner=owner, adds_bytes=size, otherwise=', or send "store": false'), adds_bytes=size)
         # A second encoder makes the kept copy, so that it is complete before the client has the end: what a
         # client has seen is kept. It leaves out log-probabilities.
@@ -151,7 +152,7 @@ class ResponseKeeper:
         new = NewResponse(
             twin.head["id"], owner, now, now + self.keep_s, details.get("previous_response_id"),
             details.get("conversation"), twin.parsed.kept, output, body)
-        await stored(self.store).run(partial(responses.keep, new=new), adds_bytes=new.bytes)
+        await require_store(self.store).run(partial(responses.keep, new=new), adds_bytes=new.bytes)
 
 
 class ConversationRoutes:
@@ -203,7 +204,7 @@ class ConversationRoutes:
     async def _read(self, place: TextPlace, holding: Holding) -> bytes:
         """The text at a place in the store. Raises RequestError 404 if it was deleted meanwhile."""
         await take_room(holding, place.bytes)
-        [text] = await stored(self.store).run(partial(texts, places=[place]))
+        [text] = await require_store(self.store).run(partial(texts, places=[place]))
         if text is None:
             raise responses.refuse("item", place.name)
         return text
@@ -213,7 +214,7 @@ class ConversationRoutes:
         limit = query_value(http, LIMIT, 20)
         after = query_value(http, AFTER, "")
         ascending = query_value(http, ORDER, "desc") == "asc"
-        store = stored(self.store)
+        store = require_store(self.store)
         page = await store.run(partial(find, name=http.match_info["id"], owner=self.owner, after=after,
                                        ascending=ascending, limit=limit))
         with self.bodies.holding() as holding:
@@ -241,7 +242,7 @@ class ConversationRoutes:
         return kept_items(without_others(items, OTHER_ITEMS), own_ids=True)
 
     async def handle_create(self, http: web.Request) -> web.Response:
-        store = stored(self.store)
+        store = require_store(self.store)
         owner = self.owner
         values = await self.bodies.small(http)
         items = self._items(values)
@@ -253,11 +254,11 @@ class ConversationRoutes:
             adds_bytes=responses.ITEM_BYTES + len(metadata) + responses.bytes_of(items))))
 
     async def handle_conversation(self, http: web.Request) -> web.Response:
-        return json_response(self._body(await stored(self.store).run(partial(
+        return json_response(self._body(await require_store(self.store).run(partial(
             responses.conversation_named, name=http.match_info["id"], owner=self.owner))))
 
     async def handle_update(self, http: web.Request) -> web.Response:
-        store = stored(self.store)
+        store = require_store(self.store)
         name = http.match_info["id"]
         owner = self.owner
         metadata = json.dumps((await self.bodies.small(http))["metadata"])
@@ -267,7 +268,8 @@ class ConversationRoutes:
 
     async def handle_forget(self, http: web.Request) -> web.Response:
         name = http.match_info["id"]
-        await stored(self.store).run(partial(responses.delete_conversation, name=name, owner=self.owner))
+        delete = partial(responses.delete_conversation, name=name, owner=self.owner)
+        await require_store(self.store).run(delete)
         self.keeper.removed()
         return json_response({"id": name, "object": "conversation.deleted", "deleted": True})
 
@@ -275,7 +277,7 @@ class ConversationRoutes:
         return await self._send_items(http, responses.items)
 
     async def handle_add(self, http: web.Request) -> web.StreamResponse:
-        store = stored(self.store)
+        store = require_store(self.store)
         name = http.match_info["id"]
         owner = self.owner
         items = self._items(await self.bodies.small(http))
@@ -285,7 +287,7 @@ class ConversationRoutes:
         return await send_list(http, [Listed(item.name, shown_item(*item)) for item in added], False)
 
     async def handle_item(self, http: web.Request) -> web.StreamResponse:
-        place = await stored(self.store).run(partial(
+        place = await require_store(self.store).run(partial(
             responses.item_named, conversation=http.match_info["id"], name=http.match_info["item"],
             owner=self.owner))
         with self.bodies.holding() as holding:
@@ -294,7 +296,7 @@ class ConversationRoutes:
 
     async def handle_drop(self, http: web.Request) -> web.Response:
         """DELETE of an item; the answer is the conversation."""
-        return json_response(self._body(await stored(self.store).run(partial(
+        return json_response(self._body(await require_store(self.store).run(partial(
             responses.drop_item, conversation=http.match_info["id"], name=http.match_info["item"],
             owner=self.owner))))
 

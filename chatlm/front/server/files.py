@@ -28,7 +28,7 @@ from chatlm.front.server.inflate import encoding_of
 from chatlm.front.server.responses import REQUEST_LOG, json_response
 from chatlm.front.server.routes import Api, Route
 from chatlm.front.server.stored_lists import (
-    AFTER, DAY_S, ORDER, now_s, number_in, query_value, send_page, send_part, stored, take_room)
+    AFTER, DAY_S, ORDER, now_s, number_in, query_value, send_page, send_part, require_store, take_room)
 from chatlm.front.server.streams import BODY_BYTES_PER_S
 from chatlm.front.store import batches, files, quota
 from chatlm.front.store.files import File, LineRow
@@ -75,7 +75,7 @@ class FileRoutes:
 
     async def handle_upload(self, http: web.Request) -> web.Response:
         """POST /v1/files: a form with `purpose` and `file`, in any order."""
-        store = stored(self.store)
+        store = require_store(self.store)
         client = REQUEST_LOG.get().client
         if http.content_type != "multipart/form-data":
             raise RequestError("the body must be a form (multipart/form-data) with purpose and file",
@@ -107,7 +107,7 @@ class FileRoutes:
             self.arriving[client] -= 1
 
     async def handle_list(self, http: web.Request) -> web.StreamResponse:
-        store = stored(self.store)
+        store = require_store(self.store)
         limit = query_value(http, FILES_LIMIT, 10_000)
         ascending = query_value(http, ORDER, "desc") == "asc"
         purpose = query_value(http, PURPOSE, "")
@@ -116,14 +116,14 @@ class FileRoutes:
         after = query_value(http, AFTER, "")
 
         def read(connection) -> ListPage:
-            rows = files.listed(connection, "files", File._fields, owner, after, ascending, chosen)
+            rows = files.list_rows(connection, "files", File._fields, owner, after, ascending, chosen)
             bodies = (File(*row).body for row in rows)
             return page_of((Listed(body["id"], dump(body)) for body in bodies), limit)
         return await send_page(http, self.bodies, await store.run(read))
 
     async def found(self, http: web.Request) -> File:
-        return await stored(self.store).run(partial(
-            files.found, name=http.match_info["id"], owner=self.owner))
+        return await require_store(self.store).run(partial(
+            files.file_of_owner, name=http.match_info["id"], owner=self.owner))
 
     async def handle_file(self, http: web.Request) -> web.Response:
         return json_response((await self.found(http)).body)
@@ -133,18 +133,18 @@ class FileRoutes:
         owner = self.owner
 
         def delete(connection) -> File:
-            file = files.found(connection, name, owner)
+            file = files.file_of_owner(connection, name, owner)
             if batch := batches.reads(connection, file):
                 raise RequestError(f"{batch} still needs this file: cancel it first, or wait for its end",
                                    status=409, code="file_in_use", param="id")
             files.delete(connection, file)
             return file
-        file = await stored(self.store).run(delete)
+        file = await require_store(self.store).run(delete)
         self.removed()
         return json_response({"id": file.name, "object": "file", "deleted": True})
 
     async def handle_content(self, http: web.Request) -> web.StreamResponse:
-        store = stored(self.store)
+        store = require_store(self.store)
         file = await self.found(http)
         longest = await store.run(partial(files.longest_line, file=file.id))
         with self.bodies.holding() as holding:
@@ -352,4 +352,4 @@ class Upload:
             (self.filename, files.THERE, note or None, lasts, self.id))
         row = connection.execute("SELECT name FROM files WHERE id = ?", (self.id,)).fetchone()
         log.debug("file %s: %d lines, %d bad", row[0], self.requests, self.bad)
-        return files.named(connection, row[0])
+        return files.file_named(connection, row[0])

@@ -34,7 +34,7 @@ LIMIT = Field("limit", INTEGER, "rows of a page (20)", 1, 100)
 NO_STORE = "this server keeps nothing of this kind: it was started without --database"
 
 
-def stored(store: Store | None) -> Store:
+def require_store(store: Store | None) -> Store:
     """The store. Raises RequestError 404 if there is none, because the server runs without --database."""
     if store is None:
         raise RequestError(NO_STORE, status=404, code="no_database")

@@ -85,10 +85,10 @@ def create(connection: sqlite3.Connection, owner: str, source: files.File, endpo
         "created, expires, lasts) VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'validating', ?, ?, ?, ?)",
         (name, owner, endpoint, window, metadata, source.name, output.name, errors.name, source.requests, now,
          expires, lasts))
-    return named(connection, name)
+    return batch_named(connection, name)
 
 
-def named(connection: sqlite3.Connection, name: str) -> Batch:
+def batch_named(connection: sqlite3.Connection, name: str) -> Batch:
     """The batch with this name. Raises LookupError if there is none."""
     row = connection.execute(f"SELECT {COLUMNS} FROM batches WHERE name = ?", (name,)).fetchone()
     if row is None:
@@ -96,10 +96,10 @@ def named(connection: sqlite3.Connection, name: str) -> Batch:
     return Batch(*row)
 
 
-def found(connection: sqlite3.Connection, name: str, owner: str) -> Batch:
+def batch_of_owner(connection: sqlite3.Connection, name: str, owner: str) -> Batch:
     """The batch with this name, if this owner may see it. Raises RequestError 404 if there is none."""
     with suppress(LookupError):
-        batch = named(connection, name)
+        batch = batch_named(connection, name)
         if files.owns(owner, batch.owner):
             return batch
     raise RequestError(f"there is no batch {shown(name)}", status=404, code="not_found", param="id")
@@ -132,7 +132,7 @@ def reads(connection: sqlite3.Connection, file: files.File) -> str | None:
 
 def set_status(connection: sqlite3.Connection, batch: Batch, status: str, now: int, *passed: str):
     """Give a batch a status, and note the time. passed: statuses that it passes through at the same time."""
-    times = json.loads(named(connection, batch.name).times)
+    times = json.loads(batch_named(connection, batch.name).times)
     times |= {f"{each}_at": now for each in (*passed, status)}
     connection.execute("UPDATE batches SET status = ?, times = ? WHERE id = ?",
                        (status, json.dumps(times), batch.id))
@@ -141,7 +141,7 @@ def set_status(connection: sqlite3.Connection, batch: Batch, status: str, now: i
 def begin(connection: sqlite3.Connection, batch: Batch, now: int) -> bool:
     """Validate a batch's input. Returns False if the batch has failed, because none of its lines can be
     run."""
-    source = files.named(connection, batch.input)
+    source = files.file_named(connection, batch.input)
     bad = connection.execute(
         "SELECT number, problem, url FROM lines WHERE file = ? AND (problem IS NOT NULL OR url <> ?) "
         "ORDER BY number", (source.id, batch.endpoint)).fetchall()
@@ -171,7 +171,7 @@ class Waiting(NamedTuple):
 
 def waiting_lines(connection: sqlite3.Connection, batch: Batch, after: int, most: int) -> list[Waiting]:
     """The first `most` requests after line `after` that have no result."""
-    source, output, errors = (files.named(connection, name).id
+    source, output, errors = (files.file_named(connection, name).id
                               for name in (batch.input, batch.output, batch.errors))
     return [Waiting(*row) for row in connection.execute(
         "SELECT number, CASE WHEN problem IS NULL THEN COALESCE(model, '') ELSE '' END, LENGTH(text) "
@@ -183,7 +183,7 @@ def waiting_lines(connection: sqlite3.Connection, batch: Batch, after: int, most
 
 
 def line(connection: sqlite3.Connection, batch: Batch, number: int) -> LineRow:
-    source = files.named(connection, batch.input)
+    source = files.file_named(connection, batch.input)
     return LineRow(*connection.execute("SELECT number, text, custom_id, url, model, problem FROM lines "
                                    "WHERE file = ? AND number = ?", (source.id, number)).fetchone())
 
@@ -191,12 +191,12 @@ def line(connection: sqlite3.Connection, batch: Batch, number: int) -> LineRow:
 def record(connection: sqlite3.Connection, batch: Batch, results: Seq[tuple[int, bytes, bool]]) -> bool:
     """Write results of lines: (number, text, whether it is an error). Writes nothing and returns False if the
     batch is no longer in progress."""
-    if named(connection, batch.name).status != "in_progress":
+    if batch_named(connection, batch.name).status != "in_progress":
         return False
     for name, failures in (batch.output, False), (batch.errors, True):
         rows = [LineRow(number, text) for number, text, failed in results if failed is failures]
         if rows:
-            files.add_lines(connection, files.named(connection, name).id, rows)
+            files.add_lines(connection, files.file_named(connection, name).id, rows)
             column = "failed" if failures else "completed"
             connection.execute(f"UPDATE batches SET {column} = {column} + ? WHERE id = ?",
                                (len(rows), batch.id))
@@ -205,13 +205,13 @@ def record(connection: sqlite3.Connection, batch: Batch, results: Seq[tuple[int,
 
 def cancel(connection: sqlite3.Connection, name: str, owner: str, now: int) -> Batch:
     """Cancel a batch. Raises RequestError 409 if it is finished."""
-    batch = found(connection, name, owner)
+    batch = batch_of_owner(connection, name, owner)
     if batch.status not in UNFINISHED:
         raise RequestError(f"a batch whose status is {batch.status} cannot be cancelled", status=409,
                            code="batch_is_over", param="id")
     if batch.status != "cancelling":
         set_status(connection, batch, "cancelling", now)
-    return named(connection, name)
+    return batch_named(connection, name)
 
 
 def end(connection: sqlite3.Connection, batch: Batch, status: str, now: int):
@@ -223,7 +223,7 @@ def end(connection: sqlite3.Connection, batch: Batch, status: str, now: int):
     connection.execute("UPDATE batches SET ended = ? WHERE id = ?", (now, batch.id))
     expires = None if batch.lasts is None else now + batch.lasts
     for name in (batch.output, batch.errors):
-        file = files.named(connection, name)
+        file = files.file_named(connection, name)
         connection.execute("UPDATE files SET state = ?, expires = ? WHERE id = ?",
                            (files.THERE if file.requests else files.DELETED, expires, file.id))
 

@@ -69,10 +69,10 @@ def create(connection: sqlite3.Connection, owner: str, filename: str, purpose: s
     name = f"file-{secrets.token_hex(12)}"
     connection.execute("INSERT INTO files (name, owner, filename, purpose, created, expires) VALUES "
                        "(?, ?, ?, ?, ?, ?)", (name, owner, filename, purpose, now, expires))
-    return named(connection, name)
+    return file_named(connection, name)
 
 
-def named(connection: sqlite3.Connection, name: str) -> File:
+def file_named(connection: sqlite3.Connection, name: str) -> File:
     """The file with this name. LookupError if there is none."""
     row = connection.execute(f"SELECT {', '.join(File._fields)} FROM files WHERE name = ?",
                              (name,)).fetchone()
@@ -81,10 +81,10 @@ def named(connection: sqlite3.Connection, name: str) -> File:
     return File(*row)
 
 
-def found(connection: sqlite3.Connection, name: str, owner: str, param: str = "id") -> File:
+def file_of_owner(connection: sqlite3.Connection, name: str, owner: str, param: str = "id") -> File:
     """The file with this name that this owner may see; RequestError 404 if there is none."""
     try:
-        file = named(connection, name)
+        file = file_named(connection, name)
         if file.state == THERE and owns(owner, file.owner):
             return file
     except LookupError:
@@ -119,7 +119,7 @@ def content(connection: sqlite3.Connection, file: int, after: int) -> tuple[byte
     return b"".join(parts), after
 
 
-def listed(connection: sqlite3.Connection, table: str, fields: Seq[str], owner: str, after: str,
+def list_rows(connection: sqlite3.Connection, table: str, fields: Seq[str], owner: str, after: str,
            ascending: bool = False, more: str = "") -> Iterator[tuple]:
     """The rows of an owner after the one called `after`. RequestError for an unknown `after`. more: a
     condition on rows."""

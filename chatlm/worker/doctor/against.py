@@ -167,7 +167,7 @@ def computed(patient: Patient, model: LoadedModel, shared: Mapping[str, Any] = {
     return ready(model, settings_for(patient.settings), TEXT_TOKENS, shared)
 
 
-def opened(patient: Patient) -> LoadedModel:
+def open_exactly(patient: Patient) -> LoadedModel:
     return open_model(patient.source, settings_for(patient.settings), "cpu")
 
 
@@ -209,8 +209,10 @@ def predictions(patient: Patient, original: Patient, far: Mapping[str, float]) -
     if patient.text.add_bos and patient.text.bos_token is not None:
         ids = [patient.text.bos_token, *ids]
     began = time.monotonic()
-    judged = [log_shares(logits) for logits in logits_of(computed(original, opened(original)), ids[:-1])]
-    own = computed(patient, opened(patient))
+    judged = []
+    for logits in logits_of(computed(original, open_exactly(original)), ids[:-1]):
+        judged.append(log_shares(logits))
+    own = computed(patient, open_exactly(patient))
     whole = compare(own, judged, ids)
     facts = {"kl": round(whole.kl, 5), "top_1": round(whole.same, 4), "positions": whole.positions,
              "perplexity": round(whole.perplexity, 4), "perplexity_of_original": round(whole.of_original, 4)}
@@ -252,8 +254,8 @@ def kinds_that_cost(patient: Patient, original: Patient, own: Transformer, judge
 def with_kind(patient: Patient, original: Patient, own: Transformer, judged: Seq[numpy.ndarray],
               parts: Seq[str], ids: Seq[int]) -> float | None:
     """The KL of the model with the original's tensors of these parts; None if it has none of them."""
-    model = opened(patient)
-    other = opened(original)
+    model = open_exactly(patient)
+    other = open_exactly(original)
     names = [name for name in model.tensors if name.rpartition(".")[2] in parts and name in other.tensors
              and not reordered(model, other, name)]
     if not names or {"embed", "head"} & {*names} and model.architecture.tied != other.architecture.tied:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from chatlm.common.errors import ConfigError, lack_of_memory, named, printable
+from chatlm.common.errors import ConfigError, lack_of_memory, error_text, printable
 from chatlm.common.log import log
 from chatlm.common.memory import limit_memory
 from chatlm.common.messages.doctor import DoctorConfig, Examined, Examining, Finding, Opened
@@ -84,7 +84,7 @@ def findings_of(check: Check, patient: Patient) -> list[Finding]:
                 f"the check takes more memory than the {check.memory >> 20:,} MiB that it may"
                 if check.memory else str(lack_of_memory(reason))))
         else:
-            findings.append(warning(f"the check itself failed: {named(reason)}",
+            findings.append(warning(f"the check itself failed: {error_text(reason)}",
                                     advice="this is an error of chat_server; please report it"))
     return findings
 

@@ -71,7 +71,7 @@ def portraits(model: LoadedModel, threads: int = 1) -> list[Portrait]:
     total = sum(math.prod(portrait.shape) for portrait, _ in tasks)
     every = -(-total // MOST_VALUES)
     with ThreadPoolExecutor(threads) as pool:
-        return [*pool.map(partial(drawn, heads=head_rows(model), every=every), *zip(*tasks))]
+        return [*pool.map(partial(draw_portrait, heads=head_rows(model), every=every), *zip(*tasks))]
 
 
 def head_rows(model: LoadedModel) -> int:
@@ -89,7 +89,7 @@ def tasks_of(model: LoadedModel) -> Iterator[tuple[Portrait, Unread | MappedRows
             yield Portrait(name, part, int(layer) if layer else None, index, tuple(shape)), tensor
 
 
-def drawn(portrait: Portrait, tensor: Unread | MappedRows, heads: int, every: int) -> Portrait:
+def draw_portrait(portrait: Portrait, tensor: Unread | MappedRows, heads: int, every: int) -> Portrait:
     """The portrait of a tensor. Only each `every`-th chunk of it is read."""
     shape = portrait.shape
     with numpy.errstate(all="ignore"):
@@ -206,10 +206,10 @@ def compare_blocks(portrait: Portrait, sums: numpy.ndarray, largest: numpy.ndarr
     usual.append(float(numpy.partition(over, -1 - over.size // 1000, None)[-1 - over.size // 1000]))
 
 
-def of_kinds(drawn: Iterable[Portrait]) -> dict[str, list[Portrait]]:
+def of_kinds(all_portraits: Iterable[Portrait]) -> dict[str, list[Portrait]]:
     """The portraits by kind, in the order of the layers."""
     found: dict[str, list[Portrait]] = {}
-    for portrait in drawn:
+    for portrait in all_portraits:
         found.setdefault(portrait.kind, []).append(portrait)
     return {kind: sorted(of_kind, key=lambda one: -1 if one.layer is None else one.layer)
             for kind, of_kind in found.items()}

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from chatlm.common.errors import ConfigError, cannot_read, named, shown
+from chatlm.common.errors import ConfigError, cannot_read, error_text, shown
 from chatlm.common.files import check_regular
 from chatlm.common.hub.huggingface import SPLIT_GGUF
 from chatlm.worker.arrays.gguf_types import WITHOUT_VALUES
@@ -32,7 +32,7 @@ def readable(path: Path) -> Iterator[None]:
     except OSError as error:
         raise cannot_read(error.filename or path, error) from None
     except (ValueError, LookupError, TypeError, OverflowError, RecursionError, struct.error) as error:
-        reason = "a tensor's shape does not match its bytes" if "reshape" in str(error) else named(error)
+        reason = "a tensor's shape does not match its bytes" if "reshape" in str(error) else error_text(error)
         raise ConfigError(f"{path} is not a readable GGUF file: {reason}") from None
 
 

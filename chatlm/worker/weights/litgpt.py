@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TYPE_CHECKING
 
 import numpy
 
-from chatlm.common.errors import ConfigError, named, require_library, shown
+from chatlm.common.errors import ConfigError, error_text, require_library, shown
 from chatlm.common.files import read_small
 from chatlm.common.hub.trainers import LITGPT_CONFIG, LITGPT_FILE
 from chatlm.common.log import log
@@ -147,7 +147,7 @@ def read_yaml(path: Path) -> dict:
     try:
         stated = yaml.safe_load(data)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {named(error)}") from None
+        raise ConfigError(f"{path} is not valid YAML: {error_text(error)}") from None
     if not isinstance(stated, dict):
         raise ConfigError(f"{path} holds {words(stated)}; it must hold keys and values")
     return stated

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TYPE_CHECKING
 
 import numpy
 
-from chatlm.common.errors import ConfigError, named, printable, shown
+from chatlm.common.errors import ConfigError, error_text, printable, shown
 from chatlm.common.hub.adapters import is_other_base
 from chatlm.common.log import log
 from chatlm.worker.arrays.kinds import floats, kind_of, same
@@ -316,7 +316,8 @@ def matching(path: Path, patterns: Seq[str], texts: Iterable[str], before: str =
         if not re.search(r"[*+?{]", "".join(patterns)):
             return [{text for text in texts if re.fullmatch(whole, text)} for whole in wholes]
     except (re.error, OverflowError, RecursionError) as error:
-        raise ConfigError(f"{path}: {shown(pattern)} is not a regular expression: {named(error)}") from None
+        raise ConfigError(
+            f"{path}: {shown(pattern)} is not a regular expression: {error_text(error)}") from None
     try:
         done = subprocess.run([sys.executable, "-I", "-c", MATCH], input=json.dumps([wholes, texts]).encode(),
                               capture_output=True, timeout=PATTERN_SECONDS)

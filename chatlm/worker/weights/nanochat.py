@@ -14,7 +14,7 @@ from typing import NamedTuple, TYPE_CHECKING
 
 import numpy
 
-from chatlm.common.errors import ConfigError, lack_of_memory, named, shown
+from chatlm.common.errors import ConfigError, lack_of_memory, error_text, shown
 from chatlm.common.files import parse_json, read_small, truncated
 from chatlm.common.hub.nanochat import checkpoint_at, meta_of, nanochat_tokenizers
 from chatlm.common.messages.requests import TextSpec
@@ -97,7 +97,7 @@ def read_nanochat_config(model_path: Path) -> dict:
     try:
         stated = dict(parse_json(path, data)["model_config"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} is not a nanochat meta file: {named(error)}") from None
+        raise ConfigError(f"{path} is not a nanochat meta file: {error_text(error)}") from None
     if unknown := [key for key in stated if key not in NANOCHAT_KEYS]:
         known = ", ".join(NANOCHAT_KEYS)
         raise ConfigError(f"{path}: model_config has the key {shown(unknown[0])}; known are {known}")
@@ -261,7 +261,7 @@ def read_nanochat_tokenizer(model_path: Path, vocab_size: int) -> TextSpec:
     try:
         pattern, ranks, specials = read_encoding(data)
     except Exception as error:  # a hostile or truncated pickle can raise nearly anything
-        broken = ConfigError(f"{path} is not a tiktoken Encoding: {named(error)}")
+        broken = ConfigError(f"{path} is not a tiktoken Encoding: {error_text(error)}")
         if isinstance(error, EOFError) or not data.endswith(pickle.STOP):
             broken = truncated(path, len(data), "and the pickle in it does not end")
         raise lack_of_memory(error) or broken from None

@@ -12,7 +12,7 @@ from typing import Any, TYPE_CHECKING
 
 import numpy
 
-from chatlm.common.errors import ConfigError, lack_of_memory, named, shown
+from chatlm.common.errors import ConfigError, lack_of_memory, error_text, shown
 from chatlm.common.files import read_small, read_text
 from chatlm.common.hub.trainers import BUILD_NANOGPT, is_build_nanogpt
 from chatlm.common.messages.requests import TextSpec
@@ -154,7 +154,7 @@ def characters_of(path: Path) -> TextSpec:
         "".join(ids).encode()
     except Exception as error:  # a hostile or truncated pickle can raise nearly anything
         raise lack_of_memory(error) or ConfigError(
-            f"{path} is not nanoGPT's vocabulary of characters: {named(error)}") from None
+            f"{path} is not nanoGPT's vocabulary of characters: {error_text(error)}") from None
     return TextSpec("characters", payload.encode())
 
 

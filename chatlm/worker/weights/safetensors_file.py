@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy
 
-from chatlm.common.errors import ConfigError, cannot_read, lack_of_memory, named, require_library
+from chatlm.common.errors import ConfigError, cannot_read, lack_of_memory, error_text, require_library
 from chatlm.common.files import check_regular
 from chatlm.worker.arrays.kinds import address_of, item_bytes, of_kind
 from chatlm.worker.weights.files import refuse_cut_safetensors
@@ -39,7 +39,7 @@ def read_safetensors_file(path: Path) -> dict[str, numpy.ndarray]:
         if isinstance(error, OSError):
             raise cannot_read(path, error) from None
         raise lack_of_memory(error) or ConfigError(
-            f"{path} is not a readable safetensors file: {named(error)}") from None
+            f"{path} is not a readable safetensors file: {error_text(error)}") from None
 
 
 def array_of(data: numpy.ndarray, dtype: str, shape: list[int], offsets: list[int]) -> numpy.ndarray:

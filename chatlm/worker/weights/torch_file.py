@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy
 
-from chatlm.common.errors import ConfigError, cannot_read, lack_of_memory, named
+from chatlm.common.errors import ConfigError, cannot_read, lack_of_memory, error_text
 from chatlm.common.files import check_regular
 from chatlm.worker.arrays.kinds import address_of, item_bytes, of_kind
 from chatlm.worker.weights.files import refuse_cut_checkpoint
@@ -131,7 +131,7 @@ def load_checkpoint(path: Path, stand_ins: bool = False) -> dict:
         if isinstance(error, OSError):
             raise cannot_read(path, error) from None
         raise lack_of_memory(error) or ConfigError(
-            f"{path} is not a checkpoint, or not only tensors: {named(error)}") from None
+            f"{path} is not a checkpoint, or not only tensors: {error_text(error)}") from None
     if not isinstance(state, dict):
         raise ConfigError(f"{path} holds {type(state).__name__} instead of a state dict")
     return state

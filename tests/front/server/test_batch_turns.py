@@ -230,12 +230,12 @@ class Place:
                 for number in range(1, count + 1)]
             files.add_lines(connection, source.id, rows)
             connection.execute("UPDATE files SET state = 1 WHERE id = ?", (source.id,))
-            return batches.create(connection, owner, files.named(connection, source.name), CHAT, "24h", 1, 1 << 40, None, None).name
+            return batches.create(connection, owner, files.file_named(connection, source.name), CHAT, "24h", 1, 1 << 40, None, None).name
         name = await self.store.run(create)
         return name
 
     async def batch(self, name):
-        return await self.store.run(lambda connection: batches.named(connection, name))
+        return await self.store.run(lambda connection: batches.batch_named(connection, name))
 
     async def until(self, name, reached):
         while not reached(found := await self.batch(name)):
@@ -244,7 +244,7 @@ class Place:
 
     async def lines(self, name):
         return await self.store.run(lambda connection: [text for text, in connection.execute(
-            "SELECT text FROM lines WHERE file = ? ORDER BY number", (files.named(connection, name).id,))])
+            "SELECT text FROM lines WHERE file = ? ORDER BY number", (files.file_named(connection, name).id,))])
 
     async def get(self, path, key, method="GET"):
         async with aiohttp.ClientSession(self.url) as session:

@@ -213,9 +213,9 @@ async def test_what_each_owner_holds_is_what_its_rows_take_whatever_happens(tmp_
             connection.execute("UPDATE files SET state = 1 WHERE id = ?", (file.id,))
             mine.setdefault(("file", owner), []).append(file.name)
         elif act == 10:
-            files.delete(connection, files.found(connection, some("file", owner), owner))
+            files.delete(connection, files.file_of_owner(connection, some("file", owner), owner))
         elif act == 11:
-            batch = batches.create(connection, owner, files.found(connection, some("file", owner), owner), "/v1/completions", "24h", 1, FAR, metadata, None)
+            batch = batches.create(connection, owner, files.file_of_owner(connection, some("file", owner), owner), "/v1/completions", "24h", 1, FAR, metadata, None)
             connection.execute("UPDATE batches SET problems = ? WHERE id = ?", (metadata * 2, batch.id))
             batches.end(connection, batch, "failed", 5)
         elif act == 12:
@@ -237,7 +237,7 @@ async def test_what_each_owner_holds_is_what_its_rows_take_whatever_happens(tmp_
         for owner in owners:
             for name in mine.get((kind, owner), []):
                 delete = {"conversation": responses.delete_conversation, "response": responses.delete,
-                          "file": lambda connection, name, owner: files.delete(connection, files.found(connection, name, owner))}[kind]
+                          "file": lambda connection, name, owner: files.delete(connection, files.file_of_owner(connection, name, owner))}[kind]
                 try:
                     await store.run(partial(delete, name=name, owner=owner))
                 except RequestError:
@@ -260,13 +260,13 @@ async def test_no_work_of_a_client_looks_at_all_rows_of_a_table(tmp_path):
         file = files.create(connection, "me", "x", "batch", 1, 10)
         files.add_lines(connection, file.id, [files.LineRow(1, b"y", "a", "/v1/completions")])
         connection.execute("UPDATE files SET state = 1 WHERE id = ?", (file.id,))
-        file = files.found(connection, file.name, "me")
+        file = files.file_of_owner(connection, file.name, "me")
         for ascending, more in ((True, ""), (False, " AND state = 1"), (False, " AND state = 1 AND purpose = 'batch'")):
             for after in ("", file.name):
-                list(files.listed(connection, "files", files.File._fields, "me", after, ascending, more))
+                list(files.list_rows(connection, "files", files.File._fields, "me", after, ascending, more))
         files.content(connection, file.id, 0), files.longest_line(connection, file.id)
         batch = batches.create(connection, "me", file, "/v1/completions", "24h", 1, FAR, None, None)
-        list(files.listed(connection, "batches", batches.Batch._fields, "me", batch.name))
+        list(files.list_rows(connection, "batches", batches.Batch._fields, "me", batch.name))
         batches.unfinished(connection), batches.unfinished_of(connection, "me"), batches.reads(connection, file), batches.begin(connection, batch, 1)
         batches.shown_batch(connection, batch), batches.waiting_lines(connection, batch, 0, 200), batches.line(connection, batch, 1)
         batches.record(connection, batch, [(1, b"done", False)]), batches.cancel(connection, batch.name, "me", 1), batches.end(connection, batch, "cancelled", 1)
