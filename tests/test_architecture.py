@@ -86,6 +86,30 @@ def test_the_table_has_a_row_for_each_usual_change():
         "a format of packed safetensors", "a KV type"}
 
 
+def hunks(text: str) -> list[tuple[str, str]]:
+    """(file, the lines that a hunk expects in it) of each hunk in the diffs of a document, but for new files."""
+    found, path = [], ""
+    for block in re.findall(r"^```diff\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        for part in re.split(r"^@@.*\n|^(?=--- )", block, flags=re.MULTILINE):
+            if name := re.search(r"^--- (\S+)\n", part):
+                path = name[1].removeprefix("a/")
+            elif path != "/dev/null" and (lines := [line[1:] for line in part.splitlines() if line[:1] in " -"]):
+                found.append((path, "\n".join(lines)))
+    return found
+
+
+def test_the_diffs_of_changes_that_are_worked_through_still_fit():
+    diffs = hunks((ROOT / "docs/changes.md").read_text(encoding="utf-8"))
+    assert len(diffs) > 8
+    for path, lines in diffs:
+        assert (ROOT / path).read_text(encoding="utf-8").count(f"{lines}\n") == 1, path
+
+
+def test_a_diff_that_no_longer_fits_is_found():
+    ((path, lines),) = hunks("```diff\n--- a/chat_server.py\n+++ b/chat_server.py\n@@ -1 +1 @@\n gone\n-old\n+new\n```\n")
+    assert (path, lines) == ("chat_server.py", "gone\nold")
+
+
 def test_a_name_that_is_not_there_is_found():
     assert wrong("`chat_server.py`: `ROUTES`, `Front.handle_answer`; `chatlm/common/`: `FLAGS`; `static/strings.js`: `TEXT`") == []
     assert wrong("`chat_server.py`: `FLAGS`") and wrong("`chatlm/front/`: `ModelSpec`") and wrong("`chatlm/nowhere.py`") and wrong(
