@@ -17,7 +17,7 @@ The houses
     front house: one process, aiohttp, an event loop
           |   reads bodies, renders and tokenizes prompts, queues, routes, streams; never imports torch
           |   `-- sandboxes: processes with time and memory limits, for chat templates, schemas, large bodies
-          | one socket pair per worker: typed JSON messages, one per engine step with all answers' news
+          | one socket pair per worker: typed JSON messages; one has all answers' news of one or several steps
     worker house: one process per replica of the model (per GPU; one on a CPU; or on a Ray cluster)
               loads the weights, then schedules, computes and samples step by step, turns tokens into text;
               never opens a network socket, but for processes that prove to know its secret: a front where
@@ -64,8 +64,8 @@ Life of a request
         > Dispatcher.deliver > Job.take > NativeEncoder.encode | OpenAIEncoder.encode | BlockEncoder.encode
         > EventStream.send                                                                      front process
 
-docs/architecture.md has it with modules and in reading order, and says where to change what. A large body is
-opened and read in a sandbox, by the same functions.
+docs/architecture.md has it with modules and in reading order; docs/changes.md says where to change what. A
+large body is opened and read in a sandbox, by the same functions.
 
 Glossary
 

@@ -1,4 +1,5 @@
-"""docs/architecture.md and the manual name what is there: each path exists, and each name is defined where they say."""
+"""The map, docs/architecture.md, docs/changes.md and the manual name what is there: each path exists, and each name is
+defined where they say."""
 
 import ast
 import configparser
@@ -11,7 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
 SECTIONS = {part.split("\n")[0]: part for part in TEXT.split("\n## ")[1:]}
-CHANGES = dict(re.findall(r"^\| (?!what \|)([a-z][^|]+) \| (.*) \|$", SECTIONS["Where do I change ..."], re.MULTILINE))
+MAP = (ROOT / "docs/map.md").read_text(encoding="utf-8")
+CHANGES = dict(re.findall(r"^\| (?!what \|)([a-z][^|]+) \| (.*) \|$", (ROOT / "docs/changes.md").read_text(encoding="utf-8"), re.MULTILINE))
 MANUAL = ast.get_docstring(ast.parse((ROOT / "chat_server.py").read_text(encoding="utf-8")), clean=False)
 MODULES = [ROOT / "chat_server.py", *sorted((ROOT / "chatlm").rglob("*.py"))]
 FILE = re.compile(r"[\w./-]+(?:/|\.(?:py|md|js|css|html|h|def|cpp|ini|toml))")
@@ -72,7 +74,7 @@ def test_what_a_change_touches_is_where_the_table_says(what):
 
 
 def test_the_table_has_a_row_for_each_usual_change():
-    assert [*CHANGES] == [
+    assert {*CHANGES} == {
         "a route", "a route with a body", "a format of answers", "a field", "a type of fields", "a field that the terminal sends",
         "a sampling parameter", "a model's own parameter", "a flag", "a family", "a vocabulary of encoders", "what follows pooled states",
         "a new computation", "a kind of work in a step", "a source of drafts", "a draft head", "a layer with a state", "how a model sees images", "what encodes images",
@@ -81,7 +83,31 @@ def test_the_table_has_a_row_for_each_usual_change():
         "a metric of workers", "a metric of the front", "an error", "a shape of errors", "a page element", "a part of a turn",
         "a view with an address", "a chart, a style of exported pages", "a rank's shard", "a weight type", "a format of models' files",
         "a weight type in files",
-        "a format of packed safetensors", "a KV type"]
+        "a format of packed safetensors", "a KV type"}
+
+
+def hunks(text: str) -> list[tuple[str, str]]:
+    """(file, the lines that a hunk expects in it) of each hunk in the diffs of a document, but for new files."""
+    found, path = [], ""
+    for block in re.findall(r"^```diff\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        for part in re.split(r"^@@.*\n|^(?=--- )", block, flags=re.MULTILINE):
+            if name := re.search(r"^--- (\S+)\n", part):
+                path = name[1].removeprefix("a/")
+            elif path != "/dev/null" and (lines := [line[1:] for line in part.splitlines() if line[:1] in " -"]):
+                found.append((path, "\n".join(lines)))
+    return found
+
+
+def test_the_diffs_of_changes_that_are_worked_through_still_fit():
+    diffs = hunks((ROOT / "docs/changes.md").read_text(encoding="utf-8"))
+    assert len(diffs) > 8
+    for path, lines in diffs:
+        assert (ROOT / path).read_text(encoding="utf-8").count(f"{lines}\n") == 1, path
+
+
+def test_a_diff_that_no_longer_fits_is_found():
+    ((path, lines),) = hunks("```diff\n--- a/chat_server.py\n+++ b/chat_server.py\n@@ -1 +1 @@\n gone\n-old\n+new\n```\n")
+    assert (path, lines) == ("chat_server.py", "gone\nold")
 
 
 def test_a_name_that_is_not_there_is_found():
@@ -90,7 +116,7 @@ def test_a_name_that_is_not_there_is_found():
         "`static/strings.js`: `ROUTES`") and wrong("`csrc/cpu/tiles/tiles.h`: `Nothing`") and wrong("`test_nothing.py`")
 
 
-CHECKED = ["In short", "Houses and rooms", "Processes", "One answer, by room", "Exactness and failover"]
+CHECKED = ["In short", "Processes", "One answer, by room", "Exactness and failover"]
 PROSE = ["The catalogue", "Versions", "Downloads", "Adapters", "Texts beside answers", "What is kept", "Work that nobody waits for", "Prefixes that outlive their worker"]
 
 
@@ -102,13 +128,21 @@ def test_names_in_prose_are_in_one_of_the_modules_that_it_names(title):
 
 
 def test_every_section_is_checked():
-    assert SECTIONS.keys() == {*PROSE, *CHECKED, "Where do I change ...", "What may import what", "The life of a request"}
+    assert SECTIONS.keys() == {*PROSE, *CHECKED, "What may import what", "The life of a request"}
 
 
 @pytest.mark.parametrize("title", CHECKED)
 def test_the_other_sections_name_what_is_there(title):
     text = re.sub("`(Settings|row_invariant|chat|generate)`", "", SECTIONS[title])      # words of users, a name said in passing
     assert named(text) and wrong(text) == []
+
+
+def test_the_map_names_what_is_there():
+    text = re.sub("`(Settings|chat|generate)`", "", MAP)       # words of users, a name said in passing
+    assert len(named(text)) > 30 and wrong(text) == []
+    drawn = re.findall(r"\b[A-Z][a-z]\w+\.\w+|\b[A-Z][a-z]+[A-Z]\w+|\b[a-z]+(?:_[a-z]+)+\b", MAP.split("```")[1])
+    known = {"OpenAI"} | {name for path in MODULES for name in definitions(path)}
+    assert len(drawn) > 15 and [name for name in drawn if name not in known] == []
 
 
 def test_the_page_of_loading_names_what_is_there():
@@ -130,7 +164,7 @@ def test_the_life_of_a_request_names_what_is_there():
 
 def test_every_room_is_on_both_maps():
     rooms = {f"{path.parent.relative_to(ROOT)}/" for path in MODULES if path.name == "__init__.py"} - {"chatlm/"}
-    listed = {place for place, _ in named(SECTIONS["Houses and rooms"])}
+    listed = {place for place, _ in named(MAP.split("\n## What is where\n")[1].split("\n## ")[0])}
     drawn, house = set(), ""
     for word in re.findall(r"^ +(\S+/)(?:\*\.py)? ", MANUAL.split("each above those that it may import")[1].split("Life of a request")[0], re.MULTILINE):
         if word.startswith("chatlm/"):
