@@ -1,4 +1,4 @@
-"""Makes the table of families in docs/models.md from the program's rows, and what each was compared with from the tests' rows.
+"""Makes the table of families in docs/models.md: the families from the program's rows, the comparisons from the tests' rows.
 
     python docs/families.py
 """
@@ -17,8 +17,8 @@ from generations import GENERATIONS        # noqa: E402
 HEADING = """\
 ## Families
 
-`.venv/bin/python docs/families.py` makes this table from the program's rows and those of the tests, and a test compares them. "transformers, 4": four tiny
-random models give transformers' logits and tokens. "converter, 3": of three, llama.cpp's converter makes files that are the same models as their
+`.venv/bin/python docs/families.py` makes this table from the rows of the program and of the tests, and a test checks it. "transformers, 4" means that four tiny
+random models give transformers' logits and tokens. "converter, 3" means that llama.cpp's converter made files of three models, which are the same models as their
 folders. [What has been tested](#what-has-been-tested) says more.
 
 | family | `model_type` of a folder | compared with | architecture of a GGUF file | compared with |
@@ -26,18 +26,18 @@ folders. [What has been tested](#what-has-been-tested) says more.
 """
 END = "\nAny other family is an error"
 STATES, NEEDS, ENCODES = "#models-whose-layers-keep-a-state", "#what-some-families-need", "#embedders-and-rerankers"
-NOTES = {       # by model_type: what a reader wants to know besides the title
-    "llama": f"3.1, 3.2, 3.3 too; SmolVLM and Idefics 3 [with images]({NEEDS}), of LLaVA the text model",
-    "mistral": "of Small 3.1 and 3.2 the text model",
+NOTES = {       # by model_type: what a reader wants to know beside the title
+    "llama": f"3.1, 3.2, 3.3 too; SmolVLM and Idefics 3 [with images]({NEEDS}); LLaVA's text model",
+    "mistral": "the text model of Small 3.1 and 3.2",
     "ministral3": f"the text model of `mistral3`, [up to 16,384 tokens]({NEEDS})",
-    "qwen2": "of Qwen2-VL and Qwen2.5-VL the text model",
-    "qwen3": "of Qwen3-VL the text model",
+    "qwen2": "the text model of Qwen2-VL and Qwen2.5-VL",
+    "qwen3": "the text model of Qwen3-VL",
     "qwen3_moe": "30B-A3B, 235B-A22B",
-    "gemma3_text": f"those with images too, [which they see]({NEEDS}); EmbeddingGemma is [an encoder]({ENCODES})",
+    "gemma3_text": f"with and without [images]({NEEDS}); EmbeddingGemma is [an encoder]({ENCODES})",
     "gemma4_text": f"E2B, E4B, 12B, 26B-A4B, 31B; [with images]({NEEDS}), [its embeddings of each layer]({NEEDS})",
     "gpt_oss": "20b, 120b, with experts in MXFP4 or bfloat16",
     "granite": "3.1, 3.2, 3.3 too",
-    "granitemoehybrid": f"of the h- ones most layers are Mamba-2, [their states]({STATES})",
+    "granitemoehybrid": f"most layers of the h- models are Mamba-2, [their states]({STATES})",
     "glm4": "GLM-Z1 too",
     "ernie4_5": "dense",
     "hunyuan_v1_dense": "Hunyuan-MT and Hy-MT too",
@@ -45,19 +45,19 @@ NOTES = {       # by model_type: what a reader wants to know besides the title
     "cohere": "Command R, Aya",
     "phimoe": f"[its rotary factor in a GGUF file]({NEEDS})",
     "cohere2": "Command R7B, Command A",
-    "qwen3_5_text": f"of those with images the text model, [its states]({STATES})",
-    "qwen3_5_moe_text": f"of those with images the text model, [its states]({STATES})",
+    "qwen3_5_text": f"the text model of those with images, [its states]({STATES})",
+    "qwen3_5_moe_text": f"the text model of those with images, [its states]({STATES})",
     "qwen3_next": f"[its states]({STATES})",
-    "lfm2": f"350M, 700M, 1.2B, 2.6B, and LFM2.5, dense; LFM2-VL [with images]({NEEDS}), [its states]({STATES})",
-    "lfm2_moe": f"8B-A1B, 24B-A2B, LFM2.5 of these, [its states]({STATES})",
+    "lfm2": f"350M, 700M, 1.2B, 2.6B and dense LFM2.5; LFM2-VL [with images]({NEEDS}), [its states]({STATES})",
+    "lfm2_moe": f"8B-A1B, 24B-A2B, LFM2.5 with experts, [its states]({STATES})",
     "nemotron_h": f"Nemotron Nano v2, 3 Nano and 3 Super, [its states]({STATES})",
     "nanochat": "in transformers' format",
     "bert": f"MiniLM, bge, e5, arctic-embed: [an encoder]({ENCODES})", "roberta": f"XLM-R too: bge-m3, multilingual-e5: [encoders]({ENCODES})",
     "mpnet": f"all-mpnet-base-v2: [an encoder]({ENCODES})", "modernbert": f"[an encoder]({ENCODES})",
-    "nomic_bert": f"nomic-embed-text v1, v1.5: [an encoder]({ENCODES})", "gte": f"of 2024 and later: [an encoder]({ENCODES})",
+    "nomic_bert": f"nomic-embed-text v1, v1.5: [an encoder]({ENCODES})", "gte": f"from 2024 on: [an encoder]({ENCODES})",
     "nomic_bert_moe": f"nomic-embed-text-v2-moe, whose config says `nomic_bert`; its files lack a bias: [an encoder]({ENCODES})"}
-FORMULAS = {"nomic_bert_moe": "its formulas"}   # with which families are compared that transformers lacks
-LIKE_OTHERS = {"xlm-roberta": ("bert",), "granitemoehybrid": ("granite", "granitemoe")}     # files of those without Mamba layers
+FORMULAS = {"nomic_bert_moe": "its formulas"}   # families that transformers lacks are compared with these
+LIKE_OTHERS = {"xlm-roberta": ("bert",), "granitemoehybrid": ("granite", "granitemoe")}     # such models without Mamba layers have these files
 CHECKPOINTS = (
     f"| nanochat, generations 1 to {len(GENERATIONS)} ([layouts](#checkpoints-of-nanochat)) | a checkpoint | upstream's answers, 5; "
     "a second implementation, 1 | | |\n"
@@ -65,7 +65,7 @@ CHECKPOINTS = (
 
 
 def groups() -> list[list[str]]:
-    """The model_types of each row: one without a title belongs to the one before it."""
+    """The model_types of each row. A family without a title belongs to the row before it."""
     found: list[list[str]] = []
     for name, family in FAMILIES.items():
         if family.title:
@@ -75,7 +75,7 @@ def groups() -> list[list[str]]:
 
 
 def architectures(names: list[str]) -> list[str]:
-    """Those of their files, also of files that another family's row tells apart."""
+    """The architectures of these families' GGUF files, also of files that another family's row tells apart."""
     found = [architecture for name in names for architecture in LIKE_OTHERS.get(name, ())]
     found += [architecture for architecture, name in GGUF_FAMILIES.items()
               if {name, *FAMILIES[name].gguf.variants.values()} & {*names}]
@@ -83,7 +83,7 @@ def architectures(names: list[str]) -> list[str]:
 
 
 def compared(names: list[str], **tables) -> str:
-    """With what, and how many of the tiny models in its table are of these model_types."""
+    """For each table: its name, and how many of its tiny models have one of these model_types."""
     kinds = MODELS | ENCODERS
     counts = {what: sum(kinds[model][0] in names for model in models) for what, models in tables.items()}
     return "; ".join(f"{what}, {count}" for what, count in counts.items() if count)
@@ -103,7 +103,7 @@ def row(names: list[str]) -> str:
 
 
 def page(text: str) -> str:
-    """docs/models.md with the table as it should be."""
+    """The text of docs/models.md with its table made anew."""
     before, rest = text.split("## Families\n", 1)
     after = rest.split(END, 1)[1]
     return before + HEADING + "".join(map(row, groups())) + CHECKPOINTS + END + after

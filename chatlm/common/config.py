@@ -297,37 +297,39 @@ class Settings:
     softcap: float | None = flag(None, number(float, 0.1, 1000),
         "override a nanochat model's logit softcap (15; 20 for one week of generation 3)", READING)
     lora: tuple[str, ...] = flag((), file_name,
-        "folder of a LoRA adapter (peft format) to merge into the weights at load, may repeat", READING,
+        "folder of a LoRA adapter (peft format) to merge into the weights at load; may repeat", READING,
         many=True)
     adapter: tuple[str, ...] = flag((), adapter,
-        "NAME=FOLDER of a LoRA adapter (peft format) to serve alongside the model, as NAME and MODEL@NAME, "
-        "may repeat; or a FOLDER of adapters, each served under its folder's name, including those added "
-        "later", "serve", many=True)
+        "NAME=FOLDER of a LoRA adapter (peft format), served beside the model as NAME and MODEL@NAME; "
+        "may repeat. Or a FOLDER of adapters, each served under its folder's name, including adapters "
+        "added later", "serve", many=True)
     models: str | None = flag(None, file_name,
         "serve every model below this folder, including those added later: GGUF files, Hugging Face "
         "folders, nanochat checkpoints", "serve")
     downloads: bool = flag(True, None,
-        "download models: what MODEL names, and what the operator asks for over HTTP (--no-downloads: only "
-        "what is here is served)", READING)
+        "download the model that MODEL names, and models that the operator requests over HTTP "
+        "(--no-downloads: serve only models that are here)", READING)
     models_disk: int | None = flag(None, size,
-        "bytes that models of the Hugging Face hub may take in the cache; a download that does not fit is "
-        "refused, or ended (default: what the disk has)", READING)
+        "most bytes that models of the Hugging Face hub may take in the cache; a download that does not "
+        "fit is refused or ended (default: the disk's space)", READING)
     watch: str | None = flag(None, file_name,
-        "serve each checkpoint of the training runs in this folder as TAG@STEP, the last as TAG@latest, "
-        "including those added later: a nanochat base folder, or Hugging Face folders checkpoint-N", "serve")
+        "serve each checkpoint of the training runs in this folder as TAG@STEP and the last as "
+        "TAG@latest, including checkpoints added later: a nanochat base folder, or Hugging Face folders "
+        "checkpoint-N", "serve")
     watch_text: str | None = flag(None, file_name,
-        "score each checkpoint of --watch by how well it predicts this file, in bits per byte, while the "
-        "server is idle", "serve")
+        "score each checkpoint of --watch while the server is idle: how well it predicts this file, in "
+        "bits per byte", "serve")
     watch_prompts: str | None = flag(None, file_name,
-        "continue each line of this file with each checkpoint of --watch, the 16 likeliest tokens, while the "
-        "server is idle; without FILE nanochat's seven prompts", "serve", bare="nanochat")
+        "continue each line of this file with each checkpoint of --watch while the server is idle, by "
+        "the 16 likeliest tokens; without FILE, continue nanochat's seven prompts", "serve", bare="nanochat")
     watch_suite: str | None = flag(None, counted_text,
-        "FOLDER[:MAX], core[:MAX], chat[:MAX] or FILE.jsonl[:MAX]: evaluate each checkpoint of --watch on "
-        "these tasks (see eval), at most MAX items of each, while the server is idle", "serve")
+        "FOLDER[:MAX], core[:MAX], chat[:MAX] or FILE.jsonl[:MAX]: evaluate each checkpoint of --watch "
+        "on these tasks (see eval) while the server is idle, on at most MAX items of each task", "serve")
     run_log: str | None = flag(None, file_name,
-        "write the metrics of each checkpoint of --watch into this folder as TensorBoard's event files, a "
-        "folder for each run; needs pip install tensorboard", "serve")
-    served_model_name: tuple[str, ...] = flag((), str, "extra names for the model, may repeat", "serve",
+        "folder for TensorBoard's event files: the metrics of each checkpoint of --watch, in a folder "
+        "for each run; needs pip install tensorboard", "serve")
+    served_model_name: tuple[str, ...] = flag((), str,
+        "extra name for the model; may repeat", "serve",
         many=True)
     num_gpus: str | None = flag(None, gpu_count,
         "model replicas, one per GPU; `auto` = all (default: one)", short="n")
@@ -352,8 +354,9 @@ class Settings:
                           "mxfp4", "q3_k", "q2_k"))
 
     arithmetic: str = flag("fast", str,
-        "how products with quantized weights round activations on a CPU; fine: to 16 bits, closer to float32 "
-        "and slower with several sequences and in prompts (fast: to 8 bits, to 16 where they stand out)",
+        "how products with quantized weights round activations on a CPU (fast: to 8 bits, and blocks "
+        "that stand out to 16; fine: all to 16 bits, closer to float32, and slower with several sequences "
+        "and in prompts)",
         READING, choices=("fast", "fine"))
 
     context_length: int | None = flag(None, number(int, 16),
@@ -364,44 +367,46 @@ class Settings:
     kv_cache_memory: int | None = flag(None, size, "bytes for KV pages per replica (suffixes K, M, G)",
         READING)
     prefix_memory: int | None = flag(None, size,
-        "bytes of memory for cached prompt prefixes that outlive the workers, 0 = none (default: serve takes "
-        "up to 1/10 of what is free, or of --models-memory; suffixes K, M, G)")
+        "bytes of memory for cached prompt prefixes that outlive the workers, 0 = none (default: serve "
+        "takes up to 1/10 of the free memory, or of --models-memory; suffixes K, M, G)")
     prefix_store: str | None = flag(None, store_text,
-        "FOLDER[:SIZE] that also keeps them after this server ends, at most SIZE bytes (10G): it contains "
-        "what people wrote, as token ids")
+        "FOLDER[:SIZE] that keeps cached prompt prefixes after this server ends, in at most SIZE bytes "
+        "(10G). It contains what people wrote, as token ids")
     models_memory: int | None = flag(None, size,
-        "with several models, bytes for those loaded at a time and --prefix-memory (default: 9/10 of what is "
-        "free; suffixes K, M, G)", "serve")
+        "with several models, bytes for the loaded models and --prefix-memory together (default: 9/10 of "
+        "the free memory; suffixes K, M, G)", "serve")
     gpu_memory_utilization: float = flag(0.90, number(float, 0.05, 1.0),
         "share of device memory for weights and KV pages")
     max_batch: int = flag(64, number(int, 1, 1024), "sequences decoded together per replica",
         READING)
     stream_interval: float = flag(8.0, number(float, 0, 1000),
-        "tokens that follow each other within this many milliseconds are sent together; the first of an "
-        "answer is sent at once")
+        "tokens that follow each other within this many milliseconds are sent together; an answer's "
+        "first token is sent at once")
     prefill_chunk: int | None = flag(None, number(int, 16, 32768),
         "prompt tokens computed in one step (default: 2048 on CUDA, else 256)")
     drafts: str = flag("auto", str.lower,
-        "guess next tokens and check several per step, the answers are the same (--no-drafts: none): from "
-        "text that was seen before (lookup), also from the model's own draft head (mtp), also from a second "
-        "model (model), or from whatever pays (auto)", choices=("none", "lookup", "mtp", "model", "auto"),
+        "guess next tokens and check several in one step; the answers are the same (--no-drafts: none). "
+        "Guesses come from text that was seen before (lookup), also from the model's own draft head "
+        "(mtp), also from a second model (model), or from whatever pays (auto)",
+        choices=("none", "lookup", "mtp", "model", "auto"),
         bare="auto", off="none")
     mmproj: str | None = flag(None, file_name,
-        "the GGUF file with which a GGUF model sees images (default: an mmproj*.gguf beside the model, in "
+        "the GGUF file that lets a GGUF model see images (default: an mmproj*.gguf beside the model, in "
         "its folder or in the hub's repository)",
         ANSWERING)
     draft_model: str | None = flag(None, file_name,
-        "a smaller MODEL with the same tokenizer that guesses what comes next (answers are the same)",
+        "a smaller MODEL with the same tokenizer that guesses the next tokens; the answers are the same",
         f"{ANSWERING} eval")
     draft_text: tuple[str, ...] = flag((), file_name,
-        "text file, such as a manual or source code, that all answers may be drafted from, may repeat",
+        "text file, such as a manual or source code, that all answers may be drafted from; may repeat",
         ANSWERING, many=True)
     draft_memory: int = flag(32 << 20, size,
-        "bytes of memory for ended answers and texts to draft from, the oldest answers go first; 0 = only "
-        "from an answer's own text (default: 32M; suffixes K, M, G)", ANSWERING)
+        "bytes of memory for the ended answers and texts that drafts come from; the oldest answers go "
+        "first. 0 = draft only from an answer's own text (default: 32M; suffixes K, M, G)", ANSWERING)
     nice: int | None = flag(None, number(int, -20, 19),
-        "niceness of the workers, from -20 to 19: how readily they yield the processor (default: 19 with "
-        "--watch and of embed on a CPU, else the server's own, which its other processes always have)")
+        "niceness of the workers, from -20 to 19: how readily they yield the processor. The server's "
+        "other processes keep the server's own (default: 19 on a CPU with --watch and in embed, else the "
+        "server's own)")
     idle_unload: float = flag(0.0, number(float, 0),
         "seconds without a request before the model is unloaded until the next one, 0 = never", "serve")
 
@@ -418,43 +423,48 @@ class Settings:
         "default answer length in tokens (512; chat, generate, compare and /v1: up to the context)",
         ANSWERING, short="m", also="max-new-tokens")
     reasoning_budget: int = flag(-1, number(int, -1),
-        "most tokens that a model may think before it answers, 0 = no thinking, -1 = no limit",
+        "most tokens that a model may think before it answers; 0 = no thinking, -1 = no limit",
         ANSWERING)
     reasoning_budget_message: str = flag("", str,
-        "text to end the thinking with where the budget, or \"Answer now\", cuts it off",
+        "text that ends the thinking when the budget, or \"Answer now\", cuts it off",
         ANSWERING)
     seed: int | None = flag(None, number(int, 0, 2**64 - 1),
-        "fixed seed (default: random per answer; compare: one for all)", "chat generate compare")
+        "fixed seed (default: random for each answer; compare: one random seed for all)",
+        "chat generate compare")
     system: str | None = flag(None, str, "system message", "chat generate compare")
     conversation: bool | None = flag(None, None,
-        "chat in turns, or with --no-conversation continue the text (default: what the model was trained "
-        "for; a base checkpoint continues texts)", "chat generate compare")
+        "chat in turns; --no-conversation: continue the text (default: what the model was trained for; a "
+        "base checkpoint continues texts)", "chat generate compare")
     prompt: str | None = flag(None, str, "one prompt, one answer; `-` reads stdin",
         "chat generate compare",
         short="p")
     text: str | None = flag(None, file_name,
-        "file to score, in bits per byte; for `eval --suite bpb` instead of nanochat's validation shard",
+        "file to score, in bits per byte; `eval --suite bpb` scores it instead of nanochat's validation "
+        "shard",
         "score eval")
     suite: str | None = flag(None, file_name,
-        "tasks to answer: core (nanochat's bundle), chat (ARC, MMLU, GSM8K, HumanEval), bpb (bits per byte "
-        "of nanochat's validation shard or --text), sample (seven prompts, and eight texts without one), a "
-        "folder laid out as that bundle, or a .jsonl file of rows", "eval")
+        "tasks to answer: core (nanochat's bundle), chat (ARC, MMLU, GSM8K, HumanEval), bpb (bits per "
+        "byte of nanochat's validation shard or --text), sample (seven prompts, and eight texts without "
+        "a prompt), a folder laid out like nanochat's bundle, or a .jsonl file of rows", "eval")
     confirm_run_unsafe_code: bool = flag(False, None,
-        "let `--suite chat` run the programs that the model writes for HumanEval, as you, with limits of "
-        "time and memory but no sandbox", "eval")
+        "let `--suite chat` run the programs that the model writes for HumanEval. They run as you, with "
+        "limits on time and memory but no sandbox", "eval")
     max_per_task: int | None = flag(None, number(int, 1),
-        "most items of each task, drawn as upstream draws them (default: all); of bpb most rows (default: "
-        "upstream's 20,971,520 tokens)", "eval")
+        "most items of each task, drawn as upstream draws them (default: all); for bpb most rows "
+        "(default: upstream's 20,971,520 tokens)", "eval")
     results: str | None = flag(None, file_name,
-        "folder that keeps the answer to each item, so that a run goes on where another ended (default: "
+        "folder that keeps the answer to each item, so that an interrupted run can continue (default: "
         "~/.local/state/chat_server/evals)", "serve eval")
-    texts: str | None = flag(None, file_name, "the FILE, whose lines are JSON: a text, or an object with a "
-        "`text`; `-` reads stdin. batch: requests, as OpenAI's Batch API has them", "embed batch")
-    output: str | None = flag(None, file_name, "file for the vectors: one a line, or numpy's format if it is "
-        "called .npy; `-` is stdout. batch: file for the answers", "embed batch", short="o")
-    dimensions: int | None = flag(None, number(int, 1), "numbers of each vector, where the model was trained "
-        "for fewer (default: all)", "embed")
-    prompt_name: str | None = flag(None, str, "which prompt of the model goes before each text", "embed")
+    texts: str | None = flag(None, file_name,
+        "FILE of JSON lines, each a text or an object with a `text`; `-` reads stdin. batch: FILE of "
+        "requests in the form of OpenAI's Batch API", "embed batch")
+    output: str | None = flag(None, file_name,
+        "file for the vectors, one on each line, or in numpy's format if its name ends in .npy; `-` is "
+        "stdout. batch: file for the answers", "embed batch", short="o")
+    dimensions: int | None = flag(None, number(int, 1),
+        "length of each vector, if the model was trained for shorter ones (default: full length)", "embed")
+    prompt_name: str | None = flag(None, str,
+        "name of the model's prompt that goes before each text", "embed")
     truncate: bool = flag(False, None, "cut the end of a text that is too long (default: refuse it)", "embed")
 
     url: str | None = flag(None, str,
@@ -466,7 +476,7 @@ class Settings:
         "chat generate compare score eval check")
     against: str | None = flag(None, file_name,
         "the MODEL that this one was quantized from: measure how much their answers differ, and which "
-        "tensors cost most", "check")
+        "tensors cause most of it", "check")
     continue_: bool = flag(False, None, "continue the last chat", "chat")
     history: bool = flag(True, None,
         "keep typed lines and the last chat in ~/.local/state/chat_server", "chat")
@@ -475,37 +485,39 @@ class Settings:
     port: int = flag(8000, number(int, 0, 65535), "port to listen on, 0 = any free one", "serve", short="p")
     prefix: str = flag("", url_prefix, "path to serve under, such as /chat", "serve")
     api_key: tuple[str, ...] = flag((), str,
-        "key required of requests, may repeat; chat and generate send it to --url; other users can see it "
-        "in `ps`, so prefer CHAT_SERVER_API_KEY or --api-key-file", many=True)
+        "key that requests must have; may repeat. chat and generate send it to --url; other users can "
+        "see it in `ps`, so prefer CHAT_SERVER_API_KEY or --api-key-file", many=True)
     api_key_file: str | None = flag(None, file_name,
         "file with more keys, one per line: `name: key` or `key`, then fields (`models=`, `tokens-per-day=`, "
         "`over-budget=`, `role=`)", "serve")
     allowed_host: tuple[str, ...] = flag((), str.lower,
-        "host name of this server, may repeat: its pages may use the server, and requests for other names "
-        "are refused (addresses and names without a dot only if --host is loopback)", "serve", many=True)
+        "host name of this server; may repeat. Its pages may use the server, and requests for other "
+        "names are refused (addresses and names without a dot only if --host is loopback)",
+        "serve", many=True)
     cors_origin: tuple[str, ...] = flag((), origin,
-        "web origin whose pages may use the server, may repeat; `null` = pages opened from files, "
-        "`*` = any", "serve", many=True)
+        "web origin whose pages may use the server; may repeat. `null` = pages opened from files, `*` = "
+        "any", "serve", many=True)
     database: str | None = flag(None, file_name,
-        "file of a database, made if it is not there, for batches and for responses that are kept (without "
-        "FILE: ~/.local/state/chat_server/store.db)", "serve", bare=DATABASE)
+        "database file for batches and kept responses, created if it is missing (without FILE: "
+        "~/.local/state/chat_server/store.db)", "serve", bare=DATABASE)
     keep_days: int = flag(30, number(int, 1, 36500),
         "days for which --database keeps batches, their files, and responses", "serve")
     share_prefixes: bool = flag(False, None,
-        "API keys share cached prompt prefixes, so the holder of one may detect what another asked (without "
-        "keys, everybody shares)", "serve")
+        "let API keys share cached prompt prefixes. Then the holder of one key may detect what another "
+        "asked (without keys, everybody shares)", "serve")
 
     max_queue: int = flag(256, number(int, 0),
-        "requests that may wait, in the whole server; others get 429", "serve", heading="Operation")
+        "most requests that may wait in the whole server; others get 429", "serve", heading="Operation")
     max_concurrent_per_key: int = flag(0, number(int, 0),
-        "requests of one API key (without keys: of one address) at a time, 0 = no limit; others get 429",
+        "most requests of one API key (without keys: of one address) at a time, 0 = no limit; others get "
+        "429",
         "serve")
     drain_timeout: float = flag(30.0, number(float, 0),
-        "seconds that running answers have to finish after SIGTERM", "serve")
+        "seconds for running answers to finish after SIGTERM", "serve")
     config: str | None = flag(None, file_name,
         "TOML file of flags: `max-batch = 8`; flags and environment variables override it", READING)
     verbose: bool = flag(False, None,
-        "more lines at the start: how memory was planned, sampling defaults, tools, prefixes", "serve chat",
+        "more lines at the start: the memory plan, sampling defaults, tools, prefixes", "serve chat",
         short="v")
     log_format: str = flag("text", str, "format of log lines", "serve", choices=("text", "json"))
     log_conversations: bool = flag(False, None, "log message texts, not only metadata", "serve")
