@@ -151,22 +151,22 @@ from chatlm.common.streams import lack_of_space, never_fail, repair_streams
 from chatlm.common.tiers import listed_store
 from chatlm.front.aio import first_of, stop_signals
 from chatlm.front.api.encode import frame, usage_body
-from chatlm.front.api.encoders import encoder_of
+from chatlm.front.api.encoders import answer_encoder
 from chatlm.front.api.errors import public_error
 from chatlm.front.api.field_types import INTEGER, SWITCH
 from chatlm.front.api.fields import Field
-from chatlm.front.intake.intake import Intake, tokenizer_of
+from chatlm.front.intake.intake import Intake, loaded_tokenizer
 from chatlm.front.lazy import web
-from chatlm.front.pool.local import check_nice, niceness
+from chatlm.front.pool.local_devices import check_nice, niceness
 from chatlm.front.pool.catalogue import Catalogue
-from chatlm.front.pool.pool import pool_of
+from chatlm.front.pool.pool import make_pool
 from chatlm.front.server.access import Access, AccessLog, Owners, is_loopback, listen_on, server_urls
 from chatlm.front.server.answering import Answers
 from chatlm.front.server.batches import BATCH_ROUTES, BatchRoutes
 from chatlm.front.server.bodies import DOCUMENT_ROUTES, Bodies
-from chatlm.front.server.compare import Comparison, read_asked, with_ids
+from chatlm.front.server.compare import Comparison, read_contestants, with_ids
 from chatlm.front.server.connections import room_for_connections, serving
-from chatlm.front.server.conversations import CONVERSATION_ROUTES, Keeper
+from chatlm.front.server.conversations import CONVERSATION_ROUTES, ResponseKeeper
 from chatlm.front.server.describe import (
     MODEL_ROUTES, ModelRoutes, alive_body, bare_id, ollama_version, openapi_document, readiness_body,
     stats_body)
@@ -175,7 +175,7 @@ from chatlm.front.server.files import FILE_ROUTES
 from chatlm.front.server.history import History
 from chatlm.front.server.ledger import LEDGER_ROUTES, Ledger, claim_of
 from chatlm.front.server.metrics import Metrics, metrics_response
-from chatlm.front.server.page import PAGE_ROUTES, Page
+from chatlm.front.server.page import PAGE_ROUTES, PageFiles
 from chatlm.front.server.recordings import GRACE_S, Recording, Recordings
 from chatlm.front.server.responses import (
     REQUEST_LOG, errors_to_responses, json_response, send_whole, shows)
@@ -208,12 +208,12 @@ class Front:
         self.ledger = Ledger(settings, store)
         self.bodies = Bodies(Intake(catalogue), self.owners)
         self.models = ModelRoutes(catalogue, self.bodies, self.access)
-        self.page = Page(page_files())
+        self.page = PageFiles(page_files())
         self.runs = RunRoutes(catalogue)
         self.compared: dict[str, list[str]] = {}  # id of a running comparison -> ids of its answers
         self.recordings = Recordings()
         self.downloads = DownloadRoutes(catalogue, self.bodies, self.access)
-        self.kept = Keeper(store, self.bodies, self.owners, settings.keep_days)
+        self.kept = ResponseKeeper(store, self.bodies, self.owners, settings.keep_days)
         self.metrics: Metrics | None = None
         with suppress(ConfigError):  # prometheus_client is missing: /metrics says so
             self.metrics = Metrics(catalogue, self.ledger)
@@ -252,8 +252,8 @@ class Front:
             parsed = replace(parsed, request=request)
             del request  # from here on only what an answer needs is kept, not all messages and tools
             answering = self.answers.begin(pool, parsed.request, served.name, not parsed.stream)
-            tokenizer = None if parsed.api == "native" else tokenizer_of(pool)
-            encoder = encoder_of(parsed, served.name, tokenizer)
+            tokenizer = None if parsed.api == "native" else loaded_tokenizer(pool)
+            encoder = answer_encoder(parsed, served.name, tokenizer)
             parsed = encoder.parsed
             answering = self.kept.answering(answering, encoder)
             if nothing := encoder.without_work():
@@ -274,12 +274,13 @@ class Front:
     async def handle_compare(self, http: web.Request) -> web.StreamResponse:
         """POST /v1/compare: several models answer the same question, in one stream."""
         with self.bodies.holding() as holding:
-            asked = with_ids(await read_asked(self.bodies, http, holding), self.identified)
+            contestants = await read_contestants(self.bodies, http, holding)
+            contestants = with_ids(contestants, self.identified)
             request_id = REQUEST_LOG.get().id
-            self.compared[request_id] = [one.request.id for one in asked]
+            self.compared[request_id] = [one.request.id for one in contestants]
             try:
-                with self.ledger.pledged([one.work for one in asked]):
-                    async with (Comparison(asked, self.answers.begin) as comparison,
+                with self.ledger.pledged([one.work for one in contestants]):
+                    async with (Comparison(contestants, self.answers.begin) as comparison,
                                 EventStream(http, request_id) as stream):
                         async for event in comparison.events():
                             await stream.send(frame(event))
@@ -551,7 +552,7 @@ async def serve_forever(settings: Settings, catalogue: Catalogue | None = None) 
             from chatlm.front.evals.step_work import StepWork  # here, because few servers need it
             from chatlm.front.pool.many import ManyModels
             catalogue = ManyModels(settings, step_work=StepWork)
-        catalogue = catalogue or Catalogue(settings, pool_of(settings))
+        catalogue = catalogue or Catalogue(settings, make_pool(settings))
         progress = ProgressDisplay()
         catalogue.on_progress = progress
         try:  # the workers start while a thread imports aiohttp (0.2 s)

@@ -18,7 +18,7 @@ from chatlm.common.text.scanner import Deltas, Scanner, skip
 def typed_value(text: str, types: str) -> str:
     """A parameter's value as JSON, when its tags do not say its type. `types`: the JSON types that it may
     have, "" for any. Text that cannot be read as one of them becomes a string."""
-    readers = [json.loads]
+    readers: list[Callable] = [json.loads]
     # Templates also write Python's True and None. Long text is not read so: 450 KB of it take 0.6 s.
     if len(text) < 10_000 and re.search("True|False|None|'", text):
         readers.append(ast.literal_eval)
@@ -79,14 +79,13 @@ class Opening:
         scanner = self.scanner
         while True:
             match = head(scanner.held)
-            undecided = match is True or not match and end and end not in scanner.held
-            if not undecided:
+            if match and match is not True:
+                return match
+            if not match and (not end or end in scanner.held):
                 break
             if scanner.over:
                 self._finish(begin, may_be_call)
             yield
-        if match:
-            return match
         place = scanner.held.find(end) if end else len(scanner.held)
         if end and self._whole(scanner.held[:place]):
             self.deltas.begin("text")

@@ -330,8 +330,8 @@ class SchemaRules:
         multiples = multiples_of(about_numbers)
         if bounds.allow_all() and not multiples:
             return f"JSON_{name.upper()}"
-        places = [decimal_places(multiple) for multiple in multiples]
-        if None not in places:
+        places = [count for count in map(decimal_places, multiples) if count is not None]
+        if len(places) == len(multiples):
             digits = 0 if name == "integer" else min(places, default=None)
             pattern = number_pattern(bounds, digits)
             return self.shared(f"/{pattern}/", True) if pattern else ""

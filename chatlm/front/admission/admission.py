@@ -55,8 +55,9 @@ class SharedSandbox:
         """Do nothing: the server closes the sandbox."""
 
 
-class Desk:
-    """Where all requests of a server are read, whichever model they are for."""
+class SharedAdmission:
+    """What the admissions of all models of a server share: the sandboxes, and what is known of requests while
+    they are prepared."""
 
     def __init__(self):
         self.sandboxes = {name: Sandbox(PROCESS_COMMAND) for name in ("templates", "schemas", "bodies")}
@@ -74,7 +75,7 @@ class SandboxLimits(NamedTuple):
     """What a task in a sandbox may take."""
 
     cpu_s: float
-    memory: int   # bytes
+    memory_bytes: int
     nice: int
 
 
@@ -91,17 +92,18 @@ class Admission:
     PICTURE_S = 6.0    # to decode a picture
     VALID_GRAMMARS = 256  # remember this many valid grammars, so that none is checked twice
 
-    def __init__(self, check_capacity: Callable[[str, str, bool], None], shared: Desk | None = None):
-        """shared: the desk of a server with several models."""
-        desk = shared or Desk()
+    def __init__(self, check_capacity: Callable[[str, str, bool], None],
+                 shared: SharedAdmission | None = None):
+        """shared: what all models of a server share, if it has several."""
+        common = shared or SharedAdmission()
         self.check_capacity = check_capacity
-        self.number = next(desk.numbers)
+        self.number = next(common.numbers)
         self.prompts: PromptMaker | None = None  # set once there is a tokenizer
         self.expected: tuple[TextSpec, asyncio.Future] | None = None  # a text that `expect` is opening
         self.sandboxes: dict[str, Sandbox | SharedSandbox] = {
-            name: SharedSandbox(sandbox) if shared else sandbox for name, sandbox in desk.sandboxes.items()}
-        self.preparing = desk.preparing
-        self.valid_grammars = desk.valid_grammars
+            name: SharedSandbox(sandbox) if shared else sandbox for name, sandbox in common.sandboxes.items()}
+        self.preparing = common.preparing
+        self.valid_grammars = common.valid_grammars
         for name in ("documents", "pictures"):
             self._configure(name, Known(Settings(), None), TextSpec("", b""))  # the same for every model
 
@@ -118,7 +120,7 @@ class Admission:
         tokenizer = await (opening if opening and text == card.text else self._open_text(card.text, settings))
         known = known_with(replace(settings, keys=(), api_key=()), tokenizer, card.facts)
         self._configure("bodies", known, card.text, card.context_length, card.scored_length, tokenizer.forms)
-        self.prompts = self._prompts_of(tokenizer, card.context_length, card.scored_length)
+        self.prompts = self._prompt_maker(tokenizer, card.context_length, card.scored_length)
 
     async def _open_text(self, text: TextSpec, settings: Settings) -> Tokenizer:
         """Open the model's tokenizer, in a thread. Gives the chat template to the sandboxes and tries it."""
@@ -131,13 +133,13 @@ class Admission:
         tokenizer = await asyncio.to_thread(open_tokenizer, text)
         await asyncio.to_thread(trim_heap)  # give back what the tokenizer was built from
         if tokenizer.templated:
-            prompts = self._prompts_of(tokenizer)
+            prompts = self._prompt_maker(tokenizer)
             try:
                 await prompts.render([Message("user", "hello")], (), "")
             except RequestError as error:  # the template may accept other chats
                 log.warning("chats may be refused, as the message \"hello\" was: %s", printable(str(error)))
             if tokenizer.native_tools:
-                tokenizer.forms = await prompts.filled(tokenizer.find_forms(), "")
+                tokenizer.forms = await prompts.run_filling(tokenizer.find_forms(), "")
                 for difference in differences(tokenizer.forms):
                     log.warning("the model's chat template: %s", difference)
         return tokenizer
@@ -151,10 +153,10 @@ class Admission:
             "documents": SandboxLimits(self.DOCUMENT_S, 1 << 30, nice=10),
             "pictures": SandboxLimits(self.PICTURE_S, 1 << 30, nice=5)}[name]
         self.sandboxes[name].config = SandboxConfig(
-            known, text, context_length, limits.cpu_s, limits.memory, limits.nice, self.number, scored_length,
-            forms)
+            known, text, context_length, limits.cpu_s, limits.memory_bytes, limits.nice, self.number,
+            scored_length, forms)
 
-    def _prompts_of(self, tokenizer: Tokenizer, context_length: int = 0,
+    def _prompt_maker(self, tokenizer: Tokenizer, context_length: int = 0,
                     scored_length: int = 0) -> PromptMaker:
         return PromptMaker(
             tokenizer, context_length, scored_length=scored_length, run=run_in_thread_if_long,

@@ -29,14 +29,14 @@ BEFORE_SHARE = 3 / 4  # share of the room for the text before the gap, if neithe
 Part = str | Seq[str | int]  # a text, or texts and token ids
 
 
-def pieces_of(part: Part) -> Seq[str | int]:
+def as_pieces(part: Part) -> Seq[str | int]:
     return [part] if isinstance(part, str) else part
 
 
 def infill_size(prompts: Seq[Part], infill: Infill) -> int:
     """Roughly how many characters and token ids the texts have."""
     parts = itertools.chain(prompts, [infill.prefix, infill.suffix], infill.files or ())
-    return sum(len(piece) if isinstance(piece, str) else 1 for part in parts for piece in pieces_of(part))
+    return sum(len(piece) if isinstance(piece, str) else 1 for part in parts for piece in as_pieces(part))
 
 
 class InfillMaker:
@@ -64,7 +64,7 @@ class InfillMaker:
         prefix, suffix, middle = [token for token in self.tokenizer.infill_tokens[:3] if token is not None]
         room = max(0, most - len(self.tokenizer.with_bos([prefix, suffix, middle])))
         names = ("input_prefix", "input_suffix") if infill.cut else ("prompt", "suffix")
-        before = self.checked([*infill.prefix, *pieces_of(prompt)], names[0])
+        before = self.checked([*infill.prefix, *as_pieces(prompt)], names[0])
         left, left_cut = self.nearest(before, room, at_end=True)
         right, right_cut = self.nearest(self.checked(infill.suffix, names[1]), room)
         cut = left_cut or right_cut or len(left) + len(right) > room
@@ -113,7 +113,7 @@ class InfillMaker:
         runs = list[list[int]]()
         count = 0
         cut = False
-        pieces = pieces_of(part)
+        pieces = as_pieces(part)
         for piece in reversed(pieces) if at_end else pieces:
             if count > most:
                 break
@@ -162,7 +162,7 @@ class InfillMaker:
     def checked(self, part: Part, name: str) -> Part:
         """The part. RequestError for token ids outside the vocabulary. name: the field that has them."""
         size = self.tokenizer.vocab_size
-        for piece in pieces_of(part):
+        for piece in as_pieces(part):
             if not isinstance(piece, str) and not 0 <= piece < size:
                 raise invalid(name, f"{name} has the token id {piece}; this model's ids are 0 to {size - 1}")
         return part

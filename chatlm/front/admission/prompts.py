@@ -66,7 +66,7 @@ class PromptMaker:
     async def _fill_here(self, arguments: dict, client: str) -> str:
         return fill_template(self.tokenizer.template, arguments)
 
-    async def filled(self, filling: Filling[T], client: str) -> T:
+    async def run_filling(self, filling: Filling[T], client: str) -> T:
         """Run a `Filling`, which asks for filled-in templates, to its end. Returns what it returns."""
         arguments = next(filling)
         while True:
@@ -167,7 +167,7 @@ class PromptMaker:
         if not tokenizer.templated:
             render = partial(tokenizer.render, messages, tools=tools, options=options)
             return tuple(await self.run(render, size))
-        text = await self.filled(tokenizer.rendering(messages, tools, options), client)
+        text = await self.run_filling(tokenizer.rendering(messages, tools, options), client)
 
         def encode() -> list[int]:
             self._start_of(text, "messages")

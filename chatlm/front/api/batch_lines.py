@@ -49,6 +49,41 @@ class Line(NamedTuple):
         """The seed of its answer, if its body names none: the same whenever the answer is made."""
         return int(self.id[:12], 16)
 
+    def body_alone(self) -> dict:
+        """Its body without what concerns more than its answer: it is not streamed or kept. Raises
+        RequestError if it continues another answer."""
+        if self.url != "/v1/responses":
+            return self.body | {"stream": False}
+        for name in ("previous_response_id", "conversation"):
+            if self.body.get(name):
+                raise bad_value(name, self.body[name], "left out in a batch, whose lines stand alone")
+        return self.body | {"stream": False, "store": False}
+
+    def read_body(self, known: Known) -> ParsedBody:
+        """Read its body as its route does. If the body names no seed, the seed follows from the line."""
+        known = replace(known, settings=replace(known.settings, seed=self.seed))
+        parsed = read_answer(self.url, self.body_alone(), known)
+        request = replace(parsed.request, id=self.id, low_priority=True, resumable=False)
+        return replace(parsed, request=request)
+
+    def problem(self, known: Known, refusal: str) -> str:
+        """What is wrong with its body; "" if nothing. Its pictures are not decoded before it is run. refusal:
+        why its model cannot see pictures; "": it can."""
+        try:
+            lift = lift_pictures(self.body)
+            lift.check(refusal)
+            fill_in(self.body, [Picture(1, 1, b"", bytes(16))] * len(lift.files))
+            self.read_body(known)
+        except ChatServerError as error:
+            return str(error)
+        return ""
+
+    def result(self, status: int, body: Mapping[str, Any]) -> str:
+        """The line of the output file for its answer, or for an error with this status."""
+        response = {"status_code": status, "request_id": self.id, "body": body}
+        return as_json({"id": f"batch_req_{self.id}", "custom_id": self.custom_id, "response": response,
+                        "error": None})
+
 
 def read_line(number: int, text: bytes) -> Line:
     """Read a line. Raises RequestError that says what is wrong with it, and what is allowed."""
@@ -88,45 +123,7 @@ def line_id(number: int, text: bytes) -> str:
     return hashlib.sha256(b"%d %s" % (number, text)).hexdigest()[:32]
 
 
-def body_alone(line: Line) -> dict:
-    """The line's body without what concerns more than its answer: it is not streamed or kept. Raises
-    RequestError if it continues another answer."""
-    if line.url != "/v1/responses":
-        return line.body | {"stream": False}
-    for name in ("previous_response_id", "conversation"):
-        if line.body.get(name):
-            raise bad_value(name, line.body[name], "left out in a batch, whose lines stand alone")
-    return line.body | {"stream": False, "store": False}
-
-
-def read_body_of(line: Line, known: Known) -> ParsedBody:
-    """Read the line's body as its route does. If it names no seed, the seed follows from the line."""
-    known = replace(known, settings=replace(known.settings, seed=line.seed))
-    parsed = read_answer(line.url, body_alone(line), known)
-    return replace(parsed, request=replace(parsed.request, id=line.id, low_priority=True, resumable=False))
-
-
-def problem_of(line: Line, known: Known, refusal: str) -> str:
-    """What is wrong with the line's body; "" if nothing. Its pictures are not decoded before it is run.
-    refusal: why its model cannot see pictures; "": it can."""
-    try:
-        lift = lift_pictures(line.body)
-        lift.check(refusal)
-        fill_in(line.body, [Picture(1, 1, b"", bytes(16))] * len(lift.files))
-        read_body_of(line, known)
-    except ChatServerError as error:
-        return str(error)
-    return ""
-
-
-def result_of(line: Line, status: int, body: Mapping[str, Any]) -> str:
-    """The line of the output file for an answer, or for an error with this status."""
-    response = {"status_code": status, "request_id": line.id, "body": body}
-    return as_json({"id": f"batch_req_{line.id}", "custom_id": line.custom_id, "response": response,
-                    "error": None})
-
-
-def result_of_bad_line(number: int, error: ChatServerError, custom_id: str | None = None) -> str:
+def bad_line_result(number: int, error: ChatServerError, custom_id: str | None = None) -> str:
     return as_json({"id": f"batch_req_{number}", "custom_id": custom_id, "response": None,
                     "error": {"code": error.code, "message": str(error)}})
 

@@ -21,14 +21,12 @@ from xml.etree import ElementTree
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import ConfigError, RequestError, named, require_library, shown
 from chatlm.common.invocation import pip_command
-from chatlm.common.messages.protocol import Result
+from chatlm.common.messages.protocol import SandboxResult
 
-# most that an archive may hold
-UNPACKED_BYTES = 256 << 20
-MEMBERS = 10_000
-# of a sheet, those that are read
-ROW_CELLS = 256
-ROWS = 100_000
+UNPACKED_BYTES = 256 << 20  # an archive may hold at most this much,
+MEMBERS = 10_000            # in at most so many files
+ROWS = 100_000              # this many rows of a sheet are read,
+ROW_CELLS = 256             # and this many cells of a row
 PACKAGES = "markdownify", "mammoth", "openpyxl", "pypdfium2", "python-pptx"  # the extra `documents`
 FORMATS = "PDF, DOCX, PPTX, XLSX, EPUB and HTML"
 
@@ -90,7 +88,7 @@ def read_pdf(data: bytes) -> Document:
 
 # archives
 
-def archive_of(data: bytes) -> zipfile.ZipFile:
+def open_archive(data: bytes) -> zipfile.ZipFile:
     try:
         archive = zipfile.ZipFile(io.BytesIO(data))
         members = archive.infolist()
@@ -107,15 +105,15 @@ def archive_of(data: bytes) -> zipfile.ZipFile:
 def read_docx(data: bytes) -> Document:
     mammoth = library("mammoth", "DOCX")
     html = mammoth.convert_to_html(io.BytesIO(data), convert_image=lambda image: []).value
-    return Document([markdown_of(html)])
+    return Document([to_markdown(html)])
 
 
 def read_pptx(data: bytes) -> Document:
     slides = library("pptx", "PPTX").Presentation(io.BytesIO(data)).slides
-    return Document((("\n\n".join(texts_of(slide))) for slide in slides), len(slides), "slide", True)
+    return Document((("\n\n".join(slide_texts(slide))) for slide in slides), len(slides), "slide", True)
 
 
-def texts_of(slide: Any) -> Iterator[str]:
+def slide_texts(slide: Any) -> Iterator[str]:
     """The texts of a slide's shapes, also of those in groups, and of its notes."""
     waiting = [*reversed(slide.shapes)]
     while waiting:
@@ -123,7 +121,7 @@ def texts_of(slide: Any) -> Iterator[str]:
         if hasattr(shape, "shapes"):
             waiting += reversed(shape.shapes)
         elif getattr(shape, "has_table", False):
-            yield "\n".join(row_of(cell.text for cell in row.cells) for row in shape.table.rows)
+            yield "\n".join(table_row(cell.text for cell in row.cells) for row in shape.table.rows)
         elif getattr(shape, "has_text_frame", False) and shape.text_frame.text.strip():
             yield shape.text_frame.text
     if slide.has_notes_slide and slide.notes_slide.notes_text_frame is not None:
@@ -131,7 +129,7 @@ def texts_of(slide: Any) -> Iterator[str]:
             yield f"Notes: {notes}"
 
 
-def row_of(cells: Iterable[str]) -> str:
+def table_row(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cell.replace("\n", " ").replace("|", "\\|").strip() for cell in cells) + " |"
 
 
@@ -147,7 +145,7 @@ def read_xlsx(data: bytes) -> Document:
             while cells and not cells[-1]:
                 cells.pop()
             if cells:
-                lines.append(row_of(cells))
+                lines.append(table_row(cells))
         return "\n".join(lines)
 
     return Document(map(text_of, sheets), len(sheets), "sheet",
@@ -155,7 +153,7 @@ def read_xlsx(data: bytes) -> Document:
 
 
 def read_epub(data: bytes) -> Document:
-    archive = archive_of(data)
+    archive = open_archive(data)
     names = set(archive.namelist())
     container = ElementTree.fromstring(archive.read("META-INF/container.xml"))
     package = next(each.attrib["full-path"] for each in container.iter() if each.tag.endswith("}rootfile"))
@@ -171,16 +169,16 @@ def read_epub(data: bytes) -> Document:
                   ElementTree.fromstring(archive.read("META-INF/encryption.xml")).iter()}
         if locked & set(chapters):
             raise refusal("the EPUB is encrypted, as books with a copy protection are", "encrypted")
-    return Document((markdown_of(archive.read(name)) for name in chapters), len(chapters), "chapter")
+    return Document((to_markdown(archive.read(name)) for name in chapters), len(chapters), "chapter")
 
 
 # HTML
 
 def read_html(data: bytes) -> Document:
-    return Document([markdown_of(data)])
+    return Document([to_markdown(data)])
 
 
-def markdown_of(html: str | bytes) -> str:
+def to_markdown(html: str | bytes) -> str:
     """HTML as Markdown: headings, lists, tables, code; without links, pictures, scripts and styles."""
     markdownify = library("markdownify", "HTML")
     parse = library("bs4", "HTML").BeautifulSoup
@@ -213,13 +211,13 @@ HTML_BEGINS = (rb"(?i)(\xef\xbb\xbf)?\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*"
                rb"<(!doctype html|html|head|body)\b")
 
 
-def reader_of(data: bytes, name: str) -> tuple[str, Callable[[bytes], Document]]:
+def find_reader(data: bytes, name: str) -> tuple[str, Callable[[bytes], Document]]:
     """A file's format, and its reader. The first bytes tell the format; the name only tells HTML from other
     text."""
     if b"%PDF-" in data[:1024]:
         return "PDF", read_pdf
     if data.startswith(b"PK\3\4"):
-        names = archive_of(data).namelist()
+        names = open_archive(data).namelist()
         if "META-INF/container.xml" in names:
             return "EPUB", read_epub
         for folder, kind in OFFICE.items():
@@ -254,7 +252,7 @@ class Extracted(NamedTuple):
 
 def extract_text(data: bytes, name: str, cpu_s: float) -> Extracted:
     """The text of a document. Raises RequestError if it has none, or cannot be read."""
-    kind, read = reader_of(data, name)
+    kind, read = find_reader(data, name)
     try:
         document = read(data)
         return join_parts(kind, document, time.process_time() + cpu_s)
@@ -315,6 +313,6 @@ class DocumentTasks:
     def prepare(self, name: str):
         """Nothing is shared between documents."""
 
-    def extract(self, name: str, boundary: str, body: bytes) -> Result:
+    def extract(self, name: str, boundary: str, body: bytes) -> SandboxResult:
         data, name = part_of_form(body, boundary) if boundary else (body, name)
-        return Result([*extract_text(bytes(data), name, self.soft_s)])
+        return SandboxResult([*extract_text(bytes(data), name, self.soft_s)])

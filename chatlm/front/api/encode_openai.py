@@ -112,9 +112,12 @@ class OpenAIEncoder(Encoder):
 
     def chunk(self, choice: Choice, body: dict, last: bool = False) -> bytes:
         ending = self.ending(choice) if last else {"finish_reason": None}
-        return self.framed({"choices": [{"index": choice.index, **body, **ending}],
-                            **({"usage": None} if self.parsed.include_usage else {}),
-                            **({"timings": timings_body(choice.done)} if last else {})})
+        chunk: dict = {"choices": [{"index": choice.index, **body, **ending}]}
+        if self.parsed.include_usage:
+            chunk["usage"] = None
+        if last:
+            chunk["timings"] = timings_body(choice.done)
+        return self.framed(chunk)
 
     def ending(self, choice: Choice) -> dict:
         reason = "tool_calls" if choice.calls and choice.done.reason == "stop" else choice.done.reason

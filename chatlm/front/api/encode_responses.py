@@ -25,7 +25,7 @@ class ResponsesEncoder(BlockEncoder):
     no part.
 
     Log-probabilities are kept as JSON. Where they belong, an item has a placeholder (`place_of_logprobs`)
-    until `filled` replaces it."""
+    until `with_logprobs` replaces it."""
 
     # kind of block -> the item's type, the prefix of its id, the part's type, and the prefix of its events
     ITEMS = {"text": ("message", "msg_", "output_text", "response.output_text"),
@@ -51,9 +51,9 @@ class ResponsesEncoder(BlockEncoder):
             self.head["conversation"] = {"id": kept["conversation"]}
 
     def event(self, event_type: str, **fields) -> bytes:
-        return self.filled(super().event(event_type, sequence_number=next(self.numbers), **fields))
+        return self.with_logprobs(super().event(event_type, sequence_number=next(self.numbers), **fields))
 
-    def filled(self, data: bytes) -> bytes:
+    def with_logprobs(self, data: bytes) -> bytes:
         """JSON with log-probabilities in place of each `place_of_logprobs`. No text of an answer can look
         like one: its quotes are escaped."""
         for name, encoded in self.logprobs.items():
@@ -91,7 +91,7 @@ class ResponsesEncoder(BlockEncoder):
 
     def response(self, status: str, **fields) -> bytes:
         body = self.head | {"status": status, "output": [self.item(block) for block in self.blocks]} | fields
-        return b"%s, %s}" % (self.filled(dump(body))[:-1], self.parsed.repeated)
+        return b"%s, %s}" % (self.with_logprobs(dump(body))[:-1], self.parsed.repeated)
 
     def response_event(self, moment: str, response: bytes) -> bytes:
         event = dump({"type": f"response.{moment}", "sequence_number": next(self.numbers)})[:-1]

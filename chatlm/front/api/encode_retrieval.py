@@ -32,7 +32,7 @@ class EmbeddingsEncoder(Encoder):
             return 0
         vector = dump(event.vector)
         if self.parsed.details["encoding"] == "float":  # nine digits tell all float32 numbers apart
-            vector = b"[%s]" % ",".join(["%.9g" % number for number in numbers_of(event)]).encode()
+            vector = b"[%s]" % ",".join(["%.9g" % number for number in decoded_vector(event)]).encode()
         self.vectors[event.choice] = vector
         return len(vector)
 
@@ -70,7 +70,7 @@ class EmbeddingsEncoder(Encoder):
         yield b"]}"
 
 
-def numbers_of(event: Embedding) -> list[float]:
+def decoded_vector(event: Embedding) -> list[float]:
     return [number for number, in struct.iter_unpack("<f", base64.b64decode(event.vector))]
 
 
@@ -86,13 +86,14 @@ class ScoresEncoder(Encoder):
         if not isinstance(event, Embedding):
             self.choices[event.choice].done = event
             return 0
-        numbers = numbers_of(event)
+        numbers = decoded_vector(event)
         self.numbers[event.choice] = numbers
         return 100 + 32 * len(numbers)
 
     def completion(self) -> Iterator[bytes]:
         count = self.usage().prompt_tokens
-        yield dump(FORMS[self.parsed.api](self, {"prompt_tokens": count, "total_tokens": count}))
+        write = FORMS[self.parsed.api]
+        yield dump(write(self, {"prompt_tokens": count, "total_tokens": count}))
 
     @property
     def raw(self) -> list[float]:
@@ -123,32 +124,30 @@ class ScoresEncoder(Encoder):
         return [{"index": index, score: scores[index], **(document(texts[index]) if texts else {})}
                 for index in best]
 
+    def rerank_body(self, usage: dict) -> dict:
+        return {"id": "rerank-" + self.request.id, "object": "list", "model": self.model,
+                "results": self.ranked("relevance_score", lambda text: {"document": {"text": text}}),
+                "usage": usage, "meta": {"billed_units": {"search_units": 1}}}
+
+    def tei_body(self, usage: dict) -> list[dict]:
+        return self.ranked("score", lambda text: {"text": text})
+
+    def score_body(self, usage: dict) -> dict:
+        scores = self.cosines if self.parsed.api == "cosines" else self.scores
+        return {"id": "score-" + self.request.id, "object": "list", "created": int(time.time()),
+                "model": self.model, "usage": usage,
+                "data": [{"index": index, "object": "score", "score": score}
+                         for index, score in enumerate(scores)]}
+
 
 def sigmoid(score: float) -> float:
     return 1 / (1 + math.exp(-score)) if score >= 0 else 1 - 1 / (1 + math.exp(min(score, 700)))
 
 
-def rerank_body(encoder: ScoresEncoder, usage: dict) -> dict:
-    return {"id": "rerank-" + encoder.request.id, "object": "list", "model": encoder.model,
-            "results": encoder.ranked("relevance_score", lambda text: {"document": {"text": text}}),
-            "usage": usage, "meta": {"billed_units": {"search_units": 1}}}
-
-
-def tei_body(encoder: ScoresEncoder, usage: dict) -> list[dict]:
-    return encoder.ranked("score", lambda text: {"text": text})
-
-
-def score_body(encoder: ScoresEncoder, usage: dict) -> dict:
-    scores = encoder.cosines if encoder.parsed.api == "cosines" else encoder.scores
-    return {"id": "score-" + encoder.request.id, "object": "list", "created": int(time.time()),
-            "model": encoder.model, "usage": usage,
-            "data": [{"index": index, "object": "score", "score": score}
-                     for index, score in enumerate(scores)]}
-
-
 FORMS: dict[str, Callable[[ScoresEncoder, dict], dict | list[dict]]] = {
-    "rerank": rerank_body, "llama rerank": rerank_body, "tei rerank": tei_body, "score": score_body,
-    "cosines": score_body}
+    "rerank": ScoresEncoder.rerank_body, "llama rerank": ScoresEncoder.rerank_body,
+    "tei rerank": ScoresEncoder.tei_body, "score": ScoresEncoder.score_body,
+    "cosines": ScoresEncoder.score_body}
 RETRIEVAL_ENCODERS: dict[str, type[Encoder]] = {
     **dict.fromkeys(("embeddings", "ollama embed", "ollama embeddings", "tei embed"), EmbeddingsEncoder),
     **dict.fromkeys(FORMS, ScoresEncoder)}

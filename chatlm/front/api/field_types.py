@@ -253,9 +253,18 @@ MESSAGES_CHOICE = FieldType(
         object_schema(["type"], type={"enum": ["auto", "any", "none"]}),
         object_schema(["type", "name"], type={"enum": ["tool"]}, name=A_TEXT)]}, read_choice)
 
+
+
+def ollama_grammar(value: str | dict) -> tuple[str, str]:
+    """The grammar of Ollama's `format`: "", "json" or a JSON schema."""
+    if value == "":
+        return "", "format"
+    schema = {"type": "object"} if is_text(value) else value
+    return json_grammar(schema, "format"), "format"
+
+
 OLLAMA_FORMAT = FieldType('"json" or a JSON schema', {"anyOf": [{"enum": ["", "json"]}, {"type": "object"}]},
-                          lambda value: ("" if value == "" else json_grammar(
-                              {"type": "object"} if is_text(value) else value, "format"), "format"))
+                          ollama_grammar)
 SYSTEM = FieldType("a text or a list of text blocks", {"anyOf": [A_TEXT, list_schema({"type": "object"})]})
 NATIVE_MESSAGES = LIST._replace(details=list_schema(
     object_schema(["role", "content"], role={"enum": NATIVE_ROLES}, calculator=CALCULATOR, content={
@@ -267,9 +276,9 @@ OPENAI_MESSAGES = LIST._replace(details=list_schema(
     minItems=1))
 
 
-def constraint(name: str, language: str, allowed: str, schema: dict) -> Field:
+def constraint(name: str, language: str, allowed: str, schema: dict, doc: str = "") -> Field:
     convert = partial(other_grammar, language=language, param=name)
-    return Field(name, FieldType(allowed, schema, convert), f"the answer matches {allowed}")
+    return Field(name, FieldType(allowed, schema, convert), doc or f"the answer matches {allowed}")
 
 
 LLAMA_SERVERS = "of llama-server"  # a group
@@ -277,7 +286,7 @@ CONSTRAINT_FIELDS = (  # vLLM's and llama-server's; a request may have one of th
     constraint("guided_json", "json", "a JSON schema", {"anyOf": [{"type": "object"}, A_TEXT]}),
     constraint("guided_regex", "regex", "a regular expression", A_TEXT),
     constraint("guided_choice", "choice", "a list of 1 to 1,000 strings",
-               list_schema(A_TEXT, minItems=1, maxItems=1000)),
+               list_schema(A_TEXT, minItems=1, maxItems=1000), "the answer is one of these strings"),
     constraint("guided_grammar", "grammar", "a grammar in Lark or GBNF", A_TEXT),
     constraint("grammar", "grammar", "a grammar in GBNF or Lark", A_TEXT)._replace(group=LLAMA_SERVERS),
     constraint("json_schema", "json", "a JSON schema", {"type": "object"})._replace(group=LLAMA_SERVERS),

@@ -145,7 +145,8 @@ def as_list(value) -> list:
 
 def as_prompts(value) -> tuple[str | tuple[int, ...], ...]:
     """Texts and lists of token ids. A single one of either becomes a tuple of one."""
-    prompts = [value] if type(value[0] if value else "") is int else as_list(value)
+    are_ids = bool(value) and type(value[0]) is int
+    prompts = [value] if are_ids else as_list(value)
     return tuple(prompt if is_text(prompt) else tuple(prompt) for prompt in prompts)
 
 

@@ -29,7 +29,7 @@ def refusal(message: str, code: str = "unreadable_image") -> RequestError:
     return RequestError(message, code=code)
 
 
-def format_of(data: bytes) -> str:
+def detect_format(data: bytes) -> str:
     """A picture file's format, one of PLUGINS, whatever its name or media type says. Raises RequestError for
     other formats."""
     for name, (is_it, *_) in PLUGINS.items():
@@ -45,7 +45,7 @@ def format_of(data: bytes) -> str:
 
 def open_picture(data: bytes) -> tuple[Any, str]:
     """A picture file, not decoded yet, and its format."""
-    name = format_of(data)
+    name = detect_format(data)
     _, module, kind = PLUGINS[name]
     try:
         plugin = require_library(f"PIL.{module}", "looking at images")
@@ -73,7 +73,7 @@ def check_size(width: int, height: int):
                       f"{LIMITS.picture_side} times the other", "too_complex")
 
 
-def pixels_of(data: bytes) -> tuple[int, int, bytes]:
+def decode_file(data: bytes) -> tuple[int, int, bytes]:
     """(width, height, RGB bytes row by row) of a picture file's first frame. The frame is turned as its EXIF
     data says, on white where it is transparent, and made smaller if it has more than LIMITS.kept_pixels."""
     image, name = open_picture(data)
@@ -121,4 +121,4 @@ class PictureTasks:
         """Nothing is shared between pictures."""
 
     def decode_picture(self, body: bytes) -> Body:
-        return Body(of_picture(picture(*pixels_of(bytes(body)))).data)
+        return Body(of_picture(picture(*decode_file(bytes(body)))).data)

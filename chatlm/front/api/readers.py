@@ -17,7 +17,7 @@ from chatlm.common.messages.wire import as_plain_json
 from chatlm.common.text.formats import CALL_FORMATS, knows_of_thinking, thoughts_of
 from chatlm.common.text.grammar import unusable_schema
 from chatlm.front.api.call_grammars import call_grammar, parameter_types, tool_grammar
-from chatlm.front.api.conversation import (
+from chatlm.front.api.message_readers import (
     OTHER_BLOCKS, OTHER_ITEMS, SentMessage, anthropic_messages, chat_messages, custom_calls, joined_turns,
     message_from, native_messages, openai_messages, other_types, response_messages, sent_messages,
     template_options, without_others)

@@ -157,7 +157,7 @@ SHARED_FIELDS = (  # for Completions and Chat Completions
     *OPENAI_SAMPLING_FIELDS,
     Field("stream_options", object_of("include_usage"), "include_usage: end with a chunk that has the usage",
           idle={"": idle.without_stream}),
-    Field("n", INTEGER, "choices", 1, LIMITS.choices, fills="request"),
+    Field("n", INTEGER, "number of choices", 1, LIMITS.choices, fills="request"),
     PREFIX, TOKEN_IDS,
 )
 
@@ -170,7 +170,7 @@ OPENAI_FIELDS = (
     *SHARED_FIELDS,
     *TOKEN_CAPS,
     Field("modalities", FieldType('["text"], the only modality of this server',
-                                  list_schema({"enum": ["text"]})), "what the answer is"),
+                                  list_schema({"enum": ["text"]})), "the kinds of output"),
     Field("logprobs", SWITCH, "log-probabilities of the answer"),
     Field("top_logprobs", INTEGER, "alternatives listed for each token", 0, 20,
           idle={"": idle.without_logprobs}),
@@ -178,9 +178,9 @@ OPENAI_FIELDS = (
     Field("tools", TOOLS, "functions the model may call"),
     Field("tool_choice", TOOL_CHOICE, "auto, none, required, or one of the tools"),
     PARALLEL,
-    Field("functions", FUNCTIONS, "as tools, for older clients: a call comes as `function_call`",
+    Field("functions", FUNCTIONS, "like `tools`, for older clients; a call comes as `function_call`",
           means="tools"),
-    Field("function_call", FUNCTION_CALL, "as tool_choice", means="tool_choice"),
+    Field("function_call", FUNCTION_CALL, "like `tool_choice`, for older clients", means="tool_choice"),
     RESPONSE_FORMAT, *TEMPLATE_OPTIONS, *CONSTRAINT_FIELDS,
 )
 
@@ -336,8 +336,8 @@ INPUT_TYPE = Field("input_type", TEXT, "query, document or a prompt's name: whic
                                        "text, if the model has it", idle={"": idle.without_a_prompt})
 POOLING = Field("pooling", FieldType('"mean" or "last"', {"enum": ["mean", "last"]}),
                 "for a chat model: the mean over an input's tokens (the default), or its last token")
-CUT = Field("truncate", SWITCH, "a longer input than the context loses its end (default); false: refused",
-            means="cut")
+CUT = Field("truncate", SWITCH, "an input longer than the context is cut at its end (default); false: it is "
+                                "refused", means="cut")
 EMBEDDING_FIELDS = (
     Field("input", INPUTS, "text, token ids, or a list of these", required=True),
     MODEL,
@@ -350,11 +350,11 @@ EMBEDDING_FIELDS = (
 OLLAMA_EMBED_FIELDS = (
     Field("input", INPUTS._replace(schema={"anyOf": [
         *INPUTS.schema["anyOf"], {"type": "array", "maxItems": 0}]}),
-          "text, or a list of texts; of none, no vectors", required=True),
+          "text, or a list of texts; an empty list gives no vectors", required=True),
     MODEL, POOLING, LOW, DIMENSIONS, CUT)
 OLLAMA_EMBEDDINGS_FIELDS = (  # of the older route
-    Field("prompt", TEXT._replace(convert=as_prompts), "a text; a longer one than the context loses its end",
-          required=True, means="input"),
+    Field("prompt", TEXT._replace(convert=as_prompts), "a text; one longer than the context is cut at its "
+          "end", required=True, means="input"),
     MODEL, POOLING)
 TEI_EMBED_FIELDS = (  # Text Embeddings Inference
     Field("inputs", INPUTS, "text, token ids, or a list of these", required=True, means="input"),
@@ -385,8 +385,8 @@ RERANK_FIELDS = (
     Field("raw_scores", SWITCH, "with `texts`: scores that may be below 0 and above 1",
           idle={"": idle.without_tei}),
     Field("return_text", SWITCH, "with `texts`: put each text beside its score", idle={"": idle.without_tei}),
-    Field("truncate", SWITCH, "with `texts`: one that is too long loses its end (default); false: a 400",
-          idle={"": idle.without_tei}),
+    Field("truncate", SWITCH, "with `texts`: one that is too long is cut at its end (default); false: it is "
+          "refused", idle={"": idle.without_tei}),
 )
 SCORE_FIELDS = (
     Field("text_1", TEXT_OR_TEXTS, "a text, or as many as text_2 has"),
@@ -406,8 +406,8 @@ TOKENIZE_FIELDS = (  # llama-server's, with `content`; vLLM's, with `prompt` or 
     MODEL,
     Field("content", MIXED, "text, or a list of texts and token ids"),
     Field("add_special", SWITCH, "begin `content` with bos if the model expects it"),
-    Field("parse_special", SWITCH, "read the names of special tokens in it as the tokens (the default)"),
-    Field("with_pieces", SWITCH, "return each token's text of it too"),
+    Field("parse_special", SWITCH, "read the names of special tokens in `content` as these tokens (default)"),
+    Field("with_pieces", SWITCH, "return the text of each token of `content` too"),
     Field("prompt", TEXT, "text, with the names of special tokens, as /v1/completions reads it"),
     TEMPLATE_FIELDS[0]._replace(required=False), *TEMPLATE_FIELDS[1:2], *TEMPLATE_OPTIONS,
     Field("add_special_tokens", SWITCH, "begin with bos if the model expects it: the default for `prompt`, "

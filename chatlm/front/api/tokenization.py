@@ -12,7 +12,7 @@ from chatlm.common.errors import invalid
 from chatlm.common.jsontext import dump, is_text
 from chatlm.common.text.calculations import calculations_of, text_in
 from chatlm.front.admission.prompts import checked_ids
-from chatlm.front.api.conversation import openai_messages, template_options
+from chatlm.front.api.message_readers import openai_messages, template_options
 from chatlm.front.api.fields import functions_among, no_tools, parse_fields, within_limit
 from chatlm.front.api.tables import DETOKENIZE_FIELDS, TEMPLATE_FIELDS, TEMPLATE_OPTIONS, TOKENIZE_FIELDS
 

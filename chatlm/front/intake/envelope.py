@@ -13,7 +13,7 @@ from typing import NamedTuple, TYPE_CHECKING
 from chatlm.common.errors import RequestError
 from chatlm.common.jsontext import is_text
 from chatlm.front.api.batch_lines import Line, read_line
-from chatlm.front.api.conversation import continued_ids
+from chatlm.front.api.message_readers import continued_ids
 from chatlm.front.api.fields import json_object
 from chatlm.front.api.picture_parts import Lift, Lifted, fill_in, lift_pictures
 from chatlm.front.api.tables import BODY_FIELDS
@@ -115,10 +115,10 @@ def open_body(route: str, number: int | None, raw: bytes | bytearray,
     if it is no JSON object, or no such line. before: the items that it continues, a JSON list."""
     line = None if number is None else read_line(number, bytes(raw))
     fields = line.body if line else json_object(raw)
-    return envelope_of(fields, route, line, None if before is None else json.loads(before))
+    return make_envelope(fields, route, line, None if before is None else json.loads(before))
 
 
-def envelope_of(fields: dict, route: str, line: Line | None = None, before: list | None = None) -> Envelope:
+def make_envelope(fields: dict, route: str, line: Line | None = None, before: list | None = None) -> Envelope:
     """The envelope of fields that are parsed already. Takes the pictures out of them."""
     route = line.url if line else route
     name = next(filter(None, map(fields.get, MODEL_NAMES[route])), "")

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence as Seq
 from typing import Any, NamedTuple, TYPE_CHECKING
 
 from chatlm.common.errors import RequestError
-from chatlm.front.api.batch_lines import problem_of, read_body_of, read_line
+from chatlm.front.api.batch_lines import read_line
 from chatlm.front.api.readers import read_answer, read_text, read_variants
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ async def answer(reading: Reading, route: str) -> list[ParsedBody]:
 async def line(reading: Reading) -> list[ParsedBody]:
     """Read the body in a line of a batch."""
     assert reading.body.line
-    return [read_body_of(reading.body.line, reading.known)]
+    return [reading.body.line.read_body(reading.known)]
 
 
 async def variants(reading: Reading, indices: Seq[int], seed: int) -> list[ParsedBody]:
@@ -82,6 +82,6 @@ def checked_lines(lines: Iterable[NumberedLine], known: Known, refusal: str) -> 
         except RequestError as error:
             checked.append(CheckedLine(str(error)))
         else:
-            problem = problem_of(read, known, refusal)
+            problem = read.problem(known, refusal)
             checked.append(CheckedLine(problem, read.custom_id, read.url, read.model))
     return checked

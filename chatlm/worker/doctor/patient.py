@@ -1,4 +1,4 @@
-"""What the checks look at: a model whose files are opened once, when a check first needs them."""
+"""The model that checks look at. Its files are opened once, when a check first needs them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Patient:
 
     @property
     def kind(self) -> str:
-        """As of ModelSource: "gguf", "hf", "litgpt", "nanochat" or "nanogpt"."""
+        """The kind of ModelSource: "gguf", "hf", "litgpt", "nanochat" or "nanogpt"."""
         return self.source.kind
 
     @property
@@ -51,7 +51,7 @@ class Patient:
 
     @cached_property
     def floats(self) -> LoadedModel:
-        """The same with matrices that are float32 when read."""
+        """The same model, whose matrices are float32 when they are read."""
         return open_model(self.source, replace(self.settings, dtype="float32", quantize=None), "cpu")
 
     @property
@@ -60,7 +60,7 @@ class Patient:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """As the front has it."""
+        """The tokenizer as the front has it."""
         return open_tokenizer(self.text)
 
     @cached_property

@@ -1,4 +1,4 @@
-"""A model computes texts without an engine: for comparing what it predicts, and for timing it."""
+"""Computes texts with a model but without an engine, to compare its predictions and to time it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CPU = Device("cpu")
 
 
 def row_bytes(model: Model) -> int:
-    """Roughly, of what a step holds for each of its tokens: logits, and what layers make."""
+    """A rough number of bytes that a step holds for each of its tokens: logits and activations."""
     width = model.feed.width if model.feed else 0
     return 4 * (model.vocab_size + 8 * (model.width + width))
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from chatlm.common.errors import cannot_read
 from chatlm.common.files import check_regular
 from chatlm.common.hub.stamps import ADAPTER_FILES, Changed, adapter_stamp
-from chatlm.worker.model.transformer import load_adapter
 from chatlm.worker.weights.adapters import reading_thread
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ class AdapterSlots:
         actual = adapter_digest(folder)
         if digest not in ("", actual):
             raise Changed(folder)
-        nbytes = load_adapter(self.transformer, slot, folder, stamp)
+        nbytes = self.transformer.load_adapter(slot, folder, stamp)
         return nbytes, actual
 
     def has_ended(self, adapter_id: str) -> bool:

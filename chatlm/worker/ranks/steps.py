@@ -21,7 +21,6 @@ import numpy
 
 from chatlm.common.messages.wire import receive_into
 from chatlm.common.processes.torchrun import RankStore
-from chatlm.worker.model.transformer import load_adapter
 from chatlm.worker.ranks.messages import RankAdapter, RankLogits, RankStep, RankTokens
 from chatlm.worker.weights.adapters import reading_thread
 
@@ -210,7 +209,7 @@ def received_steps(channel: Channel, transformer: Transformer) -> Iterator[RankS
         while True:
             [step] = channel.receive(wait=True, most=1)
             if isinstance(step, RankAdapter) and step.folder:
-                reading[step.slot] = thread.submit(load_adapter, transformer, step.slot,
+                reading[step.slot] = thread.submit(transformer.load_adapter, step.slot,
                                                    Path(step.folder), step.stamp)
                 continue
             if isinstance(step, RankAdapter):

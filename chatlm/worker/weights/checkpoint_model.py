@@ -12,9 +12,10 @@ import numpy
 
 from chatlm.common.errors import ConfigError
 from chatlm.worker.arrays.kinds import address_of, kind_of
-from chatlm.worker.weights.assemble import assembled, file_shapes
+from chatlm.worker.weights.array_tensors import ArrayTensors
 from chatlm.worker.weights.lora import FileSlice
 from chatlm.worker.weights.rules import check_bytes, float_type
+from chatlm.worker.weights.sources import file_shapes
 from chatlm.worker.weights.stored_model import AdapterTargets, Purpose, Report, Storage, with_head_of
 from chatlm.worker.weights.tied_heads import Pair
 
@@ -23,9 +24,9 @@ if TYPE_CHECKING:
     from chatlm.common.messages.requests import ModelSource, TextSpec
     from chatlm.worker.model.kernels import Backend
     from chatlm.worker.model.tensors import MappedRows, Unread
-    from chatlm.worker.weights.assemble import Sources
     from chatlm.worker.weights.lora import Change, Copy
     from chatlm.worker.weights.recipe import ModelSpec
+    from chatlm.worker.weights.sources import Sources
     from chatlm.worker.weights.vocabulary import Vocabulary
 
 PLAIN_TENSORS = "float32", "bfloat16", "float16", "float64"
@@ -76,7 +77,7 @@ class CheckpointModel:
                 tensor = change.on(tensor)
             return tensor
 
-        return assembled(self.source.path, settings, sources, self.state, dtype, changed)
+        return ArrayTensors(self.source.path, settings, self.state, dtype, changed).of(sources)
 
     def text(self) -> tuple[TextSpec, Vocabulary | None]:
         return self.tokenizer, None

@@ -15,18 +15,20 @@ from chatlm.worker.arrays.kinds import floats, item_bytes, kind_of
 from chatlm.worker.arrays.packed import RopePairs, unpermute_rope
 from chatlm.worker.model.tensors import TILE_ROWS
 from chatlm.worker.weights import cross_encoders, rerankers
-from chatlm.worker.weights.assemble import (
-    Mxfp4, assembled, file_shapes, fp8_block, read_safetensors, tensor_sources, unread_keys, unscaled,
-    without_shared)
+from chatlm.worker.weights.array_tensors import ArrayTensors
 from chatlm.worker.weights.draft_heads import folder_head
 from chatlm.worker.weights.embedders import folder_embedder
 from chatlm.worker.weights.families import FAMILIES
 from chatlm.worker.weights.family import is_one_more
+from chatlm.worker.weights.fp8 import fp8_block, unscaled
 from chatlm.worker.weights.huggingface import described_spec, hf_text
 from chatlm.worker.weights.lora import FileSlice, fused_slices
+from chatlm.worker.weights.mxfp4 import Mxfp4
 from chatlm.worker.weights.packed_layouts import NotExact, PackedWeight
 from chatlm.worker.weights.quantization import origin_of, without_zero_biases
 from chatlm.worker.weights.rules import float_type, own_sampling, read_json
+from chatlm.worker.weights.safetensors_folder import read_safetensors
+from chatlm.worker.weights.sources import file_shapes, tensor_sources, unread_keys, without_shared
 from chatlm.worker.weights.stored_model import AdapterTargets, Purpose, Report, Storage, with_head_of
 from chatlm.worker.weights.tied_heads import Pair, head_of_folder
 
@@ -36,10 +38,10 @@ if TYPE_CHECKING:
     from chatlm.common.messages.requests import ModelSource, TextSpec
     from chatlm.worker.model.kernels import Backend
     from chatlm.worker.model.tensors import MappedRows, Unread
-    from chatlm.worker.weights.assemble import Sources
     from chatlm.worker.weights.family import Family
     from chatlm.worker.weights.lora import Change, Copy
     from chatlm.worker.weights.recipe import ModelSpec
+    from chatlm.worker.weights.sources import Sources
     from chatlm.worker.weights.vocabulary import Vocabulary
 
 
@@ -202,8 +204,8 @@ class FolderModel:
                 raise NotExact
             return turned(name, blocks)
 
-        return assembled(self.source.path, settings, sources, self.state, dtype, changed, storage.as_stored,
-                         kept)
+        return ArrayTensors(self.source.path, settings, self.state, dtype, changed, storage.as_stored,
+                            kept).of(sources)
 
     def text(self) -> tuple[TextSpec, Vocabulary | None]:
         return self.restyled(hf_text(self.source.path, self.spec.vocab_size)), None

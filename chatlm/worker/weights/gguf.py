@@ -10,15 +10,13 @@ from collections.abc import Mapping, Sequence as Seq
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TYPE_CHECKING
-
+from typing import Any, NamedTuple, TYPE_CHECKING
 
 from chatlm.common.errors import ConfigError, shown
 from chatlm.common.log import log
 from chatlm.common.messages.requests import InfillTokens, TextSpec
 from chatlm.common.text.formats import template_of
-from chatlm.worker.weights.configs import (
-    HF_DEFAULTS, complete_heads, family_spec, growing_queries, scaled_rope, unsupported)
+from chatlm.worker.weights.configs import HF_DEFAULTS, complete_heads, family_spec, unsupported
 from chatlm.worker.weights.control_tokens import END_TOKENS, misnamed
 from chatlm.worker.weights.embedders import pooling_of_gguf
 from chatlm.worker.weights.encoder_text import text_of_encoder
@@ -28,6 +26,7 @@ from chatlm.worker.weights.gguf_file import GGUF_OWN, GGUF_SIZES, ROPE_TENSORS, 
 from chatlm.worker.weights.gguf_header import Texts
 from chatlm.worker.weights.pipelines import (
     CONTROL, USER_DEFINED, byte_level_pipeline, merges_of_scores, sentencepiece_pipeline)
+from chatlm.worker.weights.rope_scaling import growing_queries, scaled_rope
 from chatlm.worker.weights.rules import (
     LAYER_TYPES, Rule, check_divides, checked, suppressed_in, warn_of_templates)
 from chatlm.worker.weights.splits import PRE_TOKENIZERS
@@ -39,20 +38,23 @@ if TYPE_CHECKING:
 
 
 def gguf_spec(path: Path, metadata: Mapping, stored: Mapping, context: int | None) -> tuple[str, ModelSpec]:
-    """The row of FAMILIES and the spec, built as if from a config.json with the metadata's values."""
+    """The row of FAMILIES and the recipe, made as if from a config.json with the metadata's values."""
     header, family = family_of(path, metadata, stored)
     changes, instead = FAMILIES[family].gguf.layers(header)
     changed = {header.own + key: value for key, value in changes.items()}
     header = header._replace(metadata={**metadata, **changed})
-    family = next((name for key, name in FAMILIES[family].gguf.variants.items()
-                   if header.value(key, 0, low=0)), family)
+    for key, variant in FAMILIES[family].gguf.variants.items():
+        if header.value(key, 0, low=0):
+            family = variant
+            break
     row = FAMILIES[family]
     config = HF_DEFAULTS | row.config
     refuse_unknown(header, row, config)
-    config |= {ours: header.value(theirs, 1e-5 if ours == "rms_norm_eps" else None)
-               for ours, theirs in GGUF_SIZES.items()}
-    config |= {ours: header.value(theirs, config[ours]) or None for ours, theirs in GGUF_OWN.items()
-               if ours in config}
+    for ours, theirs in GGUF_SIZES.items():
+        config[ours] = header.value(theirs, 1e-5 if ours == "rms_norm_eps" else None)
+    for ours, theirs in GGUF_OWN.items():
+        if ours in config:
+            config[ours] = header.value(theirs, config[ours]) or None
     complete_heads(path, config, {ours: header.own + theirs for ours, theirs in GGUF_SIZES.items()})
     head_size = config["head_dim"]
     header.value("attention.value_length", head_size, low=head_size, high=head_size)  # no other is supported
@@ -63,16 +65,21 @@ def gguf_spec(path: Path, metadata: Mapping, stored: Mapping, context: int | Non
     if "norm_topk_prob" in config:
         config["norm_topk_prob"] = header.value("expert_weights_norm", config["norm_topk_prob"])
     spec = family_spec(path, family, config, gguf_rope(header, config, context))
-    spec = replace(spec, head_bias="output.bias" in stored, **{
-        field: any(header.has(f"{name}.bias") for name in names.split()) for field, names in (
-            ("qkv_bias", "attn_q attn_qkv"), ("output_bias", "attn_output"),
-            ("norm_biases", "attn_norm attn_output_norm"),
-            ("ffn_bias", "ffn_down_exps" if spec.experts and not spec.sum_norms else "ffn_down"))})
+    spec = replace(spec, head_bias="output.bias" in stored, **biases_in(header, spec))
     return family, row.with_own_blocks(path, config, spec)
 
 
+def biases_in(header: Header, spec: ModelSpec) -> dict[str, bool]:
+    """The fields of a spec that say which biases there are. The metadata do not, so the tensors tell."""
+    down = "ffn_down_exps" if spec.experts and not spec.sum_norms else "ffn_down"
+    names = {"qkv_bias": ("attn_q", "attn_qkv"), "output_bias": ("attn_output",),
+             "norm_biases": ("attn_norm", "attn_output_norm"), "ffn_bias": (down,)}
+    return {field: any(header.has(f"{name}.bias") for name in any_of) for field, any_of in names.items()}
+
+
 def family_of(path: Path, metadata: Mapping, stored: Mapping) -> tuple[Header, str]:
-    """The header, and the row of FAMILIES of its architecture. ConfigError if this is no model for it."""
+    """A header, and the row of FAMILIES of its architecture. ConfigError if the file is not a model of a
+    known one."""
     if metadata.get("general.type", "model") != "model":
         raise ConfigError(f"{path} is not a model: its general.type is {shown(metadata['general.type'])}. "
                           "Give the GGUF file of the model itself")
@@ -85,7 +92,7 @@ def family_of(path: Path, metadata: Mapping, stored: Mapping) -> tuple[Header, s
 
 
 def vocabulary_of(header: Header) -> int:
-    """The rows of the embedding, which may be padded."""
+    """The rows of the embedding. There may be more than tokens, as padding."""
     tokens = len(gguf_value(header.path, header.metadata, "tokenizer.ggml.tokens"))
     embedding = header.stored["token_embd.weight"].shape if "token_embd.weight" in header.stored else ()
     size = int(embedding[1]) if len(embedding) > 1 else tokens
@@ -101,13 +108,14 @@ def layer_types_of(header: Header, config: Mapping) -> dict:
     layers = config["num_hidden_layers"]
     pattern = header.raw(key)
     if pattern is None:
-        none = "layer_types" in config and "sliding_window" in config and not config["sliding_window"]
-        return {"layer_types": [LAYER_TYPES[0]] * layers} if none else {}
-    listed = isinstance(pattern, list)  # else every n-th layer has none
-    pattern = checked(header.path, header.own + key, pattern,
-                      Rule(bool, many=True) if listed else Rule(int, 1), layers)
-    return {"layer_types": [LAYER_TYPES[pattern[layer] if listed else (layer + 1) % pattern > 0]
-                            for layer in range(layers)]}
+        has_none = "layer_types" in config and "sliding_window" in config and not config["sliding_window"]
+        return {"layer_types": [LAYER_TYPES[0]] * layers} if has_none else {}
+    if isinstance(pattern, list):
+        windows = checked(header.path, header.own + key, pattern, Rule(bool, many=True), layers)
+    else:  # every nth layer has none
+        n = checked(header.path, header.own + key, pattern, Rule(int, 1))
+        windows = [(layer + 1) % n > 0 for layer in range(layers)]
+    return {"layer_types": [LAYER_TYPES[has_window] for has_window in windows]}
 
 
 # llama.cpp's converter omits mscale and mscale_all_dim, and llama.cpp also computes the usual factor
@@ -116,7 +124,8 @@ MSCALE_UNKNOWN = ("%s: yarn multiplies queries and keys by %.3f, as usual. This 
 
 
 def gguf_rope(header: Header, config: Mapping, context: int | None) -> dict:
-    """Like hf_rope, from the scaling's keys, phi3's two lists of factors, or llama 3's single one."""
+    """The rotary fields of a recipe, as `hf_rope` makes them: from the scaling's keys, phi3's two lists of
+    factors, or llama 3's single one."""
     head_size = config["head_dim"]
     row = FAMILIES[GGUF_FAMILIES[header.own[:-1]]]
     if row.own_attentions:
@@ -144,7 +153,8 @@ def gguf_rope(header: Header, config: Mapping, context: int | None) -> dict:
 
 
 def gguf_scaling(header: Header, row: Family, config: Mapping, lists: Mapping[str, Seq[float]]) -> dict:
-    """The rope_scaling of a config.json; `lists`: those of ROPE_TENSORS that the file has."""
+    """What the metadata say of scaling, as a config.json's rope_scaling. `lists`: those of ROPE_TENSORS that
+    the file has."""
     value = header.value
     scaling = header.value("rope.scaling.type", "none")
     rope = {"original_max_position_embeddings": value("rope.scaling.original_context_length")}
@@ -179,59 +189,100 @@ def gguf_text(path: Path, metadata: Mapping) -> TextSpec:
     return gguf_texts(path, metadata)[0]
 
 
-def gguf_texts(path: Path, metadata: Mapping) -> tuple[TextSpec, Vocabulary | None]:
-    """The tokenizer (as the text of a tokenizer.json), chat template and stop tokens from the metadata; and
-    what that text says, if it is of a decoder."""
-    def value(name: str, *default, **bounds) -> Any:
-        found = gguf_value(path, metadata, f"tokenizer.{name}", *default, **bounds)
-        return list(found) if isinstance(found, Texts) else found
+class TokenizerKeys(NamedTuple):
+    """What a GGUF file says of its tokenizer."""
 
+    path: Path
+    metadata: Mapping[str, Any]
+
+    def value(self, name: str, *default, **bounds) -> Any:
+        """The value of a key, without `tokenizer.`, checked."""
+        value = gguf_value(self.path, self.metadata, f"tokenizer.{name}", *default, **bounds)
+        return list(value) if isinstance(value, Texts) else value
+
+    def chat_template(self) -> str | None:
+        """The chat template. A warning is logged if there are only others."""
+        template = template_of(self.value("chat_template"),
+                               self.metadata.get("tokenizer.chat_template.tool_use"))
+        if not template:
+            prefix = "tokenizer.chat_template."
+            warn_of_templates(self.path, [key.removeprefix(prefix) for key in self.metadata
+                                          if key.startswith(prefix)])
+        return template
+
+
+def gguf_texts(path: Path, metadata: Mapping) -> tuple[TextSpec, Vocabulary | None]:
+    """The tokenizer (as the text of a tokenizer.json), the chat template and the tokens that end answers. Of
+    a decoder also its vocabulary."""
+    keys = TokenizerKeys(path, metadata)
+    value = keys.value
     model = value("ggml.model")
     tokens = value("ggml.tokens")
     if model in ("bert", "t5"):
         return text_of_encoder(value), None
-    token_types = list(value("ggml.token_type", [1] * len(tokens), len(tokens)))
+    types = list(value("ggml.token_type", [1] * len(tokens), len(tokens)))
     last = len(tokens) - 1
-    bos, eos, *ends = (value(f"ggml.{name}_token_id", high=last) for name in ("bos", "eos", "eot", "eom"))
-    template = template_of(value("chat_template"), metadata.get("tokenizer.chat_template.tool_use"))
-    if control := misnamed(tokens, token_types, (bos, eos, *ends), template):
-        names = ", ".join(shown(tokens[token]) for token in control[:MOST_NAMED])
-        log.warning(MISNAMED, path, names, " .." * (len(control) > MOST_NAMED))
-        for token in control:
-            token_types[token] = CONTROL
+    bos, eos, *others = (value(f"ggml.{name}_token_id", high=last) for name in ("bos", "eos", "eot", "eom"))
+    template = keys.chat_template()
+    mark_control_tokens(path, tokens, types, (bos, eos, *others), template)
     pre = PRE_TOKENIZERS[value("ggml.pre", "default")] if model == "gpt2" else None
-    of_gemma = model == "gemma4"  # sentencepiece's alphabet with explicit merges
     if pre:
         pipeline = byte_level_pipeline(tokens, value("ggml.merges"), pre)
     else:
-        merges = value("ggml.merges", *() if of_gemma else ([],))
-        merges = merges or merges_of_scores(tokens, value("ggml.scores", None, len(tokens)), token_types)
-        unknown = tokens[value("ggml.unknown_token_id", 0, high=last)]
-        space = value("ggml.add_space_prefix", not of_gemma)
-        pipeline = sentencepiece_pipeline(tokens, merges, unknown, space)
+        pipeline = pieces_pipeline(keys, tokens, types)
     family = GGUF_FAMILIES.get(str(metadata.get("general.architecture")), "llama")
-    spaces = FAMILIES[family].gguf.strips_specials and not pre  # dropped after these tokens
-    pipeline["added_tokens"] = [
-        {"id": i, "content": token, "special": token_type == CONTROL, "normalized": False,
-         "single_word": False, "lstrip": False,
-         "rstrip": spaces and token not in ("<unk>", "<s>", "<|endoftext|>")}
-        for i, (token, token_type) in enumerate(zip(tokens, token_types))
-        if token and token_type in (CONTROL, USER_DEFINED)]
-    ends = {eos, *ends} - {None}
+    strips = FAMILIES[family].gguf.strips_specials and not pre
+    pipeline["added_tokens"] = added_tokens(tokens, types, strips)
+    ends = {eos, *others} - {None}
     ends |= {entry["id"] for entry in pipeline["added_tokens"] if entry["content"] in END_TOKENS}
-    add_bos = of_gemma or value("ggml.add_bos_token", pre is None or pre.add_bos)  # as in llama.cpp
-    if not template:
-        warn_of_templates(path, [key.removeprefix("tokenizer.chat_template.") for key in metadata
-                                 if key.startswith("tokenizer.chat_template.")])
-    text = TextSpec("hf", json.dumps(pipeline, ensure_ascii=False).encode(), template, frozenset(ends), bos,
-                    eos, add_bos, infill=gguf_infill(metadata, len(tokens)), suppressed=suppressed_in(
-                        path, key := "tokenizer.ggml.suppress_tokens", metadata.get(key), len(tokens)))
+    # as in llama.cpp
+    add_bos = model == "gemma4" or value("ggml.add_bos_token", pre is None or pre.add_bos)
+    key = "tokenizer.ggml.suppress_tokens"
+    text = TextSpec(
+        "hf", json.dumps(pipeline, ensure_ascii=False).encode(), template, frozenset(ends), bos, eos, add_bos,
+        infill=gguf_infill(metadata, len(tokens)),
+        suppressed=suppressed_in(path, key, metadata.get(key), len(tokens)))
     return text, vocabulary_from(tokens, pipeline["added_tokens"], pipeline["decoder"])
 
 
+def mark_control_tokens(path: Path, tokens: Seq[str], types: list[int], ids: Seq[int | None],
+                        template: str | None):
+    """Correct the types of control tokens to which the file gives others. `ids`: those that it names."""
+    control = misnamed(tokens, types, ids, template)
+    if control:
+        names = ", ".join(shown(tokens[token]) for token in control[:MOST_NAMED])
+        log.warning(MISNAMED, path, names, " .." * (len(control) > MOST_NAMED))
+    for token in control:
+        types[token] = CONTROL
+
+
+def pieces_pipeline(keys: TokenizerKeys, tokens: list[str], types: Seq[int]) -> dict:
+    """The parts of a tokenizer.json of a sentencepiece vocabulary. Gemma 4's has explicit merges."""
+    of_gemma4 = keys.value("ggml.model") == "gemma4"
+    merges = keys.value("ggml.merges", *() if of_gemma4 else ([],))
+    if not merges:
+        merges = merges_of_scores(tokens, keys.value("ggml.scores", None, len(tokens)), types)
+    unknown = tokens[keys.value("ggml.unknown_token_id", 0, high=len(tokens) - 1)]
+    begins_with_space = keys.value("ggml.add_space_prefix", not of_gemma4)
+    return sentencepiece_pipeline(tokens, merges, unknown, begins_with_space)
+
+
+def added_tokens(tokens: Seq[str], types: Seq[int], strips: bool) -> list[dict]:
+    """The tokens that are cut out of a text before it is cut into words. `strips`: with the spaces after
+    them."""
+    added = []
+    for token_id, (token, kind) in enumerate(zip(tokens, types)):
+        if token and kind in (CONTROL, USER_DEFINED):
+            added.append({
+                "id": token_id, "content": token, "special": kind == CONTROL, "normalized": False,
+                "single_word": False, "lstrip": False,
+                "rstrip": strips and token not in ("<unk>", "<s>", "<|endoftext|>")})
+    return added
+
+
 def gguf_infill(metadata: Mapping, vocab_size: int) -> InfillTokens:
-    """The infill tokens that the metadata name, the first three under either of two names. As in llama.cpp,
-    ids outside the vocabulary are ignored."""
+    """The infill tokens that the metadata name; the first three may have either of two names. Ids outside the
+    vocabulary are ignored, as in llama.cpp."""
     ids: dict[str, int] = {}
     for keys in ("prefix suffix middle", "fim_pre fim_suf fim_mid fim_pad fim_rep fim_sep"):
         for name, key in zip(InfillTokens._fields, keys.split()):

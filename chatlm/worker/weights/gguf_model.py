@@ -16,7 +16,6 @@ from chatlm.worker.model.blocks.mixers import DeltaRule
 from chatlm.worker.model.head import Head
 from chatlm.worker.model.tensors import TILE_ROWS
 from chatlm.worker.weights import cross_encoders, rerankers
-from chatlm.worker.weights.assemble import file_shapes, packed_together, unread_keys, without_shared
 from chatlm.worker.weights.draft_heads import gguf_head
 from chatlm.worker.weights.embedders import gguf_embedder
 from chatlm.worker.weights.factors import with_factors
@@ -27,7 +26,9 @@ from chatlm.worker.weights.gguf_file import ROPE_TENSORS, check_gguf_types, read
 from chatlm.worker.weights.gguf_tensors import GgufTensors, file_shape, growth
 from chatlm.worker.weights.lora import FileSlice, fused_slices
 from chatlm.worker.weights.model_of import model_of
+from chatlm.worker.weights.packed_rows import packed_together
 from chatlm.worker.weights.rules import own_sampling
+from chatlm.worker.weights.sources import file_shapes, unread_keys, without_shared
 from chatlm.worker.weights.stored_model import AdapterTargets, Purpose, Report, Storage, with_head_of
 from chatlm.worker.weights.tied_heads import Pair
 
@@ -36,10 +37,10 @@ if TYPE_CHECKING:
     from chatlm.common.messages.requests import ModelSource, TextSpec
     from chatlm.worker.model.kernels import Backend
     from chatlm.worker.model.tensors import MappedRows, Unread
-    from chatlm.worker.weights.assemble import Sources
     from chatlm.worker.weights.family import Family
     from chatlm.worker.weights.lora import Change, Copy
     from chatlm.worker.weights.recipe import ModelSpec
+    from chatlm.worker.weights.sources import Sources
     from chatlm.worker.weights.vocabulary import Vocabulary
 
 

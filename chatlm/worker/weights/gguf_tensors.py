@@ -18,13 +18,14 @@ from chatlm.worker.arrays.gguf_types import TYPES, GgufType, block_of
 from chatlm.worker.arrays.kinds import floats, item_bytes
 from chatlm.worker.arrays.packed import RopePairs, dequantize, dequantized, unpermute_rope
 from chatlm.worker.model.tensors import Cut, MappedRows, Unread
-from chatlm.worker.weights.assemble import as_rows, cut_stored, mapped_rows
+from chatlm.worker.weights.array_tensors import mapped_rows
 from chatlm.worker.weights.finite import refuse_faults
+from chatlm.worker.weights.packed_rows import as_rows, cut_stored
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.worker.weights.assemble import Sources
     from chatlm.worker.weights.lora import Change, Copy
+    from chatlm.worker.weights.sources import Sources
     from chatlm.worker.weights.stored_model import Storage
 
 FLOAT_TYPES = ("F32", "F16", "BF16")

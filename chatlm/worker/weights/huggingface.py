@@ -15,41 +15,40 @@ from chatlm.common.messages.requests import TextSpec
 from chatlm.common.text.formats import template_of
 from chatlm.common.text.load import open_tokenizer
 from chatlm.worker.weights import rerankers
-from chatlm.worker.weights.configs import (
-    HF_KEYS, complete_heads, family_config, family_spec, growing_queries, scaled_rope)
+from chatlm.worker.weights.configs import HF_KEYS, complete_heads, family_config, family_spec
 from chatlm.worker.weights.families import FAMILIES
 from chatlm.worker.weights.named_tokens import tokenizer_options, with_named_tokens
+from chatlm.worker.weights.rope_scaling import ORIGINAL, growing_queries, scaled_rope
 from chatlm.worker.weights.rules import (
     LAYER_TYPES, Rule, check_divides, checked, read_json, suppressed_in, warn_of_templates)
 from chatlm.worker.weights.trial import refuse_endless
 
 if TYPE_CHECKING:
+    from chatlm.common.text.tokenizer import Tokenizer
     from chatlm.worker.weights.recipe import ModelSpec
 
 
+GROWTH = "llama_4_scaling_beta"  # of Ministral 3's queries
+
+
 def hf_rope(path: Path, family: str, config: Mapping, context: int | None) -> dict:
-    """`scaled_rope` for a config.json with rope_scaling, or rope_parameters by layer type or for all."""
+    """The rotary fields of a recipe, from a config.json with rope_scaling, or with rope_parameters for all
+    layers or by type."""
     row = FAMILIES[family]
     if row.own_attentions:
         return {"max_positions": config["max_position_embeddings"]}
     name = "rope_scaling" if config["rope_scaling"] else "rope_parameters"
-    rope = config[name] or {}
-    local = {}
-    if "rope_local_base_freq" in config and isinstance(rope, dict) and rope.keys() & set(LAYER_TYPES):
-        rope, local = (rope.get(layer_type) or {} for layer_type in LAYER_TYPES)
-    for scaling in (rope, local):
-        if not isinstance(scaling, dict) or scaling is local and local.get(
-                "rope_type", "default") != "default":
-            raise ConfigError(f"{path}: {name} is {shown(scaling)}; it must be an object, with the rope_type "
-                              "default for sliding_attention")
+    rope, local = by_type(path, name, config)
     rope = row.rope_of(path, name, config, rope)
-    growth = ("llama_4_scaling_beta", "max_position_embeddings") if row.queries_grow else ()
-    beta = rope.get("llama_4_scaling_beta") if growth else None
-    rope = {key: setting for key, setting in rope.items() if key not in growth}
-    part = checked(path, "partial_rotary_factor",  # other families ignore it
+    beta = None
+    if row.queries_grow:
+        beta = rope.get(GROWTH)
+        rope = {key: setting for key, setting in rope.items()
+                if key not in (GROWTH, "max_position_embeddings")}
+    least = 0.01 if "partial_rotary_factor" in row.config else 1  # other families ignore it
+    part = checked(path, "partial_rotary_factor",
                    rope.get("partial_rotary_factor", config["partial_rotary_factor"]),
-                   Rule(float, 0.01 if "partial_rotary_factor" in row.config else 1, 1,
-                        optional=True))
+                   Rule(float, least, 1, optional=True))
     size = int(config["head_dim"] * (part or 1))
     check_divides(path, "the number of rotated dimensions", size, 2)
 
@@ -62,11 +61,25 @@ def hf_rope(path: Path, family: str, config: Mapping, context: int | None) -> di
     if "rope_local_base_freq" in config:
         fields["local_rope_base"] = base(local, "rope_local_base_freq")
     if beta is not None:
-        key = "original_max_position_embeddings"
-        original = checked(path, f"{name}.{key}", rope.get(key), HF_KEYS[key])
-        checked(path, f"{name}.llama_4_scaling_beta", beta, Rule(float, 0, 10))
+        original = checked(path, f"{name}.{ORIGINAL}", rope.get(ORIGINAL), HF_KEYS[ORIGINAL])
+        checked(path, f"{name}.{GROWTH}", beta, Rule(float, 0, 10))
         fields |= growing_queries(fields, beta, original, context)
     return fields
+
+
+def by_type(path: Path, name: str, config: Mapping) -> tuple[dict, dict]:
+    """The rotary parameters under `name`: of layers with full attention, and of those with a window where
+    they have their own."""
+    rope = config[name] or {}
+    local = {}
+    if "rope_local_base_freq" in config and isinstance(rope, dict) and rope.keys() & set(LAYER_TYPES):
+        rope, local = (rope.get(layer_type) or {} for layer_type in LAYER_TYPES)
+    for scaling in (rope, local):
+        is_object = isinstance(scaling, dict)
+        if not is_object or scaling is local and local.get("rope_type", "default") != "default":
+            raise ConfigError(f"{path}: {name} is {shown(scaling)}; it must be an object, with the rope_type "
+                              "default for sliding_attention")
+    return rope, local
 
 
 def hf_spec(path: Path, context: int | None) -> tuple[str, ModelSpec]:
@@ -75,7 +88,7 @@ def hf_spec(path: Path, context: int | None) -> tuple[str, ModelSpec]:
 
 
 def described_spec(path: Path, raw: dict, context: int | None) -> tuple[str, ModelSpec]:
-    """`hf_spec` of a file that says what `raw`, a config.json, does."""
+    """`hf_spec` of any file that says what `raw`, a config.json, does."""
     family, config = family_config(path, raw)
     complete_heads(path, config)
     spec = family_spec(path, family, config, hf_rope(path, family, config, context))
@@ -86,8 +99,8 @@ def described_spec(path: Path, raw: dict, context: int | None) -> tuple[str, Mod
 
 
 def hf_template(folder: Path, options: Mapping) -> str | None:
-    """The chat template: chat_template.jinja, else chat_template.json or the one in the tokenizer's
-    `options`. Of several named ones it is `default`, with `tool_use` for chats with tools."""
+    """The chat template: from chat_template.jinja, else from chat_template.json or the tokenizer's `options`.
+    Of several named ones it takes `default`, and `tool_use` for chats with tools."""
     path = folder / "chat_template.jinja"
     config = folder / "tokenizer_config.json"
     others = {other.stem: other for other in sorted(folder.glob("additional_chat_templates/*.jinja"))}
@@ -108,18 +121,53 @@ def hf_template(folder: Path, options: Mapping) -> str | None:
 
 
 def hf_text(folder: Path, vocab_size: int) -> TextSpec:
-    """tokenizer.json, the chat template, and the tokens that other files there name as bos and eos."""
+    """tokenizer.json, the chat template, and the tokens that other files name as bos and eos."""
     path = folder / "tokenizer.json"
     if not path.exists():
         raise ConfigError(f"{folder} has no tokenizer.json"
                           + other_tokenizers(file.name for file in folder.iterdir()))
     payload = read_small(path)
     options = tokenizer_options(folder)
-    others = [read_json(folder / f"{name}.json", needed=False) for name in ("generation_config", "config")]
+    generation, config = (read_json(folder / f"{name}.json", needed=False)
+                          for name in ("generation_config", "config"))
+    payload, tokenizer = fitting_tokenizer(folder, payload, options, vocab_size)
+    pipeline = getattr(tokenizer, "pipeline")  # of a HuggingFaceTokenizer
+    template = hf_template(folder, options)
+
+    def ids(name: str) -> list[int]:
+        """The tokens that the files name for this role."""
+        text = options.get(f"{name}_token")
+        if isinstance(text, dict):
+            text = text.get("content")
+        stated = [pipeline.token_to_id(whole_unicode(text)) if isinstance(text, str) else None]
+        stated += [other.get(f"{name}_token_id") for other in (generation, config)]
+        tokens = []
+        for value in stated:
+            if value is not None:
+                tokens += value if isinstance(value, list) else [value]
+        return checked(folder, f"{name}_token_id", tokens, Rule(int, 0, vocab_size - 1, many=True))
+
+    bos = ids("bos")
+    eos = ids("eos")
+    adds_bos = options.get("add_bos_token")
+    if not isinstance(adds_bos, bool):
+        adds_bos = pipeline.encode("").ids[:1] == bos[:1] != []
+    suppressed = suppressed_in(folder / "generation_config.json", "suppress_tokens",
+                               generation.get("suppress_tokens"), vocab_size)
+    return TextSpec("hf", payload, template, stop_tokens=frozenset(eos), bos_token=bos[0] if bos else None,
+                    eos_token=eos[0] if eos else None, add_bos=adds_bos, chat_bos=False,
+                    suppressed=suppressed)
+
+
+def fitting_tokenizer(folder: Path, payload: bytes, options: Mapping,
+                      vocab_size: int) -> tuple[bytes, Tokenizer]:
+    """A folder's tokenizer.json (`payload`) with the tokens that other files name, and without those for
+    which the model has no row; and its tokenizer. ConfigError if others have no row either."""
+    path = folder / "tokenizer.json"
     refuse_endless(path, TextSpec("hf", payload))
     try:
-        if (tokenizer := open_tokenizer(TextSpec("hf", payload))).vocab_size > vocab_size:
-            # gemma3 has an image token that its text model does not know
+        tokenizer = open_tokenizer(TextSpec("hf", payload))
+        if tokenizer.vocab_size > vocab_size:  # gemma3 has an image token that its text model does not know
             content = json.loads(payload)
             content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < vocab_size]
             payload = json.dumps(content, ensure_ascii=False).encode()
@@ -127,31 +175,11 @@ def hf_text(folder: Path, vocab_size: int) -> TextSpec:
     except ConfigError as error:
         refuse_cut_json(path, payload)
         raise ConfigError(f"{path}: {error}") from None
-    pipeline = getattr(tokenizer, "pipeline")  # of a HuggingFaceTokenizer
-    named = with_named_tokens(folder, payload, pipeline, options, vocab_size)
+    named = with_named_tokens(folder, payload, getattr(tokenizer, "pipeline"), options, vocab_size)
     if named is not payload:
-        tokenizer = open_tokenizer(TextSpec("hf", named))
         payload = named
-        pipeline = getattr(tokenizer, "pipeline")
+        tokenizer = open_tokenizer(TextSpec("hf", payload))
     if tokenizer.vocab_size > vocab_size:
         raise ConfigError(f"{folder}: tokenizer.json has {tokenizer.vocab_size:,} tokens, the model "
                           f"{vocab_size:,}")
-    template = hf_template(folder, options)
-
-    def ids(name: str) -> list[int]:
-        text = options.get(f"{name}_token")
-        text = text.get("content") if isinstance(text, dict) else text
-        token = pipeline.token_to_id(whole_unicode(text)) if isinstance(text, str) else None
-        values = [token, *(other.get(f"{name}_token_id") for other in others)]
-        lists = [value if isinstance(value, list) else [value] for value in values if value is not None]
-        return checked(folder, f"{name}_token_id", sum(lists, []), Rule(int, 0, vocab_size - 1, many=True))
-
-    bos = ids("bos")
-    eos = ids("eos")
-    adds = options.get("add_bos_token")
-    if not isinstance(adds, bool):
-        adds = pipeline.encode("").ids[:1] == bos[:1] != []
-    return TextSpec("hf", payload, template, stop_tokens=frozenset(eos), bos_token=bos[0] if bos else None,
-                    eos_token=eos[0] if eos else None, add_bos=adds, chat_bos=False,
-                    suppressed=suppressed_in(folder / "generation_config.json", "suppress_tokens",
-                                             others[0].get("suppress_tokens"), vocab_size))
+    return payload, tokenizer

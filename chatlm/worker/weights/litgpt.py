@@ -120,8 +120,10 @@ def config_json(folder: Path) -> dict:
 
 
 def in_prompt_style(path: Path, text: TextSpec) -> TextSpec:
-    """The text with the template of the questions that the model was fine-tuned with, if litgpt says so
-    beside it. A style of a model, not of a dataset, is what the tokenizer's own template writes."""
+    """The text with the template by which the model was fine-tuned, if litgpt says so beside it.
+
+    A style that belongs to a dataset becomes a template. A style that belongs to a model is what the
+    tokenizer's own template writes."""
     if not path.exists():
         return text
     style = read_yaml(path).get("class_path")
@@ -152,7 +154,7 @@ def read_yaml(path: Path) -> dict:
 
 
 def model_config(path: Path) -> dict[str, Any]:
-    """The values of KEYS in a model_config.yaml, checked, with litgpt's defaults, and rope_adjustments."""
+    """The values of KEYS in a model_config.yaml, checked, with litgpt's defaults; and rope_adjustments."""
     stated = read_yaml(path)
     for key, value in stated.items():
         if key not in KNOWN and value:
@@ -172,8 +174,7 @@ def model_config(path: Path) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """A value of YAML as JSON could have it. What is in lists of lists, which may be endless, is only
-    named."""
+    """A value of YAML as JSON could have it. Lists within lists may be endless, so they are only named."""
     def scalar(value: Any) -> Any:
         return value if isinstance(value, (str, int, float, type(None))) else type(value).__name__
 
@@ -298,8 +299,8 @@ class LitModel(NamedTuple):
                 "rope_scaling": self.rope_scaling()}
 
     def expert_keys(self, family: str) -> dict:
-        """Those of a config.json. The shares of the chosen experts sum to one: litgpt takes the softmax of
-        their scores alone."""
+        """The keys of a config.json about experts. The shares of the chosen ones sum to one, since litgpt
+        takes the softmax of their scores alone."""
         config = self.config
         count = checked(self.path, "n_expert", config["n_expert"], Rule(int, 1, MOST_EXPERTS))
         chosen = checked(self.path, "n_expert_per_token", config["n_expert_per_token"], Rule(int, 1, count))
@@ -364,8 +365,8 @@ class LitModel(NamedTuple):
         return renamed
 
     def renamed(self, name: str, tensor: numpy.ndarray) -> dict[str, numpy.ndarray]:
-        """A tensor under transformers' name; that of queries, keys and values becomes three. One that is not
-        known, or of another size, stays as it is, which `check_names_and_shapes` reports."""
+        """A tensor under transformers' names; that of queries, keys and values becomes three. A tensor that
+        is not known, or of another size, keeps its name, and `check_names_and_shapes` reports it."""
         is_neox = self.config["mlp_class_name"] == NEOX
         names = NEOX_NAMES if is_neox else LLAMA_NAMES
         if name in names.once:
@@ -394,7 +395,7 @@ class LitModel(NamedTuple):
         return ".".join((block, *expert, names.get(module, module)))
 
     def by_head(self, part: str, rows: numpy.ndarray) -> numpy.ndarray:
-        """The rows of q, k and v of each head in turn, as litgpt stored them before December 2024, too."""
+        """The rows of q, k and v of each head in turn. So litgpt stored them itself before December 2024."""
         if part == "attn.attn":
             return rows
         by_kind = rows.reshape(3, self.groups, self.head_size, *rows.shape[1:])

@@ -15,17 +15,17 @@ from chatlm.common.log import log
 from chatlm.worker.arrays.kinds import Device
 from chatlm.worker.model.kernels import choose_backend
 from chatlm.worker.weights.adapters import Adaptable
-from chatlm.worker.weights.assemble import check_names_and_shapes, tensor_sources, unread_keys
 from chatlm.worker.weights.draft_heads import draft_head_of
 from chatlm.worker.weights.model_of import model_of
 from chatlm.worker.weights.rules import LoadedModel, check_rotary_memory
+from chatlm.worker.weights.sources import check_names_and_shapes, tensor_sources, unread_keys
 from chatlm.worker.weights.tied_heads import merge_adapters
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
     from chatlm.common.messages.requests import ModelSource, TextSpec
     from chatlm.worker.model.tower import Eyes
-    from chatlm.worker.weights.assemble import Sources
+    from chatlm.worker.weights.sources import Sources
     from chatlm.worker.weights.stored_model import Storage, StoredModel
 
 

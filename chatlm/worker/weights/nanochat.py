@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 class Generation(NamedTuple):
-    """One version of upstream's gpt.py (git log -p nanochat/gpt.py): what sets it apart."""
+    """What sets one version of upstream's gpt.py apart (git log -p nanochat/gpt.py)."""
 
     since: str
     short_window: Callable[[int], int] = lambda length: length // 2  # where model_config does not state it
@@ -88,7 +88,7 @@ NANOCHAT_KEYS = {  # of model_config
 
 
 def read_nanochat_config(model_path: Path) -> dict:
-    """`model_config` of meta_<step>.json next to the checkpoint."""
+    """The `model_config` of the meta_<step>.json beside the checkpoint, checked."""
     path = meta_of(model_path)
     try:
         data = read_small(path)
@@ -114,7 +114,7 @@ def read_nanochat_config(model_path: Path) -> dict:
 def nanochat_generation(state: Mapping[str, numpy.ndarray]) -> int:
     """The checkpoint's generation, recognized by its keys and the gate's width.
 
-    check_names_and_shapes reports keys that do not fit it later, as unknown or missing."""
+    `check_names_and_shapes` later reports the keys that do not belong to it."""
     gates = {tensor.shape[-1:] for name, tensor in state.items() if name.endswith("ve_gate.weight")}
     if any(name.startswith("smear_") for name in state):
         return 5
@@ -144,8 +144,8 @@ def nanochat_spec(config: Mapping, number: int, softcap: float) -> ModelSpec:
 
 
 def windows_of(config: Mapping, generation: Generation) -> list[int]:
-    """The window of each layer. Upstream's window of W covers the token itself and the W before it; the last
-    layer has the long one."""
+    """The window of each layer. Upstream's window of W covers the token itself and W tokens before it. The
+    last layer has the long one."""
     L = config["n_layer"]
     length = config["sequence_len"]
     pattern = config["window_pattern"]
@@ -157,7 +157,7 @@ def windows_of(config: Mapping, generation: Generation) -> list[int]:
 
 
 def input_of(generation: Generation, recipe: ModelSpec) -> Input:
-    """x0: the norm of the embedding, and a part of that of the previous token."""
+    """x0: the norm of the embedding. Smeared, it has a part of the previous token's too."""
     norm = RmsNorm(recipe.norm_eps, weights=False)
     smear = None
     if generation.smear_channels:
@@ -166,7 +166,7 @@ def input_of(generation: Generation, recipe: ModelSpec) -> Input:
 
 
 def layers_of(generation: Generation, recipe: ModelSpec, windows: list[int]) -> tuple[Layer, ...]:
-    """Norms have no weights. Every second layer, the last one included, adds an embedding of the token to
+    """Norms have no weights. Every second layer, counted from the last one, adds an embedding of the token to
     its values. x of the middle layer is kept for the end."""
     H = recipe.heads
     Hkv = recipe.kv_heads
@@ -207,10 +207,13 @@ def names_in_adapters(name: str, shape: tuple[int, ...]) -> Seq[str]:
     """How adapters may call a tensor. They cannot change vectors."""
     if len(shape) != 2:
         return ()
-    in_transformers = name
+    return name, name_in_transformers(name)
+
+
+def name_in_transformers(name: str) -> str:
     for upstream, theirs in IN_TRANSFORMERS.items():
-        in_transformers = in_transformers.replace(upstream, theirs)
-    return name, in_transformers
+        name = name.replace(upstream, theirs)
+    return name
 
 
 class TokenizerUnpickler(PlainUnpickler):
@@ -225,7 +228,8 @@ class TokenizerUnpickler(PlainUnpickler):
 
 
 def read_encoding(data: bytes) -> tuple[str, dict[bytes, int], dict[str, int]]:
-    """(pattern, ranks, special tokens) of a pickled tiktoken Encoding; no two tokens share an id."""
+    """(pattern, ranks, special tokens) of a pickled tiktoken Encoding. ValueError if two tokens share an id
+    or a byte has none."""
     state = vars(TokenizerUnpickler(io.BytesIO(data)).load())
     ids = Rule(int, 0, MOST_TOKENS - 1)
     names = {"name", "pat_str", "mergeable_ranks", "special_tokens"}

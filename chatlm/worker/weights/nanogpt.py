@@ -1,4 +1,4 @@
-"""nanoGPT's checkpoints: ckpt.pt, with a vocabulary of characters or GPT-2's; and those of build-nanogpt."""
+"""Checkpoints of nanoGPT, whose vocabulary is of characters or GPT-2's, and of build-nanogpt."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence as Seq
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 import numpy
 
@@ -17,7 +17,6 @@ from chatlm.common.files import read_small, read_text
 from chatlm.common.hub.trainers import BUILD_NANOGPT, is_build_nanogpt
 from chatlm.common.messages.requests import TextSpec
 from chatlm.common.text.load import open_tokenizer
-from chatlm.worker.weights.assemble import UNREAD
 from chatlm.worker.weights.checkpoint_model import CheckpointModel, plain_state, without_tied_head
 from chatlm.worker.weights.huggingface import hf_text
 from chatlm.worker.weights.layernorms import GPT2_TENSORS
@@ -25,6 +24,7 @@ from chatlm.worker.weights.recipe import ModelSpec
 from chatlm.worker.weights.rules import (
     MOST_CHANNELS, MOST_HEADS, MOST_LAYERS, MOST_POSITIONS, MOST_TOKENS, Rule, check_divides, checked,
     read_json)
+from chatlm.worker.weights.safetensors_folder import UNREAD
 from chatlm.worker.weights.torch_file import PlainUnpickler, StandIn, load_checkpoint
 from chatlm.worker.weights.trial import refuse_endless
 
@@ -64,7 +64,8 @@ def names_in_adapters(name: str, shape: tuple[int, ...]) -> Seq[str]:
 
 
 def build_args(path: Path, checkpoint: Mapping) -> dict:
-    """build-nanogpt pickles the sizes as an object of its class GPTConfig. All its layers have biases."""
+    """The sizes of a model, which build-nanogpt pickles as an object of its class GPTConfig. All its layers
+    have biases."""
     config = checkpoint.get("config")
     stated = config.attributes if isinstance(config, StandIn) else {}
     plain = {str(name): value if isinstance(value, (int, float, str)) else type(value).__name__
@@ -86,7 +87,7 @@ def model_args(path: Path, stated, key: str) -> dict:
 
 
 def own_tensors(path: Path, state) -> dict[str, numpy.ndarray]:
-    """The model's tensors without masks, and without a head that is the embedding, as nanoGPT makes it."""
+    """The model's tensors, without masks and without a head that is the embedding."""
     if not isinstance(state, dict):
         raise ConfigError(f"{path}: model is {shown(state)}; it must be a state dict")
     own = {str(name).removeprefix("_orig_mod."): tensor for name, tensor in state.items()
@@ -95,7 +96,7 @@ def own_tensors(path: Path, state) -> dict[str, numpy.ndarray]:
 
 
 def nanogpt_spec(args: Mapping, vocab_size: int, tied: bool) -> ModelSpec:
-    """`vocab_size` is the tokenizer's: rows beyond it are padding, and such ids are never drawn."""
+    """`vocab_size` is the tokenizer's. Rows beyond it are padding, whose ids are never drawn."""
     C = args["n_embd"]
     H = args["n_head"]
     biased = args["bias"]
@@ -107,27 +108,30 @@ def nanogpt_spec(args: Mapping, vocab_size: int, tied: bool) -> ModelSpec:
 
 
 def nanogpt_text(path: Path, config, vocab_size: int) -> TextSpec:
-    """The tokenizer: meta.pkl next to the checkpoint, or where nanoGPT's data/<dataset> lies next to its
-    folder; for GPT-2's vocabulary the files of its BPE next to the checkpoint."""
+    """The tokenizer: meta.pkl beside the checkpoint, or in nanoGPT's data/<dataset> beside its folder. For
+    GPT-2's vocabulary, its files beside the checkpoint."""
     folder = path.parent
     looked_for = [path.with_name("meta.pkl")]
     dataset = config.get("dataset") if isinstance(config, dict) else None
     if isinstance(dataset, str) and dataset not in ("", "..") and Path(dataset).name == dataset:
         looked_for.append(folder.parent / "data" / dataset / "meta.pkl")
-    if found := next((meta for meta in looked_for if meta.exists()), None):
-        return fitting(found, path, characters_of(found), vocab_size)
+    for meta in looked_for:
+        if meta.exists():
+            return fitting(meta, path, characters_of(meta), vocab_size)
     if (folder / "tokenizer.json").exists():
         return fitting(folder / "tokenizer.json", path, hf_text(folder, vocab_size), vocab_size)
     for vocabulary, merges in BPE_FILES:
         if (folder / vocabulary).exists() and (folder / merges).exists():
             text = gpt2_text(folder / vocabulary, folder / merges)
             return fitting(folder / vocabulary, path, text, vocab_size)
-    needs = (f"{folder} needs GPT-2's tokenizer.json, or its vocab.json and merges.txt"
-             if vocab_size >= GPT2_TOKENS else "looked for " + ", ".join(map(str, looked_for)))
+    needs = "looked for " + ", ".join(map(str, looked_for))
+    if vocab_size >= GPT2_TOKENS:
+        needs = f"{folder} needs GPT-2's tokenizer.json, or its vocab.json and merges.txt"
     raise ConfigError(f"the tokenizer of {path} is missing: the model has {vocab_size:,} tokens; {needs}")
 
 
 def fitting(path: Path, model: Path, text: TextSpec, vocab_size: int) -> TextSpec:
+    """The text. ConfigError if the tokenizer at `path` has more tokens than the model."""
     if (size := open_tokenizer(text).vocab_size) > vocab_size:
         raise ConfigError(f"{path} does not fit {model}: it has {size:,} tokens, the model {vocab_size:,}")
     return text
@@ -143,9 +147,7 @@ def characters_of(path: Path) -> TextSpec:
     try:
         meta = MetaUnpickler(io.BytesIO(data)).load()
         ids, characters = (meta[key] for key in ("stoi", "itos"))
-        if not (type(ids) is type(characters) is dict and set(map(type, ids)) == {str}
-                and set(map(len, ids)) == {1} and sorted(ids.values()) == [*range(len(ids))]
-                and characters == {token: character for character, token in ids.items()}):
+        if not are_each_others(ids, characters):
             raise ValueError("stoi does not give each of some characters one of the ids from 0 on, or itos "
                              "is another table")
         payload = json.dumps([characters[token] for token in range(len(ids))])
@@ -154,6 +156,15 @@ def characters_of(path: Path) -> TextSpec:
         raise lack_of_memory(error) or ConfigError(
             f"{path} is not nanoGPT's vocabulary of characters: {named(error)}") from None
     return TextSpec("characters", payload.encode())
+
+
+def are_each_others(ids: Any, characters: Any) -> bool:
+    """Does one table give each character an id, from 0 on, and the other each id its character?"""
+    if not type(ids) is type(characters) is dict or set(map(type, ids)) != {str}:
+        return False
+    if set(map(len, ids)) != {1} or sorted(ids.values()) != [*range(len(ids))]:
+        return False
+    return characters == {token: character for character, token in ids.items()}
 
 
 def gpt2_text(vocabulary: Path, merges: Path) -> TextSpec:

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from chatlm.common.messages.requests import ModelSource, TextSpec
     from chatlm.worker.model.kernels import Backend
     from chatlm.worker.model.tensors import MappedRows, Unread
-    from chatlm.worker.weights.assemble import Sources
     from chatlm.worker.weights.lora import Change, Copy, FileSlice
     from chatlm.worker.weights.recipe import ModelSpec
+    from chatlm.worker.weights.sources import Sources
     from chatlm.worker.weights.tied_heads import Pair
     from chatlm.worker.weights.vocabulary import Vocabulary
 

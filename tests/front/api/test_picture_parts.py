@@ -12,7 +12,7 @@ from chatlm.common.messages.protocol import Known
 from chatlm.common.vision.pictures import picture
 from chatlm.front.api.picture_parts import Lift, Lifted, fill_in, lift_pictures, picture_bytes, with_pixels
 from chatlm.front.api.readers import read_answer
-from chatlm.front.intake.envelope import Chained, Envelope, envelope_of, unpacked_envelope
+from chatlm.front.intake.envelope import Chained, Envelope, make_envelope, unpacked_envelope
 
 CAT, DOG = b"\x89PNG cat", b"\xff\xd8\xff dog"
 PICTURES = [picture(2, 1, b"catcat"), picture(1, 2, b"dogdog")]
@@ -60,7 +60,7 @@ BODIES = [
 @pytest.mark.parametrize("route, body, wanted", BODIES, ids=[f"{number} {route}" for number, (route, *_) in enumerate(BODIES)])
 def test_pictures_of_every_api_become_those_of_the_messages(route, body, wanted):
     fields = copy.deepcopy(body)
-    envelope = envelope_of(fields, route)
+    envelope = make_envelope(fields, route)
     assert [data for _, data in envelope.lift.files] == [CAT, DOG] and all(bare(data) not in json.dumps(fields) for data in (CAT, DOG))
     assert unpacked_envelope(envelope.packed(envelope.rest(10_000, 9000))) == envelope and unpacked_envelope(envelope.packed(b"")).fields is None
     envelope.show(PICTURES)
@@ -140,7 +140,7 @@ def test_a_body_that_is_nested_too_deeply_is_refused():
 
 
 def test_fields_that_are_large_without_their_pictures_stay_where_they_are():
-    envelope = envelope_of({"messages": [{"role": "user", "content": [part(CAT), {"type": "text", "text": "x" * 800}]}]}, "/v1/chat/completions")
+    envelope = make_envelope({"messages": [{"role": "user", "content": [part(CAT), {"type": "text", "text": "x" * 800}]}]}, "/v1/chat/completions")
     size = len(json.dumps([envelope.fields, None]))
     assert len(envelope.rest(size, size)) == size and envelope.rest(size, size - 1) == b""
 

@@ -12,7 +12,7 @@ import pytest
 
 from chatlm.common.config import LIMITS, Settings
 from chatlm.common.errors import ChatServerError, EngineFailure, RequestError
-from chatlm.common.messages.protocol import SANDBOX_PIPE, Body, Known, SandboxConfig, Task
+from chatlm.common.messages.protocol import SANDBOX_PIPE, Body, Known, SandboxConfig, SandboxTask
 from chatlm.common.messages.requests import InfillTokens
 from chatlm.common.messages.wire import Pipe
 from chatlm.common.vision.pictures import picture
@@ -22,7 +22,7 @@ from chatlm.front.intake import intake as intake_module
 from chatlm.front.intake.arrival import Caller
 from chatlm.front.intake.budget import Holding
 from chatlm.front.intake.body_tasks import BodyTasks
-from chatlm.front.intake.envelope import MODEL_NAMES, envelope_of, unpacked_envelope
+from chatlm.front.intake.envelope import MODEL_NAMES, make_envelope, unpacked_envelope
 from chatlm.front.intake.intake import Intake
 from chatlm.front.intake.sandboxed import Shelf
 from chatlm.front.intake.tasks import NumberedLine
@@ -43,7 +43,7 @@ def crossings(monkeypatch):
     found, packed = [], Pipe.packed
 
     def noted(pipe, message):
-        if pipe is SANDBOX_PIPE and isinstance(message, Task):
+        if pipe is SANDBOX_PIPE and isinstance(message, SandboxTask):
             found.append([message.name, 0])
         elif pipe is SANDBOX_PIPE and isinstance(message, Body):
             found[-1][1] += 1
@@ -424,7 +424,7 @@ RICH = {
 def test_reading_a_body_leaves_it_as_it_was(route):
     """A body may be read by several models."""
     known = Known(Settings(), "tagged", infill=InfillTokens(1, 2, 3) if route == "/infill" else None)
-    envelope = envelope_of(copy.deepcopy(RICH[route]), route)
+    envelope = make_envelope(copy.deepcopy(RICH[route]), route)
     envelope.show([picture(2, 1, b"catcat")] * len(envelope.lift.files))
     before = copy.deepcopy(envelope.fields)
     first = read_answer(route, envelope.fields, known)

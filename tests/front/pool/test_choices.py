@@ -94,7 +94,7 @@ async def test_what_answers_share_crosses_the_pipe_once(pool):
     assert (kinds["NewRequest"], kinds["NewPrompt"], kinds["NewAnswer"], kinds["EndOfRequest"]) == (1, 2, 8, 1)
     assert all(work.sampling.logit_bias == bias for work in worker.works.values())
     assert {work.prompt_ids for work in worker.works.values()} == {(1,) * 30, (2,) * 30}
-    assert not worker.known and not worker.inbox.requests
+    assert not worker.sent_prompts and not worker.inbox.requests
 
 
 async def test_events_say_whose_they_are_and_end_with_the_last(pool):

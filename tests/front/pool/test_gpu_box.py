@@ -17,8 +17,8 @@ from chatlm.common.config import Settings
 from chatlm.common.errors import ConfigError, EngineFailure
 from chatlm.common.messages.protocol import ModelCard, WorkerConfig
 from chatlm.common.messages.requests import ModelSource
-from chatlm.front.pool import local
-from chatlm.front.pool.pool import pool_of
+from chatlm.front.pool import local_devices
+from chatlm.front.pool.pool import make_pool
 from chatlm.worker.memory_plan import MemoryPlan
 from chatlm.worker.device import check_gpu, lack_of_gpu_memory
 from chatlm.worker.device_use import DeviceUse
@@ -37,7 +37,7 @@ def box(monkeypatch):
     def fake(*words):
         there = [word for word in words if word != "missing"]
         monkeypatch.setenv("GPU_BOX", json.dumps(there))
-        patch(monkeypatch, local, "cuda_device_count", lambda: len(words))
+        patch(monkeypatch, local_devices, "cuda_device_count", lambda: len(words))
         monkeypatch.setattr(torch, "zeros", torch.zeros)        # fake_cuda replaces it
         monkeypatch.setattr(torch, "cuda", gpu_box_worker.fake_cuda(there))
         return [BAD[word].format(gpu, len(there)) if word in BAD else "" for gpu, word in enumerate(words)]
@@ -138,7 +138,7 @@ def test_too_little_for_a_kv_cache_names_what_is_enough(box, nanochat_fixtures, 
 def test_one_of_several_gpus_is_told_unless_the_number_was_given(box):
     box("fine", "fine", "fine")
     for changes, told in (({}, True), ({"num_gpus": "1"}, False), ({"num_gpus": "auto"}, False), ({"device_type": "cpu"}, False)):
-        pool = pool_of(Settings(**changes))
+        pool = make_pool(Settings(**changes))
         pool.supervisor.version.note_card(ModelCard(None, "m", 64, (), {}, False))
         pool.placement.source, pool.admission.prompts = config().source, SimpleNamespace(tokenizer=None)
         pool.settings = replace(pool.settings, command="chat")

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from chatlm.common.core import decode_core
 from chatlm.common.errors import ConfigError
 from chatlm.worker.model.kernels import not_compiled
-from chatlm.worker.model.transformer import load_adapter
 from chatlm.worker.weights import nanochat
 from chatlm.worker.weights.adapters import adapter_reader
 from chatlm.worker.weights.shards import shard_model, stage_model
@@ -39,7 +38,7 @@ class WithAdapter:
 
     def __init__(self, model, folder):
         self.model = model
-        load_adapter(model, 1, folder)
+        model.load_adapter(1, folder)
 
     def forward(self, batch):
         return forward_logits(self.model, batch._replace(adapters=[1] * len(batch.lengths)))
@@ -75,6 +74,18 @@ def test_an_adapter_served_with_a_gguf_base_does_what_merging_it_does(name, tmp_
             beside = answers(WithAdapter(transformer(ours, kernels_of(backend, ours.spec)), tmp_path / "adapter"), cases, count=16)
             for (tokens, logits), (theirs, their_logits) in zip(beside, expected):
                 assert tokens == theirs and (logits - their_logits).abs().max() < 3e-4
+
+
+def test_an_adapter_is_served_with_a_head_that_a_merged_one_has_divided_from_the_embedding(tmp_path):
+    folder, first, second = tmp_path / "base", tmp_path / "first", tmp_path / "second"
+    save(make_model("llama3.2"), folder)
+    cases = clear_cases(adapt(make_model("llama3.2"), first, ["lm_head"], size=0.08), lengths=(9,), count=16)
+    adapt(make_model("llama3.2"), second, ["lm_head", "v_proj"], size=0.05)
+    both, ours = load(folder, lora=(str(first), str(second))), load(folder, lora=(str(first),))
+    expected = answers(transformer(both, kernels_of("reference", both.spec)), cases, count=1)
+    for backend in backends(ours):
+        beside = answers(WithAdapter(transformer(ours, kernels_of(backend, ours.spec)), second), cases, count=1)
+        assert (beside[0][1] - expected[0][1]).abs().max() < 3e-4
 
 
 @pytest.mark.parametrize("scheme", by_day(SCHEMES, "deepseek", "fbgemm"))
@@ -179,7 +190,7 @@ def test_an_adapter_of_every_linear_module_is_merged_and_served_or_refused_by_na
         beside = transformer(ours, kernels_of("reference", ours.spec))
         if name in SERVED_IN_PART:
             with pytest.raises(ConfigError, match=rf"changes model\.layers\.0\..*{SERVED_IN_PART[name]}, which cannot be done without merging; --lora merges it"):
-                load_adapter(beside, 1, adapter)
+                beside.load_adapter(1, adapter)
         else:
             assert (forward_logits(WithAdapter(beside, adapter).model, batch._replace(adapters=[1]))[0] - expected).abs().max() < 5e-4, kind
 

@@ -286,8 +286,9 @@ def continued_ids(body: Mapping) -> tuple[str, str]:
     conversation = body.get("conversation")
     if isinstance(conversation, dict):
         conversation = conversation.get("id")
-    previous = body.get("previous_response_id")
-    return previous if is_text(previous) else "", conversation if is_text(conversation) else ""
+    response = body.get("previous_response_id")
+    response, conversation = (name if is_text(name) else "" for name in (response, conversation))
+    return response, conversation
 
 
 def joined_turns(messages: Iterable[Message]) -> tuple[Message, ...]:
