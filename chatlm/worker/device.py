@@ -14,11 +14,13 @@ from chatlm.common.processes.torchrun import ranks_here, torchrun
 from chatlm.worker.arrays.kinds import Device
 
 if TYPE_CHECKING:
+    from chatlm.common.config import Settings
     from chatlm.common.messages.protocol import WorkerConfig
     from chatlm.worker.ranks.messages import RankConfig
 
 
 def prepare_device(config: WorkerConfig | RankConfig) -> Device:
+    """The device of a worker or a rank, made the current one. ConfigError if it cannot be used."""
     os.environ["OMP_NUM_THREADS"] = str(config.threads)
     device = Device(config.device)
     if device.type != "cpu":
@@ -53,13 +55,15 @@ def check_gpu(device: Device):
             why = str(error).splitlines()[0]
         raise ConfigError(f"torch {torch.__version__} cannot use {device}{among}: {why.rstrip('.')}. Install "
                           "a torch and a driver that match, or use --device-type cpu")
-    if device.index >= (count := torch.cuda.device_count()):
+    count = torch.cuda.device_count()
+    if device.index >= count:
         raise ConfigError(f"{device} is missing: the driver shows {count} GPU(s){among}")
     try:
         name = torch.cuda.get_device_name(device)
         has = torch.cuda.get_device_capability(device)
         built_for = [int(version) for version in re.findall("[0-9]+", " ".join(torch.cuda.get_arch_list()))]
-        if built_for and has < (needs := divmod(min(built_for), 10)):
+        needs = divmod(min(built_for), 10) if built_for else (0, 0)
+        if has < needs:
             raise ConfigError("{} ({}) is too old: its compute capability is {}.{}, this torch needs {}.{}"
                               .format(device, name, *has, *needs))
         torch.zeros(1, device=device)
@@ -68,23 +72,30 @@ def check_gpu(device: Device):
 
 
 def gpu_memory(device: Device) -> tuple[int, int]:
-    """(free bytes, total bytes)."""
+    """(free bytes, total bytes) of a GPU."""
     return require_library("torch", "--device-type cuda").cuda.mem_get_info(device)
 
 
+def remedy_for_gpu(lacking: int, total: int, settings: Settings) -> str:
+    """The flag and value that leave so many more of a GPU's bytes free."""
+    cache = settings.kv_cache_memory
+    share = math.floor(100 * (settings.gpu_memory_utilization - lacking / total)) / 100
+    too_small = lacking >= cache if cache else share < 0.05
+    if too_small:
+        return "The model needs a larger GPU"
+    if cache:
+        return f"--kv-cache-memory {cache - lacking >> 20}M would leave it free"
+    return f"--gpu-memory-utilization {share:.2f} would leave it free"
+
+
 def lack_of_gpu_memory(error: Exception, config: WorkerConfig) -> ConfigError | None:
-    """If torch ran out of GPU memory: the flag and value that leave room. None for other errors."""
+    """Advice if torch ran out of GPU memory: the flag and value that leave room. None for other errors."""
     match = re.search(r"CUDA out of memory. Tried to allocate ([\d.]+ [KMGT]?i?B)", str(error))
     if not match:
         return None
-    settings = config.settings
     wanted = size(match[1])
     free, total = gpu_memory(Device(config.device))
     lacking = max(wanted - free, 0) + total // 100  # 1 % for what fragmentation loses
-    cache = settings.kv_cache_memory
-    share = math.floor(100 * (settings.gpu_memory_utilization - lacking / total)) / 100
-    remedy = ("The model needs a larger GPU" if (lacking >= cache if cache else share < 0.05) else
-              f"--kv-cache-memory {cache - lacking >> 20}M would leave it free" if cache else
-              f"--gpu-memory-utilization {share:.2f} would leave it free")
+    remedy = remedy_for_gpu(lacking, total, config.settings)
     return ConfigError(f"{config.device} is out of memory: {wanted / 1e9:,.2f} GB more were needed; of "
                        f"its {total / 1e9:,.2f} GB {free / 1e9:,.2f} are free. {remedy}")

@@ -264,6 +264,10 @@ def first_difference(target: Tokenizer, draft: Tokenizer) -> str:
         theirs = (names.get(token), target.piece(token))
         ours = (own_names.get(token), draft.piece(token))
         if theirs != ours:
-            return "token {} is {} to it, and {} to the model".format(
-                token, *(shown(name or piece.decode(errors="replace")) for name, piece in (ours, theirs)))
+            return f"token {token} is {reading(*ours)} to it, and {reading(*theirs)} to the model"
     return ""
+
+
+def reading(name: str | None, piece: bytes) -> str:
+    """What a tokenizer reads a token as: its name if it is special, else its bytes."""
+    return shown(name or piece.decode(errors="replace"))

@@ -301,23 +301,35 @@ class Answer:
             if len(owed) > room:
                 self._end("length", limit)
             return owed
-        if self.constraint.holds and (ended := self._constrained(token, room, limit)):
-            return ended
-        if token in self.stop_tokens and generated >= self.work.params.min_tokens:
+        if self.constraint.holds:
+            ended = self._constrained(token, room, limit)
+            if ended:
+                return ended
+        may_stop = generated >= self.work.params.min_tokens
+        if may_stop and token in self.stop_tokens:
             self._end("stop", "eos" if token in self.eos_tokens else str(token))
         else:
             self._read(token)
-            if (cause := self.text.cut_by) or self.grammar and self.grammar.complete:
-                self._end("stop", cause or "grammar")
-            elif self._may_end_as_repetition and generated >= self.work.params.min_tokens:
-                self._end("stop", "repetition")
+            self._end_if_complete(may_stop)
         if self.reason is not None:
             return [token]
-        forced = ((self.tool.feed(token) if self.tool else []) or self._end_of_thinking())[:room]
+        forced = self.tool.feed(token) if self.tool else []
+        forced = (forced or self._end_of_thinking())[:room]
         self._force(forced, room)
         if len(forced) >= room:
             self._end("length", limit)
         return [token, *forced]
+
+    def _end_if_complete(self, may_stop: bool):
+        """End the answer if its text, its grammar or its repetitions say so. may_stop: has it so many tokens
+        that a repetition may end it?"""
+        cause = self.text.cut_by
+        if cause:
+            self._end("stop", cause)
+        elif self.grammar and self.grammar.complete:
+            self._end("stop", "grammar")
+        elif may_stop and self._may_end_as_repetition:
+            self._end("stop", "repetition")
 
     @property
     def _may_end_as_repetition(self) -> bool:
@@ -327,10 +339,12 @@ class Answer:
     def _constrained(self, token: int, room: int, limit: str) -> list[int] | None:
         """Feed the constraint a token. If that ends the answer, the tokens added instead of it."""
         constraint = self.constraint
-        if (refusal := constraint.refusal(token)) is not None:
+        refusal = constraint.refusal(token)
+        if refusal is not None:
             self._end("refused", refusal)
             return [token]
-        if (closing := constraint.closing(token, room)) is None:
+        closing = constraint.closing(token, room)
+        if closing is None:
             return None
         assert constraint.grammar
         constraint.grammar.take_back()

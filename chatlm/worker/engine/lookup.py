@@ -243,18 +243,22 @@ class Matches:
 
     def propose(self) -> tuple[tuple[int, ...], tuple[float, ...]]:
         """The likeliest continuation, and the chance of each token that it and all before are right."""
-        ways = [(place.text.tokens[place.end:place.end + LONGEST], place.weight) for place in self.move_on()]
-        ways = [(way, length) for way, length in ways if len(way) and way[0] != BETWEEN]
+        ways = []  # (what followed, weight) of each match
+        for match in self.move_on():
+            way = match.text.tokens[match.end:match.end + LONGEST]
+            if len(way) and way[0] != BETWEEN:
+                ways.append((way, match.weight))
         if not ways:
             return (), ()
-        votes: dict[int, float] = {}
+        votes: dict[int, float] = {}  # for the next token
         for way, length in ways:
             votes[way[0]] = votes.get(way[0], 0) + length * length
         first = max(votes, key=votes.__getitem__)
         best, length = next((way, length) for way, length in ways if way[0] == first)
-        leaving = sorted((common_length(best, way), match * match) for way, match in ways)
-        left = 0
-        support = sum(votes.values())
+        # how many tokens each way has in common with the best one, and its vote
+        leaving = sorted((common_length(best, way), weight * weight) for way, weight in ways)
+        left = 0                       # ways that have left the best one
+        support = sum(votes.values())  # of the others
         chance = 1.0
         chances = []
         for token in best:

@@ -35,19 +35,23 @@ class StepTimes:
         return self.estimates[first:last + 1]
 
     def _estimates(self, last: int) -> list[float]:
+        """Seconds by rows, from 0 to `last`: on straight lines between the measured ones, and beyond them."""
         known = self._never_falling() or [(1.0, 1.0)]
-        (low, low_s), (high, high_s) = known[0], known[-1]
-        slope = max((high_s - low_s) / (high - low), 0.01 * low_s) if high > low else self.SLOPE * low_s / low
+        low, low_s = known[0]
+        high, high_s = known[-1]
+        slope = self.SLOPE * low_s / low
+        if high > low:
+            slope = max((high_s - low_s) / (high - low), 0.01 * low_s)
         points = [(0, max(low_s - slope * low, 0.1 * low_s)), *known,
                   (last + 1, high_s + slope * max(last + 1 - high, 0))]
-        found = []
+        estimates = []
         place = 0
         for rows in range(last + 1):
             while points[place + 1][0] <= rows:
                 place += 1
             (low, low_s), (high, high_s) = points[place:place + 2]
-            found.append(low_s + (high_s - low_s) * (rows - low) / (high - low))
-        return found
+            estimates.append(low_s + (high_s - low_s) * (rows - low) / (high - low))
+        return estimates
 
     def _never_falling(self) -> list[tuple[float, float]]:
         """(rows, seconds), in rising order of both. Neighbours whose seconds fall are averaged, by how often

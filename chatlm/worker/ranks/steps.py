@@ -6,7 +6,6 @@ import datetime
 import functools
 import importlib
 import math
-import operator
 import os
 import socket
 import sys
@@ -209,12 +208,13 @@ def received_steps(channel: Channel, transformer: Transformer) -> Iterator[RankS
     with suppress(EOFError, ConnectionError, TimeoutError):
         while True:
             [step] = channel.receive(wait=True, most=1)
+            if isinstance(step, RankAdapter) and step.folder:
+                reading[step.slot] = thread.submit(transformer.load_adapter, step.slot,
+                                                   Path(step.folder), step.stamp)
+                continue
             if isinstance(step, RankAdapter):
-                if step.folder:
-                    reading[step.slot] = thread.submit(transformer.load_adapter, step.slot,
-                                                       Path(step.folder), step.stamp)
-                    continue
-                if future := reading.pop(step.slot, None):
+                future = reading.pop(step.slot, None)
+                if future:
                     future.exception()  # rank 0 reports it
                 transformer.adapters.pop(step.slot, None)
                 continue
@@ -226,30 +226,38 @@ def received_steps(channel: Channel, transformer: Transformer) -> Iterator[RankS
 
 def follow(channel: Channel, steps: RankSteps):
     """Compute the steps that rank 0 sends, starting one ahead as it does."""
-    finish = None
-    for batch, rows in map(operator.attrgetter("batch", "rows"), received_steps(channel, steps.transformer)):
-        following = None if rows is None else functools.partial(steps.finish, steps.start(batch, rows))
+    finish = None  # finishes the step under way
+    for step in received_steps(channel, steps.transformer):
+        following = None
+        if step.rows is not None:
+            following = functools.partial(steps.finish, steps.start(step.batch, step.rows))
         if finish:
             finish()
         finish = following
-        if rows is None:
-            steps.forward(batch)
+        if step.rows is None:
+            steps.forward(step.batch)
 
 
 def follow_stage(channel: Channel, stage: Stage, drawn: DrawnTokens):
     """Compute this stage of the steps that rank 0 sends. The first rank of the last stage replies."""
-    closes = stage.transformer.model.closes
-    speaks = stage.ranks.rank % stage.ranks.tp == 0
+    is_last = stage.transformer.model.closes
+    replies = stage.ranks.rank % stage.ranks.tp == 0
     for step in received_steps(channel, stage.transformer):
         computed: Any = stage.compute(step.batch, step.rows)
-        if not closes:
+        if not is_last:
             continue
-        if step.rows is None and speaks:
-            states = stage.transformer.buffers["x"][:len(step.batch.token_ids) if step.batch.states else 0]
-            for rows in map(stage.transformer.arrays.numpy, (computed, states)):
-                for begin in range(0, len(rows), ROWS_SENT):
-                    channel.send(RankLogits(rows[begin:begin + ROWS_SENT].tobytes()))
-        elif step.rows is not None and speaks:
+        if step.rows is None:
+            if replies:
+                send_logits(channel, stage.transformer, step.batch, computed)
+        elif replies:
             channel.send(RankTokens(computed))
-        elif step.rows is not None:
+        else:
             drawn.add(computed)
+
+
+def send_logits(channel: Channel, transformer: Transformer, batch: Batch, logits: Any):
+    """Send a step's logits to rank 0, then its hidden states if they are needed."""
+    states = transformer.buffers["x"][:len(batch.token_ids) if batch.states else 0]
+    for rows in map(transformer.arrays.numpy, (logits, states)):
+        for begin in range(0, len(rows), ROWS_SENT):
+            channel.send(RankLogits(rows[begin:begin + ROWS_SENT].tobytes()))

@@ -1,0 +1,144 @@
+"""A worker's loop: what a front asks is done, in turn, and what fails is survived or not."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from chatlm.common.config import Settings
+from chatlm.common.messages.protocol import CacheEmptied, EmptyCache, NewAnswer, NewPrompt, NewRequest, Ping, Ready, Stepped
+from chatlm.common.messages.requests import AnswerParams, Ended, Failed, SamplingParams
+from chatlm.common.messages.wire import BadMessage
+from chatlm.worker.engine.warm_up import WarmUp
+from chatlm.worker.loop import WorkerLoop
+from engines import make_engine
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CONFIG = SimpleNamespace(settings=Settings(stream_interval=0), device="cpu")
+
+
+class Front:
+    """The other end of a worker's pipe: it sends these batches, each when the worker has nothing to do, and hangs up."""
+
+    def __init__(self, *batches):
+        self.batches, self.sent = [*batches], []
+
+    def send(self, message):
+        self.sent.append(message)
+
+    def receive(self, wait, patience_s=None):
+        if not wait:
+            return []
+        if not self.batches:
+            raise EOFError
+        return self.batches.pop(0)
+
+    @property
+    def events(self):
+        return [event for message in self.sent if isinstance(message, Stepped) for event in message.events]
+
+
+def asking(name, prompt=(1, 2, 3), tokens=4):
+    params = AnswerParams(sampling=SamplingParams(temperature=0.0), ignore_eos=True)
+    return [NewRequest(name, params), NewPrompt(name, 0, prompt), NewAnswer(name, name, 0, 0, tokens)]
+
+
+@pytest.fixture
+def engine(nanochat_fixtures):
+    return make_engine(nanochat_fixtures / "gen5", max_batch=4)
+
+
+@torch.inference_mode()
+def run(front, engine, warm_up=None):
+    loop = WorkerLoop(front, engine, CONFIG, warm_up)
+    with pytest.raises(EOFError):
+        loop.run()
+    return loop
+
+
+def broken(engine, monkeypatch, times):
+    """The next steps of the engine fail, so many of them."""
+    start, left = engine.steps.start, [times]
+
+    def fail(batch, rows):
+        if left[0]:
+            left[0] -= 1
+            raise ValueError("a bad step")
+        return start(batch, rows)
+
+    monkeypatch.setattr(engine.steps, "start", fail)
+
+
+def test_a_failed_step_costs_the_answer_in_it_and_the_next_answer_is_whole(engine, monkeypatch):
+    broken(engine, monkeypatch, 1)
+    front = Front(asking("lost"), asking("whole"))
+    run(front, engine)
+    failed, ended = [dict(front.events)[name] for name in ("lost", "whole")]
+    assert isinstance(failed, Failed) and "(ValueError)" in failed.message and isinstance(ended, Ended)
+
+
+def test_a_worker_survives_three_failed_steps_in_a_row_and_not_four(engine, monkeypatch):
+    broken(engine, monkeypatch, 4)
+    front = Front(*(asking(str(number)) for number in range(4)))
+    loop = WorkerLoop(front, engine, CONFIG)
+    with torch.inference_mode(), pytest.raises(ValueError, match="a bad step"):
+        loop.run()
+    assert loop.failures == 4 and len([event for _, event in front.events if isinstance(event, Failed)]) == 3
+
+
+def test_a_step_that_is_computed_forgives_those_that_failed_before(engine, monkeypatch):
+    front = Front(*(asking(str(number)) for number in range(6)))
+    start = engine.steps.start
+
+    def fail_first(batch, rows):
+        if len(front.batches) % 2 and batch.lengths[0] == 3:
+            raise ValueError("a bad step")
+        return start(batch, rows)
+
+    monkeypatch.setattr(engine.steps, "start", fail_first)
+    loop = run(front, engine)
+    ends = dict(front.events)
+    assert [isinstance(ends[str(number)], Failed) for number in range(6)] == [True, False] * 3 and loop.failures == 0
+
+
+def test_an_error_of_the_gpu_ends_the_worker_at_once(engine, monkeypatch):
+    monkeypatch.setattr(engine.steps, "start", lambda batch, rows: (_ for _ in ()).throw(RuntimeError("CUDA error: an illegal access")))
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="illegal access"):
+        WorkerLoop(Front(asking("a")), engine, CONFIG).run()
+
+
+def test_the_cache_is_emptied_once_nothing_is_computed(engine):
+    prompt = tuple(range(3, 60))
+    front = Front([*asking("a", prompt), EmptyCache()], [Ping()])
+    run(front, engine)
+    ended = next(i for i, message in enumerate(front.sent) if isinstance(message, Stepped) and any(isinstance(event, Ended) for _, event in message.events))
+    [emptied] = [i for i, message in enumerate(front.sent) if isinstance(message, CacheEmptied)]
+    assert front.sent[emptied] == CacheEmptied(True) and abs(ended - emptied) == 1 and not engine.pool.index
+
+
+def test_a_worker_warms_up_while_nobody_asks_and_leaves_that_to_what_is_asked(engine):
+    with torch.inference_mode():
+        alone, asked = WarmUp(engine), WarmUp(engine)
+        alone.begin()
+        asked.begin()
+    due = len(alone.left)
+    front = Front([Ping()])
+    run(front, engine, alone)
+    assert due == 2 and not alone.is_due and not front.events         # nobody hears of it
+    loop = WorkerLoop(Front(asking("a")), engine, CONFIG, asked)
+    loop.channel.receive = lambda wait, patience_s=None, receive=loop.channel.receive: receive(True)
+    with torch.inference_mode():
+        loop.turn()
+    assert not asked.is_due
+
+
+def test_ready_has_every_gauge_and_the_faults_of_kernels(engine):
+    front = Front()
+    WorkerLoop(front, engine, CONFIG).report_ready()
+    [ready] = front.sent
+    assert isinstance(ready, Ready) and ready.gauges["kv_pages_total"] == engine.pool.num_pages and ready.gauges["memory_used"] > 0
+
+
+def test_a_message_that_no_front_sends_is_refused(engine):
+    with pytest.raises(BadMessage, match="CacheEmptied"):
+        WorkerLoop(Front([CacheEmptied(True)]), engine, CONFIG).run()
