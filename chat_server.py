@@ -151,15 +151,15 @@ from chatlm.common.streams import lack_of_space, never_fail, repair_streams
 from chatlm.common.tiers import listed_store
 from chatlm.front.aio import first_of, stop_signals
 from chatlm.front.api.encode import frame, usage_body
-from chatlm.front.api.encoders import encoder_of
+from chatlm.front.api.encoders import answer_encoder
 from chatlm.front.api.errors import public_error
 from chatlm.front.api.field_types import INTEGER, SWITCH
 from chatlm.front.api.fields import Field
-from chatlm.front.intake.intake import Intake, tokenizer_of
+from chatlm.front.intake.intake import Intake, loaded_tokenizer
 from chatlm.front.lazy import web
 from chatlm.front.pool.local_devices import check_nice, niceness
 from chatlm.front.pool.catalogue import Catalogue
-from chatlm.front.pool.pool import pool_of
+from chatlm.front.pool.pool import make_pool
 from chatlm.front.server.access import Access, AccessLog, Owners, is_loopback, listen_on, server_urls
 from chatlm.front.server.answering import Answers
 from chatlm.front.server.batches import BATCH_ROUTES, BatchRoutes
@@ -175,7 +175,7 @@ from chatlm.front.server.files import FILE_ROUTES
 from chatlm.front.server.history import History
 from chatlm.front.server.ledger import LEDGER_ROUTES, Ledger, claim_of
 from chatlm.front.server.metrics import Metrics, metrics_response
-from chatlm.front.server.page import PAGE_ROUTES, Page
+from chatlm.front.server.page import PAGE_ROUTES, PageFiles
 from chatlm.front.server.recordings import GRACE_S, Recording, Recordings
 from chatlm.front.server.responses import (
     REQUEST_LOG, errors_to_responses, json_response, send_whole, shows)
@@ -208,7 +208,7 @@ class Front:
         self.ledger = Ledger(settings, store)
         self.bodies = Bodies(Intake(catalogue), self.owners)
         self.models = ModelRoutes(catalogue, self.bodies, self.access)
-        self.page = Page(page_files())
+        self.page = PageFiles(page_files())
         self.runs = RunRoutes(catalogue)
         self.compared: dict[str, list[str]] = {}  # id of a running comparison -> ids of its answers
         self.recordings = Recordings()
@@ -252,8 +252,8 @@ class Front:
             parsed = replace(parsed, request=request)
             del request  # from here on only what an answer needs is kept, not all messages and tools
             answering = self.answers.begin(pool, parsed.request, served.name, not parsed.stream)
-            tokenizer = None if parsed.api == "native" else tokenizer_of(pool)
-            encoder = encoder_of(parsed, served.name, tokenizer)
+            tokenizer = None if parsed.api == "native" else loaded_tokenizer(pool)
+            encoder = answer_encoder(parsed, served.name, tokenizer)
             parsed = encoder.parsed
             answering = self.kept.answering(answering, encoder)
             if nothing := encoder.without_work():
@@ -552,7 +552,7 @@ async def serve_forever(settings: Settings, catalogue: Catalogue | None = None) 
             from chatlm.front.evals.step_work import StepWork  # here, because few servers need it
             from chatlm.front.pool.many import ManyModels
             catalogue = ManyModels(settings, step_work=StepWork)
-        catalogue = catalogue or Catalogue(settings, pool_of(settings))
+        catalogue = catalogue or Catalogue(settings, make_pool(settings))
         progress = ProgressDisplay()
         catalogue.on_progress = progress
         try:  # the workers start while a thread imports aiohttp (0.2 s)

@@ -17,7 +17,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 from chatlm.common.config import DEFAULT_MAX_TOKENS, with_own_sampling
 from chatlm.common.core import decode_core, kernels_line
@@ -32,7 +32,7 @@ from chatlm.common.text.calculations import calculations_of, moved, without_unfi
 from chatlm.front.aio import interruptible
 from chatlm.front.api.encode import calculator_member, timings_body
 from chatlm.front.api.readers import sampling_params, with_thinking_budget
-from chatlm.front.pool.pool import sampling_of
+from chatlm.front.pool.pool import default_sampling
 from chatlm.terminal.attached import (
     decoded, document_text, is_document, is_picture, picture_file, read_user_file)
 from chatlm.terminal.calculator import as_code, marked
@@ -337,9 +337,10 @@ class Chat:
     def slash_show(self, value: str):
         """/show: model, system message, parameters, context"""
         chat = self.conversation
-        default = dataclasses.asdict(self.settings)
-        default |= {name: value for name, (value, origin) in sampling_of(self.pool, self.settings).items()
-                    if origin != "usual" or not self.settings.url}
+        default: dict[str, Any] = dataclasses.asdict(self.settings)
+        for name, (usual, origin) in default_sampling(self.pool, self.settings).items():
+            if origin != "usual" or not self.settings.url:
+                default[name] = usual
         rows = {"model": self.pool.model_name, "system": chat.system, "messages": len(chat.path())}
         rows |= {name: chat.parameters.get(name, default.get(name)) for name in SETTABLE}
         facts = [node["timings"] for node in chat.path() if isinstance(node.get("timings"), dict)] or [{}]

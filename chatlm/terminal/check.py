@@ -64,7 +64,7 @@ def check_kernels() -> int:
     return process.returncode
 
 
-class Report(NamedTuple):
+class ModelReport(NamedTuple):
     """What all checks of a model have found."""
 
     model: str
@@ -133,10 +133,10 @@ class Examination:
         self.began_s = time.monotonic()
         self.examined = list[Examined]()
 
-    async def run(self) -> Report:
+    async def run(self) -> ModelReport:
         while self.opened is None or self.left:
             await self._run_process()
-        return Report(self.opened.name, self.opened.description, tuple(self.examined))
+        return ModelReport(self.opened.name, self.opened.description, tuple(self.examined))
 
     async def _run_process(self):
         """Note what a process finds, and why it has ended if it could not make all checks."""

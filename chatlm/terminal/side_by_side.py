@@ -22,7 +22,7 @@ from chatlm.front.evals.bits import score_text
 from chatlm.front.evals.scores import PoolScorer
 from chatlm.front.intake.arrival import Caller
 from chatlm.front.intake.budget import Holding
-from chatlm.front.intake.intake import Intake, tokenizer_of
+from chatlm.front.intake.intake import Intake, loaded_tokenizer
 from chatlm.front.pool.many import ManyModels
 from chatlm.front.server.compare import Comparison, contestants_of, with_ids
 from chatlm.front.server.describe import kind_of
@@ -164,7 +164,7 @@ async def answers_of(settings: Settings, body: dict) -> AsyncGenerator[dict, Non
         await models.wait_ready()
         progress.close()
 
-        kinds = [kind_of(tokenizer_of(models.find(name).pool)) for name in body["models"]]
+        kinds = [kind_of(loaded_tokenizer(models.find(name).pool)) for name in body["models"]]
         body = as_wanted(body, settings, kinds)
 
         with Holding(intake.budget, "") as holding:

@@ -48,7 +48,7 @@ async def server_events(content) -> AsyncGenerator[tuple[int | None, dict], None
                 data = []
 
 
-class EventStream:
+class RemoteStream:
     """A server's answer to one POST: its events, resumed if the connection breaks and the server supports it.
 
     `ends` recognizes the last event of an answer. Closing earlier cancels the answer on the server."""
@@ -121,7 +121,7 @@ class EventStream:
                 (await self.pool.ask("POST", f"v1/cancel/{self.request_id}", timeout=timeout)).close()
 
 
-class AnswerReader:
+class RemoteAnswerReader:
     """Reads the events of an answer from /v1 or the native API."""
 
     def __init__(self):
@@ -202,7 +202,7 @@ def whole(value) -> int:
 
 async def compared_at(pool: RemotePool, body: dict) -> AsyncGenerator[dict, None]:
     """The events of the server's /v1/compare."""
-    stream = EventStream(pool, lambda event: "done" in event)
+    stream = RemoteStream(pool, lambda event: "done" in event)
     try:
         await stream.post(("v1/compare", body))
         async with aclosing(stream.events()) as events:

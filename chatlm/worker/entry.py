@@ -46,17 +46,17 @@ def run_doctor(channel: Channel, config: DoctorConfig):
     examine(channel, config)
 
 
-AHEAD = {  # what a process imports before it has its first message
+AHEAD = {  # what a process imports while it waits for its first message, by its pipe
     WORKER_PIPE: "chatlm.worker.process", RANK_PIPE: "chatlm.worker.other_rank",
     SURVEY_PIPE: "chatlm.worker.survey", DOCTOR_PIPE: "chatlm.worker.doctor.examine"}
-# the modules that read the models which most servers have
+# modules that read the models which most servers have
 READERS_AHEAD = "chatlm.worker.weights.gguf_model", "chatlm.worker.weights.mmproj"
 
 
 def worker_main(run: Callable[[Channel, Any], None], pipe: Pipe, arguments: Seq[str]) -> int:
     """Join the parent and `run` until the other end hangs up."""
     channel = join_parent(arguments, pipe)
-    with suppress(ImportError):  # if it was started ahead; what is missing is said below
+    with suppress(ImportError):  # it may have been started ahead; what is missing is said below
         for module in (AHEAD[pipe], *READERS_AHEAD):
             importlib.import_module(module)
     reserve = mmap.mmap(-1, 32 << 20)  # address space reserved for reporting that memory ran out
@@ -80,19 +80,21 @@ def worker_main(run: Callable[[Channel, Any], None], pipe: Pipe, arguments: Seq[
     except Exception as error:
         reserve.close()
         error = gpu_memory_error(error, config) or lack_of_memory(error) or error
-        known = isinstance(error, ConfigError)
-        if not known and pipe is not WORKER_PIPE:
+        if isinstance(error, ConfigError):
+            channel.send(Unusable(str(error)))
+        elif pipe is WORKER_PIPE:
+            channel.send(Crashed(printable(f"{named(error)} ({line_of(error)})"),
+                                 traceback.format_exc()[-1 << 16:]))
+        else:
             raise
-        channel.send(Unusable(str(error)) if known else
-                     Crashed(printable(f"{named(error)} ({line_of(error)})"),
-                             traceback.format_exc()[-1 << 16:]))
         with suppress(EOFError, ConnectionError):
             channel.receive(wait=True)  # wait until the front has read it and hung up
     return 0
 
 
 def hung_up() -> tuple[type[Exception], ...]:
-    """What is raised if the other end of the connection has gone. Only connections with TLS import ssl."""
+    """The errors that say that the other end of the connection has gone. Only connections with TLS have
+    imported ssl."""
     tls = sys.modules.get("ssl")
     return EOFError, ConnectionError, TimeoutError, *([tls.SSLError] if tls else [])
 
@@ -104,6 +106,7 @@ def line_of(error: Exception) -> str:
 
 
 def gpu_memory_error(error: Exception, config) -> ConfigError | None:
+    """The advice if a GPU's memory has run out; None for any other error."""
     if "torch" not in sys.modules:
         return None
     from chatlm.worker.device import lack_of_gpu_memory

@@ -42,8 +42,7 @@ class WorkerLoop:
         interval_s = config.settings.stream_interval / 1000
         self.reports = Reports(channel, engine, self.gauges.read, interval_s)
         self.failures = 0  # failed steps in a row
-        # slow: for soaks
-        self.checks_integrity = os.environ.get("CHAT_SERVER_CHECK_INTEGRITY") == "1"
+        self.checks_integrity = os.environ.get("CHAT_SERVER_CHECK_INTEGRITY") == "1"  # slow: for soaks
 
     def report_ready(self):
         """Tell the front that requests may come."""

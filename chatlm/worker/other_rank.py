@@ -65,9 +65,11 @@ def load_shard(channel: Channel, config: RankConfig, device: Device, ranks: Othe
     if not config.source:
         channel.send(Ready({}))
         channel.receive(wait=True, most=1)  # all others have found theirs
-    _, transformer, _, context, _ = build_transformer(model, source, settings, device, progress, ranks)
+    built = build_transformer(model, source, settings, device, progress, ranks)
     refuse_changed(source, settings)
-    return transformer, transformer.kernels.backend.make_steps(transformer, settings.max_batch, context)
+    backend = built.transformer.kernels.backend
+    steps = backend.make_steps(built.transformer, settings.max_batch, built.context_length)
+    return built.transformer, steps
 
 
 def follow_rank_zero(channel: Channel, ranks: OtherRank, transformer: Transformer, steps: Steps):

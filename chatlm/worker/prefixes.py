@@ -9,7 +9,7 @@ from chatlm.common.config import store_place
 from chatlm.common.errors import ConfigError
 from chatlm.common.log import log
 from chatlm.common.segments import MOST_GROUPS
-from chatlm.worker.engine.kept import KeptPages
+from chatlm.worker.engine.kept_pages import KeptPages
 from chatlm.worker.weights.digest import arithmetic_of, files_of, fingerprint_of, profile_of, whole_digest
 
 if TYPE_CHECKING:

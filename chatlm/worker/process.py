@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 
 def run_worker(channel: Channel, config: WorkerConfig):
+    """Load the model, then answer until the front hangs up, which raises EOFError."""
     config = with_source(channel, config)
     engine, warm_up = start_engine(channel, config)
     loop = WorkerLoop(channel, engine, config, warm_up)
@@ -103,6 +104,6 @@ def share_word(engine: Engine, path: str, apart: bool = False):
     try:
         word = Word(path)
     except OSError as error:
-        log.warning("texts will be embedded beside answers as fast as ever: %s", error)
+        log.warning("embedding will not yield to answers: %s", error)
         return
     engine.share_word(word, apart)

@@ -1,9 +1,9 @@
-"""decode_core: what the decode loop does per token besides matrix products, compiled for CPU and CUDA.
+"""decode_core: the steps of a model, compiled for CPU and CUDA.
 
-Wrappers check device, type, shape, strides, alignment and index bounds and raise ValueError naming the argument; only then
-do pointers cross to `_core`. Arrays are numpy's or torch's (never imported here): anything with `data_ptr` or
-the buffer protocol. Without the compiled half `import decode_core` raises ImportError, and chat_server runs references.
-What chat_server itself takes from here is `backend_for` and `check`; see seam.py.
+Wrappers check device, type, shape, strides, alignment and bounds of indices, and raise a ValueError that names the argument. Only
+then do pointers go to `_core`. Arrays are anything with `data_ptr` or the buffer protocol, such as torch's and numpy's; torch is
+not imported here. Without the compiled half `import decode_core` raises ImportError, and chat_server runs its references.
+chat_server takes only `backend_for` and `check` from here: see seam.py.
 """
 
 try:
@@ -25,8 +25,9 @@ set_isa = _core.set_isa
 
 
 def info() -> dict:
-    """What was compiled and what runs: {"isa", "offered_isas", "features", "amx_refused", "threads", "cuda_compiled"};
-    amx_refused: why the AMX that this CPU has cannot be used, or ""."""
+    """What was compiled and what runs: {"isa", "offered_isas", "features", "amx_refused", "threads", "cuda_compiled"}.
+
+    amx_refused: why the AMX of this CPU cannot be used; "" if it can, or if the CPU has none."""
     features = [name for name in _core.CPU_FEATURES if _core.cpu_has(name)]
     no_amx_here = _core.amx_refusal_of(0, 0, 0)
     refused = "" if _core.amx_refusal() == no_amx_here else _core.amx_refusal()

@@ -1,4 +1,4 @@
-"""A model's steps on a CPU: `Transformer.compute` is recorded once as a Program, which compiled threads run."""
+"""A model's steps on a CPU. `Transformer.compute` is recorded once as a Program, which compiled threads then run."""
 
 from __future__ import annotations
 
@@ -22,20 +22,22 @@ from .weights import as_stored, converted, held_bytes, pack, tile_row_bytes
 
 @functools.cache
 def slower_than_torch(width: int) -> str:
-    """Why torch should compute a model of this width, "" where decode_core should.
+    """Why torch should compute a model of this width; "" if decode_core should.
 
-    Where a CPU offers AVX2 or AVX-512, or DECODE_CORE_ISA names what to use, decode_core computes. On old x86 its kernels are portable
-    C++, and those of aarch64 have not been compared with torch: where torch is installed one measurement of 0.2 s or so decides, the
-    products of an answer of 100 tokens after a prompt of 64, Q8_0 tiles against the faster of torch's float32 and bfloat16.
+    decode_core computes if the CPU has AVX2 or AVX-512, or if DECODE_CORE_ISA names what to use. On older x86 its kernels are
+    portable C++, and those of aarch64 were never compared with torch. There, if torch is installed, a measurement of about
+    0.2 s decides: the products of an answer of 100 tokens after a prompt of 64, with Q8_0 tiles against the faster of torch's
+    float32 and bfloat16.
     """
-    if _core.isa() not in ("portable", "neon", "dotprod", "i8mm") or os.environ.get("DECODE_CORE_ISA") or not importlib.util.find_spec("torch"):
+    uncertain = _core.isa() in ("portable", "neon", "dotprod", "i8mm")
+    if not uncertain or os.environ.get("DECODE_CORE_ISA") or not importlib.util.find_spec("torch"):
         return ""
     ours, theirs = answer_seconds(width)
     return "" if ours <= theirs else f"decode_core's {_core.isa()} kernels take {ours / theirs:.1f} times as long here"
 
 
 def answer_seconds(width: int, rows: int = 1024) -> tuple[float, float]:
-    """How long decode_core and torch take for the products with one (rows, width) matrix in such an answer."""
+    """Seconds that decode_core and torch take for the products with one (rows, width) matrix in such an answer."""
     def seconds(product: Callable, x: Any) -> float:
         product(x)
         times = []
@@ -64,10 +66,10 @@ def answer_seconds(width: int, rows: int = 1024) -> tuple[float, float]:
 
 
 class CpuBackend:
-    """See seam.py. Weights lie in tiles in the order of use; activations are float32.
+    """See seam.py. Weights lie in tiles, in the order of use. Activations are float32.
 
-    A layer's cache is (P, Hkv, 2, 16 * D), keys transposed, by default in float16 with 16-bit and quantized weights,
-    else float32; packed, it is (P, Hkv, 2, 17 * D) bytes.
+    A layer's cache is (P, Hkv, 2, 16 * D), with keys transposed: by default float16 with 16-bit and quantized weights, else
+    float32. A packed cache is (P, Hkv, 2, 17 * D) bytes.
     """
 
     row_invariant = True
@@ -82,7 +84,7 @@ class CpuBackend:
     short_floats = "float16"
     packs_kv = True
     converted = staticmethod(converted)
-    program: Program        # what `ops` record
+    program: Program        # the ops record themselves here
 
     def __init__(self, spec: Any, script: SimpleNamespace):
         self.spec = spec
@@ -93,9 +95,10 @@ class CpuBackend:
         self.faults: dict[str, str] = {}
 
     def ops(self, max_tokens: int, max_rows: int, quantize: str | None, fine: bool = False) -> dict[str, Callable]:
-        """The ops append themselves to a Program instead of computing."""
+        """Ops that append themselves to a Program instead of computing."""
         _core.set_threads(self.script.own_threads())
-        program = self.program = Program(max_tokens, max_rows, fine)
+        program = Program(max_tokens, max_rows, fine)
+        self.program = program
         arena = Arena(64 << 20)
         recorded = {name: getattr(program, name) for name in self.script.OPS if hasattr(program, name)}
         return recorded | {
@@ -110,19 +113,21 @@ class CpuBackend:
         self.program.look_up(table, ids, out, part)
 
     def make_cache(self, spec: Any, layout: Any, num_pages: int, device: str) -> tuple[numpy.ndarray, list]:
-        """As the reference, but each layer's is (P, Hkv, 2, 16 * D) or packed, pages perhaps apart."""
+        """As the reference, but each layer's cache is (P, Hkv, 2, 16 * D) or packed, with pages apart if layers share them."""
         size = self.script.PAGE_SIZE
         whole = self.script.mapped_zeros((num_pages * layout.page_bytes,), "uint8")
 
-        def pages(layer: int, its: Any) -> numpy.ndarray:
+        def pages(layer: int, sizes: Any) -> numpy.ndarray:
             packed = layout.types[layer] == "q8_0"
             memory = whole if packed else self.script.of_kind(whole, layout.types[layer])
-            block = its.head_size * (size + 1 if packed else size)         # with 2 bytes of scale for each 32 of 16 positions
+            block = sizes.head_size * size
+            if packed:
+                block += sizes.head_size            # 2 bytes of scale for 32 numbers, of 16 positions
             begin, apart = (places * layout.unit * size // memory.itemsize for places in layout.place(layer, num_pages))
-            steps = (step * memory.itemsize for step in (apart, 2 * block, block, 1))
-            return numpy.lib.stride_tricks.as_strided(memory[begin:], (num_pages, its.kv_heads, 2, block), tuple(steps), subok=True)
+            steps = tuple(step * memory.itemsize for step in (apart, 2 * block, block, 1))
+            return numpy.lib.stride_tricks.as_strided(memory[begin:], (num_pages, sizes.kv_heads, 2, block), steps, subok=True)
 
-        return whole, [its and pages(layer, its) for layer, its in enumerate(spec.by_layer)]
+        return whole, [sizes and pages(layer, sizes) for layer, sizes in enumerate(spec.by_layer)]
 
     def join(self, path: str, rank: int, patience_s: float) -> dict[str, Callable]:
         program = self.program
@@ -132,8 +137,9 @@ class CpuBackend:
 
     def record(self, transformer: Any) -> Callable:
         program = self.program
-        for name in () if transformer.spec.opens else transformer.passed_on(0):
-            program.given(transformer.buffers[name])
+        if not transformer.spec.opens:
+            for name in transformer.passed_on(0):           # the stage before writes these
+                program.given(transformer.buffers[name])
         transformer.compute(program, SimpleNamespace(**transformer.buffers))
         if transformer.spec.closes and not transformer.spec.of_texts:
             program.sample(transformer.buffers["logits"])
@@ -152,12 +158,12 @@ class CpuBackend:
 
 
 def adapters_of(batch: Any, transformer: Any) -> list:
-    """The adapter of each sequence, or None; [] where none has one."""
+    """The adapter of each sequence, or None; [] if no sequence has one."""
     return [transformer.adapters.get(slot) for slot in batch.adapters]
 
 
 class ProgramSteps:
-    """Runs steps as a Program, on its threads; a second one may be started before the first is finished."""
+    """Runs steps as a Program, on its threads. A second step may start before the first is finished."""
 
     ahead = True
 
@@ -178,4 +184,4 @@ class ProgramSteps:
         return self.transformer.forward(batch)
 
     def prepare(self, progress: Callable[[float], None]) -> None:
-        """A recorded program has nothing left to prepare."""
+        """There is nothing to prepare: the program is recorded already."""

@@ -1,4 +1,4 @@
-"""Whether the compiled ops of a CPU, in the instruction set in use, are as their references."""
+"""Compares the compiled ops of a CPU with their references, in the instruction set that is in use."""
 
 from __future__ import annotations
 
@@ -20,25 +20,23 @@ from .weights import KINDS, QuantizedMatrix, pack
 
 FLOATS = {name: getattr(torch, dtype) for dtype, name in KINDS.items()}
 WINDOWS = (0, 20)
-# tokens and logit rows that the proof's buffers hold; pages of its cache
-T = 32
-R = 4
-PAGES = 40
+T = 32                          # tokens that the buffers have room for
+R = 4                           # logit rows
+PAGES = 40                      # of the cache
 SLOTS = 4                       # of states
-# q8_0 has a scale for each block of a head
 HEAD_SIZE = 64
-BLOCK = 32
+BLOCK = 32                      # numbers of a head that share a scale in q8_0
 HADAMARD = functools.reduce(torch.kron, [torch.tensor([[1.0, 1], [1, -1]])] * 6) / HEAD_SIZE**0.5
-STATES = {"short_conv": 2, "delta_rule": 4, "mamba2": 4}     # which argument of an op they are
+STATES = {"short_conv": 2, "delta_rule": 4, "mamba2": 4}     # op -> which of its arguments the states are
 
 
 def turned(heads: torch.Tensor) -> torch.Tensor:
-    """Heads (T, H * D) as q8_0 has them, or such ones as they were."""
+    """Heads (T, H * D) turned as in pages of q8_0. Turning twice gives them back."""
     return (heads.unflatten(1, (-1, HEAD_SIZE)) @ HADAMARD).flatten(1)
 
 
-class Changed(NamedTuple):
-    """What an adapter adds to a product, see AdaptedMatrices.pack."""
+class AddedMatrices(NamedTuple):
+    """What an adapter adds to a product: see AdaptedMatrices.pack."""
 
     a: torch.Tensor
     b: torch.Tensor
@@ -61,17 +59,19 @@ class FileRows:
 
 
 class Chain:
-    """A Program of every op, each with an output of its own, so that afterwards each reference can be given
-    exactly what its op has read."""
+    """A Program with a call of every op.
+
+    Each call has an output of its own, so that after a step each reference gets exactly what its op has read."""
 
     def __init__(self, script: SimpleNamespace, cache_type: torch.dtype):
         self.cache_type = cache_type
-        self.script, self.dice = script, Dice(torch.device("cpu"), 4)
+        self.script = script
+        self.dice = Dice(torch.device("cpu"), 4)
         self.program = Program(T, R)
         self.calls = []
-        self.floats = {}
-        self.faults: dict[str, str] = {}        # by op: "" = as the reference
-        self.adapters: list[dict[str, Changed]] = [{}, {}]
+        self.floats = {}                        # matrix -> its values, for the reference
+        self.faults: dict[str, str] = {}        # op -> what is wrong; "": it is as its reference
+        self.adapters: list[dict[str, AddedMatrices]] = [{}, {}]
         self.spec = script.plain_sizes(vocab_size=200, layers=1, width=768, heads=4, kv_heads=2, head_size=HEAD_SIZE,
                                        ffn_size=512, max_positions=PAGES * script.PAGE_SIZE)
 
@@ -119,14 +119,14 @@ class Chain:
         cos, sin = self.script.rope_tables(spec, torch.device("cpu"))
         for norm_at in ("before_rope", "none"):
             self.attention(qkv, cos, sin, self.float_cache(), "", norm_at)
-        for norm_at in ("before_rope", "after_rope"):       # rounded queries of any size would move large scores
+        for norm_at in ("before_rope", "after_rope"):       # not "none": without a norm, rounding would move large scores
             self.attention(qkv, cos, sin, self.packed_cache(), " q8_0", norm_at)
         self.experts(x, norm)
         self.adapted(x, norm)
         narrow = self.call("linear", x, self.matrix("f32", "input_gate", 48), width=48, label="linear f32")
         made = self.call("layer_inputs", x, previous, dice.normal(48), 1e-5, width=C)
         self.call("gate_input", narrow, made, 96, width=48)
-        for kind in ("bf16", "q8_0", "q4_1"):        # those that need no gguf package
+        for kind in ("bf16", "q8_0", "q4_1"):        # these need no gguf package
             self.call("look_up", FileRows(kind, spec.vocab_size, C, dice, self.script), p.token_ids, width=C)
         for taps, bias in ((3, None), (5, dice.normal(C // 3))):
             self.call("short_conv", x, dice.normal(taps * C // 3), (dice.normal(SLOTS, taps - 1, C // 3),), p.sequences, width=C // 3, bias=bias)
@@ -145,7 +145,7 @@ class Chain:
         p.sample(self.capped)
 
     def matrix(self, kind: str, name: str, rows: int, columns: int = 0) -> Matrix:
-        """A matrix in a model's form; `floats` remembers what its reference multiplies with."""
+        """A matrix as a model has it. `floats` keeps the values that the reference multiplies with."""
         if kind in FLOATS:
             source = weight = self.dice.normal(rows, columns or self.spec.width).to(FLOATS[kind])
         else:
@@ -180,7 +180,7 @@ class Chain:
         return torch.cat((codes, scales.half().view(torch.uint8)), -1)
 
     def experts(self, x: torch.Tensor, norm: Any) -> None:
-        """Those of a layer, with everything before and after them, in floats: of packed weights the products are proved."""
+        """The experts of a layer, with all that comes before and after them. Floats are enough: `products` proves packed weights."""
         E = 6
         F = 64
         dice = self.dice
@@ -196,12 +196,12 @@ class Chain:
                                    ("relu2", {"sum_to_one": False, "sigmoids": True, "groups": (3, 2), "share_scale": 2.5}),
                                    ("swiglu", {"sum_to_one": True, "jitter": 0.3})):
             first = gate_up if activation in GATES else up
-            biases = torch.full((first.rows,), 0.3), down_bias         # gates and ups have another order in tiles
-            self.call("experts", x, logits, first, down, width=self.spec.width, norm=None if "jitter" in router else norm, biases=biases, activation=activation,
-                      chosen=2, **router)
+            biases = torch.full((first.rows,), 0.3), down_bias         # all equal, because tiles have gates and ups in another order
+            self.call("experts", x, logits, first, down, width=self.spec.width, norm=None if "jitter" in router else norm,
+                      biases=biases, activation=activation, chosen=2, **router)
 
     def adapted(self, x: torch.Tensor, norm: Any) -> None:
-        """Products of floats to which adapters of every type add something, those of half of their ranks to half of the rows."""
+        """Products of floats with adapters of every type. Half of the ranks of each change only half of the outputs."""
         N = 80
         for kind, activation in (("f32", None), ("f16", "swiglu"), ("bf16", "relu2"), ("bf16", "geglu")):
             name = f"{kind} {activation}"
@@ -211,24 +211,26 @@ class Chain:
                 a = self.dice.normal(ranks, self.spec.width)
                 b = self.dice.normal(rows, ranks)
                 b[:rows // 2, ranks // 2:] = 0
-                adapter[name] = Changed(a.to(FLOATS[kind]), b.to(FLOATS[kind]), 0.1 + self.dice.normal(ranks) / 20)
+                adapter[name] = AddedMatrices(a.to(FLOATS[kind]), b.to(FLOATS[kind]), 0.1 + self.dice.normal(ranks) / 20)
             self.call("linear", x, self.matrix("f32", packed, rows), width=N, label="linear adapters", norm=norm, activation=activation, adapted=name)
 
     def delta_rule(self, x: torch.Tensor, alternating: bool, by_key: bool) -> None:
-        """One of odd sizes, on the first columns of x."""
+        """A delta rule of unusual sizes."""
         mixer = self.script.DeltaRule(4, 2, 4, 32, 48, alternating, by_key, by_key)
         dice = self.dice
-        (mixed, width), (channels, *_) = mixer.widths(self.spec.width), mixer.parts
+        mixed, width = mixer.widths(self.spec.width)
+        channels, *_ = mixer.parts
         part = self.call("linear", x, self.matrix("f32", "mix_in", mixed), width=mixed, label="linear f32")
         weights = {"taps": dice.normal(4 * channels), "decay": -dice.normal(4).exp(), "dt_bias": dice.normal(4), "mix_norm": dice.normal(48)}
         states = tuple(dice.normal(SLOTS, *shape) for shape in mixer.states(self.spec.width))
         self.call("delta_rule", part, weights, mixer, 1e-5, states, self.program.sequences, width=width)
 
     def mamba2(self, x: torch.Tensor, groups: int = 2, **part: int) -> None:
-        """One of odd sizes, or a rank's part of one."""
+        """A Mamba layer of unusual sizes, or a rank's part of one."""
         mixer = self.script.Mamba2(3, heads=6, head_size=80, state_size=24, groups=groups, **part)
         dice = self.dice
-        (mixed, width), (_, channels, heads) = mixer.widths(self.spec.width), mixer.parts
+        mixed, width = mixer.widths(self.spec.width)
+        _, channels, heads = mixer.parts
         columns = self.call("linear", x, self.matrix("f32", "mix_in", mixed), width=mixed, label="linear f32")
         weights = {"taps": dice.normal(3 * channels), "taps_bias": dice.normal(channels), "decay": -dice.normal(heads).exp(),
                    "dt_bias": dice.normal(heads), "skip": dice.normal(heads), "mix_norm": dice.normal(width)}
@@ -239,7 +241,7 @@ class Chain:
             self.call("norm_groups", out, weights["mix_norm"], squares, mixer, 1e-5, width=width)
 
     def products(self, kind: str, x: torch.Tensor, norm: Any) -> None:
-        """A product with everything before and after it, and one with gates."""
+        """Products with one type of weights: plain, with all that may come before and after, and with each activation."""
         label = f"linear {kind}"
         N = 80
         try:
@@ -251,13 +253,14 @@ class Chain:
         before = self.call("copy", self.call("linear", x, plain, width=N, label=label), width=N)
         more = dict(norm=norm, bias=self.dice.normal(N), residual=before)
         self.call("linear", x, plain, width=N, label=label, **more)
-        for activation in ACTIVATIONS.keys() - {None, "clamped_swiglu"}:     # whose steep parts make large errors of small ones; experts have it
+        # clamped_swiglu is proved with experts: where it is steep, a small error here would become a large one
+        for activation in ACTIVATIONS.keys() - {None, "clamped_swiglu"}:
             self.call("linear", x, gates if activation in GATES else plain, width=N, label=label, activation=activation)
 
     # ---- running
 
     def step(self, batch: SimpleNamespace, sampled: list[Any]) -> None:
-        """Run a step whose first two sequences have adapters, then every reference on what its op read."""
+        """Run a step whose first two sequences have adapters. Then give each reference what its op has read, and compare."""
         adapters = self.adapters[:len(batch.lengths)]
         packed = [self.program.adapters.pack(matrices) for matrices in adapters]
         inputs = self.inputs(batch)
@@ -273,14 +276,15 @@ class Chain:
             arguments = [self.real(argument, inputs) for argument in call.arguments]
             options = {key: self.real(option, inputs) for key, option in call.options.items()}
             if name := options.pop("adapted", None):
-                options["adapted"] = [(slice(*batch.starts[i:i + 2]), its[name]) for i, its in enumerate(adapters)]
+                rows = [slice(*batch.starts[i:i + 2]) for i in range(len(adapters))]
+                options["adapted"] = [(some, matrices[name]) for some, matrices in zip(rows, adapters)]
             fault = self.compare(call, arguments, options, self.real(call.out, inputs), before)
             self.faults[call.label] = self.faults.get(call.label) or fault
         expected = self.script.references["sample"](self.capped[:len(sampled)], sampled)
         self.faults["sample"] = "" if tokens == expected else f"draws the tokens {tokens}, not {expected}"
 
     def inputs(self, batch: SimpleNamespace) -> dict[str, Any]:
-        """A step's data as the references read it, by the names of the markers."""
+        """name of a marker -> what a step has in its place, as the references read it."""
         positions, slots = map(torch.tensor, self.script.token_places(batch))
         lists = {name: torch.tensor(getattr(batch, name))
                  for name in ("token_ids", "previous_token_ids", "logit_rows")}
@@ -288,17 +292,21 @@ class Chain:
         return lists | {"positions": positions, "slots": slots, "attention": plan, "sequences": self.script.Sequences.of(batch)}
 
     def real(self, argument: Any, inputs: dict[str, Any]) -> Any:
-        """What a reference gets for an argument that was recorded; of a buffer the rows in use."""
+        """What a reference gets in place of a recorded argument. Of a buffer it gets the rows in use."""
         if isinstance(argument, Marker):
             return inputs[argument.name]
         if isinstance(argument, Matrix):
             return self.floats[argument]
         if any(argument is call.out for call in self.calls):
-            return argument[:len(inputs["logit_rows" if len(argument) == R else "token_ids"])]
+            rows = inputs["logit_rows" if len(argument) == R else "token_ids"]
+            return argument[:len(rows)]
         return argument
 
     def compare(self, call: SimpleNamespace, arguments: list, options: dict, out: torch.Tensor,
                 before: dict[int, torch.Tensor]) -> str:
+        """What is wrong with the output of a call, and with the cache or states that it writes.
+
+        before: id of a cache or state -> what it held before the step"""
         reference = self.script.references[call.name]
         want = torch.empty_like(out)
         scale = self.spec.head_size**0.5            # our queries are scaled by 1 / this already
@@ -312,25 +320,32 @@ class Chain:
                 return fault or differs(turned(out) * scale, want, "q")
             fault = differs(self.slot_major(cache), pages, "the cache")
             return fault or differs(out * scale, want, "q")
-        if (place := STATES.get(call.name)) is not None:
+        if call.name in STATES:
+            place = STATES[call.name]
             ours = arguments[place]
-            arguments[place] = theirs = [before[id(state)] for state in ours]
+            theirs = [before[id(state)] for state in ours]
+            arguments[place] = theirs
             reference(*arguments, out=want, **options)
             faults = [differs(one, other, "the states") for one, other in zip(ours, theirs)]
             return "".join(filter(None, faults)) or differs(out, want, "the output")
         if call.name == "split_gates":
             gates = options["gates"][:len(out)]
-            reference(*arguments, out=want, **options | {"gates": (theirs := torch.empty_like(gates))})
+            theirs = torch.empty_like(gates)
+            reference(*arguments, out=want, **options | {"gates": theirs})
             return differs(gates, theirs, "the gates") or differs(out, want, "the output")
         if call.name in ("paged_attention", "text_attention"):
             q, cache = arguments[:2]
-            arguments[:2] = (turned(q) if cache.dtype == torch.uint8 else q) * scale, self.as_kept(cache)
+            if cache.dtype == torch.uint8:
+                q = turned(q)
+            arguments[0] = q * scale
+            arguments[1] = self.as_kept(cache)
         reference(*arguments, out=want, **options)
         kind = call.label.rpartition(" ")[2]
-        return differs(out, want, "the output", PACKED_TOLERANCE if kind in COLUMNS and kind not in FLOATS else 0.0)
+        packed = kind in COLUMNS and kind not in FLOATS
+        return differs(out, want, "the output", PACKED_TOLERANCE if packed else 0.0)
 
     def as_kept(self, cache: torch.Tensor) -> Any:
-        """A layer's cache as the references have it: floats, or the packed keys and values."""
+        """A layer's cache as the references hold it: floats, or packed keys and values."""
         if cache.dtype != torch.uint8:
             return self.slot_major(cache.float())
         Hkv = self.spec.kv_heads
@@ -343,13 +358,13 @@ class Chain:
         scales = cache[..., size * D:].view(torch.float16).unflatten(-1, (D // BLOCK, size))
         keys = codes[:, :, 0].unflatten(-1, (D // 4, size, 4)).permute(0, 3, 1, 2, 4) ^ 128
         values = codes[:, :, 1].unflatten(-1, (size, D)).permute(0, 2, 1, 3)
-        for part, (kept, its) in enumerate(zip(pages, (keys, values))):
-            kept.codes.copy_(its.reshape(-1, Hkv, D).view(torch.int8))
+        for part, (kept, unpacked) in enumerate(zip(pages, (keys, values))):
+            kept.codes.copy_(unpacked.reshape(-1, Hkv, D).view(torch.int8))
             kept.scales.copy_(scales[:, :, part].permute(0, 3, 1, 2).flatten(0, 1))
         return pages
 
     def slot_major(self, cache: torch.Tensor) -> torch.Tensor:
-        """A layer's cache as the references have it: (P * PAGE_SIZE, 2, Hkv, D)."""
+        """A layer's cache of floats as the references hold it: (P * PAGE_SIZE, 2, Hkv, D)."""
         size = self.script.PAGE_SIZE
         D = self.spec.head_size
         k = cache[:, :, 0].unflatten(-1, (D, size)).permute(0, 3, 1, 2)
@@ -358,7 +373,7 @@ class Chain:
 
 
 def prove_cpu(script: SimpleNamespace) -> dict[str, str]:
-    """What is wrong with each op of a CPU: "" nothing; an Unproved where the gguf package is missing."""
+    """op -> what is wrong with it on a CPU. "": nothing is. Unproved: the gguf package is missing, so nobody knows."""
     faults: dict[str, str] = {}
     prompt = numpy.random.default_rng(5).integers(0, 200, 21).tolist()
     sampled = (dict(temperature=0.0), dict(top_k=0, top_p=0.9, repetition_penalty=1.2))
@@ -368,7 +383,7 @@ def prove_cpu(script: SimpleNamespace) -> dict[str, str]:
         with torch.inference_mode():
             chain = Chain(script, cache_type)
             chain.record()
-            # a decode row together with a prompt's chunk, then a decode row alone
+            # a decode row beside a prompt's chunk, then a decode row alone
             chain.step(SimpleNamespace(
                 token_ids=[7, *prompt], previous_token_ids=[3, -1, *prompt[:-1]], starts=[0, 1, 22],
                 lengths=[300, 31], tables=[list(range(19)), [30, 25]], logit_rows=[0, 21], state_reads=[2, 1],
@@ -377,13 +392,13 @@ def prove_cpu(script: SimpleNamespace) -> dict[str, str]:
                                        tables=[list(range(19))], logit_rows=[0], state_reads=[3], write_rows=[0],
                                        write_slots=[1], ahead=[]), rows[:1])
             faults = {op: faults.get(op) or fault for op, fault in chain.faults.items()}
-            whole = prove_texts(script, cache_type, prompt)
-            faults |= {op: faults.get(op) or fault for op, fault in whole.items()}
+            of_texts = prove_texts(script, cache_type, prompt)
+            faults |= {op: faults.get(op) or fault for op, fault in of_texts.items()}
     return faults
 
 
 def prove_texts(script: SimpleNamespace, cache_type: torch.dtype, text: list[int]) -> dict[str, str]:
-    """The same of attention in models that see whole texts, of which three are computed together."""
+    """The same for the attention of models that read whole texts. Three texts are computed together."""
     chain = Chain(script, cache_type)
     p = chain.program
     dice = chain.dice

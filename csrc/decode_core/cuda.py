@@ -1,8 +1,8 @@
 """The ops of csrc/cuda: checked calls of the kernels, for torch CUDA tensors.
 
-Nothing is allocated, read back or waited for, and grids depend on shapes alone: every call may be captured in a CUDA graph
-and replayed on whatever the tensors then hold. What lies on the device cannot be checked here: the kernels skip slots, pages,
-positions and ids that are out of range, and rows marked inactive. A wrong argument is a ValueError that names it.
+No call allocates, reads back or waits, and grids depend on shapes alone. So every call may be captured in a CUDA graph and
+replayed on whatever the tensors then hold. Values on the device cannot be checked here: the kernels skip slots, pages,
+positions and ids that are out of range, and rows marked inactive. A wrong argument raises a ValueError that names it.
 torch is not imported: a tensor is anything with is_cuda, device, dtype, shape, stride() and data_ptr().
 """
 
@@ -10,32 +10,31 @@ from types import SimpleNamespace
 
 PAGE_SIZE = 16
 CHUNK_SIZE = 64
-# of attention: parts of a row side by side, and in one merge; a row's bits depend on both
+# parts of a row that attention computes side by side, and that one merge takes; a row's bits depend on both
 MOST_SPANS = 128
 MERGED = 16
 MAX_VOCABULARY = 1 << 18
 MAX_ROWS = 65535
 MAX_HEAD_SIZE = 256
-LEAST_CAPABILITY = 80                   # ten times the least that setup.py's NVCC_FLAGS compile for
-SAMPLE_THREADS = 1024                   # of a row's block; tests try others, which must give the same tokens
+LEAST_CAPABILITY = 80                   # ten times the lowest compute capability that setup.py's NVCC_FLAGS compile for
+SAMPLE_THREADS = 1024                   # of the block that samples a row; tests try other numbers, with the same tokens
 SAMPLE_ROW_BYTES = 72                   # dc::SampleRow of csrc/contract.h
-CODES = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3}          # int8: of pages alone
+CODES = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3}          # only pages are int8
 PACKED_BLOCK = 32                       # numbers that share a scale in pages of int8
 MAX_RANKS = 1024                        # of an adapter on a matrix
 SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int64": 8, "uint8": 1, "int8": 1}
 NORMS = {"none": 0, "before_rope": 1, "after_rope": 2}
-# Of a quantized type, in the order of csrc/weights.def, which a test compares: the columns and bytes of a block in a GGUF file
+# quantized type -> (columns, bytes) of a block in a GGUF file, in the order of csrc/weights.def, as a test checks
 BLOCKS = {"q8_0": (32, 34), "q4_0": (32, 18), "q4_1": (32, 20), "q5_0": (32, 22), "q5_1": (32, 24), "q4_k": (256, 144),
           "q5_k": (256, 176), "q6_k": (256, 210), "iq4_nl": (32, 18), "iq4_xs": (256, 136), "mxfp4": (32, 17),
           "u4_g32": (32, 19), "u4_g128": (128, 67), "q2_k": (256, 84), "q3_k": (256, 110)}
 OWN = ("u4_g32", "u4_g128")              # of these, types that no GGUF file has
-FLOATS = {"bfloat16": (8, 16), "float16": (8, 16), "float32": (8, 32)}          # of matrices that no file has packed
+FLOATS = {"bfloat16": (8, 16), "float16": (8, 16), "float32": (8, 32)}          # the same for float matrices
 BLOCK_CODES = {kind: code for code, kind in enumerate([*BLOCKS, *FLOATS])}
 MAX_PRODUCT_ROWS = 8                    # of x in one multiply
-# pairs: of one item, for x in float32 and in bfloat16
 MAX_EXPERTS = 1024
-FEW_PAIRS = 4
-MANY_PAIRS = 64
+FEW_PAIRS = 4                           # of an item, with x in float32
+MANY_PAIRS = 64                         # of an item, with x in bfloat16
 GATES = {None: 0, "swiglu": 1, "geglu": 2, "clamped_swiglu": 3}
 ACTIVATIONS = GATES | {"relu2": 4}
 LOGITS = ("float32", "bfloat16")
@@ -43,9 +42,9 @@ CACHES = ("float32", "float16", "bfloat16", "int8")
 
 
 def attention_workspace(rows: int, heads: int, kv_heads: int, head_size: int, table_width: int) -> tuple[int, int]:
-    """(float32 elements, int32 elements) that paged_attention needs for at most `rows` rows and `table_width` pages each.
+    """(float32 elements, int32 elements) that paged_attention needs for up to `rows` rows of up to `table_width` pages each.
 
-    The integers must be zero before the first call; each call leaves them zero. Calls in order may share both.
+    The integers must be zero before the first call, and each call leaves them zero. Calls that run in order may share both.
     """
     spans = min(max_chunks(table_width, 0), MOST_SPANS)
     groups = -(-spans // MERGED)
@@ -53,39 +52,41 @@ def attention_workspace(rows: int, heads: int, kv_heads: int, head_size: int, ta
 
 
 def max_chunks(table_width: int, window: int) -> int:
-    """Chunks of 64 positions that a row of at most `table_width` pages can see through `window` (0: all)."""
+    """Most chunks of 64 positions that a row of up to `table_width` pages sees through `window` (0: all)."""
     chunks = -(-table_width * PAGE_SIZE // CHUNK_SIZE)
     return min(chunks, (window + CHUNK_SIZE - 2) // CHUNK_SIZE + 1) if window else chunks
 
 
 def most_items(experts: int, pairs: int, item_pairs: int) -> int:
-    """The most items that `group` can need for this many pairs, each of which may have any of the experts."""
+    """The most items that `group` can need for this many pairs, whichever experts they have."""
     active = min(experts, pairs)
     return active + (pairs - active) // item_pairs
 
 
 class CudaOps:
-    """The ops behind their checks. `core`: the functions of csrc/cuda/launch.h, without their prefix."""
+    """The ops with their checks. `core` has the functions of csrc/cuda/launch.h, named without their prefix."""
 
     def __init__(self, core):
         self.core = core
 
     def refusal(self, device: int = 0) -> str:
-        """Why the kernels cannot run on a device, "" where they can; never raises."""
+        """Why the kernels cannot run on a device; "" if they can. It never raises."""
         if not device < self.core.cuda_devices():
             return "no such device, or a driver that is too old"
         capability = self.core.cuda_capability(device)
+        if capability >= LEAST_CAPABILITY:
+            return ""
         least = "decode_core's CUDA kernels need {}.{}".format(*divmod(LEAST_CAPABILITY, 10))
-        return "" if capability >= LEAST_CAPABILITY else "{}, the GPU has {}.{}".format(least, *divmod(capability, 10))
+        return "{}, the GPU has {}.{}".format(least, *divmod(capability, 10))
 
     def available(self, device: int = 0) -> bool:
-        """Whether there is such a device, a driver that is new enough and a compute capability that was compiled for."""
+        """Can the kernels run on this device?"""
         return not self.refusal(device)
 
     def tensor(self, name: str, tensor, dtypes: tuple, *shape, loose=0) -> SimpleNamespace:
-        """`tensor` as (address, dtype, shape, strides), on the current device; None in `shape` admits any size.
+        """(address, dtype, shape, strides) of a tensor on the current device. None in `shape` admits any size.
 
-        Contiguous, but for the `loose` first axes, whose strides are passed to the kernels.
+        The tensor must be contiguous, except along its first `loose` axes, whose strides the kernels get.
         """
         try:
             on_device = tensor.is_cuda
@@ -102,7 +103,8 @@ class CudaOps:
             raise ValueError(f"{name}: must not require gradients")
         if dtype not in dtypes:
             raise ValueError(f"{name}: must be {' or '.join(dtypes)}, not {dtype}")
-        if len(size) != len(shape) or any(want not in (None, have) for want, have in zip(shape, size)):
+        fits = len(size) == len(shape) and all(want in (None, have) for want, have in zip(shape, size))
+        if not fits:
             wanted = ", ".join("any" if want is None else str(want) for want in shape)
             raise ValueError(f"{name}: must have shape ({wanted}), not {size}")
         expected = 1
@@ -116,9 +118,16 @@ class CudaOps:
             raise ValueError(f"{name}: is not aligned to its elements")
         return SimpleNamespace(address=address, dtype=dtype, shape=size, strides=strides)
 
+    def address_or_0(self, name: str, tensor, dtypes: tuple, *shape) -> int:
+        """The address of a contiguous tensor, 0 for None."""
+        return 0 if tensor is None else self.tensor(name, tensor, dtypes, *shape).address
+
     def pages(self, name: str, pages, like=None) -> SimpleNamespace:
-        """One layer's K or V pages (P, Hkv, 16, D): any strides, but each slot's D values together and 16-byte aligned."""
-        dtypes, shape = ((like.dtype,), like.shape) if like else (CACHES, (None, None, PAGE_SIZE, None))
+        """The K or V pages of a layer (P, Hkv, 16, D).
+
+        Strides may be any, but the D values of a slot lie together, at a multiple of 16 bytes."""
+        dtypes = (like.dtype,) if like else CACHES
+        shape = like.shape if like else (None, None, PAGE_SIZE, None)
         cache = self.tensor(name, pages, dtypes, *shape, loose=3)
         per_load = 16 // SIZES[cache.dtype]
         if cache.shape[3] % 16 or not 0 < cache.shape[3] <= MAX_HEAD_SIZE:
@@ -134,7 +143,9 @@ class CudaOps:
         return cache
 
     def scales(self, name: str, scales, pages: SimpleNamespace) -> int:
-        """The address of the scales (P, Hkv, 16, D / 32) float16 of pages of int8, which lie as these do; 0 for floats."""
+        """The address of the scales of int8 pages (P, Hkv, 16, D / 32) float16, 0 for pages of floats.
+
+        Scales have the strides of the pages, divided by 32."""
         if (scales is None) != (pages.dtype != "int8"):
             raise ValueError(f"{name}: must come with pages of int8, and with no others")
         if scales is None:
@@ -157,9 +168,10 @@ class CudaOps:
     def sample(self, logits, params, tokens, *, count_ids=None, counts=None, bias_ids=None, bias_values=None, stream: int):
         """One token for each row of logits (B, V) float32 or bfloat16 -> tokens (B,) int32.
 
-        params (B * 72,) uint8: the bytes of SampleBatch.records (sampling.py), copied to the device; count_ids, counts (N,)
-        int32 and bias_ids (M,) int32, bias_values (M,) float32: its lists, or longer buffers that begin with them. Rows with
-        such entries are changed in place, which needs float32 logits. Rows with a negative position get token -1.
+        params      (B * 72,) uint8: the bytes of SampleBatch.records (sampling.py), copied to the device
+        count_ids, counts       (N,) int32, and bias_ids (M,) int32, bias_values (M,) float32: the batch's lists, or longer
+                    buffers that begin with them. Rows that they name are changed in place, so logits must then be float32
+        A row with a negative position gets token -1.
         """
         x = self.tensor("logits", logits, LOGITS, None, None, loose=1)
         B, V = x.shape
@@ -175,7 +187,7 @@ class CudaOps:
              SAMPLE_THREADS, stream)
 
     def pair(self, name, ids, values, dtype, logits_dtype) -> tuple[int, int, int]:
-        """(address of ids, of values, how many) of one list, or zeros."""
+        """(address of ids, address of values, how many) of a list; zeros without one."""
         if (ids is None) != (values is None):
             raise ValueError(f"{name}: ids and values come together or not at all")
         if ids is None:
@@ -191,8 +203,10 @@ class CudaOps:
                     gate_scale=1.0, k_scales=None, v_scales=None, stream: int):
         """Everything between the qkv product and attention: q -> q_out (B, H, D) float32, k and v -> pages.
 
-        As decode_core.attention.rope_append, except the cache: k_pages, v_pages (P, Hkv, 16, D), two tensors or two views of
-        one; of int8, with k_scales and v_scales (P, Hkv, 16, D / 32) float16, q, k and v are turned. Rows with a slot or position out of range (padding: -1) are left alone.
+        As decode_core.attention.rope_append, except for the cache:
+        k_pages, v_pages        (P, Hkv, 16, D), two tensors or two views of one
+        k_scales, v_scales      of int8 pages, (P, Hkv, 16, D / 32) float16; q, k and v are then turned
+        A row with a slot or a position out of range (padding has -1) is left alone.
         """
         k = self.pages("k_pages", k_pages)
         v = self.pages("v_pages", v_pages, like=k)
@@ -212,29 +226,33 @@ class CudaOps:
             raise ValueError("k_norm: q_norm and k_norm come together or not at all")
         if (value_embed is None) != (gate is None):
             raise ValueError("gate: value_embed and gate come together or not at all")
-        weights = [self.tensor(name, weight, ("float32",), D).address if weight is not None else 0
-                   for name, weight in (("q_norm", q_norm), ("k_norm", k_norm))]
+        q_weight = self.address_or_0("q_norm", q_norm, ("float32",), D)
+        k_weight = self.address_or_0("k_norm", k_norm, ("float32",), D)
         embeds = [0, 0, 0, 0]
         if value_embed is not None:
             e = self.tensor("value_embed", value_embed, (x.dtype,), B, Hkv * D, loose=1)
             g = self.tensor("gate", gate, (x.dtype,), B, Hkv, loose=1)
             embeds = [e.address, e.strides[0], g.address, g.strides[0]]
-        addresses = [self.tensor(name, t, ("int64",), B).address for name, t in (("positions", positions), ("slots", slots))]
-        scales = [self.scales(name, of, k) for name, of in (("k_scales", k_scales), ("v_scales", v_scales))]
-        call(self.core.cuda_rope_append, x.address, CODES[x.dtype], x.strides[0], B, H, Hkv, D, *addresses, table.shape[0],
+        positions_at = self.tensor("positions", positions, ("int64",), B).address
+        slots_at = self.tensor("slots", slots, ("int64",), B).address
+        scales = [self.scales("k_scales", k_scales, k), self.scales("v_scales", v_scales, k)]
+        call(self.core.cuda_rope_append, x.address, CODES[x.dtype], x.strides[0], B, H, Hkv, D, positions_at, slots_at, table.shape[0],
              P * PAGE_SIZE, table.address, sines.address, table.shape[1], NORMS[norm],
-             *weights, float(eps), float(post_scale), float(q_scale * D**-0.5), *embeds,
+             q_weight, k_weight, float(eps), float(post_scale), float(q_scale * D**-0.5), *embeds,
              float(gate_scale), q.address, k.address, v.address, *scales, CODES[k.dtype], *k.strides[:3], stream)
 
     def paged_attention(self, q, k_pages, v_pages, block_table, lengths, states, tickets, out, *, window=0, softcap=0.0,
                         sinks=None, k_scales=None, v_scales=None, stream: int):
         """Attention of decode rows: q (B, H, D) float32, scaled already -> out (B, H * D) float32 or bfloat16.
 
-        block_table (B, W) int32: each row's pages; lengths (B,) int32: its keys, its own included, 0 = inactive (its output
-        is left alone); window: keys it sees, itself included, 0 = all; with a softcap c, scores become c * tanh(scores / c).
-        sinks (H,) float32: one more score for each query head, neither scaled nor capped, whose value is 0.
-        Of pages of int8 with their scales, out is turned as q must be: `turn` follows.
-        states (float32) and tickets (int32, zeros) are the workspace, see attention_workspace. Each row's bits depend on nothing else in the batch.
+        block_table     (B, W) int32: the pages of each row
+        lengths         (B,) int32: how many keys each row has, its own included; 0: inactive, and its output is left alone
+        window          how many keys a row sees, its own included; 0: all
+        softcap         c > 0: scores become c * tanh(scores / c)
+        sinks           None, or (H,) float32: one more score for each query head, neither scaled nor capped, whose value is 0
+        k_scales, v_scales      of int8 pages. q must be turned, and so is out: call `turn` after it
+        states, tickets float32, and int32 zeros: the workspace, see attention_workspace
+        A row's bits depend on nothing else in the batch.
         """
         k = self.pages("k_pages", k_pages)
         v = self.pages("v_pages", v_pages, like=k)
@@ -259,24 +277,27 @@ class CudaOps:
             raise ValueError(f"states: needs {floats} elements, has {state.shape[0]}")
         if ticket.shape[0] < integers:
             raise ValueError(f"tickets: needs {integers} elements, has {ticket.shape[0]}")
-        extra = 0 if sinks is None else self.tensor("sinks", sinks, ("float32",), H).address
+        sinks_at = self.address_or_0("sinks", sinks, ("float32",), H)
         y = self.tensor("out", out, LOGITS, B, H * D)
-        scales = [self.scales(name, of, k) for name, of in (("k_scales", k_scales), ("v_scales", v_scales))]
+        scales = [self.scales("k_scales", k_scales, k), self.scales("v_scales", v_scales, k)]
         call(self.core.cuda_paged_attention, query.address, B, H, Hkv, D, k.address, v.address, *scales, CODES[k.dtype], P,
-             *k.strides[:3], table.address, table.strides[0], W, sizes.address, window, float(softcap), extra,
+             *k.strides[:3], table.address, table.strides[0], W, sizes.address, window, float(softcap), sinks_at,
              max_chunks(W, window), MOST_SPANS, state.address, ticket.address, y.address, CODES[y.dtype], stream)
 
     def multiply(self, x, blocks, out, *, kind: str, norm=None, bias=None, activation=None, residual=None,
                  stream: int):
         """residual + activation(norm(x) W^T + bias) -> out (B, N) float32 or bfloat16, B up to MAX_PRODUCT_ROWS.
 
-        x (B, >= K) float32 or bfloat16, whose first K columns are multiplied. blocks: W's rows, N or with a gate 2 N, uint8: as
-        a GGUF file of the type `kind` has them, or floats; see `packed`. norm: (weight float32 or None, eps), the RMS norm of
-        all columns of x. bias: float32, of each row of W; residual (B, N) float32.
+        x           (B, >= K) float32 or bfloat16; its first K columns are multiplied
+        blocks      the rows of W, uint8: N, or with a gate 2 N. `kind` is their type, as a GGUF file has it or floats; see `packed`
+        norm        None, or (weight float32 or None, eps): RMS norm of all columns of x
+        bias        None, or float32, an element for each row of W
+        residual    None, or (B, N) float32
         """
         w, columns = self.packed(blocks, kind, BLOCKS | FLOATS)
         x_at = self.tensor("x", x, LOGITS, None, None, loose=1)
-        (B, width), per_load = x_at.shape, 16 // SIZES[x_at.dtype]
+        B, width = x_at.shape
+        per_load = 16 // SIZES[x_at.dtype]
         if width < columns:
             raise ValueError(f"x: must have at least {columns} columns, not {width}")
         if B > MAX_PRODUCT_ROWS:
@@ -292,12 +313,19 @@ class CudaOps:
             raise ValueError(f"blocks: must be gates and as many ups, not {w.shape[0]} rows")
         y = self.tensor("out", out, LOGITS, B, w.shape[0] // halves, loose=1)
         weight, eps = norm or (None, 0.0)
-        scale = 0 if weight is None else self.tensor("norm", weight, ("float32",), width).address
-        added = 0 if bias is None else self.tensor("bias", bias, ("float32",), w.shape[0]).address
-        before = self.tensor("residual", residual, ("float32",), *y.shape, loose=1) if residual is not None else None
-        call(self.core.cuda_multiply, x_at.address, CODES[x_at.dtype], x_at.strides[0], B, int(norm is not None), width, scale,
-             float(eps), w.address, BLOCK_CODES[kind], y.shape[1], columns, added, ACTIVATIONS[activation],
-             before.address if before else 0, before.strides[0] if before else 0, y.address, CODES[y.dtype], y.strides[0], stream)
+        weight_at = self.address_or_0("norm", weight, ("float32",), width)
+        bias_at = self.address_or_0("bias", bias, ("float32",), w.shape[0])
+        residual_at, residual_stride = self.rows_or_0("residual", residual, y.shape)
+        call(self.core.cuda_multiply, x_at.address, CODES[x_at.dtype], x_at.strides[0], B, int(norm is not None), width, weight_at,
+             float(eps), w.address, BLOCK_CODES[kind], y.shape[1], columns, bias_at, ACTIVATIONS[activation],
+             residual_at, residual_stride, y.address, CODES[y.dtype], y.strides[0], stream)
+
+    def rows_or_0(self, name: str, rows, shape: tuple) -> tuple[int, int]:
+        """(address, stride) of float32 rows that may be apart; zeros for None."""
+        if rows is None:
+            return 0, 0
+        found = self.tensor(name, rows, ("float32",), *shape, loose=1)
+        return found.address, found.strides[0]
 
     def dequantize(self, blocks, out, *, kind: str, stream: int):
         """Packed weights (N, bytes of a row) -> out (N, K) float32 or bfloat16."""
@@ -306,21 +334,25 @@ class CudaOps:
         call(self.core.cuda_dequantize, w.address, BLOCK_CODES[kind], w.shape[0], columns, y.address, CODES[y.dtype], stream)
 
     def route(self, logits, ids, shares, *, sum_to_one: bool, slots=None, stream: int):
-        """The experts with the largest of each row's logits (T, E) float32, lower ids first among equals -> ids (T, n) int32, and
-        the softmax over them, or over all unless sum_to_one -> shares (T, n) float32. Rows whose slot (T,) int64 is < 0 are
-        padding: their ids are -1, their shares are left alone."""
+        """The n largest logits of each row (T, E) float32 -> ids (T, n) int32 and shares (T, n) float32.
+
+        Of equal logits the lower id comes first. Shares are the softmax over the n, or over all E unless sum_to_one.
+        slots       None, or (T,) int64: a row whose slot is below 0 is padding. Its ids are -1, its shares are left alone
+        """
         logits_at = self.tensor("logits", logits, ("float32",), None, None)
-        (T, E), chosen = logits_at.shape, self.tensor("ids", ids, ("int32",), logits_at.shape[0], None)
+        T, E = logits_at.shape
+        chosen = self.tensor("ids", ids, ("int32",), T, None)
         if not 0 < chosen.shape[1] <= E <= MAX_EXPERTS:
             raise ValueError(f"ids: must have 1 to {E} columns, of at most {MAX_EXPERTS} experts, not {chosen.shape[1]}")
         weights = self.tensor("shares", shares, ("float32",), *chosen.shape)
-        padding = 0 if slots is None else self.tensor("slots", slots, ("int64",), T).address
-        call(self.core.cuda_route, logits_at.address, padding, T, E, chosen.shape[1], int(bool(sum_to_one)), chosen.address, weights.address, stream)
+        slots_at = self.address_or_0("slots", slots, ("int64",), T)
+        call(self.core.cuda_route, logits_at.address, slots_at, T, E, chosen.shape[1], int(bool(sum_to_one)), chosen.address, weights.address, stream)
 
     def group(self, ids, order, items, *, experts: int, item_pairs: int, stream: int):
-        """Pairs by their expert: ids (P,) int32 -> order (P,) and items (most_items(experts, P, item_pairs), 3) int32.
+        """Sort pairs by their expert: ids (P,) int32 -> order (P,) and items (most_items(experts, P, item_pairs), 3) int32.
 
-        An item is an expert, its first place in `order` and up to item_pairs pairs, 0 = unused; pairs whose id is no expert are in none.
+        An item is (expert, first place in `order`, how many pairs: up to item_pairs, 0 in an unused item). A pair whose id is no
+        expert is in no item.
         """
         if not 0 < experts <= MAX_EXPERTS or item_pairs not in (FEW_PAIRS, MANY_PAIRS):
             raise ValueError(f"experts: must be 1 to {MAX_EXPERTS} in items of {FEW_PAIRS} or {MANY_PAIRS} pairs, "
@@ -334,10 +366,12 @@ class CudaOps:
     def multiply_experts(self, x, order, items, blocks, out, *, kind: str, gate=None, bias=None, shares=None, stream: int):
         """Each pair's x times its expert's weights -> out (P, N) float32 or bfloat16.
 
-        x (T or P, K), T dividing P: row p // (P / T) is pair p's; float32 for items of FEW_PAIRS, bfloat16 for those of MANY_PAIRS.
-        order and items are from `group`. blocks (E * N, bytes of a row) uint8, as `multiply` takes them or floats; with a `gate`
-        (2 * E * N, ..), the ups of all experts below their gates. bias: float32, of each row of blocks; shares (P,) float32
-        multiply what is written.
+        x               (T or P, K), T dividing P: pair p has row p // (P / T). float32 with items of FEW_PAIRS, bfloat16 with MANY_PAIRS
+        order, items    what `group` gives
+        blocks          (E * N, bytes of a row) uint8, as `multiply` takes them; with a `gate` (2 * E * N, ..), the ups of all
+                        experts below all gates
+        bias            None, or float32, an element for each row of blocks
+        shares          None, or (P,) float32, factors of the output
         """
         w, columns = self.packed(blocks, kind, BLOCKS | FLOATS)
         if gate not in GATES:
@@ -346,24 +380,28 @@ class CudaOps:
         made = self.tensor("items", items, ("int32",), None, 3)
         x_at = self.tensor("x", x, LOGITS, None, columns)
         y = self.tensor("out", out, LOGITS, *pairs.shape, None, loose=1)
-        (P,), (rows, _), N = pairs.shape, x_at.shape, y.shape[1] * (2 if gate else 1)
+        P = pairs.shape[0]
+        rows = x_at.shape[0]
+        N = y.shape[1] * (2 if gate else 1)
         if made.shape[0] > MAX_ROWS:
             raise ValueError(f"items: must be at most {MAX_ROWS}, not {made.shape[0]}")
         if x_at.address % 16 or columns % 8 or not rows or P % rows:
             raise ValueError(f"x: must have rows at multiples of 16 bytes, of which each has as many of the {P} pairs, not {x_at.shape}")
         if not N or w.shape[0] % N or kind in FLOATS and w.address % 16:
             raise ValueError(f"blocks: must have a multiple of {N} rows at a multiple of 16 bytes, not {w.shape[0]}")
-        added = 0 if bias is None else self.tensor("bias", bias, ("float32",), w.shape[0]).address
-        weights = 0 if shares is None else self.tensor("shares", shares, ("float32",), P).address
+        bias_at = self.address_or_0("bias", bias, ("float32",), w.shape[0])
+        shares_at = self.address_or_0("shares", shares, ("float32",), P)
         call(self.core.cuda_multiply_experts, x_at.address, CODES[x_at.dtype], P // rows, pairs.address, made.address, made.shape[0],
-             w.address, BLOCK_CODES[kind], w.shape[0] // N, y.shape[1], columns, GATES[gate], added, weights, y.address,
+             w.address, BLOCK_CODES[kind], w.shape[0] // N, y.shape[1], columns, GATES[gate], bias_at, shares_at, y.address,
              CODES[y.dtype], y.strides[0], stream)
 
     def shrink(self, adapters, matrix: int, x, sums, *, norm=None, stream: int):
-        """What adapters make of norm(x) for a matrix: sums (B, MAX_RANKS) float32, where each row's first ranks are written.
+        """The first half of what adapters add to the product with a matrix: scales * (A norm(x)) -> sums (B, MAX_RANKS) float32.
 
-        adapters (B,) int64: for each row 0, or the address of its adapter's table, see csrc/cuda/launch.h; x (B, K) float32 or
-        bfloat16; norm as in `multiply`.
+        A row's sums are as many as its adapter has ranks; the rest of the row is left alone.
+        adapters    (B,) int64: the address of each row's adapter table (csrc/cuda/launch.h), or 0
+        x           (B, K) float32 or bfloat16
+        norm        as in `multiply`
         """
         x_at = self.tensor("x", x, LOGITS, None, None, loose=1)
         B, width = x_at.shape
@@ -372,14 +410,16 @@ class CudaOps:
         tables = self.tensor("adapters", adapters, ("int64",), B)
         made = self.tensor("sums", sums, ("float32",), B, MAX_RANKS)
         weight, eps = norm or (None, 0.0)
-        scale = 0 if weight is None else self.tensor("norm", weight, ("float32",), width).address
+        weight_at = self.address_or_0("norm", weight, ("float32",), width)
         call(self.core.cuda_shrink, tables.address, matrix, x_at.address, CODES[x_at.dtype], x_at.strides[0], B, int(norm is not None),
-             width, scale, float(eps), made.address, MAX_RANKS, stream)
+             width, weight_at, float(eps), made.address, MAX_RANKS, stream)
 
     def expand(self, adapters, matrix: int, sums, y, out, *, activation=None, residual=None, stream: int):
-        """residual + activation(y + what adapters make of `sums`, which are shrink's) -> out (B, N) float32 or bfloat16.
+        """The second half: residual + activation(y + B sums) -> out (B, N) float32 or bfloat16.
 
-        y (B, N, or with a gate 2 N) float32: the product with its bias; residual (B, N) float32.
+        sums        what `shrink` gave
+        y           (B, N), or with a gate (B, 2 N), float32: the product with its bias
+        residual    None, or (B, N) float32
         """
         made = self.tensor("sums", sums, ("float32",), None, MAX_RANKS)
         before = self.tensor("y", y, ("float32",), None, None, loose=1)
@@ -391,16 +431,16 @@ class CudaOps:
         if before.shape[0] != B or B > MAX_ROWS or before.shape[1] % halves:
             raise ValueError(f"y: must have {B} rows, at most {MAX_ROWS}, and gates and as many ups, not {before.shape}")
         to = self.tensor("out", out, LOGITS, B, before.shape[1] // halves, loose=1)
-        added = self.tensor("residual", residual, ("float32",), *to.shape, loose=1) if residual is not None else None
+        residual_at, residual_stride = self.rows_or_0("residual", residual, to.shape)
         call(self.core.cuda_expand, tables.address, matrix, B, made.address, MAX_RANKS, before.address, before.strides[0], to.shape[1],
-             ACTIVATIONS[activation], added.address if added else 0, added.strides[0] if added else 0, to.address, CODES[to.dtype],
-             to.strides[0], stream)
+             ACTIVATIONS[activation], residual_at, residual_stride, to.address, CODES[to.dtype], to.strides[0], stream)
 
     def packed(self, blocks, kind: str, kinds=BLOCKS) -> tuple[SimpleNamespace, int]:
-        """Rows of blocks of a type of `kinds`, and their columns."""
+        """(the rows of a matrix, its columns). `blocks` are of the type `kind`, one of `kinds`."""
         if kind not in kinds:
             raise ValueError(f"kind: must be one of {', '.join(kinds)}, not {kind!r}")
-        rows, (columns, size) = self.tensor("blocks", blocks, ("uint8",), None, None), kinds[kind]
+        columns, size = kinds[kind]
+        rows = self.tensor("blocks", blocks, ("uint8",), None, None)
         if not rows.shape[1] or rows.shape[1] % size:
             raise ValueError(f"blocks: must be rows of blocks of {size} bytes, not {rows.shape}")
         if rows.address % 2 and size % 2 == 0:

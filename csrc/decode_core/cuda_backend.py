@@ -1,4 +1,4 @@
-"""A model's steps on CUDA: decode rows by our kernels, a prompt's attention by torch over the same pages."""
+"""A model's steps on CUDA. Decode rows go to our kernels; a prompt's attention is torch's, over the same pages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .sampling import SampleBatch
 from .weights import KEPT_ON_CUDA, converted, file_row_bytes, held_bytes
 
 
-# before 2.9, torch makes an RMS norm of pow and mean, and how mean splits a row depends on the number of rows
+# Before 2.9, torch computes an RMS norm with pow and mean, and how mean splits a row depends on the number of rows
 NORMS_ROW_BY_ROW = torch.__version__ >= (2, 9)  # pyright: ignore[reportOperatorIssue]  a TorchVersion compares with tuples
 
 
@@ -33,11 +33,11 @@ def current_stream() -> int:
 class CudaBackend:
     """See seam.py. `kernels` is a cuda.CudaOps, or an emulated one.
 
-    A layer's cache is (2, P, Hkv, PAGE_SIZE, D), keys and values apart: what one block of the decode kernel
-    reads of a page, and what a prompt gathers, are whole runs of PAGE_SIZE * D values. Queries are scaled by
-    1 / sqrt(D) as they are made. Packed ones are PackedPages; queries are turned then, and what attention makes of them is
-    turned back. `ops` proves each kernel first, on `device`; `faults` tells which of them do
-    not compute, and why.
+    A layer's cache is (2, P, Hkv, PAGE_SIZE, D), keys before values. So a block of the decode kernel reads whole runs of
+    PAGE_SIZE * D values of a page, and a prompt gathers such runs. rope_append scales queries by 1 / sqrt(D). A packed cache is
+    PackedPages: then queries are turned too, and the output of attention is turned back.
+
+    `ops` proves each kernel first, on `device`. `faults` says which of them do not compute, and why.
     """
 
     name = "decode_core/cuda"
@@ -73,7 +73,7 @@ class CudaBackend:
     def ops(self, max_tokens: int, max_rows: int, quantize: None, fine: bool = False) -> dict[str, Callable]:
         self.faults |= prove_cuda(self, self.device)
         fault = self.faults.get("prompt_attention")
-        if fault and self.prompts.varlen:           # perhaps varlen_attn alone is wrong
+        if fault and self.prompts.varlen:           # perhaps only varlen_attn is wrong: try without it
             self.prompts.varlen = None
             fault = prove_cuda(self, self.device, ["prompt_attention"])
         self.prompts.fused = not fault
@@ -88,21 +88,25 @@ class CudaBackend:
 
     @property
     def few_rows_invariant(self) -> bool:
-        """Where each op of such a step is a kernel of ours, or torch's over single rows. Once ops are proved.
+        """Do the bits of a row depend on it alone in steps of few rows? Ask once `ops` has proved the kernels.
 
-        Not without `sample`: GraphSteps alone makes each draft a row of its own.
+        Then each op of such a step is a kernel of ours, or an op of torch that computes row by row. `sample` must be ours too,
+        because only GraphSteps makes each draft a row of its own.
         """
         spec = self.spec
-        ours = {"linear", "rope_append", "paged_attention", "sample"}
-        fits = spec.width % 8 == spec.ffn_size % 8 == 0 and not (spec.experts or spec.smear_channels or spec.mixers)
-        norms = NORMS_ROW_BY_ROW or not (spec.embedding_norm or spec.post_norms)      # all others are in a kernel of ours
-        return fits and norms and not ours & self.faults.keys()
+        needed = {"linear", "rope_append", "paged_attention", "sample"}
+        if needed & self.faults.keys():
+            return False
+        if spec.width % 8 or spec.ffn_size % 8 or spec.experts or spec.smear_channels or spec.mixers:
+            return False
+        # all other norms are inside kernels of ours
+        return NORMS_ROW_BY_ROW or not (spec.embedding_norm or spec.post_norms)
 
     def record(self, transformer: Any) -> None:
-        """Whole steps are graphs, and make_steps' affair."""
+        """Nothing is recorded: GraphSteps captures whole steps as graphs."""
 
     def pause_while(self, word: Any, most_s: float) -> None:
-        """Never: what a GPU computes takes no CPU from others."""
+        """Nothing pauses: what a GPU computes takes no CPU from others."""
 
     def pack_adapter(self, matrices: Mapping[str, Any], device: Any) -> dict[str, Any]:
         return self.adapters.pack(matrices, device)
@@ -113,20 +117,25 @@ class CudaBackend:
         return GraphSteps(transformer, self, max_batch=max_batch, context_length=context_length)
 
     def pack(self, name: str, *parts: torch.Tensor | PackedMatrix) -> Any:
-        """What `linear`, `embed` and `experts` read: packed weights stay so, unless their product is not right
-        here."""
+        """The matrix that `linear`, `embed` and `experts` read.
+
+        Packed weights stay packed, unless the kernels that multiply them cannot take them or were wrong."""
         matrix = parts[0]
         if not isinstance(matrix, PackedMatrix):
-            return padded(torch.cat(parts)) if name.endswith("ve_gate") or len(parts) > 1 else matrix  # pyright: ignore[reportArgumentType]  these are floats
-        expert = "expert" in name
-        able = fits_experts(name, matrix) and "experts" not in self.faults if expert else "linear" not in self.faults
-        return matrix if able else unpacked(matrix, self.script)
+            if name.endswith("ve_gate") or len(parts) > 1:
+                return padded(torch.cat(parts))  # pyright: ignore[reportArgumentType]  these are floats
+            return matrix
+        if "expert" in name:
+            stays = fits_experts(name, matrix) and "experts" not in self.faults
+        else:
+            stays = "linear" not in self.faults
+        return matrix if stays else unpacked(matrix, self.script)
 
     def make_cache(self, spec, layout, num_pages, device):
-        """As the reference, but each layer's is (2, P, Hkv, 16, D), the same for all layers."""
-        its = spec.attention(0)
-        layers = layout.size // max(layout.own, 1)      # none in a stage whose layers all keep states
-        shape = (2, num_pages, its.kv_heads, self.script.PAGE_SIZE, its.head_size)
+        """As the reference, but the cache of a layer is (2, P, Hkv, 16, D). All layers have the same shape."""
+        first = spec.attention(0)
+        layers = layout.size // max(layout.own, 1)      # 0 in a stage whose layers all keep states
+        shape = (2, num_pages, first.kv_heads, self.script.PAGE_SIZE, first.head_size)
         dtype = next(filter(None, layout.types), "bfloat16")
         if dtype == "q8_0":
             memory = self.script.zeroed((layers, num_pages * self.script.PAGE_SIZE * layout.own), torch.uint8, device)
@@ -136,13 +145,14 @@ class CudaBackend:
         return memory, [attends and parts[offset // layout.own] for attends, offset in zip(spec.by_layer, layout.offset)]
 
     def rope_append(self, qkv, cos, sin, positions, slots, cache, out, **options):
-        """As rope_append_reference, but q comes scaled, and rows with slot -1 (padding) are left alone."""
-        heads, (pages, scales) = out.unflatten(1, (-1, self.spec.head_size)), halves(cache)
+        """As rope_append_reference, but q is scaled, and rows with slot -1 (padding) are left alone."""
+        heads = out.unflatten(1, (-1, self.spec.head_size))
+        pages, scales = halves(cache)
         self.kernels.rope_append(qkv, cos, sin, positions, slots, *pages, heads, stream=self.stream(),
                                  **options, **scales)
 
     def workspace(self, rows: int, width: int, device) -> tuple:
-        """Decode attention's (states, tickets) for this many rows and pages; tickets are 0 between calls."""
+        """(states, tickets) of decode attention, for this many rows and pages. Tickets are 0 between calls."""
         spec = self.spec
         floats, integers = cuda.attention_workspace(rows, spec.heads, spec.kv_heads, spec.head_size, width)
         return (torch.empty(floats, dtype=torch.float32, device=device),
@@ -156,16 +166,15 @@ class CudaBackend:
         return self.plan(batch, windows, table, lengths, workspace)
 
     def plan(self, batch, windows, table, lengths, workspace) -> CudaPlan:
-        """The plan of a step whose tables and lengths are on the device already; waits for nothing."""
+        """The plan of a step whose tables and lengths are on the device already. This waits for nothing."""
         decode = self.script.decode_rows(batch)
         size = self.script.PAGE_SIZE
         prompts = {window: prompts_of(batch, decode, table, window, size) for window in set(windows)}
         return CudaPlan(decode, table, lengths, prompts, *workspace)
 
     def paged_attention(self, q, cache, plan, window, out, softcap=0.0, sinks=None):
-        """softmax(q k) v over each row's own pages: q (T, H * D) float32, scaled -> out (T, H * D)."""
-        # (T, H, D)
-        heads = q.unflatten(1, (-1, cache.shape[-1]))
+        """softmax(q k) v of each row over the pages of its sequence: q (T, H * D) float32, scaled -> out (T, H * D)."""
+        heads = q.unflatten(1, (-1, cache.shape[-1]))                           # (T, H, D)
         first = slice(plan.decode)
         if plan.decode:
             table = plan.table[first]
@@ -189,8 +198,9 @@ class CudaBackend:
     def attend(self, q, cache, table, lengths, states, tickets, out, window: int, softcap=0.0,
                sinks=None) -> None:
         """Decode rows: q (N, H, D) float32, scaled -> out (N, H * D)."""
-        (pages, scales), packed = halves(cache), isinstance(cache, PackedPages)
-        # zeros: rows of length 0 are left alone, and turned nevertheless
+        pages, scales = halves(cache)
+        packed = isinstance(cache, PackedPages)
+        # zeros, because rows of length 0 are left alone and then turned like the others
         made = torch.zeros_like(out, dtype=torch.float32) if packed else out
         self.kernels.paged_attention(q, *pages, table, lengths, states, tickets, made, window=window,
                                      softcap=softcap, sinks=sinks, stream=self.stream(), **scales)
@@ -198,30 +208,32 @@ class CudaBackend:
             self.turn_back(made, out)
 
     def turn_back(self, x, out) -> None:
-        """x (T, H * D) float32, made of turned values -> out (T, H * D)."""
-        heads, own = (rows.unflatten(1, (-1, self.spec.head_size)) for rows in (x, out))
+        """x (T, H * D) float32, computed from turned values -> out (T, H * D)."""
+        heads = x.unflatten(1, (-1, self.spec.head_size))
+        own = out.unflatten(1, (-1, self.spec.head_size))
         if "paged_attention" in self.faults:
             own.copy_(turned(heads))
         else:
             self.kernels.turn(heads, own, stream=self.stream())
 
     def draw(self, logits, records, lists, tokens) -> None:
-        """One token for each row of logits (R, V) -> tokens (R,) int32, on the device; rows with penalties
-        change.
+        """Draw a token for each row of logits (R, V) -> tokens (R,) int32, on the device.
 
-        records (R, 9) int64: SampleBatch.records; lists: its LISTS, or longer ones.
+        Rows of logits with penalties are changed.
+        records     (R, 9) int64: SampleBatch.records
+        lists       the batch's LISTS, or longer ones that begin with them
         """
         records = records.view(-1).view(torch.uint8)
         self.kernels.sample(logits, records, tokens, stream=self.stream(), **dict(zip(LISTS, lists)))
 
     def sample(self, logits, rows) -> list[int]:
-        """One token for each row of logits (R, V), which stay unchanged; drawn on the device, waited for."""
+        """Draw a token for each row of logits (R, V) on the device, and wait for them. Logits stay as they are."""
         batch = SampleBatch(rows, logits.shape[1])
         changes = len(batch.count_ids) or len(batch.bias_ids)
         return self.drawing(logits.to(torch.float32, copy=bool(changes)), batch)().tolist()
 
     def drawing(self, logits, batch: SampleBatch) -> Callable[[], Any]:
-        """What draws the tokens (R,) of a batch from logits (R, V) again and again."""
+        """A function that draws the tokens (R,) of a batch from logits (R, V), as often as it is called."""
         arrays = record_words(batch), *(getattr(batch, name) for name in LISTS)
         records, *lists = (torch.tensor(array, device=logits.device) for array in arrays)
         tokens = torch.empty(len(records), dtype=torch.int32, device=logits.device)

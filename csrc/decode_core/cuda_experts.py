@@ -1,8 +1,8 @@
-"""A layer's experts on CUDA, their weights packed as in the file or floats: see csrc/cuda/experts.cu.
+"""The experts of a layer on CUDA, with weights packed as in the file or floats: see csrc/cuda/experts.cu.
 
     route > group > multiply by gates and ups > multiply by downs > add
 
-Nothing is read back: a graph can hold these calls, and a prompt does not wait for its routing.
+Nothing is read back. So a graph can hold these calls, and a prompt does not wait for its routing.
 """
 
 from __future__ import annotations
@@ -16,34 +16,42 @@ import torch
 from . import cuda
 from .cuda_weights import PackedMatrix, parts_of
 
-# Pairs of a row and an expert, for each expert, up to which every pair is multiplied in float32. Reckoned, not measured:
-# such items are bound by the memory of W, and of more pairs W would be read again for every 4.
+# A pair is a row and one of its experts. Up to this many pairs for each expert, all are multiplied in float32. This was reckoned,
+# not measured: reading W bounds such items, and with more pairs W would be read again for every 4.
 FEW_PAIRS = 4
 
 
 def fits_experts(name: str, matrix: PackedMatrix) -> bool:
-    """Whether its experts are of one type, or all gates of one and all ups of another."""
+    """Can the kernels take this matrix? Its experts are of one type, or all gates are of one and all ups of another."""
+    if len(matrix.parts) == 1:
+        return True
     halves = [len(blocks) for _, blocks in matrix.parts] == [matrix.shape[0] // 2] * 2
-    return len(matrix.parts) == 1 or name.endswith("gate_up") and halves
+    return name.endswith("gate_up") and halves
 
 
 class ExpertOps:
-    """`experts` with its reference's interface, also for packed matrices; `kernels` is a cuda.CudaOps."""
+    """`experts`, with the interface of its reference, also for packed matrices. `kernels` is a cuda.CudaOps."""
 
     def __init__(self, kernels: Any, script: SimpleNamespace, stream: Callable[[], int]):
         self.kernels = kernels
         self.script = script
         self.stream = stream
-        self.slots: torch.Tensor | None = None      # (T,) int64 of the step under way; rows with -1 are padding
+        self.slots: torch.Tensor | None = None      # (T,) int64: slots of the running step; rows with -1 are padding
 
     def experts(self, x, logits, gate_up, down, out, *, norm, biases, activation, chosen, sum_to_one,
                 residual=True, sigmoids=False, choice_bias=None, groups=(1, 1), share_scale=1.0) -> None:
-        (T, E), C, pairs = logits.shape, x.shape[1], len(logits) * chosen
-        parts, [(down_kind, down_blocks)] = parts_of(gate_up), parts_of(down)
-        many = pairs > FEW_PAIRS * E and not {"float32"} & {down_kind, *(kind for kind, _ in parts)}
-        chosen_by = (self.route_sigmoids(logits, chosen, sum_to_one, choice_bias, groups, share_scale) if sigmoids else
-                     self.route(logits, chosen, sum_to_one))
-        shares, routed = self.group(*chosen_by, E, cuda.MANY_PAIRS if many else cuda.FEW_PAIRS)
+        T, E = logits.shape
+        C = x.shape[1]
+        pairs = T * chosen
+        parts = parts_of(gate_up)
+        [(down_kind, down_blocks)] = parts_of(down)
+        kinds = {down_kind, *(kind for kind, _ in parts)}
+        many = pairs > FEW_PAIRS * E and "float32" not in kinds
+        if sigmoids:
+            ids, shares = self.route_sigmoids(logits, chosen, sum_to_one, choice_bias, groups, share_scale)
+        else:
+            ids, shares = self.route(logits, chosen, sum_to_one)
+        shares, routed = self.group(ids, shares, E, cuda.MANY_PAIRS if many else cuda.FEW_PAIRS)
         y = torch.nn.functional.rms_norm(x, x.shape[-1:], norm.weight, norm.eps) if norm else x
         y = y.to(torch.bfloat16 if many else torch.float32)         # (T, C)
         hidden = y.new_empty(pairs, down.shape[1])
@@ -69,20 +77,22 @@ class ExpertOps:
             out.copy_(total)
 
     def route(self, logits, chosen: int, sum_to_one: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and shares (T, chosen) of each row's experts; ids of padding are -1."""
+        """Ids and shares (T, chosen) of each row's experts. Padding has ids of -1."""
         ids = torch.empty(len(logits), chosen, dtype=torch.int32, device=logits.device)
         shares = torch.empty(len(logits), chosen, device=logits.device)
         self.kernels.route(logits, ids, shares, sum_to_one=sum_to_one, slots=self.slots, stream=self.stream())
         return ids, shares
 
     def route_sigmoids(self, logits, chosen: int, sum_to_one: bool, *router: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same by sigmoids, which no kernel has: torch chooses."""
+        """The same for a router of sigmoids. torch chooses, because no kernel does."""
         ids, shares = self.script.sigmoid_routes(logits, chosen, sum_to_one, *router)
         ids = ids.to(torch.int32)
-        return ids if self.slots is None else ids.masked_fill((self.slots < 0)[:, None], -1), shares.contiguous()
+        if self.slots is not None:
+            ids = ids.masked_fill((self.slots < 0)[:, None], -1)
+        return ids, shares.contiguous()
 
     def group(self, ids, shares, experts: int, item_pairs: int) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-        """-> shares (T * chosen,), and (order, items) of the pairs by expert."""
+        """Sort the pairs by their expert -> shares (T * chosen,), and (order, items) as the kernel `group` gives them."""
         pairs = ids.numel()
         order = torch.empty(pairs, dtype=torch.int32, device=ids.device)
         items = torch.empty(cuda.most_items(experts, pairs, item_pairs), 3, dtype=torch.int32, device=ids.device)

@@ -1,4 +1,4 @@
-"""Keys and values of the type q8_0 on CUDA: turned by a Hadamard matrix, then 8 bits each and a scale for each 32."""
+"""Keys and values of the type q8_0 on CUDA: turned by a Hadamard matrix, then rounded to 8 bits, with a scale for each 32."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .cuda import PACKED_BLOCK
 
 
 class PackedPages(NamedTuple):
-    """A layer's cache, instead of a tensor (2, P, Hkv, PAGE_SIZE, D) of floats."""
+    """A layer's cache, in place of a tensor (2, P, Hkv, PAGE_SIZE, D) of floats."""
 
     codes: torch.Tensor     # (2, P, Hkv, PAGE_SIZE, D) int8
     scales: torch.Tensor    # (2, P, Hkv, PAGE_SIZE, D / 32) float16
@@ -22,12 +22,12 @@ class PackedPages(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which torch attends: more exact than what is kept."""
+        """The type in which torch attends. It is more exact than what the cache holds."""
         return torch.float32
 
     @classmethod
     def within(cls, memory: torch.Tensor, shape: tuple[int, ...]) -> PackedPages:
-        """In the bytes of `memory`: all codes, then all scales."""
+        """Pages in the bytes of `memory`: all codes, then all scales."""
         count = len(memory) * PACKED_BLOCK // (PACKED_BLOCK + 2)
         codes = memory[:count].view(torch.int8)
         scales = memory[count:].view(torch.float16)
@@ -39,14 +39,14 @@ def packable(head_size: int) -> bool:
 
 
 def halves(cache: Any) -> tuple[list[Any], dict[str, Any]]:
-    """The pages of keys and those of values, and their scales as the kernels' options."""
+    """[pages of keys, pages of values], and their scales as options of the kernels."""
     if not isinstance(cache, PackedPages):
         return list(cache), {}
     return list(cache.codes), {"k_scales": cache.scales[0], "v_scales": cache.scales[1]}
 
 
 def gathered(cache: Any, pages: torch.Tensor) -> torch.Tensor:
-    """Some pages (n,) of a cache: (2, Hkv, n, PAGE_SIZE, D), packed ones as float32 and still turned."""
+    """Some pages (n,) of a cache -> (2, Hkv, n, PAGE_SIZE, D). Packed ones become float32 and stay turned."""
     if not isinstance(cache, PackedPages):
         return torch.index_select(cache.transpose(1, 2), 2, pages)
     codes, scales = (torch.index_select(part.transpose(1, 2), 2, pages).float() for part in cache)
@@ -55,7 +55,7 @@ def gathered(cache: Any, pages: torch.Tensor) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=16)
 def hadamard(size: int, device: Any) -> torch.Tensor:
-    """Sylvester's matrix (size, size), normalized: its own inverse."""
+    """Sylvester's Hadamard matrix (size, size), normalized, so that it is its own inverse."""
     matrix = torch.ones(1, 1)
     while len(matrix) < size:
         matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
@@ -63,7 +63,7 @@ def hadamard(size: int, device: Any) -> torch.Tensor:
 
 
 def turned(heads: torch.Tensor) -> torch.Tensor:
-    """Heads (..., D) in float32 times that matrix: the reference of the kernel `turn`."""
+    """Heads (..., D) in float32 times the Hadamard matrix. This is the reference of the kernel `turn`."""
     return heads.float() @ hadamard(heads.shape[-1], heads.device)
 
 

@@ -1,8 +1,8 @@
-"""Attention of prompts on CUDA, by torch over keys and values gathered from the pages.
+"""Attention of prompts on CUDA: torch computes it over keys and values that are gathered from the pages.
 
-With a chunk of 2,048 tokens and a context of 131,072, a mask would be 268 million elements, so the fused ways have none:
-varlen_attn (flash, for half precision; it knows windows), or causal_lower_right where there is no window. All else
-computes a bounded number of scores at once, each with its own mask.
+With a chunk of 2,048 tokens and a context of 131,072, a mask would have 268 million elements. So the fused ways use none:
+varlen_attn is flash for half precision and knows windows; causal_lower_right serves where there is no window. Everything else
+computes a bounded number of scores at a time, with a mask for these alone.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ import torch
 from .cuda_references import SCRATCH
 
 HALVES = (torch.float16, torch.bfloat16)
-# of two lengths; it holds no mask. Imported when it is used, since it brings torch's compiler: three seconds
+# causal(rows, keys) holds no mask. It is imported when it is first used, because it brings torch's compiler: three seconds
 causal = functools.lru_cache(64)(lambda rows, keys: import_module("torch.nn.attention.bias").causal_lower_right(rows, keys))
 
 
 class Prompt(NamedTuple):
-    """The new tokens of a sequence and where their keys are."""
+    """The new tokens of a sequence, and where their keys are."""
 
     rows: slice         # of the T rows
     pages: Any          # (n,) int32 page ids
     first: int          # position of the first key of those pages
     start: int          # position of the first new token
-    end: int            # behind the last new token, and so the number of keys of the sequence
+    end: int            # position after the last new token, and so the number of keys of the sequence
 
 
 def prompts_of(batch: Any, first: int, table: torch.Tensor, window: int, page_size: int) -> list[Prompt]:
-    """The sequences from number `first` on. With a window, the pages are those that it overlaps."""
+    """A Prompt for each sequence from number `first` on. With a window it has only the pages that the window overlaps."""
     prompts = []
     for i in range(first, len(batch.lengths)):
         rows = slice(batch.starts[i], batch.starts[i + 1])
@@ -46,17 +46,20 @@ def prompts_of(batch: Any, first: int, table: torch.Tensor, window: int, page_si
 
 
 def flash() -> Callable | None:
-    """torch's varlen_attn, where it has one with all that is used here."""
+    """torch's varlen_attn; None where torch has none, or one without the options that are used here."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    return varlen_attn if {"scale", "window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys() else None
+    options = {"scale", "window_size", "enable_gqa"}
+    return varlen_attn if options <= inspect.signature(varlen_attn).parameters.keys() else None
 
 
 class PromptAttention:
-    """softmax(q k) v of one prompt. `fused` is False once a proof has failed; `varlen` is None where torch lacks it
-    or the device is no GPU: there is no such kernel for a CPU."""
+    """softmax(q k) v of one prompt.
+
+    fused       False once a proof has failed: then neither fused way is used
+    varlen      varlen_attn; None where torch lacks it, and on a CPU, which has no such kernel"""
 
     def __init__(self, script: SimpleNamespace, device: Any):
         self.script = script
@@ -64,9 +67,10 @@ class PromptAttention:
         self.varlen = flash() if torch.device(device).type == "cuda" else None
 
     def attend(self, q, kv, prompt: Prompt, out, window: int, softcap=0.0, sinks=None) -> None:
-        """q (t, H, D) in the cache's type, scaled; kv (2, Hkv, S, D) from prompt.first on -> out (t, H * D).
+        """q (t, H, D) in the cache's type, scaled -> out (t, H * D).
 
-        sinks: (Hkv, H / Hkv) or None.
+        kv          (2, Hkv, S, D): keys and values from position prompt.first on
+        sinks       None, or (Hkv, H / Hkv)
         """
         plain = self.fused and not softcap and sinks is None
         if plain and self.varlen and q.dtype in HALVES:
@@ -78,7 +82,7 @@ class PromptAttention:
             self.by_parts(q, kv, out, lambda some: self.mask(prompt, some, window, q), step, softcap, sinks)
 
     def by_varlen(self, q, kv, window: int):
-        """Flash counts the keys left of a token's own, so our window w is (w - 1, 0)."""
+        """Attend by flash, which counts only the keys before a token's own: our window w is its (w - 1, 0)."""
         k, v = kv.transpose(1, 2)                                               # (S, Hkv, D) each
         ends = [torch.arange(0, len(x) + 1, len(x), dtype=torch.int32, device=x.device) for x in (q, k)]
         return self.varlen(  # pyright: ignore[reportOptionalCall]  `attend` has looked
@@ -94,9 +98,13 @@ class PromptAttention:
 
     @staticmethod
     def mask(prompt: Prompt, some: slice, window: int, like):
-        """Additive (1, 1, queries, S), for the new tokens of a slice."""
+        """The additive mask (1, 1, queries, S) of some of the new tokens."""
         integers: dict[str, Any] = dict(dtype=torch.int32, device=like.device)
         keys = torch.arange(prompt.first, prompt.end, **integers)
-        age = torch.arange(prompt.start + some.start, prompt.start + some.stop, **integers)[:, None] - keys
-        hidden = (age < 0) | (age >= window) if window else age < 0             # age < 0: future
-        return torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, -torch.inf)[None, None]
+        queries = torch.arange(prompt.start + some.start, prompt.start + some.stop, **integers)
+        age = queries[:, None] - keys                   # of each key, for each query; below 0: it comes later
+        hidden = age < 0
+        if window:
+            hidden |= age >= window
+        mask = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device)
+        return mask.masked_fill_(hidden, -torch.inf)[None, None]

@@ -1,4 +1,4 @@
-"""The ops of CudaBackend in torch: the standard for its kernels, and the replacement of one that fails."""
+"""The ops of CudaBackend in torch. Its kernels are compared with these, and they replace a kernel that fails."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import torch
 
 from .cuda_packed_kv import PackedPages, gathered, packed, turned
 
-SCRATCH = 1 << 26           # elements of K and V that are gathered at once, or scores that are computed
+SCRATCH = 1 << 26           # most elements of K and V that are gathered at once, and most scores computed at once
 
 
 class CudaReferences:
-    """Over the same cache and with the same padding as the kernels. Nothing here waits for the device, so it
-    may be captured in a graph too.
+    """The ops over the same cache, with the same padding as the kernels.
+
+    Nothing here waits for the device, so a graph may capture it too.
     """
 
     def __init__(self, spec: Any, script: SimpleNamespace):
@@ -22,7 +23,7 @@ class CudaReferences:
         self.script = script
 
     def rope_append(self, qkv, cos, sin, positions, slots, cache, out, **options) -> None:
-        """As CudaBackend.rope_append; qkv (T, (H + 2 Hkv) * D) is overwritten."""
+        """As CudaBackend.rope_append, but qkv (T, (H + 2 Hkv) * D) is overwritten."""
         _, _, Hkv, page_size, D = cache.shape
         order = torch.arange(len(slots), device=slots.device)
         rows = torch.empty(len(slots), 2, Hkv, D, dtype=cache.dtype, device=slots.device)
@@ -33,7 +34,7 @@ class CudaReferences:
             heads = out.view(len(slots), -1, D)
             heads.copy_(turned(heads))
             kept = list(zip(cache, packed(rows)))
-        # padding (slot -1) writes what some other row writes, or if all rows are padding, what is there
+        # padding (slot -1) writes what another row writes; if all rows are padding, it writes back what is there
         source = torch.where(slots < 0, slots.argmax(), order)
         slots = slots[source]
         pages = slots.clamp(min=0) // page_size
@@ -44,9 +45,9 @@ class CudaReferences:
             memory[:, pages, :, offsets] = torch.where(written, values[source], before)
 
     def attend(self, q, cache, table, lengths, out, window: int, softcap=0.0, sinks=None) -> None:
-        """Decode rows: q (N, H, D) float32, scaled -> out (N, H * D); rows of length 0 get any finite values.
+        """Decode rows: q (N, H, D) float32, scaled -> out (N, H * D). Rows of length 0 get some finite values.
 
-        Table ids past a sequence's own pages may be anything.
+        The table may have any ids after a sequence's own pages.
         """
         _, num_pages, Hkv, page_size, D = cache.shape
         keys = torch.arange(table.shape[1] * page_size, device=q.device)            # (S,)

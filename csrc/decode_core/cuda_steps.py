@@ -1,10 +1,10 @@
-"""Steps on CUDA: decode steps are graphs, replayed once each; tokens are drawn on the device.
+"""Steps on CUDA. A decode step replays a graph, and tokens are drawn on the device.
 
-    start   fill pinned memory > copy it to the device > replay (with prompts: the ops) > draw > tokens come back
-    finish  wait for that
-    forward the same without the draw, for a step whose logits the host wants
+    start   fill pinned memory > copy it to the device > replay the graph (with prompts: run the ops) > draw > copy the tokens back
+    finish  wait until the tokens have come
+    forward the same as start without the draw, for a step whose logits the host wants
 
-One stream runs it all in order, so one piece of device memory serves every step's inputs, and one its tokens.
+One stream runs everything in order. So all steps share one piece of device memory for their inputs, and one for their tokens.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from .cuda_adapters import StepAdapters
 from .sampling import batch_of
 
 log = logging.getLogger("chat_server.decode_core")
-LISTS = ("count_ids", "counts", "bias_ids", "bias_values")      # of a SampleBatch: what changes logits
-LIST_CAPACITY = 1 << 14         # penalised tokens, and biases, of one step; a graph has room for this many
+LISTS = ("count_ids", "counts", "bias_ids", "bias_values")      # of a SampleBatch: penalties and biases change logits
+LIST_CAPACITY = 1 << 14         # a graph has room for this many penalised tokens, and as many biases, of one step
 
-STEP_FIELDS = (                 # a step's inputs as they lie in memory, in order: name, type, shape by letter
+STEP_FIELDS = (                 # a step's inputs in the order in which they lie in memory: name, type, shape in letters of StepShape
     ("token_ids", "int64", "T"), ("previous_token_ids", "int64", "T"), ("positions", "int64", "T"),
     ("slots", "int64", "GT"), ("logit_rows", "int64", "R"), ("records", "int64", "R9"),
     ("state_reads", "int64", "N"), ("state_writes", "int64", "N"), ("adapter_tables", "int64", "T"),
@@ -36,18 +36,18 @@ STEP_FIELDS = (                 # a step's inputs as they lie in memory, in orde
 
 
 class CudaPlan(NamedTuple):
-    """Where a step's keys lie, on the device: the same tensors in every step where the step is a graph."""
+    """Where the keys of a step lie on the device. All steps of a graph have the same tensors."""
 
-    decode: int             # the first sequences, with one token each: decode_core's rows
+    decode: int             # so many first sequences have one token each: decode_core's kernels attend for them
     table: Any              # (N, W) int32 page ids of each sequence
-    lengths: Any            # (N,) int32 keys of each, its new ones included; 0 = padding
-    prompts: Mapping[int, Sequence[Any]]            # {window: the other sequences}
-    states: Any             # decode_core's workspace, shared by all layers
+    lengths: Any            # (N,) int32 how many keys each has, new ones included; 0: padding
+    prompts: Mapping[int, Sequence[Any]]            # window -> the other sequences
+    states: Any             # the workspace of decode_core's attention, shared by all layers
     tickets: Any
 
 
 class StepShape(NamedTuple):
-    """The sizes that STEP_FIELDS speaks of."""
+    """The sizes of a step, by the letters of STEP_FIELDS."""
 
     T: int                      # tokens
     N: int                      # sequences
@@ -68,8 +68,9 @@ class StepShape(NamedTuple):
             yield name, kind, shape, begin, end
 
     def bytes(self, lists: bool = True) -> int:
-        """Of all fields, or of those before the lists."""
-        return next(end for name, *_, end in self.layout() if name == ("bias_values" if lists else "table"))
+        """How many bytes all fields take, or those before the lists."""
+        last = "bias_values" if lists else "table"
+        return next(end for name, *_, end in self.layout() if name == last)
 
     def views(self, memory) -> SimpleNamespace:
         """The fields as tensors in `memory` (bytes), on the host or on the device."""
@@ -78,7 +79,9 @@ class StepShape(NamedTuple):
 
 
 def of_groups(batch: Any, count: int) -> list[Any]:
-    """The batch with the pages of each group of layers alone; its tables have a page of each in turn."""
+    """The batch once for each group of layers, with the pages of that group alone.
+
+    The batch's own tables have a page of each group in turn."""
     if count == 1:
         return [batch]
     return [batch._replace(tables=[pages[group::count] for pages in batch.tables]) for group in range(count)]
@@ -86,25 +89,33 @@ def of_groups(batch: Any, count: int) -> list[Any]:
 
 def fill_step(fields: SimpleNamespace, batches: Sequence[Any], locations: Sequence[Sequence[Sequence[int]]],
               sampling: Any, adapters: Sequence[int] = ()) -> None:
-    """Write a batch (as from `of_groups`), its tokens' positions and slots in each group, and the SampleBatch
-    of its rows (or None) into numpy `fields`; `adapters`: for each token the address of its adapter's table, or 0.
+    """Write a step into numpy `fields`.
 
-    What is left over is padding: a row with slot -1, so that nothing is stored, length 0, so that it attends
-    to nothing, no states, and no position to draw at. The slots of states are those of decode rows: where
-    sequences have several, the batch itself says more.
+    batches     the batch for each group of layers, as `of_groups` gives it
+    locations   (positions, slots) of the tokens in each group
+    sampling    the SampleBatch of the rows that draw, or None
+    adapters    for each token the address of its adapter's table, or 0
+
+    What is left over becomes padding: slot -1, so that nothing is stored; length 0, so that the row attends to nothing; no
+    states; and no position to draw at. The slots of states are right for decode rows. For sequences of several rows the
+    batch itself says more.
     """
-    batch, (positions, _) = batches[0], locations[0]
+    batch = batches[0]
+    positions, _ = locations[0]
     writes = dict(zip(batch.write_rows, batch.write_slots))
     reads = [slot if length > 1 else -1 for slot, length in zip(batch.state_reads, batch.lengths)]
-    for column, values, padding in (
-            (fields.token_ids, batch.token_ids, 0), (fields.previous_token_ids, batch.previous_token_ids, -1),
-            (fields.positions, positions, 0), (fields.adapter_tables, adapters, 0),
-            *((column, slots, -1) for column, (_, slots) in zip(fields.slots, locations)),
-            (fields.state_reads, reads, -1),
-            (fields.state_writes, [writes.get(row, -1) for row in range(len(reads))], -1),
-            (fields.logit_rows, batch.logit_rows, 0), (fields.lengths, batch.lengths, 0)):
-        column[:len(values)] = values
-        column[len(values):] = padding
+    state_writes = [writes.get(row, -1) for row in range(len(reads))]
+
+    fill(fields.token_ids, batch.token_ids, 0)
+    fill(fields.previous_token_ids, batch.previous_token_ids, -1)
+    fill(fields.positions, positions, 0)
+    fill(fields.adapter_tables, adapters, 0)
+    for column, (_, slots) in zip(fields.slots, locations):
+        fill(column, slots, -1)
+    fill(fields.state_reads, reads, -1)
+    fill(fields.state_writes, state_writes, -1)
+    fill(fields.logit_rows, batch.logit_rows, 0)
+    fill(fields.lengths, batch.lengths, 0)
     for table, own in zip(fields.table, batches):
         for row, pages in zip(table, own.tables):
             row[:len(pages)] = pages
@@ -116,14 +127,21 @@ def fill_step(fields: SimpleNamespace, batches: Sequence[Any], locations: Sequen
             getattr(fields, name)[:len(values)] = values
 
 
-# a batch of padding
+def fill(column: numpy.ndarray, values: Sequence[int], padding: int) -> None:
+    """Write the values, and padding after them."""
+    column[:len(values)] = values
+    column[len(values):] = padding
+
+
+# the batch of a step that is padding alone
 NO_TOKENS = SimpleNamespace(**dict.fromkeys(
     ("token_ids", "previous_token_ids", "logit_rows", "lengths", "tables", "state_reads", "write_rows", "write_slots"), ()))
 
 
 def with_parts(fields: SimpleNamespace, plans: Sequence[CudaPlan]) -> None:
-    """Make a step's `fields` on the device Inputs: with the plans of its groups, slots and plan of group 0
-    first."""
+    """Add to a step's fields on the device what makes them Inputs: the plans of the groups of layers.
+
+    `slots` and `attention` are then those of group 0."""
     fields.parts = [SimpleNamespace(token_ids=fields.token_ids, positions=fields.positions, turns=fields.positions, slots=slots,
                                     attention=plan)
                     for slots, plan in zip(fields.slots, plans)]
@@ -134,19 +152,23 @@ def with_parts(fields: SimpleNamespace, plans: Sequence[CudaPlan]) -> None:
 
 
 class CudaQueue:
-    """What only CUDA has: a stream whose work runs in order, concurrently with the caller, and graphs of such work."""
+    """A CUDA stream, whose work runs in order and beside the caller's, and graphs of such work.
+
+    Tests without a GPU put another class in its place."""
 
     def __init__(self, device):
         self.device = device
         self.stream = torch.cuda.Stream(device)
-        self.pool = torch.cuda.graph_pool_handle()      # graphs never run side by side, so they share memory
+        self.pool = torch.cuda.graph_pool_handle()      # no two graphs run at once, so all share memory
 
     def pinned(self, size: int, dtype):
         return torch.empty(size, dtype=dtype, pin_memory=True)
 
     def submit(self, work: Callable[[], None]) -> Any:
-        """Queue `work` and return what `wait` takes. It runs after what the caller's own stream holds by now,
-        and before what comes there later: `Transformer.forward` uses the same buffers."""
+        """Queue `work` and return what `wait` takes.
+
+        It runs after all that the caller's own stream holds now, and before what comes there later, because
+        `Transformer.forward` uses the same buffers there."""
         own = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(own)
         with torch.cuda.stream(self.stream):
@@ -160,10 +182,11 @@ class CudaQueue:
         done.synchronize()
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """`work` as one launch. It runs once before: kernels are loaded then, and libraries choose theirs."""
+        """A function that runs `work` as one launch. `work` runs once before, so that kernels are loaded and libraries have
+        chosen theirs."""
         self.wait(self.submit(work))
         graph = torch.cuda.CUDAGraph()
-        # a capture that fails may leave its stream the current one
+        # the outer `with` restores the current stream, which a failed capture would leave changed
         with torch.cuda.stream(torch.cuda.current_stream(self.device)), \
                 torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             work()
@@ -171,7 +194,7 @@ class CudaQueue:
 
 
 class Graph(NamedTuple):
-    """A decode step of fixed shape, in two graphs: a step whose logits are looked at replays the first alone."""
+    """A decode step of a fixed shape, in two graphs. A step whose logits the host wants replays only `compute`."""
 
     shape: StepShape
     compute: Callable[[], None]
@@ -182,10 +205,11 @@ class Staging:
     """Pinned memory of one step: its inputs on their way to the device, and its tokens on their way back."""
 
     def __init__(self, queue: Any, size: int, max_rows: int):
-        self.inputs, self.tokens = queue.pinned(size, torch.uint8), queue.pinned(max_rows, torch.int32)
-        self.fields: dict[StepShape, SimpleNamespace] = {}      # numpy views, kept for the graphs' shapes
-        self.done: Any = None                                   # of the step that used it last
-        self.adapters: Any = None                               # those of that step, which may have been dropped
+        self.inputs = queue.pinned(size, torch.uint8)
+        self.tokens = queue.pinned(max_rows, torch.int32)
+        self.fields: dict[StepShape, SimpleNamespace] = {}      # numpy views for the shapes of graphs
+        self.done: Any = None                                   # what to wait for: the step that used this memory last
+        self.adapters: Any = None                               # that step's, kept alive in case they are dropped meanwhile
 
     def send(self, inputs: Any, size: int) -> None:
         inputs[:size].copy_(self.inputs[:size], non_blocking=True)
@@ -200,14 +224,15 @@ class Ticket(NamedTuple):
 
 
 class GraphSteps:
-    """Runs steps on CUDA; a second one may be started before the first is finished.
+    """Runs steps on CUDA. A second step may start before the first is finished.
 
-    start(batch, rows) -> ticket; finish(ticket) -> one token for each row. Where batch.token_ids holds ~i,
-    that is the token that row i of the step before draws: it never leaves the device for that. `start` waits
-    for nothing. A step of decode rows alone is a graph, of the next larger number of rows and of pages that
-    `prepare` has captured; one with adapters has a graph that is captured when it is needed first. Steps with prompts, and those
-    whose penalties do not fit LIST_CAPACITY, run op by op on the same stream. Penalties count row.tokens, so a row with penalties can be started only when all
-    its tokens are known.
+    start(batch, rows) -> ticket; finish(ticket) -> a token for each row. `start` waits for nothing. ~i in batch.token_ids is the
+    token that row i of the step before draws; for that it never leaves the device. Penalties count row.tokens, so a row with
+    penalties can start only when all its tokens are known.
+
+    A step of decode rows alone replays a graph: the smallest of those that `prepare` captured which has room for its rows and
+    pages. With adapters it needs another graph, which is captured when the first such step comes. Steps with prompts, and
+    steps whose penalties do not fit LIST_CAPACITY, run op by op on the same stream.
     """
 
     ahead = True
@@ -225,24 +250,25 @@ class GraphSteps:
         max_pages = -(-context_length // self.script.PAGE_SIZE)
         drafted = MAX_PRODUCT_ROWS if backend.few_rows_invariant else 0
         self.max_rows = max(max_batch, min(drafted, len(transformer.buffers["logits"])))
-        # a graph's grid covers the longest table: 64 pages are 1,024 tokens. Texts beyond the context are only scored, op by op
+        # A graph's grid covers its longest table, at least 64 pages, which are 1,024 tokens. Texts longer than the context are only
+        # scored, which runs op by op
         decoded = -(-min(context_length, self.spec.context_length) // self.script.PAGE_SIZE)
         self.buckets = list(itertools.product(doubling(1, self.max_rows, 2), doubling(64, decoded, 4)))
         largest = StepShape(most, self.max_rows, self.max_rows, max_pages, LIST_CAPACITY, LIST_CAPACITY, self.count)
         with torch.inference_mode():
             self.inputs = torch.empty(largest.bytes(), dtype=torch.uint8, device=transformer.device)
-            # the newest step's
+            # what the newest step draws
             self.tokens = torch.zeros(self.max_rows, dtype=torch.int32, device=transformer.device)
             self.workspace = self.backend.workspace(self.max_rows, max_pages, transformer.device)
         self.staging = [Staging(self.queue, largest.bytes(), self.max_rows) for _ in range(2)]
         self.graphs: dict[tuple[int, int], Graph] = {}
-        self.adapted: dict[tuple[int, int], Graph | None] = {}      # the same of steps with adapters; None: cannot be captured
+        self.adapted: dict[tuple[int, int], Graph | None] = {}      # graphs with adapters; None: one could not be captured
         self.sampling: Any = None           # the SampleBatch of the step before
 
     def prepare(self, progress: Callable[[float], None]) -> None:
-        """Capture the graph of every bucket, the largest first; no step may be under way.
+        """Capture a graph for every bucket, the largest first. No step may be under way.
 
-        Steps that only a graph which cannot be captured would hold run op by op.
+        Where a graph cannot be captured, steps that need it run op by op.
         """
         failures = []
         for done, bucket in enumerate(reversed(self.buckets)):
@@ -258,7 +284,7 @@ class GraphSteps:
             log.warning("CUDA graphs: %s; their steps run op by op", fault)
 
     def _padding(self, rows: int, pages: int) -> tuple[StepShape, SimpleNamespace]:
-        """The shape of a graph's steps and their fields on the device, which hold nothing but padding."""
+        """The shape of a graph's steps, and their fields on the device, filled with padding."""
         shape = StepShape(rows, rows, rows, pages, LIST_CAPACITY, LIST_CAPACITY, self.count)
         staging = self.staging[0]
         with torch.inference_mode():
@@ -278,10 +304,10 @@ class GraphSteps:
                                              self.queue.capture(lambda: self._draw(fields)))
 
     def _adapted_graph(self, bucket: tuple[int, int]) -> Graph | None:
-        """The graph of steps with adapters, captured now if it is not there. It draws as the other does."""
+        """The graph of steps with adapters, captured now unless it was before. Its draw is that of the graph without."""
         if bucket not in self.adapted:
             self.adapted[bucket] = None
-            self.queue.wait(self.queue.submit(lambda: None))            # of a step under way, whose memory is used here
+            self.queue.wait(self.queue.submit(lambda: None))            # a step under way still uses the memory that this needs
             try:
                 with torch.inference_mode():
                     _, fields = self._padding(*bucket)
@@ -294,24 +320,30 @@ class GraphSteps:
         return self.adapted[bucket]
 
     def _adapter_tables(self, batch: Any) -> list[int] | None:
-        """For each token the address of its adapter's table, 0 without one; None if torch must add the adapters' products."""
+        """For each token the address of its adapter's table, 0 without one. None: torch must add the adapters' products."""
         adapters = self.transformer.adapters
-        mine = {slot: adapters[slot] for slot in {*batch.adapters} if slot in adapters}
-        if {"linear", "adapters"} & self.backend.faults.keys() or any(its.table is None for its in mine.values()):
+        used = {slot: adapters[slot] for slot in {*batch.adapters} if slot in adapters}
+        if {"linear", "adapters"} & self.backend.faults.keys():
             return None
-        addresses = {slot: its.table.data_ptr() for slot, its in mine.items()}
-        return [addresses.get(slot, 0) for slot, (begin, end) in zip(batch.adapters, itertools.pairwise(batch.starts))
-                for _ in range(begin, end)]
+        if any(adapter.table is None for adapter in used.values()):
+            return None
+        addresses = {slot: adapter.table.data_ptr() for slot, adapter in used.items()}
+        tables = []
+        for slot, (begin, end) in zip(batch.adapters, itertools.pairwise(batch.starts)):
+            tables += [addresses.get(slot, 0)] * (end - begin)
+        return tables
 
     def start(self, batch: Any, rows: Sequence[Any]) -> Ticket:
-        """Queue a step; `rows` say how to draw at batch.logit_rows. At most two steps may be under way."""
-        self.sampling, batch = batch_of(rows, self.spec.vocab_size, self.sampling), self._apart(batch)
+        """Queue a step. `rows` say how to draw at batch.logit_rows. At most two steps may be under way."""
+        self.sampling = batch_of(rows, self.spec.vocab_size, self.sampling)
+        batch = self._apart(batch)
         return self._queue(batch, self._graph(batch, self.sampling), self.sampling)
 
     def forward(self, batch: Any) -> torch.Tensor:
-        """The logits of a step alone; no other may be under way."""
+        """The logits of a step. No other step may be under way."""
         batch = self._apart(batch)
-        if (graph := self._graph(batch, None)) is None:
+        graph = self._graph(batch, None)
+        if graph is None:
             return self.transformer.forward(batch)
         self.queue.wait(self._queue(batch, graph, None, draws=False).done)
         return self.transformer.buffers["logits"][:len(batch.logit_rows)]
@@ -320,16 +352,18 @@ class GraphSteps:
         self.staging.reverse()
         staging = self.staging[0]
         count = len(batch.logit_rows)
-        if staging.done:            # long since, unless that step was given up
+        if staging.done:            # it is over for long, unless nobody finished that step
             self.queue.wait(staging.done)
         lists = (len(sampling.count_ids), len(sampling.bias_ids)) if sampling else (0, 0)
         batches = of_groups(batch, self.count)
-        shape = graph.shape if graph else StepShape(
-            len(batch.token_ids), len(batch.lengths), count,
-            max(map(len, batch.tables)) // self.count, *lists, self.count)
+        if graph:
+            shape = graph.shape
+        else:
+            pages = max(map(len, batch.tables)) // self.count
+            shape = StepShape(len(batch.token_ids), len(batch.lengths), count, pages, *lists, self.count)
         with torch.inference_mode():
             inputs = self.inputs
-            if shape.bytes() > len(inputs):         # very long lists: memory for this step alone
+            if shape.bytes() > len(inputs):         # its lists are very long: this step gets memory of its own
                 staging.inputs = self.queue.pinned(shape.bytes(), torch.uint8)
                 inputs = inputs.new_empty(shape.bytes())
                 staging.fields.clear()
@@ -355,7 +389,7 @@ class GraphSteps:
 
             try:
                 staging.done = self.queue.submit(step)
-            except BaseException:           # what the step had queued by then still uses this memory
+            except BaseException:           # what was queued before the failure still uses this memory
                 staging.done = self.queue.submit(lambda: None)
                 raise
         return Ticket(staging, count, staging.done)
@@ -366,15 +400,23 @@ class GraphSteps:
         return ticket.staging.tokens[:ticket.rows].tolist()
 
     def _apart(self, batch: Any) -> Any:
-        """Where few tokens all draw, drafts among them: each as a decode row of its own, with its sequence's pages.
-        Not where layers keep states, of which each token needs the one before."""
+        """A batch of few tokens that all draw, such as drafts, with a sequence for each token; any other batch as it is.
+
+        Each token becomes a decode row with the pages of its sequence. Layers that keep states forbid it, because each token
+        needs the state after the one before."""
         count = len(batch.token_ids)
-        if self.spec.mixers or not len(batch.lengths) < count == len(batch.logit_rows) <= min(self.max_rows, MAX_PRODUCT_ROWS):
+        all_draw = count == len(batch.logit_rows)
+        if self.spec.mixers or not all_draw or not len(batch.lengths) < count <= min(self.max_rows, MAX_PRODUCT_ROWS):
             return batch
         sizes = [end - start for start, end in itertools.pairwise(batch.starts)]
-        lengths = [length - left for size, length in zip(sizes, batch.lengths) for left in reversed(range(size))]
-        tables = [pages for size, pages in zip(sizes, batch.tables) for _ in range(size)]
-        adapters = [slot for size, slot in zip(sizes, batch.adapters) for _ in range(size)]
+        lengths = []
+        tables = []
+        for size, length, pages in zip(sizes, batch.lengths, batch.tables):
+            lengths += range(length - size + 1, length + 1)
+            tables += [pages] * size
+        adapters = []
+        for size, slot in zip(sizes, batch.adapters):           # no adapters at all if no sequence has one
+            adapters += [slot] * size
         return batch._replace(starts=[*range(count + 1)], lengths=lengths, tables=tables, adapters=adapters)
 
     def _graph(self, batch: Any, sampling: Any) -> Graph | None:
@@ -386,8 +428,10 @@ class GraphSteps:
         if sampling and max(len(sampling.count_ids), len(sampling.bias_ids)) > LIST_CAPACITY:
             return None
         fitting = [bucket for bucket in self.graphs if bucket[0] >= rows and bucket[1] >= pages]
-        if not fitting or not any(batch.adapters):
-            return self.graphs[min(fitting)] if fitting else None
+        if not fitting:
+            return None
+        if not any(batch.adapters):
+            return self.graphs[min(fitting)]
         return None if self._adapter_tables(batch) is None else self._adapted_graph(min(fitting))
 
     def _run_ops(self, batches: Sequence[Any], fields: SimpleNamespace, adapters: Any, on_device: bool) -> None:
@@ -401,19 +445,20 @@ class GraphSteps:
             self._draw(fields)
 
     def _host_fields(self, staging: Staging, shape: StepShape, keep: bool = True) -> SimpleNamespace:
-        """A step's inputs in pinned memory as numpy arrays, to be written."""
-        if (fields := staging.fields.get(shape)) is None:
-            views = vars(shape.views(staging.inputs))
-            fields = SimpleNamespace(**{name: view.numpy() for name, view in views.items()})
-            if keep:
-                staging.fields[shape] = fields
+        """numpy views of a step's inputs in pinned memory, to be written."""
+        if shape in staging.fields:
+            return staging.fields[shape]
+        views = vars(shape.views(staging.inputs))
+        fields = SimpleNamespace(**{name: view.numpy() for name, view in views.items()})
+        if keep:
+            staging.fields[shape] = fields
         return fields
 
     def _compute(self, fields: SimpleNamespace, on_device: bool = False) -> None:
-        """The model: everything here is captured, so it reads tensors on the device and shapes only.
+        """Compute the model. Everything here is captured, so it reads only shapes and tensors on the device.
 
-        `fields` are what StepShape names, and `attention` and `sequences`, which make them Inputs. on_device: the step has
-        adapters, of which adapter_tables speak.
+        fields      those of STEP_FIELDS, and `attention` and `sequences`, which make them Inputs
+        on_device   the step has adapters, and adapter_tables says which
         """
         if on_device:
             fields.adapters = StepAdapters(self.backend.adapters.numbers, fields.adapter_tables, fields.logit_rows)
@@ -426,7 +471,7 @@ class GraphSteps:
             self.backend.mixture.slots = None
 
     def _draw(self, fields: SimpleNamespace) -> None:
-        """A token for each row of the logits; captured too."""
+        """Draw a token for each row of the logits. This is captured too."""
         R = len(fields.logit_rows)
         lists = [getattr(fields, name) for name in LISTS]
         self.backend.draw(self.transformer.buffers["logits"][:R], fields.records, lists, self.tokens[:R])
@@ -441,5 +486,5 @@ def doubling(first: int, last: int, factor: int) -> list[int]:
 
 
 def record_words(batch: Any) -> numpy.ndarray:
-    """The records of a SampleBatch as (R, 9) int64; word 1 is the position, negative = no token."""
+    """The records of a SampleBatch as (R, 9) int64. Word 1 is the position; a row whose position is negative draws nothing."""
     return batch.records.view(numpy.int64).reshape(len(batch.records), -1)

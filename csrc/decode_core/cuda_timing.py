@@ -1,4 +1,4 @@
-"""How fast each op of a GPU is, for `check`: kernels in CUDA graphs of many calls."""
+"""How fast each op of a GPU is, for `check`. CUDA graphs of many calls are measured."""
 
 from __future__ import annotations
 
@@ -19,26 +19,28 @@ MIXTURE = dict(experts=32, experts_per_token=4, sinks=True)     # as gpt-oss-20b
 
 
 def copy_bandwidth(queue: Any, size: int) -> float:
-    """Bytes per second, read and written, of copying on the device."""
+    """Bytes per second that a copy on the device reads and writes, together."""
     source = torch.ones(size, dtype=torch.uint8, device=queue.device)
     target = torch.empty_like(source)
     return 2 * size / replayed(queue, lambda: target.copy_(source))
 
 
 def replayed(queue: Any, work: Callable[[], Any]) -> float:
-    """Seconds of `work` as a graph."""
+    """Seconds that a graph of `work` takes."""
     replay = queue.capture(work)
     return best(lambda: queue.wait(queue.submit(replay)))
 
 
 def time_cuda(backend: Any, queue: Any, ops: Iterable[str], cold: int = 1 << 30, calls: int = 100,
               batches: tuple[int, ...] = (1, 32)) -> Iterator[Timed]:
-    """Each kernel in a graph of many calls; pages come from memory, logits from the L2 cache."""
-    for rows in batches[:1] + (cuda.MAX_PRODUCT_ROWS,) if "linear" in ops else ():
+    """Time each kernel in a graph of many calls. Pages come from memory, logits from the L2 cache."""
+    product_rows = (batches[0], cuda.MAX_PRODUCT_ROWS) if "linear" in ops else ()
+    for rows in product_rows:
         for kind in ("bfloat16", *cuda.BLOCKS):
             work, what, calls_, moved = time_cuda_linear(backend, queue.device, rows, cold, calls, kind)
             yield Timed("linear", f"{kind}: {what}", replayed(queue, work) / calls_, moved)
-    for rows in (*batches, 16 * batches[-1]) if "experts" in ops else ():
+    expert_rows = (*batches, 16 * batches[-1]) if "experts" in ops else ()
+    for rows in expert_rows:
         work, what, calls_, moved = time_cuda_experts(backend, queue.device, rows, calls)
         yield Timed("experts", what, replayed(queue, work) / calls_, moved)
     timers = {"paged_attention": time_cuda_attention, "rope_append": time_cuda_rope,
@@ -53,7 +55,7 @@ def time_cuda(backend: Any, queue: Any, ops: Iterable[str], cold: int = 1 << 30,
 
 
 def cuda_layers(backend: Any, device: torch.device, rows: int, cold: int, calls: int) -> torch.Tensor:
-    """Enough layers of pages to be cold, for this many rows of CONTEXT keys."""
+    """Pages for this many rows of CONTEXT keys, of so many layers that no cache holds them all."""
     spec = backend.spec
     size = backend.script.PAGE_SIZE
     shape = 2, rows * CONTEXT // size, spec.kv_heads, size, spec.head_size
@@ -62,7 +64,7 @@ def cuda_layers(backend: Any, device: torch.device, rows: int, cold: int, calls:
 
 
 def time_cuda_attention(backend: Any, device: torch.device, rows: int, cold: int, calls: int) -> tuple:
-    """(what a graph does, in words, in how many calls, bytes of each)"""
+    """(the work of a graph, in words what it is, how many calls it has, bytes that a call moves); so do the functions below."""
     spec = backend.spec
     dice = Dice(device, 9)
     cache = cuda_layers(backend, device, rows, cold, calls)
@@ -80,7 +82,7 @@ def time_cuda_attention(backend: Any, device: torch.device, rows: int, cold: int
 
 
 def time_cuda_prompt(backend: Any, device: torch.device) -> tuple:
-    """A prompt without a prefix. Long ones are bound by their arithmetic, not by the bytes that are counted."""
+    """A prompt without a prefix. Arithmetic bounds long prompts, not the bytes that are counted here."""
     spec = backend.spec
     dice = Dice(device, 9)
     H = spec.heads
@@ -114,7 +116,7 @@ def time_cuda_linear(backend: Any, device: torch.device, rows: int, cold: int, c
 
 
 def time_cuda_experts(backend: Any, device: torch.device, rows: int, calls: int) -> tuple:
-    """A layer whose experts take turns: together they are larger than a cache. One is a quarter as wide as the dense part."""
+    """A layer whose experts take turns, so that no cache holds them all. An expert is a quarter as wide as the dense part."""
     spec = backend.spec
     dice = Dice(device, 9)
     few = 32

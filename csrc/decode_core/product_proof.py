@@ -1,6 +1,6 @@
-"""Whether the products of every weight type are right, where there is no torch: numpy multiplies the same weights in float64.
+"""Proves the products of every weight type where there is no torch: numpy multiplies the same weights in float64.
 
-cpu_proof.py compares all ops with their references, and needs torch for it.
+cpu_proof.py compares all ops with their references, but needs torch.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from .random_blocks import random_blocks
 from .tiles import COLUMNS, SOURCES, Arena, Matrix, multiply
 from .weights import file_values
 
-# rows and columns of the weights
-N = 80
-K = 768
+N = 80                          # rows of the weights
+K = 768                         # columns of the weights
 T = 32                          # rows of x
-PACKED_TOLERANCE = 3e-2         # of the largest value: x is int8 there; 1e-2 is the usual error
+PACKED_TOLERANCE = 3e-2         # of the largest value. x becomes int8, so 1e-2 is the usual error
 FLOAT_TOLERANCE = 1e-3
 
 
@@ -29,12 +28,12 @@ NO_GGUF = Unproved("the gguf package is missing")
 
 
 def prove_products(script: SimpleNamespace) -> dict[str, str]:
-    """What is wrong with the product of each weight type; "" if nothing is."""
+    """op -> what is wrong with the product of each weight type; "" if nothing is."""
     return {f"linear {kind}": prove_product(kind, script) for kind in COLUMNS}
 
 
 def prove_product(kind: str, script: SimpleNamespace) -> str:
-    """As prove_products, of one type: one row of x, and many, which other kernels compute."""
+    """The same for one type, with one row of x and with many, which other kernels compute."""
     try:
         source, weights = random_weights(kind, script)
     except ImportError:
@@ -49,13 +48,13 @@ def prove_product(kind: str, script: SimpleNamespace) -> str:
         multiply(x[:rows], matrix, out=out)
         scale = numpy.abs(want[:rows]).max()
         error = numpy.abs(out - want[:rows]).max() / scale
-        if not error <= tolerance:      # NaN is not
+        if not error <= tolerance:      # so that NaN is wrong too
             return f"the output differs by {error:.1e} of the largest value"
     return ""
 
 
 def random_weights(kind: str, script: SimpleNamespace) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """(rows as a model file has them, their values (N, K) float32). ImportError without the gguf package, for most types."""
+    """(rows as a model file has them, their values (N, K) float32). Most types need the gguf package: ImportError without it."""
     if kind in SOURCES:
         rows = numpy.random.default_rng(N).standard_normal((N, K), numpy.float32)
         rounded = script.as_kind(rows, SOURCES[kind][0])

@@ -1,9 +1,8 @@
-"""Whether compiled ops compute what chat_server's references compute, on the device that they are to run on.
+"""Compares compiled ops with chat_server's references, on the device that will run them.
 
-At the start of a model on a GPU, `prove_cuda` runs each op once in the model's own shapes, and CudaBackend
-lets the reference compute instead of one that raises or differs. `check` (report.py) proves the ops of a
-CPU too.
-A tolerance counts from the largest value of a tensor and is that of rounding to the tensor's type.
+When a model starts on a GPU, `prove_cuda` runs each op once in the model's own shapes. Where an op raises or differs,
+CudaBackend lets its reference compute. `check` (report.py) proves the ops of a CPU too.
+A tolerance is a share of the largest value of a tensor, as large as rounding to the tensor's type needs.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ from .random_blocks import random_blocks
 
 log = logging.getLogger("chat_server.decode_core")
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 2e-2}
-DTYPES = (torch.float32, torch.bfloat16)        # of a model on CUDA
+DTYPES = (torch.float32, torch.bfloat16)        # that a model may have on CUDA
 PAGES = 40
 VOCABULARY = 5003
 
 def differs(got: torch.Tensor, want: torch.Tensor, what: str, tolerance: float = 0.0) -> str:
-    """In words, how far `got` is from `want`; "" if within the tolerance of its type. NaN is not."""
+    """How far `got` is from `want`, in words; "" if no farther than the tolerance of its type. NaN is always farther."""
     want = want.to(torch.float32)
     scale = float(want.abs().max())
     error = float((got.to(torch.float32) - want).abs().max())
@@ -43,9 +42,10 @@ def differs(got: torch.Tensor, want: torch.Tensor, what: str, tolerance: float =
 
 
 def prove_cuda(backend: Any, device: Any, ops: Iterable[str] = ()) -> dict[str, str]:
-    """What is wrong with each op (or: of `ops`) of a CudaBackend that differs from its reference; {} if all are right.
+    """op -> what is wrong, for the ops of a CudaBackend that differ from their references; {} if all are right.
 
-    ConfigError where an op leaves the device unusable: its process cannot continue even without the op.
+    ops         which to prove; none named: all
+    ConfigError if an op leaves the device unusable, because then the process cannot go on even without the op.
     """
     faults = {}
     for op in ops or CUDA_PROOFS:
@@ -54,14 +54,15 @@ def prove_cuda(backend: Any, device: Any, ops: Iterable[str] = ()) -> dict[str, 
                 fault = CUDA_PROOFS[op](backend, torch.device(device))
         except Exception as error:
             fault = f"raises {type(error).__name__}: {error}"
-            usable(op, fault, device, backend.script)
+            check_usable(op, fault, device, backend.script)
         if fault:
             faults[op] = fault
             log.warning("decode_core's %s on %s: %s; torch's reference computes instead", op, device, fault)
     return faults
 
 
-def usable(op: str, fault: str, device: Any, script: SimpleNamespace) -> None:
+def check_usable(op: str, fault: str, device: Any, script: SimpleNamespace) -> None:
+    """ConfigError if the device cannot be used after an op that failed."""
     try:
         torch.zeros(1, device=device).item()
     except RuntimeError:
@@ -70,7 +71,7 @@ def usable(op: str, fault: str, device: Any, script: SimpleNamespace) -> None:
 
 
 class SimpleMatrix(NamedTuple):
-    """As chat_server's AdapterMatrix."""
+    """Has the fields of chat_server's AdapterMatrix."""
 
     a: torch.Tensor
     b: torch.Tensor
@@ -78,10 +79,11 @@ class SimpleMatrix(NamedTuple):
 
 
 class Dice:
-    """Random tensors on a device, the same on each."""
+    """Random tensors on a device. Every device gets the same numbers."""
 
     def __init__(self, device: torch.device, seed: int):
-        self.device, self.generator = device, torch.Generator().manual_seed(seed)
+        self.device = device
+        self.generator = torch.Generator().manual_seed(seed)
 
     def normal(self, *shape: int, dtype=torch.float32) -> torch.Tensor:
         return torch.randn(shape, generator=self.generator).to(dtype).to(self.device)
@@ -99,7 +101,7 @@ def cache_of(spec: Any, dice: Dice, dtype: torch.dtype, script: SimpleNamespace)
 
 
 def caches_of(spec: Any, dice: Dice, script: SimpleNamespace) -> Iterator[tuple[str, torch.dtype, Any, Any]]:
-    """(its type, that of activations, a cache, the same as the references read it) of each type that the model may have."""
+    """A cache of each type that the model may have: (name of the type, dtype of activations, the cache, a copy for the reference)."""
     for dtype in DTYPES:
         cache = cache_of(spec, dice, dtype, script)
         yield str(dtype)[6:], dtype, cache, copied(cache)
@@ -113,12 +115,12 @@ def floats_of(cache: Any) -> torch.Tensor:
 
 
 def windows_of(spec: Any, most: int) -> set[int]:
-    """The windows of a model, the large ones as `most`, so that each hides some keys of a proof; 0 sees all."""
+    """The windows of a model's layers, none larger than `most`, so that each hides some keys of a proof. 0 hides none."""
     return {min(window, most) for window in spec.windows} or {0}
 
 
 def prove_rope_append(backend: Any, device: torch.device) -> str:
-    """Rows of padding between others, in every type of a model's activations and cache."""
+    """Rows with padding between them, for every type of activations and cache that the model may have."""
     spec = backend.spec
     script = backend.script
     dice = Dice(device, 1)
@@ -128,7 +130,8 @@ def prove_rope_append(backend: Any, device: torch.device) -> str:
     cos, sin = script.rope_tables(dataclasses.replace(spec, max_positions=64), device)
     positions = torch.tensor([0, 63, 7, 0, 30], device=device)
     slots = torch.tensor([17, 3, PAGES * script.PAGE_SIZE - 1, -1, 250], device=device)
-    of_cache = {str(dtype)[6:]: TOLERANCES[dtype] for dtype in DTYPES} | {"q8_0": 1.5 / 127}       # a step, where sums are on an edge
+    of_cache = {str(dtype)[6:]: TOLERANCES[dtype] for dtype in DTYPES}
+    of_cache["q8_0"] = 1.5 / 127            # a number between two codes may get either
     for kind, dtype, cache, want in caches_of(spec, dice, script):
         options: dict[str, Any] = dict(norm=spec.qk_norm, eps=spec.norm_eps, post_scale=spec.qk_scale,
                                        q_scale=spec.q_scale, gate_scale=spec.ve_gate_scale)
@@ -146,13 +149,15 @@ def prove_rope_append(backend: Any, device: torch.device) -> str:
         backend.references.rope_append(copied(qkv), *places, want, want_q, **options, **wide)
         backend.rope_append(qkv, *places, cache, q, **options, **embeds)
         real = slots >= 0
-        if fault := differs(q[real], want_q[real], "q") or differs(floats_of(cache), floats_of(want), "the cache", of_cache[kind]):
+        fault = differs(q[real], want_q[real], "q")
+        fault = fault or differs(floats_of(cache), floats_of(want), "the cache", of_cache[kind])
+        if fault:
             return f"{fault} ({kind})"
     return ""
 
 
 def prove_attention(backend: Any, device: torch.device) -> str:
-    """Rows of one key to several merges, and padding, through every window of the model; also with its sinks."""
+    """Rows of one key, of several merges, and padding, through every window of the model, with its sinks and without."""
     spec = backend.spec
     script = backend.script
     dice = Dice(device, 2)
@@ -169,7 +174,7 @@ def prove_attention(backend: Any, device: torch.device) -> str:
             out = torch.full((4, H * D), 7.0, dtype=dtype, device=device)
             want = torch.empty(4, H * D, device=device)
             backend.references.attend(q, wide, table, lengths, want, *options)
-            want[2] = 0.0 if kind == "q8_0" else 7.0        # padding is left alone, and turned
+            want[2] = 0.0 if kind == "q8_0" else 7.0        # padding is left alone; with q8_0 it comes out turned, as zeros
             backend.attend(q, cache, table, lengths, states, tickets, out, *options)
             if fault := differs(out, want, "the output"):
                 return f"{fault} ({kind}, window {window}{'' if extra is None else ', sinks'})"
@@ -179,7 +184,9 @@ def prove_attention(backend: Any, device: torch.device) -> str:
 
 
 def prove_prompts(backend: Any, device: torch.device) -> str:
-    """A first chunk and a later one through every window of the model, without and with its sinks: each token as a decode row."""
+    """A prompt's first chunk and a later one, through every window of the model, with its sinks and without.
+
+    The reference computes each token as a decode row."""
     spec = backend.spec
     script = backend.script
     dice = Dice(device, 6)
@@ -187,7 +194,7 @@ def prove_prompts(backend: Any, device: torch.device) -> str:
     D = spec.head_size
     size = script.PAGE_SIZE
     batch = SimpleNamespace(starts=[0, 70, 90], lengths=[70, 301])
-    spans = [[0, 70], [281, 301]]                              # of the new tokens
+    spans = [[0, 70], [281, 301]]                              # positions of the new tokens
     for dtype in DTYPES:
         cache = cache_of(spec, dice, dtype, script)
         q = (dice.normal(90, H, D) * D**-0.5).to(dtype)
@@ -198,7 +205,8 @@ def prove_prompts(backend: Any, device: torch.device) -> str:
             for number, prompt in enumerate(prompts_of(batch, 0, table, window, size)):
                 rows = q[prompt.rows]
                 lengths = torch.arange(*spans[number], device=device) + 1
-                got, want = (torch.empty(len(rows), H * D, dtype=out_dtype, device=device) for out_dtype in (dtype, torch.float32))
+                got = torch.empty(len(rows), H * D, dtype=dtype, device=device)
+                want = torch.empty(len(rows), H * D, device=device)
                 backend.references.attend(rows.float(), cache.float(), table[number].expand(len(rows), -1), lengths, want, window,
                                           spec.attention_softcap, extra)
                 kv = cache.transpose(1, 2)[:, :, prompt.pages.long()].flatten(2, 3)[:, :, :prompt.end - prompt.first]
@@ -209,7 +217,7 @@ def prove_prompts(backend: Any, device: torch.device) -> str:
 
 
 def prove_sample(backend: Any, device: torch.device) -> str:
-    """Greedy, filtered, unfiltered and penalized rows: the very same tokens."""
+    """Greedy, filtered, unfiltered and penalized rows. Tokens must be equal."""
     script = backend.script
     columns = min(backend.spec.vocab_size, VOCABULARY)
     context = list(range(0, columns, 7))
@@ -225,21 +233,22 @@ def prove_sample(backend: Any, device: torch.device) -> str:
 
 
 def matrices(script: SimpleNamespace, dice: Dice, N: int, K: int, kinds: Any) -> Iterator[tuple[str, Any, torch.Tensor]]:
-    """(kind, matrix as `linear` takes it, the same in float32) of each type, but for those that need the missing gguf package."""
+    """(kind, matrix as `linear` takes it, the same in float32) for each kind, except those that need a missing gguf package."""
     for kind in kinds:
         if kind in cuda.FLOATS:
             floats = dice.normal(N, K, dtype=getattr(torch, kind)) / 32
             yield kind, floats, floats.float()
             continue
         blocks = torch.from_numpy(random_blocks(kind, N, K))
-        with contextlib.suppress(ImportError):          # then no file of this type can be read
+        with contextlib.suppress(ImportError):          # without the package no file of this type can be read either
             wide = dequantized(kind, blocks, script)
             yield kind, PackedMatrix([(kind, blocks.to(dice.device))], K), wide.to(dice.device)
 
 
 def prove_linear(backend: Any, device: torch.device) -> str:
-    """Weights of every type: packed ones as floats bit for bit, a row of the embedding, few and many rows of x; then all that
-    comes before and after a product, where the norm has more columns than W."""
+    """Weights of every type: their values bit for bit, as rows of an embedding, and products of few and of many rows of x.
+
+    Then all that comes before and after a product, with a norm over more columns than W has."""
     script = backend.script
     dice = Dice(device, 4)
     N = 20
@@ -256,7 +265,7 @@ def prove_linear(backend: Any, device: torch.device) -> str:
             x = dice.normal(count, K)
             got = torch.empty(count, N, device=device)
             backend.products.linear(x, matrix, got)
-            many = 2e-2 if count > cuda.MAX_PRODUCT_ROWS else 0.0           # in bfloat16
+            many = 2e-2 if count > cuda.MAX_PRODUCT_ROWS else 0.0           # many rows are multiplied in bfloat16
             if fault := differs(got, x @ want.T, f"{kind}: the product of {count} rows", many):
                 return fault
     for kind, matrix, want in matrices(script, dice, N, K, ("bfloat16", "float32", "q4_0")):
@@ -266,7 +275,8 @@ def prove_linear(backend: Any, device: torch.device) -> str:
             bias = dice.normal(N)
             residual = dice.normal(3, outputs)
             norm = script.Norm(1 + dice.normal(K + 64) / 4 if kind == "float32" else None, 1e-5)
-            got, expected = (torch.empty(3, outputs, device=device, dtype=made) for made in (dtype, torch.float32))
+            got = torch.empty(3, outputs, device=device, dtype=dtype)
+            expected = torch.empty(3, outputs, device=device)
             backend.products.linear(x, matrix, got, norm, bias, activation, residual)
             linear(x.float(), want, expected, norm, bias, activation, residual)
             if fault := differs(got, expected, f"{kind}: {activation or 'no activation'}"):
@@ -275,7 +285,7 @@ def prove_linear(backend: Any, device: torch.device) -> str:
 
 
 def prove_experts(backend: Any, device: torch.device) -> str:
-    """Gates and ups of every type, downs as floats; few pairs for each expert, and many: of mxfp4 more than an item holds."""
+    """Gates and ups of every type, with downs as floats, for few pairs an expert and for many (of mxfp4 more than an item holds)."""
     spec = backend.spec
     script = backend.script
     dice = Dice(device, 5)
@@ -300,11 +310,10 @@ def prove_experts(backend: Any, device: torch.device) -> str:
             gate_up = PackedMatrix([(kind, blocks.to(device))], C)
         many = 80 if kind == "mxfp4" else 11
         for rows, activation, sum_to_one in ((3, "swiglu", False), (many, "clamped_swiglu", True)):
-            # equals among them
             x = dice.normal(rows, C)
-            logits = (2 * dice.normal(rows, E)).round()
+            logits = (2 * dice.normal(rows, E)).round()     # some are equal
             logits[:, 3] += 4
-            # gates and ups of about 1: a gate may make more of an error of larger ones
+            # the norm makes gates and ups about 1: of larger ones a gate could magnify the errors
             options = dict(norm=script.Norm(norm / (C**0.5 * wide.std()), 1e-5), biases=biases,
                            activation=activation, chosen=2, sum_to_one=sum_to_one)
             got = torch.empty_like(x)
@@ -317,7 +326,7 @@ def prove_experts(backend: Any, device: torch.device) -> str:
 
 
 def prove_adapters(backend: Any, device: torch.device) -> str:
-    """Rows of two adapters, of one that has not the matrix, and of none; in every type, before and after a norm."""
+    """Rows with two adapters, with one that does not change the matrix, and with none, in every type, with a norm before."""
     script = backend.script
     dice = Dice(device, 7)
     N = 20
@@ -327,7 +336,7 @@ def prove_adapters(backend: Any, device: torch.device) -> str:
         matrices = {}
         for slot, (name, rank) in enumerate([("proof", 3), ("proof", 70), ("other", 2)], 1):
             matrices[slot] = name, SimpleMatrix(dice.normal(rank, K, dtype=kind), dice.normal(N, rank, dtype=kind), dice.normal(rank))
-        packs = {slot: backend.adapters.pack({name: its}, device) for slot, (name, its) in matrices.items()}
+        packs = {slot: backend.adapters.pack({name: matrix}, device) for slot, (name, matrix) in matrices.items()}
         owners = [2, 0, 1, 3, 2]
         rows = torch.tensor([packs[slot].table.data_ptr() if slot else 0 for slot in owners], device=device)
         x = dice.normal(B, K + 32, dtype=dtype)
@@ -335,21 +344,29 @@ def prove_adapters(backend: Any, device: torch.device) -> str:
         norm = script.Norm(1 + dice.normal(K + 32) / 4, 1e-5)
         want = copied(y)
         for row, slot in enumerate(owners):
-            name, its = matrices.get(slot, ("", None))
+            name, matrix = matrices.get(slot, ("", None))
             if name == "proof":
                 normed = torch.nn.functional.rms_norm(x[row].float(), (K + 32,), norm.weight, norm.eps)
-                want[row] += its.b.float() @ (its.scales * (its.a.float() @ normed[:K]))
+                want[row] += matrix.b.float() @ (matrix.scales * (matrix.a.float() @ normed[:K]))
         activation = "swiglu" if dtype == torch.float32 else None
         residual = dice.normal(B, N)
         out = torch.empty(B, N, device=device)
-        residual, out = (residual[:, :N // 2], out[:, :N // 2]) if activation else (residual, out)
-        script.finish_linear(want, ended := torch.empty_like(out), activation, residual)
+        if activation:                  # its gates make half as many columns
+            residual = residual[:, :N // 2]
+            out = out[:, :N // 2]
+        expected = torch.empty_like(out)
+        script.finish_linear(want, expected, activation, residual)
         backend.adapters.finish(x, norm, y, RowsOfMatrix(backend.adapters.numbers["proof"], rows), out, activation, residual)
-        if fault := differs(out, ended, "what is added"):
+        if fault := differs(out, expected, "what is added"):
             return f"{fault} ({str(kind)[6:]})"
     return ""
 
 
-CUDA_PROOFS = {"linear": prove_linear, "adapters": prove_adapters, "experts": prove_experts, "rope_append": prove_rope_append, "paged_attention": prove_attention,
-               "prompt_attention": prove_prompts,
-               "sample": prove_sample}
+CUDA_PROOFS = {
+    "linear": prove_linear,
+    "adapters": prove_adapters,
+    "experts": prove_experts,
+    "rope_append": prove_rope_append,
+    "paged_attention": prove_attention,
+    "prompt_attention": prove_prompts,
+    "sample": prove_sample}

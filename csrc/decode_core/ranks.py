@@ -77,9 +77,7 @@ class Ranks:
         rows, columns = self._shape(x)
         if rows * columns % 16:
             raise ValueError(f"x: must be a multiple of 16 numbers, not {(rows, columns)}")
-        out_at = (0, 0)
-        if out is not None:
-            out_at = (look_at("out", out, FLOAT32, rows, columns, writable=True)[0], columns)
+        out_at = (look_at("out", out, FLOAT32, rows, columns, writable=True)[0], columns)
         residual_at = (0, 0)
         if residual is not None:
             residual_at = (look_at("residual", residual, FLOAT32, rows, columns)[0], columns)

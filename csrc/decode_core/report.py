@@ -1,8 +1,8 @@
 """`chat_server.py check`: compares every op that can run on this machine with its reference, and measures its speed.
 
-A line tells of an op what was measured, microseconds, GB/s of the bytes that it must move, and their share of
-the limit, which is measured first: on a CPU the same threads read memory, on a GPU a copy reads and writes
-it. What a cache holds passes the limit: >100%.
+A line says for an op what was measured, the microseconds, the GB/s of the bytes that it must move, and their share of the
+limit. The limit is measured first: on a CPU the same threads read memory, on a GPU a copy reads and writes it. An op whose
+data a cache holds may pass the limit; its share is then ">100%".
 
 The references need torch. Without it numpy proves the products, and the other ops are only measured.
 """
@@ -24,7 +24,7 @@ CUDA_OPS = ("linear", "adapters", "experts", "rope_append", "paged_attention", "
 
 
 class Report:
-    """Says it line by line. `run` tells whether no op was found wrong."""
+    """Says its lines by `say`. `run` returns whether no op is wrong."""
 
     def __init__(self, script: SimpleNamespace, threads: int, say: Callable[[str], None]):
         self.script = script
@@ -52,7 +52,7 @@ class Report:
     def prove_with_torch(self, script: SimpleNamespace) -> dict[str, str]:
         import torch
         from .cpu_proof import prove_cpu
-        torch.set_num_threads(1)            # the references' threads would spin and compete with ours
+        torch.set_num_threads(1)            # more threads of torch would spin beside decode_core's
         return prove_cpu(script)
 
     def on_gpus(self) -> None:
@@ -61,7 +61,7 @@ class Report:
             self.on_gpu(index)
 
     def on_gpu(self, index: int) -> None:
-        """Where kernels cannot run, nothing is wrong: torch computes there."""
+        """Prove and measure on one GPU. Where the kernels cannot run, nothing is wrong: torch computes there."""
         import torch
         from .cuda_backend import CudaBackend
         from .cuda_steps import CudaQueue
@@ -69,14 +69,17 @@ class Report:
         device = torch.device("cuda", index)
         gpu = f"{device}: {torch.cuda.get_device_name(index)}"
         kernels = cuda.CudaOps(_core)
-        if why := kernels.refusal(index) if _core.cuda_compiled else "decode_core was compiled without CUDA":
+        why = "decode_core was compiled without CUDA"
+        if _core.cuda_compiled:
+            why = kernels.refusal(index)
+        if why:
             return self.say(f"\n{gpu}: references only, {why}")
         with torch.cuda.device(index):
             backend = CudaBackend(self.script.plain_sizes(**LARGE | MIXTURE), self.script, kernels, device=device)
             self.with_cuda(backend, lambda: CudaQueue(device), gpu)
 
     def with_cuda(self, backend: Any, make_queue: Callable[[], Any], gpu: str, **sizes) -> None:
-        """`sizes`: of time_cuda."""
+        """Prove and measure the ops of a backend. `sizes` go to time_cuda."""
         import torch
         from .cuda_timing import copy_bandwidth, time_cuda
         from .proof import prove_cuda
@@ -94,7 +97,9 @@ class Report:
             self.say(f"{gpu}: WRONG: {type(error).__name__}: {error}")
 
     def table(self, faults: Mapping[str, str], times: Iterable[Timed], limit: float) -> None:
-        """`faults`: of each op, "" if it matches its reference, an Unproved, or what is wrong."""
+        """Say a line for each op.
+
+        faults: op -> what is wrong, "" if it matches its reference, or an Unproved"""
         self.wrong += sum(bool(fault) and not isinstance(fault, Unproved) for fault in faults.values())
         self.say(LINE.format("op", "measured", "us", "GB/s", "limit", "").rstrip())
         left = dict(faults)

@@ -1,6 +1,6 @@
-"""sample: one token for each row of logits. The one place where a row's parameters become what kernels read.
+"""sample: one token for each row of logits. Only this module turns a row's parameters into what the kernels read.
 
-chat_server's `sample_reference` is the definition; tokens are equal to its, bit for bit, on equal logits.
+chat_server's `sample_reference` is the definition. On equal logits the tokens are equal.
 """
 
 import math
@@ -25,7 +25,7 @@ def _require(holds, name: str, value, wanted: str) -> None:
 
 
 def _record(params, where: str, vocab_size: int) -> tuple:
-    """One row's fixed fields of ROW; its position and lists come later."""
+    """A row's fields of ROW, except its position and lists, which come later."""
     def field(name, holds, wanted):
         value = getattr(params, name)
         _require(holds(value), f"{where}.params.{name}", value, wanted)
@@ -35,13 +35,15 @@ def _record(params, where: str, vocab_size: int) -> tuple:
     top_p = field("top_p", lambda p: not math.isnan(p), "a number")
     min_p = field("min_p", lambda p: not math.isnan(p), "a number")
     repetition = field("repetition_penalty", lambda r: 0 < r < math.inf, "a positive number")
-    frequency, presence = (field(name, math.isfinite, "a finite number") for name in ("frequency_penalty", "presence_penalty"))
+    frequency = field("frequency_penalty", math.isfinite, "a finite number")
+    presence = field("presence_penalty", math.isfinite, "a finite number")
     seed = field("seed", lambda s: 0 <= s < 2**64, "in [0, 2^64)")
     choice = field("choice", lambda c: 0 <= c < 2**32, "in [0, 2^32)")
-    return (seed, 0, 1 << 32 if top_p >= 1 else round(max(top_p, 0.0) * 2**32),
-            min(1 / temperature, FLOAT_MAX) if temperature > 0 else -1.0,
-            max(math.log(min(min_p, 1.0)), EXP_CUTOFF) if min_p > 0 else EXP_CUTOFF,
-            min(max(params.top_k, 0), vocab_size), choice,
+    top_p_of_32_bits = 1 << 32 if top_p >= 1 else round(max(top_p, 0.0) * 2**32)
+    inverse_temperature = min(1 / temperature, FLOAT_MAX) if temperature > 0 else -1.0
+    min_z = max(math.log(min(min_p, 1.0)), EXP_CUTOFF) if min_p > 0 else EXP_CUTOFF
+    top_k = min(max(params.top_k, 0), vocab_size)
+    return (seed, 0, top_p_of_32_bits, inverse_temperature, min_z, top_k, choice,
             repetition, 1 / repetition, frequency, presence, 0, 0, 0, 0)
 
 
@@ -50,11 +52,14 @@ def _address(array) -> int:
 
 
 class SampleBatch:
-    """The rows of a batch as the kernels read them, kept from step to step while the same requests are decoded.
+    """The rows of a batch as the kernels read them. It serves step after step while the same requests are decoded.
 
-    rows    like chat_server's SampleRow: `params` (temperature, top_k, top_p, min_p, presence_penalty, frequency_penalty,
-            repetition_penalty, logit_bias ((id, value), ...), seed, choice; not changed afterwards), `position` (the token's
-            absolute index; < 0 leaves the row out), `tokens` (prompt and answer, a list) and `prompt_tokens`
+    rows    each like chat_server's SampleRow:
+            params          temperature, top_k, top_p, min_p, presence_penalty, frequency_penalty, repetition_penalty,
+                            logit_bias ((id, value), ...), seed and choice; they do not change afterwards
+            position        absolute index of the token; below 0 the row draws none
+            tokens          prompt and answer, a list
+            prompt_tokens   how many of them are the prompt's
     records, count_ids, counts, bias_ids, bias_values    numpy arrays, described in csrc/contract.h and csrc/ops.h
     """
 
@@ -87,27 +92,28 @@ class SampleBatch:
         self.update(rows)
 
     def update(self, rows) -> None:
-        """The next step of the same rows: their positions, and what the penalties count."""
+        """Take from the same rows what their next step needs: positions, and what the penalties count."""
         try:
             self.positions[:] = [row.position for row in rows]
         except (OverflowError, TypeError, ValueError):
             raise ValueError(f"rows: must be {len(self.params)} rows with positions in [-2^63, 2^63)") from None
         if self.any_penalized:
-            lists = [(row.tokens if on else [], row.prompt_tokens) for row, on in zip(rows, self.penalized)]
+            lists = [(row.tokens if penalized else [], row.prompt_tokens) for row, penalized in zip(rows, self.penalized)]
             ends, ids, counts = _core.count_tokens(lists, self.vocab_size)
             self._count_ends[:] = ends
             self._count_begins[1:] = ends[:-1]
-            self.count_ids, self.counts = numpy.frombuffer(ids, numpy.int32), numpy.frombuffer(counts, numpy.int32)
+            self.count_ids = numpy.frombuffer(ids, numpy.int32)
+            self.counts = numpy.frombuffer(counts, numpy.int32)
             records, _, _, *others = self._addresses
             self._addresses = records, _address(self.count_ids), _address(self.counts), *others
 
     def is_of(self, rows) -> bool:
-        """Do these rows have the parameters of this batch, in its order?"""
-        return len(rows) == len(self.params) and all(row.params is mine for row, mine in zip(rows, self.params))
+        """Do these rows have the parameters of this batch, in the same order?"""
+        return len(rows) == len(self.params) and all(row.params is params for row, params in zip(rows, self.params))
 
 
 def batch_of(rows, vocab_size: int, last: SampleBatch | None) -> SampleBatch | None:
-    """The SampleBatch of these rows, None without any: `last` brought up to date, where the same requests are decoded on."""
+    """The SampleBatch of these rows, or None without rows. If `last` has the same requests, it is updated and returned."""
     if not rows:
         return None
     if last is None or last.vocab_size != vocab_size or not last.is_of(rows):
@@ -117,7 +123,7 @@ def batch_of(rows, vocab_size: int, last: SampleBatch | None) -> SampleBatch | N
 
 
 def sample(logits, batch: SampleBatch, tokens=None):
-    """logits (B, V) float32, rows may be apart -> tokens (B,) int32 (the batch's own array if none is given)."""
+    """logits (B, V) float32, rows may be apart -> tokens (B,) int32. Without `tokens`, the batch's own array gets them."""
     address, _, (rows, columns), stride = look_at("logits", logits, ("float32",), len(batch.params), batch.vocab_size,
                                                   rows_apart=True)
     records, count_ids, counts, bias_ids, bias_values, batch_tokens = batch._addresses
@@ -131,7 +137,7 @@ def sample(logits, batch: SampleBatch, tokens=None):
 
 
 class Sampler:
-    """chat_server's `sample` kernel: (logits (B, V), rows) -> list of tokens. It keeps the batch while the rows' parameters stay."""
+    """chat_server's `sample` kernel: (logits (B, V), rows) -> list of tokens. It keeps its batch while the same requests are decoded."""
 
     def __init__(self):
         self.batch = None

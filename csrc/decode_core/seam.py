@@ -1,47 +1,48 @@
-"""The seam between chat_server and this package. SEAM is the digest of chat_server's side (chatlm/common/seam.py), from which
-setup.py compiles it in; where the chat_server that runs has another, it runs its references.
+"""The seam between chat_server and this package.
 
-`backend_for(spec, device, script)` returns None, or a backend: what computes a model's steps in chat_server's
-place.
+SEAM is the digest of chat_server's side (chatlm/common/seam.py), which setup.py compiled in. A chat_server with another digest
+does not use this package and runs its references.
+
+`backend_for(spec, device, script)` returns None, or a backend, which computes the steps of a model in chat_server's place. Its
+attributes:
 
     name                          for /stats: "decode_core/avx512"
     row_invariant                 the bits of a row depend on nothing else in the batch
     few_rows_invariant            a row's bits do not depend on the other rows of a step of up to 8 tokens that all draw,
                                   drafts among them
-    activations                   torch dtype of every activation buffer; None: chat_server's own choice
-    dtype                         torch dtype of float weights whose user names none
-    stored_dtype                  of activations and cache with matrices as stored; None: the backend decides
-    short_floats                  name of the type of keys and values with weights of any type below float32; "": as activations
-    turns                         do rotations go by Batch.turns where it has them?
+    activations                   torch dtype of every activation buffer; None: chat_server chooses
+    dtype                         torch dtype of float weights, if the user names none
+    stored_dtype                  dtype of activations and cache with matrices as stored; None: the backend decides
+    short_floats                  name of the type of keys and values if weights are shorter than float32; "": as activations
+    turns                         do rotations go by Batch.turns, if the batch has them?
     packs_kv                      does it read keys and values of the type q8_0?
-    groups_layers                 may pages hold some layers only, each group with a table of its own? (a step's tables then
-                                  list a page of each group in turn)
+    groups_layers                 may layers form groups, each with pages and a table of its own? A step's tables then list a
+                                  page of each group in turn
     quantizes                     does `ops` take a type for `quantize`?
-    as_stored(shape, parts)       a matrix in its file's type, or one close to it, or a tuple of matrices whose rows
-                                  together are its rows; None: always dequantized
-    converted(sources, stored)    which matrices cannot stay in the file's type, in words
-    held_bytes(tensors)           what the GGUF tensors that form one matrix will take
-    ops(max_tokens, max_rows, quantize, fine)   {name: op} replacing chat_server's references; what `pack` returns may say in
-                                  `finite` whether neither the weights nor what they became has a NaN or an infinity
-    join(path, rank, patience_s)  the ops all_reduce and all_gather of a rank whose model others of this host share, through
-                                  the memory of a RankMemory; join is None: torch.distributed's are used
-    record(transformer)           None, or a function that runs a batch in place of Transformer.compute; where
-                                  batch.states is true, buffer x then has the last layer's output of every row.
-                                  Unless spec.opens, the buffers transformer.passed_on(0) are another stage's, written before
-                                  a step; unless spec.closes, and if spec.of_texts, it has no logits
-    make_steps(transformer, max_batch, context_length)      what has the methods of chat_server's Steps
-    pause_while(word, most_s)           from then on the op `pause` waits, at most so long, while the int64 at word.address is above the
-                                  nanoseconds of the monotonic clock
-    pack_adapter(matrices, device)      what steps read of an adapter, whose matrices have the names by which `compute` asks
-                                  Inputs.adapters for them; it lies in transformer.adapters by the slots of batch.adapters
-    faults                        {op: what is wrong}: the reference computes each of these; complete once the
-                                  steps are prepared
+    as_stored(shape, parts)       a matrix in its file's type or one close to it, or a tuple of matrices whose rows together
+                                  are its rows. as_stored is None: matrices are always dequantized
+    converted(sources, stored)    in words, which matrices cannot stay in the file's type
+    held_bytes(tensors)           how many bytes the GGUF tensors that form one matrix will take
+    ops(max_tokens, max_rows, quantize, fine)   {name: op}, which replace chat_server's references. What `pack` returns may have
+                                  `finite`: is there no NaN and no infinity in the weights, nor in what they became?
+    join(path, rank, patience_s)  the ops all_reduce and all_gather of a rank, which shares a model with others on this host
+                                  through the memory of a RankMemory. join is None: torch.distributed's are used
+    record(transformer)           None, or a function that runs a batch in place of Transformer.compute. If batch.states is
+                                  true, buffer x then has the last layer's output of every row. Unless spec.opens, another
+                                  stage writes the buffers transformer.passed_on(0) before a step. There are no logits unless
+                                  spec.closes, nor if spec.of_texts
+    make_steps(transformer, max_batch, context_length)      an object with the methods of chat_server's Steps
+    pause_while(word, most_s)     from then on the op `pause` waits while the int64 at word.address is above the nanoseconds of
+                                  the monotonic clock, but at most `most_s`
+    pack_adapter(matrices, device)      an adapter as steps read it. Its matrices have the names by which `compute` asks
+                                  Inputs.adapters for them. transformer.adapters has it at its slot, which batch.adapters names
+    faults                        {op: what is wrong}: the references compute these ops. Complete once steps are prepared
 
 `check(script, threads, say)` proves and measures every op that can run here: see report.py.
 
 `spec` is chat_server's CoreSizes. `script` holds what this package uses of chat_server (`for_decode_core` in
-chatlm/worker/model/kernels.py): nothing of chatlm is imported here. torch is imported with a backend,
-not with this package.
+chatlm/worker/model/kernels.py), because nothing of chatlm is imported here. torch is imported with a backend, not with this
+package.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ log = logging.getLogger("chat_server.decode_core")
 
 
 def backend_for(spec: Any, device: Any, script: SimpleNamespace) -> Any:
-    """The backend for a model that chat_server's `not_compiled` accepts, on a torch device; None if it cannot run."""
+    """The backend for a model on a torch device; None if it cannot run. chat_server's `not_compiled` has accepted the model."""
     device_type, _, index = str(device).partition(":")
     if device_type == "cpu":
         from . import cpu_backend
@@ -73,7 +74,7 @@ def backend_for(spec: Any, device: Any, script: SimpleNamespace) -> Any:
 
 
 def check(script: SimpleNamespace, threads: int, say: Callable[[str], None]) -> bool:
-    """Print a report, a line each `say`; whether all ops are as their references."""
+    """Say a report line by line. Returns whether all ops are as their references."""
     from .report import Report
     return Report(script, threads, say).run()
 

@@ -1,23 +1,22 @@
 """Weight matrices in tiles and their products: checked calls of the compiled kernels, for numpy arrays and torch CPU tensors.
 
-    arena = Arena(100 << 20)                                    # huge-page memory; one for a model, filled in the order of use
+    arena = Arena(100 << 20)                                    # memory in huge pages; one for a model, filled in the order of use
     qkv = Matrix(arena, "q4_1", 960, 576)                       # (N, K), in tiles of 16 rows
     qkv.fill(q, "q4_1"); qkv.fill(k, "q4_1", first_tile=36)     # GGUF's blocks as uint8 rows, or floats that are quantized
     qkv = Matrix(arena, ["q4_k"] * 48 + ["q6_k"] * 12, 960, 576)    # a type for each tile
     multiply(x, qkv, norm=(weight, 1e-5), out=out)              # out = norm(x) W^T
 
-x is made int8 per 32 columns for q types, 16 bits where a block stands out of its row, and stays float32 for float types.
-A row's bits depend on that row alone.
-A wrong argument is a ValueError that names it.
+For q types, x is rounded to int8 with a scale for 32 columns, and to 16 bits in blocks that stand out of their row. For float
+types it stays float32. A row's bits depend on that row alone. A wrong argument raises a ValueError that names it.
 """
 
 from . import _core
-from .arrays import FLOAT32, look_at, vector
+from .arrays import FLOAT32, look_at, vector, vector_or_none
 
 KINDS = {name: number for number, (name, _) in enumerate(_core.weight_types())}     # tiles.h's Weight
-COLUMNS = dict(_core.weight_types())            # of a block in a file: the columns of a matrix are a multiple of it
-FROM_FILES = tuple(_core.file_types())          # kinds that rows of floats cannot become
-SOURCES = {"f32": ("float32",), "f16": ("float16",), "bf16": ("bfloat16", "uint16")}    # what the rows may be besides uint8
+COLUMNS = dict(_core.weight_types())            # of a block in a file; a matrix has a multiple of them
+FROM_FILES = tuple(_core.file_types())          # kinds that only blocks of a file can fill: nothing quantizes to them
+SOURCES = {"f32": ("float32",), "f16": ("float16",), "bf16": ("bfloat16", "uint16")}    # kind of floats -> types of its rows
 ACTIVATIONS = {None: 0} | {name: number for number, (name, _) in enumerate(_core.activations(), 1)}      # as csrc/activations.def lists them
 GATES = tuple(name for name, gated in _core.activations() if gated)
 TILE_ROWS = 16
@@ -37,7 +36,7 @@ def _integer(name: str, value, least: int, most: int) -> int:
 
 
 class Arena:
-    """Memory for matrices, in huge pages where the system has them; what is not filled costs nothing. More is added when it is full."""
+    """Memory for matrices, in huge pages where the system has them. It grows when it is full; unfilled memory costs nothing."""
 
     def __init__(self, size: int):
         self._arena = _core.Arena(_integer("size", size, 1, 1 << 46))
@@ -52,9 +51,9 @@ class Arena:
 
 
 class Matrix:
-    """(rows, columns) weights in `arena`, zero until filled; `tiles` is what the compiled half takes.
+    """Weights (rows, columns) in an arena, zeros until they are filled. `tiles` is what the compiled half takes.
 
-    kind: of all weights, or a list of the q types of its tiles, one a tile.
+    kind: the type of all weights, or a list with a q type for each tile.
     """
 
     def __init__(self, arena: Arena, kind: str | list, rows: int, columns: int):
@@ -76,7 +75,7 @@ class Matrix:
         self.rows = rows
         self.columns = columns
         self.arena = arena
-        self.finite = True          # neither what was filled in nor what is held has a NaN or an infinity
+        self.finite = True          # no NaN or infinity was filled in, or came of it
         self.kind = " with ".join(sorted(set(self.kinds)))
 
     @property
@@ -84,10 +83,10 @@ class Matrix:
         return self.tiles.bytes
 
     def fill(self, source, source_kind: str, first_tile: int = 0, tile_step: int = 1) -> None:
-        """Rows 16 i .. 16 i + 15 of `source` -> tile first_tile + i * tile_step; floats are rounded or quantized to the kind.
+        """Rows 16 i .. 16 i + 15 of `source` -> tile first_tile + i * tile_step. Floats are rounded or quantized to the tile's kind.
 
-        source: (n, columns) of its kind, or uint8 (n, bytes of a row) as GGUF has it; a q source must be of the matrix' own kind,
-        and tiles of the kinds FROM_FILES take no other.
+        source      (n, columns) floats of source_kind, or uint8 (n, bytes of a row) as GGUF has them. Blocks of a q type go
+                    only into tiles of that type, and tiles of FROM_FILES take nothing else
         """
         code = _kind("source_kind", source_kind)
         if source_kind not in SOURCES and source_kind not in self.kinds:
@@ -95,22 +94,27 @@ class Matrix:
         address, kind, (rows, columns), stride = look_at("source", source, (*SOURCES.get(source_kind, ()), "uint8"), None, None,
                                                          rows_apart=True)
         raw = _core.row_bytes(code, self.columns)
-        if columns != (raw if kind == "uint8" else self.columns):
-            raise ValueError(f"source: must have {raw if kind == 'uint8' else self.columns} columns ({kind}), not {columns}")
+        expected = raw if kind == "uint8" else self.columns
+        if columns != expected:
+            raise ValueError(f"source: must have {expected} columns ({kind}), not {columns}")
         tiles = -(-rows // TILE_ROWS)
         _integer("tile_step", tile_step, 1, LIMIT)
         _integer("first_tile", first_tile, 0, self.tiles.count - 1)
         if tiles and first_tile + (tiles - 1) * tile_step >= self.tiles.count:
             raise ValueError(f"source: its {rows} rows reach beyond the matrix' {self.tiles.count} tiles")
-        into = set(self.kinds if len(self.kinds) == 1 else self.kinds[first_tile:first_tile + tiles * tile_step:tile_step])
-        if source_kind in SOURCES and into & set(FROM_FILES):
-            raise ValueError(f"source_kind: nothing here quantizes to {' and '.join(sorted(into & set(FROM_FILES)))}: give blocks of a file, not {source_kind}")
+        into = set(self.kinds)
+        if len(self.kinds) > 1:
+            into = set(self.kinds[first_tile:first_tile + tiles * tile_step:tile_step])
+        only_blocks = into & set(FROM_FILES)
+        if source_kind in SOURCES and only_blocks:
+            raise ValueError(f"source_kind: nothing here quantizes to {' and '.join(sorted(only_blocks))}: give blocks of a file, not {source_kind}")
         if source_kind not in SOURCES and into - {source_kind}:
             raise ValueError(f"source_kind: {source_kind} blocks fit {source_kind} tiles only, not {' and '.join(sorted(into))}")
-        self.finite &= self.tiles.fill(address, code, stride if kind == "uint8" else stride * raw // self.columns, rows, first_tile, tile_step)
+        row_bytes = stride if kind == "uint8" else stride * raw // self.columns
+        self.finite &= self.tiles.fill(address, code, row_bytes, rows, first_tile, tile_step)
 
     def dequantize(self):
-        """A numpy array (rows, columns) float32 of exactly what the tiles hold."""
+        """Exactly the values that the tiles hold: a numpy array (rows, columns) float32."""
         import numpy as np
         out = np.empty((self.rows, self.columns), np.float32)
         embed(self, np.arange(self.rows), out)
@@ -133,9 +137,9 @@ def embed(matrix: Matrix, ids, out) -> None:
 
 
 def check_linear(matrix, width: int, norm, bias, activation) -> tuple[tuple[bool, int, float, int], int, int]:
-    """What a product takes besides its arrays, for x with `width` columns.
+    """Check what a product takes besides x and out. x has `width` columns.
 
-    -> (has it a norm, address of its weight, eps, address of the bias), the activation's code, the most columns of out
+    -> (is there a norm?, address of its weight, eps, address of the bias), the activation's code, the most columns of out
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: must be one of {', '.join(map(repr, ACTIVATIONS))}, not {activation!r}")
@@ -144,21 +148,23 @@ def check_linear(matrix, width: int, norm, bias, activation) -> tuple[tuple[bool
     if norm is not None and (not isinstance(norm, tuple) or len(norm) != 2):
         raise ValueError(f"norm: must be None or (weight, eps), not {norm!r}")
     weight, eps = norm or (None, 0.0)
-    weight_at = 0 if weight is None else vector("norm", weight, "float32", width)
-    bias_at = 0 if bias is None else vector("bias", bias, "float32", matrix.rows)
+    weight_at = vector_or_none("norm", weight, "float32", width)
+    bias_at = vector_or_none("bias", bias, "float32", matrix.rows)
     most = matrix.tiles.count // 2 * TILE_ROWS if activation in GATES else matrix.rows
     return (norm is not None, weight_at, float(eps), bias_at), ACTIVATIONS[activation], most
 
 
 def multiply(x, matrix: Matrix, *, norm=None, bias=None, activation=None, residual=None, out, fine=False, _tiles_at_once=0,
              _groups_at_once=0):
-    """out = residual + activation(norm(x) W^T + bias); x (T, K), residual and out (T, up to N; gates: half of N) float32.
+    """out = residual + activation(norm(x) W^T + bias), all float32.
 
+    x           (T, K); it may not share memory with out
+    out         (T, up to N), or with gates up to N / 2
     norm        None, or (weight (K,) or None, eps): RMS norm of each row of x
-    bias        (N,), in the order of the tiles' rows
-    activation  None or one of ACTIVATIONS; of those in GATES ("geglu" by tanh, "gelu" by erf) tiles alternate gate and up, 16 rows each
-    residual    may be out itself; x may not share memory with out
-    fine        16 bits for every block of 32 columns of x, else for those that stand out (quantized matrices only)
+    bias        None, or (N,), in the order of the tiles' rows
+    activation  None or one of ACTIVATIONS. With one of GATES ("geglu" by tanh, "gelu" by erf) tiles alternate gate and up, 16 rows each
+    residual    None, or as out, which it may be
+    fine        quantized matrices round every block of 32 columns of x to 16 bits, not only those that stand out
     """
     check_matrix(matrix)
     x_at, _, (rows, columns), x_stride = look_at("x", x, FLOAT32, None, matrix.columns, rows_apart=True)

@@ -1,6 +1,6 @@
-"""How fast each op of a CPU is, for `check`: the best of a few runs, and the bytes that the op must move in one.
+"""How fast each op of a CPU is, for `check`: the fastest of a few runs, and how many bytes the op must move in a run.
 
-numpy alone: an installation without torch measures too. cuda_timing.py does the same on a GPU.
+It needs only numpy, so an installation without torch measures too. cuda_timing.py does the same on a GPU.
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ from .random_blocks import random_blocks
 from .sampling import SampleBatch
 from .tiles import COLUMNS, SOURCES, Arena, Matrix
 
-COLD = 96 << 20         # bytes of copies that are used in turn, so that no cache holds them
+COLD = 96 << 20         # bytes of the copies that a measurement uses in turn, so that no cache holds them
 RUNS = 5
-# keys of attention; rows of the ops between products
-CONTEXT = 1024
-ROWS = 64
+CONTEXT = 1024          # keys of attention
+ROWS = 64               # of the ops between products
 SMALL = dict(vocab_size=49152, layers=1, width=576, heads=9, kv_heads=3, head_size=64, ffn_size=1536,
              max_positions=CONTEXT)     # the default model
 LARGE = dict(vocab_size=128256, layers=1, width=4096, heads=32, kv_heads=8, head_size=128, ffn_size=14336,
@@ -39,7 +38,7 @@ class Timed(NamedTuple):
 
 
 def best(work: Callable[[], object], runs: int = RUNS) -> float:
-    """Seconds of the fastest run; a first one is not counted."""
+    """Seconds of the fastest run. A first run is not counted."""
     times = []
     for _ in range(runs + 1):
         begin = time.perf_counter()
@@ -77,7 +76,7 @@ def time_cpu(script: SimpleNamespace) -> Iterator[Timed]:
 
 def step_of(program: Program, tokens: int, length: int, script: SimpleNamespace,
             sampling: Any = None) -> Callable[[], dict[str, float]]:
-    """What runs a step of the first rows of the tables; it returns the microseconds of the phases by name."""
+    """A function that runs a step of `tokens` tokens and returns {name of a phase: microseconds}."""
     pages = list(range(-(-length // script.PAGE_SIZE)))
     ids = list(range(tokens))
 
@@ -89,13 +88,13 @@ def step_of(program: Program, tokens: int, length: int, script: SimpleNamespace,
 
 
 def phases(run: Callable[[], dict], word: str = "") -> float:
-    """Seconds of the phases whose name has the word, in the fastest of some steps."""
+    """Seconds of the phases whose name contains the word, in the fastest of some steps."""
     run()
     return min(sum(us for name, us in run().items() if word in name) for _ in range(RUNS)) / 1e6
 
 
 def time_row_ops(spec: Any, script: SimpleNamespace, times: int = 16) -> Iterator[Timed]:
-    """Each op many times over the same rows, which a cache holds."""
+    """Time each op, many times over the same rows, which stay in a cache."""
     C = spec.width
     rot = spec.head_size
     qkv_size = (spec.heads + 2 * spec.kv_heads) * rot
@@ -106,7 +105,7 @@ def time_row_ops(spec: Any, script: SimpleNamespace, times: int = 16) -> Iterato
     weight = normal(7, C)
     cos = normal(8, spec.max_positions, rot // 2)
     sin = normal(9, spec.max_positions, rot // 2)
-    ops = {             # what it does with x and out; values that a row's op moves
+    ops = {             # name -> (what records it, how many values the op moves for a row)
         "embed": (lambda p, x, out: p.embed(table, p.token_ids, out), 2 * C),
         "rms_norm": (lambda p, x, out: p.rms_norm(x, None, 1e-5, out), 2 * C),
         "layer_norm": (lambda p, x, out: p.layer_norm(x, weight, weight, 1e-5, out), 2 * C),
@@ -131,10 +130,11 @@ def time_row_ops(spec: Any, script: SimpleNamespace, times: int = 16) -> Iterato
 
 
 def time_attention(spec: Any, script: SimpleNamespace, packed: bool = False) -> Timed:
-    """A decode row over enough layers to be cold."""
+    """Time the attention of a decode row, over so many layers that no cache holds their keys."""
     size = spec.head_size
     block = script.PAGE_SIZE * spec.head_size
-    block = block * 17 // 16 if packed else block           # bytes: with 2 of scale for each 32
+    if packed:
+        block = block * 17 // 16            # bytes: 2 of scale for each 32 codes
     shape = CONTEXT // script.PAGE_SIZE, spec.kv_heads, 2, block
     kind = numpy.dtype(numpy.uint8 if packed else numpy.float16)
     layer = math.prod(shape) * kind.itemsize
@@ -164,7 +164,7 @@ def time_sample(spec: Any, script: SimpleNamespace) -> Timed:
 
 
 def time_product(kind: str, rows: int, columns: int, script: SimpleNamespace) -> Timed:
-    """One row of x times weights that come from memory; the matrix repeats a few rows at the same cost."""
+    """Time one row of x times weights that come from memory. The matrix repeats a few rows, which costs the same."""
     arena = Arena(1 << 20)
     few = 512
     first = Matrix(arena, kind, rows, columns)

@@ -1,4 +1,4 @@
-"""A model's weights on their way into tiles: a GGUF file's matrices in their own types or close ones."""
+"""A model's weights on their way into tiles. Matrices of a GGUF file keep their types, or get close ones."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from . import _core, cuda
 from .arrays import kind_of
 from .tiles import COLUMNS, FROM_FILES, KINDS as KIND_CODES, TILE_ROWS, Arena, Matrix
 
-FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "bfloat16"}       # of GGUF, and as what they stay
-KEPT_TYPES = tuple(kind.upper() for kind in COLUMNS if kind not in ("f32", "f16", "bf16"))     # of a GGUF file, in tiles
+FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "bfloat16"}       # GGUF's type -> the type in which it is held
+KEPT_TYPES = tuple(kind.upper() for kind in COLUMNS if kind not in ("f32", "f16", "bf16"))     # GGUF's types that tiles hold as they are
 KEPT_ON_CUDA = tuple(kind for kind in KEPT_TYPES if kind.lower() not in FROM_FILES)
-CONVERTED = "Q8_0"          # what all other types become: its error is small compared with theirs
-KINDS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}       # of tiles.py
-# What takes the place of a type where a width is no multiple of 256
+CONVERTED = "Q8_0"          # all other types become this one, whose error is small compared with theirs
+KINDS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}       # name of an array's type -> kind of tiles.py
+# type -> the type that replaces it where a width is no multiple of 256
 NARROW = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0", "iq4_xs": "iq4_nl", "q3_k": "q4_0", "q2_k": "q4_0"}
 
 
 @dataclass(frozen=True)
 class QuantizedMatrix:
-    """Weights (N, K) as in GGUF files, in rows of blocks; its parts, one upon the other, may differ in type."""
+    """Weights (N, K) as in GGUF files, in rows of blocks. Its parts lie one below the other, and may differ in type."""
 
     parts: tuple[tuple[str, Any], ...]      # (kind, rows (n, bytes of a row) uint8, numpy)
     columns: int                            # K
@@ -42,9 +42,9 @@ class QuantizedMatrix:
 
 
 def file_values(kind: str, rows: numpy.ndarray, script: SimpleNamespace) -> numpy.ndarray:
-    """What chat_server's reference makes of blocks (n, bytes of a row), (n, columns) float32.
+    """The values (n, columns) float32 of blocks (n, bytes of a row), by chat_server's reference.
 
-    ImportError without the gguf package, for most types."""
+    Most types need the gguf package: ImportError without it."""
     name: Any = SimpleNamespace(name=kind.upper())
     if kind not in ("q8_0", "q4_0", "q4_1", *cuda.OWN):
         import gguf
@@ -53,28 +53,31 @@ def file_values(kind: str, rows: numpy.ndarray, script: SimpleNamespace) -> nump
 
 
 def becomes(tensors: Sequence[Any], rows: Sequence[int], kept_types: Sequence[str] = KEPT_TYPES) -> list[str]:
-    """What the GGUF tensors that form one matrix become, each: floats stay floats where all of them are alike.
+    """The type that each of the GGUF tensors that form one matrix becomes. Floats stay floats only if all are of one type.
 
-    rows: of each tensor; kept_types: those that stay as they are."""
+    rows            how many each tensor has
+    kept_types      types that stay as they are"""
     kinds = [tensor.tensor_type.name for tensor in tensors]
     if len(set(kinds)) == 1 and kinds[0] in FLOATS:
         return ["BF16" if kind == "F32" else kind for kind in kinds]
     kept = [kind if kind in kept_types else CONVERTED for kind in kinds]
+    if len(set(kept)) == 1:
+        return kept
     row = 0
-    for i, count in enumerate(rows[:-1] if len(set(kept)) > 1 else ()):
+    for i, count in enumerate(rows[:-1]):
         row += count
-        if row % TILE_ROWS:                         # the next one begins within a tile, which has one type
+        if row % TILE_ROWS:                         # the next tensor begins within a tile, and a tile has one type
             return kept[:i] + [CONVERTED] * len(kept[i:])
     return kept
 
 
 def kinds_of(parts: Sequence[tuple[Any, int]], kept_types: Sequence[str] = KEPT_TYPES) -> list[str]:
-    """What the (tensor, head size) that form a matrix become, each."""
+    """The type that each (tensor, head size) becomes of those that form a matrix."""
     return becomes([tensor for tensor, _ in parts], [len(tensor.data) for tensor, _ in parts], kept_types)
 
 
 def rows_in_file(tensor: Any) -> int:
-    """Of a GGUF tensor, whose shape has the columns first; the matrices of experts lie one upon the other."""
+    """How many rows a GGUF tensor has. Its shape has the columns first, and the matrices of experts lie one below the other."""
     return math.prod(tensor.shape[1:].tolist())
 
 
@@ -101,7 +104,7 @@ def held_bytes(tensors: Sequence[Any], row_bytes: Callable[[str, int], int], kep
 
 @functools.cache
 def tile_row_bytes(kind: str, columns: int) -> int:
-    """A row's share of a tile."""
+    """The bytes of a row's share of a tile."""
     return Matrix(Arena(1 << 20), kind, TILE_ROWS, columns).nbytes // TILE_ROWS
 
 
@@ -111,20 +114,26 @@ def file_row_bytes(kind: str, columns: int) -> int:
 
 def as_stored(shape: tuple[int, int], parts: Sequence[tuple[Any, int]],
               script: SimpleNamespace, kept_types: Sequence[str] = KEPT_TYPES) -> tuple[numpy.ndarray, ...] | QuantizedMatrix:
-    """The (tensor, head size to turn or 0) that form a matrix, each in the file's type or one close to it.
+    """A matrix of (tensor, head size whose pairs to reorder, or 0), each in the file's type or one close to it.
 
-    Rows that need no change lie in the file's mapped memory.
+    Rows that need no change stay in the file's mapped memory.
     """
+    columns = shape[1]
     kinds = kinds_of(parts, kept_types)
-    if kinds[0] in FLOATS:
-        return tuple(script.as_kind(script.unpermute_rope(script.dequantize(tensor.tensor_type, numpy.asarray(tensor.data)), head_size)
-                                          .reshape(-1, shape[1]), FLOATS[tensor.tensor_type.name]) for tensor, head_size in parts)
-    return QuantizedMatrix(tuple((kind.lower(), rows_of(tensor, head_size, kind, shape[1], script))
-                                 for (tensor, head_size), kind in zip(parts, kinds)), shape[1])
+    if kinds[0] not in FLOATS:
+        rows = [(kind.lower(), rows_of(tensor, head_size, kind, columns, script))
+                for (tensor, head_size), kind in zip(parts, kinds)]
+        return QuantizedMatrix(tuple(rows), columns)
+    floats = []
+    for tensor, head_size in parts:
+        values = script.dequantize(tensor.tensor_type, numpy.asarray(tensor.data))
+        values = script.unpermute_rope(values, head_size).reshape(-1, columns)
+        floats.append(script.as_kind(values, FLOATS[tensor.tensor_type.name]))
+    return tuple(floats)
 
 
 def rows_of(tensor: Any, head_size: int, kind: str, columns: int, script: SimpleNamespace) -> Any:
-    """A GGUF tensor's rows as blocks of `kind`, (n, bytes) uint8."""
+    """The rows of a GGUF tensor as blocks of `kind`, (n, bytes of a row) uint8."""
     if tensor.tensor_type.name == kind:
         return script.unpermute_rope(numpy.asarray(tensor.data), head_size)
     import gguf
@@ -134,19 +143,23 @@ def rows_of(tensor: Any, head_size: int, kind: str, columns: int, script: Simple
 
 def pack(arena: Arena, name: str, parts: Sequence[Any], quantize: str | None,
          tied_head: bool) -> Any:
-    """The matrix `name` (N, K) in tiles, or gate_up's bias (N,) in their order; `quantize` names the type that large float matrices become.
+    """The matrix `name` (N, K) in tiles, or the bias of gate_up (N,) in the order of its tiles.
 
-    parts: one QuantizedMatrix, or arrays of one type, whose rows together are its rows.
+    parts       one QuantizedMatrix, or arrays of one type: their rows are those of the matrix
+    quantize    None, or the type that float matrices become, except small ones
     """
     weight = parts[0]
     quantized = isinstance(weight, QuantizedMatrix)
     if not quantized and name.endswith("_bias"):        # gates and ups alternate as their tiles do
         return weight.reshape(2, -1, TILE_ROWS).swapaxes(0, 1).reshape(-1)
-    (_, K), N = weight.shape, sum(part.shape[0] for part in parts)
+    K = weight.shape[1]
+    N = sum(part.shape[0] for part in parts)
     if name == "embed" and not (quantized or tied_head):
-        return weight           # rows are only looked up
-    pieces = weight.parts if quantized else [
-        (KINDS[kind_of("weights", part)], part) for part in parts]
+        return weight           # its rows are only looked up
+    if quantized:
+        pieces = weight.parts
+    else:
+        pieces = [(KINDS[kind_of("weights", part)], part) for part in parts]
     placed = place(in_whole_tiles(pieces), N // 2 if name.endswith("gate_up") else N)
     if quantized:
         kinds = [""] * -(-N // TILE_ROWS)
@@ -155,20 +168,27 @@ def pack(arena: Arena, name: str, parts: Sequence[Any], quantize: str | None,
             kinds[first:first + tiles * step:step] = [kind] * tiles
         matrix = Matrix(arena, kinds if len(set(kinds)) > 1 else kinds[0], N, K)
     else:
-        matrix = Matrix(arena, pieces[0][0] if name.endswith(("ve_gate", "router", "shared_gate")) else quantized_kind(quantize, pieces[0][0], K), N, K)
+        kind = pieces[0][0]
+        if not name.endswith(("ve_gate", "router", "shared_gate")):         # these are small and stay floats
+            kind = quantized_kind(quantize, kind, K)
+        matrix = Matrix(arena, kind, N, K)
     for kind, rows, first, step in placed:
         matrix.fill(rows, kind, first_tile=first, tile_step=step)
     return matrix
 
 
 def quantized_kind(quantize: str | None, kind: str, columns: int) -> str:
-    """What float weights of `kind` become: `quantize`, or a type near it whose blocks divide the columns, or nothing else."""
-    fitting = (name for name in (quantize, NARROW.get(quantize or "")) if name and columns % COLUMNS[name] == 0)
-    return next(fitting, kind)
+    """The type that float weights of `kind` become: `quantize`, else its narrow relative, else `kind`.
+
+    The first whose blocks divide the columns is taken."""
+    for name in (quantize, NARROW.get(quantize or "")):
+        if name and columns % COLUMNS[name] == 0:
+            return name
+    return kind
 
 
 def in_whole_tiles(pieces: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
-    """The pieces, of which one that would begin within a tile is joined to the one before it, whose type it has."""
+    """The pieces, where one that would begin within a tile is joined to the one before it. Both then have one type."""
     joined: list[tuple[str, Any]] = []
     for kind, rows in pieces:
         if joined and len(joined[-1][1]) % TILE_ROWS:
@@ -181,11 +201,13 @@ def in_whole_tiles(pieces: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
 
 
 def place(pieces: Sequence[tuple[str, Any]], rows_together: int) -> list[tuple[str, Any, int, int]]:
-    """(kind, rows, first tile, step) of pieces whose rows follow each other in a matrix of `rows_together` rows, or in one of
-    twice as many: gates and then ups, whose tiles alternate."""
+    """Where each piece goes: (kind, rows, first tile, step from tile to tile).
+
+    The rows of the pieces follow each other in a matrix of `rows_together` rows. If they are twice as many, the first half
+    are gates and the others ups, and the tiles of the two alternate."""
     placed = []
     row = 0
-    step = 1 + (sum(len(rows) for _, rows in pieces) > rows_together)
+    step = 2 if sum(len(rows) for _, rows in pieces) > rows_together else 1
     for kind, rows in pieces:
         begin = 0
         while begin < len(rows):

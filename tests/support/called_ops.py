@@ -18,7 +18,7 @@ from chatlm.worker.arrays.kinds import AdapterMatrix
 from chatlm.worker.model.kernels import OPS, load_kernels
 from chatlm.worker.model.batch import Batch
 from chatlm.worker.model.tensors import MappedRows
-from chatlm.worker.model.transformer import Transformer, first_turn, pack_adapter, show_pictures
+from chatlm.worker.model.transformer import Transformer, first_turn
 from chatlm.worker.ops.references import REFERENCES
 from record import exact
 
@@ -69,7 +69,7 @@ def exact_adapter(model, seed=3):
 def make_transformer(model, kernels, adapted=False):
     transformer = Transformer(model, exact_tensors(model), kernels, num_pages=64, num_slots=12, max_tokens=MAX_TOKENS, max_rows=MAX_ROWS, dtype="float32")
     if adapted:
-        pack_adapter(transformer, 1, exact_adapter(model))
+        transformer.pack_adapter(1, exact_adapter(model))
     return transformer
 
 
@@ -273,7 +273,7 @@ def decode_core_computes(model, adapted=False):
             step = make_step(model, groups, (0, 33), (0, 7), adapters=adapters, picture=picture)._replace(state_reads=[0, 1], write_slots=[2, 3])
             values = exact_numbers(exact(8), (len(picture), model.width * len(model.picture_buffers)), 1.0)
             places = np.array([(4, 4 + row // 3, 4 + row % 3) for row in range(len(picture))]) if model.rope_axes else None
-            show_pictures(transformer, [(picture.start, values, places)])
+            transformer.show_pictures([(picture.start, values, places)])
         for name in () if model.opens else transformer.passed_on(0):
             buffer = transformer.buffers[name]
             transformer.arrays.put(exact_numbers(exact(9), tuple(buffer.shape), 1.0), buffer)
@@ -283,5 +283,5 @@ def decode_core_computes(model, adapted=False):
         for array in left:
             digest.update(np.ascontiguousarray(array).tobytes())
         if picture:
-            show_pictures(transformer, ())
+            transformer.show_pictures(())
     return kernels.backend.program.describe(), digest.hexdigest()[:12]

@@ -15,7 +15,6 @@ from chatlm.worker.engine.integrity import check_integrity
 from chatlm.worker.engine.sequence import Assignment
 from chatlm.worker.model.batch import Batch
 from chatlm.worker.model.tower import tiles_of
-from chatlm.worker.model.transformer import show_pictures
 from image_conversations import picture_of_size
 
 
@@ -68,11 +67,12 @@ def run(generator):
 
 def logits_of(engine, ids, pictures, rows=16):
     """The logits of a prompt's last rows, computed in one step."""
-    transformer, sight = engine.transformer, engine.pictures.sight(Assignment("x", ids, AnswerParams(), 1, pictures=pictures), engine.full_text.vision)
-    for seen in sight.seen:
+    transformer = engine.transformer
+    sight, _ = engine.pictures.sight_of(Assignment("x", ids, AnswerParams(), 1, pictures=pictures))
+    for seen in sight.pictures:
         seen.rows = run(engine.pictures.tower.encode(tiles_of(seen.picture, seen.layout, engine.pictures.tower.eyes.filter)))
     shown = sight.as_one_id(ids)
-    show_pictures(transformer, sight.rows(0, len(ids)))
+    transformer.show_pictures(sight.rows(0, len(ids)))
     ahead = [0] * len(ids)
     for begin, end in sight.spans(0, len(ids)) if sight.two_sided else ():
         ahead[begin:end] = [end] * (end - begin)
@@ -81,7 +81,7 @@ def logits_of(engine, ids, pictures, rows=16):
         previous = pad_ids(shown, model.picture_pad, model.vocab_size)
     batch = Batch(shown, previous, [0, len(ids)], [len(ids)], [list(range(-(-len(ids) // 16) * len(transformer.groups.windows)))], list(range(len(ids) - rows, len(ids))), state_reads=[0] * bool(transformer.model.state_bytes), ahead=ahead if any(ahead) else [], turns=sight.turned(0, len(ids), 0) if sight.turns else [])
     made = engine.transformer.arrays.numpy(engine.steps.forward(batch)).copy()
-    show_pictures(transformer, ())
+    transformer.show_pictures(())
     return made
 
 

@@ -48,7 +48,7 @@ def meta_of(model: Path) -> Path:
     return model.with_name(model.name.replace("model_", "meta_").replace(".pt", ".json"))
 
 
-class Place(NamedTuple):
+class CheckpointPlace(NamedTuple):
     """What a folder's path tells about the checkpoints in it."""
 
     stage: str
@@ -72,7 +72,7 @@ class Place(NamedTuple):
 
 
 class Checkpoint(NamedTuple):
-    place: Place
+    place: CheckpointPlace
     step: int
     path: Path  # model_<step>.pt
 
@@ -89,20 +89,20 @@ class Checkpoint(NamedTuple):
 # --- one folder --------------------------------------------------------------------------------------------
 
 
-def place_of(folder: Path, names: Collection[str]) -> Place | None:
+def place_of(folder: Path, names: Collection[str]) -> CheckpointPlace | None:
     """What a folder with these files is; None if it cannot have nanochat's checkpoints."""
     folder = Path(os.path.abspath(folder))
     parent = folder.parent
     if parent.name in STAGE_FOLDERS:
-        return Place(STAGE_FOLDERS[parent.name], folder.name)
+        return CheckpointPlace(STAGE_FOLDERS[parent.name], folder.name)
     if folder.name in STAGES and parent.parent.name and not any(map(Path.exists, own_tokenizers(folder))):
-        return Place(folder.name, parent.name, parent.parent.name)
+        return CheckpointPlace(folder.name, parent.name, parent.parent.name)
     models = [folder / name for name in sorted(names)
               if step_of(name) is not None and meta_of(folder / name).name in names]
     if not models:
         return None
     stage = "base" if is_told_a_depth(read_meta(models[0])) else "chat"
-    return Place(stage, folder.name, alone=True)
+    return CheckpointPlace(stage, folder.name, alone=True)
 
 
 def read_meta(model: Path) -> dict[str, Any]:
@@ -302,13 +302,13 @@ def choose_checkpoint(where: Path, found: Seq[Checkpoint], settings: Settings) -
                        others and f"also available (-i -g -s): {others}")
 
 
-def is_wanted(place: Place, settings: Settings) -> bool:
+def is_wanted(place: CheckpointPlace, settings: Settings) -> bool:
     """Whether it fits -i and -g. The stage `chat` is another name of sft, so it fits -i sft."""
     stages = {None: STAGES, "sft": ("sft", "chat")}.get(settings.source, (settings.source,))
     return place.stage in stages and settings.model_tag in (None, place.tag, place.tag_with_experiment)
 
 
-def note_on(place: Place, settings: Settings) -> str:
+def note_on(place: CheckpointPlace, settings: Settings) -> str:
     """A remark for the log if the stage is not the expected one."""
     if place.alone or place.stage == "sft" or settings.source == place.stage:
         return ""

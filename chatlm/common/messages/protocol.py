@@ -372,7 +372,7 @@ class SandboxConfig:
 
 
 @wire_message(64 << 20)
-class Task:
+class SandboxTask:
     """Front to sandbox: call the method `name` of Tasks."""
 
     name: str
@@ -396,7 +396,7 @@ class Body:
 
 
 @wire_message(64 << 20)
-class Result:
+class SandboxResult:
     """Sandbox to front: what a task returned."""
 
     value: Any
@@ -420,7 +420,7 @@ WORKER_PIPE = Pipe(WorkerConfig, NewRequest, NewPicture, NewPrompt, NewAnswer, C
                    Loading, ModelText, ModelCard, Ready, Stepped, Unusable, Crashed)
 SURVEY_PIPE = Pipe(SurveyConfig, Surveyed, Loading, Unusable, Crashed)
 HUB_PIPE = Pipe(HubQuestion, HubOffers, HubFetch, HubProgress, HubFetched, Unusable, Crashed)
-SANDBOX_PIPE = Pipe(SandboxConfig, Task, Body, Begun, Result, Refused)
+SANDBOX_PIPE = Pipe(SandboxConfig, SandboxTask, Body, Begun, SandboxResult, Refused)
 RAY_PIPE = Pipe(RayConfig, StartActor, EndActor, Nodes, ActorAddress, ActorEnded, Unusable)
 
 

@@ -16,7 +16,8 @@ from chatlm.common.errors import ConfigError, EngineFailure, RequestError
 from chatlm.common.lanes import Lanes
 from chatlm.common.log import log
 from chatlm.common.messages.protocol import (
-    SANDBOX_MODELS, SANDBOX_OUT_OF_MEMORY, SANDBOX_PIPE, Begun, Body, Refused, Result, SandboxConfig, Task)
+    SANDBOX_MODELS, SANDBOX_OUT_OF_MEMORY, SANDBOX_PIPE, Begun, Body, Refused, SandboxConfig,
+    SandboxResult, SandboxTask)
 from chatlm.common.messages.wire import HEADER, BadMessage, unpacked
 from chatlm.common.processes.start import exit_in_words, patient, start_child
 
@@ -114,7 +115,8 @@ class Sandbox:
         refuses or exceeds a limit. ticket: of `bodies`, if other tasks are about them too."""
         await self.turns.take(client)
         config = config or self.config
-        return await self._run(config, Task(name, list(arguments), config.number, ticket=ticket), bodies)
+        task = SandboxTask(name, list(arguments), config.number, ticket=ticket)
+        return await self._run(config, task, bodies)
 
     async def forget(self, ticket: int, config: SandboxConfig | None = None):
         """Have the process drop the body with this ticket, if it still has it: nobody will ask for it."""
@@ -123,9 +125,9 @@ class Sandbox:
             self.turns.give_back()
             return
         config = config or self.config
-        await self._run(config, Task("forget", [], config.number), ())
+        await self._run(config, SandboxTask("forget", [], config.number), ())
 
-    async def _run(self, config: SandboxConfig, task: Task, bodies: Seq[bytes | bytearray]):
+    async def _run(self, config: SandboxConfig, task: SandboxTask, bodies: Seq[bytes | bytearray]):
         """Run a task for whoever has taken the turn, and give the turn back."""
         # the exchange continues even if its client leaves
         exchange = asyncio.ensure_future(self._exchange(config, task, bodies))
@@ -145,12 +147,12 @@ class Sandbox:
             self.process, ours = start_child(self.command, "sandbox", os.environ | environment)
             self.reader, self.writer = await asyncio.open_connection(sock=ours)
 
-    async def _exchange(self, config: SandboxConfig, task: Task, bodies: Seq[bytes | bytearray]):
+    async def _exchange(self, config: SandboxConfig, task: SandboxTask, bodies: Seq[bytes | bytearray]):
         reply = await self._reply(config, task, bodies)
         if self.single_use:
             await self.stop()
         match reply:
-            case Result(value):
+            case SandboxResult(value):
                 return value
             case Body(data):
                 return data
@@ -160,7 +162,7 @@ class Sandbox:
                 raise RequestError(message, status=status, code=code, param=param, words=words)
         raise BadMessage(f"unexpected message from a sandbox: {type(reply).__name__}")
 
-    async def _reply(self, config: SandboxConfig, task: Task, bodies: Seq[bytes | bytearray]):
+    async def _reply(self, config: SandboxConfig, task: SandboxTask, bodies: Seq[bytes | bytearray]):
         """The reply to a task, from another process if one ends before it has begun the task."""
         for attempt in range(1, self.PROCESSES + 1):
             if self.closed:
@@ -184,7 +186,7 @@ class Sandbox:
                             exit_in_words(code))
         raise AssertionError("the last attempt returns or raises")
 
-    async def _ask(self, config: SandboxConfig, task: Task, bodies: Seq[bytes | bytearray]):
+    async def _ask(self, config: SandboxConfig, task: SandboxTask, bodies: Seq[bytes | bytearray]):
         """Send a task to the process; returns the reply."""
         self.begun = False
         if task.ticket and task.ticket == self.ticket:

@@ -123,7 +123,7 @@ def line_id(number: int, text: bytes) -> str:
     return hashlib.sha256(b"%d %s" % (number, text)).hexdigest()[:32]
 
 
-def result_of_bad_line(number: int, error: ChatServerError, custom_id: str | None = None) -> str:
+def bad_line_result(number: int, error: ChatServerError, custom_id: str | None = None) -> str:
     return as_json({"id": f"batch_req_{number}", "custom_id": custom_id, "response": None,
                     "error": {"code": error.code, "message": str(error)}})
 

@@ -21,7 +21,7 @@ from xml.etree import ElementTree
 from chatlm.common.config import LIMITS
 from chatlm.common.errors import ConfigError, RequestError, named, require_library, shown
 from chatlm.common.invocation import pip_command
-from chatlm.common.messages.protocol import Result
+from chatlm.common.messages.protocol import SandboxResult
 
 UNPACKED_BYTES = 256 << 20  # an archive may hold at most this much,
 MEMBERS = 10_000            # in at most so many files
@@ -313,6 +313,6 @@ class DocumentTasks:
     def prepare(self, name: str):
         """Nothing is shared between documents."""
 
-    def extract(self, name: str, boundary: str, body: bytes) -> Result:
+    def extract(self, name: str, boundary: str, body: bytes) -> SandboxResult:
         data, name = part_of_form(body, boundary) if boundary else (body, name)
-        return Result([*extract_text(bytes(data), name, self.soft_s)])
+        return SandboxResult([*extract_text(bytes(data), name, self.soft_s)])

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from chatlm.front.api.encode import Encoder
 
 
-def encoder_of(parsed: ParsedBody, model: str, tokenizer: Tokenizer | None) -> Encoder:
+def answer_encoder(parsed: ParsedBody, model: str, tokenizer: Tokenizer | None) -> Encoder:
     """Make the encoder of an answer. It keeps no more of the request than it needs."""
     return ENCODERS[parsed.api](parsed.lasting(), model, tokenizer)
 

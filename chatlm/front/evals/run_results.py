@@ -56,7 +56,7 @@ class StepOfRun(NamedTuple):
     digest: str     # of its weights
 
 
-class Result(NamedTuple):
+class StepResult(NamedTuple):
     """Something that was found out about some weights."""
 
     kind: str      # one of KINDS
@@ -95,7 +95,7 @@ class StepResults:
     """All results of a step, by kind, key and `made_by`."""
 
     step: StepOfRun
-    results: dict[tuple[str, str, str], Result] = field(default_factory=dict)
+    results: dict[tuple[str, str, str], StepResult] = field(default_factory=dict)
 
 
 class RunResults:
@@ -114,7 +114,7 @@ class RunResults:
         self.run_log = run_log
         self.asked: dict[str, str] = {WRITTEN: ""}  # by kind: the key whose results are shown
         self.folders: dict[str, dict[tuple[int, str], StepResults]] = {}  # by folder; by step and digest
-        self.of_weights: dict[str, dict[tuple[str, str, str], Result]] = {}  # by digest
+        self.of_weights: dict[str, dict[tuple[str, str, str], StepResult]] = {}  # by digest
         self.read_to: dict[Path, int] = {}    # bytes of each file that have been read
         self.unwritten: list[tuple[Path, bytes]] = []
         self.tried_s = 0.0
@@ -161,7 +161,7 @@ class RunResults:
             self.warn(path, error)
         self.read_to[path] = begin
 
-    def _remember(self, step: StepOfRun, result: Result) -> bool:
+    def _remember(self, step: StepOfRun, result: StepResult) -> bool:
         """Note a result. Returns whether it is new."""
         of_run = self.folders.setdefault(step.folder, {})
         known = of_run.setdefault((step.step, step.digest), StepResults(step))
@@ -174,18 +174,18 @@ class RunResults:
         self.of_weights.setdefault(step.digest, {})[key] = result
         return is_new
 
-    def find(self, digest: str, kind: str, key: str, made_by: str) -> Result | None:
+    def find(self, digest: str, kind: str, key: str, made_by: str) -> StepResult | None:
         """The result of these weights, whichever step of whichever run they belong to."""
         of_weights = self.of_weights.get(digest, {})
         return of_weights.get((kind, key, made_by)) or of_weights.get((kind, key, ""))
 
     # writing
 
-    async def add(self, step: StepOfRun, result: Result):
+    async def add(self, step: StepOfRun, result: StepResult):
         """Keep a result of a step."""
         await asyncio.to_thread(self._add, step, result)
 
-    def _add(self, step: StepOfRun, result: Result):
+    def _add(self, step: StepOfRun, result: StepResult):
         with self.turn:
             path = self._file_of(step) if self.folder else None
             if path:
@@ -237,7 +237,7 @@ class RunResults:
             metrics |= result.metrics
         return metrics
 
-    def _shown(self, known: StepResults) -> list[Result]:
+    def _shown(self, known: StepResults) -> list[StepResult]:
         """The last result of each kind that answers what this server is asked."""
         last = {result.kind: result for result in [*known.results.values()]
                 if self.asked.get(result.kind) == result.key}
@@ -323,7 +323,7 @@ def append_line(path: Path, line: bytes):
             raise OSError(errno.ENOSPC, f"only {written} of {len(line)} bytes could be written")
 
 
-def result_in(line: bytes) -> tuple[StepOfRun, Result] | None:
+def result_in(line: bytes) -> tuple[StepOfRun, StepResult] | None:
     """The result in a line; None if it has none, or is broken."""
     with suppress(ValueError, RecursionError, TypeError, KeyError, AttributeError):
         found = json.loads(line)
@@ -342,7 +342,7 @@ def result_in(line: bytes) -> tuple[StepOfRun, Result] | None:
     return None
 
 
-def result_of(found: Mapping[str, Any]) -> Result | None:
+def result_of(found: Mapping[str, Any]) -> StepResult | None:
     """The result in a line's object. Raises ValueError, KeyError, TypeError or AttributeError if a member is
     missing or wrong."""
     fields = {name: value for name, value in found.items() if name not in NAMES}
@@ -357,24 +357,24 @@ def result_of(found: Mapping[str, Any]) -> Result | None:
         # KeyError for lines of earlier versions; a server makes new lines from the answers to the items
         verdicts = {str(label): str(right) for label, right in found["verdicts"].items()}
         key = suite_key(str(found["suite_digest"]), found["max_per_task"])
-        return Result(SUITE, key, fields, judged_metrics(found), verdicts=verdicts)
+        return StepResult(SUITE, key, fields, judged_metrics(found), verdicts=verdicts)
     if "samples" in found:
         samples = [{"prompt": str(one["prompt"]), "text": str(one["text"])} for one in found["samples"]]
         key = prompts_key([one["prompt"] for one in samples])
-        return Result(SAMPLES, key, {"samples": samples}, samples=tuple(samples))
+        return StepResult(SAMPLES, key, {"samples": samples}, samples=tuple(samples))
     if "forward" in found:
         return forward_result(found["forward"])
     metrics = {str(name): value for name, value in found["written"].items() if is_number(value)}
-    return Result(WRITTEN, "", fields, metrics)
+    return StepResult(WRITTEN, "", fields, metrics)
 
 
-def forward_result(found: Mapping[str, Any]) -> Result:
+def forward_result(found: Mapping[str, Any]) -> StepResult:
     """found: `own_val_bpb`, and whether it `agrees` with what training wrote."""
     own = found["own_val_bpb"]
     metrics = {"own_val_bpb": own} if is_number(own) else {}
-    return Result(FORWARD, "", {"forward": {**found, "agrees": found["agrees"] is True}}, metrics)
+    return StepResult(FORWARD, "", {"forward": {**found, "agrees": found["agrees"] is True}}, metrics)
 
 
-def text_result(key: str, score: Score) -> Result:
+def text_result(key: str, score: Score) -> StepResult:
     fields = {"text_digest": key, **score.as_json(), "bits": score.bits}
-    return Result(TEXT, key, fields, {"bits_per_byte": round(score.bits_per_byte, 6)}, score=score)
+    return StepResult(TEXT, key, fields, {"bits_per_byte": round(score.bits_per_byte, 6)}, score=score)

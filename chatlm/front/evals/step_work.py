@@ -26,7 +26,7 @@ from chatlm.front.evals.answers_file import AnswersFile, answers_file_name, resu
 from chatlm.front.evals.run import as_json, drawn_items, mean_of, run_task
 from chatlm.front.evals.run_log import RunLog
 from chatlm.front.evals.run_results import (
-    FORWARD, SAMPLES, SUITE, TEXT, WRITTEN, Result, RunResults, StepOfRun, judged_metrics, prompts_key,
+    FORWARD, SAMPLES, SUITE, TEXT, WRITTEN, StepResult, RunResults, StepOfRun, judged_metrics, prompts_key,
     suite_key, text_key, text_result)
 from chatlm.front.evals.samples import PROMPTS, SAMPLE_TOKENS
 from chatlm.front.evals.scores import PoolScorer
@@ -34,7 +34,7 @@ from chatlm.front.pool.models import Served
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.common.hub.steps import Step
+    from chatlm.common.hub.steps import RunStep
     from chatlm.front.evals.bundle import Suite
     from chatlm.front.pool.many import ManyModels
     from chatlm.front.pool.models import Model
@@ -68,11 +68,11 @@ class Duty(Protocol):
     def done(self, model: Model) -> bool:
         ...
 
-    def show(self, model: Model, result: Result):
+    def show(self, model: Model, result: StepResult):
         """Let the model show a result, be it new or an old one."""
         ...
 
-    async def find(self, work: DutyWork) -> Result:
+    async def find(self, work: DutyWork) -> StepResult:
         ...
 
 
@@ -89,11 +89,11 @@ class TextDuty:
     def done(self, model: Model) -> bool:
         return model.bits_per_byte is not None
 
-    def show(self, model: Model, result: Result):
+    def show(self, model: Model, result: StepResult):
         if result.score:
             model.bits_per_byte = result.score.bits_per_byte
 
-    async def find(self, work: DutyWork) -> Result:
+    async def find(self, work: DutyWork) -> StepResult:
         work.model.scoring = True
         try:
             scorer = PoolScorer(work.pool, work.yields)
@@ -116,14 +116,14 @@ class PromptsDuty:
     def done(self, model: Model) -> bool:
         return bool(model.samples)
 
-    def show(self, model: Model, result: Result):
+    def show(self, model: Model, result: StepResult):
         model.samples = result.samples
 
-    async def find(self, work: DutyWork) -> Result:
+    async def find(self, work: DutyWork) -> StepResult:
         scorer = PoolScorer(work.pool, work.yields)
         samples = [{"prompt": prompt, "text": await scorer.complete(prompt, SAMPLE_TOKENS)}
                    for prompt in self.prompts]
-        return Result(SAMPLES, self.key, {"samples": samples}, samples=tuple(samples))
+        return StepResult(SAMPLES, self.key, {"samples": samples}, samples=tuple(samples))
 
 
 class SuiteDuty:
@@ -146,11 +146,11 @@ class SuiteDuty:
     def done(self, model: Model) -> bool:
         return model.judged is not None
 
-    def show(self, model: Model, result: Result):
+    def show(self, model: Model, result: StepResult):
         model.judged = dict(result.metrics)
         model.verdicts = Verdicts(self.suite, self.most, result.verdicts)
 
-    async def find(self, work: DutyWork) -> Result:
+    async def find(self, work: DutyWork) -> StepResult:
         suite = self.suite
         model = work.model
         scorer = PoolScorer(work.pool, work.yields)
@@ -170,7 +170,7 @@ class SuiteDuty:
         del body["seconds"]
         verdicts = {one.task.label: one.verdicts for one in results}
         about = {"suite": suite.name, "suite_digest": suite.digest, "max_per_task": self.most}
-        return Result(SUITE, self.key, about | body | {"verdicts": verdicts}, judged_metrics(body),
+        return StepResult(SUITE, self.key, about | body | {"verdicts": verdicts}, judged_metrics(body),
                       verdicts=verdicts)
 
 
@@ -178,11 +178,11 @@ class StepWork:
     """Does its duties for one checkpoint after another, the newest first, with rows and memory that nothing
     else needs. Results are kept in the checkpoint's model and in the results of its run."""
 
-    def __init__(self, many: ManyModels, models: Mapping[Step, Model]):
+    def __init__(self, many: ManyModels, models: Mapping[RunStep, Model]):
         self.many = many
         self.models = models
         settings = many.settings
-        self.failed: set[tuple[Step, str]] = set()  # (step, kind of duty)
+        self.failed: set[tuple[RunStep, str]] = set()  # (step, kind of duty)
         # what `describe_step` says of each model
         self.steps: WeakKeyDictionary[Model, tuple[StepOfRun, str]] = WeakKeyDictionary()
         self.duties: list[Duty] = [ForwardCheck()]
@@ -207,7 +207,7 @@ class StepWork:
         served = {self.steps[model][0].digest for model in self.models.values() if model in self.steps}
         return self.results.removed(watched, runs, there, served)
 
-    async def opened(self, step: Step, model: Model):
+    async def opened(self, step: RunStep, model: Model):
         """Note that a checkpoint is served now: keep what its training wrote, and show what is known about
         its weights."""
         if not model.pool:
@@ -222,7 +222,7 @@ class StepWork:
         if model in self.steps:
             found = {**model.logged, **model.written}
             fields = {"written": found} if found else {}
-            await self.results.add(self.steps[model][0], Result(WRITTEN, "", fields, found))
+            await self.results.add(self.steps[model][0], StepResult(WRITTEN, "", fields, found))
 
     async def _recall(self, duty: Duty, model: Model):
         """Show a result that is known of these weights, and keep it as a result of this step too."""
@@ -252,11 +252,11 @@ class StepWork:
             await asyncio.sleep(0.5)
         await self.results.write_again()
 
-    def _duties_left(self, step: Step, model: Model) -> list[Duty]:
+    def _duties_left(self, step: RunStep, model: Model) -> list[Duty]:
         return [duty for duty in self.duties
                 if not duty.done(model) and (step, duty.kind) not in self.failed]
 
-    async def _do(self, step: Step, duty: Duty):
+    async def _do(self, step: RunStep, duty: Duty):
         model = self.models[step]
         of_run, made_by = self.steps[model]
         await self.results.refresh(of_run)  # another server may have done the duty
@@ -310,7 +310,7 @@ def kept_folder(settings: Settings) -> Path | None:
         return None
 
 
-def describe_step(step: Step, model: Model, pool: WorkerPool) -> tuple[StepOfRun, str]:
+def describe_step(step: RunStep, model: Model, pool: WorkerPool) -> tuple[StepOfRun, str]:
     """The names of a checkpoint in its results, and a digest of what decides these beside its weights and the
     question: its other files, and how it is computed here."""
     files = []

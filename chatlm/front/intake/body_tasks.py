@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any, TYPE_CHECKING
 
-from chatlm.common.messages.protocol import Body, Result, SandboxConfig
+from chatlm.common.messages.protocol import Body, SandboxResult, SandboxConfig
 from chatlm.common.messages.requests import Message
 from chatlm.common.text.load import open_tokenizer
 from chatlm.front.admission.prompts import PromptMaker
@@ -60,12 +60,12 @@ class BodyTasks:
         assert self.shelf.body, "the front thinks that this process has the body"
         return self.shelf.body
 
-    def forget(self) -> Result:
+    def forget(self) -> SandboxResult:
         """Do nothing: a task without a ticket has already cleared the shelf."""
-        return Result(None)
+        return SandboxResult(None)
 
     def read(self, route: str, number: int | None, sizes: Seq, client: str, task: str, arguments: Seq,
-             *bodies: bytes) -> Body | Result:
+             *bodies: bytes) -> Body | SandboxResult:
         """Run one of TASKS on a body. sizes: of its pictures, which the front has decoded."""
         envelope = self._opened(route, number, bodies)
         envelope.show(unpacked_sizes(sizes))
@@ -73,12 +73,12 @@ class BodyTasks:
         return asyncio.run(self._read(reading, TASKS[task], arguments))
 
     async def _read(self, reading: Reading, task: Callable[..., Awaitable[Any]],
-                    arguments: Seq) -> Body | Result:
+                    arguments: Seq) -> Body | SandboxResult:
         result = await task(reading, *arguments)
         if isinstance(result, bytes):
             return Body(result)
         rendered: dict = {}
-        return Result([await self._admitted(parsed, rendered) for parsed in result])
+        return SandboxResult([await self._admitted(parsed, rendered) for parsed in result])
 
     async def _admitted(self, parsed: ParsedBody, rendered: dict) -> list:
         """Make a body's prompts, check that they fit, and pack all of it. rendered: what several answers to
@@ -92,6 +92,6 @@ class BodyTasks:
             request = replace(request, messages=texts)
         return packed_body(replace(lasting, request=request), admitted.prompt_ids or ())
 
-    def check_lines(self, numbers: Seq[int], refusal: str, lines: bytes) -> Result:
+    def check_lines(self, numbers: Seq[int], refusal: str, lines: bytes) -> SandboxResult:
         numbered = map(NumberedLine, numbers, lines.split(b"\n"))
-        return Result([[*checked] for checked in checked_lines(numbered, self.config.server, refusal)])
+        return SandboxResult([[*checked] for checked in checked_lines(numbered, self.config.server, refusal)])

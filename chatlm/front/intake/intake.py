@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 EarlierItems = Callable[[Arrival, Holding], Awaitable[bytes]]
 
 
-def tokenizer_of(pool: WorkerPool) -> Tokenizer:
+def loaded_tokenizer(pool: WorkerPool) -> Tokenizer:
     if pool.tokenizer is None:
         raise Overloaded("the model is still loading", retry_after_s=2)
     return pool.tokenizer
@@ -245,7 +245,7 @@ class Intake:
         envelope.lift.check(self.why_blind(served.pool))
         if not envelope.lift.files or arrival.pictures:
             return
-        tokenizer_of(served.pool)  # while it loads, nobody knows whether it sees
+        loaded_tokenizer(served.pool)  # while it loads, nobody knows whether it sees
         pixels = holding.resources.enter_context(Holding(self.pixels, client))
         pictures: list[Picture] = []
         for name, data in envelope.lift.files:
@@ -272,7 +272,7 @@ class Intake:
                 caller.client, task, arguments, bodies=arrival.parts, ticket=arrival.ticket)
             if isinstance(result, (bytes, bytearray)):
                 return result
-            vocab_size = tokenizer_of(served.pool).vocab_size
+            vocab_size = loaded_tokenizer(served.pool).vocab_size
             read = [await asyncio.to_thread(unpacked_body, values, vocab_size) for values in result]
             del result
             for parsed in read:

@@ -14,12 +14,12 @@ from chatlm.common.config import LIMITS
 from chatlm.common.errors import ConfigError, RequestError
 from chatlm.common.memory import give_memory_back, limit_memory
 from chatlm.common.messages.protocol import (
-    SANDBOX_MODELS, SANDBOX_OUT_OF_MEMORY, SANDBOX_PIPE, Begun, Refused, Result, SandboxConfig)
+    SANDBOX_MODELS, SANDBOX_OUT_OF_MEMORY, SANDBOX_PIPE, Begun, Refused, SandboxResult, SandboxConfig)
 from chatlm.common.processes.child import join_parent
 from chatlm.common.text.tokenizer import compile_chat_template, fill_template
 
 if TYPE_CHECKING:
-    from chatlm.common.messages.protocol import Task
+    from chatlm.common.messages.protocol import SandboxTask
     from chatlm.common.messages.wire import Channel
     from chatlm.front.intake.envelope import Envelope
 
@@ -82,16 +82,16 @@ class Tasks:
         elif name in PLACES:
             getattr(self, PLACES[name]).prepare(name)
 
-    def fill_template(self, arguments: dict) -> Result:
+    def fill_template(self, arguments: dict) -> SandboxResult:
         text = fill_template(self.template, arguments)
         if len(text) > LIMITS.rendered_characters:  # checked here because the front's event loop reads it
             raise too_large_to_count(f"the chat template turns the messages into {len(text)} characters, "
                                      f"at most {LIMITS.rendered_characters} are allowed", "messages")
-        return Result(text)
+        return SandboxResult(text)
 
-    def check_grammar(self, source: str, param: str) -> Result:
+    def check_grammar(self, source: str, param: str) -> SandboxResult:
         from chatlm.common.text.grammar import check_grammar
-        return Result(check_grammar(source, param))
+        return SandboxResult(check_grammar(source, param))
 
 
 def sandbox_main(arguments: Seq[str]) -> int:
@@ -122,7 +122,7 @@ def sandbox_main(arguments: Seq[str]) -> int:
     return 0
 
 
-def perform(task: Task, tasks: Tasks, channel: Channel, cpu_s: float) -> bytes:
+def perform(task: SandboxTask, tasks: Tasks, channel: Channel, cpu_s: float) -> bytes:
     """Receive the bodies of a task and run it, within `cpu_s` seconds of processor time. Returns the packed
     reply."""
     bodies = []
@@ -134,7 +134,7 @@ def perform(task: Task, tasks: Tasks, channel: Channel, cpu_s: float) -> bytes:
     signal.setitimer(signal.ITIMER_PROF, cpu_s)
     result = run_task(tasks.task(task.name), *task.arguments, *(message.data for message in bodies))
     reply = SANDBOX_PIPE.packed(result)  # pyright: ignore[reportGeneralTypeIssues]  no task returns anything else
-    if len(reply) > getattr(Result, "MAX_BYTES"):
+    if len(reply) > getattr(SandboxResult, "MAX_BYTES"):
         reply = SANDBOX_PIPE.packed(
             Refused("too complex: the result is too large", 400, "too_complex", None))
     return reply

@@ -30,7 +30,7 @@ from chatlm.front.pool.run_watch import RunWatch
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.common.hub.steps import Step
+    from chatlm.common.hub.steps import RunStep
     from chatlm.front.pool.models import Model, Served
     from chatlm.front.pool.pool import WorkerPool
     from chatlm.front.pool.residency import MemoryShare
@@ -52,7 +52,7 @@ class ManyModels(Catalogue):
     RETRY_S = 30.0  # a model that failed longer ago than this is tried again for the next request
 
     def __init__(self, settings: Settings, command: Seq[str] = PROCESS_COMMAND,
-                 step_work: Callable[[ManyModels, Mapping[Step, Model]], CheckpointWork] | None = None):
+                 step_work: Callable[[ManyModels, Mapping[RunStep, Model]], CheckpointWork] | None = None):
         """step_work: makes the work for the checkpoints of --watch, from the served models by step. It is
         needed with --watch."""
         if settings.ray_address:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from chatlm.front.pool.supervisor import Placement
 
 
-def sampling_of(pool, settings: Settings) -> dict[str, tuple[float, str]]:
+def default_sampling(pool, settings: Settings) -> dict[str, tuple[float, str]]:
     """Parameter -> its default for the pool's model, and where that comes from."""
     return sampling_defaults(with_own_sampling(settings, pool))
 
@@ -319,7 +319,7 @@ class WorkerPool:
             lines.append(TOOL_LINES.get(tools_of(self.tokenizer) or "", ""))
         if self.tokenizer is None or not self.tokenizer.spec.embedder:
             sampling = ", ".join(f"{name} {value:g} ({origin})" for name, (value, origin)
-                                 in sampling_of(self, self.settings).items())
+                                 in default_sampling(self, self.settings).items())
             lines.append(f"Sampling unless a request says otherwise: {sampling}")
         return lines
 
@@ -359,14 +359,14 @@ class WorkerPool:
                 "workers": [worker.stats() for worker in self.workers], "model": self.model_name,
                 "kernels": card.kernels, "decode_core": card.core, "row_invariant": card.row_invariant,
                 "sampling": {name: {"value": value, "from": origin} for name, (value, origin)
-                             in sampling_of(self, self.settings).items()},
+                             in default_sampling(self, self.settings).items()},
                 "prefixes": self.prefixes.stats() if self.prefixes else {},
                 "context_length": card.context_length, "queue_depth": len(self.dispatcher.pending),
                 "delayed_answers": self.dispatcher.delayed,
                 "uptime_s": round(time.monotonic() - self.started_s, 1), **self.placement.stats()}
 
 
-def pool_of(settings: Settings, worker_command: Seq[str] = PROCESS_COMMAND) -> WorkerPool:
+def make_pool(settings: Settings, worker_command: Seq[str] = PROCESS_COMMAND) -> WorkerPool:
     if settings.ray_address:
         return WorkerPool(settings, RayNodes(settings, worker_command))
     prefixes = Prefixes(settings)

@@ -12,7 +12,7 @@ from chatlm.common.hub.nanochat import AS_TRAINED
 
 if TYPE_CHECKING:
     from pathlib import Path
-    from chatlm.common.hub.steps import Step
+    from chatlm.common.hub.steps import RunStep
 
 
 class RunName(NamedTuple):
@@ -50,7 +50,7 @@ class RunNames:
         self.known: dict[Path, RunName] = {}
         self.furthest: dict[str, int] = {}  # by lineage: how far its training has come, of AS_TRAINED
 
-    def learn(self, steps: Iterable[Step]):
+    def learn(self, steps: Iterable[RunStep]):
         """Give names to the runs of these steps, which are all that are there."""
         steps = [*steps]
         folders = {step.tag for step in steps}
@@ -61,7 +61,7 @@ class RunNames:
     def of(self, run: Path) -> RunName:
         return self.known[run]
 
-    def _make_name(self, step: Step, folders: set[str]) -> RunName:
+    def _make_name(self, step: RunStep, folders: set[str]) -> RunName:
         """The names of a step's run. If its name is taken, its path is used instead; a folder that is called
         like a stage, such as `d4-base`, has the first right to that name."""
         place = step.place

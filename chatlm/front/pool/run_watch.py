@@ -23,7 +23,7 @@ from chatlm.front.pool.run_names import RunNames
 from chatlm.front.pool.sightings import Sightings
 
 if TYPE_CHECKING:
-    from chatlm.common.hub.steps import Step
+    from chatlm.common.hub.steps import RunStep
     from chatlm.front.pool.many import ManyModels
     from chatlm.front.pool.models import Model
     from chatlm.front.pool.run_names import RunName
@@ -35,7 +35,7 @@ class CheckpointWork(Protocol):
     async def begin(self):
         """Awaited before the first checkpoint is opened."""
 
-    async def opened(self, step: Step, model: Model):
+    async def opened(self, step: RunStep, model: Model):
         """A checkpoint is served."""
 
     async def note_written(self, model: Model):
@@ -68,11 +68,11 @@ class RunWatch:
     SURVEY_S = 20.0  # the process that reads headers ends this long after the last checkpoint
 
     def __init__(self, many: ManyModels,
-                 step_work: Callable[[ManyModels, Mapping[Step, Model]], CheckpointWork]):
+                 step_work: Callable[[ManyModels, Mapping[RunStep, Model]], CheckpointWork]):
         self.many = many
         self.registry = many.registry
         self.folder = Path(many.settings.watch or "").expanduser().absolute()
-        self.models: dict[Step, Model] = {}  # being served
+        self.models: dict[RunStep, Model] = {}  # being served
         self.sightings = Sightings(  # folders without any file of a checkpoint are ignored
             lambda: [step for step in find_steps(self.folder) if step.stamp or not step.missing],
             lambda: [step.stamp for step in self.models], self.WATCH_S)
@@ -99,7 +99,7 @@ class RunWatch:
         while (left_s := next_s - time.monotonic()) > 0:
             await asyncio.sleep(min(left_s, 0.1) if self.follow() else left_s)
 
-    async def update(self, settled: Seq[Step]):
+    async def update(self, settled: Seq[RunStep]):
         """Serve checkpoints that have become complete. Stop serving those that have changed or are gone."""
         await self._read_logs()  # first: nothing may wait between a dismissal and `follow`
         for step, model in [*self.models.items()]:
@@ -132,7 +132,7 @@ class RunWatch:
         there = {(folders.get(step.run, ""), step.step) for step in self.sightings.there.values()}
         return self.work.removed(Path(os.path.realpath(self.folder)), runs, there)
 
-    async def _open(self, steps: Iterable[Step]):
+    async def _open(self, steps: Iterable[RunStep]):
         self.names.learn(self.sightings.there.values())  # whichever of them is complete first
         for step in steps:
             name = self.names.of(step.run).step(step.step)
@@ -144,7 +144,7 @@ class RunWatch:
             self.opened_s = time.monotonic()
             self.follow()
 
-    async def _open_one(self, step: Step, name: str):
+    async def _open_one(self, step: RunStep, name: str):
         path = str(step.path)
         merged = {}
         if step.adapts:  # served as its base with the adapter merged
@@ -186,7 +186,7 @@ class RunWatch:
                 model.logged = logged
                 await self.work.note_written(model)
 
-    def _refuse(self, step: Step, reason: str, is_whole: bool = False):
+    def _refuse(self, step: RunStep, reason: str, is_whole: bool = False):
         self.sightings.refuse(step.stamp, is_whole=is_whole)
         log.warning("%s", reason)
 
@@ -203,7 +203,7 @@ class RunWatch:
             names = [name.latest, *[name.latest_of_lineage] * self.names.is_furthest(run)]
             model.choice = replace(model.choice, aliases=tuple(dict.fromkeys(names)), default=run == default)
 
-    def _dismiss(self, step: Step, why: str):
+    def _dismiss(self, step: RunStep, why: str):
         """Stop accepting requests for a checkpoint. Those that it has may end."""
         model = self.models.pop(step)
         log.info("the checkpoint %s %s", model.name, why)

@@ -18,13 +18,13 @@ from chatlm.common.errors import ChatServerError, EngineFailure, Overloaded, Req
 from chatlm.common.jsontext import dump
 from chatlm.common.log import log
 from chatlm.front.aio import end_tasks, supervised
-from chatlm.front.api.batch_lines import Line, lasting_body, line_id, result_of_bad_line
-from chatlm.front.api.encoders import encoder_of
+from chatlm.front.api.batch_lines import Line, lasting_body, line_id, bad_line_result
+from chatlm.front.api.encoders import answer_encoder
 from chatlm.front.api.errors import failed_answer
 from chatlm.front.api.kept_fields import WINDOWS
 from chatlm.front.intake.arrival import Caller
 from chatlm.front.intake.budget import Holding
-from chatlm.front.intake.intake import tokenizer_of
+from chatlm.front.intake.intake import loaded_tokenizer
 from chatlm.front.lazy import web
 from chatlm.front.server.batch_turns import Lane, Turns, WaitingLine
 from chatlm.front.server.files import FileRoutes
@@ -34,7 +34,7 @@ from chatlm.front.server.responses import REQUEST_LOG, json_response
 from chatlm.front.server.routes import Api, Route
 from chatlm.front.store import batches, files, quota, responses
 from chatlm.front.store.batches import Batch
-from chatlm.front.store.pages import Listed, Page, page_of
+from chatlm.front.store.pages import Listed, ListPage, page_of
 
 if TYPE_CHECKING:
     from chatlm.front.intake.intake import Intake
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from chatlm.front.server.access import Owners
     from chatlm.front.server.answering import Answers
     from chatlm.front.server.bodies import Bodies
-    from chatlm.front.store.files import Row
+    from chatlm.front.store.files import LineRow
     from chatlm.front.store.store import Store
 
 
@@ -118,7 +118,7 @@ class BatchRoutes:
         owner = self.owner
         after = query_value(http, AFTER, "")
 
-        def read(connection) -> Page:
+        def read(connection) -> ListPage:
             rows = files.listed(connection, "batches", Batch._fields, owner, after)
             bodies = (batches.shown_batch(connection, Batch(*row)) for row in rows)
             return page_of((Listed(body["id"], dump(body)) for body in bodies), limit)
@@ -295,7 +295,7 @@ class BatchWorker:
         for number, _, _ in lines:
             row = batches.line(connection, batch, number)
             error = RequestError(EXPIRED[1], code=EXPIRED[0])
-            results.append((number, encoded(result_of_bad_line(number, error, row.custom_id)), True))
+            results.append((number, encoded(bad_line_result(number, error, row.custom_id)), True))
         batches.record(connection, batch, results)
         return bool(lines)
 
@@ -395,7 +395,7 @@ class BatchWorker:
                 for charge in charges:
                     self.ledger.release(charge)
 
-    async def _result(self, row: Row, mine: UnderWay, charges: list[Charge]) -> tuple[int, bytes, bool]:
+    async def _result(self, row: LineRow, mine: UnderWay, charges: list[Charge]) -> tuple[int, bytes, bool]:
         """The result of a line: (number, text, whether it is an error)."""
         endpoint = mine.batch.endpoint
         error = await self._stored(partial(quota.refusal, owner=mine.batch.owner))
@@ -406,7 +406,7 @@ class BatchWorker:
             if problem:
                 error = RequestError(problem, code="invalid_line")
         if error:
-            return row.number, encoded(result_of_bad_line(row.number, error, row.custom_id)), True
+            return row.number, encoded(bad_line_result(row.number, error, row.custom_id)), True
         status, body = await self._answer(row, mine, charges)
         line = Line(row.number, row.custom_id or "", endpoint, {}, line_id(row.number, row.text.strip()))
         return row.number, encoded(line.result(status, body)), status != 200
@@ -427,7 +427,7 @@ class BatchWorker:
                 self.ledger.count(charge, row, amount if recorded else Amount())
         await self._stored(record, count, adds_bytes=len(result[1]))
 
-    async def _answer(self, row: Row, mine: UnderWay, charges: list[Charge]) -> tuple[int, dict]:
+    async def _answer(self, row: LineRow, mine: UnderWay, charges: list[Charge]) -> tuple[int, dict]:
         """The answer to a line: (status, body). Tries up to TRIES times if workers fail. Raises Overloaded if
         there is no room for it now."""
         for left in reversed(range(TRIES)):
@@ -445,7 +445,7 @@ class BatchWorker:
                     return failed_answer(error)
         raise AssertionError
 
-    async def _once(self, row: Row, client: str, created: int, holding: Holding,
+    async def _once(self, row: LineRow, client: str, created: int, holding: Holding,
                     charges: list[Charge]) -> dict:
         caller = Caller(row.url or "", client, self.owners.of_pages(client), self._bound(client))
         served = await self.intake.resolve(row.model or "", caller.bound, holding)
@@ -454,7 +454,7 @@ class BatchWorker:
             parsed = await self.intake.line(arrival, served, holding)
         request = parsed.request
         params = replace(request.params, client=client, owner=caller.owner)
-        encoder = encoder_of(parsed, served.name, tokenizer_of(served.pool))
+        encoder = answer_encoder(parsed, served.name, loaded_tokenizer(served.pool))
         # a new id, because two batches may have the same line
         request = replace(request, id=secrets.token_hex(16), params=params, low_priority=True)
         del parsed, arrival

@@ -18,7 +18,7 @@ from chatlm.common.text.answer_decoder import CallCounter
 from chatlm.front.aio import end_tasks, supervised
 from chatlm.front.api.encode import NativeEncoder, timings_body, usage_body
 from chatlm.front.api.errors import openai_error, public_error
-from chatlm.front.intake.intake import tokenizer_of
+from chatlm.front.intake.intake import loaded_tokenizer
 from chatlm.front.server.bodies import note_ignored
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ async def contestants_of(intake: Intake, arrival: Arrival, holding: Holding) -> 
     all_served = [await intake.resolve(name, bound, holding) if name else base for name in names]
     indices: dict[WorkerPool, list[int]] = {}
     for index, served in enumerate(all_served):
-        tokenizer_of(served.pool)
+        loaded_tokenizer(served.pool)
         indices.setdefault(served.pool, []).append(index)
     requests: dict[int, Request] = {}
     for same in indices.values():
@@ -108,7 +108,7 @@ class ComparedAnswer:
     def __init__(self, index: int, contestant: Contestant):
         self.index = index
         self.contestant = contestant
-        self.tokenizer = tokenizer_of(contestant.pool)
+        self.tokenizer = loaded_tokenizer(contestant.pool)
         self.tokens = list[tuple[bytes, float]]()  # spelling and probability of each token
         self.end: dict | None = None               # the last message to the client
         self.stopped = False                       # it ended by itself

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from chatlm.front.intake.budget import Holding
     from chatlm.front.server.access import Owners
     from chatlm.front.server.bodies import Bodies
-    from chatlm.front.store.pages import Page, Place
-    from chatlm.front.store.responses import Conversation
+    from chatlm.front.store.pages import ListPage, TextPlace
+    from chatlm.front.store.responses import ConversationRow
     from chatlm.front.store.store import Store
 
 
@@ -200,7 +200,7 @@ class ConversationRoutes:
 
     # lists and their rows
 
-    async def _read(self, place: Place, holding: Holding) -> bytes:
+    async def _read(self, place: TextPlace, holding: Holding) -> bytes:
         """The text at a place in the store. Raises RequestError 404 if it was deleted meanwhile."""
         await take_room(holding, place.bytes)
         [text] = await stored(self.store).run(partial(texts, places=[place]))
@@ -208,7 +208,7 @@ class ConversationRoutes:
             raise responses.refuse("item", place.name)
         return text
 
-    async def _send_items(self, http: web.Request, find: Callable[..., Page]) -> web.StreamResponse:
+    async def _send_items(self, http: web.Request, find: Callable[..., ListPage]) -> web.StreamResponse:
         """A page of the items that `find` finds in the store."""
         limit = query_value(http, LIMIT, 20)
         after = query_value(http, AFTER, "")
@@ -226,7 +226,7 @@ class ConversationRoutes:
     # conversations
 
     @staticmethod
-    def _body(row: Conversation) -> dict:
+    def _body(row: ConversationRow) -> dict:
         return {"id": row.name, "object": "conversation", "created_at": row.created,
                 "metadata": json.loads(row.metadata)}
 

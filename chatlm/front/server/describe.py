@@ -17,9 +17,9 @@ from chatlm.common.text.tokenizer import tools_of
 from chatlm.front.api.field_types import TEXT
 from chatlm.front.api.fields import A_TEXT, Field
 from chatlm.front.api.tables import OLLAMA_NAMES
-from chatlm.front.intake.intake import tokenizer_of
+from chatlm.front.intake.intake import loaded_tokenizer
 from chatlm.front.pool.names import default_among
-from chatlm.front.pool.pool import free_memory, sampling_of
+from chatlm.front.pool.pool import free_memory, default_sampling
 from chatlm.front.server.anthropic_models import (
     A_PAGE, PAGE_QUERY, anthropic_model, anthropic_page, asks_as_anthropic)
 from chatlm.front.server.responses import REQUEST_LOG, json_response, shows
@@ -167,7 +167,7 @@ def model_body(served: Served, is_default: bool = True) -> dict:
         raise Overloaded("the model is not ready")
     facts = pool.supervisor.card.facts
     embedder = tokenizer.spec.embedder
-    sampling = {name: value for name, (value, _) in sampling_of(pool, model.settings).items()}
+    sampling = {name: value for name, (value, _) in default_sampling(pool, model.settings).items()}
     body = {
         "id": served.name,
         "object": "model",
@@ -324,7 +324,7 @@ class ModelRoutes:
     async def handle_tokenizer(self, http: web.Request) -> web.Response:
         """GET /tokenizer_info, as vLLM has it."""
         served = self.catalogue.find(A_NAME.read(http.query.get("model", "")), REQUEST_LOG.get().bound)
-        return json_response(tokenizer_body(tokenizer_of(served.pool)))
+        return json_response(tokenizer_body(loaded_tokenizer(served.pool)))
 
     async def handle_load(self, http: web.Request) -> web.Response:
         """POST /models/load, as llama-server's router does: loading begins, and /v1/models shows progress."""
@@ -345,14 +345,14 @@ class ModelRoutes:
         with self.bodies.holding() as holding:
             served, _ = await self.bodies.text(http, holding)
         pool = served.pool
-        tokenizer = tokenizer_of(pool)
+        tokenizer = loaded_tokenizer(pool)
         model = ollama_model(served)
         able = model_body(served)["capabilities"]
         facts = pool.supervisor.card.facts
         capabilities = {"completion": able["completion"], "tools": able["tools"], "insert": able["infill"],
                         "thinking": able["reasoning"], "vision": able["vision"],
                         "embedding": able["embedding"] and not able["completion"]}
-        sampling = sampling_of(pool, served.model.settings)
+        sampling = default_sampling(pool, served.model.settings)
         return json_response({name: model[name] for name in ("modified_at", "details")} | {
             "template": tokenizer.spec.chat_template or "", "modelfile": "", "license": "",
             "parameters": "\n".join(f"{OLLAMA_NAMES.get(name, name):30} {value:g}"

@@ -40,7 +40,7 @@ ASSUMED = 256      # tokens of its key's budget that an answer without max_token
 PICTURED = 4096    # that a picture is thought to have, until its prompt is laid out
 
 
-class Row(NamedTuple):
+class UsageRow(NamedTuple):
     """Whose, of what, and when."""
 
     day: str   # of UTC: 2026-11-24
@@ -75,7 +75,7 @@ UPSERT = (f"INSERT INTO usage (day, key, model, background, {', '.join(AMOUNTS)}
           f"ON CONFLICT DO UPDATE SET {', '.join(f'{name} = {name} + excluded.{name}' for name in AMOUNTS)}")
 
 
-def write(connection: sqlite3.Connection, rows: Iterable[tuple[Row, Amount]]):
+def write(connection: sqlite3.Connection, rows: Iterable[tuple[UsageRow, Amount]]):
     """Add to the database."""
     connection.executemany(UPSERT, [(*row, *astuple(amount)) for row, amount in rows])
 
@@ -139,7 +139,7 @@ class Charge:
     A piece of an answer counts once its reader asks for the next one, because it has been sent by then. Its
     tokens count once they have text. An answer that is sent whole counts once it was sent (`answering`)."""
 
-    def __init__(self, request: Request, row: Row, context_length: int = 0):
+    def __init__(self, request: Request, row: UsageRow, context_length: int = 0):
         self.row = row
         self.n = request.n
         self.prompts = max(len(request.prompts), 1)
@@ -243,7 +243,7 @@ class Ledger:
         self.settings = settings
         self.store = store
         self.since = int(time.time())
-        self.rows: dict[Row, Amount] = {}  # those not written yet; without a database, all
+        self.rows: dict[UsageRow, Amount] = {}  # those not written yet; without a database, all
         self.totals: dict[bool, Amount] = defaultdict(Amount)  # since the start; True: in the background
         self.used: Counter[tuple[str, str]] = Counter()  # (day, key) -> tokens, for budgets
         self.running: dict[str, dict[Charge, None]] = defaultdict(dict)  # by key, in the order of their begin
@@ -278,7 +278,7 @@ class Ledger:
         if pledge and pledge.row.key == key:  # a request of another key may have the same id
             return self.pledges.pop(request.id)
         model = model.encode("utf-8", "replace").decode()  # a file's name may have bytes that are no text
-        charge = Charge(request, Row("", key, model, request.low_priority), context_length)
+        charge = Charge(request, UsageRow("", key, model, request.low_priority), context_length)
         known = self.key_of(key)
         if known and known.tokens_per_day is not None:
             self.running[key][charge] = None
@@ -314,11 +314,11 @@ class Ledger:
                 del self.rows[min(self.rows)]
             self.news.set()
 
-    def used_by(self, charge: Charge) -> tuple[Row, Amount]:
+    def used_by(self, charge: Charge) -> tuple[UsageRow, Amount]:
         """The entry for a request that ends now."""
         return charge.row._replace(day=today()), charge.amount
 
-    def count(self, charge: Charge, row: Row, amount: Amount):
+    def count(self, charge: Charge, row: UsageRow, amount: Amount):
         """End a charge, and count what the request has used for its key's budget and for /metrics."""
         self.release(charge)
         if amount == Amount():
@@ -478,11 +478,11 @@ class Ledger:
                 "over_budget": "refuse" if key.refused else "background",
                 "renewed_in_s": seconds_to_midnight()}
 
-    async def between(self, first: str, last: str, own: str | None) -> list[tuple[Row, Amount]]:
+    async def between(self, first: str, last: str, own: str | None) -> list[tuple[UsageRow, Amount]]:
         """The rows of these days, the newest first. own: of this key only."""
         if self.store:
             return await self.store.run(partial(read, first=first, last=last, own=own))
-        found: dict[Row, Amount] = {}
+        found: dict[UsageRow, Amount] = {}
         for row, amount in self.rows.items():
             if first <= row.day <= last and own in (None, row.key):
                 found[row] = amount
@@ -491,16 +491,16 @@ class Ledger:
 
 
 def read(connection: sqlite3.Connection, first: str, last: str,
-         own: str | None) -> list[tuple[Row, Amount]]:
+         own: str | None) -> list[tuple[UsageRow, Amount]]:
     """The newest MOST_ROWS rows of these days. own: of this key only."""
-    return [(Row(day, name, model, bool(background)), Amount(*amounts))
+    return [(UsageRow(day, name, model, bool(background)), Amount(*amounts))
             for day, name, model, background, *amounts in connection.execute(
                 f"SELECT day, key, model, background, {', '.join(AMOUNTS)} FROM usage "
                 "WHERE day BETWEEN ? AND ? AND key = IFNULL(?, key) "
                 "ORDER BY day DESC, key, model, background LIMIT ?", (first, last, own, MOST_ROWS))]
 
 
-def shown_rows(found: Iterable[tuple[Row, Amount]]) -> tuple[Amount, bytes]:
+def shown_rows(found: Iterable[tuple[UsageRow, Amount]]) -> tuple[Amount, bytes]:
     """The sum of all rows, and the members of a JSON list of them. The rows are made one by one, because
     other threads get no turn within a single call of C."""
     total = Amount()

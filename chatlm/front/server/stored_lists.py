@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from chatlm.front.server.bodies import Bodies
     from chatlm.front.intake.budget import Holding
-    from chatlm.front.store.pages import Listed, Page
+    from chatlm.front.store.pages import Listed, ListPage
     from chatlm.front.store.store import Store
 
 
@@ -77,7 +77,7 @@ async def send_list(http: web.Request, rows: Seq[Listed], more: bool) -> web.Str
     return await send_parts(http, parts)
 
 
-async def send_page(http: web.Request, bodies: Bodies, page: Page) -> web.StreamResponse:
+async def send_page(http: web.Request, bodies: Bodies, page: ListPage) -> web.StreamResponse:
     """Send a page of a list, once the memory budget has room for it."""
     with bodies.holding() as holding:
         await take_room(holding, page.bytes)

@@ -10,7 +10,7 @@ from typing import NamedTuple, TYPE_CHECKING
 
 from chatlm.common.errors import RequestError, shown
 from chatlm.front.store import files
-from chatlm.front.store.files import Row
+from chatlm.front.store.files import LineRow
 
 if TYPE_CHECKING:
     import sqlite3
@@ -182,9 +182,9 @@ def waiting_lines(connection: sqlite3.Connection, batch: Batch, after: int, most
         "ORDER BY number LIMIT ?", (source, after, output, errors, most))]
 
 
-def line(connection: sqlite3.Connection, batch: Batch, number: int) -> Row:
+def line(connection: sqlite3.Connection, batch: Batch, number: int) -> LineRow:
     source = files.named(connection, batch.input)
-    return Row(*connection.execute("SELECT number, text, custom_id, url, model, problem FROM lines "
+    return LineRow(*connection.execute("SELECT number, text, custom_id, url, model, problem FROM lines "
                                    "WHERE file = ? AND number = ?", (source.id, number)).fetchone())
 
 
@@ -194,7 +194,7 @@ def record(connection: sqlite3.Connection, batch: Batch, results: Seq[tuple[int,
     if named(connection, batch.name).status != "in_progress":
         return False
     for name, failures in (batch.output, False), (batch.errors, True):
-        rows = [Row(number, text) for number, text, failed in results if failed is failures]
+        rows = [LineRow(number, text) for number, text, failed in results if failed is failures]
         if rows:
             files.add_lines(connection, files.named(connection, name).id, rows)
             column = "failed" if failures else "completed"

@@ -15,7 +15,7 @@ from chatlm.common.errors import RequestError, bad_value, shown
 from chatlm.common.messages.protocol import KeptItem
 from chatlm.front.store import quota
 from chatlm.front.store.files import PART_BYTES, PART_LINES, owns
-from chatlm.front.store.pages import Page, Place, page_of
+from chatlm.front.store.pages import ListPage, TextPlace, page_of
 
 if TYPE_CHECKING:
     import sqlite3
@@ -64,7 +64,7 @@ class NewResponse(NamedTuple):
         return copies * items + len(self.body) + ITEM_BYTES
 
 
-class Conversation(NamedTuple):
+class ConversationRow(NamedTuple):
     """A row of `conversations`."""
 
     id: int
@@ -114,12 +114,12 @@ def response_named(connection: sqlite3.Connection, name: str, owner: str,
     return KeptResponse(*row)
 
 
-def whole_of(connection: sqlite3.Connection, name: str, owner: str) -> Place:
+def whole_of(connection: sqlite3.Connection, name: str, owner: str) -> TextPlace:
     """The place of a whole response as JSON."""
     kept = response_named(connection, name, owner)
     row, size = connection.execute("SELECT id, LENGTH(body) FROM parts WHERE response = ? AND kind = ?",
                                    (kept.id, WHOLE)).fetchone()
-    return Place("parts", row, name, size)
+    return TextPlace("parts", row, name, size)
 
 
 def delete(connection: sqlite3.Connection, name: str, owner: str):
@@ -147,7 +147,7 @@ def chain(connection: sqlite3.Connection, name: str, owner: str, param: str = "i
 
 
 def inputs(connection: sqlite3.Connection, name: str, owner: str, after: str, ascending: bool,
-           limit: int) -> Page:
+           limit: int) -> ListPage:
     """A page of the input of a response, after all that was said in the responses which it continues."""
     responses = chain(connection, name, owner)
     own = responses[0]
@@ -167,7 +167,7 @@ def inputs(connection: sqlite3.Connection, name: str, owner: str, after: str, as
         responses = responses[among[0]:]
         begin = places[responses[0]]
 
-    def rows() -> Iterator[Place]:
+    def rows() -> Iterator[TextPlace]:
         for response in responses:
             kinds = (INPUT, INPUT if response == own else OUTPUT)
             first = begin if response == responses[0] else None
@@ -175,7 +175,7 @@ def inputs(connection: sqlite3.Connection, name: str, owner: str, after: str, as
                     "SELECT id, name, LENGTH(body) FROM parts WHERE response = ? AND kind IN (?, ?) "
                     f"AND (? IS NULL OR id {'>' if ascending else '<'} ?) ORDER BY id {order}",
                     (response, *kinds, first, first)):
-                yield Place("parts", *row)
+                yield TextPlace("parts", *row)
     return page_of(rows(), limit)
 
 
@@ -217,7 +217,7 @@ def before(connection: sqlite3.Connection, previous: str, conversation: str, own
 # conversations
 
 def create_conversation(connection: sqlite3.Connection, owner: str, now: int, expires: int, metadata: str,
-                        items: Seq[KeptItem]) -> Conversation:
+                        items: Seq[KeptItem]) -> ConversationRow:
     quota.check(connection, owner, len(metadata) + bytes_of(items))
     name = f"conv_{secrets.token_hex(24)}"
     connection.execute(
@@ -229,15 +229,15 @@ def create_conversation(connection: sqlite3.Connection, owner: str, now: int, ex
 
 
 def conversation_named(connection: sqlite3.Connection, name: str, owner: str,
-                       param: str = "id") -> Conversation:
-    row = connection.execute(f"SELECT {', '.join(Conversation._fields)} FROM conversations "
+                       param: str = "id") -> ConversationRow:
+    row = connection.execute(f"SELECT {', '.join(ConversationRow._fields)} FROM conversations "
                              "WHERE name = ? AND NOT deleted", (name,)).fetchone()
     if row is None or not owns(owner, row[2]):
         raise refuse("conversation", name, param)
-    return Conversation(*row)
+    return ConversationRow(*row)
 
 
-def set_metadata(connection: sqlite3.Connection, name: str, owner: str, metadata: str) -> Conversation:
+def set_metadata(connection: sqlite3.Connection, name: str, owner: str, metadata: str) -> ConversationRow:
     row = conversation_named(connection, name, owner)
     more = len(metadata.encode()) - len(row.metadata.encode())
     if more > 0:
@@ -247,7 +247,7 @@ def set_metadata(connection: sqlite3.Connection, name: str, owner: str, metadata
     return row._replace(metadata=metadata)
 
 
-def add_items(connection: sqlite3.Connection, conversation: Conversation, items: Seq[KeptItem],
+def add_items(connection: sqlite3.Connection, conversation: ConversationRow, items: Seq[KeptItem],
               expires: int) -> list[KeptItem]:
     """Add items to a conversation. Returns them as they were added: an item whose name is taken there gets
     another name."""
@@ -274,7 +274,7 @@ def extend(connection: sqlite3.Connection, name: str, owner: str, items: Seq[Kep
 
 
 def items(connection: sqlite3.Connection, name: str, owner: str, after: str, ascending: bool,
-          limit: int) -> Page:
+          limit: int) -> ListPage:
     """A page of a conversation's items."""
     row = conversation_named(connection, name, owner)
     condition = ""
@@ -289,20 +289,20 @@ def items(connection: sqlite3.Connection, name: str, owner: str, after: str, asc
     rows = connection.execute(
         f"SELECT id, name, LENGTH(body) FROM items WHERE conversation = ? {condition} ORDER BY id {order}",
         (row.id, *begin))
-    return page_of((Place("items", *each) for each in rows), limit)
+    return page_of((TextPlace("items", *each) for each in rows), limit)
 
 
-def item_named(connection: sqlite3.Connection, conversation: str, name: str, owner: str) -> Place:
+def item_named(connection: sqlite3.Connection, conversation: str, name: str, owner: str) -> TextPlace:
     """The place of an item of a conversation."""
     row = conversation_named(connection, conversation, owner)
     place = connection.execute("SELECT id, name, LENGTH(body) FROM items WHERE conversation = ? AND name = ?",
                                (row.id, name)).fetchone()
     if place is None:
         raise refuse("item", name, "item")
-    return Place("items", *place)
+    return TextPlace("items", *place)
 
 
-def drop_item(connection: sqlite3.Connection, conversation: str, name: str, owner: str) -> Conversation:
+def drop_item(connection: sqlite3.Connection, conversation: str, name: str, owner: str) -> ConversationRow:
     place = item_named(connection, conversation, name, owner)
     row = conversation_named(connection, conversation, owner)
     connection.execute("DELETE FROM items WHERE id = ?", (place.row,))

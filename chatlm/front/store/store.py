@@ -44,7 +44,7 @@ CHECKED_BYTES = 512 << 20    # that are checked before the start, within about a
 RESERVE_BYTES = 64 << 20
 
 
-class Work(NamedTuple):
+class StoreWork(NamedTuple):
     function: Callable[[Any], Any]
     result: Future
     adds_bytes: int  # of clients' texts
@@ -64,7 +64,7 @@ class Store:
     def __init__(self, path: Path):
         self.path = path
         self.absolute = path.absolute()
-        self.waiting: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
+        self.waiting: queue.SimpleQueue[StoreWork | None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._serve, name="store", daemon=True)
         self.closed = False
         self.damaged = False  # a check after the start has found damage
@@ -291,7 +291,7 @@ class Store:
         if self.closed:
             raise Overloaded("the server is stopping")
         result: Future[T] = Future()
-        self.waiting.put(Work(function, result, adds_bytes))
+        self.waiting.put(StoreWork(function, result, adds_bytes))
         try:
             return await asyncio.wrap_future(result)
         except self.library.Error as error:
@@ -322,7 +322,7 @@ class Store:
             if works:
                 self._commit(works)
 
-    def _commit(self, works: list[Work]):
+    def _commit(self, works: list[StoreWork]):
         """Run and commit all works together. If the transaction breaks, run each in its own.
 
         If no transaction can begin, for example while another program writes, all works fail at once: each
@@ -351,7 +351,7 @@ class Store:
         for settle in settled:
             settle()
 
-    def _run_one(self, work: Work) -> Callable[[], None]:
+    def _run_one(self, work: StoreWork) -> Callable[[], None]:
         """Run one work within the transaction. Returns a function that sets its result, to be called after
         the commit. Raises an error that has ended the whole transaction."""
         if work.adds_bytes and not self._leaves_reserve(work.adds_bytes):

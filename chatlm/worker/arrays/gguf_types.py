@@ -1,6 +1,7 @@
-"""The types of tensors in GGUF files: their numbers and the sizes of their blocks.
+"""The types of tensors in GGUF files: their numbers, and the sizes of their blocks.
 
-Equal to those of the `gguf` package, which is imported only to unpack rare types: it takes 25 ms."""
+They are those of the `gguf` package. The package itself is imported only to unpack rare types, because that
+takes 25 ms."""
 
 from __future__ import annotations
 
@@ -16,18 +17,18 @@ ROWS = {
     "TQ2_0": (35, 256, 66), "MXFP4": (39, 32, 17), "NVFP4": (40, 64, 36), "Q1_0": (41, 128, 18)}
 WITHOUT_VALUES = {"Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64", "Q1_0"}  # nothing here dequantizes them
 
-# Files of old: rows of the type before the sizes, mixed for one kind of CPU. Programs mix them at load
+# Types of old files: the rows of another type, mixed for one kind of CPU. Today programs mix rows at load
 REPACKED = {31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8",
             36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8"}
 
 
 class GgufType(int):
-    """A type's number, which the package takes for its own."""
+    """The number of a type. The package accepts it as its own."""
 
     name = ""
 
 
-# Types of tiles that no GGUF file has: 4-bit codes with a zero point, for packed safetensors
+# Types of tiles that no GGUF file has: 4-bit codes with a zero point, which packed safetensors have
 OWN = {"U4_G32": (32, 19), "U4_G128": (128, 67)}
 
 

@@ -1,4 +1,4 @@
-"""The types of numbers, by name: those of numpy, and bfloat16 and FP8, which are their bits."""
+"""The types of numbers by name: those of numpy, and bfloat16 and FP8, which numpy holds as bits."""
 
 from __future__ import annotations
 
@@ -25,11 +25,13 @@ class Device(str):
 
 
 class Bits(numpy.ndarray):
-    """Numbers of a type that numpy lacks, as their bits. Parts of it and other shapes keep the type;
-    arithmetic is refused, and numpy's joins lose the type: see `joined`."""
+    """Numbers of a type that numpy lacks, held as bits.
+
+    Slices and other shapes of it keep the type. Arithmetic is refused. numpy's concatenation loses the type:
+    use `joined`."""
 
     kind = ""
-    __array_ufunc__ = None  # pyright: ignore[reportAssignmentType]  that is numpy's way to refuse
+    __array_ufunc__ = None  # pyright: ignore[reportAssignmentType]  numpy then refuses arithmetic
 
 
 class Bfloat16(Bits):
@@ -56,7 +58,7 @@ FLOATS = ("float32", "float16", "bfloat16")  # of weights
 
 
 def kind_of(array) -> str:
-    """The name of its type: "float32", "bfloat16"."""
+    """The name of an array's type: "float32", "bfloat16"."""
     return getattr(array, "kind", None) or str(array.dtype).removeprefix("torch.")
 
 
@@ -65,7 +67,7 @@ def item_bytes(kind: str) -> int:
 
 
 def of_kind(data, kind: str) -> numpy.ndarray:
-    """Some memory, or an array of bytes, as numbers of this type."""
+    """Memory, or an array of bytes, as numbers of this type. Nothing is copied."""
     if kind not in BITS:
         return numpy.asarray(data).view(kind)
     bits, stored = BITS[kind]
@@ -79,7 +81,7 @@ def bits_of(array: numpy.ndarray) -> numpy.ndarray:
 
 @functools.cache
 def e4m3_values() -> numpy.ndarray:
-    """The value of each of the 256 codes, float32."""
+    """The values of the 256 codes of E4m3, float32."""
     codes = numpy.arange(256)
     exponents = codes >> 3 & 15
     fractions = codes & 7
@@ -89,7 +91,7 @@ def e4m3_values() -> numpy.ndarray:
 
 
 def floats(array: numpy.ndarray) -> numpy.ndarray:
-    """Its values as float32; itself if it is."""
+    """The values as float32. An array of float32 is returned itself."""
     bits = bits_of(array)
     match kind_of(array):
         case "float32":
@@ -103,18 +105,22 @@ def floats(array: numpy.ndarray) -> numpy.ndarray:
     return array.astype(numpy.float32)
 
 
-ROWS_AT_ONCE = 1 << 18  # numbers that are converted together, so that their copies stay in the cache
+ROWS_AT_ONCE = 1 << 18  # numbers that are converted at once, so few that their copies stay in the cache
 
 
 def as_kind(array: numpy.ndarray, kind: str) -> numpy.ndarray:
-    """Its values as another type, rounded to the nearest, ties to even; itself if it has the type."""
+    """The values as another type, rounded to the nearest, ties to even. An array of that type is returned
+    itself."""
     if kind_of(array) == kind:
         return array
     if kind != "bfloat16":
         return floats(array).astype(kind)
     made = empty(array.shape, kind)
-    from_rows, to_rows = (x.reshape(-1, array.shape[-1]) if array.ndim > 1 else x
-                          for x in (array, bits_of(made)))
+    from_rows = array
+    to_rows = bits_of(made)
+    if array.ndim > 1:
+        from_rows = from_rows.reshape(-1, array.shape[-1])
+        to_rows = to_rows.reshape(-1, array.shape[-1])
     step = max(1, ROWS_AT_ONCE // max(math.prod(from_rows.shape[1:]), 1))
     for begin in range(0, len(from_rows), step):
         bits = numpy.ascontiguousarray(floats(from_rows[begin:begin + step])).view(numpy.uint32)
@@ -131,7 +137,7 @@ def as_kind(array: numpy.ndarray, kind: str) -> numpy.ndarray:
 
 
 def joined(parts: Seq[numpy.ndarray], axis: int = 0) -> numpy.ndarray:
-    """Arrays of one type, one after the other along an axis."""
+    """Arrays of one type, concatenated along an axis. They keep the type."""
     if len(parts) == 1:
         return parts[0]
     made = numpy.concatenate([bits_of(part) for part in parts], axis)
@@ -139,12 +145,12 @@ def joined(parts: Seq[numpy.ndarray], axis: int = 0) -> numpy.ndarray:
 
 
 def contiguous(array: numpy.ndarray) -> numpy.ndarray:
-    """Itself, or a copy whose rows follow each other in memory."""
+    """The array itself if its rows follow each other in memory, else a copy for which they do."""
     return array if array.flags.c_contiguous else array.copy()
 
 
 def same(a: numpy.ndarray, b: numpy.ndarray) -> bool:
-    """Have both the same values?"""
+    """Do both have the same values?"""
     return a.shape == b.shape and bool((floats(a) == floats(b)).all())
 
 
@@ -159,7 +165,7 @@ def zeros(shape: tuple[int, ...], kind: str) -> numpy.ndarray:
 
 
 def mapped_zeros(shape: tuple[int, ...], kind: str) -> numpy.ndarray:
-    """Zeros that take memory only as they are written."""
+    """Zeros that take memory only where they are written."""
     size = math.prod(shape) * item_bytes(kind)
     if not size:
         return zeros(shape, kind)
@@ -171,19 +177,19 @@ def mapped_zeros(shape: tuple[int, ...], kind: str) -> numpy.ndarray:
 
 
 def address_of(array) -> int:
-    """Where it begins in memory; numpy's or torch's."""
+    """Where an array of numpy or a tensor of torch begins in memory."""
     return array.data_ptr() if hasattr(array, "data_ptr") else array.__array_interface__["data"][0]
 
 
 class Arrays:
-    """What a Transformer and an engine do with arrays besides calling ops: here in numpy, on a CPU.
+    """What a Transformer and an engine do with arrays besides calling ops. Here: numpy, on a CPU.
 
     TorchArrays does the same with tensors on any device."""
 
-    computing = nullcontext  # a context for everything that computes, in each thread
+    computing = nullcontext  # a context for all that computes; each thread enters its own
 
     def of(self, array: numpy.ndarray, kind: str | None = None) -> Any:
-        """An array of the files, where ops read it, as `kind`."""
+        """An array of the files where ops can read it, as `kind`; None: of its own type."""
         return array if kind is None else as_kind(array, kind)
 
     def copy(self, array) -> Any:
@@ -193,15 +199,15 @@ class Arrays:
         return empty(shape, kind)
 
     def zeros(self, shape: tuple[int, ...], kind: str) -> Any:
-        """Zeros; on a CPU they take memory only as they are written."""
+        """Zeros. On a CPU they take memory only where they are written."""
         return mapped_zeros(shape, kind)
 
     def numpy(self, array) -> numpy.ndarray:
-        """Its values as float32, perhaps in its own memory."""
+        """The values as float32. They may share the array's memory."""
         return floats(array)
 
     def bytes(self, array) -> numpy.ndarray:
-        """Its memory (bytes,) uint8, of a CPU."""
+        """The memory of an array on a CPU, (bytes,) uint8."""
         return bits_of(array).reshape(-1).view(numpy.uint8)
 
     def put(self, values: numpy.ndarray, out):
@@ -209,19 +215,21 @@ class Arrays:
         out[...] = values
 
     def wait(self, array):
-        """Until the device has computed this array, which the host is about to read."""
+        """Wait until the device has computed this array, because the host is about to read it."""
 
 
 class Norm(NamedTuple):
-    """The RMS norm that `linear` applies to its input first; `weight` is (C) or None."""
+    """An RMS norm that `linear` applies to its input first. `weight` is (C) or None."""
 
     weight: Any
     eps: float
 
 
 class AdapterMatrix(NamedTuple):
-    """What an adapter adds to the product of a matrix (N, K) with x: b @ (scales * (a @ x)). R is the sum of
-    the ranks of the parts that the matrix is made of; `b` is zero where a part has no rows."""
+    """What an adapter adds to the product of a matrix (N, K) with x: b @ (scales * (a @ x)).
+
+    The matrix may be made of parts with an adapter each. R is the sum of their ranks, and `b` is zero where
+    the rows belong to another part."""
 
     a: Any       # (R, K), as in its file
     b: Any       # (N, R)

@@ -1,4 +1,4 @@
-"""Weights as GGUF files pack them: their blocks, their values, the order of rotary pairs."""
+"""Weights as GGUF files pack them: blocks, values, and the order of rotary pairs."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from chatlm.worker.arrays.kinds import Bits, as_kind, bits_of, empty, floats, of
 
 
 class Block(NamedTuple):
-    """A packed type's block of weights in a GGUF file: their codes, and what these are multiplied by."""
+    """A block of a packed type in a GGUF file: codes, and the scale by which they are multiplied."""
 
     bytes: int
-    scale_bytes: int = 2  # a float16; 4: a minimum follows it; 1: an exponent; 0: none that may be infinite
-    scale: int = 0        # the offset of these
+    scale_bytes: int = 2  # 2: a float16; 4: with a minimum after it; 1: an exponent; 0: none can be infinite
+    scale: int = 0        # offset of the scale in the block
 
 
 BLOCKS = {
@@ -30,18 +30,18 @@ BLOCKS = {
     "nvfp4": Block(36, 0)}
 MXFP4_DOUBLED = numpy.array(
     (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12), numpy.float32)
-DEQUANTIZE_ELEMENTS = 1 << 19  # at a time, fits in the cache and avoids a second copy of a large matrix
+DEQUANTIZE_ELEMENTS = 1 << 19  # at a time: they fit in the cache, and no second copy of a matrix is needed
 
 
 class RopePairs(NamedTuple):
-    """Rows of heads of `head_size`, the first `rotated` of each in pairs (0, 1), (2, 3), .."""
+    """Rows of heads of `head_size`, where the first `rotated` rows of each are pairs (0, 1), (2, 3), .."""
 
     head_size: int
     rotated: int
 
 
 def unpermute_rope(rows: numpy.ndarray, pairs: RopePairs | None) -> numpy.ndarray:
-    """Reorder each head's rows so that its pairs are (0, rotated / 2), .. and the others stay in place."""
+    """Reorder the rows of each head: pairs become (0, rotated / 2), .., and the other rows stay in place."""
     if not pairs:
         return rows
     order = numpy.arange(pairs.head_size)
@@ -50,7 +50,7 @@ def unpermute_rope(rows: numpy.ndarray, pairs: RopePairs | None) -> numpy.ndarra
 
 
 def joined_nibbles(codes: numpy.ndarray) -> numpy.ndarray:
-    """Codes (n, K) as bytes (n, K / 2): of 32 columns, the low nibbles are the first 16."""
+    """Codes (n, K) as bytes (n, K / 2). Of each 32 columns, the low nibbles have the first 16."""
     words = numpy.ascontiguousarray(codes).view(numpy.uint64).reshape(len(codes), -1, 4)  # 8 codes at once
     made = numpy.empty((*words.shape[:2], 2), numpy.uint64)
     for i in range(2):
@@ -67,9 +67,9 @@ def powers_of_two(exponents: numpy.ndarray) -> numpy.ndarray:
 
 
 def dequantize(gguf_type, data: numpy.ndarray) -> numpy.ndarray:
-    """The values of some rows of a gguf_header.Tensor's data of this type.
+    """The values of some rows of the data of a gguf_header.Tensor.
 
-    Float types stay as they are; all others become float32."""
+    Float types stay as they are. All others become float32."""
     if gguf_type.name in ("F32", "F16", "BF16"):
         return of_kind(data, "bfloat16") if gguf_type.name == "BF16" and not isinstance(data, Bits) else data
     if gguf_type.name.startswith("U4_"):
@@ -89,7 +89,7 @@ def dequantize(gguf_type, data: numpy.ndarray) -> numpy.ndarray:
 
 
 def dequantize_u4(blocks: numpy.ndarray) -> numpy.ndarray:
-    """scale * (code - zero) of blocks (B, 3 + 16 n): a float16, a byte, nibbles of n times 32 columns."""
+    """scale * (code - zero) of blocks (B, 3 + 16 n): a float16, a byte, and nibbles of n * 32 columns."""
     scale = floats(blocks[:, :2].copy().view(numpy.float16))
     packed = blocks[:, 3:].reshape(len(blocks), -1, 16)
     codes = numpy.concatenate((packed & 15, packed >> 4), axis=2).reshape(len(blocks), -1)
@@ -97,9 +97,9 @@ def dequantize_u4(blocks: numpy.ndarray) -> numpy.ndarray:
 
 
 def dequantized(shape: tuple[int, ...], parts: Seq[tuple[Any, RopePairs | None]], kind: str) -> numpy.ndarray:
-    """Stack `parts`, each (tensor, pairs to unpermute or None), into one matrix of any float type `kind`.
+    """Stack parts, each (tensor, pairs to reorder or None), into one matrix of the float type `kind`.
 
-    The values are bit-equal to gguf.dequantize rounded to the type."""
+    The values have the bits of gguf.dequantize, rounded to the type."""
     out = empty(shape, kind)
     row = 0
     step = max(1, DEQUANTIZE_ELEMENTS // math.prod(shape[1:]))

@@ -1,7 +1,8 @@
-"""Resizes pictures exactly as Pillow 13, whichever is installed: 8 bits between, weights of 22 bits.
+"""Resizes pictures exactly as Pillow 13 does, whichever Pillow is installed.
 
-Width first, then height; height first if that loses more than twice as many pixels as width. Pillow 12 and
-older always took width first, so that some of its sums differ by 1."""
+Between the two directions there are 8 bits, and weights have 22. Width goes first, then height; but height
+goes first if it loses more than twice as many pixels as width. Pillow 12 and older always began with width,
+so some of their sums differ by 1."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import numpy
 
 
 def lanczos(x: numpy.ndarray) -> numpy.ndarray:
-    """Pillow's: libm's sine of pi x, over pi x."""
+    """Pillow's filter, with libm's sine of pi x, over pi x."""
     def sinc(x: float) -> float:
         return 1.0 if x == 0 else math.sin(x * math.pi) / (x * math.pi)
 
@@ -38,8 +39,9 @@ BITS = 22  # of a weight's fraction
 
 
 def taps_of(size: int, wanted: int, name: str) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """Of each number that is wanted, those that it is made of, (wanted, K), and their weights as integers.
-    Weights of 0 fill up."""
+    """(indices (wanted, K) of the numbers that each wanted number is made of, their weights as integers).
+
+    All rows have K of them. Weights of 0 fill up shorter ones."""
     support, weigh = FILTERS[name]
     scale = size / wanted
     wide = max(scale, 1.0)
@@ -64,7 +66,7 @@ def resized_rows(image: numpy.ndarray, wanted: int, name: str) -> numpy.ndarray:
     image = numpy.ascontiguousarray(image).reshape(len(image), -1)
     taps, weights = taps_of(len(image), wanted, name)
     made = numpy.empty((wanted, image.shape[1]), numpy.uint8)
-    step = max(1, (1 << 20) // max(image.shape[1], 1))  # rows at once: sums that stay in the cache
+    step = max(1, (1 << 20) // max(image.shape[1], 1))  # rows at once, so few that sums stay in the cache
     for begin in range(0, wanted, step):
         rows = slice(begin, begin + step)
         total = numpy.full((len(taps[rows]), image.shape[1]), 1 << (BITS - 1), numpy.int32)

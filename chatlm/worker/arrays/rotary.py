@@ -1,4 +1,4 @@
-"""The tables of positions: rotary angles, and queries that grow."""
+"""Tables by position: rotary angles, and factors of queries."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class Rope:
 
     Numbers i and i + size / 2 of a head turn together, by position / base^(2 i / size)."""
 
-    size: int                # numbers of each head that turn, the first ones; 0: none
+    size: int                # so many first numbers of each head turn; 0: none
     base: float = 10000.0
-    factors: tuple[float, ...] | None = None  # divides each of the size / 2 frequencies; inf stops it
+    factors: tuple[float, ...] | None = None  # divisors of the size / 2 frequencies; inf: a pair never turns
     scale: float = 1.0       # multiplies cos and sin (yarn, longrope)
     direction: int = 1       # +1 textbook, -1 nanochat
-    bfloat16: bool = False   # cos and sin rounded to bfloat16 (nanochat until 2026-03-04)
+    bfloat16: bool = False   # cos and sin are rounded to bfloat16 (nanochat until 2026-03-04)
 
     @property
     def frequencies(self) -> tuple[float, ...]:
@@ -34,13 +34,15 @@ class Rope:
         return tuple(frequencies.tolist())
 
     def tables(self, positions: int) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """cos and direction * sin at every position, (positions, size / 2) float32 each."""
+        """cos and direction * sin at each position, (positions, size / 2) float32 each."""
         cos, sin = self.turned(numpy.outer(numpy.arange(positions), self.frequencies))
         return (rounded(cos), rounded(sin)) if self.bfloat16 else (cos, sin)
 
     def rows(self, axes: tuple[int, ...], places: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """As `tables`, of places (n, 3): time, row and column. Pair i turns by the row if i % 3 is 1, and
-        by the column if it is 2, as long as `axes` has such pairs; all others turn by the time (M-RoPE)."""
+        """The same for places (n, 3): time, row and column of each (M-RoPE).
+
+        Pair i turns by the row if i % 3 is 1, and by the column if it is 2, for as many pairs as `axes` says.
+        All other pairs turn by the time."""
         pair = numpy.arange(len(self.frequencies))
         axis = numpy.zeros(len(pair), int)
         for number in (1, 2):
@@ -54,12 +56,12 @@ class Rope:
 
 
 def rounded(table: numpy.ndarray) -> numpy.ndarray:
-    """float32 values that bfloat16 has."""
+    """float32 values, rounded to values that bfloat16 has."""
     return floats(as_kind(table, "bfloat16"))
 
 
 def query_scales(growth: tuple[float, ...], positions: int) -> numpy.ndarray:
-    """What multiplies q at every position, (positions,) float32; growth: (beta, n)."""
+    """The factor of q at each position, (positions,) float32: 1 + beta * ln(1 + position // n)."""
     beta, every = growth
     grown = 1 + beta * numpy.log1p(numpy.arange(positions) // every)
     return grown.astype(numpy.float32)

@@ -30,7 +30,7 @@ class OutOfTime(BaseException):
     """A check's time is over. It is no Exception, because templates catch those."""
 
 
-class Said(logging.Handler):
+class KeptLog(logging.Handler):
     """A log handler that keeps records, which become findings."""
 
     def __init__(self):
@@ -44,7 +44,7 @@ class Said(logging.Handler):
 def examine(channel: Channel, config: DoctorConfig):
     """Open the model and run its checks. Raises ConfigError if it cannot be opened."""
     patient = Patient(config.source, config.settings, config.against, config.threads)
-    said = Said()
+    said = KeptLog()
     log.addHandler(said)
     log.propagate = False  # what a worker would log is a finding here
     began_s = time.monotonic()

@@ -14,7 +14,7 @@ import numpy
 
 from chatlm.common.errors import ConfigError
 from chatlm.common.memory import available_memory
-from chatlm.worker.build import plan_model, prefill_chunk
+from chatlm.worker.memory_plan import plan_model, prefill_chunk
 from chatlm.worker.doctor.findings import Findings, error, note, warning
 from chatlm.worker.doctor.running import CPU, ready, step
 from chatlm.worker.engine.kvcache import PagePool
@@ -24,7 +24,7 @@ from chatlm.worker.weights.sizes import weight_bytes
 
 if TYPE_CHECKING:
     from chatlm.common.config import Settings
-    from chatlm.worker.build import MemoryPlan
+    from chatlm.worker.memory_plan import MemoryPlan
     from chatlm.worker.doctor.patient import Patient
     from chatlm.worker.model.kernels import Kernels
     from chatlm.worker.model.pages import LayerGroups
@@ -37,20 +37,19 @@ ANSWER = 32
 TRIAL_S = 2.0
 
 
-class Plan(NamedTuple):
+class FitPlan(NamedTuple):
     """The memory that a model takes with some settings, on a CPU."""
 
     kernels: Kernels
     groups: LayerGroups
-    limits: dict[str, int]
     memory: MemoryPlan
     chunk: int
 
     @classmethod
-    def of(cls, model: LoadedModel, settings: Settings) -> Plan:
+    def of(cls, model: LoadedModel, settings: Settings) -> FitPlan:
         settings = replace(settings, drafts="none")
-        kernels, groups, limits, memory = plan_model(model, model.architecture, settings, CPU, RankAlone())
-        return cls(kernels, groups, limits, memory, prefill_chunk(settings, CPU))
+        plan = plan_model(model, model.architecture, settings, CPU, RankAlone())
+        return cls(plan.kernels, plan.groups, plan.memory, prefill_chunk(settings, CPU))
 
     def cache(self, context: int) -> int:
         """The bytes of one sequence's keys, values and states."""
@@ -77,7 +76,7 @@ def check_fit(patient: Patient) -> Findings:
     model = patient.model
     settings = patient.settings
     free = available_memory()
-    plan = Plan.of(model, settings)
+    plan = FitPlan.of(model, settings)
     taken = plan.memory.taken
     most = model.context_length
     if model.architecture.of_texts:
@@ -112,15 +111,15 @@ def dict_of(needed: dict[int, int]) -> dict[str, int]:
     return {str(context): size for context, size in needed.items()}
 
 
-def with_cache(patient: Patient, kind: str) -> Plan | None:
+def with_cache(patient: Patient, kind: str) -> FitPlan | None:
     """The plan with another type of keys and values; None if the model cannot have it."""
     try:
-        return Plan.of(patient.model, replace(patient.settings, kv_cache_dtype=kind))
+        return FitPlan.of(patient.model, replace(patient.settings, kv_cache_dtype=kind))
     except ConfigError:
         return None
 
 
-def lighter_flags(patient: Patient, plan: Plan) -> list[tuple[str, int]]:
+def lighter_flags(patient: Patient, plan: FitPlan) -> list[tuple[str, int]]:
     """(a flag that makes the weights smaller, the bytes that the model then takes)."""
     found = []
     taken = plan.memory.taken
@@ -140,7 +139,7 @@ def fits_blocks(model: LoadedModel, kind: str) -> bool:
 def check_speed(patient: Patient) -> Findings:
     """Tokens per second: of a short trial, or of a large model from how fast memory is read."""
     model = patient.model
-    plan = Plan.of(model, patient.settings)
+    plan = FitPlan.of(model, patient.settings)
     needed = plan.memory.taken + plan.cache(PROMPT + ANSWER)
     if model.architecture.of_texts or needed > available_memory():
         return

@@ -12,7 +12,7 @@ import numpy
 
 from chatlm.common.errors import ConfigError
 from chatlm.common.hub.val_bpb import (
-    LEAST_ROWS, Comparison, Evaluation, RowScore, chosen_rows, compare, evaluation_of, former_size,
+    LEAST_ROWS, LossComparison, Evaluation, RowScore, chosen_rows, compare, evaluation_of, former_size,
     is_of_known_texts, validation_shards)
 from chatlm.common.memory import available_memory
 from chatlm.worker.doctor.findings import Findings, error, note, warning
@@ -44,7 +44,7 @@ def check_forward(patient: Patient) -> Findings:
     assert evaluation is not None
     settings = settings_for(patient)
     lack = why_not(patient, settings, evaluation)
-    compared = list[Comparison]()
+    compared = list[LossComparison]()
     for shard in [] if lack else validation_shards(patient.path)[:MOST_SHARDS]:
         try:
             found = compared_on(patient, settings, evaluation, shard)
@@ -71,7 +71,7 @@ def check_forward(patient: Patient) -> Findings:
                       advice=advice, **facts_of(closest))
 
 
-def facts_of(found: Comparison) -> dict:
+def facts_of(found: LossComparison) -> dict:
     """The facts for --json, which has no NaN."""
     ours = round(found.ours, 6) if found.ours == found.ours else None
     return {"val_bpb": found.theirs, "own_val_bpb": ours, "tolerance": round(found.tolerance, 6),
@@ -105,7 +105,7 @@ def why_not(patient: Patient, settings: Settings, evaluation: Evaluation) -> str
 
 
 def compared_on(patient: Patient, settings: Settings, evaluation: Evaluation,
-                shard: Path) -> Comparison | None:
+                shard: Path) -> LossComparison | None:
     """Compare on a shard's rows. None if LIMIT_S is too short for enough rows. Raises ConfigError if the
     shard cannot be read."""
     begin = [token for token in (patient.text.bos_token,) if token is not None]
@@ -151,7 +151,8 @@ def nats_of(transformer: Transformer, row: Seq[int]) -> numpy.ndarray:
     return numpy.concatenate(found)
 
 
-def softcap_advice(patient: Patient, settings: Settings, evaluation: Evaluation, worse: Comparison) -> str:
+def softcap_advice(patient: Patient, settings: Settings, evaluation: Evaluation,
+                   worse: LossComparison) -> str:
     """The flag with which the losses agree, if a usual softcap makes them; else ""."""
     shard = next((one for one in validation_shards(patient.path) if one.name == worse.shard), None)
     head = open_model(patient.source, settings, "cpu").architecture.head

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from chatlm.common.errors import cannot_read
 from chatlm.common.files import check_regular
 from chatlm.common.hub.stamps import ADAPTER_FILES, Changed, adapter_stamp
-from chatlm.worker.model.transformer import load_adapter
 from chatlm.worker.weights.adapters import reading_thread
 
 if TYPE_CHECKING:
@@ -20,7 +19,8 @@ if TYPE_CHECKING:
 
 
 class AdapterSlots:
-    """A slot number for each adapter, the same in all ranks; batches use it. It is never reused."""
+    """Each adapter has a slot number, by which batches name it. It is the same in all ranks, and never used
+    again."""
 
     def __init__(self, transformer: Transformer, ranks: RankZero | None):
         self.transformer = transformer
@@ -41,7 +41,7 @@ class AdapterSlots:
         return self.end(adapter_id)
 
     def begin(self, adapter_id: str, folder: Path, stamp: Stamp = (), digest: str = ""):
-        """Start reading an adapter, in all ranks, while steps continue. Its files must match the stamp and
+        """Start to read an adapter, in all ranks, while steps continue. Its files must match the stamp and
         the digest, if given: unfinished answers depend on them."""
         self.last += 1
         if self.ranks:
@@ -50,17 +50,17 @@ class AdapterSlots:
 
     def _read(self, slot: int, folder: Path, stamp: Stamp, digest: str) -> tuple[int, str]:
         stamp = stamp or adapter_stamp(folder)
-        found = adapter_digest(folder)
-        if digest not in ("", found):
+        actual = adapter_digest(folder)
+        if digest not in ("", actual):
             raise Changed(folder)
-        nbytes = load_adapter(self.transformer, slot, folder, stamp)
-        return nbytes, found
+        nbytes = self.transformer.load_adapter(slot, folder, stamp)
+        return nbytes, actual
 
     def has_ended(self, adapter_id: str) -> bool:
         return self.reading[adapter_id][1].done()
 
     def end(self, adapter_id: str) -> tuple[int, str]:
-        """Wait until an adapter is read, then accept answers with it; returns its bytes and a digest of its
+        """Wait until an adapter is read, then accept answers with it; returns its bytes and the digest of its
         files. ConfigError if it cannot be served."""
         slot, future = self.reading.pop(adapter_id)
         try:

@@ -17,8 +17,8 @@ class WarmUp:
     """First calls are slow, so the worker makes them itself and no user pays for them.
 
     On a GPU a step of each shape must be recorded: `complete` runs them all before the worker is ready. On a
-    CPU first steps are hardly slower than later ones, which is because they write memory for the first time:
-    `begin` computes one token, and `more` does the rest while nobody asks."""
+    CPU a first step is hardly slower than later ones: it only writes memory for the first time. So `begin`
+    computes one token, and `more` does the rest while nobody asks."""
 
     def __init__(self, engine: Engine):
         self.engine = engine

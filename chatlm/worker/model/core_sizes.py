@@ -19,9 +19,9 @@ from chatlm.worker.model.blocks.norms import RmsNorm
 
 @dataclass(frozen=True)
 class CoreSizes:
-    """What decode_core reads of a model, to compute it and to prove its kernels by the model's sizes.
+    """What decode_core reads of a model, to compute it and to prove its kernels in the model's sizes.
 
-    It knows models whose layers attend alike: heads, norms and scores are those of the first that
+    It assumes that all layers attend alike: heads, norms and scores are those of the first layer that
     attends."""
 
     vocab_size: int
@@ -37,7 +37,7 @@ class CoreSizes:
     head_size: int
     qk_norm: str
     qk_norm_weights: bool
-    norm_eps: float               # of the norms of heads, which its proofs apply
+    norm_eps: float               # of the norms of heads, for proofs
     qk_scale: float
     q_scale: float
     attention_softcap: float
@@ -55,7 +55,7 @@ class CoreSizes:
     by_layer: tuple[Attention | Mla | None, ...]
 
     def attention(self, layer: int) -> Attention | Mla:
-        """How a layer attends, or the first that does."""
+        """How a layer attends; if it does not, how the first attends that does."""
         return self.by_layer[layer] or next(attn for attn in self.by_layer if attn)
 
     def rope(self, layer: int) -> Rope:
@@ -64,7 +64,7 @@ class CoreSizes:
 
 def plain_sizes(vocab_size: int, layers: int, width: int, heads: int, kv_heads: int, head_size: int,
                 ffn_size: int, max_positions: int, experts: int = 0, experts_per_token: int = 0) -> CoreSizes:
-    """Those of a model like Llama, or with experts: decode_core proves and times its kernels by them."""
+    """Sizes of a model like Llama, or with experts: decode_core proves and times its kernels with them."""
     norm = RmsNorm(1e-5)
     attention = Attention(heads, kv_heads, head_size, head_size, Rope(head_size))
     feed = Experts(experts, ffn_size, Router(experts_per_token)) if experts else FeedForward(ffn_size)

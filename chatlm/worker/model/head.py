@@ -1,4 +1,4 @@
-"""What follows the pooled hidden states of a text: an embedder's dense layers, a reranker's classifier."""
+"""Layers after the pooled hidden states of a text: an embedder's dense layers, a reranker's classifier."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ACTIVATIONS: dict[str, Callable[[numpy.ndarray], numpy.ndarray]] = {
 
 
 class Dense(NamedTuple):
-    """norm(activation(weight x + bias)); the norm is a LayerNorm."""
+    """norm(activation(weight x + bias)), with a LayerNorm."""
 
     weight: Any              # (out, in) float32
     bias: Any = None         # (out,) float32
@@ -39,15 +39,16 @@ class Dense(NamedTuple):
 
 
 class Head(NamedTuple):
-    """Layers that a text's pooled hidden states (C,) go through, one text at a time: the bits of a vector
-    depend on no other text."""
+    """Layers that the pooled hidden states (C,) of a text go through.
+
+    Texts go one at a time, so the bits of a vector depend on no other text."""
 
     layers: tuple[Dense, ...] = ()
-    pools: str = "last"      # which hidden states of a pair: those of the first token (cls), or all (mean)
+    pools: str = "last"      # which hidden states of a pair it takes: of the first token (cls), or all (mean)
 
     @property
     def size(self) -> int:
-        """How many numbers it gives; 0: as many as it gets."""
+        """How many numbers the output has; 0: as many as the input."""
         return len(self.layers[-1].weight) if self.layers else 0
 
     def __call__(self, pooled: numpy.ndarray) -> numpy.ndarray:

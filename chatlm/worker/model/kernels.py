@@ -1,4 +1,4 @@
-"""The ops a worker uses, compiled or reference, and the seam to decode_core."""
+"""The ops that a worker uses, compiled ones or references, and the seam to decode_core."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ class Steps(typing.Protocol):
         """Pay one-time costs before the first step; `progress` receives the fraction done."""
 
     def start(self, batch: Batch, rows: Seq[SampleRow]) -> object:
-        """Compute a batch, draw a token for each row of logits as `rows` say; returns a ticket for `finish`.
+        """Compute a batch, and draw tokens as `rows` say for each row of logits -> a ticket for `finish`.
 
-        Token ~i in the batch stands for the token that row i of the previous step is still drawing."""
+        ~i in the batch stands for the token that row i of the step before is still drawing."""
         ...
 
     def finish(self, ticket) -> list[int]:
@@ -74,7 +74,7 @@ class Steps(typing.Protocol):
 
 
 class EagerSteps:
-    """Runs a transformer op by op, on any device: `start` computes and draws, `finish` returns the tokens."""
+    """Runs a transformer op by op, on any device. `start` computes and draws; `finish` returns the tokens."""
 
     ahead = False
 
@@ -99,53 +99,53 @@ class EagerSteps:
 
 
 class Backend:
-    """Computes a model's steps: here torch, op by op. decode_core's backends have the same attributes."""
+    """Computes the steps of a model: here torch, op by op. Those of decode_core have the same attributes."""
 
     name = "torch/reference"
     row_invariant = False
     quantizes = False
     groups_layers = True
     few_rows_invariant = False  # does a row keep its bits in any step of up to FREE_ROWS that all draw?
-    activations: str | None = None  # type of every activation buffer; None: _allocate chooses
-    faults: Mapping[str, str] = {}  # compiled ops that their references replace -> why
+    activations: str | None = None  # type of every activation buffer; None: the model's own
+    faults: Mapping[str, str] = {}  # compiled op that its reference replaces -> why
     as_stored: Callable | None = None  # loads a GGUF matrix in the file's type; None: all are dequantized
     stored_dtype: str | None = None  # of activations and pages with such matrices; None: float16
-    short_floats = ""    # of keys and values if weights are shorter than float32; "": as activations
-    turns = True         # do rotations go by Batch.turns where it has them?
+    short_floats = ""    # type of keys and values if weights are shorter than float32; "": as activations
+    turns = True         # do rotations go by Batch.turns, if the batch has them?
     packs_kv = True      # does it read keys and values of the type q8_0?
-    converted: Callable[[Mapping, Mapping], str]  # with as_stored: which matrices change their type
-    held_bytes: Callable[[Seq], int]  # with as_stored: of the GGUF tensors that form a matrix
-    join = None          # makes ranks exchange through shared memory; None: through torch.distributed
+    converted: Callable[[Mapping, Mapping], str]  # with as_stored: says which matrices change their type
+    held_bytes: Callable[[Seq], int]  # with as_stored: bytes that the tensors of a matrix will take
+    join = None          # makes ranks exchange through shared memory; None: torch.distributed is used
 
-    tensors = True       # do its ops take tensors of torch? Else they take numpy's arrays
+    tensors = True       # do its ops take torch's tensors? Else they take numpy's arrays
 
     def __init__(self, device: str):
-        dtype = references().fastest_dtype(device)  # of float weights, unless the user names one
+        dtype = references().fastest_dtype(device)  # of float weights, if the user names none
         self.dtype = str(dtype).removeprefix("torch.")
 
     def ops(self, max_tokens: int, max_rows: int, quantize: str | None,
             fine: bool = False) -> dict[str, Callable]:
-        return {}  # no op replaces its reference
+        return {}  # all ops are references
 
     def record(self, transformer: Transformer) -> Callable[[Batch], None] | None:
-        """What runs a batch instead of Transformer.compute, which it may record; None: nothing does."""
+        """A function that runs a batch in place of Transformer.compute, which it may record; or None."""
 
     def make_steps(self, transformer: Transformer, max_batch: int, context_length: int) -> Steps:
         return EagerSteps(transformer)
 
     def pause_while(self, word: Word, most_s: float):
-        """From now on the op `pause` waits while the word says that answers are written, at most so long."""
+        """From now on the op `pause` waits while the word says that answers are written, at most `most_s`."""
         references().pausing.update(word=word, most_s=most_s)
 
     def pack_adapter(self, matrices: Mapping[str, AdapterMatrix], device: str) -> Any:
-        """An adapter in the form that ops read; its matrices are named after those they change."""
+        """An adapter in the form that ops read. Its matrices are named after those they change."""
         return {name: AdapterMatrix(*map(references().TorchArrays(device).of, matrix))
                 for name, matrix in matrices.items()}
 
 
 @functools.cache
 def references() -> Any:
-    """The module of references, which imports torch. ConfigError if that is not installed."""
+    """The module of references, which imports torch. ConfigError if torch is not installed."""
     require_library("torch", "computing without decode_core").set_num_threads(own_threads())
     return importlib.import_module("chatlm.worker.ops.references")
 
@@ -156,7 +156,7 @@ def missing_op(*_, **options):
 
 @dataclass(frozen=True)
 class Kernels:
-    """The op chosen for each name; `forward` and the engine use no other ops."""
+    """The op that was chosen for each name. `forward` and the engine use no other ops."""
 
     embed: Callable = missing_op
     gather_rows: Callable = missing_op
@@ -201,36 +201,36 @@ class Kernels:
     backend: Any = None
 
     def arrays_on(self, device: Device) -> Arrays:
-        """What makes the arrays that the ops take."""
+        """Makes the arrays that the ops take."""
         return references().FOR_BACKENDS["TorchArrays"](device) if self.backend.tensors else Arrays()
 
     @property
     def pads(self) -> bool:
-        """Do they compute models of other sizes than multiples of 16 with zeros between?"""
+        """Must a model whose sizes are no multiples of 16 be padded with zeros for them?"""
         return not self.backend.tensors
 
     def computed(self, model: Model) -> Model:
-        """What a Transformer of this model computes."""
+        """The model that a Transformer of this model computes: itself, or padded."""
         return model.padded() if self.pads else model
 
     @property
     def latent(self) -> Any:
-        """Ops of latent attention. decode_core has none, so they are no part of the seam."""
+        """The ops of latent attention. decode_core has none of them, so they are no part of the seam."""
         return importlib.import_module("chatlm.worker.ops.latent")
 
     @property
     def row_invariant(self) -> bool:
-        """Whether a row's bits are the same whatever else is in the batch."""
+        """Are a row's bits the same whatever else is in the batch?"""
         return self.backend.row_invariant
 
     def activation_dtype(self, weights: str | None) -> str:
-        """The type of activations that may be short, for matrices of this type; None: those stay as in
-        their file."""
+        """The type of activations that may be short, for matrices of this type; None: of the file's."""
         return weights or self.backend.stored_dtype or "float16"
 
     def kv_type(self, choice: str, weights: str | None) -> KvType:
-        """How keys and values are kept with such matrices if --kv-cache-dtype is `choice`. ConfigError if
-        no kernel reads them."""
+        """The type of keys and values with such matrices, if --kv-cache-dtype is `choice`.
+
+        ConfigError if no kernel reads it."""
         own = self.activation_dtype(weights)
         floats = "float16" if self.backend.short_floats == "float16" and own != "float32" else own
         if choice == "q8_0" and not self.backend.packs_kv:
@@ -244,12 +244,12 @@ OPS = tuple(op.name for op in dataclasses.fields(Kernels) if op.default is missi
 
 def load_kernels(device, model: Model | None = None, *, max_tokens=512, max_rows=512, quantize=None,
                  join=None, whole: Model | None = None, fine=False) -> Kernels:
-    """Choose each op for a device and a model: decode_core's if installed and able, else the reference.
+    """Choose each op for a device and a model: decode_core's if it is installed and able, else the reference.
 
-    Steps have at most `max_tokens` tokens and `max_rows` rows of logits; float weights are quantized to the
-    type `quantize`; `fine`: on a CPU decode_core rounds all activations that quantized weights multiply to
-    16 bits. CHAT_SERVER_KERNELS=reference disables decode_core. `join(backend)`, if given, makes the ops
-    that exchange with other ranks; `whole` is then the model that is divided."""
+    Steps have at most `max_tokens` tokens and `max_rows` rows of logits. Float weights are quantized to the
+    type `quantize`. `fine`: on a CPU, decode_core rounds all activations that quantized weights multiply to
+    16 bits. `join(backend)`, if given, makes the ops that exchange with other ranks, and `whole` is then the
+    model that the ranks divide. CHAT_SERVER_KERNELS=reference disables decode_core."""
     backend = choose_backend(device, model, whole, True)
     if quantize and not backend.quantizes:
         raise ConfigError(f"--quantize needs decode_core and a CPU; {kernels_line()}")
@@ -261,9 +261,10 @@ def load_kernels(device, model: Model | None = None, *, max_tokens=512, max_rows
 
 
 def choose_backend(device, model: Model | None, whole: Model | None = None, says_why: bool = False):
-    """decode_core's backend if it runs this model on this device, else torch's (always without a model). All
-    stages of a `whole` model have the same. If `says_why`, a model or op left to torch is logged; only one
-    caller per model asks for that."""
+    """decode_core's backend if it runs this model on this device, else torch's. Without a model: torch's.
+
+    All stages of a `whole` model get the same. If `says_why`, the log says what is left to torch; one caller
+    for each model asks for that."""
     if refused := refused_isa():
         raise ConfigError(refused)
     core = decode_core() if model else None
@@ -285,7 +286,7 @@ def choose_backend(device, model: Model | None, whole: Model | None = None, says
 
 
 def left_to_torch(model: Model, device) -> list[str]:
-    """The ops, in words, that torch computes on this device while decode_core computes the others."""
+    """In words, the ops that torch computes on this device while decode_core computes the others."""
     words = {ShortConv: "short convolution", DeltaRule: "delta rule", Mamba2: "Mamba layer"}
     ops = dict.fromkeys(words[type(mixer)] for mixer in model.mixers if mixer)
     if any(experts.router.kind == "sigmoid" for experts in feeds_of(model, Experts)):
@@ -320,9 +321,9 @@ def layer_inputs_of(model: Model) -> list[LayerInput]:
 
 
 def not_compiled(model: Model, device="cpu") -> str:
-    """What decode_core cannot compute of a model on this device, in words: torch then computes all of it.
+    """In words, what decode_core cannot compute of a model on this device; then torch computes all of it.
 
-    This is all that decode_core would refuse: tests/worker/model/test_odd_sizes.py tries every dimension."""
+    Nothing else is refused: tests/worker/model/test_odd_sizes.py tries every dimension."""
     on_gpu = Device(device).type != "cpu"
     refused = refused_on_gpu(model) if on_gpu else refused_on_cpu(model.padded())
     features = refused_anywhere(model if on_gpu else model.padded(), MOST_ON_GPU if on_gpu else MOST_ON_CPU)
@@ -346,7 +347,7 @@ def refused_anywhere(model: Model, most: Most) -> dict[str, bool]:
 
 
 def refused_on_cpu(model: Model) -> dict[str, bool]:
-    """Of a model that is padded."""
+    """What a CPU cannot compute. The model is padded already."""
     feeds = feeds_of(model, FeedForward, Experts, ExpertsBesideDense)
     experts = feeds_of(model, Experts)
     return {
@@ -391,14 +392,14 @@ def refused_on_gpu(model: Model) -> dict[str, bool]:
 
 
 def uniform(model: Model) -> bool:
-    """Does every attention layer store the same for each token, and nothing from other layers?"""
+    """Does every attention layer cache the same sizes, and read no other layer's keys and values?"""
     kinds = {(attn.heads, attn.kv_heads, attn.head_size, attn.value_norm, attn.values_from_keys, attn.source)
              for attn in model.attentions}
     return all(kind[3:] == (False, False, None) for kind in kinds) and len(kinds) <= 1
 
 
 class ForDecodeCore(SimpleNamespace):
-    """Attributes that it was not given are those of `references`, which imports torch."""
+    """Attributes that were not given are looked up in `references`, which imports torch."""
 
     @property
     def references(self) -> Mapping[str, Callable]:
@@ -417,7 +418,7 @@ def for_decode_core() -> ForDecodeCore:
     """The parts of chat_server that decode_core uses, since it does not import chatlm."""
     return ForDecodeCore(
         PAGE_SIZE=PAGE_SIZE, OPS=OPS, as_kind=as_kind, of_kind=of_kind, mapped_zeros=mapped_zeros,
-        own_threads=own_threads,        token_places=token_places, dequantized=dequantized,
+        own_threads=own_threads, token_places=token_places, dequantized=dequantized,
         dequantize=dequantize, unpermute_rope=unpermute_rope,
         plain_sizes=plain_sizes, DeltaRule=DeltaRule, Mamba2=Mamba2, Norm=Norm,
         Sequences=Sequences, SampleRow=SampleRow, SamplingParams=SamplingParams,
@@ -447,8 +448,9 @@ def machine_report() -> str:
 
 
 def check_main(arguments: Seq[str]) -> int:
-    """The role `check`: a report to paste into an issue. Returns 0, or 1 if an op differs from its reference
-    or decode_core is installed but does not load."""
+    """The role `check`: print a report to paste into an issue.
+
+    Returns 0, or 1 if an op differs from its reference or if decode_core is installed but does not load."""
     print(machine_report(), flush=True)
     if (core := decode_core()) is None:
         print("no compiled kernels here, so there is nothing to compare")

@@ -1,12 +1,15 @@
-"""Zeros where decode_core needs multiples of 16 and a model has other sizes.
+"""Pads a model with zeros where decode_core needs multiples of 16.
 
-A head of D numbers becomes one of D', the next multiple of 16. The additional rows of q, k and v are zeros,
-and so are the columns of the output matrix that read them: all scores and sums stay what they were. Only
-what divides by D must be told: the scores, in `q_scale`, and the norms of q and k, in their eps and
-weights. A feed-forward part gets rows of zeros in its first matrix and columns of zeros in its second. A
-residual stream of C numbers ends with zeros, because whatever is added to it does; its RMS norms are told
-as those of heads are, and LayerNorms count the others. The blocks of a model state how they grow
-(`Model.padded`); here their tensors do."""
+Heads: a head of D numbers becomes one of D', the next multiple of 16. The added rows of q, k and v are zeros,
+and so are the columns of the output matrix that read them. So all scores and sums stay what they were. Only
+what divides by D changes: the scores (`q_scale`), and the norms of q and k (their eps and weights).
+
+Feed-forward blocks: the first matrix gets rows of zeros, the second columns of zeros.
+
+The residual stream: C numbers are followed by zeros, because all that is added to them ends with zeros. Its
+RMS norms change as those of heads do, and LayerNorms count only the first C numbers.
+
+The blocks of a model state how they grow (`Model.padded`). Here their tensors grow."""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Padding(NamedTuple):
-    """Where the numbers of a tensor go in the padded one, along each axis; None: where they were."""
+    """Where the numbers of a tensor go in the padded tensor, along each axis. None: they do not move."""
 
     shape: tuple[int, ...]   # of the padded tensor
     places: tuple[numpy.ndarray | None, ...]
@@ -36,14 +39,15 @@ class Padding(NamedTuple):
 
     def spread(self, array: numpy.ndarray, axis: int) -> numpy.ndarray:
         """An array with zeros between its numbers along one axis."""
-        if (places := self.places[axis]) is None:
+        places = self.places[axis]
+        if places is None:
             return array
         made = zeros((*array.shape[:axis], self.shape[axis], *array.shape[axis + 1:]), kind_of(array))
         bits_of(made)[(slice(None),) * axis + (places,)] = bits_of(array)
         return made
 
     def apply(self, read: Any) -> Any:
-        """What a tensor's `read` returned: an array, several that form its rows, or packed blocks."""
+        """Pad what the `read` of a tensor returned: an array, several with its rows, or packed blocks."""
         if hasattr(read, "parts"):
             return self.of_blocks(read)
         array = joined(read) if isinstance(read, tuple) else read
@@ -52,7 +56,7 @@ class Padding(NamedTuple):
         return array if self.factor == 1 else array * numpy.float32(self.factor)
 
     def of_blocks(self, matrix: Any) -> Any:
-        """A QuantizedMatrix of decode_core; if columns move, it becomes Q8_0, or floats if no block fits."""
+        """Pad a QuantizedMatrix of decode_core. If columns move it becomes Q8_0, or floats if none fits."""
         parts = matrix.parts
         rows = self.places[0]
         columns = self.places[1]
@@ -70,7 +74,7 @@ class Padding(NamedTuple):
         return type(matrix)(parts, self.shape[1])
 
     def rows_of_blocks(self, parts: list[numpy.ndarray], rows: numpy.ndarray) -> list[numpy.ndarray]:
-        """Each part with rows of zeros after its own; zero bytes are a block of zeros in every type."""
+        """Each part with rows of zeros between and after its own. In every type, zero bytes are zeros."""
         done = 0
         made = []
         for data in parts:
@@ -84,13 +88,16 @@ class Padding(NamedTuple):
 
 
 def padded_tensors(model: Model, tensors: dict) -> dict:
-    """The padded model's tensors; those not yet read are padded when they are read. Empties `tensors`."""
+    """The tensors of the padded model. Unread ones are padded when they are read. Empties `tensors`."""
     found = {}
     for name, padding in model.paddings().items():
-        if name in tensors:
-            tensor = tensors.pop(name)
-            found[name] = (padded_unread(tensor, padding) if isinstance(tensor, Unread) else
-                           padding.apply(tensor))
+        if name not in tensors:
+            continue
+        tensor = tensors.pop(name)
+        if isinstance(tensor, Unread):
+            found[name] = padded_unread(tensor, padding)
+        else:
+            found[name] = padding.apply(tensor)
     found |= tensors
     tensors.clear()
     return found
@@ -103,13 +110,14 @@ def padded_unread(tensor: Unread, padding: Padding) -> Unread:
 
 
 def padded_adapter(model: Model, matrices: Mapping[str, AdapterMatrix]) -> dict[str, AdapterMatrix]:
-    """What an adapter adds to the products of the padded model; both are named after what they change."""
+    """An adapter's matrices for the padded model, named after what they change."""
     found = model.paddings()
     return {name: matrix if name not in found else padded_matrix(matrix, found[name])
             for name, matrix in matrices.items()}
 
 
 def padded_matrix(matrix: AdapterMatrix, padding: Padding) -> AdapterMatrix:
-    (a, b, scales), (rows, columns) = matrix, padding.shape
+    a, b, scales = matrix
+    rows, columns = padding.shape
     return AdapterMatrix(padding._replace(shape=(len(a), columns)).spread(a, 1),
                          padding._replace(shape=(rows, b.shape[1])).spread(b, 0), scales)

@@ -1,4 +1,4 @@
-"""How layers' keys and values lie in pages."""
+"""How the keys and values of layers lie in pages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from chatlm.common.config import PACKED_BLOCK, PAGE_SIZE
 
 
 class Cached(Protocol):
-    """What a layer caches for each token, and what of that its queries see; see Attention."""
+    """What a layer caches for each token, and which of it its queries see. Attention explains the fields."""
 
     @property
     def kv_heads(self) -> int: ...
@@ -34,28 +34,28 @@ class Cached(Protocol):
     def source(self) -> int | None: ...
 
 
-KV_BLOCKS = {  # how keys and values are kept -> (numbers, their bytes): in a float, in a block with its scale
+KV_BLOCKS = {  # type of keys and values -> (numbers, bytes) of a float, or of a block with its scale
     "float32": (1, 4), "float16": (1, 2), "bfloat16": (1, 2), "q8_0": (PACKED_BLOCK, PACKED_BLOCK + 2)}
 
 
 class KvType(NamedTuple):
     """How layers keep keys and values: as floats, or packed as q8_0.
 
-    With q8_0, each head is multiplied by the normalized Hadamard matrix, which spreads large numbers over
-    all of it, and kept as 8-bit integers with a float16 scale for each 32. Heads whose size is not a power
-    of two, or is below 32, stay floats."""
+    With q8_0 each head is multiplied by the normalized Hadamard matrix, which spreads large numbers over the
+    head. Then it is kept as 8-bit integers with a float16 scale for each 32. Heads stay floats if their size
+    is no power of two or is below 32."""
 
     floats: str = "float16"
     packed: bool = False
 
     @property
     def unit(self) -> int:
-        """The unit of page sizes in bytes: that of a number, or 1 if layers may differ."""
+        """The unit of page sizes in bytes: the size of a number, or 1 if layers may have different types."""
         return 1 if self.packed else KV_BLOCKS[self.floats][1]
 
     @staticmethod
     def unpacked_sizes(attn: Cached) -> set[int]:
-        """The sizes of a layer's keys and values that q8_0 does not allow."""
+        """The sizes of a layer's keys and values that q8_0 cannot have."""
         return {size for size in (attn.head_size, attn.value_size)
                 if size < PACKED_BLOCK or size & (size - 1)}
 
@@ -67,20 +67,20 @@ class KvType(NamedTuple):
         return "q8_0" if self.packs(attn) else self.floats
 
     def slot_size(self, attn: Cached) -> int:
-        """Units that a layer caches per token."""
+        """How many units a layer caches for a token."""
         numbers, block_bytes = KV_BLOCKS[self.of(attn)]
         return attn.slot_size // numbers * block_bytes // self.unit
 
 
 class LayerGroups(NamedTuple):
-    """Which layers share pages. All pages have the same bytes, so that any group may take any of them."""
+    """Which layers share pages. All pages have the same size, so that any group may take any page."""
 
-    members: tuple[tuple[int, ...], ...]  # the layers of each group, among those that keep keys and values
-    windows: tuple[int, ...] = (0,)  # for each group, the keys that a token sees, including its own; 0 = all
+    members: tuple[tuple[int, ...], ...]  # for each group its layers, of those that keep keys and values
+    windows: tuple[int, ...] = (0,)  # for each group, how many keys a token sees, its own included; 0: all
 
     @property
     def holes(self) -> bool:
-        """May a table have holes? The cache then has one more page, which stands for them."""
+        """May a table have holes? Then the cache has one more page, which stands for every hole."""
         return any(self.windows)
 
     @property
@@ -94,16 +94,18 @@ MOST_GROUPS = 16  # more would make tables long
 
 def group_layers(attentions: Seq[Cached | None], context: int, apart: bool = True,
                  kv: KvType = KvType()) -> LayerGroups:
-    """The groups of a model for contexts of this length; one group unless they may be `apart`. None: a layer
-    that keeps a state instead of keys and values."""
+    """The groups of a model for contexts of this length. It is one group unless layers may be `apart`.
+
+    attentions: for each layer what it caches, or None if it keeps a state instead of keys and values."""
     readers: dict[int, list[int]] = {
         l: [] for l, attn in enumerate(attentions) if attn and attn.source is None}
     for l, attn in enumerate(attentions):
         if attn:
             readers[l if attn.source is None else attn.source].append(
                 attn.window if attn.window < context else 0)
+    # how far back any reader of a layer's keys sees, and any reader of all; 0: to the beginning
     reach = {l: 0 if 0 in windows else max(windows) for l, windows in readers.items()}
-    widest = 0 if 0 in reach.values() else max(reach.values(), default=0)  # 0: of layers without a window
+    widest = 0 if 0 in reach.values() else max(reach.values(), default=0)
     sizes = {l: kv.slot_size(attn) for l in readers if (attn := attentions[l])}
     full, local = ([l for l in readers if (reach[l] != widest) == limited] for limited in (False, True))
     if not (apart and local):
@@ -116,18 +118,20 @@ def group_layers(attentions: Seq[Cached | None], context: int, apart: bool = Tru
                    for size in itertools.accumulate(sizes[l] for l in alike) if size >= max(sizes.values())]
     packed = {size: [pack_layers(alike, sizes, size) for alike in (full, local)] for size in choices}
 
-    def held(size: int) -> tuple[int, int]:  # by a sequence of the longest context, approximately
+    def cost(size: int) -> tuple[int, int]:
+        """About what a sequence of the longest context takes, and how many groups there are."""
         whole, limited = map(len, packed[size])
-        return (size * (whole * min(widest or context, context) + limited * max(reach[l] for l in local)),
-                whole + limited)
+        positions = whole * min(widest or context, context) + limited * max(reach[l] for l in local)
+        return size * positions, whole + limited
 
-    few = [size for size in choices if held(size)[1] <= MOST_GROUPS] or [max(choices)]
-    groups = [members for part in packed[min(few, key=held)] for members in part]
+    few = [size for size in choices if cost(size)[1] <= MOST_GROUPS] or [max(choices)]
+    of_full, of_local = packed[min(few, key=cost)]
+    groups = of_full + of_local
     return LayerGroups(tuple(groups), tuple(max(reach[l] for l in members) for members in groups))
 
 
 def pack_layers(layers: Seq[int], sizes: Mapping[int, int], most: int) -> list[tuple[int, ...]]:
-    """The layers in runs whose total sizes are at most `most`."""
+    """The layers in runs, each of a total size of at most `most`."""
     runs: list[tuple[int, ...]] = []
     for l in layers:
         if runs and sum(sizes[other] for other in (*runs[-1], l)) <= most:
@@ -138,22 +142,21 @@ def pack_layers(layers: Seq[int], sizes: Mapping[int, int], most: int) -> list[t
 
 
 class PageLayout(NamedTuple):
-    """Where each layer's keys and values are in the pages, in units of their type, per token. Pages are only
-    compatible if their layouts are equal.
+    """Where the keys and values of each layer lie in pages. Sizes are in units of their type, for one token.
 
-    If all layers cache the same size, each layer's part of all pages is contiguous, in the order of the
-    layers; otherwise each page is."""
+    Pages fit together only if their layouts are equal. If all layers cache the same size, a layer's part of
+    all pages is contiguous, one layer after another. Otherwise each page is contiguous."""
 
     group: tuple[int, ...]   # of each layer
     offset: tuple[int, ...]  # of each layer in a page of its group
     size: int                # of a page
-    own: int                 # of each layer, if all are equal; else 0
-    types: tuple[str, ...]   # of each layer's keys and values, see KvType; "" has none
+    own: int                 # of each layer, if all cache the same size; else 0
+    types: tuple[str, ...]   # of each layer's keys and values (KvType.of); "" for a layer without any
     unit: int                # bytes
 
     @classmethod
     def of(cls, groups: LayerGroups, attentions: Seq[Cached | None], kv: KvType = KvType()) -> PageLayout:
-        """The layout for a rank's attentions; the groups are the whole model's."""
+        """The layout for the attentions of a rank. The groups are those of the whole model."""
         offsets = {}
         size = 0
         sizes = [kv.slot_size(attn) if attn else 0 for attn in attentions]
@@ -170,8 +173,10 @@ class PageLayout(NamedTuple):
 
     @property
     def shared(self) -> PageLayout:
-        """The layout in which all layers have the same memory, one after another: a step computes whole
-        texts, and no later one reads their keys and values. All must cache the same size."""
+        """The layout in which all layers use the same memory in turn.
+
+        It serves steps of whole texts, because no later step reads their keys and values. All layers must
+        cache the same size."""
         return self._replace(offset=(0,) * len(self.offset), size=self.own)
 
     @property
@@ -179,6 +184,6 @@ class PageLayout(NamedTuple):
         return self.size * self.unit * PAGE_SIZE
 
     def place(self, layer: int, count: int) -> tuple[int, int]:
-        """The offset of a layer's part in `count` pages or slots, and the distance between its parts."""
+        """(offset of a layer's first part in `count` pages or slots, distance from part to part)"""
         offset = self.offset[layer]
         return (offset * count, self.own) if self.own else (offset, self.size)

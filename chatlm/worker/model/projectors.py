@@ -1,8 +1,8 @@
-"""What differs between families' towers: what is added to patches, how layers rotate, what makes rows the
-model's.
+"""What differs between the towers of families: what is added to patches, how layers rotate, and how rows
+become the model's.
 
-These are rows of tables, which `Eyes` names. Patches of a square that becomes one row are neighbours in every
-array here, row by row in the square; the squares are in raster order."""
+Each is a row of a table, which `Eyes` names. In every array here the patches of a square that becomes one row
+are neighbours, row by row within the square. The squares are in raster order."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ Products = Mapping[str, Callable[[numpy.ndarray], numpy.ndarray]]
 
 
 def by_squares(values: numpy.ndarray, rows: int, columns: int, side: int) -> numpy.ndarray:
-    """(rows * columns, ...) in raster order -> in the order of patches, for squares of side * side."""
+    """(rows * columns, ...) from raster order to the order of patches, for squares of side * side."""
     grid = values.reshape(rows // side, side, columns // side, side, *values.shape[1:])
     return grid.swapaxes(1, 2).reshape(values.shape)
 
 
 def fixed_places(places: numpy.ndarray, rows: int, columns: int) -> numpy.ndarray:
-    """Every tile has the grid of the table."""
+    """The table as it is: every tile has its grid."""
     return places
 
 
 def spread(size: int, wanted: int) -> numpy.ndarray:
-    """(wanted, size): what torch's bilinear interpolation with antialias makes of numbers on a line."""
+    """Weights (wanted, size) of torch's bilinear interpolation with antialias, for numbers on a line."""
     scale = size / wanted
     wide = max(scale, 1.0)
     centre = (numpy.arange(wanted)[:, None] + 0.5) * scale
@@ -43,21 +43,21 @@ def spread(size: int, wanted: int) -> numpy.ndarray:
 
 
 def spread_places(places: numpy.ndarray, rows: int, columns: int) -> numpy.ndarray:
-    """The table is of a square grid, and is resized for others (SigLIP 2, naflex)."""
+    """The table has a square grid, and is resized for other grids (SigLIP 2, naflex)."""
     side = math.isqrt(len(places))
     return places if (rows, columns) == (side, side) else of_square(spread, places, rows, columns)
 
 
 def of_square(weights: Callable[[int, int], numpy.ndarray], places: numpy.ndarray, rows: int,
               columns: int) -> numpy.ndarray:
-    """The places of a grid by those of a square one. weights: (of so many, to so many) -> (to, of)."""
+    """The places of a grid, made from those of a square grid. weights: (size, wanted) -> (wanted, size)."""
     side = math.isqrt(len(places))
     by_row = weights(side, rows) @ places.reshape(side, -1)  # (rows, side * C)
     return numpy.matmul(weights(side, columns), by_row.reshape(rows, side, -1)).reshape(rows * columns, -1)
 
 
 def between(size: int, wanted: int) -> numpy.ndarray:
-    """(wanted, size): what linear interpolation makes of numbers on a line, the ends of which it keeps."""
+    """Weights (wanted, size) of linear interpolation for numbers on a line. The ends keep their values."""
     places = numpy.linspace(0, size - 1, wanted)
     first = numpy.minimum(places.astype(int), size - 1)
     weights = numpy.zeros((wanted, size), numpy.float64)
@@ -67,61 +67,65 @@ def between(size: int, wanted: int) -> numpy.ndarray:
 
 
 def bilinear_places(places: numpy.ndarray, rows: int, columns: int) -> numpy.ndarray:
-    """The table is of a square grid, between whose places are those of others (Qwen3-VL)."""
+    """The table has a square grid, and the places of other grids are interpolated from it (Qwen3-VL)."""
     return of_square(between, places, rows, columns)
 
 
 def by_two(rope: Rope, *places: numpy.ndarray) -> numpy.ndarray:
-    """Angles where the first half of the pairs turn by the first places (n), the others by the second."""
+    """Angles of pairs: the first half turns by the first places (n), the other half by the second."""
     quarter = rope.size // 4
     frequencies = rope.base ** -(numpy.arange(quarter) / quarter)
     return numpy.concatenate([numpy.outer(each, frequencies) for each in places], axis=1)
 
 
 def by_row_and_column(rope: Rope, rows: int, columns: int) -> numpy.ndarray:
-    """Of Qwen3-VL."""
+    """The angles of Qwen3-VL."""
     return by_two(rope, *numpy.divmod(numpy.arange(rows * columns), columns))
 
 
 def places_of_axes(places: numpy.ndarray, rows: int, columns: int) -> numpy.ndarray:
-    """The tables (2, n, C) have a row for each column, and one for each row, of the patches (Gemma 4)."""
+    """Two tables (2, n, C): one has a row for each column of patches, one for each row of them (Gemma 4)."""
     return (places[0, None, :columns] + places[1, :rows, None]).reshape(rows * columns, -1)
 
 
 def angles_of_axes(rope: Rope, rows: int, columns: int) -> numpy.ndarray:
-    """Of Gemma 4, by the column first."""
+    """The angles of Gemma 4: by the column first, then by the row."""
     return by_two(rope, *numpy.divmod(numpy.arange(rows * columns), columns)[::-1])
 
 
-# name -> (table, rows, columns of the patches) -> what is added to these (rows * columns, C), in raster order
+# name -> a function: (table, rows and columns of patches) -> what is added to them (rows * columns, C), in
+# raster order
 PLACES: dict[str, Callable[[numpy.ndarray, int, int], numpy.ndarray]] = {
     "fixed": fixed_places, "spread": spread_places, "axes": places_of_axes, "bilinear": bilinear_places}
 
-# name -> (how the layers turn, rows, columns) -> the angle of each pair of a head, (rows * columns, D / 2),
-# in raster order; pairs are (i, i + D / 2)
+# name -> a function: (how the layers turn, rows and columns of patches) -> the angle of each pair of a head,
+# (rows * columns, D / 2) in raster order. Pairs are (i, i + D / 2)
 ANGLES: dict[str, Callable[[Rope, int, int], numpy.ndarray]] = {
     "axes": angles_of_axes, "by_row_and_column": by_row_and_column}
 
 
 class Projector(NamedTuple):
-    """`compute`: the rows (n, C) of the tower's last layer, after its last norm, in the order of patches, the
-    size n / N of a square, and what the fields name -> the model's rows (N, width). `start`, in place of
-    layers: patches, what is added to them, and what the fields name -> these rows."""
+    """Makes rows of the model from the output of a tower's last layer.
 
-    products: Mapping[str, str | None]   # matrices -> the activation of their products
-    values: tuple[str, ...]              # vectors
+    compute     (rows (n, C) in the order of patches, size n / N of a square, products, values) -> rows (N,
+                width)
+    start       None, or it replaces the layers: (patches, what is added to them, products, values) -> rows
+                (n, C)"""
+
+    products: Mapping[str, str | None]   # name of a matrix -> the activation of its product
+    values: tuple[str, ...]              # names of vectors
     compute: Callable[[numpy.ndarray, int, Products, Arrays], numpy.ndarray]
-    normed: bool = True                  # False: there is no last norm
+    normed: bool = True                  # does the tower end with a norm?
     start: Callable[[numpy.ndarray, numpy.ndarray, Products, Arrays], numpy.ndarray] | None = None
 
 
 def joined(x: numpy.ndarray, square: int) -> numpy.ndarray:
-    """Those of a square one after another: (n, C) -> (n / square, square * C)."""
+    """The rows of a square side by side: (n, C) -> (n / square, square * C)."""
     return x.reshape(len(x) // square, -1)
 
 
 def averaged(x: numpy.ndarray, square: int) -> numpy.ndarray:
-    """The mean of a square's: (n, C) -> (n / square, C)."""
+    """The mean of the rows of a square: (n, C) -> (n / square, C)."""
     return x.reshape(len(x) // square, square, -1).mean(axis=1)
 
 

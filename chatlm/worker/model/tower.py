@@ -1,11 +1,11 @@
-"""`Tower`: what computes the rows that stand for pictures in a prompt.
+"""`Tower`: it computes the rows that stand for pictures in a prompt.
 
-A picture is cut into tiles, a tile into patches. A product makes of each patch a row, to which its place adds
-another. Layers that see all patches of the tile follow, in stages, so that steps of answers come between.
-Then a projector joins neighbouring rows, and makes them as wide as the model's.
+A picture is cut into tiles, and a tile into patches. A product turns each patch into a row, and a row for its
+place is added. Then come layers that see all patches of the tile. They are computed in stages, so that steps
+of answers can come between. Last, a projector joins neighbouring rows and makes them as wide as the model's.
 
-Families differ in rows of tables: LAYOUTS (how a picture is cut), PLACES and PROJECTORS (both ends of a
-tower), TOWERS (the names and settings of their files)."""
+Families differ by rows of tables: LAYOUTS (how a picture is cut), PLACES and PROJECTORS (both ends of a
+tower), TOWERS (the names and settings in their files)."""
 
 from __future__ import annotations
 
@@ -34,57 +34,58 @@ if TYPE_CHECKING:
 
 
 class Eyes(NamedTuple):
-    """How a model sees, with the weights still in its files."""
+    """How a model sees pictures. The weights are still in its files."""
 
     vision: Vision
-    architecture: Model         # of the tower's layers
-    tensors: dict[str, Any]     # of these; and patch (C, 3 * patch * patch), perhaps patch_bias, places (as
-                                # its row of PLACES says), and what its row of PROJECTORS names
-    patch: int                  # pixels on a side; a patch's numbers are by row, column, color
-    shuffle: int                # patches on a side of the square that becomes a row of the model
-    filter: str                 # of FILTERS in chatlm/worker/arrays/resize.py
+    architecture: Model         # the layers of the tower
+    tensors: dict[str, Any]     # of the layers; and patch (C, 3 * patch * patch), perhaps patch_bias, places
+                                # as its row of PLACES says, and those that its row of PROJECTORS names
+    patch: int                  # pixels on a side; the numbers of a patch are by row, column, color
+    shuffle: int                # patches on a side of the square that becomes one row of the model
+    filter: str                 # a name of FILTERS in chatlm/worker/arrays/resize.py
     mean: tuple[float, ...]     # of each color
     std: tuple[float, ...]
-    projector: str              # of PROJECTORS in chatlm/worker/model/projectors.py
-    places: str = "fixed"       # of PLACES there
-    angles: str = ""            # of ANGLES there, if layers rotate by a patch's place
-    most: int = 0               # rows of a tile that is not as the others; 0: no more than of these
-    hidden: int = 0             # width between the projector's products
+    projector: str              # a name of PROJECTORS in chatlm/worker/model/projectors.py
+    places: str = "fixed"       # a name of PLACES there
+    angles: str = ""            # a name of ANGLES there, if layers rotate by the place of a patch
+    most: int = 0               # most rows of a tile, if some have more than vision.tokens; else 0
+    hidden: int = 0             # width between the products of the projector
     grid: int = 0               # rows of the table of places
-    deep: tuple[int, ...] = ()  # after these layers too a projector makes rows, for the model's first layers
+    deep: tuple[int, ...] = ()  # after these layers a projector also makes rows, for the model's first layers
     axes: tuple[int, ...] = ()  # rope_axes of the model
-    two_sided: str = ""         # its layers in which rows of a picture see all of its rows
-    pad: int | None = None      # its picture_pad
-    recipe: Any = None          # what its loader makes the architecture of
+    two_sided: str = ""         # layers of the model in which rows of a picture see all of its rows
+    pad: int | None = None      # picture_pad of the model
+    recipe: Any = None          # from which its loader makes the architecture
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its weights and, roughly, of its buffers."""
+        """How many bytes its weights take and, roughly, its buffers."""
         sizes = self.architecture.buffer_sizes(self.patches, 1, "float32").values()
         return sum(tensor.nbytes for tensor in self.tensors.values()) + sum(
             rows * columns * item_bytes(kind) for rows, columns, kind in sizes)
 
     @property
     def patches(self) -> int:
-        """Of a tile, at most."""
+        """Most patches of a tile."""
         return max(self.vision.tokens, self.most) * self.shuffle**2
 
 
 class Product:
-    """x (T, K) -> activation(x @ W.T (+ bias)) (+ added (T, N)), by the kernels of a model: float32 arrays of
-    numpy. T is `rows` or fewer. What it returns is overwritten by the next one."""
+    """x (T, K) -> activation(x @ W.T (+ bias)) (+ added (T, N)), by the kernels of a model.
+
+    All are float32 arrays of numpy. T is at most `rows`. The next call overwrites what this one returns."""
 
     def __init__(self, model: Model, device: Device, rows: int, name: str, tensors: dict,
                  dtype: str | None, quantize: str | None, adds: bool = False, activation: str | None = None):
         weight = values_of(tensors.pop(name))
         bias = tensors.pop(f"{name}_bias", None)
-        self.kernels = kernels = load_kernels(device, model, max_tokens=rows, max_rows=1, quantize=quantize)
+        kernels = load_kernels(device, model, max_tokens=rows, max_rows=1, quantize=quantize)
+        self.kernels = kernels
         self.arrays = kernels.arrays_on(device)
         self.activation = activation
         with self.arrays.computing():
-            # as tiles want
             size = len(weight)
-            columns = rounded_up(weight.shape[1], 32)
+            columns = rounded_up(weight.shape[1], 32)  # which tiles need
             weight = numpy.pad(weight, ((0, 0), (0, columns - weight.shape[1])))
             self.weight = kernels.pack(name, self.arrays.of(weight, dtype or "float32"))
             self.bias = None if bias is None else self.arrays.of(values_of(bias), "float32")
@@ -115,7 +116,7 @@ class Product:
 
 
 def values_of(tensor: Any) -> numpy.ndarray:
-    """A tensor of floats, read from its file and checked."""
+    """The values of a tensor of floats, read from its file and checked."""
     if not isinstance(tensor, Unread):
         return floats(tensor)
     read = tensor.read()
@@ -131,12 +132,11 @@ def whole_text(count: int) -> Batch:
 
 
 class Tower:
-    """The weights of a model's eyes, packed. `encode` is a generator: between two of its parts others may
-    compute."""
+    """The packed weights of a model's eyes. `encode` is a generator: others can compute between its parts."""
 
     def __init__(self, eyes: Eyes, device: Device, *, dtype: str | None, quantize: str | None, part: float):
-        """quantize: the type that layers' float matrices become. part: the most work between two pauses, as
-        `layer_work` counts it, unless one layer has more."""
+        """quantize: the type that float matrices of layers become. part: the most work between two pauses, as
+        `layer_work` counts it; a single layer may have more."""
         self.eyes = eyes
         model = eyes.architecture
         tensors = dict(eyes.tensors)
@@ -144,16 +144,18 @@ class Tower:
         self.projector = PROJECTORS[eyes.projector]
         self.square = eyes.shuffle**2
         self.rows = eyes.patches
-        self.values = {name: values_of(tensors.pop(name)) for name in (
-            "places", *self.projector.values,
-            *(name for i in range(len(eyes.deep)) for name in deep_norm(i)))}
+        names = ["places", *self.projector.values]
+        for i in range(len(eyes.deep)):
+            names += deep_norm(i)
+        self.values = {name: values_of(tensors.pop(name)) for name in names}
         self.first = None if self.projector.start else Product(
             model, device, self.rows, "patch", tensors, dtype, None, adds=True)
-        self.products = {
-            name: Product(model, device, self.rows // self.square, name, tensors, dtype, None,
-                          activation=activation)
-            for deep in ("", *(f"_{i}" for i in range(len(eyes.deep))))
-            for each, activation in self.projector.products.items() for name in (f"{each}{deep}",)}
+        self.products = {}
+        for deep in ("", *(f"_{i}" for i in range(len(eyes.deep)))):
+            for each, activation in self.projector.products.items():
+                name = f"{each}{deep}"
+                self.products[name] = Product(model, device, self.rows // self.square, name, tensors, dtype,
+                                              None, activation=activation)
         self.stages = list[Transformer]()
         self.turned = (0, 0)
         layers = len(model.layers)
@@ -175,14 +177,13 @@ class Tower:
         self.stages[0].arrays.put(numpy.zeros(tuple(x.shape), numpy.float32), x)  # also what pads it
 
     def encode(self, tiles: Seq[numpy.ndarray]) -> Generator[None, None, numpy.ndarray]:
-        """The rows (tokens, width * (1 + len(deep))) float32 of a picture's tiles, as `tiles_of` makes
-        them."""
+        """The rows (tokens, width * (1 + len(deep))) float32 of a picture, from the tiles of `tiles_of`."""
         made = []
         for tile in tiles:
             patches, places = self.patches_of(tile)
             if self.eyes.angles:
                 self._turn(tile.shape[0] // self.eyes.patch, tile.shape[1] // self.eyes.patch)
-            rows = list[numpy.ndarray]()  # beside the last layer's
+            rows = list[numpy.ndarray]()  # those of deeper layers, beside the last layer's
             if self.first:
                 seen = yield from self._through_layers(self.first(patches, places), rows)
             else:
@@ -195,7 +196,8 @@ class Tower:
 
     def _through_layers(self, first: numpy.ndarray,
                         rows: list[numpy.ndarray]) -> Generator[None, None, numpy.ndarray]:
-        """The last layer's output for this input; `rows` gets what projectors make of others' (deepstack)."""
+        """The output of the last layer for this input. `rows` gets what projectors make of other layers'
+        output (deepstack)."""
         count, width = first.shape
         arrays = self.stages[0].arrays
         x = self.stages[0].buffers["x"]
@@ -216,7 +218,7 @@ class Tower:
         return self.stages[-1].hidden_states(0, count).astype(numpy.float32)
 
     def _turn(self, rows: int, columns: int):
-        """Let the layers rotate by the places in a grid of patches, which are positions of a text to them."""
+        """Make the layers rotate by places in a grid of patches, which are positions of a text to them."""
         if (rows, columns) == self.turned:
             return
         self.turned = (rows, columns)
@@ -227,7 +229,7 @@ class Tower:
                 self.stages[0].arrays.put(values.astype(numpy.float32), part[:len(angles)])
 
     def patches_of(self, tile: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """uint8 (H, W, 3) -> (patches, numbers of one) float32, and what is added to their rows."""
+        """uint8 (H, W, 3) -> (patches, numbers of a patch) float32, and what is added to their rows."""
         eyes = self.eyes
         p = self.eyes.patch
         rows = tile.shape[0] // p
@@ -241,22 +243,24 @@ class Tower:
 
 
 def deep_norm(number: int) -> tuple[str, str]:
-    """The names of a weight and a bias."""
+    """The names of the weight and the bias of a deep norm."""
     return f"deep_norm_{number}", f"deep_norm_{number}_bias"
 
 
 def moved(name: str, layers: int) -> str:
-    """The whole tower's name of a stage's tensor."""
+    """The name that a tensor of a stage has in the whole tower."""
     layer, dot, part = name.rpartition(".")
     return f"{int(layer) + layers}.{part}" if dot else name
 
 
-FLOATS_COST = 2.3     # of a multiplication with floats: 264e9 a second, with q8_0 600e9 (Zen 5, one thread)
-ATTENTION_COST = 4.0  # of one in attention
+# What a multiplication costs, if one with q8_0 costs 1. With floats a thread does 264e9 a second, with q8_0
+# 600e9 (Zen 5)
+FLOATS_COST = 2.3
+ATTENTION_COST = 4.0
 
 
 def layer_work(model: Model, rows: int, quantized: bool) -> float:
-    """Of one layer of a tower with so many rows, in multiplications with quantized weights."""
+    """The work of one layer of a tower for so many rows, in multiplications with quantized weights."""
     C = model.width
     feed = model.layers[0].feed if model.layers else None
     hidden = (1 + halves(feed.activation)) * feed.width if isinstance(feed, FeedForward) else 0
@@ -265,7 +269,7 @@ def layer_work(model: Model, rows: int, quantized: bool) -> float:
 
 
 def chunk_work(model: Model, tokens: int, quantized: bool) -> float:
-    """About that of a chunk of a prompt in a model's layers."""
+    """About the work of a prompt's chunk in the layers of a model, in the same unit."""
     experts = model.experts
     share = experts.router.chosen / experts.count if experts else 1.0
     numbers = sum(math.prod(shape) * (share if ".expert_" in name else 1.0)
@@ -274,8 +278,9 @@ def chunk_work(model: Model, tokens: int, quantized: bool) -> float:
 
 
 def tiles_of(picture: Picture, layout: Layout, name: str) -> list[numpy.ndarray]:
-    """What a tower reads of a picture: uint8 (S, S, 3) each. name: of the filter."""
-    image = whole = numpy.frombuffer(picture.pixels, numpy.uint8).reshape(picture.height, picture.width, 3)
+    """What a tower reads of a picture: tiles, uint8 (S, S, 3) each. name: of a filter."""
+    whole = numpy.frombuffer(picture.pixels, numpy.uint8).reshape(picture.height, picture.width, 3)
+    image = whole
     for width, height in layout.sizes:
         image = resized(image, width, height, name)
     if not layout.columns:
@@ -283,4 +288,6 @@ def tiles_of(picture: Picture, layout: Layout, name: str) -> list[numpy.ndarray]
     side = image.shape[0] // layout.rows  # tiles are squares
     cut = [image[row * side:(row + 1) * side, column * side:(column + 1) * side]
              for row in range(layout.rows) for column in range(layout.columns)]
-    return cut + ([resized(whole if layout.afresh else image, *layout.whole, name)] if layout.whole else [])
+    if layout.whole:  # the whole picture follows, made small
+        cut.append(resized(whole if layout.afresh else image, *layout.whole, name))
+    return cut

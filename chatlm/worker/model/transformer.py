@@ -1,4 +1,4 @@
-"""One forward for every family of models."""
+"""`Transformer`: one forward for every family of models."""
 
 from __future__ import annotations
 
@@ -31,17 +31,21 @@ if TYPE_CHECKING:
     from chatlm.common.hub.local import Progress
     from chatlm.common.hub.stamps import Stamp
     from chatlm.worker.model.batch import Batch
+    from chatlm.worker.model.blocks.mixers import Mixer
     from chatlm.worker.model.blocks.model import Model
     from chatlm.worker.model.kernels import Kernels
     from chatlm.worker.model.pages import KvType, LayerGroups
 
 
-class Transformer:
-    """A model's packed weights, KV pages, state slots and activation buffers, all allocated here, once.
+ShownPictures = Seq[tuple[int, numpy.ndarray, numpy.ndarray | None]]
 
-    `tensors` has the names and shapes of `model.tensors()`. It is emptied as weights are packed, so that
-    each is held once, in the kernels' layout. A step has at most `max_tokens` tokens, `max_rows` logit rows.
-    Matrices become `dtype`; None: they stay in their file's types or close ones. Keys and
+
+class Transformer:
+    """A model's packed weights, KV pages, slots of states and activation buffers, all allocated here once.
+
+    `tensors` has the names and shapes of `model.tensors()`. It is emptied while weights are packed, so that
+    each is held once, in the layout of the kernels. A step has at most `max_tokens` tokens and `max_rows`
+    logit rows. Matrices become `dtype`; None: they keep the types of their files, or get close ones. Keys and
     values have the type `kv`; None: that of activations.
     """
 
@@ -51,20 +55,21 @@ class Transformer:
                  read_adapter: Callable[[Path], dict[str, AdapterMatrix]] | None = None,
                  shared: Mapping[str, Any] = {}, buffers: dict[str, Any] | None = None,
                  progress=lambda activity, fraction: None):
-        """shared: weights of another Transformer, packed, in place of those of the same names. buffers: those
-        of one of equal sizes, which computes its layers just before."""
+        """shared: packed weights of another Transformer, which replace those of the same names. buffers:
+        those of a Transformer of equal sizes that always computes just before this one."""
         self.unpadded = model
         self.kernels = kernels
         if kernels.pads:
             tensors = padded_tensors(model, tensors)
             model = model.padded()
         self.model = model
-        self.read_adapter = read_adapter   # a folder's matrices, named after those they change
-        self.adapters: dict[int, Any] = {}  # by slot, from 1 on: as the kernels read them
-        self.device, self.dtype = Device(device), kernels.activation_dtype(dtype)
+        self.read_adapter = read_adapter   # folder -> matrices, named after those they change
+        self.adapters: dict[int, Any] = {}  # slot, from 1 on -> the adapter as the kernels read it
+        self.device = Device(device)
+        self.dtype = kernels.activation_dtype(dtype)
         self.arrays = kernels.arrays_on(self.device)
         self.kv = kv or kernels.kv_type("auto", dtype)
-        # the type in which references attend; packed keys have more than 8 bits of precision
+        # the type in which references attend: float32 for packed keys, whose precision is above 8 bits
         self.kv_dtype = "float32" if self.kv.packed else self.kv.floats
         self.groups = groups or group_layers(model.by_layer, 0, apart=False, kv=self.kv)
         self.layout = page_layout(model, self.groups, self.kv)
@@ -76,9 +81,7 @@ class Transformer:
             self.rope_tables = self._rope_tables(max_tokens)
             self.cache, self.layer_caches = kernels.make_cache(
                 self.spec, self.layout, num_pages + self.groups.holes, self.device)
-            self.states = [tuple(self.arrays.zeros((num_slots, *shape), "float32")
-                                 for shape in (mixer.states(model.width) if mixer else ()))
-                           for mixer in model.mixers]
+            self.states = [self._state_slots(mixer) for mixer in model.mixers]
             sizes = model.buffer_sizes(max_tokens, min(max_rows or max_tokens, max_tokens),
                                        kernels.backend.activations or self.dtype)
             self.of_logits = {name for name, buffer in model.scratch().items() if buffer.of_logits}
@@ -91,8 +94,8 @@ class Transformer:
                 self.distances = self.arrays.of(distance_biases(buckets, model))
             self.steps = [self._layer_step(number) for number in range(len(model.layers))]
             self.outer_step = self._outer_step(dtype)
-            self.shown = model.sees  # are there rows of pictures in their buffer?
-            show_pictures(self, ())
+            self.shown = model.sees  # does their buffer hold rows of pictures? at first it holds anything
+            self.show_pictures(())
             if model.sees and not kernels.backend.tensors:
                 for name in model.picture_buffers:
                     kernels.backend.program.given(self.buffers[name])
@@ -104,8 +107,9 @@ class Transformer:
         return core_sizes(self.model)
 
     def _pack(self, tensors: dict, dtype: str | None, shared: Mapping[str, Any], progress: Progress) -> dict:
-        """Read each weight that is not shared and move it to the device, matrices in the kernels' layout; a
-        tied head is the embedding."""
+        """Read each weight that is not shared, and move it to the device. Kernels lay out matrices.
+
+        A tied head is the embedding."""
         weights = {**shared}
         expected = self.model.tensors()
         names = [name for name in expected if name not in shared]
@@ -114,7 +118,7 @@ class Transformer:
         if tied:
             names.remove("head")
             tensors.pop("head", None)
-        if "layer_embed" in names:  # it stays in the file
+        if "layer_embed" in names:  # this table stays in the file
             names.remove("layer_embed")
             self.layer_embed = tensors.pop("layer_embed")
         for name, tensor, read in read_ahead(tensors, names):
@@ -124,17 +128,18 @@ class Transformer:
             target = "float32" if stated.columns is None or stated.exact else dtype
             moved = [part if hasattr(part, "parts") else self.arrays.of(part, target) for part in parts]
             weights[name] = weight = self.kernels.pack(name, *moved) if stated.packed else moved[0]
-            if isinstance(tensor, Unread) and not getattr(weight, "finite", False):  # or it was never checked
+            if isinstance(tensor, Unread) and not getattr(weight, "finite", False):  # nothing has proved it
                 tensor.refuse_faults(read, packed=hasattr(weight, "finite"))
-            if weight is moved[0] and hasattr(weight, "dtype") and self.device.type == "cpu" and any(
-                    address_of(part) == address_of(weight) for part in getattr(tensor, "mapped", ())):
-                weights[name] = self.arrays.copy(weight)  # a file in use may change
+            if weight is moved[0] and hasattr(weight, "dtype") and self.device.type == "cpu":
+                mapped = getattr(tensor, "mapped", ())
+                if any(address_of(part) == address_of(weight) for part in mapped):
+                    weights[name] = self.arrays.copy(weight)  # the file may change while it is in use
         if tied:
             weights["head"] = weights["embed"]
         return weights
 
     def cut(self, T: int, R: int) -> Buffers:
-        """The first T rows of each buffer, or R rows of those used after the last layer."""
+        """The first T rows of each buffer, or the first R rows of those used after the last layer."""
         return Buffers(**{name: buffer[:R if name in self.of_logits else T]
                           for name, buffer in self.buffers.items()})
 
@@ -157,14 +162,14 @@ class Transformer:
 
     @property
     def matrix_types(self) -> list[str]:
-        """The matrices' types, most common first: ["q4_1", "q8_0"]."""
-        types = Counter(kind_of(w)
-                        for w in self.weights.values() if getattr(w, "kind", None) or w.ndim > 1)
+        """The types of the matrices, most common first: ["q4_1", "q8_0"]."""
+        matrices = [w for w in self.weights.values() if getattr(w, "kind", None) or w.ndim > 1]
+        types = Counter(map(kind_of, matrices))
         return [name for name, _ in types.most_common()]
 
     @property
     def weight_types(self) -> str:
-        """The matrices' types and the memory of all weights: "q4_1, q8_0 (93 MiB)"."""
+        """The types of the matrices and the memory of all weights: "q4_1, q8_0 (93 MiB)"."""
         return f"{', '.join(self.matrix_types)} ({self.weights_bytes / 2**20:,.0f} MiB)"
 
     def forward(self, batch: Batch):
@@ -178,10 +183,10 @@ class Transformer:
         return buffers.logits
 
     def hidden_states(self, first: int, last: int, buffer: str = "x") -> numpy.ndarray:
-        """The rows [first, last) of the last step, whose batch had `states`, after the final norm; of the
-        buffer "last", those that had logits.
+        """The hidden states of the last step, rows [first, last), after the final norm -> (rows, C) float64.
 
-        (rows, C) float64. The norm is computed here, row by row: identical in any batch and with all kernels.
+        The step's batch must have had `states`. With the buffer "last" the rows are those that had logits.
+        The norm is computed here, row by row, so it is the same in any batch and with all kernels.
         """
         C = self.unpadded.width
         norm = self.model.norm
@@ -191,34 +196,39 @@ class Transformer:
         if isinstance(norm, LayerNorm):
             x = x[:, :C] - x[:, :C].mean(axis=1, keepdims=True)
         x = x / numpy.sqrt((x * x).mean(axis=1, keepdims=True) + norm.eps)
-        weight, bias = (
-            0.0 if part is None else self.arrays.numpy(part)[:C].astype(numpy.float64)
-            for part in map(self.weights.get, ("final_norm", "final_norm_bias")))
-        has_weights = isinstance(norm, LayerNorm) or norm.weights
-        return (x[:, :C] * weight if has_weights else x[:, :C]) + bias
+        x = x[:, :C]
+        if isinstance(norm, LayerNorm) or norm.weights:
+            x = x * self._final("final_norm", C)
+        return x + self._final("final_norm_bias", C)
+
+    def _final(self, name: str, C: int) -> numpy.ndarray | float:
+        """The first C numbers of a vector of the final norm, float64; 0.0 if the model has none."""
+        vector = self.weights.get(name)
+        return 0.0 if vector is None else self.arrays.numpy(vector)[:C].astype(numpy.float64)
 
     def inputs(self, batch: Batch) -> Inputs:
+        """A batch as the ops read it."""
         columns = (batch.token_ids, batch.previous_token_ids, *token_places(batch), batch.logit_rows)
         tensors = [self.arrays.of(numpy.array(column, numpy.int64)) for column in columns]
         turns = self.arrays.of(numpy.array(batch.turns, numpy.int64)) if batch.turns else tensors[2]
         count = len(self.groups.windows)
         parts = []
         for group in range(count):
-            mine = batch
+            of_group = batch
             if count > 1:
-                mine = batch._replace(tables=[pages[group::count] for pages in batch.tables])
-                tensors[3] = self.arrays.of(numpy.array(token_places(mine)[1], numpy.int64))
+                of_group = batch._replace(tables=[pages[group::count] for pages in batch.tables])
+                tensors[3] = self.arrays.of(numpy.array(token_places(of_group)[1], numpy.int64))
             windows = {attn.window for l, attn in enumerate(self.model.by_layer)
                        if attn and self.layout.group[l] == group}
-            plan = self.kernels.plan_attention(mine, tensors[2], windows, self.kv_dtype)
+            plan = self.kernels.plan_attention(of_group, tensors[2], windows, self.kv_dtype)
             parts.append(Inputs(*tensors, attention=plan, turns=turns))
         adapters = RowAdapters.of(batch, self.adapters) if any(batch.adapters) else RowAdapters()
         return parts[0]._replace(parts=tuple(parts), sequences=Sequences.of(batch), adapters=adapters)
 
     def compute(self, inputs: Inputs, b: SimpleNamespace):
-        """The model: T new tokens -> b.logits (R, V).
+        """Compute the model: T new tokens -> b.logits (R, V).
 
-        Every op writes into a given buffer, so that the steps can be recorded or captured as a CUDA graph."""
+        Every op writes into a given buffer, so that a step can be recorded, or captured as a CUDA graph."""
         model = self.model
         outer = self.outer_step
         buffers = Buffers(**vars(b))
@@ -235,10 +245,59 @@ class Transformer:
         """The buffers that layers from `layer` on need from earlier ones."""
         return self.model.passed_on(layer)
 
+    # ---- what steps bring: pictures and adapters
+
+    def show_pictures(self, rows: ShownPictures):
+        """Put rows of pictures into the next step; () takes them away. No other step may be under way.
+
+        Each run of rows is (its first row in the step, values (n, C * (1 + deep_rows)), and time, row and
+        column (n, 3) of each row, or None if rows turn by their positions)."""
+        if not (rows or self.shown):
+            return
+        model = self.model
+        put = self.arrays.put
+        C = self.unpadded.width
+        self.shown = bool(rows)
+        for number, name in enumerate(model.picture_buffers):
+            buffer = self.buffers[name]
+            put(numpy.full(tuple(buffer.shape), -0.0, numpy.float32), buffer)  # -0.0 changes no sum
+            for first, values, _ in rows:
+                scaled = values[:, number * C:(number + 1) * C] / numpy.float32(model.residual_scale)
+                put(scaled, buffer[first:first + len(values), :C])
+        tables = {attn.rope: tables for attn, tables in zip(model.by_layer, self.rope_tables) if attn}
+        for first, values, places in rows:
+            if places is None:
+                continue
+            begin = first_turn(model) + first
+            for rope, of_rope in tables.items():
+                for turned, table in zip(rope.rows(model.rope_axes, places), of_rope):
+                    put(turned, table[begin:begin + len(values)])
+
+    def load_adapter(self, slot: int, folder: Path, stamp: Stamp = ()) -> int:
+        """Compute the rows of a slot with this adapter from the next step on; returns its bytes.
+
+        ConfigError if it does not fit this model, or if its files no longer match the stamp."""
+        if self.read_adapter is None:
+            raise ConfigError(f"{folder}: this model does not support adapters")
+        refuse_changed_adapter(folder, stamp)
+        matrices = self.read_adapter(folder)
+        refuse_changed_adapter(folder, stamp)
+        return self.pack_adapter(slot, matrices)
+
+    def pack_adapter(self, slot: int, matrices: dict[str, AdapterMatrix]) -> int:
+        """Compute the rows of a slot with these matrices, which are named after those they change; returns
+        their bytes."""
+        if self.kernels.pads:
+            matrices = padded_adapter(self.unpadded, matrices)
+        packed = self.kernels.backend.pack_adapter(matrices, self.device)
+        self.adapters[slot] = packed
+        own_bytes = sum(tensor.nbytes for matrix in matrices.values() for tensor in matrix)
+        return getattr(packed, "nbytes", own_bytes)  # decode_core leaves out zeros and has pages of its own
+
     # ---- what steps are computed with, made once
 
     def _arranged(self, number: int) -> dict[str, Any]:
-        """A layer's weights, by their names in it, in the form that its blocks read."""
+        """Name in a layer -> weight, in the form that the layer's blocks read."""
         own = {name.partition(".")[2]: weight for name, weight in self.weights.items()
                if name.startswith(f"{number}.")}
         changed = self.model.layers[number].arranged(own, self.arrays, self.model.width)
@@ -246,17 +305,22 @@ class Transformer:
         return own | changed
 
     def _rope_tables(self, max_tokens: int) -> list[tuple[Any, ...]]:
-        """cos and sin of each layer that attends; layers that turn alike share them."""
-        # the rows after the last position are those of pictures' rows in a step
+        """cos and sin of each layer that attends, () for the others. Layers that turn alike share them."""
+        # the rows after the last position are for the rows of pictures in a step
         positions = self.model.max_positions + (max_tokens if self.model.rope_axes else 0)
         ropes = [attn.rope for attn in self.model.attentions]
         tables = {rope: tuple(map(self.arrays.of, rope.tables(positions))) for rope in dict.fromkeys(ropes)}
         return [tables[attn.rope] if attn else () for attn in self.model.by_layer]
 
     def _q_scales(self) -> dict[tuple[float, ...], Any]:
-        """What multiplies q at each position, by the growth of scores."""
+        """Growth of scores -> the factor of q at each position."""
         growths = dict.fromkeys(attn.scores.growth for attn in self.model.attentions if attn.scores.growth)
         return {growth: self.arrays.of(query_scales(growth, self.model.max_positions)) for growth in growths}
+
+    def _state_slots(self, mixer: Mixer | None) -> tuple[Any, ...]:
+        """The arrays (slots, ..) of a layer's states, () for a layer without any."""
+        shapes = mixer.states(self.model.width) if mixer else ()
+        return tuple(self.arrays.zeros((self.num_slots, *shape), "float32") for shape in shapes)
 
     def _layer_step(self, number: int) -> Step:
         model = self.model
@@ -264,7 +328,8 @@ class Transformer:
         w = self.weights
         step = Step(self.layers[number], number, model.vocab_size)
         step.states = self.states[number]
-        step.resid_lambdas, step.x0_lambdas = w.get("resid_lambdas"), w.get("x0_lambdas")
+        step.resid_lambdas = w.get("resid_lambdas")
+        step.x0_lambdas = w.get("x0_lambdas")
         if attn:
             step.group = self.layout.group[number]
             step.cache = self.layer_caches[number]
@@ -275,7 +340,7 @@ class Transformer:
         return step
 
     def _outer_step(self, dtype: str | None) -> Step:
-        """For what comes before and after all layers."""
+        """The Step of the parts before and after all layers."""
         model = self.model
         w = dict(self.weights)
         scale = model.head.scale if model.head else 1.0
@@ -290,68 +355,17 @@ class Transformer:
         return step
 
 
-
 def first_turn(model: Model) -> int:
-    """The row of the rotary tables by which a step's first row turns, if rows of pictures turn by their
-    places; 0: they turn by their positions."""
+    """The row of the rotary tables by which the first row of a step turns, if rows of pictures turn by their
+    places in the picture; 0 if they turn by their positions."""
     return model.max_positions if model.rope_axes else 0
 
 
-ShownPictures = Seq[tuple[int, numpy.ndarray, numpy.ndarray | None]]
-
-
-def show_pictures(transformer: Transformer, rows: ShownPictures):
-    """Put rows of pictures into the next step, beside which none may be under way; () undoes that. Of each
-    run: its first row in the step, (n, C * (1 + deep_rows)), and time, row and column (n, 3) of each if they
-    turn by these."""
-    if not (rows or transformer.shown):
-        return
-    model = transformer.model
-    put = transformer.arrays.put
-    C = transformer.unpadded.width
-    transformer.shown = bool(rows)
-    for number, name in enumerate(model.picture_buffers):
-        buffer = transformer.buffers[name]
-        put(numpy.full(tuple(buffer.shape), -0.0, numpy.float32), buffer)  # changes no sum
-        for first, values, _ in rows:
-            scaled = values[:, number * C:(number + 1) * C] / numpy.float32(model.residual_scale)
-            put(scaled, buffer[first:first + len(values), :C])
-    tables = {attn.rope: tables for attn, tables in zip(model.by_layer, transformer.rope_tables) if attn}
-    for first, values, places in rows:
-        begin = first_turn(model) + first
-        for rope, of_rope in tables.items():
-            if places is None:
-                continue
-            for turned, table in zip(rope.rows(model.rope_axes, places), of_rope):
-                put(turned, table[begin:begin + len(values)])
-
-
-def load_adapter(transformer: Transformer, slot: int, folder: Path, stamp: Stamp = ()) -> int:
-    """Compute a slot's rows with this adapter from the next step on; returns its bytes. ConfigError if it
-    does not fit this model, or if its files no longer match the stamp."""
-    if transformer.read_adapter is None:
-        raise ConfigError(f"{folder}: this model does not support adapters")
-    refuse_changed_adapter(folder, stamp)
-    matrices = transformer.read_adapter(folder)
-    refuse_changed_adapter(folder, stamp)
-    return pack_adapter(transformer, slot, matrices)
-
-
-def pack_adapter(transformer: Transformer, slot: int, matrices: dict[str, AdapterMatrix]) -> int:
-    """Compute a slot's rows with these matrices, named after those they change; returns their bytes."""
-    if transformer.kernels.pads:
-        matrices = padded_adapter(transformer.unpadded, matrices)
-    packed = transformer.kernels.backend.pack_adapter(matrices, transformer.device)
-    transformer.adapters[slot] = packed
-    held = sum(tensor.nbytes for matrix in matrices.values() for tensor in matrix)
-    return getattr(packed, "nbytes", held)  # decode_core omits zeros and has its own pages
-
-
 def distance_biases(buckets: numpy.ndarray, model: Model) -> numpy.ndarray:
-    """What text_attention adds to scores, (H, 2 * reach): of each distance key - query its bucket's value.
+    """What text_attention adds to scores, (H, 2 * reach): each distance key - query has its bucket's value.
 
-    A bucket has one distance below 8, and from there on as many as make it a constant factor wide, up to
-    128 (transformers' MPNetEncoder.relative_position_bucket, in its arithmetic)."""
+    Below 8 each distance has a bucket of its own. From there to 128, buckets grow by a constant factor
+    (transformers' MPNetEncoder.relative_position_bucket, in its arithmetic)."""
     reach = model.max_positions + PAGE_SIZE
     exact = DISTANCE_BUCKETS // 4
     half = DISTANCE_BUCKETS // 2
@@ -365,6 +379,6 @@ def distance_biases(buckets: numpy.ndarray, model: Model) -> numpy.ndarray:
 
 
 def page_layout(model: Model, groups: LayerGroups, kv: KvType) -> PageLayout:
-    """Where a model's keys and values are in the pages of a cache, or of a step."""
+    """Where the keys and values of a model lie in pages: in those of a cache or, with texts, of a step."""
     layout = PageLayout.of(groups, model.by_layer, kv)
     return layout.shared if model.of_texts else layout

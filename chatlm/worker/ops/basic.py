@@ -1,7 +1,7 @@
 """Reference ops: products, norms, activations, experts.
 
-An op writes into the output it is given. `X_reference` uses torch (any device) or, for sampling, numpy; it
-defines what a faster `X` must compute."""
+An op writes into the output that it is given. `X_reference` defines what a faster `X` must compute. It uses
+torch, on any device, and numpy for sampling."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from chatlm.worker.ops.packed_kv import PACKED
 from chatlm.worker.ops.tensors import normed, zeroed
 
 
-pausing: dict = {}  # what Backend.pause_while was given
+pausing: dict = {}  # the arguments of Backend.pause_while
 
 
 def pause_reference():
-    """Between the layers of a model that embeds texts: wait while answers are written."""
+    """Wait while answers are written. A model that embeds texts does so between its layers."""
     if pausing:
         pausing["word"].wait(pausing["most_s"])
 
 
 def embed_reference(table, ids, out, part=None):
-    """Rows `ids` (T,) of table (V, C) -> out (T, C); a negative id gives row 0, which the caller ignores.
+    """Rows `ids` (T,) of table (V, C) -> out (T, C). A negative id gives row 0, which the caller ignores.
 
-    `part`: (first, V), if the table only has the rows from `first` on. Other ids give -0.0, which changes
-    nothing it is added to, so the sum over ranks equals the whole table's row bit for bit."""
+    part: None, or (first, V): the table has only the rows from `first` on, of V. Other ids give -0.0, which
+    changes no sum, so the sum over ranks has the bits of the whole table's row."""
     ids = ids.clamp(min=0)
     if part is None:
         out.copy_(torch.index_select(table, 0, ids))
@@ -45,14 +45,14 @@ def gather_rows_reference(x, rows, out):
 
 
 def rms_norm_reference(x, weight, eps, out):
-    """x (T, C) float32 / its root mean square (* weight (C)) -> out (T, C), in out's dtype."""
+    """x (T, C) float32 over its root mean square, times weight (C) or None -> out (T, C), in out's dtype."""
     out.copy_(torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps))
 
 
 def layer_norm_reference(x, weight, bias, eps, out, count=0):
     """(x (T, C) - mean) / sqrt(variance + eps) * weight (C) (+ bias (C)) -> out (T, C), which may be x.
 
-    With `count`, of the first so many columns; the others of out are zeros."""
+    With `count` only the first `count` columns count, and the others of out become zeros."""
     own = slice(count or x.shape[1])
     bias = None if bias is None else bias[own]
     normed = torch.nn.functional.layer_norm(x[:, own], (own.stop,), weight[own], bias, eps)
@@ -61,20 +61,23 @@ def layer_norm_reference(x, weight, bias, eps, out, count=0):
 
 
 def pack_reference(name, *parts):
-    """The matrix `name` (N, K), the rows of all `parts`, in the layout that `linear` reads fastest.
+    """The matrix `name` (N, K), whose rows are those of all parts, in the layout that `linear` reads fastest.
 
-    On x86 that is oneDNN's blocked layout: 2.4 times faster than plain at one row (bfloat16, SmolLM2-135M's
-    layers, 2 threads: 4.7 ms, not 11.1), 1.2 times at 256 rows. `embed` and `experts` need the plain layout.
+    On x86 that is oneDNN's blocked layout: 2.4 times as fast as the plain one at one row (bfloat16, layers of
+    SmolLM2-135M, 2 threads: 4.7 ms, not 11.1), and 1.2 times at 256 rows. `embed` and `experts` need the
+    plain layout.
     """
     weight = parts[0] if len(parts) == 1 else torch.cat(parts)
+    if name == "embed" or "expert" in name or weight.ndim != 2:
+        return weight
     x86 = weight.device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX")
-    able = x86 and torch.backends.mkldnn.is_available() and mkldnn_takes(weight.dtype)
-    plain = name == "embed" or "expert" in name or weight.ndim != 2
-    return weight if plain or not able else torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+    if not (x86 and torch.backends.mkldnn.is_available() and mkldnn_takes(weight.dtype)):
+        return weight
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
 
 
 def mkldnn_takes(dtype: torch.dtype) -> bool:
-    """Whether oneDNN supports it on this processor: few have float16, and some not even bfloat16."""
+    """Does oneDNN support the type on this processor? Few support float16, and some not even bfloat16."""
     if dtype == torch.float16:
         return torch.ops.mkldnn._is_mkldnn_fp16_supported()
     return dtype == torch.float32 or mkldnn_bfloat16()
@@ -90,7 +93,7 @@ def fastest_dtype(device) -> torch.dtype:
 
 
 def clamped_swiglu(gate, up):
-    """gpt-oss's gate, with the constants of all its models."""
+    """The gate of gpt-oss. All its models have these constants."""
     gate = gate.clamp(max=7.0)
     up = up.clamp(-7.0, 7.0)
     return gate * torch.sigmoid(1.702 * gate) * (up + 1)
@@ -112,12 +115,13 @@ UNGATED = {"relu2": lambda up: torch.square(torch.relu(up)),
            "gelu_tanh": lambda up: torch.nn.functional.gelu(up, approximate="tanh")}
 
 
-Adapted = Seq[tuple[Any, AdapterMatrix]]  # for each adapter: (rows of the step, what it adds to them)
+Adapted = Seq[tuple[Any, AdapterMatrix]]  # (rows of the step, what is added to them) of each adapter
 
 
 def adapter_products(x, adapted: Adapted):
-    """For each adapter: (rows, what it adds to them, float32 (rows, N)); x (T, >= K) after the norm. Computed
-    row by row, so that a row's bits depend on no other row."""
+    """For each adapter: (rows, what it adds to them, float32 (rows, N)). x (T, >= K) is after the norm.
+
+    Rows are computed one by one, so that the bits of a row depend on no other."""
     for rows, (a, b, scales) in adapted:
         yield rows, torch.stack([
             b.float() @ (scales * (a.float() @ row)) for row in x[rows, :a.shape[1]].float()])
@@ -127,8 +131,10 @@ def linear_reference(x, weight, out, norm=None, bias=None, activation=None, resi
                      adapted: Adapted = ()):
     """residual + activation(norm(x) @ weight.T + bias + what adapters add) -> out.
 
-    weight (N, K) is packed or plain; x (T, >= K), whose first K columns are read. activation is None,
-    one of UNGATED, or one of GATES, whose weight holds the gate rows first and whose output is (T, N / 2)."""
+    weight      (N, K), packed or plain
+    x           (T, >= K); the first K columns are read
+    activation  None, or one of UNGATED, or one of GATES: then the weight has the rows of gates first, and out
+                is (T, N / 2)"""
     if norm:
         x = normed(x, norm)
     added = list(adapter_products(x, adapted))
@@ -160,15 +166,21 @@ def finish_linear(y, out, activation, residual):
 def experts_reference(x, logits, gate_up, down, out, *, norm, biases, activation, chosen, sum_to_one,
                       residual=True, sigmoids=False, choice_bias=None, groups=(1, 1), share_scale=1.0,
                       scales=None, jitter=None):
-    """x + a sum over each row's experts: share * (activation(norm(x) @ gate_up.T) @ down.T) -> out (T, C).
+    """x + the sum over a row's experts of share * (activation(norm(x) @ gate_up.T) @ down.T) -> out (T, C).
 
-    Without `residual` it is the sum alone, without `norm` it is of x itself.
-    A row's experts are the `chosen` ones with the largest of its logits (T, E), lower ids first among equals;
-    their shares are the softmax over their logits, or over all unless `sum_to_one`. With `sigmoids` they are
-    those of `sigmoid_routes`, and `choice_bias`, `groups` and `share_scale` too. With `jitter` there are two,
-    which `sparse_routes` chooses. Each share is multiplied by the expert's of `scales` (E), if given.
-    gate_up (2 * E * F, C) holds the gates of all experts and then their ups, down (E * C, F); `biases` are of
-    these two, or None. An activation of UNGATED has no gates: gate_up is (E * F, C)."""
+    Without `residual`, x is not added. Without `norm`, products read x itself.
+
+    Which experts a row has, and their shares:
+    logits      (T, E): the `chosen` largest of a row, of equal ones the lower ids. Shares are the softmax
+                over the logits of these, or over all E unless `sum_to_one`
+    sigmoids    experts and shares are those of `sigmoid_routes`, with choice_bias, groups and share_scale
+    jitter      None, or a row has the two experts that `sparse_routes` chooses
+    scales      None, or (E): each share is multiplied by the expert's
+
+    What they compute:
+    gate_up     (2 * E * F, C): the gates of all experts, then their ups; (E * F, C) with one of UNGATED
+    down        (E * C, F)
+    biases      of gate_up and of down, or None"""
     E = logits.shape[1]
     logits = logits.float()
     if jitter is not None:
@@ -177,9 +189,11 @@ def experts_reference(x, logits, gate_up, down, out, *, norm, biases, activation
         ids, shares = sigmoid_routes(logits, chosen, sum_to_one, choice_bias, groups, share_scale)
     else:
         ids, shares = routes(logits, chosen, sum_to_one)
-    shares = shares if scales is None else shares * scales[ids]
-    y = (normed(x, norm) if norm else x).to(gate_up.dtype)
-    halves = 1 + (activation in GATES)
+    if scales is not None:
+        shares = shares * scales[ids]
+    y = normed(x, norm) if norm else x
+    y = y.to(gate_up.dtype)
+    halves = 2 if activation in GATES else 1
     gate_up = gate_up.unflatten(0, (halves, E, -1))
     down = down.unflatten(0, (E, -1))
     up_bias, down_bias = (bias if bias is None else bias.to(y.dtype) for bias in biases)
@@ -198,20 +212,24 @@ def experts_reference(x, logits, gate_up, down, out, *, norm, biases, activation
 
 
 def routes(logits, chosen, sum_to_one):
-    """Ids and shares (T, chosen) of each row's experts, as in experts_reference."""
+    """Ids and shares (T, chosen) of each row's experts, as experts_reference says."""
     ids = largest_first(logits, chosen)
     largest = logits.gather(1, ids)
-    return ids, torch.softmax(largest, -1) if sum_to_one else torch.exp(largest - logits.logsumexp(-1, True))
+    if sum_to_one:
+        return ids, torch.softmax(largest, -1)
+    return ids, torch.exp(largest - logits.logsumexp(-1, True))
 
 
 def sigmoid_routes(logits, chosen, sum_to_one, choice_bias=None, groups=(1, 1), share_scale=1.0):
-    """Ids and shares (T, chosen) of each row's experts: those with the largest sigmoid(logit) + choice_bias
-    (E), or None. Their shares are their sigmoids, divided by the sum of these if `sum_to_one`, times
-    `share_scale`.
+    """Ids and shares (T, chosen) of each row's experts: those with the largest sigmoid(logit) + choice_bias.
 
-    groups = (n, k): the choice is among the experts of k of n equally large groups, those whose two best have
-    the largest sum (DeepSeek-V3 technical report, 2024)."""
-    scores, (count, kept) = torch.sigmoid(logits), groups
+    choice_bias     None, or (E)
+    sum_to_one      shares are the experts' sigmoids over their sum; else the sigmoids themselves
+    share_scale     a factor of all shares
+    groups          (n, k): experts are chosen from k of n equally large groups, those whose two best experts
+                    have the largest sum (DeepSeek-V3 technical report, 2024)"""
+    scores = torch.sigmoid(logits)
+    count, kept = groups
     if choice_bias is not None:
         scores = scores + choice_bias
     if kept < count:
@@ -220,19 +238,23 @@ def sigmoid_routes(logits, chosen, sum_to_one, choice_bias=None, groups=(1, 1), 
         scores = scores.masked_fill(out.repeat_interleave(logits.shape[1] // count, 1), -math.inf)
     ids = largest_first(scores, chosen)
     own = logits.gather(1, ids)
-    shares = torch.softmax(torch.nn.functional.logsigmoid(own), -1) if sum_to_one else torch.sigmoid(own)
+    if sum_to_one:
+        shares = torch.softmax(torch.nn.functional.logsigmoid(own), -1)
+    else:
+        shares = torch.sigmoid(own)
     return ids, shares * share_scale
 
 
 def largest_first(scores, count):
-    """The ids (T, count) of each row's largest scores; of equal ones the lower first."""
+    """The ids (T, count) of the largest scores of each row. Of equal scores the lower id comes first."""
     return torch.sort(scores, descending=True, stable=True).indices[:, :count]
 
 
 def sparse_routes(logits, jitter):
-    """Ids and shares (T, 2): the experts with the two largest logits, each shared by a softmax over it and
-    the lower ones whose distance to it is at most 2 * jitter of the larger of both's size (SparseMixer; Liu
-    et al., "GRIN", 2024). The shares' sum is not 1."""
+    """Ids and shares (T, 2) of the experts with the two largest logits (Liu et al., "GRIN", 2024).
+
+    An expert's share is a softmax over its logit and lower ones: those whose distance to it, over the larger
+    size of both, is at most 2 * jitter. The two shares do not add up to 1."""
     left = logits
     found = []
     for _ in range(2):
@@ -249,18 +271,19 @@ def copy_reference(x, out):
 
 
 def mix_reference(x, x0, resid_lambda, x0_lambda, out):
-    """resid_lambda * x + x0_lambda * x0 -> out; the lambdas are one-element tensors; `out` may be x."""
+    """resid_lambda * x + x0_lambda * x0 -> out, which may be x. The lambdas are numbers or tensors of one."""
     torch.add(x * resid_lambda, x0 * x0_lambda, out=out)
 
 
 def clamp_reference(x, low, high, out):
-    """x (T, C), each column at least its `low` (C,) and at most its `high`."""
+    """x (T, C) -> out, with each column at least its `low` (C,) and at most its `high` (C,)."""
     torch.minimum(torch.maximum(x, low), high, out=out)
 
 
 def look_up_reference(table, ids, out, part=None):
-    """The rows `ids` (T,) of a MappedRows -> out (T, K); a negative id gives row 0, which is never used.
-    part: (0, V), where ids after the last row and before V give 0."""
+    """The rows `ids` (T,) of a MappedRows -> out (T, K). A negative id gives row 0, which is never used.
+
+    part: None, or (0, V): ids from the last row on and below V give zeros."""
     ids = ids.cpu()
     own = ids < len(table.table) if part else torch.ones_like(ids, dtype=torch.bool)
     out.copy_(torch.from_numpy(table.look_up(torch.where(own, ids, 0).numpy())))
@@ -268,7 +291,8 @@ def look_up_reference(table, ids, out, part=None):
 
 
 def layer_inputs_reference(projected, rows, weight, eps, out):
-    """(weight * rms(each layer's part of projected) + sqrt(P) * rows) / sqrt(2) -> out, all (T, L * P);
+    """(weight * rms(each layer's part of projected) + sqrt(P) * rows) / sqrt(2) -> out, all (T, L * P).
+
     weight (P,). `out` may be `projected`."""
     parts = projected.unflatten(1, (-1, len(weight)))
     normed = torch.nn.functional.rms_norm(parts, weight.shape, weight, eps).flatten(1)
@@ -276,7 +300,7 @@ def layer_inputs_reference(projected, rows, weight, eps, out):
 
 
 def gate_input_reference(gate, inputs, first, out):
-    """gelu(gate) * inputs[:, first:first + P] -> out, which may be gate, both (T, P); gelu by its tanh."""
+    """gelu(gate) * inputs[:, first:first + P] -> out, which may be gate, both (T, P). gelu uses tanh."""
     part = inputs[:, first:first + gate.shape[1]]
     torch.mul(torch.nn.functional.gelu(gate, approximate="tanh"), part, out=out)
 
@@ -305,7 +329,7 @@ def softcap_reference(logits, cap, out):
 
 
 def make_cache_reference(spec, layout, num_pages, device):
-    """KV pages of all layers: their memory, and for each layer what rope_append and paged_attention receive.
+    """The KV pages of all layers: their memory, and for each layer the cache that its ops get.
 
     `layout` is the PageLayout. A layer that reads another's pages gets those, one with a mixer gets None."""
     slots = num_pages * PAGE_SIZE

@@ -1,7 +1,7 @@
-"""Reference ops of attention over one compressed vector for each token (MLA, see Mla).
+"""Reference ops of attention over one compressed vector for each token (MLA): see the block Mla.
 
-A token's cached key is its latent, `kept` numbers, and then `turned` numbers that turn by its position; the
-value is the latent alone. All H query heads read the same."""
+The cached key of a token is its latent, `kept` numbers, and then `turned` numbers that turn by its position.
+The value is the latent alone. All H query heads read the same keys and values."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from chatlm.worker.ops.attention import rotate, slots_of
 
 
 def absorb(x, k_up, cos, sin, positions, scale, out):
-    """Queries of heads' own keys -> queries of latents, times `scale`.
+    """Turn queries for heads' keys into queries for latents, times `scale` -> out (T, H * (kept + turned)).
 
-    x (T, H * (plain + turned)) has for each head the numbers that do not turn, then those that do. k_up
-    (H * kept, plain) has each head's matrix, whose product with the first is the query of a latent. The
-    others turn by the rows `positions` (T,) of cos and sin -> out (T, H * (kept + turned))."""
+    x           (T, H * (plain + turned)): for each head the numbers that do not turn, then those that do
+    k_up        (H * kept, plain): a matrix for each head; its product with the plain numbers is the query for
+                latents
+    The other numbers turn by the rows `positions` (T,) of cos and sin."""
     plain = k_up.shape[1]
     turned = 2 * cos.shape[-1]
     heads = x.float().unflatten(1, (-1, plain + turned))  # (T, H, plain + turned)
@@ -26,10 +27,10 @@ def absorb(x, k_up, cos, sin, positions, scale, out):
 
 
 def append(x, weight, eps, cos, sin, positions, slots, cache):
-    """x (T, kept + turned): RMS norm of the first numbers, the others turn -> the keys of the cache at
-    `slots` (T,)."""
-    # (slots, 1, kept + turned)
-    keys = slots_of(cache)[0]
+    """x (T, kept + turned) -> the keys of the cache at `slots` (T,).
+
+    The first numbers get an RMS norm, and the others turn."""
+    keys = slots_of(cache)[0]  # (slots, 1, kept + turned)
     kept = len(weight)
     assert isinstance(keys, torch.Tensor)  # no packed type has this size
     latent = torch.nn.functional.rms_norm(x[:, None, :kept].float(), (kept,), weight, eps)
@@ -38,8 +39,9 @@ def append(x, weight, eps, cos, sin, positions, slots, cache):
 
 
 def by_head(x, v_up, out):
-    """What attention found of latents -> each head's values: x (T, H * kept), v_up (H * Dv, kept) with each
-    head's rows -> out (T, H * Dv)."""
+    """Turn what attention gives, weighted latents, into values of heads: x (T, H * kept) -> out (T, H * Dv).
+
+    v_up: (H * Dv, kept), the rows of each head one after another."""
     heads = x.float().unflatten(1, (-1, v_up.shape[1]))
     own = v_up.float().unflatten(0, (heads.shape[1], -1))  # (H, Dv, kept)
     out.copy_(torch.einsum("thc,hvc->thv", heads, own).flatten(1))

@@ -1,8 +1,8 @@
 """Reference ops of layers that keep a state for each sequence instead of keys and values.
 
-A layer's `states` are float32 tensors (slots, ...), with the shapes that its mixer gives; `sequences` is the
-step's spec.Sequences, or OneEach. Before a sequence's first token its state is zero, so a slot need not be
-cleared."""
+The `states` of a layer are float32 tensors (slots, ...), with the shapes that its mixer states. `sequences`
+is the Sequences of the step, or OneEach. Before the first token of a sequence its state is zero, whatever the
+slot holds, so slots need not be cleared."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from torch.nn import functional
 
 
 class OneEach(NamedTuple):
-    """The sequences of a step whose T rows are one of each, as tensors: nothing is read on the host, so that
-    a CUDA graph can contain the step."""
+    """The sequences of a step in which each has one row, as tensors.
 
-    reads: torch.Tensor   # (T,) int64 slots; -1: the row is the sequence's first
+    Nothing is read on the host, so a CUDA graph can contain the step."""
+
+    reads: torch.Tensor   # (T,) int64 slots; -1: the row is the first of its sequence
     writes: torch.Tensor  # (T,) int64 slots; -1: padding, which writes nothing
 
     def before(self, state):
@@ -28,7 +29,7 @@ class OneEach(NamedTuple):
 
     def write(self, state, after):
         """Write the states after the rows, (T, ...), to their slots."""
-        # padding writes the same as some other row, or if all rows are padding, what was there
+        # padding writes what another row writes; if all rows are padding, it writes back what was there
         rows = torch.arange(len(self.writes), device=state.device)
         source = torch.where(self.writes < 0, self.writes.argmax(), rows)
         slots = self.writes[source].clamp(min=0)
@@ -39,16 +40,17 @@ class OneEach(NamedTuple):
 def short_conv_reference(x, taps, states, sequences, out, bias=None):
     """x (T, 3 C) = b, c, u;  s = b * u;  c_t * (sum over j of taps[j] * s[t - K + 1 + j] + bias) -> out
 
-    taps (K * C) has the oldest tap first; `states` one tensor (slots, K - 1, C): s of the last tokens, oldest
-    first. The sum starts with the oldest, and each product and sum is rounded, so that the bits do not depend
-    on how a prompt is divided."""
+    taps        (K * C), the oldest tap first
+    states      one tensor (slots, K - 1, C): s of the last tokens, oldest first
+    The sum starts with the oldest token, and each product and sum is rounded. So the bits do not depend on
+    how a prompt is divided into steps."""
     b, c, u = x.float().split(out.shape[1], 1)
     total = convolve(b * u, taps, states[0], sequences)
     out.copy_(c * (total if bias is None else total + bias))
 
 
 def convolve(s, taps, state, sequences):
-    """The sum over j of taps[j] * s[t - K + 1 + j], (T, C); s (T, C), state (slots, K - 1, C)."""
+    """The sum over j of taps[j] * s[t - K + 1 + j] -> (T, C). s (T, C), state (slots, K - 1, C)."""
     taps = taps.view(-1, s.shape[1])
     total = torch.empty_like(s)
     if isinstance(sequences, OneEach):
@@ -59,7 +61,7 @@ def convolve(s, taps, state, sequences):
             total += taps[j] * columns[:, j]
         return total
     for begin, end, before, writes in spans_of(sequences, state):
-        rows = torch.cat((before, s[begin:end]))  # token t of the sequence's new ones is row t + K - 1
+        rows = torch.cat((before, s[begin:end]))  # new token t of the sequence is row t + K - 1
         total[begin:end] = taps[0] * rows[:end - begin]
         for j in range(1, len(taps)):
             total[begin:end] += taps[j] * rows[j:j + end - begin]
@@ -69,8 +71,10 @@ def convolve(s, taps, state, sequences):
 
 
 def recur(state, sequences, advance: Callable):
-    """Writes the states: `advance(S, rows)` gives those after a row (...), or after each of some rows
-    (T, ...) of different sequences, from the ones before, S; state (slots, ...)."""
+    """Compute the rows in order, and write the states after them. state: (slots, ...).
+
+    advance(S, rows) -> the state after a row (...), from S, the state before it; or those after several rows
+    (T, ...) of different sequences."""
     if isinstance(sequences, OneEach):
         return sequences.write(state, advance(sequences.before(state), slice(None)))
     for begin, end, S, writes in spans_of(sequences, state):
@@ -81,32 +85,32 @@ def recur(state, sequences, advance: Callable):
 
 
 def spans_of(sequences, state):
-    """For each sequence: (first row, end, its state before, row -> the slot written after it)."""
+    """For each sequence: (first row, end, the state before it, row -> the slot that is written after it)."""
     spans = itertools.pairwise(sequences.starts)
     for (begin, end), first, slot in zip(spans, sequences.firsts, sequences.reads):
         before = state[slot].clone() if first else torch.zeros_like(state[slot])
-        yield begin, end, before, {row: slot for row, slot in sequences.writes if begin <= row < end}
+        writes = {row: to for row, to in sequences.writes if begin <= row < end}
+        yield begin, end, before, writes
 
 
 def delta_rule_reference(x, weights, mixer, eps, states, sequences, out):
-    """A spec.DeltaRule's x (T, its first width) -> out (T, its second), token by token.
+    """DeltaRule: x (T, its first width) -> out (T, its second), token by token. The block says what it is.
 
-    `weights` has taps, decay, dt_bias and mix_norm; `states` are (slots, K - 1, channels) and
-    (slots, Hv, Dk, Dv)."""
+    weights     taps, decay, dt_bias and mix_norm
+    states      (slots, K - 1, channels) and (slots, Hv, Dk, Dv)"""
     H = mixer.value_heads
     D = mixer.key_size
     Hk = mixer.key_heads
     p, z, b, a = split_projections(x.float(), mixer)
     u = functional.silu(convolve(p, weights["taps"], states[0], sequences))
     q, k, v = u.split((Hk * D, Hk * D, mixer.parts[1]), 1)
-    q, k = (part.unflatten(1, (Hk, D)) for part in (q, k))
-    q, k = (part * torch.rsqrt((part * part).sum(-1, keepdim=True) + 1e-6) for part in (q, k))
-    heads = torch.arange(H, device=x.device)
+    q = unit_heads(q, Hk)
+    k = unit_heads(k, Hk)
+    heads = torch.arange(H, device=x.device)  # the key head that each value head reads
     heads = heads % Hk if mixer.alternating else heads // (H // Hk)
-    # (T, Hv, Dk or Dv)
-    q = q[:, heads] * D**-0.5
-    k = k[:, heads]
-    v = v.unflatten(1, (H, -1))
+    q = q[:, heads] * D**-0.5    # (T, Hv, Dk)
+    k = k[:, heads]              # (T, Hv, Dk)
+    v = v.unflatten(1, (H, -1))  # (T, Hv, Dv)
     beta = torch.sigmoid(b)[..., None]
     decay = torch.exp(weights["decay"] * functional.softplus(a + weights["dt_bias"]))[..., None, None]
 
@@ -122,8 +126,14 @@ def delta_rule_reference(x, weights, mixer, eps, states, sequences, out):
     recur(states[1], sequences, advance)
 
 
+def unit_heads(x, count):
+    """x (T, count * D) -> (T, count, D), with each head of length 1."""
+    heads = x.unflatten(1, (count, -1))
+    return heads * torch.rsqrt((heads * heads).sum(-1, keepdim=True) + 1e-6)
+
+
 def split_projections(x, mixer):
-    """A DeltaRule's p, z, b and a, (T, mixer.parts) each."""
+    """p, z, b and a of a DeltaRule, as wide as mixer.parts says."""
     Hk = mixer.key_heads
     D = mixer.key_size
     r = mixer.value_heads // mixer.key_heads
@@ -141,10 +151,11 @@ def split_projections(x, mixer):
 
 
 def mamba2_reference(x, weights, mixer, eps, states, sequences, out):
-    """A spec.Mamba2's x (T, its first width) -> out (T, its second), token by token.
+    """Mamba2: x (T, its first width) -> out (T, its second), token by token. The block says what it is.
 
-    `weights` has taps, decay, dt_bias, skip, mix_norm and perhaps taps_bias; `states` are
-    (slots, K - 1, channels) and (slots, H, N, P). If ranks share groups, out is not yet normalized."""
+    weights     taps, decay, dt_bias, skip, mix_norm, and taps_bias if it has one
+    states      (slots, K - 1, channels) and (slots, H, N, P)
+    If ranks share groups, out has no norm yet."""
     inner, _, H = mixer.parts
     G = mixer.groups
     N = mixer.state_size
@@ -153,10 +164,10 @@ def mamba2_reference(x, weights, mixer, eps, states, sequences, out):
     u = functional.silu(u + weights["taps_bias"] if mixer.taps_bias else u)
     v, B, C = u.split((inner, G * N, G * N), 1)
     group = groups_of_heads(mixer, x.device)
-    B, C = (part.unflatten(1, (G, N))[:, group] for part in (B, C))  # (T, H, N)
-    # (T, H, P), (T, H)
-    v = v.unflatten(1, (H, -1))
-    dt = functional.softplus(dt + weights["dt_bias"])
+    B = B.unflatten(1, (G, N))[:, group]               # (T, H, N)
+    C = C.unflatten(1, (G, N))[:, group]               # (T, H, N)
+    v = v.unflatten(1, (H, -1))                        # (T, H, P)
+    dt = functional.softplus(dt + weights["dt_bias"])  # (T, H)
     decay = torch.exp(weights["decay"] * dt)[..., None, None]
 
     def advance(S, t):  # (H, N, P)
@@ -179,23 +190,26 @@ def groups_of_heads(mixer, device):
 
 
 def group_squares_reference(x, mixer, out):
-    """The sum of the squares of each group's channels in x (T, H * P) -> out (T, groups) float32; 0 for
-    groups without a head here."""
+    """The sum of the squares of each group's channels in x (T, H * P) -> out (T, groups) float32.
+
+    A group of which no head is here has the sum 0."""
     squares = x.float().square().unflatten(1, (mixer.heads, -1)).sum(-1)  # (T, H)
     out.zero_().index_add_(1, groups_of_heads(mixer, x.device), squares)
 
 
 def norm_groups_reference(x, weight, squares, mixer, eps, out):
-    """weight * x (T, H * P), over its group's root mean square -> out; squares (T, groups) as above, the sums
-    of all ranks."""
+    """weight * x (T, H * P) over the root mean square of x's group -> out.
+
+    squares: (T, groups) as above, summed over all ranks."""
     scale = torch.rsqrt(squares / (mixer.group_size * mixer.head_size) + eps)
     scale = scale[:, groups_of_heads(mixer, x.device)].repeat_interleave(mixer.head_size, 1)
     out.copy_(weight * (x * scale))
 
 
 def split_gates_reference(x, head_size, gates, out):
-    """x (T, (2 H + 2 Hkv) * D), for each query head its q and then its gate, then k and v -> gates (T, H * D)
-    and out (T, (H + 2 Hkv) * D)."""
+    """x (T, (2 H + 2 Hkv) * D) -> gates (T, H * D) and out (T, (H + 2 Hkv) * D), which is q, k and v.
+
+    x has q and then the gate of each query head, and then k and v."""
     size = gates.shape[1]
     halves = x[:, :2 * size].unflatten(1, (-1, 2, head_size))
     out[:, :size] = halves[:, :, 0].flatten(1)

@@ -1,6 +1,6 @@
-"""Keys and values of the type q8_0: turned by a Hadamard matrix, then 8 bits each and a scale for each 32.
+"""Keys and values of the type q8_0: turned by a Hadamard matrix, then rounded to 8 bits, with a scale for 32.
 
-Once turned, a head has no number far above the others, which would leave them few steps of the scale."""
+A turned head has no number far above the others. Such a number would leave few steps for the others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from chatlm.common.config import PACKED_BLOCK
 
 @functools.lru_cache(maxsize=16)
 def hadamard(size: int, device) -> torch.Tensor:
-    """The normalized Hadamard matrix (size, size) of Sylvester, float32, which is its own inverse."""
+    """Sylvester's Hadamard matrix (size, size), float32, normalized, so that it is its own inverse."""
     matrix = torch.ones(1, 1)
     while len(matrix) < size:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
@@ -22,7 +22,7 @@ def hadamard(size: int, device) -> torch.Tensor:
 
 
 def turned(heads: torch.Tensor) -> torch.Tensor:
-    """Heads (..., D) times the Hadamard matrix, float32; applied twice it is the identity."""
+    """Heads (..., D) times the Hadamard matrix, float32. Turning twice gives them back."""
     return heads.float() @ hadamard(heads.shape[-1], heads.device)
 
 
@@ -38,7 +38,7 @@ class PackedKv(NamedTuple):
 
     @classmethod
     def within(cls, memory: torch.Tensor, slots: int, heads: int, size: int, begin: int, stride: int):
-        """The view of some bytes of a cache, its slots `stride` apart, and where the next one begins."""
+        """(a view of bytes of a cache, where the next one begins). Slots are `stride` bytes apart."""
         blocks = size // PACKED_BLOCK
         end = begin + heads * size
         codes = memory.view(torch.int8).as_strided((slots, heads, size), (stride, size, 1), begin)
@@ -56,9 +56,9 @@ class PackedKv(NamedTuple):
         self.scales.index_copy_(0, slots, scales.squeeze(-1))
 
     def floats(self) -> torch.Tensor:
-        """(slots, Hkv, D) float32, still turned."""
+        """The numbers (slots, Hkv, D) float32. They stay turned."""
         blocks = self.codes.unflatten(-1, (-1, PACKED_BLOCK)).float()
         return (blocks * self.scales.float().unsqueeze(-1)).flatten(-2)
 
 
-PACKED = {"q8_0": PackedKv}  # of pages.py's KV_BLOCKS, those that are no floats
+PACKED = {"q8_0": PackedKv}  # the types of KV_BLOCKS in pages.py that are no floats

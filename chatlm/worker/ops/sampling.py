@@ -1,11 +1,13 @@
 """The reference of sampling, which compiled samplers match bit for bit.
 
 Order: repetition, frequency and presence penalties, bias -> temperature -> top-k -> top-p over what top-k
-kept -> min-p -> one draw. Between these come the steps that no compiled sampler has, `ON_HOST`; what needs
-one of them is drawn here. Precision: logits, penalties and z = (l - max) * (1/T) are float32. Weights e^z
-are fixed-point integers, 2^40 at the maximum, summed in uint64, so the order of the sum does not matter.
-Noise and z + noise are float64. Each multiplication and addition is rounded separately (no fma), and no
-library exp or log is used."""
+kept -> min-p -> one draw. Between these come steps that no compiled sampler has (`ON_HOST`). Rows that need
+one of them are drawn here.
+
+Precision: logits, penalties and z = (l - max) * (1/T) are float32. Weights e^z are fixed-point integers, 2^40
+at the maximum. They are summed in uint64, so the order of the sum does not matter. Noise and z + noise are
+float64. Each multiplication and addition is rounded separately (no fma), and no exp or log of a library is
+used."""
 
 from __future__ import annotations
 
@@ -24,9 +26,8 @@ if TYPE_CHECKING:
 
 EXP_CUTOFF = -27.7            # below this z the weight is 0 and the id is dropped
 LOG2_E = 1.44269504088896341  # as float32
-# as float32; n * LN2_HIGH is exact for n up to 40
-LN2_HIGH = 0.693359375
-LN2_LOW = -2.12194440e-4
+LN2_HIGH = 0.693359375        # as float32; n * LN2_HIGH is exact for n up to 40
+LN2_LOW = -2.12194440e-4      # as float32
 EXP_TERMS = tuple(1 / math.factorial(k) for k in range(7, -1, -1))  # as float32, highest power first
 LN2 = 0.6931471805599453      # float64, as are the constants below
 SQRT_HALF = 0.7071067811865476
@@ -40,11 +41,11 @@ PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 FLOAT_MAX = 3.4028234663852886e38
 LOG_FLOAT_MAX = 88.7228391
-XTC_LANE = 2**34 - 4  # no token's id: the noise that decides whether XTC acts
+XTC_LANE = 2**34 - 4  # the noise of this id decides whether XTC acts; no token has the id
 
 
 def philox(counters: Iterable[numpy.ndarray], keys: Iterable[numpy.ndarray]) -> numpy.ndarray:
-    """Philox4x32-10: four counters, two keys -> (4, *shape) random words; all are 32-bit words in uint64."""
+    """Philox4x32-10: four counters, two keys -> (4, *shape) random words. All are 32-bit words in uint64."""
     low = numpy.uint64(0xFFFFFFFF)
     shift = numpy.uint64(32)
     m0, m1 = (numpy.uint64(m) for m in PHILOX_MULTIPLIERS)
@@ -65,8 +66,8 @@ def philox(counters: Iterable[numpy.ndarray], keys: Iterable[numpy.ndarray]) -> 
 def uniform_noise(ids, seed, position, choice) -> numpy.ndarray:
     """u = (x + 1/2) / 2^32 in (0, 1), float64, for each id.
 
-    seed, position and choice are numbers, or arrays that broadcast with ids. x is lane id % 4 of Philox with
-    the seed as key and (id / 4, position, choice) as counter: random access, no state."""
+    seed, position and choice are numbers, or arrays that broadcast with ids. x is word id % 4 of Philox, with
+    the seed as key and (id / 4, position, choice) as counter. So there is random access and no state."""
     low = numpy.uint64(0xFFFFFFFF)
     shift = numpy.uint64(32)
     seed, position, choice = (numpy.asarray(value, dtype=numpy.uint64) for value in (seed, position, choice))
@@ -89,12 +90,12 @@ def log_contract(x: numpy.ndarray) -> numpy.ndarray:
 
 
 def gumbel(u: numpy.ndarray) -> numpy.ndarray:
-    """-log(-log(1 - u)). Using 1 - u puts the finest steps of u where the noise is large (up to 22.9)."""
+    """-log(-log(1 - u)). With 1 - u, the steps of u are finest where the noise is large (up to 22.9)."""
     return -log_contract(-log_contract(1.0 - u))
 
 
 def exp_weights(z: numpy.ndarray) -> numpy.ndarray:
-    """e^z for float32 z <= 0 as uint64, fixed point with 2^40 = 1; 0 below EXP_CUTOFF."""
+    """e^z of float32 z <= 0 as uint64, in fixed point with 1 = 2^40. Below EXP_CUTOFF it is 0."""
     f32 = numpy.float32
     alive = z >= f32(EXP_CUTOFF)
     z = numpy.where(alive, z, f32(0))
@@ -111,18 +112,19 @@ def exp_weights(z: numpy.ndarray) -> numpy.ndarray:
 
 
 def clean_logits(row: numpy.ndarray) -> numpy.ndarray:
-    """NaN -> -inf, +inf -> the largest float; returns the row itself when nothing changes."""
-    if math.isfinite(top := row.max()) or top == -math.inf:
+    """NaN -> -inf, +inf -> the largest float. A row with neither is returned itself."""
+    top = row.max()
+    if math.isfinite(top) or top == -math.inf:
         return row
     return numpy.minimum(numpy.where(numpy.isnan(row), numpy.float32(-math.inf), row),
                          numpy.float32(FLOAT_MAX))
 
 
 def penalize(logits: numpy.ndarray, row: SampleRow) -> numpy.ndarray:
-    """Apply penalties and bias in float32, rounding after each; copies the logits if anything changes.
+    """Apply penalties and bias in float32, each rounded. The logits are copied if anything changes.
 
-    Repetition applies to prompt and answer tokens (positive logits * (1/r), others * r); then frequency *
-    count and presence are subtracted for the answer's tokens; then the bias is added."""
+    Repetition applies to tokens of prompt and answer: positive logits * (1/r), others * r. Then frequency *
+    count and presence are subtracted for tokens of the answer. Then the bias is added."""
     p = row.params
     f32 = numpy.float32
     steps = host_steps(p, PENALTY)
@@ -140,14 +142,14 @@ def penalize(logits: numpy.ndarray, row: SampleRow) -> numpy.ndarray:
             ids, counts = numpy.unique(answer, return_counts=True)
             logits[ids] -= f32(p.frequency_penalty) * counts.astype(f32)
             logits[ids] -= f32(p.presence_penalty)
-        for token, bias in p.logit_bias:
+        for token, bias in p.logit_bias:  # one by one, because ids may repeat
             logits[token] += f32(bias)
         for step in steps:
             step(logits, row)
     return clean_logits(logits)
 
 
-# What a step of ON_HOST comes after
+# The part of the draw after which a step of ON_HOST comes
 PENALTY = "penalty"
 VOCABULARY = "vocabulary"
 TOP_K = "top-k"
@@ -155,16 +157,16 @@ MIN_P = "min-p"
 
 
 class HostStep(NamedTuple):
-    """A part of the draw that compiled samplers lack. One after PENALTY changes the logits of a row in place:
-    (logits (V,), row). The others say which to keep: (logits (N,), params, position) -> (N,) bool, at least
-    one of them; among equal logits the lower id comes first.
+    """A part of the draw that compiled samplers lack.
 
-    What they call the probability of a token is that at temperature 1 among the N, as llama.cpp has it."""
+    After PENALTY, a function (logits (V,), row) changes the logits of a row in place. Others say which tokens
+    stay: (logits (N,), params, position) -> (N,) bool, at least one of them. Of equal logits the lower id
+    comes first. The probability of a token means that at temperature 1 among the N, as in llama.cpp."""
 
     after: str
     acts: Callable[[SamplingParams], object]
     function: Callable[..., Any]
-    # (params, tokenizer, tokens so far) -> SampleRow.kept; in a thread, since it may take 0.1 s
+    # (params, tokenizer, tokens so far) -> SampleRow.kept; it runs in a thread, because it may take 0.1 s
     prepare: Callable[..., Any] | None = None
 
 
@@ -178,17 +180,17 @@ def drawn_on_host(params: SamplingParams) -> bool:
 
 
 def preparation(params: SamplingParams) -> Callable[..., Any] | None:
-    """What makes SampleRow.kept, if the draws need that."""
+    """The function that makes SampleRow.kept; None if the draws do not need it."""
     return next((step.prepare for step in ON_HOST if step.prepare and step.acts(params)), None)
 
 
 def in_order(values: numpy.ndarray) -> float:
-    """Their sum, added one after the other: unlike `sum`, with the same bits on every machine."""
+    """The sum, added one number after the other. Unlike numpy's `sum` it has the same bits everywhere."""
     return float(numpy.cumsum(values)[-1])
 
 
 def probability_weights(logits: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray, int]:
-    """z (float32) and weights (uint64) at temperature 1, and the sum of the weights: what 1 is of them."""
+    """z (float32) and weights (uint64) at temperature 1, and the sum of the weights, which stands for 1."""
     with numpy.errstate(over="ignore"):
         z = logits - logits.max()
     weights = exp_weights(z)
@@ -196,11 +198,11 @@ def probability_weights(logits: numpy.ndarray) -> tuple[numpy.ndarray, numpy.nda
 
 
 def keep_typical(logits: numpy.ndarray, params: SamplingParams, position: int) -> numpy.ndarray:
-    """Locally typical sampling (Meister et al., 2022): the tokens whose surprise is nearest to the entropy,
-    until their probabilities add up to more than typical_p.
+    """Locally typical sampling (Meister et al., 2022): keep the tokens whose surprise is nearest to the
+    entropy, until their probabilities add up to more than typical_p.
 
-    |-log p - H| is |z - E[z]|, since both terms have the same log of the sum. Of a tie, the likelier and
-    then the lower id is first."""
+    |-log p - H| is |z - E[z]|, because both terms have the same log of the sum. Of a tie the likelier token
+    comes first, then the lower id."""
     z, weights, total = probability_weights(logits)
     alive = numpy.flatnonzero(weights)
     alive = alive[numpy.argsort(-logits[alive], kind="stable")]
@@ -216,8 +218,8 @@ def keep_typical(logits: numpy.ndarray, params: SamplingParams, position: int) -
 
 
 def keep_top_n_sigma(logits: numpy.ndarray, params: SamplingParams, position: int) -> numpy.ndarray:
-    """Those at most n standard deviations below the largest (Tang et al., "Top-nsigma: not all logits are you
-    need", 2024), of the logits that are not -inf."""
+    """Keep logits that are at most n standard deviations below the largest (Tang et al., "Top-nsigma: not all
+    logits are you need", 2024). The deviation is that of the logits that are not -inf."""
     possible = logits[logits > -math.inf].astype(numpy.float64)
     mean = in_order(possible) / len(possible)
     deviation = math.sqrt(in_order((possible - mean) ** 2) / len(possible))
@@ -225,8 +227,10 @@ def keep_top_n_sigma(logits: numpy.ndarray, params: SamplingParams, position: in
 
 
 def keep_xtc(logits: numpy.ndarray, params: SamplingParams, position: int) -> numpy.ndarray:
-    """Exclude top choices (by p-e-w, 2024): with xtc_probability, all but the least likely of the tokens
-    whose probability is at least xtc_threshold are left out."""
+    """Exclude top choices (by p-e-w, 2024).
+
+    With xtc_probability, the tokens of at least xtc_threshold are left out, except the least likely of
+    them."""
     keep = numpy.ones(len(logits), dtype=bool)
     (chance,) = uniform_noise(numpy.array([XTC_LANE]), params.seed, position, params.choice)
     if chance > params.xtc_probability:
@@ -239,11 +243,13 @@ def keep_xtc(logits: numpy.ndarray, params: SamplingParams, position: int) -> nu
 
 
 class Breakers:
-    """What no repetition goes past in DRY: tokens whose text has a breaker in it, and heads with their tails.
-    A head ends with the beginning of a breaker, a tail is the tokens of the rest.
+    """The tokens past which no repetition goes in DRY.
 
-    As in llama.cpp a tail is cut to 20 tokens, and the names of special tokens are text too. Of 49,152
-    tokens, llama.cpp's four breakers take 17 ms; 64 of the longest take 0.7 s and 1 MB."""
+    They are tokens whose text contains a breaker, and heads that are followed by their tail: a head ends with
+    the beginning of a breaker, and the tail is the tokens of the rest. As in llama.cpp a tail is cut to 20
+    tokens, and the names of special tokens are text too.
+
+    With 49,152 tokens, llama.cpp's four breakers take 17 ms. 64 of the longest take 0.7 s and 1 MB."""
 
     MOST_TAIL = 20
 
@@ -280,15 +286,16 @@ class Breakers:
     def _tail(self, rest: bytes, tokenizer: Tokenizer) -> tuple[int, ...]:
         try:
             tokens = tokenizer.encode(rest.decode(), False)
-        except UnicodeDecodeError:  # it begins inside a character
+        except UnicodeDecodeError:  # the rest begins inside a character
             tokens = [tokenizer.byte_tokens.get(byte, -1) for byte in rest]
         return tuple(tokens[:self.MOST_TAIL])
 
     def are_alone(self, ids: numpy.ndarray) -> numpy.ndarray:
-        return self.alone[numpy.minimum(ids, len(self.alone) - 1)]  # the last one: of ids without a token
+        """Is each of these tokens a breaker by itself?"""
+        return self.alone[numpy.minimum(ids, len(self.alone) - 1)]  # the last one is for ids without a token
 
     def include(self, ids: numpy.ndarray) -> bool:
-        """Are these tokens a breaker?"""
+        """Are these tokens, a head and its tail, a breaker?"""
         if len(ids) == 1:
             return bool(self.are_alone(ids)[0])
         head, *tail = ids.tolist()
@@ -300,7 +307,7 @@ breakers_of = functools.lru_cache(maxsize=16)(Breakers)
 
 
 def suffix_matches(tokens: Seq[int]) -> list[int]:
-    """For each index, how many tokens up to it are those at the end of all (Z-algorithm, linear)."""
+    """For each index, how many tokens up to it equal the last ones of all (Z-algorithm, linear)."""
     back = tokens[::-1]
     count = len(tokens)
     lengths = [0] * count
@@ -318,9 +325,10 @@ def suffix_matches(tokens: Seq[int]) -> list[int]:
 
 
 class Repetition:
-    """Where the end of a text occurs in it before, kept up to date token by token: a token costs one pass of
-    numpy over the window, however the text repeats itself: at most 1.4 ms where that has 100,000 tokens, of
-    which the first reading takes 30 ms."""
+    """Where the end of a text occurs earlier in the text. It is updated token by token.
+
+    However the text repeats itself, a token costs one pass of numpy over the window: at most 1.4 ms for
+    100,000 tokens. To read such a text for the first time takes 30 ms."""
 
     def __init__(self, params: SamplingParams, tokenizer: Tokenizer | None = None, tokens: Seq[int] = ()):
         self.window = params.dry_penalty_last_n if params.dry_penalty_last_n >= 0 else 2**31
@@ -328,24 +336,25 @@ class Repetition:
         self._read(tokens)
 
     def _read(self, tokens: Seq[int]):
-        self.count, first = len(tokens), max(0, len(tokens) - self.window)
+        self.count = len(tokens)
+        first = max(0, self.count - self.window)
         self.ids, self.matches = numpy.zeros((2, self.count + 256), dtype=numpy.int32)
         self.ids[:self.count] = tokens
         self.matches[first:self.count] = suffix_matches(tokens[first:])
-        self.broken = None  # (index of its head, length of its tail) of the last breaker
+        self.broken = None  # of the last breaker: (index of its head, length of its tail)
         for index in range(self.count - 1, first - 1, -1):
             self._look_for_breakers(index, self.count - index)
             if self.broken:
                 break
 
     def _look_for_breakers(self, head: int, count: int):
-        """Look for one with this head among so many tokens."""
+        """Note a breaker whose head is this index and that fits in so many tokens."""
         for tail in self.breakers.tails:
             if tail < count and self.breakers.include(self.ids[head:head + tail + 1]):
                 self.broken = max(self.broken or (head, tail), (head, tail))
 
     def update(self, tokens: Seq[int]):
-        """Go on to these tokens, which mostly begin with those before."""
+        """Take these tokens, which mostly begin with those of the last call."""
         last = self.count - 1
         if not 0 <= last < len(tokens) or self.ids[last] != tokens[last] or len(tokens) - last > 256:
             return self._read(tokens)
@@ -353,7 +362,8 @@ class Repetition:
             n = self.count
             first = max(1, self.count + 1 - self.window)
             if n == len(self.ids):
-                self.ids, self.matches = (numpy.concatenate((old, old)) for old in (self.ids, self.matches))
+                self.ids = numpy.concatenate((self.ids, self.ids))  # room for as many again
+                self.matches = numpy.concatenate((self.matches, self.matches))
             longer = self.matches[first - 1:n - 1] + 1
             self.matches[first:n] = longer * (self.ids[first:n] == token)
             self.matches[0] = self.ids[0] == token
@@ -364,8 +374,9 @@ class Repetition:
                     self.broken = max(self.broken or (0, 0), (n - tail, tail))
 
     def continuations(self, allowed: int) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """The ids that would continue a repetition of at least `allowed` tokens, and the length of the
-        longest one for each. Tokens that are breakers continue none."""
+        """(ids that would continue a repetition of at least `allowed` tokens, the longest length of each).
+
+        Tokens that are breakers continue none."""
         size = min(self.count, self.window)
         ids = self.ids[:self.count]
         first = self.count - size
@@ -414,7 +425,7 @@ ON_HOST = (
 
 
 def top_ids(logits: numpy.ndarray, k: int) -> numpy.ndarray:
-    """The ids of the k largest logits, largest first; the lower id wins a tie, so exactly k remain."""
+    """The ids of the k largest logits, largest first. The lower id wins a tie, so exactly k remain."""
     bound = numpy.partition(logits, len(logits) - k)[len(logits) - k] if k < len(logits) else -math.inf
     ids = numpy.flatnonzero(logits >= bound)
     return ids[numpy.argsort(-logits[ids], kind="stable")[:k]]
@@ -424,13 +435,15 @@ def survivors(logits: numpy.ndarray, params: SamplingParams, position: int = 0) 
         numpy.ndarray, numpy.ndarray]:
     """The ids that top-k, top-p, min-p and the steps of ON_HOST keep, ascending, and their z (float32).
 
-    `logits` have been cleaned and penalized. The position, with the seed, decides what a step does that acts
-    now and then."""
+    `logits` are cleaned and penalized already. Position and seed decide for a step that acts only
+    sometimes."""
     f32 = numpy.float32
     top = logits.max()
     if top == -math.inf:
         return numpy.zeros(1, dtype=numpy.int64), numpy.zeros(1, dtype=f32)
-    inverse_temperature = f32(min(1 / params.temperature, FLOAT_MAX) if params.temperature > 0 else 1)
+    inverse_temperature = f32(1)
+    if params.temperature > 0:
+        inverse_temperature = f32(min(1 / params.temperature, FLOAT_MAX))
     for step in host_steps(params, VOCABULARY):
         logits = numpy.where(step(logits, params, position), logits, f32(-math.inf))
     limited = 0 < params.top_k < len(logits)
@@ -457,10 +470,10 @@ def survivors(logits: numpy.ndarray, params: SamplingParams, position: int = 0) 
 
 
 def keep_top_p(ids, z, weights, top_p, logits):
-    """The shortest prefix, sorted by logit and then id, whose weights reach top_p of the sum."""
+    """The shortest prefix, in the order of logits and then ids, whose weights reach top_p of the sum."""
     total = int(weights.sum())
-    target = max(1, total * round(top_p * 2**32) >> 32)  # exact: needs a 128-bit product
-    # all ids lighter than this together weigh less than may be dropped
+    target = max(1, total * round(top_p * 2**32) >> 32)  # exact; the product may need 128 bits
+    # together, all lighter ids weigh less than what may be dropped
     heavy = weights >= max(1, -(-(total - target) // len(ids)))
     ids = ids[heavy]
     z = z[heavy]
@@ -472,13 +485,13 @@ def keep_top_p(ids, z, weights, top_p, logits):
 
 
 def draw(kept: Seq[tuple], rows: Seq[SampleRow]) -> numpy.ndarray:
-    """argmax of z + Gumbel noise over each row's survivors (ids, z), ids ascending; lower ids win ties."""
+    """The argmax of z + Gumbel noise over each row's survivors (ids, z). Ids ascend: lower ones win ties."""
     longest = max(len(ids) for ids, _ in kept)
     ids = numpy.zeros((len(rows), longest), dtype=numpy.int64)
     z = numpy.full((len(rows), longest), -math.inf)
-    for i, (some, their_z) in enumerate(kept):
-        ids[i, :len(some)] = some
-        z[i, :len(some)] = their_z
+    for i, (row_ids, row_z) in enumerate(kept):
+        ids[i, :len(row_ids)] = row_ids
+        z[i, :len(row_ids)] = row_z
     streams = numpy.array([(row.params.seed, row.position, row.params.choice) for row in rows],
                           dtype=numpy.uint64)
     scores = z + gumbel(uniform_noise(ids, *streams.T[:, :, None]))  # (R, longest)
@@ -486,17 +499,20 @@ def draw(kept: Seq[tuple], rows: Seq[SampleRow]) -> numpy.ndarray:
 
 
 def sample_reference(logits: numpy.ndarray, rows: Seq[SampleRow]) -> numpy.ndarray:
-    """One token for each row of logits (B, V) float32 -> (B,) int32; each token depends on its row alone."""
+    """A token for each row of logits (B, V) float32 -> (B,) int32. Each token depends on its row alone."""
     tokens = numpy.zeros(len(rows), dtype=numpy.int32)
-    few = {}  # rows with few survivors are drawn together: numpy's calls cost more than the arithmetic
+    few = {}  # rows with few survivors are drawn together, because calls of numpy cost more than arithmetic
     for i, row in enumerate(rows):
         line = penalize(clean_logits(logits[i]), row)
-        if row.params.temperature <= 0 and not drawn_on_host(row.params):
+        greedy = row.params.temperature <= 0
+        if greedy and not drawn_on_host(row.params):
             tokens[i] = line.argmax()
-        elif row.params.temperature <= 0:
-            ids, _ = survivors(line, row.params, row.position)
+            continue
+        kept = survivors(line, row.params, row.position)
+        ids, _ = kept
+        if greedy:
             tokens[i] = ids[line[ids].argmax()]  # the lower id wins a tie
-        elif len((kept := survivors(line, row.params, row.position))[0]) > 1000:
+        elif len(ids) > 1000:
             tokens[i] = draw([kept], [row])[0]
         else:
             few[i] = kept
@@ -506,13 +522,13 @@ def sample_reference(logits: numpy.ndarray, rows: Seq[SampleRow]) -> numpy.ndarr
 
 
 def sample_on_host(logits, rows: Seq[SampleRow]) -> list[int]:
-    """`sample_reference` for logits (R, V), an array or a tensor on any device."""
+    """`sample_reference` for logits (R, V): an array, or a tensor on any device."""
     lines = logits if isinstance(logits, numpy.ndarray) else logits.float().cpu().numpy()
     return sample_reference(lines, rows).tolist()
 
 
 def sample_each(sample: Callable, logits, rows: Seq[SampleRow]) -> list[int]:
-    """The tokens of rows of logits (R, V): by `sample`, except of rows that it cannot draw."""
+    """The tokens of rows of logits (R, V). `sample` draws them, except rows that it cannot draw."""
     apart = [i for i, row in enumerate(rows) if drawn_on_host(row.params)]
     if not apart:
         return sample(logits, rows)

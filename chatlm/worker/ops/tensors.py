@@ -1,4 +1,4 @@
-"""torch's tensors in place of numpy's arrays, for the references and for GPUs."""
+"""Tensors of torch in place of numpy's arrays, for references and for GPUs."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def dtype_of(kind: str) -> torch.dtype:
 
 
 def tensor_of(array: numpy.ndarray, device="cpu", kind: str | None = None) -> torch.Tensor:
-    """An array as a tensor, on a CPU in its own memory unless its type differs from `kind`."""
+    """An array as a tensor. On a CPU it shares the array's memory, unless `kind` is another type."""
     bits = bits_of(array)
     if not bits.flags.writeable or any(step < 0 for step in bits.strides):
         bits = bits.copy()
-    # torch computes nothing with uint16
+    # torch computes nothing with uint16, so it gets the bits as int16
     signed = bits.view(numpy.int16) if bits.dtype == numpy.uint16 else bits
     tensor = torch.from_numpy(signed)
     if isinstance(array, Bits):
@@ -31,14 +31,14 @@ def tensor_of(array: numpy.ndarray, device="cpu", kind: str | None = None) -> to
 
 
 def zeroed(shape: tuple[int, ...], dtype: torch.dtype, device) -> torch.Tensor:
-    """Zeros. On a CPU they take memory only as they are written; torch.zeros writes all of it at once."""
+    """Zeros. On a CPU they take memory only where they are written; torch.zeros would write all at once."""
     if torch.device(device).type != "cpu" or 0 in shape:
         return torch.zeros(shape, dtype=dtype, device=device)
     return tensor_of(mapped_zeros(shape, str(dtype).removeprefix("torch.")))
 
 
 def rope_tables(spec, device, layer: int = 0) -> tuple[torch.Tensor, ...]:
-    """The tables by which a layer turns, on a device."""
+    """The rotary tables of a layer, on a device."""
     return tuple(tensor_of(table, device) for table in spec.rope(layer).tables(spec.max_positions))
 
 
@@ -71,7 +71,7 @@ class TorchArrays(Arrays):
         return array.reshape(-1).view(torch.uint8).numpy()
 
     def put(self, values: numpy.ndarray, out):
-        with torch.inference_mode():  # buffers were made so
+        with torch.inference_mode():  # in which buffers were made
             out.copy_(torch.from_numpy(values))
 
     def wait(self, array):

@@ -1,4 +1,4 @@
-// Which items a step's attention consists of: worked out once per step and window, used by every layer.
+// The items of a step's attention. They are computed once for each step and window, and every layer uses them.
 #pragma once
 
 #include <atomic>
@@ -10,9 +10,10 @@
 
 namespace dc {
 
-// The sequences of a step: rows starts[i] .. starts[i + 1] are the newest of lengths[i] positions, whose pages are
-// pages[offsets[i]] ... A sequence of length 0 is padding: its rows get zeros. `ahead`: none, or for each row the position before which
-// it sees all others where work is two-sided, even after itself; 0: it sees those up to itself. What is wrong throws std::invalid_argument.
+// The sequences of a step. Rows starts[i] .. starts[i + 1] are the newest of lengths[i] positions, whose pages are
+// pages[offsets[i]] ... A sequence of length 0 is padding, and its rows get zeros. `ahead` is empty, or has a position for each row:
+// in two-sided work the row sees all positions below it, even those after itself; 0: it sees those up to itself. Wrong input throws
+// std::invalid_argument.
 class AttentionPlan {
 public:
     AttentionPlan(std::vector<int32_t> pages, std::vector<int64_t> offsets, std::vector<int64_t> lengths,
@@ -24,7 +25,7 @@ public:
         int merges = 0;
         int64_t positions = 0;          // of all items and rows, in whole chunks: a measure of the work
     };
-    // guarded by the GIL; stays valid as long as the plan. `of_texts`: rows see both sides, and a sequence must be whole
+    // Guarded by the GIL. The result is valid as long as the plan. `of_texts`: rows see both sides, and a sequence must be whole
     const Work& work(int window, int head_size, bool of_texts = false, bool two_sided = false);
 
     int64_t rows() const { return starts.back(); }
@@ -38,9 +39,9 @@ private:
     std::map<std::tuple<int, int, bool, bool>, Work> made;      // by window, head size, whether of texts, and whether two-sided
 };
 
-// A step's attention over one window: chunks of items that threads may run in any order, layer after layer. `memory`
-// (memory_bytes, aligned to 64) holds the states of divided sequences; a layer leaves it ready for the next. A chunk either
-// writes what it has found at once (staged == nullptr), or all its items' states to `staged`, which put() then takes.
+// The attention of a step over one window: chunks of items, which threads may run in any order, layer after layer. `memory`
+// (memory_bytes, aligned to 64) holds the states of divided sequences, and a layer leaves it ready for the next. A chunk writes its
+// results at once (staged == nullptr), or writes the states of all its items to `staged`, from where put() takes them.
 class AttentionRun {
 public:
     static size_t memory_bytes(const AttentionPlan::Work& work, int head_size);

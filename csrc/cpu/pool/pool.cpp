@@ -1,26 +1,26 @@
-// A thread's share is one word, (number of the phase, next chunk, end), that changes by compare-and-swap: its owner takes from
-// the front, thieves from the end. `done` is (number of the phase, chunks counted); who completes it is alone with the run
-// until it has begun the next phase. Phases of all runs are numbered on, so a thread that comes late knows it: what it claimed
-// names its phase, and what it counts for a phase that has ended is ignored. Phases themselves are there while any thread is
-// `active`: a run does not return before all have left it.
+// The share of a thread is one word, (number of the phase, next chunk, end), which changes by compare-and-swap. Its owner takes
+// chunks from the front, other threads from the end. `done` is (number of the phase, chunks counted). The thread that completes it
+// is alone with the run until it has begun the next phase. Phases of all runs are numbered on. So a thread that comes late
+// notices it: what it claimed names its phase, and what it counts for a phase that has ended is ignored. Phases stay in memory while
+// any thread is `active`, because a run returns only when all have left it.
 //
-// Redoing. Where the operating system stops a thread inside a staged chunk, one other thread does that chunk again: the first
-// that wins the chunk's word in `redoing`. It waits before that for twice as long as a chunk of the phase has taken so far, in the
-// slowest of the shares that are done: long chunks, or slow cores, are no reason to do a thing twice. Before any is: UNKNOWN_US.
+// Redoing: if the operating system stops a thread inside a staged chunk, one other thread does that chunk again, the first that wins
+// the chunk's word in `redoing`. Before that it waits twice as long as a chunk took in the slowest share that is done, because long
+// chunks and slow cores are no reason to do work twice. While no share is done it waits UNKNOWN_US.
 //
 // Why it is safe to do a chunk twice:
-//   1. A chunk with `put` writes to memory of its thread's own only. So two threads that run it never write the same bytes.
-//   2. The output belongs to the thread that first sets the chunk's word in `written` from an earlier phase's number to 2 n; when it is
-//      in place the word becomes 2 n + 1. All others discard theirs. So each chunk is put in place once.
+//   1. A chunk with `put` writes only to memory of its own thread. So two threads that run it never write the same bytes.
+//   2. The thread that first sets the chunk's word in `written` from an earlier phase's number to 2 n puts its output in place, and then
+//      sets the word to 2 n + 1. All other threads discard theirs. So each chunk is put in place once.
 //   3. A phase ends when every word says 2 n + 1, or when every chunk is counted, and a chunk is counted after its put. So
 //      nothing that a later phase reads is still being written.
-//   4. A late thread reads what later phases already overwrite, and makes nonsense of it: that is dropped by rule 2. It must
-//      come to an end all the same, and touch only memory that is there. Hence the rule for every `run` with a `put`: never
-//      index, and never count a loop, by what later phases of the run overwrite. Values read from there are numbers to
-//      calculate with; addresses and counts come from what is fixed before the run begins (the step's plan, tables, sizes).
+//   4. A late thread reads what later phases already overwrite, and computes nonsense, which rule 2 drops. But it must come to an
+//      end, and touch only memory that exists. Hence the rule for every `run` with a `put`: it never indexes, and never counts a
+//      loop, by what later phases of the run overwrite. Values read from there are numbers to calculate with. Addresses and counts
+//      come from what is fixed before the run begins (the step's plan, tables, sizes).
 //   5. What it reads stays allocated: the run waits until every thread has left (`active`) before it returns.
-// The thread sanitizer reports the reads of rule 4. A thread that was stopped in the middle of `put` cannot be helped: the phase
-// waits for it. A put is a copy of some kilobytes, so that is rare.
+// The thread sanitizer reports the reads of rule 4. If a thread is stopped in the middle of `put`, the phase waits for it. That is
+// rare, because a put copies only some kilobytes.
 #include "cpu/pool/pool.h"
 
 #include "cpu/cpu.h"
@@ -76,7 +76,7 @@ Claim take(std::atomic<uint64_t>& share, bool from_end) {
     return {uint32_t(seen >> 32), from_end ? int64_t(seen & 0xFFFF) - 1 : int64_t(seen >> 16 & 0xFFFF)};
 }
 
-// What a thread reads first in a coming phase: 64 KB, some 2 us of reading at 25 to 40 GB/s. Not measured with and without.
+// How much a thread fetches of a coming phase: 64 KB, which take about 2 us at 25 to 40 GB/s. What it brings was not measured.
 struct Coming {
     const uint8_t* at = nullptr;
     int64_t bytes = 0;
@@ -167,8 +167,8 @@ class Pool {
         }
     }
 
-    // False when another thread has done the chunk, or is just putting it in place. One that throws counts as done, and makes
-    // the run fail when it has ended.
+    // False if another thread has done the chunk, or is just putting it in place. A chunk that throws counts as done, and makes the
+    // run fail when it ends.
     bool do_chunk(int me, int64_t index, int64_t chunk) noexcept {
         const Phase& phase = current->phases[index];
         if (phase.put) return do_staged_chunk(me, phase, first + uint64_t(index), chunk);
@@ -255,8 +255,7 @@ class Pool {
         if (last) advance(me, index + 1);
     }
 
-    // Nothing is left to take, and some chunks are late: this thread repeats those that no other is repeating. False: it
-    // cannot do any.
+    // Nothing is left to take, and some chunks are late. This thread repeats those that no other is repeating. False: there are none.
     bool redo(int me, Coming& coming) {
         const Active here(*this, me);
         const uint64_t number = shared_out.load();
@@ -337,8 +336,7 @@ class Pool {
         return false;
     }
 
-    // Fetches what comes and spins, and then does what others have left undone; false when spin_us have passed without anything
-    // to do.
+    // Fetches what comes, spins, and then does what others have left undone. False: spin_us have passed and there was nothing to do.
     bool spin(int me, Coming& coming) {
         auto now = Clock::now(), since = now;
         const auto end = now + std::chrono::microseconds(spin_us.load(std::memory_order_relaxed));

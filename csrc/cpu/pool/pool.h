@@ -1,18 +1,23 @@
 // A persistent team of threads that shares out the chunks of one phase at a time.
 //
 //     parallel_for(count, [&](int64_t item) { ... });     // one phase; the caller works too and returns when all is done
-//     run_phases(run);                                    // a list of phases, each begun when the one before has ended
+//     run_phases(run);                                    // a list of phases; each begins when the one before has ended
 //
-// A phase's chunks are divided into one contiguous share per thread, so that a thread reads straight through the weights (and
-// keeps its rows in a long prompt); a thread that has finished its own takes from the ends of the others'. A phase ends when its
-// *chunks are done*, not when threads arrive. Where the operating system stops a thread inside a chunk whose output is staged,
-// one other does that chunk again, and all go on without it until the run ends: on two CPUs that Python, the front and a client
-// share, a thread is stopped several times in a step of 2 ms. Why that is safe: pool.cpp. The thread that does the last chunk begins the
-// next phase, and runs phases of one chunk itself, without waking anyone. Waiting threads fetch the weights they will need, spin
-// for a while and then sleep. What a chunk throws is thrown to the caller when the loop or the list of phases has ended.
-// The pool starts with the first loop that needs it (per process: a forked child starts its own). A loop inside a loop, or
-// one that finds the pool busy, runs on its caller alone. Every chunk runs with the default floating-point mode: round to
-// nearest, denormals kept (torch can switch them off).
+// Shares: each thread gets one contiguous share of a phase's chunks, so that it reads straight through the weights (and keeps its
+// rows in a long prompt). A thread that has finished its share takes chunks from the ends of the others'.
+//
+// The end of a phase: a phase ends when its *chunks are done*, not when threads arrive. The operating system may stop a thread
+// inside a chunk. If that chunk's output is staged, one other thread does the chunk again, and all go on without the stopped one
+// until the run ends. On two CPUs that Python, the front and a client share, a thread is stopped several times in a step of 2 ms.
+// pool.cpp says why this is safe. The thread that does the last chunk begins the next phase. It runs phases of one chunk itself,
+// without waking anyone.
+//
+// Waiting threads fetch the weights that they will need, spin for a while and then sleep. What a chunk throws is thrown to the
+// caller once the loop or the list of phases has ended.
+//
+// The pool starts with the first loop that needs it. A forked child starts a pool of its own. A loop inside a loop, and a loop that
+// finds the pool busy, run on the caller alone. Every chunk runs in the default floating-point mode: round to nearest, denormals
+// kept (torch can switch them off).
 #pragma once
 
 #include <cstddef>
@@ -24,11 +29,11 @@
 namespace dc {
 
 constexpr int MAX_THREADS = 256;
-// Entering a futex costs 40-50 us here, so a shorter spin would cost more than it saves; of 20 and 100 us the longer did as
-// well or better (measured on a prototype, not again in this pool).
+// Entering a futex costs 40-50 us here, so a shorter spin would cost more than it saves. On a prototype, 100 us did as well as
+// 20 us or better; it was not measured again in this pool.
 constexpr int SPIN_US = 100;
-// How long a thread waits for another's staged chunk before it does it itself: twice the time of one in the slowest share of the
-// phase so far, at least REDO_US (a chunk is meant to take 3 us), and UNKNOWN_US while no share is done.
+// How long a thread waits for another thread's staged chunk before it does the chunk itself: twice the time that a chunk took in
+// the slowest share of the phase so far, but at least REDO_US (a chunk should take 3 us). While no share is done: UNKNOWN_US.
 constexpr int REDO_US = 8, UNKNOWN_US = 50;
 constexpr int MEASURED = -1;
 constexpr int64_t MAX_CHUNKS = 65535;
@@ -38,11 +43,11 @@ int get_threads();
 int sleeping_threads();                 // of the pool's helpers, how many are parked; for tests
 int fork_generation();                  // changes in a forked child: threads made before are not there
 
-// For tests: every run uses `width` threads (0: as it asks), takes the others' chunks before its own, and does staged ones
-// again after `redo_us` (MEASURED: as said above).
+// For tests. Every run uses `width` threads (0: as many as it asks for). Threads take the others' chunks before their own, and do
+// staged chunks again after `redo_us` (MEASURED: as said above).
 void force_schedule(int width, bool steal_first, int redo_us);
 int forced_width();
-int64_t redone_chunks();                // of this process's pool so far: staged chunks that were done in another thread's stead
+int64_t redone_chunks();                // how many staged chunks this process's pool has done again so far
 int64_t patience_us();                  // how long a thread would wait now before it does a staged chunk again
 void refuse_memory(size_t beyond);      // for tests: Memory does not grow beyond this many bytes; 0: as far as the system allows
 
@@ -53,9 +58,9 @@ struct Phase {
     const uint8_t* weights = nullptr;   // what the chunks read, in their order; null: nothing worth fetching early
     int64_t weight_bytes = 0;
     const Phase* ahead = nullptr;       // the next phase that has weights
-    // With put, a chunk of several writes to `staged` only (null: where it belongs, as all do without put), and put, which is
-    // short, moves that to where it belongs. `run` may then be under way on two threads, or go on when later phases have
-    // overwritten what it reads: whatever it makes of that is thrown away.
+    // With put, a chunk writes only to `staged`, and put, which is short, moves that to where it belongs. (With `staged` null, and
+    // without put, a chunk writes where the output belongs.) `run` may then be at work on two threads. It may even go on after
+    // later phases have overwritten what it reads; such output is thrown away.
     void (*put)(const void* context, int64_t chunk, const void* staged) = nullptr;
     size_t staged_bytes = 0;
 };
@@ -65,7 +70,7 @@ struct Run {
     int64_t count;
     int width;                          // most threads
     int spin_us;                        // how long a thread waits for the others before it sleeps
-    uint64_t* stamps;                   // [count + 1] ticks() at each phase's begin and at the end, or null
+    uint64_t* stamps;                   // [count + 1] ticks() when each phase begins and when the last ends, or null
     std::function<void()> begun = nullptr;      // called once by the caller, when others can go on without it
     bool stalled = false;               // out: the caller waited longer than spin_us within a phase
 };
@@ -73,7 +78,7 @@ struct Run {
 void run_phases(Run& run);              // waits for the pool if it is busy; throws what a chunk threw, or std::bad_alloc
 
 void relax();                           // what a spinning thread does between two looks
-uint64_t ticks();                       // a clock that takes 10 ns to read and counts evenly; which unit it has, only time tells
+uint64_t ticks();                       // a clock that takes 10 ns to read and counts evenly, in a unit that must be measured
 
 using ItemFunction = void (*)(void* context, int64_t item);
 void run_items(int64_t count, ItemFunction function, void* context);
@@ -100,7 +105,7 @@ private:
     size_t size = 0;
 };
 
-// This thread's scratch memory of at least `bytes`, aligned to 64, contents undefined; valid until the next call on the thread.
+// This thread's scratch memory: at least `bytes`, aligned to 64, contents undefined. It is valid until the thread's next call.
 void* scratch(size_t bytes);            // std::bad_alloc
 
 }  // namespace dc

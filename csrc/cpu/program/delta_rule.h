@@ -1,5 +1,5 @@
-// Linear attention that corrects what a key is bound to: chatlm/worker/model/blocks/mixers.py's DeltaRule, chatlm/worker/ops/mixers.py's
-// delta_rule_reference.
+// Linear attention that corrects what a key is bound to: see DeltaRule in chatlm/worker/model/blocks/mixers.py, and
+// delta_rule_reference in chatlm/worker/ops/mixers.py.
 #pragma once
 
 #include <cstdint>
@@ -14,8 +14,8 @@ namespace dc {
 //     size                        taps of the convolution
 //     key_heads, value_heads      Hk, Hv, a multiple of Hk
 //     key_size, value_size        Dk, Dv, multiples of 16
-//     alternating                 value head j reads key head j % Hk, else j / (Hv / Hk)
-//     gates_by_key, heads_by_key  x has b and a side by side for each key head; so its q, k, v and z
+//     alternating                 value head j reads key head j % Hk; else it reads j / (Hv / Hk)
+//     gates_by_key, heads_by_key  x has b and a side by side for each key head; the same for q, k, v and z
 //     taps, decay, dt_bias, norm  [size][channels], [Hv], [Hv], [Dv]
 //     past, states                [slots][size - 1][channels], the oldest token first; [slots][Hv][Dk][Dv]
 struct DeltaRule : op::delta_rule {
@@ -25,10 +25,10 @@ struct DeltaRule : op::delta_rule {
     int64_t values() const { return value_heads * value_size; }
     int64_t columns() const { return channels() + values() + 2 * value_heads; }    // of x: p, z, b, a
     int64_t heads_of_key() const { return value_heads / key_heads; }
-    int64_t head_columns() const { return 2 * key_size + heads_of_key() * value_size; }    // a key head's q, k and v's
+    int64_t head_columns() const { return 2 * key_size + heads_of_key() * value_size; }    // of a key head: q, k and its values
 
     int64_t head(int64_t key_head, int64_t i) const { return alternating ? key_head + i * key_heads : key_head * heads_of_key() + i; }
-    // Where a row of x has its value head j's b, a and z, and what p's channel number `channel` is.
+    // Where a row of x has b, a and z of value head j, and q, k and v of p.
     int64_t b_at(int64_t j) const { return channels() + values() + (gates_by_key ? j / heads_of_key() * heads_of_key() + j : j); }
     int64_t a_at(int64_t j) const { return b_at(j) + (gates_by_key ? heads_of_key() : value_heads); }
     int64_t key_columns() const { return head_columns() + heads_of_key() * value_size; }   // by key head: q, k, its v's, its z's
@@ -37,8 +37,8 @@ struct DeltaRule : op::delta_rule {
     int64_t v_at(int64_t j) const { return heads_by_key ? by_key(j) : 2 * key_heads * key_size + j * value_size; }
     int64_t z_at(int64_t j) const { return heads_by_key ? by_key(j) + heads_of_key() * value_size : channels() + j * value_size; }
 
-    static constexpr int64_t TILE = 32;         // rows that are taken through all of a key head's columns at once
-    int64_t memory_floats() const;              // that a chunk needs
+    static constexpr int64_t TILE = 32;         // rows that go through all columns of a key head at once
+    int64_t memory_floats() const;              // how many a chunk needs
 
 private:
     int64_t by_key(int64_t j) const {
@@ -46,7 +46,7 @@ private:
     }
 };
 
-// Rows of one sequence, and of them what one key head and its value heads give: x [rows][columns()] -> out [rows][Hv * Dv].
+// The work of one key head and its value heads for rows of one sequence: x [rows][columns()] -> out [rows][Hv * Dv].
 struct DeltaRows {
     const DeltaRule* rule;
     const float* x;

@@ -2,14 +2,14 @@
 //
 //     route        (row by row) ids and shares of each row's experts
 //     group        (one thread) the pairs (row, expert) in the order of experts, then of rows
-//     gather       x of each pair, made ready: an expert's pairs are the rows of panels of its own
+//     gather       x of each pair, made ready: the pairs of an expert are rows of panels of its own
 //     gate_up      hidden of each pair: activation(x W^T + bias) with its expert's W
-//     gather, down the same of hidden -> added
+//     gather, down the same for hidden -> added
 //     combine      (row by row) x (or nothing) + the sum of share * added, in the order of the row's experts
 //
-// So every expert that any row chose is read once in a step, by one row or by hundreds. Chunks are laid out before the routing
-// is known: a product has a fixed number of them, and each takes its part of the tiles of the experts that turned out to be
-// chosen. Where a row lies among its expert's rows makes no difference to its bits (tiles.h).
+// So each expert that any row chose is read once in a step, whether one row chose it or hundreds did. Chunks are laid out before the
+// routing is known: a product has a fixed number of chunks, and each takes its part of the tiles of the experts that were chosen. The
+// bits of a row do not depend on its place among the rows of its expert (tiles.h).
 #pragma once
 
 #include <cstdint>
@@ -19,13 +19,13 @@
 
 namespace dc {
 
-// Of one layer. `group` alone writes what the chunks of the products index by, so a chunk that a thread does again, or late,
-// finds it as it was (pool.cpp); hence each layer has its own.
+// The routing of one layer. Only `group` writes what the chunks of the products index by, and each layer has a routing of its own. So
+// a chunk that a thread does again, or late, finds it unchanged (pool.cpp).
 struct Routing {
     Routing(int64_t experts, int64_t chosen, bool sum_to_one, bool sigmoids, int64_t max_tokens);
 
     const int64_t experts, chosen;
-    const bool sum_to_one, sigmoids;    // what the shares are made of: sigmoids, with op.bias in the choice, or a softmax
+    const bool sum_to_one, sigmoids;    // shares are made of sigmoids, with op.bias in the choice, or of a softmax
     std::vector<int32_t> ids;           // [T][chosen], by route
     std::vector<float> shares;          // [T][chosen], by route
 

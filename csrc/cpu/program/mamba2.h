@@ -1,4 +1,5 @@
-// A state space that decays by the token: chatlm/worker/model/blocks/mixers.py's Mamba2, chatlm/worker/ops/mixers.py's mamba2_reference.
+// A state space that decays by the token: see Mamba2 in chatlm/worker/model/blocks/mixers.py, and mamba2_reference in
+// chatlm/worker/ops/mixers.py.
 //
 //     convolve    (columns) u = silu of the convolution of p; step_run.cpp
 //     mamba2      (heads) y = S C + skip * v, times silu(z)
@@ -16,7 +17,7 @@ namespace dc {
 // Its fields (ops.def):
 //     heads, head_size         H, P, a multiple of 16
 //     state_size, groups       N, G
-//     first_head, group_heads  head j is the model's head first_head + j, group_heads of which form a group
+//     first_head, group_heads  head j is head first_head + j of the model, and group_heads of these form a group
 //     decay, dt_bias, skip     [H]
 //     states                   [slots][H][N][P]
 struct Mamba2 : op::mamba2 {
@@ -31,7 +32,7 @@ struct Mamba2 : op::mamba2 {
     int64_t c_at(int64_t head) const { return b_at(head) + groups * state_size; }
 };
 
-// Rows of one sequence, and of them what one head gives: x [rows][columns()], u [rows][channels()] -> out [rows][inner()].
+// The work of one head for rows of one sequence: x [rows][columns()], u [rows][channels()] -> out [rows][inner()].
 struct Mamba2Rows {
     const Mamba2* layer;
     const float *x, *u;

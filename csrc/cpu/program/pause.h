@@ -1,7 +1,8 @@
-// Between the layers of a model that embeds texts: waiting while other processes of the server write answers.
-// One word of shared memory says until when answers are written, in nanoseconds of the steady clock, which all processes of a
-// machine read alike. Whoever writes an answer moves it on before each step, so that it lies in the past as soon as nobody does,
-// or the writer has died.
+// A model that embeds texts waits between its layers while other processes of the server write answers.
+//
+// One word of shared memory is the time until which answers are being written, in nanoseconds of the steady clock, which is the
+// same for all processes of a machine. Whoever writes an answer moves the time forward before each step. So it lies in the past
+// as soon as nobody writes, also after a writer has died.
 #pragma once
 
 #include <atomic>
@@ -13,10 +14,10 @@ namespace dc {
 
 struct Pause {
     std::atomic<const int64_t*> until{nullptr};     // null: this process never waits
-    std::atomic<int64_t> most_ns{0};                // that one pause lasts, so that texts go on while answers never end:
-    std::atomic<int64_t> slice_ns{0};               // for so long, and to the end of a layer
-    std::atomic<int64_t> sliced{0};                 // when the slice under way ends
-    std::atomic<int64_t> waited_ns{0};              // in all
+    std::atomic<int64_t> most_ns{0};                // a pause lasts no longer, so that texts go on while answers never end
+    std::atomic<int64_t> slice_ns{0};               // after a pause that long, layers go on without pauses for this time
+    std::atomic<int64_t> sliced{0};                 // when that time ends
+    std::atomic<int64_t> waited_ns{0};              // how long all pauses lasted together
 
     void wait() {
         const int64_t* const word = until.load();

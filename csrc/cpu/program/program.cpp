@@ -1,6 +1,7 @@
-// Recording, checking and queueing steps; the leader: a thread per Program that runs them, one after the other.
-// What crosses threads does so under `mutex`: a step belongs to the leader from being queued until `ended`. A run never
-// throws into another thread: what goes wrong becomes the step's `error`, which finish() raises.
+// Records, checks and queues steps. Each Program has a leader, a thread that runs the steps one after the other.
+//
+// Threads exchange data only under `mutex`. A step belongs to the leader from when it is queued until it has `ended`. A run never
+// throws into another thread: a failure becomes the step's `error`, which finish() raises.
 #include "cpu/program/program.h"
 
 #include <algorithm>
@@ -64,7 +65,7 @@ class Leader {
         const int64_t waited_ns = pausing.waited_ns.load();
         step.run(width, begun);
         step.us = us_since(begin);
-        // What counts is the time from token to token: where kernels hold every CPU, Python comes late with the next step.
+        // The time from token to token counts, because Python comes late with the next step if kernels hold every CPU.
         step.gap_us = std::chrono::duration<double, std::micro>(begin - last_end).count();
         last_end = Clock::now();
         if (threads == 1 || forced_width() || step.many_rows()) return;       // nothing to choose
@@ -72,8 +73,8 @@ class Leader {
         decoding.learn(step.tokens * (MAX_CHUNKS + 1) + step.logit_rows, step.us + (step.gap_us < MOST_GAP_US ? step.gap_us : 0), step.outcome.stalled);
     }
 
-    // The thread that waits for a step often wakes up on this thread's CPU and takes it for 200 us; so the end is announced when
-    // the next step, if already queued, has begun and the helpers continue with it.
+    // The thread that waits for a step often wakes up on this thread's CPU and takes it for 200 us. So if the next step is queued
+    // already, the end is announced only when that has begun and the helpers go on with it.
     void lead() {
         std::shared_ptr<Step> untold;
         for (;;) {

@@ -2,9 +2,9 @@
 //
 //     record(op) ...;  ticket = start(input);  tokens = finish(ticket)
 //
-// The same list serves every batch: T tokens and R logit rows are counts of a step. start() checks the step, works out what
-// its layers share (positions, slots, attention's items, the phases) and queues it; at most two steps wait or run, and the
-// second may take ids that the first has yet to draw. finish() waits. How ops become phases: step.h.
+// The same list serves every batch: each step has its own numbers of tokens T and of logit rows R. start() checks the step, computes
+// what its layers share (positions, slots, items of attention, phases) and queues it. At most two steps wait or run, and the second
+// may use ids that the first has yet to draw. finish() waits. step.h says how ops become phases.
 #pragma once
 
 #include <cstdint>
@@ -37,16 +37,16 @@ struct Op {
     AnyOp& any() { return std::visit([](AnyOp& its) -> AnyOp& { return its; }, is); }
 };
 
-// What a step brings. Ids below 0: token_ids ~i (-1 - i) is the token that row i of the step before draws; previous_ids
-// -1 is none, -2 - i the token that row i of the step before draws.
+// What a step brings. Ids below 0 stand for tokens that are not drawn yet: ~i (-1 - i) in token_ids, and -2 - i in previous_ids, are the
+// token that row i of the step before draws. -1 in previous_ids means that there is none.
 struct StepInput {
     std::vector<int64_t> token_ids, previous_ids, starts, lengths, logit_rows;
-    std::vector<int32_t> pages;         // of all sequences; sequence i's from offsets[i]: a page of each group in turn
+    std::vector<int32_t> pages;         // of all sequences; those of sequence i begin at offsets[i], a page of each group in turn
     std::vector<int64_t> offsets;
-    std::vector<int64_t> state_reads;   // of layers that keep states: the slot of each sequence, unless its first row is at position 0
-    std::vector<int64_t> write_rows, write_slots;               // after these rows, ascending, the state goes to these slots
+    std::vector<int64_t> state_reads;   // the slot that each sequence's states are read from, unless its first row is at position 0
+    std::vector<int64_t> write_rows, write_slots;               // after these rows, ascending, states go to these slots
     std::vector<std::shared_ptr<const Adapter>> adapters;       // of each sequence, or null; empty: no sequence has one
-    std::vector<int64_t> turns;         // of each token, the row of the tables cos and sin that it turns by; empty: its position
+    std::vector<int64_t> turns;         // for each token, the row of cos and sin by which it turns; empty: its position
     std::vector<int64_t> ahead;         // see AttentionPlan
     bool all_rows = false;              // compute all of the last layer, not only the rows that have logits
     bool samples = false;
@@ -59,8 +59,8 @@ struct StepTimes {                      // of one step that has ended
     int64_t tokens, logit_rows;
     int width;
     bool stalled;
-    double us, gap_us;                  // its own time; what passed between the end of the step before and its begin
-    std::vector<std::pair<std::string, double>> phases;         // (what, us)
+    double us, gap_us;                  // how long it took; how long after the end of the step before it began
+    std::vector<std::pair<std::string, double>> phases;         // (ops, us)
 };
 
 class Program {
@@ -70,9 +70,9 @@ public:
     Program(const Program&) = delete;
     Program& operator=(const Program&) = delete;
 
-    // What it points to outlives the program. std::invalid_argument after the first start.
+    // What the op points to must outlive the program. std::invalid_argument after the first start.
     void record(Op op);
-    int64_t start(StepInput input);     // a ticket; std::invalid_argument that names what is wrong, and then nothing has happened
+    int64_t start(StepInput input);     // a ticket; or std::invalid_argument that names what is wrong, and nothing has happened
     std::vector<int32_t> finish(int64_t ticket);
     std::vector<StepTimes> times() const;                       // the last steps, oldest first
     std::vector<std::string> describe() const;

@@ -1,4 +1,4 @@
-// What a recorded op holds: for each row of ops.def a struct of its fields, op::mix and so on.
+// What a recorded op holds: for each row of ops.def a struct with its fields, such as op::mix.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@ namespace dc {
 class Ranks;
 struct Routing;
 
-struct Rows {                           // a buffer: contiguous rows of `columns`; address null: there is none
+struct Rows {                           // a buffer of contiguous rows; a null address: there is no buffer
     float* at = nullptr;
     int64_t columns = 0;
     float* row(int64_t i) const { return at + i * columns; }

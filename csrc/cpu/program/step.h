@@ -1,26 +1,29 @@
-// One step of a Program, ready to run: its checked input, what its layers share, and its phases. step_plan.cpp makes them,
+// One step of a Program, ready to run: its checked input, what its layers share, and its phases. step_plan.cpp makes the phases,
 // step_run.cpp runs them.
 //
-// How ops become phases, for T tokens:
-//   few      a product's tiles are divided among the threads, so that each weight is read once; what stands between two
-//            products (norm, mixing, rope, making x ready for the next product) is one phase of 4 rows a chunk, hence for
-//            T <= 4 no phase of its own: the thread that ends one product does it and begins the next.
-//   at least 8 for each thread and 16 in all
-//            rows are divided: everything from one attention to the next is one phase whose chunks take 8 to 32 rows through
-//            all products, so that a thread keeps its rows in its cache (measured for 256 tokens: 4,360-4,880 tok/s on two chips,
-//            2,960 with the products divided; for 16 tokens on two threads: 64 phases instead of 303, a step 0.90 of the time).
-//            With weights whose codes are made before a product (tiles/grids.h) it is about 64, once for each chunk.
-// Where ranks sum (all_reduce) or put side by side (all_gather) what each has, one chunk copies, meets (ranks.h) and joins; where
-// that is much, copying and joining are phases around the meeting, in which all threads take part. A product or an embedding
-// right before it is written where the others read it, and nothing is copied: so what it would have been written to stays as it was.
-// A layer's experts (experts.h) are phases of their own either way: their products are divided among the threads.
-// Logit rows are always treated the first way: the head is too large to be read again for each chunk.
-// A convolution of more than 4 rows is a phase whose chunks take columns: each row of a sequence needs those before it.
-// A delta rule or a Mamba layer is one whose chunks take heads: its states are megabytes, even for one row.
-// After the last op that appends keys or keeps states, only tokens with logits are computed: nothing reads the others (a
-// thirtieth of a prompt; nearly half where the last layers read the keys of others). One phase moves their rows to the front of
-// every buffer that is still to be read, and from there on the step has only these rows.
-// The bits of a row are the same either way (tiles.h, attention.h).
+// How ops become phases depends on the number of tokens:
+//   few      The tiles of a product are divided among the threads, so that each weight is read once. What stands between two
+//            products (norm, mixing, rope, making x ready for the next product) is one phase of 4 rows a chunk. So up to 4 tokens
+//            need no such phase: the thread that ends one product does this work and begins the next product.
+//   many     (at least 8 for each thread, and 16 in all) Rows are divided: everything from one attention to the next is one phase.
+//            Its chunks take 8 to 32 rows through all products, so that a thread keeps its rows in its cache. Measured with 256
+//            tokens: 4,360-4,880 tok/s on two chips, 2,960 with the products divided. With 16 tokens on two threads: 64 phases
+//            instead of 303, and a step takes 0.90 of the time. With weights whose codes are made before a product
+//            (tiles/grids.h) a chunk takes about 64 rows, and makes the codes once.
+// A row has the same bits either way (tiles.h, attention.h).
+//
+// Always:
+//   - Ranks exchange what each has: they sum it (all_reduce) or put it side by side (all_gather). One chunk copies, meets (ranks.h)
+//     and joins. If there is much to exchange, copying and joining are phases before and after the meeting, in which all threads
+//     take part. A product or an embedding right before an exchange writes where the other ranks read, so that nothing is copied.
+//     The buffer that it would have written to then stays as it was.
+//   - The products of a layer's experts (experts.h) are divided among the threads, in phases of their own.
+//   - Logit rows are treated as few tokens, because the head is too large to be read again for each chunk.
+//   - A convolution of more than 4 rows is a phase whose chunks take columns, because each row of a sequence needs those before it.
+//   - A delta rule or a Mamba layer is a phase whose chunks take heads, because its states are megabytes even for one row.
+//   - After the last op that appends keys or keeps states, only tokens with logits are computed, because nothing reads the others.
+//     (That saves a thirtieth of a prompt; nearly half if the last layers read the keys of others.) One phase moves their rows to
+//     the front of every buffer that will still be read. From there on the step has only these rows.
 #pragma once
 
 #include <algorithm>
@@ -40,12 +43,12 @@
 
 namespace dc {
 
-constexpr int64_t MANY_ROWS = 32;               // chunks of rows are long from here on, as a prompt's are
+constexpr int64_t MANY_ROWS = 32;               // from so many rows on, chunks of rows are long
 constexpr int64_t CAP_COLUMNS = 8192;           // of a chunk of softcap
 
 static inline int64_t unit_of(Activation activation) { return is_gate(activation) ? 2 : 1; }     // tiles that stay together
 
-// From this many tokens on, a step's rows are divided: each thread has the 8 rows that kernels take through a tile together.
+// From this many tokens on, the rows of a step are divided: each thread gets the 8 rows that kernels take through a tile together.
 constexpr int64_t MOST_TOKENS_BY_TILES = 128;
 static inline int64_t tokens_by_rows(int threads) { return std::min(GROUP_ROWS * int64_t(std::max(2, threads)), MOST_TOKENS_BY_TILES); }
 
@@ -63,12 +66,12 @@ struct StepMemory {
 
 class Step {
 public:
-    // Every table that ids are looked up in has at least `vocab` rows.
+    // Every table in which ids are looked up has at least `vocab` rows.
     Step(const std::vector<Op>& ops, StepInput input, const StepMemory& memory, int threads, int64_t vocab);
     Step(const Step&) = delete;
     Step& operator=(const Step&) = delete;
 
-    // Ids below 0 become what the step before drew; std::out_of_range if it drew none, or one that has no row in some table.
+    // Ids below 0 become what the step before drew. std::out_of_range if it drew nothing, or an id that some table does not have.
     void resolve_ids(const std::vector<int32_t>& drawn);
     void run(int width, const std::function<void()>& begun);
     void poison_ranks() const;                  // of a step that failed: the other ranks wait for it
@@ -85,13 +88,14 @@ public:
     std::string error;
 
 private:
-    struct Part {                               // what a phase consists of: ops [first, end) of each row, then x of `prepares`
+    struct Part {                               // the work of a phase: ops [first, end) of each row, then x of `prepares`
         const Step* step;
         int first, end, prepares;               // prepares: a linear, or -1
         int64_t rows, rows_per_chunk, chunks;
     };
-    // Attention of equal group, window, heads, kv_heads and head size, of all tokens or of the needed ones only, is one run.
-    using Shape = std::array<int, 4>;           // group, heads, kv_heads, needed ones only?: what a plan is made for
+    // Ops of attention share one run if group, window, heads, kv_heads and head size are equal, and if they are all of all tokens
+    // or all of the needed ones.
+    using Shape = std::array<int, 4>;           // of a plan: group, heads, kv_heads, only needed tokens?
     using Key = std::tuple<Shape, int, int, bool, bool>;
     Shape shape_of(const op::paged_attention& op) const { return {op.group, op.heads, op.kv_heads, is_of_needed(op)}; }
     Key key_of(const op::paged_attention& op) const { return {shape_of(op), op.window, op.head_size, op.of_texts, op.two_sided}; }
@@ -100,7 +104,7 @@ private:
     using Put = void (Step::*)(const Part&, int64_t chunk, const float* staged) const;
     struct Range { int64_t begin, end; };
 
-    template <class Work> void note_failure(Work work) const;     // of a chunk, before the phase ends
+    template <class Work> void note_failure(Work work) const;     // if a chunk throws, before its phase ends
     Phase& add_phase(Part part);
     template <Body body> void add_plain(Part part);
     template <StagedBody body, Put put> void add_staged(Part part, size_t staged_bytes);
@@ -178,7 +182,7 @@ private:
     template <class Visit> void each_sequence(Visit visit) const;
     template <class T> void convolve(const T& op, int64_t first, int64_t last) const;
 
-    // What each op needs, by how it runs (ops.def): step_run.cpp and step_plan.cpp define what has no body here.
+    // What each op needs, by how it runs (ops.def). step_run.cpp and step_plan.cpp define what has no body here.
 #define DO_ROWS(T) void do_rows(const T& op, int64_t begin, int64_t end) const
 #define ROW(T)                                       \
     void do_row(const T& op, int64_t row) const;     \
@@ -210,17 +214,17 @@ private:
     std::map<Shape, AttentionPlan> plans;
     std::map<Key, AttentionRun> attention;
     int last_append = INT32_MAX;                // INT32_MAX: all rows are computed to the end
-    std::vector<int64_t> needed;                // the tokens that have logits, ascending: rows of ops after that one
-    std::vector<int64_t> gathered;              // for each logit row: which row gather_rows takes
-    std::vector<Rows> live;                     // buffers that are read after it as they were before
+    std::vector<int64_t> needed;                // the tokens that have logits, ascending: the rows of ops after last_append
+    std::vector<int64_t> gathered;              // for each logit row, which row gather_rows takes
+    std::vector<Rows> live;                     // buffers that were written before last_append and are read after it
     std::vector<Memory> attention_memory;
-    std::vector<const AdapterMatrix*> token_adapters, needed_adapters, logit_adapters;    // of each row, or null; empty: no row has any
+    std::vector<const AdapterMatrix*> token_adapters, needed_adapters, logit_adapters;    // of each row, or null; empty: no row has one
     int64_t most_ranks = 0;
-    mutable std::vector<float> shrunk;          // of each row, most_ranks: u of the product that comes next
+    mutable std::vector<float> shrunk;          // [rows][most_ranks]: u of the next product
     std::vector<Part> parts;
     std::vector<Phase> phases;
     std::vector<uint64_t> stamps;
-    mutable std::atomic<bool> failed{false};    // a chunk has thrown: what comes after it is nonsense, and not for other ranks
+    mutable std::atomic<bool> failed{false};    // a chunk has thrown: later output is nonsense, and other ranks must not get it
 };
 
 }  // namespace dc

@@ -1,4 +1,4 @@
-// What a step's layers share, and how ops become phases: all before the step runs.
+// What the layers of a step share, and how ops become phases. All of this happens before the step runs.
 #include "cpu/program/step.h"
 
 #include <algorithm>
@@ -8,11 +8,11 @@
 namespace dc {
 namespace {
 
-// A chunk of a product is 64 KB of weights: 1.5 to 3 us at 20 to 40 GB/s. Less than half of that is not worth a hand-over
-// (0.1 to 0.4 us, measured). Chosen by this estimate; other sizes were not tried.
+// A chunk of a product is 64 KB of weights, which take 1.5 to 3 us at 20 to 40 GB/s. Less than half of that is not worth a hand-over
+// (0.1 to 0.4 us, measured). The size was chosen by this estimate; no other was tried.
 constexpr int64_t CHUNK_BYTES = 64 << 10;
 constexpr int64_t FREE_ROWS = 4;                // this many rows take the time of one: with more, chunks take fewer tiles
-// A chunk of an expert's product in a prompt: its weights stay in the second cache while all of the expert's rows pass by.
+// A chunk of an expert's product in a prompt. Its weights stay in the second cache while all rows of the expert are multiplied.
 constexpr int64_t EXPERT_BYTES = 384 << 10;
 constexpr int64_t EXCHANGED_BYTES = 32 << 10;   // of a rank's part, copied or joined by a chunk: estimated 3 us
 constexpr int64_t CONV_VALUES = 16 << 10;       // of a chunk of a convolution: estimated 5 us
@@ -127,7 +127,7 @@ void Step::find_needed() {
     find_live();
 }
 
-// What ops after the last append read before any of them has written it.
+// The buffers that ops after the last append read before any of these has written them.
 void Step::find_live() {
     std::vector<const float*> seen;
     const auto is_new = [&](const Rows& rows) {
@@ -142,7 +142,7 @@ void Step::find_live() {
     }
 }
 
-// The needed rows as the newest of sequences of their own: each run of neighbours one.
+// The needed rows as sequences of their own, of which they are the newest positions: one for each run of neighbours.
 Step::Sequences Step::of_needed(const Sequences& all) const {
     Sequences some{{}, {0}, {}, {0}};
     size_t i = 0;
@@ -261,7 +261,7 @@ void Step::add_phases(const op::group& op) {
     add_plain<&Step::do_group>({nullptr, op.index, op.index + 1, -1, rows, rows, 1});
 }
 
-// One chunk: the thread that ended the phase before waits, and the others go to sleep.
+// A phase of one chunk: the thread that ended the phase before waits in it, and the others go to sleep.
 void Step::add_phases(const op::pause& op) {
     const int64_t rows = count_of(op);
     add_plain<&Step::do_pause>({nullptr, op.index, op.index + 1, -1, rows, rows, 1});
@@ -270,7 +270,7 @@ void Step::add_phases(const op::pause& op) {
 void Step::add_phases(const op::gate_up& op) { add_experts(op); }
 void Step::add_phases(const op::down& op) { add_experts(op); }
 
-// Routing decides how much there is to do: at most what `most` experts take.
+// Only routing decides how much there is to do, but no more than what `most` experts take.
 void Step::add_experts(const AnyOp& op) {
     const ExpertProduct its = experts_of(op);
     const int64_t rows = count_of(op), E = its.routing.experts, pairs = rows * its.routing.chosen, most = std::min(E, pairs);

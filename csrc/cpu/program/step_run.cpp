@@ -22,7 +22,7 @@ void copy_row(float* out, const float* x, int64_t columns) { std::memcpy(out, x,
 
 // ---- x made ready, and what adapters make of it
 
-// x's rows [begin, end) made ready as rows `to` ... of `prepared`; `wide` has wide_bytes.
+// Makes rows [begin, end) of x ready, as rows `to` ... of `prepared`. `wide` has wide_bytes.
 void Step::prepare_rows(const op::linear& op, int64_t begin, int64_t end, int64_t to, void* prepared, float* wide) const {
     const Tiles& w = op.tiles;
     const int64_t rows = end - begin, columns = op.x.columns;
@@ -35,7 +35,7 @@ void Step::prepare_rows(const op::linear& op, int64_t begin, int64_t end, int64_
     prepare(w, x - to * columns, columns, to, to + rows, op.norm && !apart, op.norm_weight, op.eps, op.fine, prepared);
 }
 
-// Rows [begin, end), whose x after the norm this is. Those of one adapter go together, wherever they are among these.
+// Computes u of rows [begin, end). `normed` is their x after the norm. Rows of one adapter go together, wherever they are.
 void Step::shrink_rows(const op::linear& op, int64_t begin, int64_t end, const float* normed) const {
     const auto& adapters = adapters_of(op);
     const float* x[SHRUNK_ROWS];
@@ -76,7 +76,7 @@ Step::Exchanged Step::exchanged_of(int index) const {
     return {};
 }
 
-// Does the op after this one exchange the product or embedding that this one gives? Then it is written where the other ranks read it.
+// Does the next op exchange what this product or embedding gives? Then it is written where the other ranks read it.
 bool Step::is_offered(int index) const {
     const Exchanged next = exchanged_of(index + 1);
     if (index < 0 || !next.ranks) return false;
@@ -183,7 +183,7 @@ void Step::do_row(const op::combine& op, int64_t row) const {
     row_kernels_here().combine(op.x.at ? op.x.row(row) : nullptr, added, &routing.shares[size_t(first)], routing.chosen, op.out.columns, op.out.row(row));
 }
 
-// Of each head its columns and then its gate's; then all that has no gates.
+// x has for each head its columns and then those of its gate, and last all that has no gates.
 void Step::do_row(const op::split_gates& op, int64_t row) const {
     const float* x = op.x.row(row);
     const int64_t size = op.gates.columns;
@@ -214,7 +214,7 @@ void Step::do_row(const op::gate_input& op, int64_t row) const {
     row_kernels_here().gate_input(op.gate.row(row), op.inputs.row(row) + op.first, op.out.columns, op.out.row(row));
 }
 
-// Of each group what the heads here add to it.
+// What the heads of this rank add to the sum of each group.
 void Step::do_row(const op::group_squares& op, int64_t row) const {
     const int64_t P = op.head_size;
     float* const out = op.out.row(row);
@@ -275,14 +275,14 @@ void Step::do_rows(const op::linear& op, int64_t begin, int64_t end) const {
     multiply(product_of(op, memory, begin, end - begin, product_row(op, op.out, begin)), 0, tile_count(op.tiles.rows), 0, group_count(end - begin));
 }
 
-// Each needed row to its place among them; they ascend, so it overwrites none that has yet to move.
+// Moves each needed row to its place among them. They ascend, so no row is overwritten before it has moved.
 void Step::do_move_needed(const Part&, int64_t chunk) const {
     const Rows& rows = live[size_t(chunk)];
     for (size_t i = 0; i < needed.size(); i++)
         if (needed[i] != int64_t(i)) std::memcpy(rows.row(int64_t(i)), rows.row(needed[i]), size_t(rows.columns) * sizeof(float));
 }
 
-// visit() gets the rows of each sequence and what they read and write.
+// Calls visit() with the rows of each sequence, and what they read and write.
 template <class Visit>
 void Step::each_sequence(Visit visit) const {
     size_t write = 0;

@@ -1,14 +1,14 @@
 // How many threads a decoding step gets: all, or one.
 //
-// Why: the weights stream through one thread at 80 % of the speed of two on two cores of one cache, at all of it on two
-// hardware threads of one core, at half of it on two chips; and a second thread whose CPU another program takes costs more
-// than it gives: 172 tok/s with two threads next to a busy loop, 435 with one (measured). Which of these holds changes
-// within seconds, and nothing reports it; so measured times of steps of the same shape decide, stalls included:
-//   - now and then a few steps run with the other width, and the faster one stays. A probe that changes nothing doubles the
-//     time to the next: at first 64 steps, at most 2,048, so that by this estimate probes cost 0.1 to 0.3 % in the long run;
-//   - a stall (a thread waited 100 us for another's chunk) brings the probe forward if steps have become slower since the
-//     last one. The step that stalled keeps its width: going on alone lost 10 % at 16 rows, where Python and the front stop
-//     a helper now and then, and gained nothing next to a busy loop.
+// Why: how fast weights stream through one thread, compared with two, depends on the machine. It is 80 % on two cores with one
+// cache, all of it on two hardware threads of a core, and half of it on two chips. And a second thread costs more than it gives if
+// another program takes its CPU: beside a busy loop two threads made 172 tok/s and one made 435 (measured). Which of these holds
+// changes within seconds, and nothing reports it. So measured times of steps of one shape decide, stalls included:
+//   - Now and then a few steps run with the other width, and the faster width stays. If a probe changes nothing, the time to the
+//     next one doubles, from 64 steps up to 2,048. By this estimate probes cost 0.1 to 0.3 % in the long run.
+//   - A stall (a thread waited 100 us for another's chunk) brings the next probe forward, if steps have become slower since the
+//     last probe. The step that stalled keeps its width. To go on alone lost 10 % at 16 rows, where Python and the front stop a
+//     helper now and then, and gained nothing beside a busy loop.
 #pragma once
 
 #include <algorithm>
@@ -19,14 +19,14 @@ namespace dc {
 class Width {
 public:
     static constexpr int FIRST_INTERVAL = 64, LONGEST_INTERVAL = 2048, LEAST_INTERVAL = 32;
-    static constexpr double GAIN = 0.97;            // the other width must take less than this part of the time;
-    static constexpr double HOPELESS = 1.25;        // and its trial ends early where it takes this much more
+    static constexpr double GAIN = 0.97;            // the other width is better if it takes less than this share of the time
+    static constexpr double HOPELESS = 1.25;        // its trial ends early if it takes more than this
 
     explicit Width(int probe_steps) : probe_steps(probe_steps) {}
 
     int choose(int threads) const { return wide != probing ? threads : 1; }
 
-    // The step took `cost` (us) with the width chosen; `shape` tells which steps compare.
+    // The step took `cost` (us) with the width that was chosen. Only steps of one `shape` are compared.
     void learn(int64_t shape, double cost, bool stalled) {
         if (shape != last_shape) {                  // nothing to compare with yet
             last_shape = shape;
@@ -63,7 +63,7 @@ private:
     bool wide = true, probing = false;
     int64_t last_shape = -1;
     Mean usual, probe;
-    double settled = 0;                             // `usual` when last decided
+    double settled = 0;                             // what `usual` was at the last decision
 };
 
 }  // namespace dc

@@ -3,16 +3,19 @@
 //     Ranks ranks(fd, rank, patience_s);                       // each process, with its rank; the file is the parent's
 //     copy to ranks.next();  ranks.meet(bytes);  read ranks.part(r)      // a phase; all ranks run the same phases
 //
-// A phase: each rank copies its part to memory of its own, says so, and waits until all have said so. Memory for parts is there
-// twice, and phases take turns. So one wait for each other rank is enough: a rank that begins phase n + 1 may overwrite the parts of n - 1,
-// because everyone who has come to phase n has read them.
-// A waiting rank spins for SPIN_US, since entering a futex costs 40-50 us, and then sleeps until the other one has come: another program
-// may have its CPU, and Linux moves it to one that is idle. Two ranks on one CPU separate. If there are more ranks than CPUs, none
-// spins.
-// No wait is endless: it ends with std::runtime_error when someone has poisoned the file (the parent, or a rank whose step
-// failed), when the other process has ended (checked every LOOK_MS), or after `patience_s`. A rank that notices one of the latter
-// poisons the file, so all ranks leave, and every later phase fails at once. A new file begins anew.
-// One thread of a rank at a time may use it: the pool's phase of one chunk does, see Step::add_exchange.
+// A phase: each rank copies its part to its own place in the memory, says so, and waits until all have said so. There are two places
+// for each part, and phases take them in turn. So one wait for each other rank is enough: a rank that begins phase n + 1 may overwrite
+// the parts of phase n - 1, because every rank that has come to phase n has read them.
+//
+// Waiting: a rank spins for SPIN_US, because entering a futex costs 40-50 us. Then it sleeps until the other rank has come, because
+// another program may have that rank's CPU, and Linux can move the rank to an idle CPU. Two ranks on one CPU separate. If there are
+// more ranks than CPUs, none spins.
+//
+// No wait is endless. It ends with std::runtime_error when someone has poisoned the file (the parent, or a rank whose step failed),
+// when the other process has ended (checked every LOOK_MS), or after `patience_s`. A rank that notices one of the last two poisons
+// the file. Then all ranks stop waiting, and every later phase fails at once. A new start needs a new file.
+//
+// One thread of a rank at a time may use this: a phase of one chunk does, see Step::add_exchange.
 #pragma once
 
 #include <atomic>
@@ -23,32 +26,32 @@
 namespace dc {
 
 constexpr int MAX_RANKS = 64;
-constexpr int LOOK_MS = 20;             // how long a rank may sleep before it sees that another has ended, or the poison
+constexpr int LOOK_MS = 20;             // how long a rank may sleep before it notices that another has ended, or the poison
 
 class Ranks {
 public:
-    // How large a file for parts of `part_bytes` is; and what to write at the begin of it, which else is zeros.
+    // The size of a file for parts of `part_bytes`. prepare writes its beginning; the rest is zeros.
     static int64_t file_bytes(int count, int64_t part_bytes);
     static void prepare(int fd, int count, int64_t part_bytes);         // once, by the parent; std::runtime_error
 
-    // `rank` in 0 ... count - 1; or PARENT, which cannot meet. std::invalid_argument for a file of another kind, or a rank that is taken.
+    // `rank` is 0 ... count - 1, or PARENT, which cannot meet. std::invalid_argument for a file of another kind, or a rank that is taken.
     static constexpr int PARENT = -1;
     Ranks(int fd, int rank, double patience_s);
     ~Ranks();
     Ranks(const Ranks&) = delete;
     Ranks& operator=(const Ranks&) = delete;
 
-    float* next() const { return part_of(rank, phase + 1); }            // where this rank's part of the coming phase goes
-    void meet(int64_t bytes);                                           // with this many bytes there; std::runtime_error, see above
-    const float* part(int of) const { return part_of(of, phase); }      // of the phase that all have come to; until the next meet
+    float* next() const { return part_of(rank, phase + 1); }            // where this rank's part of the next phase goes
+    void meet(int64_t bytes);                                           // once so many bytes are there; std::runtime_error, see above
+    const float* part(int of) const { return part_of(of, phase); }      // of the phase that all have come to; valid until the next meet
 
-    void poison();                      // all ranks leave their waits
-    std::string why() const;            // the file is poisoned; "" while it is not
+    void poison();                      // all ranks stop waiting
+    std::string why() const;            // why the file is poisoned; "" while it is not
 
     const int rank;
     int count = 0;
     int64_t part_bytes = 0;
-    int64_t moves = 0;                  // how often this rank went to another CPU, because the one it waited for was on the same
+    int64_t moves = 0;                  // how often this rank went to another CPU, because the rank it waited for was on the same
 
 private:
     struct Line;

@@ -1,32 +1,45 @@
-// Integer dot products in sixteen lanes: a chunk = 16 rows x 4 columns of weights, a word per lane, times 4 bytes of x that all
-// lanes share. HalfSums of a block of 32 columns are exact, so they are equal on every instruction set, however they are made.
+// Integer dot products in sixteen lanes. The unit is a chunk: 16 rows x 4 columns of weights, one word a lane, times 4 bytes of x
+// that all lanes share. A block of 32 columns has 8 chunks. Its sum is exact, so it is equal on every instruction set, however it
+// is made.
 //
-// Four of them, by what a weight's code is; the sum is that of (code - 2^SHIFT) * x, and `minus` is minus the sum of x:
+// There are four dot products, by how many bits a weight's code has. Each sums (code - 2^SHIFT) * x:
 //     NibbleDot       4 bits      FiveBitDot        5 bits      UnsignedDot       7 bits      SignedDot       8 bits, SHIFT 7
-//     begin<SHIFT>(minus), dot(sum, weights(codes), x) for each chunk, end<SHIFT>(sum, minus)
-// HALFWAY: a sum holds half of a block's chunks at most; `add` adds the halves' ends.
-//     factor<PART>(pairs), add_scaled<WIDE>(total, sum, factor): total += sum * factor. The factor has 16 bits. So has the sum, of 4 chunks, unless
-//     WIDE: then it may be any whose product fits, of 4 chunks where a Dot is HALFWAY, else of a block's.
-//     SCALES_PAIRS<Dot>: dot_scaled(total, weights, x, factor), a chunk times factor, takes the place of dot and add_scaled
-//     add_pairs(total, pairs, x): total += pairs[0] * x[0] + pairs[1] * x[1], of 16 bits, x shared by the lanes
-//     odd_pairs<LOW, HIGH>(bytes): of each lane's byte two numbers, twice a nibble and one more: the lower one (0) or the upper one (1)
-//     less_shifted<SHIFT>(a, b): a - 2^SHIFT b
+// It is used as begin<SHIFT>(minus), then dot(sum, weights(codes), x) for each chunk, then end<SHIFT>(sum, minus), where `minus` is
+// minus the sum of x. With HALFWAY a sum can hold only half of a block's chunks; `add` adds the two halves after their `end`.
 //
-//     avx512 (VNNI)   u8 x i8 with x broadcast from memory; a sum begins with what takes the codes' offset back
-//     avxvnni, evex   the same instruction in registers of 256 bits: of avx512's definitions, with avx2's registers
+// Sums times integer scales:
+//     factor<PART>(pairs), add_scaled<WIDE>(total, sum, factor)
+//                              total += sum * factor. The factor has 16 bits. Without WIDE the sum has 16 bits too, and is that of
+//                              4 chunks. With WIDE it is that of a block (of 4 chunks where the Dot is HALFWAY) and may be any
+//                              whose product with the factor fits in 32 bits
+//     dot_scaled(total, weights, x, factor)
+//                              total += a chunk's sum * factor; it takes the place of dot and add_scaled where SCALES_PAIRS<Dot>
+//     add_pairs(total, pairs, x)
+//                              total += pairs[0] * x[0] + pairs[1] * x[1], of 16 bits each; all lanes share x
+//     odd_pairs<LOW, HIGH>(bytes)
+//                              of each lane's byte two numbers of 16 bits, each 2 * a nibble + 1. LOW says which nibble the lower
+//                              number takes, HIGH which the upper one: 0 is the byte's lower nibble, 1 its upper
+//     less_shifted<SHIFT>(a, b)
+//                              a - 2^SHIFT * b
+//
+// How each instruction set makes them:
+//     avx512 (VNNI)   u8 x i8 with x broadcast from memory; a sum begins with the number that takes the codes' offset back
+//     avxvnni, evex   the same instruction in registers of 256 bits: avx512's definitions with avx2's registers
 //     avx2            nibbles: pairs in int16, at most 8 * 2 * 15 * 127 = 30,480; five bits: as nibbles, at most
 //                     4 * 2 * 31 * 127 = 31,496 halfway; unsigned: pairs at most 2 * 127 * 127 = 32,258, widened at once, or scaled, which is
 //                     as fast; signed: |w| times x with w's sign, at most 2 * 128 * 127 = 32,512, widened at once (u8 x i8 with the offset
 //                     still in would reach 64,770)
-//     neon            as `unsigned` of avx2, with products of all of int8: pairs at most 2 * 128 * 127. Signed codes lose their offset
-//     dotprod         sdot, whose weights are signed too: so do these
-//     i8mm            usdot, u8 x i8 as VNNI; for two rows of x and more usmmla, 2 x 8 times 8 x 2
+//     neon            as avx2's unsigned, but products take all of int8: pairs at most 2 * 128 * 127. Signed codes have their offset
+//                     subtracted before
+//     dotprod         sdot. Its weights are signed too, so signed codes have their offset subtracted before
+//     i8mm            usdot, u8 x i8 like VNNI; for two rows of x and more usmmla, 2 x 8 times 8 x 2
 //     portable        the definition
 #pragma once
 
 #include "cpu/lanes.h"
 
-// The instruction of a file whose DC_ISA is avxvnni or evex, as the assembler is told it. Compilers that may not know it leave such files out.
+// The text of the dot product's instruction for the assembler, for files whose DC_ISA is avxvnni or evex. Such files are left out with
+// compilers that may not know it.
 #if (defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && defined(__GNUC__) && __GNUC__ >= 11)
 #define DC_KNOWS_AVXVNNI
 #endif
@@ -211,7 +224,7 @@ struct NibbleDot {
         const __m256i first = offset_of<SHIFT>(minus);
         return {_mm256_add_epi32(widen_pairs(sum.lo), first), _mm256_add_epi32(widen_pairs(sum.hi), first)};
     }
-    template <int PART>                     // twice: a lane's sum is two of 16 bits
+    template <int PART>                     // a lane's sum is two of 16 bits: each gets it
     DC_INLINE Whole factor(Whole pairs) {
         const __m256i both = PART ? _mm256_set1_epi64x(0x0706070603020302) : _mm256_set1_epi64x(0x0504050401000100);
         const __m256i places = _mm256_add_epi8(both, _mm256_setr_epi64x(0, 0x0808080808080808, 0, 0x0808080808080808));

@@ -1,4 +1,4 @@
-// What every kernel of products shares: how weights stream by, and what becomes of a row's sums (bias, activation, residual).
+// What all kernels of products share: how they prefetch weights, and what is done to a row's sums (bias, activation, residual).
 #pragma once
 
 #include <utility>
@@ -11,14 +11,14 @@ namespace dc {
 namespace DC_ISA {
 namespace {
 
-constexpr int PAIR = 2;                             // tiles at once: gate and up, or floats, where a single tile would wait for its sums
+constexpr int PAIR = 2;                             // tiles at once: a gate and its up, or two of floats, where a single tile would wait for its sums
 constexpr int64_t GROUPS_BYTES = 256 << 10;         // of panels that pass by one tile: a quarter of the L2 cache
 constexpr int64_t AHEAD = 8 << 10;                  // bytes from what is read to what is prefetched; 4 KB cost 10 %, 16 KB nothing
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 DC_INLINE int64_t bytes_of_float(Weight type) { return type == Weight::f32 ? 4 : 2; }
 
-// each(integral_constant 0) .. each(COUNT - 1).
+// Calls each(integral_constant 0), .. each(integral_constant COUNT - 1).
 template <class Each, int... N>
 DC_INLINE void each_in(std::integer_sequence<int, N...>, Each each) { (each(std::integral_constant<int, N>()), ...); }
 template <int COUNT, class Each>
@@ -35,7 +35,7 @@ constexpr int Q_ROWS = 4, FLOAT_ROWS = 3;
 constexpr int Q_ROWS = 2, FLOAT_ROWS = 4;           // q: with 4 the compiler takes more than a minute
 #endif
 
-// Of so many rows of x, at most Q_ROWS, those of the next q kernel.
+// How many of so many rows of x (at most Q_ROWS) the next q kernel takes.
 #if defined(DC_PAIRS)
 constexpr int rows_at_once(int rows) { return rows < Q_ROWS && rows > SET_ROWS ? SET_ROWS : rows; }     // kernels of 5 to 7 would take the compiler long
 #else
@@ -43,12 +43,13 @@ constexpr int rows_at_once(int rows) { return rows; }
 #endif
 
 #if defined(DC_PAIRS)
-// Two rows of x at a time, and half of the tile: the sums of 8 rows stay in registers. Of an odd number the last row is its own second.
+// Two rows of x at a time and half of the tile, so that the sums of 8 rows stay in registers. Where their number is odd, the last row is paired
+// with itself.
 template <int R>
 constexpr int second_of(int r) { return r + 1 < R ? r + 1 : r; }
 #endif
 
-// `count` values, the other lanes 0; 16 or more: a plain load.
+// `count` values, and 0 in the other lanes. 16 or more are a plain load.
 template <class T>
 DC_INLINE Lanes load_some(const T* p, int64_t count) {
     if (count >= 16) return load(p);
@@ -91,7 +92,7 @@ DC_INLINE void write(const Product& job, int64_t row, int64_t column, Lanes y) {
     store_some(job.out + row * job.out_stride + column, y, count);
 }
 
-// What two tiles' outputs of some rows are written to, and what is added to them.
+// Prefetches the memory that some rows' outputs of two tiles are written to, and the residual that is added to them.
 DC_INLINE void fetch_outputs(const Product& job, int64_t tile, int64_t row, int rows) {
     const int64_t column = (is_gate(job.activation) ? tile / 2 : tile) * TILE_ROWS;
     if (column >= job.out_columns) return;
@@ -134,7 +135,7 @@ void finish_gated_row(const Product& job, int64_t tile, int, int64_t row, int r,
 
 // ---- what adapters add to the sums
 
-// Even and odd ranks have sums of their own: a chain of all would wait for each product.
+// Even and odd ranks have a sum each: in one sum of all, each product would wait for the one before.
 template <int ROWS, class T>
 DC_INLINE void grow_rows(const AdapterTile& tile, const T* ranks, const float* u, int64_t u_stride, float (*y)[16]) {
     Lanes even[ROWS], odd[ROWS];
@@ -165,7 +166,8 @@ DC_INLINE void fetch(const void* p, int64_t begin, int64_t end) {
     fetch_once(static_cast<const uint8_t*>(p) + begin, end - begin);
 }
 
-// What an adapter's rows need after `tiles` tiles from `tile` on: B's part of the tiles that follow, and by and by all of the next A.
+// Prefetches what an adapter's rows need after `tiles` tiles from `tile` on: B's part for the tiles that follow and, spread over the calls, the
+// whole A of the next product.
 DC_INLINE void fetch_next(const Product& job, const AdapterMatrix* own, int64_t tile, int tiles) {
     const AdapterMatrix& matrix = own[job.adapted.number];
     const int64_t first = tile + tiles, last = least(first + tiles, matrix.tile_count) - 1;
@@ -179,7 +181,7 @@ DC_INLINE void fetch_next(const Product& job, const AdapterMatrix* own, int64_t 
     fetch(next.a, lines * tile / matrix.tile_count * 64, lines * first / matrix.tile_count * 64);
 }
 
-// Rows [row, row + rows) of the job, whose sums of some tiles these are; those of one adapter that follow each other go together.
+// Adds adapters to the sums of rows [row, row + rows) of the job. Neighbouring rows with the same adapter go together.
 void add_adapters(const Product& job, int64_t tile, int tiles, int64_t row, int rows, Sums& sums) {
     const AdaptedRows& its = job.adapted;
     for (int r = 0, n; r < rows; r += n) {

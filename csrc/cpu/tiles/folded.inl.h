@@ -1,15 +1,18 @@
-// Types whose scales are whole numbers (WHOLE_SCALES): four rows of x in steps (StepGroup), a set, times two tiles with registers of 512 bits.
-// Codes of Q2_K and Q3_K were multiplied by their scales before (Folded); those of IQ2_*, IQ3_* and IQ1_* are bytes (Expanded), whose sums are.
+// Products of a set (four rows of x in steps, StepGroup) with two tiles whose scales are whole numbers (WHOLE_SCALES), in registers of 512 bits.
+// There are two forms of tiles. Folded, for Q2_K and Q3_K: each code was multiplied by its scale beforehand. Expanded, for IQ2_*, IQ3_* and
+// IQ1_*: codes are bytes, and their sums are multiplied by the scales.
 //
-// layout   Folded: f32 [16], what a group's scales share; of Q2_K f32 [16], what its minimums share, and i16 [BLOCKS][16][2], its minimums; then
-//          the bytes [BLOCKS][8][64]. Expanded: grids.h
-// mapping  a lane of a register is a row's 4 columns; two bits of their codes choose from a table, a third adds four times the scale to its byte.
-//          Sums of two tiles and four rows in eight registers, of Q2_K's minimums in eight more: 256 columns long.
-//          Of Expanded eight registers have the sums of 32 columns, or 16, and eight more what these are times their scales, which begin with the
-//          scales times the sums of x: they take the codes' centre back
-// cost     of 32 columns on Zen 4: 64 cycles of dot products, 8 more of Q2_K's minimums. In a product of 128 rows four fifths of the time is this
-//          kernel, at 87 % of the dot products' peak; a tenth is folding, shared by all rows of x that meet the tile
-// numerics those of step_rows. Q2_K: code * scale, at most 45. Q3_K: (code - 4) * scale + 127, 3 .. 255. What passes 2^31 on the way comes back
+// layout   Folded: f32 [16], what a group's scales share. Q2_K then has f32 [16], what its minimums share, and its minimums, i16 [BLOCKS][16][2].
+//          The bytes follow, [BLOCKS][8][64]. Expanded: grids.h
+// mapping  a lane of a register is 4 columns of a row.
+//          Folding: two bits of a code choose from a table, and a third bit adds four times the scale to the chosen byte.
+//          Folded: the sums of two tiles and four rows lie in eight registers, those with Q2_K's minimums in eight more, for 256 columns.
+//          Expanded: eight registers have the sums of 32 (or 16) columns, and eight more add up these sums times their scales. The latter begin
+//          with the scales times the sums of x, which takes the codes' centre back
+// cost     32 columns on Zen 4: 64 cycles of dot products, and 8 more for Q2_K's minimums. In a product of 128 rows this kernel is four fifths of
+//          the time, at 87 % of the dot products' peak; folding, shared by all rows of x that meet the tile, is a tenth
+// numerics those of step_rows. Q2_K: code * scale is at most 45. Q3_K: (code - 4) * scale + 127 is in 3 .. 255. Sums that pass 2^31 on the way
+//          come back
 // A part of tiles.inl.h.
 #pragma once
 
@@ -29,7 +32,7 @@ struct Folded {
 
 #if defined(__AVX512F__)
 
-// Of each row, for rows of four in a table of sixteen bytes: what codes 0 .. 3 become. Byte PART of each pair is the scale.
+// A table of what codes 0 .. 3 become, for each row: sixteen bytes hold the tables of four rows. Byte PART of each pair is the scale.
 template <class F, int PART>
 struct FoldTable {
     __m512i products, four;             // scale times 4
@@ -79,7 +82,7 @@ __attribute__((noinline)) void fold_group(const uint8_t* group, uint8_t* to, int
     }
 }
 
-// What row R's high bytes add, of the blocks that have any.
+// Adds what row R's high bytes give, in the blocks that have any.
 template <class E, int R>
 DC_INLINE void add_high_folded(const uint8_t* const (&group)[PAIR], const int8_t* high, int blocks, __m512i (&sum)[PAIR][SET_ROWS]) {
     if (__builtin_expect(!blocks, 1)) return;
@@ -100,7 +103,7 @@ DC_INLINE void add_sums_of_steps(const uint8_t* const (&group)[PAIR], int shared
     }
 }
 
-// Block i's pairs of factors, which begin AT bytes after a group, times the sums of four rows' low or high bytes.
+// Adds block i's pairs of factors, which begin AT bytes after a group's begin, times the sums of four rows' low or high bytes.
 template <int AT>
 DC_INLINE void dot_factors(const uint8_t* const (&group)[PAIR], int i, const int16_t (&sums)[SET_ROWS][STEP_BLOCKS][2], __m512i (&sum)[PAIR][SET_ROWS]) {
     for (int t = 0; t < PAIR; t++) {
@@ -109,7 +112,7 @@ DC_INLINE void dot_factors(const uint8_t* const (&group)[PAIR], int i, const int
     }
 }
 
-// After a group's products; `high`: a bit for each block in which a row has high bytes.
+// Adds what a group's minimums give, after its products. `high` has a bit for each block in which a row has high bytes.
 template <class E>
 DC_INLINE void add_minimums_of_steps(const uint8_t* const (&group)[PAIR], const StepSet& set, int high, PairTotals& total) {
     __m512i sum[PAIR][SET_ROWS] = {};
@@ -170,11 +173,11 @@ DC_INLINE void add_scaled_part(const uint8_t* const (&group)[PAIR], int i, const
     for (int t = 0; t < PAIR; t++) sum[t] = _mm512_add_epi32(sum[t], _mm512_mullo_epi32(own[t], factor_of<E, PART>(group[t], i)));
 }
 
-// Sums of x times factors, as sums of products begin with them.
+// The number that a sum of products begins with, of a sum of x times factors.
 template <class E>
 DC_INLINE __m512i centre_of(__m512i sum) { return _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(sum, E::OFFSET_SHIFT)); }
 
-// What row R's high bytes add to a group, of the blocks that have any, as add_high_apart.
+// Adds what row R's high bytes give a group, in the blocks that have any, as add_high_apart does.
 template <class E, int R>
 DC_INLINE void add_high_expanded(const uint8_t* const (&group)[PAIR], const int8_t* high, const StepSet& set, PairTotals& total) {
     if (!set.has_high[R]) return;
@@ -192,7 +195,7 @@ DC_INLINE void add_high_expanded(const uint8_t* const (&group)[PAIR], const int8
     }
 }
 
-// A group of Expanded onto the totals.
+// Adds a group of Expanded to the totals.
 template <class E>
 DC_INLINE void add_expanded(const uint8_t* const (&group)[PAIR], Fetching& fetching, const StepGroup& x, int row, PairTotals& total) {
     const StepSet& set = x.sets[row / SET_ROWS];
@@ -215,7 +218,7 @@ DC_INLINE void add_expanded(const uint8_t* const (&group)[PAIR], Fetching& fetch
     each_of<4>([&](auto r) __attribute__((always_inline)) { add_high_expanded<E, decltype(r)::value>(group, high, set, total); });
 }
 
-// Rows row .. row + 3 of the panel, a set, onto y [2][4][16], the sums so far.
+// Adds rows row .. row + 3 of the panel, which are a set, to y [2][4][16], the sums so far.
 template <class E>
 __attribute__((noinline)) void pair_steps(const uint8_t* first, const uint8_t* second, int64_t groups, Fetching& fetching, const StepGroup* x, int row,
                                           float* y, float* other_y) {

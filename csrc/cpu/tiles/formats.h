@@ -1,20 +1,23 @@
 // Everything about each quantized type of weights: one struct Format<TYPE> per type. tiles.h describes the layout.
 //
-//     FILE_COLUMNS, FILE_BYTES a block in GGUF, from its row in weights.def: `codes` reads its unsigned codes, one a column
-//     BITS                     of a code; `Quants<BITS>` says how the codes of 16 rows x 32 columns lie in a tile
-//     BLOCKS, SCALE_BYTES      blocks of 32 columns that lie together in a tile, their scales first: `put_scales` writes a row's
-//     HALVES                   the float16 numbers (scales and minimums) they begin with; 0: they are exponents, a byte each
+//     FILE_COLUMNS, FILE_BYTES the size of a block in GGUF, from its row in weights.def. `codes` reads its codes: unsigned, one a column
+//     BITS                     bits of a code. `Quants<BITS>` says how the codes of 16 rows x 32 columns lie in a tile
+//     BLOCKS, SCALE_BYTES      a group: so many blocks of 32 columns lie together in a tile, after the bytes of all their scales.
+//                              `put_scales` writes the scales of one row
+//     HALVES                   how many float16 numbers (scales and minimums) the scales begin with. 0: they are exponents, a byte each
 //     PARTS                    1: a scale for 32 columns; 2: one for each 16
 //     OFFSET_SHIFT             weight = scale * (code - 2^OFFSET_SHIFT); NO_OFFSET: weight = scale * code + minimum
-//     TABLE                    of codes, in place of the nibbles in a tile, where there is one
+//     TABLE                    where there is one: the tile's nibbles are places in it, and it holds the codes
 //     MINIMUMS                 1: a minimum for 32 columns; 2: one for each 16
-//     scale, minimum           of block i of a group, lane r = row r: exact products in float32
-//     Dot                      which of dots.h's dot products
-//     WHOLE_SCALES             the scales of 16 or 32 columns are whole numbers times `shared`: x comes in steps, and a group of blocks has one
-//                              sum (steps.inl.h). `factors` and, with minimums, `minimum_factors` are those of a block, two for each row
-//     HIGH_APART               of WHOLE_SCALES: high bytes have a sum of their own, as 256 times theirs may be more than 32 bits hold
-//     FINE_APART               of the others: see tiles.h, numerics
-//     EXPANDS                  its codes are made before a product (grids.h): `put_block` takes 32 columns of a row from a file, not `codes`
+//     scale, minimum           functions: the scale and the minimum of block i of a group, lane r = row r. Exact products in float32
+//     Dot                      which of the dot products in dots.h
+//     WHOLE_SCALES             the scale of 16 or 32 columns is a whole number times `shared`. Then x comes in steps, and a group of blocks has
+//                              one sum (steps.inl.h). `factors` are a block's whole numbers, two for each row; `minimum_factors` those of its
+//                              minimums, where it has any
+//     HIGH_APART               (with WHOLE_SCALES) the high bytes of x have a sum of their own: 256 times it may not fit in 32 bits
+//     FINE_APART               (without WHOLE_SCALES) see tiles.h, numerics
+//     EXPANDS                  the codes are made just before a product (grids.h). `put_block` copies 32 columns of a row from the file; there
+//                              is no `codes`
 //
 // csrc/README.md says what else a type needs.
 // A file that includes this defines DC_ISA.
@@ -30,13 +33,13 @@ namespace DC_ISA {
 
 constexpr int NO_OFFSET = -1;
 
-// ---- how codes lie in a tile: 16 rows x 32 columns, lane r = row r. unpack<C>, C = 0 .. 3: 4 columns from NEXT * C on, and 4
-// from SECOND + NEXT * C on
+// ---- how codes lie in a tile: 16 rows x 32 columns, lane r = row r. unpack<C>, C = 0 .. 3, gives two chunks: the 4 columns from
+// NEXT * C on, and the 4 from SECOND + NEXT * C on
 
 template <int BITS>
 struct Quants;
 
-struct BitPlace { int at, bit; };            // of each byte of 64, which begin there
+struct BitPlace { int at, bit; };            // this bit of each of the 64 bytes that begin `at` bytes on
 
 // Four codes at once, a byte each: shifts and masks of a word leave the bytes apart.
 static inline uint32_t four(const uint8_t* codes) {
@@ -227,7 +230,7 @@ struct Tabled : Plain<4, OFFSET_SHIFT, Dot> {
     static float value(int code) { return float(VALUES[code]); }
 };
 
-// Scales and minimums as Q4_K and Q5_K have them: 8 pairs of 6 bits in 12 bytes, under two float16.
+// Scales and minimums of Q4_K and Q5_K: 8 pairs of 6 bits in 12 bytes, which two float16 numbers multiply.
 struct KScales {
     static constexpr int64_t SCALE_BYTES = 320;     // d, dmin f16 [16]; scales u8 [8][16]; minimums u8 [8][16]
 

@@ -1,11 +1,14 @@
-// A tile whose scales are whole numbers (WHOLE_SCALES: Q2_K, Q3_K, and IQ2_*, IQ3_*, IQ1_* as Expanded) times few rows of x in steps (StepGroup).
+// Products of few rows of x with a tile whose scales are whole numbers (WHOLE_SCALES): Q2_K and Q3_K, and IQ2_*, IQ3_* and IQ1_*, whose codes
+// are Expanded. x comes in steps (StepGroup).
 //
-// mapping  of 256 columns the two bytes of x (StepGroup) and the scales are integers: each 16 columns' sum, or 32 columns', times its scale goes
-//          onto one integer, and the sums of x times the minimums, or times the scales where a code has a centre, onto another. Of types that are
-//          looked up in a grid (HIGH_APART) the high bytes come after the 256 columns, whose codes lie in the cache as bytes
-// cost     of 32 columns some 32 instructions with AVX-512, half of them unpacking, and twice as many with AVX2
-// numerics tiles.h. All sums are below 2^31: a code times its scale is at most 45 or, with its centre, 7 * 32, and x at most 127 * 257; of a grid's
-//          types these are 126 * 31, and 127, as both bytes have a sum of their own; 256 columns
+// mapping  within 256 columns everything is an integer: x, as two bytes a column, and the scales. There are two sums. One is of the products: each
+//          16 (or 32) columns' dot product times their scale. The other is of x: each 16 (or 32) columns of x times their minimum or, where codes
+//          have a centre, times their scale.
+//          Types that are looked up in a grid (HIGH_APART) take the low bytes of x first, for all 256 columns, and then the high bytes; their codes
+//          lie in the cache as bytes
+// cost     32 columns take some 32 instructions with AVX-512, half of them for unpacking, and twice as many with AVX2
+// numerics tiles.h. All sums, of 256 columns, are below 2^31. A code times its scale is at most 45, or 7 * 32 where it has a centre, and x is at
+//          most 127 * 257. With a grid a code times its scale is at most 126 * 31, and x at most 127, because each byte has a sum of its own
 // A part of tiles.inl.h.
 #pragma once
 
@@ -13,7 +16,8 @@ namespace dc {
 namespace DC_ISA {
 namespace {
 
-// add(r, w, x, at) for chunks FIRST .. FIRST + CHUNKS - 1 of a block and R rows: a chunk's weights, and the row's bytes, which begin `at` after x.
+// Calls add(r, w, x, at) for each of a block's chunks FIRST .. FIRST + CHUNKS - 1 and each of R rows: w is the chunk's weights, and the row's bytes
+// begin `at` after x.
 template <class F, int FIRST, int CHUNKS, int R, class Add>
 DC_INLINE void each_product(const uint8_t* quants, const int8_t* x, Add add) {
     each_of<CHUNKS>([&](auto c) __attribute__((always_inline)) {
@@ -61,7 +65,7 @@ DC_INLINE void add_part_of_steps(const uint8_t* quants, const int8_t* x, Whole f
     }
 }
 
-// A block's two sums with some rows: of products times scales, and of x times what its minimums or centre are times.
+// The two sums of R rows: products times scales, and x times what `factors_of_x` gives.
 template <int R>
 struct StepSums {
     Whole products[R], x[R];
@@ -72,14 +76,15 @@ struct StepSums {
     }
 };
 
-// What a block's sums of x are times: minimums, or scales, where codes have a centre.
+// What a block's sums of x are multiplied by: the minimums or, where codes have a centre, the scales.
 template <class F>
 DC_INLINE Whole factors_of_x(const uint8_t* group, int i) {
     if constexpr (F::HAS_MINIMUM) return F::minimum_factors(group, i);
     else return F::factors(group, i);
 }
 
-// Sums of 16 columns of a row's low or high bytes; r counts from row `first` of a set on, beyond its last into the next.
+// Sums of x, of each row and 16 columns: of its low bytes or of its high bytes. In SumsOfRows row r is row `first` + r of a set and, beyond
+// that set's last row, a row of the next set.
 using SumsOfSet = int16_t[SET_ROWS][STEP_BLOCKS][2];
 struct SumsOfRows {
     const SumsOfSet &own, &next;
@@ -105,7 +110,7 @@ DC_INLINE void add_x(const uint8_t* group, int i, const SumsOfRows& x, StepSums<
     for (int r = 0; r < R; r++) add_pairs(to.x[r], factors, x.of(r, i));
 }
 
-// The blocks in which any of R rows of a set has high bytes, a bit for each.
+// A bit for each block: does any of R rows of a set, from row `first` on, have high bytes there?
 template <int R>
 DC_INLINE int blocks_with_high_bytes(const StepSet& set, int first) {
     int flags = 0;
@@ -113,7 +118,7 @@ DC_INLINE int blocks_with_high_bytes(const StepSet& set, int first) {
     return flags;
 }
 
-// The high bytes' sums of R rows of a set, from its row `first` on, onto those of all rows, from row `at` on.
+// Adds the sums of the high bytes of block i: those of R rows of a set, from its row `first` on, to `to`, from row `at` on.
 template <class F, int R, int ALL>
 DC_INLINE void add_high_bytes(const uint8_t* group, int i, const int8_t* high, const StepSet& set, int first, int at, StepSums<ALL>& to) {
     if (__builtin_expect(!(blocks_with_high_bytes<R>(set, first) >> i & 1), 1)) return;
@@ -125,8 +130,8 @@ DC_INLINE void add_high_bytes(const uint8_t* group, int i, const int8_t* high, c
         to.products[at + r] = add_fine(sums.products[r], to.products[at + r]), to.x[at + r] = add_fine(sums.x[r], to.x[at + r]);
 }
 
-// Where these have a sum of their own: all that R rows' high bytes add to a group's totals. The sum is multiplied by 256, not the scale, which might
-// pass float32.
+// Adds to a group's totals all that the high bytes of R rows give, for types whose high bytes have a sum of their own (HIGH_APART). The sum is
+// multiplied by 256, not the scale, which might become larger than any float32.
 template <class F, int R>
 DC_INLINE void add_high_apart(const uint8_t* group, const int8_t* high, const StepSet& set, int first, Lanes d, Lanes* total) {
     int flags = blocks_with_high_bytes<R>(set, first);
@@ -142,7 +147,7 @@ DC_INLINE void add_high_apart(const uint8_t* group, const int8_t* high, const St
         add_product(total[r], d * all(set.step[first + r]), to_floats(less_shifted<F::OFFSET_SHIFT>(sums.products[r], sums.x[r])) * all(256.0f));
 }
 
-// Rows row .. row + R - 1 of the panel -> y [R][16], as q_rows; of types that are expanded part by part, y has the sums so far.
+// Rows row .. row + R - 1 of the panel -> y [R][16], as q_rows. Types that are expanded part by part find in y the sums so far.
 template <class F, int R>
 __attribute__((noinline)) void step_rows(const uint8_t* tile, int64_t groups, int64_t ahead, const StepGroup* panel, int row, float* y) {
     constexpr int FIRST = R < SET_ROWS ? R : SET_ROWS, OTHERS = R - FIRST;

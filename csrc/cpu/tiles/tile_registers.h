@@ -1,8 +1,9 @@
-// AMX's eight tile registers: configure, zero, load, store, dot (signed bytes times unsigned ones, or signed ones); or the same in plain C++, where
-// DC_EMULATED_TILES is defined, for tests on machines without AMX. A register has up to 16 rows of up to 64 bytes; its number is a template's argument.
+// The eight tile registers of AMX: configure, zero, load, store, and dot (signed bytes times unsigned or signed bytes). If
+// DC_EMULATED_TILES is defined they are plain C++, for tests on machines without AMX. A register has up to 16 rows of up to 64 bytes.
+// Its number is a template argument.
 //
-// The instructions are assembler of our own: GCC 12's intrinsics tell nothing of the memory that they read and write, so that
-// stores before them vanish or move. They need no compiler flag this way; tiles_amx.cpp asks for a compiler that knows them.
+// The instructions are our own assembler. GCC 12's intrinsics do not say which memory they read and write, so that stores before them
+// vanish or move. This way they also need no compiler flag; tiles_amx.cpp checks that the compiler knows them.
 #pragma once
 
 #include <cstdint>

@@ -3,8 +3,9 @@
 //     prepare(type, x, ...)               x (T, K) f32 [-> RMS norm] -> int8 planes (q types) or f32 (float types), in panels
 //     multiply(product, tiles, groups)    out = residual + activation(x W^T + bias), any part of it at a time
 //
-// A tile holds its 16 rows' weights side by side, lane r = row r, so that 16 outputs grow in one register, k after k. Float types:
-// [K][16]. Q types: groups of some blocks of 32 columns, each group its scales first and then each block's codes (formats.h):
+// A tile holds the weights of its 16 rows side by side, lane r = row r, so that 16 outputs grow in one register, k after k. Tiles of
+// float types are [K][16]. Tiles of q types are groups of some blocks of 32 columns. A group has its scales first, and then the codes
+// of each block (formats.h):
 //
 //     type      blocks   scales of a group                                                  codes of a block   bytes a weight, file's
 //     q8_0           2   d f16 [2][16]                                                      8 bits             1.0625   1.0625
@@ -29,20 +30,21 @@
 //     tq1_0, tq2_0   8   d f16 [16], 32 B unused                                            2                  0.266    0.211, 0.258
 //     nvfp4          2   f16 [4][16], one for 16 columns                                    4, of a table      0.625    0.5625
 //
-// A last group's missing blocks and the last tile's missing rows are zero. K is a multiple of the file's block, 32, 128 or 256. Tiles of
-// one matrix may be of several q types (Tiles::places): a matrix fused from parts that a file stores differently.
+// Missing blocks of the last group and missing rows of the last tile are zeros. K is a multiple of the file's block: 32, 128 or 256.
+// Tiles of one matrix may have different q types (Tiles::places), because a matrix may be fused of parts that a file stores differently.
 //
-// For q types a block of 32 values of x is dx * x8 with x8 int8 and dx = max |x| / 127. Where dx is more than FINE_ABOVE times the
-// mean over the row's blocks, it is dx * (x8 + fine / 256), about 16 bits. A model's outlier channels lie in these blocks, a
-// seventh of all; they make most of the error: KL against float32 products 3.5e-3 without fine planes, 6e-4 with them. `fine`
-// (--arithmetic fine): all blocks have 16 bits, and the KL is 5e-7.
+// x for q types: a block of 32 values of x is dx * x8, with x8 int8 and dx = max |x| / 127. If dx is more than FINE_ABOVE times the mean
+// over the row's blocks, the block is dx * (x8 + fine / 256), which has about 16 bits. The outlier channels of a model lie in such
+// blocks, a seventh of all, and they make most of the error: the KL against float32 products is 3.5e-3 without fine planes and 6e-4
+// with them. With `fine` (--arithmetic fine) all blocks have 16 bits, and the KL is 5e-7.
 //
-// For Q2_K, Q3_K, IQ2_*, IQ3_* and IQ1_*, whose scales are whole numbers times one of 256 columns, so is x (StepGroup): 256 values of a row are
-// whole numbers times a step, of one byte or, in a block with outliers as above, two. So these columns have one sum, of integers, and one
-// multiplication and conversion in place of eight or sixteen; of the types looked up in a grid, whose sums are larger, a row's high bytes have
-// another one. The step is that of the largest block without outliers. A matrix of both kinds has x in both ways.
-// Rounding x alone, on the default model: KL 1.4e-4 in blocks, 4.9e-4 in steps; 6.7e-3 with a scale for 256 columns and one byte, as
-// llama.cpp has it (bench/rounding_of_x.py).
+// x for Q2_K, Q3_K, IQ2_*, IQ3_* and IQ1_*: the scales of these types are whole numbers times one scale of 256 columns, and so is x
+// (StepGroup). 256 values of a row are whole numbers times a step. They have one byte, or two in a block with outliers as above. So
+// these columns have one sum, of integers, and need one multiplication and conversion instead of eight or sixteen. Types that are
+// looked up in a grid have larger sums, so the high bytes of a row have a sum of their own. The step is that of the largest block
+// without outliers. A matrix with tiles of both kinds has x in both forms. The KL of rounding x alone, on the default model, is
+// 1.4e-4 in blocks and 4.9e-4 in steps; with a scale for 256 columns and one byte, as in llama.cpp, it is 6.7e-3
+// (bench/rounding_of_x.py).
 //
 // numerics  q8_0, q4_0, q4_1, u4_*: y = fma(d * dx, float(int32 sum), y) block after block, or fma(d / 256 * dx, float(256 * int32 sum +
 //           the fine one), y). The others (whose scales are products): y = fma(s * dx, float(int32 sum), y) for each scale s of the
@@ -74,8 +76,8 @@ constexpr const char* WEIGHT_NAMES[] = {
 #include "weights.def"
 };
 constexpr int WEIGHT_TYPES = sizeof WEIGHT_NAMES / sizeof *WEIGHT_NAMES;
-// Gates: tiles alternate gate, up; columns 16 i.. from tiles 2 i, 2 i + 1. clamped_swiglu, with g = min(gate, 7) and
-// u = up within +-7: g * sigmoid(1.702 g) * (u + 1).
+// With gates, tiles alternate gate and up: columns 16 i .. come from tiles 2 i and 2 i + 1. clamped_swiglu is g * sigmoid(1.702 g) *
+// (u + 1), with g = min(gate, 7) and u = up within +-7.
 enum class Activation : int {
     none,
 #define ACTIVATION(name, ...) name,
@@ -107,11 +109,11 @@ struct TilePlace {
 };
 
 struct Tiles {
-    Weight type;                        // of all tiles; where places is set, some q type
+    Weight type;                        // of all tiles; if places is set, some q type
     int64_t rows, columns;              // N, K
     uint8_t* memory;                    // one tile after another
-    int panels;                         // those of its tiles' types, or-ed
-    const TilePlace* places = nullptr;  // [tile_count(rows)] where tiles differ in type (all q types)
+    int panels;                         // the Panels of its tiles' types, or-ed
+    const TilePlace* places = nullptr;  // [tile_count(rows)] if tiles have different types, all of them q types
 };
 
 const char* name_of(Weight type);
@@ -121,7 +123,7 @@ int64_t file_columns(Weight type);                      // of a block in GGUF's 
 int64_t tile_bytes(Weight type, int64_t columns);
 int64_t row_bytes(Weight type, int64_t columns);        // of a row in GGUF's layout, or of float values
 int64_t bytes_of(const Tiles& tiles);
-bool makes_codes_first(const Tiles& tiles);             // are any of its codes made before a product of many rows (grids.h, folded.inl.h, tile_pairs.inl.h)?
+bool makes_codes_first(const Tiles& tiles);             // does a product of many rows make codes first (grids.h, folded.inl.h, tile_pairs.inl.h)?
 
 static inline TilePlace tile_of(const Tiles& tiles, int64_t tile, int64_t bytes) {      // bytes: tile_bytes of tiles.type
     return tiles.places ? tiles.places[tile] : TilePlace{tiles.type, tiles.memory + tile * bytes};
@@ -131,25 +133,26 @@ static inline TilePlace tile_of(const Tiles& tiles, int64_t tile, int64_t bytes)
 
 size_t prepared_bytes(const Tiles& tiles, int64_t rows);
 
-// Rows [row_begin, row_end) of x, `stride` floats apart; any sub-range at a time, by any thread. norm: x / rms(x) (* norm_weight
-// [columns] unless null), the bits of rms_norm. `prepared` is aligned to 64 and holds prepared_bytes for all the rows. fine: 16 bits
-// for every block of x.
+// Makes rows [row_begin, row_end) of x ready, which are `stride` floats apart. Any thread may do any part of the rows. norm: x / rms(x),
+// times norm_weight [columns] unless that is null, with the bits of rms_norm. `prepared` is aligned to 64 and holds prepared_bytes for
+// all rows. fine: every block of x gets 16 bits.
 void prepare(const Tiles& tiles, const float* x, int64_t stride, int64_t row_begin, int64_t row_end, bool norm, const float* norm_weight,
              float epsilon, bool fine, void* prepared);
 
 // ---- the product
 
-// What an adapter adds to the products of some rows: B (scales * (A x)), x after the norm.
+// What an adapter adds to the products of some rows: B (scales * (A x)), with x after the norm.
 //
-// shapes   R is a multiple of 4. A [R / 4][K / 16][2] pairs of ranks; B in the tiles of the matrix: of a tile's 16 outputs, and the
-//          pairs of ranks that change any of them. A pair is of 16 columns or outputs, as load_pair of lanes.h reads it
-// mapping  u = scales * (A x) is computed by the thread that prepares x, of up to 4 rows of one adapter together (RowKernels::shrink); what
-//          B makes of it by the thread that finishes a tile of a row
-// cost     R (K + N) multiply-adds for a row that has an adapter, nothing for any other; each number of A is read once for 4 rows.
-//          Of many adapters each is read anew from memory: while a tile is multiplied, B's of the next tile comes, and a part of the
-//          A that is needed next
-// numerics float32. A x in 16 lanes, then a fixed tree, then the scale; B u of a tile's even and odd ranks, one after another, then their
-//          sum; this is added to the product, before the bias. So a row's bits depend on that row alone.
+// shapes   R is a multiple of 4. A is [R / 4][K / 16][2] pairs of ranks. B lies in the tiles of the matrix: for the 16 outputs of a tile,
+//          the pairs of ranks that change any of them. A pair has 16 columns or outputs, as load_pair of lanes.h reads it
+// mapping  The thread that prepares x computes u = scales * (A x), for up to 4 rows of one adapter together (RowKernels::shrink). The
+//          thread that finishes a tile of a row computes B u
+// cost     R (K + N) multiply-adds for a row with an adapter, nothing for any other. Each number of A is read once for 4 rows. With
+//          many adapters each is read from memory: while a tile is multiplied, B of the next tile is fetched, and a part of the A that
+//          is needed next
+// numerics float32. A x is summed in 16 lanes, then in a fixed tree, and scaled. B u is summed over a tile's even ranks and over its odd
+//          ranks, one after another, then the two are added. The result is added to the product, before the bias. So the bits of a
+//          row depend on that row alone.
 struct AdapterTile {
     int64_t offset;                     // in B, of the first rank's numbers
     int32_t first, count;               // its ranks, both even
@@ -164,12 +167,12 @@ struct AdapterMatrix {
     int64_t tile_count = 0;
 };
 
-struct AdaptedRows {                    // of the rows of a product
-    const AdapterMatrix* const* adapters = nullptr;     // of each its adapter's matrices, by number, or null; null: no row has any
+struct AdaptedRows {                    // the adapters of a product's rows
+    const AdapterMatrix* const* adapters = nullptr;     // for each row its adapter's matrices, by number, or null; null: no row has any
     int64_t number = 0;                 // of the product's matrix
     const float* u = nullptr;           // of each row, u_stride apart
     int64_t u_stride = 0;
-    int64_t next = -1;                  // the number of the matrix whose A the rows need next, if any
+    int64_t next = -1;                  // number of the matrix whose A the rows need next; -1: there is none
 };
 
 struct Product {
@@ -181,26 +184,26 @@ struct Product {
     int64_t residual_stride;
     Activation activation;
     float* out;                         // (T, out_columns); nothing beyond out_columns is written
-    int64_t out_stride, out_columns;    // out_columns: at most tiles.rows, for gates at most 16 for each pair of tiles
-    AdaptedRows adapted{};              // before the activation
+    int64_t out_stride, out_columns;    // out_columns: at most tiles.rows; with gates at most 16 for each pair of tiles
+    AdaptedRows adapted{};              // added before the activation
 };
 
 static inline int64_t group_count(int64_t rows) { return (rows + GROUP_ROWS - 1) / GROUP_ROWS; }
 static inline int64_t panel_count(int64_t rows) { return (rows + PANEL_ROWS - 1) / PANEL_ROWS; }
 
-// Tiles [tile_begin, tile_end) (gates: both even) of tile_count, groups [group_begin, group_end) of group_count(rows).
+// Multiplies tiles [tile_begin, tile_end) of tile_count (with gates both are even) by groups [group_begin, group_end) of group_count(rows).
 void multiply(const Product& product, int64_t tile_begin, int64_t tile_end, int64_t group_begin, int64_t group_end);
 
 // ---- filling and reading tiles
 
-// `rows` rows of `source`, row_stride bytes apart, into tiles first_tile, first_tile + tile_step, ...: floats become any type,
-// q blocks (GGUF's) their own type only. Threads share the tiles. Returns whether neither the floats nor what these tiles now hold
-// is NaN or infinite anywhere.
+// Puts `rows` rows of `source`, row_stride bytes apart, into tiles first_tile, first_tile + tile_step, ... Floats become any type. Blocks
+// of a q type (GGUF's) go only into tiles of that type. Threads share the tiles. Returns whether there is no NaN and no infinity, in
+// the floats and in what the tiles hold now.
 bool fill_tiles(const Tiles& to, const uint8_t* source, Weight source_type, int64_t row_stride, int64_t rows, int64_t first_tile,
                 int64_t tile_step);
 
-void embed_row(const Tiles& tiles, int64_t row, float* out);    // row `row` of the matrix, as f32 [columns]
-void read_file_row(Weight type, const uint8_t* row, int64_t columns, float* out);   // the same of a row of GGUF blocks
+void embed_row(const Tiles& tiles, int64_t row, float* out);    // a row of the matrix, as f32 [columns]
+void read_file_row(Weight type, const uint8_t* row, int64_t columns, float* out);   // the same for a row of GGUF blocks
 
 // file_columns(type) values as a GGUF block of a q type (quantize.cpp says how it is rounded).
 void quantize_block(Weight type, const float* x, uint8_t* block);
@@ -230,8 +233,8 @@ namespace evex { extern const TileKernels tile_kernels; }
 namespace dotprod { extern const TileKernels tile_kernels; }
 namespace i8mm { extern const TileKernels tile_kernels; }
 
-// Kernels for 16 rows at a time (tiles_amx.inl.h). They leave to `narrow` what they have no kernel for, and a range of fewer rows
-// than `least_rows` says of a type and a number of columns; 0: all.
+// Kernels for 16 rows at a time (tiles_amx.inl.h). They leave to `narrow` the types that they have no kernel for, and ranges of fewer
+// rows than `least_rows` says for the type and the number of columns (0: all ranges).
 using LeastRows = int64_t (*)(Weight type, int64_t columns);
 using WideMultiply = void (*)(const Product&, int64_t tile_begin, int64_t tile_end, int64_t group_begin, int64_t group_end,
                               const TileKernels& narrow, LeastRows least_rows);
@@ -240,12 +243,14 @@ namespace amx { extern const WideMultiply wide_multiply; }      // null where th
 namespace emulated_vnni { extern const WideMultiply wide_multiply; }
 namespace emulated_portable { extern const WideMultiply wide_multiply; }
 
-// A panel of 16 rows: for q types [K / 32] PanelBlock or [K / 256] StepGroup, or the first and then the other; for float types of each
-// group f32 [K / 16, rounded up][8][16].
-// One thread makes x of a decode step ready, and every cache line that others read moves to their caches and back: of up to 4 rows
-// 3 lines a block, and 3 more where a row of its set has a fine plane. A row writes bytes of its own only. x and fine are as AMX's
-// tiles load them. 29 lines, and 149: with an odd number, what few rows read is spread over all sets of a cache.
-constexpr int SET_ROWS = 4;                             // rows that take a fine plane together: of 8 more often one has it; 2 gain nothing
+// A panel of 16 rows is [K / 32] PanelBlock or [K / 256] StepGroup for q types, or the first and then the other. For float types it is
+// f32 [K / 16, rounded up][8][16] for each of its two groups.
+//
+// One thread makes x of a decode step ready, and every cache line that other threads read moves to their caches and back. For up to 4
+// rows these are 3 lines a block, and 3 more if a row of the set has a fine plane. A row writes only bytes of its own. x and fine lie
+// as AMX's tiles load them. The sizes are odd numbers of lines, 29 and 149, so that what few rows read is spread over all sets of a
+// cache.
+constexpr int SET_ROWS = 4;                             // rows that take a fine plane together. Of 8 rows one has it too often; 2 gain nothing
 
 struct alignas(64) PanelSet {
     float scale[SET_ROWS];                              // dx = amax / 127
@@ -282,8 +287,8 @@ struct alignas(64) StepGroup {
 };
 static_assert(sizeof(StepGroup) == 149 * 64, "StepGroup");
 
-// Simulated on 510 positions: KL, and the share of the blocks that one row of 8 wants fine. 1.3: 4.5e-4, 45 %; 1.5: 5.3e-4, 36 %;
-// 2: 8.0e-4, 22 %. So many of the largest for each row are worse: 2 of 18, 7.9e-4, 32 %; 4 of 18, 4.4e-4, 57 %.
+// Simulated on 510 positions: the KL, and the share of blocks that at least one row of 8 needs fine. 1.3: 4.5e-4, 45 %. 1.5: 5.3e-4,
+// 36 %. 2: 8.0e-4, 22 %. To take a fixed number of each row's largest blocks is worse: 2 of 18, 7.9e-4, 32 %; 4 of 18, 4.4e-4, 57 %.
 constexpr float FINE_ABOVE = 1.5f;
 
 static inline int64_t block_panel_bytes(int64_t columns) { return columns / BLOCK * int64_t(sizeof(PanelBlock)); }
@@ -305,7 +310,8 @@ static inline const StepGroup* steps_of(const uint8_t* panel, int panels, int64_
 
 // ---- memory
 
-// Huge-page memory handed out from front to back; a request beyond the first segment gets one of its own size. Freed as a whole.
+// Memory in huge pages, handed out from front to back. A request that does not fit the first segment gets one of its own size. All is
+// freed together.
 class Arena {
 public:
     explicit Arena(size_t bytes);

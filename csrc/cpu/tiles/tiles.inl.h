@@ -3,12 +3,13 @@
 // mapping  16 lanes = the 16 rows of a tile; a kernel holds the sums of one tile (float types: two) and up to 8 rows of x in
 //          registers, so a tile is unpacked once for 8 rows. The first group to meet a tile streams it from memory, prefetching;
 //          then it stays in the L1 cache while as many groups pass by as a quarter of the L2 cache holds
-// cost     decoding: a tile's bytes, read once for up to 8 rows; bound by memory up to 4 rows. Prefill: bound by the multipliers,
-//          11 of their instructions for each row and 16 x 32 block of q4_1, and 8 more where one of 4 rows has a fine plane: every
-//          third block, a quarter of the time. (As lists of each row, after the others, it is more for Q8_0
-//          and less with AVX2.)
+// cost     decoding: a tile's bytes are read once for up to 8 rows; up to 4 rows memory is the bound.
+//          Prefill: the multipliers are the bound. A row and a 16 x 32 block of q4_1 take 11 of their instructions, and 8 more where
+//          one of 4 rows has a fine plane: that is every third block, and a quarter of the time. (Lists of each row's fine blocks,
+//          multiplied after the others, would take longer for Q8_0 and shorter with AVX2.)
 //          bench/RESULTS.md has the figures
-// numerics cpu/tiles/tiles.h; integer sums exact, a fused multiply-add for each scale and minimum, so equal bits everywhere
+// numerics cpu/tiles/tiles.h. Integer sums are exact and each scale and minimum is one fused multiply-add, so bits are equal
+//          everywhere
 #include "cpu/lanes.h"
 #include "cpu/tiles/expanded.inl.h"
 #include "cpu/tiles/finish.inl.h"
@@ -26,10 +27,10 @@ namespace {
 
 // ---- one q tile times R rows of a panel. Kernels are never inlined: in their caller GCC gives them half the registers.
 
-// The x8 or the fine values of some rows of a block, which begin with a set if they are more than one holds.
+// The x8 or the fine values of some rows of a block. More rows than a set holds begin with a set's first row.
 struct Plane {
     const int8_t* x;
-    const int32_t *minus, *other_minus;         // [PARTS][SET_ROWS], from the first row on; those of the other set
+    const int32_t *minus, *other_minus;         // [PARTS][SET_ROWS], from the first row on; the same of the next set
 
     const int8_t* values(int r) const { return x + r * BLOCK; }
     const int32_t& minus_of(int part, int r) const {        // by r % SET_ROWS, GCC 12 with both sanitizers reads row 4's for 5, 6, 7
@@ -137,7 +138,7 @@ DC_INLINE Scales<F> scales_of(const uint8_t* group, int i) {
     return d;
 }
 
-// A plane's sums of R rows, whose x is scaled by x_scales, onto their totals; `apart` lies between two parts of them.
+// Adds a plane's sums of R rows to their totals. x_scales are the rows' scales of x; `apart` sums lie from one part to the next.
 template <class F, int R, bool FINE>
 DC_INLINE void add_sums(const Scales<F>& d, const float* x_scales, const Whole* whole, int apart, Lanes* total) {
     for (int p = 0; p < F::PARTS; p++) {
@@ -146,9 +147,9 @@ DC_INLINE void add_sums(const Scales<F>& d, const float* x_scales, const Whole* 
     }
 }
 
-// A block's sums of R rows of a set, and the fine plane's if one of these rows has it, onto the rows' totals. `apart` lies between
-// two parts of `whole`. To a row without a fine plane it makes no difference whether another has one: apart, it adds 0; else
-// d * dx * sum is (d / 256) * dx * (256 * sum), to the bit.
+// Adds a block's sums of R rows of a set to the rows' totals, and those of the fine plane if one of these rows has it. `apart` sums
+// lie from one part of `whole` to the next. A row without a fine plane gets the same bits whether or not another row has one: with
+// FINE_APART its fine plane adds 0, and otherwise d * dx * sum is (d / 256) * dx * (256 * sum), to the bit.
 template <class F, int R>
 DC_INLINE void add_block(const uint8_t* quants, const int8_t* x, const PanelSet* set, int first, const Scales<F>& d, Whole* whole, int apart,
                          Lanes* total) {
@@ -166,8 +167,8 @@ DC_INLINE void add_block(const uint8_t* quants, const int8_t* x, const PanelSet*
     add_sums<F, R, true>(d, set->scale + first, rest, R, total);
 }
 
-// Rows row .. row + R - 1 of the panel -> y [R][16], beginning with a set if they are more than one holds; `ahead`: prefetch what
-// lies that many bytes further on, unless 0.
+// Rows row .. row + R - 1 of the panel -> y [R][16]. More rows than a set holds begin with a set's first row. `ahead`, unless 0:
+// prefetch what lies that many bytes further on.
 template <class F, int R>
 __attribute__((noinline)) void q_rows(const uint8_t* tile, int64_t blocks, int64_t ahead, const PanelBlock* panel, int row,
                                       float* y) {
@@ -309,9 +310,9 @@ void multiply_blocks(const Meeting& m, Sums& out) {
     }
 }
 
-// ---- types whose codes are made before: some columns of a tile for all rows that meet it
+// ---- types whose codes are made just before the product: some columns of a tile at once, for all rows that meet the tile
 
-// Some tiles, one after another, times groups [first, end), at most EXPANDED_GROUPS.
+// Some tiles, one after another, and the groups of rows [first, end) that meet them: at most EXPANDED_GROUPS.
 struct Gathering {
     const Product& job;
     int64_t tile, tile_bytes;
@@ -324,13 +325,13 @@ struct Gathering {
     int64_t count() const { return (end - first - 1) * GROUP_ROWS + rows(end - 1); }
 };
 
-// Groups that meet a tile's codes, and groups of the tile's blocks, of 256 columns, whose codes lie in the cache together: 4 and 1 cost 2 to 8 %
-// of a prompt's products.
+// How many groups of rows meet a tile's codes once these are made, and how many groups of the tile's blocks, of 256 columns each, have their codes
+// in the cache together. With 4 and 1 a prompt's products took 2 to 8 % longer.
 constexpr int64_t EXPANDED_GROUPS = 16, EXPANDED_TOGETHER = 4;
 
 #if defined(__AVX512F__)
 
-// What two tiles become before many rows meet them: Expanded, Folded, or Unpacked.
+// The form that two tiles are brought into before many rows meet them: Expanded, Folded, or Unpacked.
 template <class F>
 constexpr auto pair_form() {
     if constexpr (F::EXPANDS) return Expanded<F>();
@@ -345,7 +346,7 @@ Expander pair_expander() {
     else return unpack_group<F>;
 }
 
-// Two tiles onto the sums of each group, of more rows than q_rows takes as fast.
+// Adds the products of two tiles to the sums of each group. It is for so many rows that q_rows would take longer.
 template <class F>
 void multiply_expanded_pair(const Gathering& g, const uint8_t* first, const uint8_t* second, Sums* sums) {
     using E = decltype(pair_form<F>());
@@ -360,7 +361,8 @@ void multiply_expanded_pair(const Gathering& g, const uint8_t* first, const uint
         const bool last = at + count == tile_groups;
         for (int64_t i = 0; i < count; i++, first += BYTES, second += BYTES)
             expand(first, expanded[0] + i * EXPANDED_BYTES, 0), expand(second, expanded[1] + i * EXPANDED_BYTES, 0);
-        // All rows pass through the first cache before the next codes are made: what these come from goes to the second, a part with each set of rows.
+        // All rows pass through the first cache before the next codes are made. So the bytes that those come from are fetched into the second
+        // cache, a part with each set of rows.
         const int64_t next = last ? (PAIR - 1) * g.tile_bytes : 0, passes = sets * own_blocks;
         Fetching fetching{{first + next, second + next}, (TOGETHER * BYTES + passes - 1) / passes};
         for (int64_t group = g.first; group < g.end; group++) {
@@ -454,7 +456,7 @@ void multiply_gathered(const Gathering& g, void (*finish)(const Product&, int64_
     }
 }
 
-// Does a product of so many rows make codes of any of these tiles before?
+// Does a product of so many rows make the codes of any of these tiles beforehand?
 bool any_expands(const Tiles& w, int64_t tile, int64_t end, int64_t rows) {
     const auto expands = [&](Weight type) {
         return !is_float(type) && with_format(type, [&](auto format) {

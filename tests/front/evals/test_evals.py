@@ -16,7 +16,7 @@ from chatlm.common.config import Settings
 from chatlm.common.errors import ConfigError
 from chatlm.common.messages.requests import TokenLogprob
 from chatlm.front.evals.bundle import drawn_rows, read_rows, read_suite
-from chatlm.front.evals.items import NEAR_TIE, BadItem, Span, examples_of, fitted, prompts_of, spans_of, verdict_of
+from chatlm.front.evals.items import NEAR_TIE, BadItem, ScoredSpan, examples_of, fitted, prompts_of, spans_of, verdict_of
 from chatlm.front.evals.answers_file import AnswersFile, answers_file_name
 from chatlm.front.evals.run import as_json, mean_of, run_task
 from chatlm.front.evals.scores import PoolScorer
@@ -166,16 +166,16 @@ def test_prompts_are_those_of_upstream_s_templates(suite):
 
 
 def test_spans_are_those_of_upstream():
-    assert spans_of("multiple_choice", [[0, 1, 2, 3], [0, 1, 4]]) == [Span((0, 1, 2, 3), 2), Span((0, 1, 4), 2)]
+    assert spans_of("multiple_choice", [[0, 1, 2, 3], [0, 1, 4]]) == [ScoredSpan((0, 1, 2, 3), 2), ScoredSpan((0, 1, 4), 2)]
     assert [span.empty for span in spans_of("multiple_choice", [[0, 1], [0, 1, 4], [0, 1]])] == [True, False, True]
-    assert spans_of("schema", [[0, 1, 5, 6], [0, 2, 3, 5, 6]]) == [Span((0, 1, 5, 6), 2), Span((0, 2, 3, 5, 6), 3)]
-    assert spans_of("language_modeling", [[0, 1], [0, 1, 2]]) == [Span((0, 1, 2), 2)]
+    assert spans_of("schema", [[0, 1, 5, 6], [0, 2, 3, 5, 6]]) == [ScoredSpan((0, 1, 5, 6), 2), ScoredSpan((0, 2, 3, 5, 6), 3)]
+    assert spans_of("language_modeling", [[0, 1], [0, 1, 2]]) == [ScoredSpan((0, 1, 2), 2)]
     for tokens in ([[0, 1], [0, 2, 3]], [[0, 1], [0, 1]], [[0, 1, 2], [0, 1]]):
         with pytest.raises(BadItem):
             spans_of("language_modeling", tokens)
-    assert fitted(Span(tuple(range(10)), 7), 5) == Span((5, 6, 7, 8, 9), 2) and fitted(Span((1, 2), 1), 5) == Span((1, 2), 1)
+    assert fitted(ScoredSpan(tuple(range(10)), 7), 5) == ScoredSpan((5, 6, 7, 8, 9), 2) and fitted(ScoredSpan((1, 2), 1), 5) == ScoredSpan((1, 2), 1)
     with pytest.raises(BadItem, match="9 tokens are scored, but the context holds 9"):
-        fitted(Span(tuple(range(10)), 1), 9)
+        fitted(ScoredSpan(tuple(range(10)), 1), 9)
 
 
 def option(*logprobs):

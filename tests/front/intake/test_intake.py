@@ -12,7 +12,7 @@ import pytest
 
 from chatlm.common.config import LIMITS, Settings
 from chatlm.common.errors import ChatServerError, EngineFailure, RequestError
-from chatlm.common.messages.protocol import SANDBOX_PIPE, Body, Known, SandboxConfig, Task
+from chatlm.common.messages.protocol import SANDBOX_PIPE, Body, Known, SandboxConfig, SandboxTask
 from chatlm.common.messages.requests import InfillTokens
 from chatlm.common.messages.wire import Pipe
 from chatlm.common.vision.pictures import picture
@@ -43,7 +43,7 @@ def crossings(monkeypatch):
     found, packed = [], Pipe.packed
 
     def noted(pipe, message):
-        if pipe is SANDBOX_PIPE and isinstance(message, Task):
+        if pipe is SANDBOX_PIPE and isinstance(message, SandboxTask):
             found.append([message.name, 0])
         elif pipe is SANDBOX_PIPE and isinstance(message, Body):
             found[-1][1] += 1

@@ -12,7 +12,7 @@ from chatlm.common.hub.adapters import adapter_at
 from chatlm.common.messages.protocol import AdapterLoaded
 from chatlm.front.pool.adapters import AdapterWatch
 from chatlm.front.pool.many import ManyModels
-from chatlm.front.pool.pool import pool_of
+from chatlm.front.pool.pool import make_pool
 from asking import ask, served, text_of
 from families import make_model, save
 from forked import DYING
@@ -43,7 +43,7 @@ def start(model, started, tmp_path, monkeypatch):
     monkeypatch.setenv("STRUCK", str(tmp_path))
 
     async def start(**changes):
-        return await started(pool_of(Settings(**{"model": str(model)} | TINY | changes), DYING))
+        return await started(make_pool(Settings(**{"model": str(model)} | TINY | changes), DYING))
 
     return start
 

@@ -27,7 +27,7 @@ from chatlm.common.text.grammar import check_grammar, json_grammar
 from chatlm.front.admission import prompts
 from chatlm.front.api.call_grammars import tool_grammar
 from chatlm.front.pool import local_devices
-from chatlm.front.pool.pool import pool_of
+from chatlm.front.pool.pool import make_pool
 from answers import asked, calls_of
 from draft_heads import Head, save_with_head
 from fake_pool import conversation, frames, serving
@@ -520,7 +520,7 @@ async def test_a_worker_that_hangs_while_it_loads_again_keeps_no_answer_from_goi
 
 
 def test_each_report_of_a_load_gives_it_the_whole_time_again():
-    pool = pool_of(Settings())
+    pool = make_pool(Settings())
     (worker,) = pool.workers
     worker.awaited_s = time.monotonic() - patient(worker.LOAD_HANG_S) - 1
     assert worker.state == "loading" and worker.hung

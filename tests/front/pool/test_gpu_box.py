@@ -18,8 +18,8 @@ from chatlm.common.errors import ConfigError, EngineFailure
 from chatlm.common.messages.protocol import ModelCard, WorkerConfig
 from chatlm.common.messages.requests import ModelSource
 from chatlm.front.pool import local_devices
-from chatlm.front.pool.pool import pool_of
-from chatlm.worker.build import MemoryPlan
+from chatlm.front.pool.pool import make_pool
+from chatlm.worker.memory_plan import MemoryPlan
 from chatlm.worker.device import check_gpu, lack_of_gpu_memory
 from chatlm.worker.device_use import DeviceUse
 from patching import patch
@@ -138,7 +138,7 @@ def test_too_little_for_a_kv_cache_names_what_is_enough(box, nanochat_fixtures, 
 def test_one_of_several_gpus_is_told_unless_the_number_was_given(box):
     box("fine", "fine", "fine")
     for changes, told in (({}, True), ({"num_gpus": "1"}, False), ({"num_gpus": "auto"}, False), ({"device_type": "cpu"}, False)):
-        pool = pool_of(Settings(**changes))
+        pool = make_pool(Settings(**changes))
         pool.supervisor.version.note_card(ModelCard(None, "m", 64, (), {}, False))
         pool.placement.source, pool.admission.prompts = config().source, SimpleNamespace(tokenizer=None)
         pool.settings = replace(pool.settings, command="chat")

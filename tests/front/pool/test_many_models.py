@@ -14,7 +14,7 @@ from chatlm.common.errors import ConfigError
 from chatlm.front.pool import many
 from chatlm.front.pool.local_devices import LocalDevices
 from chatlm.front.pool.many import FolderWatch, ManyModels
-from chatlm.front.pool.pool import pool_of
+from chatlm.front.pool.pool import make_pool
 from chatlm.front.pool.residency import Residency
 from chatlm.front.pool.worker import State, Worker
 from fake_pool import frames, serving
@@ -58,7 +58,7 @@ def content(answer):
 async def alone(client, model, texts, **changes):
     """What a server of this model alone answers to each text."""
     settings = Settings(model=str(model), **TINY, **changes)
-    pool = pool_of(settings, DYING)
+    pool = make_pool(settings, DYING)
     await pool.start()
     try:
         await pool.wait_ready()

@@ -26,7 +26,7 @@ from chatlm.front.evals.run import as_json, run_task
 from chatlm.front.evals.scores import PoolScorer
 from chatlm.front.pool.local_devices import niceness
 from chatlm.front.pool.many import ManyModels
-from chatlm.front.pool.pool import pool_of
+from chatlm.front.pool.pool import make_pool
 from chatlm.front.pool.residency import Residency
 from chatlm.front.pool.run_watch import RunWatch
 from fake_pool import frames, serving
@@ -46,7 +46,7 @@ async def ask(client, url, model, text="hello", **changes):
 async def alone(client, path, text="hello"):
     """What a server of this checkpoint alone answers."""
     settings = Settings(model=str(path), **TINY)
-    pool = pool_of(settings, DYING)
+    pool = make_pool(settings, DYING)
     await pool.start()
     try:
         await pool.wait_ready()
@@ -542,7 +542,7 @@ async def test_a_server_that_is_started_again_computes_nothing_again(run_folder,
 
 
 async def started_alone(run_folder, step):
-    pool = pool_of(Settings(**TINY | {"model": str(run_folder), "step": step}))
+    pool = make_pool(Settings(**TINY | {"model": str(run_folder), "step": step}))
     await pool.start()
     await pool.wait_ready()
     return pool
@@ -708,7 +708,7 @@ async def test_checkpoints_of_an_adapter_s_training_are_its_base_with_it_merged(
                 texts[name] = (await response.json())["choices"][0]["text"]
     for step, name in ((5, "my-run@5"), (10, "my-run@latest")):
         settings = Settings(model=str(base), lora=(str(tmp_path / "runs" / "my-run" / f"checkpoint-{step}"),), **TINY)
-        pool = pool_of(settings, DYING)
+        pool = make_pool(settings, DYING)
         await pool.start()
         await pool.wait_ready()
         async with serving(pool, settings) as url:

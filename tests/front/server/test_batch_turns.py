@@ -18,7 +18,7 @@ from chatlm.front.server import access, batch_turns, connections, ledger
 from chatlm.front.server.access import Owners
 from chatlm.front.server.batch_turns import LEAST_REST_S, LONGEST_REST_S, NEWCOMERS, Turns, WaitingLine
 from chatlm.front.store import batches, files
-from chatlm.front.store.files import Row
+from chatlm.front.store.files import LineRow
 from chatlm.front.store.store import Store
 from fake_pool import FakePool
 
@@ -224,7 +224,7 @@ class Place:
         def create(connection):
             owner = Owners(self.settings).of_texts(client)
             source = files.create(connection, owner, "in.jsonl", "batch", 1)
-            rows = [Row(number, json.dumps({
+            rows = [LineRow(number, json.dumps({
                 "custom_id": str(number), "method": "POST", "url": CHAT, "body": {
                     "model": model, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": max_tokens, "n": n}}).encode() + b"\n", str(number), CHAT, model)
                 for number in range(1, count + 1)]

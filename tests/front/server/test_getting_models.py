@@ -14,7 +14,7 @@ from chatlm.common.hub.offers import hub_cache
 from chatlm.front.pool import many
 from chatlm.front.pool.downloads import Download
 from chatlm.front.pool.many import ManyModels
-from chatlm.front.pool.pool import pool_of
+from chatlm.front.pool.pool import make_pool
 from fake_hub import fake_hub
 from fake_pool import FakePool, frames, serving
 from forked import DYING
@@ -220,7 +220,7 @@ async def test_what_a_model_is_served_with_is_not_deleted(several, client, hub, 
     if several:
         models = await started(ManyModels(replace(settings, several=(ModelChoice(str(target), "mine"),)), DYING))
     else:
-        models = await started(pool_of(replace(settings, model=str(target)), DYING))
+        models = await started(make_pool(replace(settings, model=str(target)), DYING))
     async with serving(models, models.settings) as url:
         for name in "org/drafts", "org/drafts:small.gguf", "org/texts":
             status, body = await call(client, "DELETE", url + "/api/delete", {"model": name})

@@ -24,7 +24,7 @@ from chatlm.common.segments import HEADER_BYTES, MOST_GROUPS, PAGE, ROOT, STATE,
 from chatlm.common.tiers import listed_store, prune
 from chatlm.front.pool.prefixes import StoreWriter
 from chatlm.worker.engine.keeper import Reader
-from chatlm.worker.engine.kept import KeptPages, checksum
+from chatlm.worker.engine.kept_pages import KeptPages, checksum
 from chatlm.worker.engine.states import StatePool
 from chatlm.worker.engine.warm_up import WarmUp
 from chatlm.worker.model import pages as model_pages

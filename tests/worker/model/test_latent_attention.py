@@ -11,7 +11,7 @@ import torch
 
 from chatlm.worker.model.kernels import load_kernels, not_compiled
 from chatlm.worker.model.tensors import Cut
-from chatlm.worker.model.transformer import Transformer, pack_adapter
+from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.ops.attention import paged_attention_reference, plan_attention_reference
 from chatlm.worker.ops.latent import absorb, append, by_head, turn
 from chatlm.worker.weights.families import FAMILIES
@@ -151,7 +151,7 @@ def test_an_adapter_changes_every_product_of_latent_attention_that_it_may():
     assert {"0.queries_in", "0.queries", "0.kv_in", "0.output"} <= {*adapter}
     merged = {name: tensor + (adapter[name].b * adapter[name].scales) @ adapter[name].a if name in adapter else tensor for name, tensor in tensors.items()}
     beside, whole = transformer_of(model, tensors), transformer_of(model, merged)
-    pack_adapter(beside, 1, adapter)
+    beside.pack_adapter(1, adapter)
     batch = make_batch((IDS, 0, 37, PAGES[0]))
     assert close(forward_logits(beside, batch._replace(adapters=[1])), forward_logits(whole, batch))
     assert not close(forward_logits(beside, batch._replace(adapters=[0])), forward_logits(whole, batch))

@@ -11,7 +11,7 @@ from chatlm.common.core import decode_core
 from chatlm.common.errors import ConfigError
 from chatlm.worker.model.kernels import MOST_ON_CPU, MOST_ON_GPU, load_kernels, not_compiled
 from chatlm.worker.model.tensors import MappedRows
-from chatlm.worker.model.transformer import Transformer, pack_adapter
+from chatlm.worker.model.transformer import Transformer
 from chatlm.worker.weights.model_of import model_of
 from arrays import array_of, arrays_of, matrix_of
 from engines import forward_logits, make_batch
@@ -58,7 +58,7 @@ def logits(spec, kernels, chunks, adapted):
     """Of the last of 20 tokens that come in such chunks."""
     model = Transformer(model_of(spec), arrays_of(random_tensors(spec)), kernels, num_pages=4, num_slots=4, max_tokens=24, max_rows=4, dtype="float32")
     if adapted:
-        pack_adapter(model, 1, odd_adapter(spec))
+        model.pack_adapter(1, odd_adapter(spec))
     ids, done = [7 * i % spec.vocab_size for i in range(20)], 0
     for count in chunks:
         found = forward_logits(model, make_batch((ids, done, count, [0, 1]))._replace(adapters=[int(adapted)]))

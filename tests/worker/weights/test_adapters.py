@@ -283,14 +283,13 @@ def test_norms_that_an_adapter_trained_take_the_place_of_the_models(name, tmp_pa
 
 
 def test_vectors_that_do_not_fit_are_refused_and_none_is_served_unmerged(tmp_path):
-    from chatlm.worker.model.transformer import load_adapter
     model = make_model("llama2")
     paths = save(model, tmp_path / "base"), as_gguf(tmp_path / "base.gguf", model)
     adapt(model, tmp_path / "adapter", targets=["v_proj"], modules_to_save=["input_layernorm"])
     for path in paths:
         ours = load(path)
         with pytest.raises(ConfigError, match="input_layernorm .modules_to_save., which cannot be served without merging"):
-            load_adapter(transformer(ours, kernels_of("reference", ours.spec)), 1, tmp_path / "adapter")
+            transformer(ours, kernels_of("reference", ours.spec)).load_adapter(1, tmp_path / "adapter")
     weights = tmp_path / "adapter/adapter_model.safetensors"
     tensors, name = load_file(weights), "base_model.model.model.layers.0.input_layernorm.weight"
     for change, words in (({name: torch.ones(65)}, r"a whole vector model.layers.0.input_layernorm \(65,\), which in this model is \(64,\)"),

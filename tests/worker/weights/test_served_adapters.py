@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from chatlm.common.core import decode_core
 from chatlm.common.errors import ConfigError
 from chatlm.worker.model.kernels import not_compiled
-from chatlm.worker.model.transformer import load_adapter
 from chatlm.worker.weights import nanochat
 from chatlm.worker.weights.adapters import adapter_reader
 from chatlm.worker.weights.shards import shard_model, stage_model
@@ -39,7 +38,7 @@ class WithAdapter:
 
     def __init__(self, model, folder):
         self.model = model
-        load_adapter(model, 1, folder)
+        model.load_adapter(1, folder)
 
     def forward(self, batch):
         return forward_logits(self.model, batch._replace(adapters=[1] * len(batch.lengths)))
@@ -191,7 +190,7 @@ def test_an_adapter_of_every_linear_module_is_merged_and_served_or_refused_by_na
         beside = transformer(ours, kernels_of("reference", ours.spec))
         if name in SERVED_IN_PART:
             with pytest.raises(ConfigError, match=rf"changes model\.layers\.0\..*{SERVED_IN_PART[name]}, which cannot be done without merging; --lora merges it"):
-                load_adapter(beside, 1, adapter)
+                beside.load_adapter(1, adapter)
         else:
             assert (forward_logits(WithAdapter(beside, adapter).model, batch._replace(adapters=[1]))[0] - expected).abs().max() < 5e-4, kind
 

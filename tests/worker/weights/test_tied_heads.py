@@ -11,7 +11,6 @@ from chatlm.common.errors import ConfigError
 from chatlm.worker.doctor.patient import Patient
 from chatlm.worker.doctor.stated import check_head
 from chatlm.worker.model.kernels import not_compiled
-from chatlm.worker.model.transformer import load_adapter
 from chatlm.worker.weights.huggingface import hf_spec
 from engines import tensors_of
 from families import answers, as_gguf, check, clear_cases, kernels_of, load, make_model, save, transformer
@@ -189,7 +188,7 @@ def test_an_adapter_of_a_tied_head_is_refused_where_it_is_not_merged(tmp_path):
         for path in paths:
             ours = load(path)
             with pytest.raises(ConfigError, match="lm_head.*cannot be .* without merging; --lora merges it"):
-                load_adapter(transformer(ours, kernels_of("reference", ours.spec)), 1, tmp_path / name)
+                transformer(ours, kernels_of("reference", ours.spec)).load_adapter(1, tmp_path / name)
 
 
 @pytest.mark.parametrize("flags", [(), ("--tensor-parallel-size", "2")], ids=["alone", "two ranks"])

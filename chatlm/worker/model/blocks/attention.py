@@ -1,4 +1,4 @@
-"""Attention: what a layer caches for each token, and how its queries see that."""
+"""Attention: what a layer caches for each token, and how its queries read it."""
 
 from __future__ import annotations
 
@@ -15,20 +15,22 @@ from chatlm.worker.model.tensors import rounded_up
 
 @dataclass(frozen=True)
 class HeadNorms:
-    """RMS norms of q and k, before they turn or after: of each head, or of all heads together."""
+    """RMS norms of q and k, before or after they turn, of each head or of all heads together."""
 
-    when: str                # "before_rope", "after_rope"; "whole": of all heads together, before
+    when: str                # "before_rope", "after_rope"; "whole": of all heads together, before they turn
     eps: float
     weights: bool = True
-    sizes: tuple[int, ...] = ()  # "whole": the numbers of q and of k in all ranks
-    count: int = 0           # numbers of a padded head, zeros not included; 0: all
+    sizes: tuple[int, ...] = ()  # "whole": how many numbers q has and k has, in all ranks
+    count: int = 0           # numbers of a padded head without its zeros; 0: it is not padded
 
     @property
     def whole(self) -> bool:
         return self.when == "whole"
 
     def tensors(self, q: Run, k: Run | None) -> Tensors:
-        named = {"q_norm": q} | ({"k_norm": k} if k else {})
+        named = {"q_norm": q}
+        if k:
+            named["k_norm"] = k
         if self.whole:
             return {name: vector((run,)) for name, run in named.items()}
         factor = math.sqrt(self.count / q.size) if self.count else 1.0
@@ -37,16 +39,16 @@ class HeadNorms:
 
 @dataclass(frozen=True)
 class Scores:
-    """Which keys a query sees, and how its scores are made."""
+    """Which keys a query sees, and how its scores are computed."""
 
-    scale: float = 1.0       # multiplies q, in addition to 1 / sqrt(D)
-    growth: tuple[float, ...] = ()  # (beta, n): q is multiplied by 1 + beta * ln(1 + position // n), too
+    scale: float = 1.0       # multiplies q, besides 1 / sqrt(D)
+    growth: tuple[float, ...] = ()  # (beta, n): q is also multiplied by 1 + beta * ln(1 + position // n)
     qk_scale: float = 1.0    # multiplies q and k, after norm and rope
-    window: int = 0          # keys that a token sees, its own included; 0: all
-    softcap: float = 0.0     # scores = c * tanh(scores / c), before the mask; 0: none
-    sinks: bool = False      # a logit for each query head, which attends to no value
-    sees: str = "before"     # "text": what comes after it, too; "pictures": also the rest of its picture
-    distances: bool = False  # scores get a bias for each head and bucket of distances (MPNet)
+    window: int = 0          # how many keys a token sees, its own included; 0: all
+    softcap: float = 0.0     # c > 0: scores = c * tanh(scores / c), before the mask
+    sinks: bool = False      # each query head has one more logit, which attends to no value
+    sees: str = "before"     # "text": also what comes after it; "pictures": also the rest of its picture
+    distances: bool = False  # each head adds a bias to scores, by the bucket of the distance (MPNet)
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class ValueEmbed:
     """v + scale * sigmoid(ve_gate x) * an embedding of the token (nanochat)."""
 
     vocabulary: int
-    channels: int            # the first ones of x, which the gate reads
+    channels: int            # the gate reads so many first numbers of x
     scale: float
 
     def tensors(self, values: Run) -> Tensors:
@@ -79,9 +81,9 @@ class Attention(Block):
     """output(softmax(q k^T / sqrt(D)) v), where q, k, v = qkv norm(x) (Vaswani et al., "Attention is all you
     need", 2017; grouped heads: Ainslie et al., "GQA", 2023).
 
-    qkv is (H D + Hkv D + Hkv Dv, C), output (C, H Dv). For each token the layer caches, for each of Hkv
-    heads, a key of D numbers and a value of Dv. A layer with a `source` caches nothing: its queries read
-    the pages of that layer, whose sizes are its own."""
+    qkv is (H D + Hkv D + Hkv Dv, C), output (C, H Dv). For each token the layer caches a key of D numbers
+    and a value of Dv for each of Hkv heads. A layer with a `source` caches nothing: its queries read the
+    pages of that layer, which has the same sizes."""
 
     heads: int               # H, of queries
     kv_heads: int            # Hkv
@@ -90,14 +92,14 @@ class Attention(Block):
     rope: Rope
     scores: Scores = Scores()
     norms: HeadNorms | None = None
-    value_norm: bool = False  # RMS norm (without weight) of each head of v
-    values_from_keys: bool = False  # v is the product that k is made of, before its norm; no rows for v
-    source: int | None = None  # the earlier layer whose keys and values it reads; no rows for k and v
+    value_norm: bool = False  # each head of v has an RMS norm without weights
+    values_from_keys: bool = False  # v is what k is before its norm, so qkv has no rows for v
+    source: int | None = None  # the earlier layer whose keys and values it reads; qkv has no rows for them
     embed: ValueEmbed | None = None
-    gated: bool = False      # after each head's q, qkv has as many rows for a gate of the head's output
-    biases: tuple[str, ...] = ()  # of "qkv", "output"
+    gated: bool = False      # each head's output has a gate, whose rows follow the head's q in qkv
+    biases: tuple[str, ...] = ()  # which of "qkv" and "output" have one
 
-    values_in_keys = False   # are values the begin of keys, or cached beside them?
+    values_in_keys = False   # is a value the beginning of its key? Else it is cached beside it
 
     @property
     def window(self) -> int:
@@ -105,12 +107,12 @@ class Attention(Block):
 
     @property
     def slot_size(self) -> int:
-        """Numbers that it caches per token."""
+        """How many numbers it caches for a token."""
         return 0 if self.source is not None else self.kv_heads * (self.head_size + self.value_size)
 
     @functools.cached_property
     def runs(self) -> Axis:
-        """The rows of q, k and v in qkv, as far as it has them, without gates."""
+        """The rows of qkv, without gates: those of q, k and v, or of those that it has."""
         q = Run(self.heads, self.head_size, "heads")
         k = Run(self.kv_heads, self.head_size, "kv_heads")
         v = Run(self.kv_heads, self.value_size, "kv_heads")
@@ -140,7 +142,9 @@ class Attention(Block):
             found |= self.norms.tensors(q, kv[0] if kv else None)
         if self.scores.sinks:
             found["sinks"] = vector((Run(self.heads, of="heads"),))
-        return found | (self.embed.tensors(self.values) if self.embed else {})
+        if self.embed:
+            found |= self.embed.tensors(self.values)
+        return found
 
     def scratch(self, C: int) -> Scratch:
         found = {"qkv": Buffer(self.rows, short=True), "q": Buffer(self.queries),
@@ -150,7 +154,9 @@ class Attention(Block):
             found["gates"] = Buffer(self.queries, short=True)
         if self.norms and self.norms.whole:
             found["means"] = Buffer(16)
-        return found | (self.embed.scratch(self.values) if self.embed else {})
+        if self.embed:
+            found |= self.embed.scratch(self.values)
+        return found
 
     def compute(self, s: Step, read: Read, to: Sum):
         qkv = self.project(s, read)            # (T, rows)
@@ -161,7 +167,7 @@ class Attention(Block):
         to.product(s, attended, "output")
 
     def project(self, s: Step, read: Read):
-        """q, k and v of each token; the gates of heads go to a buffer of their own."""
+        """q, k and v of each token. Gates of heads go to a buffer of their own."""
         b = s.b
         bias = s.w.get("qkv_bias")
         qkv = b.of("qkv", self.rows)
@@ -174,7 +180,7 @@ class Attention(Block):
         return qkv
 
     def turn(self, s: Step, read: Read, qkv):
-        """q, normed and turned by its position; new keys and values go to the layer's pages."""
+        """q, normed and turned by position. The new keys and values go into the layer's pages."""
         k = s.k
         inputs = s.inputs
         q = s.b.of("q", self.queries)
@@ -188,7 +194,7 @@ class Attention(Block):
         return q
 
     def attend(self, s: Step, q):
-        """softmax(q k^T / sqrt(D)) v, of the keys and values in the pages."""
+        """softmax(q k^T / sqrt(D)) v, with the keys and values in the pages."""
         k = s.k
         plan = s.inputs.attention
         scores = self.scores
@@ -205,7 +211,7 @@ class Attention(Block):
         return out
 
     def norm_whole(self, s: Step, qkv):
-        """Norm q and k, each over all heads of all ranks."""
+        """Apply the norms of q and of k, each over all heads of all ranks."""
         k = s.k
         means = s.b.means
         norms = self.norms
@@ -217,7 +223,7 @@ class Attention(Block):
         k.norm_qk(qkv, **weights, means=means, eps=norms.eps, out=qkv)
 
     def norm_options(self, s: Step) -> dict[str, Any]:
-        """What rope_append must know of the norms of heads."""
+        """The options of rope_append for the norms of heads."""
         norms = self.norms
         if norms is None or norms.whole:
             return {"norm": "none", "eps": 0.0}
@@ -227,15 +233,17 @@ class Attention(Block):
     @functools.cached_property
     def rope_options(self) -> dict[str, Any]:
         options = {"post_scale": self.scores.qk_scale, "q_scale": self.scores.scale}
-        return options | ({"value_norm": True} if self.value_norm else {})
+        if self.value_norm:
+            options["value_norm"] = True
+        return options
 
     # ---- other sizes
 
     def padded(self) -> Attention:
-        """With heads of multiples of 16.
+        """The block with heads that are multiples of 16.
 
-        The additional numbers are zeros, so scores and sums stay what they were. What divides by D must
-        know: scores, and the norms of each head."""
+        The added numbers are zeros, so scores and sums stay what they were. Only what divides by D changes:
+        scores, and the norms of each head."""
         D = self.head_size
         wide = rounded_up(self.head_size)
         if D == wide:
@@ -253,8 +261,10 @@ class Attention(Block):
         return self if self.source is None else replace(self, source=self.source - layers)
 
     def divided(self, rank: int, tp: int, block: int) -> Divided:
-        """A rank's query heads and kv heads. If there are more ranks than kv heads, several share one, each
-        with some of its query heads."""
+        """A rank's query heads and kv heads.
+
+        If there are more ranks than kv heads, several ranks share a kv head, each with some of its query
+        heads."""
         group = self.heads // self.kv_heads
         firsts = [number * self.kv_heads // tp for number in range(tp)]
         first = firsts[rank]

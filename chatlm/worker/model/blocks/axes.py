@@ -1,7 +1,7 @@
-"""How the rows and columns of a tensor are made up.
+"""What the rows and columns of a tensor consist of.
 
-A block states this once for each of its tensors. The tensor's shape, where padding puts its numbers, what
-each rank has of it, whether it is packed and whether adapters may change it all follow from that."""
+A block states this once for each of its tensors. From it follow the tensor's shape, where padding puts its
+numbers, what each rank has of it, whether it is packed, and whether adapters may change it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import numpy
 
 
 class Run(NamedTuple):
-    """Rows or columns one after another: `count` units of `parts` * `size` each.
+    """Rows or columns that follow each other: `count` units of `parts` * `size` each.
 
-    A head of q with its gate, for example, is one unit of two parts of D rows."""
+    For example, a head of q with its gate is one unit of two parts of D rows."""
 
     count: int
     size: int = 1
-    of: str = ""    # what ranks divide, in units: "heads", "columns", ..; "": every rank has all
-    parts: int = 1  # of a unit; padding spreads them apart
+    of: str = ""    # ranks divide these units: "heads", "columns", ..; "": every rank has all
+    parts: int = 1  # of a unit; padding follows each part
 
     @property
     def unit(self) -> int:
@@ -38,10 +38,10 @@ class Tensor(NamedTuple):
     rows: Axis
     columns: Axis | None = None  # None: a vector
     packed: bool = False         # is it laid out for products?
-    exact: bool = False          # is a matrix float32, whatever the type of others? vectors are
+    exact: bool = False          # is a matrix always float32? vectors always are
     adapted: bool = False        # may adapters change its product?
-    once: bool = False           # a bias that the first rank alone adds
-    factor: float = 1.0          # of a norm's weights, if what it reads was padded
+    once: bool = False           # a bias that only the first rank adds
+    factor: float = 1.0          # of the weights of a norm that reads padded rows
 
     @property
     def axes(self) -> tuple[Axis, ...]:
@@ -53,7 +53,9 @@ class Tensor(NamedTuple):
 
     @property
     def bias(self) -> Tensor:
-        """The bias of this matrix, a number for each row. If ranks divide the columns, they sum products."""
+        """The bias of this matrix, a number for each row.
+
+        Where ranks divide the columns, they sum their products, and only one of them may add the bias."""
         return Tensor(self.rows, once=any(run.of for run in self.columns or ()))
 
 
@@ -80,7 +82,7 @@ def matrix(rows: int | Axis, columns: int | Axis, packed: bool = True, **more) -
 
 
 def padded_places(axis: Axis, padded: Axis) -> numpy.ndarray:
-    """Where the numbers along an axis go in the padded one, which has the same runs in larger sizes."""
+    """Where the numbers along an axis go in the padded axis, whose runs are the same in larger sizes."""
     places = []
     begin = 0
     for run, wide in zip(axis, padded):
@@ -92,11 +94,11 @@ def padded_places(axis: Axis, padded: Axis) -> numpy.ndarray:
 
 # ---- ranks
 
-Divided = dict[str, range]  # what ranks divide -> the units that one rank has
+Divided = dict[str, range]  # what ranks divide -> the units that a rank has
 
 
 class RankPart(NamedTuple):
-    """What a rank has of a tensor: ranges along one axis; no ranges: the whole tensor."""
+    """What a rank has of a tensor: ranges along one axis. Without ranges it has the whole tensor."""
 
     axis: int = 0
     ranges: tuple[range, ...] = ()
@@ -110,7 +112,7 @@ def rank_part(tensor: Tensor, divided: Divided) -> RankPart:
 
 
 def rank_ranges(axis: Axis, divided: Divided) -> tuple[range, ...]:
-    """A rank's numbers along an axis, a range for each run."""
+    """The numbers along an axis that a rank has: a range for each run."""
     ranges = []
     begin = 0
     for run in axis:

@@ -11,24 +11,27 @@ from chatlm.worker.model.blocks.axes import Tensors, length
 
 PRODUCTS = ("q", "k", "v", "output", "gate", "up", "down")
 MOST = float(numpy.finfo(numpy.float32).max)
-CLAMP_NUMBERS = 4 * len(PRODUCTS)  # numbers that a file has for a layer
+CLAMP_NUMBERS = 4 * len(PRODUCTS)  # how many numbers a file has for a layer
 
 Bounds = dict[str, tuple[Any, Any]]
 
 
 def bounds_of(tensors: Tensors, values: numpy.ndarray, of: Callable[[numpy.ndarray], Any]) -> Bounds:
-    """Of one layer: name of a matrix -> (low, high) of what its product gives, and "<name>_in" -> of what
-    it reads.
+    """The bounds of a layer: name of a matrix -> (low, high) of what its product gives, and "<name>_in" ->
+    (low, high) of what it reads.
 
-    values (CLAMP_NUMBERS,): for each of PRODUCTS low and high of its input, then of its output. q, k and v,
-    which are one matrix, read the same, and so do gate and up."""
+    values (CLAMP_NUMBERS,): for each of PRODUCTS, low and high of its input, then of its output. q, k and v
+    are one matrix and read the same. gate and up read the same too."""
     bounds = values.reshape(len(PRODUCTS), 2, 2)
 
     def pair(side: int, runs: list[tuple[str, int]]) -> tuple[Any, Any]:
-        low, high = (numpy.concatenate([
-            numpy.full(size, bounds[PRODUCTS.index(name), side, end], numpy.float32)
-            for name, size in runs]) for end in (0, 1))
-        return of(low), of(high)
+        ends = []
+        for end in (0, 1):
+            parts = [numpy.full(size, bounds[PRODUCTS.index(name), side, end], numpy.float32)
+                     for name, size in runs]
+            ends.append(of(numpy.concatenate(parts)))
+        low, high = ends
+        return low, high
 
     found = {}
     matrices = {"qkv": ("q", "k", "v")} | {name: (name,) for name in ("output", "gate", "up", "down")}

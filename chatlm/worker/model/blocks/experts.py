@@ -1,4 +1,4 @@
-"""Feed-forward blocks of experts, of which each token takes a few."""
+"""Feed-forward blocks of experts. Each token takes a few of them."""
 
 from __future__ import annotations
 
@@ -16,24 +16,28 @@ from chatlm.worker.model.tensors import rounded_up
 
 @dataclass(frozen=True)
 class Router:
-    """Which experts a token takes, and their shares: by the logits router x (T, E)."""
+    """Chooses a token's experts and their shares by the logits router x (T, E)."""
 
-    chosen: int              # the experts with so many of the largest logits
-    kind: str = "softmax"    # "sigmoid": as the reference `sigmoid_routes` says; "jitter": `sparse_routes`
-    sum_to_one: bool = True  # softmax over the chosen experts' logits; else over all experts'
+    chosen: int              # so many experts, those with the largest logits
+    kind: str = "softmax"    # "sigmoid": as the reference `sigmoid_routes` says; "jitter": as `sparse_routes`
+    sum_to_one: bool = True  # shares are the softmax over the chosen experts' logits; else over all logits
     bias: bool = False
-    choice_bias: bool = False  # sigmoids: added when experts are chosen, but not in the shares
-    groups: tuple[int, int] = (1, 1)  # sigmoids: experts are chosen from so many groups of so many
+    choice_bias: bool = False  # sigmoids: a bias counts in the choice, but not in the shares
+    groups: tuple[int, int] = (1, 1)  # sigmoids: (groups, how many of them experts are chosen from)
     scale: float = 1.0       # sigmoids: of the shares
     jitter: float = 0.0
 
     def tensors(self, experts: int, C: int) -> Tensors:
         router = matrix(experts, C)
-        return {"router": router} | ({"router_bias": router.bias} if self.bias else {}) | (
-            {"choice_bias": vector(experts)} if self.choice_bias else {})
+        found = {"router": router}
+        if self.bias:
+            found["router_bias"] = router.bias
+        if self.choice_bias:
+            found["choice_bias"] = vector(experts)
+        return found
 
     def options(self, w: dict[str, Any]) -> dict[str, Any]:
-        """What the op experts must know."""
+        """The options of the op `experts`."""
         options: dict[str, Any] = {"chosen": self.chosen, "sum_to_one": self.sum_to_one}
         if self.kind == "jitter":
             options["jitter"] = self.jitter
@@ -45,22 +49,22 @@ class Router:
 
 @dataclass(frozen=True)
 class Experts(Block):
-    """sum over a token's experts of share * down(act(up x)) (Shazeer et al., "Outrageously large neural
-    networks", 2017), perhaps + an expert that all tokens take (DeepSeekMoE, 2024).
+    """The sum over a token's experts of share * down(act(up x)) (Shazeer et al., "Outrageously large neural
+    networks", 2017). An expert that all tokens take may be added (DeepSeekMoE, 2024).
 
-    One matrix has the rows of all experts' gates, then of their ups: expert_gate_up (2 E F, C), or
-    expert_up (E F, C); expert_down is (E C, F). With a `latent` size X they are (.., X) and (E X, F),
+    expert_gate_up (2 E F, C) has the rows of all experts' gates, then those of their ups. Without gates it
+    is expert_up (E F, C). expert_down is (E C, F). With a `latent` size X they are (.., X) and (E X, F),
     between latent_in (X, C) and latent_out (C, X)."""
 
     count: int               # E
-    width: int               # F, of each
+    width: int               # F, of each expert
     router: Router
     activation: str = "swiglu"
     biased: bool = False
-    latent: int = 0          # X; 0: experts read and add to x itself
+    latent: int = 0          # X; 0: experts read x itself and add to it
     shared: FeedForward | None = None  # the expert that all tokens take
     shared_gate: bool = False  # its output is multiplied by the sigmoid of another product of x
-    sum_bias: bool = False   # added to what all experts add together
+    sum_bias: bool = False   # a bias is added to the sum of all experts
 
     @functools.cached_property
     def up(self) -> str:
@@ -81,7 +85,9 @@ class Experts(Block):
             found |= self.shared.tensors(C)
         if self.shared_gate:
             found["shared_gate"] = matrix(1, C)
-        return found | ({"experts_bias": vector(C)} if self.sum_bias else {})
+        if self.sum_bias:
+            found["experts_bias"] = vector(C)
+        return found
 
     def scratch(self, C: int) -> Scratch:
         found = {"routing": Buffer(self.count)}
@@ -89,14 +95,18 @@ class Experts(Block):
             found["latent"] = Buffer(self.latent)
         if self.shared_gate:
             found["share"] = Buffer(1)
-        return found | (self.shared.scratch(C) if self.shared else {})
+        if self.shared:
+            found |= self.shared.scratch(C)
+        return found
 
     def compute(self, s: Step, read: Read, to: Sum):
         k = s.k
         b = s.b
         w = s.w
-        # if products read x as it is, the op that computes the result also adds x to it
-        residual = read.x if to.adds_directly(s) and read.x is to.residual(s) else None
+        # if products read x itself, the op that computes the result also adds x to it
+        residual = None
+        if to.adds_directly(s) and read.x is to.residual(s):
+            residual = read.x
         total = b.added if residual is None else to.out(s)             # (T, C)
 
         k.linear(read.x, w["router"], norm=read.norm, bias=w.get("router_bias"), out=b.routing)  # (T, E)
@@ -106,7 +116,7 @@ class Experts(Block):
             s.product(Read(b.latent), "latent_out", total, residual=residual)
         else:
             self.add_experts(s, read, total, residual=residual is not None)
-        if self.sum_bias:  # a table with one row, that of tokens of type 0, which all are
+        if self.sum_bias:  # looked up in a table of types with one row, because all tokens are of type 0
             table = w["experts_bias"].reshape(1, -1)
             types = s.inputs.previous_token_ids
             k.embed(table, types, out=b.previous, part=(0, s.vocab_size))
@@ -119,14 +129,14 @@ class Experts(Block):
             to.finish(s, total)
 
     def add_experts(self, s: Step, read: Read, out, residual: bool):
-        """out = what each row's experts make of it, plus the row itself if it is the `residual`."""
+        """out = the sum of each row's experts, plus the row itself if it is the residual."""
         w = s.w
         biases = w.get(f"{self.up}_bias"), w.get("expert_down_bias")
         s.k.experts(read.x, s.b.routing, w[self.up], w["expert_down"], norm=read.norm, biases=biases, out=out,
                     activation=self.activation, residual=residual, **self.router.options(w))
 
     def add_shared(self, s: Step, shared: FeedForward, read: Read, total):
-        """total = total + the expert that all tokens take, perhaps times a gate."""
+        """total = total + the expert that all tokens take, times its gate if it has one."""
         hidden = Read(shared.hidden(s, read))
         if not self.shared_gate:
             return s.product(hidden, shared.down, total, residual=total)
@@ -141,27 +151,28 @@ class Experts(Block):
 
     def divided(self, rank: int, tp: int, block: int) -> Divided:
         own = {"columns": columns_of(self.width, rank, tp, block)}
-        return own | (self.shared.divided(rank, tp, block) if self.shared else {})
+        if self.shared:
+            own |= self.shared.divided(rank, tp, block)
+        return own
 
     def of_rank(self, divided: Divided) -> Experts:
         shared = self.shared and self.shared.of_rank(divided)
-        if shared and not shared.width:  # a narrow one, which other ranks compute
+        if shared and not shared.width:  # it is so narrow that other ranks compute it
             shared = None
         return replace(self, width=len(divided["columns"]), shared=shared)
 
 
 @dataclass(frozen=True)
 class ExpertsBesideDense(Block):
-    """norm(dense x) + norm(experts x), each of which has a norm of its own before it, too, as the router has
-    (Gemma 4).
+    """norm(dense x) + norm(experts x) (Gemma 4). Dense part, experts and router each have a norm before them.
 
-    experts_scale (E,) multiplies what each expert gives. router_norm is divided by sqrt(C) when it is
+    experts_scale (E,) has a factor for each expert's result. router_norm is divided by sqrt(C) when it is
     loaded."""
 
     count: int               # E
-    width: int               # F, of each
+    width: int               # F, of each expert
     router: Router
-    dense: FeedForward       # prefixed with "shared_"
+    dense: FeedForward       # its tensors' names begin with "shared_"
     norm: RmsNorm
 
     NORMS = "experts_norm", "experts_down_norm", "shared_down_norm"

@@ -1,4 +1,4 @@
-"""What layers of some families do with x before their blocks, or after them."""
+"""What layers of some families do with x before or after their blocks."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ class Extra:
         raise NotImplementedError
 
     def widened(self, C: int, wide: int) -> Self:
-        """As a block's."""
+        """As Block.widened."""
         return self
 
 
 @dataclass(frozen=True)
 class Lambdas(Extra):
-    """x = resid_lambdas[l] * x + x0_lambdas[l] * x0, before layer l (nanochat). The model has the lambdas
-    of all layers in two vectors."""
+    """x = resid_lambdas[l] * x + x0_lambdas[l] * x0, before layer l (nanochat).
+
+    The model has two vectors with the lambdas of all layers."""
 
     def scratch(self, C: int) -> Scratch:
         return {"x0": Buffer(C)}
@@ -44,12 +45,14 @@ class Lambdas(Extra):
 
 @dataclass(frozen=True)
 class LayerInput(Extra):
-    """x = x + norm(input_out(gelu(input_gate x) * the layer's part of what the model's LayerInputs made)),
-    where input_gate is (P, C) and input_out (C, P) (Gemma 4). Every rank computes all of it."""
+    """x = x + norm(input_out(gelu(input_gate x) * the layer's part of layer_inputs)) (Gemma 4).
+
+    input_gate is (P, C), input_out (C, P). The model's LayerInputs makes layer_inputs. Every rank computes
+    all of it."""
 
     size: int       # P
-    number: int     # of the layer in the whole model,
-    layers: int     # which has so many
+    number: int     # of the layer in the whole model
+    layers: int     # of the whole model
     norm: RmsNorm
 
     def tensors(self, C: int) -> Tensors:
@@ -103,7 +106,7 @@ class PictureRows(Extra):
 
 @dataclass(frozen=True)
 class Keep(Extra):
-    """x is kept for the head's backout (nanochat)."""
+    """Keep x for the head's backout (nanochat)."""
 
     def scratch(self, C: int) -> Scratch:
         return {"middle": Buffer(C)}

@@ -13,23 +13,25 @@ UNGATED = ("relu2", "gelu_erf", "gelu_tanh", "gelu_quick")  # activations withou
 
 
 def halves(activation: str) -> int:
-    """How many rows of the first matrix make one hidden number: a gate and what it gates, or one alone."""
+    """How many rows of the first matrix make one hidden number: 2 if there are gates, else 1."""
     return 1 if activation in UNGATED else 2
 
 
 def biases_of(matrices: Tensors) -> Tensors:
-    """Biases of gates and ups are laid out as these are."""
+    """The biases of these matrices. That of gate_up is packed in the order of its tiles."""
     return {f"{name}_bias": tensor.bias._replace(packed=name.endswith("gate_up"))
             for name, tensor in matrices.items()}
 
 
 def columns_of(size: int, rank: int, tp: int, block: int) -> range:
-    """A rank's columns: whole blocks, or smaller ones if there are too few. The first ranks may have one
-    more."""
-    smaller = [each for each in (block, 32, TILE_ROWS) if size >= each * tp]
-    block = smaller[0] if smaller else 1
-    all_have, more = divmod(-(-size // block), tp)
-    begin, end = (block * (number * all_have + min(number, more)) for number in (rank, rank + 1))
+    """A rank's columns: whole blocks, or smaller ones if there are too few for all ranks.
+
+    The first ranks may have a block more than the others."""
+    fitting = [each for each in (block, 32, TILE_ROWS) if size >= each * tp]
+    block = fitting[0] if fitting else 1
+    blocks = -(-size // block)
+    each_has, more = divmod(blocks, tp)
+    begin, end = (block * (number * each_has + min(number, more)) for number in (rank, rank + 1))
     return range(size)[begin:end]
 
 
@@ -37,12 +39,12 @@ def columns_of(size: int, rank: int, tp: int, block: int) -> range:
 class FeedForward(Block):
     """down(act(up x)), or down(act(gate x) * up x) (Shazeer, "GLU variants improve transformer", 2020).
 
-    gate_up is (2 F, C), the gates' rows first; up alone (F, C); down (C, F)."""
+    gate_up is (2 F, C), with the rows of gates first. Without gates it is up (F, C). down is (C, F)."""
 
     width: int               # F
     activation: str = "swiglu"
     biased: bool = False
-    apart: bool = False      # gate and up are products of their own, as clamped ones are
+    apart: bool = False      # gate and up are two matrices, because their products have bounds of their own
     prefix: str = ""         # of its tensors' names
 
     @functools.cached_property
@@ -59,7 +61,7 @@ class FeedForward(Block):
 
     @property
     def word(self) -> str:
-        """What ranks divide."""
+        """Its name among what ranks divide."""
         return f"{self.prefix}columns"
 
     def tensors(self, C: int) -> Tensors:
@@ -69,11 +71,15 @@ class FeedForward(Block):
         else:
             found = {self.up: matrix((columns,) * halves(self.activation), C, adapted=True)}
         found[self.down] = matrix(C, (columns,), adapted=not self.apart)
-        return found | (biases_of(found) if self.biased else {})
+        if self.biased:
+            found |= biases_of(found)
+        return found
 
     def scratch(self, C: int) -> Scratch:
         found = {self.buffer: Buffer(self.width, short=True)}
-        return found | ({"up": Buffer(self.width)} if self.apart else {})
+        if self.apart:
+            found["up"] = Buffer(self.width)
+        return found
 
     def compute(self, s: Step, read: Read, to: Sum):
         to.product(s, self.hidden(s, read), self.down)

@@ -1,4 +1,4 @@
-"""What makes the first layer's x of a step's tokens."""
+"""The input: it turns the tokens of a step into the x of the first layer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from chatlm.worker.model.blocks.step import Buffer, Scratch, Step
 class Rows:
     """The rows of embedding and head that a rank has."""
 
-    count: int      # with padding, the same for all ranks
+    count: int      # the same for all ranks, padding included
     first: int = 0
 
     @property
@@ -25,7 +25,7 @@ class Rows:
 class Smear:
     """x + smear_lambda * sigmoid(smear_gate x) * norm(the previous token's embedding) (nanochat)."""
 
-    channels: int   # the first ones of x, which the gate reads
+    channels: int   # the gate reads so many first numbers of x
     norm: RmsNorm
 
     def tensors(self) -> Tensors:
@@ -44,14 +44,14 @@ class Smear:
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """For each token and layer P numbers: norm(layer_project x) + the token's row of layer_embed (Gemma 4).
+    """P numbers for each token and layer: norm(layer_project x) + the token's row of layer_embed (Gemma 4).
 
     layer_embed (V, L P) stays in its file, layer_project is (L P, C)."""
 
     size: int       # P
     layers: int     # L, of the whole model
     eps: float
-    pad: int | None = None  # rows of pictures get those of this token; see Model.picture_pad
+    pad: int | None = None  # rows of pictures get the row of this token: see Model.picture_pad
 
     @property
     def columns(self) -> int:
@@ -82,18 +82,18 @@ class LayerInputs:
 
 @dataclass(frozen=True)
 class Input:
-    """x = norm(scale * embedding + rows of pictures + positions + types), then what some families add."""
+    """x = norm(scale * embedding + rows of pictures + positions + types), and what some families do then."""
 
-    scale: float = 1.0           # itself rounded to the weights' type
-    residual_scale: float = 1.0  # x is kept divided by it, so that what blocks add needs no product
+    scale: float = 1.0           # is rounded to the type of the weights
+    residual_scale: float = 1.0  # x is kept divided by it, so that no factor is needed for what blocks add
     sees: bool = False           # rows of pictures are added to the embeddings, which are 0 there
-    positions: int = 0           # > 0: rows of a table of positions
-    types: int = 0               # > 0: rows of a table of tokens' types, a step's previous_token_ids
+    positions: int = 0           # > 0: a table has so many positions
+    types: int = 0               # > 0: a table has so many types of tokens; previous_token_ids are the types
     norm: AnyNorm | None = None
     smear: Smear | None = None
     layers: LayerInputs | None = None
-    keeps: bool = False          # x0 is kept, which layers mix in
-    rows: Rows | None = None     # of one of several ranks
+    keeps: bool = False          # x0 is kept, because layers mix it in
+    rows: Rows | None = None     # what this rank has of the vocabulary; None without ranks
 
     def tensors(self, vocab_size: int, C: int) -> Tensors:
         found = {"embed": matrix((self.rows or Rows(vocab_size)).axis, C)}
@@ -105,7 +105,9 @@ class Input:
             found |= self.norm.tensors("embed_norm", C)
         if self.smear:
             found |= self.smear.tensors()
-        return found | (self.layers.tensors(vocab_size, C) if self.layers else {})
+        if self.layers:
+            found |= self.layers.tensors(vocab_size, C)
+        return found
 
     def scratch(self, C: int) -> Scratch:
         found: Scratch = {"x": Buffer(C), "previous": Buffer(C)}
@@ -113,7 +115,9 @@ class Input:
             found["pictures"] = Buffer(C)
         if self.keeps:
             found["x0"] = Buffer(C)
-        return found | (self.layers.scratch() if self.layers else {})
+        if self.layers:
+            found |= self.layers.scratch()
+        return found
 
     def compute(self, s: Step):
         k = s.k
@@ -137,7 +141,7 @@ class Input:
             self.layers.compute(s)
         if self.norm:
             self.norm.apply(s, b.x, "embed_norm", out=b.x)
-        if self.smear:  # mixes in the previous token's embedding before that one's own smearing
+        if self.smear:  # mixes in the previous token's embedding as it was before smearing
             self.smear.compute(s, self.look_up)
         if self.keeps:
             k.copy(b.x, out=b.x0)
@@ -146,7 +150,7 @@ class Input:
         """The embeddings (T, C) of some ids."""
         k = s.k
         table = s.w["embed"]
-        if self.sees:  # rows of pictures have the id after the last one: nothing is looked up for them
+        if self.sees:  # rows of pictures have the id after the last one, for which nothing is looked up
             return k.embed(table, ids, out=out, part=(0, s.vocab_size + 1))
         if self.rows is None:
             return k.embed(table, ids, out=out)
@@ -159,9 +163,11 @@ class Input:
 
 @dataclass(frozen=True)
 class Join:
-    """A draft head's input: join_embed norm(embedding) + join_hidden norm(state), both (C, C), of a state
-    of its model, as which x is given (Gloeckle et al., "Multi-token prediction", 2024; DeepSeek-V3). The
-    files have one matrix of both."""
+    """The input of a draft head: join_embed norm(embedding) + join_hidden norm(state), both matrices (C, C)
+    (Gloeckle et al., "Multi-token prediction", 2024; DeepSeek-V3).
+
+    The state is one of the model that it drafts for, and stands in the buffer x. Files have one matrix of
+    both."""
 
     norm: RmsNorm
     rows: Rows | None = None

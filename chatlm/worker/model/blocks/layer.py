@@ -1,4 +1,4 @@
-"""A layer: two blocks, and what wires them to the residual stream."""
+"""A layer: two blocks, and how they are wired to the residual stream."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from chatlm.worker.model.blocks.clamps import CLAMP_NUMBERS, bounds_of
 class Layer:
     """x = x + mixer(norm x);  x = x + feed(norm x).
 
-    Each norm is there or not. A norm after a block is of what it adds, or of the sum. Norms' fields have
-    the names of their tensors."""
+    Any of the norms may be missing. A norm after a block applies to what the block adds, or to the sum. The
+    fields of norms are named after their tensors."""
 
-    mixer: Block | None = None             # Attention, or one of mixers.py; None: no such block
-    feed: Block | None = None              # FeedForward, Experts, ..
+    mixer: Block | None = None             # Attention, or a block of mixers.py; None: there is none
+    feed: Block | None = None              # FeedForward, Experts, ..; None: there is none
     attention_norm: AnyNorm | None = None  # of what the mixer reads
     ffn_norm: AnyNorm | None = None        # of what feed reads
     output_norm: AnyNorm | None = None     # of what the mixer adds
     down_norm: AnyNorm | None = None       # of what feed adds
-    norms_of_sums: bool = False            # the last two are of the sums (BERT)
+    norms_of_sums: bool = False            # the last two apply to the sums (BERT)
     feed_reads: str = "sum"                # "input": x, as the mixer does; "mixer's": the mixer's normed x
     before: tuple[Extra, ...] = ()
     after: tuple[Extra, ...] = ()
-    clamped: bool = False                  # bounds of what products read and give (Gemma 4's towers)
+    clamped: bool = False                  # products have bounds of input and output (Gemma 4)
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -38,8 +38,9 @@ class Layer:
 
     @property
     def norms(self) -> dict[str, AnyNorm]:
-        return {field.name: norm for field in fields(self)
-                if field.name.endswith("_norm") and (norm := getattr(self, field.name))}
+        """Name of a tensor -> the norm, of all norms that the layer has."""
+        names = [field.name for field in fields(self) if field.name.endswith("_norm")]
+        return {name: getattr(self, name) for name in names if getattr(self, name)}
 
     def tensors(self, C: int) -> Tensors:
         found: Tensors = {}
@@ -47,7 +48,9 @@ class Layer:
             found |= part.tensors(C)
         for name, norm in self.norms.items():
             found |= norm.tensors(name, C)
-        return found | ({"clamps": vector(CLAMP_NUMBERS)} if self.clamped else {})
+        if self.clamped:
+            found["clamps"] = vector(CLAMP_NUMBERS)
+        return found
 
     def scratch(self, C: int) -> Scratch:
         own: Scratch = dict.fromkeys(("x", "residual", "added", "previous"), Buffer(C))
@@ -55,7 +58,7 @@ class Layer:
         return widest([own, *(part.scratch(C) for part in parts)])
 
     def arranged(self, w: dict[str, Any], arrays: Any, C: int) -> dict[str, Any]:
-        """The layer's tensors that blocks read in another form than files have, in that form."""
+        """The tensors that blocks read in another form than files have, in that form."""
         found = {}
         for block in self.blocks:
             found |= block.arranged(w)
@@ -101,7 +104,7 @@ class Layer:
     # ---- other sizes
 
     def padded(self, heads: bool) -> Layer:
-        """heads: those of attention, too."""
+        """The layer with padded blocks. heads: may the heads of attention be padded?"""
         mixer = self.mixer
         if mixer and heads:
             mixer = mixer.padded()

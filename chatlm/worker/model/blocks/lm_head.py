@@ -1,4 +1,4 @@
-"""What makes logits of the last layer's x."""
+"""The head: it turns the x of the last layer into logits."""
 
 from __future__ import annotations
 
@@ -14,17 +14,21 @@ from chatlm.worker.model.blocks.step import Buffer, Read, Scratch, Step
 class LmHead:
     """logits = softcap(scale * (head norm(x) + bias)), where head is (V, C)."""
 
-    tied: bool = False       # it shares the embedding's weights
+    tied: bool = False       # it shares the weights of the embedding
     biased: bool = False
-    scale: float = 1.0       # of the logits; the final norm's weights are multiplied by it
-    softcap: float = 0.0     # c * tanh(logits / c); 0: none
-    backout: bool = False    # backout_lambda * (x of the layer that keeps it) is subtracted before the norm
-    rows: Rows | None = None  # of one of several ranks
+    scale: float = 1.0       # of the logits; it is multiplied into the weights of the final norm
+    softcap: float = 0.0     # c > 0: c * tanh(logits / c)
+    backout: bool = False    # backout_lambda * the kept x is subtracted before the norm
+    rows: Rows | None = None  # what this rank has of the vocabulary; None without ranks
 
     def tensors(self, vocab_size: int, C: int) -> Tensors:
         head = matrix((self.rows or Rows(vocab_size)).axis, C, adapted=True)
-        return {"head": head} | ({"head_bias": head.bias} if self.biased else {}) | (
-            {"backout_lambda": vector(1)} if self.backout else {})
+        found = {"head": head}
+        if self.biased:
+            found["head_bias"] = head.bias
+        if self.backout:
+            found["backout_lambda"] = vector(1)
+        return found
 
     def scratch(self, C: int) -> Scratch:
         found = {"last": Buffer(C, of_logits=True)}
@@ -49,7 +53,7 @@ class LmHead:
 
         logits = b.own_logits if self.rows else b.logits
         s.product(read, "head", logits, bias=w.get("head_bias"))       # (R, V)
-        if self.rows:  # joined with those of other ranks
+        if self.rows:  # they are joined with those of other ranks
             k.all_gather(logits, out=b.logits)
         if self.softcap:
             k.softcap(b.logits, self.softcap, out=b.logits)

@@ -15,7 +15,7 @@ States = tuple[tuple[int, ...], ...]  # shapes of the float32 arrays of a sequen
 
 
 def run(s: Step, read: Read, widths: tuple[int, int], op, to: Sum):
-    """mix_out op(mix_in x); widths: of what the op reads and gives."""
+    """mix_out op(mix_in x). widths: how many columns the op reads, and how many it gives."""
     wide, narrow = widths
     mixed = s.b.mixed[:, :wide]
     out = s.b.mixer[:, :narrow]
@@ -30,7 +30,7 @@ def buffers_of(widths: tuple[int, int]) -> Scratch:
 
 
 def by_tap(w: dict[str, Any], size: int) -> dict[str, Any]:
-    """The taps with the columns of each tap side by side; files have (columns, size)."""
+    """The taps with the columns of each tap side by side. Files have them as (columns, size)."""
     return {"taps": w["taps"].reshape(-1, size).T.flatten()}
 
 
@@ -42,12 +42,12 @@ class ShortConv(Block):
     j]); mix_out y. mix_in is (3 C, C), taps (C * size), mix_out (C, C). Its state is s of the last size - 1
     tokens."""
 
-    size: int           # tokens that y_t depends on, its own included
-    bias: bool = False  # of mix_in, the taps and mix_out
-    channels: int = 0   # of b, c and u each, if one of several ranks has some; 0: C
+    size: int           # how many tokens y_t depends on, its own included
+    bias: bool = False  # mix_in, the taps and mix_out have biases
+    channels: int = 0   # a rank's columns of b, of c and of u; 0: all C
 
     def widths(self, C: int) -> tuple[int, int]:
-        """The output width of mix_in, and the input width of mix_out."""
+        """(output width of mix_in, input width of mix_out)"""
         own = self.channels or C
         return 3 * own, own
 
@@ -89,12 +89,16 @@ class ShortConv(Block):
 class DeltaRule(Block):
     """Linear attention that corrects what a key is bound to (Yang et al., "Gated Delta Networks", 2024).
 
-    p, z, b, a = mix_in x;  u = silu of a convolution of p over the last `size` tokens;  q, k, v = u, in
-    heads, q and k of length 1, q / sqrt(Dk);  S = exp(decay * softplus(a + dt_bias)) * S; S = S + k
-    (sigmoid(b) * (v - S^T k))^T;  mix_out (mix_norm * rms(S^T q) * silu(z)). Its state is S (Hv, Dk, Dv)
-    and p of the last size - 1 tokens. Value head j reads key head j // (Hv / Hk), or j % Hk if
-    `alternating`. In Qwen3-Next the rows of mix_in are grouped by key head: those of b and a, and those of
-    q, k, v, z."""
+    p, z, b, a = mix_in x
+    u = silu of a convolution of p over the last `size` tokens
+    q, k, v = u, in heads; q and k get the length 1, then q = q / sqrt(Dk)
+    S = exp(decay * softplus(a + dt_bias)) * S
+    S = S + k (sigmoid(b) * (v - S^T k))^T
+    the result is mix_out (mix_norm * rms(S^T q) * silu(z))
+
+    Its state is S (Hv, Dk, Dv) and p of the last size - 1 tokens. Value head j reads key head
+    j // (Hv / Hk), or j % Hk if `alternating`. In Qwen3-Next the rows of mix_in are grouped by key head:
+    those of b and a, and those of q, k, v and z."""
 
     widens = False
     size: int
@@ -103,8 +107,8 @@ class DeltaRule(Block):
     key_size: int
     value_size: int
     alternating: bool = False
-    gates_by_key: bool = False    # b and a are grouped so
-    heads_by_key: bool = False    # q, k, v, z are
+    gates_by_key: bool = False    # b and a are grouped by key head
+    heads_by_key: bool = False    # q, k, v and z are grouped by key head
     eps: float = 1e-5             # of mix_norm
 
     @property
@@ -112,28 +116,30 @@ class DeltaRule(Block):
         return self.value_heads // self.key_heads
 
     def value_runs(self, size: int = 1) -> Axis:
-        """Rows of so many for each value head, in units of the key heads that they read."""
+        """Rows of `size` for each value head, in units of the key heads that these read."""
         if self.alternating:
             return (Run(self.key_heads, size, "keys"),) * self.values_per_key
         return (Run(self.key_heads, self.values_per_key * size, "keys"),)
 
     def channel_runs(self, size: int = 1) -> Axis:
-        """The rows of p: q, k and v; size: numbers of each."""
+        """The rows of p: those of q, k and v. size: how many numbers each row has."""
         keys = Run(self.key_heads, self.key_size * size, "keys")
         return keys, keys, *self.value_runs(self.value_size * size)
 
     @functools.cached_property
     def parts(self) -> tuple[int, int, int, int]:
-        """The rows of mix_in: p, z, b, a."""
+        """How many rows of mix_in are p, z, b and a."""
         keys = self.key_heads * self.key_size
         values = self.value_heads * self.value_size
         return 2 * keys + values, values, self.value_heads, self.value_heads
 
     @property
     def rows(self) -> tuple[int, ...]:
-        """The rows of the file's tensors that make up mix_in."""
+        """How many rows each of the file's tensors has that make up mix_in."""
         p, z, b, a = self.parts
-        return *((p + z,) if self.heads_by_key else (p, z)), *((b + a,) if self.gates_by_key else (b, a))
+        heads = (p + z,) if self.heads_by_key else (p, z)
+        gates = (b + a,) if self.gates_by_key else (b, a)
+        return heads + gates
 
     def widths(self, C: int) -> tuple[int, int]:
         return sum(self.parts), self.parts[1]
@@ -144,7 +150,10 @@ class DeltaRule(Block):
         rows = self.channel_runs() + values
         if self.heads_by_key:
             rows = (Run(self.key_heads, 2 * (self.key_size + r * self.value_size), "keys"),)
-        rows += (Run(self.key_heads, 2 * r, "keys"),) if self.gates_by_key else self.value_runs() * 2
+        if self.gates_by_key:
+            rows += (Run(self.key_heads, 2 * r, "keys"),)
+        else:
+            rows += self.value_runs() * 2
         return {"mix_in": matrix(rows, C, adapted=True), "taps": vector(self.channel_runs(self.size)),
                 "mix_norm": vector(self.value_size), "mix_out": matrix(C, values, adapted=True),
                 "decay": vector(self.value_runs()), "dt_bias": vector(self.value_runs())}
@@ -177,12 +186,17 @@ class DeltaRule(Block):
 class Mamba2(Block):
     """A state space that decays by the token (Dao and Gu, "Transformers are SSMs", 2024; Granite 4).
 
-    z, p, dt = mix_in x;  v, B, C = silu of a convolution of p over the last `size` tokens;
-    dt = softplus(dt + dt_bias);  S = exp(decay * dt) * S + (dt * v) B^T;  y = S C + skip * v;
-    mix_out (mix_norm * rms(y * silu(z))), the rms over each group. Head j reads the group's B and C, which
-    is j // (heads / groups). Its state is S, as (heads, N, P), and p of the last size - 1 tokens.
+    z, p, dt = mix_in x
+    v, B, C = silu of a convolution of p over the last `size` tokens
+    dt = softplus(dt + dt_bias)
+    S = exp(decay * dt) * S + (dt * v) B^T
+    y = S C + skip * v
+    the result is mix_out (mix_norm * rms(y * silu(z))), with the rms over each group
 
-    One of several ranks that share groups has its heads, all groups' B and C, and parts of their rms."""
+    Head j reads B and C of group j // (heads / groups). Its state is S, as (heads, N, P), and p of the last
+    size - 1 tokens.
+
+    Where ranks share groups, a rank has its heads, B and C of all groups, and a part of each rms."""
 
     widens = False
     size: int
@@ -190,24 +204,24 @@ class Mamba2(Block):
     head_size: int             # P
     state_size: int            # N
     groups: int = 1
-    taps_bias: bool = True     # of the convolution
-    bias: bool = False         # of mix_in and mix_out
-    of_heads: int = 0          # > 0: all ranks' heads, if they share groups; this rank's begin
-    first_head: int = 0        # at this one
+    taps_bias: bool = True     # the convolution has a bias
+    bias: bool = False         # mix_in and mix_out have biases
+    of_heads: int = 0          # > 0: ranks share groups, and have so many heads together
+    first_head: int = 0        # number of this rank's first head
     eps: float = 1e-5          # of mix_norm
 
     @functools.cached_property
     def group_size(self) -> int:
-        """The heads of a group, in all ranks together."""
+        """How many heads a group has, in all ranks together."""
         return (self.of_heads or self.heads) // self.groups
 
     @functools.cached_property
     def parts(self) -> tuple[int, int, int]:
-        """The rows of mix_in: z, p, dt."""
+        """How many rows of mix_in are z, p and dt."""
         return self.heads * self.head_size, length(self.channel_runs()), self.heads
 
     def channel_runs(self, size: int = 1) -> Axis:
-        """The rows of p: v, B and C; size: numbers of each."""
+        """The rows of p: those of v, B and C. size: how many numbers each row has."""
         groups = Run(self.groups, self.state_size * size, "groups")
         return Run(self.heads, self.head_size * size, "heads"), groups, groups
 
@@ -255,8 +269,7 @@ class Mamba2(Block):
         k.norm_groups(b.unnormed, w["mix_norm"], b.squares, self, self.eps, out=out)
 
     def divided(self, rank: int, tp: int, block: int) -> Divided:
-        """Some heads with the B and C of their groups, or of all groups if whole ones cannot be
-        distributed."""
+        """Some heads with B and C of their groups, or of all groups if ranks cannot get whole groups."""
         count = self.heads // tp
         G = self.groups
         groups = range(G) if G % tp else range(rank * G // tp, (rank + 1) * G // tp)

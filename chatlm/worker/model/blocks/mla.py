@@ -16,29 +16,29 @@ class Mla(Block):
     """output(softmax(q k^T / sqrt(D)) v), where a head's key is (k_up c, r) and its value v_up c
     (DeepSeek-AI, "DeepSeek-V2", 2024).
 
-    c, r = kv_in norm(x): a latent of `kept` numbers, which is normed, and `turned` numbers that turn by the
-    position. All heads share them, and they are all that a token caches.
-    q = queries norm(queries_in norm(x)), or queries norm(x): of each head `plain` numbers, then `turned`
-    ones that turn. D = plain + turned.
+    c, r = kv_in norm(x): a latent of `kept` numbers, which gets a norm, and `turned` numbers that turn by
+    the position. All heads share them, and a token caches nothing else.
+    q = queries norm(queries_in norm(x)), or queries norm(x): for each head `plain` numbers that do not turn,
+    then `turned` numbers that do. D = plain + turned.
 
-    k_up is applied to queries instead, and v_up to what attention makes of latents, since
-    q^T (k_up c) = (k_up^T q)^T c. Attention is then that of H queries over one head with keys (c, r) and
-    values c.
+    Keys are never computed. Because q^T (k_up c) = (k_up^T q)^T c, k_up is applied to queries, and v_up to
+    the output of attention. So attention is that of H queries over one head, with keys (c, r) and values c.
 
     queries is (H D, width of what it reads), kv_in (kept + turned, C), k_up (H kept, plain) with each head's
     matrix transposed, v_up (H Dv, kept), output (C, H Dv)."""
 
     heads: int               # H
     kept: int                # numbers of a latent
-    plain: int               # numbers of a head's query that do not turn,
-    turned: int              # and those that do
-    head_values: int         # Dv, of each head's value
-    norm: RmsNorm            # of latents, and of what queries are made of
+    plain: int               # numbers of a head's query that do not turn
+    turned: int              # numbers of a head's query that turn
+    head_values: int         # Dv, numbers of a head's value
+    norm: RmsNorm            # of latents, and of what `queries` reads
     rope: Rope
-    query_width: int = 0     # of what queries are made of; 0: of x itself
+    query_width: int = 0     # width of what `queries` reads, if queries_in makes it; 0: it reads x
     scores: Scores = Scores()
 
-    # what attention says to others: this caches a single head, and has no norms of heads, gates or biases
+    # What other code asks of attention. This one caches a single head, and has no norms of heads, gates or
+    # biases
     kv_heads = 1
     values_in_keys = True
     source = None
@@ -60,7 +60,7 @@ class Mla(Block):
 
     @property
     def slot_size(self) -> int:
-        """Numbers that it caches per token: a value is the begin of its key."""
+        """How many numbers it caches for a token: a value is the beginning of its key."""
         return self.head_size
 
     @property
@@ -69,8 +69,10 @@ class Mla(Block):
 
     @property
     def query_scale(self) -> float:
-        """paged_attention divides scores by the root of the width of the keys that it reads; they are to be
-        divided by that of heads' own keys."""
+        """A factor of queries.
+
+        paged_attention divides scores by the root of the width of the keys that it reads. They must be
+        divided by the root of D instead."""
         return self.scores.scale * (self.head_size / (self.plain + self.turned))**0.5
 
     def tensors(self, C: int) -> Tensors:
@@ -112,17 +114,17 @@ class Mla(Block):
         to.product(s, attended, "output")
 
     def read_of_queries(self, s: Step, read: Read) -> Read:
-        """What queries are made of."""
+        """What the product `queries` reads."""
         if not self.query_width:
             return read
-        made = s.b.of("queries_in", self.query_width)
-        s.product(read, "queries_in", made)
-        return self.norm.read(s, made, "queries_norm")
+        compressed = s.b.of("queries_in", self.query_width)
+        s.product(read, "queries_in", compressed)
+        return self.norm.read(s, compressed, "queries_norm")
 
     # ---- other sizes
 
     def divided(self, rank: int, tp: int, block: int) -> Divided:
-        """A rank's heads; every rank has all latents."""
+        """A rank's heads. Every rank has all latents."""
         return {"heads": range(rank * self.heads // tp, (rank + 1) * self.heads // tp)}
 
     def of_rank(self, divided: Divided) -> Mla:

@@ -1,4 +1,4 @@
-"""`Model`: an input, layers and a head; and what becomes of it for padding, ranks and stages."""
+"""`Model`: an input, layers and a head. It becomes other models for padding, ranks and stages."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ from chatlm.worker.model.blocks.step import Buffer, Scratch, widest
 from chatlm.worker.model.padding import Padding
 from chatlm.worker.model.tensors import rounded_up
 
-DISTANCE_BUCKETS = 32  # half of them of keys that come after a token
+DISTANCE_BUCKETS = 32  # half of them are for keys after a token
 
 
 @dataclass(frozen=True)
 class Model:
-    """All that a Transformer computes. One of several ranks or stages has a Model of its own."""
+    """All that a Transformer computes. Each of several ranks or stages has a Model of its own."""
 
     vocab_size: int          # V, of all ranks
     width: int               # C
-    max_positions: int       # length of the rotary tables; a text cannot be longer
+    max_positions: int       # length of the rotary tables; no text can be longer
     input: Input | Join | None  # None: another stage computes the layers before these
     layers: tuple[Layer, ...]
-    norm: AnyNorm | None     # the last one
+    norm: AnyNorm | None     # after the last layer
     head: LmHead | None      # None: another stage computes what follows, or texts get no logits
-    answer_positions: int = 0  # > 0: prompt and answer end here; a longer text is only scored
-    of_texts: bool = False   # it embeds whole texts: a token sees what comes after it, too
-    waits: bool = False      # texts are all that it computes: layers wait while others write answers
-    distances: int = 0       # > 0: heads that have a bias for each bucket of distances (MPNet)
+    answer_positions: int = 0  # > 0: longest prompt with its answer; a longer text is only scored
+    of_texts: bool = False   # it embeds whole texts: a token also sees what comes after it
+    waits: bool = False      # it computes only texts, so its layers wait while others write answers
+    distances: int = 0       # > 0: so many heads have a bias for each bucket of distances (MPNet)
     rope_axes: tuple[int, ...] = ()  # how many pairs turn by a picture's time, row and column
-    residual_scale: float = 1.0  # x is kept divided by it
+    residual_scale: float = 1.0  # the buffer x holds x divided by it
     kept: bool = False       # an earlier stage has kept x for the head's backout
 
     # ---- tensors and buffers
 
     def own_tensors(self) -> Tensors:
-        """Those that no layer has."""
+        """The tensors that belong to no layer."""
         found: Tensors = {}
         if self.input:
             found |= self.input.tensors(self.vocab_size, self.width)
@@ -62,7 +62,7 @@ class Model:
         return found
 
     def tensors(self) -> Tensors:
-        """Every tensor of the model and no others, by name; those of layer 3 are named "3.qkv"."""
+        """Every tensor of the model and no others, by name. Those of layer 3 have names such as "3.qkv"."""
         found = self.own_tensors()
         for number, layer in enumerate(self.layers):
             found |= {f"{number}.{name}": tensor for name, tensor in layer.tensors(self.width).items()}
@@ -73,7 +73,7 @@ class Model:
         return {name: tensor.shape for name, tensor in self.tensors().items()}
 
     def scratch(self) -> Scratch:
-        logits = 0 if self.of_texts else self.vocab_size  # the first stage receives them, too
+        logits = 0 if self.of_texts else self.vocab_size  # every stage has them: the first one receives them
         parts: list[Scratch] = [{"x": Buffer(self.width), "logits": Buffer(logits, of_logits=True)}]
         if self.kept:
             parts.append({"middle": Buffer(self.width)})
@@ -84,7 +84,7 @@ class Model:
         return widest(parts + [layer.scratch(self.width) for layer in self.layers])
 
     def buffer_sizes(self, T: int, R: int, dtype: str) -> dict[str, tuple[int, int, str]]:
-        """(rows, columns, type) of each buffer, for steps of T tokens and R rows of logits."""
+        """Name of a buffer -> (rows, columns, type), for steps of T tokens and R rows of logits."""
         return {name: (R if buffer.of_logits else T, buffer.columns, dtype if buffer.short else "float32")
                 for name, buffer in self.scratch().items()}
 
@@ -101,7 +101,7 @@ class Model:
 
     @property
     def opens(self) -> bool:
-        """Does it compute the first layer's input, of tokens alone?"""
+        """Does it compute the input of the first layer from tokens?"""
         return isinstance(self.input, Input)
 
     @property
@@ -115,7 +115,7 @@ class Model:
 
     @property
     def joins(self) -> bool:
-        """Is it a draft head, which reads a state of another model?"""
+        """Is it a draft head, which reads the states of another model?"""
         return isinstance(self.input, Join)
 
     @property
@@ -125,24 +125,25 @@ class Model:
 
     @property
     def token_types(self) -> int:
-        """How many types of tokens it knows; 0: none."""
+        """How many types of tokens it knows; 0 if it knows none."""
         return self.input.types if isinstance(self.input, Input) else 0
 
     @property
     def picture_pad(self) -> int | None:
-        """The token whose inputs layers get in rows of pictures: a step's previous_token_ids are then it in
-        such rows, and V elsewhere."""
+        """The token whose inputs the layers get in rows of pictures; None in most models.
+
+        A step's previous_token_ids are then this token in rows of pictures, and V in all others."""
         layers = self.input.layers if isinstance(self.input, Input) else None
         return layers and layers.pad
 
     @property
     def context_length(self) -> int:
-        """The longest that prompt and answer may be together."""
+        """How long prompt and answer may be together, in tokens."""
         return self.answer_positions or self.max_positions
 
     @functools.cached_property
     def by_layer(self) -> tuple[Attention | Mla | None, ...]:
-        """How each layer attends; None: it does not."""
+        """How each layer attends; None for a layer that does not."""
         mixers = [layer.mixer for layer in self.layers]
         return tuple(mixer if isinstance(mixer, Attention | Mla) else None for mixer in mixers)
 
@@ -152,17 +153,17 @@ class Model:
 
     @functools.cached_property
     def mixers(self) -> tuple[Mixer | None, ...]:
-        """What each layer keeps a state for; None: it keeps none."""
+        """The block of each layer that keeps states; None for a layer without one."""
         return tuple(layer.mixer if isinstance(layer.mixer, Mixer) else None for layer in self.layers)
 
     @property
     def keeps_states(self) -> bool:
-        """Do layers keep a state of each sequence, or nothing, instead of keys and values of each token?"""
+        """Are there layers that do not attend? They keep a state of each sequence, or nothing."""
         return not all(self.by_layer)
 
     @property
     def windows(self) -> tuple[int, ...]:
-        """For each layer, the keys that a token sees, including its own; 0: all."""
+        """How many keys a token sees in each layer, its own included; 0: all."""
         return tuple(attn.window if attn else 0 for attn in self.by_layer)
 
     @property
@@ -176,26 +177,25 @@ class Model:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the state of one sequence; 0 in a model whose layers are all attention."""
+        """Bytes of a sequence's states in all layers; 0 if no layer keeps states."""
         shapes = [shape for mixer in self.mixers if mixer for shape in mixer.states(self.width)]
         return 4 * sum(map(math.prod, shapes))
 
     @property
     def picture_buffers(self) -> list[str]:
-        """The names of what has a step's rows of pictures: for the input, and after the first layers."""
+        """The buffers with a step's rows of pictures: of the input, and of layers that add such rows."""
         extras = [extra for layer in self.layers for extra in layer.after]
         return ["pictures", *(extra.buffer for extra in extras if isinstance(extra, PictureRows))]
 
     @property
     def rows(self) -> Rows | None:
-        """The rows of the vocabulary that one of several ranks has."""
+        """The rows of the vocabulary that this rank has; None without ranks."""
         ends = [end for end in (self.input, self.head) if end]
         return ends[0].rows if ends else None
 
     @property
     def feed(self) -> Experts | ExpertsBesideDense | FeedForward | None:
-        """The usual feed-forward block: experts, where it has some, else the narrowest; None: it has
-        none."""
+        """The usual feed-forward block: the first with experts, else the narrowest; None without any."""
         feeds = [layer.feed for layer in self.layers if layer.feed]
         experts = [feed for feed in feeds if isinstance(feed, Experts | ExpertsBesideDense)]
         dense = [feed for feed in feeds if isinstance(feed, FeedForward)]
@@ -208,12 +208,14 @@ class Model:
     # ---- padding
 
     def padded(self) -> Model:
-        """With sizes that are multiples of 16, as far as that changes no result; see padding.py."""
+        """The model with sizes that are multiples of 16, as far as that changes no result: see padding.py."""
         model = self.widened()
         return replace(model, layers=tuple(layer.padded(model.heads_can_grow) for layer in model.layers))
 
     def widened(self) -> Model:
-        """With a width that is a multiple of 16, unless a norm without weights would see the zeros."""
+        """The model with a width that is a multiple of 16.
+
+        It stays as it is if a norm without weights would see the zeros."""
         C = self.width
         wide = rounded_up(self.width)
         norms = [norm for layer in self.layers for norm in layer.norms.values()]
@@ -228,15 +230,17 @@ class Model:
 
     @property
     def heads_can_grow(self) -> bool:
-        """May heads be padded: do all grow by one factor, or have no norms of their own, and do those of
-        values have weights?"""
+        """May heads be padded?
+
+        Not with norms of values, which have no weights that could undo it. Where heads have norms of
+        their own, all must grow by the same factor."""
         parts = {attn.head_size / rounded_up(attn.head_size) for attn in self.attentions}
-        if any(attn.value_norm for attn in self.attentions):  # which have none
+        if any(attn.value_norm for attn in self.attentions):
             return False
         return len(parts) == 1 or not any(attn.norms and not attn.norms.whole for attn in self.attentions)
 
     def paddings(self) -> dict[str, Padding]:
-        """The tensors that padding changes, by name."""
+        """Name -> padding, for the tensors that padding changes."""
         own = self.tensors()
         padded = self.padded().tensors()
         return {name: padding_of(tensor, padded[name]) for name, tensor in own.items()
@@ -245,11 +249,11 @@ class Model:
     # ---- ranks
 
     def of_rank(self, rank: int, tp: int, block: int = 1) -> tuple[Model, dict[str, RankPart | None]]:
-        """The model of one of `tp` ranks, and what the rank has of each tensor; None: nothing.
+        """The model of one of `tp` ranks, and what the rank has of each tensor; None: nothing of it.
 
-        Feed-forward blocks are divided by whole blocks of `block` columns, the vocabulary into ceil(V / tp)
-        rows for each rank, of which the last ones have what remains. Embeddings and what blocks add are
-        summed over the ranks, logits concatenated."""
+        Feed-forward blocks are divided into whole blocks of `block` columns. Each rank gets ceil(V / tp)
+        rows of the vocabulary, and the last ones get what remains. Ranks sum embeddings and what blocks
+        add, and concatenate logits."""
         count = -(-self.vocab_size // tp)
         rows = Rows(count, rank * count)
         vocabulary = {"vocabulary": range(self.vocab_size)[rows.first:rows.first + count]}
@@ -266,7 +270,7 @@ class Model:
     # ---- stages
 
     def of_layers(self, mine: range) -> Model:
-        """The stage that computes these layers. Layers that read others' keys must be with them."""
+        """The stage that computes these layers. A layer that reads another's keys must be in its stage."""
         is_last = mine.stop == len(self.layers)
         head = replace(self.head, tied=False) if self.head and is_last else None
         earlier = [extra for layer in self.layers[:mine.start] for extra in layer.after]

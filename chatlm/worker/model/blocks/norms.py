@@ -14,12 +14,12 @@ from chatlm.worker.model.blocks.step import Buffer, Read, Scratch, Step
 class RmsNorm:
     """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019).
 
-    The product that reads its result computes it, unless it is `apart`."""
+    The product that reads its result also computes it, unless the norm is `apart`."""
 
     eps: float
     weights: bool = True
     apart: bool = False
-    count: int = 0        # numbers of a padded row, zeros not included; 0: all
+    count: int = 0        # numbers of a padded row without its zeros; 0: it is not padded
 
     def tensors(self, name: str, C: int) -> Tensors:
         factor = math.sqrt(self.count / C) if self.count else 1.0
@@ -38,7 +38,7 @@ class RmsNorm:
         s.k.rms_norm(x, s.w.get(name), self.eps, out=out)
 
     def padded(self, C: int, wide: int) -> RmsNorm:
-        """For rows of C numbers and zeros up to `wide`, whose mean is smaller."""
+        """The norm for rows of C numbers and zeros up to `wide`. Their mean is smaller, so eps is too."""
         return replace(self, eps=self.eps * (C / wide), count=C)
 
 
@@ -48,10 +48,13 @@ class LayerNorm:
 
     eps: float
     bias: bool = False
-    count: int = 0        # as RmsNorm's
+    count: int = 0        # as in RmsNorm
 
     def tensors(self, name: str, C: int) -> Tensors:
-        return {name: vector(C)} | ({f"{name}_bias": vector(C)} if self.bias else {})
+        found = {name: vector(C)}
+        if self.bias:
+            found[f"{name}_bias"] = vector(C)
+        return found
 
     def scratch(self, C: int) -> Scratch:
         return {"normed": Buffer(C)}

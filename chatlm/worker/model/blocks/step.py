@@ -1,4 +1,4 @@
-"""What blocks are computed with: a step's buffers and ops, what a block reads, and where its result goes."""
+"""What a block gets to compute with: a step's buffers and ops, what it reads, and where its result goes."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 
 
 class Buffer(NamedTuple):
-    """What a block asks for: so many columns, and a row for each token of a step."""
+    """A buffer that a block asks for. It has a row for each token of a step."""
 
     columns: int
-    short: bool = False      # of the type of activations, which may have 16 bits; else float32
-    of_logits: bool = False  # a row for each row of logits instead
+    short: bool = False      # has the type of activations, which may have 16 bits; else float32
+    of_logits: bool = False  # has a row for each row of logits instead
 
 
-Scratch = dict[str, Buffer]  # a buffer's name -> what a block asks for; a model has the widest of each
+Scratch = dict[str, Buffer]  # name of a buffer -> what a block asks for; a model has the widest of each name
 
 
 def widest(parts: list[Scratch]) -> Scratch:
-    """One buffer of each name, as wide as any of these want it."""
+    """One buffer of each name, as wide as the widest of these."""
     found: Scratch = {}
     for part in parts:
         for name, buffer in part.items():
@@ -36,10 +36,10 @@ def widest(parts: list[Scratch]) -> Scratch:
 
 
 class Buffers(SimpleNamespace):
-    """A step's rows of each buffer, cut once: x (T, C), residual (T, C), .."""
+    """The rows of each buffer that a step uses, cut once: x (T, C), residual (T, C), .."""
 
     def of(self, name: str, columns: int):
-        """A buffer (T, columns or more) as (T, columns), in the same memory."""
+        """A buffer (T, at least `columns`) as (T, columns), in the same memory."""
         buffer = getattr(self, name)
         if buffer.shape[1] == columns:
             return buffer
@@ -47,38 +47,39 @@ class Buffers(SimpleNamespace):
 
 
 class Read(NamedTuple):
-    """What products read in place of norm(x): x and the norm that they apply, or the norm's result."""
+    """norm(x) as products read it: x with a norm that they still have to apply, or its result without one."""
 
     x: Any                    # (T, C)
-    norm: Norm | None = None
+    norm: Norm | None = None  # still to be applied
 
 
 class Step:
-    """What a layer is computed with, or what comes before and after all layers. Made once for each of them;
-    `begin` turns to another step."""
+    """What a layer is computed with. The parts before and after all layers share one, too.
+
+    Each is made once, and `begin` gives it the buffers and inputs of the next step."""
 
     k: Kernels
     b: Buffers
-    inputs: Inputs            # of the layer's group of pages
+    inputs: Inputs            # with the pages of the layer's group
     adapters: RowAdapters | None
 
     def __init__(self, weights: dict[str, Any], layer: int | None, vocab_size: int):
         self.w = weights
         self.layer = layer
-        self.prefix = "" if layer is None else f"{layer}."  # of its matrices' names
-        self.bounds: Any = weights.get("clamps")  # of what products read and give
+        self.prefix = "" if layer is None else f"{layer}."  # of the names of its matrices
+        self.bounds: Any = weights.get("clamps")  # of what products read and of what they give
         self.vocab_size = vocab_size
-        self.group = 0                 # of pages
+        self.group = 0                 # number of the layer's group of pages
         self.cache: Any = None         # the layer's pages of keys and values
-        self.states: tuple[Any, ...] = ()  # of the layer's sequences
-        self.rope: tuple[Any, ...] = ()  # its tables (cos, sin) of positions
-        self.q_scale: Any = None       # what multiplies q at each position
-        self.distances: Any = None     # what scores get by the distance of a key
+        self.states: tuple[Any, ...] = ()  # the layer's states, of all sequences
+        self.rope: tuple[Any, ...] = ()  # cos and sin of each position
+        self.q_scale: Any = None       # a factor of q for each position
+        self.distances: Any = None     # what a score gets for the distance of its key
         self.pauses = False            # does the layer wait while others write answers?
         self.resid_lambdas: Any = None  # of all layers
         self.x0_lambdas: Any = None
-        self.embedding_scale = 1.0     # divided by what x is divided by
-        self.layer_embed: Any = None   # the table of layers' inputs, in its file
+        self.embedding_scale = 1.0     # of embeddings, over the factor by which x is kept smaller
+        self.layer_embed: Any = None   # the table of the layers' inputs, which stays in its file
 
     def begin(self, k: Kernels, buffers: Buffers, inputs: Inputs):
         self.k = k
@@ -87,7 +88,7 @@ class Step:
         self.adapters = inputs.adapters
 
     def product(self, read: Read, name: str, out, **options):
-        """out = x @ w[name].T, plus what each row's adapter adds to that."""
+        """out = norm(x) @ w[name].T, plus what each row's adapter adds."""
         if self.bounds:
             return self.clamped_product(read, name, out, **options)
         if self.adapters:
@@ -97,7 +98,7 @@ class Step:
         self.k.linear(read.x, self.w[name], norm=read.norm, out=out, **options)
 
     def clamped_product(self, read: Read, name: str, out, **options):
-        """The same where what goes in and what comes out is bounded. x is clamped in place."""
+        """The same with bounds for what goes in and what comes out. x is clamped in place."""
         low, high = self.bounds[f"{name}_in"]
         self.k.clamp(read.x, low, high, out=read.x)
         self.k.linear(read.x, self.w[name], out=out, **options)
@@ -106,9 +107,9 @@ class Step:
 
 
 class Sum:
-    """Where a block's result goes: out = residual + result, with a norm of the result or of the sum.
+    """Where the result of a block goes: out = residual + result, with a norm of the result or of the sum.
 
-    Made once for each block of a layer; it alone knows how ranks sum what they have computed."""
+    Each block of a layer has one. Only it knows how ranks sum what they have computed."""
 
     def __init__(self, residual: str, out: str, norm: AnyNorm | None, norm_name: str, norm_of_sum: bool):
         """residual and out: names of buffers."""
@@ -125,11 +126,11 @@ class Sum:
         return getattr(s.b, self.out_name)
 
     def adds_directly(self, s: Step) -> bool:
-        """May an op that computes the result add the residual to it?"""
+        """May the op that computes the result add the residual at once?"""
         return s.k.all_reduce is None and (self.norm is None or self.norm_of_sum)
 
     def product(self, s: Step, x, name: str):
-        """Add x @ w[name].T and its bias. Each of several ranks has some columns of the matrix."""
+        """Add x @ w[name].T and its bias. With several ranks, each has some columns of the matrix."""
         bias = s.w.get(f"{name}_bias")
         if not self.adds_directly(s):
             s.product(Read(x), name, s.b.added, bias=bias)
@@ -139,7 +140,7 @@ class Sum:
         self.finish(s, total)
 
     def add(self, s: Step, result, reduced: bool = False):
-        """Add a result (T, C), of this rank alone unless it is `reduced`."""
+        """Add a result (T, C). Unless it is `reduced`, it is this rank's alone."""
         reduce = None if reduced else s.k.all_reduce
         if self.norm is None and reduce:
             return reduce(result, out=self.out(s), residual=self.residual(s))
@@ -153,7 +154,7 @@ class Sum:
         s.k.mix(self.residual(s), result, 1.0, 1.0, out=self.out(s))
 
     def finish(self, s: Step, total):
-        """Norm a result to which the residual has been added, if the norm is of the sum."""
+        """Apply the norm of the sum, if there is one, to a result that has the residual already."""
         if self.norm_of_sum and self.norm is not None:
             self.norm.apply(s, total, self.norm_name, out=self.out(s))
 
@@ -161,8 +162,8 @@ class Sum:
 class Block:
     """A part of a layer: attention, a state space, a feed-forward network, experts.
 
-    It states its tensors in a model of width C and the buffers that it needs, and becomes a block of
-    another size. Attention also says what it caches; blocks with states say their shapes (`states`)."""
+    It states its tensors in a model of width C and the buffers that it needs, and it can become a block of
+    another size. Attention also says what it caches, and blocks with states say the shapes of these."""
 
     widens = True  # can its model's rows be padded?
 
@@ -173,27 +174,27 @@ class Block:
         raise NotImplementedError
 
     def arranged(self, w: dict[str, Any]) -> dict[str, Any]:
-        """Those of its loaded tensors that `compute` reads in another form, in that form."""
+        """The loaded tensors that `compute` reads in another form, in that form."""
         return {}
 
     def compute(self, s: Step, read: Read, to: Sum):
-        """Read norm(x), and give the result to the sum."""
+        """Read norm(x), and hand the result to the sum."""
         raise NotImplementedError
 
     def padded(self) -> Self:
-        """With sizes of multiples of 16, where that changes no result."""
+        """The block with sizes that are multiples of 16, as far as that changes no result."""
         return self
 
     def widened(self, C: int, wide: int) -> Self:
-        """For a model whose rows of C numbers are followed by zeros up to `wide`."""
+        """The block for rows of C numbers that are followed by zeros up to `wide`."""
         return self
 
     def moved(self, layers: int) -> Self:
-        """In a stage before which others compute so many layers."""
+        """The block in a stage that comes after stages of so many layers."""
         return self
 
     def divided(self, rank: int, tp: int, block: int) -> Divided:
-        """What a rank has of what ranks divide; if possible whole blocks of `block` columns."""
+        """What a rank has of what ranks divide: whole blocks of `block` columns, if that is possible."""
         raise NotImplementedError
 
     def of_rank(self, divided: Divided) -> Self:
