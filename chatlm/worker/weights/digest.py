@@ -30,8 +30,9 @@ KNOWN_DIGESTS = "weights.json"  # in a store: fingerprint of files -> their dige
 
 def files_of(source: ModelSource, settings: Settings) -> list[Path]:
     """All files that decide what a model computes. OSError or ConfigError if one is missing."""
-    mmproj = mmproj_of(source.path, settings)
-    files = [*files_of_weights(source.path), *files_of_adapters(settings.lora), *([mmproj] if mmproj else [])]
+    files = [*files_of_weights(source.path), *files_of_adapters(settings.lora)]
+    if mmproj := mmproj_of(source.path, settings):
+        files.append(mmproj)
     for folder in (source.path, *(Path(folder).expanduser() for folder in settings.lora)):
         # finds nothing if it is a file
         files += [*folder.glob("*.json"), *folder.glob("*.bin"), *folder.glob("*.yaml")]
@@ -40,8 +41,11 @@ def files_of(source: ModelSource, settings: Settings) -> list[Path]:
 
 def fingerprint_of(files: Iterable[Path]) -> str:
     """Changes whenever a file does: a change of its content sets its ctime, which no program can reset."""
-    stats = [(path.name, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-             for path in files for status in [path.stat()]]
+    stats = []
+    for path in files:
+        status = path.stat()
+        stats.append((path.name, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns,
+                      status.st_ctime_ns))
     return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
 
 

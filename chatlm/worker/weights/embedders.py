@@ -50,22 +50,24 @@ def pooling_of_gguf(path: Path, own: str, metadata: Mapping) -> str:
     ConfigError for one that such a model cannot have.
 
     `own` is the architecture and a dot. Without the key, llama.cpp's default is none: a chat model."""
+    architecture = own[:-1]
+    sees_both_sides = architecture in TWO_SIDED
+    causal = f"{own}attention.causal"
+    says_both_sides = metadata.get(causal) is False
+    if causal in metadata and says_both_sides != sees_both_sides:
+        computed = "attention to both sides" if sees_both_sides else "causal attention"
+        raise ConfigError(f"{path}: {causal} is {json.dumps(not says_both_sides)}: such embeddings "
+                          f"are not supported; this server computes {architecture} models with {computed}")
     number = metadata.get(f"{own}pooling_type", 0)
-    known = type(number) is int and 0 <= number < len(POOLING_TYPES)
-    pooling = POOLING_TYPES[number] if known else "unknown"
-    two_sided = metadata.get(f"{own}attention.causal") is False
-    if two_sided != (own[:-1] in TWO_SIDED) and f"{own}attention.causal" in metadata:
-        computed = "attention to both sides" if own[:-1] in TWO_SIDED else "causal attention"
-        raise ConfigError(f"{path}: {own}attention.causal is {json.dumps(not two_sided)}: such embeddings "
-                          f"are not supported; this server computes {own[:-1]} models with {computed}")
-    if own[:-1] in TWO_SIDED:
-        if pooling in ("none", "unknown"):
-            raise ConfigError(f"{path}: {own}pooling_type is {shown(number)} ({pooling}); in a {own[:-1]} "
-                              "model it must be 1 (mean), 2 (cls), 3 (last) or 4 (rank)")
-        return pooling
-    if pooling not in ("none", "rank", *CAUSAL):
-        raise ConfigError(f"{path}: {own}pooling_type is {shown(number)} ({pooling}); in a {own[:-1]} model "
-                          f"it must be 0 (none), 1 (mean), 3 (last) or 4 (rank)")
+    is_known = type(number) is int and 0 <= number < len(POOLING_TYPES)
+    pooling = POOLING_TYPES[number] if is_known else "unknown"
+    allowed = ("none", "mean", "last", "rank")
+    if sees_both_sides:
+        allowed = ("mean", "cls", "last", "rank")
+    if pooling not in allowed:
+        *others, last = (f"{POOLING_TYPES.index(name)} ({name})" for name in allowed)
+        raise ConfigError(f"{path}: {own}pooling_type is {shown(number)} ({pooling}); in a {architecture} "
+                          f"model it must be {', '.join(others)} or {last}")
     return pooling
 
 
@@ -79,9 +81,8 @@ def gguf_embedder(path: Path, metadata: Mapping, text: TextSpec, family: str,
     if spec.of_texts:
         begins, between, ends = frame_of(path, pipeline_of(path, text))
         if not (begins or ends):  # of a vocabulary whose makers have no frame, as Gemma's
-            flags = ((text.bos_token, text.add_bos), (text.eos_token, metadata.get(
-                "tokenizer.ggml.add_eos_token", True)))
-            begins, ends = (() if token is None or not adds else (token,) for token, adds in flags)
+            begins = as_frame(text.bos_token, text.add_bos)
+            ends = as_frame(text.eos_token, metadata.get("tokenizer.ggml.add_eos_token", True))
         return Embedder(pooling, 1 if pooling == "rank" else spec.width, spec.max_positions,
                         LEAST.get(family, 0), begins, ends, between,
                         usual_prompts(str(metadata.get("general.name")), path.name))
@@ -94,8 +95,13 @@ def gguf_embedder(path: Path, metadata: Mapping, text: TextSpec, family: str,
         end = tokens.index("<|endoftext|>")
     is_qwens = re.search("qwen3.?embedding", f"{metadata.get('general.name')} {path.name}".lower())
     return Embedder(pooling, spec.width, spec.max_positions, LEAST.get(family, 0),
-                    begins=() if text.bos_token is None or not text.add_bos else (text.bos_token,),
-                    ends=() if end is None or not adds else (end,), prompts=QWEN_PROMPTS if is_qwens else ())
+                    begins=as_frame(text.bos_token, text.add_bos), ends=as_frame(end, adds),
+                    prompts=QWEN_PROMPTS if is_qwens else ())
+
+
+def as_frame(token: int | None, is_added: bool) -> tuple[int, ...]:
+    """The special tokens on one side of a text: this one, if the vocabulary has it and it is added."""
+    return (token,) if token is not None and is_added else ()
 
 
 class Modules(NamedTuple):

@@ -245,7 +245,8 @@ def read_encoding(data: bytes) -> tuple[str, dict[bytes, int], dict[str, int]]:
     [(token, count)] = Counter([*ranks.values(), *specials.values()]).most_common(1)
     if count > 1:
         raise ValueError(f"{count} tokens have the id {token}; each must have its own")
-    if bytes_without_token := set(range(256)) - {token[0] for token in ranks if len(token) == 1}:
+    bytes_without_token = set(range(256)) - {token[0] for token in ranks if len(token) == 1}
+    if bytes_without_token:
         raise ValueError(f"the byte {min(bytes_without_token)} has no token; each of the 256 must have one")
     return pattern, ranks, specials
 

@@ -47,8 +47,8 @@ def refuse_endless(path: Path, spec: TextSpec):
         status = 1
         reason = ""
     if status:
-        raise ConfigError(f"{path}: " + (reason or (
-            f"a short text takes more than {TRIAL_S} s of processor time or {MEMORY >> 20:,} MiB")))
+        too_much = f"a short text takes more than {TRIAL_S} s of processor time or {MEMORY >> 20:,} MiB"
+        raise ConfigError(f"{path}: {reason or too_much}")
 
 
 def trial_main(arguments: Seq[str]) -> int:
